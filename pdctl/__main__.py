@@ -1,0 +1,5 @@
+"""`python -m pdctl` is `pdctl`."""
+
+from pdctl.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""What people see: data on stdout, everything else on stderr, colour only where it is read by eyes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+_COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36, "dim": 2, "bold": 1}
+_NAME_COLOURS = ("cyan", "magenta", "yellow", "green", "blue")
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Colour on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str, stream: TextIO) -> str:
+    """`text` in `colour` where `stream` shows colours."""
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if wants_colour(stream) else text
+
+
+def name_colour(index: int) -> str:
+    """The colour of the index-th process name; repeats after five."""
+    return _NAME_COLOURS[index % len(_NAME_COLOURS)]
+
+
+def out(text: str = "", end: str = "\n") -> None:
+    """Data for stdout."""
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
+
+
+def note(text: str, end: str = "\n") -> None:
+    """A message for stderr."""
+    sys.stderr.write(text + end)
+    sys.stderr.flush()
+
+
+def error(message: str, hint: str | None = None) -> None:
+    """An error and its hint on stderr."""
+    note(f"{paint('error:', 'red', sys.stderr)} {message}")
+    if hint:
+        note(f"{paint('hint:', 'cyan', sys.stderr)} {hint}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], colours: dict[str, str] | None = None) -> str:
+    """A plain aligned table. A cell whose whole text is a key of `colours` is painted."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [paint("  ".join(h.ljust(w) for h, w in zip(header, widths, strict=True)).rstrip(), "bold", sys.stdout)]
+    for row in rows:
+        cells = []
+        for cell, width in zip(row, widths, strict=True):
+            colour = (colours or {}).get(cell)
+            padded = cell.ljust(width)
+            cells.append(paint(padded, colour, sys.stdout) if colour else padded)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """A span of time at a glance: 340ms, 12s, 4m10s, 3h02m."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
+    return f"{int(seconds) // 3600}h{int(seconds) % 3600 // 60:02d}m"

@@ -1,0 +1,100 @@
+"""What the user asked for: frozen dataclasses, no defaults for what the loader must decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What an engine accepts: prefills, hand-overs to decode, or both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    HYBRID = "hybrid"
+
+
+class Device(StrEnum):
+    """Where an engine computes."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The service as a whole. `max_model_len` is in tokens, prompt and output together."""
+
+    name: str
+    model: str
+    served_model_name: str
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """The one address clients know."""
+
+    host: str
+    port: int
+    routing: str
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Targets in milliseconds that the proxy counts attainment against."""
+
+    ttft_ms: float
+    tpot_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How KV moves. `lease_s`: seconds a hand-over may stay unclaimed before its blocks are freed."""
+
+    backend: str
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGroup:
+    """`replicas` engines alike. `gpus` are indices as the driver counts them; empty means choose."""
+
+    name: str
+    role: Role
+    kind: str
+    replicas: int
+    device: Device
+    gpus: tuple[int, ...]
+    share_gpu: bool
+    cpus: tuple[int, ...]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_gb: float
+
+    def replica_names(self) -> tuple[str, ...]:
+        """`prefill-0`, `prefill-1` ..."""
+        return tuple(f"{self.name}-{i}" for i in range(self.replicas))
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """`grace_s`: seconds between TERM and KILL."""
+
+    grace_s: float
+    max_restarts: int
+    within_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """One service. `source` is the file it came from, or None for the built-in default."""
+
+    service: Service
+    proxy: Proxy
+    slo: Slo
+    transfer: Transfer
+    engines: tuple[EngineGroup, ...]
+    supervision: Supervision
+    source: str | None
