@@ -1,0 +1,40 @@
+"""Facts of this machine. Every reader takes its root folder as a parameter, so tests can plant a tree."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pdctl.host.gpu import Gpu, read_gpus
+from pdctl.host.ports import PortHolder, listening_ports
+from pdctl.host.users import cache_root, run_root, state_root
+
+__all__ = ["Gpu", "Host", "PortHolder", "cache_root", "read_host", "run_root", "state_root"]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the plan needs to know. `cpus` are those this process may run on, ascending."""
+
+    cpus: tuple[int, ...]
+    gpus: tuple[Gpu, ...]
+    listening: dict[int, PortHolder] = field(hash=False)
+    python: str
+    cache_root: Path
+    run_root: Path
+    state_root: Path
+
+
+def read_host(proc_root: Path = Path("/proc")) -> Host:
+    """Read the facts afresh; a few milliseconds, tens where a GPU driver answers."""
+    return Host(
+        cpus=tuple(sorted(os.sched_getaffinity(0))),
+        gpus=read_gpus(),
+        listening=listening_ports(proc_root),
+        python=sys.executable,
+        cache_root=cache_root(),
+        run_root=run_root(),
+        state_root=state_root(),
+    )

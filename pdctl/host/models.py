@@ -1,0 +1,50 @@
+"""Where a model named in a topology lies on this machine, without loading it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+# The folder name carries the recipe's version: a changed conversion never reuses an old result.
+SAMPLES = {"gemma-3-270m": "gemma-3-270m-r1", "tiny-qwen3": "tiny-qwen3-r1"}
+SAMPLE_PREFIX = "sample:"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLocation:
+    """`path` is what an engine loads; `ready` says whether it is there already."""
+
+    spec: str
+    path: str
+    ready: bool
+
+
+class UnknownModel(ValueError):
+    """The spec names no sample, no directory and no Hub id."""
+
+
+def locate_model(spec: str, cache_root: Path, base: Path = Path()) -> ModelLocation:
+    """Resolve `sample:NAME`, a local Hugging Face directory, or a Hub id `owner/name`.
+
+    Relative directories count from `base`. Raises UnknownModel with a sentence that says what was tried.
+    """
+    if spec.startswith(SAMPLE_PREFIX):
+        return _sample(spec, cache_root)
+    directory = (base / Path(spec).expanduser()).resolve()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise UnknownModel(f"{directory} is not a Hugging Face model directory: it has no config.json")
+        return ModelLocation(spec, str(directory), ready=True)
+    if _HUB_ID.fullmatch(spec) and not spec.startswith((".", "/")):
+        return ModelLocation(spec, spec, ready=False)
+    raise UnknownModel(f"model {spec!r} was not found: no directory {directory}, and not a Hub id (owner/name)")
+
+
+def _sample(spec: str, cache_root: Path) -> ModelLocation:
+    name = spec.removeprefix(SAMPLE_PREFIX)
+    if name not in SAMPLES:
+        raise UnknownModel(f"unknown sample model {spec!r}; known: {', '.join(SAMPLE_PREFIX + s for s in SAMPLES)}")
+    path = cache_root / "models" / SAMPLES[name]
+    return ModelLocation(spec, str(path), ready=(path / "config.json").is_file())

@@ -1,0 +1,266 @@
+"""TOML to Topology: read, check every key, fill in defaults, then check the whole against this machine.
+
+All problems of a file are reported in one run, each with its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import tomli
+
+from pdctl.errors import ConfigError, PdctlError, Problem
+from pdctl.host import Host
+from pdctl.host.models import UnknownModel, locate_model
+from pdctl.schema import ENGINE, TABLES, Key
+from pdctl.toml_lines import Path as KeyPath
+from pdctl.toml_lines import key_lines
+from pdctl.topology import Device, EngineGroup, Proxy, Role, Service, Slo, Supervision, Topology, Transfer
+
+# A parsed TOML table: the one place where values have not been checked yet.
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """A file's values and where each stands."""
+
+    data: Table
+    lines: dict[KeyPath, int]
+
+    def problem(self, path: KeyPath, message: str, hint: str | None = None) -> Problem:
+        """A problem at the nearest known line of `path`."""
+        line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 0)
+        return Problem(line, _dotted(path), message, hint)
+
+
+def load_file(path: Path, host: Host) -> Topology:
+    """Load and check a topology file. Raises ConfigError with every problem found, PdctlError if unreadable."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PdctlError(f"topology file {path} does not exist", "write one with: pdctl init") from None
+    except (OSError, UnicodeDecodeError) as failure:
+        raise PdctlError(f"topology file {path} cannot be read: {failure}") from failure
+    return load_text(text, str(path), host)
+
+
+def load_text(text: str, source: str, host: Host) -> Topology:
+    """Load and check a topology given as text; `source` names it in messages."""
+    try:
+        document = _Document(tomli.loads(text), key_lines(text))
+    except tomli.TOMLDecodeError as failure:
+        raise ConfigError(source, [_syntax_problem(failure, text)]) from None
+    problems = [*_key_problems(document)]
+    if problems:
+        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
+    topology = _build(document.data, source)
+    problems = [*_whole_problems(document, topology), *_host_problems(document, topology, host)]
+    if problems:
+        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
+    return topology
+
+
+def _syntax_problem(failure: tomli.TOMLDecodeError, text: str) -> Problem:
+    found = re.search(r"at line (\d+)", str(failure))
+    line = int(found[1]) if found else text.count("\n") + 1
+    return Problem(line, "", f"not TOML: {failure}")
+
+
+# -- each key by itself ------------------------------------------------------------------------------------
+
+
+def _key_problems(document: _Document) -> Iterator[Problem]:
+    if not document.data:
+        yield Problem(0, "", "the file is empty", "write a topology that fits this machine with: pdctl init")
+        return
+    known = [*TABLES, "engines"]
+    for name, table in document.data.items():
+        if name not in known:
+            yield document.problem((name,), f"unknown table or key {name!r}", _did_you_mean(name, known))
+        elif name == "engines":
+            yield from _engine_problems(document, table)
+        elif not isinstance(table, dict):
+            yield document.problem((name,), f"must be a table: [{name}]")
+        else:
+            yield from _table_problems(document, (name,), table, TABLES[name])
+    if "service" not in document.data:
+        yield Problem(0, "service", "missing table [service]", 'name at least the model: model = "sample:gemma-3-270m"')
+    if "engines" not in document.data:
+        yield Problem(0, "engines", "no engine at all", "add [[engines]] with a name and a role")
+
+
+def _engine_problems(document: _Document, engines: object) -> Iterator[Problem]:
+    if not isinstance(engines, list) or not all(isinstance(entry, dict) for entry in engines):
+        yield document.problem(("engines",), "must be a list of tables: [[engines]]")
+        return
+    if not engines:
+        yield document.problem(("engines",), "no engine at all", "add [[engines]] with a name and a role")
+    for index, entry in enumerate(cast(list[Table], engines)):
+        yield from _table_problems(document, ("engines", index), entry, ENGINE)
+
+
+def _table_problems(document: _Document, path: KeyPath, table: Table, keys: dict[str, Key]) -> Iterator[Problem]:
+    for name, value in table.items():
+        if name not in keys:
+            yield document.problem((*path, name), f"unknown key {name!r}", _did_you_mean(name, list(keys)))
+        elif wrong := keys[name].check(value):
+            yield document.problem((*path, name), f"{wrong}; it is {_shown(value)}")
+    for name, key in keys.items():
+        if key.required and name not in table:
+            yield document.problem(path, f"missing key {name!r}")
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+# -- values to dataclasses ---------------------------------------------------------------------------------
+
+
+def _build(data: Table, source: str | None) -> Topology:
+    service = _filled(data.get("service", {}), TABLES["service"])
+    proxy = _filled(data.get("proxy", {}), TABLES["proxy"])
+    slo = _filled(data.get("slo", {}), TABLES["slo"])
+    transfer = _filled(data.get("transfer", {}), TABLES["transfer"])
+    supervision = _filled(data.get("supervisor", {}), TABLES["supervisor"])
+    served = service["served_model_name"] or _last_part(service["model"])
+    return Topology(
+        service=Service(service["name"], service["model"], served, service["max_model_len"]),
+        proxy=Proxy(proxy["host"], proxy["port"], proxy["routing"], tuple(proxy["cpus"])),
+        slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),
+        transfer=Transfer(transfer["backend"], float(transfer["lease_s"])),
+        engines=tuple(_group(entry) for entry in data["engines"]),
+        supervision=Supervision(
+            float(supervision["grace_s"]), supervision["max_restarts"], float(supervision["within_s"])
+        ),
+        source=source,
+    )
+
+
+def _filled(table: Table, keys: dict[str, Key]) -> Table:
+    return {name: table.get(name, key.default) for name, key in keys.items()}
+
+
+def _group(entry: Table) -> EngineGroup:
+    values = _filled(entry, ENGINE)
+    return EngineGroup(
+        name=values["name"],
+        role=Role(values["role"]),
+        kind=values["kind"],
+        replicas=values["replicas"],
+        device=Device(values["device"]),
+        gpus=tuple(values["gpus"]),
+        share_gpu=values["share_gpu"],
+        cpus=tuple(values["cpus"]),
+        max_num_seqs=values["max_num_seqs"],
+        max_num_batched_tokens=values["max_num_batched_tokens"],
+        kv_cache_gb=float(values["kv_cache_gb"]),
+    )
+
+
+def _last_part(model: str) -> str:
+    return model.rstrip("/").replace(":", "/").split("/")[-1]
+
+
+# -- the topology as a whole -------------------------------------------------------------------------------
+
+
+def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem]:
+    seen: dict[str, str] = {"proxy": "the proxy", "supervisor": "the supervisor"}
+    for index, group in enumerate(topology.engines):
+        for name in {group.name, *group.replica_names()}:
+            if name in seen:
+                yield document.problem(("engines", index, "name"), f"the name {name!r} is taken by {seen[name]}")
+        seen |= dict.fromkeys((group.name, *group.replica_names()), f"engines[{index}]")
+        if group.gpus and group.device is Device.CPU:
+            yield document.problem(("engines", index, "gpus"), "gpus on a CPU engine", 'set device = "cuda"')
+    roles = {group.role for group in topology.engines}
+    if roles == {Role.PREFILL}:
+        yield document.problem(("engines",), "prefill without decode", 'add an engine with role = "decode" or "hybrid"')
+    if roles == {Role.DECODE}:
+        yield document.problem(("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"')
+
+
+def _host_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    yield from _model_problems(document, topology, host)
+    yield from _cpu_problems(document, topology, host)
+    yield from _gpu_problems(document, topology, host)
+
+
+def port_problems(topology: Topology, host: Host) -> list[Problem]:
+    """The proxy's port, when somebody else listens on it. Not asked of a service that is already up."""
+    holder = host.listening.get(topology.proxy.port)
+    if holder is None:
+        return []
+    line = 0
+    if topology.source:
+        text = Path(topology.source).read_text(encoding="utf-8")
+        line = key_lines(text).get(("proxy", "port"), 0)
+    message = f"port {topology.proxy.port} is in use by {holder.describe()}"
+    return [Problem(line, "proxy.port", message, "stop that process or choose another port under [proxy]")]
+
+
+def _model_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    base = Path(topology.source).parent if topology.source else Path()
+    try:
+        locate_model(topology.service.model, host.cache_root, base)
+    except UnknownModel as failure:
+        yield document.problem(("service", "model"), str(failure))
+
+
+def _cpu_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    wanted: list[tuple[KeyPath, tuple[int, ...]]] = [(("proxy", "cpus"), topology.proxy.cpus)]
+    wanted += [(("engines", index, "cpus"), group.cpus) for index, group in enumerate(topology.engines)]
+    allowed = ", ".join(map(str, host.cpus))
+    for path, cpus in wanted:
+        for cpu in cpus:
+            if cpu not in host.cpus:
+                yield document.problem(path, f"CPU {cpu} does not exist or is not ours", f"we may use: {allowed}")
+
+
+def _gpu_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    holders: dict[int, tuple[str, bool]] = {}
+    known = [gpu.index for gpu in host.gpus]
+    for index, group in enumerate(topology.engines):
+        if group.device is not Device.CUDA:
+            continue
+        path: KeyPath = ("engines", index, "gpus" if group.gpus else "device")
+        if group.gpus and len(group.gpus) not in (1, group.replicas):
+            yield document.problem(path, f"{len(group.gpus)} gpus for {group.replicas} replicas", "name one per replica")
+        for gpu in group.gpus:
+            if gpu not in known:
+                yield document.problem(path, f"GPU {gpu} does not exist", f"NVML lists: {known or 'none'}")
+        if not known:
+            hint = "check nvidia-smi, and that nvidia-ml-py is installed (pip install 'pdctl[cuda]')"
+            yield document.problem(path, "no GPU was found on this machine", hint)
+        yield from _sharing_problems(document, path, group, holders)
+
+
+def _sharing_problems(
+    document: _Document, path: KeyPath, group: EngineGroup, holders: dict[int, tuple[str, bool]]
+) -> Iterator[Problem]:
+    spread = group.gpus * group.replicas if len(group.gpus) == 1 else group.gpus
+    for name, gpu in zip(group.replica_names(), spread, strict=False):
+        if gpu in holders and not (group.share_gpu and holders[gpu][1]):
+            message = f"GPU {gpu} is given to {holders[gpu][0]} and {name}"
+            yield document.problem(path, message, "give each its own, or set share_gpu = true on both")
+        holders.setdefault(gpu, (name, group.share_gpu))
+
+
+def _dotted(path: KeyPath) -> str:
+    words = ""
+    for part in path:
+        words += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return words.lstrip(".")

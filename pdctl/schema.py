@@ -1,0 +1,106 @@
+"""The keys a topology file may hold, what each may be, and its default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdctl.adapters import KINDS
+from pdctl.topology import Device, Role
+
+ROUTINGS = ("min_expected_latency", "round_robin")
+TRANSFER_BACKENDS = ("auto", "shm")
+
+# Says what is wrong with a value ("must be ..."), or None.
+Check = Callable[[object], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key. `default` None with `required` False means that the loader derives it."""
+
+    check: Check
+    default: object = None
+    required: bool = False
+
+
+def text(pattern: str = r".+", what: str = "a non-empty string") -> Check:
+    """A string that matches the whole pattern."""
+    compiled = re.compile(pattern)
+    return lambda value: None if isinstance(value, str) and compiled.fullmatch(value) else f"must be {what}"
+
+
+def choice(*values: str) -> Check:
+    """One of a few words."""
+    listed = ", ".join(values)
+    return lambda value: None if isinstance(value, str) and value in values else f"must be one of: {listed}"
+
+
+def integer(low: int, high: int = 2**31) -> Check:
+    """A whole number within bounds; TOML's true and false are not numbers."""
+    what = f"must be a whole number from {low} to {high}" if high < 2**31 else f"must be a whole number, at least {low}"
+    return lambda value: None if type(value) is int and low <= value <= high else what
+
+
+def number(above: float, most: float = 1e9) -> Check:
+    """A number above `above`."""
+    what = f"must be a number above {above:g}" + (f" and at most {most:g}" if most < 1e9 else "")
+    return lambda value: None if type(value) in (int, float) and above < float(str(value)) <= most else what
+
+
+def boolean() -> Check:
+    """true or false."""
+    return lambda value: None if isinstance(value, bool) else "must be true or false"
+
+
+def indices(what: str) -> Check:
+    """A list of distinct device numbers."""
+
+    def check(value: object) -> str | None:
+        good = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        if not good or not isinstance(value, list):
+            return f"must be a list of {what} numbers, such as [0, 1]"
+        return None if len(set(value)) == len(value) else f"names a {what} twice"
+
+    return check
+
+
+_NAME = r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"
+_NAME_WORDS = "lower-case letters, digits and inner dashes, at most 40"
+
+TABLES: dict[str, dict[str, Key]] = {
+    "service": {
+        "name": Key(text(_NAME, _NAME_WORDS), "pdctl"),
+        "model": Key(text(), required=True),
+        "served_model_name": Key(text()),
+        "max_model_len": Key(integer(16, 1_048_576), 2048),
+    },
+    "proxy": {
+        "host": Key(text(r"[A-Za-z0-9.:-]+", "an address or host name"), "127.0.0.1"),
+        "port": Key(integer(1, 65535), 8000),
+        "routing": Key(choice(*ROUTINGS), "min_expected_latency"),
+        "cpus": Key(indices("CPU"), []),
+    },
+    "slo": {"ttft_ms": Key(number(0), 2000.0), "tpot_ms": Key(number(0), 200.0)},
+    "transfer": {"backend": Key(choice(*TRANSFER_BACKENDS), "auto"), "lease_s": Key(number(0, 3600), 30.0)},
+    "supervisor": {
+        "grace_s": Key(number(0, 3600), 30.0),
+        "max_restarts": Key(integer(0, 1000), 5),
+        "within_s": Key(number(0, 86400), 120.0),
+    },
+}
+
+ENGINE: dict[str, Key] = {
+    "name": Key(text(_NAME, _NAME_WORDS), required=True),
+    "role": Key(choice(*(role.value for role in Role)), required=True),
+    "kind": Key(choice(*KINDS), "builtin"),
+    "replicas": Key(integer(1, 256), 1),
+    "device": Key(choice(*(device.value for device in Device)), "cpu"),
+    "gpus": Key(indices("GPU"), []),
+    "share_gpu": Key(boolean(), False),
+    "cpus": Key(indices("CPU"), []),
+    "max_num_seqs": Key(integer(1, 4096), 16),
+    "max_num_batched_tokens": Key(integer(16, 1_048_576), 512),
+    "kv_cache_gb": Key(number(0, 4096), 1.0),
+}
