@@ -1,0 +1,73 @@
+"""Which block of the KV pool belongs to whom. Ids only.
+
+Runs of neighbouring blocks are preferred: attention reads a contiguous run without gathering, and a transfer
+moves it as one span.
+"""
+
+from __future__ import annotations
+
+
+class BlockAllocator:
+    """Owns ids 0 .. num_blocks-1. Every block is free or has exactly one owner."""
+
+    def __init__(self, num_blocks: int) -> None:
+        assert num_blocks > 0
+        self.num_blocks = num_blocks
+        self.num_free = num_blocks
+        self._free = bytearray(b"\1") * num_blocks
+        self._owned: dict[str, list[int]] = {}
+
+    def owned(self, owner: str) -> list[int]:
+        """The owner's blocks in token order; empty for a stranger."""
+        return self._owned.get(owner, [])
+
+    def allocate(self, owner: str, count: int) -> list[int] | None:
+        """Give `count` more blocks to `owner`, or None (and nothing changes) when there are too few."""
+        if count > self.num_free:
+            return None
+        mine = self._owned.setdefault(owner, [])
+        taken = self._neighbours(mine, count) or self._run(count) or self._scattered(count)
+        for block in taken:
+            self._free[block] = 0
+        self.num_free -= count
+        mine.extend(taken)
+        return taken
+
+    def free(self, owner: str) -> int:
+        """Take everything back from `owner`; returns how many blocks. A stranger has none."""
+        blocks = self._owned.pop(owner, [])
+        for block in blocks:
+            assert not self._free[block], f"block {block} freed twice"
+            self._free[block] = 1
+        self.num_free += len(blocks)
+        return len(blocks)
+
+    def audit(self) -> None:
+        """Free and owned blocks make up the pool, each exactly once."""
+        held = [block for blocks in self._owned.values() for block in blocks]
+        assert len(set(held)) == len(held), "a block has two owners"
+        assert self.num_free == sum(self._free), "the free count is off"
+        assert self.num_free + len(held) == self.num_blocks, "a block is lost"
+        assert not any(self._free[block] for block in held), "a block is both free and owned"
+
+    def _neighbours(self, mine: list[int], count: int) -> list[int]:
+        """The blocks right after the owner's last one, if all of them are free."""
+        start = mine[-1] + 1 if mine else self.num_blocks
+        fits = start + count <= self.num_blocks and all(self._free[start : start + count])
+        return list(range(start, start + count)) if fits else []
+
+    def _run(self, count: int) -> list[int]:
+        """A free run, preferring one with as much room behind it to grow into."""
+        for length in (2 * count + 8, count):
+            start = self._free.find(b"\1" * length)
+            if start >= 0:
+                return list(range(start, start + count))
+        return []
+
+    def _scattered(self, count: int) -> list[int]:
+        taken, start = [], 0
+        while len(taken) < count:
+            start = self._free.index(1, start)
+            taken.append(start)
+            start += 1
+        return taken

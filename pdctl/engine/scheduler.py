@@ -1,0 +1,277 @@
+"""Which tokens are computed next. Policy over ids; the runner does the arithmetic.
+
+One iteration model (as in vLLM V1): a step gives each chosen sequence some of its missing tokens. Decode, chunked
+prefill, recomputation after preemption and a handed-over sequence are the same case.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pdctl.engine.blocks import BlockAllocator
+from pdctl.engine.messages import Books, Failed, Held, Token
+from pdctl.engine.sequence import Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Budgets of one engine."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    eos_token_ids: frozenset[int]
+
+
+class Slice(NamedTuple):
+    """`count` tokens of `sequence` from `start` on; `samples` when the last of them yields a new token."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+class Outcome(NamedTuple):
+    """What a step changed, for the front."""
+
+    tokens: list[Token]
+    held: list[Held]
+
+
+class Scheduler:
+    """Admission, chunking, preemption and the books of one engine."""
+
+    def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
+        self.limits = limits
+        self.allocator = allocator
+        self.sequences: dict[str, Sequence] = {}
+        self.running: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._incoming: deque[Sequence] = deque()
+        self._arrivals = 0
+        self._awaiting_kv = 0
+        self._pulling: set[str] = set()
+        self._doomed: set[str] = set()
+
+    # -- events --------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> Failed | None:
+        """Queue a new sequence; Failed when it could never fit, however long it waited."""
+        longest = min(sequence.prompt_len + sequence.sampling.max_tokens, self.limits.max_model_len)
+        needed = self._blocks_for(max(longest, len(sequence.token_ids)))
+        if needed > self.allocator.num_blocks:
+            reason = f"needs {needed} KV blocks and the engine has {self.allocator.num_blocks}"
+            return Failed(sequence.request_id, f"{reason}; raise kv_cache_gb or lower max_tokens")
+        assert sequence.request_id not in self.sequences
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self.sequences[sequence.request_id] = sequence
+        (self._incoming if sequence.status is Status.AWAITING_BLOCKS else self._waiting).append(sequence)
+        return None
+
+    def reserve(self) -> list[Sequence]:
+        """Set blocks aside for hand-overs, in order of arrival, while they fit."""
+        reserved = []
+        while self._incoming and self._has_seat and self._allocate(self._incoming[0], self._incoming[0].kv_tokens):
+            sequence = self._incoming.popleft()
+            sequence.status = Status.AWAITING_KV
+            self._awaiting_kv += 1
+            reserved.append(sequence)
+        return reserved
+
+    def pull_started(self, request_id: str) -> bool:
+        """The network writes into this sequence's blocks from now on; False if it is gone already."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None or sequence.status is not Status.AWAITING_KV:
+            return False
+        self._pulling.add(request_id)
+        return True
+
+    def pull_ended(self, request_id: str) -> None:
+        """Nothing writes there any more; an abort that waited for this takes effect."""
+        self._pulling.discard(request_id)
+        if request_id in self._doomed:
+            self._doomed.discard(request_id)
+            self._forget(self.sequences[request_id])
+
+    def start(self, request_id: str) -> bool:
+        """The pulled KV is certified: the sequence decodes from here on."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None or sequence.status is not Status.AWAITING_KV or request_id in self._doomed:
+            return False
+        assert request_id not in self._pulling
+        sequence.num_computed = sequence.kv_tokens
+        sequence.status = Status.RUNNING
+        self._awaiting_kv -= 1
+        self.running.append(sequence)
+        return True
+
+    def abort(self, request_id: str) -> None:
+        """Forget a sequence in any state. Blocks being written to are freed when the pull has ended."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None:
+            return
+        if request_id in self._pulling:
+            self._doomed.add(request_id)
+            return
+        self._forget(sequence)
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def schedule(self) -> list[Slice]:
+        """Choose the next step's tokens: running sequences oldest first, then waiting ones in order."""
+        batch: list[Slice] = []
+        budget = self.limits.max_num_batched_tokens
+        preempted = False
+        # Decodes (one missing token) before the chunks of long prompts: running streams keep their pace.
+        for sequence in sorted(self.running, key=lambda sequence: sequence.num_missing > 1):
+            if budget == 0 or sequence.status is not Status.RUNNING:
+                continue
+            count = min(sequence.num_missing, budget)
+            while not self._allocate(sequence, sequence.num_computed + count):
+                preempted = True
+                victim = self._victim()
+                self._preempt(victim)
+                batch = [piece for piece in batch if piece.sequence is not victim]
+                if victim is sequence:
+                    break
+            if sequence.status is Status.RUNNING:
+                batch.append(self._slice(sequence, count))
+                budget -= count
+        if not preempted:
+            self._admit(batch, budget)
+        return batch
+
+    def update(self, batch: list[Slice], token_ids: list[int]) -> Outcome:
+        """Take the step's results: one token id for each sampling slice, in order."""
+        outcome = Outcome([], [])
+        sampled = iter(token_ids)
+        for piece in batch:
+            sequence = piece.sequence
+            sequence.num_computed += piece.count
+            if piece.samples:
+                self._append(sequence, next(sampled), outcome)
+        return outcome
+
+    def books(self, steps: int) -> Books:
+        """The counts people and the front see."""
+        by_status = {Status.HELD: 0, Status.AWAITING_KV: 0}
+        for sequence in self.sequences.values():
+            if sequence.status in by_status:
+                by_status[sequence.status] += len(sequence.block_ids)
+        return Books(
+            blocks_free=self.allocator.num_free,
+            blocks_leased=by_status[Status.HELD],
+            blocks_reserved=by_status[Status.AWAITING_KV],
+            running=len(self.running),
+            waiting=len(self._waiting) + len(self._incoming),
+            steps=steps,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could compute anything."""
+        return bool(self.running or self._waiting)
+
+    def audit(self) -> None:
+        """Every block is free or belongs to a known sequence; every sequence is in the one queue of its status."""
+        self.allocator.audit()
+        owned = sum(len(sequence.block_ids) for sequence in self.sequences.values())
+        assert owned + self.allocator.num_free == self.allocator.num_blocks, "blocks without a sequence"
+        queued = {
+            Status.RUNNING: set(map(id, self.running)),
+            Status.WAITING: set(map(id, self._waiting)),
+            Status.AWAITING_BLOCKS: set(map(id, self._incoming)),
+        }
+        for sequence in self.sequences.values():
+            for status, members in queued.items():
+                assert (id(sequence) in members) == (sequence.status is status), f"{sequence.request_id}: {status}"
+            assert sequence.num_computed <= len(sequence.block_ids) * self.limits.block_size
+        assert len(self.running) + self._awaiting_kv <= self.limits.max_num_seqs
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def _admit(self, batch: list[Slice], budget: int) -> None:
+        while self._waiting and budget > 0 and self._has_seat:
+            sequence = self._waiting[0]
+            # All of its blocks at once: chunks of one prompt then lie side by side, and no two half-admitted
+            # prompts can starve each other.
+            if not self._allocate(sequence, len(sequence.token_ids)):
+                return
+            self._waiting.popleft()
+            sequence.status = Status.RUNNING
+            self.running.append(sequence)
+            count = min(sequence.num_missing, budget)
+            batch.append(self._slice(sequence, count))
+            budget -= count
+
+    def _slice(self, sequence: Sequence, count: int) -> Slice:
+        return Slice(sequence, sequence.num_computed, count, count == sequence.num_missing)
+
+    def _append(self, sequence: Sequence, token_id: int, outcome: Outcome) -> None:
+        sequence.token_ids.append(token_id)
+        reason = self._finish_reason(sequence, token_id)
+        if sequence.hold and reason is None:
+            sequence.status = Status.HELD
+            self.running.remove(sequence)
+            outcome.held.append(
+                Held(sequence.request_id, token_id, list(sequence.block_ids), len(sequence.token_ids) - 1)
+            )
+            return
+        outcome.tokens.append(Token(sequence.request_id, token_id, reason))
+        if reason is not None:
+            self._forget(sequence)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
+        if token_id in self.limits.eos_token_ids and not sequence.sampling.ignore_eos:
+            return "stop"
+        full = len(sequence.token_ids) >= self.limits.max_model_len
+        # A held prefill never ends by length: the router asked for one token and decode goes on from it.
+        if full or (sequence.num_output >= sequence.sampling.max_tokens and not sequence.hold):
+            return "length"
+        return None
+
+    @property
+    def _has_seat(self) -> bool:
+        return len(self.running) + self._awaiting_kv < self.limits.max_num_seqs
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _allocate(self, sequence: Sequence, num_tokens: int) -> bool:
+        missing = self._blocks_for(num_tokens) - len(sequence.block_ids)
+        if missing <= 0:
+            return True
+        taken = self.allocator.allocate(sequence.request_id, missing)
+        if taken is None:
+            return False
+        sequence.block_ids.extend(taken)
+        return True
+
+    def _victim(self) -> Sequence:
+        """The newest running sequence: it has the least to lose and the oldest always finishes."""
+        return max(self.running, key=lambda sequence: sequence.arrival)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.allocator.free(sequence.request_id)
+        sequence.block_ids.clear()
+        sequence.num_computed = 0
+        sequence.status = Status.WAITING
+        self._waiting.appendleft(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self.sequences[sequence.request_id]
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is Status.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.status is Status.AWAITING_BLOCKS:
+            self._incoming.remove(sequence)
+        elif sequence.status is Status.AWAITING_KV:
+            self._awaiting_kv -= 1
+        self.allocator.free(sequence.request_id)

@@ -1,0 +1,44 @@
+"""One request as the scheduler sees it: ids and counts, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from pdctl.engine.messages import Sampling
+
+
+class Status(Enum):
+    """Where a sequence stands. Only RUNNING ones are computed."""
+
+    WAITING = auto()  # for blocks or budget
+    RUNNING = auto()
+    AWAITING_BLOCKS = auto()  # a hand-over is coming; its blocks are not reserved yet
+    AWAITING_KV = auto()  # blocks reserved, KV being pulled
+    HELD = auto()  # prefilled, blocks kept for a peer
+
+
+@dataclass(slots=True)
+class Sequence:
+    """`token_ids` holds prompt and output; KV exists for the first `num_computed` of them."""
+
+    request_id: str
+    token_ids: list[int]
+    prompt_len: int
+    sampling: Sampling
+    hold: bool = False
+    kv_tokens: int = 0
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    arrival: int = 0
+    block_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """Tokens after the prompt, resumed ones included."""
+        return len(self.token_ids) - self.prompt_len

@@ -1,0 +1,124 @@
+"""Same host: the pool lives in an anonymous memory file; a peer maps it and copies once.
+
+A memory file has no name that could be left behind: it is gone with the last process that maps it. The address
+names its owner's descriptor and the epoch is part of the file's label, so a number reused by another process or by
+a restarted engine is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pdctl.engine.layout import Span
+from pdctl.engine.transfer import Region, TransferError
+
+_MADV_POPULATE_READ = 22  # linux/mman.h, since 5.14
+_MADV_POPULATE_WRITE = 23
+_LABEL = "pdctl-kv-"
+
+_Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class ShmRegion:
+    """`address` is PID/DESCRIPTOR/EPOCH of the owner."""
+
+    address: str
+    view: memoryview
+
+
+def allocate(num_bytes: int, epoch: str) -> ShmRegion:
+    """Zeroed shared memory, its pages present. Raises TransferError when the machine has too little."""
+    fd = os.memfd_create(_LABEL + epoch)
+    try:
+        os.ftruncate(fd, num_bytes)
+        mapped = mmap.mmap(fd, num_bytes)
+    except (OSError, ValueError) as failure:
+        os.close(fd)
+        raise TransferError(f"no shared memory of {num_bytes / 2**30:.2f} GiB: {failure}") from failure
+    _populate(mapped, num_bytes, _MADV_POPULATE_WRITE)
+    return ShmRegion(f"{os.getpid()}/{fd}/{epoch}", memoryview(mapped))
+
+
+def open_transport(region: Region) -> ShmTransport:
+    """See Kind.open_transport."""
+    return ShmTransport(region)
+
+
+class ShmTransport:
+    """Maps each peer's pool once, read-only."""
+
+    name = "shm"
+
+    def __init__(self, region: Region) -> None:
+        self._target = np.frombuffer(region.view, dtype=np.uint8)
+        self._peers: dict[str, _Bytes] = {}
+
+    def read(self, address: str, peer_bytes: int, spans: list[Span]) -> int:
+        """See Transport.read."""
+        peer = self._peer(address, peer_bytes)
+        for span in spans:
+            if span.length < 0 or min(span.source, span.target) < 0:
+                raise TransferError(f"span {span} is malformed")
+            if span.source + span.length > len(peer) or span.target + span.length > len(self._target):
+                raise TransferError(f"span {span} lies outside the pools")
+        for source, target, length in spans:
+            self._target[target : target + length] = peer[source : source + length]
+        return sum(span.length for span in spans)
+
+    def close(self) -> None:
+        """See Transport.close."""
+        self._peers.clear()
+
+    def _peer(self, address: str, peer_bytes: int) -> _Bytes:
+        if address not in self._peers:
+            pid = address.split("/")[0]
+            # A restarted peer has a new epoch: the old start's pool is let go of.
+            self._peers = {known: view for known, view in self._peers.items() if _alive(known, pid)}
+            self._peers[address] = _map_peer(address, peer_bytes)
+        return self._peers[address]
+
+
+def _alive(address: str, newcomer_pid: str) -> bool:
+    pid = address.split("/")[0]
+    return pid != newcomer_pid and os.path.exists(f"/proc/{pid}")  # noqa: PTH110 - a Path would cost more here
+
+
+def _map_peer(address: str, peer_bytes: int) -> _Bytes:
+    try:
+        pid, fd, epoch = address.split("/")
+        source = os.open(f"/proc/{int(pid)}/fd/{int(fd)}", os.O_RDONLY | os.O_CLOEXEC)
+    except (OSError, ValueError) as failure:
+        raise TransferError(f"the peer's memory {address!r} cannot be opened: {failure}") from failure
+    try:
+        label = os.readlink(f"/proc/self/fd/{source}")
+        if f"{_LABEL}{epoch}" not in label:
+            raise TransferError(f"the peer's memory is {label!r}, not that of epoch {epoch}")
+        if os.fstat(source).st_size < peer_bytes:
+            raise TransferError(f"the peer's memory is smaller than the {peer_bytes} bytes it announced")
+        mapped = mmap.mmap(source, peer_bytes, prot=mmap.PROT_READ)
+    except OSError as failure:
+        raise TransferError(f"the peer's memory {address!r} cannot be mapped: {failure}") from failure
+    finally:
+        os.close(source)
+    view = np.frombuffer(mapped, dtype=np.uint8)
+    _populate_at(view.ctypes.data, peer_bytes, _MADV_POPULATE_READ)
+    return view
+
+
+def _populate(mapped: mmap.mmap, num_bytes: int, advice: int) -> None:
+    _populate_at(np.frombuffer(mapped, dtype=np.uint8).ctypes.data, num_bytes, advice)
+
+
+def _populate_at(address: int, num_bytes: int, advice: int) -> None:
+    """Fault pages in now instead of during the first transfers. ctypes lets go of the GIL meanwhile."""
+    with contextlib.suppress(OSError):  # older kernels: pages come as they are touched
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), ctypes.c_int(advice))
