@@ -1,0 +1,136 @@
+"""Between text and token ids: the tokenizer, the chat template, and output text that grows token by token."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+Messages = list[dict[str, object]]
+
+
+class NoChatTemplate(Exception):
+    """The model is a base model: it completes text."""
+
+
+class TextCodec:
+    """A model directory's tokenizer and, where it has one, its chat template."""
+
+    def __init__(self, model: Path) -> None:
+        self.tokenizer: Tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        self._template = _chat_template(model)
+        self._specials = _special_tokens(model)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids with the special tokens that the tokenizer adds, such as <bos>."""
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def encode_chat(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Raises NoChatTemplate, or ValueError with the template's own complaint.
+        """
+        if self._template is None:
+            raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
+        text = render_chat(self._template, messages, self._specials)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def render_chat(template: str, messages: Messages, specials: dict[str, str]) -> str:
+    """Render a Hugging Face chat template, with the helpers such templates expect."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: object, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **specials)
+    except (TemplateError, TypeError) as failure:
+        raise ValueError(f"the model's chat template refuses these messages: {failure}") from failure
+
+
+class OutputText:
+    """Output text as tokens come: never half a character, never past a stop string.
+
+    Text that might become a stop string is held back until it cannot.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_tail: list[int], stops: list[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._stream = DecodeStream(ids=prompt_tail, skip_special_tokens=True)
+        self._pending: list[int] = []
+        self._held = ""
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """New text that is safe to show, and whether a stop string was reached."""
+        self._pending.append(token_id)
+        piece = self._stream.step(self._tokenizer, token_id)
+        if piece is None:
+            return "", False
+        self._pending.clear()
+        return self._show(piece)
+
+    def flush(self) -> str:
+        """What is left when the output ends without a stop string."""
+        rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True) if self._pending else ""
+        text, self._held = self._held + rest, ""
+        self._pending.clear()
+        return text
+
+    def _show(self, piece: str) -> tuple[str, bool]:
+        if not self._stops:
+            return piece, False
+        text = self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _chat_template(model: Path) -> str | None:
+    separate = model / "chat_template.jinja"
+    if separate.is_file():
+        return separate.read_text(encoding="utf-8")
+    found = _tokenizer_config(model).get("chat_template")
+    return found if isinstance(found, str) else None
+
+
+def _special_tokens(model: Path) -> dict[str, str]:
+    """bos_token and its like; each is a string or an object with `content`."""
+    specials = {}
+    for name, value in _tokenizer_config(model).items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            specials[name] = content
+    return specials
+
+
+def _tokenizer_config(model: Path) -> dict[str, object]:
+    path = model / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,62 @@
+"""The command line of an engine, shared by front and core."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What `python -m pdctl.engine serve` was told. Sizes in tokens, GiB and seconds as named."""
+
+    name: str
+    role: str
+    model: str
+    served_model_name: str
+    host: str
+    port: int
+    device: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_gb: float
+    block_size: int
+    transfer: str
+    lease_s: float
+    run_dir: Path
+    epoch: str
+    front_pid: int
+
+    def to_argv(self) -> list[str]:
+        """The same options as arguments, for the core."""
+        words: list[str] = []
+        for name in self.__slots__:
+            words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
+        return words
+
+
+def parse(argv: list[str]) -> EngineOptions:
+    """Raises SystemExit(2) with usage, as argparse does."""
+    parser = argparse.ArgumentParser(prog="python -m pdctl.engine serve")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--role", choices=["prefill", "decode", "hybrid"], default="hybrid")
+    parser.add_argument("--model", required=True, help="a local Hugging Face directory")
+    parser.add_argument("--served-model-name", default="")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512)
+    parser.add_argument("--kv-cache-gb", type=float, default=1.0)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--transfer", default="auto")
+    parser.add_argument("--lease-s", type=float, default=30.0)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--epoch", default="", help="set by the front for its core")
+    parser.add_argument("--front-pid", type=int, default=0, help="set by the front for its core")
+    found = vars(parser.parse_args(argv))
+    found["served_model_name"] = found["served_model_name"] or Path(found["model"]).name
+    return EngineOptions(**found)

@@ -1,0 +1,83 @@
+"""One step's arithmetic: slices in, token ids out."""
+
+from __future__ import annotations
+
+import torch
+
+from pdctl.engine import attention
+from pdctl.engine.attention import BatchContext, PackedSequence
+from pdctl.engine.kv_pool import KvPool
+from pdctl.engine.loading import LoadedModel, check_agreement, check_token_ids, dense_logits, forward
+from pdctl.engine.messages import Sampling
+from pdctl.engine.sampler import sample
+from pdctl.engine.scheduler import Slice
+from pdctl.engine.sequence import Sequence
+
+
+class ModelRunner:
+    """Runs batches of slices through the model over the pool."""
+
+    def __init__(self, loaded: LoadedModel, pool: KvPool, device: torch.device) -> None:
+        self.loaded = loaded
+        self.pool = pool
+        self.device = device
+        self._offsets = torch.arange(pool.block_size)
+
+    def execute(self, batch: list[Slice]) -> list[int]:
+        """Compute every slice; one token id for each sampling slice, in order."""
+        logits = self.logits(batch)
+        requests = [
+            (piece.sequence.sampling, len(piece.sequence.token_ids)) for piece in batch if piece.samples
+        ]
+        return sample(logits, requests) if requests else []
+
+    def logits(self, batch: list[Slice], every_row: bool = False) -> torch.Tensor:
+        """[sampling slices, vocab], or every row of the batch."""
+        ids: list[int] = []
+        positions: list[torch.Tensor] = []
+        writes: list[torch.Tensor] = []
+        packed: list[PackedSequence] = []
+        last_rows: list[int] = []
+        for sequence, start, count, samples in batch:
+            slots, first_slot = self._slots(sequence, start + count)
+            packed.append(PackedSequence(len(ids), count, start + count, slots, first_slot))
+            ids += sequence.token_ids[start : start + count]
+            positions.append(torch.arange(start, start + count))
+            writes.append(slots[start:])
+            if samples:
+                last_rows.append(len(ids) - 1)
+        # A batch of inner chunks samples nothing, and still needs one row: models project at least one.
+        keep = torch.arange(len(ids)) if every_row else torch.tensor(last_rows or [len(ids) - 1])
+        attention.set_context(BatchContext(self.pool, torch.cat(writes), packed))
+        try:
+            return forward(self.loaded.module, torch.tensor(ids), torch.cat(positions), keep)
+        finally:
+            attention.set_context(None)
+
+    def self_check(self) -> None:
+        """Paged logits of a few tokens, in two chunks over scattered blocks, against dense ones.
+
+        Raises ModelRefused. Uses the first blocks of a pool that nobody owns yet, and leaves it zeroed.
+        """
+        ids = check_token_ids(self.loaded.vocab_size)
+        size = self.pool.block_size
+        needed = -(-len(ids) // size)
+        scattered = list(range(2 * needed - 1, 0, -2))
+        sequence = Sequence("self-check", ids.tolist(), len(ids), Sampling(max_tokens=1), block_ids=scattered)
+        cut = len(ids) - size // 2 - 1
+        first = self.logits([Slice(sequence, 0, cut, False)], every_row=True)
+        second = self.logits([Slice(sequence, cut, len(ids) - cut, True)], every_row=True)
+        dense = dense_logits(self.loaded, ids)
+        check_agreement(torch.cat([first, second]), dense, type(self.loaded.module).__name__)
+        for plane in (*self.pool.keys, *self.pool.values):
+            plane[: 2 * needed * size].zero_()
+
+    def _slots(self, sequence: Sequence, kv_len: int) -> tuple[torch.Tensor, int | None]:
+        """The pool slot of each of the first `kv_len` tokens, and the first one if they form a run."""
+        size = self.pool.block_size
+        blocks = sequence.block_ids[: -(-kv_len // size)]
+        if blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[-1] + 1)):
+            first = blocks[0] * size
+            return torch.arange(first, first + kv_len, device=self.device), first
+        table = torch.tensor(blocks)[:, None] * size + self._offsets
+        return table.flatten()[:kv_len].to(self.device), None

@@ -1,0 +1,266 @@
+"""A lean pooled HTTP/1.1 client for the paths every token takes. httptools parses; asyncio moves the bytes.
+
+httpx costs milliseconds of CPU per call, which is fine for control calls and too much for a proxy or a lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import httptools
+
+# A reader slower than its engine stops the socket at this many buffered bytes.
+_PAUSE_AT = 256 * 1024
+# A kept connection older than this may meet a server that is just closing it, seconds.
+_IDLE_S = 30.0
+_MAX_IDLE = 256
+_MAX_HEADERS = 64 * 1024
+
+
+class Unreachable(Exception):
+    """No connection, or it ended before the answer did. `sent`: the request may have been acted on."""
+
+    def __init__(self, message: str, sent: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+@dataclass(slots=True)
+class Response:
+    """Status and body of a finished call."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection, one request at a time."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.idle_since = 0.0
+        self.used = False
+        self.closed = False
+        self.transport: asyncio.Transport | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.headers: dict[str, str] = {}
+        self.head_done = False
+        self.complete = False
+        self.answered = False
+        self.failure: str | None = None
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
+        self._header_bytes = 0
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    # -- asyncio.Protocol --
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.answered = True
+        try:
+            self.parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as failure:
+            self.fail(f"{self.peer} does not speak HTTP: {failure}")
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        if not self.complete:
+            self.fail(f"{self.peer} closed the connection" + (f": {exc}" if exc else ""))
+
+    # -- httptools callbacks --
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > _MAX_HEADERS:
+            self.fail(f"{self.peer} sent more than {_MAX_HEADERS} bytes of headers")
+            return
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.head_done = True
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+        self._buffered += len(body)
+        if self._buffered > _PAUSE_AT and not self._paused and self.transport:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+    # -- for the pool --
+
+    def send(self, data: bytes) -> None:
+        assert self.transport is not None
+        self._begin()
+        self.used = True
+        self.transport.write(data)
+
+    async def head(self) -> int:
+        """The status, once the headers are in."""
+        while not self.head_done:
+            await self._wait()
+        return int(self.parser.get_status_code())
+
+    async def read(self) -> bytes | None:
+        """What has arrived since, at least a byte; None at the end."""
+        while not self._chunks:
+            if self.complete:
+                return None
+            await self._wait()
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        if self._paused and self.transport and not self.closed:
+            self._paused = False
+            self.transport.resume_reading()
+        return data
+
+    def fail(self, message: str) -> None:
+        if self.failure is None:
+            self.failure = message
+        self.abort()
+        self._wake()
+
+    def abort(self) -> None:
+        self.closed = True
+        if self.transport and not self.transport.is_closing():
+            self.transport.abort()
+
+    @property
+    def reusable(self) -> bool:
+        return self.complete and not self.closed and self.parser.should_keep_alive()
+
+    async def _wait(self) -> None:
+        if self.failure is not None:
+            raise Unreachable(self.failure, sent=self.answered)
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class StreamedResponse:
+    """An answer being read. Close it in every case; closing early tells the peer that we left."""
+
+    def __init__(self, pool: Pool, connection: _Connection, status: int) -> None:
+        self.status = status
+        self._pool = pool
+        self._connection = connection
+
+    async def read(self) -> bytes | None:
+        """The next bytes; None at the end. Raises Unreachable when the peer dies in between."""
+        return await self._connection.read()
+
+    async def rest(self) -> bytes:
+        """All that is left."""
+        parts = []
+        while (data := await self._connection.read()) is not None:
+            parts.append(data)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Give the connection back, or cut it when the answer was not read to its end."""
+        self._pool.give_back(self._connection)
+
+
+class Pool:
+    """Connections to one address."""
+
+    def __init__(self, host: str, port: int, connect_s: float = 2.0) -> None:
+        self.host = host
+        self.port = port
+        self.connect_s = connect_s
+        self._idle: deque[_Connection] = deque()
+        self._head = f" HTTP/1.1\r\nhost: {host}:{port}\r\n".encode()
+
+    async def request(
+        self, method: str, path: str, headers: bytes = b"", body: bytes = b"", timeout_s: float = 30.0
+    ) -> Response:
+        """One call, its whole answer. `headers` are ready-made lines. Raises Unreachable; late counts as that."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                stream = await self.stream(method, path, headers, body)
+                try:
+                    data = await stream.rest()
+                finally:
+                    stream.close()
+        except TimeoutError:
+            raise Unreachable(f"{self.host}:{self.port}{path} gave no answer in {timeout_s:g} s", sent=True) from None
+        return Response(stream.status, data, stream._connection.headers)
+
+    async def stream(self, method: str, path: str, headers: bytes = b"", body: bytes = b"") -> StreamedResponse:
+        """Send a request and wait for the head of its answer. Raises Unreachable."""
+        length = f"content-length: {len(body)}\r\n".encode() if body or method == "POST" else b""
+        message = method.encode() + b" " + path.encode() + self._head + headers + length + b"\r\n" + body
+        while True:
+            connection = await self._acquire()
+            kept = connection.used
+            try:
+                connection.send(message)
+                return StreamedResponse(self, connection, await connection.head())
+            except Unreachable as failure:
+                connection.abort()
+                # A kept connection that the server closed while idle says nothing about the server.
+                if not kept or failure.sent:
+                    raise
+            except BaseException:
+                connection.abort()
+                raise
+
+    def give_back(self, connection: _Connection) -> None:
+        """Keep a connection whose answer was read to its end; cut any other."""
+        if connection.reusable and len(self._idle) < _MAX_IDLE:
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        while self._idle:
+            self._idle.pop().abort()
+
+    async def _acquire(self) -> _Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed and time.monotonic() - connection.idle_since < _IDLE_S:
+                return connection
+            connection.abort()
+        loop = asyncio.get_running_loop()
+        peer = f"{self.host}:{self.port}"
+        try:
+            async with asyncio.timeout(self.connect_s):
+                _, connection = await loop.create_connection(lambda: _Connection(peer), self.host, self.port)
+        except (OSError, TimeoutError) as failure:
+            raise Unreachable(f"{peer} cannot be reached: {failure or 'no answer'}") from None
+        return connection
+
+
+def header_lines(headers: dict[str, str]) -> bytes:
+    """Ready-made header lines. Raises ValueError for a value that would break out of its line."""
+    lines = []
+    for name, value in headers.items():
+        if "\r" in value or "\n" in value:
+            raise ValueError(f"header {name} holds a line break")
+        lines.append(f"{name}: {value}\r\n")
+    return "".join(lines).encode("latin-1")
