@@ -1,0 +1,29 @@
+"""`python -m pdctl.engine serve|core|prepare ...`: the front, its core, or making a model ready to load."""
+
+from __future__ import annotations
+
+import sys
+
+from pdctl.engine.options import parse
+
+
+def main() -> int:
+    """Dispatch; each part imports what it needs, so that a front has no torch."""
+    verb, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if verb == "serve":
+        from pdctl.engine.front.main import main as serve
+
+        return serve(parse(argv))
+    if verb == "core":
+        from pdctl.engine.core import main as core
+
+        return core(parse(argv))
+    if verb == "prepare":
+        from pdctl.engine.samples.prepare import main as prepare
+
+        return prepare(argv)
+    sys.stderr.write("usage: python -m pdctl.engine serve|core|prepare ...\n")
+    return 2
+
+
+sys.exit(main())

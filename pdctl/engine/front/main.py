@@ -1,0 +1,106 @@
+"""The front process: wires its parts together and runs them until told to stop or until the core ends."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from pdctl.engine.front.core_link import CoreGone, CoreLink, CoreRefused
+from pdctl.engine.front.generate import Generator, Identity
+from pdctl.engine.front.leases import LeaseDesk
+from pdctl.engine.front.migrate import Migrator
+from pdctl.engine.front.service import EngineService
+from pdctl.engine.front.text import TextCodec
+from pdctl.engine.front.trace import Trace
+from pdctl.engine.lease import LeaseTable
+from pdctl.engine.options import EngineOptions
+from pdctl.wire import EXIT_CONFIG, SECRET_ENV
+
+# Running streams may end by themselves for this long after TERM, seconds.
+_DRAIN_S = 5
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: ours stops server and core in order."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Stopped(Exception):
+    """Ends the task group when the server has shut down."""
+
+
+def new_epoch() -> str:
+    """This start's name: the boot's id and a counter that only grows within it."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:8]
+    return f"{boot_id}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME):x}"
+
+
+def main(options: EngineOptions) -> int:
+    """Run one engine. Returns the exit code: 0 stopped, 78 cannot be served, 1 the core died."""
+    options = dataclasses.replace(options, epoch=new_epoch(), front_pid=os.getpid())
+    (options.run_dir / "ipc").mkdir(parents=True, exist_ok=True)
+    try:
+        codec = TextCodec(Path(options.model))
+    except Exception as failure:  # noqa: BLE001 - tokenizers raises bare Exception for every unreadable file
+        return _fail(f"{options.model} has no usable tokenizer.json: {failure}", EXIT_CONFIG)
+    try:
+        asyncio.run(_run(options, codec))
+    except* CoreRefused as refused:
+        return _fail(str(refused.exceptions[0]), EXIT_CONFIG)
+    except* CoreGone as gone:
+        return _fail(str(gone.exceptions[0]), 1)
+    except* _Stopped:
+        pass
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+async def _run(options: EngineOptions, codec: TextCodec) -> None:
+    secret = os.environ.get(SECRET_ENV, "")
+    trace = Trace(options.name, options.epoch)
+    core = CoreLink(options)
+    leases = LeaseDesk(LeaseTable(options.epoch, options.lease_s), core, trace)
+    migrator = Migrator(f"{options.name}@{options.epoch}", secret, core, trace)
+    identity = Identity(options.name, options.epoch, options.host, options.port, options.lease_s)
+    generator = Generator(identity, codec, core, leases, migrator)
+    service = EngineService(options, secret, codec, core, leases, migrator, generator)
+    config = uvicorn.Config(
+        service.app(), host=options.host, port=options.port, log_level="warning", access_log=False,
+        timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="uvloop",
+    )  # fmt: skip
+    server = _Server(config)
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sign, _stop, server)
+    async with asyncio.TaskGroup() as tasks:
+        core_task = tasks.create_task(core.run_core())
+        tasks.create_task(core.receive())
+        tasks.create_task(leases.expire_forever())
+        tasks.create_task(migrator.renew_forever())
+        await server.serve()
+        if not server.started:
+            raise CoreRefused(f"port {options.port} on {options.host} cannot be bound")
+        await core.close()
+        migrator.close()
+        trace.close()
+        await asyncio.wait([core_task], timeout=_DRAIN_S)
+        raise _Stopped
+
+
+def _stop(server: uvicorn.Server) -> None:
+    server.should_exit = True

@@ -1,0 +1,36 @@
+"""The engine's Prometheus text."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from pdctl.engine.lease import LeaseTable
+from pdctl.wire import EngineState
+
+
+def render_metrics(state: EngineState, leases: LeaseTable) -> bytes:
+    """All metrics, made from the books at the moment of asking: nothing to keep in step."""
+    registry = CollectorRegistry()
+    gauges = {
+        "pdctl_engine_blocks": ("KV blocks in the pool", state.blocks_total),
+        "pdctl_engine_blocks_free": ("KV blocks free", state.blocks_free),
+        "pdctl_engine_blocks_leased": ("KV blocks held for decode engines", state.blocks_leased),
+        "pdctl_engine_blocks_reserved": ("KV blocks set aside for KV that is being pulled", state.blocks_reserved),
+        "pdctl_engine_requests_running": ("Requests being computed", state.running),
+        "pdctl_engine_requests_waiting": ("Requests waiting for blocks or budget", state.waiting),
+    }
+    for name, (what, value) in gauges.items():
+        Gauge(name, what, registry=registry).set(value)
+    counters = {
+        "pdctl_engine_tokens": ("Tokens generated", state.tokens_total),
+        "pdctl_engine_pulls": ("KV pulls completed", state.transfers["pulls"]),
+        "pdctl_engine_pulls_lost": ("Hand-overs lost and prefilled again", state.transfers["lost"]),
+        "pdctl_engine_pulled_bytes": ("KV bytes pulled", state.transfers["bytes"]),
+        "pdctl_engine_pulled_seconds": ("Seconds spent copying KV", state.transfers["seconds"]),
+    }
+    for name, (what, value) in counters.items():
+        Counter(name, what, registry=registry).inc(value)
+    ended = Counter("pdctl_engine_leases_ended", "Leases ended, by how", ["how"], registry=registry)
+    for how, count in leases.ended.items():
+        ended.labels(how.value).inc(count)
+    return generate_latest(registry)
