@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def main(options: EngineOptions) -> int:
         asyncio.run(_run(options, codec))
     except* CoreRefused as refused:
         return _fail(str(refused.exceptions[0]), EXIT_CONFIG)
+    except* OSError as failure:
+        return _fail(str(failure.exceptions[0]), 1)
     except* CoreGone as gone:
         return _fail(str(gone.exceptions[0]), 1)
     except* _Stopped:
@@ -72,6 +75,7 @@ def _fail(message: str, code: int) -> int:
 
 
 async def _run(options: EngineOptions, codec: TextCodec) -> None:
+    listener = _listen(options.host, options.port)
     secret = os.environ.get(SECRET_ENV, "")
     trace = Trace(options.name, options.epoch)
     core = CoreLink(options)
@@ -92,14 +96,24 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         tasks.create_task(core.receive())
         tasks.create_task(leases.expire_forever())
         tasks.create_task(migrator.renew_forever())
-        await server.serve()
-        if not server.started:
-            raise CoreRefused(f"port {options.port} on {options.host} cannot be bound")
+        await server.serve(sockets=[listener])
         await core.close()
         migrator.close()
         trace.close()
         await asyncio.wait([core_task], timeout=_DRAIN_S)
         raise _Stopped
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before the model loads: a taken port is known in milliseconds. Raises OSError."""
+    try:
+        return socket.create_server((host, port), backlog=1024, family=_family(host))
+    except OSError as failure:
+        raise OSError(f"port {port} on {host} cannot be bound: {failure.strerror}") from failure
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _stop(server: uvicorn.Server) -> None:

@@ -1,0 +1,1 @@
+"""Models for trying pdctl out and for its tests, made on this machine. Never shipped."""

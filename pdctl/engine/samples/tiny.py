@@ -1,0 +1,62 @@
+"""sample:tiny-qwen3: a Qwen3 of 1.6 million random weights, the same on every machine. For tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from pdctl.engine.samples.prepare import Progress
+
+_VOCAB = 384
+_SEED = 20_240_917
+# Random weights as initialised give nearly flat logits; scaled, greedy output is varied and its margins are wide.
+_SCALE = 3.0
+
+
+def build(folder: Path, progress: Progress) -> None:
+    """Write config, weights and tokenizer into `folder`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=_VOCAB,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=_VOCAB - 1,
+        pad_token_id=None,
+    )
+    state = torch.random.get_rng_state()
+    torch.manual_seed(_SEED)
+    model = Qwen3ForCausalLM(config).float()
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                weights.mul_(_SCALE)
+        # The end token never wins by chance: outputs have the length that tests ask for.
+        model.lm_head.weight[_VOCAB - 1].zero_()
+    torch.random.set_rng_state(state)
+    model.save_pretrained(folder)
+    _tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+    progress("tiny-qwen3", 1.0)
+
+
+def _tokenizer() -> Tokenizer:
+    """One token per byte, and words for the ids above: every id decodes to text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: index for index, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    words = [AddedToken(f"<{index}>", normalized=False) for index in range(len(vocab), _VOCAB - 1)]
+    tokenizer.add_tokens(words)
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    return tokenizer
