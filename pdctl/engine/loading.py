@@ -42,7 +42,9 @@ class LoadedModel:
 def load_model(path: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """Load weights from a local directory onto `device`. Raises ModelRefused."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     attention.register()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -43,6 +44,10 @@ class CoreRefused(Exception):
     """The core said that it cannot serve, and that a restart will not help."""
 
 
+def _how(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
 class CoreLink:
     """Messages to and from the core process."""
 
@@ -50,6 +55,7 @@ class CoreLink:
         self.ready: Ready | None = None
         self.books = Books(0, 0, 0, 0, 0, 0)
         self.tokens_total = 0
+        self._closing = False
         self._options = options
         self._encode = msgspec.msgpack.Encoder().encode
         self._requests: dict[str, asyncio.Queue[RequestEvent]] = {}
@@ -72,7 +78,8 @@ class CoreLink:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        raise CoreGone(f"the core process ended with {code}")
+        if not self._closing:
+            raise CoreGone(f"the core process ended: {_how(code)}")
 
     async def receive(self) -> None:
         """Hand out the core's messages until cancelled. Raises CoreRefused."""
@@ -116,6 +123,7 @@ class CoreLink:
 
     async def close(self) -> None:
         """Ask the core to end and close the sockets."""
+        self._closing = True
         await self.send(Shutdown())
         self._push.close(linger=500)
         self._pull.close(linger=0)

@@ -56,17 +56,16 @@ def main(options: EngineOptions) -> int:
         codec = TextCodec(Path(options.model))
     except Exception as failure:  # noqa: BLE001 - tokenizers raises bare Exception for every unreadable file
         return _fail(f"{options.model} has no usable tokenizer.json: {failure}", EXIT_CONFIG)
+    code = 0
     try:
         asyncio.run(_run(options, codec))
     except* CoreRefused as refused:
-        return _fail(str(refused.exceptions[0]), EXIT_CONFIG)
-    except* OSError as failure:
-        return _fail(str(failure.exceptions[0]), 1)
-    except* CoreGone as gone:
-        return _fail(str(gone.exceptions[0]), 1)
+        code = _fail(str(refused.exceptions[0]), EXIT_CONFIG)
+    except* (CoreGone, OSError) as failure:
+        code = _fail(str(failure.exceptions[0]), 1)
     except* _Stopped:
         pass
-    return 0
+    return code
 
 
 def _fail(message: str, code: int) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 
 from pdctl.engine.lease import LeaseTable
 from pdctl.wire import EngineState
+
+# Creation times of counters that are made at each scrape would say nothing.
+disable_created_metrics()
 
 
 def render_metrics(state: EngineState, leases: LeaseTable) -> bytes:

@@ -57,7 +57,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    kv_transfer_params: msgspec.Raw | None = None
+    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
     resume_token_ids: list[int] | None = None
 
     user: str | None = None
@@ -160,11 +160,12 @@ def _check_numbers(body: CompletionBody | ChatBody) -> None:
         ("top_k", body.top_k, -1, 2**31),
         ("max_tokens", body.max_tokens, 1, 2**31),
         ("max_completion_tokens", getattr(body, "max_completion_tokens", None), 1, 2**31),
-        ("seed", body.seed, -(2**63), 2**64 - 1),
+        ("seed", body.seed, -(2**63), 2**63 - 1),
     ]
     for name, value, low, high in checks:
         if value is not None and not low <= value <= high:
-            raise ApiError(400, f"{name} must be from {low:g} to {high:g}; it is {value}", param=name)
+            bounds = f"at least {low:g}" if high >= 2**31 else f"from {low:g} to {high:g}"
+            raise ApiError(400, f"{name} must be {bounds}; it is {value}", param=name)
 
 
 def stop_strings(body: CompletionBody | ChatBody) -> list[str]:

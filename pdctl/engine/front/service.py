@@ -125,11 +125,12 @@ class EngineService:
     def _internal_fields(
         self, body: openai.CompletionBody | openai.ChatBody, headers: dict[str, str]
     ) -> tuple[bool, HandOver | None]:
-        if body.kv_transfer_params is None and not body.resume_token_ids:
+        no_transfer = bytes(body.kv_transfer_params) == b"null"
+        if no_transfer and not body.resume_token_ids:
             return False, None
         if not self.is_internal(headers.get("authorization", "")):
             raise ApiError(403, "kv_transfer_params and resume_token_ids are for this service's own processes")
-        if body.kv_transfer_params is None:
+        if no_transfer:
             return False, None
         try:
             asked = msgspec.json.decode(body.kv_transfer_params, type=openai.HoldRequest)

@@ -64,6 +64,9 @@ def _into_place(target: Path, build: Callable[[Path, Progress], None], progress:
     """Build beside the target and rename: a half-made model is never seen, two makers do not meet."""
     if (target / "config.json").is_file():
         return str(target)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
