@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pdctl.engine.front.core_link import CoreLink, RequestEvent
 from pdctl.engine.front.leases import LeaseDesk
 from pdctl.engine.front.migrate import Migrator
-from pdctl.engine.front.openai import ApiError, GenerationRequest
+from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.text import OutputText, TextCodec
 from pdctl.engine.messages import Failed, Held, Submit, Token
+from pdctl.openai_api import ApiError
 from pdctl.wire import HandOver
 
 # Enough context for the detokenizer to join a first output token to the prompt's end.

@@ -1,33 +1,17 @@
-"""OpenAI requests in, checked; OpenAI answers and errors out."""
+"""OpenAI requests, checked before anything is computed."""
 
 from __future__ import annotations
 
 import secrets
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
 from pdctl.engine.messages import Sampling
+from pdctl.openai_api import ApiError, Envelope
 from pdctl.wire import HandOver
 
 _MAX_STOPS = 16
-
-
-class ApiError(Exception):
-    """An answer other than 200. `kind` is OpenAI's error type."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.kind = kind
-        self.param = param
-
-    def body(self) -> bytes:
-        """OpenAI's error envelope."""
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
-        return msgspec.json.encode({"error": error})
 
 
 class StreamOptions(msgspec.Struct):
@@ -124,18 +108,15 @@ class GenerationRequest:
     """One checked request. `token_ids` is the prompt; `resume` are output tokens the client has already."""
 
     request_id: str
-    chat: bool
-    model: str
+    envelope: Envelope
     token_ids: list[int]
     sampling: Sampling
     stops: list[str]
     stream: bool
     include_usage: bool
-    return_token_ids: bool
     resume: list[int]
     hold: bool
     hand_over: HandOver | None
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
@@ -204,53 +185,3 @@ def sampling_of(body: CompletionBody | ChatBody, prompt_len: int, max_model_len:
         seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
         ignore_eos=bool(body.ignore_eos),
     )
-
-
-def answer(
-    request: GenerationRequest, text: str, token_ids: list[int], finish_reason: str, hand_over: HandOver | None
-) -> bytes:
-    """The body of a whole, unstreamed answer."""
-    choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
-    choice |= {"message": {"role": "assistant", "content": text}} if request.chat else {"text": text}
-    if request.return_token_ids:
-        choice["token_ids"] = token_ids
-    body = _envelope(request, "chat.completion" if request.chat else "text_completion")
-    body |= {"choices": [choice], "usage": usage(request, len(token_ids))}
-    if hand_over is not None:
-        body["kv_transfer_params"] = hand_over
-    return msgspec.json.encode(body)
-
-
-def chunk(request: GenerationRequest, text: str, token_ids: list[int], finish_reason: str | None, first: bool) -> bytes:
-    """One server-sent event of a stream."""
-    choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
-    if request.chat:
-        choice["delta"] = {"role": "assistant", "content": text} if first else {"content": text}
-    else:
-        choice["text"] = text
-    if request.return_token_ids:
-        choice["token_ids"] = token_ids
-    body = _envelope(request, "chat.completion.chunk" if request.chat else "text_completion")
-    return b"data: " + msgspec.json.encode(body | {"choices": [choice]}) + b"\n\n"
-
-
-def usage_chunk(request: GenerationRequest, completion_tokens: int) -> bytes:
-    """The event that carries the counts when `include_usage` asked for it."""
-    body = _envelope(request, "chat.completion.chunk" if request.chat else "text_completion")
-    return b"data: " + msgspec.json.encode(body | {"choices": [], "usage": usage(request, completion_tokens)}) + b"\n\n"
-
-
-def usage(request: GenerationRequest, new_tokens: int) -> dict[str, int]:
-    """Counts of the whole request, resumed tokens included."""
-    prompt, completion = len(request.token_ids), new_tokens + len(request.resume)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _envelope(request: GenerationRequest, kind: str) -> dict[str, object]:
-    prefix = "chatcmpl" if request.chat else "cmpl"
-    return {
-        "id": f"{prefix}-{request.request_id}",
-        "object": kind,
-        "created": request.created,
-        "model": request.model,
-    }

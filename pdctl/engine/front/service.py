@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hmac
-import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from uuid import uuid4
 
-import anyio
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -15,21 +13,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from pdctl import asgi
 from pdctl.engine.front import openai
 from pdctl.engine.front.core_link import CoreLink
-from pdctl.engine.front.generate import Generator, Piece
+from pdctl.engine.front.generate import Generator
 from pdctl.engine.front.leases import LeaseDesk
 from pdctl.engine.front.metrics import render_metrics
 from pdctl.engine.front.migrate import KvLost, Migrator
-from pdctl.engine.front.openai import ApiError, GenerationRequest
+from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.options import EngineOptions
+from pdctl.openai_api import DONE, ApiError, Envelope, usage
 from pdctl.wire import EngineState, HandOver, HolderCall, LeaseCall, RenewCall
-
-_MAX_BODY = 16 * 2**20
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-Reply = tuple[int, bytes]
 
 
 class EngineService:
@@ -83,17 +78,16 @@ class EngineService:
             raise ApiError(404, f"the model {parsed.model!r} does not exist; this engine serves {served!r}", param="model")
         token_ids = self._prompt_ids(parsed, ready.vocab_size)
         hold, hand_over = self._internal_fields(parsed, headers)
-        given = headers.get("x-request-id", "")
+        request_id = asgi.request_id(headers)
         return GenerationRequest(
-            request_id=(given if _REQUEST_ID.fullmatch(given) else uuid4().hex) + f".{uuid4().hex[:8]}",
-            chat=chat,
-            model=served,
+            # The same client request may reach one engine twice, so the id inside is its own.
+            request_id=f"{request_id}.{uuid4().hex[:8]}",
+            envelope=Envelope(request_id, chat, served, bool(parsed.return_token_ids)),
             token_ids=token_ids,
             sampling=openai.sampling_of(parsed, len(token_ids), ready.max_model_len),
             stops=openai.stop_strings(parsed),
             stream=bool(parsed.stream) and not hold,
             include_usage=bool(parsed.stream_options and parsed.stream_options.include_usage),
-            return_token_ids=bool(parsed.return_token_ids),
             resume=parsed.resume_token_ids or [],
             hold=hold,
             hand_over=hand_over,
@@ -215,17 +209,14 @@ class _Generate:
         self._chat = chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = asgi.header_dict(scope["headers"])
         try:
-            body = await _read_body(receive)
-            request = self._service.accept(body, self._chat, headers)
+            request = self._service.accept(await asgi.read_body(receive), self._chat, headers)
         except ApiError as failure:
-            await _respond(send, failure.status, failure.body())
+            await asgi.respond_error(send, failure)
             return
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
-            await (self._stream if request.stream else self._whole)(request, send)
-            tasks.cancel_scope.cancel()
+        answer = self._stream if request.stream else self._whole
+        await asgi.while_connected(receive, lambda: answer(request, send))
 
     async def _whole(self, request: GenerationRequest, send: Send) -> None:
         text, token_ids, last = "", [], None
@@ -235,75 +226,48 @@ class _Generate:
                 token_ids += piece.token_ids
                 last = piece
         except (ApiError, KvLost) as failure:
-            error = _api_error(failure)
-            await _respond(send, error.status, error.body())
+            await asgi.respond_error(send, _api_error(failure))
             return
         assert last is not None
-        body = openai.answer(request, text, token_ids, last.finish_reason or "length", last.hand_over)
-        await _respond(send, 200, body)
+        extra: dict[str, object] = {"kv_transfer_params": last.hand_over} if last.hand_over else {}
+        counts = _usage(request, len(token_ids))
+        await asgi.respond(
+            send, 200, request.envelope.answer(text, token_ids, last.finish_reason or "length", counts, extra)
+        )
 
     async def _stream(self, request: GenerationRequest, send: Send) -> None:
-        pieces = self._service.generator.run(request)
         started = False
         count = 0
         try:
-            async for piece in pieces:
+            async for piece in self._service.generator.run(request):
                 if not started:
-                    await send(_head(200, b"text/event-stream; charset=utf-8"))
+                    await asgi.start_stream(send)
                 count += len(piece.token_ids)
-                event = openai.chunk(request, piece.text, piece.token_ids, piece.finish_reason, not started)
+                event = request.envelope.chunk(piece.text, piece.token_ids, piece.finish_reason, not started)
                 started = True
-                await send({"type": "http.response.body", "body": event + self._tail(request, piece, count),
-                            "more_body": piece.finish_reason is None})  # fmt: skip
+                last = piece.finish_reason is not None
+                await asgi.send_part(send, event + (_tail(request, count) if last else b""), last)
         except (ApiError, KvLost) as failure:
             error = _api_error(failure)
-            if not started:
-                await _respond(send, error.status, error.body())
-                return
-            await send({"type": "http.response.body", "body": b"data: " + error.body() + b"\n\n", "more_body": False})
+            if started:
+                await asgi.send_part(send, b"data: " + error.body() + b"\n\n", last=True)
+            else:
+                await asgi.respond_error(send, error)
 
-    def _tail(self, request: GenerationRequest, piece: Piece, count: int) -> bytes:
-        """What follows the last event, in the same write."""
-        if piece.finish_reason is None:
-            return b""
-        return (openai.usage_chunk(request, count) if request.include_usage else b"") + b"data: [DONE]\n\n"
+
+def _tail(request: GenerationRequest, count: int) -> bytes:
+    """What follows the last event, in the same write."""
+    counts = request.envelope.usage_chunk(_usage(request, count)) if request.include_usage else b""
+    return counts + DONE
+
+
+def _usage(request: GenerationRequest, new_tokens: int) -> dict[str, int]:
+    """Counts of the whole request, resumed tokens included."""
+    return usage(len(request.token_ids), new_tokens + len(request.resume))
 
 
 def _api_error(failure: ApiError | KvLost) -> ApiError:
     return ApiError(409, str(failure), "kv_lost") if isinstance(failure, KvLost) else failure
-
-
-async def _cancel_on_disconnect(receive: Receive, scope: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
-
-
-async def _read_body(receive: Receive) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client left before its request was complete")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > _MAX_BODY:
-            raise ApiError(413, f"the body is larger than {_MAX_BODY} bytes")
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _head(status: int, content_type: bytes, length: int | None = None) -> dict[str, object]:
-    headers = [(b"content-type", content_type)]
-    if length is not None:
-        headers.append((b"content-length", str(length).encode()))
-    return {"type": "http.response.start", "status": status, "headers": headers}
-
-
-async def _respond(send: Callable[[dict[str, object]], Awaitable[None]], status: int, body: bytes) -> None:
-    await send(_head(status, b"application/json", len(body)))
-    await send({"type": "http.response.body", "body": body})
 
 
 def _json(status: int, body: bytes) -> Response:
@@ -312,5 +276,3 @@ def _json(status: int, body: bytes) -> Response:
 
 def _error(failure: ApiError) -> Response:
     return _json(failure.status, failure.body())
-
-

@@ -1,0 +1,90 @@
+"""OpenAI-shaped answers and errors, as engine and proxy both send them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class ApiError(Exception):
+    """An answer other than 200. `kind` is OpenAI's error type; `retry_after` in seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.param = param
+        self.retry_after = retry_after
+
+    def body(self) -> bytes:
+        """OpenAI's error envelope."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
+        return msgspec.json.encode({"error": error})
+
+
+@dataclass(slots=True)
+class Envelope:
+    """What every part of one answer repeats."""
+
+    request_id: str
+    chat: bool
+    model: str
+    with_token_ids: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def answer(
+        self, text: str, token_ids: list[int], finish_reason: str, usage: dict[str, int], extra: dict[str, object]
+    ) -> bytes:
+        """The body of a whole, unstreamed answer."""
+        choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
+        choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        body = self._outer("chat.completion" if self.chat else "text_completion")
+        return msgspec.json.encode(body | {"choices": [self._with_ids(choice, token_ids)], "usage": usage} | extra)
+
+    def chunk(self, text: str, token_ids: list[int], finish_reason: str | None, first: bool) -> bytes:
+        """One server-sent event of a stream."""
+        choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
+        if self.chat:
+            choice["delta"] = {"role": "assistant", "content": text} if first else {"content": text}
+        else:
+            choice["text"] = text
+        body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
+        return _event(body | {"choices": [self._with_ids(choice, token_ids)]})
+
+    def usage_chunk(self, usage: dict[str, int]) -> bytes:
+        """The event that carries the counts when `include_usage` asked for it."""
+        body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
+        return _event(body | {"choices": [], "usage": usage})
+
+    def _with_ids(self, choice: dict[str, object], token_ids: list[int]) -> dict[str, object]:
+        return choice | {"token_ids": token_ids} if self.with_token_ids else choice
+
+    def _outer(self, kind: str) -> dict[str, object]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def _event(body: dict[str, object]) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
