@@ -60,12 +60,12 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One event of a decode stream."""
+    """One event of a decode stream. `usage`: prompt and completion tokens, with the last event."""
 
     token_ids: list[int]
     text: str
     finish_reason: str | None
-    completion_tokens: int | None
+    usage: tuple[int, int] | None
 
 
 class EngineError(Exception):

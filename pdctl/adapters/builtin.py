@@ -114,12 +114,12 @@ class BuiltinDialect:
     def parse_event(self, data: bytes, chat: bool) -> Delta:
         """See Dialect.parse_event."""
         answer = self._parse(200, data)
-        completion = answer.usage.completion_tokens if answer.usage else None
+        counts = (answer.usage.prompt_tokens, answer.usage.completion_tokens) if answer.usage else None
         if not answer.choices:
-            return Delta([], "", None, completion)
+            return Delta([], "", None, counts)
         choice = answer.choices[0]
         text = (choice.delta.content if chat and choice.delta else choice.text) or ""
-        return Delta(choice.token_ids or [], text, choice.finish_reason, completion)
+        return Delta(choice.token_ids or [], text, choice.finish_reason, counts)
 
     def release_call(self, hand_over: HandOver) -> tuple[str, bytes]:
         """See Dialect.release_call."""
