@@ -7,6 +7,7 @@ import msgspec
 SECRET_ENV = "PDCTL_SECRET"  # noqa: S105 - the variable's name, not a secret
 UNIT_ENV = "PDCTL_UNIT"
 RUN_ENV = "PDCTL_RUN_ID"
+EPOCH_ENV = "PDCTL_EPOCH"
 LISTEN_FD_ENV = "PDCTL_LISTEN_FD"
 
 # An engine that cannot be cured by a restart (bad arguments, a refused model) exits with this; sysexits.h EX_CONFIG.

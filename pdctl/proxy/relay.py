@@ -49,9 +49,10 @@ class Shared:
 class _Failed(Exception):
     """An engine failed this request in a way that another may not."""
 
-    def __init__(self, engine: Engine, reason: str) -> None:
+    def __init__(self, engine: Engine, reason: str, blameless: bool = False) -> None:
         super().__init__(reason)
         self.engine = engine
+        self.blameless = blameless
 
 
 @dataclass(slots=True)
@@ -207,7 +208,7 @@ class Relay:
         """Decide whether to go on elsewhere. Raises ApiError when enough has failed."""
         name = failure.engine.address.name
         self.failures += 1
-        self.avoid = {name}
+        self.avoid = set() if failure.blameless else {name}
         self.shared.metrics.failed_over(name)
         if self.failures >= _MAX_FAILURES:
             message = f"the request failed on {self.failures} engines, last on {name}: {failure}"
@@ -224,7 +225,7 @@ class Relay:
             return _Failed(engine, f"no token from {engine.address.name} in {_STALL_S:g} s")
         assert isinstance(failure, EngineError)
         if failure.status in _RETRYABLE:
-            return _Failed(engine, failure.message)
+            return _Failed(engine, failure.message, blameless=failure.kv_lost)
         return ApiError(failure.status, failure.message, failure.kind)
 
     def _one_token_left(self) -> bool:

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,8 @@ from pdctl.engine.front.text import TextCodec
 from pdctl.engine.front.trace import Trace
 from pdctl.engine.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
-from pdctl.wire import EXIT_CONFIG, SECRET_ENV
+from pdctl.host.boot import new_epoch
+from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
 
 # Running streams may end by themselves for this long after TERM, seconds.
 _DRAIN_S = 5
@@ -42,15 +42,10 @@ class _Stopped(Exception):
     """Ends the task group when the server has shut down."""
 
 
-def new_epoch() -> str:
-    """This start's name: the boot's id and a counter that only grows within it."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:8]
-    return f"{boot_id}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME):x}"
-
-
 def main(options: EngineOptions) -> int:
     """Run one engine. Returns the exit code: 0 stopped, 78 cannot be served, 1 the core died."""
-    options = dataclasses.replace(options, epoch=new_epoch(), front_pid=os.getpid())
+    epoch = os.environ.get(EPOCH_ENV) or new_epoch()
+    options = dataclasses.replace(options, epoch=epoch, front_pid=os.getpid())
     (options.run_dir / "ipc").mkdir(parents=True, exist_ok=True)
     try:
         codec = TextCodec(Path(options.model))

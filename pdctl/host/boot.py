@@ -1,0 +1,12 @@
+"""This boot, and names for what starts during it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+
+def new_epoch(proc_root: Path = Path("/proc")) -> str:
+    """A start's name: the boot's id and a counter that only grows within it."""
+    boot_id = (proc_root / "sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:8]
+    return f"{boot_id}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME):x}"

@@ -1,0 +1,60 @@
+"""The control API: HTTP on a unix socket of the run directory, for this user only."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: the service has its own."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _OwnUserSocket(socket.socket):
+    """A listening unix socket that turns away other users."""
+
+    def accept(self) -> tuple[socket.socket, object]:
+        connection, address = super().accept()
+        size = struct.calcsize("3i")
+        _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        if uid not in (os.getuid(), 0):
+            connection.close()
+            # asyncio takes this for a client that left while being accepted, and goes on.
+            raise ConnectionAbortedError(f"uid {uid} is not ours")
+        return connection, address
+
+
+async def serve_control(path: Path, status: Callable[[], dict[str, object]], stop: Callable[[], None]) -> None:
+    """Answer GET /v1/status and POST /v1/stop until cancelled."""
+
+    async def get_status(_: Request) -> JSONResponse:
+        return JSONResponse(status())
+
+    async def post_stop(_: Request) -> JSONResponse:
+        stop()
+        return JSONResponse({"stopping": True}, status_code=202)
+
+    app = Starlette(routes=[Route("/v1/status", get_status), Route("/v1/stop", post_stop, methods=["POST"])])
+    with _OwnUserSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(64)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", loop="none", http="h11", ws="none",
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
+        await _Server(config).serve(sockets=[listener])

@@ -1,0 +1,242 @@
+"""A whole service: its units in order, its control socket, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from pdctl.errors import PdctlError
+from pdctl.host.ports import listening_ports
+from pdctl.lean_http import Pool, Unreachable, header_lines
+from pdctl.plan import Plan, ProcessSpec
+from pdctl.supervisor.control import serve_control
+from pdctl.supervisor.lifecycle import Event, Kind, Phase, Policy
+from pdctl.supervisor.rundir import RunDir
+from pdctl.supervisor.tree import become_subreaper, kill_tree, reap_strangers, stamped
+from pdctl.supervisor.unit import Surroundings, Unit
+from pdctl.wire import RUN_ENV, SECRET_ENV, UNIT_ENV, EngineAddress, HolderCall, ProxyConfig
+
+_HOUSEKEEPING_S = 1.0
+_RECLAIM_S = 2.0
+
+
+class _Down(Exception):
+    """Ends the task group when everything has stopped."""
+
+
+class Service:
+    """Runs a plan until told to stop. `say(process, message)` is told of every event."""
+
+    def __init__(self, plan: Plan, say: Callable[[str, str], None], stay_when_failed: bool = False) -> None:
+        self.plan = plan
+        self.failure: str | None = None
+        self._say = say
+        self._stay_when_failed = stay_when_failed
+        self._rundir = RunDir(Path(plan.run_dir))
+        self._secret = secrets.token_hex(16)
+        self._run_id = secrets.token_hex(6)
+        self._units: list[Unit] = []
+        self._stopping = False
+        self._was_ready = False
+        self._dirty = asyncio.Event()
+        self._listeners: list[socket.socket] = []
+
+    # -- from outside --------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Start everything, keep it running, and return when it is down. Raises PdctlError before it starts."""
+        self._rundir.acquire()
+        try:
+            await self._clear_leftovers()
+            self._prepare()
+            become_subreaper()
+            await self._supervise()
+        except* _Down:
+            pass
+        finally:
+            for listener in self._listeners:
+                listener.close()
+            self._rundir.release()
+
+    def stop(self) -> None:
+        """Stop the proxy, then the engines. A second call kills what is left."""
+        if self._stopping:
+            for unit in self._units:
+                unit.force()
+        self._stopping = True
+        self._dirty.set()
+
+    def status(self) -> dict[str, object]:
+        """As `pdctl status --json` shows it."""
+        return {
+            "service": self.plan.service,
+            "state": self.state(),
+            "failure": self.failure,
+            "proxy_url": self.plan.proxy_url,
+            "model": self.plan.model,
+            "served_model_name": self.plan.served_model_name,
+            "supervisor_pid": os.getpid(),
+            "run_dir": self.plan.run_dir,
+            "log_dir": self.plan.log_dir,
+            "processes": [unit.status() for unit in self._units],
+        }
+
+    def state(self) -> str:
+        """starting, ready, degraded (was ready, something is not now), failed or stopping."""
+        phases = [unit.life.phase for unit in self._units]
+        if self._stopping:
+            return "stopping"
+        if Phase.FAILED in phases:
+            return "failed"
+        if all(phase is Phase.READY for phase in phases):
+            return "ready"
+        return "degraded" if self._was_ready else "starting"
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        loop = asyncio.get_running_loop()
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sign, self.stop)
+        async with asyncio.TaskGroup() as tasks:
+            self._make_units(tasks)
+            tasks.create_task(serve_control(self._rundir.control_socket, self.status, self.stop))
+            tasks.create_task(self._housekeeping())
+            while True:
+                self._step()
+                if self._stopping and all(unit.life.phase in _ENDED for unit in self._units):
+                    raise _Down
+                await self._dirty.wait()
+                self._dirty.clear()
+
+    def _step(self) -> None:
+        """Start what may start; when stopping, stop what may stop."""
+        phases = {unit.spec.name: unit.life.phase for unit in self._units}
+        if self.state() == "ready" and not self._was_ready:
+            self._was_ready = True
+            self._say("pdctl", f"service {self.plan.service!r} is ready at {self.plan.proxy_url}")
+        failed = next((unit for unit in self._units if unit.life.phase is Phase.FAILED), None)
+        if failed and not self._was_ready and not self._stopping and not self._stay_when_failed:
+            # A service that never became ready is taken down whole: nothing half-started is left behind.
+            self.failure = f"{failed.spec.name} {failed.life.reason}"
+            self._stopping = True
+        for unit in self._units:
+            if self._stopping:
+                dependants = [u for u in self._units if unit.spec.name in u.spec.depends_on]
+                if all(u.life.phase in _ENDED for u in dependants):
+                    self._stop_unit(unit)
+            elif unit.life.phase is Phase.PENDING and all(phases[n] is Phase.READY for n in unit.spec.depends_on):
+                unit.feed(Event(Kind.START, time.monotonic()))
+
+    def _stop_unit(self, unit: Unit) -> None:
+        if unit.life.phase not in (*_ENDED, Phase.STOPPING):
+            unit.feed(Event(Kind.STOP, time.monotonic()))
+
+    def _changed(self, unit: Unit) -> None:
+        self._dirty.set()
+        self._rundir.write_json("state.json", self.status())
+        if unit.life.phase in (Phase.BACKOFF, Phase.FAILED) and unit.spec.role in ("decode", "hybrid"):
+            unit.around.tasks.create_task(self._reclaim(unit, f"{unit.spec.name}@{unit.epoch}"))
+
+    async def _reclaim(self, dead: Unit, holder: str) -> None:
+        """We saw it die: tell every prefill engine, which frees what it held at once."""
+        headers = header_lines({"authorization": f"Bearer {self._secret}", "content-type": "application/json"})
+        body = msgspec.json.encode(HolderCall(holder))
+        for unit in self._units:
+            if unit is dead or unit.spec.role not in ("prefill", "hybrid") or unit.life.phase is not Phase.READY:
+                continue
+            pool = Pool("127.0.0.1", unit.spec.ports["http"])
+            try:
+                await pool.request("POST", "/pdctl/v1/holders/release", headers, body, _RECLAIM_S)
+            except Unreachable as failure:
+                self._say("pdctl", f"{unit.spec.name} was not told that {dead.spec.name} died ({failure})")
+            finally:
+                pool.close()
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            reap_strangers(self._pids())
+
+    def _pids(self) -> set[int]:
+        return {unit.pid for unit in self._units if unit.pid is not None}
+
+    # -- getting ready -------------------------------------------------------------------------------------
+
+    def _make_units(self, tasks: asyncio.TaskGroup) -> None:
+        around = Surroundings(
+            policy=Policy(self.plan.max_restarts, self.plan.within_s),
+            grace_s=self.plan.grace_s,
+            log_dir=Path(self.plan.log_dir),
+            env={SECRET_ENV: self._secret, RUN_ENV: self._run_id},
+            stamp_prefix=self._stamp_prefix(),
+            tasks=tasks,
+            changed=self._changed,
+            our_pids=self._pids,
+            say=self._say,
+        )
+        by_address = {listener.getsockname()[1]: listener for listener in self._listeners}
+        for spec in self.plan.processes:
+            unit = Unit(spec, around)
+            if spec.listen is not None:
+                unit.listen_fd = by_address[spec.listen[1]].fileno()
+            self._units.append(unit)
+
+    def _stamp_prefix(self) -> str:
+        """The service's place on this machine: two services of one name in different run directories do not meet."""
+        return self.plan.run_dir
+
+    async def _clear_leftovers(self) -> None:
+        """What a supervisor that was killed left behind is ended before anything is started in its place."""
+        for spec in self.plan.processes:
+            stamp = f"{UNIT_ENV}={self._stamp_prefix()}:{spec.name}"
+            if left := stamped(stamp):
+                self._say("pdctl", f"ending pids {left} of an earlier {spec.name}")
+                await kill_tree(stamp, set(), _RECLAIM_S * 5)
+
+    def _prepare(self) -> None:
+        """Sockets and files that children expect."""
+        for spec in self.plan.processes:
+            if spec.listen is not None:
+                self._listeners.append(_listen(spec))
+        (self._rundir.path / "ipc").mkdir()
+        engines = [
+            EngineAddress(spec.name, spec.role, spec.kind, "127.0.0.1", spec.ports["http"])
+            for spec in self.plan.processes
+            if spec.kind != "proxy"
+        ]
+        config = ProxyConfig(
+            service=self.plan.service,
+            model=self.plan.served_model_name,
+            routing=self.plan.routing,
+            ttft_ms=self.plan.ttft_ms,
+            tpot_ms=self.plan.tpot_ms,
+            max_model_len=self.plan.max_model_len,
+            engines=engines,
+        )
+        self._rundir.write_json("proxy.json", msgspec.to_builtins(config))
+
+
+_ENDED = (Phase.STOPPED, Phase.FAILED)
+
+
+def _listen(spec: ProcessSpec) -> socket.socket:
+    """Bound by us and handed down, so that a restart of the process refuses nobody."""
+    assert spec.listen is not None
+    host, port = spec.listen
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as failure:
+        holder = listening_ports().get(port)
+        who = f" by {holder.describe()}" if holder else ""
+        hint = "stop that process or choose another port under [proxy]"
+        raise PdctlError(f"port {port} on {host} cannot be bound: {failure.strerror}{who}", hint) from failure
