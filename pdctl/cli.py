@@ -1,0 +1,74 @@
+"""The command line. Each verb imports what it needs inside itself, so that `--help` and `status` stay quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from pdctl import __version__, console
+from pdctl.commands.ask import ask
+from pdctl.commands.down import down
+from pdctl.commands.init import init
+from pdctl.commands.logs import logs
+from pdctl.commands.plan import plan
+from pdctl.commands.status import status
+from pdctl.commands.up import up
+from pdctl.errors import ConfigError, PdctlError
+
+app = typer.Typer(
+    name="pdctl",
+    help="Run prefill/decode-disaggregated LLM serving with one command.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for verb in (init, plan, up, status, logs, ask, down):
+    app.command()(verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.out(f"pdctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Run prefill/decode-disaggregated LLM serving with one command."""
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 ok, 1 the user can fix it, 2 unexpected."""
+    try:
+        app()
+    except ConfigError as failure:
+        _config_error(failure)
+        sys.exit(failure.exit_code)
+    except PdctlError as failure:
+        console.error(failure.message, failure.hint)
+        sys.exit(failure.exit_code)
+    except BrokenPipeError:
+        # The reader of our stdout left (| head); nothing more to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as failure:  # noqa: BLE001 - the outermost loop of the process
+        if os.environ.get("PDCTL_DEBUG"):
+            raise
+        console.error(f"unexpected: {type(failure).__name__}: {failure}", "run again with PDCTL_DEBUG=1 for the traceback")
+        sys.exit(2)
+
+
+def _config_error(failure: ConfigError) -> None:
+    for problem in failure.problems:
+        where = f"{failure.source}:{problem.line}" if problem.line else failure.source
+        key = f"{problem.key}: " if problem.key else ""
+        console.error(f"{where}: {key}{problem.message}", problem.hint)
+    console.note(failure.message)

@@ -1,0 +1,1 @@
+"""One file per verb: resolve options, call one function, print."""

@@ -1,0 +1,109 @@
+"""What several verbs share: which topology, which service, and talking to its supervisor."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+
+from pdctl.errors import NotRunning, PdctlError
+from pdctl.host.users import run_root
+
+FILE_ENV = "PDCTL_FILE"
+DEFAULT_FILE = "pdctl.toml"
+
+FileOption = typer.Option(None, "-f", "--file", envvar=FILE_ENV, help="The topology file. Default: ./pdctl.toml, else a built-in default.")
+ServiceOption = typer.Option(None, "-s", "--service", help="The service's name. Default: the topology's, or the one that runs.")
+JsonOption = typer.Option(False, "--json", help="Print JSON on stdout.")
+
+# A supervisor's answer, as JSON gives it.
+Status = dict[str, Any]
+
+
+def topology_file(file: Path | None) -> Path | None:
+    """The file meant, or None for the built-in default."""
+    if file is not None:
+        return file
+    return Path(DEFAULT_FILE) if Path(DEFAULT_FILE).is_file() else None
+
+
+def find_service(service: str | None, file: Path | None) -> str:
+    """The service a verb is about: named, or the file's, or the only one running. Raises PdctlError."""
+    if service is not None:
+        return service
+    path = topology_file(file)
+    if path is not None:
+        return _name_in(path)
+    running = running_services()
+    if len(running) > 1:
+        raise PdctlError(f"several services run here: {', '.join(running)}", "name one with -s NAME")
+    if not running:
+        raise NotRunning("no service is running", "start one with: pdctl up")
+    return running[0]
+
+
+def running_services() -> list[str]:
+    """Names of this user's running services."""
+    root = run_root()
+    if not root.is_dir():
+        return []
+    return sorted(entry.name for entry in root.iterdir() if (entry / "control.sock").exists() and _answers(entry))
+
+
+def call(service: str, method: str, path: str) -> Status:
+    """One call to a service's supervisor. Raises NotRunning."""
+    connection = _UnixConnection(run_root() / service / "control.sock")
+    try:
+        connection.request(method, path)
+        return cast(Status, json.loads(connection.getresponse().read()))
+    except (OSError, http.client.HTTPException, ValueError):
+        raise NotRunning(f"service {service!r} is not running", "start it with: pdctl up") from None
+    finally:
+        connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=10)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(10)
+        self.sock.connect(str(self._path))
+
+
+def _name_in(path: Path) -> str:
+    """The service name of a file, without judging the rest of it."""
+    import tomli
+
+    try:
+        found = tomli.loads(path.read_text(encoding="utf-8")).get("service", {})
+    except FileNotFoundError:
+        raise PdctlError(f"topology file {path} does not exist", "write one with: pdctl init") from None
+    except (OSError, tomli.TOMLDecodeError, UnicodeDecodeError) as failure:
+        raise PdctlError(f"topology file {path} cannot be read: {failure}") from None
+    name = found.get("name", "pdctl") if isinstance(found, dict) else "pdctl"
+    return str(name)
+
+
+def _answers(rundir: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(2)
+        try:
+            probe.connect(str(rundir / "control.sock"))
+        except OSError:
+            return False
+    return True
+
+
+def is_interactive() -> bool:
+    """Whether a person watches stderr."""
+    return os.isatty(2)

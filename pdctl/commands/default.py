@@ -1,0 +1,69 @@
+"""The topology that fits this machine: what `init` writes and what `up` runs without a file."""
+
+from __future__ import annotations
+
+from pdctl.host import Host
+from pdctl.host.models import SAMPLE_PREFIX
+
+MODEL = SAMPLE_PREFIX + "gemma-3-270m"
+
+
+def default_text(host: Host) -> str:
+    """A commented topology: one prefill, one decode, on the GPUs found, else on the CPU."""
+    gpus = len(host.gpus)
+    if gpus:
+        found = f"{gpus} GPU" + ("s" if gpus > 1 else "") + f" ({host.gpus[0].name})"
+        prefill, decode = _gpu_keys(0, gpus), _gpu_keys(1 % gpus, gpus)
+    else:
+        found = f"no GPU, {len(host.cpus)} CPUs"
+        half = len(host.cpus) // 2
+        prefill, decode = _cpu_keys(host.cpus[:half]), _cpu_keys(host.cpus[half:] if half else ())
+    return _TEMPLATE.format(found=found, model=MODEL, prefill=prefill, decode=decode)
+
+
+def _cpu_keys(cpus: tuple[int, ...]) -> str:
+    pin = f"cpus = {list(cpus)}\n" if cpus else "# cpus = [0]                       # pin to CPUs\n"
+    return f'device = "cpu"\n{pin}kv_cache_gb = 1.0'
+
+
+def _gpu_keys(index: int, gpus: int) -> str:
+    share = "share_gpu = true                   # both engines on one GPU\n" if gpus == 1 else ""
+    return f'device = "cuda"\ngpus = [{index}]\n{share}kv_cache_gb = 4.0'
+
+
+_TEMPLATE = """\
+# pdctl topology, written for this machine: {found}.
+# Start it with `pdctl up`; see what it would start with `pdctl plan`.
+
+[service]
+name = "pdctl"
+model = "{model}"     # sample:NAME | a Hugging Face directory | a Hub id
+max_model_len = 2048               # tokens, prompt and output together
+
+[proxy]
+host = "127.0.0.1"                 # "0.0.0.0" serves other machines too
+port = 8000
+routing = "min_expected_latency"   # min_expected_latency | round_robin
+
+[transfer]
+backend = "auto"                   # how KV moves between engines: auto | shm
+lease_s = 30                       # KV nobody fetches is freed after this
+
+[[engines]]
+name = "prefill"
+role = "prefill"                   # prefill | decode | hybrid
+replicas = 1
+{prefill}
+max_num_seqs = 8
+max_num_batched_tokens = 512       # prefill chunk: tokens per step
+
+[[engines]]
+name = "decode"
+role = "decode"
+replicas = 1
+{decode}
+max_num_seqs = 32
+
+[supervisor]
+grace_s = 30                       # seconds between TERM and KILL
+"""

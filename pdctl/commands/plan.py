@@ -1,0 +1,53 @@
+"""`pdctl plan`: what `up` would start, and where. Starts nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdctl import console
+from pdctl.commands.common import FileOption, JsonOption, topology_file
+from pdctl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pdctl.plan import Plan
+
+
+def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
+    """Show the processes, roles, devices, CPU pins and ports of a topology. Starts nothing."""
+    planned = load_plan(file)
+    if as_json:
+        console.out(json.dumps(planned.to_dict(), indent=2))
+        return
+    console.out(f"service {planned.service}: {planned.model} at {planned.proxy_url}\n")
+    rows = [
+        [
+            spec.name,
+            spec.role,
+            spec.kind,
+            spec.device if not spec.gpus else ",".join(spec.gpus),
+            ",".join(map(str, spec.cpus)),
+            ",".join(map(str, spec.ports.values())),
+            ",".join(spec.depends_on) or "-",
+        ]
+        for spec in planned.processes
+    ]
+    console.out(console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "PORT", "AFTER"], rows))
+    if not planned.model_ready:
+        console.note(f"\n{planned.model} is made ready on the first `pdctl up`, in {planned.model_path}")
+
+
+def load_plan(file: Path | None, check_port: bool = False) -> Plan:
+    """The plan of the topology meant. Raises ConfigError with everything that is wrong."""
+    from pdctl.commands.default import default_text
+    from pdctl.host import read_host
+    from pdctl.loader import load_file, load_text, port_problems
+    from pdctl.plan import make_plan
+
+    host = read_host()
+    path = topology_file(file)
+    topology = load_file(path, host) if path else load_text(default_text(host), "the built-in default", host)
+    if check_port and (problems := port_problems(topology, host)):
+        raise ConfigError(topology.source or "the topology", problems)
+    return make_plan(topology, host)

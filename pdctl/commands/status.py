@@ -1,0 +1,51 @@
+"""`pdctl status`: what runs, since when, and what happened to it."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+
+from pdctl import console
+from pdctl.commands.common import FileOption, JsonOption, ServiceOption, Status, call, find_service
+
+_COLOURS = {"ready": "green", "starting": "yellow", "backoff": "yellow", "stopping": "yellow", "failed": "red"}
+
+
+def status(file: Path | None = FileOption, service: str | None = ServiceOption, as_json: bool = JsonOption) -> None:
+    """Show the service's processes: state, restarts and their cause, pid, device, pins."""
+    found = call(find_service(service, file), "GET", "/v1/status")
+    if as_json:
+        console.out(json.dumps(found, indent=2))
+    else:
+        show(found)
+
+
+def show(found: Status) -> None:
+    """The table for people."""
+    console.out(f"service {found['service']}: {found['state']}, {found['served_model_name']} at {found['proxy_url']}\n")
+    rows = [_row(process) for process in found["processes"]]
+    header = ["PROCESS", "ROLE", "STATE", "SINCE", "RESTARTS", "PID", "DEVICE", "CPUS", "PORT", "LAST EXIT"]
+    console.out(console.table(header, rows, _COLOURS))
+
+
+def _row(process: Status) -> list[str]:
+    last = process["last_exit"]
+    gpus = process["gpus"]
+    return [
+        process["name"],
+        process["role"],
+        process["state"],
+        _since(process["ready_since"]),
+        str(process["restarts"]),
+        str(process["pid"] or "-"),
+        ",".join(gpus) if gpus else process["device"],
+        ",".join(map(str, process["cpus"])),
+        ",".join(map(str, process["ports"].values())),
+        f"{last['reason']} {_since(last['at'])} ago" if last else process["reason"] or "-",
+    ]
+
+
+def _since(at: str | None) -> str:
+    return console.duration(max(0.0, time.time() - datetime.fromisoformat(at).timestamp())) if at else "-"

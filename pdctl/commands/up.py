@@ -1,0 +1,168 @@
+"""`pdctl up`: start a service, in the foreground or detached."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from pdctl import console
+from pdctl.commands.common import FileOption, Status, call, is_interactive
+from pdctl.commands.plan import load_plan
+from pdctl.errors import AlreadyRunning, NotRunning, PdctlError, ServiceFailed
+
+if TYPE_CHECKING:
+    from pdctl.plan import Plan
+
+_POLL_S = 0.1
+_LAST_LINES = 12
+
+
+def up(
+    file: Path | None = FileOption,
+    detach: bool = typer.Option(False, "-d", "--detach", help="Return when the service is ready, or with the reason it is not."),
+    wait_s: float = typer.Option(1800.0, "--wait", help="With -d: give up after this many seconds."),
+) -> None:
+    """Start the service. Ctrl-C stops it cleanly, a second one forces."""
+    from pdctl.supervisor.rundir import is_locked
+
+    planned = load_plan(file)
+    if is_locked(Path(planned.run_dir)):
+        hint = f"look at it with: pdctl status -s {planned.service}    stop it with: pdctl down -s {planned.service}"
+        raise AlreadyRunning(f"service {planned.service!r} is already running", hint)
+    planned = _make_model_ready(load_plan(file, check_port=True))
+    if detach:
+        _detached(planned, wait_s)
+    else:
+        _foreground(planned)
+
+
+def _make_model_ready(planned: Plan) -> Plan:
+    """Convert or fetch the model first, in a process of its own: this one never imports torch."""
+    from dataclasses import replace
+
+    if planned.model_ready:
+        return planned
+    console.note(f"making {planned.model} ready (once; it stays in {Path(planned.model_path).parent})")
+    argv = [sys.executable, "-m", "pdctl.engine", "prepare", planned.model, planned.model_path]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
+    if done.returncode == 1:
+        raise PdctlError(f"model {planned.model} is not usable (see above)")
+    if done.returncode != 0:
+        raise PdctlError(
+            f"making the model ready ended with {done.returncode}", "is the engine installed? pip install 'pdctl[engine]'"
+        )
+    path = done.stdout.strip().splitlines()[-1]
+    argvs = {
+        spec.name: tuple(path if word == planned.model_path else word for word in spec.argv) for spec in planned.processes
+    }
+    processes = tuple(replace(spec, argv=argvs[spec.name]) for spec in planned.processes)
+    return replace(planned, model_path=path, model_ready=True, processes=processes)
+
+
+# -- foreground --------------------------------------------------------------------------------------------
+
+
+def _foreground(planned: Plan) -> None:
+    import asyncio
+
+    from pdctl.commands.follow import Follower
+    from pdctl.supervisor.service import Service
+
+    names = [spec.name for spec in planned.processes]
+    follower = Follower({name: Path(planned.log_dir) / f"{name}.log" for name in names})
+    service = Service(planned, follower.say)
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            shown = tasks.create_task(follower.follow_forever())
+            try:
+                await service.run()
+            finally:
+                follower.show_new()
+                shown.cancel()
+
+    try:
+        asyncio.run(run())
+    except* PdctlError as failures:
+        raise failures.exceptions[0] from None
+    if service.failure is not None:
+        raise ServiceFailed(f"the service did not start: {service.failure}", _log_hint(planned.service))
+
+
+# -- detached ----------------------------------------------------------------------------------------------
+
+
+def _detached(planned: Plan, wait_s: float) -> None:
+    log = Path(planned.log_dir) / "supervisor.log"
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    argv = [sys.executable, "-m", "pdctl.supervisor"]
+    with log.open("ab") as out:
+        child = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True, cwd="/"
+        )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(planned.to_dict()).encode())
+    child.stdin.close()
+    status = _await_ready(planned, child, time.monotonic() + wait_s)
+    console.out(f"{planned.service} is ready at {status['proxy_url']}")
+    console.note('ask it with: pdctl ask "Once upon a time"    stop it with: pdctl down')
+
+
+def _await_ready(planned: Plan, child: subprocess.Popen[bytes], deadline: float) -> Status:
+    shown = ""
+    while time.monotonic() < deadline:
+        code = child.poll()
+        if code is not None:
+            raise _not_started(planned, code)
+        try:
+            status = call(planned.service, "GET", "/v1/status")
+        except NotRunning:
+            time.sleep(_POLL_S)
+            continue
+        shown = _show_progress(status, shown)
+        if status["state"] == "ready":
+            return status
+        time.sleep(_POLL_S)
+    call(planned.service, "POST", "/v1/stop")
+    raise ServiceFailed("the service was not ready in time and was stopped", _log_hint(planned.service))
+
+
+def _show_progress(status: Status, shown: str) -> str:
+    """One line a change: which processes are where."""
+    line = "  ".join(f"{process['name']}: {process['state']}" for process in status["processes"])
+    if line != shown:
+        console.note(f"\r\x1b[K{line}" if is_interactive() else line, end="" if is_interactive() else "\n")
+        if is_interactive() and status["state"] == "ready":
+            console.note("")
+    return line
+
+
+def _not_started(planned: Plan, code: int) -> PdctlError:
+    """The reason, from the supervisor's own last words and the failed process's log."""
+    if is_interactive():
+        console.note("")
+    tail = _tail(Path(planned.log_dir) / "supervisor.log")
+    reason = next((line for line in reversed(tail) if line.startswith("error: ")), f"the supervisor ended with {code}")
+    failed = next((name.name for name in planned.processes if f"{name.name} " in reason), None)
+    if failed:
+        console.note(f"last lines of {failed}:")
+        for line in _tail(Path(planned.log_dir) / f"{failed}.log"):
+            console.note(f"  {line}")
+    return ServiceFailed(reason.removeprefix("error: "), _log_hint(planned.service))
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+    except OSError:
+        return []
+
+
+def _log_hint(service: str) -> str:
+    return f"read the logs with: pdctl logs -s {service}"

@@ -1,0 +1,40 @@
+"""`python -m pdctl.supervisor`: run the plan given on stdin, detached from any terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from datetime import UTC, datetime
+
+import msgspec
+
+from pdctl.errors import PdctlError
+from pdctl.plan import Plan
+from pdctl.supervisor.service import Service
+
+
+def main() -> int:
+    """Exit code 0 after a clean stop, 1 when the service could not start."""
+    plan = msgspec.json.decode(sys.stdin.buffer.read(), type=Plan)
+    service = Service(plan, _say)
+    code = 0
+    try:
+        asyncio.run(service.run())
+    except* PdctlError as failures:
+        code = _fail(str(failures.exceptions[0]))
+    if service.failure is not None:
+        code = _fail(f"the service did not start: {service.failure}")
+    return code
+
+
+def _say(name: str, message: str) -> None:
+    sys.stderr.write(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {name}: {message}\n")
+    sys.stderr.flush()
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return 1
+
+
+sys.exit(main())

@@ -1,0 +1,55 @@
+"""Every topology gives the tokens that transformers' `generate` gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdctl.host.users import cache_root
+from tests.e2e import parity
+from tests.service import Run, running, topology
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tiny_model: Path) -> Path:
+    return tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny_expected(tiny_path: Path) -> tuple[list[list[int]], list[list[int]]]:
+    wanted = parity.prompts(tiny_path)
+    expected = parity.reference(tiny_path, wanted, TOKENS)
+    # A model that repeats itself would make equality cheap.
+    distinct = [len(set(ids)) for ids in expected]
+    assert sum(distinct) / len(distinct) > 8, distinct
+    return wanted, expected
+
+
+@pytest.mark.parametrize(
+    ("prefills", "decodes", "hybrids"), [(1, 1, 0), (1, 2, 0), (2, 1, 0), (0, 0, 1)], ids=["1P1D", "1P2D", "2P1D", "1H"]
+)
+def test_tiny_equals_generate(
+    run: Run, tiny_expected: tuple[list[list[int]], list[list[int]]], prefills: int, decodes: int, hybrids: int
+) -> None:
+    wanted, expected = tiny_expected
+    with running(run, topology(prefills=prefills, decodes=decodes, hybrids=hybrids)) as service:
+        parity.compare(service, wanted, expected, TOKENS)
+        service.idle()
+        pulls = sum(service.engine_state(engine["name"])["transfers"]["pulls"] for engine in service.engines())
+        assert pulls == (0 if hybrids else 3 * len(wanted)), "the KV did not move as it should"
+
+
+@pytest.mark.gemma
+def test_gemma_equals_generate(run: Run) -> None:
+    path = cache_root() / "models" / "gemma-3-270m-r1"
+    text = topology("sample:gemma-3-270m", kv_cache_gb=0.5)
+    with running(run, text) as service:
+        wanted = parity.prompts(path, (1, 16, 33, 257, 600))
+        expected = parity.reference(path, wanted, 12)
+        parity.compare(service, wanted, expected, 12)
+        service.idle()

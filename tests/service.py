@@ -1,0 +1,219 @@
+"""A real pdctl service for tests: started with the command line, asked over HTTP, and proven gone afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+REPOSITORY = Path(__file__).parent.parent
+CLI = [sys.executable, "-m", "pdctl"]
+
+
+@dataclass
+class Run:
+    """A directory of its own for run files, state and topology. Model caches are shared."""
+
+    folder: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        extra = {
+            "PDCTL_RUN": str(self.folder / "r"),
+            "PDCTL_STATE": str(self.folder / "s"),
+            "PDCTL_TRACE_DIR": str(self.folder / "trace"),
+        }
+        return {**os.environ, **extra}
+
+    def cli(self, *words: str, timeout: float = 170, check: bool = False) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*CLI, *words], env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+        assert not check or done.returncode == 0, done.stderr + done.stdout
+        return done
+
+    def write(self, text: str, name: str = "pdctl.toml") -> Path:
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of this run, supervisor included."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                here = process.environ().get("PDCTL_RUN") == str(self.folder / "r")
+                if here and process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+class Service:
+    """A running service."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.url = self.status()["proxy_url"]
+        self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+
+    def status(self) -> dict[str, Any]:
+        return dict(json.loads(self.run.cli("status", "--json", check=True).stdout))
+
+    def process(self, name: str) -> dict[str, Any]:
+        return next(p for p in self.status()["processes"] if p["name"] == name)
+
+    def engines(self) -> list[dict[str, Any]]:
+        return [p for p in self.status()["processes"] if p["kind"] != "proxy"]
+
+    def engine_state(self, name: str) -> dict[str, Any]:
+        port = self.process(name)["ports"]["http"]
+        return dict(httpx.get(f"http://127.0.0.1:{port}/pdctl/v1/state", trust_env=False).json())
+
+    def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
+        """A whole answer's choice, usage beside it."""
+        body = {"prompt": prompt, "temperature": 0, "return_token_ids": True, **options}
+        answer = self.client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        return {**found["choices"][0], "usage": found["usage"]}
+
+    def stream(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
+        """The same, gathered from a stream."""
+        body = {"prompt": prompt, "temperature": 0, "return_token_ids": True, "stream": True, **options}
+        text, ids, reason = "", [], None
+        with self.client.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, answer.read()
+            done = False
+            for event in events(answer):
+                if event is None:
+                    done = True
+                    continue
+                assert "error" not in event, event
+                for choice in event["choices"]:
+                    text += choice["text"]
+                    ids += choice["token_ids"]
+                    reason = choice["finish_reason"] or reason
+            assert done, "no [DONE]"
+        return {"text": text, "token_ids": ids, "finish_reason": reason}
+
+    def wait(self, condition: Any, timeout: float = 60.0, what: str = "") -> Any:
+        """Poll until `condition()` is true; a deadline, not a sleep, decides."""
+        return wait_until(condition, timeout, what)
+
+    def idle(self) -> None:
+        """Every engine has all its blocks back and no lease."""
+
+        def all_idle() -> bool:
+            states = [self.engine_state(p["name"]) for p in self.engines()]
+            return all(s["blocks_free"] == s["blocks_total"] and not s["leases"] for s in states)
+
+        self.wait(all_idle, what="idle block counts")
+
+    def healthy(self) -> None:
+        """The proxy counts every engine as usable."""
+
+        def good() -> bool:
+            try:
+                answer = self.client.get("/health").json()
+            except httpx.TransportError:
+                return False
+            return bool(answer["ok"]) and all(answer["engines"].values())
+
+        self.wait(good, what="all engines healthy")
+
+
+def wait_until(condition: Any, timeout: float = 60.0, what: str = "") -> Any:
+    deadline = time.monotonic() + timeout
+    while True:
+        if found := condition():
+            return found
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what or condition}"
+        time.sleep(0.02)
+
+
+def events(answer: httpx.Response) -> Iterator[dict[str, Any] | None]:
+    """A stream's events; None for [DONE]."""
+    for line in answer.iter_lines():
+        if line.startswith("data: "):
+            yield None if line == "data: [DONE]" else json.loads(line[6:])
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def topology(
+    model: str = "sample:tiny-qwen3", prefills: int = 1, decodes: int = 1, hybrids: int = 0, extra: str = "",
+    lease_s: float = 30, kv_cache_gb: float = 0.25, port: int | None = None, max_model_len: int = 2048,
+    engine_extra: str = "",
+) -> str:
+    engines = ""
+    for role, count in (("prefill", prefills), ("decode", decodes), ("hybrid", hybrids)):
+        if count:
+            engines += f"""
+[[engines]]
+name = "{role}"
+role = "{role}"
+replicas = {count}
+max_num_seqs = 32
+kv_cache_gb = {kv_cache_gb}
+{engine_extra}
+"""
+    return f"""
+[service]
+name = "t"
+model = "{model}"
+served_model_name = "m"
+max_model_len = {max_model_len}
+[proxy]
+port = {port or free_port()}
+{extra}
+[transfer]
+lease_s = {lease_s}
+[supervisor]
+grace_s = 10
+{engines}
+"""
+
+
+@contextmanager
+def running(run: Run, text: str) -> Iterator[Service]:
+    """The service of a topology, up; afterwards down, with nothing left."""
+    run.write(text)
+    run.cli("up", "-d", check=True)
+    service = Service(run)
+    try:
+        yield service
+    finally:
+        service.client.close()
+        done = run.cli("down")
+        left = run.processes()
+        for process in left:
+            process.kill()
+        assert done.returncode == 0, done.stderr
+        assert not left, f"left running: {[(p.pid, p.name()) for p in left]}"
+        assert not (run.folder / "r" / "t").exists(), "the run directory is left"
+        check_trace(run.folder / "trace")
+
+
+def check_trace(folder: Path) -> None:
+    from tests.trace_check import check
+
+    check([json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()])
