@@ -5,6 +5,7 @@ Pure: the same topology on the same host gives the same plan, and nothing is sta
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from pdctl.host import Host
 from pdctl.host.models import locate_model
 from pdctl.topology import Device, EngineGroup, Role, Topology
 
-# Ports of engines are looked for from here on, past the proxy's own default.
-_FIRST_ENGINE_PORT = 18100
+# Engines' ports: each service starts looking at its own place, so that two that start at once do not meet.
+_ENGINE_PORTS = range(18100, 26100)
+_PORTS_PER_SERVICE = 16
 # Reading a large model from a slow disk takes minutes; a start that takes longer than this has failed.
 _STARTUP_S = 1800.0
 
@@ -107,7 +109,7 @@ def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path) -> 
     specs = []
     for group in topology.engines:
         for name in group.replica_names():
-            port = _free_port(taken)
+            port = _free_port(taken, run_dir)
             taken.add(port)
             assignment = Assignment(name, group, port, gpu_of.get(name), model_path, run_dir, host.python)
             specs.append(_engine(topology, host, assignment))
@@ -180,8 +182,14 @@ def _assign_gpus(topology: Topology, host: Host) -> dict[str, str]:
     return chosen
 
 
-def _free_port(taken: set[int]) -> int:
-    return next(port for port in range(_FIRST_ENGINE_PORT, 65536) if port not in taken)
+def _free_port(taken: set[int], run_dir: Path) -> int:
+    places = len(_ENGINE_PORTS) // _PORTS_PER_SERVICE
+    first = zlib.crc32(str(run_dir).encode()) % places * _PORTS_PER_SERVICE
+    wanted = (*_ENGINE_PORTS[first:], *_ENGINE_PORTS[:first])
+    free = next((port for port in wanted if port not in taken), None)
+    if free is None:
+        raise PdctlError(f"no free port from {_ENGINE_PORTS.start} to {_ENGINE_PORTS.stop - 1} for an engine")
+    return free
 
 
 def _reachable(host: str) -> str:

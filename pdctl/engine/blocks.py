@@ -16,6 +16,7 @@ class BlockAllocator:
         self.num_free = num_blocks
         self._free = bytearray(b"\1") * num_blocks
         self._owned: dict[str, list[int]] = {}
+        self._cursor = 0
 
     def owned(self, owner: str) -> list[int]:
         """The owner's blocks in token order; empty for a stranger."""
@@ -57,11 +58,13 @@ class BlockAllocator:
         return list(range(start, start + count)) if fits else []
 
     def _run(self, count: int) -> list[int]:
-        """A free run, preferring one with as much room behind it to grow into."""
-        for length in (2 * count + 8, count):
-            start = self._free.find(b"\1" * length)
-            if start >= 0:
-                return list(range(start, start + count))
+        """A free run. New owners are spread out (next fit), so that the one before has room to grow in place."""
+        room = count + 8
+        for length, start in ((count + room, self._cursor), (count + room, 0), (count, 0)):
+            found = self._free.find(b"\1" * length, start)
+            if found >= 0:
+                self._cursor = found + count + room
+                return list(range(found, found + count))
         return []
 
     def _scattered(self, count: int) -> list[int]:

@@ -1,0 +1,179 @@
+"""kill -9 of anything: restarted by itself, clients keep their answers, no block stays leased, the cause is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.service import Run, Service, events, running, topology, wait_until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+PROMPT = "The quick brown fox jumps over the lazy dog. " * 8
+LONG = 400
+
+
+@pytest.fixture(scope="module")
+def service(module_run: Run) -> Iterator[Service]:
+    with running(module_run, topology()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def quiet(service: Service) -> dict[str, Any]:
+    """What an undisturbed run answers."""
+    return service.complete(PROMPT, max_tokens=LONG, ignore_eos=True)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def restarted(service: Service, name: str, before: dict[str, Any]) -> dict[str, Any]:
+    def back() -> dict[str, Any] | None:
+        now = service.process(name)
+        return now if now["state"] == "ready" and now["pid"] != before["pid"] else None
+
+    return dict(service.wait(back, 90, f"{name} to be restarted"))
+
+
+@pytest.mark.parametrize("name", ["decode-0", "prefill-0", "proxy"])
+def test_idle_process_is_restarted_and_says_why(service: Service, quiet: dict[str, Any], name: str) -> None:
+    service.healthy()
+    before = service.process(name)
+    kill(before["pid"])
+    after = restarted(service, name, before)
+    assert after["restarts"] == before["restarts"] + 1
+    assert after["last_exit"]["signal"] == "SIGKILL"
+    assert after["last_exit"]["reason"] == "killed by SIGKILL"
+    assert "killed by SIGKILL" in service.run.cli("status").stdout
+    service.healthy()
+    assert service.complete(PROMPT, max_tokens=LONG, ignore_eos=True)["token_ids"] == quiet["token_ids"]
+    service.idle()
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
+@pytest.mark.parametrize("part", ["front", "core"])
+def test_stream_survives_the_death_of_an_engine(
+    service: Service, quiet: dict[str, Any], victim: str, part: str
+) -> None:
+    service.healthy()
+    before = service.process(victim)
+    text, ids = "", []
+    body = {"prompt": PROMPT, "max_tokens": LONG, "temperature": 0, "stream": True, "return_token_ids": True,
+            "ignore_eos": True}
+    with service.client.stream("POST", "/v1/completions", json=body) as answer:
+        for event in events(answer):
+            if event is None:
+                break
+            assert "error" not in event, event
+            text += event["choices"][0]["text"]
+            ids += event["choices"][0]["token_ids"]
+            if before is not None and len(ids) > 10:
+                children = psutil.Process(before["pid"]).children()
+                kill(before["pid"] if part == "front" else children[0].pid)
+                killed, before = before, None
+    assert ids == quiet["token_ids"]
+    assert text == quiet["text"]
+    restarted(service, victim, killed)
+    service.healthy()
+    service.idle()
+
+
+def test_seeded_stream_survives_too(service: Service) -> None:
+    options = {"max_tokens": LONG, "temperature": 0.9, "top_p": 0.95, "seed": 7, "ignore_eos": True}
+    quiet = service.complete(PROMPT, **options)
+    assert len(set(quiet["token_ids"])) > 20
+    before = service.process("decode-0")
+    timer = threading.Timer(0.3, kill, [before["pid"]])
+    timer.start()
+    got = service.stream(PROMPT, **options)
+    timer.join()
+    assert got["token_ids"] == quiet["token_ids"]
+    assert got["text"] == quiet["text"]
+    restarted(service, "decode-0", before)
+    service.healthy()
+    service.idle()
+
+
+def test_no_connection_is_refused_while_the_proxy_is_dead(service: Service) -> None:
+    before = service.process("proxy")
+    kill(before["pid"])
+    # The listening socket is the supervisor's: this waits in its backlog for the new proxy.
+    with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
+        body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
+        assert client.post("/v1/completions", json=body).status_code == 200
+    restarted(service, "proxy", before)
+
+
+def test_a_frozen_holder_loses_its_lease_in_time(run: Run) -> None:
+    """SIGSTOP of decode while it holds leases: no supervisor sees a death, the deadline frees the blocks."""
+    with running(run, topology(lease_s=2)) as service:
+        decode = service.process("decode-0")["pid"]
+        core = psutil.Process(decode).children()[0].pid
+        os.kill(core, signal.SIGSTOP)  # claims come from the front, which lives; blocks are never reserved
+        body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+        failure: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                httpx.post(f"{service.url}/v1/completions", json=body, timeout=1.5, trust_env=False)
+            except httpx.TimeoutException as late:
+                failure.append(late)
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        wait_until(lambda: service.engine_state("prefill-0")["leases"], what="a lease")
+        asker.join()
+        assert failure, "the request cannot have been answered"
+        wait_until(lambda: not service.engine_state("prefill-0")["leases"], 10, "the lease to end")
+        state = service.engine_state("prefill-0")
+        assert state["blocks_free"] == state["blocks_total"]
+        os.kill(core, signal.SIGCONT)
+        service.idle()
+
+
+def test_no_orphan_survives_the_supervisor(run: Run) -> None:
+    run.write(topology())
+    run.cli("up", "-d", check=True)
+    status = Service(run)
+    status.client.close()
+    assert len(run.processes()) >= 6, "supervisor, proxy, two fronts, two cores"
+    kill(status.status()["supervisor_pid"])
+    wait_until(lambda: not run.processes(), 20, "every process to end")
+    # And the next `up` clears what the dead one left.
+    run.cli("up", "-d", check=True)
+    assert run.cli("ask", "hello", "--max-tokens", "4").returncode == 0
+    run.cli("down", check=True)
+    assert not run.processes()
+
+
+def test_disconnect_frees_both_engines(service: Service) -> None:
+    service.healthy()
+    body = {"prompt": PROMPT, "max_tokens": 1500, "temperature": 0, "stream": True, "ignore_eos": True}
+    with service.client.stream("POST", "/v1/completions", json=body) as answer:
+        stream = events(answer)
+        for _ in range(5):
+            next(stream)
+        running_now = service.engine_state("decode-0")
+        assert running_now["running"] == 1
+        assert running_now["blocks_free"] < running_now["blocks_total"]
+    service.idle()
+    assert service.engine_state("decode-0")["running"] == 0
+    assert service.engine_state("prefill-0")["running"] == 0
+
+
+def test_disconnect_during_prefill_frees_it(service: Service) -> None:
+    service.healthy()
+    body = {"prompt": "x" * 1900, "max_tokens": 100, "temperature": 0}
+    for wait in (0.02, 0.05, 0.1, 0.2):
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{service.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=wait), trust_env=False)
+    service.idle()

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdctl.engine.blocks import BlockAllocator
+from pdctl.engine.messages import Sampling
+from pdctl.engine.scheduler import Limits, Scheduler, Slice
+from pdctl.engine.sequence import Sequence, Status
+
+EOS = 99
+
+
+def make(blocks: int = 32, block_size: int = 4, seqs: int = 4, tokens: int = 8, longest: int = 64) -> Scheduler:
+    limits = Limits(seqs, tokens, longest, block_size, frozenset({EOS}))
+    return Scheduler(limits, BlockAllocator(blocks))
+
+
+def sequence(name: str, prompt: int, output: int = 4, **options: object) -> Sequence:
+    return Sequence(name, list(range(prompt)), prompt, Sampling(max_tokens=output), **options)  # type: ignore[arg-type]
+
+
+def model(piece: Slice) -> int:
+    """A stand-in for the model: the next token depends on the tokens before it and on nothing else."""
+    return hash(tuple(piece.sequence.token_ids)) % 97
+
+
+def step(scheduler: Scheduler) -> tuple[list[Slice], object]:
+    batch = scheduler.schedule()
+    assert sum(piece.count for piece in batch) <= scheduler.limits.max_num_batched_tokens
+    assert len({id(piece.sequence) for piece in batch}) == len(batch)
+    for piece in batch:
+        assert piece.count > 0
+        assert len(piece.sequence.block_ids) * scheduler.limits.block_size >= piece.start + piece.count
+    outcome = scheduler.update(batch, [model(piece) for piece in batch if piece.samples])
+    scheduler.audit()
+    return batch, outcome
+
+
+def drain(scheduler: Scheduler, most: int = 2000) -> dict[str, list[int]]:
+    """Step until nothing is left; the outputs by request."""
+    outputs: dict[str, list[int]] = {}
+    for _ in range(most):
+        if not scheduler.has_work:
+            return outputs
+        _, outcome = step(scheduler)
+        for token in outcome.tokens:  # type: ignore[attr-defined]
+            outputs.setdefault(token.request_id, []).append(token.token_id)
+    raise AssertionError("requests starve")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=10),
+    st.integers(12, 40), st.integers(1, 5), st.integers(4, 40), st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_every_request_finishes_with_the_same_tokens(
+    wanted: list[tuple[int, int]], blocks: int, seqs: int, tokens: int, chance: random.Random
+) -> None:
+    """Whatever the budgets, the arrivals and the preemptions, the tokens are those of an engine of one's own."""
+    expected = {}
+    for index, (prompt, output) in enumerate(wanted):
+        alone = make(blocks=64, tokens=64)
+        alone.add(sequence(str(index), prompt, output))
+        expected |= drain(alone)
+    scheduler = make(blocks=blocks, seqs=seqs, tokens=tokens)
+    outputs: dict[str, list[int]] = {}
+    queue = list(enumerate(wanted))
+    while queue or scheduler.has_work:
+        if queue and chance.random() < 0.5:
+            index, (prompt, output) = queue.pop(0)
+            assert scheduler.add(sequence(str(index), prompt, output)) is None
+        _, outcome = step(scheduler)
+        for token in outcome.tokens:  # type: ignore[attr-defined]
+            outputs.setdefault(token.request_id, []).append(token.token_id)
+    assert outputs == expected
+    assert scheduler.allocator.num_free == blocks
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(["add", "hold", "await", "pull", "pulled", "start", "abort", "step"]), max_size=80),
+       st.randoms(use_true_random=False))  # fmt: skip
+def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.Random) -> None:
+    scheduler = make(blocks=24, seqs=3, tokens=6)
+    pulling: set[str] = set()
+    pulled: set[str] = set()
+    names: list[str] = []
+    for number, event in enumerate(events):
+        name = chance.choice(names) if names else ""
+        if event in ("add", "hold", "await"):
+            name = str(number)
+            names.append(name)
+            prompt = chance.randint(1, 20)
+            waiting = {"status": Status.AWAITING_BLOCKS, "kv_tokens": prompt - 1} if event == "await" and prompt > 1 else {}
+            scheduler.add(sequence(name, prompt, 5, hold=event == "hold", **waiting))
+            scheduler.reserve()
+        elif event == "pull" and scheduler.pull_started(name):
+            pulling.add(name)
+            pulled.discard(name)
+        elif event == "pulled" and name in pulling:
+            pulling.discard(name)
+            pulled.add(name)
+            scheduler.pull_ended(name)
+        elif event == "start" and name in pulled:
+            scheduler.start(name)
+        elif event == "abort":
+            before = len(scheduler.allocator.owned(name))
+            scheduler.abort(name)
+            if name in pulling:
+                assert len(scheduler.allocator.owned(name)) == before, "blocks freed while they are written to"
+        elif event == "step":
+            step(scheduler)
+        scheduler.audit()
+    for name in names:
+        scheduler.abort(name)
+    for name in pulling:
+        scheduler.pull_ended(name)
+    scheduler.audit()
+    assert scheduler.allocator.num_free == 24, "something is left"
+
+
+def test_long_prompts_are_computed_in_chunks_beside_decodes() -> None:
+    scheduler = make(tokens=8)
+    scheduler.add(sequence("short", 3, output=20))
+    step(scheduler)
+    scheduler.add(sequence("long", 30))
+    shapes = [[(piece.sequence.request_id, piece.count) for piece in step(scheduler)[0]] for _ in range(5)]
+    assert shapes[0] == [("short", 1), ("long", 7)]
+    assert shapes[3] == [("short", 1), ("long", 7)]
+    assert shapes[4] == [("short", 1), ("long", 2)]
+
+
+def test_a_held_prefill_keeps_its_blocks_until_freed() -> None:
+    scheduler = make()
+    scheduler.add(sequence("a", 10, output=1, hold=True))
+    held = []
+    for _ in range(3):
+        held += step(scheduler)[1].held  # type: ignore[attr-defined]
+    assert [(h.request_id, h.num_tokens, len(h.block_ids)) for h in held] == [("a", 10, 3)]
+    assert scheduler.books(1).blocks_leased == 3
+    assert not scheduler.has_work
+    scheduler.abort("a")
+    assert scheduler.allocator.num_free == 32
+
+
+def test_a_held_prefill_that_meets_eos_ends() -> None:
+    scheduler = make(tokens=64)
+    scheduler.add(sequence("a", 10, output=5, hold=True))
+    outcome = scheduler.update(scheduler.schedule(), [EOS])
+    assert [(t.token_id, t.finish_reason) for t in outcome.tokens] == [(EOS, "stop")]
+    assert outcome.held == []
+    assert scheduler.allocator.num_free == 32
+
+
+def test_a_handed_over_sequence_decodes_without_prefill() -> None:
+    scheduler = make()
+    scheduler.add(sequence("a", 10, output=5, status=Status.AWAITING_BLOCKS, kv_tokens=9))
+    assert [s.request_id for s in scheduler.reserve()] == ["a"]
+    assert scheduler.schedule() == [], "not before its KV is certified"
+    assert scheduler.pull_started("a")
+    scheduler.pull_ended("a")
+    assert scheduler.start("a")
+    batch = scheduler.schedule()
+    assert [(piece.start, piece.count, piece.samples) for piece in batch] == [(9, 1, True)]
+
+
+def test_an_impossible_request_is_refused_at_once() -> None:
+    scheduler = make(blocks=4, longest=1000)
+    failed = scheduler.add(sequence("a", 10, output=100))
+    assert failed is not None
+    assert "raise kv_cache_gb" in failed.reason
+    scheduler.audit()
+
+
+def test_the_newest_is_preempted_and_the_oldest_goes_on() -> None:
+    scheduler = make(blocks=4, seqs=2, tokens=16, longest=16)
+    scheduler.add(sequence("old", 7, output=9))
+    scheduler.add(sequence("new", 7, output=9))
+    step(scheduler)
+    while len(scheduler.running) == 2:
+        step(scheduler)
+    assert [s.request_id for s in scheduler.running] == ["old"]
+    outputs = drain(scheduler)
+    assert outputs["old"]
+    assert outputs["new"]
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_seats_are_never_exceeded(limit: int) -> None:
+    scheduler = make(seqs=limit, tokens=64)
+    for index in range(6):
+        waiting = {"status": Status.AWAITING_BLOCKS, "kv_tokens": 3} if index % 2 else {}
+        scheduler.add(sequence(str(index), 4, **waiting))
+    for sequence_ in scheduler.reserve():
+        scheduler.pull_started(sequence_.request_id)
+        scheduler.pull_ended(sequence_.request_id)
+        scheduler.start(sequence_.request_id)
+    batch, _ = step(scheduler)
+    assert len(batch) == limit
