@@ -19,6 +19,8 @@ class KvPool:
     """
 
     def __init__(self, manifest: Manifest, num_blocks: int, region: Region, device: torch.device) -> None:
+        # The region must outlive the tensors over it.
+        self.region = region
         self.manifest = manifest
         self.num_blocks = num_blocks
         self.block_size = manifest.block_size

@@ -20,6 +20,10 @@ class Region(Protocol):
     address: str
     view: memoryview
 
+    def close(self) -> object:
+        """Stop serving it; peers that have mapped it keep what they have."""
+        ...
+
 
 class Transport(Protocol):
     """Reads from peers into one region. Used from the transfer thread only."""

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import mmap
 import os
-from dataclasses import dataclass
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,13 @@ _LABEL = "pdctl-kv-"
 _Bytes = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
 class ShmRegion:
-    """`address` is PID/DESCRIPTOR/EPOCH of the owner."""
+    """`address` is PID/DESCRIPTOR/EPOCH of the owner. The descriptor lives as long as this object."""
 
-    address: str
-    view: memoryview
+    def __init__(self, fd: int, epoch: str, mapped: mmap.mmap) -> None:
+        self.address = f"{os.getpid()}/{fd}/{epoch}"
+        self.view = memoryview(mapped)
+        self.close = weakref.finalize(self, os.close, fd)
 
 
 def allocate(num_bytes: int, epoch: str) -> ShmRegion:
@@ -43,7 +44,7 @@ def allocate(num_bytes: int, epoch: str) -> ShmRegion:
         os.close(fd)
         raise TransferError(f"no shared memory of {num_bytes / 2**30:.2f} GiB: {failure}") from failure
     _populate(mapped, num_bytes)
-    return ShmRegion(f"{os.getpid()}/{fd}/{epoch}", memoryview(mapped))
+    return ShmRegion(fd, epoch, mapped)
 
 
 def open_transport(region: Region) -> ShmTransport:

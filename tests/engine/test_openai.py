@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pdctl.engine.front.openai import parse_body, sampling_of, stop_strings
+from pdctl.openai_api import ApiError
+
+
+def refused(body: object, chat: bool = False) -> ApiError:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(ApiError) as found:
+        parsed = parse_body(raw, chat)
+        stop_strings(parsed)
+        sampling_of(parsed, 10, 100)
+    return found.value
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"max_tokens": -1}, {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": 91}, {"temperature": -0.1},
+        {"top_p": 0}, {"top_p": 1.1}, {"top_k": -2}, {"stop": [""]}, {"stop": ["x"] * 17}, {"n": 2}, {"best_of": 2},
+        {"echo": True}, {"logprobs": 1}, {"suffix": "x"}, {"presence_penalty": 0.5}, {"logit_bias": {"1": 2}},
+        {"unknown": 1}, {"prompt": 5}, {"prompt": {"a": 1}}, {"stream": "yes"},
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_with_400_and_a_name(field: dict[str, object]) -> None:
+    failure = refused({"prompt": "x", **field})
+    assert failure.status == 400
+    assert next(iter(field)) in failure.message or failure.param == next(iter(field))
+    assert json.loads(failure.body())["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b'{"prompt": "\xff"}', b"{}"])
+def test_bodies_that_are_no_request(raw: bytes) -> None:
+    assert refused(raw).status == 400
+
+
+def test_neutral_values_of_unsupported_fields_pass() -> None:
+    body = {"prompt": "x", "n": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}, "user": "u"}
+    assert parse_body(json.dumps(body).encode(), chat=False).user == "u"
+
+
+def test_defaults_are_openais() -> None:
+    completion = sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 10, 100)
+    chat = sampling_of(parse_body(b'{"messages": []}', chat=True), 10, 100)
+    assert (completion.max_tokens, completion.temperature, completion.top_p) == (16, 1.0, 1.0)
+    assert chat.max_tokens == 90
+    assert sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 95, 100).max_tokens == 5
+
+
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
+    with pytest.raises(ApiError, match="context is 100 tokens"):
+        sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 100, 100)

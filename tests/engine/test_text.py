@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdctl.engine.front.text import NoChatTemplate, OutputText, TextCodec, render_chat
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_model: Path) -> TextCodec:
+    return TextCodec(tiny_model)
+
+
+def pieces(codec: TextCodec, ids: list[int], stops: list[str]) -> tuple[list[str], bool]:
+    out = OutputText(codec.tokenizer, codec.encode("prompt"), stops)
+    shown = []
+    for token_id in ids:
+        text, stopped = out.push(token_id)
+        shown.append(text)
+        if stopped:
+            return shown, True
+    return [*shown, out.flush()], False
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=40))
+def test_pieces_make_up_the_text_and_never_half_a_character(codec: TextCodec, text: str) -> None:
+    ids = codec.encode(text)
+    shown, _ = pieces(codec, ids, [])
+    assert "".join(shown) == codec.tokenizer.decode(ids)
+    assert "�" not in "".join(shown[:-1]) or "�" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected", "stopped"),
+    [
+        ("hello END more", ["END"], "hello ", True),
+        ("hello EN more", ["END"], "hello EN more", False),
+        ("hello EN", ["END"], "hello EN", False),
+        ("aab", ["ab"], "a", True),
+        ("one two three", ["three", "two"], "one ", True),
+        ("über ß", ["ß"], "über ", True),
+    ],
+)
+def test_stop_strings_never_show(codec: TextCodec, text: str, stops: list[str], expected: str, stopped: bool) -> None:
+    shown, ended = pieces(codec, codec.encode(text), stops)
+    assert ("".join(shown), ended) == (expected, stopped)
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(min_size=2, max_size=30), cut=st.integers(1, 29), stop=st.sampled_from([[], ["ab"], ["é"]]))
+def test_a_resumed_text_goes_on_where_it_was(codec: TextCodec, text: str, cut: int, stop: list[str]) -> None:
+    """What another engine shows after priming with the first tokens is what this one would have shown."""
+    ids = codec.encode(text)
+    whole, _ = pieces(codec, ids, stop)
+    cut = min(cut, len(ids), max(1, len(whole) - 1))
+    out = OutputText(codec.tokenizer, codec.encode("prompt"), stop)
+    for token_id in ids[:cut]:
+        if out.push(token_id)[1]:
+            return
+    rest = []
+    for token_id in ids[cut:]:
+        shown, stopped = out.push(token_id)
+        rest.append(shown)
+        if stopped:
+            break
+    else:
+        rest.append(out.flush())
+    assert "".join(whole[:cut]) + "".join(rest) == "".join(whole)
+
+
+def test_a_base_model_has_no_chat(codec: TextCodec) -> None:
+    with pytest.raises(NoChatTemplate, match="base model"):
+        codec.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_chat_templates_render_with_their_helpers() -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no bad role') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content | tojson }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    text = render_chat(template, [{"role": "user", "content": "é"}], {"bos_token": "<s>"})
+    assert text == '<s>[user]"é"[assistant]'
+    with pytest.raises(ValueError, match="no bad role"):
+        render_chat(template, [{"role": "bad", "content": ""}], {"bos_token": ""})
+
+
+def test_a_template_cannot_reach_python() -> None:
+    with pytest.raises(ValueError, match="unsafe|refuses"):
+        render_chat("{{ ''.__class__.__mro__[1].__subclasses__() }}", [], {})
