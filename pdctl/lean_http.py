@@ -54,6 +54,7 @@ class _Connection(asyncio.Protocol):
         self.headers: dict[str, str] = {}
         self.head_done = False
         self.complete = False
+        self.keep_alive = False
         self.answered = False
         self.failure: str | None = None
         self._chunks: deque[bytes] = deque()
@@ -102,6 +103,8 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self.complete = True
+        # Asked now: the parser forgets once it waits for the next message.
+        self.keep_alive = self.parser.should_keep_alive()
 
     # -- for the pool --
 
@@ -144,7 +147,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        return self.complete and not self.closed and self.parser.should_keep_alive()
+        return self.complete and self.keep_alive and not self.closed
 
     async def _wait(self) -> None:
         if self.failure is not None:

@@ -180,9 +180,9 @@ def _last_part(model: str) -> str:
 def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem]:
     seen: dict[str, str] = {"proxy": "the proxy", "supervisor": "the supervisor"}
     for index, group in enumerate(topology.engines):
-        for name in {group.name, *group.replica_names()}:
-            if name in seen:
-                yield document.problem(("engines", index, "name"), f"the name {name!r} is taken by {seen[name]}")
+        taken = next((name for name in (group.name, *group.replica_names()) if name in seen), None)
+        if taken is not None:
+            yield document.problem(("engines", index, "name"), f"the name {taken!r} is taken by {seen[taken]}")
         seen |= dict.fromkeys((group.name, *group.replica_names()), f"engines[{index}]")
         if group.gpus and group.device is Device.CPU:
             yield document.problem(("engines", index, "gpus"), "gpus on a CPU engine", 'set device = "cuda"')

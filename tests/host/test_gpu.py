@@ -1,0 +1,52 @@
+"""The real pynvml over a stub driver library: its ctypes signatures are exercised, the hardware is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STUB = Path(__file__).parent.parent / "fakes" / "nvml_stub.c"
+READ = "import json; from pdctl.host.gpu import read_gpus; print(json.dumps([[g.index, g.uuid, g.name, g.memory] for g in read_gpus()]))"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nvml")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", STUB], check=True)
+    return folder
+
+
+def read(library: Path, gpus: str | None) -> list[list[object]]:
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library)}
+    if gpus is not None:
+        env["PDCTL_STUB_GPUS"] = gpus
+    done = subprocess.run([sys.executable, "-c", READ], env=env, capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout))
+
+
+def test_gpus_are_read_through_nvml(library: Path) -> None:
+    assert read(library, "2") == [
+        [0, "GPU-stub-0", "Stub H200", 141 << 30],
+        [1, "GPU-stub-1", "Stub H200", 141 << 30],
+    ]
+
+
+def test_no_gpu_no_driver_no_library(library: Path, tmp_path: Path) -> None:
+    assert read(library, "0") == []
+    assert read(library, None) == [], "driver not loaded"
+    assert read(tmp_path, "2") == [], "no library at all"
+
+
+def test_the_default_topology_uses_the_gpus_found(library: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pdctl", "plan", "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    processes = json.loads(done.stdout)["processes"]
+    assert [p["gpus"] for p in processes] == [["GPU-stub-0"], ["GPU-stub-1"], []]
+    assert processes[1]["env"]["CUDA_VISIBLE_DEVICES"] == "GPU-stub-1"
