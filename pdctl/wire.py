@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+
 import msgspec
 
 SECRET_ENV = "PDCTL_SECRET"  # noqa: S105 - the variable's name, not a secret
@@ -41,7 +44,10 @@ class PoolEndpoint(msgspec.Struct, frozen=True):
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """`kv_transfer_params` of a prefill's answer, in vLLM's shape plus lease, epoch and first token."""
+    """`kv_transfer_params` of a prefill's answer, in vLLM's shape plus lease, epoch and first token.
+
+    `token_digest` names the tokens that the KV was computed from: another prompt's KV is refused, not decoded.
+    """
 
     remote_engine_id: str
     remote_request_id: str
@@ -49,6 +55,7 @@ class HandOver(msgspec.Struct, frozen=True):
     remote_port: int
     remote_block_ids: list[int]
     remote_num_tokens: int
+    token_digest: str
     lease_id: str
     epoch: str
     lease_s: float
@@ -148,3 +155,8 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     tpot_ms: float
     max_model_len: int
     engines: list[EngineAddress]
+
+
+def token_digest(token_ids: list[int]) -> str:
+    """Names a sequence of token ids."""
+    return hashlib.blake2b(array("I", token_ids).tobytes(), digest_size=16).hexdigest()

@@ -13,7 +13,7 @@ from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.text import OutputText, TextCodec
 from pdctl.engine.messages import Failed, Held, Submit, Token
 from pdctl.openai_api import ApiError
-from pdctl.wire import HandOver
+from pdctl.wire import HandOver, token_digest
 
 # Enough context for the detokenizer to join a first output token to the prompt's end.
 _PROMPT_TAIL = 8
@@ -73,12 +73,13 @@ class Generator:
                 await self._migrator.bring(submit.request_id, request.hand_over, events, deadline)
             if first is not None:
                 yield piece
-            async for piece in self._pieces(submit.request_id, events, text):
+            async for piece in self._pieces(submit, events, text):
                 yield piece
 
     async def _pieces(
-        self, request_id: str, events: asyncio.Queue[RequestEvent], text: OutputText
+        self, submit: Submit, events: asyncio.Queue[RequestEvent], text: OutputText
     ) -> AsyncIterator[Piece]:
+        request_id = submit.request_id
         while True:
             match event := await events.get():
                 case Token(_, token_id, finish_reason):
@@ -93,7 +94,7 @@ class Generator:
                     if finish_reason is not None:
                         return
                 case Held():
-                    yield self._held(request_id, event, text)
+                    yield self._held(submit, event, text)
                     return
                 case Failed(_, reason):
                     self._core.keep(request_id)
@@ -101,7 +102,8 @@ class Generator:
                 case _:
                     raise AssertionError(f"unexpected {event}")
 
-    def _held(self, request_id: str, held: Held, text: OutputText) -> Piece:
+    def _held(self, submit: Submit, held: Held, text: OutputText) -> Piece:
+        request_id = submit.request_id
         shown, stopped = text.push(held.token_id)
         if stopped:
             # Ends here after all; leaving the request's context frees the blocks.
@@ -118,6 +120,7 @@ class Generator:
             remote_port=me.port,
             remote_block_ids=held.block_ids,
             remote_num_tokens=held.num_tokens,
+            token_digest=token_digest(submit.token_ids[: held.num_tokens]),
             lease_id=lease.lease_id,
             epoch=me.epoch,
             lease_s=me.lease_s,
@@ -143,7 +146,9 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         if len(token_ids) == hand_over.remote_num_tokens:
             first = hand_over.first_token_id
             token_ids.append(first)
-        if len(token_ids) != hand_over.remote_num_tokens + 1 or token_ids[-1] != hand_over.first_token_id:
+        known = token_ids[:-1]
+        same = len(known) == hand_over.remote_num_tokens and token_digest(known) == hand_over.token_digest
+        if token_ids[-1:] != [hand_over.first_token_id] or not same:
             raise ApiError(400, "kv_transfer_params belong to another prompt than the one they came with")
     submit = Submit(
         request_id=request.request_id,

@@ -1,0 +1,199 @@
+"""What people type, and what they get when it is wrong. Nothing is lost or left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.service import CLI, Run, running, topology, wait_until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+
+def refused(run: Run, *words: str, code: int = 1) -> str:
+    done = run.cli(*words)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == "", "errors are no data"
+    assert not run.processes(), "left running"
+    return done.stderr
+
+
+def test_help_names_every_verb(run: Run) -> None:
+    text = run.cli("--help", check=True).stdout
+    for verb in ("init", "plan", "up", "status", "logs", "ask", "down"):
+        assert verb in text
+        assert run.cli(verb, "--help").returncode == 0
+
+
+def test_init_plan_and_their_json(run: Run) -> None:
+    assert run.cli("init", check=True).stdout == "pdctl.toml\n"
+    assert "exists already" in refused(run, "init")
+    text = run.cli("plan", check=True).stdout
+    assert "prefill-0" in text
+    assert "decode-0" in text
+    plan = json.loads(run.cli("plan", "--json", check=True).stdout)
+    assert [process["name"] for process in plan["processes"]] == ["prefill-0", "decode-0", "proxy"]
+    assert not (run.folder / "r").exists(), "plan writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "the file is empty"),
+        (topology().replace("max_num_seqs", "max_num_sqes"), "did you mean 'max_num_seqs'?"),
+        (topology(decodes=0), "prefill without decode"),
+        (topology(prefills=0), "decode without prefill"),
+        (topology(model="./no/such/model"), "was not found"),
+        (topology(prefills=0, decodes=0), "no engine at all"),
+    ],
+    ids=["empty", "unknown key", "no decode", "no prefill", "no model", "no engine"],
+)
+def test_bad_topologies(run: Run, text: str, expected: str) -> None:
+    run.write(text)
+    for verb in (("plan",), ("up",), ("up", "-d")):
+        message = refused(run, *verb)
+        assert expected in message
+        assert "pdctl.toml" in message
+
+
+def test_a_missing_file_and_a_missing_service(run: Run) -> None:
+    assert "does not exist" in refused(run, "up", "-f", "nowhere.toml")
+    for verb in (("down",), ("status",), ("ask", "hi"), ("down", "-s", "nobody")):
+        message = refused(run, *verb)
+        assert "running" in message
+        assert "hint: " in message
+
+
+def test_a_taken_port_names_its_holder(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        run.write(topology(port=other.getsockname()[1]))
+        for verb in (("up",), ("up", "-d")):
+            message = refused(run, *verb)
+            assert f"port {other.getsockname()[1]} is in use by pid {os.getpid()}" in message
+
+
+def test_a_hub_model_that_cannot_be_had(run: Run) -> None:
+    run.write(topology(model="no-such-owner/no-such-model"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        message = refused(run, "up", "-d")
+    finally:
+        del os.environ["HF_HUB_OFFLINE"]
+    assert "no-such-owner/no-such-model" in message
+    assert "was not found" in message
+
+
+def test_a_model_that_cannot_be_hooked_is_refused_with_the_reason(run: Run) -> None:
+    make = (
+        "import sys; from tokenizers import Tokenizer, models;"
+        "from transformers import BloomConfig, BloomForCausalLM as M;"
+        "M(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2)).save_pretrained(sys.argv[1]);"
+        "Tokenizer(models.BPE()).save(sys.argv[1] + '/tokenizer.json')"
+    )
+    model = run.folder / "bloom"
+    subprocess.run([sys.executable, "-c", make, str(model)], check=True, capture_output=True)
+    run.write(topology(model=str(model)))
+    message = refused(run, "up", "-d")
+    assert "BloomForCausalLM" in message
+    assert "layers call the attention hook" in message
+    assert "a restart would not help" in message
+
+
+def test_a_pool_too_small_for_a_block_is_refused(run: Run) -> None:
+    run.write(topology(kv_cache_gb=0.00001))
+    assert "raise it until there are at least 8" in refused(run, "up", "-d")
+
+
+def test_foreground_shows_logs_and_stops_on_ctrl_c(run: Run) -> None:
+    run.write(topology())
+    process = subprocess.Popen([*CLI, "up"], env=run.env, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "is ready at" in line:
+            break
+    assert any("prefill-0: started" in line for line in lines)
+    second = run.cli("up")
+    assert second.returncode == 1
+    assert "already running" in second.stderr
+    assert run.cli("up", "-d").returncode == 1
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped by pdctl" in out
+    assert not run.processes()
+
+
+def test_a_second_ctrl_c_forces(run: Run) -> None:
+    run.write(topology().replace("grace_s = 10", "grace_s = 600"))
+    process = subprocess.Popen([*CLI, "up"], env=run.env, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "is ready at" in line:
+            break
+    fronts = [p for p in run.processes() if "serve" in p.cmdline()]
+    for front in fronts:
+        front.send_signal(signal.SIGSTOP)  # deaf to TERM
+    process.send_signal(signal.SIGINT)
+    for line in process.stdout:
+        if "proxy: stopped" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    wait_until(lambda: not run.processes(), 20, "every process to end")
+
+
+def test_status_logs_ask(run: Run) -> None:
+    with running(run, topology()) as service:
+        status = service.status()
+        assert {"service", "state", "proxy_url", "processes"} <= status.keys()
+        keys = {"name", "kind", "role", "state", "pid", "restarts", "last_exit", "device", "cpus", "ready_since"}
+        assert all(keys <= process.keys() for process in status["processes"])
+        assert status["state"] == "ready"
+        for process in status["processes"]:
+            assert psutil.Process(process["pid"]).cpu_affinity() == process["cpus"], "pinned as planned"
+        text = run.cli("status", check=True).stdout
+        assert "service t: ready" in text
+        answer = run.cli("ask", "hello", "--max-tokens", "8", check=True).stdout
+        whole = service.complete("hello", max_tokens=8)
+        assert answer == whole["text"] + "\n"
+        assert "no process 'zzz'" in run.cli("logs", "zzz").stderr
+        assert "supervisor" in run.cli("logs", check=True).stdout
+        assert "answered 400" in run.cli("ask", "x" * 3000).stderr
+        # secrets are in no command line and no log
+        secret = psutil.Process(status["processes"][0]["pid"]).environ()["PDCTL_SECRET"]
+        for process in run.processes():
+            assert secret not in " ".join(process.cmdline())
+        for log in Path(status["log_dir"]).iterdir():
+            assert secret not in log.read_text()
+        for port in [p["ports"]["http"] for p in status["processes"]]:
+            assert next(c for c in psutil.net_connections() if c.laddr and c.laddr.port == port).laddr.ip == "127.0.0.1"
+
+
+def test_the_supervisor_is_light(run: Run) -> None:
+    with running(run, topology()) as service:
+        supervisor = psutil.Process(service.status()["supervisor_pid"])
+        assert supervisor.memory_info().rss < 60 * 2**20
+        maps = Path(f"/proc/{supervisor.pid}/maps").read_text()
+        assert "torch" not in maps
+        assert "numpy" not in maps
+
+
+@pytest.mark.parametrize("words", [["--help"], ["status"]])
+def test_the_command_line_imports_nothing_heavy(run: Run, words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pdctl", *words], env=run.env, cwd=run.folder, capture_output=True, text=True
+    )
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "import time:" in line}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "numpy", "httpx", "uvicorn", "starlette", "psutil", "msgspec"}
