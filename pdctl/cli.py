@@ -59,10 +59,13 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as failure:  # noqa: BLE001 - the outermost loop of the process
+    except Exception as failure:
         if os.environ.get("PDCTL_DEBUG"):
             raise
-        console.error(f"unexpected: {type(failure).__name__}: {failure}", "run again with PDCTL_DEBUG=1 for the traceback")
+        console.error(
+            f"unexpected: {type(failure).__name__}: {failure}",
+            "run again with PDCTL_DEBUG=1 for the traceback",
+        )
         sys.exit(2)
 
 

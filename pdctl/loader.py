@@ -190,7 +190,9 @@ def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem
     if roles == {Role.PREFILL}:
         yield document.problem(("engines",), "prefill without decode", 'add an engine with role = "decode" or "hybrid"')
     if roles == {Role.DECODE}:
-        yield document.problem(("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"')
+        yield document.problem(
+            ("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"'
+        )
 
 
 def _host_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
@@ -238,7 +240,9 @@ def _gpu_problems(document: _Document, topology: Topology, host: Host) -> Iterat
             continue
         path: KeyPath = ("engines", index, "gpus" if group.gpus else "device")
         if group.gpus and len(group.gpus) not in (1, group.replicas):
-            yield document.problem(path, f"{len(group.gpus)} gpus for {group.replicas} replicas", "name one per replica")
+            yield document.problem(
+                path, f"{len(group.gpus)} gpus for {group.replicas} replicas", "name one per replica"
+            )
         for gpu in group.gpus:
             if gpu not in known:
                 yield document.problem(path, f"GPU {gpu} does not exist", f"NVML lists: {known or 'none'}")

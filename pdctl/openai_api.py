@@ -43,7 +43,12 @@ class Envelope:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def answer(
-        self, text: str, token_ids: list[int], finish_reason: str, usage: dict[str, int], extra: dict[str, object]
+        self,
+        text: str,
+        token_ids: list[int],
+        finish_reason: str,
+        usage: dict[str, int],
+        extra: dict[str, object],
     ) -> bytes:
         """The body of a whole, unstreamed answer."""
         choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
@@ -71,7 +76,12 @@ class Envelope:
 
     def _outer(self, kind: str) -> dict[str, object]:
         prefix = "chatcmpl" if self.chat else "cmpl"
-        return {"id": f"{prefix}-{self.request_id}", "object": kind, "created": self.created, "model": self.model}
+        return {
+            "id": f"{prefix}-{self.request_id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ def _descriptors() -> dict[int, str]:
     found = {}
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            found[int(entry.name)] = os.readlink(entry)
+            found[int(entry.name)] = str(entry.readlink())
         except OSError:
             continue
     return found
@@ -46,7 +45,8 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         return  # a module's shared service is checked when the module ends, by `running`
     gc.collect()
     children = {
-        child for child in psutil.Process().children(recursive=True)
+        child
+        for child in psutil.Process().children(recursive=True)
         if child not in before[0] and child.is_running() and child.status() != psutil.STATUS_ZOMBIE
     }
     assert not children, f"leaked processes: {children}"

@@ -37,7 +37,12 @@ class Run:
 
     def cli(self, *words: str, timeout: float = 170, check: bool = False) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*CLI, *words], env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=timeout,
+            [*CLI, *words],
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
             stdin=subprocess.DEVNULL,
         )
         assert not check or done.returncode == 0, done.stderr + done.stdout
@@ -160,8 +165,15 @@ def free_port() -> int:
 
 
 def topology(
-    model: str = "sample:tiny-qwen3", prefills: int = 1, decodes: int = 1, hybrids: int = 0, extra: str = "",
-    lease_s: float = 30, kv_cache_gb: float = 0.25, port: int | None = None, max_model_len: int = 2048,
+    model: str = "sample:tiny-qwen3",
+    prefills: int = 1,
+    decodes: int = 1,
+    hybrids: int = 0,
+    extra: str = "",
+    lease_s: float = 30,
+    kv_cache_gb: float = 0.25,
+    port: int | None = None,
+    max_model_len: int = 2048,
     engine_extra: str = "",
 ) -> str:
     engines = ""

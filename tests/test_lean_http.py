@@ -38,7 +38,10 @@ async def server(handler: Handler) -> AsyncIterator[Pool]:
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
     head = await reader.readuntil(b"\r\n\r\n")
-    length = next((int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")), 0)
+    length = next(
+        (int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")),
+        0,
+    )
     return head + (await reader.readexactly(length) if length else b"")
 
 
@@ -112,7 +115,12 @@ def test_leaving_early_tells_the_server() -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000],
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf",
+        b"garbage\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000,
+    ],
     ids=["nothing", "half a body", "no HTTP", "endless header"],
 )
 def test_answers_that_are_none(answer: bytes) -> None:

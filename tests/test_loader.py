@@ -60,7 +60,13 @@ def test_the_default_fits_every_machine(gpus: tuple[Gpu, ...], cpus: tuple[int, 
         ("port = 8000", "port = 70000", "port", "proxy.port", "from 1 to 65535"),
         ("[slo]", "[sla]", "[sla]", "sla", "unknown table"),
         ("ttft_ms = 2000", "ttft_ms = -1", "ttft_ms", "slo.ttft_ms", "above 0"),
-        ('role = "decode"', 'role = "decoder"', 'role = "decoder"', "engines[1].role", "one of: prefill, decode"),
+        (
+            'role = "decode"',
+            'role = "decoder"',
+            'role = "decoder"',
+            "engines[1].role",
+            "one of: prefill, decode",
+        ),
         ('kind = "builtin"', 'kind = "vlllm"', "kind", "engines[0].kind", "one of: builtin"),
         ('name = "decode"', 'name = "prefill"', 'name = "prefill"', "engines[1].name", "taken by"),
         ('name = "decode"', 'name = "De code"', 'name = "De', "engines[1].name", "lower-case"),
@@ -69,7 +75,13 @@ def test_the_default_fits_every_machine(gpus: tuple[Gpu, ...], cpus: tuple[int, 
         ('model = "sample:gemma-3-270m"', 'model = "./nowhere"', "model", "service.model", "was not found"),
         ('model = "sample:gemma-3-270m"', 'model = "sample:zzz"', "model", "service.model", "unknown sample"),
         ('device = "cpu"', 'device = "cuda"', "device", "engines[0].device", "no GPU was found"),
-        ("max_num_seqs = 32", "max_num_seqs = 0", "max_num_seqs = 0", "engines[1].max_num_seqs", "from 1 to 4096"),
+        (
+            "max_num_seqs = 32",
+            "max_num_seqs = 0",
+            "max_num_seqs = 0",
+            "engines[1].max_num_seqs",
+            "from 1 to 4096",
+        ),
     ],
 )
 def test_each_mistake_has_its_line_and_key(old: str, new: str, line_start: str, key: str, message: str) -> None:
@@ -84,7 +96,9 @@ def test_each_mistake_has_its_line_and_key(old: str, new: str, line_start: str, 
 
 
 def test_all_mistakes_come_in_one_run() -> None:
-    text = EXAMPLE.replace("port = 8000", "prot = 1").replace("lease_s = 30", "lease_s = 0").replace('role = "decode"', "")
+    text = (
+        EXAMPLE.replace("port = 8000", "prot = 1").replace("lease_s = 30", "lease_s = 0").replace('role = "decode"', "")
+    )
     assert [key for _, key, _ in problems(text)] == ["proxy.prot", "transfer.lease_s", "engines[1]"]
 
 

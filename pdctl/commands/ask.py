@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 import typer
 
 from pdctl import console
 from pdctl.commands.common import FileOption, ServiceOption, call, find_service
 from pdctl.errors import PdctlError
+
+if TYPE_CHECKING:
+    import httpx
 
 _TIMEOUT_S = 600
 
@@ -24,6 +26,8 @@ def ask(
     service: str | None = ServiceOption,
 ) -> None:
     """Complete a text through the proxy."""
+    import httpx
+
     status = call(find_service(service, file), "GET", "/v1/status")
     body = {
         "model": status["served_model_name"],
@@ -32,23 +36,21 @@ def ask(
         "temperature": temperature,
         "stream": True,
     }
-    url = urlsplit(status["proxy_url"])
-    connection = http.client.HTTPConnection(url.hostname or "127.0.0.1", url.port, timeout=_TIMEOUT_S)
     try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        _show(connection.getresponse())
-    except (OSError, http.client.HTTPException) as failure:
+        with httpx.stream(
+            "POST", f"{status['proxy_url']}/v1/completions", json=body, timeout=_TIMEOUT_S, trust_env=False
+        ) as answer:
+            _show(answer)
+    except httpx.TransportError as failure:
         raise PdctlError(f"the proxy at {status['proxy_url']} did not answer: {failure}", "pdctl status") from failure
-    finally:
-        connection.close()
 
 
-def _show(response: http.client.HTTPResponse) -> None:
-    if response.status != 200:
-        raise PdctlError(f"the service answered {response.status}: {_message(response.read())}")
-    for line in response:
-        data = line.strip().removeprefix(b"data: ")
-        if not data or data == b"[DONE]":
+def _show(answer: httpx.Response) -> None:
+    if answer.status_code != 200:
+        raise PdctlError(f"the service answered {answer.status_code}: {_message(answer.read())}")
+    for line in answer.iter_lines():
+        data = line.removeprefix("data: ")
+        if not data or data == "[DONE]":
             continue
         event = json.loads(data)
         if "error" in event:

@@ -17,8 +17,16 @@ from pdctl.host.users import run_root
 FILE_ENV = "PDCTL_FILE"
 DEFAULT_FILE = "pdctl.toml"
 
-FileOption = typer.Option(None, "-f", "--file", envvar=FILE_ENV, help="The topology file. Default: ./pdctl.toml, else a built-in default.")
-ServiceOption = typer.Option(None, "-s", "--service", help="The service's name. Default: the topology's, or the one that runs.")
+FileOption = typer.Option(
+    None,
+    "-f",
+    "--file",
+    envvar=FILE_ENV,
+    help="The topology file. Default: ./pdctl.toml, else a built-in default.",
+)
+ServiceOption = typer.Option(
+    None, "-s", "--service", help="The service's name. Default: the topology's, or the one that runs."
+)
 JsonOption = typer.Option(False, "--json", help="Print JSON on stdout.")
 
 # A supervisor's answer, as JSON gives it.

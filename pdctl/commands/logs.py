@@ -50,5 +50,3 @@ def _files(service: str, name: str | None) -> dict[str, Path]:
     if name not in found:
         raise PdctlError(f"no process {name!r} in service {service!r}", f"known: {', '.join(found)}")
     return {name: found[name]}
-
-

@@ -10,7 +10,13 @@ from pathlib import Path
 from pdctl import console
 from pdctl.commands.common import FileOption, JsonOption, ServiceOption, Status, call, find_service
 
-_COLOURS = {"ready": "green", "starting": "yellow", "backoff": "yellow", "stopping": "yellow", "failed": "red"}
+_COLOURS = {
+    "ready": "green",
+    "starting": "yellow",
+    "backoff": "yellow",
+    "stopping": "yellow",
+    "failed": "red",
+}
 
 
 def status(file: Path | None = FileOption, service: str | None = ServiceOption, as_json: bool = JsonOption) -> None:
@@ -26,7 +32,7 @@ def show(found: Status) -> None:
     """The table for people."""
     console.out(f"service {found['service']}: {found['state']}, {found['served_model_name']} at {found['proxy_url']}\n")
     rows = [_row(process) for process in found["processes"]]
-    header = ["PROCESS", "ROLE", "STATE", "SINCE", "RESTARTS", "PID", "DEVICE", "CPUS", "PORT", "LAST EXIT"]
+    header = ["PROCESS", "ROLE", "STATE", "SINCE", "RESTARTS", "PID", "DEVICE", "CPUS", "PORT", "MEMORY", "LAST EXIT"]
     console.out(console.table(header, rows, _COLOURS))
 
 
@@ -43,6 +49,7 @@ def _row(process: Status) -> list[str]:
         ",".join(gpus) if gpus else process["device"],
         ",".join(map(str, process["cpus"])),
         ",".join(map(str, process["ports"].values())),
+        f"{process['rss_bytes'] / 2**20:.0f}M" if process["rss_bytes"] else "-",
         f"{last['reason']} {_since(last['at'])} ago" if last else process["reason"] or "-",
     ]
 

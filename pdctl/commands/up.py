@@ -25,7 +25,9 @@ _LAST_LINES = 12
 
 def up(
     file: Path | None = FileOption,
-    detach: bool = typer.Option(False, "-d", "--detach", help="Return when the service is ready, or with the reason it is not."),
+    detach: bool = typer.Option(
+        False, "-d", "--detach", help="Return when the service is ready, or with the reason it is not."
+    ),
     wait_s: float = typer.Option(1800.0, "--wait", help="With -d: give up after this many seconds."),
 ) -> None:
     """Start the service. Ctrl-C stops it cleanly, a second one forces."""
@@ -55,11 +57,13 @@ def _make_model_ready(planned: Plan) -> Plan:
         raise PdctlError(f"model {planned.model} is not usable (see above)")
     if done.returncode != 0:
         raise PdctlError(
-            f"making the model ready ended with {done.returncode}", "is the engine installed? pip install 'pdctl[engine]'"
+            f"making the model ready ended with {done.returncode}",
+            "is the engine installed? pip install 'pdctl[engine]'",
         )
     path = done.stdout.strip().splitlines()[-1]
     argvs = {
-        spec.name: tuple(path if word == planned.model_path else word for word in spec.argv) for spec in planned.processes
+        spec.name: tuple(path if word == planned.model_path else word for word in spec.argv)
+        for spec in planned.processes
     }
     processes = tuple(replace(spec, argv=argvs[spec.name]) for spec in planned.processes)
     return replace(planned, model_path=path, model_ready=True, processes=processes)
@@ -103,9 +107,7 @@ def _detached(planned: Plan, wait_s: float) -> None:
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "pdctl.supervisor"]
     with log.open("ab") as out:
-        child = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True, cwd="/"
-        )
+        child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True, cwd="/")
     assert child.stdin is not None
     child.stdin.write(json.dumps(planned.to_dict()).encode())
     child.stdin.close()

@@ -68,7 +68,8 @@ class BlockAllocator:
         return []
 
     def _scattered(self, count: int) -> list[int]:
-        taken, start = [], 0
+        taken: list[int] = []
+        start = 0
         while len(taken) < count:
             start = self._free.index(1, start)
             taken.append(start)

@@ -41,7 +41,11 @@ def plane_offsets(manifest: Manifest, num_blocks: int) -> list[tuple[int, int]]:
 
 
 def spans(
-    manifest: Manifest, source_blocks: list[int], source_total: int, target_blocks: list[int], target_total: int
+    manifest: Manifest,
+    source_blocks: list[int],
+    source_total: int,
+    target_blocks: list[int],
+    target_total: int,
 ) -> list[Span]:
     """The copies that bring `source_blocks` of a pool of `source_total` into our `target_blocks`, merged.
 

@@ -89,9 +89,7 @@ def _hooked_shapes(module: torch.nn.Module, config: object, path: str) -> list[L
     return [LayerShape(heads, key, value) for _, heads, key, value in sorted(log.calls)]
 
 
-def forward(
-    module: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
-) -> torch.Tensor:
+def forward(module: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Packed ids and positions [T]; logits [len(keep), vocab] of the rows `keep`."""
     device = next(module.parameters()).device
     with torch.inference_mode():

@@ -26,9 +26,7 @@ class ModelRunner:
     def execute(self, batch: list[Slice]) -> list[int]:
         """Compute every slice; one token id for each sampling slice, in order."""
         logits = self.logits(batch)
-        requests = [
-            (piece.sequence.sampling, len(piece.sequence.token_ids)) for piece in batch if piece.samples
-        ]
+        requests = [(piece.sequence.sampling, len(piece.sequence.token_ids)) for piece in batch if piece.samples]
         return sample(logits, requests) if requests else []
 
     def logits(self, batch: list[Slice], every_row: bool = False) -> torch.Tensor:
@@ -38,13 +36,14 @@ class ModelRunner:
         writes: list[torch.Tensor] = []
         packed: list[PackedSequence] = []
         last_rows: list[int] = []
-        for sequence, start, count, samples in batch:
+        for piece in batch:
+            sequence, start, count = piece.sequence, piece.start, piece.count
             slots, first_slot = self._slots(sequence, start + count)
             packed.append(PackedSequence(len(ids), count, start + count, slots, first_slot))
             ids += sequence.token_ids[start : start + count]
             positions.append(torch.arange(start, start + count))
             writes.append(slots[start:])
-            if samples:
+            if piece.samples:
                 last_rows.append(len(ids) - 1)
         # A batch of inner chunks samples nothing, and still needs one row: models project at least one.
         keep = torch.arange(len(ids)) if every_row else torch.tensor(last_rows or [len(ids) - 1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pdctl.engine.blocks import BlockAllocator
 from pdctl.engine.messages import Books, Failed, Held, Token
@@ -26,7 +25,8 @@ class Limits:
     eos_token_ids: frozenset[int]
 
 
-class Slice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Slice:
     """`count` tokens of `sequence` from `start` on; `samples` when the last of them yields a new token."""
 
     sequence: Sequence
@@ -35,7 +35,8 @@ class Slice(NamedTuple):
     samples: bool
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Outcome:
     """What a step changed, for the front."""
 
     tokens: list[Token]

@@ -60,7 +60,7 @@ def _sockets_of(process: Path) -> set[str]:
     sockets = set()
     try:
         for descriptor in os.listdir(process / "fd"):  # noqa: PTH208 - thousands of Path objects would cost more
-            link = os.readlink(f"{process}/fd/{descriptor}")
+            link = os.readlink(f"{process}/fd/{descriptor}")  # noqa: PTH115
             if link.startswith("socket:["):
                 sockets.add(link[8:-1])
     except OSError:

@@ -63,9 +63,15 @@ async def _run(config: ProxyConfig, listener: socket.socket) -> None:
     )
     server = _Server(
         uvicorn.Config(
-            ProxyApp(config, shared), log_level="warning", access_log=False, lifespan="off", loop="none",
-            timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, http="httptools",
-        )  # fmt: skip
+            ProxyApp(config, shared),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            loop="none",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=_DRAIN_S,
+            http="httptools",
+        )
     )
     for sign in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sign, _stop, server)

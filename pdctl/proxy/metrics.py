@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from pdctl.proxy.pool import EnginePool
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call] - the package is typed but for this
 
 
 class Metrics:
@@ -22,25 +29,43 @@ class Metrics:
         self.registry = CollectorRegistry()
         registry = self.registry
         self._requests = Counter("pdctl_proxy_requests", "Requests by HTTP status", ["status"], registry=registry)
-        self._ttft = Histogram("pdctl_proxy_ttft_seconds", "Time to first token", buckets=_TTFT_BUCKETS, registry=registry)
+        self._ttft = Histogram(
+            "pdctl_proxy_ttft_seconds", "Time to first token", buckets=_TTFT_BUCKETS, registry=registry
+        )
         self._tpot = Histogram(
-            "pdctl_proxy_tpot_seconds", "Mean time per output token after the first", buckets=_TPOT_BUCKETS, registry=registry
+            "pdctl_proxy_tpot_seconds",
+            "Mean time per output token after the first",
+            buckets=_TPOT_BUCKETS,
+            registry=registry,
         )
         self._tokens = Counter("pdctl_proxy_tokens", "Output tokens relayed", registry=registry)
         self._slo_met = Counter("pdctl_proxy_slo_met", "Requests that met a target", ["target"], registry=registry)
         self._failovers = Counter(
-            "pdctl_proxy_failovers", "Times a request went on after this engine failed it", ["engine"], registry=registry
+            "pdctl_proxy_failovers",
+            "Times a request went on after this engine failed it",
+            ["engine"],
+            registry=registry,
         )
         self._release_failures = Counter(
-            "pdctl_proxy_release_failures", "Leases that could not be released and end by deadline", registry=registry
+            "pdctl_proxy_release_failures",
+            "Leases that could not be released and end by deadline",
+            registry=registry,
         )
         self._hand_overs = Counter(
-            "pdctl_proxy_hand_overs", "Requests handed from prefill to decode", ["prefill", "decode"], registry=registry
+            "pdctl_proxy_hand_overs",
+            "Requests handed from prefill to decode",
+            ["prefill", "decode"],
+            registry=registry,
         )
         self._hand_over_seconds = Counter(
-            "pdctl_proxy_decode_seconds", "Seconds of decode after a hand-over", ["prefill", "decode"], registry=registry
+            "pdctl_proxy_decode_seconds",
+            "Seconds of decode after a hand-over",
+            ["prefill", "decode"],
+            registry=registry,
         )
-        self._healthy = Gauge("pdctl_proxy_engine_healthy", "1 when the engine can be used", ["engine"], registry=registry)
+        self._healthy = Gauge(
+            "pdctl_proxy_engine_healthy", "1 when the engine can be used", ["engine"], registry=registry
+        )
         self._inflight = Gauge("pdctl_proxy_engine_requests", "Requests at the engine", ["engine"], registry=registry)
 
     def finished(self, first_token_at: float, started_at: float, tokens: int) -> None:

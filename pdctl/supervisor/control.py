@@ -51,7 +51,7 @@ async def serve_control(path: Path, status: Callable[[], dict[str, object]], sto
     app = Starlette(routes=[Route("/v1/status", get_status), Route("/v1/stop", post_stop, methods=["POST"])])
     with _OwnUserSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
-        path.chmod(0o600)
+        os.chmod(path, 0o600)  # noqa: PTH101 - in a coroutine; one system call
         listener.listen(64)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", loop="none", http="h11", ws="none",

@@ -1,8 +1,8 @@
 """The life of one process as a pure function: state, event -> state, actions. No I/O, no clock, no chance.
 
-    pending -> starting -> ready -> stopping -> stopped
-                  |          |
-                  +--exit----+--> backoff -> starting ...   or failed, when a restart cannot help
+pending -> starting -> ready -> stopping -> stopped
+              |          |
+              +--exit----+--> backoff -> starting ...   or failed, when a restart cannot help
 """
 
 from __future__ import annotations

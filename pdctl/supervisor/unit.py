@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -14,10 +15,24 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from pdctl.host.boot import new_epoch
 from pdctl.lean_http import Pool, Unreachable
 from pdctl.plan import ProcessSpec
-from pdctl.supervisor.lifecycle import Action, Do, Event, Exit, Kind, Life, Phase, Policy, advance, describe_exit, signal_name
+from pdctl.supervisor.lifecycle import (
+    Action,
+    Do,
+    Event,
+    Exit,
+    Kind,
+    Life,
+    Phase,
+    Policy,
+    advance,
+    describe_exit,
+    signal_name,
+)
 from pdctl.supervisor.tree import kill_tree, stamped
 from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, UNIT_ENV
 
@@ -95,6 +110,7 @@ class Unit:
             "gpus": list(self.spec.gpus),
             "ports": self.spec.ports,
             "ready_since": self.ready_since,
+            "rss_bytes": _resident(self.pid),
             "epoch": self.epoch,
             "log": str(self.log_path),
         }
@@ -119,7 +135,13 @@ class Unit:
         self.epoch = new_epoch()
         settings = json.dumps({"parent": os.getpid(), "cpus": list(self.spec.cpus)})
         argv = [self.spec.argv[0], "-I", "-S", str(_SHIM), settings, *self.spec.argv]
-        env = {**os.environ, **self.spec.env, **self.around.env, EPOCH_ENV: self.epoch, "PYTHONUNBUFFERED": "1"}
+        env = {
+            **os.environ,
+            **self.spec.env,
+            **self.around.env,
+            EPOCH_ENV: self.epoch,
+            "PYTHONUNBUFFERED": "1",
+        }
         env[UNIT_ENV] = self.stamp.partition("=")[2]
         if self.listen_fd is not None:
             env[LISTEN_FD_ENV] = str(self.listen_fd)
@@ -246,6 +268,19 @@ class _LogFile:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
+
+
+def _resident(pid: int | None) -> int | None:
+    """Resident memory of a process and all below it."""
+    if pid is None:
+        return None
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(pid)
+        for process in (leader, *leader.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+    return total
 
 
 def _kill_quietly(pid: int, sign: signal.Signals) -> None:

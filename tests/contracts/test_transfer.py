@@ -42,7 +42,10 @@ class Peer:
 @contextmanager
 def peer(transport: str, epoch: str = "a1") -> Iterator[Peer]:
     process = subprocess.Popen(
-        [sys.executable, "-c", _PEER, transport, epoch, str(SIZE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _PEER, transport, epoch, str(SIZE)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -84,7 +87,9 @@ def opened(name: str) -> Iterator[Opened]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(spans=st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(0, SIZE - 1), st.integers(0, 70_000)), max_size=12))
+@given(
+    spans=st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(0, SIZE - 1), st.integers(0, 70_000)), max_size=12)
+)
 def test_bytes_arrive_as_they_were(name: str, shared_peer: Peer, spans: list[tuple[int, int, int]]) -> None:
     wanted = [Span(s, t, min(n, SIZE - s, SIZE - t)) for s, t, n in spans]
     with opened(name) as (view, read):
@@ -95,7 +100,9 @@ def test_bytes_arrive_as_they_were(name: str, shared_peer: Peer, spans: list[tup
         assert (view == expected).all()
 
 
-@pytest.mark.parametrize("span", [Span(SIZE, 0, 1), Span(0, SIZE - 1, 2), Span(-1, 0, 4), Span(0, -4, 4), Span(0, 0, -1)])
+@pytest.mark.parametrize(
+    "span", [Span(SIZE, 0, 1), Span(0, SIZE - 1, 2), Span(-1, 0, 4), Span(0, -4, 4), Span(0, 0, -1)]
+)
 def test_spans_outside_are_refused_and_nothing_is_written(name: str, shared_peer: Peer, span: Span) -> None:
     with opened(name) as (view, read):
         with pytest.raises(TransferError):

@@ -51,8 +51,12 @@ def prompts(model_path: Path, lengths: tuple[int, ...] = LENGTHS) -> list[list[i
 def reference(model_path: Path, wanted: list[list[int]], tokens: int) -> list[list[int]]:
     """What `generate` says, computed in a process of its own, once per model and question."""
     done = subprocess.run(
-        [sys.executable, "-c", _REFERENCE, str(model_path), str(tokens)], input=json.dumps(wanted), text=True,
-        capture_output=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", _REFERENCE, str(model_path), str(tokens)],
+        input=json.dumps(wanted),
+        text=True,
+        capture_output=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -100,7 +104,10 @@ def main() -> int:
         wanted = prompts(path)
         expected = reference(path, wanted, options.tokens)
         distinct = sum(len(set(ids)) for ids in expected) / len(expected)
-        print(f"{model}: {len(wanted)} prompts, {options.tokens} tokens each, {distinct:.1f} distinct on average", flush=True)
+        print(
+            f"{model}: {len(wanted)} prompts, {options.tokens} tokens each, {distinct:.1f} distinct on average",
+            flush=True,
+        )
         for name, roles in {"1P1D": (1, 1, 0), "1P2D": (1, 2, 0), "2P1D": (2, 1, 0), "1H": (0, 0, 1)}.items():
             run = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
             started = time.monotonic()
@@ -108,7 +115,10 @@ def main() -> int:
                 compare(service, wanted, expected, options.tokens)
                 service.idle()
             shutil.rmtree(run.folder)
-            print(f"  {name}: alone, 8 streamed, 8 whole: identical ({time.monotonic() - started:.0f} s)", flush=True)
+            print(
+                f"  {name}: alone, 8 streamed, 8 whole: identical ({time.monotonic() - started:.0f} s)",
+                flush=True,
+            )
     return 0
 
 

@@ -75,7 +75,9 @@ def test_a_body_too_large(service: Service) -> None:
 
 
 def test_request_ids_go_through(service: Service) -> None:
-    answer = service.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}, headers={"x-request-id": "abc-1"})
+    answer = service.client.post(
+        "/v1/completions", json={"prompt": "x", "max_tokens": 2}, headers={"x-request-id": "abc-1"}
+    )
     assert answer.headers["x-request-id"] == "abc-1"
     assert answer.json()["id"] == "cmpl-abc-1"
 
@@ -91,7 +93,13 @@ def test_lengths_and_usage(service: Service, tokens: int) -> None:
 
 
 def test_stream_usage_and_ids_are_the_same_all_through(service: Service) -> None:
-    body = {"prompt": "hello", "max_tokens": 6, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "prompt": "hello",
+        "max_tokens": 6,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     with service.client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         seen = [event for event in events(answer) if event is not None]
@@ -145,12 +153,25 @@ def test_hand_overs_that_are_wrong_are_refused_and_harm_nobody(service: Service)
     urls = {name: f"http://127.0.0.1:{service.process(name)['ports']['http']}" for name in ("prefill-0", "decode-0")}
 
     def prefill(prompt: str) -> dict[str, object]:
-        body = {"prompt": prompt, "temperature": 0, "max_tokens": 4, "kv_transfer_params": {"do_remote_decode": True}}
-        answer = httpx.post(f"{urls['prefill-0']}/v1/completions", json=body, headers=headers, timeout=30, trust_env=False)
+        body = {
+            "prompt": prompt,
+            "temperature": 0,
+            "max_tokens": 4,
+            "kv_transfer_params": {"do_remote_decode": True},
+        }
+        answer = httpx.post(
+            f"{urls['prefill-0']}/v1/completions", json=body, headers=headers, timeout=30, trust_env=False
+        )
         return dict(answer.json()["kv_transfer_params"])
 
     def decode(prompt: str, hand_over: object) -> httpx.Response:
-        body = {"prompt": prompt, "temperature": 0, "max_tokens": 4, "return_token_ids": True, "kv_transfer_params": hand_over}
+        body = {
+            "prompt": prompt,
+            "temperature": 0,
+            "max_tokens": 4,
+            "return_token_ids": True,
+            "kv_transfer_params": hand_over,
+        }
         return httpx.post(f"{urls['decode-0']}/v1/completions", json=body, headers=headers, timeout=30, trust_env=False)
 
     good = prefill("hello there")
@@ -175,7 +196,12 @@ def test_many_at_once_with_mixed_ends(service: Service) -> None:
         prompt = "hello " * (index % 40 + 1)
         if index % 3 == 0:
             try:
-                httpx.post(f"{service.url}/v1/completions", json={"prompt": prompt, "max_tokens": 200}, timeout=0.1 + index % 5 / 10, trust_env=False)
+                httpx.post(
+                    f"{service.url}/v1/completions",
+                    json={"prompt": prompt, "max_tokens": 200},
+                    timeout=0.1 + index % 5 / 10,
+                    trust_env=False,
+                )
             except httpx.TimeoutException:
                 return True
             return True

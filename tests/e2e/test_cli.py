@@ -115,7 +115,9 @@ def test_a_pool_too_small_for_a_block_is_refused(run: Run) -> None:
 
 def test_foreground_shows_logs_and_stops_on_ctrl_c(run: Run) -> None:
     run.write(topology())
-    process = subprocess.Popen([*CLI, "up"], env=run.env, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*CLI, "up"], env=run.env, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -136,7 +138,9 @@ def test_foreground_shows_logs_and_stops_on_ctrl_c(run: Run) -> None:
 
 def test_a_second_ctrl_c_forces(run: Run) -> None:
     run.write(topology().replace("grace_s = 10", "grace_s = 600"))
-    process = subprocess.Popen([*CLI, "up"], env=run.env, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*CLI, "up"], env=run.env, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if "is ready at" in line:
@@ -157,7 +161,18 @@ def test_status_logs_ask(run: Run) -> None:
     with running(run, topology()) as service:
         status = service.status()
         assert {"service", "state", "proxy_url", "processes"} <= status.keys()
-        keys = {"name", "kind", "role", "state", "pid", "restarts", "last_exit", "device", "cpus", "ready_since"}
+        keys = {
+            "name",
+            "kind",
+            "role",
+            "state",
+            "pid",
+            "restarts",
+            "last_exit",
+            "device",
+            "cpus",
+            "ready_since",
+        }
         assert all(keys <= process.keys() for process in status["processes"])
         assert status["state"] == "ready"
         for process in status["processes"]:
@@ -192,8 +207,23 @@ def test_the_supervisor_is_light(run: Run) -> None:
 @pytest.mark.parametrize("words", [["--help"], ["status"]])
 def test_the_command_line_imports_nothing_heavy(run: Run, words: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pdctl", *words], env=run.env, cwd=run.folder, capture_output=True, text=True
+        [sys.executable, "-X", "importtime", "-m", "pdctl", *words],
+        env=run.env,
+        cwd=run.folder,
+        capture_output=True,
+        text=True,
     )
-    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "import time:" in line}
+    imported = {
+        line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if "import time:" in line
+    }
     assert "typer" in imported
-    assert not imported & {"torch", "transformers", "numpy", "httpx", "uvicorn", "starlette", "psutil", "msgspec"}
+    assert not imported & {
+        "torch",
+        "transformers",
+        "numpy",
+        "httpx",
+        "uvicorn",
+        "starlette",
+        "psutil",
+        "msgspec",
+    }

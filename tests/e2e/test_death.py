@@ -67,8 +67,14 @@ def test_stream_survives_the_death_of_an_engine(
     service.healthy()
     before = service.process(victim)
     text, ids = "", []
-    body = {"prompt": PROMPT, "max_tokens": LONG, "temperature": 0, "stream": True, "return_token_ids": True,
-            "ignore_eos": True}
+    body = {
+        "prompt": PROMPT,
+        "max_tokens": LONG,
+        "temperature": 0,
+        "stream": True,
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
     with service.client.stream("POST", "/v1/completions", json=body) as answer:
         for event in events(answer):
             if event is None:
@@ -175,5 +181,10 @@ def test_disconnect_during_prefill_frees_it(service: Service) -> None:
     body = {"prompt": "x" * 1900, "max_tokens": 100, "temperature": 0}
     for wait in (0.02, 0.05, 0.1, 0.2):
         with pytest.raises(httpx.TimeoutException):
-            httpx.post(f"{service.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=wait), trust_env=False)
+            httpx.post(
+                f"{service.url}/v1/completions",
+                json=body,
+                timeout=httpx.Timeout(5, read=wait),
+                trust_env=False,
+            )
     service.idle()

@@ -31,10 +31,16 @@ def tiny_expected(tiny_path: Path) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @pytest.mark.parametrize(
-    ("prefills", "decodes", "hybrids"), [(1, 1, 0), (1, 2, 0), (2, 1, 0), (0, 0, 1)], ids=["1P1D", "1P2D", "2P1D", "1H"]
+    ("prefills", "decodes", "hybrids"),
+    [(1, 1, 0), (1, 2, 0), (2, 1, 0), (0, 0, 1)],
+    ids=["1P1D", "1P2D", "2P1D", "1H"],
 )
 def test_tiny_equals_generate(
-    run: Run, tiny_expected: tuple[list[list[int]], list[list[int]]], prefills: int, decodes: int, hybrids: int
+    run: Run,
+    tiny_expected: tuple[list[list[int]], list[list[int]]],
+    prefills: int,
+    decodes: int,
+    hybrids: int,
 ) -> None:
     wanted, expected = tiny_expected
     with running(run, topology(prefills=prefills, decodes=decodes, hybrids=hybrids)) as service:

@@ -44,7 +44,9 @@ def test_runs_are_merged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sources", "targets"), [([8], [0]), ([-1], [0]), ([0], [8]), ([0, 1], [0])], ids=["high", "negative", "target", "length"]
+    ("sources", "targets"),
+    [([8], [0]), ([-1], [0]), ([0], [8]), ([0, 1], [0])],
+    ids=["high", "negative", "target", "length"],
 )
 def test_blocks_outside_the_pools_are_refused(sources: list[int], targets: list[int]) -> None:
     with pytest.raises(ValueError, match="block"):

@@ -39,7 +39,15 @@ def test_bodies_that_are_no_request(raw: bytes) -> None:
 
 
 def test_neutral_values_of_unsupported_fields_pass() -> None:
-    body = {"prompt": "x", "n": 1, "echo": False, "logprobs": None, "presence_penalty": 0.0, "logit_bias": {}, "user": "u"}
+    body = {
+        "prompt": "x",
+        "n": 1,
+        "echo": False,
+        "logprobs": None,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "user": "u",
+    }
     assert parse_body(json.dumps(body).encode(), chat=False).user == "u"
 
 

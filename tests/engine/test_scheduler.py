@@ -83,7 +83,7 @@ def test_every_request_finishes_with_the_same_tokens(
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.sampled_from(["add", "hold", "await", "pull", "pulled", "start", "abort", "step"]), max_size=80),
        st.randoms(use_true_random=False))  # fmt: skip
-def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.Random) -> None:
+def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.Random) -> None:  # noqa: C901 - one branch an event
     scheduler = make(blocks=24, seqs=3, tokens=6)
     pulling: set[str] = set()
     pulled: set[str] = set()
@@ -94,7 +94,9 @@ def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.R
             name = str(number)
             names.append(name)
             prompt = chance.randint(1, 20)
-            waiting = {"status": Status.AWAITING_BLOCKS, "kv_tokens": prompt - 1} if event == "await" and prompt > 1 else {}
+            waiting = (
+                {"status": Status.AWAITING_BLOCKS, "kv_tokens": prompt - 1} if event == "await" and prompt > 1 else {}
+            )
             scheduler.add(sequence(name, prompt, 5, hold=event == "hold", **waiting))
             scheduler.reserve()
         elif event == "pull" and scheduler.pull_started(name):

@@ -89,5 +89,5 @@ def test_chat_templates_render_with_their_helpers() -> None:
 
 
 def test_a_template_cannot_reach_python() -> None:
-    with pytest.raises(ValueError, match="unsafe|refuses"):
+    with pytest.raises(ValueError, match="refuses"):
         render_chat("{{ ''.__class__.__mro__[1].__subclasses__() }}", [], {})

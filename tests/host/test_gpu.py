@@ -45,7 +45,12 @@ def test_no_gpu_no_driver_no_library(library: Path, tmp_path: Path) -> None:
 def test_the_default_topology_uses_the_gpus_found(library: Path, tmp_path: Path) -> None:
     env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "2"}
     done = subprocess.run(
-        [sys.executable, "-m", "pdctl", "plan", "--json"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pdctl", "plan", "--json"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     processes = json.loads(done.stdout)["processes"]
     assert [p["gpus"] for p in processes] == [["GPU-stub-0"], ["GPU-stub-1"], []]

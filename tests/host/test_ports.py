@@ -8,7 +8,10 @@ from pdctl.host.ports import listening_ports
 
 
 def test_a_real_listener_is_found_with_its_process() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("::1", 0), family=socket.AF_INET6) as v6:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as v6,
+    ):
         found = listening_ports()
         for sock in (listener, v6):
             holder = found[sock.getsockname()[1]]
@@ -17,9 +20,11 @@ def test_a_real_listener_is_found_with_its_process() -> None:
 
 
 def test_connected_sockets_do_not_count() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as client:
-            assert client.getsockname()[1] not in listening_ports()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+    ):
+        assert client.getsockname()[1] not in listening_ports()
 
 
 def test_a_planted_tree(tmp_path: Path) -> None:

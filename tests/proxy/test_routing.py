@@ -48,7 +48,10 @@ def test_hybrids_alone_move_no_kv_and_beside_others_take_both_parts() -> None:
     hybrids = [view("h0", "hybrid"), view("h1", "hybrid")]
     assert all((c := choose(round_robin, hybrids, 1, turn)) and c.is_one for turn in range(4))
     mixed = [view("p0"), view("h0", "hybrid")]
-    assert {c for turn in range(4) if (c := choose(round_robin, mixed, 1, turn))} <= {Choice("p0", "h0"), Choice("h0", "h0")}
+    assert {c for turn in range(4) if (c := choose(round_robin, mixed, 1, turn))} <= {
+        Choice("p0", "h0"),
+        Choice("h0", "h0"),
+    }
 
 
 @given(

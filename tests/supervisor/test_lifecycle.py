@@ -4,7 +4,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdctl.supervisor.lifecycle import Action, Do, Event, Exit, Kind, Life, Phase, Policy, advance, backoff_s, describe_exit
+from pdctl.supervisor.lifecycle import (
+    Action,
+    Do,
+    Event,
+    Exit,
+    Kind,
+    Life,
+    Phase,
+    Policy,
+    advance,
+    backoff_s,
+    describe_exit,
+)
 
 POLICY = Policy(max_restarts=3, within_s=60)
 CRASH = Exit(1, None)
@@ -119,7 +131,12 @@ KINDS = st.sampled_from(list(Kind))
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.tuples(KINDS, st.floats(0, 40), st.sampled_from([Exit(0, None), CRASH, Exit(None, 9), Exit(78, None)])), max_size=40))
+@given(
+    st.lists(
+        st.tuples(KINDS, st.floats(0, 40), st.sampled_from([Exit(0, None), CRASH, Exit(None, 9), Exit(78, None)])),
+        max_size=40,
+    )
+)
 def test_any_order_of_events(history: list[tuple[Kind, float, Exit]]) -> None:
     """Never two lives at once, the budget holds, and stop always leads to an end."""
     life, now, alive = Life(), 0.0, False

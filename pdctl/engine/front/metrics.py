@@ -8,7 +8,7 @@ from pdctl.engine.lease import LeaseTable
 from pdctl.wire import EngineState
 
 # Creation times of counters that are made at each scrape would say nothing.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call] - the package is typed but for this
 
 
 def render_metrics(state: EngineState, leases: LeaseTable) -> bytes:
@@ -18,13 +18,16 @@ def render_metrics(state: EngineState, leases: LeaseTable) -> bytes:
         "pdctl_engine_blocks": ("KV blocks in the pool", state.blocks_total),
         "pdctl_engine_blocks_free": ("KV blocks free", state.blocks_free),
         "pdctl_engine_blocks_leased": ("KV blocks held for decode engines", state.blocks_leased),
-        "pdctl_engine_blocks_reserved": ("KV blocks set aside for KV that is being pulled", state.blocks_reserved),
+        "pdctl_engine_blocks_reserved": (
+            "KV blocks set aside for KV that is being pulled",
+            state.blocks_reserved,
+        ),
         "pdctl_engine_requests_running": ("Requests being computed", state.running),
         "pdctl_engine_requests_waiting": ("Requests waiting for blocks or budget", state.waiting),
     }
     for name, (what, value) in gauges.items():
         Gauge(name, what, registry=registry).set(value)
-    counters = {
+    counters: dict[str, tuple[str, float]] = {
         "pdctl_engine_tokens": ("Tokens generated", state.tokens_total),
         "pdctl_engine_pulls": ("KV pulls completed", state.transfers["pulls"]),
         "pdctl_engine_pulls_lost": ("Hand-overs lost and prefilled again", state.transfers["lost"]),

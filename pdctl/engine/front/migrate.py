@@ -133,7 +133,11 @@ class _Run:
         """One event through the state machine, its actions carried out in order."""
         self.state, actions = advance(self.state, event)
         self._migrator._trace.write(
-            "advance", self._hand_over.lease_id, on=event.value, phase=self.state.phase.value, request=self._request_id
+            "advance",
+            self._hand_over.lease_id,
+            on=event.value,
+            phase=self.state.phase.value,
+            request=self._request_id,
         )
         for action in actions:
             await self._do(action)

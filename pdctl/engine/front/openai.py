@@ -122,7 +122,8 @@ class GenerationRequest:
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
     """Decode and check what can be checked without a tokenizer. Raises ApiError."""
     try:
-        parsed = msgspec.json.decode(body, type=ChatBody if chat else CompletionBody)
+        kind: type[CompletionBody | ChatBody] = ChatBody if chat else CompletionBody
+        parsed = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as failure:
         raise ApiError(400, str(failure)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:

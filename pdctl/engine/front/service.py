@@ -75,7 +75,11 @@ class EngineService:
         parsed = openai.parse_body(body, chat)
         served = self.options.served_model_name
         if parsed.model not in (None, served):
-            raise ApiError(404, f"the model {parsed.model!r} does not exist; this engine serves {served!r}", param="model")
+            raise ApiError(
+                404,
+                f"the model {parsed.model!r} does not exist; this engine serves {served!r}",
+                param="model",
+            )
         token_ids = self._prompt_ids(parsed, ready.vocab_size)
         hold, hand_over = self._internal_fields(parsed, headers)
         request_id = asgi.request_id(headers)
@@ -109,7 +113,7 @@ class EngineService:
             return self.codec.encode_chat(body.messages)
         prompt = body.prompt
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            prompt = prompt[0]
+            return self._encode(msgspec.structs.replace(body, prompt=prompt[0]))
         if isinstance(prompt, str):
             return self.codec.encode(prompt)
         if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):

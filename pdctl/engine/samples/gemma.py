@@ -20,6 +20,7 @@ SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 # GGUF's token types (gguf.TokenType).
 _CONTROL, _USER_DEFINED = 3, 4
+_UNKNOWN = "<unk>"
 
 _LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -150,7 +151,7 @@ def _save_tokenizer(fields: dict[str, object], folder: Path) -> None:
     types: list[int] = list(fields["tokenizer.ggml.token_type"])  # type: ignore[call-overload]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)  # noqa: S106
+        models.BPE(vocab=vocab, merges=_merges(vocab, scores), unk_token=_UNKNOWN, fuse_unk=True, byte_fallback=True)
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -176,9 +177,7 @@ def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
     found = []
     for piece, index in vocab.items():
         local = [
-            (piece[:cut], piece[cut:])
-            for cut in range(1, len(piece))
-            if piece[:cut] in vocab and piece[cut:] in vocab
+            (piece[:cut], piece[cut:]) for cut in range(1, len(piece)) if piece[:cut] in vocab and piece[cut:] in vocab
         ]
         local.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         found += [(scores[index], pair) for pair in local]

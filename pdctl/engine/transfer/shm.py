@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +99,7 @@ def _map_peer(address: str, peer_bytes: int) -> _Bytes:
     except (OSError, ValueError) as failure:
         raise TransferError(f"the peer's memory {address!r} cannot be opened: {failure}") from failure
     try:
-        label = os.readlink(f"/proc/self/fd/{source}")
+        label = str(Path(f"/proc/self/fd/{source}").readlink())
         if f"{_LABEL}{epoch}" not in label:
             raise TransferError(f"the peer's memory is {label!r}, not that of epoch {epoch}")
         if os.fstat(source).st_size < peer_bytes:
