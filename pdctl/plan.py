@@ -186,10 +186,10 @@ def _free_port(taken: set[int], run_dir: Path) -> int:
     places: int = len(_ENGINE_PORTS) // _PORTS_PER_SERVICE
     first = zlib.crc32(str(run_dir).encode()) % places * _PORTS_PER_SERVICE
     wanted = (*_ENGINE_PORTS[first:], *_ENGINE_PORTS[:first])
-    free = next((port for port in wanted if port not in taken), None)
-    if free is None:
-        raise PdctlError(f"no free port from {_ENGINE_PORTS.start} to {_ENGINE_PORTS.stop - 1} for an engine")
-    return free
+    for port in wanted:
+        if port not in taken:
+            return port
+    raise PdctlError(f"no free port from {_ENGINE_PORTS.start} to {_ENGINE_PORTS.stop - 1} for an engine")
 
 
 def _reachable(host: str) -> str:

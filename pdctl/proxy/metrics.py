@@ -18,7 +18,7 @@ from pdctl.proxy.pool import EnginePool
 _TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
-disable_created_metrics()  # type: ignore[no-untyped-call] - the package is typed but for this
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the package is typed but for this
 
 
 class Metrics:

@@ -26,7 +26,8 @@ import numpy as np
 from pdctl.engine.transfer import transport_kind
 name, epoch, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 region = transport_kind(name).allocate(size, epoch)
-np.frombuffer(region.view, dtype=np.uint8)[:] = np.random.default_rng(int(epoch, 16)).integers(0, 256, size, dtype=np.uint8)
+content = np.random.default_rng(int(epoch, 16)).integers(0, 256, size, dtype=np.uint8)
+np.frombuffer(region.view, dtype=np.uint8)[:] = content
 print(region.address, flush=True)
 sys.stdin.read()
 """

@@ -13,6 +13,7 @@ def view(name: str, role: str = "prefill", healthy: bool = True, pending: float 
     return View(name, role, healthy, pending, speed)
 
 
+ROLES = st.sampled_from(["prefill", "decode", "hybrid"])
 POOL = [view("p0"), view("p1"), view("d0", "decode"), view("d1", "decode")]
 
 
@@ -55,7 +56,7 @@ def test_hybrids_alone_move_no_kv_and_beside_others_take_both_parts() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["prefill", "decode", "hybrid"]), st.booleans(), st.floats(0, 1e6), st.floats(0, 1e6)), max_size=8),
+    st.lists(st.tuples(ROLES, st.booleans(), st.floats(0, 1e6), st.floats(0, 1e6)), max_size=8),
     st.integers(0, 1000), st.floats(0, 1e6), st.sampled_from(sorted(POLICIES)), st.sets(st.integers(0, 7)),
 )  # fmt: skip
 def test_a_choice_is_always_healthy_and_fits_its_roles(

@@ -8,7 +8,7 @@ from pdctl.engine.lease import LeaseTable
 from pdctl.wire import EngineState
 
 # Creation times of counters that are made at each scrape would say nothing.
-disable_created_metrics()  # type: ignore[no-untyped-call] - the package is typed but for this
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the package is typed but for this
 
 
 def render_metrics(state: EngineState, leases: LeaseTable) -> bytes:
@@ -34,8 +34,8 @@ def render_metrics(state: EngineState, leases: LeaseTable) -> bytes:
         "pdctl_engine_pulled_bytes": ("KV bytes pulled", state.transfers["bytes"]),
         "pdctl_engine_pulled_seconds": ("Seconds spent copying KV", state.transfers["seconds"]),
     }
-    for name, (what, value) in counters.items():
-        Counter(name, what, registry=registry).inc(value)
+    for name, (what, amount) in counters.items():
+        Counter(name, what, registry=registry).inc(amount)
     ended = Counter("pdctl_engine_leases_ended", "Leases ended, by how", ["how"], registry=registry)
     for how, count in leases.ended.items():
         ended.labels(how.value).inc(count)
