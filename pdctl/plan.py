@@ -185,7 +185,7 @@ def _assign_gpus(topology: Topology, host: Host) -> dict[str, str]:
 def _free_port(taken: set[int], run_dir: Path) -> int:
     places: int = len(_ENGINE_PORTS) // _PORTS_PER_SERVICE
     first = zlib.crc32(str(run_dir).encode()) % places * _PORTS_PER_SERVICE
-    wanted = (*_ENGINE_PORTS[first:], *_ENGINE_PORTS[:first])
+    wanted: list[int] = [*_ENGINE_PORTS[first:], *_ENGINE_PORTS[:first]]
     for port in wanted:
         if port not in taken:
             return port

@@ -94,7 +94,8 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         await core.close()
         migrator.close()
         trace.close()
-        await asyncio.wait([core_task], timeout=_DRAIN_S)
+        # A core that is still loading hears nothing; it is killed when its task is cancelled.
+        await asyncio.wait([core_task], timeout=_DRAIN_S if core.ready else 0)
         raise _Stopped
 
 
