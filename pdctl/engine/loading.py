@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from pdctl.engine import attention
+from pdctl.engine.linear import speed_up
 from pdctl.wire import LayerShape
 
 _CHECK_TOKENS = 32
@@ -54,6 +55,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype) -> LoadedMod
     except (OSError, ValueError, KeyError, ImportError) as failure:
         raise ModelRefused(f"transformers cannot load {path}: {failure}") from failure
     module = module.to(device).eval().requires_grad_(False)
+    speed_up(module)
     shapes = _hooked_shapes(module, config, path)
     return LoadedModel(
         module=module,
