@@ -17,6 +17,7 @@ from pdctl.errors import PdctlError
 from pdctl.host.ports import listening_ports
 from pdctl.lean_http import Pool, Unreachable, header_lines
 from pdctl.plan import Plan, ProcessSpec
+from pdctl.sockets import listen_tcp
 from pdctl.supervisor.control import serve_control
 from pdctl.supervisor.lifecycle import Event, Kind, Phase, Policy
 from pdctl.supervisor.rundir import RunDir
@@ -232,9 +233,8 @@ def _listen(spec: ProcessSpec) -> socket.socket:
     """Bound by us and handed down, so that a restart of the process refuses nobody."""
     assert spec.listen is not None
     host, port = spec.listen
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return listen_tcp(host, port)
     except OSError as failure:
         holder = listening_ports().get(port)
         who = f" by {holder.describe()}" if holder else ""

@@ -24,6 +24,7 @@ from pdctl.engine.front.trace import Trace
 from pdctl.engine.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
 from pdctl.host.boot import new_epoch
+from pdctl.sockets import listen_tcp
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
 
 # Running streams may end by themselves for this long after TERM, seconds.
@@ -102,13 +103,9 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     """Bound before the model loads: a taken port is known in milliseconds. Raises OSError."""
     try:
-        return socket.create_server((host, port), backlog=1024, family=_family(host))
+        return listen_tcp(host, port)
     except OSError as failure:
         raise OSError(f"port {port} on {host} cannot be bound: {failure.strerror}") from failure
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _stop(server: uvicorn.Server) -> None:

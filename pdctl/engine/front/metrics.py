@@ -33,6 +33,10 @@ def render_metrics(state: EngineState, leases: LeaseTable) -> bytes:
         "pdctl_engine_pulls_lost": ("Hand-overs lost and prefilled again", state.transfers["lost"]),
         "pdctl_engine_pulled_bytes": ("KV bytes pulled", state.transfers["bytes"]),
         "pdctl_engine_pulled_seconds": ("Seconds spent copying KV", state.transfers["seconds"]),
+        "pdctl_engine_hand_over_seconds": (
+            "Seconds from a hand-over's arrival to its certified KV",
+            state.transfers["hand_over_seconds"],
+        ),
     }
     for name, (what, amount) in counters.items():
         Counter(name, what, registry=registry).inc(amount)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 
 import msgspec
@@ -32,6 +33,7 @@ class Migrator:
         self.holder = holder
         self.bytes_total = 0
         self.seconds_total = 0.0
+        self.hand_over_seconds_total = 0.0
         self.pulls_total = 0
         self.lost_total = 0
         self._headers = header_lines({"authorization": f"Bearer {secret}", "content-type": "application/json"})
@@ -45,6 +47,7 @@ class Migrator:
     ) -> None:
         """Return when the KV is here, certified, and decoding has begun. Raises KvLost."""
         inbox: asyncio.Queue[Event] = asyncio.Queue()
+        started = time.monotonic()
         run = _Run(self, request_id, hand_over, inbox)
         self._claimed[hand_over.lease_id] = (hand_over, inbox)
         try:
@@ -64,6 +67,7 @@ class Migrator:
         if run.state.phase is not Phase.DECODING:
             self.lost_total += 1
             raise KvLost(f"the KV of {hand_over.remote_engine_id} was lost ({run.state.reason}): {run.detail}")
+        self.hand_over_seconds_total += time.monotonic() - started
 
     async def renew_forever(self) -> None:
         """Keep every lease alive that a request here still wants, one call per prefill engine."""

@@ -175,6 +175,7 @@ class EngineService:
                 "lost": self.migrator.lost_total,
                 "bytes": self.migrator.bytes_total,
                 "seconds": round(self.migrator.seconds_total, 6),
+                "hand_over_seconds": round(self.migrator.hand_over_seconds_total, 6),
             },
         )
 
