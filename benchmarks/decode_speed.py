@@ -20,12 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.e2e.parity import prompts
-from tests.service import Run, Service, running, topology
-
 from pdctl.engine.samples.prepare import prepare, show_progress
 from pdctl.host.models import locate_model
 from pdctl.host.users import cache_root
+from tests.e2e.parity import prompts
+from tests.service import Run, Service, running, topology
 
 CONCURRENT = 12
 
@@ -74,6 +73,7 @@ def transformers(path: Path, wanted: list[list[int]], tokens: int, how: str) -> 
 
 def ours(service: Service, wanted: list[list[int]], tokens: int, at_once: int) -> tuple[float, list[list[int]]]:
     """Seconds and outputs over HTTP, streamed."""
+
     def ask(prompt: list[int]) -> list[int]:
         return list(service.stream(prompt, max_tokens=tokens, ignore_eos=True)["token_ids"])
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
-from tests.e2e.parity import prompts
-from tests.service import Run, Service, running, topology
 
 from pdctl.engine.samples.prepare import prepare, show_progress
 from pdctl.engine.transfer.shm import allocate
 from pdctl.host.models import locate_model
 from pdctl.host.users import cache_root
+from tests.e2e.parity import prompts
+from tests.service import Run, Service, running, topology
 
 LENGTHS = (256, 1000, 1900)
 

@@ -6,6 +6,7 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -56,33 +57,30 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     assert _listening() <= before[2], "leaked listening ports"
 
 
-def _new_run() -> Run:
+@contextmanager
+def _run() -> Iterator[Run]:
     # Short: a unix socket path has 107 bytes, and pytest's own folders are long.
-    return Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
+    made = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
+    yield made
+    left = made.processes()
+    for process in left:
+        process.kill()
+    shutil.rmtree(made.folder, ignore_errors=True)
+    assert not left, f"left running: {left}"
 
 
 @pytest.fixture
 def run() -> Iterator[Run]:
     """A directory for one test's service; whatever still runs at the end is a failure."""
-    made = _new_run()
-    yield made
-    left = made.processes()
-    for process in left:
-        process.kill()
-    shutil.rmtree(made.folder, ignore_errors=True)
-    assert not left, f"left running: {left}"
+    with _run() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def module_run() -> Iterator[Run]:
     """The same for a whole module."""
-    made = _new_run()
-    yield made
-    left = made.processes()
-    for process in left:
-        process.kill()
-    shutil.rmtree(made.folder, ignore_errors=True)
-    assert not left, f"left running: {left}"
+    with _run() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -21,19 +19,12 @@ from pdctl.proxy.metrics import Metrics
 from pdctl.proxy.pool import EnginePool
 from pdctl.proxy.relay import Shared, release_forever
 from pdctl.proxy.routing import POLICIES
+from pdctl.serving import Server
 from pdctl.wire import LISTEN_FD_ENV, SECRET_ENV, ProxyConfig
 
 # Running answers may end by themselves for this long after TERM, seconds.
 _DRAIN_S = 5
 _MAX_RELEASES = 1024
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: ours ends the watchers as well."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class _Stopped(Exception):
@@ -61,7 +52,7 @@ async def _run(config: ProxyConfig, listener: socket.socket) -> None:
         secret=os.environ.get(SECRET_ENV, ""),
         releases=asyncio.Queue(_MAX_RELEASES),
     )
-    server = _Server(
+    server = Server(
         uvicorn.Config(
             ProxyApp(config, shared),
             log_level="warning",

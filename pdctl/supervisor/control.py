@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -15,13 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: the service has its own."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+from pdctl.serving import Server
 
 
 class _OwnUserSocket(socket.socket):
@@ -57,4 +50,4 @@ async def serve_control(path: Path, status: Callable[[], dict[str, object]], sto
             app, log_level="warning", access_log=False, lifespan="off", loop="none", http="h11", ws="none",
             timeout_graceful_shutdown=1,
         )  # fmt: skip
-        await _Server(config).serve(sockets=[listener])
+        await Server(config).serve(sockets=[listener])

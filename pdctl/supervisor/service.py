@@ -17,7 +17,7 @@ from pdctl.errors import PdctlError
 from pdctl.host.ports import listening_ports
 from pdctl.lean_http import Pool, Unreachable, header_lines
 from pdctl.plan import Plan, ProcessSpec
-from pdctl.sockets import listen_tcp
+from pdctl.serving import listen_tcp
 from pdctl.supervisor.control import serve_control
 from pdctl.supervisor.lifecycle import Event, Kind, Phase, Policy
 from pdctl.supervisor.rundir import RunDir

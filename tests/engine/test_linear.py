@@ -14,7 +14,10 @@ def test_products_are_linears(shape: tuple[int, int], rows: int, with_bias: bool
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     bias = torch.randn(shape[0], generator=generator) if with_bias else None
-    for given in (torch.randn(rows, shape[1], generator=generator), torch.randn(1, rows, shape[1], generator=generator)):
+    for given in (
+        torch.randn(rows, shape[1], generator=generator),
+        torch.randn(1, rows, shape[1], generator=generator),
+    ):
         found = product(given, weight, bias)
         expected = linear(given, weight, bias)
         assert found.shape == expected.shape

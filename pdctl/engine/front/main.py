@@ -8,8 +8,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -24,19 +22,11 @@ from pdctl.engine.front.trace import Trace
 from pdctl.engine.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
 from pdctl.host.boot import new_epoch
-from pdctl.sockets import listen_tcp
+from pdctl.serving import Server, listen_tcp
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
 
 # Running streams may end by themselves for this long after TERM, seconds.
 _DRAIN_S = 5
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: ours stops server and core in order."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class _Stopped(Exception):
@@ -83,7 +73,7 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         service.app(), host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="uvloop",
     )  # fmt: skip
-    server = _Server(config)
+    server = Server(config)
     for sign in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sign, _stop, server)
     async with asyncio.TaskGroup() as tasks:

@@ -1,8 +1,21 @@
-"""Listening TCP sockets as servers here want them."""
+"""How the servers here listen and serve."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handling: each process here has its own order of stopping."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the process."""
+        yield
 
 
 def listen_tcp(host: str, port: int, backlog: int = 2048) -> socket.socket:

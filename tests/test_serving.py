@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from pdctl.sockets import listen_tcp
+from pdctl.serving import listen_tcp
 
 
 def test_accepted_connections_do_not_wait_for_acknowledgements() -> None:
