@@ -147,7 +147,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        return self.complete and self.keep_alive and not self.closed
+        return self.complete and self.keep_alive and not self.closed and not self._paused
 
     async def _wait(self) -> None:
         if self.failure is not None:

@@ -187,6 +187,9 @@ def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem
         if group.gpus and group.device is Device.CPU:
             yield document.problem(("engines", index, "gpus"), "gpus on a CPU engine", 'set device = "cuda"')
     roles = {group.role for group in topology.engines}
+    if len({group.device for group in topology.engines}) > 1 and roles != {Role.HYBRID}:
+        hint = "KV is float32 on the CPU and bfloat16 on GPUs: use one device for engines that exchange it"
+        yield document.problem(("engines",), "CPU and CUDA engines cannot hand KV to each other", hint)
     if roles == {Role.PREFILL}:
         yield document.problem(("engines",), "prefill without decode", 'add an engine with role = "decode" or "hybrid"')
     if roles == {Role.DECODE}:

@@ -9,9 +9,10 @@ import msgspec
 
 SECRET_ENV = "PDCTL_SECRET"  # noqa: S105 - the variable's name, not a secret
 UNIT_ENV = "PDCTL_UNIT"
-RUN_ENV = "PDCTL_RUN_ID"
 EPOCH_ENV = "PDCTL_EPOCH"
 LISTEN_FD_ENV = "PDCTL_LISTEN_FD"
+# When the client's request began, in whole seconds since 1970: what a chat template takes for now.
+STARTED_HEADER = "x-pdctl-started"
 
 # An engine that cannot be cured by a restart (bad arguments, a refused model) exits with this; sysexits.h EX_CONFIG.
 EXIT_CONFIG = 78

@@ -184,6 +184,27 @@ def test_a_slow_reader_stops_the_sender() -> None:
     asyncio.run(main())
 
 
+def test_a_paused_connection_is_not_used_again() -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 600000\r\n\r\n" + b"x" * 600_000)
+        await writer.drain()
+        await reader.read()
+
+    async def main() -> None:
+        async with server(handler) as pool:
+            stream = await pool.stream("GET", "/x")
+            async with asyncio.timeout(5):
+                while not stream._connection._paused:
+                    await asyncio.sleep(0.01)
+            stream._connection.on_message_complete()  # as when the end came in the read that paused it
+            stream._connection.keep_alive = True
+            stream.close()
+            assert not pool._idle
+
+    asyncio.run(main())
+
+
 def test_header_values_cannot_break_out() -> None:
     assert header_lines({"a": "b", "c": "d"}) == b"a: b\r\nc: d\r\n"
     with pytest.raises(ValueError, match="line break"):

@@ -74,7 +74,6 @@ def test_the_default_fits_every_machine(gpus: tuple[Gpu, ...], cpus: tuple[int, 
         ("cpus = [1]", "cpus = [1, 1]", "cpus = [1, 1]", "engines[1].cpus", "twice"),
         ('model = "sample:gemma-3-270m"', 'model = "./nowhere"', "model", "service.model", "was not found"),
         ('model = "sample:gemma-3-270m"', 'model = "sample:zzz"', "model", "service.model", "unknown sample"),
-        ('device = "cpu"', 'device = "cuda"', "device", "engines[0].device", "no GPU was found"),
         (
             "max_num_seqs = 32",
             "max_num_seqs = 0",
@@ -150,6 +149,16 @@ def test_gpus_are_checked_against_the_machine() -> None:
     assert "given to" in problems(cuda("gpus = [0]\nshare_gpu = true", "gpus = [0]"), on)[0][2], "both must agree"
     load_text(cuda("gpus = [0]\nshare_gpu = true", "gpus = [0]\nshare_gpu = true"), "x", on)
     load_text(cuda("gpus = [1]", "gpus = [0]"), "x", on)
+
+
+def test_gpus_that_are_not_there_and_devices_that_do_not_mix() -> None:
+    everywhere = EXAMPLE.replace('device = "cpu"', 'device = "cuda"')
+    assert [key for _, key, message in problems(everywhere) if "no GPU was found" in message] == [
+        "engines[0].device",
+        "engines[1].device",
+    ]
+    mixed = EXAMPLE.replace('device = "cpu"', 'device = "cuda"', 1)
+    assert "cannot hand KV to each other" in problems(mixed, host(GPUS))[0][2]
 
 
 def test_a_port_in_use_names_its_holder(tmp_path: Path) -> None:

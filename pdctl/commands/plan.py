@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
     """Show the processes, roles, devices, CPU pins and ports of a topology. Starts nothing."""
+    from pdctl.supervisor.rundir import is_locked
+
     planned = load_plan(file)
+    if not is_locked(Path(planned.run_dir)):
+        # While the service runs, its own proxy holds the port.
+        planned = load_plan(file, check_port=True)
     if as_json:
         console.out(json.dumps(planned.to_dict(), indent=2))
         return

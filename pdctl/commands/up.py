@@ -131,7 +131,10 @@ def _await_ready(planned: Plan, child: subprocess.Popen[bytes], deadline: float)
         if status["state"] == "ready":
             return status
         time.sleep(_POLL_S)
-    call(planned.service, "POST", "/v1/stop")
+    try:
+        call(planned.service, "POST", "/v1/stop")
+    except NotRunning:
+        child.terminate()
     raise ServiceFailed("the service was not ready in time and was stopped", _log_hint(planned.service))
 
 

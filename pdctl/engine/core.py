@@ -43,6 +43,8 @@ from pdctl.wire import EXIT_CONFIG, Manifest, PoolEndpoint
 
 # How long an idle loop waits before it looks around again, seconds.
 _IDLE_WAIT_S = 1.0
+# How often a transfer thread without work lets go of dead peers' memory, seconds.
+_PRUNE_S = 2.0
 
 
 class Core:
@@ -76,7 +78,14 @@ class Core:
 
     def pull_loop(self) -> None:
         """The transfer thread."""
-        while (pull := self.pulls.get()) is not None:
+        while True:
+            try:
+                pull = self.pulls.get(timeout=_PRUNE_S)
+            except queue.Empty:
+                self.transport.prune()
+                continue
+            if pull is None:
+                return
             started = time.perf_counter()
             error, moved = "", 0
             try:

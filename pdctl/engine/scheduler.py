@@ -76,7 +76,10 @@ class Scheduler:
 
     def reserve(self) -> list[Sequence]:
         """Set blocks aside for hand-overs, in order of arrival, while they fit."""
-        reserved = []
+        reserved: list[Sequence] = []
+        if self._waiting and self._waiting[0].preempted:
+            # It needs all its blocks at once and has waited before: newcomers must not take them one by one.
+            return reserved
         while self._incoming and self._has_seat and self._allocate(self._incoming[0], self._incoming[0].kv_tokens):
             sequence = self._incoming.popleft()
             sequence.status = Status.AWAITING_KV
@@ -231,8 +234,9 @@ class Scheduler:
         if token_id in self.limits.eos_token_ids and not sequence.sampling.ignore_eos:
             return "stop"
         full = len(sequence.token_ids) >= self.limits.max_model_len
-        # A held prefill never ends by length: the router asked for one token and decode goes on from it.
-        if full or (sequence.num_output >= sequence.sampling.max_tokens and not sequence.hold):
+        # A held prefill of a fresh prompt never ends by length: routers ask for one token, and decode goes on from it.
+        fresh_hold = sequence.hold and sequence.num_output == 1
+        if full or (sequence.num_output >= sequence.sampling.max_tokens and not fresh_hold):
             return "length"
         return None
 
@@ -262,6 +266,7 @@ class Scheduler:
         self.allocator.free(sequence.request_id)
         sequence.block_ids.clear()
         sequence.num_computed = 0
+        sequence.preempted = True
         sequence.status = Status.WAITING
         self._waiting.appendleft(sequence)
 

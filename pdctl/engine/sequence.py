@@ -31,6 +31,7 @@ class Sequence:
     status: Status = Status.WAITING
     num_computed: int = 0
     arrival: int = 0
+    preempted: bool = False
     block_ids: list[int] = field(default_factory=list)
 
     @property

@@ -13,7 +13,7 @@ from pdctl import asgi
 from pdctl.openai_api import ApiError
 from pdctl.proxy import requests
 from pdctl.proxy.relay import Relay, Shared
-from pdctl.proxy.routing import View, choose, round_robin
+from pdctl.proxy.routing import choose, round_robin
 from pdctl.proxy.sinks import Sink, StreamSink, WholeSink
 from pdctl.wire import ProxyConfig
 
@@ -68,8 +68,7 @@ class ProxyApp:
     async def _health(self, _: Request) -> Response:
         """200 when a request sent now would find an engine."""
         engines = self._shared.pool.engines
-        views = [View(e.address.name, e.address.role, e.healthy, e.pending, e.speed) for e in engines]
-        able = choose(round_robin, views, 1.0, 0) is not None
+        able = choose(round_robin, [engine.view() for engine in engines], 1.0, 0) is not None
         return _json(200 if able else 503, {"ok": able, "engines": {e.address.name: e.healthy for e in engines}})
 
     async def _metrics(self, _: Request) -> Response:

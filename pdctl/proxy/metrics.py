@@ -100,5 +100,5 @@ class Metrics:
         """Prometheus text."""
         for engine in pool.engines:
             self._healthy.labels(engine.address.name).set(engine.healthy)
-            self._inflight.labels(engine.address.name).set(engine.requests)
+            self._inflight.labels(engine.address.name).set(len(engine.calls))
         return generate_latest(self.registry)

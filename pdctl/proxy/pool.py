@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from pdctl.adapters import Dialect, dialect
 from pdctl.lean_http import Pool, Unreachable
+from pdctl.proxy.routing import Load, View
 from pdctl.wire import EngineAddress
 
 # A healthy engine is asked this often, one that is down more often: a restarted engine is used within moments.
@@ -22,36 +23,57 @@ _MISSES = 3
 
 
 @dataclass(slots=True)
-class Engine:
-    """One engine. `pending`: work accepted and not finished, in bytes of prompt or in requests, by what it does.
+class Meter:
+    """One kind of work at one engine: how much is pending, and how fast it has been done (0: not known yet)."""
 
-    `speed` is that work per second, as measured; 0 until something was measured.
-    """
+    pending: float = 0.0
+    speed: float = 0.0
+
+    @contextmanager
+    def working(self, amount: float) -> Iterator[None]:
+        """Count `amount` as pending meanwhile, and its speed if it gets done."""
+        self.pending += amount
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.pending -= amount
+        sample = amount / max(time.monotonic() - started, 1e-6)
+        self.speed = sample if not self.speed else (1 - _ALPHA) * self.speed + _ALPHA * sample
+
+
+@dataclass(slots=True)
+class Engine:
+    """One engine. Prompts are measured in bytes of request, hand-overs decoded in streams."""
 
     address: EngineAddress
     client: Pool
     dialect: Dialect
     healthy: bool = False
-    pending: float = 0.0
-    requests: int = 0
-    speed: float = 0.0
+    prompts: Meter = field(default_factory=Meter)
+    streams: Meter = field(default_factory=Meter)
     misses: int = 0
+    calls: set[asyncio.Timeout] = field(default_factory=set)
 
-    @contextmanager
-    def working(self, amount: float) -> Iterator[None]:
-        """Count `amount` of work as pending meanwhile."""
-        self.pending += amount
-        self.requests += 1
-        try:
-            yield
-        finally:
-            self.pending -= amount
-            self.requests -= 1
+    @asynccontextmanager
+    async def deadline(self, seconds: float) -> AsyncIterator[None]:
+        """A time limit for a call here, which is over at once when the engine is found to be down."""
+        async with asyncio.timeout(seconds) as limit:
+            self.calls.add(limit)
+            try:
+                yield
+            finally:
+                self.calls.discard(limit)
 
-    def measured(self, amount: float, seconds: float) -> None:
-        """`amount` of work took `seconds` here."""
-        sample = amount / max(seconds, 1e-6)
-        self.speed = sample if not self.speed else (1 - _ALPHA) * self.speed + _ALPHA * sample
+    def view(self) -> View:
+        """What routing needs to know."""
+        return View(
+            self.address.name,
+            self.address.role,
+            self.healthy,
+            Load(self.prompts.pending, self.prompts.speed),
+            Load(self.streams.pending, self.streams.speed),
+        )
 
 
 @dataclass(slots=True)
@@ -69,6 +91,9 @@ class EnginePool:
     def lost(self, engine: Engine) -> None:
         """A call found the engine unreachable; probes decide when it is back."""
         engine.healthy = False
+        now = asyncio.get_running_loop().time()
+        for call in engine.calls:
+            call.reschedule(now)
 
     async def watch_forever(self) -> None:
         """Probe every engine for as long as we run."""
@@ -107,4 +132,6 @@ class EnginePool:
             return
         if good and not engine.healthy:
             self.changed.set()
+        if engine.healthy and not good:
+            self.lost(engine)
         engine.healthy = good

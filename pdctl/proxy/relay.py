@@ -18,15 +18,20 @@ from pdctl.openai_api import ApiError
 from pdctl.proxy.metrics import Metrics
 from pdctl.proxy.pool import Engine, EnginePool
 from pdctl.proxy.requests import ClientRequest
-from pdctl.proxy.routing import Choice, Policy, View, choose
+from pdctl.proxy.routing import Choice, Policy, choose
 from pdctl.proxy.sinks import Sink
-from pdctl.wire import HandOver
+from pdctl.wire import STARTED_HEADER, HandOver
 
-# Engine failures one request may meet; a request that keeps meeting them may be their cause.
+# Engine failures one request may meet without a new token between them, and in all; a request that keeps meeting
+# them may be their cause.
 _MAX_FAILURES = 6
+_MAX_FAILURES_IN_ALL = 30
+# Hand-overs one request may lose before one engine computes it alone.
+_MAX_LOST = 2
 # How long a request waits for an engine to come back, and for a silent engine, seconds.
 _WAIT_FOR_ENGINE_S = 60.0
 _PREFILL_S = 600.0
+_FIRST_TOKEN_S = 300.0
 _STALL_S = 120.0
 _BACKOFF_S = 0.05
 
@@ -67,6 +72,9 @@ class Relay:
     prompt_tokens: int = 0
     first_token_at: float = 0.0
     failures: int = 0
+    failures_in_all: int = 0
+    lost: int = 0
+    emitted_at_failure: int = 0
     avoid: set[str] = field(default_factory=set)
     finished: bool = False
 
@@ -85,7 +93,7 @@ class Relay:
         pair = await self._choose()
         prefill, decode = self._engine(pair.prefill), self._engine(pair.decode)
         try:
-            if pair.is_one or self._one_token_left():
+            if pair.is_one or self.lost >= _MAX_LOST or self._one_token_left():
                 await self._decode(prefill, None)
                 return
             hand_over = await self._prefill(prefill)
@@ -98,9 +106,7 @@ class Relay:
         deadline = time.monotonic() + _WAIT_FOR_ENGINE_S
         self.shared.turn += 1
         while True:
-            views = [
-                View(e.address.name, e.address.role, e.healthy, e.pending, e.speed) for e in self.shared.pool.engines
-            ]
+            views = [engine.view() for engine in self.shared.pool.engines]
             turn, size = self.shared.turn, float(self.request.size)
             pair = choose(self.shared.policy, views, size, turn, frozenset(self.avoid))
             if pair is not None:
@@ -115,15 +121,14 @@ class Relay:
     async def _prefill(self, engine: Engine) -> HandOver | None:
         """The next token, sent on at once; None when the answer ends with it."""
         body = engine.dialect.prefill_body(self.request.fields, self.emitted)
-        size = float(self.request.size)
-        started = time.monotonic()
-        with engine.working(size):
-            try:
-                answer = await engine.client.request("POST", self.request.path, self._headers(), body, _PREFILL_S)
-                done = engine.dialect.parse_prefill(answer.status, answer.body, self.request.envelope.chat)
-            except (Unreachable, EngineError) as failure:
-                raise self._classified(engine, failure) from failure
-        engine.measured(size, time.monotonic() - started)
+        try:
+            async with engine.deadline(_PREFILL_S):
+                with engine.prompts.working(float(self.request.size)):
+                    path, headers = self.request.path, self._headers()
+                    answer = await engine.client.request("POST", path, headers, body, _PREFILL_S)
+            done = engine.dialect.parse_prefill(answer.status, answer.body, self.request.envelope.chat)
+        except (Unreachable, EngineError, TimeoutError) as failure:
+            raise self._classified(engine, failure) from failure
         self.prompt_tokens = done.prompt_tokens
         try:
             await self._emit(done.token_ids, done.text, done.finish_reason)
@@ -156,29 +161,32 @@ class Relay:
     async def _decode(self, engine: Engine, hand_over: HandOver | None) -> None:
         """Stream the rest from `engine`, which prefills by itself where there is no hand-over."""
         body = engine.dialect.decode_body(self.request.fields, self.emitted, hand_over)
-        started = time.monotonic()
-        before = len(self.emitted)
-        with engine.working(1.0):
-            try:
-                async with asyncio.timeout(_PREFILL_S):
-                    stream = await engine.client.stream("POST", self.request.path, self._headers(), body)
-                try:
-                    if stream.status != 200:
-                        engine.dialect.parse_prefill(stream.status, await stream.rest(), self.request.envelope.chat)
-                    await self._events(engine, stream)
-                finally:
-                    stream.close()
-            except (Unreachable, EngineError, TimeoutError) as failure:
-                raise self._classified(engine, failure) from failure
+        # Without a hand-over the engine computes the prompt as well: that is what its time depends on.
+        meter, amount = (engine.streams, 1.0) if hand_over else (engine.prompts, float(self.request.size))
+        try:
+            with meter.working(amount):
+                await self._read_stream(engine, body, _FIRST_TOKEN_S if hand_over else _PREFILL_S)
+        except (Unreachable, EngineError, TimeoutError) as failure:
+            raise self._classified(engine, failure) from failure
         if not self.finished:
             raise _Failed(engine, f"{engine.address.name} ended its stream early")
-        if len(self.emitted) > before:
-            engine.measured(1.0, time.monotonic() - started)
+
+    async def _read_stream(self, engine: Engine, body: bytes, first_s: float) -> None:
+        async with engine.deadline(first_s):
+            stream = await engine.client.stream("POST", self.request.path, self._headers(), body)
+        try:
+            if stream.status != 200:
+                async with engine.deadline(_STALL_S):
+                    refusal = await stream.rest()
+                engine.dialect.parse_prefill(stream.status, refusal, self.request.envelope.chat)
+            await self._events(engine, stream)
+        finally:
+            stream.close()
 
     async def _events(self, engine: Engine, stream: StreamedResponse) -> None:
         buffer = b""
         while True:
-            async with asyncio.timeout(_STALL_S):
+            async with engine.deadline(_STALL_S):
                 data = await stream.read()
             if data is None:
                 return
@@ -207,11 +215,17 @@ class Relay:
     async def _failed(self, failure: _Failed) -> None:
         """Decide whether to go on elsewhere. Raises ApiError when enough has failed."""
         name = failure.engine.address.name
+        if failure.blameless:
+            self.lost += 1
+        elif len(self.emitted) > self.emitted_at_failure:
+            self.failures = 0
+        self.emitted_at_failure = len(self.emitted)
         self.failures += 1
+        self.failures_in_all += 1
         self.avoid = set() if failure.blameless else {name}
         self.shared.metrics.failed_over(name)
-        if self.failures >= _MAX_FAILURES:
-            message = f"the request failed on {self.failures} engines, last on {name}: {failure}"
+        if self.failures >= _MAX_FAILURES or self.failures_in_all >= _MAX_FAILURES_IN_ALL:
+            message = f"the request failed {self.failures_in_all} times, last on {name}: {failure}"
             raise ApiError(502, message, "server_error")
         await asyncio.sleep(_BACKOFF_S * 2 ** (self.failures - 1) * random.random())  # noqa: S311 - jitter, no secret
 
@@ -222,7 +236,7 @@ class Relay:
             return _Failed(engine, str(failure))
         if isinstance(failure, TimeoutError):
             self.shared.pool.lost(engine)
-            return _Failed(engine, f"no token from {engine.address.name} in {_STALL_S:g} s")
+            return _Failed(engine, f"{engine.address.name} gave no token in time")
         assert isinstance(failure, EngineError)
         if failure.status in _RETRYABLE:
             return _Failed(engine, failure.message, blameless=failure.kv_lost)
@@ -241,6 +255,7 @@ class Relay:
                 "authorization": f"Bearer {self.shared.secret}",
                 "content-type": "application/json",
                 "x-request-id": self.request.envelope.request_id,
+                STARTED_HEADER: str(self.request.envelope.created),
             }
         )
 

@@ -14,12 +14,16 @@ _INTERNAL = ("kv_transfer_params", "resume_token_ids")
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
+class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+
+
 class _Known(msgspec.Struct):
     """The fields that change what the proxy does."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: dict[str, object] | None = None
+    stream_options: _StreamOptions | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     seed: int | None = None
@@ -68,6 +72,6 @@ def parse(body: bytes, path: str, chat: bool, request_id: str, served_model: str
         size=len(body),
         path=path,
         stream=bool(known.stream),
-        include_usage=bool((known.stream_options or {}).get("include_usage")),
+        include_usage=bool(known.stream_options and known.stream_options.include_usage),
         max_tokens=known.max_completion_tokens or known.max_tokens,
     )

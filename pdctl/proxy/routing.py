@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _PREFILLS = ("prefill", "hybrid")
 _DECODES = ("decode", "hybrid")
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class Load(NamedTuple):
+    """Work pending, and work per second as measured; 0 until something was."""
+
+    pending: float
+    speed: float
+
+
+class View(NamedTuple):
     """One engine at the moment of choosing. See proxy.pool.Engine for the units."""
 
     name: str
     role: str
     healthy: bool
-    pending: float
-    speed: float
+    prompts: Load
+    streams: Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +40,25 @@ class Choice:
         return self.prefill == self.decode
 
 
-# (candidates, amount of new work, count of requests so far) -> the chosen one.
-Policy = Callable[[Sequence[View], float, int], View]
+# (loads of the candidates, amount of new work, count of requests so far) -> index of the chosen one.
+Policy = Callable[[Sequence[Load], float, int], int]
 
 
-def round_robin(candidates: Sequence[View], _: float, turn: int) -> View:
+def round_robin(candidates: Sequence[Load], _: float, turn: int) -> int:
     """Each in turn."""
-    return candidates[turn % len(candidates)]
+    return turn % len(candidates)
 
 
-def min_expected_latency(candidates: Sequence[View], amount: float, turn: int) -> View:
+def min_expected_latency(candidates: Sequence[Load], amount: float, turn: int) -> int:
     """The one that would be done first: (pending + new work) / speed.
 
     An engine never measured counts as as fast as the fastest known. Equals take turns.
     """
-    fastest = max((view.speed for view in candidates), default=0.0) or 1.0
-
-    def expected(view: View) -> float:
-        return (view.pending + amount) / (view.speed or fastest)
-
-    best = min(expected(view) for view in candidates)
+    fastest = max(load.speed for load in candidates) or 1.0
+    expected = [(load.pending + amount) / (load.speed or fastest) for load in candidates]
     # Within a tenth of the best there is nothing to choose but noise.
-    return round_robin([view for view in candidates if expected(view) <= best * 1.1], amount, turn)
+    good = [index for index, seconds in enumerate(expected) if seconds <= min(expected) * 1.1]
+    return good[turn % len(good)]
 
 
 POLICIES: dict[str, Policy] = {"round_robin": round_robin, "min_expected_latency": min_expected_latency}
@@ -76,6 +80,9 @@ def choose(
     if not fresh:
         return None
     if not prefills or not decodes or len(hybrids) == len(fresh):
-        one = policy(hybrids or fresh, amount, turn).name
+        able = hybrids or fresh
+        one = able[policy([view.prompts for view in able], amount, turn)].name
         return Choice(one, one)
-    return Choice(policy(prefills, amount, turn).name, policy(decodes, 1.0, turn).name)
+    prefill = prefills[policy([view.prompts for view in prefills], amount, turn)]
+    decode = decodes[policy([view.streams for view in decodes], 1.0, turn)]
+    return Choice(prefill.name, decode.name)

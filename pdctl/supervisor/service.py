@@ -23,10 +23,12 @@ from pdctl.supervisor.lifecycle import Event, Kind, Phase, Policy
 from pdctl.supervisor.rundir import RunDir
 from pdctl.supervisor.tree import become_subreaper, kill_tree, reap_strangers, stamped
 from pdctl.supervisor.unit import Surroundings, Unit
-from pdctl.wire import RUN_ENV, SECRET_ENV, UNIT_ENV, EngineAddress, HolderCall, ProxyConfig
+from pdctl.wire import SECRET_ENV, UNIT_ENV, EngineAddress, HolderCall, ProxyConfig
 
 _HOUSEKEEPING_S = 1.0
 _RECLAIM_S = 2.0
+_CLEAR_S = 10.0
+_LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
 
 
 class _Down(Exception):
@@ -36,14 +38,12 @@ class _Down(Exception):
 class Service:
     """Runs a plan until told to stop. `say(process, message)` is told of every event."""
 
-    def __init__(self, plan: Plan, say: Callable[[str, str], None], stay_when_failed: bool = False) -> None:
+    def __init__(self, plan: Plan, say: Callable[[str, str], None]) -> None:
         self.plan = plan
         self.failure: str | None = None
         self._say = say
-        self._stay_when_failed = stay_when_failed
         self._rundir = RunDir(Path(plan.run_dir))
         self._secret = secrets.token_hex(16)
-        self._run_id = secrets.token_hex(6)
         self._units: list[Unit] = []
         self._stopping = False
         self._was_ready = False
@@ -125,12 +125,15 @@ class Service:
             self._was_ready = True
             self._say("pdctl", f"service {self.plan.service!r} is ready at {self.plan.proxy_url}")
         failed = next((unit for unit in self._units if unit.life.phase is Phase.FAILED), None)
-        if failed and not self._was_ready and not self._stopping and not self._stay_when_failed:
+        if failed and not self._was_ready and not self._stopping:
             # A service that never became ready is taken down whole: nothing half-started is left behind.
             self.failure = f"{failed.spec.name} {failed.life.reason}"
             self._stopping = True
         for unit in self._units:
-            if self._stopping:
+            if self._stopping and unit.life.phase in (Phase.PENDING, Phase.BACKOFF):
+                # Nothing runs: whoever depends on it need not be waited for, and it must not start again.
+                self._stop_unit(unit)
+            elif self._stopping:
                 dependants = [u for u in self._units if unit.spec.name in u.spec.depends_on]
                 if all(u.life.phase in _ENDED for u in dependants):
                     self._stop_unit(unit)
@@ -143,7 +146,11 @@ class Service:
 
     def _changed(self, unit: Unit) -> None:
         self._dirty.set()
-        self._rundir.write_json("state.json", self.status())
+        try:
+            self._rundir.write_json("state.json", self.status())
+        except OSError as failure:
+            # For people and later starts; a full disk must not end the service.
+            self._say("pdctl", f"state.json cannot be written: {failure}")
         if unit.life.phase in (Phase.BACKOFF, Phase.FAILED) and unit.spec.role in ("decode", "hybrid"):
             unit.around.tasks.create_task(self._reclaim(unit, f"{unit.spec.name}@{unit.epoch}"))
 
@@ -177,7 +184,7 @@ class Service:
             policy=Policy(self.plan.max_restarts, self.plan.within_s),
             grace_s=self.plan.grace_s,
             log_dir=Path(self.plan.log_dir),
-            env={SECRET_ENV: self._secret, RUN_ENV: self._run_id},
+            env={SECRET_ENV: self._secret},
             stamp_prefix=self._stamp_prefix(),
             tasks=tasks,
             changed=self._changed,
@@ -197,15 +204,20 @@ class Service:
 
     async def _clear_leftovers(self) -> None:
         """What a supervisor that was killed left behind is ended before anything is started in its place."""
-        for spec in self.plan.processes:
-            stamp = f"{UNIT_ENV}={self._stamp_prefix()}:{spec.name}"
-            if left := stamped(stamp):
-                self._say("pdctl", f"ending pids {left} of an earlier {spec.name}")
-                await kill_tree(stamp, set(), _RECLAIM_S * 5)
+        stamp = f"{UNIT_ENV}={self._stamp_prefix()}:"
+        if found := stamped(stamp):
+            self._say("pdctl", f"ending pids {found} of an earlier start")
+            if left := await kill_tree(stamp, set(), _CLEAR_S):
+                hint = "they are stuck in the kernel (state D); wait, or reboot"
+                raise PdctlError(f"pids {left} of an earlier start do not die", hint)
 
     def _prepare(self) -> None:
         """Sockets and files that children expect."""
         for spec in self.plan.processes:
+            longest = f"{self._rundir.path}/ipc/{spec.name}.out"
+            if len(longest) > _LONGEST_SOCKET_PATH:
+                hint = "set PDCTL_RUN to a shorter directory, or shorten the names"
+                raise PdctlError(f"{longest} is too long for a unix socket", hint)
             if spec.listen is not None:
                 self._listeners.append(_listen(spec))
         (self._rundir.path / "ipc").mkdir()

@@ -23,13 +23,13 @@ def become_subreaper() -> None:
 
 
 def stamped(stamp: str, proc_root: Path = Path("/proc")) -> list[int]:
-    """Pids of living processes whose environment holds `stamp` (NAME=value)."""
+    """Pids of living processes with `stamp` (NAME=value) in their environment; one that ends in a colon is a prefix."""
     wanted = stamp.encode()
     found = []
     for entry in proc_root.iterdir():
         if entry.name.isdigit() and _alive(entry):
             with contextlib.suppress(OSError):
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                if _matches((entry / "environ").read_bytes().split(b"\0"), wanted):
                     found.append(int(entry.name))
     return found
 
@@ -59,6 +59,12 @@ async def kill_tree(stamp: str, ours: set[int], deadline_s: float) -> list[int]:
             return left
         await asyncio.sleep(_POLL_S)
     return []
+
+
+def _matches(environment: list[bytes], wanted: bytes) -> bool:
+    if wanted.endswith(b":"):
+        return any(entry.startswith(wanted) for entry in environment)
+    return wanted in environment
 
 
 def _alive(process: Path) -> bool:

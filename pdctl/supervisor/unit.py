@@ -126,7 +126,7 @@ class Unit:
                 self._signal(signal.SIGTERM)
                 self._grace = tasks.create_task(self._later(self.around.grace_s, Kind.GRACE_OVER))
             case Do.KILL_TREE:
-                tasks.create_task(self._kill())
+                self.force()
             case Do.ARM_BACKOFF:
                 tasks.create_task(self._later(action.seconds, Kind.START))
 
@@ -196,13 +196,8 @@ class Unit:
         }
         self.around.say(self.spec.name, str(self.last_exit["reason"]))
 
-    async def _kill(self) -> None:
-        """The leader's exit is noticed by its pidfd; what outlives it is found by its stamp."""
-        self._signal(signal.SIGKILL)
-        await kill_tree(self.stamp, self.around.our_pids(), _KILL_DEADLINE_S)
-
     def force(self) -> None:
-        """Kill now, without grace."""
+        """Kill the whole tree, now. One pass: `_ended` waits for the rest, and a later pass could meet a successor."""
         self._signal(signal.SIGKILL)
         for pid in stamped(self.stamp):
             _kill_quietly(pid, signal.SIGKILL)

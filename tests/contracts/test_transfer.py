@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +141,24 @@ def test_a_frozen_peer_does_not_freeze_us(name: str) -> None:
         except TransferError:
             return
         assert (view[:4096] == found.content[:4096]).all()
+
+
+def test_a_dead_peers_memory_is_let_go_of(name: str) -> None:
+    kind = transport_kind(name)
+    region = kind.allocate(SIZE, "0f")
+    transport = kind.open_transport(region)
+    with peer(name) as found:
+        transport.read(found.address, SIZE, [Span(0, 0, 64)])
+        transport.prune()
+        assert _mapped("pdctl-kv-a1"), "a living peer stays mapped"
+    transport.prune()
+    assert not _mapped("pdctl-kv-a1")
+    transport.close()
+    region.close()
+
+
+def _mapped(label: str) -> bool:
+    return label in Path("/proc/self/maps").read_text()
 
 
 def test_another_epoch_at_the_same_place_is_refused(name: str) -> None:

@@ -175,7 +175,7 @@ def test_hand_overs_that_are_wrong_are_refused_and_harm_nobody(service: Service)
         return httpx.post(f"{urls['decode-0']}/v1/completions", json=body, headers=headers, timeout=30, trust_env=False)
 
     good = prefill("hello there")
-    assert decode("another one", good).status_code == 400, "the KV of another prompt"
+    assert decode("another one", good).status_code == 409, "the KV of another prompt, of the same length"
     stale = decode("hello there", {**good, "epoch": "old"})
     assert (stale.status_code, stale.json()["error"]["type"]) == (409, "kv_lost")
     unknown = decode("hello there", {**good, "lease_id": "nonsense"})
@@ -189,6 +189,39 @@ def test_hand_overs_that_are_wrong_are_refused_and_harm_nobody(service: Service)
     assert answer.status_code == 200, "as a router written for vLLM would send it: the first token is in the hand-over"
     assert answer.json()["choices"][0]["token_ids"] == service.complete("hello there", max_tokens=4)["token_ids"]
     assert decode("hello there", fresh).status_code == 409, "a hand-over is good for one decode"
+
+
+def test_a_request_whose_last_token_was_the_last_ends_there(service: Service) -> None:
+    """An engine may die between its last token and saying so; the next one must not add another."""
+    headers = secret_of(service)
+    whole = service.complete("hello")  # OpenAI's default of 16 tokens, which the proxy does not know
+    for name in ("prefill-0", "decode-0"):
+        url = f"http://127.0.0.1:{service.process(name)['ports']['http']}/v1/completions"
+        for hold in ({}, {"kv_transfer_params": {"do_remote_decode": True}}):
+            for given in (15, 16):
+                body = {"prompt": "hello", "temperature": 0, "return_token_ids": True, **hold,
+                        "resume_token_ids": whole["token_ids"][:given]}  # fmt: skip
+                answer = httpx.post(url, json=body, headers=headers, timeout=30, trust_env=False).json()
+                assert answer["choices"][0]["token_ids"] == whole["token_ids"][given:]
+                assert answer["choices"][0]["finish_reason"] == "length"
+                assert "kv_transfer_params" not in answer
+                assert answer["usage"]["completion_tokens"] == 16
+
+
+def test_a_hand_over_is_read_by_one_request_at_a_time(service: Service) -> None:
+    headers = secret_of(service)
+    urls = [f"http://127.0.0.1:{service.process(n)['ports']['http']}/v1/completions" for n in ("prefill-0", "decode-0")]
+    for _ in range(5):
+        body = {"prompt": "hello there", "temperature": 0, "max_tokens": 4, "return_token_ids": True}
+        held = {**body, "kv_transfer_params": {"do_remote_decode": True}}
+        hand_over = httpx.post(urls[0], json=held, headers=headers, timeout=30, trust_env=False).json()[
+            "kv_transfer_params"
+        ]
+        ask = {**body, "kv_transfer_params": hand_over}
+        with ThreadPoolExecutor(4) as threads:
+            calls = [threads.submit(httpx.post, urls[1], json=ask, headers=headers, timeout=30) for _ in range(4)]
+            codes = sorted(call.result().status_code for call in calls)
+        assert codes == [200, 409, 409, 409]
 
 
 def test_many_at_once_with_mixed_ends(service: Service) -> None:

@@ -76,7 +76,7 @@ def test_a_missing_file_and_a_missing_service(run: Run) -> None:
 def test_a_taken_port_names_its_holder(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         run.write(topology(port=other.getsockname()[1]))
-        for verb in (("up",), ("up", "-d")):
+        for verb in (("plan",), ("up",), ("up", "-d")):
             message = refused(run, *verb)
             assert f"port {other.getsockname()[1]} is in use by pid {os.getpid()}" in message
 

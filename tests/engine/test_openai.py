@@ -22,8 +22,10 @@ def refused(body: object, chat: bool = False) -> ApiError:
     [
         {"max_tokens": -1}, {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": 91}, {"temperature": -0.1},
         {"top_p": 0}, {"top_p": 1.1}, {"top_k": -2}, {"stop": [""]}, {"stop": ["x"] * 17}, {"n": 2}, {"best_of": 2},
-        {"echo": True}, {"logprobs": 1}, {"suffix": "x"}, {"presence_penalty": 0.5}, {"logit_bias": {"1": 2}},
-        {"unknown": 1}, {"prompt": 5}, {"prompt": {"a": 1}}, {"stream": "yes"},
+        {"echo": True}, {"logprobs": 1}, {"logprobs": 0},
+        {"suffix": "x"}, {"presence_penalty": 0.5}, {"logit_bias": {"1": 2}},
+        {"unknown": 1}, {"stream_options": {"continuous_usage_stats": True}},
+        {"prompt": 5}, {"prompt": {"a": 1}}, {"stream": "yes"},
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_with_400_and_a_name(field: dict[str, object]) -> None:

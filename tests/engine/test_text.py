@@ -74,7 +74,7 @@ def test_a_resumed_text_goes_on_where_it_was(codec: TextCodec, text: str, cut: i
 
 def test_a_base_model_has_no_chat(codec: TextCodec) -> None:
     with pytest.raises(NoChatTemplate, match="base model"):
-        codec.encode_chat([{"role": "user", "content": "hi"}])
+        codec.encode_chat([{"role": "user", "content": "hi"}], 0.0)
 
 
 def test_chat_templates_render_with_their_helpers() -> None:
@@ -82,12 +82,16 @@ def test_chat_templates_render_with_their_helpers() -> None:
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no bad role') }}{% endif %}"
         "[{{ m.role }}]{{ m.content | tojson }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    text = render_chat(template, [{"role": "user", "content": "é"}], {"bos_token": "<s>"})
+    text = render_chat(template, [{"role": "user", "content": "é"}], {"bos_token": "<s>"}, 0.0)
     assert text == '<s>[user]"é"[assistant]'
     with pytest.raises(ValueError, match="no bad role"):
-        render_chat(template, [{"role": "bad", "content": ""}], {"bos_token": ""})
+        render_chat(template, [{"role": "bad", "content": ""}], {"bos_token": ""}, 0.0)
+
+
+def test_a_templates_clock_is_the_requests() -> None:
+    assert render_chat("{{ strftime_now('%Y') }}", [], {}, 40_000_000.0) == "1971"
 
 
 def test_a_template_cannot_reach_python() -> None:
     with pytest.raises(ValueError, match="refuses"):
-        render_chat("{{ ''.__class__.__mro__[1].__subclasses__() }}", [], {})
+        render_chat("{{ ''.__class__.__mro__[1].__subclasses__() }}", [], {}, 0.0)

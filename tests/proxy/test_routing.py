@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.proxy.routing import POLICIES, Choice, View, choose, min_expected_latency, round_robin
+from pdctl.proxy.routing import POLICIES, Choice, Load, Policy, View, choose, min_expected_latency, round_robin
 
 
-def view(name: str, role: str = "prefill", healthy: bool = True, pending: float = 0, speed: float = 0) -> View:
-    return View(name, role, healthy, pending, speed)
+def view(name: str, role: str = "prefill", healthy: bool = True, load: Load = Load(0, 0)) -> View:
+    return View(name, role, healthy, load, load)
 
 
 ROLES = st.sampled_from(["prefill", "decode", "hybrid"])
@@ -24,17 +24,21 @@ def test_round_robin_visits_every_pair_member() -> None:
 
 
 def test_min_expected_latency_prefers_less_work_and_more_speed() -> None:
-    assert min_expected_latency([view("a", pending=10, speed=1), view("b", pending=2, speed=1)], 1, 0).name == "b"
-    assert min_expected_latency([view("a", pending=10, speed=100), view("b", pending=2, speed=1)], 1, 0).name == "a"
+    assert min_expected_latency([Load(10, 1), Load(2, 1)], 1, 0) == 1
+    assert min_expected_latency([Load(10, 100), Load(2, 1)], 1, 0) == 0
 
 
 def test_an_unmeasured_engine_is_tried() -> None:
-    assert min_expected_latency([view("old", pending=5, speed=9), view("new")], 1, 0).name == "new"
+    assert min_expected_latency([Load(5, 9), Load(0, 0)], 1, 0) == 1
 
 
 def test_equals_take_turns() -> None:
-    names = {min_expected_latency(POOL[:2], 1, turn).name for turn in range(4)}
-    assert names == {"p0", "p1"}
+    assert {min_expected_latency([Load(0, 0), Load(0, 0)], 1, turn) for turn in range(4)} == {0, 1}
+
+
+def test_hybrids_are_balanced_by_the_prompts_they_have_pending() -> None:
+    busy, idle = view("h0", "hybrid", load=Load(2500, 100)), view("h1", "hybrid", load=Load(0, 100))
+    assert all(choose(min_expected_latency, [busy, idle], 500, turn) == Choice("h1", "h1") for turn in range(4))
 
 
 def test_the_sick_are_left_out_and_the_avoided_are_a_last_resort() -> None:
@@ -62,7 +66,9 @@ def test_hybrids_alone_move_no_kv_and_beside_others_take_both_parts() -> None:
 def test_a_choice_is_always_healthy_and_fits_its_roles(
     pool: list[tuple[str, bool, float, float]], turn: int, amount: float, policy: str, avoid: set[int]
 ) -> None:
-    views = [View(str(n), role, healthy, pending, speed) for n, (role, healthy, pending, speed) in enumerate(pool)]
+    views = [
+        view(str(n), role, healthy, Load(pending, speed)) for n, (role, healthy, pending, speed) in enumerate(pool)
+    ]
     found = choose(POLICIES[policy], views, amount, turn, frozenset(map(str, avoid)))
     by_name = {v.name: v for v in views}
     if found is None:
@@ -77,5 +83,5 @@ def test_a_choice_is_always_healthy_and_fits_its_roles(
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())
-def test_one_candidate_is_the_one(policy: object) -> None:
-    assert policy([POOL[0]], 5.0, 7) == POOL[0]  # type: ignore[operator]
+def test_one_candidate_is_the_one(policy: Policy) -> None:
+    assert policy([Load(3, 0)], 5.0, 7) == 0

@@ -124,7 +124,9 @@ class CoreLink:
     async def close(self) -> None:
         """Ask the core to end and close the sockets."""
         self._closing = True
-        await self.send(Shutdown())
+        if self.ready is not None:
+            # A core that still loads has no socket yet; sending to it would wait for the load to end.
+            await self.send(Shutdown())
         self._push.close(linger=500)
         self._pull.close(linger=0)
         self._context.term()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pdctl.engine.front.core_link import CoreLink, RequestEvent
 from pdctl.engine.front.leases import LeaseDesk
-from pdctl.engine.front.migrate import Migrator
+from pdctl.engine.front.migrate import KvLost, Migrator
 from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.text import OutputText, TextCodec
 from pdctl.engine.messages import Failed, Held, Submit, Token
+from pdctl.lean_http import Unreachable
 from pdctl.openai_api import ApiError
 from pdctl.wire import HandOver, token_digest
 
@@ -60,11 +62,16 @@ class Generator:
         text = OutputText(self._codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops)
         for token_id in request.resume:
             text.push(token_id)
+        if len(request.resume) >= request.sampling.max_tokens:
+            # The engine before this one died between its last token and saying that it was the last.
+            await self._let_go(request)
+            yield Piece([], text.flush(), "length")
+            return
         submit, first = _submission(request)
         if first is not None:
             piece, done = _first_piece(request, text, first)
             if done:
-                await self._migrator_release(request)
+                await self._let_go(request)
                 yield piece
                 return
         async with self._core.request(submit) as events:
@@ -129,15 +136,17 @@ class Generator:
         )
         return Piece([held.token_id], shown, None, hand_over)
 
-    async def _migrator_release(self, request: GenerationRequest) -> None:
+    async def _let_go(self, request: GenerationRequest) -> None:
+        """Release a hand-over that will not be read; if that fails, its deadline does it."""
         if request.hand_over is not None:
-            await self._migrator.call(request.hand_over, "release")
+            with suppress(Unreachable):
+                await self._migrator.call(request.hand_over, "release")
 
 
 def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
     """What the core gets, and the first token when it came with the hand-over and the client lacks it.
 
-    Raises ApiError when the hand-over is not for these tokens.
+    Raises KvLost when the hand-over is not for these tokens.
     """
     token_ids = [*request.token_ids, *request.resume]
     hand_over = request.hand_over
@@ -149,7 +158,7 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         known = token_ids[:-1]
         same = len(known) == hand_over.remote_num_tokens and token_digest(known) == hand_over.token_digest
         if token_ids[-1:] != [hand_over.first_token_id] or not same:
-            raise ApiError(400, "kv_transfer_params belong to another prompt than the one they came with")
+            raise KvLost("the hand-over's KV was computed from other tokens than this request's")
     submit = Submit(
         request_id=request.request_id,
         token_ids=token_ids,

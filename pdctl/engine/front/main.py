@@ -71,7 +71,7 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
     service = EngineService(options, secret, codec, core, leases, migrator, generator)
     config = uvicorn.Config(
         service.app(), host=options.host, port=options.port, log_level="warning", access_log=False,
-        timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="uvloop",
+        timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="none",
     )  # fmt: skip
     server = Server(config)
     for sign in (signal.SIGTERM, signal.SIGINT):

@@ -46,6 +46,9 @@ class Migrator:
         self, request_id: str, hand_over: HandOver, events: asyncio.Queue[RequestEvent], deadline_s: float
     ) -> None:
         """Return when the KV is here, certified, and decoding has begun. Raises KvLost."""
+        if hand_over.lease_id in self._claimed:
+            # COMMIT certifies one reader's bytes; a second one here would be told ok for the first one's.
+            raise KvLost(f"lease {hand_over.lease_id} is being read by another request here")
         inbox: asyncio.Queue[Event] = asyncio.Queue()
         started = time.monotonic()
         run = _Run(self, request_id, hand_over, inbox)

@@ -14,11 +14,10 @@ from pdctl.wire import HandOver
 _MAX_STOPS = 16
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """`include_usage` adds a last chunk with the counts."""
 
     include_usage: bool = False
-    continuous_usage_stats: bool = False
 
 
 class HoldRequest(msgspec.Struct):
@@ -129,7 +128,8 @@ def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:
         raise ApiError(400, f"the body is not valid JSON: {failure}") from None
     for name, neutral in _NEUTRAL.items():
-        if getattr(parsed, name, None) not in neutral:
+        value = getattr(parsed, name, None)
+        if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
             raise ApiError(400, f"{name} is not supported by this engine", param=name)
     _check_numbers(parsed)
     return parsed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import time
 from collections.abc import Callable
 from uuid import uuid4
 
@@ -24,7 +25,7 @@ from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import DONE, ApiError, Envelope, usage
-from pdctl.wire import EngineState, HandOver, HolderCall, LeaseCall, RenewCall
+from pdctl.wire import STARTED_HEADER, EngineState, HandOver, HolderCall, LeaseCall, RenewCall
 
 
 class EngineService:
@@ -80,7 +81,7 @@ class EngineService:
                 f"the model {parsed.model!r} does not exist; this engine serves {served!r}",
                 param="model",
             )
-        token_ids = self._prompt_ids(parsed, ready.vocab_size)
+        token_ids = self._prompt_ids(parsed, ready.vocab_size, self._clock(headers))
         hold, hand_over = self._internal_fields(parsed, headers)
         request_id = asgi.request_id(headers)
         return GenerationRequest(
@@ -97,9 +98,15 @@ class EngineService:
             hand_over=hand_over,
         )
 
-    def _prompt_ids(self, body: openai.CompletionBody | openai.ChatBody, vocab_size: int) -> list[int]:
+    def _clock(self, headers: dict[str, str]) -> float:
+        """When the request began: the proxy says, so that all engines agree."""
+        given = headers.get(STARTED_HEADER, "")
+        internal = self.is_internal(headers.get("authorization", ""))
+        return float(given) if internal and given.isdecimal() else float(int(time.time()))
+
+    def _prompt_ids(self, body: openai.CompletionBody | openai.ChatBody, vocab_size: int, at: float) -> list[int]:
         try:
-            ids = self._encode(body)
+            ids = self._encode(body, at)
         except (NoChatTemplate, ValueError) as failure:
             raise ApiError(400, str(failure), param="messages") from None
         if not ids:
@@ -108,12 +115,12 @@ class EngineService:
             raise ApiError(400, f"prompt token ids must be from 0 to {vocab_size - 1}", param="prompt")
         return ids
 
-    def _encode(self, body: openai.CompletionBody | openai.ChatBody) -> list[int]:
+    def _encode(self, body: openai.CompletionBody | openai.ChatBody, at: float) -> list[int]:
         if isinstance(body, openai.ChatBody):
-            return self.codec.encode_chat(body.messages)
+            return self.codec.encode_chat(body.messages, at)
         prompt = body.prompt
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            return self._encode(msgspec.structs.replace(body, prompt=prompt[0]))
+            return self._encode(msgspec.structs.replace(body, prompt=prompt[0]), at)
         if isinstance(prompt, str):
             return self.codec.encode(prompt)
         if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):

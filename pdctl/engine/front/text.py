@@ -29,20 +29,24 @@ class TextCodec:
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids
 
-    def encode_chat(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+    def encode_chat(self, messages: Messages, at: float) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins; `at`: the template's clock.
 
         Raises NoChatTemplate, or ValueError with the template's own complaint.
         """
         if self._template is None:
             raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
-        text = render_chat(self._template, messages, self._specials)
+        text = render_chat(self._template, messages, self._specials, at)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
 
-def render_chat(template: str, messages: Messages, specials: dict[str, str]) -> str:
-    """Render a Hugging Face chat template, with the helpers such templates expect."""
+def render_chat(template: str, messages: Messages, specials: dict[str, str], at: float) -> str:
+    """Render a Hugging Face chat template, with the helpers such templates expect.
+
+    `at` is what the template takes for now, in seconds since 1970: every engine that a request visits must render the
+    same prompt.
+    """
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -56,7 +60,7 @@ def render_chat(template: str, messages: Messages, specials: dict[str, str]) -> 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().astimezone().strftime(pattern)
+    environment.globals["strftime_now"] = lambda pattern: datetime.fromtimestamp(at).astimezone().strftime(pattern)
     try:
         return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **specials)
     except (TemplateError, TypeError) as failure:

@@ -37,6 +37,10 @@ class Transport(Protocol):
         """
         ...
 
+    def prune(self) -> None:
+        """Let go of what belongs to peers that have ended."""
+        ...
+
     def close(self) -> None:
         """Forget every peer."""
         ...

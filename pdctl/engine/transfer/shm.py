@@ -74,22 +74,28 @@ class ShmTransport:
             self._target[target : target + length] = peer[source : source + length]
         return sum(span.length for span in spans)
 
+    def prune(self) -> None:
+        """See Transport.prune. A mapping keeps the memory of a dead peer's whole pool."""
+        self._peers = {address: view for address, view in self._peers.items() if _alive(address)}
+
     def close(self) -> None:
         """See Transport.close."""
         self._peers.clear()
 
     def _peer(self, address: str, peer_bytes: int) -> _Bytes:
         if address not in self._peers:
-            pid = address.split("/")[0]
-            # A restarted peer has a new epoch: the old start's pool is let go of.
-            self._peers = {known: view for known, view in self._peers.items() if _alive(known, pid)}
+            self.prune()
             self._peers[address] = _map_peer(address, peer_bytes)
         return self._peers[address]
 
 
-def _alive(address: str, newcomer_pid: str) -> bool:
-    pid = address.split("/")[0]
-    return pid != newcomer_pid and os.path.exists(f"/proc/{pid}")  # noqa: PTH110 - a Path would cost more here
+def _alive(address: str) -> bool:
+    """Whether the owner still has the very file: a reused pid has another one."""
+    pid, fd, epoch = address.split("/")
+    try:
+        return f"{_LABEL}{epoch}" in str(Path(f"/proc/{pid}/fd/{fd}").readlink())
+    except OSError:
+        return False
 
 
 def _map_peer(address: str, peer_bytes: int) -> _Bytes:
