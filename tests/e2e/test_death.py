@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -188,3 +188,80 @@ def test_disconnect_during_prefill_frees_it(service: Service) -> None:
                 trust_env=False,
             )
     service.idle()
+
+
+def stream_with(service: Service, at: int, act: Callable[[], None]) -> list[int]:
+    """The token ids of a long stream, in whose course something is done once."""
+    ids: list[int] = []
+    body = {"prompt": PROMPT, "max_tokens": LONG, "temperature": 0, "stream": True, "return_token_ids": True,
+            "ignore_eos": True}  # fmt: skip
+    done = False
+    with service.client.stream("POST", "/v1/completions", json=body) as answer:
+        for event in events(answer):
+            if event is None:
+                break
+            assert "error" not in event, event
+            ids += event["choices"][0]["token_ids"]
+            if len(ids) > at and not done:
+                done = True
+                act()
+    assert done
+    return ids
+
+
+def test_stream_survives_the_death_of_both_engines_at_once(service: Service, quiet: dict[str, Any]) -> None:
+    service.healthy()
+    before = {name: service.process(name) for name in ("prefill-0", "decode-0")}
+
+    def kill_both() -> None:
+        for process in before.values():
+            kill(process["pid"])
+
+    assert stream_with(service, 20, kill_both) == quiet["token_ids"]
+    for name, process in before.items():
+        restarted(service, name, process)
+    service.healthy()
+    service.idle()
+
+
+def test_stream_leaves_a_frozen_engine(service: Service, quiet: dict[str, Any]) -> None:
+    service.healthy()
+    pid = service.process("decode-0")["pid"]
+    try:
+        ids = stream_with(service, 20, lambda: os.kill(pid, signal.SIGSTOP))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert ids == quiet["token_ids"]
+    service.healthy()
+    service.idle()
+
+
+def test_a_frozen_orphan_of_another_topology_is_ended_by_the_next_start(run: Run) -> None:
+    run.write(topology(prefills=2))
+    run.cli("up", "-d", check=True)
+    service = Service(run)
+    service.client.close()
+    frozen = service.process("prefill-1")["pid"]
+    os.kill(frozen, signal.SIGSTOP)  # TERM from the kernel waits until it is continued
+    kill(service.status()["supervisor_pid"])
+    wait_until(lambda: len(run.processes()) <= 2, 20, "all but the frozen engine to end")
+    assert psutil.pid_exists(frozen)
+    with running(run, topology()):
+        wait_until(lambda: not psutil.pid_exists(frozen), 10, "the orphan to be ended")
+
+
+def test_an_engine_that_dies_while_the_service_stops_stays_down(run: Run) -> None:
+    run.write(topology())
+    run.cli("up", "-d", check=True)
+    service = Service(run)
+    service.client.close()
+    proxy, decode = service.process("proxy")["pid"], service.process("decode-0")["pid"]
+    os.kill(proxy, signal.SIGSTOP)  # holds up the stop
+    stopper = threading.Thread(target=run.cli, args=("down",))
+    stopper.start()
+    wait_until(lambda: service.status()["state"] == "stopping", 20, "the stop to begin")
+    kill(decode)
+    wait_until(lambda: service.process("decode-0")["state"] == "stopped", 20, "decode to be down for good")
+    os.kill(proxy, signal.SIGCONT)
+    stopper.join()
+    assert not run.processes()
