@@ -29,7 +29,8 @@ def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
     probabilities = kept_probabilities(logits, sampling)
     cumulative = probabilities.cumsum(-1)
     point = uniform(sampling.seed, position) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, torch.tensor(point, dtype=cumulative.dtype), right=True))
+    wanted = torch.tensor(point, dtype=cumulative.dtype, device=cumulative.device)
+    index = int(torch.searchsorted(cumulative, wanted, right=True))
     index = min(index, cumulative.numel() - 1)
     # A border hit may land on a token that was filtered out; the kept one before it is meant.
     while probabilities[index] == 0:
