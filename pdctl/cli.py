@@ -59,6 +59,9 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as ended:
+        # Usage errors end with 2 in click; here 2 means unexpected, and what the user can fix is 1.
+        sys.exit(1 if ended.code == 2 else ended.code)
     except Exception as failure:
         if os.environ.get("PDCTL_DEBUG"):
             raise

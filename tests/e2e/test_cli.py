@@ -65,6 +65,11 @@ def test_bad_topologies(run: Run, text: str, expected: str) -> None:
         assert "pdctl.toml" in message
 
 
+def test_usage_errors_are_the_users(run: Run) -> None:
+    for words in (("nosuch",), ("up", "--nosuch"), ("ask",), ("up", "--wait", "soon")):
+        assert "Usage" in refused(run, *words)
+
+
 def test_a_missing_file_and_a_missing_service(run: Run) -> None:
     assert "does not exist" in refused(run, "up", "-f", "nowhere.toml")
     for verb in (("down",), ("status",), ("ask", "hi"), ("down", "-s", "nobody")):
