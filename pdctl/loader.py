@@ -202,6 +202,7 @@ def _host_problems(document: _Document, topology: Topology, host: Host) -> Itera
     yield from _model_problems(document, topology, host)
     yield from _cpu_problems(document, topology, host)
     yield from _gpu_problems(document, topology, host)
+    yield from _memory_problems(document, topology, host)
 
 
 def port_problems(topology: Topology, host: Host) -> list[Problem]:
@@ -214,7 +215,10 @@ def port_problems(topology: Topology, host: Host) -> list[Problem]:
         text = Path(topology.source).read_text(encoding="utf-8")
         line = key_lines(text).get(("proxy", "port"), 0)
     message = f"port {topology.proxy.port} is in use by {holder.describe()}"
-    return [Problem(line, "proxy.port", message, "stop that process or choose another port under [proxy]")]
+    hint = "stop that process or choose another port under [proxy]"
+    if "pdctl.proxy" in holder.command:
+        hint = "another pdctl service has it: stop that with pdctl down -s NAME, or choose another port under [proxy]"
+    return [Problem(line, "proxy.port", message, hint)]
 
 
 def _model_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
@@ -233,6 +237,15 @@ def _cpu_problems(document: _Document, topology: Topology, host: Host) -> Iterat
         for cpu in cpus:
             if cpu not in host.cpus:
                 yield document.problem(path, f"CPU {cpu} does not exist or is not ours", f"we may use: {allowed}")
+
+
+def _memory_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    wanted = sum(group.kv_cache_gb * group.replicas for group in topology.engines if group.device is Device.CPU)
+    there = host.memory / 2**30
+    if wanted > there:
+        index, _ = max(enumerate(topology.engines), key=lambda entry: entry[1].kv_cache_gb * entry[1].replicas)
+        message = f"the engines' KV takes {wanted:g} GiB together and this machine has {there:.0f} GiB of memory"
+        yield document.problem(("engines", index, "kv_cache_gb"), message, "lower kv_cache_gb or replicas")
 
 
 def _gpu_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 
@@ -30,6 +31,12 @@ class ApiError(Exception):
         """OpenAI's error envelope."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
         return msgspec.json.encode({"error": error})
+
+
+def field_of(failure: msgspec.ValidationError) -> str | None:
+    """The field that msgspec's message is about: it ends in a path such as $.max_tokens."""
+    found = re.search(r"`\$\.(\w+)", str(failure)) or re.search(r"field `(\w+)`", str(failure))
+    return found[1] if found else None
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
+LOG_FORMAT = "%(asctime)s %(message)s"
+
 
 class Server(uvicorn.Server):
     """uvicorn without its signal handling: each process here has its own order of stopping."""

@@ -18,7 +18,7 @@ GPUS = tuple(Gpu(n, f"GPU-{n}", "H200", 141 << 30) for n in range(2))
 
 def host(gpus: tuple[Gpu, ...] = (), cpus: tuple[int, ...] = (0, 1)) -> Host:
     root = Path("/nowhere")
-    return Host(cpus, gpus, {}, "/usr/bin/python3", root / "c", root / "r", root / "s")
+    return Host(cpus, gpus, 24 << 30, {}, "/usr/bin/python3", root / "c", root / "r", root / "s")
 
 
 def problems(text: str, on: Host | None = None) -> list[tuple[int, str, str]]:
@@ -159,6 +159,12 @@ def test_gpus_that_are_not_there_and_devices_that_do_not_mix() -> None:
     ]
     mixed = EXAMPLE.replace('device = "cpu"', 'device = "cuda"', 1)
     assert "cannot hand KV to each other" in problems(mixed, host(GPUS))[0][2]
+
+
+def test_kv_that_does_not_fit_the_machine() -> None:
+    found = problems(EXAMPLE.replace("kv_cache_gb = 1.0", "kv_cache_gb = 400.0"))
+    assert [key for _, key, _ in found] == ["engines[0].kv_cache_gb"]
+    assert "401 GiB together and this machine has 24 GiB" in found[0][2]
 
 
 def test_a_port_in_use_names_its_holder(tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ def ask(
         ) as answer:
             _show(answer)
     except httpx.TransportError as failure:
-        raise PdctlError(f"the proxy at {status['proxy_url']} did not answer: {failure}", "pdctl status") from failure
+        console.note("")
+        raise PdctlError(
+            f"the answer of {status['proxy_url']} was cut off: {failure}", "see: pdctl status"
+        ) from failure
 
 
 def _show(answer: httpx.Response) -> None:

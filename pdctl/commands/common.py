@@ -70,7 +70,9 @@ def call(service: str, method: str, path: str) -> Status:
         connection.request(method, path)
         return cast(Status, json.loads(connection.getresponse().read()))
     except (OSError, http.client.HTTPException, ValueError):
-        raise NotRunning(f"service {service!r} is not running", "start it with: pdctl up") from None
+        others = [name for name in running_services() if name != service]
+        hint = f"running here: {', '.join(others)}; name one with -s" if others else "start it with: pdctl up"
+        raise NotRunning(f"service {service!r} is not running", hint) from None
     finally:
         connection.close()
 

@@ -18,6 +18,8 @@ def init(
     from pdctl.commands.default import default_text
     from pdctl.host import read_host
 
+    if path.is_dir():
+        raise PdctlError(f"{path} is a directory", f"name a file, such as {path / 'pdctl.toml'}")
     if path.exists() and not force:
         raise PdctlError(f"{path} exists already", "replace it with --force, or name another file")
     try:
@@ -25,4 +27,5 @@ def init(
     except OSError as failure:
         raise PdctlError(f"{path} cannot be written: {failure.strerror}") from failure
     console.out(str(path))
-    console.note("next: pdctl plan    shows what it would start\n      pdctl up      starts it")
+    named = "" if path == Path("pdctl.toml") else f" -f {path}"
+    console.note(f"next: pdctl plan{named}    shows what it would start\n      pdctl up{named}      starts it")

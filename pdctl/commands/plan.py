@@ -19,7 +19,9 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
     from pdctl.supervisor.rundir import is_locked
 
     planned = load_plan(file)
-    if not is_locked(Path(planned.run_dir)):
+    if is_locked(Path(planned.run_dir)):
+        console.note(f"{planned.service} is running; this is what a new start would be. What runs: pdctl status")
+    else:
         # While the service runs, its own proxy holds the port.
         planned = load_plan(file, check_port=True)
     if as_json:
@@ -40,7 +42,8 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
     ]
     console.out(console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "PORT", "AFTER"], rows))
     if not planned.model_ready:
-        console.note(f"\n{planned.model} is made ready on the first `pdctl up`, in {planned.model_path}")
+        where = f"made ready, in {planned.model_path}" if planned.model_path.startswith("/") else "fetched from the Hub"
+        console.note(f"\non the first `pdctl up` the model is {where}")
 
 
 def load_plan(file: Path | None, check_port: bool = False) -> Plan:

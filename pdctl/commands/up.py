@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -50,7 +51,12 @@ def _make_model_ready(planned: Plan) -> Plan:
 
     if planned.model_ready:
         return planned
-    console.note(f"making {planned.model} ready (once; it stays in {Path(planned.model_path).parent})")
+    kept = (
+        f"(once; it stays in {Path(planned.model_path).parent})"
+        if planned.model_path.startswith("/")
+        else "from the Hub"
+    )
+    console.note(f"making {planned.model} ready {kept}")
     argv = [sys.executable, "-m", "pdctl.engine", "prepare", planned.model, planned.model_path]
     done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
     if done.returncode == 1:
@@ -106,14 +112,15 @@ def _detached(planned: Plan, wait_s: float) -> None:
     log = Path(planned.log_dir) / "supervisor.log"
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "pdctl.supervisor"]
-    with log.open("ab") as out:
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
         child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True, cwd="/")
     assert child.stdin is not None
     child.stdin.write(json.dumps(planned.to_dict()).encode())
     child.stdin.close()
     status = _await_ready(planned, child, time.monotonic() + wait_s)
     console.out(f"{planned.service} is ready at {status['proxy_url']}")
-    console.note('ask it with: pdctl ask "Once upon a time"    stop it with: pdctl down')
+    name = planned.service
+    console.note(f'ask it with: pdctl ask -s {name} "Once upon a time"    stop it with: pdctl down -s {name}')
 
 
 def _await_ready(planned: Plan, child: subprocess.Popen[bytes], deadline: float) -> Status:
@@ -140,12 +147,17 @@ def _await_ready(planned: Plan, child: subprocess.Popen[bytes], deadline: float)
 
 def _show_progress(status: Status, shown: str) -> str:
     """One line a change: which processes are where."""
-    line = "  ".join(f"{process['name']}: {process['state']}" for process in status["processes"])
+    line = "  ".join(_where(process) for process in status["processes"])
     if line != shown:
         console.note(f"\r\x1b[K{line}" if is_interactive() else line, end="" if is_interactive() else "\n")
         if is_interactive() and status["state"] == "ready":
             console.note("")
     return line
+
+
+def _where(process: Status) -> str:
+    again = f" (restart {process['restarts']}: {process['last_exit']['reason']})" if process["restarts"] else ""
+    return f"{process['name']}: {process['state']}{again}"
 
 
 def _not_started(planned: Plan, code: int) -> PdctlError:

@@ -39,6 +39,7 @@ from pdctl.engine.runner import ModelRunner
 from pdctl.engine.scheduler import Limits, Scheduler
 from pdctl.engine.sequence import Sequence, Status
 from pdctl.engine.transfer import TransferError, Transport, choose, transport_kind
+from pdctl.host.memory import read_memory
 from pdctl.wire import EXIT_CONFIG, Manifest, PoolEndpoint
 
 # How long an idle loop waits before it looks around again, seconds.
@@ -240,7 +241,12 @@ def _build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     if num_blocks < 8:
         raise ModelRefused(
             f"kv_cache_gb = {options.kv_cache_gb:g} holds {num_blocks} blocks of {block_bytes(manifest)} bytes; "
-            "raise it until there are at least 8"
+            f"raise it to {8 * block_bytes(manifest) / 2**30:.3g} at least, for 8 blocks"
+        )
+    _, available = read_memory()
+    if num_blocks * block_bytes(manifest) > available:
+        raise ModelRefused(
+            f"kv_cache_gb = {options.kv_cache_gb:g} does not fit: {available / 2**30:.1f} GiB of memory are free"
         )
     name = choose(options.transfer)
     kind = transport_kind(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdctl.host.gpu import Gpu, read_gpus
+from pdctl.host.memory import read_memory
 from pdctl.host.ports import PortHolder, listening_ports
 from pdctl.host.users import cache_root, run_root, state_root
 
@@ -16,10 +17,11 @@ __all__ = ["Gpu", "Host", "PortHolder", "cache_root", "read_host", "run_root", "
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What the plan needs to know. `cpus` are those this process may run on, ascending."""
+    """What the plan needs to know. `cpus` are those this process may run on, ascending; `memory` in bytes."""
 
     cpus: tuple[int, ...]
     gpus: tuple[Gpu, ...]
+    memory: int
     listening: dict[int, PortHolder] = field(hash=False)
     python: str
     cache_root: Path
@@ -32,6 +34,7 @@ def read_host(proc_root: Path = Path("/proc")) -> Host:
     return Host(
         cpus=tuple(sorted(os.sched_getaffinity(0))),
         gpus=read_gpus(),
+        memory=read_memory(proc_root)[0],
         listening=listening_ports(proc_root),
         python=sys.executable,
         cache_root=cache_root(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -19,12 +20,15 @@ from pdctl.proxy.metrics import Metrics
 from pdctl.proxy.pool import EnginePool
 from pdctl.proxy.relay import Shared, release_forever
 from pdctl.proxy.routing import POLICIES
-from pdctl.serving import Server
+from pdctl.serving import LOG_FORMAT, Server
 from pdctl.wire import LISTEN_FD_ENV, SECRET_ENV, ProxyConfig
 
 # Running answers may end by themselves for this long after TERM, seconds.
 _DRAIN_S = 5
 _MAX_RELEASES = 1024
+
+
+_log = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
@@ -36,6 +40,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pdctl.proxy")
     parser.add_argument("--config", type=Path, required=True)
     config = msgspec.json.decode(parser.parse_args().config.read_bytes(), type=ProxyConfig)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    _log.info("serving %s over %d engines", config.model, len(config.engines))
     listener = socket.socket(fileno=int(os.environ[LISTEN_FD_ENV]))
     try:
         uvloop.run(_run(config, listener))

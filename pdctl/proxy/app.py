@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -29,9 +30,11 @@ class ProxyApp:
         self._rest = Starlette(
             routes=[
                 Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model),
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
-            ]
+            ],
+            exception_handlers={HTTPException: _not_here},
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,11 +62,19 @@ class ProxyApp:
         await asgi.while_connected(receive, Relay(self._shared, request, sink).run)
 
     async def _models(self, _: Request) -> Response:
-        card = {
+        return _json(200, {"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._config.model:
+            raise HTTPException(404, f"the model {name!r} does not exist; this service serves {self._config.model!r}")
+        return _json(200, self._card())
+
+    def _card(self) -> dict[str, object]:
+        return {
             "id": self._config.model, "object": "model", "created": 0, "owned_by": "pdctl",
             "max_model_len": self._config.max_model_len,
         }  # fmt: skip
-        return _json(200, {"object": "list", "data": [card]})
 
     async def _health(self, _: Request) -> Response:
         """200 when a request sent now would find an engine."""
@@ -73,6 +84,13 @@ class ProxyApp:
 
     async def _metrics(self, _: Request) -> Response:
         return Response(self._shared.metrics.render(self._shared.pool), media_type="text/plain; version=0.0.4")
+
+
+async def _not_here(request: Request, failure: Exception) -> Response:
+    """Starlette's own refusals, in OpenAI's envelope."""
+    assert isinstance(failure, HTTPException)
+    message = f"{request.method} {request.url.path}: {failure.detail}"
+    return Response(ApiError(failure.status_code, message).body(), failure.status_code, media_type="application/json")
 
 
 def _json(status: int, body: object) -> Response:

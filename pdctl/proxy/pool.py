@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -12,6 +13,8 @@ from pdctl.adapters import Dialect, dialect
 from pdctl.lean_http import Pool, Unreachable
 from pdctl.proxy.routing import Load, View
 from pdctl.wire import EngineAddress
+
+_log = logging.getLogger(__name__)
 
 # A healthy engine is asked this often, one that is down more often: a restarted engine is used within moments.
 _HEALTHY_S, _DOWN_S = 0.5, 0.1
@@ -90,6 +93,8 @@ class EnginePool:
 
     def lost(self, engine: Engine) -> None:
         """A call found the engine unreachable; probes decide when it is back."""
+        if engine.healthy:
+            _log.info("%s is down", engine.address.name)
         engine.healthy = False
         now = asyncio.get_running_loop().time()
         for call in engine.calls:
@@ -131,6 +136,7 @@ class EnginePool:
         if late and engine.healthy and engine.misses < _MISSES:
             return
         if good and not engine.healthy:
+            _log.info("%s can be used", engine.address.name)
             self.changed.set()
         if engine.healthy and not good:
             self.lost(engine)

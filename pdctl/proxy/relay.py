@@ -8,6 +8,7 @@ the continuation is the one that the client would have got.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from pdctl.proxy.requests import ClientRequest
 from pdctl.proxy.routing import Choice, Policy, choose
 from pdctl.proxy.sinks import Sink
 from pdctl.wire import STARTED_HEADER, HandOver
+
+_log = logging.getLogger(__name__)
 
 # Engine failures one request may meet without a new token between them, and in all; a request that keeps meeting
 # them may be their cause.
@@ -224,6 +227,8 @@ class Relay:
         self.failures_in_all += 1
         self.avoid = set() if failure.blameless else {name}
         self.shared.metrics.failed_over(name)
+        request_id, tokens = self.request.envelope.request_id, len(self.emitted)
+        _log.info("request %s goes on after %d tokens: %s", request_id, tokens, failure)
         if self.failures >= _MAX_FAILURES or self.failures_in_all >= _MAX_FAILURES_IN_ALL:
             message = f"the request failed {self.failures_in_all} times, last on {name}: {failure}"
             raise ApiError(502, message, "server_error")

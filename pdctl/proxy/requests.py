@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pdctl.openai_api import ApiError, Envelope
+from pdctl.openai_api import ApiError, Envelope, field_of
 
 _INTERNAL = ("kv_transfer_params", "resume_token_ids")
 
@@ -52,7 +52,7 @@ def parse(body: bytes, path: str, chat: bool, request_id: str, served_model: str
         known = _decode_known(body)
         fields: dict[str, object] = dict(_decode_fields(body))
     except msgspec.ValidationError as failure:
-        raise ApiError(400, str(failure)) from None
+        raise ApiError(400, str(failure), param=field_of(failure)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:
         raise ApiError(400, f"the body is not valid JSON: {failure}") from None
     for name in _INTERNAL:
@@ -61,6 +61,8 @@ def parse(body: bytes, path: str, chat: bool, request_id: str, served_model: str
     if known.model not in (None, served_model):
         message = f"the model {known.model!r} does not exist; this service serves {served_model!r}"
         raise ApiError(404, message, param="model")
+    if known.stream_options is not None and not known.stream:
+        raise ApiError(400, "stream_options is for streams: set stream to true", param="stream_options")
     if known.seed is None:
         # Drawn here, so that every engine this request ever visits draws the same tokens.
         fields["seed"] = secrets.randbits(62)

@@ -137,12 +137,15 @@ def _exited(life: Life, event: Event, policy: Policy) -> tuple[Life, tuple[Actio
         return replace(life, phase=Phase.STOPPED), ()
     if life.phase not in (Phase.STARTING, Phase.READY):
         return life, ()
-    exits = (*(at for at in life.exits if event.now - at < policy.within_s), event.now)
+    # Failed starts count however slow they are: a start that takes a minute to fail would never use up the budget.
+    starting = life.phase is Phase.STARTING
+    exits = (*(at for at in life.exits if starting or event.now - at < policy.within_s), event.now)
     reason = life.reason or describe_exit(event.exit)
     if event.exit.code in INCURABLE:
         return replace(life, phase=Phase.FAILED, exits=exits, reason=f"{reason}: a restart would not help"), ()
     if len(exits) > policy.max_restarts:
-        given_up = f"{reason}; {len(exits)} exits within {policy.within_s:g} s"
+        within = "failed starts" if starting else f"exits within {policy.within_s:g} s"
+        given_up = f"{reason}; {len(exits)} {within}"
         return replace(life, phase=Phase.FAILED, exits=exits, reason=given_up), ()
     delay = backoff_s(len(exits), event.chance)
     return replace(life, phase=Phase.BACKOFF, exits=exits, reason=reason), (Action(Do.ARM_BACKOFF, delay),)

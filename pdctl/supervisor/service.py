@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 import signal
@@ -251,4 +252,6 @@ def _listen(spec: ProcessSpec) -> socket.socket:
         holder = listening_ports().get(port)
         who = f" by {holder.describe()}" if holder else ""
         hint = "stop that process or choose another port under [proxy]"
+        if failure.errno == errno.EADDRNOTAVAIL:
+            hint = "proxy.host must be an address of this machine, or 0.0.0.0 for all of them"
         raise PdctlError(f"port {port} on {host} cannot be bound: {failure.strerror}{who}", hint) from failure

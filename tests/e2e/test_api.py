@@ -41,13 +41,14 @@ def nothing_left(service: Service) -> Iterator[None]:
         (b'{"prompt": [1, 99999]}', 400, "token ids"),
         (b'{"prompt": ["a", "b"]}', 400, "one prompt per request"),
         (b'{"prompt": "x", "max_tokens": 100000}', 400, "context is 2048"),
+        (b'{"prompt": "x", "stream": false, "stream_options": {}}', 400, "stream_options"),
         (b'{"prompt": "x", "n": 3}', 400, "n is not supported"),
         (json.dumps({"prompt": "x" * 2500}).encode(), 400, "context is 2048"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_requests(service: Service, body: bytes, status: int, words: str, stream: bool) -> None:
-    if stream and body.endswith(b"}"):
+    if stream and body.endswith(b"}") and b'"stream"' not in body:
         body = body[:-1] + b', "stream": true}'
     answer = service.client.post("/v1/completions", content=body)
     assert answer.status_code == status, answer.text
@@ -64,7 +65,11 @@ def test_chat_on_a_base_model_is_a_clear_400(service: Service) -> None:
 
 def test_other_paths_and_methods(service: Service) -> None:
     assert service.client.get("/v1/completions").status_code == 405
-    assert service.client.get("/nowhere").status_code == 404
+    for path in ("/nowhere", "/v1/models/other"):
+        answer = service.client.get(path)
+        assert answer.status_code == 404
+        assert path.split("/")[-1] in answer.json()["error"]["message"]
+    assert service.client.get("/v1/models/m").json()["id"] == "m"
     assert service.client.get("/v1/models").json()["data"][0]["id"] == "m"
     assert service.client.get("/health").json()["ok"] is True
 

@@ -115,7 +115,7 @@ def test_a_model_that_cannot_be_hooked_is_refused_with_the_reason(run: Run) -> N
 
 def test_a_pool_too_small_for_a_block_is_refused(run: Run) -> None:
     run.write(topology(kv_cache_gb=0.00001))
-    assert "raise it until there are at least 8" in refused(run, "up", "-d")
+    assert "at least, for 8 blocks" in refused(run, "up", "-d")
 
 
 def test_foreground_shows_logs_and_stops_on_ctrl_c(run: Run) -> None:

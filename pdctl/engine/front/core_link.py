@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -31,6 +32,8 @@ from pdctl.engine.messages import (
     Token,
 )
 from pdctl.engine.options import EngineOptions
+
+_log = logging.getLogger(__name__)
 
 # What a request's reader may find in its queue. Bounded by max_model_len tokens per request.
 RequestEvent = Token | Held | Failed | Reserved | Pulled
@@ -93,6 +96,11 @@ class CoreLink:
                     self._deliver(message.request_id, message)
                 case Ready():
                     self.ready = message
+                    _log.info(
+                        "ready: epoch %s, %d KV blocks of %d tokens (%.2f GiB), transport %s",
+                        self._options.epoch, message.num_blocks, message.block_size,
+                        message.num_blocks * message.block_bytes / 2**30, message.endpoint.transport,
+                    )  # fmt: skip
                     self.books = Books(message.num_blocks, 0, 0, 0, 0, 0)
                 case Refused(reason):
                     raise CoreRefused(reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import signal
 import socket
@@ -22,11 +23,14 @@ from pdctl.engine.front.trace import Trace
 from pdctl.engine.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
 from pdctl.host.boot import new_epoch
-from pdctl.serving import Server, listen_tcp
+from pdctl.serving import LOG_FORMAT, Server, listen_tcp
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
 
 # Running streams may end by themselves for this long after TERM, seconds.
 _DRAIN_S = 5
+
+
+_log = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
@@ -37,6 +41,8 @@ def main(options: EngineOptions) -> int:
     """Run one engine. Returns the exit code: 0 stopped, 78 cannot be served, 1 the core died."""
     epoch = os.environ.get(EPOCH_ENV) or new_epoch()
     options = dataclasses.replace(options, epoch=epoch, front_pid=os.getpid())
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    _log.info("loading %s on %s", options.model, options.device)
     (options.run_dir / "ipc").mkdir(parents=True, exist_ok=True)
     try:
         codec = TextCodec(Path(options.model))

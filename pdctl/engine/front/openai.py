@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from pdctl.engine.messages import Sampling
-from pdctl.openai_api import ApiError, Envelope
+from pdctl.openai_api import ApiError, Envelope, field_of
 from pdctl.wire import HandOver
 
 _MAX_STOPS = 16
@@ -124,7 +124,7 @@ def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
         kind: type[CompletionBody | ChatBody] = ChatBody if chat else CompletionBody
         parsed = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as failure:
-        raise ApiError(400, str(failure)) from None
+        raise ApiError(400, str(failure), param=field_of(failure)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:
         raise ApiError(400, f"the body is not valid JSON: {failure}") from None
     for name, neutral in _NEUTRAL.items():

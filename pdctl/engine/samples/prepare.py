@@ -92,5 +92,7 @@ def _snapshot(spec: str) -> str:
         return str(snapshot_download(spec, allow_patterns=patterns, token=os.environ.get("HF_TOKEN") or None))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as failure:
         first = str(failure).strip().splitlines()[0]
-        hint = "name a local directory instead, or check that this machine reaches the Hugging Face Hub"
-        raise CannotPrepare(f"model {spec!r} was not found: the Hub answered: {first}", hint) from failure
+        hint = "check the name; or name a local directory; or check that this machine reaches the Hub"
+        raise CannotPrepare(
+            f"model {spec!r} was not found: no such directory, and the Hugging Face Hub gave: {first}", hint
+        ) from failure
