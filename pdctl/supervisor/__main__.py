@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sys
 from datetime import UTC, datetime
 
@@ -28,13 +30,18 @@ def main() -> int:
 
 
 def _say(name: str, message: str) -> None:
-    sys.stderr.write(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {name}: {message}\n")
-    sys.stderr.flush()
+    _write(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {name}: {message}\n")
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    _write(f"error: {message}\n")
     return 1
+
+
+def _write(line: str) -> None:
+    """Straight to the descriptor. A full disk loses lines of the log; it must not end the service."""
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())
 
 
 sys.exit(main())

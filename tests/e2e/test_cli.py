@@ -232,3 +232,26 @@ def test_the_command_line_imports_nothing_heavy(run: Run, words: list[str]) -> N
         "psutil",
         "msgspec",
     }
+
+
+def test_a_full_disk_under_its_log_does_not_end_the_service(run: Run) -> None:
+    run.write(topology())
+    plan = run.cli("plan", "--json", check=True).stdout
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device, every write to which fails with ENOSPC
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "pdctl.supervisor"], env=run.env, stdin=subprocess.PIPE, stderr=full, text=True
+        )
+        assert supervisor.stdin is not None
+        supervisor.stdin.write(plan)
+        supervisor.stdin.close()
+        wait_until(lambda: run.cli("ask", "hello", "--max-tokens", "4").returncode == 0, 60, "an answer")
+        before = json.loads(run.cli("status", "--json", check=True).stdout)["processes"][1]
+        os.kill(before["pid"], signal.SIGKILL)
+
+        def restarted() -> bool:
+            now = json.loads(run.cli("status", "--json", check=True).stdout)["processes"][1]
+            return now["state"] == "ready" and now["restarts"] == 1
+
+        wait_until(restarted, 60, "the restart")
+        run.cli("down", check=True)
+        assert supervisor.wait(20) == 0
