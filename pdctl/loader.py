@@ -140,12 +140,25 @@ def _build(data: Table, source: str | None) -> Topology:
         service=Service(service["name"], service["model"], served, service["max_model_len"]),
         proxy=Proxy(proxy["host"], proxy["port"], proxy["routing"], tuple(proxy["cpus"])),
         slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),
-        transfer=Transfer(transfer["backend"], float(transfer["lease_s"])),
+        transfer=_transfer(transfer),
         engines=tuple(_group(entry) for entry in data["engines"]),
         supervision=Supervision(
             float(supervision["grace_s"]), supervision["max_restarts"], float(supervision["within_s"])
         ),
         source=source,
+    )
+
+
+def _transfer(values: Table) -> Transfer:
+    return Transfer(
+        backend=values["backend"],
+        protocol=values["protocol"],
+        devices=tuple(values["devices"]),
+        ports=tuple(values["ports"]),
+        lease_s=float(values["lease_s"]),
+        read_s=float(values["read_s"]),
+        leased_max=float(values["leased_max"]),
+        chunked=values["chunked"],
     )
 
 
@@ -167,6 +180,7 @@ def _group(entry: Table) -> EngineGroup:
         max_num_seqs=values["max_num_seqs"],
         max_num_batched_tokens=values["max_num_batched_tokens"],
         kv_cache_gb=float(values["kv_cache_gb"]),
+        block_size=values["block_size"],
     )
 
 

@@ -10,7 +10,8 @@ from pdctl.adapters import KINDS
 from pdctl.topology import Device, Role
 
 ROUTINGS = ("min_expected_latency", "round_robin")
-TRANSFER_BACKENDS = ("auto", "shm")
+TRANSFER_BACKENDS = ("auto", "shm", "mooncake", "nixl")
+TRANSFER_PROTOCOLS = ("auto", "tcp", "rdma")
 
 # Says what is wrong with a value ("must be ..."), or None.
 Check = Callable[[object], str | None]
@@ -66,6 +67,31 @@ def indices(what: str) -> Check:
     return check
 
 
+def texts(what: str) -> Check:
+    """A list of distinct names."""
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            return f"must be a list of {what} names"
+        return None if len(set(value)) == len(value) else f"names a {what} twice"
+
+    return check
+
+
+def port_range() -> Check:
+    """[first, last], with room for every engine; an empty list for any port."""
+
+    def check(value: object) -> str | None:
+        if value == []:
+            return None
+        good = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
+        if not good or not isinstance(value, list) or not 1024 <= value[0] <= value[1] - 99 <= 65535 - 99:
+            return "must be [first, last] from 1024 to 65535, at least 100 ports"
+        return None
+
+    return check
+
+
 _NAME = r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"
 _NAME_WORDS = "lower-case letters, digits and inner dashes, at most 40"
 
@@ -83,7 +109,16 @@ TABLES: dict[str, dict[str, Key]] = {
         "cpus": Key(indices("CPU"), []),
     },
     "slo": {"ttft_ms": Key(number(0), 2000.0), "tpot_ms": Key(number(0), 200.0)},
-    "transfer": {"backend": Key(choice(*TRANSFER_BACKENDS), "auto"), "lease_s": Key(number(0, 3600), 30.0)},
+    "transfer": {
+        "backend": Key(choice(*TRANSFER_BACKENDS), "auto"),
+        "protocol": Key(choice(*TRANSFER_PROTOCOLS), "auto"),
+        "devices": Key(texts("RDMA device"), []),
+        "ports": Key(port_range(), []),
+        "lease_s": Key(number(0, 3600), 30.0),
+        "read_s": Key(number(0, 3600), 5.0),
+        "leased_max": Key(number(0, 1), 0.75),
+        "chunked": Key(boolean(), True),
+    },
     "supervisor": {
         "grace_s": Key(number(0, 3600), 30.0),
         "max_restarts": Key(integer(0, 1000), 5),
@@ -103,4 +138,5 @@ ENGINE: dict[str, Key] = {
     "max_num_seqs": Key(integer(1, 4096), 16),
     "max_num_batched_tokens": Key(integer(16, 1_048_576), 512),
     "kv_cache_gb": Key(number(0, 4096), 1.0),
+    "block_size": Key(integer(1, 1024), 16),
 }

@@ -51,10 +51,21 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How KV moves. `lease_s`: seconds a hand-over may stay unclaimed before its blocks are freed."""
+    """How KV moves.
+
+    `lease_s`: seconds a hand-over may stay without sign of life before its blocks are freed. `read_s`: seconds after
+    which a read is given up, besides the time its bytes need. `leased_max`: part of a pool that may be held for peers.
+    `chunked`: decode reads a prompt's first chunks while prefill computes the last. `ports`: first and last, or none.
+    """
 
     backend: str
+    protocol: str
+    devices: tuple[str, ...]
+    ports: tuple[int, ...]
     lease_s: float
+    read_s: float
+    leased_max: float
+    chunked: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,7 @@ class EngineGroup:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_cache_gb: float
+    block_size: int
 
     def replica_names(self) -> tuple[str, ...]:
         """`prefill-0`, `prefill-1` ..."""

@@ -13,6 +13,8 @@ EPOCH_ENV = "PDCTL_EPOCH"
 LISTEN_FD_ENV = "PDCTL_LISTEN_FD"
 # When the client's request began, in whole seconds since 1970: what a chat template takes for now.
 STARTED_HEADER = "x-pdctl-started"
+# Which router asks: it answers for the leases it is granted until a reader claims them.
+ROUTER_HEADER = "x-pdctl-router"
 
 # An engine that cannot be cured by a restart (bad arguments, a refused model) exits with this; sysexits.h EX_CONFIG.
 EXIT_CONFIG = 78
@@ -27,7 +29,7 @@ class LayerShape(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What two KV pools must agree on before bytes may move between them."""
+    """What two KV pools must agree on before bytes may move between them, and their block sizes, which may differ."""
 
     model: str
     dtype: str
@@ -35,11 +37,20 @@ class Manifest(msgspec.Struct, frozen=True):
     layers: list[LayerShape]
 
 
-class PoolEndpoint(msgspec.Struct, frozen=True):
-    """Where a pool can be read. `address` means what the named transport says it means."""
+class Served(msgspec.Struct, frozen=True):
+    """One way to read a pool. `address` means what the transport says; `fallback`: why `protocol` is not as asked."""
 
     transport: str
     address: str
+    protocol: str
+    fallback: str = ""
+
+
+class PoolEndpoint(msgspec.Struct, frozen=True):
+    """Where a pool can be read. `host_id` is the same for processes that can map each other's memory."""
+
+    host_id: str
+    served: list[Served]
     num_blocks: int
     manifest: Manifest
 
@@ -64,6 +75,25 @@ class HandOver(msgspec.Struct, frozen=True):
     endpoint: PoolEndpoint
     do_remote_prefill: bool = True
     do_remote_decode: bool = False
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """A prefill that still computes lets `num_tokens` of KV be read as they come: the first `readable` now.
+
+    `withdrawn`: they will not come after all, and what was read is void.
+    """
+
+    engine: str
+    host: str
+    port: int
+    lease_id: str
+    epoch: str
+    lease_s: float
+    num_tokens: int
+    readable: int
+    block_ids: list[int]
+    endpoint: PoolEndpoint
+    withdrawn: bool = False
 
 
 class LeaseCall(msgspec.Struct, frozen=True):
@@ -107,32 +137,99 @@ class HolderReply(msgspec.Struct, frozen=True):
     released: int
 
 
+class RevokeCall(msgspec.Struct, frozen=True):
+    """Take a lease back, whoever holds it."""
+
+    lease_id: str
+
+
+class PeerAddress(msgspec.Struct, frozen=True):
+    """An engine whose KV may be read."""
+
+    name: str
+    host: str
+    port: int
+    epoch: str
+
+
+class LinkCall(msgspec.Struct, frozen=True):
+    """Make ready to read from these."""
+
+    peers: list[PeerAddress]
+
+
+class EndpointReply(msgspec.Struct, frozen=True):
+    """Where an engine's pool can be read, in this epoch."""
+
+    epoch: str
+    endpoint: PoolEndpoint
+
+
+class LinkInfo(msgspec.Struct, frozen=True):
+    """How KV gets here from one peer. `gbps`: 10^9 bytes per second over the last transfers, 0 before the first.
+
+    `refused`: it never will (their KV does not fit ours), as opposed to an `error` that may pass.
+    """
+
+    peer: str
+    epoch: str
+    transport: str = ""
+    protocol: str = ""
+    reason: str = ""
+    fallback: str = ""
+    error: str = ""
+    refused: bool = False
+    pulls: int = 0
+    bytes: int = 0
+    gbps: float = 0.0
+
+
+class LinkReply(msgspec.Struct, frozen=True):
+    """One entry for each peer asked for."""
+
+    links: list[LinkInfo]
+
+
 class LeaseInfo(msgspec.Struct, frozen=True):
-    """One live lease as shown to people. `age_s` in seconds, `bytes` of KV."""
+    """One live lease as shown to people. `age_s`, `quiet_s` (since the last sign of life) in seconds, `bytes` of KV.
+
+    `leak`: why it is past its purpose, or "".
+    """
 
     id: str
     request_id: str
-    holder: str | None
+    holder: str
     state: str
     age_s: float
+    quiet_s: float
     blocks: int
     bytes: int
+    leak: str = ""
 
 
 class EngineState(msgspec.Struct, frozen=True):
-    """An engine's state, as its /pdctl/v1/state answers."""
+    """An engine's state, as its /pdctl/v1/state answers.
+
+    Free, cached, referenced, leased and quarantined blocks make up the total; `blocks_reserved` of the referenced ones
+    wait for KV. Cached ones are 0: there is no prefix cache yet.
+    """
 
     name: str
     role: str
     epoch: str
     blocks_total: int
     blocks_free: int
+    blocks_cached: int
+    blocks_referenced: int
     blocks_leased: int
+    blocks_quarantined: int
     blocks_reserved: int
+    held_back: int
     running: int
     waiting: int
     tokens_total: int
     leases: list[LeaseInfo]
+    links: list[LinkInfo]
     transfers: dict[str, float]
 
 

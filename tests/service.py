@@ -32,6 +32,7 @@ class Run:
             "PDCTL_RUN": str(self.folder / "r"),
             "PDCTL_STATE": str(self.folder / "s"),
             "PDCTL_TRACE_DIR": str(self.folder / "trace"),
+            "PDCTL_POISON_FREED": "1",
         }
         return {**os.environ, **extra}
 

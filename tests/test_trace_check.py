@@ -20,14 +20,14 @@ def trace(*events: Event) -> list[Event]:
 GRANT = {"event": "grant", "request": "r"}
 CLAIM = {"event": "claim", "holder": "d", "ok": True}
 COMMIT = {"event": "commit", "holder": "d", "ok": True}
-FREED = {"event": "freed", "lease": "", "request": "r"}
+ENDED = {"event": "ended"}
 
 
 def phase(name: str) -> Event:
     return {"event": "advance", "engine": "d", "epoch": "f", "request": "q", "phase": name}
 
 
-GOOD = (GRANT, CLAIM, phase("reading"), phase("committing"), COMMIT, FREED, phase("decoding"))
+GOOD = (GRANT, CLAIM, phase("reading"), phase("committing"), COMMIT, ENDED, phase("decoding"))
 
 
 def test_a_good_trace_passes() -> None:
@@ -40,10 +40,10 @@ def test_a_good_trace_passes() -> None:
         ((GRANT, GRANT), "granted twice"),
         ((CLAIM,), "claimed without grant"),
         ((GRANT, CLAIM, {**CLAIM, "holder": "other"}), "two holders"),
-        ((GRANT, FREED, CLAIM), "claimed after its end"),
+        ((GRANT, ENDED, CLAIM), "claimed after its end"),
         ((GRANT, COMMIT), "committed by a stranger"),
-        ((GRANT, CLAIM, FREED, COMMIT), "committed after its end"),
-        ((GRANT, CLAIM, COMMIT, FREED, FREED), "freed twice"),
+        ((GRANT, CLAIM, ENDED, COMMIT), "committed after its end"),
+        ((GRANT, CLAIM, COMMIT, ENDED, ENDED), "ended twice"),
         ((GRANT, CLAIM, phase("reading"), phase("decoding")), "decoded uncertified KV"),
         ((GRANT, CLAIM, {**COMMIT, "ok": False}, phase("decoding")), "decoded uncertified KV"),
         ((*GOOD, phase("reading")), "moved after its end"),

@@ -1,6 +1,6 @@
 """The hand-over protocol's rules, checked over the events that real engines wrote.
 
-1. A lease is granted once, and its blocks are freed at most once.
+1. A lease is granted once and ends at most once.
 2. A migration decodes only after its commit was answered ok by the engine that granted the lease.
 3. A commit is answered ok only while the lease is live: granted, claimed by the same holder, not ended before.
 4. Nothing happens to a migration after it was lost or began to decode.
@@ -12,8 +12,6 @@ from typing import Any
 
 Event = dict[str, Any]
 
-_ENDS = ("freed",)
-
 
 def check(events: list[Event]) -> int:
     """Raises AssertionError with the event that breaks a rule; returns how many events were read."""
@@ -23,13 +21,11 @@ def check(events: list[Event]) -> int:
     committed: set[str] = set()
     ended: set[str] = set()
     final: dict[tuple[str, str, str], str] = {}
-    requests: dict[tuple[str, str], str] = {}
     for event in events:
         lease, kind = event["lease"], event["event"]
         if kind == "grant":
             assert lease not in granted, f"granted twice: {event}"
             granted[lease] = event["epoch"]
-            requests[(event["epoch"], event["request"])] = lease
         elif kind == "claim" and event["ok"]:
             assert lease in granted, f"claimed without grant: {event}"
             assert lease not in ended, f"claimed after its end: {event}"
@@ -39,9 +35,9 @@ def check(events: list[Event]) -> int:
             assert claimed.get(lease) == event["holder"], f"committed by a stranger: {event}"
             assert lease in committed or lease not in ended, f"committed after its end: {event}"
             committed.add(lease)
-        elif kind == "freed":
-            lease = requests[(event["epoch"], event["request"])]
-            assert lease not in ended, f"freed twice: {event}"
+        elif kind == "ended":
+            assert lease in granted, f"ended without grant: {event}"
+            assert lease not in ended, f"ended twice: {event}"
             ended.add(lease)
         elif kind == "advance":
             key = (event["engine"], event["epoch"], event["request"])

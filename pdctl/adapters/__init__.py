@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from pdctl.topology import EngineGroup, Topology
-from pdctl.wire import HandOver
+from pdctl.wire import EngineAddress, HandOver
 
 KINDS = ("builtin",)
 
@@ -82,8 +82,8 @@ class EngineError(Exception):
 class Dialect(Protocol):
     """The serving side of an engine kind: bodies out, answers in. No I/O."""
 
-    def prefill_body(self, fields: dict[str, object], resume: list[int]) -> bytes:
-        """Ask for one token and the KV to be held."""
+    def prefill_body(self, fields: dict[str, object], resume: list[int], decode: EngineAddress) -> bytes:
+        """Ask for one token and the KV to be held; `decode` is the engine that will read it."""
         ...
 
     def decode_body(self, fields: dict[str, object], resume: list[int], hand_over: HandOver | None) -> bytes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from pdctl.adapters import Assignment, Delta, EngineError, Launch, Prefilled
-from pdctl.topology import Device, Topology
-from pdctl.wire import HandOver, LeaseCall
+from pdctl.topology import Device, Topology, Transfer
+from pdctl.wire import EngineAddress, HandOver, LeaseCall
 
 PROXY_HOLDER = "proxy"
 
@@ -30,8 +30,8 @@ class BuiltinLauncher:
             "--max-num-seqs", str(group.max_num_seqs),
             "--max-num-batched-tokens", str(group.max_num_batched_tokens),
             "--kv-cache-gb", f"{group.kv_cache_gb:g}",
-            "--transfer", topology.transfer.backend,
-            "--lease-s", f"{topology.transfer.lease_s:g}",
+            "--block-size", str(group.block_size),
+            *_transfer_argv(topology.transfer),
             "--run-dir", str(assignment.run_dir),
         )  # fmt: skip
         env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -41,6 +41,19 @@ class BuiltinLauncher:
         elif assignment.gpu_uuid:
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": assignment.gpu_uuid}
         return Launch(argv=argv, env=env, ready_path="/health")
+
+
+def _transfer_argv(transfer: Transfer) -> tuple[str, ...]:
+    return (
+        "--transfer", transfer.backend,
+        "--transfer-protocol", transfer.protocol,
+        "--transfer-devices", ",".join(transfer.devices),
+        "--transfer-ports", "-".join(map(str, transfer.ports)),
+        "--lease-s", f"{transfer.lease_s:g}",
+        "--read-s", f"{transfer.read_s:g}",
+        "--leased-max", f"{transfer.leased_max:g}",
+        "--chunked", str(transfer.chunked).lower(),
+    )  # fmt: skip
 
 
 LAUNCHER = BuiltinLauncher()
@@ -82,9 +95,12 @@ class BuiltinDialect:
         self._encode = msgspec.json.Encoder().encode
         self._decode = msgspec.json.Decoder(_Answer).decode
 
-    def prefill_body(self, fields: dict[str, object], resume: list[int]) -> bytes:
+    def prefill_body(self, fields: dict[str, object], resume: list[int], decode: EngineAddress) -> bytes:
         """See Dialect.prefill_body."""
-        extra = {"stream": False, "return_token_ids": True, "kv_transfer_params": {"do_remote_decode": True}}
+        params: dict[str, object] = {"do_remote_decode": True}
+        if decode.kind == "builtin":
+            params["offer_to"] = {"host": decode.host, "port": decode.port}
+        extra = {"stream": False, "return_token_ids": True, "kv_transfer_params": params}
         return self._encode({**_without(fields, "stream_options"), **extra, **_resume(resume)})
 
     def decode_body(self, fields: dict[str, object], resume: list[int], hand_over: HandOver | None) -> bytes:

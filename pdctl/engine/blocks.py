@@ -6,17 +6,29 @@ moves it as one span.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class BlockAllocator:
-    """Owns ids 0 .. num_blocks-1. Every block is free or has exactly one owner."""
+    """Owns ids 0 .. num_blocks-1. Every block is free or has exactly one owner, or is quarantined.
 
-    def __init__(self, num_blocks: int) -> None:
+    `on_free` is called with blocks that have just come free (the debug switch that poisons them).
+    """
+
+    def __init__(self, num_blocks: int, on_free: Callable[[list[int]], None] | None = None) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
         self.num_free = num_blocks
         self._free = bytearray(b"\1") * num_blocks
         self._owned: dict[str, list[int]] = {}
+        self._quarantine: dict[str, list[int]] = {}
+        self._on_free = on_free
         self._cursor = 0
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that a late transfer may still write to."""
+        return sum(map(len, self._quarantine.values()))
 
     def owned(self, owner: str) -> list[int]:
         """The owner's blocks in token order; empty for a stranger."""
@@ -36,20 +48,34 @@ class BlockAllocator:
 
     def free(self, owner: str) -> int:
         """Take everything back from `owner`; returns how many blocks. A stranger has none."""
-        blocks = self._owned.pop(owner, [])
-        for block in blocks:
-            assert not self._free[block], f"block {block} freed twice"
-            self._free[block] = 1
-        self.num_free += len(blocks)
-        return len(blocks)
+        return self._reclaim(self._owned.pop(owner, []))
+
+    def quarantine(self, owner: str) -> None:
+        """Take everything from `owner` and give it to nobody until `settle`."""
+        assert owner not in self._quarantine
+        self._quarantine[owner] = self._owned.pop(owner, [])
+
+    def settle(self, owner: str) -> int:
+        """Nothing can write there any more: what was taken from `owner` is free."""
+        return self._reclaim(self._quarantine.pop(owner, []))
 
     def audit(self) -> None:
-        """Free and owned blocks make up the pool, each exactly once."""
-        held = [block for blocks in self._owned.values() for block in blocks]
+        """Free, owned and quarantined blocks make up the pool, each exactly once."""
+        owned = [*self._owned.values(), *self._quarantine.values()]
+        held = [block for blocks in owned for block in blocks]
         assert len(set(held)) == len(held), "a block has two owners"
         assert self.num_free == sum(self._free), "the free count is off"
         assert self.num_free + len(held) == self.num_blocks, "a block is lost"
         assert not any(self._free[block] for block in held), "a block is both free and owned"
+
+    def _reclaim(self, blocks: list[int]) -> int:
+        for block in blocks:
+            assert not self._free[block], f"block {block} freed twice"
+            self._free[block] = 1
+        self.num_free += len(blocks)
+        if blocks and self._on_free is not None:
+            self._on_free(blocks)
+        return len(blocks)
 
     def _neighbours(self, mine: list[int], count: int) -> list[int]:
         """The blocks right after the owner's last one, if all of them are free."""

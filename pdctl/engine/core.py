@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import signal
 import sys
 import threading
-import time
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -16,18 +17,22 @@ import zmq
 from pdctl.engine import link
 from pdctl.engine.blocks import BlockAllocator
 from pdctl.engine.kv_pool import DTYPES, KvPool
-from pdctl.engine.layout import block_bytes, spans
+from pdctl.engine.layout import block_bytes
 from pdctl.engine.lifeline import die_with_parent
 from pdctl.engine.loading import LoadedModel, ModelRefused, load_model
 from pdctl.engine.messages import (
     Abort,
+    Connect,
     Failed,
     FromCore,
+    Linked,
     Pull,
     Pulled,
     Ready,
     Refused,
+    Reserve,
     Reserved,
+    Sampling,
     Shutdown,
     Start,
     StepDone,
@@ -35,31 +40,41 @@ from pdctl.engine.messages import (
     ToCore,
 )
 from pdctl.engine.options import EngineOptions
+from pdctl.engine.puller import Pool, Puller
 from pdctl.engine.runner import ModelRunner
-from pdctl.engine.scheduler import Limits, Scheduler
+from pdctl.engine.scheduler import Limits, Outcome, Scheduler
 from pdctl.engine.sequence import Sequence, Status
-from pdctl.engine.transfer import TransferError, Transport, choose, transport_kind
+from pdctl.engine.transfer import Settings, TransferError, Transport, transport_kind
+from pdctl.engine.transfer.memory import Memory, NoMemory
+from pdctl.host.boot import host_id
 from pdctl.host.memory import read_memory
-from pdctl.wire import EXIT_CONFIG, Manifest, PoolEndpoint
+from pdctl.serving import LOG_FORMAT
+from pdctl.wire import EXIT_CONFIG, Manifest, PoolEndpoint, Served
 
 # How long an idle loop waits before it looks around again, seconds.
 _IDLE_WAIT_S = 1.0
-# How often a transfer thread without work lets go of dead peers' memory, seconds.
-_PRUNE_S = 2.0
+# Debug switch: freed blocks are filled with NaN, and a NaN among the logits ends the engine.
+POISON_ENV = "PDCTL_POISON_FREED"
+
+
+class Settled(NamedTuple):
+    """Nothing writes into this request's quarantined blocks any more."""
+
+    request_id: str
 
 
 class Core:
-    """Scheduler, runner and transport of one engine, and the loop that drives them."""
+    """Scheduler and runner of one engine, and the loop that drives them. The puller works beside it."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, transport: Transport, outbox: Outbox) -> None:
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, outbox: Outbox) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self.transport = transport
         self.outbox = outbox
-        self.inbox: queue.SimpleQueue[ToCore | Pulled] = queue.SimpleQueue()
-        self.pulls: queue.SimpleQueue[Pull | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ToCore | Pulled | Settled] = queue.SimpleQueue()
+        self.puller: Puller | None = None
         self._steps = 0
         self._failed: list[Failed] = []
+        self._books_due = False
 
     def run(self) -> None:
         """Step until told to shut down."""
@@ -69,40 +84,24 @@ class Core:
             self._step()
 
     def receive(self, message: ToCore) -> None:
-        """Called by the receiving thread. A pull goes straight to the transfer thread: no step delays it."""
-        if not isinstance(message, Pull):
+        """Called by the receiving thread. Pulls go straight to the puller: no step delays them."""
+        assert self.puller is not None
+        if isinstance(message, Connect):
+            self.puller.submit(message)
+        elif not isinstance(message, Pull):
+            if isinstance(message, Abort):
+                self.puller.cancel(message.request_id)
             self.inbox.put(message)
         elif self.scheduler.pull_started(message.request_id):
-            self.pulls.put(message)
+            self.puller.submit(message)
         else:
             self.outbox.put(Pulled(message.request_id, "the request is gone", 0.0, 0))
 
-    def pull_loop(self) -> None:
-        """The transfer thread."""
-        while True:
-            try:
-                pull = self.pulls.get(timeout=_PRUNE_S)
-            except queue.Empty:
-                self.transport.prune()
-                continue
-            if pull is None:
-                return
-            started = time.perf_counter()
-            error, moved = "", 0
-            try:
-                moved = self._pull(pull)
-            except (TransferError, ValueError) as failure:
-                error = str(failure)
-            pulled = Pulled(pull.request_id, error, time.perf_counter() - started, moved)
-            self.inbox.put(pulled)
-            self.outbox.put(pulled)
-
-    def _pull(self, pull: Pull) -> int:
-        ours, peer = self.runner.pool, pull.endpoint
-        if peer.manifest != ours.manifest:
-            raise TransferError("the peer's KV pool differs in model, dtype, block size or shape")
-        todo = spans(ours.manifest, pull.source_blocks, peer.num_blocks, pull.target_blocks, ours.num_blocks)
-        return self.transport.read(peer.address, block_bytes(peer.manifest) * peer.num_blocks, todo)
+    def report(self, message: Pulled | Linked) -> None:
+        """Called by the puller's threads."""
+        if isinstance(message, Pulled):
+            self.inbox.put(message)
+        self.outbox.put(message)
 
     def _take_messages(self) -> bool:
         """Handle what has arrived; wait a little when there is nothing to compute. False to end."""
@@ -117,23 +116,29 @@ class Core:
             self._handle(message)
             wait = False
 
-    def _handle(self, message: ToCore | Pulled) -> None:
+    def _handle(self, message: ToCore | Pulled | Settled) -> None:
         match message:
             case Submit():
                 self._submit(message)
             case Abort(request_id):
                 self.scheduler.abort(request_id)
-            case Pulled(request_id, error):
-                if not error:
-                    self.runner.pool.absorb(self.scheduler.allocator.owned(request_id))
-                self.scheduler.pull_ended(request_id)
+            case Reserve(request_id, kv_tokens):
+                self._reserve(request_id, kv_tokens)
+            case Pulled(request_id):
+                self.scheduler.pull_ended(request_id, message.uncertain)
+            case Settled(request_id):
+                self.scheduler.pull_settled(request_id)
             case Start(request_id):
+                self.runner.pool.absorb(self.scheduler.allocator.owned(request_id))
                 self.scheduler.start(request_id)
             case _:
                 raise AssertionError(f"unexpected {message}")
         self._books_due = True
 
-    _books_due = False
+    def _reserve(self, request_id: str, kv_tokens: int) -> None:
+        sequence = Sequence(request_id, [], 0, Sampling(1), kv_tokens=kv_tokens, status=Status.AWAITING_BLOCKS)
+        if failed := self.scheduler.add(sequence):
+            self._failed.append(failed)
 
     def _submit(self, message: Submit) -> None:
         sequence = Sequence(
@@ -142,6 +147,7 @@ class Core:
             message.prompt_len,
             message.sampling,
             hold=message.hold,
+            offer=message.offer,
             kv_tokens=message.kv_tokens,
             status=Status.AWAITING_BLOCKS if message.await_kv else Status.WAITING,
         )
@@ -152,14 +158,16 @@ class Core:
         batch = self.scheduler.schedule()
         if not batch and not self._failed and not self._books_due:
             return
-        tokens, held = [], []
+        outcome = Outcome()
         if batch:
             outcome = self.scheduler.update(batch, self.runner.execute(batch))
-            tokens, held = outcome.tokens, outcome.held
             self._steps += 1
-            for done in held:
-                self.runner.pool.publish(done.block_ids)
-        self.outbox.put(StepDone(tokens, held, self._failed, self.scheduler.books(self._steps)))
+            for block_ids in [done.block_ids for done in outcome.progress] + [done.block_ids for done in outcome.held]:
+                self.runner.pool.publish(block_ids)
+        books = self.scheduler.books(self._steps)
+        self.outbox.put(
+            StepDone(outcome.tokens, outcome.held, self._failed, books, outcome.progress, outcome.withdrawn)
+        )
         self._failed = []
         self._books_due = False
         if not self.scheduler.has_work:
@@ -198,11 +206,12 @@ def main(options: EngineOptions) -> int:
     die_with_parent(signal.SIGKILL, options.front_pid)
     # The front decides when we end; a Ctrl-C of the terminal must not cut a step short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     outbox = Outbox(context, link.from_core(options.run_dir, options.name))
     try:
         core, ready = _build(options, outbox)
-    except (ModelRefused, TransferError, torch.OutOfMemoryError) as failure:
+    except (ModelRefused, NoMemory, TransferError, torch.OutOfMemoryError) as failure:
         outbox.put(Refused(str(failure)))
         outbox.close()
         return EXIT_CONFIG
@@ -210,13 +219,10 @@ def main(options: EngineOptions) -> int:
     inbound.set_hwm(link.HIGH_WATER)
     inbound.connect(link.to_core(options.run_dir, options.name))
     threading.Thread(target=_receive, args=(inbound, core), name="inbox", daemon=True).start()
-    puller = threading.Thread(target=core.pull_loop, name="transfer", daemon=True)
-    puller.start()
     outbox.put(ready)
     core.run()
-    core.pulls.put(None)
-    puller.join(timeout=2)
-    core.transport.close()
+    assert core.puller is not None
+    core.puller.close()
     outbox.close()
     # Threads may still sit in zmq; everything that matters has been said.
     sys.stdout.flush()
@@ -230,7 +236,7 @@ def _receive(socket: zmq.Socket[bytes], core: Core) -> None:
 
 
 def _build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
-    """Everything that can be refused. Raises ModelRefused or TransferError."""
+    """Everything that can be refused. Raises ModelRefused, NoMemory or TransferError."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = torch.device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -248,17 +254,19 @@ def _build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
         raise ModelRefused(
             f"kv_cache_gb = {options.kv_cache_gb:g} does not fit: {available / 2**30:.1f} GiB of memory are free"
         )
-    name = choose(options.transfer)
-    kind = transport_kind(name)
-    region = kind.allocate(num_blocks * block_bytes(manifest), options.epoch)
-    pool = KvPool(manifest, num_blocks, region, device)
-    runner = ModelRunner(loaded, pool, device)
+    memory = Memory(num_blocks * block_bytes(manifest), options.epoch)
+    transports = _open_transports(options, memory)
+    pool = KvPool(manifest, num_blocks, memory, device)
+    poison = pool.poison if os.environ.get(POISON_ENV) else None
+    runner = ModelRunner(loaded, pool, device, poisoned=poison is not None)
     runner.self_check()
-    limits = _limits(options, loaded)
-    scheduler = Scheduler(limits, BlockAllocator(num_blocks))
-    core = Core(scheduler, runner, kind.open_transport(region), outbox)
+    limits = _limits(options, loaded, num_blocks)
+    core = Core(Scheduler(limits, BlockAllocator(num_blocks, poison)), runner, outbox)
+    ours = Pool(manifest, num_blocks, host_id(), options.transfer, options.read_s)
+    core.puller = Puller(ours, transports, core.report, lambda request_id: core.inbox.put(Settled(request_id)))
+    served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(
-        endpoint=PoolEndpoint(name, region.address, num_blocks, manifest),
+        endpoint=PoolEndpoint(ours.host_id, served, num_blocks, manifest),
         num_blocks=num_blocks,
         block_size=options.block_size,
         block_bytes=block_bytes(manifest),
@@ -268,7 +276,31 @@ def _build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     return core, ready
 
 
-def _limits(options: EngineOptions, loaded: LoadedModel) -> Limits:
+def _open_transports(options: EngineOptions, memory: Memory) -> dict[str, Transport]:
+    """Those that the topology names; `auto` is shared memory, for all engines of a topology are on this host.
+
+    Raises TransferError.
+    """
+    settings = Settings(
+        epoch=options.epoch,
+        protocol=options.transfer_protocol,
+        devices=tuple(filter(None, options.transfer_devices.split(","))),
+        ports=options.port_range,
+        serving=options.role != "decode",
+    )
+    names = ["shm"] if options.transfer == "auto" else [options.transfer]
+    found = {}
+    for name in names:
+        transport = transport_kind(name).open_transport(memory, settings)
+        if transport.fallback:
+            logging.warning("%s: %s; %s is used", name, transport.fallback, transport.protocol)
+        if name == "mooncake" and settings.serving:
+            logging.warning("mooncake listens on every interface and asks nobody who they are: firewall its ports")
+        found[name] = transport
+    return found
+
+
+def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Limits:
     if options.max_model_len > loaded.max_positions:
         raise ModelRefused(
             f"max_model_len = {options.max_model_len} is more than the model's {loaded.max_positions} positions"
@@ -279,4 +311,5 @@ def _limits(options: EngineOptions, loaded: LoadedModel) -> Limits:
         max_model_len=options.max_model_len,
         block_size=options.block_size,
         eos_token_ids=loaded.eos_token_ids,
+        max_leased_blocks=int(options.leased_max * num_blocks),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pdctl.engine.layout import block_bytes, plane_offsets
-from pdctl.engine.transfer import Region
+from pdctl.engine.transfer.memory import Memory
 from pdctl.wire import Manifest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -14,18 +14,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class KvPool:
     """Per layer `keys[l]`: [slots, kv_heads, key_dim] and `values[l]`; slot = block * block_size + offset.
 
-    On the CPU the tensors lie in the region itself. On a GPU the region is a host mirror of the same layout, and
+    On the CPU the tensors lie in the memory itself. On a GPU the memory is a host mirror of the same layout, and
     `publish` and `absorb` move blocks between the two.
     """
 
-    def __init__(self, manifest: Manifest, num_blocks: int, region: Region, device: torch.device) -> None:
-        # The region must outlive the tensors over it.
-        self.region = region
+    def __init__(self, manifest: Manifest, num_blocks: int, memory: Memory, device: torch.device) -> None:
+        # The memory must outlive the tensors over it.
+        self.memory = memory
         self.manifest = manifest
         self.num_blocks = num_blocks
         self.block_size = manifest.block_size
         total = block_bytes(manifest) * num_blocks
-        host = torch.frombuffer(region.view, dtype=torch.uint8, count=total)
+        host = torch.frombuffer(memory.view, dtype=torch.uint8, count=total)
         self._mirror = None if device.type == "cpu" else host
         store = host if self._mirror is None else torch.zeros(total, dtype=torch.uint8, device=device)
         self._store = store
@@ -45,6 +45,13 @@ class KvPool:
         """Take in blocks that a transfer has written."""
         if self._mirror is not None:
             self._copy(self._mirror, self._store, block_ids)
+
+    def poison(self, block_ids: list[int]) -> None:
+        """Fill blocks with NaN: whoever reads them after their release will show it."""
+        for tensor in (*self.keys, *self.values):
+            blocks = tensor.view(self.num_blocks, self.block_size, *tensor.shape[1:])
+            blocks[torch.tensor(block_ids, device=tensor.device)] = torch.nan
+        self.publish(block_ids)
 
     def _plane(self, index: int, heads: int, size: int) -> torch.Tensor:
         start, per_block = self._planes[index]

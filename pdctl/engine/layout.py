@@ -6,7 +6,7 @@ contiguous memory per layer, for attention and for transfers alike.
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 from pdctl.wire import LayerShape, Manifest
@@ -40,38 +40,71 @@ def plane_offsets(manifest: Manifest, num_blocks: int) -> list[tuple[int, int]]:
     return list(zip(starts, sizes, strict=True))
 
 
-def spans(
-    manifest: Manifest,
-    source_blocks: list[int],
-    source_total: int,
-    target_blocks: list[int],
-    target_total: int,
-) -> list[Span]:
-    """The copies that bring `source_blocks` of a pool of `source_total` into our `target_blocks`, merged.
+class Half(NamedTuple):
+    """One side of a transfer: a pool of `num_blocks` described by `manifest`, and a sequence's blocks in it."""
 
-    Raises ValueError for block ids outside either pool, or lists of different length.
+    manifest: Manifest
+    num_blocks: int
+    block_ids: list[int]
+
+
+def mismatch(ours: Manifest, theirs: Manifest) -> str:
+    """Why KV of `theirs` cannot be used here, or "". Block sizes may differ: tokens are copied, not blocks."""
+    if ours.model != theirs.model:
+        return f"the models differ: {theirs.model[:12]} there, {ours.model[:12]} here"
+    if ours.dtype != theirs.dtype:
+        return f"KV is {theirs.dtype} there and {ours.dtype} here"
+    if ours.layers != theirs.layers:
+        return f"layers or heads differ: {len(theirs.layers)} layers there, {len(ours.layers)} here"
+    return ""
+
+
+def spans(source: Half, target: Half, first: int, count: int) -> list[Span]:
+    """The copies that bring tokens `first` to `first + count` of a sequence from `source` to `target`, merged.
+
+    Raises ValueError for manifests that do not fit together, block ids outside a pool, or too few blocks.
     """
-    if len(source_blocks) != len(target_blocks):
-        raise ValueError(f"{len(source_blocks)} blocks offered for {len(target_blocks)} reserved")
-    if any(not 0 <= block < source_total for block in source_blocks):
-        raise ValueError(f"a source block lies outside the peer's pool of {source_total}")
-    if any(not 0 <= block < target_total for block in target_blocks):
-        raise ValueError(f"a target block lies outside our pool of {target_total}")
-    runs = _runs(source_blocks, target_blocks)
-    planes = zip(plane_offsets(manifest, source_total), plane_offsets(manifest, target_total), strict=True)
-    return [
-        Span(source_start + source * size, target_start + target * size, count * size)
-        for (source_start, size), (target_start, _) in planes
-        for source, target, count in runs
-    ]
+    if reason := mismatch(target.manifest, source.manifest):
+        raise ValueError(reason)
+    for where, half in (("the peer's", source), ("our", target)):
+        if any(not 0 <= block < half.num_blocks for block in half.block_ids):
+            raise ValueError(f"a block lies outside {where} pool of {half.num_blocks}")
+        if first < 0 or count < 0 or first + count > len(half.block_ids) * half.manifest.block_size:
+            raise ValueError(f"tokens {first} to {first + count} need more than {len(half.block_ids)} blocks")
+    runs = _runs(source, target, first, count)
+    found = []
+    for (source_start, source_size), (target_start, target_size) in zip(_rows(source), _rows(target), strict=True):
+        assert source_size == target_size
+        found += [
+            Span(source_start + from_ * source_size, target_start + to * source_size, tokens * source_size)
+            for from_, to, tokens in runs
+        ]
+    return found
 
 
-def _runs(sources: list[int], targets: list[int]) -> list[tuple[int, int, int]]:
-    """(source, target, count) where both sides go on block by block."""
-    pairs = list(zip(sources, targets, strict=True))
-    breaks = [
-        index
-        for index, ((source, target), (next_source, next_target)) in enumerate(pairwise(pairs), 1)
-        if next_source != source + 1 or next_target != target + 1
-    ]
-    return [(*pairs[start], end - start) for start, end in pairwise([0, *breaks, len(pairs)]) if end > start]
+def _rows(half: Half) -> list[tuple[int, int]]:
+    """(offset of the plane, bytes per token) for K and V of each layer."""
+    size = half.manifest.block_size
+    return [(start, per_block // size) for start, per_block in plane_offsets(half.manifest, half.num_blocks)]
+
+
+def _runs(source: Half, target: Half, first: int, count: int) -> list[tuple[int, int, int]]:
+    """(source slot, target slot, tokens) of pieces that go on slot by slot on both sides."""
+    runs: list[tuple[int, int, int]] = []
+    token, end = first, first + count
+    while token < end:
+        from_, source_left = _slot(source, token)
+        to, target_left = _slot(target, token)
+        tokens = min(source_left, target_left, end - token)
+        if runs and from_ == runs[-1][0] + runs[-1][2] and to == runs[-1][1] + runs[-1][2]:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + tokens)
+        else:
+            runs.append((from_, to, tokens))
+        token += tokens
+    return runs
+
+
+def _slot(half: Half, token: int) -> tuple[int, int]:
+    """A token's slot in the pool, and how many tokens its block still holds from there on."""
+    block, offset = divmod(token, half.manifest.block_size)
+    return half.block_ids[block] * half.manifest.block_size + offset, half.manifest.block_size - offset

@@ -1,8 +1,8 @@
 """The prefill side of a hand-over: who may read which blocks, until when. No I/O, no clock.
 
-A lease is granted when a prefill is done and ends in exactly one way; its end frees the blocks. COMMIT both
-validates and releases: it is answered `ok` only while the lease is live, so everything read before is certified.
-Ended leases leave a tombstone, from which repeated calls are answered the same.
+A lease is granted when a prefill is done, or while it still computes later chunks, and ends in exactly one way; its
+end frees the blocks. COMMIT both validates and releases: it is answered `ok` only while the lease is live, so all that
+was read before is certified. Ended leases leave a tombstone, from which repeated calls are answered the same.
 """
 
 from __future__ import annotations
@@ -24,31 +24,45 @@ class LeaseState(StrEnum):
     RELEASED = "released"
     EXPIRED = "expired"
     HOLDER_DIED = "holder_died"
+    REVOKED = "revoked"
 
 
 LIVE = (LeaseState.HELD, LeaseState.CLAIMED)
+# Ends that nobody asked for: the time since the last sign of life was leaked.
+_LEAKING = (LeaseState.EXPIRED, LeaseState.HOLDER_DIED)
+# A live lease without grant, claim or renewal for this part of its time is past its purpose. Holders renew four times
+# per lease time or once a second, whichever is sooner.
+_QUIET_PART = 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`deadline` and `granted_at` in seconds of the boot clock; `holder` is a decode engine's id once claimed."""
+    """Times in seconds of the boot clock. `holder` answers for it: the router that asked, then the reader that claimed.
+
+    `sealed` False while the prefill still computes: blocks may be read, and nothing can be committed yet.
+    `touched_at`: the last sign of life (grant, seal, claim or renewal).
+    """
 
     lease_id: str
     request_id: str
     num_blocks: int
     granted_at: float
     deadline: float
+    touched_at: float
+    holder: str
     state: LeaseState = LeaseState.HELD
-    holder: str | None = None
+    sealed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer to a call. `freed` names the request whose blocks the core must free now, if any."""
+    """The answer to a call. `freed` names the request whose blocks the core must free now, if any; `lease_id` the lease
+    that ended."""
 
     ok: bool
     reason: str = ""
     freed: str | None = None
+    lease_id: str = ""
 
 
 class LeaseTable:
@@ -61,27 +75,36 @@ class LeaseTable:
         self._live: dict[str, Lease] = {}
         self._tombstones: OrderedDict[str, Lease] = OrderedDict()
         self._granted = 0
+        self._leased_block_s = 0.0
+        self._leaked_block_s = 0.0
 
     def live(self) -> list[Lease]:
         """Live leases, oldest first."""
         return list(self._live.values())
 
-    def grant(self, request_id: str, num_blocks: int, now: float) -> Lease:
-        """A new lease over a finished prefill's blocks."""
+    def grant(self, request_id: str, num_blocks: int, holder: str, now: float, sealed: bool = True) -> Lease:
+        """A new lease over a prefill's blocks; `holder` is the router it is granted to."""
         self._granted += 1
-        lease = Lease(f"{self.epoch}.{self._granted}", request_id, num_blocks, now, now + self.lease_s)
-        self._live[lease.lease_id] = lease
+        lease_id = f"{self.epoch}.{self._granted}"
+        lease = Lease(lease_id, request_id, num_blocks, now, now + self.lease_s, now, holder, sealed=sealed)
+        self._live[lease_id] = lease
         return lease
+
+    def seal(self, lease_id: str, num_blocks: int, now: float) -> Lease | None:
+        """The prefill is done: the lease can be committed from now on. None when it has ended meanwhile."""
+        lease = self._live.get(lease_id)
+        if lease is None or lease.deadline <= now:
+            return None
+        return self._touch(replace(lease, sealed=True, num_blocks=num_blocks), now)
 
     def claim(self, lease_id: str, epoch: str, holder: str, now: float) -> Verdict:
         """`holder` will read. A repeated claim by the same holder is fine; a second holder is refused."""
         lease = self._find(lease_id, epoch, now)
         if isinstance(lease, Verdict):
             return lease
-        if lease.holder not in (None, holder):
+        if lease.state is LeaseState.CLAIMED and lease.holder != holder:
             return Verdict(False, f"lease {lease_id} is claimed by {lease.holder}")
-        claimed = replace(lease, state=LeaseState.CLAIMED, holder=holder, deadline=now + self.lease_s)
-        self._live[lease_id] = claimed
+        self._touch(replace(lease, state=LeaseState.CLAIMED, holder=holder), now)
         return Verdict(True)
 
     def renew(self, lease_ids: list[str], epoch: str, holder: str, now: float) -> list[str]:
@@ -89,10 +112,10 @@ class LeaseTable:
         gone = []
         for lease_id in lease_ids:
             lease = self._find(lease_id, epoch, now)
-            if isinstance(lease, Verdict) or lease.holder != holder:
+            if isinstance(lease, Verdict) or lease.state is not LeaseState.CLAIMED or lease.holder != holder:
                 gone.append(lease_id)
             else:
-                self._live[lease_id] = replace(lease, deadline=max(lease.deadline, now + self.lease_s))
+                self._touch(lease, now)
         return gone
 
     def commit(self, lease_id: str, epoch: str, holder: str, now: float) -> Verdict:
@@ -103,30 +126,51 @@ class LeaseTable:
         lease = self._find(lease_id, epoch, now)
         if isinstance(lease, Verdict):
             return lease
-        if lease.holder != holder:
+        if lease.state is not LeaseState.CLAIMED or lease.holder != holder:
             return Verdict(False, f"lease {lease_id} is not claimed by {holder}")
-        return self._end(lease, LeaseState.COMMITTED)
+        if not lease.sealed:
+            return Verdict(False, f"lease {lease_id} is still being computed")
+        return self._end(lease, LeaseState.COMMITTED, now)
 
     def release(self, lease_id: str, epoch: str, now: float) -> Verdict:
         """Nobody will read this any more. Idempotent."""
         lease = self._find(lease_id, epoch, now)
         if isinstance(lease, Verdict):
             return Verdict(epoch == self.epoch and lease_id in self._tombstones, lease.reason)
-        return self._end(lease, LeaseState.RELEASED)
+        return self._end(lease, LeaseState.RELEASED, now)
 
-    def release_holder(self, holder: str) -> list[Verdict]:
-        """`holder` is known to be dead: end everything it claimed."""
+    def revoke(self, lease_id: str, now: float) -> Verdict:
+        """Take it back, whoever holds it: a commit after this is refused."""
+        lease = self._live.get(lease_id)
+        if lease is None:
+            tomb = self._tombstones.get(lease_id)
+            return Verdict(False, f"lease {lease_id} has ended: {tomb.state}" if tomb else f"unknown lease {lease_id}")
+        return self._end(lease, LeaseState.REVOKED, now)
+
+    def release_holder(self, holder: str, now: float) -> list[Verdict]:
+        """`holder` is known to be dead: end everything it answers for, claimed or not."""
         mine = [lease for lease in self._live.values() if lease.holder == holder]
-        return [self._end(lease, LeaseState.HOLDER_DIED) for lease in mine]
+        return [self._end(lease, LeaseState.HOLDER_DIED, now) for lease in mine]
 
     def expire(self, now: float) -> list[Verdict]:
         """End every lease past its deadline."""
         late = [lease for lease in self._live.values() if lease.deadline <= now]
-        return [self._end(lease, LeaseState.EXPIRED) for lease in late]
+        return [self._end(lease, LeaseState.EXPIRED, now) for lease in late]
 
     def next_deadline(self) -> float | None:
         """When `expire` will next have something to do."""
         return min((lease.deadline for lease in self._live.values()), default=None)
+
+    def is_quiet(self, lease: Lease, now: float) -> bool:
+        """Whether a live lease has shown no sign of life for longer than any living holder leaves it."""
+        return now - lease.touched_at > max(1.5, _QUIET_PART * self.lease_s)
+
+    def block_seconds(self, now: float) -> tuple[float, float]:
+        """Blocks times seconds: (all leased so far, of these leaked: held for a holder that was gone)."""
+        live = self._live.values()
+        leased = self._leased_block_s + sum(lease.num_blocks * (now - lease.granted_at) for lease in live)
+        quiet = [lease for lease in live if self.is_quiet(lease, now)]
+        return leased, self._leaked_block_s + sum(lease.num_blocks * (now - lease.touched_at) for lease in quiet)
 
     def audit(self) -> None:
         """Each granted lease is live or was counted as ended once; states fit where they are kept."""
@@ -134,7 +178,7 @@ class LeaseTable:
         assert not self._live.keys() & self._tombstones.keys(), "a lease is both live and ended"
         for lease in self._live.values():
             assert lease.state in LIVE
-            assert (lease.holder is not None) == (lease.state is LeaseState.CLAIMED)
+            assert lease.granted_at <= lease.touched_at < lease.deadline
 
     def _find(self, lease_id: str, epoch: str, now: float) -> Lease | Verdict:
         """The live lease, or why there is none. A lease past its deadline is dead even before `expire` ran:
@@ -149,10 +193,20 @@ class LeaseTable:
             return Verdict(False, f"lease {lease_id} is past its deadline")
         return lease
 
-    def _end(self, lease: Lease, state: LeaseState) -> Verdict:
+    def _touch(self, lease: Lease, now: float) -> Lease:
+        deadline = max(lease.deadline, now + self.lease_s)
+        touched = replace(lease, deadline=deadline, touched_at=now)
+        self._live[lease.lease_id] = touched
+        return touched
+
+    def _end(self, lease: Lease, state: LeaseState, now: float) -> Verdict:
         del self._live[lease.lease_id]
         self._tombstones[lease.lease_id] = replace(lease, state=state)
         self.ended[state] += 1
+        self._leased_block_s += lease.num_blocks * (now - lease.granted_at)
+        if state in _LEAKING:
+            self._leaked_block_s += lease.num_blocks * (now - lease.touched_at)
         while len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
-        return Verdict(True, state.value, freed=lease.request_id)
+        # An unsealed lease's blocks belong to a prefill that still runs: only the permission to read them ends.
+        return Verdict(True, state.value, freed=lease.request_id if lease.sealed else None, lease_id=lease.lease_id)

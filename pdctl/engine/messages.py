@@ -24,8 +24,9 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A new request. `token_ids` is the prompt, then tokens already given to the client.
 
-    `hold`: stop after one token and keep the KV for a decode engine. `await_kv`: reserve blocks for the first
-    `kv_tokens` tokens and wait until their KV has been pulled.
+    `hold`: stop after one token and keep the KV for a decode engine; `offer`: report its chunks as they come.
+    `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
+    Reserve with the same id becomes this request.
     """
 
     request_id: str
@@ -33,6 +34,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     prompt_len: int
     sampling: Sampling
     hold: bool = False
+    offer: bool = False
     await_kv: bool = False
     kv_tokens: int = 0
 
@@ -43,13 +45,32 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
 
 
-class Pull(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Copy a peer's blocks into the blocks reserved for `request_id`."""
+class Reserve(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Set blocks aside for `kv_tokens` tokens whose request will follow."""
 
     request_id: str
+    kv_tokens: int
+
+
+class Connect(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Make ready to read from a peer."""
+
+    peer: str
+    epoch: str
+    endpoint: PoolEndpoint
+
+
+class Pull(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Copy KV of tokens `first` to `first + count` from a peer's blocks into those reserved for `request_id`."""
+
+    request_id: str
+    peer: str
+    epoch: str
     endpoint: PoolEndpoint
     source_blocks: list[int]
     target_blocks: list[int]
+    first: int
+    count: int
 
 
 class Start(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -62,7 +83,7 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Leave the step loop and exit."""
 
 
-ToCore = Submit | Abort | Pull | Start | Shutdown
+ToCore = Submit | Abort | Reserve | Connect | Pull | Start | Shutdown
 
 
 # -- core to front -----------------------------------------------------------------------------------------
@@ -102,6 +123,20 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
 
 
+class Progress(msgspec.Struct, frozen=True, array_like=True):
+    """The first `num_computed` tokens of an offered prefill have their KV."""
+
+    request_id: str
+    block_ids: list[int]
+    num_computed: int
+
+
+class Withdrawn(msgspec.Struct, frozen=True, array_like=True):
+    """An offered prefill lost its blocks and starts over: what was read of it is void."""
+
+    request_id: str
+
+
 class Failed(msgspec.Struct, frozen=True, array_like=True):
     """A request cannot be served here at all."""
 
@@ -110,14 +145,18 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Books(msgspec.Struct, frozen=True, array_like=True):
-    """The core's counts after a step."""
+    """The core's counts after a step. Free, referenced, leased and quarantined blocks make up the pool; `reserved` ones
+    (for KV that is being pulled) are referenced. `held_back`: prefills that wait for leased blocks to come free."""
 
-    blocks_free: int
-    blocks_leased: int
-    blocks_reserved: int
-    running: int
-    waiting: int
-    steps: int
+    blocks_free: int = 0
+    blocks_referenced: int = 0
+    blocks_leased: int = 0
+    blocks_quarantined: int = 0
+    blocks_reserved: int = 0
+    held_back: int = 0
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -127,6 +166,8 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
     held: list[Held]
     failed: list[Failed]
     books: Books
+    progress: list[Progress] = []
+    withdrawn: list[Withdrawn] = []
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -137,12 +178,25 @@ class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A pull ended; `error` empty when every byte was copied."""
+    """A pull ended; `error` empty when every byte was copied. `uncertain`: bytes may still land in its blocks."""
 
     request_id: str
     error: str
     seconds: float
     bytes: int
+    uncertain: bool = False
 
 
-FromCore = Ready | Refused | StepDone | Reserved | Pulled
+class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A peer can be read from as described, or cannot (`error`)."""
+
+    peer: str
+    epoch: str
+    transport: str = ""
+    protocol: str = ""
+    reason: str = ""
+    fallback: str = ""
+    error: str = ""
+
+
+FromCore = Ready | Refused | StepDone | Reserved | Pulled | Linked

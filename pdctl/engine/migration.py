@@ -1,9 +1,11 @@
 """The decode side of a hand-over as a pure state machine: events in, actions out.
 
-    QUEUED --claimed and reserved--> READING --read--> COMMITTING --ok--> DECODING
+    QUEUED --claimed and reserved--> READING --all read--> COMMITTING --ok--> DECODING
     any failure --> LOST: blocks are dropped, the router prefills again
 
-Claiming and reserving run side by side. No token is decoded from KV that no COMMIT has certified.
+Claiming and reserving run side by side. A prefill may offer its first chunks while it computes the rest: they are read
+as they come, and the total is known when the request itself arrives with the final terms. No token is decoded from KV
+that no COMMIT has certified.
 """
 
 from __future__ import annotations
@@ -27,32 +29,40 @@ FINAL = (Phase.DECODING, Phase.LOST)
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """The state of one hand-over at its reader."""
+    """The state of one hand-over at its reader. Counts are tokens of KV: the first `readable` exist at the peer, the
+    first `read` are here, the first `asked` are here or under way; `total` is None until the final terms came."""
 
     phase: Phase = Phase.QUEUED
     claimed: bool = False
     reserved: bool = False
+    readable: int = 0
+    asked: int = 0
+    read: int = 0
+    total: int | None = None
     commit_tries: int = 0
     reason: str = ""
 
 
 class Event(Enum):
-    """What can happen to a migration."""
+    """What can happen to a migration. OFFERED and SEALED come with a count of tokens."""
 
     CLAIM_OK = "claim_ok"
     CLAIM_REFUSED = "claim_refused"
     RESERVED = "reserved"
+    OFFERED = "offered"
+    SEALED = "sealed"
     READ_OK = "read_ok"
     READ_FAILED = "read_failed"
     COMMIT_OK = "commit_ok"
     COMMIT_REFUSED = "commit_refused"
     COMMIT_UNANSWERED = "commit_unanswered"
+    LEASE_GONE = "lease_gone"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
 
 
 class Action(Enum):
-    """What the shell must do."""
+    """What the shell must do. READ: tokens `read` to `asked`."""
 
     READ = "read"
     COMMIT = "commit"
@@ -61,26 +71,23 @@ class Action(Enum):
     RELEASE_LEASE = "release_lease"
 
 
+Step = tuple[Migration, tuple[Action, ...]]
+
 MAX_COMMIT_TRIES = 3
 
 
-def advance(state: Migration, event: Event) -> tuple[Migration, tuple[Action, ...]]:
+def advance(state: Migration, event: Event, tokens: int = 0) -> Step:
     """The next state and what to do. Events that come too late change nothing."""
     if state.phase in FINAL:
         return state, ()
     if event in _LOSING:
         return _lose(state, event)
-    if state.phase is Phase.QUEUED:
-        return _queued(state, event)
-    if state.phase is Phase.READING and event is Event.READ_OK:
-        return replace(state, phase=Phase.COMMITTING, commit_tries=1), (Action.COMMIT,)
-    if state.phase is Phase.COMMITTING and event is Event.COMMIT_OK:
-        return replace(state, phase=Phase.DECODING), (Action.DECODE,)
-    if state.phase is Phase.COMMITTING and event is Event.COMMIT_UNANSWERED:
-        if state.commit_tries >= MAX_COMMIT_TRIES:
-            return _lose(state, event)
-        return replace(state, commit_tries=state.commit_tries + 1), (Action.COMMIT,)
-    return state, ()
+    if event is Event.LEASE_GONE:
+        # While committing it may be our own commit that ended the lease: its answer decides.
+        return (state, ()) if state.phase is Phase.COMMITTING else _lose(state, event)
+    if state.phase is Phase.COMMITTING:
+        return _committing(state, event)
+    return _reading(_noted(state, event, tokens))
 
 
 _LOSING = {
@@ -92,17 +99,47 @@ _LOSING = {
 }
 
 
-def _queued(state: Migration, event: Event) -> tuple[Migration, tuple[Action, ...]]:
-    if event is Event.CLAIM_OK:
-        state = replace(state, claimed=True)
-    elif event is Event.RESERVED:
-        state = replace(state, reserved=True)
-    if state.claimed and state.reserved:
-        return replace(state, phase=Phase.READING), (Action.READ,)
+def _noted(state: Migration, event: Event, tokens: int) -> Migration:
+    match event:
+        case Event.CLAIM_OK:
+            return replace(state, claimed=True)
+        case Event.RESERVED:
+            return replace(state, reserved=True)
+        case Event.OFFERED:
+            return replace(state, readable=max(state.readable, tokens))
+        case Event.SEALED:
+            return replace(state, readable=tokens, total=tokens)
+        case Event.READ_OK:
+            return replace(state, read=state.asked)
+        case _:
+            return state
+
+
+def _reading(state: Migration) -> Step:
+    """Read what is readable, one piece at a time; commit when all of it is here."""
+    if not (state.claimed and state.reserved):
+        return state, ()
+    state = replace(state, phase=Phase.READING)
+    if state.asked > state.read:
+        return state, ()
+    if state.readable > state.read:
+        return replace(state, asked=state.readable), (Action.READ,)
+    if state.total is not None and state.read == state.total:
+        return replace(state, phase=Phase.COMMITTING, commit_tries=1), (Action.COMMIT,)
     return state, ()
 
 
-def _lose(state: Migration, event: Event) -> tuple[Migration, tuple[Action, ...]]:
+def _committing(state: Migration, event: Event) -> Step:
+    if event is Event.COMMIT_OK:
+        return replace(state, phase=Phase.DECODING), (Action.DECODE,)
+    if event is Event.COMMIT_UNANSWERED:
+        if state.commit_tries >= MAX_COMMIT_TRIES:
+            return _lose(state, event)
+        return replace(state, commit_tries=state.commit_tries + 1), (Action.COMMIT,)
+    return state, ()
+
+
+def _lose(state: Migration, event: Event) -> Step:
     """Give up. The lease is released even where it may be gone: releasing is idempotent, leaking is not."""
     lost = replace(state, phase=Phase.LOST, reason=event.value)
     return lost, (Action.DROP_BLOCKS, Action.RELEASE_LEASE)

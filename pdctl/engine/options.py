@@ -24,10 +24,22 @@ class EngineOptions:
     kv_cache_gb: float
     block_size: int
     transfer: str
+    transfer_protocol: str
+    transfer_devices: str
+    transfer_ports: str
     lease_s: float
+    read_s: float
+    leased_max: float
+    chunked: bool
     run_dir: Path
     epoch: str
     front_pid: int
+
+    @property
+    def port_range(self) -> tuple[int, int] | None:
+        """First and last port that transports may listen on; None for any."""
+        first, _, last = self.transfer_ports.partition("-")
+        return (int(first), int(last)) if last else None
 
     def to_argv(self) -> list[str]:
         """The same options as arguments, for the core."""
@@ -35,6 +47,10 @@ class EngineOptions:
         for name in self.__slots__:
             words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         return words
+
+
+def _boolean(word: str) -> bool:
+    return word.lower() == "true"
 
 
 def parse(argv: list[str]) -> EngineOptions:
@@ -53,7 +69,13 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--kv-cache-gb", type=float, default=1.0)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--transfer", default="auto")
+    parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
+    parser.add_argument("--transfer-devices", default="", help="RDMA devices, with commas; default: all that are up")
+    parser.add_argument("--transfer-ports", default="", help="FIRST-LAST that transports may listen on")
     parser.add_argument("--lease-s", type=float, default=30.0)
+    parser.add_argument("--read-s", type=float, default=5.0, help="a read of KV that takes longer is given up")
+    parser.add_argument("--leased-max", type=float, default=0.75, help="part of the KV pool that may be held for peers")
+    parser.add_argument("--chunked", type=_boolean, default=True, help="let peers read a prompt's first chunks early")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--epoch", default="", help="set by the front for its core")
     parser.add_argument("--front-pid", type=int, default=0, help="set by the front for its core")

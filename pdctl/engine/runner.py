@@ -17,15 +17,18 @@ from pdctl.engine.sequence import Sequence
 class ModelRunner:
     """Runs batches of slices through the model over the pool."""
 
-    def __init__(self, loaded: LoadedModel, pool: KvPool, device: torch.device) -> None:
+    def __init__(self, loaded: LoadedModel, pool: KvPool, device: torch.device, poisoned: bool = False) -> None:
         self.loaded = loaded
         self.pool = pool
         self.device = device
+        self.poisoned = poisoned
         self._offsets = torch.arange(pool.block_size)
 
     def execute(self, batch: list[Slice]) -> list[int]:
         """Compute every slice; one token id for each sampling slice, in order."""
         logits = self.logits(batch)
+        if self.poisoned and not torch.isfinite(logits).all():
+            raise AssertionError("KV was read after its blocks were freed")
         requests = [(piece.sequence.sampling, len(piece.sequence.token_ids)) for piece in batch if piece.samples]
         return sample(logits, requests) if requests else []
 

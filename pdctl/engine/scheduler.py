@@ -7,22 +7,23 @@ prefill, recomputation after preemption and a handed-over sequence are the same 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdctl.engine.blocks import BlockAllocator
-from pdctl.engine.messages import Books, Failed, Held, Token
+from pdctl.engine.messages import Books, Failed, Held, Progress, Token, Withdrawn
 from pdctl.engine.sequence import Sequence, Status
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Budgets of one engine."""
+    """Budgets of one engine. `max_leased_blocks`: prefills for peers wait while more would be held for them."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
     eos_token_ids: frozenset[int]
+    max_leased_blocks: int = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,10 @@ class Slice:
 class Outcome:
     """What a step changed, for the front."""
 
-    tokens: list[Token]
-    held: list[Held]
+    tokens: list[Token] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+    withdrawn: list[Withdrawn] = field(default_factory=list)
 
 
 class Scheduler:
@@ -57,22 +60,34 @@ class Scheduler:
         self._awaiting_kv = 0
         self._pulling: set[str] = set()
         self._doomed: set[str] = set()
+        self._withdrawn: list[Withdrawn] = []
 
     # -- events --------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> Failed | None:
         """Queue a new sequence; Failed when it could never fit, however long it waited."""
         longest = min(sequence.prompt_len + sequence.sampling.max_tokens, self.limits.max_model_len)
-        needed = self._blocks_for(max(longest, len(sequence.token_ids)))
+        needed = self._blocks_for(max(longest, len(sequence.token_ids), sequence.kv_tokens))
         if needed > self.allocator.num_blocks:
+            self.abort(sequence.request_id)
             reason = f"needs {needed} KV blocks and the engine has {self.allocator.num_blocks}"
             return Failed(sequence.request_id, f"{reason}; raise kv_cache_gb or lower max_tokens")
-        assert sequence.request_id not in self.sequences
+        if sequence.request_id in self.sequences:
+            self._fill(self.sequences[sequence.request_id], sequence)
+            return None
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self.sequences[sequence.request_id] = sequence
         (self._incoming if sequence.status is Status.AWAITING_BLOCKS else self._waiting).append(sequence)
         return None
+
+    def _fill(self, reserved: Sequence, request: Sequence) -> None:
+        """The request that blocks were reserved for has come."""
+        assert reserved.status in (Status.AWAITING_BLOCKS, Status.AWAITING_KV)
+        assert reserved.kv_tokens == request.kv_tokens
+        reserved.token_ids = request.token_ids
+        reserved.prompt_len = request.prompt_len
+        reserved.sampling = request.sampling
 
     def reserve(self) -> list[Sequence]:
         """Set blocks aside for hand-overs, in order of arrival, while they fit."""
@@ -95,12 +110,23 @@ class Scheduler:
         self._pulling.add(request_id)
         return True
 
-    def pull_ended(self, request_id: str) -> None:
-        """Nothing writes there any more; an abort that waited for this takes effect."""
+    def pull_ended(self, request_id: str, uncertain: bool = False) -> None:
+        """The pull is over; an abort that waited for this takes effect. `uncertain`: something may still write into
+        the blocks, so nobody gets them before `pull_settled`."""
         self._pulling.discard(request_id)
-        if request_id in self._doomed:
+        if uncertain:
+            self._doomed.discard(request_id)
+            sequence = self.sequences[request_id]
+            self.allocator.quarantine(request_id)
+            sequence.block_ids.clear()
+            self._forget(sequence)
+        elif request_id in self._doomed:
             self._doomed.discard(request_id)
             self._forget(self.sequences[request_id])
+
+    def pull_settled(self, request_id: str) -> None:
+        """Nothing writes into the quarantined blocks any more."""
+        self.allocator.settle(request_id)
 
     def start(self, request_id: str) -> bool:
         """The pulled KV is certified: the sequence decodes from here on."""
@@ -108,6 +134,7 @@ class Scheduler:
         if sequence is None or sequence.status is not Status.AWAITING_KV or request_id in self._doomed:
             return False
         assert request_id not in self._pulling
+        assert sequence.token_ids, "decoding begins before the request came"
         sequence.num_computed = sequence.kv_tokens
         sequence.status = Status.RUNNING
         self._awaiting_kv -= 1
@@ -152,25 +179,36 @@ class Scheduler:
 
     def update(self, batch: list[Slice], token_ids: list[int]) -> Outcome:
         """Take the step's results: one token id for each sampling slice, in order."""
-        outcome = Outcome([], [])
+        outcome = Outcome(withdrawn=self._withdrawn)
+        self._withdrawn = []
         sampled = iter(token_ids)
         for piece in batch:
             sequence = piece.sequence
             sequence.num_computed += piece.count
             if piece.samples:
                 self._append(sequence, next(sampled), outcome)
+            elif sequence.offer:
+                sequence.offered = True
+                blocks = list(sequence.block_ids)
+                outcome.progress.append(Progress(sequence.request_id, blocks, sequence.num_computed))
         return outcome
 
     def books(self, steps: int) -> Books:
         """The counts people and the front see."""
-        by_status = {Status.HELD: 0, Status.AWAITING_KV: 0}
+        leased = reserved = 0
         for sequence in self.sequences.values():
-            if sequence.status in by_status:
-                by_status[sequence.status] += len(sequence.block_ids)
+            if sequence.status is Status.HELD:
+                leased += len(sequence.block_ids)
+            elif sequence.status is Status.AWAITING_KV:
+                reserved += len(sequence.block_ids)
+        free, quarantined = self.allocator.num_free, self.allocator.num_quarantined
         return Books(
-            blocks_free=self.allocator.num_free,
-            blocks_leased=by_status[Status.HELD],
-            blocks_reserved=by_status[Status.AWAITING_KV],
+            blocks_free=free,
+            blocks_referenced=self.allocator.num_blocks - free - quarantined - leased,
+            blocks_leased=leased,
+            blocks_quarantined=quarantined,
+            blocks_reserved=reserved,
+            held_back=len(self._waiting) - len(self._admissible()),
             running=len(self.running),
             waiting=len(self._waiting) + len(self._incoming),
             steps=steps,
@@ -179,13 +217,14 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step could compute anything."""
-        return bool(self.running or self._waiting)
+        return bool(self.running or self._admissible())
 
     def audit(self) -> None:
         """Every block is free or belongs to a known sequence; every sequence is in the one queue of its status."""
         self.allocator.audit()
         owned = sum(len(sequence.block_ids) for sequence in self.sequences.values())
-        assert owned + self.allocator.num_free == self.allocator.num_blocks, "blocks without a sequence"
+        idle = self.allocator.num_free + self.allocator.num_quarantined
+        assert owned + idle == self.allocator.num_blocks, "blocks without a sequence"
         queued = {
             Status.RUNNING: set(map(id, self.running)),
             Status.WAITING: set(map(id, self._waiting)),
@@ -200,18 +239,33 @@ class Scheduler:
     # -- parts ---------------------------------------------------------------------------------------------
 
     def _admit(self, batch: list[Slice], budget: int) -> None:
-        while self._waiting and budget > 0 and self._has_seat:
-            sequence = self._waiting[0]
+        """Waiting sequences in order. Those that peers' unread KV leaves no room for are stepped over."""
+        for sequence in self._admissible():
+            if budget == 0 or not self._has_seat:
+                return
             # All of its blocks at once: chunks of one prompt then lie side by side, and no two half-admitted
             # prompts can starve each other.
             if not self._allocate(sequence, len(sequence.token_ids)):
                 return
-            self._waiting.popleft()
+            self._waiting.remove(sequence)
             sequence.status = Status.RUNNING
             self.running.append(sequence)
             count = min(sequence.num_missing, budget)
             batch.append(self._slice(sequence, count))
             budget -= count
+
+    def _admissible(self) -> list[Sequence]:
+        """Waiting sequences that could be admitted together without pinning more blocks for peers than may be leased.
+        One prefill alone always may."""
+        pinned = sum(len(sequence.block_ids) for sequence in self.sequences.values() if sequence.hold)
+        found = []
+        for sequence in self._waiting:
+            wanted = self._blocks_for(len(sequence.token_ids)) if sequence.hold else 0
+            if wanted and pinned and pinned + wanted > self.limits.max_leased_blocks:
+                continue
+            pinned += wanted
+            found.append(sequence)
+        return found
 
     def _slice(self, sequence: Sequence, count: int) -> Slice:
         return Slice(sequence, sequence.num_computed, count, count == sequence.num_missing)
@@ -258,8 +312,9 @@ class Scheduler:
         return True
 
     def _victim(self) -> Sequence:
-        """The newest running sequence: it has the least to lose and the oldest always finishes."""
-        return max(self.running, key=lambda sequence: sequence.arrival)
+        """The newest running sequence: it has the least to lose and the oldest always finishes. One that a peer already
+        reads only when there is no other."""
+        return max(self.running, key=lambda sequence: (not sequence.offered, sequence.arrival))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -267,6 +322,9 @@ class Scheduler:
         sequence.block_ids.clear()
         sequence.num_computed = 0
         sequence.preempted = True
+        if sequence.offered:
+            sequence.offered = sequence.offer = False
+            self._withdrawn.append(Withdrawn(sequence.request_id))
         sequence.status = Status.WAITING
         self._waiting.appendleft(sequence)
 

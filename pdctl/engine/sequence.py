@@ -27,6 +27,8 @@ class Sequence:
     prompt_len: int
     sampling: Sampling
     hold: bool = False
+    offer: bool = False  # its first chunks may be read before the last one is computed
+    offered: bool = False
     kv_tokens: int = 0
     status: Status = Status.WAITING
     num_computed: int = 0

@@ -6,6 +6,12 @@ import time
 from pathlib import Path
 
 
+def host_id(proc_root: Path = Path("/proc")) -> str:
+    """The same for processes that see each other's /proc entries, and so can map each other's memory."""
+    boot_id = (proc_root / "sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot_id}/{(proc_root / 'self/ns/pid').readlink()}"
+
+
 def new_epoch(proc_root: Path = Path("/proc")) -> str:
     """A start's name: the boot's id and a counter that only grows within it."""
     boot_id = (proc_root / "sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:8]

@@ -21,7 +21,7 @@ from pdctl.proxy.pool import EnginePool
 from pdctl.proxy.relay import Shared, release_forever
 from pdctl.proxy.routing import POLICIES
 from pdctl.serving import LOG_FORMAT, Server
-from pdctl.wire import LISTEN_FD_ENV, SECRET_ENV, ProxyConfig
+from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig
 
 # Running answers may end by themselves for this long after TERM, seconds.
 _DRAIN_S = 5
@@ -56,6 +56,7 @@ async def _run(config: ProxyConfig, listener: socket.socket) -> None:
         policy=POLICIES[config.routing],
         metrics=Metrics(config.ttft_ms / 1000, config.tpot_ms / 1000),
         secret=os.environ.get(SECRET_ENV, ""),
+        holder=f"proxy@{os.environ.get(EPOCH_ENV, '')}",
         releases=asyncio.Queue(_MAX_RELEASES),
     )
     server = Server(

@@ -21,7 +21,7 @@ from pdctl.proxy.pool import Engine, EnginePool
 from pdctl.proxy.requests import ClientRequest
 from pdctl.proxy.routing import Choice, Policy, choose
 from pdctl.proxy.sinks import Sink
-from pdctl.wire import STARTED_HEADER, HandOver
+from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, HandOver
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Shared:
     policy: Policy
     metrics: Metrics
     secret: str
+    holder: str
     releases: asyncio.Queue[tuple[Engine, HandOver]]
     turn: int = 0
 
@@ -99,7 +100,7 @@ class Relay:
             if pair.is_one or self.lost >= _MAX_LOST or self._one_token_left():
                 await self._decode(prefill, None)
                 return
-            hand_over = await self._prefill(prefill)
+            hand_over = await self._prefill(prefill, decode)
             if hand_over is not None:
                 await self._hand_over(prefill, decode, hand_over)
         except _Failed as failure:
@@ -121,9 +122,9 @@ class Relay:
 
     # -- prefill -------------------------------------------------------------------------------------------
 
-    async def _prefill(self, engine: Engine) -> HandOver | None:
+    async def _prefill(self, engine: Engine, decode: Engine) -> HandOver | None:
         """The next token, sent on at once; None when the answer ends with it."""
-        body = engine.dialect.prefill_body(self.request.fields, self.emitted)
+        body = engine.dialect.prefill_body(self.request.fields, self.emitted, decode.address)
         try:
             async with engine.deadline(_PREFILL_S):
                 with engine.prompts.working(float(self.request.size)):
@@ -261,6 +262,7 @@ class Relay:
                 "content-type": "application/json",
                 "x-request-id": self.request.envelope.request_id,
                 STARTED_HEADER: str(self.request.envelope.created),
+                ROUTER_HEADER: self.shared.holder,
             }
         )
 

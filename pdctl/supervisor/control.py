@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from pdctl.serving import Server
+from pdctl.wire import LeaseReply
 
 
 class _OwnUserSocket(socket.socket):
@@ -31,17 +32,39 @@ class _OwnUserSocket(socket.socket):
         return connection, address
 
 
-async def serve_control(path: Path, status: Callable[[], dict[str, object]], stop: Callable[[], None]) -> None:
-    """Answer GET /v1/status and POST /v1/stop until cancelled."""
+class Controlled(Protocol):
+    """What the control API is about."""
+
+    async def fresh_status(self) -> dict[str, object]: ...
+    async def leases(self) -> dict[str, object]: ...
+    async def revoke(self, lease_id: str) -> LeaseReply: ...
+    def stop(self) -> None: ...
+
+
+async def serve_control(path: Path, service: Controlled) -> None:
+    """Answer until cancelled: GET /v1/status, GET /v1/kv, POST /v1/kv/revoke?lease=ID, POST /v1/stop."""
 
     async def get_status(_: Request) -> JSONResponse:
-        return JSONResponse(status())
+        return JSONResponse(await service.fresh_status())
+
+    async def get_kv(_: Request) -> JSONResponse:
+        return JSONResponse(await service.leases())
+
+    async def post_revoke(request: Request) -> JSONResponse:
+        reply = await service.revoke(request.query_params.get("lease", ""))
+        return JSONResponse({"ok": reply.ok, "reason": reply.reason})
 
     async def post_stop(_: Request) -> JSONResponse:
-        stop()
+        service.stop()
         return JSONResponse({"stopping": True}, status_code=202)
 
-    app = Starlette(routes=[Route("/v1/status", get_status), Route("/v1/stop", post_stop, methods=["POST"])])
+    routes = [
+        Route("/v1/status", get_status),
+        Route("/v1/kv", get_kv),
+        Route("/v1/kv/revoke", post_revoke, methods=["POST"]),
+        Route("/v1/stop", post_stop, methods=["POST"]),
+    ]
+    app = Starlette(routes=routes)
     with _OwnUserSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         os.chmod(path, 0o600)  # noqa: PTH101 - in a coroutine; one system call

@@ -11,23 +11,23 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
 from pdctl.errors import PdctlError
 from pdctl.host.ports import listening_ports
-from pdctl.lean_http import Pool, Unreachable, header_lines
 from pdctl.plan import Plan, ProcessSpec
 from pdctl.serving import listen_tcp
 from pdctl.supervisor.control import serve_control
+from pdctl.supervisor.kv import KvWatch, Member
 from pdctl.supervisor.lifecycle import Event, Kind, Phase, Policy
 from pdctl.supervisor.rundir import RunDir
 from pdctl.supervisor.tree import become_subreaper, kill_tree, reap_strangers, stamped
 from pdctl.supervisor.unit import Surroundings, Unit
-from pdctl.wire import SECRET_ENV, UNIT_ENV, EngineAddress, HolderCall, ProxyConfig
+from pdctl.wire import SECRET_ENV, UNIT_ENV, EngineAddress, LeaseReply, LinkInfo, ProxyConfig
 
 _HOUSEKEEPING_S = 1.0
-_RECLAIM_S = 2.0
 _CLEAR_S = 10.0
 _LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
 
@@ -50,6 +50,8 @@ class Service:
         self._was_ready = False
         self._dirty = asyncio.Event()
         self._listeners: list[socket.socket] = []
+        self._linking = 0
+        self._kv = KvWatch(self._secret, self._members, self._holders, say)
 
     # -- from outside --------------------------------------------------------------------------------------
 
@@ -66,6 +68,7 @@ class Service:
         finally:
             for listener in self._listeners:
                 listener.close()
+            self._kv.close()
             self._rundir.release()
 
     def stop(self) -> None:
@@ -89,7 +92,21 @@ class Service:
             "run_dir": self.plan.run_dir,
             "log_dir": self.plan.log_dir,
             "processes": [unit.status() for unit in self._units],
+            "links": [{"reader": reader, **_shown(link)} for (reader, _), link in sorted(self._kv.links.items())],
         }
+
+    async def fresh_status(self) -> dict[str, object]:
+        """The same, links and their speed asked of the engines now."""
+        await self._kv.states()
+        return self.status()
+
+    async def leases(self) -> dict[str, object]:
+        """As `pdctl kv --json` shows them."""
+        return await self._kv.leases()
+
+    async def revoke(self, lease_id: str) -> LeaseReply:
+        """Take a lease back."""
+        return await self._kv.revoke(lease_id)
 
     def state(self) -> str:
         """starting, ready, degraded (was ready, something is not now), failed or stopping."""
@@ -98,7 +115,7 @@ class Service:
             return "stopping"
         if Phase.FAILED in phases:
             return "failed"
-        if all(phase is Phase.READY for phase in phases):
+        if all(phase is Phase.READY for phase in phases) and not (self._linking and not self._was_ready):
             return "ready"
         return "degraded" if self._was_ready else "starting"
 
@@ -110,7 +127,7 @@ class Service:
             loop.add_signal_handler(sign, self.stop)
         async with asyncio.TaskGroup() as tasks:
             self._make_units(tasks)
-            tasks.create_task(serve_control(self._rundir.control_socket, self.status, self.stop))
+            tasks.create_task(serve_control(self._rundir.control_socket, self))
             tasks.create_task(self._housekeeping())
             while True:
                 self._step()
@@ -125,6 +142,8 @@ class Service:
         if self.state() == "ready" and not self._was_ready:
             self._was_ready = True
             self._say("pdctl", f"service {self.plan.service!r} is ready at {self.plan.proxy_url}")
+        if (reason := self._kv.refused()) and not self._was_ready and not self._stopping:
+            self.failure, self._stopping = reason, True
         failed = next((unit for unit in self._units if unit.life.phase is Phase.FAILED), None)
         if failed and not self._was_ready and not self._stopping:
             # A service that never became ready is taken down whole: nothing half-started is left behind.
@@ -152,23 +171,31 @@ class Service:
         except OSError as failure:
             # For people and later starts; a full disk must not end the service.
             self._say("pdctl", f"state.json cannot be written: {failure}")
-        if unit.life.phase in (Phase.BACKOFF, Phase.FAILED) and unit.spec.role in ("decode", "hybrid"):
-            unit.around.tasks.create_task(self._reclaim(unit, f"{unit.spec.name}@{unit.epoch}"))
 
-    async def _reclaim(self, dead: Unit, holder: str) -> None:
-        """We saw it die: tell every prefill engine, which frees what it held at once."""
-        headers = header_lines({"authorization": f"Bearer {self._secret}", "content-type": "application/json"})
-        body = msgspec.json.encode(HolderCall(holder))
-        for unit in self._units:
-            if unit is dead or unit.spec.role not in ("prefill", "hybrid") or unit.life.phase is not Phase.READY:
-                continue
-            pool = Pool("127.0.0.1", unit.spec.ports["http"])
-            try:
-                await pool.request("POST", "/pdctl/v1/holders/release", headers, body, _RECLAIM_S)
-            except Unreachable as failure:
-                self._say("pdctl", f"{unit.spec.name} was not told that {dead.spec.name} died ({failure})")
-            finally:
-                pool.close()
+    def _unit_ready(self, unit: Unit) -> None:
+        """Link a new engine to its peers; the service counts as ready when that is decided."""
+        if unit.spec.kind != "proxy":
+            self._linking += 1
+            unit.around.tasks.create_task(self._link(unit))
+
+    async def _link(self, unit: Unit) -> None:
+        await self._kv.link(unit.spec.name)
+        self._linking -= 1
+        self._dirty.set()
+
+    def _unit_died(self, unit: Unit) -> None:
+        """Witness: what it held is freed now, whatever becomes of its replacement."""
+        unit.around.tasks.create_task(self._kv.reclaim(unit.spec.name, f"{unit.spec.name}@{unit.epoch}"))
+
+    def _members(self) -> list[Member]:
+        return [
+            Member(unit.spec.name, unit.spec.role, unit.spec.ports["http"], unit.epoch)
+            for unit in self._units
+            if unit.spec.kind != "proxy" and unit.life.phase is Phase.READY and unit.alive
+        ]
+
+    def _holders(self) -> set[str]:
+        return {f"{unit.spec.name}@{unit.epoch}" for unit in self._units if unit.alive}
 
     async def _housekeeping(self) -> None:
         while True:
@@ -189,6 +216,8 @@ class Service:
             stamp_prefix=self._stamp_prefix(),
             tasks=tasks,
             changed=self._changed,
+            ready=self._unit_ready,
+            died=self._unit_died,
             our_pids=self._pids,
             say=self._say,
         )
@@ -240,6 +269,10 @@ class Service:
 
 
 _ENDED = (Phase.STOPPED, Phase.FAILED)
+
+
+def _shown(link: LinkInfo) -> dict[str, object]:
+    return cast(dict[str, object], msgspec.to_builtins(link))
 
 
 def _listen(spec: ProcessSpec) -> socket.socket:

@@ -44,7 +44,8 @@ _LOG_LIMIT = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a unit needs of its service. `changed` is called after every change of state."""
+    """What a unit needs of its service. `changed` is called after every change of state, `died` the moment the
+    process ends, before what it left is cleared away."""
 
     policy: Policy
     grace_s: float
@@ -53,6 +54,8 @@ class Surroundings:
     stamp_prefix: str
     tasks: asyncio.TaskGroup
     changed: Callable[[Unit], None]
+    ready: Callable[[Unit], None]
+    died: Callable[[Unit], None]
     our_pids: Callable[[], set[int]]
     say: Callable[[str, str], None]
 
@@ -67,6 +70,7 @@ class Unit:
     life: Life = field(default_factory=Life)
     pid: int | None = None
     epoch: str = ""
+    alive: bool = False
     ready_since: str | None = None
     last_exit: dict[str, object] | None = None
     stuck: list[int] = field(default_factory=list)
@@ -154,7 +158,7 @@ class Unit:
         except OSError as failure:
             self.feed(Event(Kind.CANNOT_SPAWN, detail=f"cannot be started: {failure}"))
             return
-        self._process, self.pid = process, process.pid
+        self._process, self.pid, self.alive = process, process.pid, True
         self.around.say(self.spec.name, f"started, pid {process.pid}")
         self._watch(process)
         self._probe = self.around.tasks.create_task(self._probe_until_ready())
@@ -168,6 +172,8 @@ class Unit:
             loop.remove_reader(pidfd)
             os.close(pidfd)
             code = process.wait()
+            self.alive = False
+            self.around.died(self)
             self.around.tasks.create_task(self._ended(code))
 
         loop.add_reader(pidfd, ended)
@@ -235,6 +241,7 @@ class Unit:
         if phase is Phase.READY:
             self.ready_since = _now()
             self.around.say(self.spec.name, "ready")
+            self.around.ready(self)
         elif phase is Phase.FAILED:
             self.around.say(self.spec.name, f"failed: {self.life.reason}")
 

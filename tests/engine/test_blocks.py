@@ -12,8 +12,10 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @initialize(size=st.integers(1, 60))
     def begin(self, size: int) -> None:
-        self.allocator = BlockAllocator(size)
         self.model: dict[str, list[int]] = {}
+        self.quarantined: dict[str, list[int]] = {}
+        self.freed: list[int] = []
+        self.allocator = BlockAllocator(size, self.freed.extend)
 
     @rule(owner=st.sampled_from("abcdef"), count=st.integers(0, 20))
     def allocate(self, owner: str, count: int) -> None:
@@ -26,13 +28,29 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule(owner=st.sampled_from("abcdef"))
     def free(self, owner: str) -> None:
-        assert self.allocator.free(owner) == len(self.model.pop(owner, []))
+        self.freed.clear()
+        blocks = self.model.pop(owner, [])
+        assert self.allocator.free(owner) == len(blocks)
+        assert self.freed == blocks, "every block that comes free is told of"
+
+    @rule(owner=st.sampled_from("abcdef"))
+    def quarantine(self, owner: str) -> None:
+        if owner not in self.quarantined:
+            self.allocator.quarantine(owner)
+            self.quarantined[owner] = self.model.pop(owner, [])
+
+    @rule(owner=st.sampled_from("abcdef"))
+    def settle(self, owner: str) -> None:
+        assert self.allocator.settle(owner) == len(self.quarantined.pop(owner, []))
 
     @invariant()
     def books_hold(self) -> None:
         if hasattr(self, "allocator"):
             self.allocator.audit()
             assert all(self.allocator.owned(owner) == blocks for owner, blocks in self.model.items())
+            assert self.allocator.num_quarantined == sum(map(len, self.quarantined.values()))
+            held = sum(map(len, (*self.model.values(), *self.quarantined.values())))
+            assert self.allocator.num_free + held == self.allocator.num_blocks
 
 
 TestAllocator = AllocatorMachine.TestCase

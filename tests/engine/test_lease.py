@@ -10,7 +10,7 @@ EPOCH = "b-1"
 
 
 def claimed(table: LeaseTable, now: float = 0.0) -> Lease:
-    lease = table.grant("r", 3, now)
+    lease = table.grant("r", 3, "proxy", now)
     assert table.claim(lease.lease_id, EPOCH, "d", now).ok
     return lease
 
@@ -37,7 +37,7 @@ def test_commit_after_the_deadline_is_refused_even_before_the_sweep() -> None:
 
 def test_commit_needs_a_claim_by_the_same_holder() -> None:
     table = LeaseTable(EPOCH, 10)
-    lease = table.grant("r", 3, 0)
+    lease = table.grant("r", 3, "proxy", 0)
     assert not table.commit(lease.lease_id, EPOCH, "d", 1).ok
     table.claim(lease.lease_id, EPOCH, "d", 1)
     assert not table.commit(lease.lease_id, EPOCH, "other", 1).ok
@@ -75,15 +75,73 @@ def test_renewal_extends_and_never_shortens() -> None:
 
 def test_release_is_idempotent_and_a_dead_holder_frees_only_its_own() -> None:
     table = LeaseTable(EPOCH, 10)
-    a, b = claimed(table), table.grant("q", 1, 0)
+    a, b = claimed(table), table.grant("q", 1, "proxy", 0)
     table.claim(b.lease_id, EPOCH, "e", 0)
-    assert [v.freed for v in table.release_holder("d")] == ["r"]
-    assert table.release_holder("d") == []
+    assert [v.freed for v in table.release_holder("d", 1)] == ["r"]
+    assert table.release_holder("d", 1) == []
     assert table.release(a.lease_id, EPOCH, 1).ok
     assert table.release(b.lease_id, EPOCH, 1).freed == "q"
     assert table.release(b.lease_id, EPOCH, 1).freed is None
     assert table.ended[LeaseState.HOLDER_DIED] == 1
     table.audit()
+
+
+def test_a_router_answers_for_what_nobody_has_claimed() -> None:
+    table = LeaseTable(EPOCH, 10)
+    claimed(table)
+    table.grant("waiting", 1, "proxy", 0)
+    assert [v.freed for v in table.release_holder("proxy", 1)] == ["waiting"]
+    assert len(table.live()) == 1
+
+
+def test_an_unsealed_lease_can_be_read_and_not_committed() -> None:
+    table = LeaseTable(EPOCH, 10)
+    lease = table.grant("r", 3, "proxy", 0, sealed=False)
+    assert table.claim(lease.lease_id, EPOCH, "d", 1).ok
+    refused = table.commit(lease.lease_id, EPOCH, "d", 2)
+    assert not refused.ok
+    assert "still being computed" in refused.reason
+    sealed = table.seal(lease.lease_id, 5, 3)
+    assert sealed is not None
+    assert (sealed.holder, sealed.num_blocks, sealed.deadline) == ("d", 5, 13)
+    assert table.commit(lease.lease_id, EPOCH, "d", 4).freed == "r"
+
+
+def test_the_end_of_an_unsealed_lease_frees_nothing_and_it_cannot_be_sealed() -> None:
+    """Its blocks belong to a prefill that still runs."""
+    table = LeaseTable(EPOCH, 10)
+    for end in ("revoke", "release", "holder", "expire"):
+        lease = table.grant("r", 3, "d", 0, sealed=False)
+        if end == "revoke":
+            assert table.revoke(lease.lease_id, 1).freed is None
+        elif end == "release":
+            assert table.release(lease.lease_id, EPOCH, 1).freed is None
+        elif end == "holder":
+            assert [v.freed for v in table.release_holder("d", 1)] == [None]
+        else:
+            assert [v.freed for v in table.expire(10)] == [None]
+        assert table.seal(lease.lease_id, 3, 2) is None
+    table.audit()
+
+
+def test_a_revoked_lease_is_not_certified() -> None:
+    table = LeaseTable(EPOCH, 10)
+    lease = claimed(table)
+    assert table.revoke(lease.lease_id, 1).freed == "r"
+    assert "revoked" in table.commit(lease.lease_id, EPOCH, "d", 1).reason
+    assert "has ended" in table.revoke(lease.lease_id, 1).reason
+    assert "unknown" in table.revoke("nonsense", 1).reason
+
+
+def test_block_seconds_count_what_was_leased_and_what_leaked() -> None:
+    table = LeaseTable(EPOCH, 10)
+    good, dead = claimed(table), claimed(table)  # 3 blocks each
+    table.commit(good.lease_id, EPOCH, "d", 2)
+    assert table.block_seconds(2) == (3 * 2 + 3 * 2, 0)
+    assert not table.is_quiet(dead, 5)
+    assert table.block_seconds(8) == (6 + 3 * 8, 3 * 8), "silent for longer than a living holder would be"
+    table.expire(10)
+    assert table.block_seconds(50) == (6 + 30, 30), "an end stops the clock"
 
 
 class LeaseMachine(RuleBasedStateMachine):
@@ -106,7 +164,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule()
     def grant(self) -> None:
-        self.leases.append(self.table.grant(f"r{len(self.leases)}", 1, self.now))
+        self.leases.append(self.table.grant(f"r{len(self.leases)}", 1, "proxy", self.now))
 
     @rule(seconds=st.floats(0, 6))
     def wait(self, seconds: float) -> None:
@@ -136,8 +194,12 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule(holder=st.sampled_from("de"))
     def holder_dies(self, holder: str) -> None:
-        for verdict in self.table.release_holder(holder):
+        for verdict in self.table.release_holder(holder, self.now):
             self._took(verdict.freed)
+
+    @rule(index=st.integers(0, 50))
+    def revoke(self, index: int) -> None:
+        self._took(self.table.revoke(self._pick(index), self.now).freed)
 
     @rule()
     def expire(self) -> None:

@@ -15,9 +15,9 @@ from pdctl.engine.layout import block_bytes
 from pdctl.engine.loading import ModelRefused, check_agreement, load_model
 from pdctl.engine.messages import Sampling
 from pdctl.engine.runner import ModelRunner
-from pdctl.engine.scheduler import Limits, Scheduler
+from pdctl.engine.scheduler import Limits, Scheduler, Slice
 from pdctl.engine.sequence import Sequence
-from pdctl.engine.transfer.shm import allocate
+from pdctl.engine.transfer.memory import Memory
 from pdctl.wire import Manifest
 
 BASE: dict[str, Any] = {
@@ -67,8 +67,8 @@ def reference(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 def runner_for(folder: Path, blocks: int = 64, block_size: int = 8) -> ModelRunner:
     loaded = load_model(str(folder), torch.device("cpu"), torch.float32)
     manifest = Manifest(loaded.fingerprint, loaded.dtype, block_size, loaded.shapes)
-    region = allocate(block_bytes(manifest) * blocks, "test")
-    return ModelRunner(loaded, KvPool(manifest, blocks, region, torch.device("cpu")), torch.device("cpu"))
+    memory = Memory(block_bytes(manifest) * blocks, "test")
+    return ModelRunner(loaded, KvPool(manifest, blocks, memory, torch.device("cpu")), torch.device("cpu"))
 
 
 def paged(runner: ModelRunner, prompts: list[list[int]], tokens: int, fragment: bool) -> list[list[int]]:
@@ -140,7 +140,7 @@ def test_mirrored_pools_carry_blocks_between_device_and_host(tmp_path: Path) -> 
     save("llama", tmp_path, {})
     loaded = load_model(str(tmp_path), torch.device("cpu"), torch.float32)
     manifest = Manifest(loaded.fingerprint, loaded.dtype, 8, loaded.shapes)
-    pools = [KvPool(manifest, 8, allocate(block_bytes(manifest) * 8, "test"), torch.device("cpu")) for _ in range(2)]
+    pools = [KvPool(manifest, 8, Memory(block_bytes(manifest) * 8, "test"), torch.device("cpu")) for _ in range(2)]
     for pool in pools:
         pool._mirror, pool._store = pool._store, torch.zeros_like(pool._store)
         pool.keys = [pool._plane(2 * n, s.kv_heads, s.key_dim) for n, s in enumerate(manifest.layers)]
@@ -157,3 +157,25 @@ def test_mirrored_pools_carry_blocks_between_device_and_host(tmp_path: Path) -> 
         assert torch.equal(mine[16:24], theirs[16:24])
         assert torch.equal(mine[40:48], theirs[40:48])
         assert not theirs[:16].any()
+
+
+def test_poisoned_blocks_are_nan_and_the_others_are_not(tmp_path: Path) -> None:
+    save("llama", tmp_path, {})
+    pool = runner_for(tmp_path, blocks=8).pool
+    pool.poison([1, 3])
+    for plane in (*pool.keys, *pool.values):
+        bad = plane.flatten(1).isnan().all(dim=1).view(8, pool.block_size).all(dim=1)
+        assert bad.tolist() == [False, True, False, True, False, False, False, False]
+        assert plane[: pool.block_size].isfinite().all()
+
+
+def test_reading_freed_kv_ends_a_poisoned_engine(tmp_path: Path) -> None:
+    """What the debug switch is for: a use after free shows."""
+    save("llama", tmp_path, {})
+    runner = runner_for(tmp_path)
+    runner.poisoned = True
+    sequence = Sequence("a", list(range(12)), 12, Sampling(1), block_ids=[0, 1])
+    runner.execute([Slice(sequence, 0, 11, False)])
+    runner.pool.poison([0])
+    with pytest.raises(AssertionError, match="freed"):
+        runner.execute([Slice(sequence, 11, 1, True)])

@@ -14,8 +14,10 @@ from pdctl.engine.sequence import Sequence, Status
 EOS = 99
 
 
-def make(blocks: int = 32, block_size: int = 4, seqs: int = 4, tokens: int = 8, longest: int = 64) -> Scheduler:
-    limits = Limits(seqs, tokens, longest, block_size, frozenset({EOS}))
+def make(
+    blocks: int = 32, block_size: int = 4, seqs: int = 4, tokens: int = 8, longest: int = 64, leased: int = 10**6
+) -> Scheduler:
+    limits = Limits(seqs, tokens, longest, block_size, frozenset({EOS}), leased)
     return Scheduler(limits, BlockAllocator(blocks))
 
 
@@ -81,10 +83,12 @@ def test_every_request_finishes_with_the_same_tokens(
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["add", "hold", "await", "pull", "pulled", "start", "abort", "step"]), max_size=80),
+@given(st.lists(st.sampled_from(
+    ["add", "hold", "await", "pull", "pulled", "uncertain", "settled", "start", "abort", "step"]), max_size=80),
        st.randoms(use_true_random=False))  # fmt: skip
 def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.Random) -> None:  # noqa: C901 - one branch an event
-    scheduler = make(blocks=24, seqs=3, tokens=6)
+    scheduler = make(blocks=24, seqs=3, tokens=6, leased=12)
+    late: set[str] = set()
     pulling: set[str] = set()
     pulled: set[str] = set()
     names: list[str] = []
@@ -97,7 +101,8 @@ def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.R
             waiting = (
                 {"status": Status.AWAITING_BLOCKS, "kv_tokens": prompt - 1} if event == "await" and prompt > 1 else {}
             )
-            scheduler.add(sequence(name, prompt, 5, hold=event == "hold", **waiting))
+            hold = event == "hold"
+            scheduler.add(sequence(name, prompt, 5, hold=hold, offer=hold and chance.random() < 0.5, **waiting))
             scheduler.reserve()
         elif event == "pull" and scheduler.pull_started(name):
             pulling.add(name)
@@ -106,6 +111,15 @@ def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.R
             pulling.discard(name)
             pulled.add(name)
             scheduler.pull_ended(name)
+        elif event == "uncertain" and name in pulling:
+            pulling.discard(name)
+            late.add(name)
+            owned = scheduler.allocator.owned(name)
+            scheduler.pull_ended(name, uncertain=True)
+            assert all(not scheduler.allocator._free[block] for block in owned), "freed while bytes may still land"
+        elif event == "settled" and name in late:
+            late.discard(name)
+            scheduler.pull_settled(name)
         elif event == "start" and name in pulled:
             scheduler.start(name)
         elif event == "abort":
@@ -116,8 +130,14 @@ def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.R
         elif event == "step":
             step(scheduler)
         scheduler.audit()
+        books = scheduler.books(0)
+        counted = (books.blocks_free, books.blocks_referenced, books.blocks_leased, books.blocks_quarantined)
+        assert sum(counted) == 24
+        assert min(counted) >= 0
     for name in names:
         scheduler.abort(name)
+    for name in late:
+        scheduler.pull_settled(name)
     for name in pulling:
         scheduler.pull_ended(name)
     scheduler.audit()
@@ -202,3 +222,62 @@ def test_seats_are_never_exceeded(limit: int) -> None:
         scheduler.start(sequence_.request_id)
     batch, _ = step(scheduler)
     assert len(batch) == limit
+
+
+def test_prefills_for_peers_wait_at_the_ceiling_and_others_pass_them() -> None:
+    scheduler = make(blocks=32, tokens=64, leased=6)
+    scheduler.add(sequence("a", 12, hold=True))  # 3 blocks
+    scheduler.add(sequence("b", 12, hold=True))
+    scheduler.add(sequence("c", 12, hold=True))
+    scheduler.add(sequence("own", 12))
+    batch, _ = step(scheduler)
+    assert [piece.sequence.request_id for piece in batch] == ["a", "b", "own"]
+    assert scheduler.books(0).held_back == 1
+    drain(scheduler)
+    assert not scheduler.has_work, "waiting for peers is no work"
+    scheduler.abort("a")
+    assert scheduler.has_work
+    assert [piece.sequence.request_id for piece in step(scheduler)[0]] == ["c"]
+
+
+def test_one_prefill_larger_than_the_ceiling_is_not_refused_for_ever() -> None:
+    scheduler = make(tokens=64, leased=2)
+    scheduler.add(sequence("big", 20, hold=True))
+    assert [piece.count for piece in step(scheduler)[0]] == [20]
+
+
+def test_chunks_of_an_offered_prefill_are_reported_as_they_are_computed() -> None:
+    scheduler = make(tokens=8)
+    scheduler.add(sequence("a", 20, hold=True, offer=True))
+    reports = [(p.num_computed, len(p.block_ids)) for _ in range(2) for p in step(scheduler)[1].progress]  # type: ignore[attr-defined]
+    assert reports == [(8, 5), (16, 5)]
+    outcome = step(scheduler)[1]
+    assert outcome.progress == []  # type: ignore[attr-defined]
+    assert [held.num_tokens for held in outcome.held] == [20]  # type: ignore[attr-defined]
+
+
+def test_a_preempted_offer_is_withdrawn() -> None:
+    scheduler = make(blocks=8, block_size=4, seqs=3, tokens=4, longest=32)
+    scheduler.add(sequence("grows", 8, output=20))
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(sequence("offered", 20, hold=True, offer=True))
+    withdrawn, progress = [], []
+    while not withdrawn:
+        outcome = step(scheduler)[1]
+        withdrawn += outcome.withdrawn  # type: ignore[attr-defined]
+        progress += outcome.progress  # type: ignore[attr-defined]
+    assert progress, "nothing was offered"
+    assert not scheduler.sequences["offered"].offer, "it is offered once"
+
+
+def test_blocks_reserved_ahead_become_the_requests() -> None:
+    scheduler = make()
+    scheduler.add(Sequence("kv", [], 0, Sampling(1), kv_tokens=9, status=Status.AWAITING_BLOCKS))
+    assert [s.request_id for s in scheduler.reserve()] == ["kv"]
+    assert scheduler.pull_started("kv")
+    scheduler.add(sequence("kv", 10, output=5, status=Status.AWAITING_BLOCKS, kv_tokens=9))
+    scheduler.pull_ended("kv")
+    scheduler.audit()
+    assert scheduler.start("kv")
+    assert [(p.start, p.count, p.samples) for p in scheduler.schedule()] == [(9, 1, True)]

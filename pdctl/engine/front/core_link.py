@@ -7,8 +7,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import msgspec
 import zmq
@@ -21,6 +23,8 @@ from pdctl.engine.messages import (
     Failed,
     FromCore,
     Held,
+    Linked,
+    Progress,
     Pulled,
     Ready,
     Refused,
@@ -30,13 +34,25 @@ from pdctl.engine.messages import (
     Submit,
     ToCore,
     Token,
+    Withdrawn,
 )
+from pdctl.engine.migration import Event
 from pdctl.engine.options import EngineOptions
 
 _log = logging.getLogger(__name__)
 
+
+class Note(NamedTuple):
+    """What a migration's own calls found out, in one queue with what the core says: one reader, one order."""
+
+    event: Event
+    tokens: int = 0
+    detail: str = ""
+
+
 # What a request's reader may find in its queue. Bounded by max_model_len tokens per request.
-RequestEvent = Token | Held | Failed | Reserved | Pulled
+RequestEvent = Token | Held | Failed | Reserved | Pulled | Progress | Withdrawn | Note
+Inbox = asyncio.Queue[RequestEvent]
 
 
 class CoreGone(Exception):
@@ -56,12 +72,15 @@ class CoreLink:
 
     def __init__(self, options: EngineOptions) -> None:
         self.ready: Ready | None = None
-        self.books = Books(0, 0, 0, 0, 0, 0)
+        self.books = Books()
         self.tokens_total = 0
+        self.quarantined_block_s = 0.0
+        self.on_linked: Callable[[Linked], None] = lambda _: None
+        self._books_at = time.monotonic()
         self._closing = False
         self._options = options
         self._encode = msgspec.msgpack.Encoder().encode
-        self._requests: dict[str, asyncio.Queue[RequestEvent]] = {}
+        self._requests: dict[str, Inbox] = {}
         context = zmq.asyncio.Context()
         self._context = context
         self._push: zmq.asyncio.Socket = context.socket(zmq.PUSH)
@@ -99,9 +118,12 @@ class CoreLink:
                     _log.info(
                         "ready: epoch %s, %d KV blocks of %d tokens (%.2f GiB), transport %s",
                         self._options.epoch, message.num_blocks, message.block_size,
-                        message.num_blocks * message.block_bytes / 2**30, message.endpoint.transport,
+                        message.num_blocks * message.block_bytes / 2**30,
+                        ", ".join(f"{s.transport} ({s.protocol})" for s in message.endpoint.served) or "not served",
                     )  # fmt: skip
-                    self.books = Books(message.num_blocks, 0, 0, 0, 0, 0)
+                    self.books = Books(blocks_free=message.num_blocks)
+                case Linked():
+                    self.on_linked(message)
                 case Refused(reason):
                     raise CoreRefused(reason)
 
@@ -109,11 +131,14 @@ class CoreLink:
         """Queue a message for the core; FIFO."""
         await self._push.send(self._encode(message))
 
+    def open(self, request_id: str) -> Inbox:
+        """The queue of a request's events, made now if there is none."""
+        return self._requests.setdefault(request_id, asyncio.Queue())
+
     @asynccontextmanager
-    async def request(self, submit: Submit) -> AsyncIterator[asyncio.Queue[RequestEvent]]:
+    async def request(self, submit: Submit) -> AsyncIterator[Inbox]:
         """Submit a request and read its events; on leaving, the core forgets it unless `keep` was called."""
-        queue: asyncio.Queue[RequestEvent] = asyncio.Queue()
-        self._requests[submit.request_id] = queue
+        queue = self.open(submit.request_id)
         try:
             await self.send(submit)
             yield queue
@@ -139,9 +164,21 @@ class CoreLink:
         self._pull.close(linger=0)
         self._context.term()
 
+    def quarantined_block_seconds(self) -> float:
+        """Quarantined blocks times seconds so far."""
+        now = time.monotonic()
+        self.quarantined_block_s += self.books.blocks_quarantined * (now - self._books_at)
+        self._books_at = now
+        return self.quarantined_block_s
+
     def _step_done(self, step: StepDone) -> None:
+        self.quarantined_block_seconds()
         self.books = step.books
         self.tokens_total += len(step.tokens) + len(step.held)
+        for withdrawn in step.withdrawn:
+            self._deliver(withdrawn.request_id, withdrawn)
+        for progress in step.progress:
+            self._deliver(progress.request_id, progress)
         for token in step.tokens:
             self._deliver(token.request_id, token)
         for held in step.held:

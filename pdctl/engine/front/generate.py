@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
 
-from pdctl.engine.front.core_link import CoreLink, RequestEvent
-from pdctl.engine.front.leases import LeaseDesk
+import msgspec
+
+from pdctl.engine.front.core_link import CoreLink, Inbox, Note
 from pdctl.engine.front.migrate import KvLost, Migrator
+from pdctl.engine.front.offers import OfferDesk, Offering
 from pdctl.engine.front.openai import GenerationRequest
+from pdctl.engine.front.peers import Peers, of_hand_over
 from pdctl.engine.front.text import OutputText, TextCodec
-from pdctl.engine.messages import Failed, Held, Submit, Token
-from pdctl.lean_http import Unreachable
+from pdctl.engine.messages import Failed, Held, Progress, Submit, Token, Withdrawn
 from pdctl.openai_api import ApiError
 from pdctl.wire import HandOver, token_digest
 
@@ -31,27 +31,15 @@ class Piece:
     hand_over: HandOver | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who this engine is to its peers."""
-
-    name: str
-    epoch: str
-    host: str
-    port: int
-    lease_s: float
-
-
 class Generator:
     """Runs requests on one engine."""
 
-    def __init__(
-        self, identity: Identity, codec: TextCodec, core: CoreLink, leases: LeaseDesk, migrator: Migrator
-    ) -> None:
-        self._identity = identity
+    def __init__(self, codec: TextCodec, core: CoreLink, desk: OfferDesk, peers: Peers, migrator: Migrator) -> None:
+        self._identity = desk.identity
         self._codec = codec
         self._core = core
-        self._leases = leases
+        self._desk = desk
+        self._peers = peers
         self._migrator = migrator
 
     async def run(self, request: GenerationRequest) -> AsyncIterator[Piece]:
@@ -64,52 +52,70 @@ class Generator:
             text.push(token_id)
         if len(request.resume) >= request.sampling.max_tokens:
             # The engine before this one died between its last token and saying that it was the last.
-            await self._let_go(request)
+            self._let_go(request)
             yield Piece([], text.flush(), "length")
             return
         submit, first = _submission(request)
         if first is not None:
             piece, done = _first_piece(request, text, first)
             if done:
-                await self._let_go(request)
+                self._let_go(request)
                 yield piece
                 return
-        async with self._core.request(submit) as events:
-            if request.hand_over is not None:
-                deadline = max(60.0, 4 * self._identity.lease_s)
-                await self._migrator.bring(submit.request_id, request.hand_over, events, deadline)
+        if request.hand_over is None:
+            async with self._core.request(submit) as events:
+                async for piece in self._pieces(request, submit, events, text):
+                    yield piece
+            return
+        deadline = max(60.0, 4 * self._identity.lease_s)
+        async with self._migrator.decoding(submit, request.hand_over, deadline) as (core_id, events):
             if first is not None:
                 yield piece
-            async for piece in self._pieces(submit, events, text):
+            submit = msgspec.structs.replace(submit, request_id=core_id)
+            async for piece in self._pieces(request, submit, events, text):
                 yield piece
 
     async def _pieces(
-        self, submit: Submit, events: asyncio.Queue[RequestEvent], text: OutputText
+        self, request: GenerationRequest, submit: Submit, events: Inbox, text: OutputText
     ) -> AsyncIterator[Piece]:
-        request_id = submit.request_id
-        while True:
-            match event := await events.get():
-                case Token(_, token_id, finish_reason):
-                    shown, stopped = text.push(token_id)
-                    if finish_reason is not None:
+        offering = Offering(self._desk, submit.request_id, len(submit.token_ids), request.router, request.offer_to)
+        last = False
+        try:
+            while not last:
+                match event := await events.get():
+                    case Token():
+                        piece = self._piece(event, text)
+                        last = piece.finish_reason is not None
+                        yield piece
+                    case Progress():
+                        offering.progress(event)
+                    case Withdrawn():
+                        offering.withdraw()
+                    case Held():
+                        last = True
+                        yield self._held(submit, event, text, offering)
+                    case Failed(request_id, reason):
                         self._core.keep(request_id)
-                    if stopped:
-                        finish_reason = "stop"
-                    elif finish_reason is not None:
-                        shown += text.flush()
-                    yield Piece([token_id], shown, finish_reason)
-                    if finish_reason is not None:
-                        return
-                case Held():
-                    yield self._held(submit, event, text)
-                    return
-                case Failed(_, reason):
-                    self._core.keep(request_id)
-                    raise ApiError(400, reason)
-                case _:
-                    raise AssertionError(f"unexpected {event}")
+                        raise ApiError(400, reason)
+                    case Note():
+                        pass  # what the migration's calls had still to say when it was decided
+                    case _:
+                        raise AssertionError(f"unexpected {event}")
+        finally:
+            offering.withdraw()
 
-    def _held(self, submit: Submit, held: Held, text: OutputText) -> Piece:
+    def _piece(self, token: Token, text: OutputText) -> Piece:
+        shown, stopped = text.push(token.token_id)
+        finish_reason = token.finish_reason
+        if finish_reason is not None:
+            self._core.keep(token.request_id)
+        if stopped:
+            finish_reason = "stop"
+        elif finish_reason is not None:
+            shown += text.flush()
+        return Piece([token.token_id], shown, finish_reason)
+
+    def _held(self, submit: Submit, held: Held, text: OutputText, offering: Offering) -> Piece:
         request_id = submit.request_id
         shown, stopped = text.push(held.token_id)
         if stopped:
@@ -117,7 +123,7 @@ class Generator:
             return Piece([held.token_id], shown, "stop")
         ready = self._core.ready
         assert ready is not None
-        lease = self._leases.grant(request_id, len(held.block_ids))
+        lease = offering.held(held)
         self._core.keep(request_id)
         me = self._identity
         hand_over = HandOver(
@@ -136,11 +142,10 @@ class Generator:
         )
         return Piece([held.token_id], shown, None, hand_over)
 
-    async def _let_go(self, request: GenerationRequest) -> None:
-        """Release a hand-over that will not be read; if that fails, its deadline does it."""
+    def _let_go(self, request: GenerationRequest) -> None:
+        """Release a hand-over that will not be read."""
         if request.hand_over is not None:
-            with suppress(Unreachable):
-                await self._migrator.call(request.hand_over, "release")
+            self._peers.release_later(of_hand_over(request.hand_over))
 
 
 def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
@@ -165,6 +170,7 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         prompt_len=len(request.token_ids),
         sampling=request.sampling,
         hold=request.hold,
+        offer=request.offer_to is not None,
         await_kv=hand_over is not None,
         kv_tokens=hand_over.remote_num_tokens if hand_over else 0,
     )

@@ -8,7 +8,7 @@ import time
 from pdctl.engine.front.core_link import CoreLink
 from pdctl.engine.front.trace import Trace
 from pdctl.engine.lease import Lease, LeaseTable, Verdict
-from pdctl.wire import HolderCall, HolderReply, LeaseCall, LeaseInfo, LeaseReply, RenewCall, RenewReply
+from pdctl.wire import HolderCall, HolderReply, LeaseCall, LeaseInfo, LeaseReply, RenewCall, RenewReply, RevokeCall
 
 # An expiry is late by at most this, seconds.
 _SWEEP_S = 0.25
@@ -27,11 +27,15 @@ class LeaseDesk:
         self._core = core
         self._trace = trace
 
-    def grant(self, request_id: str, num_blocks: int) -> Lease:
-        """A lease for a finished prefill."""
-        lease = self.table.grant(request_id, num_blocks, boot_time())
+    def grant(self, request_id: str, num_blocks: int, holder: str, sealed: bool = True) -> Lease:
+        """A lease for a prefill that is done, or (not `sealed`) on its way."""
+        lease = self.table.grant(request_id, num_blocks, holder, boot_time(), sealed)
         self._trace.write("grant", lease.lease_id, request=request_id)
         return lease
+
+    def seal(self, lease_id: str, num_blocks: int) -> Lease | None:
+        """The prefill behind a lease is done; None when the lease has ended meanwhile."""
+        return self.table.seal(lease_id, num_blocks, boot_time())
 
     def claim(self, call: LeaseCall) -> LeaseReply:
         """A decode engine will read."""
@@ -49,19 +53,31 @@ class LeaseDesk:
         """A decode engine is alive and still wants these."""
         return RenewReply(self.table.renew(call.lease_ids, call.epoch, call.holder, boot_time()))
 
+    def revoke(self, call: RevokeCall) -> LeaseReply:
+        """An operator, or the prefill itself, takes a lease back."""
+        verdict = self.table.revoke(call.lease_id, boot_time())
+        self._end(verdict)
+        return LeaseReply(verdict.ok, verdict.reason)
+
     def release_holder(self, call: HolderCall) -> HolderReply:
-        """A decode engine is dead."""
-        ended = self.table.release_holder(call.holder)
+        """A decode engine or a router is dead."""
+        ended = self.table.release_holder(call.holder, boot_time())
         for verdict in ended:
-            self._free(verdict)
+            self._end(verdict)
         return HolderReply(len(ended))
 
     async def expire_forever(self) -> None:
-        """End leases whose deadline has passed."""
+        """End leases whose deadline has passed; audit the books when there are none."""
         while True:
             for verdict in self.table.expire(boot_time()):
-                self._free(verdict)
+                self._end(verdict)
+            if not self.table.live():
+                self.table.audit()
             await asyncio.sleep(_SWEEP_S)
+
+    def block_seconds(self) -> tuple[float, float]:
+        """Blocks times seconds so far: leased, and of these leaked."""
+        return self.table.block_seconds(boot_time())
 
     def infos(self, block_bytes: int) -> list[LeaseInfo]:
         """Live leases for people."""
@@ -73,18 +89,22 @@ class LeaseDesk:
                 holder=lease.holder,
                 state=lease.state.value,
                 age_s=round(now - lease.granted_at, 3),
+                quiet_s=round(now - lease.touched_at, 3),
                 blocks=lease.num_blocks,
                 bytes=lease.num_blocks * block_bytes,
+                leak="its holder is silent" if self.table.is_quiet(lease, now) else "",
             )
             for lease in self.table.live()
         ]
 
     def _carry_out(self, what: str, call: LeaseCall, verdict: Verdict) -> LeaseReply:
         self._trace.write(what, call.lease_id, holder=call.holder, ok=verdict.ok)
-        self._free(verdict)
+        self._end(verdict)
         return LeaseReply(verdict.ok, verdict.reason)
 
-    def _free(self, verdict: Verdict) -> None:
+    def _end(self, verdict: Verdict) -> None:
+        """Free what an ended lease held."""
+        if verdict.lease_id:
+            self._trace.write("ended", verdict.lease_id, how=verdict.reason)
         if verdict.freed is not None:
-            self._trace.write("freed", "", request=verdict.freed, how=verdict.reason)
             self._core.abort(verdict.freed)

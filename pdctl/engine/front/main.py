@@ -13,10 +13,14 @@ from pathlib import Path
 
 import uvicorn
 
+from pdctl.engine.front.control import Control
 from pdctl.engine.front.core_link import CoreGone, CoreLink, CoreRefused
-from pdctl.engine.front.generate import Generator, Identity
+from pdctl.engine.front.generate import Generator
 from pdctl.engine.front.leases import LeaseDesk
+from pdctl.engine.front.links import LinkBook
 from pdctl.engine.front.migrate import Migrator
+from pdctl.engine.front.offers import Identity, OfferDesk
+from pdctl.engine.front.peers import Peers
 from pdctl.engine.front.service import EngineService
 from pdctl.engine.front.text import TextCodec
 from pdctl.engine.front.trace import Trace
@@ -71,10 +75,30 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
     trace = Trace(options.name, options.epoch)
     core = CoreLink(options)
     leases = LeaseDesk(LeaseTable(options.epoch, options.lease_s), core, trace)
-    migrator = Migrator(f"{options.name}@{options.epoch}", secret, core, trace)
-    identity = Identity(options.name, options.epoch, options.host, options.port, options.lease_s)
-    generator = Generator(identity, codec, core, leases, migrator)
-    service = EngineService(options, secret, codec, core, leases, migrator, generator)
+    peers = Peers(f"{options.name}@{options.epoch}", secret)
+    links = LinkBook(peers, core)
+    async with asyncio.TaskGroup() as tasks:
+        migrator = Migrator(peers, core, links, trace, tasks)
+        identity = Identity(options.name, options.epoch, options.host, options.port, options.lease_s)
+        desk = OfferDesk(identity, core, leases, peers, tasks)
+        control = Control(options, secret, core, leases, links, migrator)
+        generator = Generator(codec, core, desk, peers, migrator)
+        server = _server(options, EngineService(options, codec, core, control, generator))
+        core_task = tasks.create_task(core.run_core())
+        tasks.create_task(core.receive())
+        tasks.create_task(leases.expire_forever())
+        tasks.create_task(migrator.renew_forever())
+        tasks.create_task(peers.release_forever())
+        await server.serve(sockets=[listener])
+        await core.close()
+        peers.close()
+        trace.close()
+        # A core that is still loading hears nothing; it is killed when its task is cancelled.
+        await asyncio.wait([core_task], timeout=_DRAIN_S if core.ready else 0)
+        raise _Stopped
+
+
+def _server(options: EngineOptions, service: EngineService) -> Server:
     config = uvicorn.Config(
         service.app(), host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="none",
@@ -82,18 +106,7 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
     server = Server(config)
     for sign in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sign, _stop, server)
-    async with asyncio.TaskGroup() as tasks:
-        core_task = tasks.create_task(core.run_core())
-        tasks.create_task(core.receive())
-        tasks.create_task(leases.expire_forever())
-        tasks.create_task(migrator.renew_forever())
-        await server.serve(sockets=[listener])
-        await core.close()
-        migrator.close()
-        trace.close()
-        # A core that is still loading hears nothing; it is killed when its task is cancelled.
-        await asyncio.wait([core_task], timeout=_DRAIN_S if core.ready else 0)
-        raise _Stopped
+    return server
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -4,214 +4,268 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 import msgspec
 
-from pdctl.engine.front.core_link import CoreLink, RequestEvent
+from pdctl.engine.front.core_link import CoreLink, Inbox, Note, RequestEvent
+from pdctl.engine.front.links import LinkBook
+from pdctl.engine.front.peers import LeaseRef, Peers, of_hand_over, of_offer
 from pdctl.engine.front.trace import Trace
-from pdctl.engine.messages import Failed, Pull, Pulled, Reserved, Start
+from pdctl.engine.messages import Failed, Pull, Pulled, Reserve, Reserved, Start, Submit
 from pdctl.engine.migration import FINAL, Action, Event, Migration, Phase, advance
-from pdctl.lean_http import Pool, Unreachable, header_lines
-from pdctl.wire import HandOver, LeaseCall, LeaseReply, RenewCall, RenewReply
+from pdctl.lean_http import Unreachable
+from pdctl.wire import HandOver, LeaseReply, Offer, RenewCall
 
-# A claim or commit that takes longer than this will be asked again or given up, seconds.
-_CALL_S = 5.0
-# Renewals per lease time: three may be lost before a lease ends.
+# Renewals per lease time: three may be lost before a lease ends. At least one a second, so that `pdctl kv` can tell a
+# living holder from a dead one.
 _RENEWALS = 4
-_MAX_PEERS = 256
+_LONGEST_PAUSE_S = 1.0
+_MAX_EARLY = 256
+# A prefill that was offered and never handed over is given up after this, seconds.
+_EARLY_S = 600.0
 
 
 class KvLost(Exception):
     """The KV did not arrive whole and certified; the prompt must be prefilled again."""
 
 
+@dataclass(slots=True)
+class Totals:
+    """Counts since the start, for metrics."""
+
+    pulls: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    lost: int = 0
+    early: int = 0
+    hand_over_seconds: float = 0.0
+
+
 class Migrator:
     """All hand-overs that this engine is reading."""
 
-    def __init__(self, holder: str, secret: str, core: CoreLink, trace: Trace) -> None:
-        self.holder = holder
-        self.bytes_total = 0
-        self.seconds_total = 0.0
-        self.hand_over_seconds_total = 0.0
-        self.pulls_total = 0
-        self.lost_total = 0
-        self._headers = header_lines({"authorization": f"Bearer {secret}", "content-type": "application/json"})
+    def __init__(self, peers: Peers, core: CoreLink, links: LinkBook, trace: Trace, tasks: asyncio.TaskGroup) -> None:
+        self.totals = Totals()
+        self._peers = peers
         self._core = core
+        self._links = links
         self._trace = trace
-        self._peers: dict[tuple[str, int], Pool] = {}
-        self._claimed: dict[str, tuple[HandOver, asyncio.Queue[Event]]] = {}
+        self._tasks = tasks
+        self._runs: dict[str, _Run] = {}
 
-    async def bring(
-        self, request_id: str, hand_over: HandOver, events: asyncio.Queue[RequestEvent], deadline_s: float
-    ) -> None:
-        """Return when the KV is here, certified, and decoding has begun. Raises KvLost."""
-        if hand_over.lease_id in self._claimed:
-            # COMMIT certifies one reader's bytes; a second one here would be told ok for the first one's.
-            raise KvLost(f"lease {hand_over.lease_id} is being read by another request here")
-        inbox: asyncio.Queue[Event] = asyncio.Queue()
+    @asynccontextmanager
+    async def decoding(self, submit: Submit, given: HandOver, deadline_s: float) -> AsyncIterator[tuple[str, Inbox]]:
+        """Enter when the KV is here, certified, and decoding has begun: the request's id in the core, and its events.
+
+        Raises KvLost. Leaving frees what the request holds here.
+        """
         started = time.monotonic()
-        run = _Run(self, request_id, hand_over, inbox)
-        self._claimed[hand_over.lease_id] = (hand_over, inbox)
+        run = self._taken(of_hand_over(given), submit.request_id)
         try:
-            async with asyncio.timeout(deadline_s), asyncio.TaskGroup() as tasks:
-                pump = tasks.create_task(_pump(events, inbox, run))
-                claim = tasks.create_task(run.claim())
-                await run.drive()
-                pump.cancel()
-                claim.cancel()
-        except TimeoutError:
-            await run.step(Event.DEADLINE)
-        except asyncio.CancelledError:
-            run.abandon()
-            raise
+            async with self._core.request(msgspec.structs.replace(submit, request_id=run.core_id)) as events:
+                await self._bring(run, given.remote_num_tokens, deadline_s)
+                self.totals.hand_over_seconds += time.monotonic() - started
+                yield run.core_id, events
         finally:
-            self._claimed.pop(hand_over.lease_id, None)
-        if run.state.phase is not Phase.DECODING:
-            self.lost_total += 1
-            raise KvLost(f"the KV of {hand_over.remote_engine_id} was lost ({run.state.reason}): {run.detail}")
-        self.hand_over_seconds_total += time.monotonic() - started
+            self._runs.pop(given.lease_id, None)
+
+    def offer(self, offer: Offer) -> LeaseReply:
+        """A prefill lets its first chunks be read while it computes the rest."""
+        run = self._runs.get(offer.lease_id)
+        if offer.withdrawn:
+            if run is not None and run.early:
+                run.post(Event.LEASE_GONE)
+            return LeaseReply(True)
+        if run is None:
+            if len(self._runs) >= _MAX_EARLY:
+                return LeaseReply(False, "too many hand-overs are under way here")
+            run = self._new_run(of_offer(offer), f"kv.{offer.lease_id}")
+            run.early = True
+            run.let_go.clear()
+            self._tasks.create_task(self._read_early(run, offer.num_tokens))
+        run.post(Event.OFFERED, offer.readable)
+        return LeaseReply(True)
 
     async def renew_forever(self) -> None:
         """Keep every lease alive that a request here still wants, one call per prefill engine."""
         while True:
-            shortest = min((hand_over.lease_s for hand_over, _ in self._claimed.values()), default=4.0)
-            await asyncio.sleep(min(1.0, shortest / _RENEWALS))
+            shortest = min((run.lease.lease_s for run in self._runs.values()), default=4.0)
+            await asyncio.sleep(min(_LONGEST_PAUSE_S, shortest / _RENEWALS))
             groups: dict[tuple[str, int, str], list[str]] = {}
-            for hand_over, _ in self._claimed.values():
-                key = (hand_over.remote_host, hand_over.remote_port, hand_over.epoch)
-                groups.setdefault(key, []).append(hand_over.lease_id)
+            for run in self._runs.values():
+                key = (run.lease.host, run.lease.port, run.lease.epoch)
+                groups.setdefault(key, []).append(run.lease.lease_id)
             async with asyncio.TaskGroup() as tasks:
                 for (host, port, epoch), leases in groups.items():
-                    tasks.create_task(self._renew(host, port, RenewCall(leases, epoch, self.holder)))
+                    tasks.create_task(self._renew(host, port, RenewCall(leases, epoch, self._peers.holder)))
 
-    async def call(self, hand_over: HandOver, verb: str) -> LeaseReply:
-        """One lease call to the prefill engine. Raises Unreachable."""
-        body = msgspec.json.encode(LeaseCall(hand_over.lease_id, hand_over.epoch, self.holder))
-        pool = self._peer(hand_over.remote_host, hand_over.remote_port)
-        response = await pool.request("POST", f"/pdctl/v1/leases/{verb}", self._headers, body, _CALL_S)
-        if response.status != 200:
-            return LeaseReply(False, f"status {response.status}: {response.body[:200].decode(errors='replace')}")
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def _taken(self, lease: LeaseRef, request_id: str) -> _Run:
+        """The run that an offer began, now ours; else a new one."""
+        run = self._runs.get(lease.lease_id)
+        if run is None:
+            return self._new_run(lease, request_id)
+        if not run.early:
+            # COMMIT certifies one reader's bytes; a second one here would be told ok for the first one's.
+            raise KvLost(f"lease {lease.lease_id} is being read by another request here")
+        run.early = False
+        run.post(Event.OFFERED)
+        return run
+
+    def _new_run(self, lease: LeaseRef, core_id: str) -> _Run:
+        run = _Run(lease, core_id, self._core.open(core_id), time.monotonic())
+        run.let_go.set()
+        self._runs[lease.lease_id] = run
+        self._tasks.create_task(self._claim(run))
+        return run
+
+    async def _bring(self, run: _Run, num_tokens: int, deadline_s: float) -> None:
         try:
-            return msgspec.json.decode(response.body, type=LeaseReply)
-        except msgspec.DecodeError as failure:
-            return LeaseReply(False, f"an answer that is not a lease reply: {failure}")
+            async with asyncio.timeout(deadline_s):
+                await run.let_go.wait()
+                run.post(Event.SEALED, num_tokens)
+                while run.state.phase not in FINAL:
+                    await self._step(run, await run.inbox.get())
+        except TimeoutError:
+            await self._advance(run, Event.DEADLINE)
+        except asyncio.CancelledError:
+            # The core drops the blocks when the request's context is left.
+            run.state, _ = advance(run.state, Event.CANCELLED)
+            self._peers.release_later(run.lease)
+            raise
+        if run.state.phase is not Phase.DECODING:
+            self.totals.lost += 1
+            raise KvLost(f"the KV of {run.lease.engine} was lost ({run.state.reason}): {run.detail}")
 
-    def close(self) -> None:
-        """Close every connection."""
-        for pool in self._peers.values():
-            pool.close()
+    async def _read_early(self, run: _Run, num_tokens: int) -> None:
+        """Read what is offered until the request itself comes and takes over, or it is lost."""
+        try:
+            await self._core.send(Reserve(run.core_id, num_tokens))
+            async with asyncio.timeout(_EARLY_S):
+                while run.state.phase not in FINAL and run.early:
+                    await self._step(run, await run.inbox.get())
+        except TimeoutError:
+            await self._advance(run, Event.DEADLINE)
+        finally:
+            run.let_go.set()
+            if run.early:
+                # Nobody took over: nothing of it may stay.
+                self._runs.pop(run.lease.lease_id, None)
+                self._core.keep(run.core_id)
+                self._core.abort(run.core_id)
+            else:
+                self.totals.early += 1
 
-    async def _renew(self, host: str, port: int, call: RenewCall) -> None:
-        # A renewal that does not arrive is what leases are for; the next one is a moment away.
-        with suppress(Unreachable, msgspec.DecodeError):
-            pool = self._peer(host, port)
-            body = msgspec.json.encode(call)
-            response = await pool.request("POST", "/pdctl/v1/leases/renew", self._headers, body, _CALL_S)
-            gone = msgspec.json.decode(response.body, type=RenewReply).gone if response.status == 200 else []
-            for lease_id in gone:
-                known = self._claimed.get(lease_id)
-                if known is not None:
-                    self._trace.write("renewal_refused", lease_id)
+    async def _step(self, run: _Run, item: RequestEvent) -> None:
+        """What the core or a call said, as events of the migration."""
+        match item:
+            case Note(event, tokens, detail):
+                run.detail = detail or run.detail
+                await self._advance(run, event, tokens)
+            case Reserved():
+                run.target_blocks = item.block_ids
+                await self._advance(run, Event.RESERVED)
+            case Pulled():
+                self._count(run, item)
+                await self._advance(run, Event.READ_FAILED if item.error else Event.READ_OK)
+            case Failed():
+                run.detail = item.reason
+                await self._advance(run, Event.READ_FAILED)
+            case _:
+                raise AssertionError(f"a token before the KV: {item}")
 
-    def _peer(self, host: str, port: int) -> Pool:
-        if len(self._peers) >= _MAX_PEERS:
-            self._peers.pop(next(iter(self._peers))).close()
-        return self._peers.setdefault((host, port), Pool(host, port))
-
-
-class _Run:
-    """One hand-over: its state and the carrying out of its actions."""
-
-    def __init__(self, migrator: Migrator, request_id: str, hand_over: HandOver, inbox: asyncio.Queue[Event]) -> None:
-        self.state = Migration()
-        self.detail = ""
-        self.target_blocks: list[int] = []
-        self._migrator = migrator
-        self._request_id = request_id
-        self._hand_over = hand_over
-        self._inbox = inbox
-
-    async def drive(self) -> None:
-        while self.state.phase not in FINAL:
-            await self.step(await self._inbox.get())
-
-    async def step(self, event: Event) -> None:
+    async def _advance(self, run: _Run, event: Event, tokens: int = 0) -> None:
         """One event through the state machine, its actions carried out in order."""
-        self.state, actions = advance(self.state, event)
-        self._migrator._trace.write(
-            "advance",
-            self._hand_over.lease_id,
-            on=event.value,
-            phase=self.state.phase.value,
-            request=self._request_id,
-        )
+        run.state, actions = advance(run.state, event, tokens)
+        phase = run.state.phase.value
+        self._trace.write("advance", run.lease.lease_id, on=event.value, phase=phase, request=run.core_id)
         for action in actions:
-            await self._do(action)
+            await self._do(run, action)
 
-    async def claim(self) -> None:
-        """Claim the lease; runs beside the reservation of blocks."""
-        try:
-            reply = await self._migrator.call(self._hand_over, "claim")
-        except Unreachable as failure:
-            reply = LeaseReply(False, str(failure))
-        if not reply.ok:
-            self.detail = reply.reason
-        self._inbox.put_nowait(Event.CLAIM_OK if reply.ok else Event.CLAIM_REFUSED)
-
-    def abandon(self) -> None:
-        """We are being cancelled: the core drops the blocks by itself; the lease's deadline frees the rest,
-        unless the router, which cancelled us, releases it first."""
-        self.state, _ = advance(self.state, Event.CANCELLED)
-
-    def note(self, pulled: Pulled) -> None:
-        """Count a finished pull."""
-        self.detail = pulled.error
-        if not pulled.error:
-            self._migrator.bytes_total += pulled.bytes
-            self._migrator.seconds_total += pulled.seconds
-            self._migrator.pulls_total += 1
-
-    async def _do(self, action: Action) -> None:
-        core = self._migrator._core
+    async def _do(self, run: _Run, action: Action) -> None:
         match action:
             case Action.READ:
-                source = self._hand_over.remote_block_ids
-                endpoint = self._hand_over.endpoint
-                await core.send(Pull(self._request_id, endpoint, source, self.target_blocks))
+                await self._core.send(run.pull())
             case Action.COMMIT:
-                self._inbox.put_nowait(await self._commit())
+                event, detail = await self._commit(run)
+                run.post(event, detail=detail)
             case Action.DECODE:
-                await core.send(Start(self._request_id))
+                await self._core.send(Start(run.core_id))
             case Action.RELEASE_LEASE:
-                with suppress(Unreachable):
-                    await self._migrator.call(self._hand_over, "release")
+                self._peers.release_later(run.lease)
             case Action.DROP_BLOCKS:
-                core.abort(self._request_id)
+                self._core.abort(run.core_id)
 
-    async def _commit(self) -> Event:
+    async def _claim(self, run: _Run) -> None:
+        """Claim the lease; runs beside the reservation of blocks."""
         try:
-            reply = await self._migrator.call(self._hand_over, "commit")
+            reply = await self._peers.lease_call(run.lease, "claim")
         except Unreachable as failure:
-            self.detail = str(failure)
-            return Event.COMMIT_UNANSWERED
-        if not reply.ok:
-            self.detail = reply.reason
-        return Event.COMMIT_OK if reply.ok else Event.COMMIT_REFUSED
+            reply = LeaseReply(False, str(failure))
+        run.renewed_at = time.monotonic()
+        run.post(Event.CLAIM_OK if reply.ok else Event.CLAIM_REFUSED, detail=reply.reason)
+
+    async def _commit(self, run: _Run) -> tuple[Event, str]:
+        try:
+            reply = await self._peers.lease_call(run.lease, "commit")
+        except Unreachable as failure:
+            return Event.COMMIT_UNANSWERED, str(failure)
+        return (Event.COMMIT_OK if reply.ok else Event.COMMIT_REFUSED), reply.reason
+
+    async def _renew(self, host: str, port: int, call: RenewCall) -> None:
+        try:
+            gone = await self._peers.renew(host, port, call)
+        except Unreachable:
+            # The next one is a moment away; a lease that nothing renewed for its whole time has ended.
+            now = time.monotonic()
+            gone = [i for i in call.lease_ids if i in self._runs and self._runs[i].is_overdue(now)]
+        else:
+            for lease_id in set(call.lease_ids) - set(gone):
+                if lease_id in self._runs:
+                    self._runs[lease_id].renewed_at = time.monotonic()
+        for lease_id in gone:
+            run = self._runs.get(lease_id)
+            # A renewal may overtake the claim; that its answer decides.
+            if run is not None and run.state.claimed:
+                self._trace.write("renewal_refused", lease_id)
+                run.post(Event.LEASE_GONE, detail="its lease is gone")
+
+    def _count(self, run: _Run, pulled: Pulled) -> None:
+        run.detail = pulled.error
+        if not pulled.error:
+            self.totals.bytes += pulled.bytes
+            self.totals.seconds += pulled.seconds
+            self.totals.pulls += 1
+            self._links.pulled(run.lease.engine, pulled.bytes, pulled.seconds)
 
 
-async def _pump(events: asyncio.Queue[RequestEvent], inbox: asyncio.Queue[Event], run: _Run) -> None:
-    """Core events to migration events, until the migration is decided."""
-    while True:
-        match event := await events.get():
-            case Reserved():
-                run.target_blocks = event.block_ids
-                inbox.put_nowait(Event.RESERVED)
-            case Pulled():
-                run.note(event)
-                inbox.put_nowait(Event.READ_FAILED if event.error else Event.READ_OK)
-            case Failed():
-                run.detail = event.reason
-                inbox.put_nowait(Event.READ_FAILED)
-            case _:
-                raise AssertionError(f"a token before the KV: {event}")
+@dataclass(slots=True)
+class _Run:
+    """One hand-over under way. `early`: an offer began it, its request is not here yet. `let_go`: nobody drives it."""
+
+    lease: LeaseRef
+    core_id: str
+    inbox: Inbox
+    renewed_at: float
+    state: Migration = field(default_factory=Migration)
+    detail: str = ""
+    target_blocks: list[int] = field(default_factory=list)
+    early: bool = False
+    let_go: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def post(self, event: Event, tokens: int = 0, detail: str = "") -> None:
+        self.inbox.put_nowait(Note(event, tokens, detail))
+
+    def pull(self) -> Pull:
+        lease, state = self.lease, self.state
+        return Pull(
+            self.core_id, lease.engine, lease.epoch, lease.endpoint, lease.block_ids, self.target_blocks,
+            state.read, state.asked - state.read,
+        )  # fmt: skip
+
+    def is_overdue(self, now: float) -> bool:
+        return now - self.renewed_at > self.lease.lease_s

@@ -20,11 +20,19 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool = False
 
 
+class OfferTo(msgspec.Struct, frozen=True):
+    """The decode engine that may read the first chunks while the last ones are computed."""
+
+    host: str
+    port: int
+
+
 class HoldRequest(msgspec.Struct):
-    """`kv_transfer_params` sent to a prefill engine, in vLLM's words; only `do_remote_decode` is read."""
+    """`kv_transfer_params` sent to a prefill engine, in vLLM's words plus `offer_to`."""
 
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
+    offer_to: OfferTo | None = None
 
 
 class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -116,6 +124,8 @@ class GenerationRequest:
     resume: list[int]
     hold: bool
     hand_over: HandOver | None
+    offer_to: OfferTo | None = None
+    router: str = "router"
 
 
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hmac
 import time
-from collections.abc import Callable
 from uuid import uuid4
 
 import msgspec
@@ -16,38 +14,28 @@ from starlette.types import Receive, Scope, Send
 
 from pdctl import asgi
 from pdctl.engine.front import openai
+from pdctl.engine.front.control import Control
 from pdctl.engine.front.core_link import CoreLink
 from pdctl.engine.front.generate import Generator
-from pdctl.engine.front.leases import LeaseDesk
-from pdctl.engine.front.metrics import render_metrics
-from pdctl.engine.front.migrate import KvLost, Migrator
-from pdctl.engine.front.openai import GenerationRequest
+from pdctl.engine.front.migrate import KvLost
+from pdctl.engine.front.openai import GenerationRequest, HoldRequest
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import DONE, ApiError, Envelope, usage
-from pdctl.wire import STARTED_HEADER, EngineState, HandOver, HolderCall, LeaseCall, RenewCall
+from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, HandOver
 
 
 class EngineService:
     """Everything the endpoints need."""
 
     def __init__(
-        self,
-        options: EngineOptions,
-        secret: str,
-        codec: TextCodec,
-        core: CoreLink,
-        leases: LeaseDesk,
-        migrator: Migrator,
-        generator: Generator,
+        self, options: EngineOptions, codec: TextCodec, core: CoreLink, control: Control, generator: Generator
     ) -> None:
         self.options = options
         self.codec = codec
         self.core = core
-        self.leases = leases
-        self.migrator = migrator
+        self.control = control
         self.generator = generator
-        self._secret = secret
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -56,17 +44,9 @@ class EngineService:
                 Route("/v1/completions", _Generate(self, chat=False), methods=["POST"]),
                 Route("/v1/chat/completions", _Generate(self, chat=True), methods=["POST"]),
                 Route("/v1/models", self._models),
-                Route("/health", self._health),
-                Route("/metrics", self._metrics),
-                Route("/pdctl/v1/state", self._state),
-                Route("/pdctl/v1/leases/{verb}", self._lease_call, methods=["POST"]),
-                Route("/pdctl/v1/holders/release", self._release_holder, methods=["POST"]),
+                *self.control.routes(),
             ]
         )
-
-    def is_internal(self, authorization: str) -> bool:
-        """Whether a call carries this run's secret. Without a secret nobody is internal."""
-        return bool(self._secret) and hmac.compare_digest(authorization.encode(), f"Bearer {self._secret}".encode())
 
     def accept(self, body: bytes, chat: bool, headers: dict[str, str]) -> GenerationRequest:
         """Check a request and tokenize its prompt. Raises ApiError."""
@@ -83,6 +63,7 @@ class EngineService:
             )
         token_ids = self._prompt_ids(parsed, ready.vocab_size, self._clock(headers))
         hold, hand_over = self._internal_fields(parsed, headers)
+        assert not (hold and hand_over)
         request_id = asgi.request_id(headers)
         return GenerationRequest(
             # The same client request may reach one engine twice, so the id inside is its own.
@@ -91,17 +72,19 @@ class EngineService:
             token_ids=token_ids,
             sampling=openai.sampling_of(parsed, len(token_ids), ready.max_model_len),
             stops=openai.stop_strings(parsed),
-            stream=bool(parsed.stream) and not hold,
+            stream=bool(parsed.stream) and hold is None,
             include_usage=bool(parsed.stream_options and parsed.stream_options.include_usage),
             resume=parsed.resume_token_ids or [],
-            hold=hold,
+            hold=hold is not None,
             hand_over=hand_over,
+            offer_to=hold.offer_to if hold and self.options.chunked else None,
+            router=headers.get(ROUTER_HEADER, "router"),
         )
 
     def _clock(self, headers: dict[str, str]) -> float:
         """When the request began: the proxy says, so that all engines agree."""
         given = headers.get(STARTED_HEADER, "")
-        internal = self.is_internal(headers.get("authorization", ""))
+        internal = self.control.is_internal(headers.get("authorization", ""))
         return float(given) if internal and given.isdecimal() else float(int(time.time()))
 
     def _prompt_ids(self, body: openai.CompletionBody | openai.ChatBody, vocab_size: int, at: float) -> list[int]:
@@ -129,88 +112,28 @@ class EngineService:
 
     def _internal_fields(
         self, body: openai.CompletionBody | openai.ChatBody, headers: dict[str, str]
-    ) -> tuple[bool, HandOver | None]:
+    ) -> tuple[HoldRequest | None, HandOver | None]:
         no_transfer = bytes(body.kv_transfer_params) == b"null"
         if no_transfer and not body.resume_token_ids:
-            return False, None
-        if not self.is_internal(headers.get("authorization", "")):
+            return None, None
+        if not self.control.is_internal(headers.get("authorization", "")):
             raise ApiError(403, "kv_transfer_params and resume_token_ids are for this service's own processes")
         if no_transfer:
-            return False, None
+            return None, None
         try:
-            asked = msgspec.json.decode(body.kv_transfer_params, type=openai.HoldRequest)
+            asked = msgspec.json.decode(body.kv_transfer_params, type=HoldRequest)
             if asked.do_remote_decode:
-                return True, None
-            return False, msgspec.json.decode(body.kv_transfer_params, type=HandOver)
+                return asked, None
+            return None, msgspec.json.decode(body.kv_transfer_params, type=HandOver)
         except msgspec.DecodeError as failure:
             raise ApiError(400, f"kv_transfer_params are malformed: {failure}", param="kv_transfer_params") from None
-
-    # -- control endpoints ---------------------------------------------------------------------------------
-
-    async def _health(self, _: Request) -> Response:
-        return Response(status_code=200 if self.core.ready else 503)
 
     async def _models(self, _: Request) -> Response:
         card = {"id": self.options.served_model_name, "object": "model", "created": 0, "owned_by": "pdctl"}
         if self.core.ready:
             card["max_model_len"] = self.core.ready.max_model_len
-        return _json(200, msgspec.json.encode({"object": "list", "data": [card]}))
-
-    async def _metrics(self, _: Request) -> Response:
-        return Response(render_metrics(self.state(), self.leases.table), media_type="text/plain; version=0.0.4")
-
-    async def _state(self, _: Request) -> Response:
-        return _json(200, msgspec.json.encode(self.state()))
-
-    def state(self) -> EngineState:
-        """Counts and leases now."""
-        ready, books = self.core.ready, self.core.books
-        return EngineState(
-            name=self.options.name,
-            role=self.options.role,
-            epoch=self.options.epoch,
-            blocks_total=ready.num_blocks if ready else 0,
-            blocks_free=books.blocks_free,
-            blocks_leased=books.blocks_leased,
-            blocks_reserved=books.blocks_reserved,
-            running=books.running,
-            waiting=books.waiting,
-            tokens_total=self.core.tokens_total,
-            leases=self.leases.infos(ready.block_bytes if ready else 0),
-            transfers={
-                "pulls": self.migrator.pulls_total,
-                "lost": self.migrator.lost_total,
-                "bytes": self.migrator.bytes_total,
-                "seconds": round(self.migrator.seconds_total, 6),
-                "hand_over_seconds": round(self.migrator.hand_over_seconds_total, 6),
-            },
-        )
-
-    async def _lease_call(self, request: Request) -> Response:
-        verbs: dict[str, tuple[type[msgspec.Struct], Callable[..., msgspec.Struct]]] = {
-            "claim": (LeaseCall, self.leases.claim),
-            "commit": (LeaseCall, self.leases.commit),
-            "release": (LeaseCall, self.leases.release),
-            "renew": (RenewCall, self.leases.renew),
-        }
-        verb = request.path_params["verb"]
-        if verb not in verbs:
-            return _error(ApiError(404, f"unknown lease call {verb!r}"))
-        return await self._internal_call(request, *verbs[verb])
-
-    async def _release_holder(self, request: Request) -> Response:
-        return await self._internal_call(request, HolderCall, self.leases.release_holder)
-
-    async def _internal_call(
-        self, request: Request, kind: type[msgspec.Struct], act: Callable[..., msgspec.Struct]
-    ) -> Response:
-        if not self.is_internal(request.headers.get("authorization", "")):
-            return _error(ApiError(403, "leases are for this service's own processes"))
-        try:
-            call = msgspec.json.decode(await request.body(), type=kind)
-        except msgspec.DecodeError as failure:
-            return _error(ApiError(400, f"malformed lease call: {failure}"))
-        return _json(200, msgspec.json.encode(act(call)))
+        body = msgspec.json.encode({"object": "list", "data": [card]})
+        return Response(body, media_type="application/json")
 
 
 class _Generate:
@@ -280,11 +203,3 @@ def _usage(request: GenerationRequest, new_tokens: int) -> dict[str, int]:
 
 def _api_error(failure: ApiError | KvLost) -> ApiError:
     return ApiError(409, str(failure), "kv_lost") if isinstance(failure, KvLost) else failure
-
-
-def _json(status: int, body: bytes) -> Response:
-    return Response(body, status, media_type="application/json")
-
-
-def _error(failure: ApiError) -> Response:
-    return _json(failure.status, failure.body())

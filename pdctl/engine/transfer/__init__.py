@@ -1,39 +1,71 @@
-"""How KV bytes get from a peer's pool into ours. One file per transport, all behind one protocol."""
+"""How KV bytes get from a peer's pool into ours. One file per transport, all behind one protocol.
+
+A transport serves one block of memory and reads from peers into it. A read either moved every byte, or moved what it
+moved and is known to be over (TransferError), or cannot be said to be over (TransferUncertain): then its target must
+not be used for anything else until `settled` says so.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from pdctl.engine.layout import Span
+from pdctl.engine.transfer.memory import Memory
 
-TRANSPORTS = ("shm",)
+TRANSPORTS = ("shm", "mooncake", "nixl")
 
 
 class TransferError(Exception):
     """The bytes did not arrive, and nothing will write to the target any more."""
 
 
-class Region(Protocol):
-    """Memory that a pool lives in and a transport can serve from and write to."""
+class TransferUncertain(TransferError):
+    """The bytes did not arrive in time and may still land. `settled` is asked until it says that they cannot."""
 
-    address: str
-    view: memoryview
+    def __init__(self, message: str, settled: Callable[[], bool]) -> None:
+        super().__init__(message)
+        self.settled = settled
 
-    def close(self) -> object:
-        """Stop serving it; peers that have mapped it keep what they have."""
-        ...
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a transport is opened with.
+
+    `host`: the address at which peers reach us. `protocol`: "tcp", "rdma", or "auto" for RDMA where a device is up.
+    `devices`: RDMA devices to use, all when empty. `ports`: first and last port to listen on, any when None.
+    """
+
+    epoch: str
+    host: str = "127.0.0.1"
+    protocol: str = "auto"
+    devices: tuple[str, ...] = ()
+    ports: tuple[int, int] | None = None
+    serving: bool = True
 
 
 class Transport(Protocol):
-    """Reads from peers into one region. Used from the transfer thread only."""
+    """One backend at work on one memory. Reads may run in several threads at once.
+
+    `address`: where peers read our memory, "" when we do not serve. `protocol`: what carries the bytes.
+    `fallback`: why that is not what was asked for, or "".
+    """
 
     name: str
+    address: str
+    protocol: str
+    fallback: str
 
-    def read(self, address: str, peer_bytes: int, spans: list[Span]) -> int:
-        """Copy `spans` from the pool at `address` (of `peer_bytes`); returns bytes moved.
+    def connect(self, address: str, peer_bytes: int) -> None:
+        """Make ready to read from a peer's memory of `peer_bytes`. Raises TransferError."""
+        ...
 
-        Raises TransferError, after which no copy is under way.
+    def read(self, address: str, peer_bytes: int, spans: Sequence[Span], timeout_s: float) -> int:
+        """Copy `spans` from the memory at `address`; returns bytes moved.
+
+        Raises TransferError, and TransferUncertain when `timeout_s` passed with bytes still under way.
         """
         ...
 
@@ -42,27 +74,28 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Forget every peer."""
+        """Stop serving and forget every peer."""
         ...
 
 
 class Kind(Protocol):
     """What a transport's module offers."""
 
-    def allocate(self, num_bytes: int, epoch: str) -> Region:
-        """Memory this transport can serve."""
+    def open_transport(self, memory: Memory, settings: Settings) -> Transport:
+        """A transport over `memory`. Raises TransferError with a sentence when it cannot work here."""
         ...
-
-    def open_transport(self, region: Region) -> Transport:
-        """A transport that writes into `region`."""
-        ...
-
-
-def choose(backend: str) -> str:
-    """The transport behind `auto`. One exists so far; more are chosen by where the peers are."""
-    return "shm" if backend == "auto" else backend
 
 
 def transport_kind(name: str) -> Kind:
     """The module of a known transport, loaded now."""
     return cast(Kind, importlib.import_module(f"pdctl.engine.transfer.{name}"))
+
+
+def check_spans(spans: Sequence[Span], peer_bytes: int, our_bytes: int) -> int:
+    """The bytes in `spans`. Raises TransferError for one that is malformed or outside either memory."""
+    for span in spans:
+        if span.length < 0 or min(span.source, span.target) < 0:
+            raise TransferError(f"span {span} is malformed")
+        if span.source + span.length > peer_bytes or span.target + span.length > our_bytes:
+            raise TransferError(f"span {span} lies outside the pools")
+    return sum(span.length for span in spans)

@@ -1,0 +1,128 @@
+"""Calls to other engines' fronts: leases, offers, endpoints. Each has a deadline; releases have a bounded queue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from pdctl.lean_http import Pool, Unreachable, header_lines
+from pdctl.wire import EndpointReply, HandOver, LeaseCall, LeaseReply, Offer, PoolEndpoint, RenewCall, RenewReply
+
+_log = logging.getLogger(__name__)
+
+# A call that takes longer than this will be made again or given up, seconds.
+_CALL_S = 5.0
+_MAX_PEERS = 256
+_MAX_RELEASES = 1024
+
+Message = TypeVar("Message", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRef:
+    """A lease at a prefill engine, and where its blocks can be read."""
+
+    engine: str
+    host: str
+    port: int
+    epoch: str
+    lease_id: str
+    lease_s: float
+    block_ids: list[int]
+    endpoint: PoolEndpoint
+
+
+def of_hand_over(given: HandOver) -> LeaseRef:
+    """The lease of a finished prefill."""
+    return LeaseRef(
+        given.remote_engine_id, given.remote_host, given.remote_port, given.epoch, given.lease_id, given.lease_s,
+        given.remote_block_ids, given.endpoint,
+    )  # fmt: skip
+
+
+def of_offer(given: Offer) -> LeaseRef:
+    """The lease of a prefill that still computes."""
+    return LeaseRef(
+        given.engine, given.host, given.port, given.epoch, given.lease_id, given.lease_s, given.block_ids,
+        given.endpoint,
+    )  # fmt: skip
+
+
+class Peers:
+    """Connections to other engines, kept; `holder` is who we are to them."""
+
+    def __init__(self, holder: str, secret: str) -> None:
+        self.holder = holder
+        self._headers = header_lines({"authorization": f"Bearer {secret}", "content-type": "application/json"})
+        self._pools: dict[tuple[str, int], Pool] = {}
+        self._releases: asyncio.Queue[LeaseRef] = asyncio.Queue(_MAX_RELEASES)
+
+    async def lease_call(self, lease: LeaseRef, verb: str) -> LeaseReply:
+        """Claim, commit or release. Raises Unreachable."""
+        call = LeaseCall(lease.lease_id, lease.epoch, self.holder)
+        return await self._post(lease.host, lease.port, f"/pdctl/v1/leases/{verb}", call)
+
+    async def renew(self, host: str, port: int, call: RenewCall) -> list[str]:
+        """The leases that are gone. Raises Unreachable."""
+        body = await self._call("POST", host, port, "/pdctl/v1/leases/renew", msgspec.json.encode(call))
+        return _decoded(body, RenewReply).gone
+
+    async def offer(self, host: str, port: int, offer: Offer) -> LeaseReply:
+        """Tell a decode engine what it may read. Raises Unreachable."""
+        return await self._post(host, port, "/pdctl/v1/offers", offer)
+
+    async def endpoint(self, host: str, port: int) -> EndpointReply:
+        """Where a peer's pool can be read. Raises Unreachable."""
+        return _decoded(await self._call("GET", host, port, "/pdctl/v1/endpoint"), EndpointReply)
+
+    def release_later(self, lease: LeaseRef) -> None:
+        """Release without waiting; works while being cancelled. A full queue leaves it to the deadline."""
+        with suppress(asyncio.QueueFull):
+            self._releases.put_nowait(lease)
+
+    async def release_forever(self) -> None:
+        """Carry out what `release_later` was asked for."""
+        while True:
+            lease = await self._releases.get()
+            try:
+                await self.lease_call(lease, "release")
+            except Unreachable as failure:
+                _log.info("lease %s is left to its deadline: %s", lease.lease_id, failure)
+
+    def close(self) -> None:
+        """Close every connection."""
+        for pool in self._pools.values():
+            pool.close()
+
+    async def _post(self, host: str, port: int, path: str, message: msgspec.Struct) -> LeaseReply:
+        try:
+            return _decoded(await self._call("POST", host, port, path, msgspec.json.encode(message)), LeaseReply)
+        except _Refused as failure:
+            return LeaseReply(False, str(failure))
+
+    async def _call(self, method: str, host: str, port: int, path: str, body: bytes = b"") -> bytes:
+        response = await self._pool(host, port).request(method, path, self._headers, body, _CALL_S)
+        if response.status != 200:
+            raise _Refused(f"status {response.status}: {response.body[:200].decode(errors='replace')}")
+        return response.body
+
+    def _pool(self, host: str, port: int) -> Pool:
+        if (host, port) not in self._pools and len(self._pools) >= _MAX_PEERS:
+            self._pools.pop(next(iter(self._pools))).close()
+        return self._pools.setdefault((host, port), Pool(host, port))
+
+
+class _Refused(Unreachable):
+    """The peer answered, and not with what was asked for."""
+
+
+def _decoded(body: bytes, kind: type[Message]) -> Message:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as failure:
+        raise _Refused(f"the answer is no {kind.__name__}: {failure}") from failure

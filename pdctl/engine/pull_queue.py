@@ -1,0 +1,61 @@
+"""Which pull runs next. Policy only: no threads, no clock.
+
+Every peer may always have one pull under way, so a slow or dead one delays nobody else; more than one per peer only
+while few run at all.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class PullQueue(Generic[Item]):
+    """Items in order per peer, peers in turn. `per_peer` and `extra` bound what runs at once."""
+
+    def __init__(self, per_peer: int = 2, extra: int = 8) -> None:
+        self.per_peer = per_peer
+        self.extra = extra
+        self._waiting: OrderedDict[str, deque[Item]] = OrderedDict()
+        self._active: dict[str, int] = {}
+
+    def push(self, peer: str, item: Item) -> None:
+        """Queue an item behind the peer's others."""
+        self._waiting.setdefault(peer, deque()).append(item)
+
+    def take(self) -> tuple[str, Item] | None:
+        """The next item that may run; its peer goes to the end of the turn."""
+        running = sum(self._active.values())
+        for peer, items in self._waiting.items():
+            active = self._active.get(peer, 0)
+            if active == 0 or (active < self.per_peer and running < self.extra):
+                item = items.popleft()
+                self._active[peer] = active + 1
+                self._waiting.move_to_end(peer)
+                if not items:
+                    del self._waiting[peer]
+                return peer, item
+        return None
+
+    def done(self, peer: str) -> None:
+        """An item of this peer has ended."""
+        self._active[peer] -= 1
+        if not self._active[peer]:
+            del self._active[peer]
+
+    def drop(self, wanted: Callable[[Item], bool]) -> bool:
+        """Forget the first waiting item that is `wanted`; False if there is none."""
+        for peer, items in self._waiting.items():
+            for item in items:
+                if wanted(item):
+                    items.remove(item)
+                    if not items:
+                        del self._waiting[peer]
+                    return True
+        return False
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))

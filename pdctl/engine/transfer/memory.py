@@ -1,0 +1,51 @@
+"""The memory a KV pool lives in: an anonymous memory file, so that peers on this host can map it.
+
+It has no name that could be left behind: it is gone with the last process that maps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import weakref
+
+import numpy as np
+import numpy.typing as npt
+
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
+LABEL = "pdctl-kv-"
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class NoMemory(Exception):
+    """The machine has too little memory for a pool."""
+
+
+class Memory:
+    """`num_bytes` of zeroed shared memory, its pages present. The descriptor lives as long as this object."""
+
+    def __init__(self, num_bytes: int, epoch: str) -> None:
+        self.num_bytes = num_bytes
+        self.fd = os.memfd_create(LABEL + epoch)
+        try:
+            os.ftruncate(self.fd, num_bytes)
+            mapped = mmap.mmap(self.fd, num_bytes)
+        except (OSError, ValueError) as failure:
+            os.close(self.fd)
+            raise NoMemory(f"no shared memory of {num_bytes / 2**30:.2f} GiB: {failure}") from failure
+        self.view = memoryview(mapped)
+        self.bytes: Bytes = np.frombuffer(mapped, dtype=np.uint8)
+        self.base = int(self.bytes.ctypes.data)
+        self.close = weakref.finalize(self, os.close, self.fd)
+        self._populate()
+
+    def _populate(self) -> None:
+        """Make the pages now: zeroing them during the first transfers would triple their time."""
+        with contextlib.suppress(OSError):  # older kernels: pages come as they are touched
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.madvise(
+                ctypes.c_void_p(self.base), ctypes.c_size_t(self.num_bytes), ctypes.c_int(_MADV_POPULATE_WRITE)
+            )

@@ -1,0 +1,230 @@
+"""Mooncake's TransferEngine over TCP or RDMA, for peers on any host.
+
+Serving and reading use engines of their own, so that the reading one can be made anew while peers go on reading us.
+The library's blocking calls spin a core: reads are started as single-span batches and polled with sleeps, each batch
+being over, one way or the other, when its status says so (measured: nothing lands after a failed status).
+It listens on every interface and asks nobody who they are: see docs/transports.md.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pdctl.engine.layout import Span
+from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, check_spans
+from pdctl.engine.transfer.memory import Bytes, Memory
+from pdctl.host.rdma import active_devices
+
+if TYPE_CHECKING:
+    from mooncake.engine import TransferEngine
+
+_POLL_S = 0.0003
+_PENDING = 0
+_DONE = 1
+# One batch's size at most: large enough that its fixed cost vanishes, small enough that lanes share a big span.
+_PIECE_BYTES = 4 * 2**20
+# The last bytes of the memory a peer announces are its epoch: a reader checks them before it trusts an address.
+_EPOCH_BYTES = 64
+_CONNECT_S = 5.0
+# Read when the library is loaded. Queues: the default limits fail transfers of more than 2048 spans. Progress: a peer
+# that moves nothing for this long has failed (default 30).
+_ENVIRONMENT = {
+    "MC_LOG_LEVEL": "ERROR",
+    "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER": "65535",
+    "MC_TCP_MAX_PENDING_ADMISSIONS_PER_PEER": "65535",
+    "MC_TCP_ADMISSION_TIMEOUT_MS": "30000",
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "5",
+}
+
+
+def open_transport(memory: Memory, settings: Settings) -> MooncakeTransport:
+    """See Kind.open_transport."""
+    return MooncakeTransport(memory, settings)
+
+
+class MooncakeTransport:
+    """`address` is HOST:PORT/BASE/LABEL/EPOCH: session, pool and epoch label as addresses in the peer."""
+
+    name = "mooncake"
+
+    def __init__(self, memory: Memory, settings: Settings) -> None:
+        self._memory = memory
+        self._settings = settings
+        self.protocol, self.fallback = _protocol(settings)
+        _set_environment(settings, self.protocol)
+        self._label = np.zeros(_EPOCH_BYTES, dtype=np.uint8)
+        self._lock = threading.Lock()
+        self._reader: TransferEngine | None = None
+        self._sessions: dict[str, str] = {}
+        self.address = ""
+        self._server = self._serve() if settings.serving else None
+
+    def connect(self, address: str, peer_bytes: int) -> None:
+        """See Transport.connect. Reads the peer's epoch: an address outlives the process it was made for."""
+        session, _, label, epoch = _parts(address)
+        with self._lock:
+            if self._sessions.get(session) == epoch:
+                return
+            if session in self._sessions:
+                # A restarted peer on an old port: the library keeps its first idea of a session for ever.
+                self._reader, self._sessions = None, {}
+            reader, known = self._reading(), self._sessions
+        probe = np.zeros(_EPOCH_BYTES, dtype=np.uint8)
+        _register(reader, probe.ctypes.data, _EPOCH_BYTES)
+        self._move(reader, session, [(probe.ctypes.data, label, _EPOCH_BYTES)], _CONNECT_S, keep=probe)
+        reader.unregister_memory(probe.ctypes.data)
+        found = probe.tobytes().rstrip(b"\0").decode(errors="replace")
+        if found != epoch:
+            raise TransferError(f"the peer at {session} runs epoch {found!r}, not {epoch!r}")
+        with self._lock:
+            known[session] = epoch
+
+    def read(self, address: str, peer_bytes: int, spans: Sequence[Span], timeout_s: float) -> int:
+        """See Transport.read."""
+        total = check_spans(spans, peer_bytes, self._memory.num_bytes)
+        self.connect(address, peer_bytes)
+        session, base, *_ = _parts(address)
+        with self._lock:
+            reader = self._reading()
+        ours = self._memory.base
+        pieces = [
+            (ours + target + done, base + source + done, min(_PIECE_BYTES, length - done))
+            for source, target, length in spans
+            for done in range(0, length, _PIECE_BYTES)
+        ]
+        self._move(reader, session, pieces, timeout_s)
+        return total
+
+    def prune(self) -> None:
+        """See Transport.prune. Sessions hold no memory of their peers."""
+
+    def close(self) -> None:
+        """See Transport.close."""
+        with self._lock:
+            for engine in (self._reader, self._server):
+                if engine is not None:
+                    engine.unregister_memory(self._memory.base)
+            self._reader = self._server = None
+            self._sessions = {}
+
+    def _serve(self) -> TransferEngine:
+        epoch = self._settings.epoch.encode()
+        assert len(epoch) < _EPOCH_BYTES
+        self._label[: len(epoch)] = np.frombuffer(epoch, dtype=np.uint8)
+        server = self._open()
+        _register(server, self._memory.base, self._memory.num_bytes)
+        _register(server, self._label.ctypes.data, _EPOCH_BYTES)
+        session = f"{self._settings.host}:{server.get_rpc_port()}"
+        self.address = f"{session}/{self._memory.base}/{self._label.ctypes.data}/{self._settings.epoch}"
+        return server
+
+    def _reading(self) -> TransferEngine:
+        """The engine that reads; under the lock."""
+        if self._reader is None:
+            self._reader = self._open()
+            _register(self._reader, self._memory.base, self._memory.num_bytes)
+        return self._reader
+
+    def _open(self) -> TransferEngine:
+        try:
+            from mooncake.engine import TransferEngine
+        except ImportError as failure:
+            raise TransferError(_import_hint(str(failure))) from failure
+        engine = TransferEngine()
+        devices = ",".join(self._settings.devices) if self.protocol == "rdma" else ""
+        if engine.initialize(self._settings.host, "P2PHANDSHAKE", self.protocol, devices) != 0:
+            where = f"ports {self._settings.ports}" if self._settings.ports else "its ports"
+            raise TransferError(f"mooncake cannot listen on {where}; give transfer.ports at least 100 free ports")
+        return engine
+
+    def _move(
+        self,
+        reader: TransferEngine,
+        session: str,
+        pieces: list[tuple[int, int, int]],
+        timeout_s: float,
+        keep: Bytes | None = None,
+    ) -> None:
+        """Start every piece, then sleep and ask until all are over or the time is. `keep` lives as long as they do."""
+        deadline = time.monotonic() + timeout_s
+        started = [reader.batch_transfer_async_read(session, [ours], [theirs], [size]) for ours, theirs, size in pieces]
+        batches = _Batches(reader, [batch for batch in started if batch], keep)
+        batches.failed = len(batches.pending) < len(started)
+        while not batches.over():
+            if time.monotonic() > deadline:
+                raise TransferUncertain(f"{session} did not deliver within {timeout_s:g} s", batches.over)
+            time.sleep(_POLL_S)
+        if batches.failed:
+            raise TransferError(f"the transfer from {session} failed")
+
+
+class _Batches:
+    """Transfers under way. Keeps the engine and the target alive until each is over."""
+
+    def __init__(self, reader: TransferEngine, pending: list[int], keep: Bytes | None) -> None:
+        self._reader = reader
+        self._keep = keep
+        self.pending = pending
+        self.failed = False
+
+    def over(self) -> bool:
+        """Whether none is under way any more. Ids are freed by the status call that ends them, so each is asked once
+        after its end and never again. In order: later ones are seldom done before earlier ones."""
+        while self.pending:
+            status = self._reader.transfer_check_status(self.pending[0])
+            if status == _PENDING:
+                return False
+            self.failed = self.failed or status != _DONE
+            self.pending.pop(0)
+        return True
+
+
+def _protocol(settings: Settings) -> tuple[str, str]:
+    """("tcp" or "rdma", why it is not what was asked). The library itself falls back to TCP without a word."""
+    devices = active_devices()
+    missing = [name for name in settings.devices if name not in devices]
+    if settings.protocol == "tcp" or (settings.protocol == "auto" and not devices):
+        return "tcp", ""
+    if missing:
+        return "tcp", f"RDMA was asked for over {', '.join(missing)}, which is not up here"
+    if not devices:
+        return "tcp", "RDMA was asked for and no RDMA device is up here"
+    return "rdma", ""
+
+
+def _set_environment(settings: Settings, protocol: str) -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if protocol == "tcp":
+        os.environ["MC_FORCE_TCP"] = "1"
+    if settings.ports:
+        os.environ["MC_MIN_RPC_PORT"], os.environ["MC_MAX_RPC_PORT"] = map(str, settings.ports)
+
+
+def _register(engine: TransferEngine, base: int, num_bytes: int) -> None:
+    code = engine.register_memory(base, num_bytes)
+    if code != 0:
+        raise TransferError(f"mooncake cannot register {num_bytes} bytes (code {code}); is memlock limited?")
+
+
+def _parts(address: str) -> tuple[str, int, int, str]:
+    try:
+        session, base, label, epoch = address.split("/")
+        host, _, port = session.rpartition(":")
+        if not host or not 0 < int(port) < 65536 or int(base) <= 0 or int(label) <= 0:
+            raise ValueError("a part is out of range")
+        return session, int(base), int(label), epoch
+    except ValueError as failure:
+        raise TransferError(f"{address!r} is no mooncake address: {failure}") from failure
+
+
+def _import_hint(failure: str) -> str:
+    if "libibverbs" in failure:
+        return f"mooncake cannot be loaded ({failure}); install it with: apt-get install libibverbs1"
+    return f"mooncake cannot be loaded ({failure}); install it with: pip install mooncake-transfer-engine-non-cuda"
