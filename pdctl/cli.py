@@ -9,8 +9,10 @@ import typer
 
 from pdctl import __version__, console
 from pdctl.commands.ask import ask
+from pdctl.commands.doctor import doctor
 from pdctl.commands.down import down
 from pdctl.commands.init import init
+from pdctl.commands.kv import kv
 from pdctl.commands.logs import logs
 from pdctl.commands.plan import plan
 from pdctl.commands.status import status
@@ -26,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (init, plan, up, status, logs, ask, down):
+for verb in (init, plan, up, status, kv, logs, ask, doctor, down):
     app.command()(verb)
 
 

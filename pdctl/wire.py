@@ -15,6 +15,8 @@ LISTEN_FD_ENV = "PDCTL_LISTEN_FD"
 STARTED_HEADER = "x-pdctl-started"
 # Which router asks: it answers for the leases it is granted until a reader claims them.
 ROUTER_HEADER = "x-pdctl-router"
+# Names one prefill call. A router that gives the call up ends what it left by this name, answered or not.
+ATTEMPT_HEADER = "x-pdctl-attempt"
 
 # An engine that cannot be cured by a restart (bad arguments, a refused model) exits with this; sysexits.h EX_CONFIG.
 EXIT_CONFIG = 78
@@ -129,6 +131,12 @@ class HolderCall(msgspec.Struct, frozen=True):
     """Release everything `holder` claimed: it is known to be dead."""
 
     holder: str
+
+
+class AttemptCall(msgspec.Struct, frozen=True):
+    """A router gave up a prefill call: its lease ends, and one that is still to come is not granted."""
+
+    attempt: str
 
 
 class HolderReply(msgspec.Struct, frozen=True):

@@ -98,6 +98,10 @@ class Dialect(Protocol):
         """One server-sent event's data. Raises EngineError for an error event."""
         ...
 
+    def give_up_call(self, attempt: str) -> tuple[str, bytes]:
+        """Path and body that end whatever a prefill call, sent under this name, left or may still leave."""
+        ...
+
     def release_call(self, hand_over: HandOver) -> tuple[str, bytes]:
         """Path and body that free a hand-over nobody will read."""
         ...

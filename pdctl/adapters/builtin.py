@@ -6,7 +6,7 @@ import msgspec
 
 from pdctl.adapters import Assignment, Delta, EngineError, Launch, Prefilled
 from pdctl.topology import Device, Topology, Transfer
-from pdctl.wire import EngineAddress, HandOver, LeaseCall
+from pdctl.wire import AttemptCall, EngineAddress, HandOver, LeaseCall
 
 PROXY_HOLDER = "proxy"
 
@@ -136,6 +136,10 @@ class BuiltinDialect:
         choice = answer.choices[0]
         text = (choice.delta.content if chat and choice.delta else choice.text) or ""
         return Delta(choice.token_ids or [], text, choice.finish_reason, counts)
+
+    def give_up_call(self, attempt: str) -> tuple[str, bytes]:
+        """See Dialect.give_up_call."""
+        return "/pdctl/v1/attempts/release", self._encode(AttemptCall(attempt))
 
     def release_call(self, hand_over: HandOver) -> tuple[str, bytes]:
         """See Dialect.release_call."""

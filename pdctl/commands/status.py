@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ _COLOURS = {
 
 
 def status(file: Path | None = FileOption, service: str | None = ServiceOption, as_json: bool = JsonOption) -> None:
-    """Show the service's processes: state, restarts and their cause, pid, device, pins."""
+    """Show the service's processes (state, restarts and their cause, device, pins) and how KV moves between them."""
     found = call(find_service(service, file), "GET", "/v1/status")
     if as_json:
         console.out(json.dumps(found, indent=2))
@@ -34,6 +35,33 @@ def show(found: Status) -> None:
     rows = [_row(process) for process in found["processes"]]
     header = ["PROCESS", "ROLE", "STATE", "SINCE", "RESTARTS", "PID", "DEVICE", "CPUS", "PORT", "MEMORY", "LAST EXIT"]
     console.out(console.table(header, rows, _COLOURS))
+    if found["links"]:
+        header = ["KV FROM", "TO", "TRANSPORT", "OVER", "TRANSFERS", "MOVED", "GB/S", "WHY"]
+        console.out("\n" + console.table(header, [_link(link) for link in found["links"]], _COLOURS))
+        _shout(found["links"])
+
+
+def _link(link: Status) -> list[str]:
+    return [
+        link["peer"],
+        link["reader"],
+        link["transport"] or "-",
+        link["protocol"] or "-",
+        str(link["pulls"]),
+        f"{link['bytes'] / 2**20:.0f}M",
+        f"{link['gbps']:.2f}" if link["gbps"] else "-",
+        link["error"] or link["reason"],
+    ]
+
+
+def _shout(links: list[Status]) -> None:
+    for link in links:
+        pair = f"{link['peer']} to {link['reader']}"
+        if link["fallback"]:
+            mark = console.paint("FALLBACK", "red", sys.stdout)
+            console.out(f"{mark} from {pair}: {link['fallback']}; {link['protocol']} carries the KV")
+        elif link["error"]:
+            console.out(f"{console.paint('NO LINK', 'red', sys.stdout)} from {pair}: {link['error']}")
 
 
 def _row(process: Status) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m pdctl.engine serve|core|prepare ...`: the front, its core, or making a model ready to load."""
+"""`python -m pdctl.engine serve|core|prepare|probe ...`: the front, its core, a model made ready, a transfer timed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ def main() -> int:
         from pdctl.engine.samples.prepare import main as prepare
 
         return prepare(argv)
-    sys.stderr.write("usage: python -m pdctl.engine serve|core|prepare ...\n")
+    if verb == "probe":
+        from pdctl.engine.probe import main as probe
+
+        return probe(argv)
+    sys.stderr.write("usage: python -m pdctl.engine serve|core|prepare|probe ...\n")
     return 2
 
 

@@ -40,7 +40,7 @@ class Lease:
     """Times in seconds of the boot clock. `holder` answers for it: the router that asked, then the reader that claimed.
 
     `sealed` False while the prefill still computes: blocks may be read, and nothing can be committed yet.
-    `touched_at`: the last sign of life (grant, seal, claim or renewal).
+    `touched_at`: the last sign of life (grant, seal, claim or renewal). `attempt`: the router's name for its call.
     """
 
     lease_id: str
@@ -50,6 +50,7 @@ class Lease:
     deadline: float
     touched_at: float
     holder: str
+    attempt: str = ""
     state: LeaseState = LeaseState.HELD
     sealed: bool = True
 
@@ -74,6 +75,7 @@ class LeaseTable:
         self.ended: dict[LeaseState, int] = {state: 0 for state in LeaseState if state not in LIVE}
         self._live: dict[str, Lease] = {}
         self._tombstones: OrderedDict[str, Lease] = OrderedDict()
+        self._given_up: OrderedDict[str, None] = OrderedDict()
         self._granted = 0
         self._leased_block_s = 0.0
         self._leaked_block_s = 0.0
@@ -82,11 +84,16 @@ class LeaseTable:
         """Live leases, oldest first."""
         return list(self._live.values())
 
-    def grant(self, request_id: str, num_blocks: int, holder: str, now: float, sealed: bool = True) -> Lease:
-        """A new lease over a prefill's blocks; `holder` is the router it is granted to."""
+    def grant(
+        self, request_id: str, num_blocks: int, holder: str, now: float, sealed: bool = True, attempt: str = ""
+    ) -> Lease | None:
+        """A new lease over a prefill's blocks; `holder` is the router it is granted to. None when that has given up the
+        `attempt`: nobody would ever end the lease."""
+        if attempt in self._given_up:
+            return None
         self._granted += 1
         lease_id = f"{self.epoch}.{self._granted}"
-        lease = Lease(lease_id, request_id, num_blocks, now, now + self.lease_s, now, holder, sealed=sealed)
+        lease = Lease(lease_id, request_id, num_blocks, now, now + self.lease_s, now, holder, attempt, sealed=sealed)
         self._live[lease_id] = lease
         return lease
 
@@ -146,6 +153,14 @@ class LeaseTable:
             tomb = self._tombstones.get(lease_id)
             return Verdict(False, f"lease {lease_id} has ended: {tomb.state}" if tomb else f"unknown lease {lease_id}")
         return self._end(lease, LeaseState.REVOKED, now)
+
+    def give_up(self, attempt: str, now: float) -> list[Verdict]:
+        """The router gave up this call: end its leases, and grant none from now on."""
+        self._given_up[attempt] = None
+        while len(self._given_up) > _MAX_TOMBSTONES:
+            self._given_up.popitem(last=False)
+        mine = [lease for lease in self._live.values() if lease.attempt == attempt]
+        return [self._end(lease, LeaseState.RELEASED, now) for lease in mine]
 
     def release_holder(self, holder: str, now: float) -> list[Verdict]:
         """`holder` is known to be dead: end everything it answers for, claimed or not."""

@@ -312,9 +312,8 @@ class Scheduler:
         return True
 
     def _victim(self) -> Sequence:
-        """The newest running sequence: it has the least to lose and the oldest always finishes. One that a peer already
-        reads only when there is no other."""
-        return max(self.running, key=lambda sequence: (not sequence.offered, sequence.arrival))
+        """The newest running sequence: it has the least to lose and the oldest always finishes."""
+        return max(self.running, key=lambda sequence: sequence.arrival)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from dataclasses import dataclass, field
+from uuid import uuid4
 
 from pdctl.adapters import Delta, EngineError
 from pdctl.lean_http import StreamedResponse, Unreachable, header_lines
@@ -21,7 +22,7 @@ from pdctl.proxy.pool import Engine, EnginePool
 from pdctl.proxy.requests import ClientRequest
 from pdctl.proxy.routing import Choice, Policy, choose
 from pdctl.proxy.sinks import Sink
-from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, HandOver
+from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, HandOver
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Shared:
     metrics: Metrics
     secret: str
     holder: str
-    releases: asyncio.Queue[tuple[Engine, HandOver]]
+    releases: asyncio.Queue[tuple[Engine, tuple[str, bytes]]]
     turn: int = 0
 
 
@@ -125,14 +126,22 @@ class Relay:
     async def _prefill(self, engine: Engine, decode: Engine) -> HandOver | None:
         """The next token, sent on at once; None when the answer ends with it."""
         body = engine.dialect.prefill_body(self.request.fields, self.emitted, decode.address)
+        attempt = uuid4().hex
         try:
             async with engine.deadline(_PREFILL_S):
                 with engine.prompts.working(float(self.request.size)):
-                    path, headers = self.request.path, self._headers()
+                    path, headers = self.request.path, self._headers() + header_lines({ATTEMPT_HEADER: attempt})
                     answer = await engine.client.request("POST", path, headers, body, _PREFILL_S)
             done = engine.dialect.parse_prefill(answer.status, answer.body, self.request.envelope.chat)
-        except (Unreachable, EngineError, TimeoutError) as failure:
+        except EngineError as failure:
             raise self._classified(engine, failure) from failure
+        except (Unreachable, TimeoutError) as failure:
+            self._later(engine, engine.dialect.give_up_call(attempt))
+            raise self._classified(engine, failure) from failure
+        except asyncio.CancelledError:
+            # The answer may be on its way, with a lease that nobody will use.
+            self._later(engine, engine.dialect.give_up_call(attempt))
+            raise
         self.prompt_tokens = done.prompt_tokens
         try:
             await self._emit(done.token_ids, done.text, done.finish_reason)
@@ -155,10 +164,13 @@ class Relay:
 
     def _release(self, prefill: Engine, hand_over: HandOver | None) -> None:
         if hand_over is not None:
-            # A full queue means that hundreds of releases wait on a dead engine: its leases end by deadline.
-            if self.shared.releases.full():
-                return
-            self.shared.releases.put_nowait((prefill, hand_over))
+            self._later(prefill, prefill.dialect.release_call(hand_over))
+
+    def _later(self, engine: Engine, call: tuple[str, bytes]) -> None:
+        """Make a call without waiting for it; works while being cancelled."""
+        # A full queue means that hundreds of releases wait on a dead engine: its leases end by deadline.
+        if not self.shared.releases.full():
+            self.shared.releases.put_nowait((engine, call))
 
     # -- decode --------------------------------------------------------------------------------------------
 
@@ -268,10 +280,9 @@ class Relay:
 
 
 async def release_forever(shared: Shared) -> None:
-    """Free hand-overs that nobody will read, as relays report them."""
+    """End leases that nobody will use, as relays report them."""
     while True:
-        engine, hand_over = await shared.releases.get()
-        path, body = engine.dialect.release_call(hand_over)
+        engine, (path, body) = await shared.releases.get()
         headers = header_lines({"authorization": f"Bearer {shared.secret}", "content-type": "application/json"})
         try:
             await engine.client.request("POST", path, headers, body, timeout_s=5.0)

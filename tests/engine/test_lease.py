@@ -94,6 +94,17 @@ def test_a_router_answers_for_what_nobody_has_claimed() -> None:
     assert len(table.live()) == 1
 
 
+def test_a_call_that_its_router_gave_up_leaves_no_lease_before_or_after() -> None:
+    table = LeaseTable(EPOCH, 10)
+    table.grant("r", 3, "proxy", 0, attempt="one")
+    table.grant("other", 3, "proxy", 0, attempt="two")
+    assert [v.freed for v in table.give_up("one", 1)] == ["r"]
+    assert table.grant("r", 3, "proxy", 2, attempt="one") is None, "the word overtook the prefill"
+    assert table.grant("r", 3, "proxy", 2, attempt="three") is not None
+    assert len(table.live()) == 2
+    table.audit()
+
+
 def test_an_unsealed_lease_can_be_read_and_not_committed() -> None:
     table = LeaseTable(EPOCH, 10)
     lease = table.grant("r", 3, "proxy", 0, sealed=False)

@@ -263,7 +263,7 @@ def test_a_preempted_offer_is_withdrawn() -> None:
     step(scheduler)
     scheduler.add(sequence("offered", 20, hold=True, offer=True))
     withdrawn, progress = [], []
-    while not withdrawn:
+    for _ in range(20):
         outcome = step(scheduler)[1]
         withdrawn += outcome.withdrawn  # type: ignore[attr-defined]
         progress += outcome.progress  # type: ignore[attr-defined]

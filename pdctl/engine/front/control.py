@@ -19,6 +19,7 @@ from pdctl.engine.front.migrate import Migrator
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import ApiError
 from pdctl.wire import (
+    AttemptCall,
     EndpointReply,
     EngineState,
     HolderCall,
@@ -58,7 +59,10 @@ class Control:
     def routes(self) -> list[Route]:
         """Everything but generation."""
         leases = self._leases
-        posts: dict[str, _Posted[LeaseCall] | _Posted[RenewCall] | _Posted[RevokeCall] | _Posted[HolderCall]]
+        posts: dict[
+            str,
+            _Posted[LeaseCall] | _Posted[RenewCall] | _Posted[RevokeCall] | _Posted[HolderCall] | _Posted[AttemptCall],
+        ]
         posts = {
             "leases/claim": _Posted(self, LeaseCall, leases.claim),
             "leases/commit": _Posted(self, LeaseCall, leases.commit),
@@ -66,6 +70,7 @@ class Control:
             "leases/renew": _Posted(self, RenewCall, leases.renew),
             "leases/revoke": _Posted(self, RevokeCall, leases.revoke),
             "holders/release": _Posted(self, HolderCall, leases.release_holder),
+            "attempts/release": _Posted(self, AttemptCall, leases.give_up),
         }
         offers, links = _Posted(self, Offer, self._offer), _Posted(self, LinkCall, self._link)
         return [

@@ -78,7 +78,7 @@ class Generator:
     async def _pieces(
         self, request: GenerationRequest, submit: Submit, events: Inbox, text: OutputText
     ) -> AsyncIterator[Piece]:
-        offering = Offering(self._desk, submit.request_id, len(submit.token_ids), request.router, request.offer_to)
+        offering = Offering(self._desk, submit.request_id, len(submit.token_ids), request)
         last = False
         try:
             while not last:
@@ -124,6 +124,9 @@ class Generator:
         ready = self._core.ready
         assert ready is not None
         lease = offering.held(held)
+        if lease is None:
+            # Leaving the request's context frees the blocks.
+            raise ApiError(409, "the router gave this request up", "gone")
         self._core.keep(request_id)
         me = self._identity
         hand_over = HandOver(

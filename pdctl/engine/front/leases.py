@@ -8,7 +8,17 @@ import time
 from pdctl.engine.front.core_link import CoreLink
 from pdctl.engine.front.trace import Trace
 from pdctl.engine.lease import Lease, LeaseTable, Verdict
-from pdctl.wire import HolderCall, HolderReply, LeaseCall, LeaseInfo, LeaseReply, RenewCall, RenewReply, RevokeCall
+from pdctl.wire import (
+    AttemptCall,
+    HolderCall,
+    HolderReply,
+    LeaseCall,
+    LeaseInfo,
+    LeaseReply,
+    RenewCall,
+    RenewReply,
+    RevokeCall,
+)
 
 # An expiry is late by at most this, seconds.
 _SWEEP_S = 0.25
@@ -27,10 +37,11 @@ class LeaseDesk:
         self._core = core
         self._trace = trace
 
-    def grant(self, request_id: str, num_blocks: int, holder: str, sealed: bool = True) -> Lease:
-        """A lease for a prefill that is done, or (not `sealed`) on its way."""
-        lease = self.table.grant(request_id, num_blocks, holder, boot_time(), sealed)
-        self._trace.write("grant", lease.lease_id, request=request_id)
+    def grant(self, request_id: str, num_blocks: int, holder: str, attempt: str, sealed: bool = True) -> Lease | None:
+        """A lease for a prefill that is done, or (not `sealed`) on its way. None when the router has given it up."""
+        lease = self.table.grant(request_id, num_blocks, holder, boot_time(), sealed, attempt)
+        if lease is not None:
+            self._trace.write("grant", lease.lease_id, request=request_id)
         return lease
 
     def seal(self, lease_id: str, num_blocks: int) -> Lease | None:
@@ -62,6 +73,13 @@ class LeaseDesk:
     def release_holder(self, call: HolderCall) -> HolderReply:
         """A decode engine or a router is dead."""
         ended = self.table.release_holder(call.holder, boot_time())
+        for verdict in ended:
+            self._end(verdict)
+        return HolderReply(len(ended))
+
+    def give_up(self, call: AttemptCall) -> HolderReply:
+        """A router does not want the outcome of a prefill call any more."""
+        ended = self.table.give_up(call.attempt, boot_time())
         for verdict in ended:
             self._end(verdict)
         return HolderReply(len(ended))

@@ -86,6 +86,9 @@ class Migrator:
             run.early = True
             run.let_go.clear()
             self._tasks.create_task(self._read_early(run, offer.num_tokens))
+        if offer.readable >= offer.num_tokens:
+            # The request itself is a moment away, unless its client left.
+            run.wanted_until = time.monotonic() + offer.lease_s
         run.post(Event.OFFERED, offer.readable)
         return LeaseReply(True)
 
@@ -96,6 +99,9 @@ class Migrator:
             await asyncio.sleep(min(_LONGEST_PAUSE_S, shortest / _RENEWALS))
             groups: dict[tuple[str, int, str], list[str]] = {}
             for run in self._runs.values():
+                if run.early and time.monotonic() > run.wanted_until:
+                    run.post(Event.LEASE_GONE, detail="its request never came")
+                    continue
                 key = (run.lease.host, run.lease.port, run.lease.epoch)
                 groups.setdefault(key, []).append(run.lease.lease_id)
             async with asyncio.TaskGroup() as tasks:
@@ -255,6 +261,7 @@ class _Run:
     detail: str = ""
     target_blocks: list[int] = field(default_factory=list)
     early: bool = False
+    wanted_until: float = float("inf")
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
 
     def post(self, event: Event, tokens: int = 0, detail: str = "") -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pdctl.engine.front.core_link import CoreLink
 from pdctl.engine.front.leases import LeaseDesk
-from pdctl.engine.front.openai import OfferTo
+from pdctl.engine.front.openai import GenerationRequest, OfferTo
 from pdctl.engine.front.peers import Peers
 from pdctl.engine.lease import Lease
 from pdctl.engine.messages import Held, Progress
@@ -72,12 +72,13 @@ class OfferDesk:
 class Offering:
     """The leases of one prefill: an early one if it is offered, a final one in any case."""
 
-    def __init__(self, desk: OfferDesk, request_id: str, num_tokens: int, router: str, to: OfferTo | None) -> None:
+    def __init__(self, desk: OfferDesk, request_id: str, num_tokens: int, asked: GenerationRequest) -> None:
         self._desk = desk
         self._request_id = request_id
         self._num_tokens = num_tokens
-        self._router = router
-        self._to = to
+        self._router = asked.router
+        self._attempt = asked.attempt
+        self._to = asked.offer_to
         self._lease: Lease | None = None
         self._block_ids: list[int] = []
 
@@ -85,19 +86,19 @@ class Offering:
         """A chunk is computed: its KV may be read."""
         self._block_ids = done.block_ids
         if self._lease is None:
-            blocks = len(done.block_ids)
-            self._lease = self._desk.leases.grant(self._request_id, blocks, self._router, sealed=False)
-        self._tell(self._lease, done.num_computed)
+            self._lease = self._grant(len(done.block_ids), sealed=False)
+        if self._lease is not None:
+            self._tell(self._lease, done.num_computed)
 
-    def held(self, held: Held) -> Lease:
-        """All of it is computed: the lease that the hand-over goes by."""
+    def held(self, held: Held) -> Lease | None:
+        """All of it is computed: the lease that the hand-over goes by. None when the router has given up the call."""
         leases, early = self._desk.leases, self._lease
         self._lease = None
         sealed = leases.seal(early.lease_id, len(held.block_ids)) if early else None
         if sealed is not None:
             self._tell(sealed, held.num_tokens)
             return sealed
-        return leases.grant(self._request_id, len(held.block_ids), self._router)
+        return self._grant(len(held.block_ids))
 
     def withdraw(self) -> None:
         """What was offered will not come, or not in these blocks. Idempotent."""
@@ -105,6 +106,9 @@ class Offering:
         if lease is not None:
             self._desk.leases.revoke(RevokeCall(lease.lease_id))
             self._tell(lease, 0, withdrawn=True)
+
+    def _grant(self, num_blocks: int, sealed: bool = True) -> Lease | None:
+        return self._desk.leases.grant(self._request_id, num_blocks, self._router, self._attempt, sealed)
 
     def _tell(self, lease: Lease, readable: int, withdrawn: bool = False) -> None:
         if self._to is not None:

@@ -126,6 +126,7 @@ class GenerationRequest:
     hand_over: HandOver | None
     offer_to: OfferTo | None = None
     router: str = "router"
+    attempt: str = ""
 
 
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:

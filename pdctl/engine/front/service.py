@@ -22,7 +22,7 @@ from pdctl.engine.front.openai import GenerationRequest, HoldRequest
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import DONE, ApiError, Envelope, usage
-from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, HandOver
+from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, HandOver
 
 
 class EngineService:
@@ -79,6 +79,7 @@ class EngineService:
             hand_over=hand_over,
             offer_to=hold.offer_to if hold and self.options.chunked else None,
             router=headers.get(ROUTER_HEADER, "router"),
+            attempt=headers.get(ATTEMPT_HEADER, ""),
         )
 
     def _clock(self, headers: dict[str, str]) -> float:

@@ -1,0 +1,150 @@
+"""`python -m pdctl.engine probe`: move bytes between two scratch processes over one transport, and time it.
+
+Prints one JSON object as the last line of stdout. A plain memory copy of the same bytes, taken in turn with the
+transfers, is what they are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from pdctl.engine.layout import Span
+from pdctl.engine.transfer import TRANSPORTS, Settings, TransferError, Transport, transport_kind
+from pdctl.engine.transfer.memory import Memory, NoMemory
+
+_BLOCK = 64 * 1024
+_READ_S = 30.0
+_ROUNDS = 7
+_SEED = 7
+
+
+def main(argv: list[str]) -> int:
+    """0 and figures, or 1 and `error`."""
+    parser = argparse.ArgumentParser(prog="python -m pdctl.engine probe")
+    parser.add_argument("--transport", choices=TRANSPORTS, required=True)
+    parser.add_argument("--protocol", choices=["auto", "tcp", "rdma"], default="auto")
+    parser.add_argument("--mib", type=int, default=64)
+    parser.add_argument("--serve", action="store_true", help="be the peer: print an address, serve until stdin closes")
+    options = parser.parse_args(argv)
+    num_bytes = options.mib * 2**20
+    if options.serve:
+        return _serve(options.transport, options.protocol, num_bytes)
+    try:
+        found = probe(options.transport, options.protocol, num_bytes)
+    except (TransferError, NoMemory) as failure:
+        found = {"transport": options.transport, "error": str(failure)}
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 1 if "error" in found else 0
+
+
+def probe(name: str, protocol: str, num_bytes: int) -> dict[str, object]:
+    """Figures of one transport on this host. Raises TransferError where it cannot be used, NoMemory."""
+    epoch = f"probe-{os.getpid()}"
+    memory = Memory(num_bytes, epoch)
+    transport = transport_kind(name).open_transport(memory, Settings(epoch, protocol=protocol, serving=False))
+    with _peer(name, protocol, num_bytes) as address:
+        content = np.random.default_rng(_SEED).integers(0, 256, num_bytes, dtype=np.uint8)
+
+        def read(spans: list[Span]) -> Callable[[], object]:
+            return lambda: transport.read(address, num_bytes, spans, _READ_S)
+
+        read([Span(0, 0, num_bytes)])()
+        right = bool((memory.bytes == content).all())
+        one, copy_one = _against(read([Span(0, 0, num_bytes)]), _copy(content, memory, [Span(0, 0, num_bytes)]))
+        blocks = _scattered(num_bytes)
+        many, copy_many = _against(read(blocks), _copy(content, memory, blocks))
+        small = statistics.median(_timed(read([Span(64, 0, 64)])) for _ in range(50))
+    _close(transport, memory)
+    return {
+        "transport": name,
+        "protocol": transport.protocol,
+        "fallback": transport.fallback,
+        "bytes_right": right,
+        "mib": num_bytes // 2**20,
+        "gbps": round(num_bytes / one / 1e9, 3),
+        "of_copy": round(copy_one / one, 3),
+        "blocks": len(blocks),
+        "blocks_gbps": round(len(blocks) * _BLOCK / many / 1e9, 3),
+        "blocks_of_copy": round(copy_many / many, 3),
+        "copy_gbps": round(num_bytes / copy_one / 1e9, 3),
+        "latency_us": round(small * 1e6, 1),
+    }
+
+
+def _scattered(num_bytes: int) -> list[Span]:
+    """Up to 1,000 blocks in an order that cannot be merged."""
+    count = min(1000, num_bytes // _BLOCK)
+    order = np.random.default_rng(1).permutation(num_bytes // _BLOCK)[:count]
+    return [Span(int(source) * _BLOCK, target * _BLOCK, _BLOCK) for target, source in enumerate(order)]
+
+
+def _copy(content: np.ndarray, memory: Memory, spans: list[Span]) -> Callable[[], object]:
+    def copy() -> None:
+        for source, target, length in spans:
+            memory.bytes[target : target + length] = content[source : source + length]
+
+    return copy
+
+
+def _against(transfer: Callable[[], object], copy: Callable[[], object]) -> tuple[float, float]:
+    """Median seconds of both, taken in turn."""
+    transfers, copies = [], []
+    for _ in range(_ROUNDS):
+        transfers.append(_timed(transfer))
+        copies.append(_timed(copy))
+    return statistics.median(transfers), statistics.median(copies)
+
+
+def _timed(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _peer(name: str, protocol: str, num_bytes: int) -> Iterator[str]:
+    """The address of a scratch process that serves known bytes."""
+    words = ["--transport", name, "--protocol", protocol, "--mib", str(num_bytes // 2**20), "--serve"]
+    argv = [sys.executable, "-m", "pdctl.engine", "probe", *words]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("ADDRESS "):
+                    yield line.split()[1]
+                    break
+            else:
+                raise TransferError("the scratch peer could not start; its reason is above")
+        finally:
+            process.kill()
+
+
+def _serve(name: str, protocol: str, num_bytes: int) -> int:
+    epoch = f"probe-{os.getpid()}"
+    memory = Memory(num_bytes, epoch)
+    memory.bytes[:] = np.random.default_rng(_SEED).integers(0, 256, num_bytes, dtype=np.uint8)
+    try:
+        transport = transport_kind(name).open_transport(memory, Settings(epoch, protocol=protocol))
+    except TransferError as failure:
+        sys.stderr.write(f"{failure}\n")
+        return 1
+    sys.stdout.write(f"ADDRESS {transport.address}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    _close(transport, memory)
+    return 0
+
+
+def _close(transport: Transport, memory: Memory) -> None:
+    transport.close()
+    memory.close()
