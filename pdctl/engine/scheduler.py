@@ -6,6 +6,7 @@ prefill, recomputation after preemption and a handed-over sequence are the same 
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -58,7 +59,10 @@ class Scheduler:
         self._incoming: deque[Sequence] = deque()
         self._arrivals = 0
         self._awaiting_kv = 0
-        self._pulling: set[str] = set()
+        # Pulls begin in another thread than the one that learns of their end, and the next piece of a sequence may
+        # begin before the end of the last one is known here: they are counted.
+        self._pulling: dict[str, int] = {}
+        self._pulling_lock = threading.Lock()
         self._doomed: set[str] = set()
         self._withdrawn: list[Withdrawn] = []
 
@@ -107,20 +111,25 @@ class Scheduler:
         sequence = self.sequences.get(request_id)
         if sequence is None or sequence.status is not Status.AWAITING_KV:
             return False
-        self._pulling.add(request_id)
+        with self._pulling_lock:
+            self._pulling[request_id] = self._pulling.get(request_id, 0) + 1
         return True
 
     def pull_ended(self, request_id: str, uncertain: bool = False) -> None:
         """The pull is over; an abort that waited for this takes effect. `uncertain`: something may still write into
         the blocks, so nobody gets them before `pull_settled`."""
-        self._pulling.discard(request_id)
+        with self._pulling_lock:
+            left = self._pulling.pop(request_id) - 1
+            if left:
+                self._pulling[request_id] = left
+        assert not (uncertain and left), "a piece was pulled although the one before it failed"
         if uncertain:
             self._doomed.discard(request_id)
             sequence = self.sequences[request_id]
             self.allocator.quarantine(request_id)
             sequence.block_ids.clear()
             self._forget(sequence)
-        elif request_id in self._doomed:
+        elif request_id in self._doomed and not left:
             self._doomed.discard(request_id)
             self._forget(self.sequences[request_id])
 
