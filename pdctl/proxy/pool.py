@@ -98,7 +98,9 @@ class EnginePool:
         engine.healthy = False
         now = asyncio.get_running_loop().time()
         for call in engine.calls:
-            call.reschedule(now)
+            # One that is just expiring cannot be changed any more, and need not be.
+            if not call.expired():
+                call.reschedule(now)
 
     async def watch_forever(self) -> None:
         """Probe every engine for as long as we run."""

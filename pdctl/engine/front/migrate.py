@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from pdctl.wire import HandOver, LeaseReply, Offer, RenewCall
 _RENEWALS = 4
 _LONGEST_PAUSE_S = 1.0
 _MAX_EARLY = 256
+_MAX_ENDED = 4096
 # A prefill that was offered and never handed over is given up after this, seconds.
 _EARLY_S = 600.0
 
@@ -55,6 +57,8 @@ class Migrator:
         self._trace = trace
         self._tasks = tasks
         self._runs: dict[str, _Run] = {}
+        # Offers travel by themselves: one may come after its lease has ended here, and must not begin it again.
+        self._ended: OrderedDict[str, None] = OrderedDict()
 
     @asynccontextmanager
     async def decoding(self, submit: Submit, given: HandOver, deadline_s: float) -> AsyncIterator[tuple[str, Inbox]]:
@@ -70,7 +74,7 @@ class Migrator:
                 self.totals.hand_over_seconds += time.monotonic() - started
                 yield run.core_id, events
         finally:
-            self._runs.pop(given.lease_id, None)
+            self._end(given.lease_id)
 
     def offer(self, offer: Offer) -> LeaseReply:
         """A prefill lets its first chunks be read while it computes the rest."""
@@ -78,7 +82,11 @@ class Migrator:
         if offer.withdrawn:
             if run is not None and run.early:
                 run.post(Event.LEASE_GONE)
+            elif run is None:
+                self._end(offer.lease_id)
             return LeaseReply(True)
+        if offer.lease_id in self._ended:
+            return LeaseReply(False, f"lease {offer.lease_id} has ended here")
         if run is None:
             if len(self._runs) >= _MAX_EARLY:
                 return LeaseReply(False, "too many hand-overs are under way here")
@@ -122,6 +130,12 @@ class Migrator:
         run.post(Event.OFFERED)
         return run
 
+    def _end(self, lease_id: str) -> None:
+        self._runs.pop(lease_id, None)
+        self._ended[lease_id] = None
+        while len(self._ended) > _MAX_ENDED:
+            self._ended.popitem(last=False)
+
     def _new_run(self, lease: LeaseRef, core_id: str) -> _Run:
         run = _Run(lease, core_id, self._core.open(core_id), time.monotonic())
         run.let_go.set()
@@ -150,7 +164,9 @@ class Migrator:
     async def _read_early(self, run: _Run, num_tokens: int) -> None:
         """Read what is offered until the request itself comes and takes over, or it is lost."""
         try:
-            await self._core.send(Reserve(run.core_id, num_tokens))
+            if run.early:
+                # Else the request came before this began, and has reserved for itself.
+                await self._core.send(Reserve(run.core_id, num_tokens))
             async with asyncio.timeout(_EARLY_S):
                 while run.state.phase not in FINAL and run.early:
                     await self._step(run, await run.inbox.get())
@@ -160,7 +176,7 @@ class Migrator:
             run.let_go.set()
             if run.early:
                 # Nobody took over: nothing of it may stay.
-                self._runs.pop(run.lease.lease_id, None)
+                self._end(run.lease.lease_id)
                 self._core.keep(run.core_id)
                 self._core.abort(run.core_id)
             else:
