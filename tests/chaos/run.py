@@ -101,6 +101,7 @@ class Chaos:
             "kill decode, proxy frozen": self._kill_unseen_by_the_proxy,
             "kill proxy": self._kill_proxy,
             "revoke": self._revoke,
+            "revoke while read": self._revoke_while_read,
         }
 
     # -- faults --------------------------------------------------------------------------------------------
@@ -183,6 +184,17 @@ class Chaos:
             return False
         lease = self.chance.choice(leases)
         return bool((await self._control.post("/v1/kv/revoke", params={"lease": lease["id"]})).json()["ok"])
+
+    async def _revoke_while_read(self) -> bool:
+        """The blocks are freed, and poisoned, between a reader's claim and its reading."""
+        name = self._pick("decode")
+        if not await self._armed(name, "before_read", "delay 0.6"):
+            return False
+        leases = (await self._control.get("/v1/kv")).json()["leases"]
+        held = [lease for lease in leases if lease["holder"].startswith(f"{name}@")]
+        for lease in held:
+            await self._control.post("/v1/kv/revoke", params={"lease": lease["id"]})
+        return bool(held)
 
     # -- parts ---------------------------------------------------------------------------------------------
 
@@ -295,19 +307,21 @@ def _report(made: Chaos, started: float) -> None:
 
 # With a safeguard off, the faults that it guards against, more often.
 _PROVOKE = {
-    "commit": {
-        "revoke": 5.0,
-        "lost lease": 3.0,
-        "failpoint": 3.0,
-        "kill engine": 0.2,
-        "kill proxy": 0.0,
-        "freeze": 2.0,
-    },
+    "commit": {"revoke while read": 9.0, "kill engine": 0.2, "kill proxy": 0.0},
     "quarantine": {"late read": 20.0, "kill engine": 0.2, "kill proxy": 0.0},
     "witness": {"kill decode, proxy frozen": 5.0, "kill proxy": 0.0},
 }
-_USUAL = {"failpoint": 9.0, "late read": 3.0, "freeze": 2.0, "revoke": 3.0, "kill engine": 2.0, "kill proxy": 0.4,
-          "lost lease": 0.7, "kill decode, proxy frozen": 0.7}  # fmt: skip
+_USUAL = {
+    "failpoint": 9.0,
+    "late read": 3.0,
+    "freeze": 2.0,
+    "revoke": 3.0,
+    "revoke while read": 2.0,
+    "kill engine": 2.0,
+    "kill proxy": 0.4,
+    "lost lease": 0.7,
+    "kill decode, proxy frozen": 0.7,
+}
 
 
 def main() -> int:
