@@ -25,6 +25,7 @@ class Run:
     """A directory of its own for run files, state and topology. Model caches are shared."""
 
     folder: Path
+    poison: bool = True  # freed KV is filled with NaN; off where time is measured
 
     @property
     def env(self) -> dict[str, str]:
@@ -32,7 +33,7 @@ class Run:
             "PDCTL_RUN": str(self.folder / "r"),
             "PDCTL_STATE": str(self.folder / "s"),
             "PDCTL_TRACE_DIR": str(self.folder / "trace"),
-            "PDCTL_POISON_FREED": "1",
+            "PDCTL_POISON_FREED": "1" if self.poison else "",
         }
         return {**os.environ, **extra}
 
@@ -139,6 +140,41 @@ class Service:
             return bool(answer["ok"]) and all(answer["engines"].values())
 
         self.wait(good, what="all engines healthy")
+
+
+class Engine:
+    """One engine of a service, asked directly with the run's secret, as its peers do."""
+
+    def __init__(self, service: Service, name: str) -> None:
+        process = service.process(name)
+        self.name, self.epoch, self.pid = name, process["epoch"], process["pid"]
+        secret = psutil.Process(process["pid"]).environ()["PDCTL_SECRET"]
+        url = f"http://127.0.0.1:{process['ports']['http']}"
+        self.http = httpx.Client(
+            base_url=url, trust_env=False, timeout=60, headers={"authorization": f"Bearer {secret}"}
+        )
+
+    @property
+    def holder(self) -> str:
+        return f"{self.name}@{self.epoch}"
+
+    def hold(self, prompt: str, router: str = "router") -> dict[str, Any]:
+        """Prefill and keep the KV; the hand-over."""
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": 4, "kv_transfer_params": {"do_remote_decode": True}}
+        answer = self.http.post("/v1/completions", json=body, headers={"x-pdctl-router": router})
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json()["kv_transfer_params"])
+
+    def decode(self, prompt: str, hand_over: object) -> httpx.Response:
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": 4, "return_token_ids": True}
+        return self.http.post("/v1/completions", json={**body, "kv_transfer_params": hand_over})
+
+    def lease(self, verb: str, hand_over: dict[str, Any], holder: str, **changed: str) -> dict[str, Any]:
+        call = {"lease_id": hand_over["lease_id"], "epoch": hand_over["epoch"], "holder": holder, **changed}
+        return dict(self.http.post(f"/pdctl/v1/leases/{verb}", json=call).json())
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.http.get("/pdctl/v1/state").json())
 
 
 def wait_until(condition: Any, timeout: float = 60.0, what: str = "") -> Any:

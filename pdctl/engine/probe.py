@@ -52,7 +52,7 @@ def probe(name: str, protocol: str, num_bytes: int) -> dict[str, object]:
     epoch = f"probe-{os.getpid()}"
     memory = Memory(num_bytes, epoch)
     transport = transport_kind(name).open_transport(memory, Settings(epoch, protocol=protocol, serving=False))
-    with _peer(name, protocol, num_bytes) as address:
+    with scratch_peer(name, protocol, num_bytes) as address:
         content = np.random.default_rng(_SEED).integers(0, 256, num_bytes, dtype=np.uint8)
 
         def read(spans: list[Span]) -> Callable[[], object]:
@@ -61,7 +61,7 @@ def probe(name: str, protocol: str, num_bytes: int) -> dict[str, object]:
         read([Span(0, 0, num_bytes)])()
         right = bool((memory.bytes == content).all())
         one, copy_one = _against(read([Span(0, 0, num_bytes)]), _copy(content, memory, [Span(0, 0, num_bytes)]))
-        blocks = _scattered(num_bytes)
+        blocks = scattered(num_bytes)
         many, copy_many = _against(read(blocks), _copy(content, memory, blocks))
         small = statistics.median(_timed(read([Span(64, 0, 64)])) for _ in range(50))
     _close(transport, memory)
@@ -81,7 +81,7 @@ def probe(name: str, protocol: str, num_bytes: int) -> dict[str, object]:
     }
 
 
-def _scattered(num_bytes: int) -> list[Span]:
+def scattered(num_bytes: int) -> list[Span]:
     """Up to 1,000 blocks in an order that cannot be merged."""
     count = min(1000, num_bytes // _BLOCK)
     order = np.random.default_rng(1).permutation(num_bytes // _BLOCK)[:count]
@@ -112,7 +112,7 @@ def _timed(act: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _peer(name: str, protocol: str, num_bytes: int) -> Iterator[str]:
+def scratch_peer(name: str, protocol: str, num_bytes: int) -> Iterator[str]:
     """The address of a scratch process that serves known bytes."""
     words = ["--transport", name, "--protocol", protocol, "--mib", str(num_bytes // 2**20), "--serve"]
     argv = [sys.executable, "-m", "pdctl.engine", "probe", *words]

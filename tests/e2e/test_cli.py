@@ -200,6 +200,33 @@ def test_status_logs_ask(run: Run) -> None:
             assert next(c for c in psutil.net_connections() if c.laddr and c.laddr.port == port).laddr.ip == "127.0.0.1"
 
 
+def test_doctor_transfer_moves_bytes_and_says_how_fast(run: Run) -> None:
+    done = run.cli("doctor", "transfer", "--transport", "shm", "--mib", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert (found["transport"], found["bytes_right"], found["mib"], found["blocks"]) == ("shm", True, 8, 128)
+    assert found["gbps"] > 0
+    assert "moving 8 MiB" in done.stderr
+    table = run.cli("doctor", "transfer", "--transport", "shm", "--mib", "1").stdout
+    assert "RIGHT" in table
+
+
+def test_doctor_shouts_about_a_fallback(run: Run) -> None:
+    done = run.cli("doctor", "transfer", "--transport", "mooncake", "--protocol", "rdma", "--mib", "1")
+    if "not available" in done.stdout:
+        pytest.skip(f"NOT TESTED: {done.stderr}")
+    assert done.returncode == 1
+    assert "FALLBACK to tcp: RDMA was asked for" in done.stderr
+
+
+def test_kv_and_doctor_say_what_is_wrong(run: Run) -> None:
+    done = run.cli("kv")
+    assert done.returncode == 1
+    assert "no service is running" in done.stderr
+    assert run.cli("doctor", "transfer", "--mib", "0").returncode == 1
+    assert run.cli("doctor", "nonsense").returncode == 1
+
+
 def test_the_supervisor_is_light(run: Run) -> None:
     with running(run, topology()) as service:
         supervisor = psutil.Process(service.status()["supervisor_pid"])

@@ -154,12 +154,13 @@ class Generator:
 def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
     """What the core gets, and the first token when it came with the hand-over and the client lacks it.
 
-    Raises KvLost when the hand-over is not for these tokens.
+    Raises KvLost when the hand-over is not for these tokens, ApiError when it is malformed.
     """
     token_ids = [*request.token_ids, *request.resume]
     hand_over = request.hand_over
     first = None
     if hand_over is not None:
+        _check_shape(hand_over)
         if len(token_ids) == hand_over.remote_num_tokens:
             first = hand_over.first_token_id
             token_ids.append(first)
@@ -178,6 +179,17 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         kv_tokens=hand_over.remote_num_tokens if hand_over else 0,
     )
     return submit, first
+
+
+def _check_shape(hand_over: HandOver) -> None:
+    """Raises ApiError when the blocks cannot be those of its tokens."""
+    size, tokens = hand_over.endpoint.manifest.block_size, hand_over.remote_num_tokens
+    if size <= 0 or tokens <= 0 or hand_over.lease_s <= 0:
+        raise ApiError(400, "kv_transfer_params: sizes must be positive", param="kv_transfer_params")
+    needed, given = -(-tokens // size), len(hand_over.remote_block_ids)
+    if not needed <= given <= needed + 1:
+        message = f"kv_transfer_params: {given} blocks for {tokens} tokens of {size} a block"
+        raise ApiError(400, message, param="kv_transfer_params")
 
 
 def _first_piece(request: GenerationRequest, text: OutputText, token_id: int) -> tuple[Piece, bool]:
