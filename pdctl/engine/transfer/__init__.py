@@ -93,9 +93,9 @@ def transport_kind(name: str) -> Kind:
 
 def check_spans(spans: Sequence[Span], peer_bytes: int, our_bytes: int) -> int:
     """The bytes in `spans`. Raises TransferError for one that is malformed or outside either memory."""
-    for span in spans:
-        if span.length < 0 or min(span.source, span.target) < 0:
-            raise TransferError(f"span {span} is malformed")
-        if span.source + span.length > peer_bytes or span.target + span.length > our_bytes:
-            raise TransferError(f"span {span} lies outside the pools")
-    return sum(span.length for span in spans)
+    total = 0
+    for source, target, length in spans:
+        if length < 0 or source < 0 or target < 0 or source + length > peer_bytes or target + length > our_bytes:
+            raise TransferError(f"span {source}:{target}:{length} is malformed or lies outside the pools")
+        total += length
+    return total
