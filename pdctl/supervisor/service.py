@@ -183,9 +183,9 @@ class Service:
         self._linking -= 1
         self._dirty.set()
 
-    def _unit_died(self, unit: Unit) -> None:
+    def _unit_died(self, unit: Unit) -> asyncio.Task[None]:
         """Witness: what it held is freed now, whatever becomes of its replacement."""
-        unit.around.tasks.create_task(self._kv.reclaim(unit.spec.name, f"{unit.spec.name}@{unit.epoch}"))
+        return unit.around.tasks.create_task(self._kv.reclaim(unit.spec.name, f"{unit.spec.name}@{unit.epoch}"))
 
     def _members(self) -> list[Member]:
         return [

@@ -40,6 +40,8 @@ _SHIM = Path(__file__).with_name("spawn_shim.py")
 # Past this a killed process sits in the kernel; it is named and waited for, never doubled.
 _KILL_DEADLINE_S = 10.0
 _LOG_LIMIT = 64 * 2**20
+# How long clearing up waits for the peers of a dead process to be told, seconds.
+_TELL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Surroundings:
     tasks: asyncio.TaskGroup
     changed: Callable[[Unit], None]
     ready: Callable[[Unit], None]
-    died: Callable[[Unit], None]
+    died: Callable[[Unit], asyncio.Task[None]]
     our_pids: Callable[[], set[int]]
     say: Callable[[str, str], None]
 
@@ -173,13 +175,14 @@ class Unit:
             os.close(pidfd)
             code = process.wait()
             self.alive = False
-            self.around.died(self)
-            self.around.tasks.create_task(self._ended(code))
+            self.around.tasks.create_task(self._ended(code, self.around.died(self)))
 
         loop.add_reader(pidfd, ended)
 
-    async def _ended(self, code: int) -> None:
+    async def _ended(self, code: int, told: asyncio.Task[None]) -> None:
         """Report the exit once nothing of the tree is left: a replacement never meets its predecessor."""
+        # Looking through /proc holds the loop for tens of milliseconds: peers hear of the death before that.
+        await asyncio.wait({told}, timeout=_TELL_S)
         exit_ = Exit(None, -code) if code < 0 else Exit(code, None)
         self._cancel_timers()
         self._note_exit(exit_)
