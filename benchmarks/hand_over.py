@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from pdctl.engine.samples.prepare import prepare, show_progress
-from pdctl.engine.transfer.shm import allocate
+from pdctl.engine.transfer.memory import Memory
 from pdctl.host.models import locate_model
 from pdctl.host.users import cache_root
 from tests.e2e.parity import prompts
@@ -33,7 +33,7 @@ LENGTHS = (256, 1000, 1900)
 def copy_seconds(num_bytes: int) -> float:
     """One copy of `num_bytes` at a fresh place of two mappings, as a pull meets them."""
     size = 512 * 2**20
-    source, target = (np.frombuffer(allocate(size, "00").view, dtype=np.uint8) for _ in range(2))
+    source, target = (Memory(size, "00").bytes for _ in range(2))
     source[:] = 1
     times = []
     for start in range(0, size - num_bytes, max(num_bytes, size // 12)):

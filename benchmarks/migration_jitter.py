@@ -1,10 +1,11 @@
 """Inter-token latency of running requests while migrations arrive, against the same without.
 
-    python benchmarks/migration_jitter.py [--rounds 10] [--migrations 8] [--streams 2]
+    python benchmarks/migration_jitter.py [--bursts 60] [--migrations 8] [--streams 2]
 
-The prompts are prefilled beforehand, so that prefill's core is free and only the transfers are new. Migrations are made
-as chunk-wise reading makes them (offers), and withdrawn after their bytes have moved: the requests behind them never
-join decode's batch, whose steps would rightly take longer. Windows with and without migrations alternate.
+The migrations come from a prefill that costs nothing: a process that serves a pool's worth of memory and says yes to
+every lease call, so that only what they do to the decode engine is measured. They are made as chunk-wise reading makes
+them (offers) and withdrawn once their bytes have moved: the requests behind them never join decode's batch, whose steps
+would rightly take longer. Compared are gaps between tokens that overlap a burst, and those that overlap none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,23 +26,68 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import httpx
 
 from pdctl.engine.samples.prepare import prepare, show_progress
+from pdctl.engine.transfer import Settings, transport_kind
+from pdctl.engine.transfer.memory import Memory
 from pdctl.host.models import locate_model
 from pdctl.host.users import cache_root
 from tests.e2e.parity import prompts
 from tests.service import Engine, Run, Service, events, running, topology, wait_until
 
-_LENGTH = 1000
-_WINDOW_S = 1.5
+_TOKENS = 1000
+_PAUSE_S = 0.6
 
 
-def offer(hand_over: dict[str, Any], withdrawn: bool = False) -> dict[str, Any]:
-    """A hand-over as an offer."""
-    return {
-        "engine": hand_over["remote_engine_id"], "host": hand_over["remote_host"], "port": hand_over["remote_port"],
-        "lease_id": hand_over["lease_id"], "epoch": hand_over["epoch"], "lease_s": hand_over["lease_s"],
-        "num_tokens": hand_over["remote_num_tokens"], "readable": hand_over["remote_num_tokens"],
-        "block_ids": hand_over["remote_block_ids"], "endpoint": hand_over["endpoint"], "withdrawn": withdrawn,
-    }  # fmt: skip
+class Yes(BaseHTTPRequestHandler):
+    """Every lease is granted, every renewal renews."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        body = b'{"ok": true, "gone": []}'
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Quietly."""
+
+
+class Source:
+    """A prefill engine that has everything ready."""
+
+    def __init__(self, like: dict[str, Any], backend: str) -> None:
+        self._blocks = like["endpoint"]["num_blocks"]
+        size = self._blocks * _block_bytes(like["endpoint"]["manifest"])
+        self._memory = Memory(size, "source")
+        self._transport = transport_kind(backend).open_transport(self._memory, Settings("source"))
+        served = {"transport": backend, "address": self._transport.address, "protocol": self._transport.protocol}
+        self._endpoint = {**like["endpoint"], "served": [served]}
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Yes)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._made = 0
+
+    def offers(self, count: int) -> list[dict[str, Any]]:
+        """`count` migrations of their own blocks."""
+        size = self._endpoint["manifest"]["block_size"]
+        each = -(-_TOKENS // size)
+        found = []
+        for index in range(count):
+            self._made += 1
+            first = index * each % (self._blocks - each)
+            found.append({
+                "engine": "source", "host": "127.0.0.1", "port": self._server.server_port,
+                "lease_id": f"source.{self._made}", "epoch": "source", "lease_s": 30.0, "num_tokens": _TOKENS,
+                "readable": _TOKENS, "block_ids": list(range(first, first + each)), "endpoint": self._endpoint,
+            })  # fmt: skip
+        return found
+
+
+def _block_bytes(manifest: dict[str, Any]) -> int:
+    item = 4 if manifest["dtype"] == "float32" else 2
+    rows = sum(heads * (key + value) for heads, key, value in manifest["layers"])
+    return int(rows * manifest["block_size"] * item)
 
 
 class Stream(threading.Thread):
@@ -52,76 +99,70 @@ class Stream(threading.Thread):
         self._service, self._prompt = service, prompt
 
     def run(self) -> None:
-        body = {"prompt": self._prompt, "max_tokens": 1500, "temperature": 0, "ignore_eos": True, "stream": True}
-        # The client is closed under it at the end of a round.
+        body = {"prompt": self._prompt, "max_tokens": 1900, "temperature": 0, "ignore_eos": True, "stream": True}
+        # The client is closed under it at the end.
         with suppress(httpx.HTTPError), self._service.client.stream("POST", "/v1/completions", json=body) as answer:
             for event in events(answer):
                 if event is not None and event["choices"]:
                     self.times.append(time.perf_counter())
 
-    def gaps(self, start: float, end: float) -> list[float]:
-        """Between tokens that came within a window."""
-        inside = [at for at in self.times if start <= at <= end]
-        return [later - earlier for earlier, later in pairwise(inside)]
 
-
-def migrate(prefill: Engine, decode: Engine, held: list[dict[str, Any]]) -> None:
-    """All of them at once; return when their bytes have moved."""
-    wanted = decode.state()["transfers"]["pulls"] + len(held)
-    for hand_over in held:
-        assert decode.http.post("/pdctl/v1/offers", json=offer(hand_over)).json()["ok"]
+def burst(decode: Engine, offers: list[dict[str, Any]]) -> tuple[float, float]:
+    """Begin and end of one burst."""
+    wanted = decode.state()["transfers"]["pulls"] + len(offers)
+    begun = time.perf_counter()
+    for offer in offers:
+        assert decode.http.post("/pdctl/v1/offers", json=offer).json()["ok"]
     wait_until(lambda: decode.state()["transfers"]["pulls"] >= wanted, 30, "the migrations")
-    for hand_over in held:
-        decode.http.post("/pdctl/v1/offers", json=offer(hand_over, withdrawn=True))
-        prefill.lease("release", hand_over, "router")
+    ended = time.perf_counter()
+    for offer in offers:
+        decode.http.post("/pdctl/v1/offers", json={**offer, "withdrawn": True})
+    return begun, ended
 
 
 def main() -> None:
     """Print the gaps' p50 and p99 and their ratios."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--bursts", type=int, default=60)
     parser.add_argument("--migrations", type=int, default=8)
     parser.add_argument("--streams", type=int, default=2)
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--backend", default="shm")
     options = parser.parse_args()
     located = locate_model("sample:gemma-3-270m", cache_root())
     path = Path(prepare(located.spec, located.path, show_progress))
     run = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
     run.poison = False
     text = topology(located.spec, kv_cache_gb=1.0).replace("[transfer]", f'[transfer]\nbackend = "{options.backend}"')
+    bursts = []
     with running(run, text) as service:
         prefill, decode = Engine(service, "prefill-0"), Engine(service, "decode-0")
-        prompt = prompts(path, (_LENGTH,))[0]
-        quiet: list[float] = []
-        busy: list[float] = []
-        for _ in range(options.rounds):
-            held = [prefill.hold(prompt) for _ in range(options.migrations)]
-            streams = [Stream(service, prompts(path, (32,))[0]) for _ in range(options.streams)]
-            for stream in streams:
-                stream.start()
-            wait_until(lambda streams=streams: all(len(stream.times) > 4 for stream in streams), 60, "tokens")
-            middle = time.perf_counter() + _WINDOW_S
-            time.sleep(_WINDOW_S)
-            begun = time.perf_counter()
-            migrate(prefill, decode, held)
-            ended = time.perf_counter()
-            for stream in streams:
-                quiet += stream.gaps(middle - _WINDOW_S, middle)
-                # From the token before the first migration to the one after the last.
-                busy += stream.gaps(begun - 0.05, max(ended, begun + 0.2) + 0.05)
-            service.client.close()
-            service.client = type(service.client)(base_url=service.url, timeout=120, trust_env=False)
+        source = Source(prefill.http.get("/pdctl/v1/endpoint").json(), options.backend)
+        streams = [Stream(service, prompts(path, (32,))[0]) for _ in range(options.streams)]
+        for stream in streams:
+            stream.start()
+        wait_until(lambda: all(len(stream.times) > 4 for stream in streams), 60, "tokens")
+        start = time.perf_counter()
+        for _ in range(options.bursts):
+            bursts.append(burst(decode, source.offers(options.migrations)))
+            time.sleep(_PAUSE_S)
+        service.client.close()
+        service.client = httpx.Client(base_url=service.url, timeout=120, trust_env=False)
         prefill.http.close()
         decode.http.close()
         service.idle()
+    gaps = [gap for stream in streams for gap in pairwise(stream.times) if gap[0] > start]
+    busy = [b - a for a, b in gaps if any(a < ended and begun < b for begun, ended in bursts)]
+    quiet = [b - a for a, b in gaps if not any(a < ended + 0.05 and begun < b for begun, ended in bursts)]
+    took = statistics.median(ended - begun for begun, ended in bursts)
     print(
-        f"\n{options.streams} streams, {options.migrations} migrations of {_LENGTH} tokens at once, {options.backend}"
+        f"\n{options.streams} streams; {options.bursts} bursts of {options.migrations} migrations of {_TOKENS} tokens"
     )
+    print(f"  by {options.backend}; a burst takes {took * 1e3:.0f} ms")
     worst = {}
-    for name, gaps in (("quiet", quiet), ("migrating", busy)):
-        ranked = [gap * 1e3 for gap in sorted(gaps)]
+    for name, found in (("quiet", quiet), ("migrating", busy)):
+        ranked = [gap * 1e3 for gap in sorted(found)]
         worst[name] = ranked[int(0.99 * (len(ranked) - 1))]
-        print(f"  {name:10} {len(gaps):4d} gaps  p50 {statistics.median(ranked):6.1f} ms  p99 {worst[name]:6.1f} ms")
+        print(f"  {name:10} {len(found):4d} gaps  p50 {statistics.median(ranked):6.1f} ms  p99 {worst[name]:6.1f} ms")
     middle = statistics.median(busy) / statistics.median(quiet)
     print(f"  ratio: p50 {middle:.2f}, p99 {worst['migrating'] / worst['quiet']:.2f}")
 

@@ -11,7 +11,7 @@ from pdctl.engine.kv_pool import KvPool
 from pdctl.engine.layout import block_bytes
 from pdctl.engine.loading import load_model
 from pdctl.engine.runner import ModelRunner
-from pdctl.engine.transfer.shm import allocate
+from pdctl.engine.transfer.memory import Memory
 from pdctl.wire import Manifest
 from tests.engine.test_loading import paged, reference
 
@@ -25,7 +25,7 @@ def runner(model: Path) -> ModelRunner:
     device = torch.device("cuda")
     loaded = load_model(str(model), device, torch.float32)
     manifest = Manifest(loaded.fingerprint, loaded.dtype, 16, loaded.shapes)
-    region = allocate(block_bytes(manifest) * 64, "gpu")
+    region = Memory(block_bytes(manifest) * 64, "gpu")
     return ModelRunner(loaded, KvPool(manifest, 64, region, device), device)
 
 
