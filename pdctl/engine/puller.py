@@ -51,7 +51,8 @@ class Puller:
         self._transports = transports
         self._report = report
         self._settled = settled
-        self._queue: PullQueue[Pull | Connect] = PullQueue()
+        # A copy of mapped memory is never late, and two at once only take turns at the memory.
+        self._queue: PullQueue[Pull | Connect] = PullQueue(per_peer=1 if set(transports) == {"shm"} else 2)
         self._links: dict[tuple[str, str], Chosen] = {}
         self._late: dict[str, TransferUncertain] = {}
         self._condition = threading.Condition()
