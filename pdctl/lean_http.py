@@ -255,7 +255,8 @@ class Pool:
         try:
             async with asyncio.timeout(self.connect_s):
                 _, connection = await loop.create_connection(lambda: _Connection(peer), self.host, self.port)
-        except (OSError, TimeoutError) as failure:
+        except (OSError, TimeoutError, ValueError, OverflowError) as failure:
+            # The last two: a host or port that cannot be one.
             raise Unreachable(f"{peer} cannot be reached: {failure or 'no answer'}") from None
         return connection
 

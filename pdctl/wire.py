@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from typing import Annotated
 
 import msgspec
 
@@ -22,6 +23,12 @@ ATTEMPT_HEADER = "x-pdctl-attempt"
 EXIT_CONFIG = 78
 
 
+# What peers send is checked where it is decoded: a port that no socket takes, a lease too short to renew.
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.05, le=3600)]
+
+
 class LayerShape(msgspec.Struct, frozen=True, array_like=True):
     """K and V geometry of one layer: heads and head sizes in elements."""
 
@@ -35,7 +42,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     model: str
     dtype: str
-    block_size: int
+    block_size: Count
     layers: list[LayerShape]
 
 
@@ -66,13 +73,13 @@ class HandOver(msgspec.Struct, frozen=True):
     remote_engine_id: str
     remote_request_id: str
     remote_host: str
-    remote_port: int
+    remote_port: Port
     remote_block_ids: list[int]
-    remote_num_tokens: int
+    remote_num_tokens: Count
     token_digest: str
     lease_id: str
     epoch: str
-    lease_s: float
+    lease_s: LeaseSeconds
     first_token_id: int
     endpoint: PoolEndpoint
     do_remote_prefill: bool = True
@@ -87,11 +94,11 @@ class Offer(msgspec.Struct, frozen=True):
 
     engine: str
     host: str
-    port: int
+    port: Port
     lease_id: str
     epoch: str
-    lease_s: float
-    num_tokens: int
+    lease_s: LeaseSeconds
+    num_tokens: Count
     readable: int
     block_ids: list[int]
     endpoint: PoolEndpoint
@@ -156,7 +163,7 @@ class PeerAddress(msgspec.Struct, frozen=True):
 
     name: str
     host: str
-    port: int
+    port: Port
     epoch: str
 
 

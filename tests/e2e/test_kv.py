@@ -125,6 +125,14 @@ def test_hand_overs_of_the_wrong_shape_are_refused(service: Service, prefill: En
         "hello there", {**spoiled, "remote_engine_id": "odd", "epoch": spoiled["epoch"], "endpoint": nowhere}
     )
     assert "no transport is open on both sides" in answer.json()["error"]["message"]
+    for changed in (
+        {"remote_port": 70000}, {"remote_port": 0}, {"remote_num_tokens": -5}, {"lease_s": 0},
+        {"first_token_id": 10**6}, {"first_token_id": -1},
+    ):  # fmt: skip
+        assert decode.decode("hello there", {**good, **changed}).status_code == 400, changed
+    lost = decode.decode("hello there", {**good, "remote_host": "no\u0000host", "lease_id": "elsewhere"})
+    assert lost.status_code == 409
+    assert decode.http.post("/pdctl/v1/offers", json={"port": 70000}).status_code == 400
     for bad in (0, -1):
         strange = {**endpoint, "manifest": {**endpoint["manifest"], "block_size": bad}}
         assert decode.decode("hello there", {**good, "endpoint": strange}).status_code == 400

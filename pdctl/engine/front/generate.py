@@ -184,8 +184,6 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
 def _check_shape(hand_over: HandOver) -> None:
     """Raises ApiError when the blocks cannot be those of its tokens."""
     size, tokens = hand_over.endpoint.manifest.block_size, hand_over.remote_num_tokens
-    if size <= 0 or tokens <= 0 or hand_over.lease_s <= 0:
-        raise ApiError(400, "kv_transfer_params: sizes must be positive", param="kv_transfer_params")
     needed, given = -(-tokens // size), len(hand_over.remote_block_ids)
     if not needed <= given <= needed + 1:
         message = f"kv_transfer_params: {given} blocks for {tokens} tokens of {size} a block"

@@ -9,7 +9,7 @@ import msgspec
 
 from pdctl.engine.messages import Sampling
 from pdctl.openai_api import ApiError, Envelope, field_of
-from pdctl.wire import HandOver
+from pdctl.wire import HandOver, Port
 
 _MAX_STOPS = 16
 
@@ -24,7 +24,7 @@ class OfferTo(msgspec.Struct, frozen=True):
     """The decode engine that may read the first chunks while the last ones are computed."""
 
     host: str
-    port: int
+    port: Port
 
 
 class HoldRequest(msgspec.Struct):

@@ -63,6 +63,9 @@ class EngineService:
             )
         token_ids = self._prompt_ids(parsed, ready.vocab_size, self._clock(headers))
         hold, hand_over = self._internal_fields(parsed, headers)
+        given = [*(parsed.resume_token_ids or []), *([hand_over.first_token_id] if hand_over else [])]
+        if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
+            raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
         assert not (hold and hand_over)
         request_id = asgi.request_id(headers)
         return GenerationRequest(
