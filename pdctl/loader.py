@@ -200,6 +200,7 @@ def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem
         seen |= dict.fromkeys((group.name, *group.replica_names()), f"engines[{index}]")
         if group.gpus and group.device is Device.CPU:
             yield document.problem(("engines", index, "gpus"), "gpus on a CPU engine", 'set device = "cuda"')
+    yield from _transfer_problems(document, topology.transfer)
     roles = {group.role for group in topology.engines}
     if len({group.device for group in topology.engines}) > 1 and roles != {Role.HYBRID}:
         hint = "KV is float32 on the CPU and bfloat16 on GPUs: use one device for engines that exchange it"
@@ -210,6 +211,21 @@ def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem
         yield document.problem(
             ("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"'
         )
+
+
+def _transfer_problems(document: _Document, transfer: Transfer) -> Iterator[Problem]:
+    """Keys that would do nothing."""
+    on_host = transfer.backend in ("auto", "shm")
+    hint = 'set backend = "mooncake" or "nixl"'
+    if transfer.protocol != "auto" and on_host:
+        yield document.problem(("transfer", "protocol"), f"means nothing to backend {transfer.backend!r}", hint)
+    if transfer.devices and on_host:
+        yield document.problem(("transfer", "devices"), f"means nothing to backend {transfer.backend!r}", hint)
+    if transfer.devices and transfer.protocol == "tcp":
+        yield document.problem(("transfer", "devices"), "RDMA devices for protocol 'tcp'", 'set protocol = "rdma"')
+    if transfer.ports and transfer.backend != "mooncake":
+        hint = 'set backend = "mooncake"'
+        yield document.problem(("transfer", "ports"), f"means nothing to backend {transfer.backend!r}", hint)
 
 
 def _host_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:

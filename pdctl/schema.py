@@ -114,7 +114,7 @@ TABLES: dict[str, dict[str, Key]] = {
         "protocol": Key(choice(*TRANSFER_PROTOCOLS), "auto"),
         "devices": Key(texts("RDMA device"), []),
         "ports": Key(port_range(), []),
-        "lease_s": Key(number(0, 3600), 30.0),
+        "lease_s": Key(number(0.5, 3600), 30.0),
         "read_s": Key(number(0, 3600), 5.0),
         "leased_max": Key(number(0, 1), 0.75),
         "chunked": Key(boolean(), True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -41,7 +42,9 @@ class Follower:
                 self._line(name, line, self._colours[name])
 
     def _line(self, name: str, line: str, colour: str) -> None:
-        console.out(f"{console.paint(name.ljust(self._width), colour, sys.stdout)} | {line}")
+        # Whoever read us has left, or the disk is full: the service goes on.
+        with contextlib.suppress(OSError):
+            console.out(f"{console.paint(name.ljust(self._width), colour, sys.stdout)} | {line}")
 
     def _new_lines(self, name: str, path: Path) -> list[str]:
         inode, offset = self._places[name]

@@ -25,7 +25,7 @@ def kv(
     """Show KV blocks per engine, and who holds leases on them."""
     name = find_service(service, file)
     if revoke is not None:
-        _revoke(name, revoke)
+        _revoke(name, revoke, as_json)
         return
     found = call(name, "GET", "/v1/kv")
     if leaks:
@@ -38,10 +38,12 @@ def kv(
         console.note(f"{engine} did not answer: {reason}")
 
 
-def _revoke(service: str, lease: str) -> None:
+def _revoke(service: str, lease: str, as_json: bool) -> None:
     reply = call(service, "POST", f"/v1/kv/revoke?lease={quote(lease, safe='')}")
     if not reply["ok"]:
         raise PdctlError(reply["reason"], "list the leases with: pdctl kv")
+    if as_json:
+        console.out(json.dumps(reply))
     console.note(f"lease {lease} is revoked; its request prefills again")
 
 

@@ -18,7 +18,7 @@ from pdctl.engine import link
 from pdctl.engine.blocks import BlockAllocator
 from pdctl.engine.kv_pool import DTYPES, KvPool
 from pdctl.engine.layout import block_bytes
-from pdctl.engine.lifeline import die_with_parent
+from pdctl.engine.lifeline import die_with_parent, vital
 from pdctl.engine.loading import LoadedModel, ModelRefused, load_model
 from pdctl.engine.messages import (
     Abort,
@@ -75,6 +75,7 @@ class Core:
         self._steps = 0
         self._failed: list[Failed] = []
         self._books_due = False
+        self._empty_steps = 0
 
     def run(self) -> None:
         """Step until told to shut down."""
@@ -105,7 +106,9 @@ class Core:
 
     def _take_messages(self) -> bool:
         """Handle what has arrived; wait a little when there is nothing to compute. False to end."""
-        wait = not self.scheduler.has_work and not self._failed
+        # Work that twice could not be given blocks or a seat waits for whoever frees them: all of that arrives here.
+        stuck = self._empty_steps >= 2
+        wait = (stuck or not self.scheduler.has_work) and not self._failed
         while True:
             try:
                 message = self.inbox.get(timeout=_IDLE_WAIT_S) if wait else self.inbox.get_nowait()
@@ -156,6 +159,7 @@ class Core:
 
     def _step(self) -> None:
         batch = self.scheduler.schedule()
+        self._empty_steps = 0 if batch else self._empty_steps + 1
         if not batch and not self._failed and not self._books_due:
             return
         outcome = Outcome()
@@ -182,7 +186,7 @@ class Outbox:
         self._socket = context.socket(zmq.PUSH)
         self._socket.set_hwm(link.HIGH_WATER)
         self._socket.connect(address)
-        self._thread = threading.Thread(target=self._send, name="outbox", daemon=True)
+        self._thread = threading.Thread(target=vital(self._send), name="outbox", daemon=True)
         self._thread.start()
 
     def put(self, message: FromCore) -> None:
@@ -218,7 +222,7 @@ def main(options: EngineOptions) -> int:
     inbound = context.socket(zmq.PULL)
     inbound.set_hwm(link.HIGH_WATER)
     inbound.connect(link.to_core(options.run_dir, options.name))
-    threading.Thread(target=_receive, args=(inbound, core), name="inbox", daemon=True).start()
+    threading.Thread(target=vital(lambda: _receive(inbound, core)), name="inbox", daemon=True).start()
     outbox.put(ready)
     core.run()
     assert core.puller is not None

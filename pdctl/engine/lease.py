@@ -50,6 +50,7 @@ class Lease:
     deadline: float
     touched_at: float
     holder: str
+    router: str
     attempt: str = ""
     state: LeaseState = LeaseState.HELD
     sealed: bool = True
@@ -76,6 +77,7 @@ class LeaseTable:
         self._live: dict[str, Lease] = {}
         self._tombstones: OrderedDict[str, Lease] = OrderedDict()
         self._given_up: OrderedDict[str, None] = OrderedDict()
+        self._dead: OrderedDict[str, None] = OrderedDict()
         self._granted = 0
         self._leased_block_s = 0.0
         self._leaked_block_s = 0.0
@@ -88,12 +90,14 @@ class LeaseTable:
         self, request_id: str, num_blocks: int, holder: str, now: float, sealed: bool = True, attempt: str = ""
     ) -> Lease | None:
         """A new lease over a prefill's blocks; `holder` is the router it is granted to. None when that has given up the
-        `attempt`: nobody would ever end the lease."""
-        if attempt in self._given_up:
+        `attempt` or is dead: nobody would ever end the lease."""
+        if attempt in self._given_up or holder in self._dead:
             return None
         self._granted += 1
         lease_id = f"{self.epoch}.{self._granted}"
-        lease = Lease(lease_id, request_id, num_blocks, now, now + self.lease_s, now, holder, attempt, sealed=sealed)
+        lease = Lease(
+            lease_id, request_id, num_blocks, now, now + self.lease_s, now, holder, holder, attempt, sealed=sealed
+        )
         self._live[lease_id] = lease
         return lease
 
@@ -109,6 +113,8 @@ class LeaseTable:
         lease = self._find(lease_id, epoch, now)
         if isinstance(lease, Verdict):
             return lease
+        if holder in self._dead:
+            return Verdict(False, f"{holder} is known to be dead")
         if lease.state is LeaseState.CLAIMED and lease.holder != holder:
             return Verdict(False, f"lease {lease_id} is claimed by {lease.holder}")
         self._touch(replace(lease, state=LeaseState.CLAIMED, holder=holder), now)
@@ -163,8 +169,12 @@ class LeaseTable:
         return [self._end(lease, LeaseState.RELEASED, now) for lease in mine]
 
     def release_holder(self, holder: str, now: float) -> list[Verdict]:
-        """`holder` is known to be dead: end everything it answers for, claimed or not."""
-        mine = [lease for lease in self._live.values() if lease.holder == holder]
+        """`holder` is known to be dead: end everything it claimed, or asked for as a router, now and whenever its last
+        words arrive."""
+        self._dead[holder] = None
+        while len(self._dead) > _MAX_TOMBSTONES:
+            self._dead.popitem(last=False)
+        mine = [lease for lease in self._live.values() if holder in (lease.holder, lease.router)]
         return [self._end(lease, LeaseState.HOLDER_DIED, now) for lease in mine]
 
     def expire(self, now: float) -> list[Verdict]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdctl.engine.layout import Half, block_bytes, mismatch, spans
+from pdctl.engine.lifeline import vital
 from pdctl.engine.messages import Connect, Linked, Pull, Pulled
 from pdctl.engine.pull_queue import PullQueue
 from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
@@ -60,7 +61,7 @@ class Puller:
         self._threads: list[threading.Thread] = []
         self._idle = 0
         self._closing = False
-        self._keeper = threading.Thread(target=self._keep_house, name="puller", daemon=True)
+        self._keeper = threading.Thread(target=vital(self._keep_house), name="puller", daemon=True)
         self._keeper.start()
 
     def submit(self, work: Pull | Connect) -> None:
@@ -68,7 +69,7 @@ class Puller:
         with self._condition:
             self._queue.push(work.peer, work)
             if self._idle < len(self._queue) and len(self._threads) < _MAX_THREADS:
-                thread = threading.Thread(target=self._work, name=f"transfer-{len(self._threads)}", daemon=True)
+                thread = threading.Thread(target=vital(self._work), name=f"transfer-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
             self._condition.notify()
@@ -113,7 +114,7 @@ class Puller:
 
     def _connect(self, work: Connect) -> Linked:
         try:
-            chosen = self._chosen(work.peer, work.epoch, work.endpoint)
+            chosen, _ = self._chosen(work.peer, work.epoch, work.endpoint)
             self._transports[chosen.transport].connect(chosen.address, _bytes(work.endpoint))
         except (TransferError, ValueError) as failure:
             return Linked(work.peer, work.epoch, error=str(failure))
@@ -140,25 +141,30 @@ class Puller:
         ours, peer = self._pool, pull.endpoint
         source = Half(peer.manifest, peer.num_blocks, pull.source_blocks)
         todo = spans(source, Half(ours.manifest, ours.num_blocks, pull.target_blocks), pull.first, pull.count)
-        chosen = self._chosen(pull.peer, pull.epoch, peer)
+        chosen, is_new = self._chosen(pull.peer, pull.epoch, peer)
+        if is_new:
+            self._report(_linked(pull.peer, pull.epoch, chosen))
         seconds = self._pool.read_s + sum(span.length for span in todo) / _SLOWEST
         return self._transports[chosen.transport].read(chosen.address, _bytes(peer), todo, seconds)
 
-    def _chosen(self, peer: str, epoch: str, endpoint: PoolEndpoint) -> Chosen:
-        """The transport for a peer, chosen once per epoch. Raises ValueError when there is none."""
+    def _chosen(self, peer: str, epoch: str, endpoint: PoolEndpoint) -> tuple[Chosen, bool]:
+        """The transport for a peer, chosen once per epoch, and whether that was now. Raises ValueError for none."""
         with self._condition:
             if known := self._links.get((peer, epoch)):
-                return known
+                return known, False
         if reason := mismatch(self._pool.manifest, endpoint.manifest):
             raise ValueError(reason)
         ours = {name: transport.protocol for name, transport in self._transports.items()}
         fallbacks = {name: transport.fallback for name, transport in self._transports.items()}
         chosen = choose(self._pool.backend, self._pool.host_id, ours, fallbacks, endpoint)
         with self._condition:
+            replaced = [link for key, link in self._links.items() if key[0] == peer]
             self._links = {key: link for key, link in self._links.items() if key[0] != peer}
             self._links[peer, epoch] = chosen
-        self._report(_linked(peer, epoch, chosen))
-        return chosen
+        for link in replaced:
+            if link.address != chosen.address:
+                self._transports[link.transport].forget(link.address)
+        return chosen, True
 
     def _keep_house(self) -> None:
         """Ask after late reads; let go of dead peers."""

@@ -108,10 +108,10 @@ class Scheduler:
 
     def pull_started(self, request_id: str) -> bool:
         """The network writes into this sequence's blocks from now on; False if it is gone already."""
-        sequence = self.sequences.get(request_id)
-        if sequence is None or sequence.status is not Status.AWAITING_KV:
-            return False
         with self._pulling_lock:
+            sequence = self.sequences.get(request_id)
+            if sequence is None or sequence.status is not Status.AWAITING_KV:
+                return False
             self._pulling[request_id] = self._pulling.get(request_id, 0) + 1
         return True
 
@@ -155,10 +155,11 @@ class Scheduler:
         sequence = self.sequences.get(request_id)
         if sequence is None:
             return
-        if request_id in self._pulling:
-            self._doomed.add(request_id)
-            return
-        self._forget(sequence)
+        with self._pulling_lock:
+            if request_id in self._pulling:
+                self._doomed.add(request_id)
+                return
+            self._forget(sequence)
 
     # -- a step --------------------------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ _PREFILL_S = 600.0
 _FIRST_TOKEN_S = 300.0
 _STALL_S = 120.0
 _BACKOFF_S = 0.05
+# Releases that may wait for one engine; more are left to their leases' deadlines.
+_MAX_RELEASES = 1024
 
 # Answers that say "not here, not now" and are worth another engine.
 _RETRYABLE = frozenset({409, 500, 502, 503, 504})
@@ -280,9 +282,22 @@ class Relay:
 
 
 async def release_forever(shared: Shared) -> None:
-    """End leases that nobody will use, as relays report them."""
+    """End leases that nobody will use, as relays report them; an engine that does not answer delays only its own."""
+    queues: dict[str, asyncio.Queue[tuple[str, bytes]]] = {}
+    async with asyncio.TaskGroup() as tasks:
+        while True:
+            engine, call = await shared.releases.get()
+            name = engine.address.name
+            if name not in queues:
+                queues[name] = asyncio.Queue(_MAX_RELEASES)
+                tasks.create_task(_release_at(shared, engine, queues[name]))
+            if not queues[name].full():
+                queues[name].put_nowait(call)
+
+
+async def _release_at(shared: Shared, engine: Engine, calls: asyncio.Queue[tuple[str, bytes]]) -> None:
     while True:
-        engine, (path, body) = await shared.releases.get()
+        path, body = await calls.get()
         headers = header_lines({"authorization": f"Bearer {shared.secret}", "content-type": "application/json"})
         try:
             await engine.client.request("POST", path, headers, body, timeout_s=5.0)

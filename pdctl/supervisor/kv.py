@@ -214,7 +214,7 @@ class KvWatch:
             raise Unreachable(f"status {answer.status}: {answer.body[:200].decode(errors='replace')}")
         try:
             return msgspec.json.decode(answer.body, type=kind)
-        except msgspec.DecodeError as failure:
+        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
             raise Unreachable(f"an answer that is no {kind.__name__}: {failure}") from failure
 
 

@@ -86,12 +86,19 @@ def test_release_is_idempotent_and_a_dead_holder_frees_only_its_own() -> None:
     table.audit()
 
 
-def test_a_router_answers_for_what_nobody_has_claimed() -> None:
+def test_the_dead_leave_nothing_whatever_arrives_after_them() -> None:
+    """A router's leases end claimed or not: nobody is left to use them. Last words of the dead come late."""
     table = LeaseTable(EPOCH, 10)
     claimed(table)
     table.grant("waiting", 1, "proxy", 0)
-    assert [v.freed for v in table.release_holder("proxy", 1)] == ["waiting"]
-    assert len(table.live()) == 1
+    other = table.grant("other", 1, "another", 0)
+    assert sorted(str(v.freed) for v in table.release_holder("proxy", 1)) == ["r", "waiting"]
+    assert table.grant("late", 1, "proxy", 2) is None
+    table.release_holder("d", 2)
+    refused = table.claim(other.lease_id, EPOCH, "d", 3)
+    assert not refused.ok
+    assert "dead" in refused.reason
+    table.audit()
 
 
 def test_a_call_that_its_router_gave_up_leaves_no_lease_before_or_after() -> None:
@@ -121,7 +128,7 @@ def test_an_unsealed_lease_can_be_read_and_not_committed() -> None:
 def test_the_end_of_an_unsealed_lease_frees_nothing_and_it_cannot_be_sealed() -> None:
     """Its blocks belong to a prefill that still runs."""
     table = LeaseTable(EPOCH, 10)
-    for end in ("revoke", "release", "holder", "expire"):
+    for end in ("revoke", "release", "expire", "holder"):
         lease = table.grant("r", 3, "d", 0, sealed=False)
         if end == "revoke":
             assert table.revoke(lease.lease_id, 1).freed is None
@@ -164,6 +171,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.leases: list[Lease] = []
         self.freed: list[str] = []
+        self.lives = 0
 
     def _pick(self, index: int) -> str:
         return self.leases[index % len(self.leases)].lease_id if self.leases else "none"
@@ -183,15 +191,16 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 50), holder=st.sampled_from("de"))
     def claim(self, index: int, holder: str) -> None:
-        self.table.claim(self._pick(index), EPOCH, holder, self.now)
+        self.table.claim(self._pick(index), EPOCH, f"{holder}{self.lives}", self.now)
 
     @rule(index=st.integers(0, 50), holder=st.sampled_from("de"))
     def renew(self, index: int, holder: str) -> None:
-        self.table.renew([self._pick(index)], EPOCH, holder, self.now)
+        self.table.renew([self._pick(index)], EPOCH, f"{holder}{self.lives}", self.now)
 
     @rule(index=st.integers(0, 50), holder=st.sampled_from("de"))
     def commit(self, index: int, holder: str) -> None:
         lease_id = self._pick(index)
+        holder = f"{holder}{self.lives}"
         live = {lease.lease_id: lease for lease in self.table.live()}
         verdict = self.table.commit(lease_id, EPOCH, holder, self.now)
         if verdict.freed:
@@ -205,8 +214,9 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule(holder=st.sampled_from("de"))
     def holder_dies(self, holder: str) -> None:
-        for verdict in self.table.release_holder(holder, self.now):
+        for verdict in self.table.release_holder(f"{holder}{self.lives}", self.now):
             self._took(verdict.freed)
+        self.lives += 1
 
     @rule(index=st.integers(0, 50))
     def revoke(self, index: int) -> None:

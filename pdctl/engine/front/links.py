@@ -79,6 +79,7 @@ class LinkBook:
         if reason := mismatch(ready.endpoint.manifest, found.endpoint.manifest):
             link.info = LinkInfo(peer.name, peer.epoch, error=f"its KV does not fit: {reason}", refused=True)
             return
+        link.decided.clear()
         await self._core.send(Connect(peer.name, peer.epoch, found.endpoint))
         await link.decided.wait()
 

@@ -57,6 +57,7 @@ class Migrator:
         self._trace = trace
         self._tasks = tasks
         self._runs: dict[str, _Run] = {}
+        self._renewing: set[tuple[str, int, str]] = set()
         # Offers travel by themselves: one may come after its lease has ended here, and must not begin it again.
         self._ended: OrderedDict[str, None] = OrderedDict()
 
@@ -88,7 +89,7 @@ class Migrator:
         if offer.lease_id in self._ended:
             return LeaseReply(False, f"lease {offer.lease_id} has ended here")
         if run is None:
-            if len(self._runs) >= _MAX_EARLY:
+            if sum(run.early for run in self._runs.values()) >= _MAX_EARLY:
                 return LeaseReply(False, "too many hand-overs are under way here")
             run = self._new_run(of_offer(offer), f"kv.{offer.lease_id}")
             run.early = True
@@ -107,19 +108,27 @@ class Migrator:
             await asyncio.sleep(min(_LONGEST_PAUSE_S, shortest / _RENEWALS))
             groups: dict[tuple[str, int, str], list[str]] = {}
             for run in self._runs.values():
+                if run.state.phase in FINAL:
+                    continue
                 if run.early and time.monotonic() > run.wanted_until:
                     run.post(Event.LEASE_GONE, detail="its request never came")
                     continue
                 key = (run.lease.host, run.lease.port, run.lease.epoch)
                 groups.setdefault(key, []).append(run.lease.lease_id)
-            async with asyncio.TaskGroup() as tasks:
-                for (host, port, epoch), leases in groups.items():
-                    tasks.create_task(self._renew(host, port, RenewCall(leases, epoch, self._peers.holder)))
+            for key, leases in groups.items():
+                # One call per peer at a time, and none waits for another's.
+                if key not in self._renewing:
+                    self._renewing.add(key)
+                    self._tasks.create_task(self._renew(key, RenewCall(leases, key[2], self._peers.holder)))
 
     # -- parts ---------------------------------------------------------------------------------------------
 
     def _taken(self, lease: LeaseRef, request_id: str) -> _Run:
         """The run that an offer began, now ours; else a new one."""
+        if lease.lease_id in self._ended:
+            # A commit of that reading may still be on its way; it would certify this one's bytes.
+            self._peers.release_later(lease)
+            raise KvLost(f"lease {lease.lease_id} has been read here before")
         run = self._runs.get(lease.lease_id)
         if run is None:
             return self._new_run(lease, request_id)
@@ -238,9 +247,9 @@ class Migrator:
             return Event.COMMIT_UNANSWERED, str(failure)
         return (Event.COMMIT_OK if reply.ok else Event.COMMIT_REFUSED), reply.reason
 
-    async def _renew(self, host: str, port: int, call: RenewCall) -> None:
+    async def _renew(self, peer: tuple[str, int, str], call: RenewCall) -> None:
         try:
-            gone = await self._peers.renew(host, port, call)
+            gone = await self._peers.renew(peer[0], peer[1], call)
         except Unreachable:
             # The next one is a moment away; a lease that nothing renewed for its whole time has ended.
             now = time.monotonic()
@@ -249,6 +258,8 @@ class Migrator:
             for lease_id in set(call.lease_ids) - set(gone):
                 if lease_id in self._runs:
                     self._runs[lease_id].renewed_at = time.monotonic()
+        finally:
+            self._renewing.discard(peer)
         for lease_id in gone:
             run = self._runs.get(lease_id)
             # A renewal may overtake the claim; that its answer decides.

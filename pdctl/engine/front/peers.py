@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 _CALL_S = 5.0
 _MAX_PEERS = 256
 _MAX_RELEASES = 1024
+_RELEASES_AT_ONCE = 8
 
 Message = TypeVar("Message", bound=msgspec.Struct)
 
@@ -60,6 +61,8 @@ class Peers:
         self.holder = holder
         self._headers = header_lines({"authorization": f"Bearer {secret}", "content-type": "application/json"})
         self._pools: dict[tuple[str, int], Pool] = {}
+        self._slots: dict[tuple[str, int], asyncio.Semaphore] = {}
+        self._releasing = 0
         self._releases: asyncio.Queue[LeaseRef] = asyncio.Queue(_MAX_RELEASES)
 
     async def lease_call(self, lease: LeaseRef, verb: str) -> LeaseReply:
@@ -86,13 +89,23 @@ class Peers:
             self._releases.put_nowait(lease)
 
     async def release_forever(self) -> None:
-        """Carry out what `release_later` was asked for."""
-        while True:
-            lease = await self._releases.get()
-            try:
+        """Carry out what `release_later` was asked for; a peer that does not answer delays only its own."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                lease = await self._releases.get()
+                slots = self._slots.setdefault((lease.host, lease.port), asyncio.Semaphore(_RELEASES_AT_ONCE))
+                if self._releasing < _MAX_RELEASES:
+                    self._releasing += 1
+                    tasks.create_task(self._release(lease, slots))
+
+    async def _release(self, lease: LeaseRef, slots: asyncio.Semaphore) -> None:
+        try:
+            async with slots:
                 await self.lease_call(lease, "release")
-            except Unreachable as failure:
-                _log.info("lease %s is left to its deadline: %s", lease.lease_id, failure)
+        except Unreachable as failure:
+            _log.info("lease %s is left to its deadline: %s", lease.lease_id, failure)
+        finally:
+            self._releasing -= 1
 
     def close(self) -> None:
         """Close every connection."""
@@ -124,5 +137,5 @@ class _Refused(Unreachable):
 def _decoded(body: bytes, kind: type[Message]) -> Message:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as failure:
+    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
         raise _Refused(f"the answer is no {kind.__name__}: {failure}") from failure

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 
 from pdctl.engine.layout import Span
 from pdctl.engine.transfer.memory import Memory
+from pdctl.host.rdma import active_devices
 
 TRANSPORTS = ("shm", "mooncake", "nixl")
 
@@ -69,6 +70,10 @@ class Transport(Protocol):
         """
         ...
 
+    def forget(self, address: str) -> None:
+        """Let go of a peer that has been replaced by another epoch of it."""
+        ...
+
     def prune(self) -> None:
         """Let go of what belongs to peers that have ended."""
         ...
@@ -89,6 +94,20 @@ class Kind(Protocol):
 def transport_kind(name: str) -> Kind:
     """The module of a known transport, loaded now."""
     return cast(Kind, importlib.import_module(f"pdctl.engine.transfer.{name}"))
+
+
+def carrier(settings: Settings, plain: str) -> tuple[str, str]:
+    """("rdma" or `plain`, why it is not what was asked for). Libraries fall back to TCP without a word."""
+    devices = active_devices()
+    missing = [name for name in settings.devices if name not in devices]
+    if settings.protocol == "tcp":
+        return "tcp", ""
+    if missing:
+        return plain, f"RDMA was asked for over {', '.join(missing)}, which is not up here"
+    if not devices:
+        asked = settings.protocol == "rdma"
+        return plain, "RDMA was asked for and no RDMA device is up here" if asked else ""
+    return "rdma", ""
 
 
 def check_spans(spans: Sequence[Span], peer_bytes: int, our_bytes: int) -> int:

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pdctl.engine.layout import Span
-from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, check_spans
-from pdctl.engine.transfer.memory import Bytes, Memory
-from pdctl.host.rdma import active_devices
+from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, carrier, check_spans
+from pdctl.engine.transfer.memory import Memory
 
 if TYPE_CHECKING:
     from mooncake.engine import TransferEngine
@@ -32,6 +31,7 @@ _PIECE_BYTES = 4 * 2**20
 # The last bytes of the memory a peer announces are its epoch: a reader checks them before it trusts an address.
 _EPOCH_BYTES = 64
 _CONNECT_S = 5.0
+_PROBES = 1024
 # Read when the library is loaded. Queues: the default limits fail transfers of more than 2048 spans. Progress: a peer
 # that moves nothing for this long has failed (default 30).
 _ENVIRONMENT = {
@@ -56,8 +56,10 @@ class MooncakeTransport:
     def __init__(self, memory: Memory, settings: Settings) -> None:
         self._memory = memory
         self._settings = settings
-        self.protocol, self.fallback = _protocol(settings)
+        self.protocol, self.fallback = carrier(settings, "tcp")
         _set_environment(settings, self.protocol)
+        self._probes = np.zeros((_PROBES, _EPOCH_BYTES), dtype=np.uint8)
+        self._probed = 0
         self._label = np.zeros(_EPOCH_BYTES, dtype=np.uint8)
         self._lock = threading.Lock()
         self._reader: TransferEngine | None = None
@@ -75,10 +77,11 @@ class MooncakeTransport:
                 # A restarted peer on an old port: the library keeps its first idea of a session for ever.
                 self._reader, self._sessions = None, {}
             reader, known = self._reading(), self._sessions
-        probe = np.zeros(_EPOCH_BYTES, dtype=np.uint8)
-        _register(reader, probe.ctypes.data, _EPOCH_BYTES)
-        self._move(reader, session, [(probe.ctypes.data, label, _EPOCH_BYTES)], _CONNECT_S, keep=probe)
-        reader.unregister_memory(probe.ctypes.data)
+            # A probe that is late may still land: its place is not used again before all the others.
+            probe = self._probes[self._probed % _PROBES]
+            probe[:] = 0
+            self._probed += 1
+        self._move(reader, session, [(probe.ctypes.data, label, _EPOCH_BYTES)], _CONNECT_S)
         found = probe.tobytes().rstrip(b"\0").decode(errors="replace")
         if found != epoch:
             raise TransferError(f"the peer at {session} runs epoch {found!r}, not {epoch!r}")
@@ -100,6 +103,9 @@ class MooncakeTransport:
         ]
         self._move(reader, session, pieces, timeout_s)
         return total
+
+    def forget(self, address: str) -> None:
+        """See Transport.forget. Nothing is held for a session but its name."""
 
     def prune(self) -> None:
         """See Transport.prune. Sessions hold no memory of their peers."""
@@ -129,6 +135,7 @@ class MooncakeTransport:
         if self._reader is None:
             self._reader = self._open()
             _register(self._reader, self._memory.base, self._memory.num_bytes)
+            _register(self._reader, self._probes.ctypes.data, self._probes.nbytes)
         return self._reader
 
     def _open(self) -> TransferEngine:
@@ -143,18 +150,11 @@ class MooncakeTransport:
             raise TransferError(f"mooncake cannot listen on {where}; give transfer.ports at least 100 free ports")
         return engine
 
-    def _move(
-        self,
-        reader: TransferEngine,
-        session: str,
-        pieces: list[tuple[int, int, int]],
-        timeout_s: float,
-        keep: Bytes | None = None,
-    ) -> None:
-        """Start every piece, then sleep and ask until all are over or the time is. `keep` lives as long as they do."""
+    def _move(self, reader: TransferEngine, session: str, pieces: list[tuple[int, int, int]], timeout_s: float) -> None:
+        """Start every piece, then sleep and ask until all are over or the time is."""
         deadline = time.monotonic() + timeout_s
         started = [reader.batch_transfer_async_read(session, [ours], [theirs], [size]) for ours, theirs, size in pieces]
-        batches = _Batches(reader, [batch for batch in started if batch], keep)
+        batches = _Batches(reader, [batch for batch in started if batch])
         batches.failed = len(batches.pending) < len(started)
         while not batches.over():
             if time.monotonic() > deadline:
@@ -165,11 +165,10 @@ class MooncakeTransport:
 
 
 class _Batches:
-    """Transfers under way. Keeps the engine and the target alive until each is over."""
+    """Transfers under way. Keeps the engine alive until each is over."""
 
-    def __init__(self, reader: TransferEngine, pending: list[int], keep: Bytes | None) -> None:
+    def __init__(self, reader: TransferEngine, pending: list[int]) -> None:
         self._reader = reader
-        self._keep = keep
         self.pending = pending
         self.failed = False
 
@@ -183,19 +182,6 @@ class _Batches:
             self.failed = self.failed or status != _DONE
             self.pending.pop(0)
         return True
-
-
-def _protocol(settings: Settings) -> tuple[str, str]:
-    """("tcp" or "rdma", why it is not what was asked). The library itself falls back to TCP without a word."""
-    devices = active_devices()
-    missing = [name for name in settings.devices if name not in devices]
-    if settings.protocol == "tcp" or (settings.protocol == "auto" and not devices):
-        return "tcp", ""
-    if missing:
-        return "tcp", f"RDMA was asked for over {', '.join(missing)}, which is not up here"
-    if not devices:
-        return "tcp", "RDMA was asked for and no RDMA device is up here"
-    return "rdma", ""
 
 
 def _set_environment(settings: Settings, protocol: str) -> None:

@@ -17,9 +17,8 @@ from contextlib import suppress
 from typing import Protocol, cast
 
 from pdctl.engine.layout import Span
-from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, check_spans
+from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, carrier, check_spans
 from pdctl.engine.transfer.memory import Memory
-from pdctl.host.rdma import active_devices
 
 _POLL_S = 0.0003
 _PACKAGES = ("nixl_cu12", "nixl_cu13")
@@ -52,7 +51,7 @@ class NixlTransport:
 
     def __init__(self, memory: Memory, settings: Settings) -> None:
         self._memory = memory
-        self.protocol, self.fallback = _protocol(settings)
+        self.protocol, self.fallback = carrier(settings, "tcp" if settings.protocol == "rdma" else "sm+tcp")
         _set_environment(settings, self.protocol)
         # nixl's agent is not safe for several threads; its calls only start and look.
         self._lock = threading.Lock()
@@ -90,8 +89,13 @@ class NixlTransport:
             raise TransferError(f"the transfer failed: {read.failure}")
         return total
 
+    def forget(self, address: str) -> None:
+        """See Transport.forget."""
+        with self._lock:
+            self._forget(address)
+
     def prune(self) -> None:
-        """See Transport.prune. Peers are forgotten when a transfer from them fails."""
+        """See Transport.prune. Peers are forgotten when a transfer from them fails, or another epoch replaces them."""
 
     def close(self) -> None:
         """See Transport.close."""
@@ -188,16 +192,6 @@ def _new_agent(name: str) -> tuple[_Agent, tuple[type[Exception], ...]]:
         except errors as failure:
             raise TransferError(f"nixl's UCX backend cannot start: {failure}") from failure
     raise TransferError("nixl is not installed; install it with: pip install 'pdctl[nixl]'")
-
-
-def _protocol(settings: Settings) -> tuple[str, str]:
-    """(what may carry the bytes, why it is not what was asked)."""
-    devices = active_devices()
-    if settings.protocol == "rdma" and not devices:
-        return "tcp", "RDMA was asked for and no RDMA device is up here"
-    if settings.protocol == "auto":
-        return ("rdma" if devices else "sm+tcp"), ""
-    return settings.protocol, ""
 
 
 def _set_environment(settings: Settings, protocol: str) -> None:

@@ -39,16 +39,11 @@ class ShmTransport:
 
     def connect(self, address: str, peer_bytes: int) -> None:
         """See Transport.connect."""
-        with self._lock:
-            if address not in self._peers:
-                self._drop_dead()
-                self._peers[address] = _map_peer(address, peer_bytes)
+        self._mapped(address, peer_bytes)
 
     def read(self, address: str, peer_bytes: int, spans: Sequence[Span], timeout_s: float) -> int:
         """See Transport.read. A copy of mapped memory needs nobody's help, so it cannot be late."""
-        self.connect(address, peer_bytes)
-        with self._lock:
-            peer = self._peers[address]
+        peer = self._mapped(address, peer_bytes)
         total = check_spans(spans, len(peer), len(self._target))
         for source, target, length in spans:
             self._target[target : target + length] = peer[source : source + length]
@@ -63,6 +58,18 @@ class ShmTransport:
         """See Transport.close."""
         with self._lock:
             self._peers.clear()
+
+    def forget(self, address: str) -> None:
+        """See Transport.forget."""
+        with self._lock:
+            self._peers.pop(address, None)
+
+    def _mapped(self, address: str, peer_bytes: int) -> Bytes:
+        with self._lock:
+            if address not in self._peers:
+                self._drop_dead()
+                self._peers[address] = _map_peer(address, peer_bytes)
+            return self._peers[address]
 
     def _drop_dead(self) -> None:
         self._peers = {address: view for address, view in self._peers.items() if _alive(address)}
