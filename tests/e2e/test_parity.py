@@ -46,8 +46,8 @@ def test_tiny_equals_generate(
     with running(run, topology(prefills=prefills, decodes=decodes, hybrids=hybrids)) as service:
         parity.compare(service, wanted, expected, TOKENS)
         service.idle()
-        pulls = sum(service.engine_state(engine["name"])["transfers"]["pulls"] for engine in service.engines())
-        assert pulls == (0 if hybrids else 3 * len(wanted)), "the KV did not move as it should"
+        moved = sum(service.engine_state(engine["name"])["transfers"]["hand_overs"] for engine in service.engines())
+        assert moved == (0 if hybrids else 3 * len(wanted)), "the KV did not move as it should"
 
 
 @pytest.mark.gemma

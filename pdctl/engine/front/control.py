@@ -108,6 +108,7 @@ class Control:
             leases=self._leases.infos(ready.block_bytes if ready else 0),
             links=self._links.infos(),
             transfers={
+                "hand_overs": totals.hand_overs,
                 "pulls": totals.pulls,
                 "lost": totals.lost,
                 "early": totals.early,

@@ -37,6 +37,7 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
         Gauge(name, what, registry=registry).set(value)
     counters: dict[str, tuple[str, float]] = {
         "pdctl_engine_tokens": ("Tokens generated", state.tokens_total),
+        "pdctl_engine_hand_overs": ("Hand-overs certified", state.transfers["hand_overs"]),
         "pdctl_engine_pulls": ("KV pulls completed", state.transfers["pulls"]),
         "pdctl_engine_pulls_lost": ("Hand-overs lost and prefilled again", state.transfers["lost"]),
         "pdctl_engine_pulls_early": ("Hand-overs read while their prefill still computed", state.transfers["early"]),

@@ -36,8 +36,9 @@ class KvLost(Exception):
 
 @dataclass(slots=True)
 class Totals:
-    """Counts since the start, for metrics."""
+    """Counts since the start, for metrics. A hand-over takes one pull, or one for each chunk read early."""
 
+    hand_overs: int = 0
     pulls: int = 0
     bytes: int = 0
     seconds: float = 0.0
@@ -72,6 +73,7 @@ class Migrator:
         try:
             async with self._core.request(msgspec.structs.replace(submit, request_id=run.core_id)) as events:
                 await self._bring(run, given.remote_num_tokens, deadline_s)
+                self.totals.hand_overs += 1
                 self.totals.hand_over_seconds += time.monotonic() - started
                 yield run.core_id, events
         finally:
