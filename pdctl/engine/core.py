@@ -298,7 +298,7 @@ def _open_transports(options: EngineOptions, memory: Memory) -> dict[str, Transp
         transport = transport_kind(name).open_transport(memory, settings)
         if transport.fallback:
             logging.warning("%s: %s; %s is used", name, transport.fallback, transport.protocol)
-        if name == "mooncake" and settings.serving:
+        if name == "mooncake":
             logging.warning("mooncake listens on every interface and asks nobody who they are: firewall its ports")
         found[name] = transport
     return found

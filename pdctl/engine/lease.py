@@ -220,6 +220,10 @@ class LeaseTable:
 
     def _touch(self, lease: Lease, now: float) -> Lease:
         deadline = max(lease.deadline, now + self.lease_s)
+        before = self._live[lease.lease_id]
+        if self.is_quiet(before, now):
+            # What was shown as leaked stays counted: a counter never falls.
+            self._leaked_block_s += before.num_blocks * (now - before.touched_at)
         touched = replace(lease, deadline=deadline, touched_at=now)
         self._live[lease.lease_id] = touched
         return touched
@@ -229,7 +233,7 @@ class LeaseTable:
         self._tombstones[lease.lease_id] = replace(lease, state=state)
         self.ended[state] += 1
         self._leased_block_s += lease.num_blocks * (now - lease.granted_at)
-        if state in _LEAKING:
+        if state in _LEAKING or self.is_quiet(lease, now):
             self._leaked_block_s += lease.num_blocks * (now - lease.touched_at)
         while len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)

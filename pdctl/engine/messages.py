@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pdctl.wire import PoolEndpoint
+from pdctl.wire import LinkInfo, PoolEndpoint
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -190,13 +190,7 @@ class Pulled(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A peer can be read from as described, or cannot (`error`)."""
 
-    peer: str
-    epoch: str
-    transport: str = ""
-    protocol: str = ""
-    reason: str = ""
-    fallback: str = ""
-    error: str = ""
+    link: LinkInfo
 
 
 FromCore = Ready | Refused | StepDone | Reserved | Pulled | Linked

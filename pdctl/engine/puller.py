@@ -14,7 +14,7 @@ from pdctl.engine.messages import Connect, Linked, Pull, Pulled
 from pdctl.engine.pull_queue import PullQueue
 from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
 from pdctl.engine.transfer.choice import Chosen, choose
-from pdctl.wire import Manifest, PoolEndpoint
+from pdctl.wire import LinkInfo, Manifest, PoolEndpoint
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ _MAX_THREADS = 64
 # How often an idle puller lets go of dead peers' memory, and how often late reads are asked after, seconds.
 _PRUNE_S = 2.0
 _SETTLE_S = 0.05
+_CLOSE_S = 1.0
 # On top of `read_s`, a read may take as long as its bytes take at this rate, bytes per second.
 _SLOWEST = 50e6
 
@@ -87,8 +88,9 @@ class Puller:
             self._closing = True
             self._condition.notify_all()
         self._wake_keeper.set()
+        deadline = time.monotonic() + _CLOSE_S
         for thread in (self._keeper, *self._threads):
-            thread.join(timeout=1)
+            thread.join(max(0.0, deadline - time.monotonic()))
         for transport in self._transports.values():
             transport.close()
 
@@ -117,7 +119,7 @@ class Puller:
             chosen, _ = self._chosen(work.peer, work.epoch, work.endpoint)
             self._transports[chosen.transport].connect(chosen.address, _bytes(work.endpoint))
         except (TransferError, ValueError) as failure:
-            return Linked(work.peer, work.epoch, error=str(failure))
+            return Linked(LinkInfo(work.peer, work.epoch, error=str(failure)))
         return _linked(work.peer, work.epoch, chosen)
 
     def _pull(self, pull: Pull) -> None:
@@ -186,7 +188,7 @@ class Puller:
 
 
 def _linked(peer: str, epoch: str, chosen: Chosen) -> Linked:
-    return Linked(peer, epoch, chosen.transport, chosen.protocol, chosen.reason, chosen.fallback)
+    return Linked(LinkInfo(peer, epoch, chosen.transport, chosen.protocol, chosen.reason, chosen.fallback))
 
 
 def _bytes(endpoint: PoolEndpoint) -> int:

@@ -6,11 +6,11 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 
-from pdctl.lean_http import Pool, Unreachable, header_lines
+from pdctl.internal_calls import Caller, Reply
+from pdctl.lean_http import Pool, Unreachable
 from pdctl.wire import (
     EngineState,
     HolderCall,
@@ -32,8 +32,6 @@ _STATE_S = 1.0
 # An engine makes its links within 10 s each, side by side.
 _LINK_S = 30.0
 _LINK_TRIES = 3
-
-Message = TypeVar("Message", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ class KvWatch:
         self._members = members
         self._holders = holders
         self._say = say
-        self._headers = header_lines({"authorization": f"Bearer {secret}", "content-type": "application/json"})
+        self._caller = Caller(secret)
         self._pools: dict[int, Pool] = {}
 
     # -- the dead ------------------------------------------------------------------------------------------
@@ -196,26 +194,17 @@ class KvWatch:
 
     async def _state(self, member: Member) -> EngineState | str:
         try:
-            return await self._call(member, "GET", "/pdctl/v1/state", b"", EngineState, _STATE_S)
+            return await self._caller.get(self._pool(member), "/pdctl/v1/state", EngineState, _STATE_S)
         except Unreachable as failure:
             return str(failure)
 
     def _post(
-        self, member: Member, path: str, call: msgspec.Struct, kind: type[Message], timeout_s: float
-    ) -> Awaitable[Message]:
-        return self._call(member, "POST", path, msgspec.json.encode(call), kind, timeout_s)
+        self, member: Member, path: str, call: msgspec.Struct, kind: type[Reply], timeout_s: float
+    ) -> Awaitable[Reply]:
+        return self._caller.post(self._pool(member), path, call, kind, timeout_s)
 
-    async def _call(
-        self, member: Member, method: str, path: str, body: bytes, kind: type[Message], timeout_s: float
-    ) -> Message:
-        pool = self._pools.setdefault(member.port, Pool("127.0.0.1", member.port))
-        answer = await pool.request(method, path, self._headers, body, timeout_s)
-        if answer.status != 200:
-            raise Unreachable(f"status {answer.status}: {answer.body[:200].decode(errors='replace')}")
-        try:
-            return msgspec.json.decode(answer.body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            raise Unreachable(f"an answer that is no {kind.__name__}: {failure}") from failure
+    def _pool(self, member: Member) -> Pool:
+        return self._pools.setdefault(member.port, Pool("127.0.0.1", member.port))
 
 
 def _kept(now: LinkInfo, before: LinkInfo | None) -> LinkInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -153,10 +154,17 @@ def test_a_dead_holders_leases_are_freed_by_witness(service: Service, prefill: E
 
 
 def test_a_dead_proxys_leases_are_freed_by_witness(service: Service, prefill: Engine) -> None:
+    def died() -> int:
+        found = re.search(r'leases_ended_total{how="holder_died"} (\d+)', prefill.http.get("/metrics").text)
+        return int(found[1]) if found else 0
+
     proxy = service.process("proxy")
+    before = died()
     prefill.hold("hello there", router=f"proxy@{proxy['epoch']}")
+    assert len(prefill.state()["leases"]) == 1
     os.kill(proxy["pid"], signal.SIGKILL)
     wait_until(lambda: not prefill.state()["leases"], 5, "the lease to end")
+    assert died() == before + 1
     service.healthy()
 
 

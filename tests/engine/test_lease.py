@@ -172,6 +172,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.leases: list[Lease] = []
         self.freed: list[str] = []
         self.lives = 0
+        self.counted = 0.0, 0.0
 
     def _pick(self, index: int) -> str:
         return self.leases[index % len(self.leases)].lease_id if self.leases else "none"
@@ -231,6 +232,10 @@ class LeaseMachine(RuleBasedStateMachine):
     @invariant()
     def books_hold(self) -> None:
         self.table.audit()
+        leased, leaked = self.table.block_seconds(self.now)
+        assert leased >= self.counted[0] - 1e-6, "leased block-seconds fell"
+        assert leaked >= self.counted[1] - 1e-6, "leaked block-seconds fell"
+        self.counted = leased, leaked
         assert len(self.freed) + len(self.table.live()) == len(self.leases)
 
     def teardown(self) -> None:

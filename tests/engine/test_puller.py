@@ -78,7 +78,7 @@ def rig() -> Iterator[Rig]:
 
 def test_a_pull_moves_exactly_its_tokens(rig: Rig) -> None:
     rig.pull("r", "good", count=3)
-    assert rig.next(Linked).transport == "shm"  # type: ignore[attr-defined]
+    assert rig.next(Linked).link.transport == "shm"  # type: ignore[attr-defined]
     done = rig.next(Pulled)
     assert (done.request_id, done.error, done.bytes) == ("r", "", 3 * 2 * 2 * 4)  # type: ignore[attr-defined]
 
@@ -116,7 +116,7 @@ def test_links_tell_why_they_cannot_be_made(rig: Rig) -> None:
     other = Manifest("another model", "float32", 4, MANIFEST.layers)
     rig.puller.submit(Connect("dead", "e", endpoint("dead")))
     rig.puller.submit(Connect("odd", "e", endpoint("odd", other)))
-    errors = {link.error for link in (rig.next(Linked) for _ in range(2))}  # type: ignore[attr-defined]
+    errors = {said.link.error for said in (rig.next(Linked) for _ in range(2))}  # type: ignore[attr-defined]
     assert errors == {"nobody there", "the models differ: another mode there, m here"}
 
 

@@ -94,11 +94,8 @@ class LinkBook:
         return self._links[peer]
 
     def _linked(self, message: Linked) -> None:
-        link = self._link(message.peer, message.epoch)
-        link.info = LinkInfo(
-            message.peer, message.epoch, message.transport, message.protocol, message.reason, message.fallback,
-            message.error,
-        )  # fmt: skip
+        link = self._link(message.link.peer, message.link.epoch)
+        link.info = message.link
         link.decided.set()
 
 

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 
-from pdctl.lean_http import Pool, Unreachable, header_lines
+from pdctl.internal_calls import Caller, Refused
+from pdctl.lean_http import Pool, Unreachable
 from pdctl.wire import EndpointReply, HandOver, LeaseCall, LeaseReply, Offer, PoolEndpoint, RenewCall, RenewReply
 
 _log = logging.getLogger(__name__)
@@ -20,8 +20,6 @@ _CALL_S = 5.0
 _MAX_PEERS = 256
 _MAX_RELEASES = 1024
 _RELEASES_AT_ONCE = 8
-
-Message = TypeVar("Message", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ class Peers:
 
     def __init__(self, holder: str, secret: str) -> None:
         self.holder = holder
-        self._headers = header_lines({"authorization": f"Bearer {secret}", "content-type": "application/json"})
+        self._caller = Caller(secret)
         self._pools: dict[tuple[str, int], Pool] = {}
         self._slots: dict[tuple[str, int], asyncio.Semaphore] = {}
         self._releasing = 0
@@ -72,8 +70,8 @@ class Peers:
 
     async def renew(self, host: str, port: int, call: RenewCall) -> list[str]:
         """The leases that are gone. Raises Unreachable."""
-        body = await self._call("POST", host, port, "/pdctl/v1/leases/renew", msgspec.json.encode(call))
-        return _decoded(body, RenewReply).gone
+        pool = self._pool(host, port)
+        return (await self._caller.post(pool, "/pdctl/v1/leases/renew", call, RenewReply, _CALL_S)).gone
 
     async def offer(self, host: str, port: int, offer: Offer) -> LeaseReply:
         """Tell a decode engine what it may read. Raises Unreachable."""
@@ -81,7 +79,7 @@ class Peers:
 
     async def endpoint(self, host: str, port: int) -> EndpointReply:
         """Where a peer's pool can be read. Raises Unreachable."""
-        return _decoded(await self._call("GET", host, port, "/pdctl/v1/endpoint"), EndpointReply)
+        return await self._caller.get(self._pool(host, port), "/pdctl/v1/endpoint", EndpointReply, _CALL_S)
 
     def release_later(self, lease: LeaseRef) -> None:
         """Release without waiting; works while being cancelled. A full queue leaves it to the deadline."""
@@ -114,28 +112,11 @@ class Peers:
 
     async def _post(self, host: str, port: int, path: str, message: msgspec.Struct) -> LeaseReply:
         try:
-            return _decoded(await self._call("POST", host, port, path, msgspec.json.encode(message)), LeaseReply)
-        except _Refused as failure:
+            return await self._caller.post(self._pool(host, port), path, message, LeaseReply, _CALL_S)
+        except Refused as failure:
             return LeaseReply(False, str(failure))
-
-    async def _call(self, method: str, host: str, port: int, path: str, body: bytes = b"") -> bytes:
-        response = await self._pool(host, port).request(method, path, self._headers, body, _CALL_S)
-        if response.status != 200:
-            raise _Refused(f"status {response.status}: {response.body[:200].decode(errors='replace')}")
-        return response.body
 
     def _pool(self, host: str, port: int) -> Pool:
         if (host, port) not in self._pools and len(self._pools) >= _MAX_PEERS:
             self._pools.pop(next(iter(self._pools))).close()
         return self._pools.setdefault((host, port), Pool(host, port))
-
-
-class _Refused(Unreachable):
-    """The peer answered, and not with what was asked for."""
-
-
-def _decoded(body: bytes, kind: type[Message]) -> Message:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-        raise _Refused(f"the answer is no {kind.__name__}: {failure}") from failure

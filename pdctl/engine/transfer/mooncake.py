@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from mooncake.engine import TransferEngine
 
 _POLL_S = 0.0003
-_PENDING = 0
 _DONE = 1
+# Under way, or given up by the library while its bytes may still land: neither has ended (transfer_engine_py.cpp frees
+# a batch's id for every other status).
+_NOT_OVER = (0, -2)
 # One batch's size at most: large enough that its fixed cost vanishes, small enough that lanes share a big span.
 _PIECE_BYTES = 4 * 2**20
 # The last bytes of the memory a peer announces are its epoch: a reader checks them before it trusts an address.
@@ -177,7 +179,7 @@ class _Batches:
         after its end and never again. In order: later ones are seldom done before earlier ones."""
         while self.pending:
             status = self._reader.transfer_check_status(self.pending[0])
-            if status == _PENDING:
+            if status in _NOT_OVER:
                 return False
             self.failed = self.failed or status != _DONE
             self.pending.pop(0)
