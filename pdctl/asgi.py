@@ -26,7 +26,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 
 
-async def read_body(receive: Receive) -> bytes:
+async def read_body(receive: Receive, limit: int = MAX_BODY) -> bytes:
     """The whole body. Raises ApiError 413 when it is too large, 400 when the client left."""
     parts: list[bytes] = []
     size = 0
@@ -36,10 +36,10 @@ async def read_body(receive: Receive) -> bytes:
             raise ApiError(400, "the client left before its request was complete")
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes")
+        if size > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes")
         if not message.get("more_body"):
-            return b"".join(parts)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def header_dict(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:

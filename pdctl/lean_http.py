@@ -22,11 +22,13 @@ _MAX_HEADERS = 64 * 1024
 
 
 class Unreachable(Exception):
-    """No connection, or it ended before the answer did. `sent`: the request may have been acted on."""
+    """No connection, or it ended before the answer did. `sent`: a part of the answer had come; `begun`: the request
+    was on its way."""
 
-    def __init__(self, message: str, sent: bool = False) -> None:
+    def __init__(self, message: str, sent: bool = False, begun: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+        self.begun = begun or sent
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class _Connection(asyncio.Protocol):
         self._header_bytes = 0
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self.waiting_since = 0.0
 
     # -- asyncio.Protocol --
 
@@ -151,40 +154,87 @@ class _Connection(asyncio.Protocol):
 
     async def _wait(self) -> None:
         if self.failure is not None:
-            raise Unreachable(self.failure, sent=self.answered)
+            raise Unreachable(self.failure, sent=self.answered, begun=True)
         self._waiter = asyncio.get_running_loop().create_future()
+        self.waiting_since = time.monotonic()
         try:
             await self._waiter
         finally:
             self._waiter = None
+            self.waiting_since = 0.0
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
 
-class StreamedResponse:
-    """An answer being read. Close it in every case; closing early tells the peer that we left."""
+class Exchange:
+    """One request and its answer being read. Close it in every case; closing early tells the peer that we left.
 
-    def __init__(self, pool: Pool, connection: _Connection, status: int) -> None:
-        self.status = status
+    Usable by a watcher from the first moment: `waiting_since` (monotonic seconds, 0 while nobody waits) and `cut`.
+    """
+
+    __slots__ = ("_connection", "_cut", "_message", "_opened_at", "_pool", "headers", "status")
+
+    def __init__(self, pool: Pool, message: bytes) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
         self._pool = pool
-        self._connection = connection
+        self._message = message
+        self._connection: _Connection | None = None
+        self._cut: str | None = None
+        self._opened_at = time.monotonic()
+
+    @property
+    def waiting_since(self) -> float:
+        """Since when the peer has owed us something; 0.0 when it does not."""
+        return self._opened_at if self._connection is None else self._connection.waiting_since
+
+    async def head(self) -> int:
+        """Send, and wait for the head of the answer: its status. Raises Unreachable."""
+        while True:
+            connection = await self._pool.acquire()
+            kept = connection.used
+            self._connection = connection
+            try:
+                if self._cut is not None:
+                    raise Unreachable(self._cut)
+                connection.send(self._message)
+                self.status = await connection.head()
+                self.headers = connection.headers
+                return self.status
+            except Unreachable as failure:
+                connection.abort()
+                # A kept connection that the server closed while idle says nothing about the server.
+                if not kept or failure.sent or self._cut is not None:
+                    raise
+            except BaseException:
+                connection.abort()
+                raise
 
     async def read(self) -> bytes | None:
         """The next bytes; None at the end. Raises Unreachable when the peer dies in between."""
+        assert self._connection is not None
         return await self._connection.read()
 
     async def rest(self) -> bytes:
         """All that is left."""
         parts = []
-        while (data := await self._connection.read()) is not None:
+        while (data := await self.read()) is not None:
             parts.append(data)
-        return b"".join(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def cut(self, reason: str) -> None:
+        """End it now: whoever waits for it is told `reason` as Unreachable."""
+        self._cut = reason
+        if self._connection is not None:
+            self._connection.fail(reason)
 
     def close(self) -> None:
         """Give the connection back, or cut it when the answer was not read to its end."""
-        self._pool.give_back(self._connection)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._pool.give_back(connection)
 
 
 class Pool:
@@ -201,35 +251,28 @@ class Pool:
         self, method: str, path: str, headers: bytes = b"", body: bytes = b"", timeout_s: float = 30.0
     ) -> Response:
         """One call, its whole answer. `headers` are ready-made lines. Raises Unreachable; late counts as that."""
+        exchange = self.exchange(method, path, headers, body)
         try:
             async with asyncio.timeout(timeout_s):
-                stream = await self.stream(method, path, headers, body)
-                try:
-                    data = await stream.rest()
-                finally:
-                    stream.close()
+                await exchange.head()
+                data = await exchange.rest()
         except TimeoutError:
             raise Unreachable(f"{self.host}:{self.port}{path} gave no answer in {timeout_s:g} s", sent=True) from None
-        return Response(stream.status, data, stream._connection.headers)
+        finally:
+            exchange.close()
+        return Response(exchange.status, data, exchange.headers)
 
-    async def stream(self, method: str, path: str, headers: bytes = b"", body: bytes = b"") -> StreamedResponse:
+    async def stream(self, method: str, path: str, headers: bytes = b"", body: bytes = b"") -> Exchange:
         """Send a request and wait for the head of its answer. Raises Unreachable."""
-        length = f"content-length: {len(body)}\r\n".encode() if body or method == "POST" else b""
-        message = method.encode() + b" " + path.encode() + self._head + headers + length + b"\r\n" + body
-        while True:
-            connection = await self._acquire()
-            kept = connection.used
-            try:
-                connection.send(message)
-                return StreamedResponse(self, connection, await connection.head())
-            except Unreachable as failure:
-                connection.abort()
-                # A kept connection that the server closed while idle says nothing about the server.
-                if not kept or failure.sent:
-                    raise
-            except BaseException:
-                connection.abort()
-                raise
+        exchange = self.exchange(method, path, headers, body)
+        await exchange.head()
+        return exchange
+
+    def exchange(self, method: str, path: str, headers: bytes = b"", body: bytes = b"") -> Exchange:
+        """A request that is sent when its head is asked for."""
+        length = b"content-length: %d\r\n" % len(body) if body or method == "POST" else b""
+        message = (method.encode(), b" ", path.encode(), self._head, headers, length, b"\r\n", body)
+        return Exchange(self, b"".join(message))
 
     def give_back(self, connection: _Connection) -> None:
         """Keep a connection whose answer was read to its end; cut any other."""
@@ -244,7 +287,8 @@ class Pool:
         while self._idle:
             self._idle.pop().abort()
 
-    async def _acquire(self) -> _Connection:
+    async def acquire(self) -> _Connection:
+        """A kept connection, or a new one. Raises Unreachable."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed and time.monotonic() - connection.idle_since < _IDLE_S:

@@ -6,6 +6,7 @@ All problems of a file are reported in one run, each with its line.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any, cast
 
 import tomli
 
+from pdctl.adapters import KINDS, can_launch
 from pdctl.errors import ConfigError, PdctlError, Problem
 from pdctl.host import Host
 from pdctl.host.models import UnknownModel, locate_model
-from pdctl.schema import ENGINE, TABLES, Key
+from pdctl.schema import ATTACHED, ENGINE, TABLES, Key
 from pdctl.toml_lines import Path as KeyPath
 from pdctl.toml_lines import key_lines
 from pdctl.topology import Device, EngineGroup, Proxy, Role, Service, Slo, Supervision, Topology, Transfer
@@ -103,6 +105,22 @@ def _engine_problems(document: _Document, engines: object) -> Iterator[Problem]:
         yield document.problem(("engines",), "no engine at all", "add [[engines]] with a name and a role")
     for index, entry in enumerate(cast(list[Table], engines)):
         yield from _table_problems(document, ("engines", index), entry, ENGINE)
+        yield from _attached_problems(document, index, entry)
+
+
+def _attached_problems(document: _Document, index: int, entry: Table) -> Iterator[Problem]:
+    kind = entry.get("kind", "builtin")
+    if "url" in entry:
+        for name in entry:
+            if name in ENGINE and name not in ATTACHED:
+                hint = "it runs already: only its own start decides this"
+                yield document.problem(("engines", index, name), f"{name} means nothing to an attached engine", hint)
+    elif "secret_file" in entry:
+        hint = "engines that pdctl starts get a secret of their own"
+        yield document.problem(("engines", index, "secret_file"), "secret_file is for attached engines", hint)
+    if kind in KINDS and "url" not in entry and not can_launch(str(kind)):
+        hint = 'start it yourself and give its address: url = "http://HOST:PORT"'
+        yield document.problem(("engines", index, "kind"), f"pdctl does not start engines of kind {kind!r}", hint)
 
 
 def _table_problems(document: _Document, path: KeyPath, table: Table, keys: dict[str, Key]) -> Iterator[Problem]:
@@ -138,15 +156,41 @@ def _build(data: Table, source: str | None) -> Topology:
     served = service["served_model_name"] or _last_part(service["model"])
     return Topology(
         service=Service(service["name"], service["model"], served, service["max_model_len"]),
-        proxy=Proxy(proxy["host"], proxy["port"], proxy["routing"], tuple(proxy["cpus"])),
+        proxy=_proxy(proxy, source),
         slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),
         transfer=_transfer(transfer),
-        engines=tuple(_group(entry) for entry in data["engines"]),
+        engines=tuple(_group(entry, source) for entry in data["engines"]),
         supervision=Supervision(
             float(supervision["grace_s"]), supervision["max_restarts"], float(supervision["within_s"])
         ),
         source=source,
     )
+
+
+def _proxy(values: Table, source: str | None) -> Proxy:
+    return Proxy(
+        host=values["host"],
+        port=values["port"],
+        routing=values["routing"],
+        cpus=tuple(values["cpus"]),
+        workers=values["workers"],
+        admission=values["admission"],
+        max_queue=values["max_queue"],
+        max_body_mb=float(values["max_body_mb"]),
+        api_keys=_absolute(values["api_keys"], source),
+        tls_cert=_absolute(values["tls_cert"], source),
+        tls_key=_absolute(values["tls_key"], source),
+        cors_origins=tuple(values["cors_origins"]),
+        access_log=_absolute(values["access_log"], source),
+        otlp_endpoint=values["otlp_endpoint"] or "",
+    )
+
+
+def _absolute(path: str | None, source: str | None) -> str:
+    """A path as seen from the topology file's folder; "" for none."""
+    if not path:
+        return ""
+    return str((Path(source).parent if source else Path()).absolute() / Path(path).expanduser())
 
 
 def _transfer(values: Table) -> Transfer:
@@ -166,7 +210,7 @@ def _filled(table: Table, keys: dict[str, Key]) -> Table:
     return {name: table.get(name, key.default) for name, key in keys.items()}
 
 
-def _group(entry: Table) -> EngineGroup:
+def _group(entry: Table, source: str | None) -> EngineGroup:
     values = _filled(entry, ENGINE)
     return EngineGroup(
         name=values["name"],
@@ -181,6 +225,8 @@ def _group(entry: Table) -> EngineGroup:
         max_num_batched_tokens=values["max_num_batched_tokens"],
         kv_cache_gb=float(values["kv_cache_gb"]),
         block_size=values["block_size"],
+        url=(values["url"] or "").rstrip("/"),
+        secret_file=_absolute(values["secret_file"], source),
     )
 
 
@@ -202,7 +248,8 @@ def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem
             yield document.problem(("engines", index, "gpus"), "gpus on a CPU engine", 'set device = "cuda"')
     yield from _transfer_problems(document, topology.transfer)
     roles = {group.role for group in topology.engines}
-    if len({group.device for group in topology.engines}) > 1 and roles != {Role.HYBRID}:
+    yield from _proxy_problems(document, topology.proxy)
+    if len({group.device for group in topology.engines if not group.is_attached}) > 1 and roles != {Role.HYBRID}:
         hint = "KV is float32 on the CPU and bfloat16 on GPUs: use one device for engines that exchange it"
         yield document.problem(("engines",), "CPU and CUDA engines cannot hand KV to each other", hint)
     if roles == {Role.PREFILL}:
@@ -211,6 +258,18 @@ def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem
         yield document.problem(
             ("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"'
         )
+
+
+def _proxy_problems(document: _Document, proxy: Proxy) -> Iterator[Problem]:
+    if bool(proxy.tls_cert) != bool(proxy.tls_key):
+        given = "tls_cert" if proxy.tls_cert else "tls_key"
+        yield document.problem(("proxy", given), "tls_cert and tls_key belong together", "give both, or none")
+    for key, path in (("api_keys", proxy.api_keys), ("tls_cert", proxy.tls_cert), ("tls_key", proxy.tls_key)):
+        if path and not os.access(path, os.R_OK):
+            hint = "make one with: pdctl key NAME" if key == "api_keys" else None
+            yield document.problem(("proxy", key), f"{path} does not exist or cannot be read", hint)
+    if proxy.access_log and not Path(proxy.access_log).parent.is_dir():
+        yield document.problem(("proxy", "access_log"), f"the folder of {proxy.access_log} does not exist")
 
 
 def _transfer_problems(document: _Document, transfer: Transfer) -> Iterator[Problem]:
@@ -252,6 +311,8 @@ def port_problems(topology: Topology, host: Host) -> list[Problem]:
 
 
 def _model_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    if all(group.is_attached for group in topology.engines):
+        return  # its name is all that is needed
     base = Path(topology.source).parent if topology.source else Path()
     try:
         locate_model(topology.service.model, host.cache_root, base)
@@ -270,7 +331,11 @@ def _cpu_problems(document: _Document, topology: Topology, host: Host) -> Iterat
 
 
 def _memory_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
-    wanted = sum(group.kv_cache_gb * group.replicas for group in topology.engines if group.device is Device.CPU)
+    wanted = sum(
+        group.kv_cache_gb * group.replicas
+        for group in topology.engines
+        if group.device is Device.CPU and not group.is_attached
+    )
     there = host.memory / 2**30
     if wanted > there:
         index, _ = max(enumerate(topology.engines), key=lambda entry: entry[1].kv_cache_gb * entry[1].replicas)

@@ -73,6 +73,18 @@ class Envelope:
         body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
         return _event(body | {"choices": [self._with_ids(choice, token_ids)]})
 
+    def event(self, index: int, choice: dict[str, msgspec.Raw], token_ids: list[int]) -> bytes:
+        """One server-sent event around a choice as an engine gave it."""
+        fields: dict[str, object] = {"index": index, **choice}
+        body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
+        return _event(body | {"choices": [self._with_ids(fields, token_ids)]})
+
+    def body(self, choices: list[dict[str, msgspec.Raw]], usage: dict[str, int]) -> bytes:
+        """The body of an unstreamed answer around choices as engines gave them."""
+        numbered = [{**choice, "index": index} for index, choice in enumerate(choices)]
+        outer = self._outer("chat.completion" if self.chat else "text_completion")
+        return msgspec.json.encode(outer | {"choices": numbered, "usage": usage})
+
     def usage_chunk(self, usage: dict[str, int]) -> bytes:
         """The event that carries the counts when `include_usage` asked for it."""
         body = self._outer("chat.completion.chunk" if self.chat else "text_completion")

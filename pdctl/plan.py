@@ -12,8 +12,8 @@ from pathlib import Path
 from pdctl.adapters import Assignment, launcher
 from pdctl.errors import PdctlError
 from pdctl.host import Host
-from pdctl.host.models import locate_model
-from pdctl.topology import Device, EngineGroup, Role, Topology
+from pdctl.host.models import ModelLocation, locate_model
+from pdctl.topology import Device, EngineGroup, Proxy, Topology
 
 # Engines' ports: each service starts looking at its own place, so that two that start at once do not meet.
 _ENGINE_PORTS = range(18100, 26100)
@@ -51,6 +51,18 @@ class ProcessSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Attached:
+    """An engine that runs already, here or elsewhere: used, and not started."""
+
+    name: str
+    role: str
+    kind: str
+    host: str
+    port: int
+    secret_file: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything `pdctl up` will start, and where it will put it."""
 
@@ -60,7 +72,7 @@ class Plan:
     model_ready: bool
     served_model_name: str
     max_model_len: int
-    routing: str
+    proxy: Proxy
     ttft_ms: float
     tpot_ms: float
     proxy_url: str
@@ -70,6 +82,7 @@ class Plan:
     max_restarts: int
     within_s: float
     processes: tuple[ProcessSpec, ...]
+    attached: tuple[Attached, ...]
 
     def to_dict(self) -> dict[str, object]:
         """For `--json` and for handing a plan to a detached supervisor."""
@@ -79,10 +92,10 @@ class Plan:
 def make_plan(topology: Topology, host: Host) -> Plan:
     """Lay out every process of `topology` on `host`. Raises PdctlError when it does not fit."""
     base = Path(topology.source).parent if topology.source else Path()
-    model = locate_model(topology.service.model, host.cache_root, base)
+    model = _model(topology, host, base)
     run_dir = host.run_root / topology.service.name
     engines = _engines(topology, host, model.path, run_dir)
-    proxy = _proxy(topology, host, run_dir, tuple(spec.name for spec in engines))
+    proxies = _proxies(topology, host, run_dir, engines)
     return Plan(
         service=topology.service.name,
         model=topology.service.model,
@@ -90,17 +103,30 @@ def make_plan(topology: Topology, host: Host) -> Plan:
         model_ready=model.ready,
         served_model_name=topology.service.served_model_name,
         max_model_len=topology.service.max_model_len,
-        routing=topology.proxy.routing,
+        proxy=topology.proxy,
         ttft_ms=topology.slo.ttft_ms,
         tpot_ms=topology.slo.tpot_ms,
-        proxy_url=f"http://{_reachable(topology.proxy.host)}:{topology.proxy.port}",
+        proxy_url=f"{_scheme(topology)}://{_reachable(topology.proxy.host)}:{topology.proxy.port}",
         run_dir=str(run_dir),
         log_dir=str(host.state_root / topology.service.name / "logs"),
         grace_s=topology.supervision.grace_s,
         max_restarts=topology.supervision.max_restarts,
         within_s=topology.supervision.within_s,
-        processes=(*engines, proxy),
+        processes=(*engines, *proxies),
+        attached=tuple(_attached(group) for group in topology.engines if group.is_attached),
     )
+
+
+def _model(topology: Topology, host: Host, base: Path) -> ModelLocation:
+    """Where the model lies. Where every engine runs already, only its name matters."""
+    if all(group.is_attached for group in topology.engines):
+        return ModelLocation(topology.service.model, topology.service.model, ready=True)
+    return locate_model(topology.service.model, host.cache_root, base)
+
+
+def _attached(group: EngineGroup) -> Attached:
+    host, _, port = group.url.removeprefix("http://").rpartition(":")
+    return Attached(group.name, group.role.value, group.kind, host.strip("[]"), int(port), group.secret_file)
 
 
 def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path) -> list[ProcessSpec]:
@@ -108,7 +134,7 @@ def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path) -> 
     gpu_of = _assign_gpus(topology, host)
     specs = []
     for group in topology.engines:
-        for name in group.replica_names():
+        for name in () if group.is_attached else group.replica_names():
             port = _free_port(taken, run_dir)
             taken.add(port)
             assignment = Assignment(name, group, port, gpu_of.get(name), model_path, run_dir, host.python)
@@ -143,28 +169,53 @@ def _replica_cpus(group: EngineGroup, name: str) -> tuple[int, ...]:
     return group.cpus[index * share : (index + 1) * share] if share and not rest else group.cpus
 
 
-def _proxy(topology: Topology, host: Host, run_dir: Path, engines: tuple[str, ...]) -> ProcessSpec:
+def _proxies(topology: Topology, host: Host, run_dir: Path, engines: list[ProcessSpec]) -> list[ProcessSpec]:
+    """One process, or `workers` of them on one socket."""
+    workers = topology.proxy.workers
+    taken = {topology.proxy.port, *host.listening, *(port for spec in engines for port in spec.ports.values())}
+    specs = []
+    for worker in range(workers):
+        ports = {"http": topology.proxy.port}
+        if workers > 1 or topology.proxy.tls_cert:
+            # Who answers on the shared socket is chance, and TLS is for clients: this one is asked by itself.
+            ports["control"] = _free_port(taken, run_dir)
+            taken.add(ports["control"])
+        specs.append(_proxy(topology, host, run_dir, worker, ports, tuple(spec.name for spec in engines)))
+    return specs
+
+
+def _proxy(
+    topology: Topology, host: Host, run_dir: Path, worker: int, ports: dict[str, int], engines: tuple[str, ...]
+) -> ProcessSpec:
+    argv = [host.python, "-m", "pdctl.proxy", "--config", str(run_dir / "proxy.json")]
     url = f"http://{_reachable(topology.proxy.host)}:{topology.proxy.port}/health"
+    if "control" in ports:
+        argv += ["--worker", str(worker), "--control-port", str(ports["control"])]
+        url = f"http://127.0.0.1:{ports['control']}/health"
     return ProcessSpec(
-        name="proxy",
+        name="proxy" if topology.proxy.workers == 1 else f"proxy-{worker}",
         kind="proxy",
         role="proxy",
-        argv=(host.python, "-m", "pdctl.proxy", "--config", str(run_dir / "proxy.json")),
+        argv=tuple(argv),
         env={},
         device="cpu",
         cpus=topology.proxy.cpus or host.cpus,
         gpus=(),
-        ports={"http": topology.proxy.port},
+        ports=ports,
         depends_on=engines,
         probe=Probe(url, interval_s=0.05, timeout_s=2.0, startup_s=60.0),
         listen=(topology.proxy.host, topology.proxy.port),
     )
 
 
+def _scheme(topology: Topology) -> str:
+    return "https" if topology.proxy.tls_cert else "http"
+
+
 def _assign_gpus(topology: Topology, host: Host) -> dict[str, str]:
     """Engine name -> GPU UUID: named ones first, then the free ones in order."""
     by_index = {gpu.index: gpu.uuid for gpu in host.gpus}
-    cuda = [group for group in topology.engines if group.device is Device.CUDA]
+    cuda = [group for group in topology.engines if group.device is Device.CUDA and not group.is_attached]
     named = {index for group in cuda for index in group.gpus}
     free = [gpu.uuid for gpu in host.gpus if gpu.index not in named]
     chosen: dict[str, str] = {}
@@ -195,8 +246,3 @@ def _free_port(taken: set[int], run_dir: Path) -> int:
 def _reachable(host: str) -> str:
     """An address on this machine for a listener on `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-
-
-def has_separate_roles(plan: Plan) -> bool:
-    """Whether KV moves between engines in this plan."""
-    return any(spec.role == Role.PREFILL.value for spec in plan.processes)

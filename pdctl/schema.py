@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pdctl.adapters import KINDS
 from pdctl.topology import Device, Role
 
-ROUTINGS = ("min_expected_latency", "round_robin")
+ROUTINGS = (
+    "min_expected_latency", "min_observed_latency", "prefix_aware", "random", "round_robin", "slo",
+)  # fmt: skip
+ADMISSIONS = ("queue", "slo")
 TRANSFER_BACKENDS = ("auto", "shm", "mooncake", "nixl")
 TRANSFER_PROTOCOLS = ("auto", "tcp", "rdma")
 
@@ -92,6 +95,8 @@ def port_range() -> Check:
     return check
 
 
+_HTTP = r"https?://[A-Za-z0-9.\[\]:-]+(/\S*)?"
+_URL = r"http://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}/?"
 _NAME = r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"
 _NAME_WORDS = "lower-case letters, digits and inner dashes, at most 40"
 
@@ -107,6 +112,16 @@ TABLES: dict[str, dict[str, Key]] = {
         "port": Key(integer(1, 65535), 8000),
         "routing": Key(choice(*ROUTINGS), "min_expected_latency"),
         "cpus": Key(indices("CPU"), []),
+        "workers": Key(integer(1, 64), 1),
+        "admission": Key(choice(*ADMISSIONS), "queue"),
+        "max_queue": Key(integer(0, 65536), 256),
+        "max_body_mb": Key(number(0, 1024), 16.0),
+        "api_keys": Key(text()),
+        "tls_cert": Key(text()),
+        "tls_key": Key(text()),
+        "cors_origins": Key(texts("origin"), []),
+        "access_log": Key(text()),
+        "otlp_endpoint": Key(text(_HTTP, "an address such as http://127.0.0.1:4318")),
     },
     "slo": {"ttft_ms": Key(number(0), 2000.0), "tpot_ms": Key(number(0), 200.0)},
     "transfer": {
@@ -130,6 +145,8 @@ ENGINE: dict[str, Key] = {
     "name": Key(text(_NAME, _NAME_WORDS), required=True),
     "role": Key(choice(*(role.value for role in Role)), required=True),
     "kind": Key(choice(*KINDS), "builtin"),
+    "url": Key(text(_URL, "an address such as http://10.0.0.7:8100")),
+    "secret_file": Key(text()),
     "replicas": Key(integer(1, 256), 1),
     "device": Key(choice(*(device.value for device in Device)), "cpu"),
     "gpus": Key(indices("GPU"), []),
@@ -140,3 +157,5 @@ ENGINE: dict[str, Key] = {
     "kv_cache_gb": Key(number(0, 4096), 1.0),
     "block_size": Key(integer(1, 1024), 16),
 }
+# What an attached engine may have: it is not ours to start, so nothing else would do anything.
+ATTACHED = ("name", "role", "kind", "url", "secret_file")

@@ -33,12 +33,25 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """The one address clients know."""
+    """The one address clients know. Paths are absolute, or "" for none; `max_queue` in requests.
+
+    `admission`: "queue" waits for seats at the engines, "slo" also refuses what would miss the targets.
+    """
 
     host: str
     port: int
     routing: str
     cpus: tuple[int, ...]
+    workers: int
+    admission: str
+    max_queue: int
+    max_body_mb: float
+    api_keys: str
+    tls_cert: str
+    tls_key: str
+    cors_origins: tuple[str, ...]
+    access_log: str
+    otlp_endpoint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +83,10 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """`replicas` engines alike. `gpus` are indices as the driver counts them; empty means choose."""
+    """`replicas` engines alike. `gpus` are indices as the driver counts them; empty means choose.
+
+    `url`: it runs somewhere already, and is used without being started; `secret_file` holds what it wants as bearer.
+    """
 
     name: str
     role: Role
@@ -84,10 +100,17 @@ class EngineGroup:
     max_num_batched_tokens: int
     kv_cache_gb: float
     block_size: int
+    url: str = ""
+    secret_file: str = ""
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it is somebody else's process."""
+        return bool(self.url)
 
     def replica_names(self) -> tuple[str, ...]:
-        """`prefill-0`, `prefill-1` ..."""
-        return tuple(f"{self.name}-{i}" for i in range(self.replicas))
+        """`prefill-0`, `prefill-1` ...; an attached engine is one, and has its own name."""
+        return (self.name,) if self.url else tuple(f"{self.name}-{i}" for i in range(self.replicas))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,9 @@ ROUTER_HEADER = "x-pdctl-router"
 # Names one prefill call. A router that gives the call up ends what it left by this name, answered or not.
 ATTEMPT_HEADER = "x-pdctl-attempt"
 
+# Asks for, or carries, where a request's time went.
+TIMING_HEADER = "x-pdctl-timing"
+
 # An engine that cannot be cured by a restart (bad arguments, a refused model) exits with this; sysexits.h EX_CONFIG.
 EXIT_CONFIG = 78
 
@@ -225,6 +228,7 @@ class LeaseInfo(msgspec.Struct, frozen=True):
 class EngineState(msgspec.Struct, frozen=True):
     """An engine's state, as its /pdctl/v1/state answers.
 
+    `max_num_seqs`: sequences it runs at once; `block_size` in tokens.
     Free, cached, referenced, leased and quarantined blocks make up the total; `blocks_reserved` of the referenced ones
     wait for KV. Cached ones are 0: there is no prefix cache yet.
     """
@@ -246,6 +250,8 @@ class EngineState(msgspec.Struct, frozen=True):
     leases: list[LeaseInfo]
     links: list[LinkInfo]
     transfers: dict[str, float]
+    block_size: int = 0
+    max_num_seqs: int = 0
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
@@ -256,6 +262,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     kind: str
     host: str
     port: int
+    secret_file: str = ""
 
 
 class ProxyConfig(msgspec.Struct, frozen=True):
@@ -268,6 +275,17 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     tpot_ms: float
     max_model_len: int
     engines: list[EngineAddress]
+    workers: int = 1
+    run_dir: str = ""
+    admission: str = "queue"
+    max_queue: int = 256
+    max_body_mb: float = 16.0
+    api_keys: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    cors_origins: list[str] = []
+    access_log: str = ""
+    otlp_endpoint: str = ""
 
 
 def token_digest(token_ids: list[int]) -> str:

@@ -1,4 +1,5 @@
-"""Engine kinds. A kind is one file here with a `LAUNCHER` (for the plan) and a `dialect()` (for the proxy).
+"""Engine kinds. A kind is one file here with a `dialect()` (for the proxy) and, where pdctl can start it, a
+`LAUNCHER` (for the plan).
 
 The launcher turns a group's settings into a command line; the dialect speaks the kind's HTTP. The two are
 loaded when the kind is chosen.
@@ -7,14 +8,17 @@ loaded when the kind is chosen.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import pkgutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
+
+import msgspec
 
 from pdctl.topology import EngineGroup, Topology
-from pdctl.wire import EngineAddress, HandOver
+from pdctl.wire import EngineAddress
 
-KINDS = ("builtin",)
+KINDS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,71 +51,146 @@ class Launcher(Protocol):
         ...
 
 
+Fields = dict[str, object]
+Choice = dict[str, msgspec.Raw]
+
+
+@dataclass(slots=True)
+class Turn:
+    """What a dialect needs to know of a request at this moment. `emitted`: output tokens the client has.
+
+    `prompt_ids`: the prompt as the engine tokenized it, where it said so; dialects that resume by tokens need it.
+    """
+
+    path: str
+    chat: bool
+    fields: Fields
+    emitted: list[int] = field(default_factory=list)
+    prompt_ids: list[int] = field(default_factory=list)
+
+
+class Call(NamedTuple):
+    """A POST to an engine."""
+
+    path: str
+    body: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """A prefill's answer. `hand_over` is None when the request ended with this token."""
+    """A prefill's answer. `hand_over` is the JSON to be given to the decode engine; None when the answer is whole.
+
+    `choice` is the output so far as a stream would carry it, empty where prefill shows none; `token_ids`: its tokens.
+    """
 
     token_ids: list[int]
-    text: str
+    choice: Choice
     finish_reason: str | None
     prompt_tokens: int
-    hand_over: HandOver | None
+    hand_over: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One event of a decode stream. `usage`: prompt and completion tokens, with the last event."""
+    """One event of a stream. `choice`: as it goes to clients; `usage`: prompt and completion tokens, if it has any."""
 
     token_ids: list[int]
-    text: str
+    choice: Choice | None
     finish_reason: str | None
     usage: tuple[int, int] | None
+    prompt_ids: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What an engine's probe tells. None for what its kind does not say.
+
+    `seats`: sequences it runs at once; `kv_tokens_free`: room for more KV; `lost_peers`: engines it cannot read from.
+    """
+
+    usable: bool
+    seats: int | None = None
+    kv_tokens_free: int | None = None
+    lost_peers: frozenset[str] = frozenset()
 
 
 class EngineError(Exception):
     """An engine refused or failed a call. `status` is HTTP's; `kv_lost` asks for a new prefill."""
 
-    def __init__(self, status: int, message: str, kind: str, kv_lost: bool = False) -> None:
+    def __init__(self, status: int, message: str, kind: str, kv_lost: bool = False, param: str | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.kind = kind
         self.kv_lost = kv_lost
+        self.param = param
 
 
 class Dialect(Protocol):
-    """The serving side of an engine kind: bodies out, answers in. No I/O."""
+    """The serving side of an engine kind: bodies out, answers in. No I/O.
 
-    def prefill_body(self, fields: dict[str, object], resume: list[int], decode: EngineAddress) -> bytes:
+    `probe_path` is asked for the engine's condition.
+    """
+
+    probe_path: str
+
+    def client_ready(self, turn: Turn) -> bool:
+        """Whether a stream's events may go to clients as they are, but for token ids."""
+        ...
+
+    def prefill_call(self, turn: Turn, decode: EngineAddress) -> Call:
         """Ask for one token and the KV to be held; `decode` is the engine that will read it."""
         ...
 
-    def decode_body(self, fields: dict[str, object], resume: list[int], hand_over: HandOver | None) -> bytes:
-        """Ask for the rest as a stream, from `hand_over` where given."""
+    def decode_call(self, turn: Turn, hand_over: bytes | None, stream: bool) -> Call:
+        """Ask for the rest, from `hand_over` where given. Raises EngineError for what cannot be resumed."""
         ...
 
-    def parse_prefill(self, status: int, body: bytes, chat: bool) -> Prefilled:
+    def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:
         """Raises EngineError for anything but a usable answer."""
         ...
 
-    def parse_event(self, data: bytes, chat: bool) -> Delta:
+    def parse_event(self, data: bytes, turn: Turn) -> Delta:
         """One server-sent event's data. Raises EngineError for an error event."""
         ...
 
-    def give_up_call(self, attempt: str) -> tuple[str, bytes]:
-        """Path and body that end whatever a prefill call, sent under this name, left or may still leave."""
+    def parse_whole(self, body: bytes) -> tuple[int, int]:
+        """Prompt and completion tokens of an answer in one piece. Raises EngineError when it is none."""
         ...
 
-    def release_call(self, hand_over: HandOver) -> tuple[str, bytes]:
-        """Path and body that free a hand-over nobody will read."""
+    def parse_condition(self, status: int, body: bytes) -> Condition:
+        """The answer at `probe_path`."""
         ...
+
+    def give_up_call(self, attempt: str) -> Call | None:
+        """What ends whatever a prefill call, sent under this name, left or may still leave; None for nothing."""
+        ...
+
+    def release_call(self, hand_over: bytes) -> Call | None:
+        """What frees a hand-over nobody will read; None where only time does."""
+        ...
+
+
+def can_launch(kind: str) -> bool:
+    """Whether pdctl starts engines of this kind itself."""
+    return hasattr(importlib.import_module(f"pdctl.adapters.{kind}"), "LAUNCHER")
 
 
 def launcher(kind: str) -> Launcher:
-    """The launcher of a known kind."""
+    """The launcher of a known kind that can be started."""
     return cast(Launcher, importlib.import_module(f"pdctl.adapters.{kind}").LAUNCHER)
 
 
 def dialect(kind: str) -> Dialect:
     """The dialect of a known kind."""
     return cast(Dialect, importlib.import_module(f"pdctl.adapters.{kind}").dialect())
+
+
+def without(fields: Fields, *names: str) -> Fields:
+    """A request's fields but these."""
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def shown(choice: Choice, *hidden: str) -> Choice:
+    """A choice as clients see it: without its index, which the proxy gives, and what they did not ask for."""
+    return {name: value for name, value in choice.items() if name not in ("index", *hidden)}

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import msgspec
 
-from pdctl.adapters import Assignment, Delta, EngineError, Launch, Prefilled
+from pdctl.adapters import (
+    Assignment,
+    Call,
+    Choice,
+    Condition,
+    Delta,
+    EngineError,
+    Launch,
+    Prefilled,
+    Turn,
+    shown,
+)
 from pdctl.topology import Device, Topology, Transfer
-from pdctl.wire import AttemptCall, EngineAddress, HandOver, LeaseCall
+from pdctl.wire import AttemptCall, EngineAddress, LeaseCall
 
 PROXY_HOLDER = "proxy"
 
@@ -59,14 +70,7 @@ def _transfer_argv(transfer: Transfer) -> tuple[str, ...]:
 LAUNCHER = BuiltinLauncher()
 
 
-class _Message(msgspec.Struct):
-    content: str | None = None
-
-
 class _Choice(msgspec.Struct):
-    text: str | None = None
-    message: _Message | None = None
-    delta: _Message | None = None
     finish_reason: str | None = None
     token_ids: list[int] | None = None
 
@@ -79,82 +83,123 @@ class _Usage(msgspec.Struct):
 class _Error(msgspec.Struct):
     message: str = "the engine failed without a message"
     type: str = "server_error"
+    param: str | None = None
 
 
 class _Answer(msgspec.Struct):
-    choices: list[_Choice] = []
+    choices: list[msgspec.Raw] = []
     usage: _Usage | None = None
-    kv_transfer_params: HandOver | None = None
+    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
     error: _Error | None = None
+
+
+class _Lease(msgspec.Struct):
+    lease_id: str
+    epoch: str
+
+
+class _Link(msgspec.Struct):
+    peer: str
+    error: str = ""
+
+
+class _State(msgspec.Struct):
+    block_size: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    max_num_seqs: int = 0
+    links: list[_Link] = []
+
+
+_encode = msgspec.json.Encoder().encode
+_decode_answer = msgspec.json.Decoder(_Answer).decode
+_decode_choice = msgspec.json.Decoder(_Choice).decode
+_decode_fields = msgspec.json.Decoder(Choice).decode
+_decode_lease = msgspec.json.Decoder(_Lease).decode
+_decode_state = msgspec.json.Decoder(_State).decode
 
 
 class BuiltinDialect:
     """Bodies and answers of the builtin engine."""
 
-    def __init__(self) -> None:
-        self._encode = msgspec.json.Encoder().encode
-        self._decode = msgspec.json.Decoder(_Answer).decode
+    probe_path = "/pdctl/v1/state"
 
-    def prefill_body(self, fields: dict[str, object], resume: list[int], decode: EngineAddress) -> bytes:
-        """See Dialect.prefill_body."""
+    def client_ready(self, turn: Turn) -> bool:
+        """See Dialect.client_ready. Id and time of its events are those the proxy gives."""
+        return True
+
+    def prefill_call(self, turn: Turn, decode: EngineAddress) -> Call:
+        """See Dialect.prefill_call."""
         params: dict[str, object] = {"do_remote_decode": True}
         if decode.kind == "builtin":
             params["offer_to"] = {"host": decode.host, "port": decode.port}
         extra = {"stream": False, "return_token_ids": True, "kv_transfer_params": params}
-        return self._encode({**_without(fields, "stream_options"), **extra, **_resume(resume)})
+        return Call(turn.path, _encode({**turn.fields, **extra, **_resume(turn)}))
 
-    def decode_body(self, fields: dict[str, object], resume: list[int], hand_over: HandOver | None) -> bytes:
-        """See Dialect.decode_body."""
-        extra: dict[str, object] = {
-            "stream": True, "return_token_ids": True, "stream_options": {"include_usage": True},
-        }  # fmt: skip
+    def decode_call(self, turn: Turn, hand_over: bytes | None, stream: bool) -> Call:
+        """See Dialect.decode_call."""
+        extra: dict[str, object] = {"stream": stream}
+        if stream:
+            extra |= {"return_token_ids": True, "stream_options": {"include_usage": True}}
         if hand_over is not None:
-            extra["kv_transfer_params"] = hand_over
-        return self._encode({**fields, **extra, **_resume(resume)})
+            extra["kv_transfer_params"] = msgspec.Raw(hand_over)
+        return Call(turn.path, _encode({**turn.fields, **extra, **_resume(turn)}))
 
-    def parse_prefill(self, status: int, body: bytes, chat: bool) -> Prefilled:
+    def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:
         """See Dialect.parse_prefill."""
-        answer = self._parse(status, body)
+        answer = _parsed(status, body)
         if not answer.choices:
             raise EngineError(502, "the prefill engine answered without choices", "bad_upstream")
-        choice = answer.choices[0]
-        text = (choice.message.content if chat and choice.message else choice.text) or ""
+        known, fields = _decode_choice(answer.choices[0]), _decode_fields(answer.choices[0])
+        if turn.chat and "message" in fields:
+            fields["delta"] = fields.pop("message")
+        held = bytes(answer.kv_transfer_params)
+        goes_on = held != b"null"
+        if goes_on:
+            fields["finish_reason"] = msgspec.Raw(b"null")
         return Prefilled(
-            token_ids=choice.token_ids or [],
-            text=text,
-            finish_reason=None if answer.kv_transfer_params else choice.finish_reason,
+            token_ids=known.token_ids or [],
+            choice=shown(fields, "token_ids"),
+            finish_reason=None if goes_on else known.finish_reason,
             prompt_tokens=answer.usage.prompt_tokens if answer.usage else 0,
-            hand_over=answer.kv_transfer_params,
+            hand_over=held if goes_on else None,
         )
 
-    def parse_event(self, data: bytes, chat: bool) -> Delta:
+    def parse_event(self, data: bytes, turn: Turn) -> Delta:
         """See Dialect.parse_event."""
-        answer = self._parse(200, data)
+        answer = _parsed(200, data)
         counts = (answer.usage.prompt_tokens, answer.usage.completion_tokens) if answer.usage else None
         if not answer.choices:
-            return Delta([], "", None, counts)
-        choice = answer.choices[0]
-        text = (choice.delta.content if chat and choice.delta else choice.text) or ""
-        return Delta(choice.token_ids or [], text, choice.finish_reason, counts)
+            return Delta([], None, None, counts)
+        known, fields = _decode_choice(answer.choices[0]), _decode_fields(answer.choices[0])
+        return Delta(known.token_ids or [], shown(fields, "token_ids"), known.finish_reason, counts)
 
-    def give_up_call(self, attempt: str) -> tuple[str, bytes]:
-        """See Dialect.give_up_call."""
-        return "/pdctl/v1/attempts/release", self._encode(AttemptCall(attempt))
+    def parse_whole(self, body: bytes) -> tuple[int, int]:
+        """See Dialect.parse_whole."""
+        answer = _parsed(200, body)
+        if not answer.choices or answer.usage is None:
+            raise EngineError(502, "the engine answered without choices or usage", "bad_upstream")
+        return answer.usage.prompt_tokens, answer.usage.completion_tokens
 
-    def release_call(self, hand_over: HandOver) -> tuple[str, bytes]:
-        """See Dialect.release_call."""
-        call = LeaseCall(lease_id=hand_over.lease_id, epoch=hand_over.epoch, holder=PROXY_HOLDER)
-        return "/pdctl/v1/leases/release", self._encode(call)
-
-    def _parse(self, status: int, body: bytes) -> _Answer:
+    def parse_condition(self, status: int, body: bytes) -> Condition:
+        """See Dialect.parse_condition."""
         try:
-            answer = self._decode(body)
-        except msgspec.DecodeError as failure:
-            raise EngineError(502, f"the engine's answer is not what was agreed: {failure}", "bad_upstream") from None
-        if status >= 400 or answer.error:
-            error = answer.error or _Error()
-            raise EngineError(status if status >= 400 else 500, error.message, error.type, error.type == "kv_lost")
-        return answer
+            state = _decode_state(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return Condition(usable=False)
+        lost = frozenset(link.peer for link in state.links if link.error)
+        room = state.blocks_free * state.block_size
+        return Condition(status == 200 and state.blocks_total > 0, state.max_num_seqs or None, room, lost)
+
+    def give_up_call(self, attempt: str) -> Call | None:
+        """See Dialect.give_up_call."""
+        return Call("/pdctl/v1/attempts/release", _encode(AttemptCall(attempt)))
+
+    def release_call(self, hand_over: bytes) -> Call | None:
+        """See Dialect.release_call."""
+        held = _decode_lease(hand_over)
+        call = LeaseCall(lease_id=held.lease_id, epoch=held.epoch, holder=PROXY_HOLDER)
+        return Call("/pdctl/v1/leases/release", _encode(call))
 
 
 def dialect() -> BuiltinDialect:
@@ -162,9 +207,17 @@ def dialect() -> BuiltinDialect:
     return BuiltinDialect()
 
 
-def _without(fields: dict[str, object], key: str) -> dict[str, object]:
-    return {name: value for name, value in fields.items() if name != key}
+def _parsed(status: int, body: bytes) -> _Answer:
+    try:
+        answer = _decode_answer(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+        raise EngineError(502, f"the engine's answer is not what was agreed: {failure}", "bad_upstream") from None
+    if status >= 400 or answer.error:
+        error = answer.error or _Error()
+        code = status if status >= 400 else 500
+        raise EngineError(code, error.message, error.type, error.type == "kv_lost", error.param)
+    return answer
 
 
-def _resume(token_ids: list[int]) -> dict[str, object]:
-    return {"resume_token_ids": token_ids} if token_ids else {}
+def _resume(turn: Turn) -> dict[str, object]:
+    return {"resume_token_ids": turn.emitted} if turn.emitted else {}

@@ -13,6 +13,8 @@ from pdctl.commands.common import FileOption, ServiceOption, call, find_service
 from pdctl.errors import PdctlError
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 _TIMEOUT_S = 600
@@ -24,6 +26,9 @@ def ask(
     temperature: float = typer.Option(0.0, "--temperature", min=0.0, help="0 is greedy."),
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
+    api_key: str | None = typer.Option(
+        None, envvar="PDCTL_API_KEY", help="For a service with API keys.", show_envvar=True
+    ),
 ) -> None:
     """Complete a text through the proxy."""
     import httpx
@@ -36,9 +41,16 @@ def ask(
         "temperature": temperature,
         "stream": True,
     }
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with httpx.stream(
-            "POST", f"{status['proxy_url']}/v1/completions", json=body, timeout=_TIMEOUT_S, trust_env=False
+            "POST",
+            f"{status['proxy_url']}/v1/completions",
+            json=body,
+            headers=headers,
+            timeout=_TIMEOUT_S,
+            trust_env=False,
+            verify=_verification(status["tls_cert"]),
         ) as answer:
             _show(answer)
     except httpx.TransportError as failure:
@@ -46,6 +58,17 @@ def ask(
         raise PdctlError(
             f"the answer of {status['proxy_url']} was cut off: {failure}", "see: pdctl status"
         ) from failure
+
+
+def _verification(certificate: str) -> ssl.SSLContext | bool:
+    """Trust the service's own certificate: it is on this machine, under an address the certificate need not name."""
+    if not certificate:
+        return True
+    import ssl
+
+    context = ssl.create_default_context(cafile=certificate)
+    context.check_hostname = False
+    return context
 
 
 def _show(answer: httpx.Response) -> None:

@@ -40,6 +40,9 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
         ]
         for spec in planned.processes
     ]
+    rows += [
+        [spec.name, spec.role, spec.kind, "attached", "-", f"{spec.host}:{spec.port}", "-"] for spec in planned.attached
+    ]
     console.out(console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "PORT", "AFTER"], rows))
     if not planned.model_ready:
         where = f"made ready, in {planned.model_path}" if planned.model_path.startswith("/") else "fetched from the Hub"

@@ -17,6 +17,8 @@ _COLOURS = {
     "backoff": "yellow",
     "stopping": "yellow",
     "failed": "red",
+    "answers": "green",
+    "silent": "red",
 }
 
 
@@ -35,10 +37,18 @@ def show(found: Status) -> None:
     rows = [_row(process) for process in found["processes"]]
     header = ["PROCESS", "ROLE", "STATE", "SINCE", "RESTARTS", "PID", "DEVICE", "CPUS", "PORT", "MEMORY", "LAST EXIT"]
     console.out(console.table(header, rows, _COLOURS))
+    if found["attached"]:
+        header = ["ATTACHED", "ROLE", "KIND", "ADDRESS", "STATE"]
+        console.out("\n" + console.table(header, [_attached(engine) for engine in found["attached"]], _COLOURS))
     if found["links"]:
         header = ["KV FROM", "TO", "TRANSPORT", "OVER", "TRANSFERS", "MOVED", "GB/S", "WHY"]
         console.out("\n" + console.table(header, [_link(link) for link in found["links"]], _COLOURS))
         _shout(found["links"])
+
+
+def _attached(engine: Status) -> list[str]:
+    state = "answers" if engine["answers"] else "silent"
+    return [engine["name"], engine["role"], engine["kind"], f"{engine['host']}:{engine['port']}", state]
 
 
 def _link(link: Status) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m pdctl.proxy --config FILE`: serve on the socket that the supervisor handed down."""
+"""`python -m pdctl.proxy --config FILE [--worker N]`: serve on the socket that the supervisor handed down."""
 
 from __future__ import annotations
 
@@ -14,19 +14,32 @@ from pathlib import Path
 import msgspec
 import uvicorn
 import uvloop
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
+from pdctl.errors import PdctlError
+from pdctl.proxy.access_log import AccessLog
+from pdctl.proxy.admission import Admission
 from pdctl.proxy.app import ProxyApp
-from pdctl.proxy.metrics import Metrics
+from pdctl.proxy.connections import BoundedProtocol, reap_forever
+from pdctl.proxy.gate import Gate
+from pdctl.proxy.generate import Generator
+from pdctl.proxy.keys import Keys
+from pdctl.proxy.meters import SharedLoads
+from pdctl.proxy.metrics import SAVE_S, Metrics
 from pdctl.proxy.pool import EnginePool
-from pdctl.proxy.relay import Shared, release_forever
+from pdctl.proxy.quarantine import Quarantine
+from pdctl.proxy.relay import Shared
+from pdctl.proxy.releases import Releases
 from pdctl.proxy.routing import POLICIES
-from pdctl.serving import LOG_FORMAT, Server
-from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig
+from pdctl.proxy.spans import NO_SPANS, OtlpSpans, Spans
+from pdctl.serving import LOG_FORMAT, Server, listen_tcp
+from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig
 
 # Running answers may end by themselves for this long after TERM, seconds.
 _DRAIN_S = 5
-_MAX_RELEASES = 1024
-
+# Longest wait in the admission queue where no target for the first token is enforced, seconds.
+_PATIENCE_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -39,46 +52,128 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pdctl.proxy")
     parser.add_argument("--config", type=Path, required=True)
-    config = msgspec.json.decode(parser.parse_args().config.read_bytes(), type=ProxyConfig)
+    parser.add_argument("--worker", type=int, default=0)
+    parser.add_argument("--control-port", type=int, default=0, help="a loopback port of this worker's own")
+    arguments = parser.parse_args()
+    config = msgspec.json.decode(arguments.config.read_bytes(), type=ProxyConfig)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     _log.info("serving %s over %d engines", config.model, len(config.engines))
     listener = socket.socket(fileno=int(os.environ[LISTEN_FD_ENV]))
+    code = 0
     try:
-        uvloop.run(_run(config, listener))
+        uvloop.run(_run(config, arguments.worker, arguments.control_port, listener))
     except* _Stopped:
         pass
-    return 0
+    except* PdctlError as failures:
+        failure = failures.exceptions[0]
+        assert isinstance(failure, PdctlError)
+        sys.stderr.write(f"error: {failure}\n" + (f"hint: {failure.hint}\n" if failure.hint else ""))
+        code = EXIT_CONFIG
+    return code
 
 
-async def _run(config: ProxyConfig, listener: socket.socket) -> None:
-    shared = Shared(
-        pool=EnginePool.of(config.engines),
-        policy=POLICIES[config.routing],
-        metrics=Metrics(config.ttft_ms / 1000, config.tpot_ms / 1000),
-        secret=os.environ.get(SECRET_ENV, ""),
-        holder=f"proxy@{os.environ.get(EPOCH_ENV, '')}",
-        releases=asyncio.Queue(_MAX_RELEASES),
-    )
-    server = Server(
-        uvicorn.Config(
-            ProxyApp(config, shared),
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            loop="none",
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=_DRAIN_S,
-            http="httptools",
-        )
-    )
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(sign, _stop, server)
+async def _run(config: ProxyConfig, worker: int, control_port: int, listener: socket.socket) -> None:
     async with asyncio.TaskGroup() as tasks:
+        generator = _generator(config, worker, tasks)
+        shared = generator.shared
+        app = _app(config, generator)
+        server = Server(_uvicorn(config, app))
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(sign, _stop, server)
         tasks.create_task(shared.pool.watch_forever())
-        tasks.create_task(release_forever(shared))
+        tasks.create_task(shared.releases.run_forever())
+        tasks.create_task(generator.gate.run_forever())
+        tasks.create_task(generator.log.run_forever())
+        tasks.create_task(_keep_house(generator))
+        tasks.create_task(reap_forever(server.server_state.connections))
+        if control_port:
+            tasks.create_task(_serve_control(app, control_port))
         await server.serve(sockets=[listener])
         shared.pool.close()
+        shared.metrics.save()
+        generator.log.flush()
+        generator.spans.close()
         raise _Stopped
+
+
+def _generator(config: ProxyConfig, worker: int, tasks: asyncio.TaskGroup) -> Generator:
+    """Raises PdctlError for files that the configuration names and that are not as they should be."""
+    several = config.workers > 1
+    run_dir = Path(config.run_dir)
+    loads = SharedLoads(run_dir / "loads", config.workers, len(config.engines), worker) if several else None
+    if several:
+        (run_dir / "metrics").mkdir(exist_ok=True)
+    epoch = os.environ.get(EPOCH_ENV, "")
+    pool = EnginePool.of(config.engines, os.environ.get(SECRET_ENV, ""), loads)
+    ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
+    name = f"proxy-{worker}" if several else "proxy"
+    metrics = Metrics(config.model, ttft_s, tpot_s, run_dir / "metrics" if several else None, f"{name}.{epoch}")
+    by_slo = config.admission == "slo"
+    admission = Admission(config.max_queue, ttft_s if by_slo else _PATIENCE_S, ttft_s, tpot_s, by_slo)
+    spans: Spans = OtlpSpans(config.otlp_endpoint, f"pdctl/{config.service}") if config.otlp_endpoint else NO_SPANS
+    shared = Shared(
+        pool=pool,
+        policy=POLICIES[config.routing],
+        metrics=metrics,
+        releases=Releases(),
+        quarantine=Quarantine(),
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        wants_prefixes=config.routing == "prefix_aware",
+    )
+    return Generator(
+        shared=shared,
+        gate=Gate(admission, pool.outlook, metrics),
+        keys=Keys(config.api_keys),
+        log=AccessLog(config.access_log),
+        model=config.model,
+        holder=f"{name}@{epoch}",
+        max_body=int(config.max_body_mb * 2**20),
+        tasks=tasks,
+        spans=spans,
+    )
+
+
+def _app(config: ProxyConfig, generator: Generator) -> ASGIApp:
+    app: ASGIApp = ProxyApp.of(config, generator)
+    if config.cors_origins:
+        app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def _uvicorn(config: ProxyConfig, app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        loop="none",
+        http=BoundedProtocol,
+        ws="none",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_DRAIN_S,
+        server_header=False,
+        proxy_headers=False,
+        ssl_certfile=config.tls_cert or None,
+        ssl_keyfile=config.tls_key or None,
+    )
+
+
+async def _serve_control(app: ASGIApp, port: int) -> None:
+    """The same application where only this worker answers, in the clear, on loopback."""
+    listener = listen_tcp("127.0.0.1", port)
+    await Server(
+        uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", loop="none", http=BoundedProtocol, ws="none"
+        )
+    ).serve(sockets=[listener])
+
+
+async def _keep_house(generator: Generator) -> None:
+    while True:
+        await asyncio.sleep(SAVE_S)
+        generator.shared.metrics.save()
+        generator.keys.reload()
 
 
 def _stop(server: uvicorn.Server) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -10,61 +13,70 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pdctl import asgi
+from pdctl.lean_http import Unreachable, header_lines
 from pdctl.openai_api import ApiError
-from pdctl.proxy import requests
-from pdctl.proxy.relay import Relay, Shared
-from pdctl.proxy.routing import choose, round_robin
-from pdctl.proxy.sinks import Sink, StreamSink, WholeSink
+from pdctl.proxy.generate import Generator
+from pdctl.proxy.openapi import description
+from pdctl.proxy.pool import Engine
+from pdctl.proxy.routing import Ask, choose, round_robin
 from pdctl.wire import ProxyConfig
 
 _GENERATE = {"/v1/completions": False, "/v1/chat/completions": True}
+_TOKENIZE_S = 10.0
+_JSON = header_lines({"content-type": "application/json"})
 
 
+@dataclass(slots=True)
 class ProxyApp:
     """ASGI entry point."""
 
-    def __init__(self, config: ProxyConfig, shared: Shared) -> None:
-        self._config = config
-        self._shared = shared
-        self._rest = Starlette(
-            routes=[
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._model),
-                Route("/health", self._health),
-                Route("/metrics", self._metrics),
-            ],
-            exception_handlers={HTTPException: _not_here},
-        )
+    config: ProxyConfig
+    generator: Generator
+    rest: Starlette
+
+    @classmethod
+    def of(cls, config: ProxyConfig, generator: Generator) -> ProxyApp:
+        """The application over a generator."""
+        surface = Surface(config, generator)
+        return cls(config, generator, Starlette(routes=surface.routes(), exception_handlers={HTTPException: _not_here}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         if scope["type"] == "http" and scope["path"] in _GENERATE:
-            await self._generate(scope, receive, send)
+            await self.generator(scope, receive, send, _GENERATE[scope["path"]])
         else:
-            await self._rest(scope, receive, send)
+            await self.rest(scope, receive, send)
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = asgi.header_dict(scope["headers"])
-        request_id = asgi.request_id(headers)
-        extra = [(b"x-request-id", request_id.encode())]
-        path = scope["path"]
-        try:
-            if scope["method"] != "POST":
-                raise ApiError(405, f"{path} takes POST")
-            body = await asgi.read_body(receive)
-            request = requests.parse(body, path, _GENERATE[path], request_id, self._config.model)
-        except ApiError as failure:
-            self._shared.metrics.failed(failure.status)
-            await asgi.respond_error(send, failure, extra)
-            return
-        sink: Sink = StreamSink(request, send, extra) if request.stream else WholeSink(request, send, extra)
-        await asgi.while_connected(receive, Relay(self._shared, request, sink).run)
 
-    async def _models(self, _: Request) -> Response:
+class Surface:
+    """Every endpoint that does not generate."""
+
+    def __init__(self, config: ProxyConfig, generator: Generator) -> None:
+        self._config = config
+        self._generator = generator
+        self._shared = generator.shared
+
+    def routes(self) -> list[Route]:
+        """For Starlette."""
+        return [
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._tokenize, methods=["POST"]),
+            Route("/health", self._health),
+            Route("/ready", self._ready),
+            Route("/metrics", self._metrics),
+            Route("/openapi.json", self._openapi),
+        ]
+
+    async def _models(self, request: Request) -> Response:
+        if refused := self._refused(request):
+            return refused
         return _json(200, {"object": "list", "data": [self._card()]})
 
     async def _model(self, request: Request) -> Response:
+        if refused := self._refused(request):
+            return refused
         name = request.path_params["name"]
         if name != self._config.model:
             raise HTTPException(404, f"the model {name!r} does not exist; this service serves {self._config.model!r}")
@@ -76,21 +88,79 @@ class ProxyApp:
             "max_model_len": self._config.max_model_len,
         }  # fmt: skip
 
+    async def _tokenize(self, request: Request) -> Response:
+        """Any engine does: all have the same tokenizer."""
+        if refused := self._refused(request):
+            return refused
+        try:
+            body = await self._small_body(request)
+            engine = self._any_engine()
+            answer = await engine.client.request(
+                "POST", request.url.path, engine.headers + _JSON, body, timeout_s=_TOKENIZE_S
+            )
+        except ApiError as failure:
+            return _error(failure)
+        except Unreachable as failure:
+            return _error(ApiError(503, str(failure), "service_unavailable", retry_after=1))
+        return Response(answer.body, answer.status, media_type="application/json")
+
+    async def _small_body(self, request: Request) -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > self._generator.max_body:
+                raise ApiError(413, f"the body is larger than {self._generator.max_body} bytes")
+        return b"".join(parts)
+
+    def _any_engine(self) -> Engine:
+        now = time.monotonic()
+        found = next((engine for engine in self._shared.pool.engines if engine.usable(now)), None)
+        if found is None:
+            raise ApiError(503, "no engine is ready", "service_unavailable", retry_after=5)
+        return found
+
     async def _health(self, _: Request) -> Response:
         """200 when a request sent now would find an engine."""
-        engines = self._shared.pool.engines
-        able = choose(round_robin, [engine.view() for engine in engines], 1.0, 0) is not None
-        return _json(200 if able else 503, {"ok": able, "engines": {e.address.name: e.healthy for e in engines}})
+        ask = Ask(0.0, 0, 0.0, 1.0, 1.0)
+        able = choose(round_robin, self._shared.pool.views(), ask) is not None
+        return _json(
+            200 if able else 503, {"ok": able, "engines": {e.name: e.healthy for e in self._shared.pool.engines}}
+        )
+
+    async def _ready(self, _: Request) -> Response:
+        """200 when every engine can be used: the service is as it was planned."""
+        now = time.monotonic()
+        missing = [engine.name for engine in self._shared.pool.engines if not engine.usable(now)]
+        return _json(503 if missing else 200, {"ready": not missing, "missing": missing})
 
     async def _metrics(self, _: Request) -> Response:
-        return Response(self._shared.metrics.render(self._shared.pool), media_type="text/plain; version=0.0.4")
+        shared, gate = self._shared, self._generator.gate
+        text = shared.metrics.render(shared.pool, gate.waiting, shared.quarantine.count, shared.releases.failed)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def _openapi(self, _: Request) -> Response:
+        return _json(200, description(self._config.model))
+
+    def _refused(self, request: Request) -> Response | None:
+        """The answer to somebody without an API key."""
+        try:
+            self._generator.keys.name_of(request.headers.get("authorization", ""))
+        except ApiError as failure:
+            return _error(failure)
+        return None
 
 
 async def _not_here(request: Request, failure: Exception) -> Response:
     """Starlette's own refusals, in OpenAI's envelope."""
     assert isinstance(failure, HTTPException)
-    message = f"{request.method} {request.url.path}: {failure.detail}"
-    return Response(ApiError(failure.status_code, message).body(), failure.status_code, media_type="application/json")
+    error = ApiError(failure.status_code, f"{request.method} {request.url.path}: {failure.detail}")
+    return Response(error.body(), error.status, failure.headers, media_type="application/json")
+
+
+def _error(failure: ApiError) -> Response:
+    headers = {} if failure.retry_after is None else {"retry-after": str(failure.retry_after)}
+    return Response(failure.body(), failure.status, headers, media_type="application/json")
 
 
 def _json(status: int, body: object) -> Response:

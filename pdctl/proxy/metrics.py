@@ -1,104 +1,211 @@
-"""The proxy's Prometheus metrics."""
+"""What the proxy counts, and how Prometheus is told. Times in seconds.
+
+docs/metrics.md lists every name. The vllm: names are there for dashboards made for vLLM, where the meaning is the same.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from pdctl.proxy.pool import EnginePool
+from pdctl.proxy.pool import Engine, EnginePool
+from pdctl.proxy.tally import Histogram, Tally
+from pdctl.proxy.timing import Timing
 
-_TTFT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-_TPOT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+_LONG = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+_SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# A worker's counts are as old as this at most when another one is asked for all, seconds.
+SAVE_S = 1.0
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # the package is typed but for this
+_HISTOGRAMS = {
+    "ttft": ("pdctl_proxy_ttft_seconds", "Time to first token", _LONG),
+    "tpot": ("pdctl_proxy_tpot_seconds", "Mean time per output token after the first", _SHORT),
+    "itl": ("pdctl_proxy_itl_seconds", "Time between tokens of a stream", _SHORT),
+    "e2e": ("pdctl_proxy_request_seconds", "Time from request to end of answer", _LONG),
+    "queue": ("pdctl_proxy_queue_seconds", "Time a request waited for admission", _LONG),
+}
+_COUNTERS = {
+    "requests": ("pdctl_proxy_requests", "Requests by HTTP status", ("status",)),
+    "tokens": ("pdctl_proxy_tokens", "Output tokens relayed", ()),
+    "prompt_tokens": ("pdctl_proxy_prompt_tokens", "Prompt tokens of answered requests", ()),
+    "slo_met": ("pdctl_proxy_slo_met", "Requests that met a target", ("target",)),
+    "failovers": ("pdctl_proxy_failovers", "Times a request went on after this engine failed it", ("engine",)),
+    "hand_overs": ("pdctl_proxy_hand_overs", "Requests decoded from handed-over KV", ("prefill", "decode")),
+    "hand_over_seconds": (
+        "pdctl_proxy_hand_over_seconds", "Seconds in which decode engines brought KV", ("prefill", "decode"),
+    ),
+    "hand_over_bytes": ("pdctl_proxy_hand_over_bytes", "Bytes of KV handed over", ("prefill", "decode")),
+    "sheds": ("pdctl_proxy_sheds", "Requests refused with 429", ("reason",)),
+    "left": ("pdctl_proxy_clients_left", "Requests whose client left before the end", ()),
+    "quarantined": ("pdctl_proxy_quarantined", "Requests put in quarantine", ()),
+    "release_failures": (
+        "pdctl_proxy_release_failures", "Leases that could not be released and end by deadline", (),
+    ),
+}  # fmt: skip
+# vLLM's names for what means the same, with its label.
+_AS_VLLM = {
+    "ttft": "vllm:time_to_first_token_seconds",
+    "itl": "vllm:inter_token_latency_seconds",
+    "tpot": "vllm:request_time_per_output_token_seconds",
+    "e2e": "vllm:e2e_request_latency_seconds",
+    "queue": "vllm:request_queue_time_seconds",
+    "tokens": "vllm:generation_tokens",
+    "prompt_tokens": "vllm:prompt_tokens",
+}
 
 
+@dataclass(slots=True)
 class Metrics:
-    """Counted by relays, rendered on request. Times in seconds."""
+    """Counted by relays, rendered on request. `folder`: where workers leave their counts, None for a single one."""
 
-    def __init__(self, ttft_slo_s: float, tpot_slo_s: float) -> None:
-        self._slo = (ttft_slo_s, tpot_slo_s)
-        self.registry = CollectorRegistry()
-        registry = self.registry
-        self._requests = Counter("pdctl_proxy_requests", "Requests by HTTP status", ["status"], registry=registry)
-        self._ttft = Histogram(
-            "pdctl_proxy_ttft_seconds", "Time to first token", buckets=_TTFT_BUCKETS, registry=registry
-        )
-        self._tpot = Histogram(
-            "pdctl_proxy_tpot_seconds",
-            "Mean time per output token after the first",
-            buckets=_TPOT_BUCKETS,
-            registry=registry,
-        )
-        self._tokens = Counter("pdctl_proxy_tokens", "Output tokens relayed", registry=registry)
-        self._slo_met = Counter("pdctl_proxy_slo_met", "Requests that met a target", ["target"], registry=registry)
-        self._failovers = Counter(
-            "pdctl_proxy_failovers",
-            "Times a request went on after this engine failed it",
-            ["engine"],
-            registry=registry,
-        )
-        self._release_failures = Counter(
-            "pdctl_proxy_release_failures",
-            "Leases that could not be released and end by deadline",
-            registry=registry,
-        )
-        self._hand_overs = Counter(
-            "pdctl_proxy_hand_overs",
-            "Requests handed from prefill to decode",
-            ["prefill", "decode"],
-            registry=registry,
-        )
-        self._hand_over_seconds = Counter(
-            "pdctl_proxy_decode_seconds",
-            "Seconds of decode after a hand-over",
-            ["prefill", "decode"],
-            registry=registry,
-        )
-        self._healthy = Gauge(
-            "pdctl_proxy_engine_healthy", "1 when the engine can be used", ["engine"], registry=registry
-        )
-        self._inflight = Gauge("pdctl_proxy_engine_requests", "Requests at the engine", ["engine"], registry=registry)
+    model: str
+    ttft_slo_s: float
+    tpot_slo_s: float
+    folder: Path | None = None
+    worker: str = "proxy"
+    tally: Tally = None  # type: ignore[assignment]  # made below
 
-    def finished(self, first_token_at: float, started_at: float, tokens: int) -> None:
+    def __post_init__(self) -> None:
+        self.tally = Tally({name: Histogram(bounds) for name, (_, _, bounds) in _HISTOGRAMS.items()})
+
+    @property
+    def gaps(self) -> Histogram:
+        """Time between tokens."""
+        return self.tally.histograms["itl"]
+
+    def finished(self, timing: Timing, prompt_tokens: int, tokens: int) -> None:
         """A request was answered whole."""
-        self._requests.labels("200").inc()
-        self._tokens.inc(tokens)
-        ttft = first_token_at - started_at
-        tpot = (time.monotonic() - first_token_at) / max(1, tokens - 1)
-        self._ttft.observe(ttft)
-        self._tpot.observe(tpot)
-        for target, value, limit in (("ttft", ttft, self._slo[0]), ("tpot", tpot, self._slo[1])):
-            self._slo_met.labels(target).inc(value <= limit)
+        now, tally = time.monotonic(), self.tally
+        tally.count("requests", "200")
+        tally.count("tokens", by=tokens)
+        tally.count("prompt_tokens", by=prompt_tokens)
+        ttft = (timing.first_token_at or now) - timing.received_at
+        tpot = (now - timing.first_token_at) / max(1, tokens - 1) if timing.first_token_at else 0.0
+        histograms = tally.histograms
+        histograms["ttft"].add(ttft)
+        histograms["tpot"].add(tpot)
+        histograms["e2e"].add(now - timing.received_at)
+        histograms["queue"].add(max(0.0, timing.admitted_at - timing.received_at))
+        if ttft <= self.ttft_slo_s:
+            tally.count("slo_met", "ttft")
+        if tpot <= self.tpot_slo_s:
+            tally.count("slo_met", "tpot")
 
     def failed(self, status: int) -> None:
         """A request was answered with an error."""
-        self._requests.labels(str(status)).inc()
+        self.tally.count("requests", str(status))
 
     def failed_over(self, engine: str) -> None:
         """A request goes on elsewhere."""
-        self._failovers.labels(engine).inc()
+        self.tally.count("failovers", engine)
 
-    def release_failed(self) -> None:
-        """A lease could not be released."""
-        self._release_failures.inc()
+    def shed(self, reason: str) -> None:
+        """A request was refused to keep the others fast."""
+        self.tally.count("sheds", reason)
 
-    def handed_over(self, prefill: str, decode: str, seconds: float) -> None:
+    def client_left(self) -> None:
+        """Nobody waits for this answer any more."""
+        self.tally.count("left")
+
+    def handed_over(self, prefill: str, decode: str, timing: Timing) -> None:
         """A request was decoded from handed-over KV."""
-        self._hand_overs.labels(prefill, decode).inc()
-        self._hand_over_seconds.labels(prefill, decode).inc(seconds)
+        self.tally.count("hand_overs", prefill, decode)
+        if timing.stages:
+            self.tally.count("hand_over_seconds", prefill, decode, by=timing.stages.get("hand_over", 0.0))
+            self.tally.count("hand_over_bytes", prefill, decode, by=timing.stages.get("bytes", 0.0))
 
-    def render(self, pool: EnginePool) -> bytes:
-        """Prometheus text."""
-        for engine in pool.engines:
-            self._healthy.labels(engine.address.name).set(engine.healthy)
-            self._inflight.labels(engine.address.name).set(len(engine.calls))
-        return generate_latest(self.registry)
+    def save(self) -> None:
+        """Leave our counts where the other workers find them."""
+        if self.folder is not None:
+            self.tally.save(self.folder / f"{self.worker}.json")
+
+    def render(self, pool: EnginePool, waiting: int, quarantined: int, release_failures: int) -> bytes:
+        """Prometheus text, of all workers together where there are several."""
+        self.tally.counters["quarantined", ()] = float(quarantined)
+        self.tally.counters["release_failures", ()] = float(release_failures)
+        tally = self.tally
+        if self.folder is not None:
+            ours = self.folder / f"{self.worker}.json"
+            tally = tally.with_others(path for path in self.folder.glob("*.json") if path != ours)
+        registry = CollectorRegistry()
+        registry.register(_Exposition(self.model, tally, pool, waiting))
+        return generate_latest(registry)
+
+
+class _Exposition(Collector):
+    """One scrape."""
+
+    def __init__(self, model: str, tally: Tally, pool: EnginePool, waiting: int) -> None:
+        self._model = model
+        self._tally = tally
+        self._pool = pool
+        self._waiting = waiting
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything."""
+        yield from self._counters()
+        yield from self._histograms()
+        yield from self._engines()
+        yield from self._now()
+
+    def _counters(self) -> Iterator[Metric]:
+        for short, (name, about, labels) in _COUNTERS.items():
+            found = {key: value for (counter, key), value in self._tally.counters.items() if counter == short}
+            if not labels:
+                found.setdefault((), 0.0)
+            family = CounterMetricFamily(name, about, labels=labels)
+            for key, value in sorted(found.items()):
+                family.add_metric(key, value)
+            yield family
+            if short in _AS_VLLM:
+                also = CounterMetricFamily(_AS_VLLM[short], about, labels=["model_name"])
+                also.add_metric([self._model], found[()])
+                yield also
+
+    def _histograms(self) -> Iterator[Metric]:
+        for short, (name, about, _) in _HISTOGRAMS.items():
+            histogram = self._tally.histograms[short]
+            yield _family(name, about, [], [], histogram)
+            yield _family(_AS_VLLM[short], about, ["model_name"], [self._model], histogram)
+
+    def _engines(self) -> Iterator[Metric]:
+        gauges: dict[str, tuple[str, Callable[[Engine], float]]] = {
+            "pdctl_proxy_engine_healthy": ("1 when the engine can be used", lambda e: float(e.healthy)),
+            "pdctl_proxy_engine_requests": ("Calls under way at the engine", lambda e: float(len(e.tickets))),
+            "pdctl_proxy_engine_breaker_open": (
+                "1 when its circuit is open: left out for a while", lambda e: float(e.breaker.state != "closed"),
+            ),
+            "pdctl_proxy_engine_draining": ("1 when it gets no new requests", lambda e: float(e.draining)),
+        }  # fmt: skip
+        for name, (about, value_of) in gauges.items():
+            family = GaugeMetricFamily(name, about, labels=["engine"])
+            for engine in self._pool.engines:
+                family.add_metric([engine.name], value_of(engine))
+            yield family
+
+    def _now(self) -> Iterator[Metric]:
+        running = sum(len(engine.tickets) for engine in self._pool.engines)
+        yield GaugeMetricFamily("pdctl_proxy_waiting", "Requests that wait for admission", value=self._waiting)
+        for name, about, value in (
+            ("vllm:num_requests_running", "Requests at engines", running),
+            ("vllm:num_requests_waiting", "Requests that wait for admission", self._waiting),
+        ):
+            family = GaugeMetricFamily(name, about, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family
+
+
+def _family(name: str, about: str, labels: list[str], values: list[str], histogram: Histogram) -> Metric:
+    buckets, seen = [], 0
+    for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
+        seen += count
+        buckets.append((bound, float(seen)))
+    family = HistogramMetricFamily(name, about, labels=labels)
+    family.add_metric(values, buckets, histogram.total)
+    return family

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from pdctl.adapters import Dialect, dialect
-from pdctl.lean_http import Pool, Unreachable
+from pdctl.adapters import Condition, Dialect, dialect
+from pdctl.errors import PdctlError
+from pdctl.lean_http import Exchange, Pool, Unreachable, header_lines
+from pdctl.proxy.admission import Outlook
+from pdctl.proxy.breaker import Breaker
+from pdctl.proxy.meters import Meter, PrefixSet, SharedLoads, Window
 from pdctl.proxy.routing import Load, View
 from pdctl.wire import EngineAddress
 
@@ -18,93 +22,201 @@ _log = logging.getLogger(__name__)
 
 # A healthy engine is asked this often, one that is down more often: a restarted engine is used within moments.
 _HEALTHY_S, _DOWN_S = 0.5, 0.1
-_PROBE_TIMEOUT_S = 2.0
-# Weight of the newest sample in the running speed.
-_ALPHA = 0.2
+_PROBE_TIMEOUT_S = 1.5
 # One slow answer of a busy machine is no death: this many unanswered probes in a row are.
 _MISSES = 3
+# How often calls are looked at for silence, seconds.
+_WATCH_S = 0.1
+# An engine whose streams all wait is stuck after this many times its usual gap between tokens, and these bounds.
+_STALL_GAPS = 50
+_STALL_S = (2.0, 60.0)
+# Hand-overs lost in a row after which a pair is not used for a while, seconds.
+_PAIR_LOSSES = 3
+_PAIR_PAUSE_S = 5.0
+# Bytes of a request for each token of its prompt, for a guess at the KV it will need.
+_BYTES_PER_TOKEN = 3.0
 
 
-@dataclass(slots=True)
-class Meter:
-    """One kind of work at one engine: how much is pending, and how fast it has been done (0: not known yet)."""
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One call at an engine. `patience_s`: how long it may owe us something; `streaming`: tokens have come."""
 
-    pending: float = 0.0
-    speed: float = 0.0
-
-    @contextmanager
-    def working(self, amount: float) -> Iterator[None]:
-        """Count `amount` as pending meanwhile, and its speed if it gets done."""
-        self.pending += amount
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.pending -= amount
-        sample = amount / max(time.monotonic() - started, 1e-6)
-        self.speed = sample if not self.speed else (1 - _ALPHA) * self.speed + _ALPHA * sample
+    exchange: Exchange
+    patience_s: float
+    streaming: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Engine:
     """One engine. Prompts are measured in bytes of request, hand-overs decoded in streams."""
 
     address: EngineAddress
     client: Pool
     dialect: Dialect
+    index: int
+    headers: bytes
     healthy: bool = False
+    draining: bool = False
+    condition: Condition = field(default_factory=lambda: Condition(usable=False))
+    breaker: Breaker = field(default_factory=Breaker)
     prompts: Meter = field(default_factory=Meter)
     streams: Meter = field(default_factory=Meter)
+    prefill_s: Window = field(default_factory=Window)
+    token_s: Window = field(default_factory=Window)
+    prefixes: PrefixSet = field(default_factory=PrefixSet)
+    pair_losses: dict[str, tuple[int, float]] = field(default_factory=dict)
+    tickets: set[Ticket] = field(default_factory=set)
+    heard_at: float = 0.0
+    gap_s: float = 0.0
     misses: int = 0
-    calls: set[asyncio.Timeout] = field(default_factory=set)
+    lives: int = 0
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @asynccontextmanager
-    async def deadline(self, seconds: float) -> AsyncIterator[None]:
-        """A time limit for a call here, which is over at once when the engine is found to be down."""
-        async with asyncio.timeout(seconds) as limit:
-            self.calls.add(limit)
-            try:
-                yield
-            finally:
-                self.calls.discard(limit)
+    @property
+    def name(self) -> str:
+        """Its name in the topology."""
+        return self.address.name
 
-    def view(self) -> View:
-        """What routing needs to know."""
-        return View(
-            self.address.name,
-            self.address.role,
-            self.healthy,
-            Load(self.prompts.pending, self.prompts.speed),
-            Load(self.streams.pending, self.streams.speed),
-        )
+    def usable(self, now: float) -> bool:
+        """Whether a new request may be sent here."""
+        return self.healthy and not self.draining and self.breaker.allows(now)
+
+    def lost_peers(self, now: float) -> frozenset[str]:
+        """Prefill engines whose KV does not get here: it says so, or it was seen."""
+        if not self.pair_losses:
+            return self.condition.lost_peers
+        seen = {
+            name
+            for name, (count, at) in self.pair_losses.items()
+            if count >= _PAIR_LOSSES and now - at < _PAIR_PAUSE_S * (count - _PAIR_LOSSES + 1)
+        }
+        return self.condition.lost_peers | seen
+
+    def handed_over(self, prefill: str, now: float, good: bool) -> None:
+        """A hand-over from `prefill` arrived, or was lost."""
+        if good:
+            self.pair_losses.pop(prefill, None)
+        else:
+            self.pair_losses[prefill] = (self.pair_losses.get(prefill, (0, 0.0))[0] + 1, now)
+
+    def heard(self, now: float, gap: float) -> None:
+        """Tokens came, `gap` seconds after the last ones of their stream."""
+        self.heard_at = now
+        self.gap_s += 0.05 * (gap - self.gap_s)
+
+    def renewed(self) -> None:
+        """It is a new process, or back after being lost: what was known of its speed and faults is not."""
+        self.lives += 1
+        self.breaker.reset()
+        self.prefill_s.clear()
+        self.token_s.clear()
+        self.prefixes.clear()
+        self.pair_losses.clear()
+
+    def cut(self, reason: str) -> None:
+        """End every call under way."""
+        for ticket in tuple(self.tickets):
+            ticket.exchange.cut(reason)
+
+    def stuck_s(self, now: float) -> float | None:
+        """Seconds without a token from any of its streams, when that is too long."""
+        limit = min(max(_STALL_S[0], _STALL_GAPS * self.gap_s), _STALL_S[1])
+        since = [ticket.exchange.waiting_since for ticket in self.tickets if ticket.streaming]
+        waiting = [at for at in since if at]
+        if not waiting:
+            return None
+        silent = now - max(self.heard_at, min(waiting))
+        return silent if silent > limit else None
 
 
-@dataclass(slots=True)
 class EnginePool:
     """All engines, and the event that one of them came back."""
 
-    engines: list[Engine]
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self, engines: list[Engine], shared: SharedLoads | None = None) -> None:
+        self.engines = engines
+        self.by_name = {engine.name: engine for engine in engines}
+        self.changed = asyncio.Event()
+        self._shared = shared
 
     @classmethod
-    def of(cls, addresses: list[EngineAddress]) -> EnginePool:
-        """A pool in which nobody is known to be healthy yet."""
-        return cls([Engine(a, Pool(a.host, a.port), dialect(a.kind)) for a in addresses])
+    def of(cls, addresses: Sequence[EngineAddress], secret: str = "", shared: SharedLoads | None = None) -> EnginePool:
+        """A pool in which nobody is known to be healthy yet. Raises PdctlError for a secret that cannot be read."""
+        return cls(
+            [
+                Engine(a, Pool(a.host, a.port), dialect(a.kind), number, _authorization(a, secret))
+                for number, a in enumerate(addresses)
+            ],
+            shared,
+        )
 
-    def lost(self, engine: Engine) -> None:
-        """A call found the engine unreachable; probes decide when it is back."""
+    def views(self, pieces: Sequence[int] = ()) -> list[View]:
+        """What routing needs to know, now."""
+        now = time.monotonic()
+        found = []
+        for engine in self.engines:
+            if self._shared is None:
+                prompts = Load(engine.prompts.pending, engine.prompts.speed)
+                streams = Load(engine.streams.pending, engine.streams.speed)
+            else:
+                prompts, streams = self._shared.loads(engine.index)
+            address = engine.address
+            found.append(
+                View(
+                    address.name,
+                    address.role,
+                    address.kind,
+                    engine.usable(now),
+                    prompts,
+                    streams,
+                    engine.prefill_s.recent(),
+                    engine.token_s.recent(),
+                    engine.prefixes.matched(pieces) if pieces else 0.0,
+                    engine.lost_peers(now),
+                )
+            )
+        return found
+
+    def outlook(self, size: float, max_tokens: int | None) -> Outlook:
+        """What a request of `size` bytes would meet now."""
+        now = time.monotonic()
+        usable = [engine for engine in self.engines if engine.usable(now)]
+        decodes = [engine for engine in usable if engine.address.role != "prefill"] or usable
+        prefills = [engine for engine in usable if engine.address.role != "decode"] or usable
+        seats = [engine.condition.seats for engine in decodes]
+        known = sum(seat or 0 for seat in seats) if seats and all(seats) else None
+        if known is not None and self._shared is not None:
+            # The other workers' requests sit there as well.
+            theirs = sum(self._shared.loads(e.index)[1].pending - e.streams.pending for e in decodes)
+            known = max(1, known - int(theirs))
+        wanted = size / _BYTES_PER_TOKEN + (max_tokens or 0)
+        rooms = [engine.condition.kv_tokens_free for engine in decodes]
+        ttfts = [self._ttft(engine, size) for engine in prefills]
+        return Outlook(known, min(ttfts, default=0.0), not rooms or any(r is None or r >= wanted for r in rooms))
+
+    def _ttft(self, engine: Engine, size: float) -> float:
+        prompts = self._shared.loads(engine.index)[0] if self._shared is not None else engine.prompts
+        return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
+
+    def publish(self, engine: Engine) -> None:
+        """Its meters have changed."""
+        if self._shared is not None:
+            self._shared.publish(engine.index, engine.prompts, engine.streams)
+
+    def suspect(self, engine: Engine) -> None:
+        """A call found the engine unreachable: ask it now. Calls that run there are left alone until it is sure."""
+        engine.asked.set()
+
+    def lost(self, engine: Engine, reason: str) -> None:
+        """It is down: nothing is sent there until it answers again, and nothing waits for it."""
         if engine.healthy:
-            _log.info("%s is down", engine.address.name)
+            _log.info("%s is down: %s", engine.name, reason)
         engine.healthy = False
-        now = asyncio.get_running_loop().time()
-        for call in engine.calls:
-            # One that is just expiring cannot be changed any more, and need not be.
-            if not call.expired():
-                call.reschedule(now)
+        engine.cut(f"{engine.name} is down: {reason}")
 
     async def watch_forever(self) -> None:
-        """Probe every engine for as long as we run."""
+        """Probe every engine, and look after calls that got stuck, for as long as we run."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_calls())
             for engine in self.engines:
                 tasks.create_task(self._watch(engine))
 
@@ -122,24 +234,65 @@ class EnginePool:
         for engine in self.engines:
             engine.client.close()
 
+    async def _watch_calls(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            now = time.monotonic()
+            for engine in self.engines:
+                for ticket in tuple(engine.tickets):
+                    since = ticket.exchange.waiting_since
+                    if since and now - since > ticket.patience_s:
+                        ticket.exchange.cut(f"{engine.name} gave nothing for {now - since:.1f} s")
+                silent = engine.stuck_s(now)
+                if silent is not None:
+                    _log.warning("%s gave no token to any stream for %.1f s", engine.name, silent)
+                    engine.breaker.failed(now, sure=True)
+                    engine.cut(f"{engine.name} gave no token for {silent:.1f} s")
+
     async def _watch(self, engine: Engine) -> None:
         while True:
             started = time.monotonic()
+            engine.asked.clear()
             try:
-                answer = await engine.client.request("GET", "/health", timeout_s=_PROBE_TIMEOUT_S)
-                self._seen(engine, answer.status == 200)
+                path = engine.dialect.probe_path
+                answer = await engine.client.request("GET", path, engine.headers, timeout_s=_PROBE_TIMEOUT_S)
+                self._seen(engine, engine.dialect.parse_condition(answer.status, answer.body))
             except Unreachable as failure:
-                self._seen(engine, False, late=failure.sent)
+                self._missed(engine, failure)
             pause = _HEALTHY_S if engine.healthy else _DOWN_S
-            await asyncio.sleep(max(0.0, pause - (time.monotonic() - started)))
+            left = pause - (time.monotonic() - started)
+            try:
+                # Asked early by calls that failed, but never more often than an engine that is down.
+                async with asyncio.timeout(max(0.0, left)):
+                    await engine.asked.wait()
+                await asyncio.sleep(0.02)
+            except TimeoutError:
+                continue
 
-    def _seen(self, engine: Engine, good: bool, late: bool = False) -> None:
-        engine.misses = engine.misses + 1 if late else 0
-        if late and engine.healthy and engine.misses < _MISSES:
-            return
-        if good and not engine.healthy:
-            _log.info("%s can be used", engine.address.name)
+    def _seen(self, engine: Engine, condition: Condition) -> None:
+        engine.misses = 0
+        engine.condition = condition
+        if condition.usable and not engine.healthy:
+            _log.info("%s can be used", engine.name)
+            engine.renewed()
+            engine.healthy = True
             self.changed.set()
-        if engine.healthy and not good:
-            self.lost(engine)
-        engine.healthy = good
+        elif engine.healthy and not condition.usable:
+            self.lost(engine, "its probe says so")
+
+    def _missed(self, engine: Engine, failure: Unreachable) -> None:
+        engine.misses += 1
+        # A refused connection is an answer; silence is one only when it lasts.
+        if not failure.sent or engine.misses >= _MISSES:
+            self.lost(engine, str(failure))
+
+
+def _authorization(address: EngineAddress, secret: str) -> bytes:
+    """The header that makes us one of the engine's own: the run's secret, or an attached engine's."""
+    if address.secret_file:
+        try:
+            secret = Path(address.secret_file).read_text(encoding="utf-8").strip()
+        except OSError as failure:
+            hint = "secret_file must hold the engine's secret or API key, and be readable"
+            raise PdctlError(f"{address.secret_file} cannot be read: {failure.strerror}", hint) from failure
+    return header_lines({"authorization": f"Bearer {secret}"}) if secret else b""

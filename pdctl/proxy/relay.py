@@ -1,4 +1,4 @@
-"""One request's life: prefill, first token to the client, hand-over to decode, and on through whatever dies.
+"""One leg's life: prefill, first token to the client, hand-over to decode, and on through whatever dies.
 
 The tokens a client has seen are kept. When an engine fails, the request goes on from the next token: prompt and
 tokens so far are prefilled again and handed to an engine that lives. Sampling depends on (seed, position) alone, so
@@ -14,22 +14,25 @@ import time
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from pdctl.adapters import Delta, EngineError
-from pdctl.lean_http import StreamedResponse, Unreachable, header_lines
+from pdctl.adapters import Call, EngineError, Prefilled, Turn
+from pdctl.lean_http import Exchange, Unreachable, header_lines
 from pdctl.openai_api import ApiError
+from pdctl.proxy.breaker import RetryBudget
 from pdctl.proxy.metrics import Metrics
-from pdctl.proxy.pool import Engine, EnginePool
-from pdctl.proxy.requests import ClientRequest
-from pdctl.proxy.routing import Choice, Policy, choose
+from pdctl.proxy.pool import Engine, EnginePool, Ticket
+from pdctl.proxy.quarantine import Quarantine
+from pdctl.proxy.releases import Releases
+from pdctl.proxy.routing import Ask, Choice, Policy, choose
 from pdctl.proxy.sinks import Sink
-from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, HandOver
+from pdctl.proxy.stream import EventReader
+from pdctl.proxy.timing import Timing
+from pdctl.wire import ATTEMPT_HEADER
 
 _log = logging.getLogger(__name__)
 
-# Engine failures one request may meet without a new token between them, and in all; a request that keeps meeting
-# them may be their cause.
-_MAX_FAILURES = 6
-_MAX_FAILURES_IN_ALL = 30
+# Engine failures one request may meet without a new token between them, and in all.
+_MAX_FAILURES = 8
+_MAX_FAILURES_IN_ALL = 40
 # Hand-overs one request may lose before one engine computes it alone.
 _MAX_LOST = 2
 # How long a request waits for an engine to come back, and for a silent engine, seconds.
@@ -37,12 +40,14 @@ _WAIT_FOR_ENGINE_S = 60.0
 _PREFILL_S = 600.0
 _FIRST_TOKEN_S = 300.0
 _STALL_S = 120.0
-_BACKOFF_S = 0.05
-# Releases that may wait for one engine; more are left to their leases' deadlines.
-_MAX_RELEASES = 1024
+_BACKOFF_S = 0.02
+_LONGEST_BACKOFF_S = 1.0
+# An unstreamed answer of at most this many tokens is asked for whole: computing it again is cheaper than carrying it
+# token by token.
+_WHOLE_TOKENS = 128
 
 # Answers that say "not here, not now" and are worth another engine.
-_RETRYABLE = frozenset({409, 500, 502, 503, 504})
+_RETRYABLE = frozenset({409, 429, 500, 502, 503, 504})
 
 
 @dataclass(slots=True)
@@ -52,53 +57,66 @@ class Shared:
     pool: EnginePool
     policy: Policy
     metrics: Metrics
-    secret: str
-    holder: str
-    releases: asyncio.Queue[tuple[Engine, tuple[str, bytes]]]
+    releases: Releases
+    quarantine: Quarantine
+    ttft_s: float
+    tpot_s: float
+    wants_prefixes: bool = False
+    budget: RetryBudget = field(default_factory=RetryBudget)
     turn: int = 0
 
 
 class _Failed(Exception):
-    """An engine failed this request in a way that another may not."""
+    """An engine failed this request in a way that another may not. `blameless`: its KV was lost, nobody broke.
 
-    def __init__(self, engine: Engine, reason: str, blameless: bool = False) -> None:
+    `died`: the engine ended, or got stuck, with the request in it.
+    """
+
+    def __init__(self, engine: Engine, reason: str, blameless: bool = False, died: bool = False) -> None:
         super().__init__(reason)
         self.engine = engine
         self.blameless = blameless
+        self.died = died
 
 
 @dataclass(slots=True)
 class Relay:
-    """One request. `emitted` are the output token ids the client has (or will be sent with the whole answer)."""
+    """One leg. `turn.emitted` are the output token ids the client has (or will be sent with the whole answer).
+
+    `headers`: ready-made lines for engines; `whole`: the body of an answer that came in one piece, as clients get it.
+    """
 
     shared: Shared
-    request: ClientRequest
+    turn: Turn
     sink: Sink
-    started_at: float = field(default_factory=time.monotonic)
-    emitted: list[int] = field(default_factory=list)
+    headers: bytes
+    size: float
+    max_tokens: int | None
+    body: bytes = b""
+    pieces: list[int] = field(default_factory=list)
+    timing: Timing = field(default_factory=Timing)
     prompt_tokens: int = 0
-    first_token_at: float = 0.0
+    completion_tokens: int = 0
+    whole: bytes | None = None
     failures: int = 0
     failures_in_all: int = 0
+    deaths: int = 0
     lost: int = 0
     emitted_at_failure: int = 0
-    avoid: set[str] = field(default_factory=set)
+    avoid: frozenset[str] = frozenset()
     finished: bool = False
 
     async def run(self) -> None:
-        """Relay the whole answer, or an error that says why not."""
-        try:
-            while not self.finished:
-                await self._attempt()
-            await self.sink.finish(self.prompt_tokens, len(self.emitted))
-            self.shared.metrics.finished(self.first_token_at, self.started_at, len(self.emitted))
-        except ApiError as failure:
-            self.shared.metrics.failed(failure.status)
-            await self.sink.fail(failure)
+        """Relay the whole answer. Raises ApiError that says why not."""
+        while not self.finished:
+            await self._attempt()
+        self.completion_tokens = self.completion_tokens or len(self.turn.emitted)
 
     async def _attempt(self) -> None:
         pair = await self._choose()
-        prefill, decode = self._engine(pair.prefill), self._engine(pair.decode)
+        engines = self.shared.pool.by_name
+        prefill, decode = engines[pair.prefill], engines[pair.decode]
+        self.timing.engines = (pair.prefill, pair.decode)
         try:
             if pair.is_one or self.lost >= _MAX_LOST or self._one_token_left():
                 await self._decode(prefill, None)
@@ -110,197 +128,207 @@ class Relay:
             await self._failed(failure)
 
     async def _choose(self) -> Choice:
-        deadline = time.monotonic() + _WAIT_FOR_ENGINE_S
-        self.shared.turn += 1
+        shared, deadline = self.shared, time.monotonic() + _WAIT_FOR_ENGINE_S
+        shared.turn += 1
+        ask = Ask(self.size, shared.turn, random.random(), shared.ttft_s, shared.tpot_s)  # noqa: S311 - load spreading
         while True:
-            views = [engine.view() for engine in self.shared.pool.engines]
-            turn, size = self.shared.turn, float(self.request.size)
-            pair = choose(self.shared.policy, views, size, turn, frozenset(self.avoid))
+            pair = choose(shared.policy, shared.pool.views(self.pieces), ask, self.avoid)
             if pair is not None:
                 return pair
             left = deadline - time.monotonic()
             if left <= 0:
                 raise ApiError(503, "no engine is ready", "service_unavailable", retry_after=5)
-            await self.shared.pool.wait_for_change(min(left, 1.0))
+            await shared.pool.wait_for_change(min(left, 0.25))
 
     # -- prefill -------------------------------------------------------------------------------------------
 
-    async def _prefill(self, engine: Engine, decode: Engine) -> HandOver | None:
-        """The next token, sent on at once; None when the answer ends with it."""
-        body = engine.dialect.prefill_body(self.request.fields, self.emitted, decode.address)
+    async def _prefill(self, engine: Engine, decode: Engine) -> bytes | None:
+        """The next token, sent on at once; the hand-over, or None when the answer ends with it."""
+        call = engine.dialect.prefill_call(self.turn, decode.address)
         attempt = uuid4().hex
+        started = time.monotonic()
+        done = await self._prefilled(engine, call, attempt)
+        self._measured(engine, time.monotonic() - started)
+        self.prompt_tokens = done.prompt_tokens or self.prompt_tokens
+        if self._in_one_piece and done.hand_over is not None:
+            # The decode engine's answer will have this token in it as well.
+            return done.hand_over
         try:
-            async with engine.deadline(_PREFILL_S):
-                with engine.prompts.working(float(self.request.size)):
-                    path, headers = self.request.path, self._headers() + header_lines({ATTEMPT_HEADER: attempt})
-                    answer = await engine.client.request("POST", path, headers, body, _PREFILL_S)
-            done = engine.dialect.parse_prefill(answer.status, answer.body, self.request.envelope.chat)
-        except EngineError as failure:
-            raise self._classified(engine, failure) from failure
-        except (Unreachable, TimeoutError) as failure:
-            self._later(engine, engine.dialect.give_up_call(attempt))
-            raise self._classified(engine, failure) from failure
-        except asyncio.CancelledError:
-            # The answer may be on its way, with a lease that nobody will use.
-            self._later(engine, engine.dialect.give_up_call(attempt))
-            raise
-        self.prompt_tokens = done.prompt_tokens
-        try:
-            await self._emit(done.token_ids, done.text, done.finish_reason)
+            await self._emit(done)
         except BaseException:
             self._release(engine, done.hand_over)
             raise
         self.finished = done.hand_over is None
         return done.hand_over
 
-    async def _hand_over(self, prefill: Engine, decode: Engine, hand_over: HandOver) -> None:
-        """Decode with the held KV; whatever happens before its first token, the lease is let go."""
-        before = len(self.emitted)
-        started = time.monotonic()
+    async def _prefilled(self, engine: Engine, call: Call, attempt: str) -> Prefilled:
+        lines = self.headers + header_lines({ATTEMPT_HEADER: attempt})
+        exchange = engine.client.exchange("POST", call.path, engine.headers + lines, call.body)
+        ticket = self._begin(engine, exchange, _PREFILL_S)
+        done = False
+        engine.prompts.begin(self.size, time.monotonic())
+        self.shared.pool.publish(engine)
         try:
-            await self._decode(decode, hand_over)
+            status = await exchange.head()
+            answer = engine.dialect.parse_prefill(status, await exchange.rest(), self.turn)
+            done = True
+            return answer
+        except (Unreachable, EngineError) as failure:
+            if isinstance(failure, Unreachable):
+                self._later(engine, engine.dialect.give_up_call(attempt))
+            raise self._classified(engine, failure) from failure
+        except asyncio.CancelledError:
+            # The answer may be on its way, with a lease that nobody will use.
+            self._later(engine, engine.dialect.give_up_call(attempt))
+            raise
         finally:
-            if len(self.emitted) == before and not self.finished:
-                self._release(prefill, hand_over)
-        self.shared.metrics.handed_over(prefill.address.name, decode.address.name, time.monotonic() - started)
+            engine.prompts.end(self.size, time.monotonic(), done)
+            self._end(engine, ticket)
 
-    def _release(self, prefill: Engine, hand_over: HandOver | None) -> None:
+    async def _hand_over(self, prefill: Engine, decode: Engine, hand_over: bytes) -> None:
+        """Decode with the held KV; whatever happens before its first token, the lease is let go."""
+        before = len(self.turn.emitted)
+        try:
+            await self._decode(decode, hand_over, prefill.name)
+        except _Failed as failure:
+            if failure.blameless:
+                decode.handed_over(prefill.name, time.monotonic(), good=False)
+            raise
+        finally:
+            if len(self.turn.emitted) == before and not self.finished:
+                self._release(prefill, hand_over)
+        decode.handed_over(prefill.name, time.monotonic(), good=True)
+        self.shared.metrics.handed_over(prefill.name, decode.name, self.timing)
+
+    def _release(self, prefill: Engine, hand_over: bytes | None) -> None:
         if hand_over is not None:
             self._later(prefill, prefill.dialect.release_call(hand_over))
 
-    def _later(self, engine: Engine, call: tuple[str, bytes]) -> None:
-        """Make a call without waiting for it; works while being cancelled."""
-        # A full queue means that hundreds of releases wait on a dead engine: its leases end by deadline.
-        if not self.shared.releases.full():
-            self.shared.releases.put_nowait((engine, call))
+    def _later(self, engine: Engine, call: Call | None) -> None:
+        if call is not None:
+            self.shared.releases.put(engine, call)
 
     # -- decode --------------------------------------------------------------------------------------------
 
-    async def _decode(self, engine: Engine, hand_over: HandOver | None) -> None:
-        """Stream the rest from `engine`, which prefills by itself where there is no hand-over."""
-        body = engine.dialect.decode_body(self.request.fields, self.emitted, hand_over)
+    async def _decode(self, engine: Engine, hand_over: bytes | None, prefill: str = "") -> None:
+        """Have the rest computed by `engine`, which prefills by itself where there is no hand-over."""
         # Without a hand-over the engine computes the prompt as well: that is what its time depends on.
-        meter, amount = (engine.streams, 1.0) if hand_over else (engine.prompts, float(self.request.size))
+        meter, amount = (engine.streams, 1.0) if hand_over else (engine.prompts, self.size)
+        meter.begin(amount, time.monotonic())
+        self.shared.pool.publish(engine)
         try:
-            with meter.working(amount):
-                await self._read_stream(engine, body, _FIRST_TOKEN_S if hand_over else _PREFILL_S)
-        except (Unreachable, EngineError, TimeoutError) as failure:
+            call = engine.dialect.decode_call(self.turn, hand_over, not self._in_one_piece)
+            exchange = engine.client.exchange("POST", call.path, engine.headers + self.headers, call.body)
+            ticket = self._begin(engine, exchange, _FIRST_TOKEN_S if hand_over else _PREFILL_S)
+            try:
+                await self._read(engine, exchange, ticket)
+            finally:
+                self._end(engine, ticket)
+        except (Unreachable, EngineError) as failure:
             raise self._classified(engine, failure) from failure
-        if not self.finished:
-            raise _Failed(engine, f"{engine.address.name} ended its stream early")
-
-    async def _read_stream(self, engine: Engine, body: bytes, first_s: float) -> None:
-        async with engine.deadline(first_s):
-            stream = await engine.client.stream("POST", self.request.path, self._headers(), body)
-        try:
-            if stream.status != 200:
-                async with engine.deadline(_STALL_S):
-                    refusal = await stream.rest()
-                engine.dialect.parse_prefill(stream.status, refusal, self.request.envelope.chat)
-            await self._events(engine, stream)
         finally:
-            stream.close()
+            meter.end(amount, time.monotonic(), self.finished)
+            self.shared.pool.publish(engine)
+        if not self.finished:
+            raise _Failed(engine, f"{engine.name} ended its stream early")
+        engine.breaker.succeeded()
 
-    async def _events(self, engine: Engine, stream: StreamedResponse) -> None:
-        buffer = b""
-        while True:
-            async with engine.deadline(_STALL_S):
-                data = await stream.read()
-            if data is None:
-                return
-            *events, buffer = (buffer + data).split(b"\n\n")
-            for event in events:
-                payload = event.removeprefix(b"data: ")
-                if payload != b"[DONE]":
-                    await self._delta(engine.dialect.parse_event(payload, self.request.envelope.chat))
-
-    async def _delta(self, delta: Delta) -> None:
-        if delta.usage is not None:
-            self.prompt_tokens = delta.usage[0]
-        if delta.token_ids or delta.finish_reason is not None:
-            await self._emit(delta.token_ids, delta.text, delta.finish_reason)
-            self.finished = self.finished or delta.finish_reason is not None
+    async def _read(self, engine: Engine, exchange: Exchange, ticket: Ticket) -> None:
+        status = await exchange.head()
+        if status != 200:
+            # An error's body: the dialect turns it into an EngineError.
+            engine.dialect.parse_prefill(status, await exchange.rest(), self.turn)
+            raise EngineError(status, f"{engine.name} answered with status {status}", "server_error")
+        self.timing.engine_says(exchange.headers)
+        if self._in_one_piece:
+            self.whole = await exchange.rest()
+            self.prompt_tokens, self.completion_tokens = engine.dialect.parse_whole(self.whole)
+            self.timing.token(time.monotonic())
+            self.finished = True
+            return
+        ticket.streaming, ticket.patience_s = True, _STALL_S
+        reader = EventReader(engine, self.turn, self.sink, self.timing, self.shared.metrics)
+        try:
+            await reader.run(exchange)
+        finally:
+            reader.settle()
+            self.finished = self.finished or reader.finished
+            self.prompt_tokens = reader.prompt_tokens or self.prompt_tokens
+            self._paced(engine, reader)
 
     # -- parts ---------------------------------------------------------------------------------------------
 
-    async def _emit(self, token_ids: list[int], text: str, finish_reason: str | None) -> None:
-        if not self.emitted:
-            self.first_token_at = time.monotonic()
+    @property
+    def _in_one_piece(self) -> bool:
+        """Whether the answer is asked for whole: nobody waits for its parts, and it is short enough to be lost."""
+        short = self.max_tokens is not None and self.max_tokens <= _WHOLE_TOKENS
+        return short and self.sink.takes_whole and not self.turn.emitted
+
+    def _begin(self, engine: Engine, exchange: Exchange, patience_s: float) -> Ticket:
+        ticket = Ticket(exchange, patience_s)
+        engine.tickets.add(ticket)
+        engine.breaker.started(time.monotonic())
+        return ticket
+
+    def _end(self, engine: Engine, ticket: Ticket) -> None:
+        engine.tickets.discard(ticket)
+        engine.breaker.abandoned()
+        ticket.exchange.close()
+        self.shared.pool.publish(engine)
+
+    def _measured(self, engine: Engine, seconds: float) -> None:
+        engine.prefill_s.add(seconds)
+        engine.breaker.succeeded()
+        self.timing.prefilled(time.monotonic())
+        if self.pieces:
+            engine.prefixes.add(self.pieces)
+
+    def _paced(self, engine: Engine, reader: EventReader) -> None:
+        if reader.tokens > 1:
+            engine.token_s.add(reader.seconds / (reader.tokens - 1))
+
+    async def _emit(self, done: Prefilled) -> None:
+        self.timing.token(time.monotonic())
         # Counted before it is sent: a token that may have reached the client is never sent again.
-        self.emitted += token_ids
-        await self.sink.add(text, token_ids, finish_reason)
+        self.turn.emitted += done.token_ids
+        if done.choice:
+            await self.sink.add(done.choice, done.token_ids)
 
     async def _failed(self, failure: _Failed) -> None:
         """Decide whether to go on elsewhere. Raises ApiError when enough has failed."""
-        name = failure.engine.address.name
-        if failure.blameless:
-            self.lost += 1
-        elif len(self.emitted) > self.emitted_at_failure:
-            self.failures = 0
-        self.emitted_at_failure = len(self.emitted)
+        engine = failure.engine
+        if len(self.turn.emitted) > self.emitted_at_failure:
+            self.failures = self.deaths = 0
+        self.emitted_at_failure = len(self.turn.emitted)
         self.failures += 1
         self.failures_in_all += 1
-        self.avoid = set() if failure.blameless else {name}
-        self.shared.metrics.failed_over(name)
-        request_id, tokens = self.request.envelope.request_id, len(self.emitted)
-        _log.info("request %s goes on after %d tokens: %s", request_id, tokens, failure)
+        self.lost += failure.blameless
+        self.deaths += failure.died
+        self.avoid = frozenset() if failure.blameless else frozenset({engine.name})
+        self.shared.metrics.failed_over(engine.name)
+        _log.info("a request goes on after %d tokens: %s", len(self.turn.emitted), failure)
+        self.shared.quarantine.judge(self.body, self.deaths)
         if self.failures >= _MAX_FAILURES or self.failures_in_all >= _MAX_FAILURES_IN_ALL:
-            message = f"the request failed {self.failures_in_all} times, last on {name}: {failure}"
+            message = f"the request failed {self.failures_in_all} times, last on {engine.name}: {failure}"
             raise ApiError(502, message, "server_error")
-        await asyncio.sleep(_BACKOFF_S * 2 ** (self.failures - 1) * random.random())  # noqa: S311 - jitter, no secret
+        backoff = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2**self.failures) * random.random()  # noqa: S311 - jitter
+        await asyncio.sleep(backoff + self.shared.budget.wait_s(time.monotonic()))
 
-    def _classified(self, engine: Engine, failure: Exception) -> Exception:
+    def _classified(self, engine: Engine, failure: Unreachable | EngineError) -> Exception:
         """What a failed call means: try elsewhere, or tell the client."""
+        now = time.monotonic()
         if isinstance(failure, Unreachable):
-            self.shared.pool.lost(engine)
-            return _Failed(engine, str(failure))
-        if isinstance(failure, TimeoutError):
-            self.shared.pool.lost(engine)
-            return _Failed(engine, f"{engine.address.name} gave no token in time")
-        assert isinstance(failure, EngineError)
+            self.shared.pool.suspect(engine)
+            engine.breaker.failed(now)
+            engine.prefill_s.failed()
+            engine.token_s.failed()
+            return _Failed(engine, str(failure), died=failure.begun)
         if failure.status in _RETRYABLE:
+            if not failure.kv_lost:
+                engine.breaker.failed(now)
+                engine.token_s.failed()
             return _Failed(engine, failure.message, blameless=failure.kv_lost)
-        return ApiError(failure.status, failure.message, failure.kind)
+        return ApiError(failure.status, failure.message, failure.kind, failure.param)
 
     def _one_token_left(self) -> bool:
-        limit = self.request.max_tokens
-        return limit is not None and limit - len(self.emitted) <= 1
-
-    def _engine(self, name: str) -> Engine:
-        return next(engine for engine in self.shared.pool.engines if engine.address.name == name)
-
-    def _headers(self) -> bytes:
-        return header_lines(
-            {
-                "authorization": f"Bearer {self.shared.secret}",
-                "content-type": "application/json",
-                "x-request-id": self.request.envelope.request_id,
-                STARTED_HEADER: str(self.request.envelope.created),
-                ROUTER_HEADER: self.shared.holder,
-            }
-        )
-
-
-async def release_forever(shared: Shared) -> None:
-    """End leases that nobody will use, as relays report them; an engine that does not answer delays only its own."""
-    queues: dict[str, asyncio.Queue[tuple[str, bytes]]] = {}
-    async with asyncio.TaskGroup() as tasks:
-        while True:
-            engine, call = await shared.releases.get()
-            name = engine.address.name
-            if name not in queues:
-                queues[name] = asyncio.Queue(_MAX_RELEASES)
-                tasks.create_task(_release_at(shared, engine, queues[name]))
-            if not queues[name].full():
-                queues[name].put_nowait(call)
-
-
-async def _release_at(shared: Shared, engine: Engine, calls: asyncio.Queue[tuple[str, bytes]]) -> None:
-    while True:
-        path, body = await calls.get()
-        headers = header_lines({"authorization": f"Bearer {shared.secret}", "content-type": "application/json"})
-        try:
-            await engine.client.request("POST", path, headers, body, timeout_s=5.0)
-        except Unreachable:
-            # The engine is down, and its leases with it; or the deadline will end them.
-            shared.metrics.release_failed()
+        return self.max_tokens is not None and self.max_tokens - len(self.turn.emitted) <= 1

@@ -1,4 +1,8 @@
-"""What the proxy reads of a client's request. It has no tokenizer and leaves the rest to the engines."""
+"""What the proxy reads of a client's request. It has no tokenizer and leaves the rest to the engines.
+
+A request may ask for several answers: `n` of one prompt, or one for each of a list of prompts. It is split into legs,
+each an ordinary request for one answer, which the engines see.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,17 @@ import msgspec
 from pdctl.openai_api import ApiError, Envelope, field_of
 
 _INTERNAL = ("kv_transfer_params", "resume_token_ids")
+# Answers one request may ask for: OpenAI's bound on n.
+MAX_LEGS = 128
+_LEG_FIELDS = ("stream", "stream_options", "return_token_ids", "n")
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
 class _Known(msgspec.Struct):
@@ -28,6 +37,9 @@ class _Known(msgspec.Struct):
     max_completion_tokens: int | None = None
     seed: int | None = None
     return_token_ids: bool | None = None
+    n: int | None = None
+    best_of: int | None = None
+    priority: int | None = None
 
 
 _decode_known = msgspec.json.Decoder(_Known).decode
@@ -35,26 +47,51 @@ _decode_known = msgspec.json.Decoder(_Known).decode
 
 @dataclass(slots=True)
 class ClientRequest:
-    """A request to relay. `fields` goes to engines as it came; `size` is the body's length in bytes."""
+    """A request to relay: one leg per answer. `size`: bytes of body; `priority`: lower goes first."""
 
     envelope: Envelope
-    fields: dict[str, object]
+    legs: list[dict[str, object]]
     size: int
     path: str
     stream: bool
     include_usage: bool
     max_tokens: int | None
+    priority: int
+    body: bytes = b""
 
 
 def parse(body: bytes, path: str, chat: bool, request_id: str, served_model: str) -> ClientRequest:
     """Raises ApiError for what no engine needs to be asked about."""
+    known, fields = _decoded(body)
+    _check(known, fields, served_model)
+    legs = _legs(fields, known, chat)
+    return ClientRequest(
+        envelope=Envelope(request_id, chat, served_model, bool(known.return_token_ids)),
+        legs=legs,
+        size=len(body),
+        path=path,
+        stream=bool(known.stream),
+        include_usage=bool(known.stream_options and known.stream_options.include_usage),
+        max_tokens=_max_tokens(known, chat),
+        priority=known.priority or 0,
+    )
+
+
+def _decoded(body: bytes) -> tuple[_Known, dict[str, msgspec.Raw]]:
     try:
-        known = _decode_known(body)
-        fields: dict[str, object] = dict(_decode_fields(body))
+        if not body.isascii():
+            # Raw fields are passed on unseen, and not every engine looks.
+            body.decode()
+        return _decode_known(body), _decode_fields(body)
     except msgspec.ValidationError as failure:
         raise ApiError(400, str(failure), param=field_of(failure)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:
         raise ApiError(400, f"the body is not valid JSON: {failure}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+
+
+def _check(known: _Known, fields: dict[str, msgspec.Raw], served_model: str) -> None:
     for name in _INTERNAL:
         if name in fields:
             raise ApiError(400, f"{name} is for this service's own processes", param=name)
@@ -63,17 +100,43 @@ def parse(body: bytes, path: str, chat: bool, request_id: str, served_model: str
         raise ApiError(404, message, param="model")
     if known.stream_options is not None and not known.stream:
         raise ApiError(400, "stream_options is for streams: set stream to true", param="stream_options")
+    if known.n is not None and not 1 <= known.n <= MAX_LEGS:
+        raise ApiError(400, f"n must be from 1 to {MAX_LEGS}; it is {known.n}", param="n")
+    if known.best_of is not None and known.best_of != (known.n or 1):
+        raise ApiError(400, "best_of other than n is not supported", param="best_of")
+
+
+def _max_tokens(known: _Known, chat: bool) -> int | None:
+    """Tokens of each answer at most, as far as the request says; completions have OpenAI's default of 16."""
+    return known.max_completion_tokens or known.max_tokens or (None if chat else 16)
+
+
+def _legs(fields: dict[str, msgspec.Raw], known: _Known, chat: bool) -> list[dict[str, object]]:
+    """In OpenAI's order: n answers to the first prompt, then to the second."""
+    # Drawn here where the client gave none, so that every engine this request ever visits draws the same tokens.
+    seed = secrets.randbits(62) if known.seed is None else known.seed
+    common: dict[str, object] = {**fields}
+    for name in _LEG_FIELDS:
+        common.pop(name, None)
     if known.seed is None:
-        # Drawn here, so that every engine this request ever visits draws the same tokens.
-        fields["seed"] = secrets.randbits(62)
-    for name in ("stream", "stream_options", "return_token_ids"):
-        fields.pop(name, None)
-    return ClientRequest(
-        envelope=Envelope(request_id, chat, served_model, bool(known.return_token_ids)),
-        fields=fields,
-        size=len(body),
-        path=path,
-        stream=bool(known.stream),
-        include_usage=bool(known.stream_options and known.stream_options.include_usage),
-        max_tokens=known.max_completion_tokens or known.max_tokens,
-    )
+        common["seed"] = seed
+    prompts = None if chat else _prompts(fields.get("prompt"))
+    count = known.n or 1
+    if prompts is None and count == 1:
+        return [common]
+    if len(prompts or [0]) * count > MAX_LEGS:
+        raise ApiError(400, f"prompts times n must be at most {MAX_LEGS}", param="prompt")
+    common.pop("best_of", None)
+    # A seed of its own for each of n answers: they are n draws, not one draw n times.
+    draws: list[dict[str, object]] = [{"seed": (seed + number) % 2**63} if number else {} for number in range(count)]
+    each = [{"prompt": prompt} for prompt in prompts] if prompts else [{}]
+    return [{**common, **prompt, **draw} for prompt in each for draw in draws]
+
+
+def _prompts(raw: msgspec.Raw | None) -> list[msgspec.Raw] | None:
+    """The prompts of a list of prompts; None for a single one: a string, or a list of token ids."""
+    if raw is None or not bytes(raw).startswith(b"["):
+        return None
+    items = _decode_prompts(raw)
+    first = bytes(items[0])[:1] if items else b""
+    return items if first in (b'"', b"[") else None

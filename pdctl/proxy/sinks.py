@@ -1,91 +1,181 @@
-"""Where an answer goes: event by event to a streaming client, or gathered into one body."""
+"""Where answers go: event by event to a streaming client, or gathered into one body.
+
+An answer is one client request's; it has a sink for each leg.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
+
 from pdctl import asgi
+from pdctl.adapters import Choice
 from pdctl.openai_api import DONE, ApiError, usage
+from pdctl.proxy.gather import Gathered
 from pdctl.proxy.requests import ClientRequest
+from pdctl.proxy.timing import Timing
+from pdctl.wire import TIMING_HEADER
 
 Headers = list[tuple[bytes, bytes]]
 
+_encode = msgspec.json.Encoder().encode
+
 
 class Sink(Protocol):
-    """Takes an answer's parts in order."""
+    """Takes one leg's output in order.
 
-    started: bool
+    `passes`: an engine's events may come as bytes; `hides_token_ids`: without token ids then; `takes_whole`: nobody
+    waits for the parts, and a body in one piece will do.
+    """
 
-    async def add(self, text: str, token_ids: list[int], finish_reason: str | None) -> None:
-        """The next tokens; the last call has a finish_reason."""
+    passes: bool
+    hides_token_ids: bool
+    takes_whole: bool
+
+    async def add(self, choice: Choice, token_ids: list[int]) -> None:
+        """The next part; the last one has a finish_reason."""
         ...
 
-    async def finish(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """The answer is whole."""
-        ...
-
-    async def fail(self, failure: ApiError) -> None:
-        """The answer cannot be completed."""
+    async def pass_on(self, data: bytes) -> None:
+        """Whole events, as they are."""
         ...
 
 
-class StreamSink:
+class StreamAnswer:
     """Server-sent events. `started` once the client has seen anything."""
 
-    def __init__(self, request: ClientRequest, send: asgi.Send, headers: Headers) -> None:
+    def __init__(self, request: ClientRequest, send: asgi.Send, headers: Headers, timing: Timing | None = None) -> None:
         self.started = False
-        self._request = request
+        self.request = request
+        self.headers = headers
         self._send = send
-        self._headers = headers
+        self._timing = timing
+        self.sinks: list[StreamSink] = [
+            StreamSink(self, index, alone=len(request.legs) == 1) for index in range(len(request.legs))
+        ]
 
-    async def add(self, text: str, token_ids: list[int], finish_reason: str | None) -> None:
-        """See Sink.add. A token without text yet is kept from clients that did not ask for ids."""
-        first = not self.started
-        if first:
+    async def write(self, data: bytes) -> None:
+        """Send events, after the head. Waits while the client is slower than we are."""
+        if not self.started:
             self.started = True
-            await asgi.start_stream(self._send, self._headers)
-        envelope = self._request.envelope
-        if text or first or finish_reason is not None or envelope.with_token_ids:
-            await asgi.send_part(self._send, envelope.chunk(text, token_ids, finish_reason, first))
+            await asgi.start_stream(self._send, _timed(self.headers, self._timing))
+        await asgi.send_part(self._send, data)
 
-    async def finish(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """See Sink.finish."""
+    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+        """Every leg is whole; parts of a stream were sent as they came. What the head's timing lacked is a comment."""
+        assert not any(wholes)
         counts = usage(prompt_tokens, completion_tokens)
-        tail = self._request.envelope.usage_chunk(counts) if self._request.include_usage else b""
+        tail = self.request.envelope.usage_chunk(counts) if self.request.include_usage else b""
+        if self._timing is not None:
+            tail += f": {TIMING_HEADER} {self._timing.header()}\n\n".encode()
         await asgi.send_part(self._send, tail + DONE, last=True)
 
     async def fail(self, failure: ApiError) -> None:
-        """See Sink.fail. An error event instead of [DONE]: never a stream that just stops."""
+        """It cannot be completed. An error event instead of [DONE]: never a stream that just stops."""
         if self.started:
             await asgi.send_part(self._send, b"data: " + failure.body() + b"\n\n", last=True)
         else:
-            await asgi.respond_error(self._send, failure, self._headers)
+            await asgi.respond_error(self._send, failure, self.headers)
+
+
+class StreamSink:
+    """See Sink. One choice of a stream."""
+
+    takes_whole = False
+
+    def __init__(self, answer: StreamAnswer, index: int, alone: bool) -> None:
+        envelope = answer.request.envelope
+        self.passes = alone
+        self.hides_token_ids = not envelope.with_token_ids
+        self._answer = answer
+        self._index = index
+        self._envelope = envelope
+        self._first = True
+
+    async def add(self, choice: Choice, token_ids: list[int]) -> None:
+        """See Sink.add."""
+        if self._first:
+            self._first = False
+            choice = _with_role(choice)
+        await self._answer.write(self._envelope.event(self._index, choice, token_ids))
+
+    async def pass_on(self, data: bytes) -> None:
+        """See Sink.pass_on."""
+        self._first = False
+        await self._answer.write(data)
+
+
+class WholeAnswer:
+    """One JSON body at the end."""
+
+    started = False
+
+    def __init__(self, request: ClientRequest, send: asgi.Send, headers: Headers, timing: Timing | None = None) -> None:
+        self.request = request
+        self.headers = headers
+        self._send = send
+        self._timing = timing
+        self.sinks: list[WholeSink] = [
+            WholeSink(request, alone=len(request.legs) == 1) for _ in range(len(request.legs))
+        ]
+
+    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+        """Every leg is whole: as an engine's body each, or as its sink has gathered it."""
+        if len(wholes) == 1 and wholes[0] is not None:
+            body = wholes[0]
+        else:
+            choices = [
+                _choice_of(whole) if whole is not None else sink.gathered.choice()
+                for whole, sink in zip(wholes, self.sinks, strict=True)
+            ]
+            body = self.request.envelope.body(choices, usage(prompt_tokens, completion_tokens))
+        await asgi.respond(self._send, 200, body, _timed(self.headers, self._timing))
+
+    async def fail(self, failure: ApiError) -> None:
+        """It cannot be completed."""
+        await asgi.respond_error(self._send, failure, self.headers)
 
 
 class WholeSink:
-    """One JSON body at the end."""
+    """See Sink. Gathers one choice."""
 
-    def __init__(self, request: ClientRequest, send: asgi.Send, headers: Headers) -> None:
-        self.started = False
-        self._request = request
-        self._send = send
-        self._headers = headers
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-        self._finish_reason = "length"
+    passes = False
+    hides_token_ids = False
 
-    async def add(self, text: str, token_ids: list[int], finish_reason: str | None) -> None:
+    def __init__(self, request: ClientRequest, alone: bool) -> None:
+        self.takes_whole = not request.envelope.with_token_ids
+        self.gathered = Gathered(request.envelope.chat, request.envelope.with_token_ids)
+
+    async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """See Sink.add."""
-        self._text.append(text)
-        self._token_ids += token_ids
-        self._finish_reason = finish_reason or self._finish_reason
+        self.gathered.add(choice, token_ids)
 
-    async def finish(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """See Sink.finish."""
-        counts = usage(prompt_tokens, completion_tokens)
-        body = self._request.envelope.answer("".join(self._text), self._token_ids, self._finish_reason, counts, {})
-        await asgi.respond(self._send, 200, body, self._headers)
+    async def pass_on(self, data: bytes) -> None:
+        """Never called: it gathers parts."""
+        raise AssertionError(f"{len(data)} bytes were passed to a sink that gathers")
 
-    async def fail(self, failure: ApiError) -> None:
-        """See Sink.fail."""
-        await asgi.respond_error(self._send, failure, self._headers)
+
+class _Body(msgspec.Struct):
+    choices: list[Choice]
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_delta = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def _timed(headers: Headers, timing: Timing | None) -> Headers:
+    return headers if timing is None else [*headers, (TIMING_HEADER.encode(), timing.header().encode())]
+
+
+def _choice_of(whole: bytes) -> Choice:
+    return _decode_body(whole).choices[0]
+
+
+def _with_role(choice: Choice) -> Choice:
+    """OpenAI names the role in the first event of a chat."""
+    if "delta" not in choice:
+        return choice
+    delta = {"role": msgspec.Raw(b'"assistant"'), **_decode_delta(choice["delta"])}
+    return {**choice, "delta": msgspec.Raw(_encode(delta))}

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +18,8 @@ import msgspec
 
 from pdctl.errors import PdctlError
 from pdctl.host.ports import listening_ports
-from pdctl.plan import Plan, ProcessSpec
+from pdctl.lean_http import Pool, Unreachable
+from pdctl.plan import Attached, Plan, ProcessSpec
 from pdctl.serving import listen_tcp
 from pdctl.supervisor.control import serve_control
 from pdctl.supervisor.kv import KvWatch, Member
@@ -29,6 +31,8 @@ from pdctl.wire import SECRET_ENV, UNIT_ENV, EngineAddress, LeaseReply, LinkInfo
 
 _HOUSEKEEPING_S = 1.0
 _CLEAR_S = 10.0
+# An attached engine that has not answered by then is shown as silent.
+_ASK_S = 1.0
 _LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
 
 
@@ -51,6 +55,7 @@ class Service:
         self._dirty = asyncio.Event()
         self._listeners: list[socket.socket] = []
         self._linking = 0
+        self._answers: dict[str, bool] = {}
         self._kv = KvWatch(self._secret, self._members, self._holders, say)
 
     # -- from outside --------------------------------------------------------------------------------------
@@ -88,17 +93,30 @@ class Service:
             "proxy_url": self.plan.proxy_url,
             "model": self.plan.model,
             "served_model_name": self.plan.served_model_name,
+            "tls_cert": self.plan.proxy.tls_cert,
             "supervisor_pid": os.getpid(),
             "run_dir": self.plan.run_dir,
             "log_dir": self.plan.log_dir,
             "processes": [unit.status() for unit in self._units],
+            "attached": [
+                {**asdict(attached), "answers": self._answers.get(attached.name)} for attached in self.plan.attached
+            ],
             "links": [{"reader": reader, **_shown(link)} for (reader, _), link in sorted(self._kv.links.items())],
         }
 
     async def fresh_status(self) -> dict[str, object]:
         """The same, links and their speed asked of the engines now."""
-        await self._kv.states()
+        await asyncio.gather(self._kv.states(), *(self._ask(attached) for attached in self.plan.attached))
         return self.status()
+
+    async def _ask(self, attached: Attached) -> None:
+        pool = Pool(attached.host, attached.port, connect_s=_ASK_S)
+        try:
+            self._answers[attached.name] = (await pool.request("GET", "/health", timeout_s=_ASK_S)).status == 200
+        except Unreachable:
+            self._answers[attached.name] = False
+        finally:
+            pool.close()
 
     async def leases(self) -> dict[str, object]:
         """As `pdctl kv --json` shows them."""
@@ -243,12 +261,14 @@ class Service:
 
     def _prepare(self) -> None:
         """Sockets and files that children expect."""
+        bound: set[tuple[str, int]] = set()
         for spec in self.plan.processes:
             longest = f"{self._rundir.path}/ipc/{spec.name}.out"
             if len(longest) > _LONGEST_SOCKET_PATH:
                 hint = "set PDCTL_RUN to a shorter directory, or shorten the names"
                 raise PdctlError(f"{longest} is too long for a unix socket", hint)
-            if spec.listen is not None:
+            if spec.listen is not None and spec.listen not in bound:
+                bound.add(spec.listen)
                 self._listeners.append(_listen(spec))
         (self._rundir.path / "ipc").mkdir()
         engines = [
@@ -256,14 +276,27 @@ class Service:
             for spec in self.plan.processes
             if spec.kind != "proxy"
         ]
+        engines += [EngineAddress(*astuple(attached)) for attached in self.plan.attached]
+        proxy = self.plan.proxy
         config = ProxyConfig(
             service=self.plan.service,
             model=self.plan.served_model_name,
-            routing=self.plan.routing,
+            routing=proxy.routing,
             ttft_ms=self.plan.ttft_ms,
             tpot_ms=self.plan.tpot_ms,
             max_model_len=self.plan.max_model_len,
             engines=engines,
+            workers=proxy.workers,
+            run_dir=self.plan.run_dir,
+            admission=proxy.admission,
+            max_queue=proxy.max_queue,
+            max_body_mb=proxy.max_body_mb,
+            api_keys=proxy.api_keys,
+            tls_cert=proxy.tls_cert,
+            tls_key=proxy.tls_key,
+            cors_origins=list(proxy.cors_origins),
+            access_log=proxy.access_log,
+            otlp_endpoint=proxy.otlp_endpoint,
         )
         self._rundir.write_json("proxy.json", msgspec.to_builtins(config))
 

@@ -39,10 +39,11 @@ def nothing_left(service: Service) -> Iterator[None]:
         (b'{"prompt": "x", "resume_token_ids": [1]}', 400, "own processes"),
         (b'{"prompt": []}', 400, "empty"),
         (b'{"prompt": [1, 99999]}', 400, "token ids"),
-        (b'{"prompt": ["a", "b"]}', 400, "one prompt per request"),
         (b'{"prompt": "x", "max_tokens": 100000}', 400, "context is 2048"),
         (b'{"prompt": "x", "stream": false, "stream_options": {}}', 400, "stream_options"),
-        (b'{"prompt": "x", "n": 3}', 400, "n is not supported"),
+        (b'{"prompt": "x", "n": 0}', 400, "n must be"),
+        (b'{"prompt": "x", "n": 1000}', 400, "n must be"),
+        (b'{"prompt": "x", "best_of": 3}', 400, "best_of"),
         (json.dumps({"prompt": "x" * 2500}).encode(), 400, "context is 2048"),
     ],
 )  # fmt: skip

@@ -116,6 +116,8 @@ class Control:
                 "seconds": round(totals.seconds, 6),
                 "hand_over_seconds": round(totals.hand_over_seconds, 6),
             },
+            block_size=self._options.block_size,
+            max_num_seqs=self._options.max_num_seqs,
         )
 
     async def _health(self, _: Request) -> Response:

@@ -61,7 +61,8 @@ class EngineService:
                 f"the model {parsed.model!r} does not exist; this engine serves {served!r}",
                 param="model",
             )
-        token_ids = self._prompt_ids(parsed, ready.vocab_size, self._clock(headers))
+        began = self._clock(headers)
+        token_ids = self._prompt_ids(parsed, ready.vocab_size, began)
         hold, hand_over = self._internal_fields(parsed, headers)
         given = [*(parsed.resume_token_ids or []), *([hand_over.first_token_id] if hand_over else [])]
         if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
@@ -71,7 +72,7 @@ class EngineService:
         return GenerationRequest(
             # The same client request may reach one engine twice, so the id inside is its own.
             request_id=f"{request_id}.{uuid4().hex[:8]}",
-            envelope=Envelope(request_id, chat, served, bool(parsed.return_token_ids)),
+            envelope=Envelope(request_id, chat, served, bool(parsed.return_token_ids), int(began)),
             token_ids=token_ids,
             sampling=openai.sampling_of(parsed, len(token_ids), ready.max_model_len),
             stops=openai.stop_strings(parsed),
@@ -182,7 +183,8 @@ class _Generate:
                 if not started:
                     await asgi.start_stream(send)
                 count += len(piece.token_ids)
-                event = request.envelope.chunk(piece.text, piece.token_ids, piece.finish_reason, not started)
+                first = not started and not request.resume
+                event = request.envelope.chunk(piece.text, piece.token_ids, piece.finish_reason, first)
                 started = True
                 last = piece.finish_reason is not None
                 await asgi.send_part(send, event + (_tail(request, count) if last else b""), last)

@@ -1,0 +1,83 @@
+"""The door to the engines: carries out what `admission` decides."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from pdctl.openai_api import ApiError
+from pdctl.proxy.admission import Admission, Outlook, Refusal, Waiter
+from pdctl.proxy.metrics import Metrics
+
+_REASONS = {
+    "ttft": "the engines are busy: the first token would come later than the service promises",
+    "queue": "too many requests are waiting",
+    "wait": "too many requests are waiting: the first token would come later than the service promises",
+    "patience": "no engine had room in time",
+}
+# A queue that nobody's end moves on is looked at this often, seconds: engines come back, KV comes free.
+_LOOK_S = 0.25
+
+
+class Gate:
+    """Seats for requests. `outlook` tells the pool's state for (bytes of prompt, output tokens at most)."""
+
+    def __init__(self, admission: Admission, outlook: Callable[[float, int | None], Outlook], metrics: Metrics) -> None:
+        self.admission = admission
+        self._outlook = outlook
+        self._metrics = metrics
+        self._turns: dict[Waiter, asyncio.Future[None]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self.admission.waiting
+
+    async def enter(self, key: str, priority: int, size: float, max_tokens: int | None) -> None:
+        """Return when the request may go on; `leave` must follow. Raises ApiError 429."""
+        asked = self.admission.ask(key, priority, self._outlook(size, max_tokens), time.monotonic())
+        if isinstance(asked, Refusal):
+            raise self._refused(asked)
+        if not asked.granted:
+            await self._wait(asked)
+
+    def leave(self, tpot_s: float | None) -> None:
+        """The request has ended; `tpot_s` if it was answered."""
+        self.admission.done(time.monotonic(), tpot_s)
+        if self.admission.waiting:
+            self._move_on()
+
+    async def run_forever(self) -> None:
+        """Move the queue on when nobody's end does."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self.admission.waiting:
+                self._move_on()
+
+    async def _wait(self, waiter: Waiter) -> None:
+        turn = self._turns[waiter] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self.admission.patience_s):
+                await turn
+        except TimeoutError:
+            if not waiter.granted:
+                raise self._refused(Refusal("patience", 1)) from None
+        except asyncio.CancelledError:
+            if waiter.granted:
+                self.leave(None)
+            raise
+        finally:
+            self.admission.leave(waiter)
+            del self._turns[waiter]
+
+    def _move_on(self) -> None:
+        while (waiter := self.admission.next(self._outlook(0.0, None))) is not None:
+            turn = self._turns[waiter]
+            if not turn.done():
+                turn.set_result(None)
+
+    def _refused(self, refusal: Refusal) -> ApiError:
+        self._metrics.shed(refusal.reason)
+        message = f"{_REASONS[refusal.reason]}; try again in {refusal.retry_after_s} s"
+        return ApiError(429, message, "rate_limit_exceeded", retry_after=refusal.retry_after_s)

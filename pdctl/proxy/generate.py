@@ -1,0 +1,229 @@
+"""One client request from admission to its last byte: its legs, its answer, its place in the books."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from pdctl import asgi
+from pdctl.adapters import Turn
+from pdctl.openai_api import ApiError
+from pdctl.proxy import requests
+from pdctl.proxy.access_log import AccessLog
+from pdctl.proxy.gate import Gate
+from pdctl.proxy.keys import Keys
+from pdctl.proxy.meters import pieces_of
+from pdctl.proxy.relay import Relay, Shared
+from pdctl.proxy.requests import ClientRequest
+from pdctl.proxy.sinks import Sink, StreamAnswer, WholeAnswer
+from pdctl.proxy.spans import NO_SPANS, Spans
+from pdctl.proxy.timing import Timing
+from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TIMING_HEADER
+
+# nginx's word for a client that left before its answer; only the log sees it.
+_CLIENT_LEFT = 499
+
+
+@dataclass(slots=True)
+class Generator:
+    """What all requests that generate share. `tasks` outlives each of them."""
+
+    shared: Shared
+    gate: Gate
+    keys: Keys
+    log: AccessLog
+    model: str
+    holder: str
+    max_body: int
+    tasks: asyncio.TaskGroup
+    spans: Spans = NO_SPANS
+    _static: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._static = f"content-type: application/json\r\n{ROUTER_HEADER}: {self.holder}\r\n".encode()
+
+    async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send, chat: bool) -> None:
+        """Answer one request."""
+        headers = asgi.header_dict(scope["headers"])
+        request_id = asgi.request_id(headers)
+        job = _Job(self, scope["path"], chat, headers, request_id)
+        try:
+            if scope["method"] != "POST":
+                raise ApiError(405, f"{scope['path']} takes POST")
+            job.key = self.keys.name_of(headers.get("authorization", ""))
+            request = await job.read(receive)
+        except ApiError as failure:
+            await job.refuse(send, failure)
+            return
+        await self._while_connected(job, request, receive, send)
+
+    async def _while_connected(self, job: _Job, request: ClientRequest, receive: asgi.Receive, send: asgi.Send) -> None:
+        """Do the job; end it when the client leaves."""
+        task = asyncio.current_task()
+        assert task is not None
+        watcher = self.tasks.create_task(job.watch(receive, task))
+        try:
+            await job.run(request, send)
+        except asyncio.CancelledError:
+            if not job.left:
+                raise
+            # Ours, not the server's: the client is gone, and there is nobody to answer.
+            task.uncancel()
+            self.shared.metrics.client_left()
+        finally:
+            job.over = True
+            watcher.cancel()
+
+    def engine_headers(self, job: _Job, started: int, leg: int) -> bytes:
+        """What an engine is told beside the body."""
+        # A name of its own for each leg: engines that key requests by it would take two for one.
+        name = f"{job.request_id}-{leg}" if leg else job.request_id
+        trace = self.spans.header(job.trace, job.headers) if job.trace else job.passed_on
+        return b"%bx-request-id: %b\r\n%b: %d\r\n%b" % (
+            self._static, name.encode(), STARTED_HEADER.encode(), started, trace,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Job:
+    generator: Generator
+    path: str
+    chat: bool
+    headers: dict[str, str]
+    request_id: str
+    key: str = "-"
+    left: bool = False
+    over: bool = False
+    timing: Timing = field(default_factory=Timing)
+    trace: object = None
+
+    @property
+    def passed_on(self) -> bytes:
+        """W3C trace context as it came."""
+        if "traceparent" not in self.headers:
+            return b""
+        lines = [f"{name}: {self.headers[name]}\r\n" for name in ("traceparent", "tracestate") if name in self.headers]
+        return "".join(lines).encode("latin-1", "replace")
+
+    async def read(self, receive: asgi.Receive) -> ClientRequest:
+        """The request. Raises ApiError."""
+        limit = self.generator.max_body
+        length = self.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes")
+        body = await asgi.read_body(receive, limit)
+        self.generator.shared.quarantine.check(body)
+        request = requests.parse(body, self.path, self.chat, self.request_id, self.generator.model)
+        request.body = body
+        return request
+
+    async def watch(self, receive: asgi.Receive, task: asyncio.Task[object]) -> None:
+        """Cancel `task` when the client leaves."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not self.over:
+            self.left = True
+            task.cancel()
+
+    async def refuse(self, send: asgi.Send, failure: ApiError) -> None:
+        """Answer with an error before anything was begun."""
+        self.generator.shared.metrics.failed(failure.status)
+        self._note(failure.status, [])
+        extra = [(b"x-request-id", self.request_id.encode())]
+        await asgi.respond_error(send, failure, extra)
+
+    async def run(self, request: ClientRequest, send: asgi.Send) -> None:
+        """Wait for a seat, relay every leg, answer."""
+        generator, timing = self.generator, self.timing
+        answer = self._answer(request, send)
+        relays: list[Relay] = []
+        status, tpot = _CLIENT_LEFT, None
+        entered = False
+        self.trace = generator.spans.begin(self.headers) if generator.spans else None
+        try:
+            await generator.gate.enter(self.key, request.priority, float(request.size), request.max_tokens)
+            entered = True
+            timing.admitted_at = time.monotonic()
+            relays = self._relays(request, answer)
+            await _run_all(relays)
+            prompt, tokens = _counts(relays, len(request.legs))
+            await answer.finish([relay.whole for relay in relays], prompt, tokens)
+            self.over = True
+            status = 200
+            if timing.first_token_at:
+                tpot = (time.monotonic() - timing.first_token_at) / max(1, tokens - 1)
+            generator.shared.metrics.finished(timing, prompt, tokens)
+        except ApiError as failure:
+            status = failure.status
+            generator.shared.metrics.failed(status)
+            await answer.fail(failure)
+            self.over = True
+        finally:
+            if entered:
+                generator.gate.leave(tpot)
+            self._note(status, relays)
+
+    def _answer(self, request: ClientRequest, send: asgi.Send) -> StreamAnswer | WholeAnswer:
+        extra = [(b"x-request-id", self.request_id.encode())]
+        timing = self.timing if TIMING_HEADER in self.headers else None
+        return (StreamAnswer if request.stream else WholeAnswer)(request, send, extra, timing)
+
+    def _relays(self, request: ClientRequest, answer: StreamAnswer | WholeAnswer) -> list[Relay]:
+        shared, started = self.generator.shared, request.envelope.created
+        shared.budget.request()
+        size = float(request.size) / len(request.legs)
+        relays = []
+        sinks: Sequence[Sink] = answer.sinks
+        for number, (fields, sink) in enumerate(zip(request.legs, sinks, strict=True)):
+            relays.append(
+                Relay(
+                    shared,
+                    Turn(request.path, request.envelope.chat, fields),
+                    sink,
+                    self.generator.engine_headers(self, started, number),
+                    size,
+                    request.max_tokens,
+                    request.body,
+                    _pieces(fields) if shared.wants_prefixes else [],
+                    Timing(self.timing.received_at, self.timing.admitted_at) if number else self.timing,
+                )
+            )
+        return relays
+
+    def _note(self, status: int, relays: Sequence[Relay]) -> None:
+        generator = self.generator
+        counts = _counts(relays, len(relays)) if relays else (0, 0)
+        if generator.log:
+            failures = sum(relay.failures_in_all for relay in relays)
+            generator.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
+        if self.trace is not None:
+            generator.spans.end(self.trace, self.request_id, self.path, status, counts, self.timing)
+
+
+async def _run_all(relays: Sequence[Relay]) -> None:
+    """Raises the first ApiError; the other legs are ended then."""
+    if len(relays) == 1:
+        await relays[0].run()
+        return
+    try:
+        async with asyncio.TaskGroup() as group:
+            for relay in relays:
+                group.create_task(relay.run())
+    except* ApiError as failures:
+        raise failures.exceptions[0] from None
+
+
+def _counts(relays: Sequence[Relay], legs: int) -> tuple[int, int]:
+    """Prompt tokens, those of n answers to one prompt counted once, and output tokens."""
+    prompts = {id(relay.turn.fields.get("prompt")): relay.prompt_tokens for relay in relays}
+    done = sum(relay.completion_tokens or len(relay.turn.emitted) for relay in relays)
+    return sum(prompts.values()) if legs > 1 else relays[0].prompt_tokens, done
+
+
+def _pieces(fields: dict[str, object]) -> list[int]:
+    prompt = fields.get("prompt", fields.get("messages"))
+    return pieces_of(bytes(prompt)) if isinstance(prompt, msgspec.Raw) else []
