@@ -7,7 +7,8 @@ nothing for a long time.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from itertools import count
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +22,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 MAX_BODY = 16 * 2**20
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 
@@ -47,10 +48,19 @@ def header_dict(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
 
 
-def request_id(headers: dict[str, str]) -> str:
+def request_id(headers: Mapping[bytes, bytes]) -> str:
     """The client's x-request-id if it is sane, else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+    given = headers.get(b"x-request-id")
+    return given.decode() if given is not None and _REQUEST_ID.fullmatch(given) else new_name()
+
+
+_PREFIX = uuid4().hex[:20]
+_numbers = count(1)
+
+
+def new_name() -> str:
+    """A name nobody else gives: this process's own random prefix and a number. No secret."""
+    return f"{_PREFIX}{next(_numbers):012x}"
 
 
 async def respond(send: Send, status: int, body: bytes, extra: list[tuple[bytes, bytes]] | None = None) -> None:

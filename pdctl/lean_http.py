@@ -17,7 +17,7 @@ import httptools
 _PAUSE_AT = 256 * 1024
 # A kept connection older than this may meet a server that is just closing it, seconds.
 _IDLE_S = 30.0
-_MAX_IDLE = 256
+_MAX_IDLE = 4096
 _MAX_HEADERS = 64 * 1024
 
 
@@ -49,11 +49,12 @@ class _Connection(asyncio.Protocol):
         self.used = False
         self.closed = False
         self.transport: asyncio.Transport | None = None
+        self.parser = httptools.HttpResponseParser(self)
+        self._loop = asyncio.get_running_loop()
         self._begin()
 
     def _begin(self) -> None:
-        self.parser = httptools.HttpResponseParser(self)
-        self.headers: dict[str, str] = {}
+        self.headers: list[tuple[bytes, bytes]] = []
         self.head_done = False
         self.complete = False
         self.keep_alive = False
@@ -92,7 +93,7 @@ class _Connection(asyncio.Protocol):
         if self._header_bytes > _MAX_HEADERS:
             self.fail(f"{self.peer} sent more than {_MAX_HEADERS} bytes of headers")
             return
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self.head_done = True
@@ -113,7 +114,9 @@ class _Connection(asyncio.Protocol):
 
     def send(self, data: bytes) -> None:
         assert self.transport is not None
-        self._begin()
+        if self.used:
+            # Only a connection whose last answer was whole is used again: its parser waits for the next one.
+            self._begin()
         self.used = True
         self.transport.write(data)
 
@@ -155,7 +158,7 @@ class _Connection(asyncio.Protocol):
     async def _wait(self) -> None:
         if self.failure is not None:
             raise Unreachable(self.failure, sent=self.answered, begun=True)
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         self.waiting_since = time.monotonic()
         try:
             await self._waiter
@@ -174,11 +177,11 @@ class Exchange:
     Usable by a watcher from the first moment: `waiting_since` (monotonic seconds, 0 while nobody waits) and `cut`.
     """
 
-    __slots__ = ("_connection", "_cut", "_message", "_opened_at", "_pool", "headers", "status")
+    __slots__ = ("_connection", "_cut", "_headers", "_message", "_opened_at", "_pool", "status")
 
     def __init__(self, pool: Pool, message: bytes) -> None:
         self.status = 0
-        self.headers: dict[str, str] = {}
+        self._headers: list[tuple[bytes, bytes]] = []
         self._pool = pool
         self._message = message
         self._connection: _Connection | None = None
@@ -189,6 +192,10 @@ class Exchange:
     def waiting_since(self) -> float:
         """Since when the peer has owed us something; 0.0 when it does not."""
         return self._opened_at if self._connection is None else self._connection.waiting_since
+
+    def header(self, wanted: bytes) -> str | None:
+        """The answer's header of this (lower-case) name."""
+        return next((value.decode("latin-1") for name, value in self._headers if name.lower() == wanted), None)
 
     async def head(self) -> int:
         """Send, and wait for the head of the answer: its status. Raises Unreachable."""
@@ -201,7 +208,7 @@ class Exchange:
                     raise Unreachable(self._cut)
                 connection.send(self._message)
                 self.status = await connection.head()
-                self.headers = connection.headers
+                self._headers = connection.headers
                 return self.status
             except Unreachable as failure:
                 connection.abort()
@@ -260,7 +267,8 @@ class Pool:
             raise Unreachable(f"{self.host}:{self.port}{path} gave no answer in {timeout_s:g} s", sent=True) from None
         finally:
             exchange.close()
-        return Response(exchange.status, data, exchange.headers)
+        found = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange._headers}
+        return Response(exchange.status, data, found)
 
     async def stream(self, method: str, path: str, headers: bytes = b"", body: bytes = b"") -> Exchange:
         """Send a request and wait for the head of its answer. Raises Unreachable."""

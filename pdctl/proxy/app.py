@@ -145,7 +145,7 @@ class Surface:
     def _refused(self, request: Request) -> Response | None:
         """The answer to somebody without an API key."""
         try:
-            self._generator.keys.name_of(request.headers.get("authorization", ""))
+            self._generator.keys.name_of(request.headers.get("authorization", "").encode("latin-1"))
         except ApiError as failure:
             return _error(failure)
         return None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Bytes of request line and headers together, and their number.
+# Bytes of request line and headers together, counted by reads that did not complete them.
 MAX_HEADER_BYTES = 64 * 1024
-_MAX_HEADERS = 256
 # A connection may take this long to bring its first request, or the rest of one it began, seconds.
 _HEAD_S = 15.0
 _BODY_S = 120.0
+# A connection kept without a request, seconds.
+_IDLE_S = 75.0
 _LOOK_S = 1.0
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\ncontent-length: 105\r\n"
@@ -23,62 +25,66 @@ _TOO_LARGE = (
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Refuses endless headers, and is told apart by `Reaper` when its client dawdles."""
+    """Refuses endless headers, tells `reap_forever` how long its client dawdles, and whoever serves a request
+    (`scope["pdctl.connection"]`) when the client has left: `on_left` is called then."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A new connection: its first request is due."""
         super().connection_made(transport)
+        self.on_left: Callable[[], None] | None = None
         self.began_at = time.monotonic()
         self.in_head = True
         self.receiving = True
         self.header_bytes = 0
-        self.header_count = 0
+        self.idle_since = self.began_at
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has left."""
+        super().connection_lost(exc)
+        if self.on_left is not None:
+            self.on_left()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, but without arming a timer for each request: `reap_forever` closes idle connections."""
+        if self.pipeline or self.transport.is_closing():
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        self.flow.resume_reading()
+        self.idle_since = time.monotonic()
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self.header_bytes = self.header_count = 0
+        self.scope["pdctl.connection"] = self  # type: ignore[typeddict-unknown-key]  # ASGI leaves room for servers' own
+        self.header_bytes = 0
         self.in_head = self.receiving = True
         self.began_at = time.monotonic()
-
-    def on_url(self, url: bytes) -> None:
-        """A part of the request line."""
-        super().on_url(url)
-        self._count(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        super().on_header(name, value)
-        self.header_count += 1
-        self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
         self.in_head = False
-        if not self.transport.is_closing():
-            super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """A part of the body."""
-        if self.cycle is not None and not self.transport.is_closing():
-            super().on_body(body)
+        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The request is whole."""
         self.receiving = False
-        if self.cycle is not None and not self.transport.is_closing():
-            super().on_message_complete()
+        super().on_message_complete()
 
-    def _count(self, size: int) -> None:
-        self.header_bytes += size
-        too_large = self.header_bytes > MAX_HEADER_BYTES or self.header_count > _MAX_HEADERS
-        if too_large and not self.transport.is_closing():
-            self.transport.write(_TOO_LARGE)
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request."""
+        super().data_received(data)
+        if self.in_head:
+            self.header_bytes += len(data)
+            if self.header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.transport.write(_TOO_LARGE)
+                self.transport.close()
 
     def late(self, now: float) -> bool:
-        """Whether its client takes too long to say what it wants."""
-        return self.receiving and now - self.began_at > (_HEAD_S if self.in_head else _BODY_S)
+        """Whether its client takes too long to say what it wants, or has wanted nothing for long."""
+        if self.receiving:
+            return now - self.began_at > (_HEAD_S if self.in_head else _BODY_S)
+        return bool(self.cycle is None or self.cycle.response_complete) and now - self.idle_since > _IDLE_S
 
 
 async def reap_forever(connections: set[Any]) -> None:

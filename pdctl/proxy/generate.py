@@ -14,6 +14,7 @@ from pdctl.adapters import Turn
 from pdctl.openai_api import ApiError
 from pdctl.proxy import requests
 from pdctl.proxy.access_log import AccessLog
+from pdctl.proxy.connections import BoundedProtocol
 from pdctl.proxy.gate import Gate
 from pdctl.proxy.keys import Keys
 from pdctl.proxy.meters import pieces_of
@@ -26,11 +27,15 @@ from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TIMING_HEADER
 
 # nginx's word for a client that left before its answer; only the log sees it.
 _CLIENT_LEFT = 499
+_TIMING = TIMING_HEADER.encode()
+
+# Names in lower case; of one name the last.
+Headers = dict[bytes, bytes]
 
 
 @dataclass(slots=True)
 class Generator:
-    """What all requests that generate share. `tasks` outlives each of them."""
+    """What all requests that generate share."""
 
     shared: Shared
     gate: Gate
@@ -39,7 +44,6 @@ class Generator:
     model: str
     holder: str
     max_body: int
-    tasks: asyncio.TaskGroup
     spans: Spans = NO_SPANS
     _static: bytes = field(init=False)
 
@@ -48,24 +52,25 @@ class Generator:
 
     async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send, chat: bool) -> None:
         """Answer one request."""
-        headers = asgi.header_dict(scope["headers"])
+        headers: Headers = dict(scope["headers"])
         request_id = asgi.request_id(headers)
         job = _Job(self, scope["path"], chat, headers, request_id)
         try:
             if scope["method"] != "POST":
                 raise ApiError(405, f"{scope['path']} takes POST")
-            job.key = self.keys.name_of(headers.get("authorization", ""))
+            job.key = self.keys.name_of(headers.get(b"authorization", b""))
             request = await job.read(receive)
         except ApiError as failure:
             await job.refuse(send, failure)
             return
-        await self._while_connected(job, request, receive, send)
+        await self._while_connected(job, request, scope, send)
 
-    async def _while_connected(self, job: _Job, request: ClientRequest, receive: asgi.Receive, send: asgi.Send) -> None:
+    async def _while_connected(self, job: _Job, request: ClientRequest, scope: asgi.Message, send: asgi.Send) -> None:
         """Do the job; end it when the client leaves."""
         task = asyncio.current_task()
         assert task is not None
-        watcher = self.tasks.create_task(job.watch(receive, task))
+        connection: BoundedProtocol = scope["pdctl.connection"]
+        connection.on_left = lambda: job.leave(task)
         try:
             await job.run(request, send)
         except asyncio.CancelledError:
@@ -75,8 +80,7 @@ class Generator:
             task.uncancel()
             self.shared.metrics.client_left()
         finally:
-            job.over = True
-            watcher.cancel()
+            connection.on_left = None
 
     def engine_headers(self, job: _Job, started: int, leg: int) -> bytes:
         """What an engine is told beside the body."""
@@ -93,7 +97,7 @@ class _Job:
     generator: Generator
     path: str
     chat: bool
-    headers: dict[str, str]
+    headers: Headers
     request_id: str
     key: str = "-"
     left: bool = False
@@ -104,16 +108,16 @@ class _Job:
     @property
     def passed_on(self) -> bytes:
         """W3C trace context as it came."""
-        if "traceparent" not in self.headers:
+        if b"traceparent" not in self.headers:
             return b""
-        lines = [f"{name}: {self.headers[name]}\r\n" for name in ("traceparent", "tracestate") if name in self.headers]
-        return "".join(lines).encode("latin-1", "replace")
+        names = (b"traceparent", b"tracestate")
+        return b"".join(b"%b: %b\r\n" % (name, self.headers[name]) for name in names if name in self.headers)
 
     async def read(self, receive: asgi.Receive) -> ClientRequest:
         """The request. Raises ApiError."""
         limit = self.generator.max_body
-        length = self.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limit:
+        length = self.headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > limit:
             raise ApiError(413, f"the body is larger than {limit} bytes")
         body = await asgi.read_body(receive, limit)
         self.generator.shared.quarantine.check(body)
@@ -121,10 +125,8 @@ class _Job:
         request.body = body
         return request
 
-    async def watch(self, receive: asgi.Receive, task: asyncio.Task[object]) -> None:
-        """Cancel `task` when the client leaves."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    def leave(self, task: asyncio.Task[object]) -> None:
+        """The client has gone: `task` ends."""
         if not self.over:
             self.left = True
             task.cancel()
@@ -150,7 +152,7 @@ class _Job:
             timing.admitted_at = time.monotonic()
             relays = self._relays(request, answer)
             await _run_all(relays)
-            prompt, tokens = _counts(relays, len(request.legs))
+            prompt, tokens = _counts(relays)
             await answer.finish([relay.whole for relay in relays], prompt, tokens)
             self.over = True
             status = 200
@@ -169,7 +171,7 @@ class _Job:
 
     def _answer(self, request: ClientRequest, send: asgi.Send) -> StreamAnswer | WholeAnswer:
         extra = [(b"x-request-id", self.request_id.encode())]
-        timing = self.timing if TIMING_HEADER in self.headers else None
+        timing = self.timing if _TIMING in self.headers else None
         return (StreamAnswer if request.stream else WholeAnswer)(request, send, extra, timing)
 
     def _relays(self, request: ClientRequest, answer: StreamAnswer | WholeAnswer) -> list[Relay]:
@@ -196,7 +198,9 @@ class _Job:
 
     def _note(self, status: int, relays: Sequence[Relay]) -> None:
         generator = self.generator
-        counts = _counts(relays, len(relays)) if relays else (0, 0)
+        if not generator.log and self.trace is None:
+            return
+        counts = _counts(relays) if relays else (0, 0)
         if generator.log:
             failures = sum(relay.failures_in_all for relay in relays)
             generator.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
@@ -217,11 +221,12 @@ async def _run_all(relays: Sequence[Relay]) -> None:
         raise failures.exceptions[0] from None
 
 
-def _counts(relays: Sequence[Relay], legs: int) -> tuple[int, int]:
+def _counts(relays: Sequence[Relay]) -> tuple[int, int]:
     """Prompt tokens, those of n answers to one prompt counted once, and output tokens."""
+    if len(relays) == 1:
+        return relays[0].prompt_tokens, relays[0].completion_tokens or len(relays[0].turn.emitted)
     prompts = {id(relay.turn.fields.get("prompt")): relay.prompt_tokens for relay in relays}
-    done = sum(relay.completion_tokens or len(relay.turn.emitted) for relay in relays)
-    return sum(prompts.values()) if legs > 1 else relays[0].prompt_tokens, done
+    return sum(prompts.values()), sum(relay.completion_tokens or len(relay.turn.emitted) for relay in relays)
 
 
 def _pieces(fields: dict[str, object]) -> list[int]:

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from pdctl.proxy.pool import Engine, EnginePool
-from pdctl.proxy.tally import Histogram, Tally
+from pdctl.proxy.tally import Histogram, Key, Tally
 from pdctl.proxy.timing import Timing
 
 _LONG = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -59,6 +59,13 @@ _AS_VLLM = {
     "prompt_tokens": "vllm:prompt_tokens",
 }
 
+# Keys of what every request counts.
+_ANSWERED: Key = ("requests", ("200",))
+_TOKENS: Key = ("tokens", ())
+_PROMPT_TOKENS: Key = ("prompt_tokens", ())
+_TTFT_MET: Key = ("slo_met", ("ttft",))
+_TPOT_MET: Key = ("slo_met", ("tpot",))
+
 
 @dataclass(slots=True)
 class Metrics:
@@ -81,21 +88,18 @@ class Metrics:
 
     def finished(self, timing: Timing, prompt_tokens: int, tokens: int) -> None:
         """A request was answered whole."""
-        now, tally = time.monotonic(), self.tally
-        tally.count("requests", "200")
-        tally.count("tokens", by=tokens)
-        tally.count("prompt_tokens", by=prompt_tokens)
-        ttft = (timing.first_token_at or now) - timing.received_at
-        tpot = (now - timing.first_token_at) / max(1, tokens - 1) if timing.first_token_at else 0.0
-        histograms = tally.histograms
+        now, counters, histograms = time.monotonic(), self.tally.counters, self.tally.histograms
+        counters[_ANSWERED] += 1
+        counters[_TOKENS] += tokens
+        counters[_PROMPT_TOKENS] += prompt_tokens
+        first = timing.first_token_at or now
+        ttft, tpot = first - timing.received_at, (now - first) / max(1, tokens - 1)
         histograms["ttft"].add(ttft)
         histograms["tpot"].add(tpot)
         histograms["e2e"].add(now - timing.received_at)
-        histograms["queue"].add(max(0.0, timing.admitted_at - timing.received_at))
-        if ttft <= self.ttft_slo_s:
-            tally.count("slo_met", "ttft")
-        if tpot <= self.tpot_slo_s:
-            tally.count("slo_met", "tpot")
+        histograms["queue"].add(timing.admitted_at - timing.received_at)
+        counters[_TTFT_MET] += ttft <= self.ttft_slo_s
+        counters[_TPOT_MET] += tpot <= self.tpot_slo_s
 
     def failed(self, status: int) -> None:
         """A request was answered with an error."""

@@ -15,7 +15,7 @@ from pdctl.lean_http import Exchange, Pool, Unreachable, header_lines
 from pdctl.proxy.admission import Outlook
 from pdctl.proxy.breaker import Breaker
 from pdctl.proxy.meters import Meter, PrefixSet, SharedLoads, Window
-from pdctl.proxy.routing import Load, View
+from pdctl.proxy.routing import Choice, Load, View
 from pdctl.wire import EngineAddress
 
 _log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ _STALL_S = (2.0, 60.0)
 # Hand-overs lost in a row after which a pair is not used for a while, seconds.
 _PAIR_LOSSES = 3
 _PAIR_PAUSE_S = 5.0
+# Seats and room change with engines' probes, which are less frequent than this, seconds.
+_ROOM_S = 0.02
 # Bytes of a request for each token of its prompt, for a guess at the KV it will need.
 _BYTES_PER_TOKEN = 3.0
 
@@ -132,21 +134,34 @@ class Engine:
 class EnginePool:
     """All engines, and the event that one of them came back."""
 
-    def __init__(self, engines: list[Engine], shared: SharedLoads | None = None) -> None:
+    def __init__(self, engines: list[Engine], shared: SharedLoads | None = None, predicts: bool = False) -> None:
+        self._predicts = predicts
         self.engines = engines
         self.by_name = {engine.name: engine for engine in engines}
         self.changed = asyncio.Event()
         self._shared = shared
+        self._only = _only_pair(engines)
+        self._room: tuple[float, int | None, int | None] = (0.0, None, None)
 
     @classmethod
-    def of(cls, addresses: Sequence[EngineAddress], secret: str = "", shared: SharedLoads | None = None) -> EnginePool:
-        """A pool in which nobody is known to be healthy yet. Raises PdctlError for a secret that cannot be read."""
+    def of(
+        cls,
+        addresses: Sequence[EngineAddress],
+        secret: str = "",
+        shared: SharedLoads | None = None,
+        predicts: bool = False,
+    ) -> EnginePool:
+        """A pool in which nobody is known to be healthy yet; `predicts`: outlooks tell the time to a first token.
+
+        Raises PdctlError for a secret that cannot be read.
+        """
         return cls(
             [
                 Engine(a, Pool(a.host, a.port), dialect(a.kind), number, _authorization(a, secret))
                 for number, a in enumerate(addresses)
             ],
             shared,
+            predicts,
         )
 
     def views(self, pieces: Sequence[int] = ()) -> list[View]:
@@ -176,22 +191,40 @@ class EnginePool:
             )
         return found
 
+    def only_pair(self) -> Choice | None:
+        """The pair that every policy would choose, where there is just one."""
+        if len(self.engines) > 2:
+            return None
+        now = time.monotonic()
+        if not all(engine.usable(now) and not engine.lost_peers(now) for engine in self.engines):
+            return None
+        return self._only
+
     def outlook(self, size: float, max_tokens: int | None) -> Outlook:
         """What a request of `size` bytes would meet now."""
         now = time.monotonic()
+        if now - self._room[0] > _ROOM_S:
+            self._room = (now, *self._seats_and_room(now))
+        _, seats, room = self._room
+        wanted = size / _BYTES_PER_TOKEN + (max_tokens or 0)
+        ttft_s = 0.0
+        if self._predicts:
+            prefills = [engine for engine in self.engines if engine.address.role != "decode" and engine.healthy]
+            ttft_s = min([self._ttft(engine, size) for engine in prefills], default=0.0)
+        return Outlook(seats, ttft_s, room is None or room >= wanted)
+
+    def _seats_and_room(self, now: float) -> tuple[int | None, int | None]:
+        """Seats of all decoding engines together, and tokens of KV that fit into the emptiest; None if unknown."""
         usable = [engine for engine in self.engines if engine.usable(now)]
         decodes = [engine for engine in usable if engine.address.role != "prefill"] or usable
-        prefills = [engine for engine in usable if engine.address.role != "decode"] or usable
         seats = [engine.condition.seats for engine in decodes]
         known = sum(seat or 0 for seat in seats) if seats and all(seats) else None
         if known is not None and self._shared is not None:
             # The other workers' requests sit there as well.
             theirs = sum(self._shared.loads(e.index)[1].pending - e.streams.pending for e in decodes)
             known = max(1, known - int(theirs))
-        wanted = size / _BYTES_PER_TOKEN + (max_tokens or 0)
         rooms = [engine.condition.kv_tokens_free for engine in decodes]
-        ttfts = [self._ttft(engine, size) for engine in prefills]
-        return Outlook(known, min(ttfts, default=0.0), not rooms or any(r is None or r >= wanted for r in rooms))
+        return known, None if None in rooms else max((room or 0 for room in rooms), default=None)
 
     def _ttft(self, engine: Engine, size: float) -> float:
         prompts = self._shared.loads(engine.index)[0] if self._shared is not None else engine.prompts
@@ -296,3 +329,13 @@ def _authorization(address: EngineAddress, secret: str) -> bytes:
             hint = "secret_file must hold the engine's secret or API key, and be readable"
             raise PdctlError(f"{address.secret_file} cannot be read: {failure.strerror}", hint) from failure
     return header_lines({"authorization": f"Bearer {secret}"}) if secret else b""
+
+
+def _only_pair(engines: list[Engine]) -> Choice | None:
+    """One prefill and one decode of a kind, or one engine."""
+    if len(engines) == 1:
+        return Choice(engines[0].name, engines[0].name)
+    by_role = {engine.address.role: engine for engine in engines}
+    if len(engines) == 2 and set(by_role) == {"prefill", "decode"} and len({e.address.kind for e in engines}) == 1:
+        return Choice(by_role["prefill"].name, by_role["decode"].name)
+    return None

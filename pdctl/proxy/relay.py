@@ -12,10 +12,10 @@ import logging
 import random
 import time
 from dataclasses import dataclass, field
-from uuid import uuid4
 
 from pdctl.adapters import Call, EngineError, Prefilled, Turn
-from pdctl.lean_http import Exchange, Unreachable, header_lines
+from pdctl.asgi import new_name
+from pdctl.lean_http import Exchange, Unreachable
 from pdctl.openai_api import ApiError
 from pdctl.proxy.breaker import RetryBudget
 from pdctl.proxy.metrics import Metrics
@@ -26,7 +26,7 @@ from pdctl.proxy.routing import Ask, Choice, Policy, choose
 from pdctl.proxy.sinks import Sink
 from pdctl.proxy.stream import EventReader
 from pdctl.proxy.timing import Timing
-from pdctl.wire import ATTEMPT_HEADER
+from pdctl.wire import ATTEMPT_HEADER, TIMING_HEADER
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ _LONGEST_BACKOFF_S = 1.0
 # token by token.
 _WHOLE_TOKENS = 128
 
+_ATTEMPT, _TIMING = ATTEMPT_HEADER.encode(), TIMING_HEADER.encode()
 # Answers that say "not here, not now" and are worth another engine.
 _RETRYABLE = frozenset({409, 429, 500, 502, 503, 504})
 
@@ -79,32 +80,46 @@ class _Failed(Exception):
         self.died = died
 
 
-@dataclass(slots=True)
 class Relay:
     """One leg. `turn.emitted` are the output token ids the client has (or will be sent with the whole answer).
 
-    `headers`: ready-made lines for engines; `whole`: the body of an answer that came in one piece, as clients get it.
+    `headers`: ready-made lines for engines; `body`: the client's request, by which it is known in quarantine;
+    `pieces`: its prompt's prefixes; `whole`: the body of an answer that came in one piece, as clients get it.
     """
 
-    shared: Shared
-    turn: Turn
-    sink: Sink
-    headers: bytes
-    size: float
-    max_tokens: int | None
-    body: bytes = b""
-    pieces: list[int] = field(default_factory=list)
-    timing: Timing = field(default_factory=Timing)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    # Most requests change none of these: they cost nothing until they do.
+    prompt_tokens = 0
+    completion_tokens = 0
     whole: bytes | None = None
-    failures: int = 0
-    failures_in_all: int = 0
-    deaths: int = 0
-    lost: int = 0
-    emitted_at_failure: int = 0
+    failures = 0
+    failures_in_all = 0
+    deaths = 0
+    lost = 0
+    emitted_at_failure = 0
     avoid: frozenset[str] = frozenset()
-    finished: bool = False
+    finished = False
+
+    def __init__(
+        self,
+        shared: Shared,
+        turn: Turn,
+        sink: Sink,
+        headers: bytes,
+        size: float,
+        max_tokens: int | None,
+        body: bytes,
+        pieces: list[int],
+        timing: Timing,
+    ) -> None:
+        self.shared = shared
+        self.turn = turn
+        self.sink = sink
+        self.headers = headers
+        self.size = size
+        self.max_tokens = max_tokens
+        self.body = body
+        self.pieces = pieces
+        self.timing = timing
 
     async def run(self) -> None:
         """Relay the whole answer. Raises ApiError that says why not."""
@@ -129,6 +144,8 @@ class Relay:
 
     async def _choose(self) -> Choice:
         shared, deadline = self.shared, time.monotonic() + _WAIT_FOR_ENGINE_S
+        if not self.avoid and (only := shared.pool.only_pair()) is not None:
+            return only
         shared.turn += 1
         ask = Ask(self.size, shared.turn, random.random(), shared.ttft_s, shared.tpot_s)  # noqa: S311 - load spreading
         while True:
@@ -145,7 +162,7 @@ class Relay:
     async def _prefill(self, engine: Engine, decode: Engine) -> bytes | None:
         """The next token, sent on at once; the hand-over, or None when the answer ends with it."""
         call = engine.dialect.prefill_call(self.turn, decode.address)
-        attempt = uuid4().hex
+        attempt = new_name()
         started = time.monotonic()
         done = await self._prefilled(engine, call, attempt)
         self._measured(engine, time.monotonic() - started)
@@ -162,7 +179,7 @@ class Relay:
         return done.hand_over
 
     async def _prefilled(self, engine: Engine, call: Call, attempt: str) -> Prefilled:
-        lines = self.headers + header_lines({ATTEMPT_HEADER: attempt})
+        lines = b"%b%b: %b\r\n" % (self.headers, _ATTEMPT, attempt.encode())
         exchange = engine.client.exchange("POST", call.path, engine.headers + lines, call.body)
         ticket = self._begin(engine, exchange, _PREFILL_S)
         done = False
@@ -239,7 +256,7 @@ class Relay:
             # An error's body: the dialect turns it into an EngineError.
             engine.dialect.parse_prefill(status, await exchange.rest(), self.turn)
             raise EngineError(status, f"{engine.name} answered with status {status}", "server_error")
-        self.timing.engine_says(exchange.headers)
+        self.timing.engine_says(exchange.header(_TIMING))
         if self._in_one_piece:
             self.whole = await exchange.rest()
             self.prompt_tokens, self.completion_tokens = engine.dialect.parse_whole(self.whole)

@@ -6,7 +6,7 @@ each an ordinary request for one answer, which the engines see.
 
 from __future__ import annotations
 
-import secrets
+import random
 from dataclasses import dataclass
 
 import msgspec
@@ -114,7 +114,7 @@ def _max_tokens(known: _Known, chat: bool) -> int | None:
 def _legs(fields: dict[str, msgspec.Raw], known: _Known, chat: bool) -> list[dict[str, object]]:
     """In OpenAI's order: n answers to the first prompt, then to the second."""
     # Drawn here where the client gave none, so that every engine this request ever visits draws the same tokens.
-    seed = secrets.randbits(62) if known.seed is None else known.seed
+    seed = random.getrandbits(62) if known.seed is None else known.seed
     common: dict[str, object] = {**fields}
     for name in _LEG_FIELDS:
         common.pop(name, None)

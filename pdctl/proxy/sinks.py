@@ -16,9 +16,8 @@ from pdctl.openai_api import DONE, ApiError, usage
 from pdctl.proxy.gather import Gathered
 from pdctl.proxy.requests import ClientRequest
 from pdctl.proxy.timing import Timing
+from pdctl.proxy.writer import Headers, writer
 from pdctl.wire import TIMING_HEADER
-
-Headers = list[tuple[bytes, bytes]]
 
 _encode = msgspec.json.Encoder().encode
 
@@ -51,6 +50,7 @@ class StreamAnswer:
         self.request = request
         self.headers = headers
         self._send = send
+        self._writer = writer(send)
         self._timing = timing
         self.sinks: list[StreamSink] = [
             StreamSink(self, index, alone=len(request.legs) == 1) for index in range(len(request.legs))
@@ -60,8 +60,8 @@ class StreamAnswer:
         """Send events, after the head. Waits while the client is slower than we are."""
         if not self.started:
             self.started = True
-            await asgi.start_stream(self._send, _timed(self.headers, self._timing))
-        await asgi.send_part(self._send, data)
+            await self._writer.start(_timed(self.headers, self._timing))
+        await self._writer.part(data)
 
     async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
         """Every leg is whole; parts of a stream were sent as they came. What the head's timing lacked is a comment."""
@@ -70,12 +70,12 @@ class StreamAnswer:
         tail = self.request.envelope.usage_chunk(counts) if self.request.include_usage else b""
         if self._timing is not None:
             tail += f": {TIMING_HEADER} {self._timing.header()}\n\n".encode()
-        await asgi.send_part(self._send, tail + DONE, last=True)
+        await self._writer.last(tail + DONE)
 
     async def fail(self, failure: ApiError) -> None:
         """It cannot be completed. An error event instead of [DONE]: never a stream that just stops."""
         if self.started:
-            await asgi.send_part(self._send, b"data: " + failure.body() + b"\n\n", last=True)
+            await self._writer.last(b"data: " + failure.body() + b"\n\n")
         else:
             await asgi.respond_error(self._send, failure, self.headers)
 
@@ -117,9 +117,7 @@ class WholeAnswer:
         self.headers = headers
         self._send = send
         self._timing = timing
-        self.sinks: list[WholeSink] = [
-            WholeSink(request, alone=len(request.legs) == 1) for _ in range(len(request.legs))
-        ]
+        self.sinks: list[WholeSink] = [WholeSink(request) for _ in request.legs]
 
     async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
         """Every leg is whole: as an engine's body each, or as its sink has gathered it."""
@@ -131,7 +129,7 @@ class WholeAnswer:
                 for whole, sink in zip(wholes, self.sinks, strict=True)
             ]
             body = self.request.envelope.body(choices, usage(prompt_tokens, completion_tokens))
-        await asgi.respond(self._send, 200, body, _timed(self.headers, self._timing))
+        await writer(self._send).whole(body, _timed(self.headers, self._timing))
 
     async def fail(self, failure: ApiError) -> None:
         """It cannot be completed."""
@@ -144,9 +142,17 @@ class WholeSink:
     passes = False
     hides_token_ids = False
 
-    def __init__(self, request: ClientRequest, alone: bool) -> None:
+    def __init__(self, request: ClientRequest) -> None:
         self.takes_whole = not request.envelope.with_token_ids
-        self.gathered = Gathered(request.envelope.chat, request.envelope.with_token_ids)
+        self._envelope = request.envelope
+        self._gathered: Gathered | None = None
+
+    @property
+    def gathered(self) -> Gathered:
+        """What has come; made when the first part does."""
+        if self._gathered is None:
+            self._gathered = Gathered(self._envelope.chat, self._envelope.with_token_ids)
+        return self._gathered
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """See Sink.add."""

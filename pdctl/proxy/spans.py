@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 
+_CONTEXT = (b"traceparent", b"tracestate", b"baggage")
+
+
 class Spans(Protocol):
     """Begins and ends a request's span. False when nothing is recorded."""
 
@@ -22,11 +25,11 @@ class Spans(Protocol):
         """Whether spans are recorded."""
         ...
 
-    def begin(self, headers: dict[str, str]) -> object:
+    def begin(self, headers: dict[bytes, bytes]) -> object:
         """A request came, perhaps with a trace context."""
         ...
 
-    def header(self, trace: object, headers: dict[str, str]) -> bytes:
+    def header(self, trace: object, headers: dict[bytes, bytes]) -> bytes:
         """Header lines that continue the trace at an engine."""
         ...
 
@@ -45,10 +48,10 @@ class _NoSpans:
     def __bool__(self) -> bool:
         return False
 
-    def begin(self, headers: dict[str, str]) -> object:
+    def begin(self, headers: dict[bytes, bytes]) -> object:
         return None
 
-    def header(self, trace: object, headers: dict[str, str]) -> bytes:
+    def header(self, trace: object, headers: dict[bytes, bytes]) -> bytes:
         return b""
 
     def end(
@@ -86,12 +89,13 @@ class OtlpSpans:
     def __bool__(self) -> bool:
         return True
 
-    def begin(self, headers: dict[str, str]) -> object:
+    def begin(self, headers: dict[bytes, bytes]) -> object:
         """See Spans.begin."""
-        parent = self._extract(headers) if "traceparent" in headers else None
+        given = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items() if name in _CONTEXT}
+        parent = self._extract(given) if given else None
         return self._tracer.start_span("pdctl.request", context=parent, kind=self._api.SpanKind.SERVER)
 
-    def header(self, trace: object, headers: dict[str, str]) -> bytes:
+    def header(self, trace: object, headers: dict[bytes, bytes]) -> bytes:
         """See Spans.header."""
         carrier: dict[str, str] = {}
         self._inject(carrier, context=self._within(trace))

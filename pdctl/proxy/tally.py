@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,12 +38,11 @@ class Tally:
 
     def __init__(self, histograms: dict[str, Histogram]) -> None:
         self.histograms = histograms
-        self.counters: dict[Key, float] = {}
+        self.counters: defaultdict[Key, float] = defaultdict(float)
 
     def count(self, name: str, *labels: str, by: float = 1.0) -> None:
         """Add to a counter."""
-        key = (name, labels)
-        self.counters[key] = self.counters.get(key, 0.0) + by
+        self.counters[name, labels] += by
 
     def save(self, path: Path) -> None:
         """For the other workers to add to theirs."""
@@ -57,7 +57,7 @@ class Tally:
     def with_others(self, paths: Iterable[Path]) -> Tally:
         """Ours and what others saved, added up."""
         found = Tally({name: _copy(histogram) for name, histogram in self.histograms.items()})
-        found.counters = dict(self.counters)
+        found.counters.update(self.counters)
         for path in paths:
             try:
                 saved = msgspec.json.decode(path.read_bytes(), type=_Saved)

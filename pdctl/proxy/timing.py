@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from pdctl.wire import TIMING_HEADER
-
 
 @dataclass(slots=True)
 class Timing:
@@ -32,10 +30,9 @@ class Timing:
         if not self.first_token_at:
             self.first_token_at = now
 
-    def engine_says(self, headers: dict[str, str]) -> None:
-        """The head of the decode engine's answer is here, and with it its own stages."""
+    def engine_says(self, said: str | None) -> None:
+        """The head of the decode engine's answer is here, and with it perhaps its own stages."""
         self.decode_at = time.monotonic()
-        said = headers.get(TIMING_HEADER)
         if said:
             self.stages = parse_stages(said)
 

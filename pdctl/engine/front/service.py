@@ -68,7 +68,7 @@ class EngineService:
         if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
             raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
         assert not (hold and hand_over)
-        request_id = asgi.request_id(headers)
+        request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
         return GenerationRequest(
             # The same client request may reach one engine twice, so the id inside is its own.
             request_id=f"{request_id}.{uuid4().hex[:8]}",

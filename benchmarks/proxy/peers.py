@@ -1,0 +1,157 @@
+"""The proxies under test: how each is installed, started in front of the mock workers, and found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.service import free_port
+
+REPOSITORY = Path(__file__).parent.parent.parent
+PREFILL, DECODE = 19101, 19201
+
+
+@dataclass
+class Proxy:
+    """A running one."""
+
+    name: str
+    port: int
+    pid: int
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the process and all below it, so far."""
+        leader = psutil.Process(self.pid)
+        times = [process.cpu_times() for process in (leader, *leader.children(recursive=True))]
+        return sum(found.user + found.system for found in times)
+
+    def rss_mb(self) -> float:
+        """Resident memory of the process and all below it."""
+        leader = psutil.Process(self.pid)
+        return sum(process.memory_info().rss for process in (leader, *leader.children(recursive=True))) / 2**20
+
+
+def installed(folder: Path, *packages: str) -> Path:
+    """The bin folder of a virtual environment with these packages."""
+    bin_ = folder / "bin"
+    if not (folder / "done").exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run([bin_ / "pip", "install", "-q", *packages], check=True)
+        (folder / "done").touch()
+    return bin_
+
+
+def pinned(cpu: int, *argv: object) -> list[str]:
+    return ["taskset", "-c", str(cpu), *map(str, argv)]
+
+
+@contextmanager
+def process(name: str, argv: list[str], port: int, folder: Path) -> Iterator[Proxy]:
+    """Started, answering on its port, and ended afterwards."""
+    log = (folder / f"{name}.log").open("w")
+    child = subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        await_port(port, child)
+        yield Proxy(name, port, child.pid)
+    finally:
+        for found in (*psutil.Process(child.pid).children(recursive=True), child):
+            found.kill()
+        child.wait()
+
+
+def await_port(port: int, child: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + 60
+    body = {"model": "mock", "prompt": "x", "max_tokens": 2, "stream": False}
+    while time.monotonic() < deadline:
+        if child is not None and child.poll() is not None:
+            raise SystemExit(f"the proxy ended with {child.returncode}; see its log")
+        try:
+            answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=5, trust_env=False)
+            if answer.status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit(f"nothing answers on port {port}")
+
+
+@contextmanager
+def vllm_router(cpu: int, folder: Path) -> Iterator[Proxy]:
+    bin_ = installed(folder / "vllm-router", "vllm-router==0.1.17")
+    port = free_port()
+    argv = pinned(
+        cpu, bin_ / "vllm-router", "--vllm-pd-disaggregation", "--prefill", f"http://127.0.0.1:{PREFILL}",
+        "--decode", f"http://127.0.0.1:{DECODE}", "--policy", "round_robin", "--host", "127.0.0.1", "--port", port,
+        "--prometheus-port", free_port(), "--prometheus-host", "127.0.0.1", "--log-level", "warning",
+    )  # fmt: skip
+    with process("vllm-router", argv, port, folder) as found:
+        yield found
+
+
+@contextmanager
+def sglang_router(cpu: int, folder: Path) -> Iterator[Proxy]:
+    bin_ = installed(folder / "sglang-router", "sglang-router==0.3.2")
+    port = free_port()
+    argv = pinned(
+        cpu, bin_ / "python", "-m", "sglang_router.launch_router", "--pd-disaggregation",
+        "--prefill", f"http://127.0.0.1:{PREFILL}", "8998", "--decode", f"http://127.0.0.1:{DECODE}",
+        "--policy", "round_robin", "--host", "127.0.0.1", "--port", port,
+        "--prometheus-port", free_port(), "--prometheus-host", "127.0.0.1", "--log-level", "warn",
+    )  # fmt: skip
+    with process("sglang-router", argv, port, folder) as found:
+        yield found
+
+
+@contextmanager
+def pdctl(cpu: int, folder: Path) -> Iterator[Proxy]:
+    """With everything on: metrics, failover, admission, access log, API keys."""
+    port = free_port()
+    folder = folder / f"pdctl-{port}"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"""
+[service]
+name = "bench"
+model = "mock"
+[proxy]
+port = {port}
+cpus = [{cpu}]
+[[engines]]
+name = "p"
+role = "prefill"
+kind = "vllm"
+url = "http://127.0.0.1:{PREFILL}"
+[[engines]]
+name = "d"
+role = "decode"
+kind = "vllm"
+url = "http://127.0.0.1:{DECODE}"
+"""
+    (folder / "pdctl.toml").write_text(text)
+    env = {**os.environ, "PDCTL_RUN": str(folder / "r"), "PDCTL_STATE": str(folder / "s")}
+    cli = [sys.executable, "-m", "pdctl"]
+    subprocess.run([*cli, "up", "-d"], cwd=folder, env=env, check=True, capture_output=True)
+    try:
+        status = json.loads(subprocess.run([*cli, "status", "--json"], cwd=folder, env=env, capture_output=True).stdout)
+        pid = next(process["pid"] for process in status["processes"] if process["name"] == "proxy")
+        await_port(port)
+        yield Proxy("pdctl", port, pid)
+    finally:
+        subprocess.run([*cli, "down"], cwd=folder, env=env, check=True, capture_output=True)
+
+
+PEERS: dict[str, Callable[[int, Path], object]] = {
+    "pdctl": pdctl,
+    "vllm-router": vllm_router,
+    "sglang-router": sglang_router,
+}
