@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 # A healthy engine is asked this often, one that is down more often: a restarted engine is used within moments.
 _HEALTHY_S, _DOWN_S = 0.5, 0.1
-_PROBE_TIMEOUT_S = 1.5
+_PROBE_TIMEOUT_S = 1.0
 # One slow answer of a busy machine is no death: this many unanswered probes in a row are.
 _MISSES = 3
 # How often calls are looked at for silence, seconds.
@@ -101,10 +101,9 @@ class Engine:
         else:
             self.pair_losses[prefill] = (self.pair_losses.get(prefill, (0, 0.0))[0] + 1, now)
 
-    def heard(self, now: float, gap: float) -> None:
-        """Tokens came, `gap` seconds after the last ones of their stream."""
-        self.heard_at = now
-        self.gap_s += 0.05 * (gap - self.gap_s)
+    def paced(self, gap_s: float) -> None:
+        """A stream's mean gap between tokens."""
+        self.gap_s += 0.1 * (gap_s - self.gap_s)
 
     def renewed(self) -> None:
         """It is a new process, or back after being lost: what was known of its speed and faults is not."""

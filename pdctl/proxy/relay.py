@@ -40,6 +40,9 @@ _WAIT_FOR_ENGINE_S = 60.0
 _PREFILL_S = 600.0
 _FIRST_TOKEN_S = 300.0
 _STALL_S = 120.0
+# An answer that takes so many times as long as expected is given up, but not before this, seconds.
+_TIMES_EXPECTED = 10.0
+_LEAST_PATIENCE_S = 5.0
 _BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 1.0
 # An unstreamed answer of at most this many tokens is asked for whole: computing it again is cheaper than carrying it
@@ -181,9 +184,9 @@ class Relay:
     async def _prefilled(self, engine: Engine, call: Call, attempt: str) -> Prefilled:
         lines = b"%b%b: %b\r\n" % (self.headers, _ATTEMPT, attempt.encode())
         exchange = engine.client.exchange("POST", call.path, engine.headers + lines, call.body)
-        ticket = self._begin(engine, exchange, _PREFILL_S)
         done = False
         engine.prompts.begin(self.size, time.monotonic())
+        ticket = self._begin(engine, exchange, self._patience(engine, _PREFILL_S))
         self.shared.pool.publish(engine)
         try:
             status = await exchange.head()
@@ -236,7 +239,7 @@ class Relay:
         try:
             call = engine.dialect.decode_call(self.turn, hand_over, not self._in_one_piece)
             exchange = engine.client.exchange("POST", call.path, engine.headers + self.headers, call.body)
-            ticket = self._begin(engine, exchange, _FIRST_TOKEN_S if hand_over else _PREFILL_S)
+            ticket = self._begin(engine, exchange, _FIRST_TOKEN_S if hand_over else self._patience(engine, _PREFILL_S))
             try:
                 await self._read(engine, exchange, ticket)
             finally:
@@ -280,6 +283,14 @@ class Relay:
         """Whether the answer is asked for whole: nobody waits for its parts, and it is short enough to be lost."""
         short = self.max_tokens is not None and self.max_tokens <= _WHOLE_TOKENS
         return short and self.sink.takes_whole and not self.turn.emitted
+
+    def _patience(self, engine: Engine, most: float) -> float:
+        """How long a prefill may take, seconds, what was there before it included."""
+        meter = engine.prompts
+        # An inline answer's decode is not in the prompts' speed.
+        if not meter.speed or self._in_one_piece:
+            return most
+        return min(most, max(_LEAST_PATIENCE_S, _TIMES_EXPECTED * meter.pending / meter.speed))
 
     def _begin(self, engine: Engine, exchange: Exchange, patience_s: float) -> Ticket:
         ticket = Ticket(exchange, patience_s)

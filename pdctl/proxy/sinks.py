@@ -5,7 +5,7 @@ An answer is one client request's; it has a sink for each leg.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -41,6 +41,11 @@ class Sink(Protocol):
         """Whole events, as they are."""
         ...
 
+    @property
+    def part_now(self) -> Callable[[bytes], bool]:
+        """Sends more of a stream that has begun, without waiting; False when that cannot be, and nothing was sent."""
+        ...
+
 
 class StreamAnswer:
     """Server-sent events. `started` once the client has seen anything."""
@@ -50,7 +55,7 @@ class StreamAnswer:
         self.request = request
         self.headers = headers
         self._send = send
-        self._writer = writer(send)
+        self.writer = writer(send)
         self._timing = timing
         self.sinks: list[StreamSink] = [
             StreamSink(self, index, alone=len(request.legs) == 1) for index in range(len(request.legs))
@@ -60,8 +65,8 @@ class StreamAnswer:
         """Send events, after the head. Waits while the client is slower than we are."""
         if not self.started:
             self.started = True
-            await self._writer.start(_timed(self.headers, self._timing))
-        await self._writer.part(data)
+            await self.writer.start(_timed(self.headers, self._timing))
+        await self.writer.part(data)
 
     async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
         """Every leg is whole; parts of a stream were sent as they came. What the head's timing lacked is a comment."""
@@ -70,12 +75,12 @@ class StreamAnswer:
         tail = self.request.envelope.usage_chunk(counts) if self.request.include_usage else b""
         if self._timing is not None:
             tail += f": {TIMING_HEADER} {self._timing.header()}\n\n".encode()
-        await self._writer.last(tail + DONE)
+        await self.writer.last(tail + DONE)
 
     async def fail(self, failure: ApiError) -> None:
         """It cannot be completed. An error event instead of [DONE]: never a stream that just stops."""
         if self.started:
-            await self._writer.last(b"data: " + failure.body() + b"\n\n")
+            await self.writer.last(b"data: " + failure.body() + b"\n\n")
         else:
             await asgi.respond_error(self._send, failure, self.headers)
 
@@ -105,6 +110,11 @@ class StreamSink:
         """See Sink.pass_on."""
         self._first = False
         await self._answer.write(data)
+
+    @property
+    def part_now(self) -> Callable[[bytes], bool]:
+        """See Sink.part_now."""
+        return self._answer.writer.part_now
 
 
 class WholeAnswer:
@@ -161,6 +171,11 @@ class WholeSink:
     async def pass_on(self, data: bytes) -> None:
         """Never called: it gathers parts."""
         raise AssertionError(f"{len(data)} bytes were passed to a sink that gathers")
+
+    @property
+    def part_now(self) -> Callable[[bytes], bool]:
+        """See Sink.part_now. It gathers parts."""
+        return lambda _: False
 
 
 class _Body(msgspec.Struct):

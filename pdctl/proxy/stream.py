@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import time
+from bisect import bisect_left
 
 from pdctl.adapters import EngineError, Turn
 from pdctl.lean_http import Exchange
@@ -22,6 +23,7 @@ from pdctl.proxy.timing import Timing
 _END = b"\n\n"
 _GOES_ON = b'"finish_reason":null'
 _IDS = b'"token_ids":['
+_PROMPT_IDS = b'"prompt_token_ids"'
 _IDS_OF = re.compile(rb'"token_ids":\[([\d,]*)\]')
 _HIDDEN = re.compile(rb',"(?:prompt_)?token_ids":(?:null|\[[\d,]*\])')
 # Reads kept before their token ids are decoded.
@@ -43,11 +45,13 @@ class EventReader:
         self._turn = turn
         self._sink = sink
         self._timing = timing
-        self._metrics = metrics
         self._raw: list[bytes] = []
+        self._rest = b""
         self._passes = sink.passes and engine.dialect.client_ready(turn)
         self._hides = sink.hides_token_ids
         self._first_at = self._last_at = 0.0
+        self._part_now = sink.part_now
+        self._gaps = metrics.gaps
 
     @property
     def seconds(self) -> float:
@@ -56,26 +60,61 @@ class EventReader:
 
     async def run(self, exchange: Exchange) -> None:
         """Pass everything on. Raises Unreachable, EngineError."""
-        rest = b""
+        if self._passes:
+            exchange.tap(self._take)
         while (data := await exchange.read()) is not None:
-            if rest:
-                data = rest + data
+            if self._rest:
+                data = self._rest + data
             end = data.rfind(_END) + 2
             if end < 2:
-                rest = self._incomplete(data)
+                self._rest = self._incomplete(data)
                 continue
-            rest = data[end:]
+            self._rest = data[end:]
             ordinary = self._ordinary(data, end) if self._passes else 0
             if ordinary:
-                await self._pass_on(data if ordinary == len(data) else data[:ordinary])
-            if ordinary < end:
-                for event in data[ordinary : end - 2].split(_END):
+                data, tail = data[:ordinary], data[ordinary:end]
+                await self._sink.pass_on(self._noted(data, data.count(_END)))
+            else:
+                tail = data[:end]
+            if tail:
+                for event in tail[:-2].split(_END):
                     await self._event(event)
+
+    def _take(self, data: bytes) -> float:
+        """Pass on a read of whole, ordinary events there and then, if the client takes it; 0.0 if not.
+
+        The path of nearly every token: a few microseconds, so in one piece.
+        """
+        count = data.count(_END)
+        if data.count(_GOES_ON) != count or data.count(_IDS) != count or self._rest or not data.endswith(_END):
+            return 0.0
+        now = time.monotonic()
+        if not self._last_at or not self._part_now(self._visible(data, count) if self._hides else data):
+            return 0.0
+        # Nothing can come between sending and keeping: there is no await here.
+        self._raw.append(data)
+        gap = now - self._last_at
+        self._gaps.counts[bisect_left(self._gaps.bounds, gap / count)] += count
+        self._gaps.total += gap
+        self._last_at = self._engine.heard_at = now
+        self.tokens += count
+        if len(self._raw) >= _KEPT:
+            self.settle()
+        return now
+
+    def _visible(self, data: bytes, count: int) -> bytes:
+        """Events without token ids."""
+        if count == 1 and _PROMPT_IDS not in data:
+            start = data.find(_IDS) - 1
+            return data[:start] + data[data.find(b"]", start) + 1 :]
+        return _HIDDEN.sub(b"", data)
 
     def settle(self) -> None:
         """Decode the token ids of what was passed on."""
         if self._raw:
             kept, self._raw = b"".join(self._raw), []
+            if self.tokens > 1:
+                self._engine.paced((self._last_at - self._first_at) / (self.tokens - 1))
             for ids in _IDS_OF.findall(kept):
                 if ids:
                     self._turn.emitted.extend(map(int, ids.split(b",")))
@@ -96,14 +135,14 @@ class EventReader:
                 return 0
         return 0
 
-    async def _pass_on(self, data: bytes) -> None:
-        count = data.count(_END)
+    def _noted(self, data: bytes, count: int) -> bytes:
+        """Ordinary events as the client gets them, their tokens in the books."""
         self._arrived(count)
         # Kept before it is sent: a token that may have reached the client is never sent again.
         self._raw.append(data)
         if len(self._raw) >= _KEPT:
             self.settle()
-        await self._sink.pass_on(_HIDDEN.sub(b"", data) if self._hides else data)
+        return self._visible(data, count) if self._hides else data
 
     async def _event(self, event: bytes) -> None:
         payload = event.removeprefix(b"data:").strip()
@@ -127,12 +166,10 @@ class EventReader:
     def _arrived(self, tokens: int) -> None:
         now = time.monotonic()
         if self._last_at:
-            gap = now - self._last_at
-            self._metrics.gaps.add(gap / tokens, tokens)
-            self._engine.heard(now, gap)
+            self._gaps.add((now - self._last_at) / tokens, tokens)
         else:
             self._first_at = now
-            self._engine.heard_at = now
             self._timing.token(now)
+        self._engine.heard_at = now
         self.tokens += tokens
         self._last_at = now

@@ -30,6 +30,10 @@ class Writer(Protocol):
         """The last events."""
         ...
 
+    def part_now(self, data: bytes) -> bool:
+        """As `part`, without waiting; False when that cannot be, and nothing was sent."""
+        ...
+
 
 def writer(send: asgi.Send) -> Writer:
     """The quickest that is right: middleware, such as CORS, wants to see what is sent."""
@@ -52,6 +56,9 @@ class _Asgi:
 
     async def last(self, data: bytes) -> None:
         await asgi.send_part(self._send, data, last=True)
+
+    def part_now(self, data: bytes) -> bool:
+        return False
 
 
 class _Direct:
@@ -93,6 +100,12 @@ class _Direct:
         if not self._cycle.disconnected:
             self._write(self._framed(data) + (b"0\r\n\r\n" if self._chunked else b""))
             self._complete()
+
+    def part_now(self, data: bytes) -> bool:
+        if self._flow.write_paused or self._head or self._cycle.disconnected:
+            return False
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return True
 
     def _framed(self, data: bytes) -> bytes:
         head, self._head = self._head, b""
