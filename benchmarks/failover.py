@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import signal
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,7 +116,7 @@ class Load:
             return
         seen.done += 1
         seen.wrong += text != self.expected[number]
-        gaps = list(zip(times, times[1:], strict=False))
+        gaps = list(itertools.pairwise(times))
         for fault in self.faults:
             if times[0] < fault < times[-1]:
                 # The longest silence that began after the fault, or was under way at it.
@@ -177,7 +179,7 @@ async def faults(service: Service, load: Load, kills: int) -> None:
 
 
 @contextlib.contextmanager
-def router(name: str, service: Service, folder: Path):  # type: ignore[no-untyped-def]
+def router(name: str, service: Service, folder: Path) -> Iterator[str]:
     """A peer over the same engines; clients carry the engines' secret, which it passes on."""
     bin_ = installed(folder / name, f"{name}=={'0.1.17' if name == 'vllm-router' else '0.3.2'}")
     port = free_port()
@@ -218,9 +220,8 @@ def report(load: Load, seconds: float) -> int:
         if values:
             ordered = sorted(values)
             p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-            print(
-                f"  {name}: p50 {statistics.median(ordered):.3f} s, p99 {p99:.3f} s, worst {ordered[-1]:.3f} s ({len(ordered)})"
-            )
+            worst = f"p99 {p99:.3f} s, worst {ordered[-1]:.3f} s ({len(ordered)})"
+            print(f"  {name}: p50 {statistics.median(ordered):.3f} s, {worst}")
     return 1 if failed or seen.wrong else 0
 
 

@@ -40,8 +40,8 @@ class Answers:
         )
         self.chunks = []
         for number in range(chunks):
-            last = number == chunks - 1
-            choice = {"index": 0, "text": f" tok{number}", "logprobs": None, "finish_reason": "length" if last else None,
+            reason = "length" if number == chunks - 1 else None
+            choice = {"index": 0, "text": f" tok{number}", "logprobs": None, "finish_reason": reason,
                       "stop_reason": None, "token_ids": [number]}  # fmt: skip
             self.chunks.append(self._chunk(b"data: " + compact({**outer, "choices": [choice]}) + b"\n\n"))
         counts = b"data: " + compact({**outer, "choices": [], "usage": usage}) + b"\n\n"

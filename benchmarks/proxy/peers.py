@@ -142,7 +142,8 @@ url = "http://127.0.0.1:{DECODE}"
     cli = [sys.executable, "-m", "pdctl"]
     subprocess.run([*cli, "up", "-d"], cwd=folder, env=env, check=True, capture_output=True)
     try:
-        status = json.loads(subprocess.run([*cli, "status", "--json"], cwd=folder, env=env, capture_output=True).stdout)
+        shown = subprocess.run([*cli, "status", "--json"], cwd=folder, env=env, check=True, capture_output=True)
+        status = json.loads(shown.stdout)
         pid = next(process["pid"] for process in status["processes"] if process["name"] == "proxy")
         await_port(port)
         yield Proxy("pdctl", port, pid)
