@@ -12,6 +12,7 @@ from pdctl.commands.ask import ask
 from pdctl.commands.doctor import doctor
 from pdctl.commands.down import down
 from pdctl.commands.init import init
+from pdctl.commands.key import key
 from pdctl.commands.kv import kv
 from pdctl.commands.logs import logs
 from pdctl.commands.plan import plan
@@ -28,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (init, plan, up, status, kv, logs, ask, doctor, down):
+for verb in (init, plan, up, status, kv, logs, ask, doctor, key, down):
     app.command()(verb)
 
 

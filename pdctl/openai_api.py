@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -49,41 +50,24 @@ class Envelope:
     with_token_ids: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def answer(
+    def event(self, index: int, choice: Mapping[str, object], token_ids: list[int]) -> bytes:
+        """One server-sent event of a stream, around one choice (without its index)."""
+        body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
+        return _event(body | {"choices": [self._with_ids({"index": index, **choice}, token_ids)]})
+
+    def body(
         self,
-        text: str,
-        token_ids: list[int],
-        finish_reason: str,
+        choices: Sequence[Mapping[str, object]],
         usage: dict[str, int],
-        extra: dict[str, object],
+        extra: dict[str, object] | None = None,
+        token_ids: list[int] | None = None,
     ) -> bytes:
-        """The body of a whole, unstreamed answer."""
-        choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
-        choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        body = self._outer("chat.completion" if self.chat else "text_completion")
-        return msgspec.json.encode(body | {"choices": [self._with_ids(choice, token_ids)], "usage": usage} | extra)
-
-    def chunk(self, text: str, token_ids: list[int], finish_reason: str | None, first: bool) -> bytes:
-        """One server-sent event of a stream."""
-        choice: dict[str, object] = {"index": 0, "logprobs": None, "finish_reason": finish_reason}
-        if self.chat:
-            choice["delta"] = {"role": "assistant", "content": text} if first else {"content": text}
-        else:
-            choice["text"] = text
-        body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
-        return _event(body | {"choices": [self._with_ids(choice, token_ids)]})
-
-    def event(self, index: int, choice: dict[str, msgspec.Raw], token_ids: list[int]) -> bytes:
-        """One server-sent event around a choice as an engine gave it."""
-        fields: dict[str, object] = {"index": index, **choice}
-        body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
-        return _event(body | {"choices": [self._with_ids(fields, token_ids)]})
-
-    def body(self, choices: list[dict[str, msgspec.Raw]], usage: dict[str, int]) -> bytes:
-        """The body of an unstreamed answer around choices as engines gave them."""
-        numbered = [{**choice, "index": index} for index, choice in enumerate(choices)]
+        """The body of an unstreamed answer around choices, in order; `token_ids` of the only one."""
+        numbered: list[dict[str, object]] = [{"index": index, **choice} for index, choice in enumerate(choices)]
+        if token_ids is not None:
+            numbered = [self._with_ids(choice, token_ids) for choice in numbered]
         outer = self._outer("chat.completion" if self.chat else "text_completion")
-        return msgspec.json.encode(outer | {"choices": numbered, "usage": usage})
+        return msgspec.json.encode(outer | {"choices": numbered, "usage": usage} | (extra or {}))
 
     def usage_chunk(self, usage: dict[str, int]) -> bytes:
         """The event that carries the counts when `include_usage` asked for it."""

@@ -85,6 +85,7 @@ class HandOver(msgspec.Struct, frozen=True):
     lease_s: LeaseSeconds
     first_token_id: int
     endpoint: PoolEndpoint
+    first_logprobs: list[tuple[int, float]] | None = None
     do_remote_prefill: bool = True
     do_remote_decode: bool = False
 

@@ -8,6 +8,8 @@ import queue
 import signal
 import sys
 import threading
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -16,6 +18,7 @@ import zmq
 
 from pdctl.engine import link
 from pdctl.engine.blocks import BlockAllocator
+from pdctl.engine.grammar import Grammars
 from pdctl.engine.kv_pool import DTYPES, KvPool
 from pdctl.engine.layout import block_bytes
 from pdctl.engine.lifeline import die_with_parent, vital
@@ -70,10 +73,12 @@ class Core:
         self.scheduler = scheduler
         self.runner = runner
         self.outbox = outbox
-        self.inbox: queue.SimpleQueue[ToCore | Pulled | Settled] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ToCore | Pulled | Settled | Failed] = queue.SimpleQueue()
         self.puller: Puller | None = None
         self._steps = 0
         self._failed: list[Failed] = []
+        self._compiling: set[str] = set()
+        self._compiling_lock = threading.Lock()
         self._books_due = False
         self._empty_steps = 0
 
@@ -87,16 +92,28 @@ class Core:
     def receive(self, message: ToCore) -> None:
         """Called by the receiving thread. Pulls go straight to the puller: no step delays them."""
         assert self.puller is not None
-        if isinstance(message, Connect):
+        if isinstance(message, Submit) and message.sampling.grammar:
+            self._compiling.add(message.request_id)
+            self.runner.grammars.prepare(message.sampling.grammar, partial(self._compiled, message))
+        elif isinstance(message, Connect):
             self.puller.submit(message)
         elif not isinstance(message, Pull):
             if isinstance(message, Abort):
+                with self._compiling_lock:
+                    self._compiling.discard(message.request_id)
                 self.puller.cancel(message.request_id)
             self.inbox.put(message)
         elif self.scheduler.pull_started(message.request_id):
             self.puller.submit(message)
         else:
             self.outbox.put(Pulled(message.request_id, "the request is gone", 0.0, 0))
+
+    def _compiled(self, submit: Submit, reason: str) -> None:
+        """Called by the grammar thread: its request may begin, or fails, or is gone by now."""
+        with self._compiling_lock:
+            if submit.request_id in self._compiling:
+                self._compiling.discard(submit.request_id)
+                self.inbox.put(Failed(submit.request_id, reason) if reason else submit)
 
     def report(self, message: Pulled | Linked) -> None:
         """Called by the puller's threads."""
@@ -119,10 +136,13 @@ class Core:
             self._handle(message)
             wait = False
 
-    def _handle(self, message: ToCore | Pulled | Settled) -> None:
+    def _handle(self, message: ToCore | Pulled | Settled | Failed) -> None:
         match message:
             case Submit():
                 self._submit(message)
+            case Failed(request_id):
+                self.scheduler.abort(request_id)
+                self._failed.append(message)
             case Abort(request_id):
                 self.scheduler.abort(request_id)
             case Reserve(request_id, kv_tokens):
@@ -164,7 +184,7 @@ class Core:
             return
         outcome = Outcome()
         if batch:
-            outcome = self.scheduler.update(batch, self.runner.execute(batch))
+            outcome = self.scheduler.update(batch, *self.runner.execute(batch))
             self._steps += 1
             for block_ids in [done.block_ids for done in outcome.progress] + [done.block_ids for done in outcome.held]:
                 self.runner.pool.publish(block_ids)
@@ -262,7 +282,8 @@ def _build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     transports = _open_transports(options, memory)
     pool = KvPool(manifest, num_blocks, memory, device)
     poison = pool.poison if os.environ.get(POISON_ENV) else None
-    runner = ModelRunner(loaded, pool, device, poisoned=poison is not None)
+    grammars = Grammars(Path(options.model), loaded.vocab_size, loaded.eos_token_ids)
+    runner = ModelRunner(loaded, pool, device, poison is not None, grammars)
     runner.self_check()
     limits = _limits(options, loaded, num_blocks)
     core = Core(Scheduler(limits, BlockAllocator(num_blocks, poison)), runner, outbox)

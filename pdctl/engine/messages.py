@@ -8,7 +8,11 @@ from pdctl.wire import LinkInfo, PoolEndpoint
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """How to choose tokens. Temperature 0 is greedy. `max_tokens` counts resumed tokens as well."""
+    """How to choose tokens. Temperature 0 is greedy. `max_tokens` and `min_tokens` count resumed tokens as well.
+
+    `logprobs`: how many of the most likely tokens to report beside the chosen one; -1 for no report at all.
+    `grammar`: what the output must match, as `pdctl.engine.grammar` words it; "" for anything.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -16,6 +20,30 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     top_k: int = 0
     seed: int = 0
     ignore_eos: bool = False
+    min_p: float = 0.0
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int = -1
+    grammar: str = ""
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_tokens
+            or self.grammar
+        )
+
+
+# (token id, natural log of its probability): the chosen token first, then the most likely ones in order.
+Logprobs = list[tuple[int, float]]
 
 
 # -- front to core -----------------------------------------------------------------------------------------
@@ -112,6 +140,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
     token_id: int
     finish_reason: str | None
+    logprobs: Logprobs | None = None
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
@@ -121,6 +150,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     block_ids: list[int]
     num_tokens: int
+    logprobs: Logprobs | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):

@@ -6,10 +6,11 @@ import torch
 
 from pdctl.engine import attention
 from pdctl.engine.attention import BatchContext, PackedSequence
+from pdctl.engine.grammar import Grammars
 from pdctl.engine.kv_pool import KvPool
 from pdctl.engine.loading import LoadedModel, check_agreement, check_token_ids, dense_logits, forward
-from pdctl.engine.messages import Sampling
-from pdctl.engine.sampler import sample
+from pdctl.engine.messages import Logprobs, Sampling
+from pdctl.engine.sampler import most_likely, sample, shape
 from pdctl.engine.scheduler import Slice
 from pdctl.engine.sequence import Sequence
 
@@ -17,20 +18,48 @@ from pdctl.engine.sequence import Sequence
 class ModelRunner:
     """Runs batches of slices through the model over the pool."""
 
-    def __init__(self, loaded: LoadedModel, pool: KvPool, device: torch.device, poisoned: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        pool: KvPool,
+        device: torch.device,
+        poisoned: bool = False,
+        grammars: Grammars | None = None,
+    ) -> None:
         self.loaded = loaded
         self.pool = pool
         self.device = device
         self.poisoned = poisoned
+        self.grammars = grammars or Grammars(None, loaded.vocab_size, loaded.eos_token_ids)
         self._offsets = torch.arange(pool.block_size)
 
-    def execute(self, batch: list[Slice]) -> list[int]:
-        """Compute every slice; one token id for each sampling slice, in order."""
+    def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
+        """Compute every slice; for each sampling one, in order, a token id and what is told of it."""
         logits = self.logits(batch)
         if self.poisoned and not torch.isfinite(logits).all():
             raise AssertionError("KV was read after its blocks were freed")
-        requests = [(piece.sequence.sampling, len(piece.sequence.token_ids)) for piece in batch if piece.samples]
-        return sample(logits, requests) if requests else []
+        sequences = [piece.sequence for piece in batch if piece.samples]
+        if not sequences:
+            return [], []
+        told = {row: logits[row].clone() for row, s in enumerate(sequences) if s.sampling.logprobs >= 0}
+        for row, sequence in enumerate(sequences):
+            if sequence.sampling.is_shaped:
+                self._shape(logits[row], sequence)
+        chosen = sample(logits, [(sequence.sampling, len(sequence.token_ids)) for sequence in sequences])
+        for sequence, token_id in zip(sequences, chosen, strict=True):
+            if sequence.sampling.grammar:
+                self.grammars.accept(sequence, token_id)
+        # Of the model's own distribution, before penalties and masks, as vLLM tells it.
+        return chosen, [
+            most_likely(told[row], token_id, sequences[row].sampling.logprobs) if row in told else None
+            for row, token_id in enumerate(chosen)
+        ]
+
+    @torch.inference_mode()
+    def _shape(self, row: torch.Tensor, sequence: Sequence) -> None:
+        shape(row, sequence.sampling, sequence.token_ids, sequence.prompt_len, self.loaded.eos_token_ids)
+        if sequence.sampling.grammar:
+            self.grammars.mask(row, sequence)
 
     def logits(self, batch: list[Slice], every_row: bool = False) -> torch.Tensor:
         """[sampling slices, vocab], or every row of the batch."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pdctl.engine.messages import Sampling
+from pdctl.engine.messages import Logprobs, Sampling
 
 
 def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[int]:
@@ -16,6 +16,38 @@ def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[i
         if sampling.temperature > 0:
             chosen[row] = _draw(logits[row], sampling, position)
     return chosen
+
+
+def shape(
+    row: torch.Tensor, sampling: Sampling, token_ids: list[int], prompt_len: int, eos_token_ids: frozenset[int]
+) -> None:
+    """Penalties, biases and the least length, into `row` [vocab] in place.
+
+    Presence and frequency look at the output alone (OpenAI's definition), repetition at prompt and output (CTRL, Keskar
+    et al. 2019: positive logits are divided, negative ones multiplied).
+    """
+    output = token_ids[prompt_len:]
+    if sampling.repetition_penalty != 1.0 and token_ids:
+        seen = torch.tensor(sorted(set(token_ids)), device=row.device)
+        before, factor = row[seen], sampling.repetition_penalty
+        row[seen] = torch.where(before > 0, before / factor, before * factor)
+    if output and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = torch.bincount(torch.tensor(output, device=row.device), minlength=row.numel())
+        row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
+    for token_id, bias in sampling.logit_bias.items():
+        row[token_id] += bias
+    if len(output) < sampling.min_tokens:
+        row[list(eos_token_ids)] = float("-inf")
+
+
+def most_likely(row: torch.Tensor, token_id: int, count: int) -> Logprobs:
+    """The chosen token and the `count` most likely ones of `row` [vocab], with their log probabilities."""
+    logs = row.float().log_softmax(-1)
+    found = [(token_id, float(logs[token_id]))]
+    if count:
+        values, indices = logs.topk(min(count, logs.numel()))
+        found += list(zip(indices.tolist(), values.tolist(), strict=True))
+    return found
 
 
 def uniform(seed: int, position: int) -> float:
@@ -41,7 +73,7 @@ def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
 def kept_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """[vocab] float64: softmax(logits / temperature), zero outside top-k and the top-p nucleus, not renormalised.
 
-    Top-k is applied first, then top-p over what is left, as transformers' logits warpers do.
+    Top-k is applied first, then top-p over what is left, as transformers' logits warpers do; then min-p.
     """
     scaled = logits.double() / sampling.temperature
     if 0 < sampling.top_k < scaled.numel():
@@ -52,4 +84,6 @@ def kept_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor
         ordered, order = probabilities.sort(descending=True, stable=True)
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p
         probabilities[order[outside]] = 0
+    if sampling.min_p > 0:
+        probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
     return probabilities

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import repeat
 
 from pdctl.engine.blocks import BlockAllocator
-from pdctl.engine.messages import Books, Failed, Held, Progress, Token, Withdrawn
+from pdctl.engine.messages import Books, Failed, Held, Logprobs, Progress, Token, Withdrawn
 from pdctl.engine.sequence import Sequence, Status
 
 
@@ -187,16 +189,18 @@ class Scheduler:
             self._admit(batch, budget)
         return batch
 
-    def update(self, batch: list[Slice], token_ids: list[int]) -> Outcome:
-        """Take the step's results: one token id for each sampling slice, in order."""
+    def update(
+        self, batch: list[Slice], token_ids: list[int], logprobs: Iterable[Logprobs | None] = repeat(None)
+    ) -> Outcome:
+        """Take the step's results: one token id for each sampling slice, in order, and what is told of it."""
         outcome = Outcome(withdrawn=self._withdrawn)
         self._withdrawn = []
-        sampled = iter(token_ids)
+        sampled = zip(token_ids, logprobs, strict=False)
         for piece in batch:
             sequence = piece.sequence
             sequence.num_computed += piece.count
             if piece.samples:
-                self._append(sequence, next(sampled), outcome)
+                self._append(sequence, *next(sampled), outcome)
             elif sequence.offer:
                 sequence.offered = True
                 blocks = list(sequence.block_ids)
@@ -280,17 +284,17 @@ class Scheduler:
     def _slice(self, sequence: Sequence, count: int) -> Slice:
         return Slice(sequence, sequence.num_computed, count, count == sequence.num_missing)
 
-    def _append(self, sequence: Sequence, token_id: int, outcome: Outcome) -> None:
+    def _append(self, sequence: Sequence, token_id: int, told: Logprobs | None, outcome: Outcome) -> None:
         sequence.token_ids.append(token_id)
         reason = self._finish_reason(sequence, token_id)
         if sequence.hold and reason is None:
             sequence.status = Status.HELD
             self.running.remove(sequence)
             outcome.held.append(
-                Held(sequence.request_id, token_id, list(sequence.block_ids), len(sequence.token_ids) - 1)
+                Held(sequence.request_id, token_id, list(sequence.block_ids), len(sequence.token_ids) - 1, told)
             )
             return
-        outcome.tokens.append(Token(sequence.request_id, token_id, reason))
+        outcome.tokens.append(Token(sequence.request_id, token_id, reason, told))
         if reason is not None:
             self._forget(sequence)
 

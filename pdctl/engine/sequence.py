@@ -35,6 +35,7 @@ class Sequence:
     arrival: int = 0
     preempted: bool = False
     block_ids: list[int] = field(default_factory=list)
+    guide: object = None  # the runner's: where its grammar stands
 
     @property
     def num_missing(self) -> int:

@@ -114,6 +114,10 @@ class Engine:
         self.prefixes.clear()
         self.pair_losses.clear()
 
+    def has_died_since(self, life: int) -> bool:
+        """Whether the process that had this number of lives is no more, or does not answer."""
+        return self.lives != life or not self.healthy
+
     def cut(self, reason: str) -> None:
         """End every call under way."""
         for ticket in tuple(self.tickets):

@@ -43,6 +43,8 @@ _STALL_S = 120.0
 # An answer that takes so many times as long as expected is given up, but not before this, seconds.
 _TIMES_EXPECTED = 10.0
 _LEAST_PATIENCE_S = 5.0
+# Probes have found out within this time whether an engine is dead, seconds.
+_CERTAIN_S = 0.5
 _BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 1.0
 # An unstreamed answer of at most this many tokens is asked for whole: computing it again is cheaper than carrying it
@@ -73,14 +75,14 @@ class Shared:
 class _Failed(Exception):
     """An engine failed this request in a way that another may not. `blameless`: its KV was lost, nobody broke.
 
-    `died`: the engine ended, or got stuck, with the request in it.
+    `inside`: the request was in the engine when it failed.
     """
 
-    def __init__(self, engine: Engine, reason: str, blameless: bool = False, died: bool = False) -> None:
+    def __init__(self, engine: Engine, reason: str, blameless: bool = False, inside: bool = True) -> None:
         super().__init__(reason)
         self.engine = engine
         self.blameless = blameless
-        self.died = died
+        self.inside = inside and not blameless
 
 
 class Relay:
@@ -96,7 +98,6 @@ class Relay:
     whole: bytes | None = None
     failures = 0
     failures_in_all = 0
-    deaths = 0
     lost = 0
     emitted_at_failure = 0
     avoid: frozenset[str] = frozenset()
@@ -123,6 +124,7 @@ class Relay:
         self.body = body
         self.pieces = pieces
         self.timing = timing
+        self.present: list[tuple[Engine, int]] = []  # engines that failed with the request in them, and their lives
 
     async def run(self) -> None:
         """Relay the whole answer. Raises ApiError that says why not."""
@@ -326,21 +328,38 @@ class Relay:
         """Decide whether to go on elsewhere. Raises ApiError when enough has failed."""
         engine = failure.engine
         if len(self.turn.emitted) > self.emitted_at_failure:
-            self.failures = self.deaths = 0
+            self.failures = 0
+            self.present.clear()
         self.emitted_at_failure = len(self.turn.emitted)
         self.failures += 1
         self.failures_in_all += 1
         self.lost += failure.blameless
-        self.deaths += failure.died
+        if failure.inside:
+            self.present.append((engine, engine.lives))
         self.avoid = frozenset() if failure.blameless else frozenset({engine.name})
         self.shared.metrics.failed_over(engine.name)
         _log.info("a request goes on after %d tokens: %s", len(self.turn.emitted), failure)
-        self.shared.quarantine.judge(self.body, self.deaths)
         if self.failures >= _MAX_FAILURES or self.failures_in_all >= _MAX_FAILURES_IN_ALL:
             message = f"the request failed {self.failures_in_all} times, last on {engine.name}: {failure}"
             raise ApiError(502, message, "server_error")
         backoff = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2**self.failures) * random.random()  # noqa: S311 - jitter
         await asyncio.sleep(backoff + self.shared.budget.wait_s(time.monotonic()))
+        await self._judge()
+
+    async def _judge(self) -> None:
+        """Raises ApiError when engines die of this request: it is not walked through the fleet.
+
+        What looks like a death may be no more than a lost connection; before a third engine is asked, it is waited for
+        until the probes know.
+        """
+        if len(self.present) < 2:
+            return
+        deadline = time.monotonic() + _CERTAIN_S
+        while True:
+            self.shared.quarantine.judge(self.body, sum(engine.has_died_since(life) for engine, life in self.present))
+            if time.monotonic() > deadline:
+                return
+            await asyncio.sleep(0.02)
 
     def _classified(self, engine: Engine, failure: Unreachable | EngineError) -> Exception:
         """What a failed call means: try elsewhere, or tell the client."""
@@ -350,7 +369,7 @@ class Relay:
             engine.breaker.failed(now)
             engine.prefill_s.failed()
             engine.token_s.failed()
-            return _Failed(engine, str(failure), died=failure.begun)
+            return _Failed(engine, str(failure), inside=failure.begun)
         if failure.status in _RETRYABLE:
             if not failure.kv_lost:
                 engine.breaker.failed(now)

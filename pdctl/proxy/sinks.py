@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 
 from pdctl import asgi
-from pdctl.adapters import Choice
+from pdctl.adapters import Choice, shown
 from pdctl.openai_api import DONE, ApiError, usage
 from pdctl.proxy.gather import Gathered
 from pdctl.proxy.requests import ClientRequest
@@ -191,7 +191,7 @@ def _timed(headers: Headers, timing: Timing | None) -> Headers:
 
 
 def _choice_of(whole: bytes) -> Choice:
-    return _decode_body(whole).choices[0]
+    return shown(_decode_body(whole).choices[0])
 
 
 def _with_role(choice: Choice) -> Choice:

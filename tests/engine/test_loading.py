@@ -85,7 +85,7 @@ def paged(runner: ModelRunner, prompts: list[list[int]], tokens: int, fragment: 
         assert scheduler.add(Sequence(str(index), list(prompt), len(prompt), Sampling(NEW, temperature=0.0))) is None
     while scheduler.has_work:
         batch = scheduler.schedule()
-        for token in scheduler.update(batch, runner.execute(batch)).tokens:
+        for token in scheduler.update(batch, *runner.execute(batch)).tokens:
             outputs[token.request_id].append(token.token_id)
     return [outputs[str(index)] for index in range(len(prompts))]
 

@@ -13,7 +13,7 @@ def refused(body: object, chat: bool = False) -> ApiError:
     with pytest.raises(ApiError) as found:
         parsed = parse_body(raw, chat)
         stop_strings(parsed)
-        sampling_of(parsed, 10, 100)
+        sampling_of(parsed, 10, 100, 384)
     return found.value
 
 
@@ -22,8 +22,9 @@ def refused(body: object, chat: bool = False) -> ApiError:
     [
         {"max_tokens": -1}, {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": 91}, {"temperature": -0.1},
         {"top_p": 0}, {"top_p": 1.1}, {"top_k": -2}, {"stop": [""]}, {"stop": ["x"] * 17}, {"n": 2}, {"best_of": 2},
-        {"echo": True}, {"logprobs": 1}, {"logprobs": 0},
-        {"suffix": "x"}, {"presence_penalty": 0.5}, {"logit_bias": {"1": 2}},
+        {"echo": True}, {"logprobs": 21}, {"logprobs": -1}, {"min_p": 1.5}, {"min_tokens": 50},
+        {"suffix": "x"}, {"presence_penalty": 2.5}, {"logit_bias": {"1": 200}}, {"logit_bias": {"999": 2}},
+        {"repetition_penalty": 0}, {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}},
         {"unknown": 1}, {"stream_options": {"continuous_usage_stats": True}},
         {"prompt": 5}, {"prompt": {"a": 1}}, {"stream": "yes"},
     ],
@@ -54,13 +55,37 @@ def test_neutral_values_of_unsupported_fields_pass() -> None:
 
 
 def test_defaults_are_openais() -> None:
-    completion = sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 10, 100)
-    chat = sampling_of(parse_body(b'{"messages": []}', chat=True), 10, 100)
+    completion = sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 10, 100, 384)
+    chat = sampling_of(parse_body(b'{"messages": []}', chat=True), 10, 100, 384)
     assert (completion.max_tokens, completion.temperature, completion.top_p) == (16, 1.0, 1.0)
     assert chat.max_tokens == 90
-    assert sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 95, 100).max_tokens == 5
+    assert sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 95, 100, 384).max_tokens == 5
 
 
 def test_a_prompt_that_fills_the_context_is_refused() -> None:
     with pytest.raises(ApiError, match="context is 100 tokens"):
-        sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 100, 100)
+        sampling_of(parse_body(b'{"prompt": "x"}', chat=False), 100, 100, 384)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21},
+        {"tools": [{"type": "x"}], "tool_choice": "required"},
+        {"tools": [TOOL], "tool_choice": "sometimes"},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+    ],
+)  # fmt: skip
+def test_bad_values_of_chats(field: dict[str, object]) -> None:
+    assert refused({"messages": [], **field}, chat=True).status == 400
+
+
+def test_a_demanded_tool_call_is_a_grammar() -> None:
+    body = {"messages": [], "tools": [TOOL], "tool_choice": "required"}
+    found = sampling_of(parse_body(json.dumps(body).encode(), chat=True), 10, 100, 384)
+    assert json.loads(found.grammar)["json"]["properties"]["name"] == {"const": "f"}
+    free = sampling_of(parse_body(json.dumps({**body, "tool_choice": "auto"}).encode(), chat=True), 10, 100, 384)
+    assert free.grammar == ""

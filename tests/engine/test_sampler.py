@@ -5,7 +5,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pdctl.engine.messages import Sampling
-from pdctl.engine.sampler import kept_probabilities, sample, uniform
+from pdctl.engine.sampler import kept_probabilities, most_likely, sample, shape, uniform
 
 
 def logits(seed: int = 0, vocab: int = 500) -> torch.Tensor:
@@ -56,3 +56,39 @@ def test_an_ulp_does_not_move_a_draw() -> None:
     want = [(Sampling(1, 1.0, 0.9, seed=9), 17)]
     moved = sum(sample((row * (1 + 1e-7 * n))[None], want) != sample(row[None], want) for n in range(50))
     assert moved == 0
+
+
+def shaped(sampling: Sampling, ids: list[int], prompt_len: int) -> torch.Tensor:
+    row = torch.tensor([2.0, -2.0, 1.0, 0.0, 3.0])
+    shape(row, sampling, ids, prompt_len, frozenset({4}))
+    return row
+
+
+def test_penalties_follow_their_definitions() -> None:
+    # Prompt 0 1, output 2 2 3.
+    ids = [0, 1, 2, 2, 3]
+    presence = shaped(Sampling(9, presence_penalty=0.5), ids, 2)
+    assert presence.tolist() == [2.0, -2.0, 0.5, -0.5, 3.0]
+    frequency = shaped(Sampling(9, frequency_penalty=0.5), ids, 2)
+    assert frequency.tolist() == [2.0, -2.0, 0.0, -0.5, 3.0]
+    repetition = shaped(Sampling(9, repetition_penalty=2.0), ids, 2)
+    assert repetition.tolist() == [1.0, -4.0, 0.5, 0.0, 3.0]
+
+
+def test_biases_and_the_least_length() -> None:
+    row = shaped(Sampling(9, logit_bias={0: -100.0}, min_tokens=2), [0, 1, 2], 2)
+    assert row[0] == -98
+    assert row[4] == float("-inf"), "the end token waits"
+    assert shaped(Sampling(9, min_tokens=1), [0, 1, 2], 2)[4] == 3
+
+
+def test_min_p_cuts_what_is_unlikely_beside_the_best() -> None:
+    kept = kept_probabilities(torch.tensor([3.0, 2.9, 0.0]), Sampling(1, 1.0, min_p=0.5))
+    assert (kept > 0).tolist() == [True, True, False]
+
+
+def test_most_likely_tells_the_chosen_one_first() -> None:
+    found = most_likely(torch.tensor([0.0, 2.0, 1.0]), 0, 2)
+    assert [token for token, _ in found] == [0, 1, 2]
+    expected = torch.tensor([0.0, 2.0, 1.0]).log_softmax(-1)
+    assert found[0][1] == pytest.approx(float(expected[0]))

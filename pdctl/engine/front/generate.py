@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import msgspec
 
@@ -11,24 +11,12 @@ from pdctl.engine.front.core_link import CoreLink, Inbox, Note
 from pdctl.engine.front.migrate import KvLost, Migrator
 from pdctl.engine.front.offers import OfferDesk, Offering
 from pdctl.engine.front.openai import GenerationRequest
+from pdctl.engine.front.output import Output, Piece
 from pdctl.engine.front.peers import Peers, of_hand_over
-from pdctl.engine.front.text import OutputText, TextCodec
+from pdctl.engine.front.text import TextCodec
 from pdctl.engine.messages import Failed, Held, Progress, Submit, Token, Withdrawn
 from pdctl.openai_api import ApiError
 from pdctl.wire import HandOver, token_digest
-
-# Enough context for the detokenizer to join a first output token to the prompt's end.
-_PROMPT_TAIL = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one step added: token ids, the text that became safe to show, and why the output ended, if it did."""
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str | None
-    hand_over: HandOver | None = None
 
 
 class Generator:
@@ -47,18 +35,16 @@ class Generator:
 
         Leaving early, or being cancelled, frees everything the request holds in this engine.
         """
-        text = OutputText(self._codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops)
-        for token_id in request.resume:
-            text.push(token_id)
+        text = Output(self._codec.tokenizer, request)
         if len(request.resume) >= request.sampling.max_tokens:
             # The engine before this one died between its last token and saying that it was the last.
             self._let_go(request)
-            yield Piece([], text.flush(), "length")
+            yield text.end()
             return
         submit, first = _submission(request)
         if first is not None:
-            piece, done = _first_piece(request, text, first)
-            if done:
+            piece = _first_piece(request, text, first)
+            if piece.finish_reason is not None:
                 self._let_go(request)
                 yield piece
                 return
@@ -76,7 +62,7 @@ class Generator:
                 yield piece
 
     async def _pieces(
-        self, request: GenerationRequest, submit: Submit, events: Inbox, text: OutputText
+        self, request: GenerationRequest, submit: Submit, events: Inbox, text: Output
     ) -> AsyncIterator[Piece]:
         offering = Offering(self._desk, submit.request_id, len(submit.token_ids), request)
         last = False
@@ -104,23 +90,17 @@ class Generator:
         finally:
             offering.withdraw()
 
-    def _piece(self, token: Token, text: OutputText) -> Piece:
-        shown, stopped = text.push(token.token_id)
-        finish_reason = token.finish_reason
-        if finish_reason is not None:
+    def _piece(self, token: Token, text: Output) -> Piece:
+        if token.finish_reason is not None:
             self._core.keep(token.request_id)
-        if stopped:
-            finish_reason = "stop"
-        elif finish_reason is not None:
-            shown += text.flush()
-        return Piece([token.token_id], shown, finish_reason)
+        return text.token(token.token_id, token.finish_reason, token.logprobs)
 
-    def _held(self, submit: Submit, held: Held, text: OutputText, offering: Offering) -> Piece:
+    def _held(self, submit: Submit, held: Held, text: Output, offering: Offering) -> Piece:
         request_id = submit.request_id
-        shown, stopped = text.push(held.token_id)
-        if stopped:
-            # Ends here after all; leaving the request's context frees the blocks.
-            return Piece([held.token_id], shown, "stop")
+        piece = text.token(held.token_id, None, held.logprobs)
+        if piece.finish_reason is not None:
+            # A stop string: it ends here after all; leaving the request's context frees the blocks.
+            return piece
         ready = self._core.ready
         assert ready is not None
         lease = offering.held(held)
@@ -142,8 +122,9 @@ class Generator:
             lease_s=me.lease_s,
             first_token_id=held.token_id,
             endpoint=ready.endpoint,
+            first_logprobs=held.logprobs,
         )
-        return Piece([held.token_id], shown, None, hand_over)
+        return replace(piece, hand_over=hand_over)
 
     def _let_go(self, request: GenerationRequest) -> None:
         """Release a hand-over that will not be read."""
@@ -190,11 +171,8 @@ def _check_shape(hand_over: HandOver) -> None:
         raise ApiError(400, message, param="kv_transfer_params")
 
 
-def _first_piece(request: GenerationRequest, text: OutputText, token_id: int) -> tuple[Piece, bool]:
-    """The piece of the prefill's token, and whether the output ends with it."""
-    shown, stopped = text.push(token_id)
-    if stopped:
-        return Piece([token_id], shown, "stop"), True
-    if len(request.resume) + 1 >= request.sampling.max_tokens:
-        return Piece([token_id], shown + text.flush(), "length"), True
-    return Piece([token_id], shown, None), False
+def _first_piece(request: GenerationRequest, text: Output, token_id: int) -> Piece:
+    """The piece of the prefill's token; it has a finish_reason if the output ends with it."""
+    assert request.hand_over is not None
+    last = len(request.resume) + 1 >= request.sampling.max_tokens
+    return text.token(token_id, "length" if last else None, request.hand_over.first_logprobs)

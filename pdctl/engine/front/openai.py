@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from dataclasses import dataclass
 
 import msgspec
 
+from pdctl.engine.front.tools import ToolFormat
 from pdctl.engine.messages import Sampling
 from pdctl.openai_api import ApiError, Envelope, field_of
 from pdctl.wire import HandOver, Port
@@ -36,7 +38,7 @@ class HoldRequest(msgspec.Struct):
 
 
 class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What completions and chat completions share. The last block is refused unless neutral."""
+    """What completions and chat completions share."""
 
     model: str | None = None
     temperature: float | None = None
@@ -55,6 +57,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    priority: int | None = None
 
     n: int | None = None
     presence_penalty: float | None = None
@@ -63,6 +66,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     min_p: float | None = None
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: dict[str, object] | None = None
 
 
 class CompletionBody(_Common, kw_only=True):
@@ -84,29 +88,18 @@ class ChatBody(_Common, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, object] | None = None
     tools: list[dict[str, object]] | None = None
     tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = None
 
 
 # Fields that change the output and that this engine does not do: any value but these is refused, never ignored.
+# Several answers are made of several requests by the proxy.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (None, 1),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "logit_bias": (None, {}),
     "best_of": (None, 1),
     "echo": (None, False),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "suffix": (None, ""),
-    "response_format": (None, {"type": "text"}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
 }
 
 
@@ -127,6 +120,8 @@ class GenerationRequest:
     offer_to: OfferTo | None = None
     router: str = "router"
     attempt: str = ""
+    logprobs: int = -1
+    tool_calls: ToolFormat = ToolFormat.NONE
 
 
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
@@ -154,6 +149,13 @@ def _check_numbers(body: CompletionBody | ChatBody) -> None:
         ("max_tokens", body.max_tokens, 1, 2**31),
         ("max_completion_tokens", getattr(body, "max_completion_tokens", None), 1, 2**31),
         ("seed", body.seed, -(2**63), 2**63 - 1),
+        ("presence_penalty", body.presence_penalty, -2, 2),
+        ("frequency_penalty", body.frequency_penalty, -2, 2),
+        ("repetition_penalty", body.repetition_penalty, 1e-3, 100),
+        ("min_p", body.min_p, 0, 1),
+        ("min_tokens", body.min_tokens, 0, 2**31),
+        ("top_logprobs", getattr(body, "top_logprobs", None), 0, 20),
+        ("logprobs", body.logprobs if isinstance(body, CompletionBody) else None, 0, 20),
     ]
     for name, value, low, high in checks:
         if value is not None and not low <= value <= high:
@@ -169,8 +171,30 @@ def stop_strings(body: CompletionBody | ChatBody) -> list[str]:
     return stops
 
 
-def sampling_of(body: CompletionBody | ChatBody, prompt_len: int, max_model_len: int) -> Sampling:
+def sampling_of(body: CompletionBody | ChatBody, prompt_len: int, max_model_len: int, vocab_size: int) -> Sampling:
     """Sampling with OpenAI's defaults. Raises ApiError when prompt and output do not fit the context."""
+    wanted = _max_tokens(body, prompt_len, max_model_len)
+    if body.min_tokens is not None and body.min_tokens > wanted:
+        raise ApiError(400, f"min_tokens = {body.min_tokens} is more than max_tokens = {wanted}", param="min_tokens")
+    return Sampling(
+        max_tokens=wanted,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),
+        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
+        ignore_eos=bool(body.ignore_eos),
+        min_p=body.min_p or 0.0,
+        min_tokens=body.min_tokens or 0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=_biases(body.logit_bias or {}, vocab_size),
+        logprobs=_logprobs(body),
+        grammar=grammar_of(body) if isinstance(body, ChatBody) else _format_grammar(body.response_format),
+    )
+
+
+def _max_tokens(body: CompletionBody | ChatBody, prompt_len: int, max_model_len: int) -> int:
     room = max_model_len - prompt_len
     if room < 1:
         raise ApiError(
@@ -189,11 +213,79 @@ def sampling_of(body: CompletionBody | ChatBody, prompt_len: int, max_model_len:
             f"make {prompt_len + wanted}",
             param="max_tokens",
         )
-    return Sampling(
-        max_tokens=wanted,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
-        ignore_eos=bool(body.ignore_eos),
-    )
+    return int(wanted)
+
+
+def _logprobs(body: CompletionBody | ChatBody) -> int:
+    if isinstance(body, ChatBody):
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
+        return (body.top_logprobs or 0) if body.logprobs else -1
+    return -1 if body.logprobs is None else body.logprobs
+
+
+def _biases(given: dict[str, float], vocab_size: int) -> dict[int, float]:
+    found = {}
+    for word, bias in given.items():
+        if not word.isdecimal() or int(word) >= vocab_size or not -100 <= bias <= 100:
+            message = f"logit_bias maps token ids from 0 to {vocab_size - 1} to numbers from -100 to 100"
+            raise ApiError(400, message, param="logit_bias")
+        found[int(word)] = bias
+    return found
+
+
+# -- guided output and tools -------------------------------------------------------------------------------
+
+
+def tool_format(body: CompletionBody | ChatBody) -> ToolFormat:
+    """How tool calls appear in the output. Raises ApiError."""
+    if not isinstance(body, ChatBody) or not body.tools or body.tool_choice == "none":
+        return ToolFormat.NONE
+    return ToolFormat.TAGGED if body.tool_choice in (None, "auto") else ToolFormat.FORCED
+
+
+def grammar_of(body: ChatBody) -> str:
+    """What the output must match: a tool call where one is demanded, else the response format."""
+    if tool_format(body) is ToolFormat.FORCED:
+        return json.dumps({"json": _call_schema(body)})
+    return _format_grammar(body.response_format)
+
+
+def _format_grammar(given: dict[str, object] | None) -> str:
+    kind = (given or {"type": "text"}).get("type")
+    if given is None or kind == "text":
+        return ""
+    if kind == "json_object":
+        return json.dumps({"json": True})
+    wanted = given.get("json_schema")
+    if kind != "json_schema" or not isinstance(wanted, dict) or not isinstance(wanted.get("schema"), dict):
+        message = "response_format must be text, json_object, or json_schema with json_schema.schema"
+        raise ApiError(400, message, param="response_format")
+    return json.dumps({"json": wanted["schema"]})
+
+
+def _call_schema(body: ChatBody) -> dict[str, object]:
+    """One call of one of the tools, or of the one that tool_choice names."""
+    functions = [_function(tool) for tool in body.tools or []]
+    if isinstance(body.tool_choice, dict):
+        named = _function(body.tool_choice).get("name")
+        functions = [function for function in functions if function["name"] == named]
+    if not functions or (isinstance(body.tool_choice, str) and body.tool_choice != "required"):
+        raise ApiError(400, "tool_choice must be none, auto, required, or name one of the tools", param="tool_choice")
+    each = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": f["name"]}, "arguments": f.get("parameters") or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for f in functions
+    ]
+    return each[0] if len(each) == 1 else {"anyOf": each}
+
+
+def _function(tool: dict[str, object]) -> dict[str, object]:
+    function = tool.get("function")
+    if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ApiError(400, "a tool is {type: function, function: {name, parameters}}", param="tools")
+    return function

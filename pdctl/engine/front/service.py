@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Annotated
 from uuid import uuid4
 
 import msgspec
@@ -14,11 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from pdctl import asgi
 from pdctl.engine.front import openai
-from pdctl.engine.front.control import Control
+from pdctl.engine.front.control import Control, refusal
 from pdctl.engine.front.core_link import CoreLink
 from pdctl.engine.front.generate import Generator
 from pdctl.engine.front.migrate import KvLost
 from pdctl.engine.front.openai import GenerationRequest, HoldRequest
+from pdctl.engine.front.output import Piece, chunk_choice, whole_choice
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import DONE, ApiError, Envelope, usage
@@ -44,6 +46,8 @@ class EngineService:
                 Route("/v1/completions", _Generate(self, chat=False), methods=["POST"]),
                 Route("/v1/chat/completions", _Generate(self, chat=True), methods=["POST"]),
                 Route("/v1/models", self._models),
+                Route("/tokenize", self._tokenize, methods=["POST"]),
+                Route("/detokenize", self._detokenize, methods=["POST"]),
                 *self.control.routes(),
             ]
         )
@@ -68,13 +72,14 @@ class EngineService:
         if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
             raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
         assert not (hold and hand_over)
+        sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
         return GenerationRequest(
             # The same client request may reach one engine twice, so the id inside is its own.
             request_id=f"{request_id}.{uuid4().hex[:8]}",
             envelope=Envelope(request_id, chat, served, bool(parsed.return_token_ids), int(began)),
             token_ids=token_ids,
-            sampling=openai.sampling_of(parsed, len(token_ids), ready.max_model_len),
+            sampling=sampling,
             stops=openai.stop_strings(parsed),
             stream=bool(parsed.stream) and hold is None,
             include_usage=bool(parsed.stream_options and parsed.stream_options.include_usage),
@@ -84,6 +89,8 @@ class EngineService:
             offer_to=hold.offer_to if hold and self.options.chunked else None,
             router=headers.get(ROUTER_HEADER, "router"),
             attempt=headers.get(ATTEMPT_HEADER, ""),
+            logprobs=sampling.logprobs,
+            tool_calls=openai.tool_format(parsed),
         )
 
     def _clock(self, headers: dict[str, str]) -> float:
@@ -105,7 +112,7 @@ class EngineService:
 
     def _encode(self, body: openai.CompletionBody | openai.ChatBody, at: float) -> list[int]:
         if isinstance(body, openai.ChatBody):
-            return self.codec.encode_chat(body.messages, at)
+            return self.codec.encode_chat(body.messages, at, body.tools if body.tool_choice != "none" else None)
         prompt = body.prompt
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             return self._encode(msgspec.structs.replace(body, prompt=prompt[0]), at)
@@ -140,6 +147,38 @@ class EngineService:
         body = msgspec.json.encode({"object": "list", "data": [card]})
         return Response(body, media_type="application/json")
 
+    async def _tokenize(self, request: Request) -> Response:
+        try:
+            asked = msgspec.json.decode(await request.body(), type=_Tokenize)
+            if asked.messages is not None:
+                ids = self.codec.encode_chat(asked.messages, time.time())
+            elif asked.prompt is not None:
+                ids = self.codec.encode(asked.prompt)
+            else:
+                raise ValueError("send a prompt, or messages")
+        except (msgspec.DecodeError, UnicodeDecodeError, NoChatTemplate, ValueError) as failure:
+            return refusal(ApiError(400, str(failure)))
+        ready = self.core.ready
+        found = {"count": len(ids), "max_model_len": ready.max_model_len if ready else None, "tokens": ids}
+        return Response(msgspec.json.encode(found), media_type="application/json")
+
+    async def _detokenize(self, request: Request) -> Response:
+        try:
+            asked = msgspec.json.decode(await request.body(), type=_Detokenize)
+            text = self.codec.decode(asked.tokens)
+        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, ValueError) as failure:
+            return refusal(ApiError(400, str(failure)))
+        return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
+
+
+class _Tokenize(msgspec.Struct):
+    prompt: str | None = None
+    messages: list[dict[str, object]] | None = None
+
+
+class _Detokenize(msgspec.Struct):
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+
 
 class _Generate:
     """POST /v1/completions or /v1/chat/completions as a raw ASGI endpoint: a client that leaves cancels its request."""
@@ -159,21 +198,19 @@ class _Generate:
         await asgi.while_connected(receive, lambda: answer(request, send))
 
     async def _whole(self, request: GenerationRequest, send: Send) -> None:
-        text, token_ids, last = "", [], None
+        pieces: list[Piece] = []
         try:
             async for piece in self._service.generator.run(request):
-                text += piece.text
-                token_ids += piece.token_ids
-                last = piece
+                pieces.append(piece)
         except (ApiError, KvLost) as failure:
             await asgi.respond_error(send, _api_error(failure))
             return
-        assert last is not None
-        extra: dict[str, object] = {"kv_transfer_params": last.hand_over} if last.hand_over else {}
+        token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
+        held = pieces[-1].hand_over
+        extra: dict[str, object] = {"kv_transfer_params": held} if held else {}
         counts = _usage(request, len(token_ids))
-        await asgi.respond(
-            send, 200, request.envelope.answer(text, token_ids, last.finish_reason or "length", counts, extra)
-        )
+        choice = whole_choice(pieces, self._chat)
+        await asgi.respond(send, 200, request.envelope.body([choice], counts, extra, token_ids))
 
     async def _stream(self, request: GenerationRequest, send: Send) -> None:
         started = False
@@ -184,7 +221,7 @@ class _Generate:
                     await asgi.start_stream(send)
                 count += len(piece.token_ids)
                 first = not started and not request.resume
-                event = request.envelope.chunk(piece.text, piece.token_ids, piece.finish_reason, first)
+                event = request.envelope.event(0, chunk_choice(piece, self._chat, first), piece.token_ids)
                 started = True
                 last = piece.finish_reason is not None
                 await asgi.send_part(send, event + (_tail(request, count) if last else b""), last)

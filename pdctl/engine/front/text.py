@@ -29,19 +29,26 @@ class TextCodec:
         ids: list[int] = self.tokenizer.encode(text).ids
         return ids
 
-    def encode_chat(self, messages: Messages, at: float) -> list[int]:
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def encode_chat(self, messages: Messages, at: float, tools: Messages | None = None) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins; `at`: the template's clock.
 
         Raises NoChatTemplate, or ValueError with the template's own complaint.
         """
         if self._template is None:
             raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
-        text = render_chat(self._template, messages, self._specials, at)
+        text = render_chat(self._template, messages, self._specials, at, tools)
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
 
-def render_chat(template: str, messages: Messages, specials: dict[str, str], at: float) -> str:
+def render_chat(
+    template: str, messages: Messages, specials: dict[str, str], at: float, tools: Messages | None = None
+) -> str:
     """Render a Hugging Face chat template, with the helpers such templates expect.
 
     `at` is what the template takes for now, in seconds since 1970: every engine that a request visits must render the
@@ -62,7 +69,9 @@ def render_chat(template: str, messages: Messages, specials: dict[str, str], at:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.fromtimestamp(at).astimezone().strftime(pattern)
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **specials)
+        return environment.from_string(template).render(
+            messages=messages, tools=tools, add_generation_prompt=True, **specials
+        )
     except (TemplateError, TypeError) as failure:
         raise ValueError(f"the model's chat template refuses these messages: {failure}") from failure
 

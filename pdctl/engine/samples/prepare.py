@@ -43,6 +43,10 @@ def prepare(spec: str, path: str, progress: Progress) -> str:
         from pdctl.engine.samples.tiny import build
 
         return _into_place(Path(path), build, progress)
+    if spec == "sample:tiny-chat":
+        from pdctl.engine.samples.tiny import build_chat
+
+        return _into_place(Path(path), build_chat, progress)
     if spec == "sample:gemma-3-270m":
         from pdctl.engine.samples.gemma import build
 

@@ -49,6 +49,22 @@ def build(folder: Path, progress: Progress) -> None:
     progress("tiny-qwen3", 1.0)
 
 
+def build_chat(folder: Path, progress: Progress) -> None:
+    """The same with a chat template that knows tools."""
+    build(folder, progress)
+    (folder / "chat_template.jinja").write_text(_TEMPLATE)
+
+
+_TEMPLATE = """\
+{%- if tools %}# Tools
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}{% endif -%}
+{%- for message in messages %}[{{ message.role }}] {{ message.content or message.tool_calls | tojson }}
+{% endfor -%}
+{%- if add_generation_prompt %}[assistant] {% endif -%}
+"""
+
+
 def _tokenizer() -> Tokenizer:
     """One token per byte, and words for the ids above: every id decodes to text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,0 +1,136 @@
+"""A request's output as it grows: token ids in; text, tool calls and log probabilities out, in OpenAI's words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+
+from pdctl.engine.front.openai import GenerationRequest
+from pdctl.engine.front.text import OutputText
+from pdctl.engine.front.tools import ToolCall, ToolText
+from pdctl.engine.messages import Logprobs
+from pdctl.wire import HandOver
+
+# Enough context for the detokenizer to join a first output token to the prompt's end.
+_PROMPT_TAIL = 8
+
+Json = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added: token ids, the text that became safe to show, and why the output ended, if it did.
+
+    `logprobs`: an entry for each token id, where they were asked for, with its text and where that begins.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None
+    hand_over: HandOver | None = None
+    calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[Json] | None = None
+
+
+class Output:
+    """One request's output. Tokens that the client has already are replayed, so that it goes on where it was."""
+
+    def __init__(self, tokenizer: Tokenizer, request: GenerationRequest) -> None:
+        self._tokenizer = tokenizer
+        self._text = OutputText(tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops)
+        self._tools = ToolText(request.envelope.request_id, request.tool_calls)
+        self._wants_logprobs = request.logprobs >= 0
+        self._offset = 0
+        for token_id in request.resume:
+            shown, _ = self._text.push(token_id)
+            self._offset += len(shown)
+            self._tools.push(shown)
+
+    def token(self, token_id: int, finish_reason: str | None, told: Logprobs | None = None) -> Piece:
+        """The next token; the piece has a finish_reason if the output ends with it."""
+        shown, stopped = self._text.push(token_id)
+        if stopped:
+            finish_reason = "stop"
+        elif finish_reason is not None:
+            shown += self._text.flush()
+        entries = [self._entry(token_id, told)] if self._wants_logprobs and told else None
+        self._offset += len(shown)
+        return self._piece([token_id], shown, finish_reason, entries)
+
+    def end(self) -> Piece:
+        """It ends without another token."""
+        return self._piece([], self._text.flush(), "length", None)
+
+    def _piece(self, token_ids: list[int], text: str, reason: str | None, entries: list[Json] | None) -> Piece:
+        shown, calls = self._tools.push(text)
+        if reason is not None:
+            rest, more = self._tools.flush()
+            shown, calls = shown + rest, calls + more
+            if self._tools.found and reason == "stop":
+                reason = "tool_calls"
+        return Piece(token_ids, shown, reason, None, calls, entries)
+
+    def _entry(self, token_id: int, told: Logprobs) -> Json:
+        chosen, *top = told
+        assert chosen[0] == token_id
+        return {
+            **self._named(*chosen),
+            "top_logprobs": [self._named(*entry) for entry in top],
+            "text_offset": self._offset,
+        }
+
+    def _named(self, token_id: int, logprob: float) -> Json:
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        # JSON has no infinity: what cannot be is as unlikely as a number can say.
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+
+
+def for_chat(entries: list[Json] | None) -> Json | None:
+    """OpenAI's `logprobs` of a chat's choice."""
+    if entries is None:
+        return None
+    return {"content": [{name: entry[name] for name in entry if name != "text_offset"} for entry in entries]}
+
+
+def for_completion(entries: list[Json] | None) -> Json | None:
+    """OpenAI's `logprobs` of a completion's choice."""
+    if entries is None:
+        return None
+    tops = []
+    for entry in entries:
+        top = entry["top_logprobs"]
+        assert isinstance(top, list)
+        tops.append({other["token"]: other["logprob"] for other in (*top, entry)})
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": tops,
+        "text_offset": [entry["text_offset"] for entry in entries],
+    }
+
+
+def chunk_choice(piece: Piece, chat: bool, first: bool) -> Json:
+    """A piece as a choice of a stream's event; the first one names the role."""
+    if not chat:
+        return {"logprobs": for_completion(piece.logprobs), "finish_reason": piece.finish_reason, "text": piece.text}
+    delta: Json = {"role": "assistant"} if first else {}
+    if piece.text or not piece.calls:
+        delta["content"] = piece.text
+    if piece.calls:
+        delta["tool_calls"] = piece.calls
+    return {"logprobs": for_chat(piece.logprobs), "finish_reason": piece.finish_reason, "delta": delta}
+
+
+def whole_choice(pieces: list[Piece], chat: bool) -> Json:
+    """All pieces as the choice of an unstreamed answer."""
+    text = "".join(piece.text for piece in pieces)
+    entries = [entry for piece in pieces for entry in piece.logprobs or []] or None
+    reason = pieces[-1].finish_reason or "length"
+    if not chat:
+        return {"logprobs": for_completion(entries), "finish_reason": reason, "text": text}
+    calls = [{name: call[name] for name in call if name != "index"} for piece in pieces for call in piece.calls]
+    message: Json = {"role": "assistant", "content": None if calls and not text else text}
+    if calls:
+        message["tool_calls"] = calls
+    return {"logprobs": for_chat(entries), "finish_reason": reason, "message": message}
