@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
 import signal
 import statistics
@@ -179,8 +180,8 @@ async def faults(service: Service, load: Load, kills: int) -> None:
 
 
 @contextlib.contextmanager
-def router(name: str, service: Service, folder: Path) -> Iterator[str]:
-    """A peer over the same engines; clients carry the engines' secret, which it passes on."""
+def router(name: str, service: Service, folder: Path, secret: str) -> Iterator[str]:
+    """A peer over the same engines; it gets their secret the way it gets an API key."""
     bin_ = installed(folder / name, f"{name}=={'0.1.17' if name == 'vllm-router' else '0.3.2'}")
     port = free_port()
     urls = {role: [f"http://127.0.0.1:{p['ports']['http']}" for p in service.engines() if p["role"] == role]
@@ -192,7 +193,8 @@ def router(name: str, service: Service, folder: Path) -> Iterator[str]:
     argv += ["--policy", "round_robin", "--host", "127.0.0.1", "--port", str(port), "--prometheus-port",
              str(free_port()), "--log-level", "warning"]  # fmt: skip
     with (folder / f"{name}.log").open("w") as log:
-        child = subprocess.Popen(argv, stdout=log, stderr=log)
+        env = {**os.environ, "OPENAI_API_KEY": secret}
+        child = subprocess.Popen(argv, stdout=log, stderr=log, env=env)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -258,11 +260,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pf") as folder, running(Run(Path(folder), poison=False), text) as service:
         if not found.router:
             return asyncio.run(measure(service, service.url, {}, found))
-        secret = Engine(service, "prefill-0").http.headers["authorization"]
+        secret = Engine(service, "prefill-0").http.headers["authorization"].removeprefix("Bearer ")
         peers = Path("/tmp/pdctl-bench-proxy")
         peers.mkdir(exist_ok=True)
-        with router(found.router, service, peers) as url:
-            return asyncio.run(measure(service, url, {"authorization": secret}, found))
+        with router(found.router, service, peers, secret) as url:
+            return asyncio.run(measure(service, url, {}, found))
 
 
 if __name__ == "__main__":

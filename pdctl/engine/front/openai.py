@@ -58,6 +58,10 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     store: bool | None = None
     service_tier: str | None = None
     priority: int | None = None
+    # What routers made for vLLM and SGLang add to every request.
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    return_hidden_states: bool | None = None
 
     n: int | None = None
     presence_penalty: float | None = None
@@ -100,6 +104,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
+    "skip_special_tokens": (None, True),
+    "no_stop_trim": (None, False),
+    "return_hidden_states": (None, False),
 }
 
 
