@@ -208,8 +208,13 @@ class Exchange:
 
     async def head(self) -> int:
         """Send, and wait for the head of the answer: its status. Raises Unreachable."""
+        begun = False
         while True:
-            connection = await self._pool.acquire()
+            try:
+                connection = await self._pool.acquire()
+            except Unreachable as failure:
+                failure.begun = begun
+                raise
             kept = connection.used
             self._connection = connection
             try:
@@ -221,6 +226,7 @@ class Exchange:
                 return self.status
             except Unreachable as failure:
                 connection.abort()
+                begun = True
                 # A kept connection that the server closed while idle says nothing about the server.
                 if not kept or failure.sent or self._cut is not None:
                     raise

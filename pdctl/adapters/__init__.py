@@ -126,6 +126,13 @@ class EngineError(Exception):
         self.param = param
 
 
+class CannotResume(EngineError):
+    """A request cannot be continued by engines of this kind: its answer ends where it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(502, message, "server_error")
+
+
 class Dialect(Protocol):
     """The serving side of an engine kind: bodies out, answers in. No I/O.
 
@@ -139,11 +146,11 @@ class Dialect(Protocol):
         ...
 
     def prefill_call(self, turn: Turn, decode: EngineAddress) -> Call:
-        """Ask for one token and the KV to be held; `decode` is the engine that will read it."""
+        """Ask for one token and the KV to be held; `decode` is the engine that will read it. Raises CannotResume."""
         ...
 
     def decode_call(self, turn: Turn, hand_over: bytes | None, stream: bool) -> Call:
-        """Ask for the rest, from `hand_over` where given. Raises EngineError for what cannot be resumed."""
+        """Ask for the rest, from `hand_over` where given. Raises CannotResume."""
         ...
 
     def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:

@@ -11,7 +11,19 @@ from __future__ import annotations
 
 import msgspec
 
-from pdctl.adapters import Call, Choice, Condition, Delta, EngineError, Fields, Prefilled, Turn, shown, without
+from pdctl.adapters import (
+    Call,
+    CannotResume,
+    Choice,
+    Condition,
+    Delta,
+    EngineError,
+    Fields,
+    Prefilled,
+    Turn,
+    shown,
+    without,
+)
 from pdctl.wire import EngineAddress
 
 _HIDDEN = ("token_ids", "prompt_token_ids")
@@ -148,10 +160,10 @@ def _continued(turn: Turn) -> tuple[str, Fields]:
     if not turn.emitted:
         return turn.path, turn.fields
     if not turn.prompt_ids:
-        raise EngineError(502, "the engine did not tell its prompt's token ids: vLLM 0.10.2 or later does", "lost")
+        raise CannotResume("the engine did not tell its prompt's token ids: vLLM 0.10.2 or later does")
     refused = _CHAT_ONLY if turn.chat else _GUIDES
     if found := next((name for name in refused if name in turn.fields), None):
-        raise EngineError(502, f"a vLLM request with {found} cannot go on after its engine failed", "lost")
+        raise CannotResume(f"a vLLM request with {found} cannot go on after its engine failed")
     fields = {name: turn.fields[name] for name in _SAMPLING if name in turn.fields} if turn.chat else turn.fields
     count = len(turn.emitted)
     for name, default in (("max_tokens", None), ("min_tokens", 0)):

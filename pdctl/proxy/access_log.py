@@ -44,9 +44,9 @@ class AccessLog:
         line: dict[str, object] = {
             "time": round(time.time(), 3), "request_id": request_id, "key": key, "path": path, "status": status,
             "prompt_tokens": counts[0], "output_tokens": counts[1], "failovers": failures,
-            "prefill": timing.engines[0], "decode": timing.engines[1],
+            "prefill_engine": timing.engines[0], "decode_engine": timing.engines[1],
             "seconds": round(time.monotonic() - timing.received_at, 6),
-            **{name: round(seconds, 6) for name, seconds in timing.parts().items()},
+            **{f"{name}_s": round(seconds, 6) for name, seconds in timing.parts().items()},
         }  # fmt: skip
         self._lines.append(_encode(line) + b"\n")
 

@@ -35,6 +35,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.began_at = time.monotonic()
         self.in_head = True
         self.receiving = True
+        self.refused = False
         self.header_bytes = 0
         self.idle_since = self.began_at
 
@@ -72,13 +73,17 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request."""
+        """Bytes of a request. After a refusal they are thrown away until the client has read it and leaves."""
+        if self.refused:
+            return
         super().data_received(data)
         if self.in_head:
             self.header_bytes += len(data)
             if self.header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.refused = True
                 self.transport.write(_TOO_LARGE)
-                self.transport.close()
+                if self.transport.can_write_eof():
+                    self.transport.write_eof()
 
     def late(self, now: float) -> bool:
         """Whether its client takes too long to say what it wants, or has wanted nothing for long."""

@@ -22,14 +22,14 @@ _log = logging.getLogger(__name__)
 
 # A healthy engine is asked this often, one that is down more often: a restarted engine is used within moments.
 _HEALTHY_S, _DOWN_S = 0.5, 0.1
-_PROBE_TIMEOUT_S = 1.0
+_PROBE_TIMEOUT_S = 1.5
 # One slow answer of a busy machine is no death: this many unanswered probes in a row are.
-_MISSES = 3
+_MISSES = 4
 # How often calls are looked at for silence, seconds.
 _WATCH_S = 0.1
 # An engine whose streams all wait is stuck after this many times its usual gap between tokens, and these bounds.
 _STALL_GAPS = 50
-_STALL_S = (2.0, 60.0)
+_STALL_S = (5.0, 60.0)
 # Hand-overs lost in a row after which a pair is not used for a while, seconds.
 _PAIR_LOSSES = 3
 _PAIR_PAUSE_S = 5.0
@@ -72,6 +72,7 @@ class Engine:
     gap_s: float = 0.0
     misses: int = 0
     lives: int = 0
+    crowd: tuple[int, int] = (-1, 0)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -113,6 +114,12 @@ class Engine:
         self.token_s.clear()
         self.prefixes.clear()
         self.pair_losses.clear()
+
+    def others_at_failure(self) -> int:
+        """Other calls that were here when the process failed, as the first one to have ended saw it."""
+        if self.crowd[0] != self.lives:
+            self.crowd = (self.lives, len(self.tickets))
+        return self.crowd[1]
 
     def has_died_since(self, life: int) -> bool:
         """Whether the process that had this number of lives is no more, or does not answer."""

@@ -13,14 +13,14 @@ import random
 import time
 from dataclasses import dataclass, field
 
-from pdctl.adapters import Call, EngineError, Prefilled, Turn
+from pdctl.adapters import Call, CannotResume, EngineError, Prefilled, Turn
 from pdctl.asgi import new_name
 from pdctl.lean_http import Exchange, Unreachable
 from pdctl.openai_api import ApiError
 from pdctl.proxy.breaker import RetryBudget
 from pdctl.proxy.metrics import Metrics
 from pdctl.proxy.pool import Engine, EnginePool, Ticket
-from pdctl.proxy.quarantine import Quarantine
+from pdctl.proxy.quarantine import Quarantine, Suspicion
 from pdctl.proxy.releases import Releases
 from pdctl.proxy.routing import Ask, Choice, Policy, choose
 from pdctl.proxy.sinks import Sink
@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 
 # Engine failures one request may meet without a new token between them, and in all.
 _MAX_FAILURES = 8
-_MAX_FAILURES_IN_ALL = 40
+_MAX_FAILURES_IN_ALL = 100
+# How long a request may meet failures without a new token, seconds.
+_NO_PROGRESS_S = 180.0
 # Hand-overs one request may lose before one engine computes it alone.
 _MAX_LOST = 2
 # How long a request waits for an engine to come back, and for a silent engine, seconds.
@@ -43,8 +45,6 @@ _STALL_S = 120.0
 # An answer that takes so many times as long as expected is given up, but not before this, seconds.
 _TIMES_EXPECTED = 10.0
 _LEAST_PATIENCE_S = 5.0
-# Probes have found out within this time whether an engine is dead, seconds.
-_CERTAIN_S = 0.5
 _BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 1.0
 # An unstreamed answer of at most this many tokens is asked for whole: computing it again is cheaper than carrying it
@@ -124,12 +124,16 @@ class Relay:
         self.body = body
         self.pieces = pieces
         self.timing = timing
-        self.present: list[tuple[Engine, int]] = []  # engines that failed with the request in them, and their lives
+        self.suspicion = Suspicion(shared.quarantine)
+        self.progress_at = timing.received_at
 
     async def run(self) -> None:
         """Relay the whole answer. Raises ApiError that says why not."""
-        while not self.finished:
-            await self._attempt()
+        try:
+            while not self.finished:
+                await self._attempt()
+        finally:
+            self.suspicion.cleared()
         self.completion_tokens = self.completion_tokens or len(self.turn.emitted)
 
     async def _attempt(self) -> None:
@@ -146,6 +150,8 @@ class Relay:
                 await self._hand_over(prefill, decode, hand_over)
         except _Failed as failure:
             await self._failed(failure)
+        except CannotResume as failure:
+            raise ApiError(failure.status, failure.message, failure.kind) from failure
 
     async def _choose(self) -> Choice:
         shared, deadline = self.shared, time.monotonic() + _WAIT_FOR_ENGINE_S
@@ -173,7 +179,8 @@ class Relay:
         self._measured(engine, time.monotonic() - started)
         self.prompt_tokens = done.prompt_tokens or self.prompt_tokens
         if self._in_one_piece and done.hand_over is not None:
-            # The decode engine's answer will have this token in it as well.
+            # The decode engine's answer will have this token in it as well; this is when it was there.
+            self.timing.token(time.monotonic())
             return done.hand_over
         try:
             await self._emit(done)
@@ -329,37 +336,24 @@ class Relay:
         engine = failure.engine
         if len(self.turn.emitted) > self.emitted_at_failure:
             self.failures = 0
-            self.present.clear()
+            self.progress_at = time.monotonic()
+            self.suspicion.cleared()
         self.emitted_at_failure = len(self.turn.emitted)
-        self.failures += 1
+        self.failures += failure.inside
         self.failures_in_all += 1
         self.lost += failure.blameless
         if failure.inside:
-            self.present.append((engine, engine.lives))
+            self.suspicion.failed(engine)
         self.avoid = frozenset() if failure.blameless else frozenset({engine.name})
         self.shared.metrics.failed_over(engine.name)
         _log.info("a request goes on after %d tokens: %s", len(self.turn.emitted), failure)
-        if self.failures >= _MAX_FAILURES or self.failures_in_all >= _MAX_FAILURES_IN_ALL:
+        late = time.monotonic() - self.progress_at > _NO_PROGRESS_S
+        if late or self.failures >= _MAX_FAILURES or self.failures_in_all >= _MAX_FAILURES_IN_ALL:
             message = f"the request failed {self.failures_in_all} times, last on {engine.name}: {failure}"
             raise ApiError(502, message, "server_error")
-        backoff = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2**self.failures) * random.random()  # noqa: S311 - jitter
+        backoff = min(_LONGEST_BACKOFF_S, _BACKOFF_S * 2 ** min(self.failures + 1, 10)) * random.random()  # noqa: S311 - jitter
         await asyncio.sleep(backoff + self.shared.budget.wait_s(time.monotonic()))
-        await self._judge()
-
-    async def _judge(self) -> None:
-        """Raises ApiError when engines die of this request: it is not walked through the fleet.
-
-        What looks like a death may be no more than a lost connection; before a third engine is asked, it is waited for
-        until the probes know.
-        """
-        if len(self.present) < 2:
-            return
-        deadline = time.monotonic() + _CERTAIN_S
-        while True:
-            self.shared.quarantine.judge(self.body, sum(engine.has_died_since(life) for engine, life in self.present))
-            if time.monotonic() > deadline:
-                return
-            await asyncio.sleep(0.02)
+        await self.suspicion.judge(self.body)
 
     def _classified(self, engine: Engine, failure: Unreachable | EngineError) -> Exception:
         """What a failed call means: try elsewhere, or tell the client."""
@@ -370,7 +364,7 @@ class Relay:
             engine.prefill_s.failed()
             engine.token_s.failed()
             return _Failed(engine, str(failure), inside=failure.begun)
-        if failure.status in _RETRYABLE:
+        if failure.status in _RETRYABLE and not isinstance(failure, CannotResume):
             if not failure.kv_lost:
                 engine.breaker.failed(now)
                 engine.token_s.failed()

@@ -24,6 +24,7 @@ _END = b"\n\n"
 _GOES_ON = b'"finish_reason":null'
 _IDS = b'"token_ids":['
 _PROMPT_IDS = b'"prompt_token_ids"'
+_PROMPT_LIST = b'"prompt_token_ids":['
 _IDS_OF = re.compile(rb'"token_ids":\[([\d,]*)\]')
 _HIDDEN = re.compile(rb',"(?:prompt_)?token_ids":(?:null|\[[\d,]*\])')
 # Reads kept before their token ids are decoded.
@@ -70,7 +71,8 @@ class EventReader:
                 self._rest = self._incomplete(data)
                 continue
             self._rest = data[end:]
-            ordinary = self._ordinary(data, end) if self._passes else 0
+            # The prompt's ids come once, with the first token, and a continuation may need them.
+            ordinary = self._ordinary(data, end) if self._passes and _PROMPT_LIST not in data else 0
             if ordinary:
                 data, tail = data[:ordinary], data[ordinary:end]
                 await self._sink.pass_on(self._noted(data, data.count(_END)))

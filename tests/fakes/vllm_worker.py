@@ -1,0 +1,113 @@
+"""A vLLM worker to put behind a real proxy: real sockets, its own process, no model. The prompt says how it behaves.
+
+    python vllm_worker.py PORT
+
+"poison": dies. "stall": three tokens, then silence. "slow": 30 ms a token. "busy": refuses. Anything else: at once.
+Tokens are 0, 1, 2 ... by position, so that a continuation can be told from a repetition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+
+STATS = {"requests": 0, "open": 0, "headers": {}}
+
+
+def usage(prompt: int, tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+
+
+def choice(token: int, last: bool, **more: object) -> dict[str, object]:
+    reason = "length" if last else None
+    return {"index": 0, "text": f" {token}", "logprobs": None, "finish_reason": reason, "token_ids": [token], **more}
+
+
+async def answer(body: dict[str, object], writer: asyncio.StreamWriter) -> None:
+    prompt, count = body["prompt"], int(str(body.get("max_tokens", 16)))
+    words = prompt if isinstance(prompt, str) else "resumed"
+    if "poison" in words:
+        os._exit(1)
+    if "busy" in words:
+        return whole(writer, {"error": {"message": "busy", "type": "server_error"}}, "503 Service Unavailable")
+    params = body.get("kv_transfer_params")
+    if isinstance(params, dict) and params.get("do_remote_decode"):
+        held = {"do_remote_prefill": True, "remote_block_ids": [1], "remote_host": "h", "remote_port": 1}
+        return whole(writer, {"choices": [choice(0, True)], "usage": usage(3, 1), "kv_transfer_params": held})
+    first = 0 if isinstance(prompt, str) else len(prompt) - 3
+    if not body.get("stream"):
+        if "slow" in words:
+            await asyncio.sleep(0.03 * count)
+        text = "".join(f" {n}" for n in range(first, first + count))
+        reply = {"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}
+        return whole(writer, {"id": "cmpl-x", "choices": [reply], "usage": usage(3, count)})
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+    for n in range(count):
+        if "stall" in words and n == 3:
+            await asyncio.sleep(3600)
+        prompt_ids = {"prompt_token_ids": [7, 7, 7]} if n == 0 else {}
+        event(writer, {"choices": [choice(first + n, n == count - 1, **prompt_ids)]})
+        await writer.drain()
+        if "slow" in words:
+            await asyncio.sleep(0.03)
+    event(writer, {"choices": [], "usage": usage(3, count)})
+    part(writer, b"data: [DONE]\n\n")
+    writer.write(b"0\r\n\r\n")
+    return None
+
+
+def event(writer: asyncio.StreamWriter, found: dict[str, object]) -> None:
+    outer = {"id": "cmpl-x", "object": "text_completion", "created": 1, "model": "m"}
+    part(writer, b"data: " + json.dumps({**outer, **found}, separators=(",", ":")).encode() + b"\n\n")
+
+
+def part(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+def whole(writer: asyncio.StreamWriter, found: object, status: str = "200 OK") -> None:
+    data = json.dumps(found, separators=(",", ":")).encode()
+    writer.write(f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\n".encode())
+    writer.write(f"content-length: {len(data)}\r\n\r\n".encode() + data)
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while True:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])}
+            raw = await reader.readexactly(int(headers.get("content-length", 0)))
+            if head[0].startswith("GET /stats"):
+                whole(writer, STATS)
+            elif head[0].startswith("POST"):
+                STATS["requests"] += 1
+                STATS["headers"] = headers
+                STATS["open"] += 1
+                watch = asyncio.ensure_future(reader.read(1))
+                work = asyncio.ensure_future(answer(json.loads(raw), writer))
+                await asyncio.wait({watch, work}, return_when=asyncio.FIRST_COMPLETED)
+                STATS["open"] -= 1
+                if not work.done() or work.exception():
+                    work.cancel()
+                    return
+                await writer.drain()
+                data = await watch
+                if not data:
+                    return
+                reader._buffer[:0] = data
+            else:
+                whole(writer, {"ok": True})
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+
+
+async def main() -> None:
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+
+
+asyncio.run(main())
