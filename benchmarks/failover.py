@@ -73,7 +73,7 @@ class Load:
                 self.expected.append(text)
 
     def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False, headers=self.headers)
+        return httpx.AsyncClient(base_url=self.url, timeout=600, trust_env=False, headers=self.headers)
 
     async def stream(self, client: httpx.AsyncClient, number: int) -> tuple[str, str | None, list[float]]:
         """Text, why it failed, and when its parts came."""

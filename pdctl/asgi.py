@@ -79,6 +79,8 @@ async def respond_error(send: Send, failure: ApiError, extra: list[tuple[bytes, 
     more = list(extra or [])
     if failure.retry_after is not None:
         more.append((b"retry-after", str(failure.retry_after).encode()))
+    if failure.allow is not None:
+        more.append((b"allow", failure.allow.encode()))
     await respond(send, failure.status, failure.body(), more)
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 
 class ApiError(Exception):
-    """An answer other than 200. `kind` is OpenAI's error type; `retry_after` in seconds."""
+    """An answer other than 200. `kind` is OpenAI's error type; `retry_after` in seconds; `allow`: methods, with 405."""
 
     def __init__(
         self,
@@ -20,6 +20,7 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -27,6 +28,7 @@ class ApiError(Exception):
         self.kind = kind
         self.param = param
         self.retry_after = retry_after
+        self.allow = allow
 
     def body(self) -> bytes:
         """OpenAI's error envelope."""

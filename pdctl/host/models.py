@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # The folder name carries the recipe's version: a changed conversion never reuses an old result.
-SAMPLES = {"gemma-3-270m": "gemma-3-270m-r1", "tiny-qwen3": "tiny-qwen3-r1", "tiny-chat": "tiny-chat-r1"}
+SAMPLES = {"gemma-3-270m": "gemma-3-270m-r1", "tiny-qwen3": "tiny-qwen3-r1", "tiny-chat": "tiny-chat-r2"}
 SAMPLE_PREFIX = "sample:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

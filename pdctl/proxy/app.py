@@ -66,6 +66,7 @@ class Surface:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
+            Route("/metrics/vllm", self._metrics),
             Route("/openapi.json", self._openapi),
         ]
 
@@ -134,9 +135,12 @@ class Surface:
         missing = [engine.name for engine in self._shared.pool.engines if not engine.usable(now)]
         return _json(503 if missing else 200, {"ready": not missing, "missing": missing})
 
-    async def _metrics(self, _: Request) -> Response:
+    async def _metrics(self, request: Request) -> Response:
         shared, gate = self._shared, self._generator.gate
-        text = shared.metrics.render(shared.pool, gate.waiting, shared.quarantine.count, shared.releases.failed)
+        as_vllm = request.url.path.endswith("/vllm")
+        text = shared.metrics.render(
+            shared.pool, gate.waiting, shared.quarantine.count, shared.releases.failed, as_vllm
+        )
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, _: Request) -> Response:

@@ -57,7 +57,7 @@ class Generator:
         job = _Job(self, scope["path"], chat, headers, request_id)
         try:
             if scope["method"] != "POST":
-                raise ApiError(405, f"{scope['path']} takes POST")
+                raise ApiError(405, f"{scope['path']} takes POST", allow="POST")
             job.key = self.keys.name_of(headers.get(b"authorization", b""))
             request = await job.read(receive)
         except ApiError as failure:

@@ -1,6 +1,7 @@
 """What the proxy counts, and how Prometheus is told. Times in seconds.
 
-docs/metrics.md lists every name. The vllm: names are there for dashboards made for vLLM, where the meaning is the same.
+docs/metrics.md lists every name. Dashboards made for vLLM find its names, where the meaning is the same, at an address
+of their own: Prometheus' linter refuses their colons.
 """
 
 from __future__ import annotations
@@ -129,8 +130,10 @@ class Metrics:
         if self.folder is not None:
             self.tally.save(self.folder / f"{self.worker}.json")
 
-    def render(self, pool: EnginePool, waiting: int, quarantined: int, release_failures: int) -> bytes:
-        """Prometheus text, of all workers together where there are several."""
+    def render(
+        self, pool: EnginePool, waiting: int, quarantined: int, release_failures: int, as_vllm: bool = False
+    ) -> bytes:
+        """Prometheus text, of all workers together where there are several; `as_vllm`: under vLLM's names."""
         self.tally.counters["quarantined", ()] = float(quarantined)
         self.tally.counters["release_failures", ()] = float(release_failures)
         tally = self.tally
@@ -138,45 +141,29 @@ class Metrics:
             ours = self.folder / f"{self.worker}.json"
             tally = tally.with_others(path for path in self.folder.glob("*.json") if path != ours)
         registry = CollectorRegistry()
-        registry.register(_Exposition(self.model, tally, pool, waiting))
+        registry.register(_AsVllm(self.model, tally, pool, waiting) if as_vllm else _Native(tally, pool, waiting))
         return generate_latest(registry)
 
 
-class _Exposition(Collector):
-    """One scrape."""
+class _Native(Collector):
+    """One scrape under our own names."""
 
-    def __init__(self, model: str, tally: Tally, pool: EnginePool, waiting: int) -> None:
-        self._model = model
+    def __init__(self, tally: Tally, pool: EnginePool, waiting: int) -> None:
         self._tally = tally
         self._pool = pool
         self._waiting = waiting
 
     def collect(self) -> Iterator[Metric]:
         """Everything."""
-        yield from self._counters()
-        yield from self._histograms()
-        yield from self._engines()
-        yield from self._now()
-
-    def _counters(self) -> Iterator[Metric]:
         for short, (name, about, labels) in _COUNTERS.items():
-            found = {key: value for (counter, key), value in self._tally.counters.items() if counter == short}
-            if not labels:
-                found.setdefault((), 0.0)
             family = CounterMetricFamily(name, about, labels=labels)
-            for key, value in sorted(found.items()):
+            for key, value in sorted(_values(self._tally, short, bool(labels)).items()):
                 family.add_metric(key, value)
             yield family
-            if short in _AS_VLLM:
-                also = CounterMetricFamily(_AS_VLLM[short], about, labels=["model_name"])
-                also.add_metric([self._model], found[()])
-                yield also
-
-    def _histograms(self) -> Iterator[Metric]:
         for short, (name, about, _) in _HISTOGRAMS.items():
-            histogram = self._tally.histograms[short]
-            yield _family(name, about, [], [], histogram)
-            yield _family(_AS_VLLM[short], about, ["model_name"], [self._model], histogram)
+            yield _family(name, about, [], [], self._tally.histograms[short])
+        yield from self._engines()
+        yield GaugeMetricFamily("pdctl_proxy_waiting", "Requests that wait for admission", value=self._waiting)
 
     def _engines(self) -> Iterator[Metric]:
         gauges: dict[str, tuple[str, Callable[[Engine], float]]] = {
@@ -193,16 +180,38 @@ class _Exposition(Collector):
                 family.add_metric([engine.name], value_of(engine))
             yield family
 
-    def _now(self) -> Iterator[Metric]:
-        running = sum(len(engine.tickets) for engine in self._pool.engines)
-        yield GaugeMetricFamily("pdctl_proxy_waiting", "Requests that wait for admission", value=self._waiting)
+
+class _AsVllm(Collector):
+    """One scrape under vLLM's names, with its label."""
+
+    def __init__(self, model: str, tally: Tally, pool: EnginePool, waiting: int) -> None:
+        self._model = model
+        self._tally = tally
+        self._running = sum(len(engine.tickets) for engine in pool.engines)
+        self._waiting = waiting
+
+    def collect(self) -> Iterator[Metric]:
+        """What means the same there."""
+        labels, values = ["model_name"], [self._model]
+        for short, name in _AS_VLLM.items():
+            if short in _HISTOGRAMS:
+                yield _family(name, _HISTOGRAMS[short][1], labels, values, self._tally.histograms[short])
+            else:
+                family = CounterMetricFamily(name, _COUNTERS[short][1], labels=labels)
+                family.add_metric(values, _values(self._tally, short, labelled=False)[()])
+                yield family
         for name, about, value in (
-            ("vllm:num_requests_running", "Requests at engines", running),
+            ("vllm:num_requests_running", "Requests at engines", self._running),
             ("vllm:num_requests_waiting", "Requests that wait for admission", self._waiting),
         ):
-            family = GaugeMetricFamily(name, about, labels=["model_name"])
-            family.add_metric([self._model], value)
-            yield family
+            gauge = GaugeMetricFamily(name, about, labels=labels)
+            gauge.add_metric(values, value)
+            yield gauge
+
+
+def _values(tally: Tally, counter: str, labelled: bool) -> dict[tuple[str, ...], float]:
+    found = {labels: value for (name, labels), value in tally.counters.items() if name == counter}
+    return found if labelled else {(): 0.0, **found}
 
 
 def _family(name: str, about: str, labels: list[str], values: list[str], histogram: Histogram) -> Metric:

@@ -31,6 +31,7 @@ def description(model: str) -> Json:
             "/health": {"get": _open("Whether a request sent now would be answered", {"200": "Yes", "503": "No"})},
             "/ready": {"get": _open("Whether every engine can be used", {"200": "Yes", "503": "No"})},
             "/metrics": {"get": _text("Prometheus metrics")},
+            "/metrics/vllm": {"get": _text("Prometheus metrics under vLLM's names")},
         },
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -87,6 +88,29 @@ _ERROR: Json = {
 }
 
 
+def _number(low: float, high: float) -> Json:
+    return {"type": ["number", "null"], "minimum": low, "maximum": high}
+
+
+# What the builtin engine takes besides; engines of other kinds take more.
+_MORE: Json = {
+    "stop": {
+        "oneOf": [
+            {"type": ["string", "null"], "minLength": 1},
+            {"type": "array", "maxItems": 16, "items": {"type": "string", "minLength": 1}},
+        ]
+    },
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "repetition_penalty": _number(0.001, 100),
+    "min_p": _number(0, 1),
+    "top_k": {"type": ["integer", "null"], "minimum": -1, "maximum": 2**31},
+    "ignore_eos": {"type": ["boolean", "null"]},
+    "return_token_ids": {"type": ["boolean", "null"]},
+    "user": {"type": ["string", "null"]},
+}
+
+
 def _request(model: str, input_field: Json, required: list[str], limits: Json) -> Json:
     properties: Json = {
         **input_field,
@@ -96,10 +120,16 @@ def _request(model: str, input_field: Json, required: list[str], limits: Json) -
         "seed": {"type": ["integer", "null"], **_INT64},
         "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
         "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
-        "priority": {"type": ["integer", "null"], **_INT64, "description": "lower is served first"},
+        "priority": {
+            "type": ["integer", "null"],
+            "minimum": -(2**31),
+            "maximum": 2**31,
+            "description": "lower is served first",
+        },
+        **_MORE,
         **limits,
     }
-    return {"type": "object", "required": required, "properties": properties}
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
 
 
 def _error(about: str) -> Json:

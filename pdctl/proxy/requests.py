@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
 
@@ -39,7 +40,7 @@ class _Known(msgspec.Struct):
     return_token_ids: bool | None = None
     n: int | None = None
     best_of: int | None = None
-    priority: int | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None = None
 
 
 _decode_known = msgspec.json.Decoder(_Known).decode

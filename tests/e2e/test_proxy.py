@@ -269,7 +269,8 @@ def test_openapi_and_promtool(quiet: tuple[Service, list[Worker]]) -> None:
     described = service.client.get("/openapi.json").json()
     assert described["openapi"].startswith("3.1")
     metrics = service.client.get("/metrics").text
-    assert "vllm:time_to_first_token_seconds_bucket" in metrics
+    assert "pdctl_proxy_ttft_seconds_bucket" in metrics
+    assert "vllm:time_to_first_token_seconds_bucket" in service.client.get("/metrics/vllm").text
     import shutil
 
     if shutil.which("promtool"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -54,11 +55,13 @@ class Generator:
                     yield piece
             return
         deadline = max(60.0, 4 * self._identity.lease_s)
-        async with self._migrator.decoding(submit, request.hand_over, deadline) as (core_id, events):
+        async with self._migrator.decoding(submit, request.hand_over, deadline, request.stages) as (core_id, events):
             if first is not None:
                 yield piece
             submit = msgspec.structs.replace(submit, request_id=core_id)
+            brought = time.monotonic()
             async for piece in self._pieces(request, submit, events, text):
+                request.stages.setdefault("first_step", time.monotonic() - brought)
                 yield piece
 
     async def _pieces(

@@ -63,10 +63,13 @@ class Migrator:
         self._ended: OrderedDict[str, None] = OrderedDict()
 
     @asynccontextmanager
-    async def decoding(self, submit: Submit, given: HandOver, deadline_s: float) -> AsyncIterator[tuple[str, Inbox]]:
+    async def decoding(
+        self, submit: Submit, given: HandOver, deadline_s: float, stages: dict[str, float]
+    ) -> AsyncIterator[tuple[str, Inbox]]:
         """Enter when the KV is here, certified, and decoding has begun: the request's id in the core, and its events.
 
-        Raises KvLost. Leaving frees what the request holds here.
+        `stages` is told the seconds it took to be admitted and to bring the KV, and its bytes. Raises KvLost. Leaving
+        frees what the request holds here.
         """
         started = time.monotonic()
         run = self._taken(of_hand_over(given), submit.request_id)
@@ -74,7 +77,11 @@ class Migrator:
             async with self._core.request(msgspec.structs.replace(submit, request_id=run.core_id)) as events:
                 await self._bring(run, given.remote_num_tokens, deadline_s)
                 self.totals.hand_overs += 1
-                self.totals.hand_over_seconds += time.monotonic() - started
+                now = time.monotonic()
+                self.totals.hand_over_seconds += now - started
+                # Blocks that an offer had reserved were there before the request was.
+                admitted = max(started, run.reserved_at)
+                stages |= {"admission": admitted - started, "hand_over": now - admitted, "bytes": run.bytes}
                 yield run.core_id, events
         finally:
             self._end(given.lease_id)
@@ -200,7 +207,7 @@ class Migrator:
                 run.detail = detail or run.detail
                 await self._advance(run, event, tokens)
             case Reserved():
-                run.target_blocks = item.block_ids
+                run.target_blocks, run.reserved_at = item.block_ids, time.monotonic()
                 await self._advance(run, Event.RESERVED)
             case Pulled():
                 self._count(run, item)
@@ -272,6 +279,7 @@ class Migrator:
     def _count(self, run: _Run, pulled: Pulled) -> None:
         run.detail = pulled.error
         if not pulled.error:
+            run.bytes += pulled.bytes
             self.totals.bytes += pulled.bytes
             self.totals.seconds += pulled.seconds
             self.totals.pulls += 1
@@ -289,6 +297,8 @@ class _Run:
     state: Migration = field(default_factory=Migration)
     detail: str = ""
     target_blocks: list[int] = field(default_factory=list)
+    reserved_at: float = 0.0
+    bytes: int = 0
     early: bool = False
     wanted_until: float = float("inf")
     let_go: asyncio.Event = field(default_factory=asyncio.Event)

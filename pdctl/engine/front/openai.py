@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -112,7 +112,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 @dataclass(slots=True)
 class GenerationRequest:
-    """One checked request. `token_ids` is the prompt; `resume` are output tokens the client has already."""
+    """One checked request. `token_ids` is the prompt; `resume` are output tokens the client has already.
+
+    `stages`: seconds its hand-over took so far, by part, for whoever asks where the time went.
+    """
 
     request_id: str
     envelope: Envelope
@@ -129,6 +132,7 @@ class GenerationRequest:
     attempt: str = ""
     logprobs: int = -1
     tool_calls: ToolFormat = ToolFormat.NONE
+    stages: dict[str, float] = field(default_factory=dict)
 
 
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
@@ -148,10 +152,32 @@ def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
     return parsed
 
 
+def messages_of(messages: list[dict[str, object]]) -> list[dict[str, object]]:
+    """A chat's messages with their content as text, which is what templates take. Raises ApiError."""
+    found = []
+    for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            raise ApiError(400, f"messages[{number}] has no role", param="messages")
+        found.append({**message, "content": _text(message.get("content"), number)})
+    return found
+
+
+def _text(content: object, number: int) -> str | None:
+    """A string, nothing (beside tool calls), or text parts put together."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
+        message = f"messages[{number}].content must be a string or a list of text parts"
+        raise ApiError(400, message, param="messages")
+    return "".join(map(str, texts))
+
+
 def _check_numbers(body: CompletionBody | ChatBody) -> None:
     checks: list[tuple[str, float | None, float, float]] = [
         ("temperature", body.temperature, 0.0, 100.0),
-        ("top_p", body.top_p, 1e-9, 1.0),
+        ("top_p", body.top_p, 5e-324, 1.0),
         ("top_k", body.top_k, -1, 2**31),
         ("max_tokens", body.max_tokens, 1, 2**31),
         ("max_completion_tokens", getattr(body, "max_completion_tokens", None), 1, 2**31),

@@ -24,7 +24,7 @@ from pdctl.engine.front.output import Piece, chunk_choice, whole_choice
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import DONE, ApiError, Envelope, usage
-from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, HandOver
+from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TIMING_HEADER, HandOver
 
 
 class EngineService:
@@ -112,7 +112,9 @@ class EngineService:
 
     def _encode(self, body: openai.CompletionBody | openai.ChatBody, at: float) -> list[int]:
         if isinstance(body, openai.ChatBody):
-            return self.codec.encode_chat(body.messages, at, body.tools if body.tool_choice != "none" else None)
+            return self.codec.encode_chat(
+                openai.messages_of(body.messages), at, body.tools if body.tool_choice != "none" else None
+            )
         prompt = body.prompt
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             return self._encode(msgspec.structs.replace(body, prompt=prompt[0]), at)
@@ -151,12 +153,12 @@ class EngineService:
         try:
             asked = msgspec.json.decode(await request.body(), type=_Tokenize)
             if asked.messages is not None:
-                ids = self.codec.encode_chat(asked.messages, time.time())
+                ids = self.codec.encode_chat(openai.messages_of(asked.messages), time.time())
             elif asked.prompt is not None:
                 ids = self.codec.encode(asked.prompt)
             else:
                 raise ValueError("send a prompt, or messages")
-        except (msgspec.DecodeError, UnicodeDecodeError, NoChatTemplate, ValueError) as failure:
+        except (msgspec.DecodeError, UnicodeDecodeError, NoChatTemplate, ApiError, ValueError) as failure:
             return refusal(ApiError(400, str(failure)))
         ready = self.core.ready
         found = {"count": len(ids), "max_model_len": ready.max_model_len if ready else None, "tokens": ids}
@@ -165,7 +167,7 @@ class EngineService:
     async def _detokenize(self, request: Request) -> Response:
         try:
             asked = msgspec.json.decode(await request.body(), type=_Detokenize)
-            text = self.codec.decode(asked.tokens)
+            text = self.codec.decode([int(token) for token in asked.tokens if float(token).is_integer()])
         except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, ValueError) as failure:
             return refusal(ApiError(400, str(failure)))
         return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
@@ -177,7 +179,7 @@ class _Tokenize(msgspec.Struct):
 
 
 class _Detokenize(msgspec.Struct):
-    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+    tokens: list[Annotated[float, msgspec.Meta(ge=0, lt=2**31)]]  # JSON knows one kind of number
 
 
 class _Generate:
@@ -210,7 +212,7 @@ class _Generate:
         extra: dict[str, object] = {"kv_transfer_params": held} if held else {}
         counts = _usage(request, len(token_ids))
         choice = whole_choice(pieces, self._chat)
-        await asgi.respond(send, 200, request.envelope.body([choice], counts, extra, token_ids))
+        await asgi.respond(send, 200, request.envelope.body([choice], counts, extra, token_ids), _timed(request))
 
     async def _stream(self, request: GenerationRequest, send: Send) -> None:
         started = False
@@ -218,7 +220,7 @@ class _Generate:
         try:
             async for piece in self._service.generator.run(request):
                 if not started:
-                    await asgi.start_stream(send)
+                    await asgi.start_stream(send, _timed(request))
                 count += len(piece.token_ids)
                 first = not started and not request.resume
                 event = request.envelope.event(0, chunk_choice(piece, self._chat, first), piece.token_ids)
@@ -231,6 +233,14 @@ class _Generate:
                 await asgi.send_part(send, b"data: " + error.body() + b"\n\n", last=True)
             else:
                 await asgi.respond_error(send, error)
+
+
+def _timed(request: GenerationRequest) -> list[tuple[bytes, bytes]]:
+    """What bringing the KV took, as a header for the proxy."""
+    if not request.stages:
+        return []
+    said = ",".join(f"{name}={value:.6g}" for name, value in request.stages.items())
+    return [(TIMING_HEADER.encode(), said.encode())]
 
 
 def _tail(request: GenerationRequest, count: int) -> bytes:
