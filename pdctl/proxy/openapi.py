@@ -47,7 +47,7 @@ def description(model: str) -> Json:
                 },
                 "DetokenizeRequest": {
                     "type": "object", "required": ["tokens"],
-                    "properties": {"tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}}},
+                    "properties": {"tokens": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}},
                 },
             },
         },
@@ -118,7 +118,7 @@ def _request(model: str, input_field: Json, required: list[str], limits: Json) -
         "stream": {"type": ["boolean", "null"]},
         "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_LEGS},
         "seed": {"type": ["integer", "null"], **_INT64},
-        "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
+        "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 100},
         "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
         "priority": {
             "type": ["integer", "null"],

@@ -167,7 +167,7 @@ class EngineService:
     async def _detokenize(self, request: Request) -> Response:
         try:
             asked = msgspec.json.decode(await request.body(), type=_Detokenize)
-            text = self.codec.decode([int(token) for token in asked.tokens if float(token).is_integer()])
+            text = self.codec.decode(asked.tokens)
         except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, ValueError) as failure:
             return refusal(ApiError(400, str(failure)))
         return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
@@ -179,7 +179,7 @@ class _Tokenize(msgspec.Struct):
 
 
 class _Detokenize(msgspec.Struct):
-    tokens: list[Annotated[float, msgspec.Meta(ge=0, lt=2**31)]]  # JSON knows one kind of number
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
 
 
 class _Generate:

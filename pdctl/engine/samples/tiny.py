@@ -59,7 +59,9 @@ _TEMPLATE = """\
 {%- if tools %}# Tools
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}{% endif -%}
-{%- for message in messages %}[{{ message.role }}] {{ message.content or '' }}{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}
+{%- for message in messages -%}
+[{{ message.role }}] {{ message.content or '' }}
+{%- if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}
 {% endfor -%}
 {%- if add_generation_prompt %}[assistant] {% endif -%}
 """
