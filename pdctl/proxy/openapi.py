@@ -47,7 +47,7 @@ def description(model: str) -> Json:
                 },
                 "DetokenizeRequest": {
                     "type": "object", "required": ["tokens"],
-                    "properties": {"tokens": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}},
+                    "properties": {"tokens": {"type": "array", "items": _TOKEN}},
                 },
             },
         },
@@ -55,20 +55,33 @@ def description(model: str) -> Json:
 
 
 _COUNT: Json = {"type": ["integer", "null"], "minimum": 1}
+_TOKEN: Json = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_TOKENS: Json = {"type": "array", "minItems": 1, "items": _TOKEN}
 _PROMPT: Json = {
-    "oneOf": [
+    "anyOf": [
         {"type": "string", "minLength": 1},
+        _TOKENS,
         {"type": "array", "minItems": 1, "maxItems": MAX_LEGS, "items": {"type": "string", "minLength": 1}},
+        {"type": "array", "minItems": 1, "maxItems": MAX_LEGS, "items": _TOKENS},
+    ]
+}
+_CONTENT: Json = {
+    "anyOf": [
+        {"type": ["string", "null"]},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["type", "text"],
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+            },
+        },
     ]
 }
 _MESSAGES: Json = {
     "type": "array",
     "minItems": 1,
-    "items": {
-        "type": "object",
-        "required": ["role", "content"],
-        "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}},
-    },
+    "items": {"type": "object", "required": ["role"], "properties": {"role": {"type": "string"}, "content": _CONTENT}},
 }
 _ERROR: Json = {
     "type": "object",
