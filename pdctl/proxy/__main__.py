@@ -41,6 +41,8 @@ from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV, ProxyC
 _DRAIN_S = 5
 # Longest wait in the admission queue where no target for the first token is enforced, seconds.
 _PATIENCE_S = 60.0
+# Where one is, the part of it that may be spent in the queue.
+_TTFT_PART = 0.7
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +113,8 @@ def _generator(config: ProxyConfig, worker: int) -> Generator:
     ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
     name = f"proxy-{worker}" if several else "proxy"
     metrics = Metrics(config.model, ttft_s, tpot_s, run_dir / "metrics" if several else None, f"{name}.{epoch}")
-    admission = Admission(config.max_queue, ttft_s if by_slo else _PATIENCE_S, ttft_s, tpot_s, by_slo)
+    patience_s = _TTFT_PART * ttft_s if by_slo else _PATIENCE_S
+    admission = Admission(config.max_queue, patience_s, ttft_s, tpot_s, by_slo)
     spans: Spans = OtlpSpans(config.otlp_endpoint, f"pdctl/{config.service}") if config.otlp_endpoint else NO_SPANS
     shared = Shared(
         pool=pool,

@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 _MAX_FAILURES = 8
 _MAX_FAILURES_IN_ALL = 100
 # How long a request may meet failures without a new token, seconds.
-_NO_PROGRESS_S = 180.0
+_NO_PROGRESS_S = 300.0
 # Hand-overs one request may lose before one engine computes it alone.
 _MAX_LOST = 2
 # How long a request waits for an engine to come back, and for a silent engine, seconds.
