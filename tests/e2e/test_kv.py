@@ -255,7 +255,7 @@ def test_network_transports_carry_the_same_tokens(run: Run, expected: list[int],
         assert (link["transport"], link["protocol"]) == (backend, "tcp")
         assert "RDMA was asked for" in link["fallback"]
         assert "FALLBACK" in run.cli("status").stdout
-        assert link["pulls"] >= 7, "chunk by chunk here too"
+        assert link["pulls"] >= 2, "chunk by chunk here too; how many come in one read is a matter of speed"
         service.idle()
 
 
