@@ -81,7 +81,7 @@ class _Connection(asyncio.Protocol):
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as failure:
             self.fail(f"{self.peer} does not speak HTTP: {failure}")
-        if self.tap is not None and self._waiter is not None and self._chunks and not self.complete:
+        if self.tap is not None and self._waiter is not None and self._chunks and not (self.complete or self._paused):
             taken = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
             if at := self.tap(taken):
                 self._chunks.clear()
@@ -308,8 +308,12 @@ class Pool:
 
     def give_back(self, connection: _Connection) -> None:
         """Keep a connection whose answer was read to its end; cut any other."""
+        now = time.monotonic()
+        connection.tap = None
+        while self._idle and (self._idle[0].closed or now - self._idle[0].idle_since > _IDLE_S):
+            self._idle.popleft().abort()
         if connection.reusable and len(self._idle) < _MAX_IDLE:
-            connection.idle_since = time.monotonic()
+            connection.idle_since = now
             self._idle.append(connection)
         else:
             connection.abort()

@@ -7,6 +7,7 @@ stands is derived from its output tokens, so a request that moved to another eng
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Grammars:
         self._compiler: xgrammar.GrammarCompiler | None = None
         self._compiled: dict[str, xgrammar.CompiledGrammar] = {}
         self._bitmask: torch.Tensor | None = None
+        self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     def prepare(self, grammar: str, then: Callable[[str], None]) -> None:
@@ -75,8 +77,7 @@ class Grammars:
         if not isinstance(guide, _Guide):
             grammar = sequence.sampling.grammar
             # Compiled before the sequence began, unless many others were since.
-            self._compile(grammar)
-            guide = _Guide(xgrammar.GrammarMatcher(self._compiled[grammar]), 0)
+            guide = _Guide(xgrammar.GrammarMatcher(self._compile(grammar)), 0)
             sequence.guide = guide
         for token_id in sequence.token_ids[sequence.prompt_len + guide.accepted :]:
             guide.accepted += 1
@@ -84,23 +85,27 @@ class Grammars:
                 guide.matcher.accept_token(token_id)
         return guide
 
-    def _compile(self, grammar: str) -> None:
-        if grammar in self._compiled:
-            return
+    def _compile(self, grammar: str) -> xgrammar.CompiledGrammar:
+        with self._lock:
+            found = self._compiled.get(grammar)
+            if found is None:
+                found = self._compiled_anew(grammar)
+                while len(self._compiled) >= _MAX_GRAMMARS:
+                    self._compiled.pop(next(iter(self._compiled)))
+                self._compiled[grammar] = found
+            return found
+
+    def _compiled_anew(self, grammar: str) -> xgrammar.CompiledGrammar:
         wanted = json.loads(grammar)
         compiler = self._compiler = self._compiler or self._new_compiler()
         try:
             if "regex" in wanted:
-                compiled = compiler.compile_regex(wanted["regex"])
-            elif wanted["json"] is True:
-                compiled = compiler.compile_builtin_json_grammar()
-            else:
-                compiled = compiler.compile_json_schema(json.dumps(wanted["json"]))
+                return compiler.compile_regex(wanted["regex"])
+            if wanted["json"] is True:
+                return compiler.compile_builtin_json_grammar()
+            return compiler.compile_json_schema(json.dumps(wanted["json"]))
         except (RuntimeError, ValueError) as failure:
             raise BadGrammar(str(failure).strip().splitlines()[0][:300]) from failure
-        while len(self._compiled) >= _MAX_GRAMMARS:
-            self._compiled.pop(next(iter(self._compiled)))
-        self._compiled[grammar] = compiled
 
     def _new_compiler(self) -> xgrammar.GrammarCompiler:
         import xgrammar
@@ -112,9 +117,9 @@ class Grammars:
         info = xgrammar.TokenizerInfo.from_huggingface(
             tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._stops
         )
-        return xgrammar.GrammarCompiler(info, max_threads=1)
+        return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
 
-def _reason(done: Future[None]) -> str:
+def _reason(done: Future[xgrammar.CompiledGrammar]) -> str:
     failure = done.exception()
     return "" if failure is None else f"the grammar cannot be compiled: {failure}"

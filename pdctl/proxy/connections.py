@@ -16,6 +16,8 @@ _HEAD_S = 15.0
 _BODY_S = 120.0
 # A connection kept without a request, seconds.
 _IDLE_S = 75.0
+# A client that has read nothing of what waits for it for this long has gone, seconds.
+_STUCK_S = 60.0
 _LOOK_S = 1.0
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\ncontent-length: 105\r\n"
@@ -36,6 +38,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.in_head = True
         self.receiving = True
         self.refused = False
+        self.stuck_since = 0.0
         self.header_bytes = 0
         self.idle_since = self.began_at
 
@@ -85,8 +88,20 @@ class BoundedProtocol(HttpToolsProtocol):
                 if self.transport.can_write_eof():
                     self.transport.write_eof()
 
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is written to."""
+        super().pause_writing()
+        self.stuck_since = time.monotonic()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        super().resume_writing()
+        self.stuck_since = 0.0
+
     def late(self, now: float) -> bool:
         """Whether its client takes too long to say what it wants, or has wanted nothing for long."""
+        if self.stuck_since and now - self.stuck_since > _STUCK_S:
+            return True
         if self.receiving:
             return now - self.began_at > (_HEAD_S if self.in_head else _BODY_S)
         return bool(self.cycle is None or self.cycle.response_complete) and now - self.idle_since > _IDLE_S

@@ -71,6 +71,9 @@ class Generator:
         assert task is not None
         connection: BoundedProtocol = scope["pdctl.connection"]
         connection.on_left = lambda: job.leave(task)
+        if not connection.pipeline:
+            # A large body paused reading, and without reading nobody learns that the client left.
+            connection.flow.resume_reading()
         try:
             await job.run(request, send)
         except asyncio.CancelledError:

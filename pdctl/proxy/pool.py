@@ -30,6 +30,8 @@ _WATCH_S = 0.1
 # An engine whose streams all wait is stuck after this many times its usual gap between tokens, and these bounds.
 _STALL_GAPS = 50
 _STALL_S = (5.0, 60.0)
+# Calls that fail within this time failed together, seconds.
+_ONE_FAILURE_S = 1.0
 # Hand-overs lost in a row after which a pair is not used for a while, seconds.
 _PAIR_LOSSES = 3
 _PAIR_PAUSE_S = 5.0
@@ -72,7 +74,7 @@ class Engine:
     gap_s: float = 0.0
     misses: int = 0
     lives: int = 0
-    crowd: tuple[int, int] = (-1, 0)
+    crowd: tuple[float, int] = (0.0, 0)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -117,8 +119,9 @@ class Engine:
 
     def others_at_failure(self) -> int:
         """Other calls that were here when the process failed, as the first one to have ended saw it."""
-        if self.crowd[0] != self.lives:
-            self.crowd = (self.lives, len(self.tickets))
+        now = time.monotonic()
+        if now - self.crowd[0] > _ONE_FAILURE_S:
+            self.crowd = (now, len(self.tickets))
         return self.crowd[1]
 
     def has_died_since(self, life: int) -> bool:

@@ -334,7 +334,8 @@ class Relay:
     async def _failed(self, failure: _Failed) -> None:
         """Decide whether to go on elsewhere. Raises ApiError when enough has failed."""
         engine = failure.engine
-        if len(self.turn.emitted) > self.emitted_at_failure:
+        # One token is prefill's: a request that kills every decode engine gets no further.
+        if len(self.turn.emitted) > self.emitted_at_failure + 1:
             self.failures = 0
             self.progress_at = time.monotonic()
             self.suspicion.cleared()

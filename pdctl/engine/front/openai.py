@@ -260,7 +260,7 @@ def _logprobs(body: CompletionBody | ChatBody) -> int:
 def _biases(given: dict[str, float], vocab_size: int) -> dict[int, float]:
     found = {}
     for word, bias in given.items():
-        if not word.isdecimal() or int(word) >= vocab_size or not -100 <= bias <= 100:
+        if not word.isdecimal() or len(word) > 10 or int(word) >= vocab_size or not -100 <= bias <= 100:
             message = f"logit_bias maps token ids from 0 to {vocab_size - 1} to numbers from -100 to 100"
             raise ApiError(400, message, param="logit_bias")
         found[int(word)] = bias

@@ -196,6 +196,10 @@ class _Generate:
         except ApiError as failure:
             await asgi.respond_error(send, failure)
             return
+        except (RecursionError, ValueError, OverflowError) as failure:
+            # Of the client's making, as all of it is: not for another engine to try.
+            await asgi.respond_error(send, ApiError(400, f"the request cannot be read: {failure}"))
+            return
         answer = self._stream if request.stream else self._whole
         await asgi.while_connected(receive, lambda: answer(request, send))
 
