@@ -60,6 +60,7 @@ class Turn:
     """What a dialect needs to know of a request at this moment. `emitted`: output tokens the client has.
 
     `prompt_ids`: the prompt as the engine tokenized it, where it said so; dialects that resume by tokens need it.
+    `is_held_back`: the last token came without text, which is in the next one's, or in none.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Turn:
     fields: Fields
     emitted: list[int] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
+    is_held_back: bool = False
 
 
 class Call(NamedTuple):
@@ -136,10 +138,11 @@ class CannotResume(EngineError):
 class Dialect(Protocol):
     """The serving side of an engine kind: bodies out, answers in. No I/O.
 
-    `probe_path` is asked for the engine's condition.
+    `probe_path` is asked for the engine's condition; `keys_by_request_id`: no two calls may have the same x-request-id.
     """
 
     probe_path: str
+    keys_by_request_id: bool
 
     def client_ready(self, turn: Turn) -> bool:
         """Whether a stream's events may go to clients as they are, but for token ids."""
@@ -151,6 +154,10 @@ class Dialect(Protocol):
 
     def decode_call(self, turn: Turn, hand_over: bytes | None, stream: bool) -> Call:
         """Ask for the rest, from `hand_over` where given. Raises CannotResume."""
+        ...
+
+    def ending(self, turn: Turn) -> Choice | None:
+        """The last choice where the client has all the tokens and only the end was lost; None to ask an engine."""
         ...
 
     def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:

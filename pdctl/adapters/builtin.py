@@ -123,6 +123,7 @@ class BuiltinDialect:
     """Bodies and answers of the builtin engine."""
 
     probe_path = "/pdctl/v1/state"
+    keys_by_request_id = False
 
     def client_ready(self, turn: Turn) -> bool:
         """See Dialect.client_ready. Id and time of its events are those the proxy gives."""
@@ -144,6 +145,10 @@ class BuiltinDialect:
         if hand_over is not None:
             extra["kv_transfer_params"] = msgspec.Raw(hand_over)
         return Call(turn.path, _encode({**turn.fields, **extra, **_resume(turn)}))
+
+    def ending(self, turn: Turn) -> Choice | None:
+        """See Dialect.ending. The engine does that itself, with the text it may have held back."""
+        return None
 
     def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:
         """See Dialect.parse_prefill."""

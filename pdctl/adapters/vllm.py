@@ -3,8 +3,9 @@
 Prefill is asked for one token, which is thrown away, and answers with `kv_transfer_params` that go to decode as they
 are. vLLM has no way to resume: after a failure the prompt and the tokens so far are sent to /v1/completions as token
 ids, which goes on exactly where sampling is greedy. Its seeds are not bound to positions, so a seeded request that was
-cut goes on with other draws than it would have made. What cannot be continued so is refused, never guessed: chats with
-tools or logprobs, guided output.
+cut goes on with other draws than it would have made. What cannot be continued so is refused, never guessed: tools,
+logprobs, guided output, stop strings (their beginning may be held back), presence and frequency penalties (they look at
+the output alone, which is prompt then), and an answer cut within a character.
 """
 
 from __future__ import annotations
@@ -33,8 +34,13 @@ _SAMPLING = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "skip_special_tokens",
     "include_stop_str_in_output", "spaces_between_special_tokens",
 )  # fmt: skip
-_GUIDES = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
-_CHAT_ONLY = ("tools", "logprobs", "top_logprobs", *_GUIDES)
+# Fields with which a request cannot go on, unless they say nothing.
+_NOT_CONTINUED = (
+    "tools", "logprobs", "top_logprobs", "stop", "presence_penalty", "frequency_penalty", "echo", "suffix",
+    "prompt_logprobs", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "structured_outputs",
+)  # fmt: skip
+_SAYS_NOTHING = (b"null", b"[]", b'""', b"false", b"0.0")
 
 
 class _Choice(msgspec.Struct):
@@ -82,6 +88,7 @@ class VllmDialect:
     """Bodies and answers of vLLM."""
 
     probe_path = "/health"
+    keys_by_request_id = True
 
     def client_ready(self, turn: Turn) -> bool:
         """See Dialect.client_ready. A continuation is another request to it, with other envelopes."""
@@ -102,6 +109,15 @@ class VllmDialect:
         if hand_over is not None:
             extra["kv_transfer_params"] = msgspec.Raw(hand_over)
         return Call(path, _encode({**fields, **extra}))
+
+    def ending(self, turn: Turn) -> Choice | None:
+        """See Dialect.ending."""
+        if len(turn.emitted) < (_limit(turn) or len(turn.emitted) + 1):
+            return None
+        reason = msgspec.Raw(b'"length"')
+        return {"delta": msgspec.Raw(b"{}"), "finish_reason": reason} if turn.chat else {
+            "text": msgspec.Raw(b'""'), "logprobs": msgspec.Raw(b"null"), "finish_reason": reason,
+        }  # fmt: skip
 
     def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:
         """See Dialect.parse_prefill. Its token is thrown away: decode samples it again from the same logits."""
@@ -161,16 +177,32 @@ def _continued(turn: Turn) -> tuple[str, Fields]:
         return turn.path, turn.fields
     if not turn.prompt_ids:
         raise CannotResume("the engine did not tell its prompt's token ids: vLLM 0.10.2 or later does")
-    refused = _CHAT_ONLY if turn.chat else _GUIDES
-    if found := next((name for name in refused if name in turn.fields), None):
+    if found := next((name for name in _NOT_CONTINUED if _says(turn.fields, name)), None):
         raise CannotResume(f"a vLLM request with {found} cannot go on after its engine failed")
-    fields = {name: turn.fields[name] for name in _SAMPLING if name in turn.fields} if turn.chat else turn.fields
-    count = len(turn.emitted)
-    for name, default in (("max_tokens", None), ("min_tokens", 0)):
-        limit = _number(turn.fields, name) or (_number(turn.fields, "max_completion_tokens") if default is None else 0)
-        if limit:
-            fields = {**fields, name: max(1 if default is None else 0, limit - count)}
+    if turn.is_held_back:
+        raise CannotResume("the engine failed within a character, and vLLM cannot go on from there")
+    fields = {name: turn.fields[name] for name in _SAMPLING if name in turn.fields}
+    count, limit, least = len(turn.emitted), _limit(turn), _number(turn.fields, "min_tokens")
+    if limit:
+        assert limit > count, "an answer that is whole asks for nothing more"
+        fields["max_tokens"] = limit - count
+    if least:
+        fields["min_tokens"] = max(0, least - count)
     return "/v1/completions", {**fields, "prompt": [*turn.prompt_ids, *turn.emitted]}
+
+
+def _says(fields: Fields, name: str) -> bool:
+    value = fields.get(name)
+    if not isinstance(value, msgspec.Raw):
+        return value is not None
+    said = bytes(value)
+    return said not in _SAYS_NOTHING and not (said == b"0" and name.endswith("penalty"))
+
+
+def _limit(turn: Turn) -> int | None:
+    """Output tokens at most; completions have OpenAI's default of 16."""
+    found = _number(turn.fields, "max_completion_tokens") or _number(turn.fields, "max_tokens")
+    return found or (None if turn.chat else 16)
 
 
 def _number(fields: Fields, name: str) -> int | None:

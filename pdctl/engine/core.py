@@ -94,7 +94,8 @@ class Core:
         assert self.puller is not None
         if isinstance(message, Submit) and message.sampling.grammar:
             self._compiling.add(message.request_id)
-            self.runner.grammars.prepare(message.sampling.grammar, partial(self._compiled, message))
+            is_wanted = partial(self._compiling.__contains__, message.request_id)
+            self.runner.grammars.prepare(message.sampling.grammar, is_wanted, partial(self._compiled, message))
         elif isinstance(message, Connect):
             self.puller.submit(message)
         elif not isinstance(message, Pull):

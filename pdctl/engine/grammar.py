@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from pdctl.engine.compilers import BadGrammar, Compilers
 from pdctl.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 # Compiled grammars kept.
 _MAX_GRAMMARS = 64
-
-
-class BadGrammar(ValueError):
-    """What the client asked for cannot be compiled, with the reason."""
 
 
 @dataclass(slots=True)
@@ -46,11 +43,11 @@ class Grammars:
         self._compiled: dict[str, xgrammar.CompiledGrammar] = {}
         self._bitmask: torch.Tensor | None = None
         self._lock = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compilers = Compilers()
 
-    def prepare(self, grammar: str, then: Callable[[str], None]) -> None:
+    def prepare(self, grammar: str, is_wanted: Callable[[], bool], then: Callable[[str], None]) -> None:
         """Compile in the background, then call `then` with "" or the reason why not."""
-        self._thread.submit(self._compile, grammar).add_done_callback(lambda done: then(_reason(done)))
+        self._compilers.submit(partial(self._compile, grammar), grammar, is_wanted, then)
 
     def mask(self, row: torch.Tensor, sequence: Sequence) -> None:
         """Rule out in `row` [vocab] what would break the sequence's grammar."""
@@ -88,12 +85,14 @@ class Grammars:
     def _compile(self, grammar: str) -> xgrammar.CompiledGrammar:
         with self._lock:
             found = self._compiled.get(grammar)
-            if found is None:
-                found = self._compiled_anew(grammar)
+        if found is None:
+            # Not under the lock: a step that needs another grammar does not wait for this one.
+            found = self._compiled_anew(grammar)
+            with self._lock:
                 while len(self._compiled) >= _MAX_GRAMMARS:
                     self._compiled.pop(next(iter(self._compiled)))
                 self._compiled[grammar] = found
-            return found
+        return found
 
     def _compiled_anew(self, grammar: str) -> xgrammar.CompiledGrammar:
         wanted = json.loads(grammar)
@@ -118,8 +117,3 @@ class Grammars:
             tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._stops
         )
         return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-
-
-def _reason(done: Future[xgrammar.CompiledGrammar]) -> str:
-    failure = done.exception()
-    return "" if failure is None else f"the grammar cannot be compiled: {failure}"

@@ -57,9 +57,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _shape(self, row: torch.Tensor, sequence: Sequence) -> None:
-        shape(row, sequence.sampling, sequence.token_ids, sequence.prompt_len, self.loaded.eos_token_ids)
         if sequence.sampling.grammar:
             self.grammars.mask(row, sequence)
+        shape(row, sequence.sampling, sequence.token_ids, sequence.prompt_len, self.loaded.eos_token_ids)
 
     def logits(self, batch: list[Slice], every_row: bool = False) -> torch.Tensor:
         """[sampling slices, vocab], or every row of the batch."""

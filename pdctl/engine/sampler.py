@@ -34,10 +34,16 @@ def shape(
     if output and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = torch.bincount(torch.tensor(output, device=row.device), minlength=row.numel())
         row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
-    for token_id, bias in sampling.logit_bias.items():
-        row[token_id] += bias
+    if sampling.logit_bias:
+        where = torch.tensor(list(sampling.logit_bias), device=row.device)
+        row.index_add_(0, where, torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device))
     if len(output) < sampling.min_tokens:
-        row[list(eos_token_ids)] = float("-inf")
+        ends = torch.tensor(sorted(eos_token_ids), device=row.device)
+        before = row[ends]
+        row[ends] = float("-inf")
+        if not row.isfinite().any():
+            # A grammar allows nothing but the end: it comes before the least length.
+            row[ends] = before
 
 
 def most_likely(row: torch.Tensor, token_id: int, count: int) -> Logprobs:
@@ -75,7 +81,9 @@ def kept_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor
 
     Top-k is applied first, then top-p over what is left, as transformers' logits warpers do; then min-p.
     """
-    scaled = logits.double() / sampling.temperature
+    # The largest is 0 after this: the division overflows to -inf at most, however small the temperature.
+    scaled = logits.double()
+    scaled = (scaled - scaled.max()) / sampling.temperature
     if 0 < sampling.top_k < scaled.numel():
         threshold = scaled.topk(sampling.top_k).values[-1]
         scaled = scaled.masked_fill(scaled < threshold, float("-inf"))

@@ -85,14 +85,10 @@ class Generator:
         finally:
             connection.on_left = None
 
-    def engine_headers(self, job: _Job, started: int, leg: int) -> bytes:
+    def engine_headers(self, job: _Job, started: int) -> bytes:
         """What an engine is told beside the body."""
-        # A name of its own for each leg: engines that key requests by it would take two for one.
-        name = f"{job.request_id}-{leg}" if leg else job.request_id
         trace = self.spans.header(job.trace, job.headers) if job.trace else job.passed_on
-        return b"%bx-request-id: %b\r\n%b: %d\r\n%b" % (
-            self._static, name.encode(), STARTED_HEADER.encode(), started, trace,
-        )  # fmt: skip
+        return b"%b%b: %d\r\n%b" % (self._static, STARTED_HEADER.encode(), started, trace)
 
 
 @dataclass(slots=True)
@@ -189,7 +185,9 @@ class _Job:
                     shared,
                     Turn(request.path, request.envelope.chat, fields),
                     sink,
-                    self.generator.engine_headers(self, started, number),
+                    # A name of its own for each leg: engines that key requests by it would take two for one.
+                    f"{self.request_id}-{number}" if number else self.request_id,
+                    self.generator.engine_headers(self, started),
                     size,
                     request.max_tokens,
                     request.body,

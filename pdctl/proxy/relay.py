@@ -45,6 +45,7 @@ _STALL_S = 120.0
 # An answer that takes so many times as long as expected is given up, but not before this, seconds.
 _TIMES_EXPECTED = 10.0
 _LEAST_PATIENCE_S = 5.0
+_LOOK_AT_SUSPECT_S = 0.1
 _BACKOFF_S = 0.02
 _LONGEST_BACKOFF_S = 1.0
 # An unstreamed answer of at most this many tokens is asked for whole: computing it again is cheaper than carrying it
@@ -88,8 +89,9 @@ class _Failed(Exception):
 class Relay:
     """One leg. `turn.emitted` are the output token ids the client has (or will be sent with the whole answer).
 
-    `headers`: ready-made lines for engines; `body`: the client's request, by which it is known in quarantine;
-    `pieces`: its prompt's prefixes; `whole`: the body of an answer that came in one piece, as clients get it.
+    `name`: what engines call it; `headers`: ready-made lines for them; `body`: the client's request, by which it is
+    known in quarantine; `pieces`: its prompt's prefixes; `whole`: the body of an answer that came in one piece, as
+    clients get it.
     """
 
     # Most requests change none of these: they cost nothing until they do.
@@ -108,6 +110,7 @@ class Relay:
         shared: Shared,
         turn: Turn,
         sink: Sink,
+        name: str,
         headers: bytes,
         size: float,
         max_tokens: int | None,
@@ -118,6 +121,7 @@ class Relay:
         self.shared = shared
         self.turn = turn
         self.sink = sink
+        self.name = name
         self.headers = headers
         self.size = size
         self.max_tokens = max_tokens
@@ -141,6 +145,10 @@ class Relay:
         engines = self.shared.pool.by_name
         prefill, decode = engines[pair.prefill], engines[pair.decode]
         self.timing.engines = (pair.prefill, pair.decode)
+        if self.turn.emitted and (end := prefill.dialect.ending(self.turn)) is not None:
+            await self.sink.add(end, [])
+            self.finished = True
+            return
         try:
             if pair.is_one or self.lost >= _MAX_LOST or self._one_token_left():
                 await self._decode(prefill, None)
@@ -191,8 +199,8 @@ class Relay:
         return done.hand_over
 
     async def _prefilled(self, engine: Engine, call: Call, attempt: str) -> Prefilled:
-        lines = b"%b%b: %b\r\n" % (self.headers, _ATTEMPT, attempt.encode())
-        exchange = engine.client.exchange("POST", call.path, engine.headers + lines, call.body)
+        lines = b"%b%b: %b\r\n" % (self._lines(engine), _ATTEMPT, attempt.encode())
+        exchange = engine.client.exchange("POST", call.path, lines, call.body)
         done = False
         engine.prompts.begin(self.size, time.monotonic())
         ticket = self._begin(engine, exchange, self._patience(engine, _PREFILL_S))
@@ -247,7 +255,7 @@ class Relay:
         self.shared.pool.publish(engine)
         try:
             call = engine.dialect.decode_call(self.turn, hand_over, not self._in_one_piece)
-            exchange = engine.client.exchange("POST", call.path, engine.headers + self.headers, call.body)
+            exchange = engine.client.exchange("POST", call.path, self._lines(engine), call.body)
             ticket = self._begin(engine, exchange, _FIRST_TOKEN_S if hand_over else self._patience(engine, _PREFILL_S))
             try:
                 await self._read(engine, exchange, ticket)
@@ -277,6 +285,8 @@ class Relay:
             return
         ticket.streaming, ticket.patience_s = True, _STALL_S
         reader = EventReader(engine, self.turn, self.sink, self.timing, self.shared.metrics)
+        if self.suspicion.holds_turn:
+            self._watch(reader, asyncio.get_running_loop())
         try:
             await reader.run(exchange)
         finally:
@@ -286,6 +296,18 @@ class Relay:
             self._paced(engine, reader)
 
     # -- parts ---------------------------------------------------------------------------------------------
+
+    def _lines(self, engine: Engine) -> bytes:
+        """Headers of a call to `engine`. Of two requests that clients gave one name some engines make one."""
+        name = f"{self.name}-{new_name()}" if engine.dialect.keys_by_request_id else self.name
+        return b"%b%bx-request-id: %b\r\n" % (engine.headers, self.headers, name.encode())
+
+    def _watch(self, reader: EventReader, loop: asyncio.AbstractEventLoop) -> None:
+        """A suspect that goes on like any other is none: the next one's turn comes before its stream ends."""
+        if reader.tokens > 1:
+            self.suspicion.cleared()
+        elif self.suspicion.holds_turn and not reader.finished:
+            loop.call_later(_LOOK_AT_SUSPECT_S, self._watch, reader, loop)
 
     @property
     def _in_one_piece(self) -> bool:

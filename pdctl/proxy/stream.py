@@ -13,7 +13,7 @@ import re
 import time
 from bisect import bisect_left
 
-from pdctl.adapters import EngineError, Turn
+from pdctl.adapters import Choice, EngineError, Turn
 from pdctl.lean_http import Exchange
 from pdctl.proxy.metrics import Metrics
 from pdctl.proxy.pool import Engine
@@ -120,6 +120,8 @@ class EventReader:
             for ids in _IDS_OF.findall(kept):
                 if ids:
                     self._turn.emitted.extend(map(int, ids.split(b",")))
+            last = kept[kept.rfind(_END, 0, -2) + 2 :]
+            self._turn.is_held_back = b'"text":""' in last or b'"content":""' in last
 
     def _incomplete(self, data: bytes) -> bytes:
         if len(data) > _MAX_EVENT:
@@ -162,6 +164,7 @@ class EventReader:
         if delta.token_ids:
             self._arrived(len(delta.token_ids))
         self._turn.emitted += delta.token_ids
+        self._turn.is_held_back = _is_silent(delta.choice)
         self.finished = self.finished or delta.finish_reason is not None
         await self._sink.add(delta.choice, delta.token_ids)
 
@@ -175,3 +178,9 @@ class EventReader:
         self._engine.heard_at = now
         self.tokens += tokens
         self._last_at = now
+
+
+def _is_silent(choice: Choice) -> bool:
+    """Whether a choice brings no text."""
+    said = bytes(choice.get("text", choice.get("delta", b"{}")))
+    return said in (b'""', b"{}") or b'"content":""' in said

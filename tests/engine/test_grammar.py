@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepared(grammars: Grammars, grammar: str) -> str:
     said: queue.Queue[str] = queue.Queue()
-    grammars.prepare(grammar, said.put)
+    grammars.prepare(grammar, lambda: True, said.put)
     return said.get(timeout=60)
 
 

@@ -92,3 +92,21 @@ def test_most_likely_tells_the_chosen_one_first() -> None:
     assert [token for token, _ in found] == [0, 1, 2]
     expected = torch.tensor([0.0, 2.0, 1.0]).log_softmax(-1)
     assert found[0][1] == pytest.approx(float(expected[0]))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-8])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    row = logits(4) * 100
+    assert sample(row[None], [(Sampling(1, temperature, seed=1), 3)]) == [int(row.argmax())]
+
+
+def test_a_grammar_that_must_end_ends_before_the_least_length() -> None:
+    row = torch.full((10,), float("-inf"))
+    row[7] = 1.0
+    shape(row, Sampling(5, min_tokens=3), [1, 2], 1, frozenset({7}))
+    assert int(row.argmax()) == 7
+    assert row.isfinite().sum() == 1
+    free = torch.zeros(10)
+    shape(free, Sampling(5, min_tokens=3), [1, 2], 1, frozenset({7}))
+    assert free[7] == float("-inf")
+    assert free.isfinite().sum() == 9

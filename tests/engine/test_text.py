@@ -95,3 +95,27 @@ def test_a_templates_clock_is_the_requests() -> None:
 def test_a_template_cannot_reach_python() -> None:
     with pytest.raises(ValueError, match="refuses"):
         render_chat("{{ ''.__class__.__mro__[1].__subclasses__() }}", [], {}, 0.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tail=st.lists(st.integers(0, 383), max_size=8), ids=st.lists(st.integers(0, 383), max_size=24))
+def test_any_bytes_at_all_make_text(codec: TextCodec, tail: list[int], ids: list[int]) -> None:
+    out = OutputText(codec.tokenizer, tail, ["zz"])
+    for token_id in ids:
+        out.push(token_id)
+    out.flush()
+
+
+def test_a_prompt_that_ends_within_a_character(codec: TextCodec) -> None:
+    head, *rest = codec.tokenizer.encode("€", add_special_tokens=False).ids
+    assert rest, "the sample's tokens are bytes"
+    out = OutputText(codec.tokenizer, [head], [])
+    shown = "".join(out.push(token_id)[0] for token_id in [*rest, *codec.tokenizer.encode("abc").ids]) + out.flush()
+    assert shown.endswith("abc")
+
+
+def test_a_text_far_beyond_the_context_is_refused_before_it_is_encoded(codec: TextCodec) -> None:
+    assert len(codec.encode("a" * 70_000)) > 1000
+    with pytest.raises(ValueError, match="context is 10 tokens"):
+        codec.encode("a" * 70_000, max_tokens=10)
+    assert codec.encode("a b c", max_tokens=1)

@@ -14,6 +14,9 @@ from pdctl.openai_api import ApiError, Envelope, field_of
 from pdctl.wire import HandOver, Port
 
 _MAX_STOPS = 16
+_MAX_BIASES = 1024
+# Characters of a schema, as JSON.
+_MAX_GRAMMAR = 65_536
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -258,6 +261,8 @@ def _logprobs(body: CompletionBody | ChatBody) -> int:
 
 
 def _biases(given: dict[str, float], vocab_size: int) -> dict[int, float]:
+    if len(given) > _MAX_BIASES:
+        raise ApiError(400, f"logit_bias takes up to {_MAX_BIASES} tokens; it has {len(given)}", param="logit_bias")
     found = {}
     for word, bias in given.items():
         if not word.isdecimal() or len(word) > 10 or int(word) >= vocab_size or not -100 <= bias <= 100:
@@ -280,7 +285,7 @@ def tool_format(body: CompletionBody | ChatBody) -> ToolFormat:
 def grammar_of(body: ChatBody) -> str:
     """What the output must match: a tool call where one is demanded, else the response format."""
     if tool_format(body) is ToolFormat.FORCED:
-        return json.dumps({"json": _call_schema(body)})
+        return _bounded(json.dumps({"json": _call_schema(body)}), "tools")
     return _format_grammar(body.response_format)
 
 
@@ -294,7 +299,13 @@ def _format_grammar(given: dict[str, object] | None) -> str:
     if kind != "json_schema" or not isinstance(wanted, dict) or not isinstance(wanted.get("schema"), dict):
         message = "response_format must be text, json_object, or json_schema with json_schema.schema"
         raise ApiError(400, message, param="response_format")
-    return json.dumps({"json": wanted["schema"]})
+    return _bounded(json.dumps({"json": wanted["schema"]}), "response_format")
+
+
+def _bounded(grammar: str, param: str) -> str:
+    if len(grammar) > _MAX_GRAMMAR:
+        raise ApiError(400, f"the schema is {len(grammar)} characters long; {_MAX_GRAMMAR} is the most", param=param)
+    return grammar
 
 
 def _call_schema(body: ChatBody) -> dict[str, object]:

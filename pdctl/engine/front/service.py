@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, TypeVar
 from uuid import uuid4
 
+import anyio
+import anyio.to_thread
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -22,9 +26,16 @@ from pdctl.engine.front.migrate import KvLost
 from pdctl.engine.front.openai import GenerationRequest, HoldRequest
 from pdctl.engine.front.output import Piece, chunk_choice, whole_choice
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
+from pdctl.engine.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import DONE, ApiError, Envelope, usage
 from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TIMING_HEADER, HandOver
+
+_T = TypeVar("_T")
+
+# Bodies of this many bytes take several milliseconds to be read and encoded; so many of them at once.
+_LARGE_BODY = 65_536
+_LARGE_AT_ONCE = 2
 
 
 class EngineService:
@@ -38,6 +49,7 @@ class EngineService:
         self.core = core
         self.control = control
         self.generator = generator
+        self._aside = anyio.CapacityLimiter(_LARGE_AT_ONCE)
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -66,7 +78,7 @@ class EngineService:
                 param="model",
             )
         began = self._clock(headers)
-        token_ids = self._prompt_ids(parsed, ready.vocab_size, began)
+        token_ids = self._prompt_ids(parsed, ready, began)
         hold, hand_over = self._internal_fields(parsed, headers)
         given = [*(parsed.resume_token_ids or []), *([hand_over.first_token_id] if hand_over else [])]
         if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
@@ -99,27 +111,27 @@ class EngineService:
         internal = self.control.is_internal(headers.get("authorization", ""))
         return float(given) if internal and given.isdecimal() else float(int(time.time()))
 
-    def _prompt_ids(self, body: openai.CompletionBody | openai.ChatBody, vocab_size: int, at: float) -> list[int]:
+    def _prompt_ids(self, body: openai.CompletionBody | openai.ChatBody, ready: Ready, at: float) -> list[int]:
+        name = "messages" if isinstance(body, openai.ChatBody) else "prompt"
         try:
-            ids = self._encode(body, at)
+            ids = self._encode(body, at, ready.max_model_len)
         except (NoChatTemplate, ValueError) as failure:
-            raise ApiError(400, str(failure), param="messages") from None
+            raise ApiError(400, str(failure), param=name) from None
         if not ids:
-            raise ApiError(400, "the prompt is empty", param="prompt")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            raise ApiError(400, f"prompt token ids must be from 0 to {vocab_size - 1}", param="prompt")
+            raise ApiError(400, "the prompt is empty", param=name)
+        if min(ids) < 0 or max(ids) >= ready.vocab_size:
+            raise ApiError(400, f"prompt token ids must be from 0 to {ready.vocab_size - 1}", param=name)
         return ids
 
-    def _encode(self, body: openai.CompletionBody | openai.ChatBody, at: float) -> list[int]:
+    def _encode(self, body: openai.CompletionBody | openai.ChatBody, at: float, max_tokens: int) -> list[int]:
         if isinstance(body, openai.ChatBody):
-            return self.codec.encode_chat(
-                openai.messages_of(body.messages), at, body.tools if body.tool_choice != "none" else None
-            )
+            tools = body.tools if body.tool_choice != "none" else None
+            return self.codec.encode_chat(openai.messages_of(body.messages), at, tools, max_tokens)
         prompt = body.prompt
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            return self._encode(msgspec.structs.replace(body, prompt=prompt[0]), at)
+            return self._encode(msgspec.structs.replace(body, prompt=prompt[0]), at, max_tokens)
         if isinstance(prompt, str):
-            return self.codec.encode(prompt)
+            return self.codec.encode(prompt, max_tokens)
         if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
             return [int(item) for item in prompt if isinstance(item, int)]
         raise ApiError(400, "send one prompt per request: a string or a list of token ids", param="prompt")
@@ -151,26 +163,38 @@ class EngineService:
 
     async def _tokenize(self, request: Request) -> Response:
         try:
-            asked = msgspec.json.decode(await request.body(), type=_Tokenize)
-            if asked.messages is not None:
-                ids = self.codec.encode_chat(openai.messages_of(asked.messages), time.time())
-            elif asked.prompt is not None:
-                ids = self.codec.encode(asked.prompt)
-            else:
-                raise ValueError("send a prompt, or messages")
+            body = await request.body()
+            ids = await self.aside(len(body), partial(self._tokens_of, body))
         except (msgspec.DecodeError, UnicodeDecodeError, NoChatTemplate, ApiError, ValueError) as failure:
             return refusal(ApiError(400, str(failure)))
         ready = self.core.ready
         found = {"count": len(ids), "max_model_len": ready.max_model_len if ready else None, "tokens": ids}
         return Response(msgspec.json.encode(found), media_type="application/json")
 
+    def _tokens_of(self, body: bytes) -> list[int]:
+        asked = msgspec.json.decode(body, type=_Tokenize)
+        if asked.messages is not None:
+            return self.codec.encode_chat(openai.messages_of(asked.messages), time.time())
+        if asked.prompt is None:
+            raise ValueError("send a prompt, or messages")
+        return self.codec.encode(asked.prompt)
+
+    async def aside(self, size: int, work: Callable[[], _T]) -> _T:
+        """Do what takes long for a large request in a thread, so that other requests' tokens go on meanwhile."""
+        if size < _LARGE_BODY:
+            return work()
+        return await anyio.to_thread.run_sync(work, limiter=self._aside)
+
     async def _detokenize(self, request: Request) -> Response:
         try:
-            asked = msgspec.json.decode(await request.body(), type=_Detokenize)
-            text = self.codec.decode(asked.tokens)
+            body = await request.body()
+            text = await self.aside(len(body), partial(self._text_of, body))
         except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, ValueError) as failure:
             return refusal(ApiError(400, str(failure)))
         return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
+
+    def _text_of(self, body: bytes) -> str:
+        return self.codec.decode(msgspec.json.decode(body, type=_Detokenize).tokens)
 
 
 class _Tokenize(msgspec.Struct):
@@ -192,7 +216,8 @@ class _Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = asgi.header_dict(scope["headers"])
         try:
-            request = self._service.accept(await asgi.read_body(receive), self._chat, headers)
+            body = await asgi.read_body(receive)
+            request = await self._service.aside(len(body), partial(self._service.accept, body, self._chat, headers))
         except ApiError as failure:
             await asgi.respond_error(send, failure)
             return

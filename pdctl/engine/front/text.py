@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 Messages = list[dict[str, object]]
+
+# Texts of fewer characters are encoded, however short the context: it takes a few milliseconds.
+_LEAST_REFUSED = 65_536
 
 
 class NoChatTemplate(Exception):
@@ -24,9 +28,21 @@ class TextCodec:
         self._template = _chat_template(model)
         self._specials = _special_tokens(model)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids with the special tokens that the tokenizer adds, such as <bos>."""
-        ids: list[int] = self.tokenizer.encode(text).ids
+    @cached_property
+    def _longest_token(self) -> int:
+        """In characters."""
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
+
+    def encode(self, text: str, max_tokens: int | None = None, special: bool = True) -> list[int]:
+        """Token ids with the special tokens that the tokenizer adds, such as <bos>.
+
+        Raises ValueError for a text that cannot be as few as `max_tokens`, without encoding it.
+        """
+        if max_tokens is not None and len(text) > max(max_tokens * self._longest_token, _LEAST_REFUSED):
+            message = f"this model's context is {max_tokens} tokens, prompt and output together; the prompt alone has "
+            raise ValueError(f"{message}{len(text) // self._longest_token} or more")
+        # A batch, because that lets other threads run meanwhile.
+        ids: list[int] = self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
         return ids
 
     def decode(self, token_ids: list[int]) -> str:
@@ -34,16 +50,17 @@ class TextCodec:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
 
-    def encode_chat(self, messages: Messages, at: float, tools: Messages | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Messages, at: float, tools: Messages | None = None, max_tokens: int | None = None
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins; `at`: the template's clock.
 
-        Raises NoChatTemplate, or ValueError with the template's own complaint.
+        Raises NoChatTemplate, or ValueError with the template's own complaint, or as `encode` does.
         """
         if self._template is None:
             raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
         text = render_chat(self._template, messages, self._specials, at, tools)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self.encode(text, max_tokens, special=False)
 
 
 def render_chat(
@@ -92,11 +109,24 @@ class OutputText:
     def push(self, token_id: int) -> tuple[str, bool]:
         """New text that is safe to show, and whether a stop string was reached."""
         self._pending.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id)
+        piece = self._decoded(token_id)
         if piece is None:
             return "", False
         self._pending.clear()
         return self._show(piece)
+
+    def _decoded(self, token_id: int) -> str | None:
+        try:
+            piece: str | None = self._stream.step(self._tokenizer, token_id)
+            return piece
+        except Exception as failure:
+            # The library raises Exception itself, when more bytes change the text it gave before: a prompt that ends
+            # within a character, bytes that are no UTF-8. What is pending is decoded without what came before.
+            if type(failure) is not Exception:
+                raise
+        self._stream = DecodeStream(ids=[], skip_special_tokens=True)
+        rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        return rest
 
     def flush(self) -> str:
         """What is left when the output ends without a stop string."""
