@@ -8,16 +8,20 @@ import sys
 import typer
 
 from pdctl import __version__, console
+from pdctl.commands.apply import apply, scale
 from pdctl.commands.ask import ask
 from pdctl.commands.doctor import doctor
 from pdctl.commands.down import down
+from pdctl.commands.events import events
 from pdctl.commands.init import init
 from pdctl.commands.key import key
 from pdctl.commands.kv import kv
 from pdctl.commands.logs import logs
 from pdctl.commands.plan import plan
+from pdctl.commands.process import drain, restart, start, stop
 from pdctl.commands.status import status
 from pdctl.commands.up import up
+from pdctl.commands.why import why
 from pdctl.errors import ConfigError, PdctlError
 
 app = typer.Typer(
@@ -29,7 +33,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (init, plan, up, status, kv, logs, ask, doctor, key, down):
+for verb in (
+    init, plan, up, status, logs, events, why, restart, stop, start, drain, scale, apply, kv, ask, doctor, key, down,
+):  # fmt: skip
     app.command()(verb)
 
 

@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +61,7 @@ def load_text(text: str, source: str, host: Host) -> Topology:
     problems = [*_key_problems(document)]
     if problems:
         raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
-    topology = _build(document.data, source)
+    topology = replace(_build(document.data, source), text=text)
     problems = [*_whole_problems(document, topology), *_host_problems(document, topology, host)]
     if problems:
         raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
@@ -160,11 +160,16 @@ def _build(data: Table, source: str | None) -> Topology:
         slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),
         transfer=_transfer(transfer),
         engines=tuple(_group(entry, source) for entry in data["engines"]),
-        supervision=Supervision(
-            float(supervision["grace_s"]), supervision["max_restarts"], float(supervision["within_s"])
-        ),
+        supervision=_supervision(supervision),
         source=source,
     )
+
+
+def _supervision(values: Table) -> Supervision:
+    found: Table = {name: float(value) if isinstance(value, int) else value for name, value in values.items()}
+    for name in ("max_restarts", "liveness_failures"):
+        found[name] = values[name]
+    return Supervision(**{**found, "stop_signals": tuple(values["stop_signals"])})
 
 
 def _proxy(values: Table, source: str | None) -> Proxy:
@@ -227,6 +232,9 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         block_size=values["block_size"],
         url=(values["url"] or "").rstrip("/"),
         secret_file=_absolute(values["secret_file"], source),
+        ready=values["ready"] or "",
+        restart_with=tuple(values["restart_with"]),
+        env=tuple(sorted(values["env"].items())),
     )
 
 
@@ -246,6 +254,7 @@ def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem
         seen |= dict.fromkeys((group.name, *group.replica_names()), f"engines[{index}]")
         if group.gpus and group.device is Device.CPU:
             yield document.problem(("engines", index, "gpus"), "gpus on a CPU engine", 'set device = "cuda"')
+    yield from _restart_problems(document, topology)
     yield from _transfer_problems(document, topology.transfer)
     roles = {group.role for group in topology.engines}
     yield from _proxy_problems(document, topology.proxy)
@@ -258,6 +267,20 @@ def _whole_problems(document: _Document, topology: Topology) -> Iterator[Problem
         yield document.problem(
             ("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"'
         )
+
+
+def _restart_problems(document: _Document, topology: Topology) -> Iterator[Problem]:
+    started = [group.name for group in topology.engines if not group.is_attached]
+    for index, group in enumerate(topology.engines):
+        for name in group.restart_with:
+            if name not in started or name == group.name:
+                hint = f"other groups that pdctl starts: {', '.join(n for n in started if n != group.name) or 'none'}"
+                yield document.problem(("engines", index, "restart_with"), f"{name!r} is no such group", hint)
+        if group.ready.startswith("log:"):
+            try:
+                re.compile(group.ready.removeprefix("log:"))
+            except re.error as failure:
+                yield document.problem(("engines", index, "ready"), f"not a regular expression: {failure}")
 
 
 def _proxy_problems(document: _Document, proxy: Proxy) -> Iterator[Problem]:

@@ -5,28 +5,36 @@ Pure: the same topology on the same host gives the same plan, and nothing is sta
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pdctl.adapters import Assignment, launcher
+from pdctl.adapters import Assignment, Launch, launcher
 from pdctl.errors import PdctlError
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
-from pdctl.topology import Device, EngineGroup, Proxy, Topology
+from pdctl.topology import Device, EngineGroup, Proxy, Supervision, Topology
 
 # Engines' ports: each service starts looking at its own place, so that two that start at once do not meet.
 _ENGINE_PORTS = range(18100, 26100)
 _PORTS_PER_SERVICE = 16
-# Reading a large model from a slow disk takes minutes; a start that takes longer than this has failed.
-_STARTUP_S = 1800.0
+# A proxy that needs longer than this to listen will never do so.
+_PROXY_STARTUP_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Ready when a GET of `url` answers 200. Seconds throughout."""
+    """When a process is ready, and whether it still lives. Seconds throughout.
 
-    url: str
+    `ready`: tcp:HOST:PORT, http://..., log:PATTERN, or "" for at once. `alive`: an address to be asked from then on, or
+    "". `state`: where an engine tells its running requests and tokens, or "". `generate`: where one token can be had.
+    """
+
+    ready: str
+    alive: str
+    state: str
+    generate: str
     interval_s: float
     timeout_s: float
     startup_s: float
@@ -34,7 +42,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process to be. `env` is added to ours; `listen` is a socket the supervisor binds and hands down."""
+    """One process to be. `env` is added to ours; `listen` is a socket the supervisor binds and hands down.
+
+    `restart_with`: names whose exit restarts this one; `why`: the reason for each choice, by the key it answers.
+    """
 
     name: str
     kind: str
@@ -48,6 +59,15 @@ class ProcessSpec:
     depends_on: tuple[str, ...]
     probe: Probe
     listen: tuple[str, int] | None
+    group: str = ""
+    restart_with: tuple[str, ...] = ()
+    rdma: tuple[str, ...] = ()
+    why: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def digest(self) -> str:
+        """Names everything that a running process cannot change. Two specs of one digest are one process."""
+        fixed = (self.argv, sorted(self.env.items()), self.cpus, self.gpus, sorted(self.ports.items()), self.listen)
+        return hashlib.blake2b(repr(fixed).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +98,28 @@ class Plan:
     proxy_url: str
     run_dir: str
     log_dir: str
-    grace_s: float
-    max_restarts: int
-    within_s: float
+    supervision: Supervision
     processes: tuple[ProcessSpec, ...]
     attached: tuple[Attached, ...]
+    source: str = ""
+    text: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """For `--json` and for handing a plan to a detached supervisor."""
         return asdict(self)
 
 
-def make_plan(topology: Topology, host: Host) -> Plan:
-    """Lay out every process of `topology` on `host`. Raises PdctlError when it does not fit."""
+def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Plan:
+    """Lay out every process of `topology` on `host`. Raises PdctlError when it does not fit.
+
+    What `running` has of the same name keeps its ports and GPUs, so that it need not be restarted for them.
+    """
     base = Path(topology.source).parent if topology.source else Path()
     model = _model(topology, host, base)
     run_dir = host.run_root / topology.service.name
-    engines = _engines(topology, host, model.path, run_dir)
-    proxies = _proxies(topology, host, run_dir, engines)
+    kept = {spec.name: spec for spec in running.processes} if running else {}
+    engines = _engines(topology, host, model.path, run_dir, kept)
+    proxies = _proxies(topology, host, run_dir, engines, kept)
     return Plan(
         service=topology.service.name,
         model=topology.service.model,
@@ -109,11 +133,11 @@ def make_plan(topology: Topology, host: Host) -> Plan:
         proxy_url=f"{_scheme(topology)}://{_reachable(topology.proxy.host)}:{topology.proxy.port}",
         run_dir=str(run_dir),
         log_dir=str(host.state_root / topology.service.name / "logs"),
-        grace_s=topology.supervision.grace_s,
-        max_restarts=topology.supervision.max_restarts,
-        within_s=topology.supervision.within_s,
+        supervision=topology.supervision,
         processes=(*engines, *proxies),
         attached=tuple(_attached(group) for group in topology.engines if group.is_attached),
+        source=str(Path(topology.source).absolute()) if topology.source else "",
+        text=topology.text,
     )
 
 
@@ -129,13 +153,16 @@ def _attached(group: EngineGroup) -> Attached:
     return Attached(group.name, group.role.value, group.kind, host.strip("[]"), int(port), group.secret_file)
 
 
-def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path) -> list[ProcessSpec]:
-    taken = {topology.proxy.port, *host.listening}
-    gpu_of = _assign_gpus(topology, host)
+Kept = dict[str, ProcessSpec]
+
+
+def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path, kept: Kept) -> list[ProcessSpec]:
+    taken = {topology.proxy.port, *host.listening, *(port for spec in kept.values() for port in spec.ports.values())}
+    gpu_of = _assign_gpus(topology, host, kept)
     specs = []
     for group in topology.engines:
         for name in () if group.is_attached else group.replica_names():
-            port = _free_port(taken, run_dir)
+            port = kept[name].ports["http"] if name in kept else _free_port(taken, run_dir)
             taken.add(port)
             assignment = Assignment(name, group, port, gpu_of.get(name), model_path, run_dir, host.python)
             specs.append(_engine(topology, host, assignment))
@@ -145,20 +172,46 @@ def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path) -> 
 def _engine(topology: Topology, host: Host, assignment: Assignment) -> ProcessSpec:
     group = assignment.group
     launch = launcher(group.kind).launch(topology, assignment)
-    url = f"http://127.0.0.1:{assignment.port}{launch.ready_path}"
     return ProcessSpec(
         name=assignment.name,
         kind=group.kind,
         role=group.role.value,
         argv=launch.argv,
-        env=launch.env,
+        env={**launch.env, **dict(group.env)},
         device=group.device.value,
         cpus=_replica_cpus(group, assignment.name) or host.cpus,
         gpus=(assignment.gpu_uuid,) if assignment.gpu_uuid else (),
         ports={"http": assignment.port},
         depends_on=(),
-        probe=Probe(url, interval_s=0.1, timeout_s=2.0, startup_s=_STARTUP_S),
+        probe=_engine_probe(topology, group, launch, f"127.0.0.1:{assignment.port}"),
         listen=None,
+        group=group.name,
+        restart_with=_peers(topology, group),
+    )
+
+
+def _engine_probe(topology: Topology, group: EngineGroup, launch: Launch, address: str) -> Probe:
+    base = f"http://{address}"
+    ready = f"{base}{launch.ready_path}"
+    if group.ready == "tcp":
+        ready = f"tcp:{address}"
+    elif group.ready:
+        ready = group.ready if group.ready.startswith("log:") else base + group.ready.removeprefix("http:")
+    return Probe(
+        ready,
+        alive=f"{base}{launch.ready_path}",
+        state=f"{base}{launch.state_path}" if launch.state_path else "",
+        generate=f"{base}{launch.generate_path}" if launch.generate_path else "",
+        interval_s=0.1,
+        timeout_s=2.0,
+        startup_s=topology.supervision.startup_s,
+    )
+
+
+def _peers(topology: Topology, group: EngineGroup) -> tuple[str, ...]:
+    """Processes whose exit restarts this group's."""
+    return tuple(
+        name for other in topology.engines if other.name in group.restart_with for name in other.replica_names()
     )
 
 
@@ -169,16 +222,21 @@ def _replica_cpus(group: EngineGroup, name: str) -> tuple[int, ...]:
     return group.cpus[index * share : (index + 1) * share] if share and not rest else group.cpus
 
 
-def _proxies(topology: Topology, host: Host, run_dir: Path, engines: list[ProcessSpec]) -> list[ProcessSpec]:
+def _proxies(
+    topology: Topology, host: Host, run_dir: Path, engines: list[ProcessSpec], kept: Kept
+) -> list[ProcessSpec]:
     """One process, or `workers` of them on one socket."""
     workers = topology.proxy.workers
-    taken = {topology.proxy.port, *host.listening, *(port for spec in engines for port in spec.ports.values())}
+    known = (*engines, *kept.values())
+    taken = {topology.proxy.port, *host.listening, *(port for spec in known for port in spec.ports.values())}
     specs = []
     for worker in range(workers):
+        name = "proxy" if workers == 1 else f"proxy-{worker}"
         ports = {"http": topology.proxy.port}
         if workers > 1 or topology.proxy.tls_cert:
             # Who answers on the shared socket is chance, and TLS is for clients: this one is asked by itself.
-            ports["control"] = _free_port(taken, run_dir)
+            before = kept[name].ports.get("control") if name in kept else None
+            ports["control"] = before or _free_port(taken, run_dir)
             taken.add(ports["control"])
         specs.append(_proxy(topology, host, run_dir, worker, ports, tuple(spec.name for spec in engines)))
     return specs
@@ -188,10 +246,12 @@ def _proxy(
     topology: Topology, host: Host, run_dir: Path, worker: int, ports: dict[str, int], engines: tuple[str, ...]
 ) -> ProcessSpec:
     argv = [host.python, "-m", "pdctl.proxy", "--config", str(run_dir / "proxy.json")]
-    url = f"http://{_reachable(topology.proxy.host)}:{topology.proxy.port}/health"
+    base = f"http://{_reachable(topology.proxy.host)}:{topology.proxy.port}"
     if "control" in ports:
         argv += ["--worker", str(worker), "--control-port", str(ports["control"])]
-        url = f"http://127.0.0.1:{ports['control']}/health"
+        base = f"http://127.0.0.1:{ports['control']}"
+    # Its health is the engines' too; what answers at all lives.
+    url, alive = f"{base}/health", f"{base}/pdctl/v1/pool"
     return ProcessSpec(
         name="proxy" if topology.proxy.workers == 1 else f"proxy-{worker}",
         kind="proxy",
@@ -203,8 +263,9 @@ def _proxy(
         gpus=(),
         ports=ports,
         depends_on=engines,
-        probe=Probe(url, interval_s=0.05, timeout_s=2.0, startup_s=60.0),
+        probe=Probe(url, alive, "", "", interval_s=0.05, timeout_s=2.0, startup_s=_PROXY_STARTUP_S),
         listen=(topology.proxy.host, topology.proxy.port),
+        group="proxy",
     )
 
 
@@ -212,15 +273,22 @@ def _scheme(topology: Topology) -> str:
     return "https" if topology.proxy.tls_cert else "http"
 
 
-def _assign_gpus(topology: Topology, host: Host) -> dict[str, str]:
-    """Engine name -> GPU UUID: named ones first, then the free ones in order."""
+def _assign_gpus(topology: Topology, host: Host, kept: Kept) -> dict[str, str]:
+    """Engine name -> GPU UUID: named ones first, then those that an engine has, then the free ones in order."""
     by_index = {gpu.index: gpu.uuid for gpu in host.gpus}
     cuda = [group for group in topology.engines if group.device is Device.CUDA and not group.is_attached]
     named = {index for group in cuda for index in group.gpus}
     free = [gpu.uuid for gpu in host.gpus if gpu.index not in named]
     chosen: dict[str, str] = {}
+    for name in (name for group in cuda if not group.gpus for name in group.replica_names()):
+        before = kept[name].gpus if name in kept else ()
+        if before and before[0] in free:
+            chosen[name] = before[0]
+            free.remove(before[0])
     for group in cuda:
         for position, name in enumerate(group.replica_names()):
+            if name in chosen:
+                continue
             if group.gpus:
                 chosen[name] = by_index[group.gpus[position % len(group.gpus)]]
             elif free:

@@ -14,6 +14,8 @@ ROUTINGS = (
 )  # fmt: skip
 ADMISSIONS = ("queue", "slo")
 TRANSFER_BACKENDS = ("auto", "shm", "mooncake", "nixl")
+STOP_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+ON_DEATH = ("terminate", "survive")
 TRANSFER_PROTOCOLS = ("auto", "tcp", "rdma")
 
 # Says what is wrong with a value ("must be ..."), or None.
@@ -47,10 +49,36 @@ def integer(low: int, high: int = 2**31) -> Check:
     return lambda value: None if type(value) is int and low <= value <= high else what
 
 
+def choices(*values: str) -> Check:
+    """A list of one or more of a few words."""
+    listed = ", ".join(values)
+
+    def check(value: object) -> str | None:
+        good = isinstance(value, list) and value and all(isinstance(item, str) and item in values for item in value)
+        return None if good else f"must be a list of one or more of: {listed}"
+
+    return check
+
+
+def strings() -> Check:
+    """A table of strings, as an environment is."""
+
+    def check(value: object) -> str | None:
+        good = isinstance(value, dict) and all(isinstance(item, str) and "\0" not in item for item in value.values())
+        if not good or not isinstance(value, dict):
+            return 'must be a table of strings, such as { NCCL_DEBUG = "WARN" }'
+        taken = next((name for name in value if name.startswith("PDCTL_") or "=" in name), None)
+        return None if taken is None else f"sets {taken!r}, which is not for topologies to set"
+
+    return check
+
+
 def number(above: float, most: float = 1e9) -> Check:
     """A number above `above`."""
-    what = f"must be a number above {above:g}" + (f" and at most {most:g}" if most < 1e9 else "")
-    return lambda value: None if type(value) in (int, float) and above < float(str(value)) <= most else what
+    what = f"must be a number above {above:g}" if above >= 0 else "must be a number, at least 0"
+    what += f" and at most {most:g}" if most < 1e9 else ""
+    low = above if above >= 0 else -5e-324
+    return lambda value: None if type(value) in (int, float) and low < float(str(value)) <= most else what
 
 
 def boolean() -> Check:
@@ -136,8 +164,18 @@ TABLES: dict[str, dict[str, Key]] = {
     },
     "supervisor": {
         "grace_s": Key(number(0, 3600), 30.0),
+        "stop_signals": Key(choices(*STOP_SIGNALS), ["SIGTERM"]),
+        "drain_s": Key(number(-1, 86400), 60.0),
         "max_restarts": Key(integer(0, 1000), 5),
         "within_s": Key(number(0, 86400), 120.0),
+        "startup_s": Key(number(0, 86400), 1800.0),
+        "stable_s": Key(number(0, 86400), 60.0),
+        "liveness_s": Key(number(-1, 3600), 5.0),
+        "liveness_failures": Key(integer(1, 100), 3),
+        "progress_s": Key(number(-1, 86400), 60.0),
+        "functional_s": Key(number(-1, 86400), 0.0),
+        "on_supervisor_death": Key(choice(*ON_DEATH), "terminate"),
+        "log_mb": Key(number(0, 1_048_576), 64.0),
     },
 }
 
@@ -156,6 +194,9 @@ ENGINE: dict[str, Key] = {
     "max_num_batched_tokens": Key(integer(16, 1_048_576), 512),
     "kv_cache_gb": Key(number(0, 4096), 1.0),
     "block_size": Key(integer(1, 1024), 16),
+    "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
+    "restart_with": Key(texts("group"), []),
+    "env": Key(strings(), {}),
 }
 # What an attached engine may have: it is not ours to start, so nothing else would do anything.
 ATTACHED = ("name", "role", "kind", "url", "secret_file")

@@ -86,6 +86,8 @@ class EngineGroup:
     """`replicas` engines alike. `gpus` are indices as the driver counts them; empty means choose.
 
     `url`: it runs somewhere already, and is used without being started; `secret_file` holds what it wants as bearer.
+    `ready`: what readiness is, "" for the kind's own probe; `restart_with`: groups whose exit restarts this one; `env`:
+    on top of ours.
     """
 
     name: str
@@ -102,6 +104,9 @@ class EngineGroup:
     block_size: int
     url: str = ""
     secret_file: str = ""
+    ready: str = ""
+    restart_with: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_attached(self) -> bool:
@@ -115,16 +120,33 @@ class EngineGroup:
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """`grace_s`: seconds between TERM and KILL."""
+    """How processes are watched and ended. Seconds throughout; 0 turns a probe off.
+
+    `stop_signals`, each with `grace_s` to take effect, come before SIGKILL. `drain_s`: how long running requests may
+    take before a stop that drains. `startup_s`: until ready. `stable_s`: ready for so long, and earlier crashes do not
+    delay the next restart. `liveness_s`: between probes, of which `liveness_failures` in a row are a death.
+    `progress_s`: running requests without a token for so long are a hang. `functional_s`: between one-token requests to
+    an idle engine. `on_supervisor_death`: what engines do when we are killed. `log_mb`: size of each process's log.
+    """
 
     grace_s: float
+    stop_signals: tuple[str, ...]
+    drain_s: float
     max_restarts: int
     within_s: float
+    startup_s: float
+    stable_s: float
+    liveness_s: float
+    liveness_failures: int
+    progress_s: float
+    functional_s: float
+    on_supervisor_death: str
+    log_mb: float
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """One service. `source` is the file it came from, or None for the built-in default."""
+    """One service. `source` is the file it came from, or a name for the built-in default; `text`: what stood there."""
 
     service: Service
     proxy: Proxy
@@ -133,3 +155,4 @@ class Topology:
     engines: tuple[EngineGroup, ...]
     supervision: Supervision
     source: str | None
+    text: str = ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import msgspec
 
@@ -256,7 +257,7 @@ class EngineState(msgspec.Struct, frozen=True):
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
-    """One engine as the proxy is told of it."""
+    """One engine as the proxy is told of it. `slot`: its number in what several workers share."""
 
     name: str
     role: str
@@ -264,10 +265,20 @@ class EngineAddress(msgspec.Struct, frozen=True):
     host: str
     port: int
     secret_file: str = ""
+    slot: int = 0
 
 
 class ProxyConfig(msgspec.Struct, frozen=True):
-    """The proxy's settings, handed over in a file of the run directory."""
+    """The proxy's settings, handed over in a file of the run directory.
+
+    It reads the file anew when told to, and follows everything but what is in FIXED. `draining`: engines that get
+    nothing new.
+    """
+
+    FIXED: ClassVar[tuple[str, ...]] = (
+        "service", "model", "max_model_len", "workers", "run_dir", "tls_cert", "tls_key", "cors_origins",
+        "otlp_endpoint",
+    )  # fmt: skip
 
     service: str
     model: str
@@ -287,6 +298,26 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     cors_origins: list[str] = []
     access_log: str = ""
     otlp_endpoint: str = ""
+    draining: list[str] = []
+    drain_s: float = 5.0
+
+
+class EngineLoad(msgspec.Struct, frozen=True):
+    """What a proxy has at one engine: calls under way, and whether it may get more."""
+
+    calls: int
+    usable: bool
+
+
+class PoolReply(msgspec.Struct, frozen=True):
+    """A proxy's engines, by name, as its /pdctl/v1/pool and /pdctl/v1/reload answer."""
+
+    engines: dict[str, EngineLoad]
+
+
+def listener_path(run_dir: Path, name: str) -> Path:
+    """Where a proxy gives its listening socket back."""
+    return run_dir / "ipc" / f"{name}.listen"
 
 
 def token_digest(token_ids: list[int]) -> str:

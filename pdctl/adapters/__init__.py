@@ -36,11 +36,17 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to start one engine: its command, the environment it needs on top of ours, its readiness path."""
+    """How to start one engine: its command, and the environment it needs on top of ours.
+
+    Paths of its HTTP server: `ready_path` answers 200 when it can be used and as long as it lives; `state_path` tells
+    `running` and `tokens_total` as JSON, `generate_path` takes a completion request; "" for what a kind does not have.
+    """
 
     argv: tuple[str, ...]
     env: dict[str, str]
     ready_path: str
+    state_path: str = ""
+    generate_path: str = ""
 
 
 class Launcher(Protocol):

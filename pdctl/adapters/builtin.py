@@ -51,7 +51,13 @@ class BuiltinLauncher:
             env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         elif assignment.gpu_uuid:
             env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": assignment.gpu_uuid}
-        return Launch(argv=argv, env=env, ready_path="/health")
+        return Launch(
+            argv=argv,
+            env=env,
+            ready_path="/health",
+            state_path="/pdctl/v1/state",
+            generate_path="/v1/completions",
+        )
 
 
 def _transfer_argv(transfer: Transfer) -> tuple[str, ...]:

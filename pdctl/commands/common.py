@@ -47,7 +47,7 @@ def find_service(service: str | None, file: Path | None) -> str:
     path = topology_file(file)
     if path is not None:
         return _name_in(path)
-    running = running_services()
+    running = running_services() or _left_behind()
     if len(running) > 1:
         raise PdctlError(f"several services run here: {', '.join(running)}", "name one with -s NAME")
     if not running:
@@ -63,18 +63,41 @@ def running_services() -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if (entry / "control.sock").exists() and _answers(entry))
 
 
-def call(service: str, method: str, path: str) -> Status:
-    """One call to a service's supervisor. Raises NotRunning."""
+def _left_behind() -> list[str]:
+    """Services whose supervisor was killed, and that were meant to survive that."""
+    root = run_root()
+    return sorted(entry.parent.name for entry in root.glob("*/adopt.json")) if root.is_dir() else []
+
+
+def call(service: str, method: str, path: str, body: str | None = None) -> Status:
+    """One call to a service's supervisor. Raises NotRunning, PdctlError."""
     connection = _UnixConnection(run_root() / service / "control.sock")
     try:
-        connection.request(method, path)
+        connection.request(method, path, body)
         return cast(Status, json.loads(connection.getresponse().read()))
+    except PermissionError:
+        path_ = run_root() / service
+        raise PdctlError(f"service {service!r} belongs to another user ({path_})", "ask as that user") from None
     except (OSError, http.client.HTTPException, ValueError):
-        others = [name for name in running_services() if name != service]
-        hint = f"running here: {', '.join(others)}; name one with -s" if others else "start it with: pdctl up"
-        raise NotRunning(f"service {service!r} is not running", hint) from None
+        raise _not_running(service) from None
     finally:
         connection.close()
+
+
+def ask(service: str, path: str, body: str | None = None) -> None:
+    """Have a supervisor do something. Raises PdctlError with its reason why not."""
+    answer = call(service, "POST", path, body)
+    if not answer.get("ok"):
+        raise PdctlError(str(answer.get("reason") or answer))
+
+
+def _not_running(service: str) -> NotRunning:
+    others = [name for name in running_services() if name != service]
+    hint = f"running here: {', '.join(others)}; name one with -s" if others else "start it with: pdctl up"
+    if others or not (run_root() / service / "adopt.json").exists():
+        return NotRunning(f"service {service!r} is not running", hint)
+    hint = "take over what it left with: pdctl up    or end that with: pdctl down"
+    return NotRunning(f"the supervisor of service {service!r} is gone", hint)
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+from datetime import datetime
 from pathlib import Path
 
 import typer
@@ -10,34 +13,50 @@ from pdctl.commands.common import ServiceOption, find_service
 from pdctl.errors import NotRunning, PdctlError
 from pdctl.host.users import state_root
 
-_SHOWN = 64 * 1024
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def logs(
     name: str | None = typer.Argument(None, help="One process, such as decode-0. Default: all."),
     follow: bool = typer.Option(False, "-f", "--follow", help="Go on as lines are written."),
+    since: str | None = typer.Option(None, "--since", help="Only lines from then on: 10m, 2h, or 2026-11-23T21:00."),
+    previous: bool = typer.Option(False, "-p", "--previous", help="Also what earlier incarnations wrote."),
     file: Path | None = typer.Option(None, "--file", envvar="PDCTL_FILE", help="The topology file."),
     service: str | None = ServiceOption,
 ) -> None:
-    """Show logs, all processes or one."""
+    """Show logs, all processes merged by time or one."""
     import asyncio
     import contextlib
 
-    from pdctl.commands.follow import Follower
+    from pdctl.commands.follow import Follower, merged
 
-    follower = Follower(_files(_service(service, file), name), from_start=True)
-    follower.show_new()
+    files = _files(service_meant(service, file), name)
+    follower = Follower(files)
+    merged(files, follower, age(since), previous)
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(follower.follow_forever())
 
 
-def _service(service: str | None, file: Path | None) -> str:
+def service_meant(service: str | None, file: Path | None) -> str:
     """Logs outlive a run: without a running service the default name is meant."""
     try:
         return find_service(service, file)
     except NotRunning:
         return "pdctl"
+
+
+def age(since: str | None) -> float:
+    """Seconds since 1970 of `--since`; 0 for none. Raises PdctlError."""
+    if since is None:
+        return 0.0
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", since):
+        return time.time() - float(found[1]) * _UNITS[found[2]]
+    try:
+        return datetime.fromisoformat(since).timestamp()
+    except ValueError:
+        hint = "write a span, such as 90s, 10m, 2h, 1d, or a time, such as 2026-11-23T21:00"
+        raise PdctlError(f"--since {since!r} is no time", hint) from None
 
 
 def _files(service: str, name: str | None) -> dict[str, Path]:

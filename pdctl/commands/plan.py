@@ -49,8 +49,8 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
         console.note(f"\non the first `pdctl up` the model is {where}")
 
 
-def load_plan(file: Path | None, check_port: bool = False) -> Plan:
-    """The plan of the topology meant. Raises ConfigError with everything that is wrong."""
+def load_plan(file: Path | None, check_port: bool = False, running: Plan | None = None) -> Plan:
+    """The plan of the topology meant; what `running` has keeps its place. Raises ConfigError with all that is wrong."""
     from pdctl.commands.default import default_text
     from pdctl.host import read_host
     from pdctl.loader import load_file, load_text, port_problems
@@ -61,4 +61,4 @@ def load_plan(file: Path | None, check_port: bool = False) -> Plan:
     topology = load_file(path, host) if path else load_text(default_text(host), "the built-in default", host)
     if check_port and (problems := port_problems(topology, host)):
         raise ConfigError(topology.source or "the topology", problems)
-    return make_plan(topology, host)
+    return make_plan(topology, host, running)

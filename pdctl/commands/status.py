@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+
+import typer
 
 from pdctl import console
 from pdctl.commands.common import FileOption, JsonOption, ServiceOption, Status, call, find_service
@@ -14,29 +18,48 @@ from pdctl.commands.common import FileOption, JsonOption, ServiceOption, Status,
 _COLOURS = {
     "ready": "green",
     "starting": "yellow",
+    "draining": "yellow",
+    "drained": "yellow",
     "backoff": "yellow",
     "stopping": "yellow",
+    "clearing": "yellow",
     "failed": "red",
     "answers": "green",
     "silent": "red",
 }
+# Seconds between two looks of --watch.
+_WATCH_S = 1.0
 
 
-def status(file: Path | None = FileOption, service: str | None = ServiceOption, as_json: bool = JsonOption) -> None:
-    """Show the service's processes (state, restarts and their cause, device, pins) and how KV moves between them."""
-    found = call(find_service(service, file), "GET", "/v1/status")
-    if as_json:
-        console.out(json.dumps(found, indent=2))
-    else:
-        show(found)
+def status(
+    file: Path | None = FileOption,
+    service: str | None = ServiceOption,
+    as_json: bool = JsonOption,
+    watch: bool = typer.Option(False, "-w", "--watch", help="Look again every second, until Ctrl-C."),
+) -> None:
+    """Show the service's processes (state, restarts and their cause, use, load) and how KV moves between them."""
+    name = find_service(service, file)
+    while True:
+        found = call(name, "GET", "/v1/status")
+        if watch and sys.stdout.isatty():
+            # Home, and what was there before is overwritten: no flicker.
+            console.out("\x1b[H\x1b[J", end="")
+        if as_json:
+            console.out(json.dumps(found, indent=None if watch else 2))
+        else:
+            show(found)
+        if not watch:
+            return
+        time.sleep(_WATCH_S)
 
 
 def show(found: Status) -> None:
     """The table for people."""
-    console.out(f"service {found['service']}: {found['state']}, {found['served_model_name']} at {found['proxy_url']}\n")
-    rows = [_row(process) for process in found["processes"]]
-    header = ["PROCESS", "ROLE", "STATE", "SINCE", "RESTARTS", "PID", "DEVICE", "CPUS", "PORT", "MEMORY", "LAST EXIT"]
-    console.out(console.table(header, rows, _COLOURS))
+    console.out(f"service {found['service']}: {found['state']}, {found['served_model_name']} at {found['proxy_url']}")
+    if found["apply"] and found["apply"]["state"] == "running":
+        console.out(f"applying: {found['apply']['step']}")
+    console.out("")
+    console.out(console.table(*_fitting(found["processes"]), _COLOURS))
     if found["attached"]:
         header = ["ATTACHED", "ROLE", "KIND", "ADDRESS", "STATE"]
         console.out("\n" + console.table(header, [_attached(engine) for engine in found["attached"]], _COLOURS))
@@ -44,6 +67,79 @@ def show(found: Status) -> None:
         header = ["KV FROM", "TO", "TRANSPORT", "OVER", "TRANSFERS", "MOVED", "GB/S", "WHY"]
         console.out("\n" + console.table(header, [_link(link) for link in found["links"]], _COLOURS))
         _shout(found["links"])
+
+
+# -- processes ---------------------------------------------------------------------------------------------
+
+Cell = Callable[[Status], str]
+
+
+def _columns() -> list[tuple[str, int, Cell]]:
+    """Header, rank, and what stands there. Where the screen is too narrow the highest ranks go first."""
+    return [
+        ("PROCESS", 0, lambda p: str(p["name"])),
+        ("ROLE", 5, lambda p: str(p["role"])),
+        ("STATE", 0, lambda p: str(p["state"])),
+        ("SINCE", 2, lambda p: _since(p["ready_since"])),
+        ("RESTARTS", 1, lambda p: str(p["restarts"])),
+        ("PID", 2, lambda p: str(p["pid"] or "-")),
+        ("DEVICE", 7, lambda p: ",".join(p["gpus"]) if p["gpus"] else str(p["device"])),
+        ("CPUS", 9, lambda p: _ranges(p["cpus"])),
+        ("PORT", 8, lambda p: ",".join(map(str, p["ports"].values()))),
+        ("CPU", 5, lambda p: _number(p["cpu_percent"], "%.0f%%")),
+        ("MEMORY", 4, lambda p: _bytes(p["rss_bytes"])),
+        ("GPU MEM", 6, lambda p: _bytes(p["gpu_memory_bytes"])),
+        ("RUN", 3, lambda p: _number(p["running"])),
+        ("QUEUE", 3, lambda p: _number(p["waiting"])),
+        ("KV", 3, lambda p: "-" if p["kv_used"] is None else f"{100 * p['kv_used']:.0f}%"),
+        ("LEASES", 6, lambda p: _number(p["leases"])),
+        ("TOK/S", 4, lambda p: _number(p["tokens_per_s"], "%.0f")),
+        ("LAST EXIT", 1, _last_exit),
+    ]
+
+
+def _fitting(processes: list[Status]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, as many columns as the screen is wide; all of them where nobody looks."""
+    columns = [(header, rank, [cell(process) for process in processes]) for header, rank, cell in _columns()]
+    # A column that says nothing of anybody takes no room.
+    columns = [c for c in columns if c[1] == 0 or c[0] in ("RESTARTS", "LAST EXIT") or set(c[2]) - {"-"}]
+    room = shutil.get_terminal_size((10_000, 24)).columns if sys.stdout.isatty() else 10_000
+    while len(columns) > 2 and sum(max(map(len, [header, *cells])) + 2 for header, _, cells in columns) - 2 > room:
+        columns.remove(max(columns, key=lambda column: column[1]))
+    rows = [list(row) for row in zip(*(cells for _, _, cells in columns), strict=True)]
+    return [header for header, _, _ in columns], rows
+
+
+def _last_exit(process: Status) -> str:
+    last = process["last_exit"]
+    reason = str(process["reason"] or "")
+    if reason and process["state"] not in ("ready", "starting"):
+        return reason
+    return f"{last['reason']} {_since(last['at'])} ago" if last else reason or "-"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0-3,8 for [0, 1, 2, 3, 8]."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{a}-{b}" if b > a + 1 else f"{a},{b}" if b > a else f"{a}" for a, b in spans) or "-"
+
+
+def _number(value: float | None, form: str = "%d") -> str:
+    return "-" if value is None else form % value
+
+
+def _bytes(value: int | None) -> str:
+    if not value:
+        return "-"
+    return f"{value / 2**20:.0f}M" if value < 10 * 2**30 else f"{value / 2**30:.1f}G"
+
+
+# -- the rest ----------------------------------------------------------------------------------------------
 
 
 def _attached(engine: Status) -> list[str]:
@@ -72,24 +168,6 @@ def _shout(links: list[Status]) -> None:
             console.out(f"{mark} from {pair}: {link['fallback']}; {link['protocol']} carries the KV")
         elif link["error"]:
             console.out(f"{console.paint('NO LINK', 'red', sys.stdout)} from {pair}: {link['error']}")
-
-
-def _row(process: Status) -> list[str]:
-    last = process["last_exit"]
-    gpus = process["gpus"]
-    return [
-        process["name"],
-        process["role"],
-        process["state"],
-        _since(process["ready_since"]),
-        str(process["restarts"]),
-        str(process["pid"] or "-"),
-        ",".join(gpus) if gpus else process["device"],
-        ",".join(map(str, process["cpus"])),
-        ",".join(map(str, process["ports"].values())),
-        f"{process['rss_bytes'] / 2**20:.0f}M" if process["rss_bytes"] else "-",
-        f"{last['reason']} {_since(last['at'])} ago" if last else process["reason"] or "-",
-    ]
 
 
 def _since(at: str | None) -> str:

@@ -31,48 +31,26 @@ def up(
     ),
     wait_s: float = typer.Option(1800.0, "--wait", help="With -d: give up after this many seconds."),
 ) -> None:
-    """Start the service. Ctrl-C stops it cleanly, a second one forces."""
+    """Start the service, or take over what a killed supervisor left running. Ctrl-C stops it, a second one forces."""
+    from pdctl.commands.prepare import with_model
+    from pdctl.supervisor.adoption import read_estate
     from pdctl.supervisor.rundir import is_locked
 
     planned = load_plan(file)
     if is_locked(Path(planned.run_dir)):
         hint = f"look at it with: pdctl status -s {planned.service}    stop it with: pdctl down -s {planned.service}"
         raise AlreadyRunning(f"service {planned.service!r} is already running", hint)
-    planned = _make_model_ready(load_plan(file, check_port=True))
+    estate = read_estate(Path(planned.run_dir))
+    if estate is None:
+        planned = load_plan(file, check_port=True)
+    else:
+        console.note(f"taking over {', '.join(record.name for record in estate.processes)}, which still run")
+        planned = load_plan(file, running=estate.plan)
+    planned = with_model(planned)
     if detach:
         _detached(planned, wait_s)
     else:
         _foreground(planned)
-
-
-def _make_model_ready(planned: Plan) -> Plan:
-    """Convert or fetch the model first, in a process of its own: this one never imports torch."""
-    from dataclasses import replace
-
-    if planned.model_ready:
-        return planned
-    kept = (
-        f"(once; it stays in {Path(planned.model_path).parent})"
-        if planned.model_path.startswith("/")
-        else "from the Hub"
-    )
-    console.note(f"making {planned.model} ready {kept}")
-    argv = [sys.executable, "-m", "pdctl.engine", "prepare", planned.model, planned.model_path]
-    done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
-    if done.returncode == 1:
-        raise PdctlError(f"model {planned.model} is not usable (see above)")
-    if done.returncode != 0:
-        raise PdctlError(
-            f"making the model ready ended with {done.returncode}",
-            "is the engine installed? pip install 'pdctl[engine]'",
-        )
-    path = done.stdout.strip().splitlines()[-1]
-    argvs = {
-        spec.name: tuple(path if word == planned.model_path else word for word in spec.argv)
-        for spec in planned.processes
-    }
-    processes = tuple(replace(spec, argv=argvs[spec.name]) for spec in planned.processes)
-    return replace(planned, model_path=path, model_ready=True, processes=processes)
 
 
 # -- foreground --------------------------------------------------------------------------------------------
@@ -86,7 +64,15 @@ def _foreground(planned: Plan) -> None:
 
     names = [spec.name for spec in planned.processes]
     follower = Follower({name: Path(planned.log_dir) / f"{name}.log" for name in names})
-    service = Service(planned, follower.say)
+    log_dir = Path(planned.log_dir)
+
+    def say(name: str, message: str) -> None:
+        if name != "pdctl":
+            # Processes that were added since are shown too.
+            follower.watch(name, log_dir / f"{name}.log")
+        follower.say(name, message)
+
+    service = Service(planned, say)
 
     async def run() -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. `memory` in bytes."""
+    """One GPU. `memory` in bytes; `pci`: its address as sysfs writes it, or ""."""
 
     index: int
     uuid: str
     name: str
     memory: int
+    pci: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """Memory in use, in bytes: all of it, and by the processes that compute there, as the driver tells it."""
+
+    used: int
+    by_pid: dict[int, int]
 
 
 def read_gpus() -> tuple[Gpu, ...]:
     """The GPUs NVML lists; empty where there is no NVML binding, no driver or no device."""
-    try:
-        import pynvml
-    except ImportError:
-        return ()
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+    pynvml = _started()
+    if pynvml is None:
         return ()
     try:
         return tuple(_read_one(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
@@ -31,16 +37,61 @@ def read_gpus() -> tuple[Gpu, ...]:
         pynvml.nvmlShutdown()
 
 
-def _read_one(pynvml: object, index: int) -> Gpu:
+def gpu_use(uuids: Sequence[str]) -> dict[str, GpuUse]:
+    """Use of these GPUs now; what the driver does not tell is left out."""
+    pynvml = _started()
+    if pynvml is None:
+        return {}
+    found = {}
+    try:
+        for uuid in uuids:
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+                used = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+                entries = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+                # The driver does not tell everybody's share to everybody.
+                by_pid = {int(entry.pid): int(entry.usedGpuMemory or 0) for entry in entries}
+            except pynvml.NVMLError:
+                continue
+            found[uuid] = GpuUse(used, by_pid)
+    finally:
+        pynvml.nvmlShutdown()
+    return found
+
+
+def _started() -> ModuleType | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    module: ModuleType = pynvml
+    return module
+
+
+def _read_one(pynvml: ModuleType, index: int) -> Gpu:
     # pynvml has no types; every value is converted where it enters.
-    get = pynvml.__dict__
-    handle = get["nvmlDeviceGetHandleByIndex"](index)
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     return Gpu(
         index=index,
-        uuid=_text(get["nvmlDeviceGetUUID"](handle)),
-        name=_text(get["nvmlDeviceGetName"](handle)),
-        memory=int(get["nvmlDeviceGetMemoryInfo"](handle).total),
+        uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
+        name=_text(pynvml.nvmlDeviceGetName(handle)),
+        memory=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        pci=_pci(pynvml, handle),
     )
+
+
+def _pci(pynvml: ModuleType, handle: object) -> str:
+    """sysfs writes the domain with four digits, NVML with eight."""
+    try:
+        address = _text(pynvml.nvmlDeviceGetPciInfo(handle).busId).lower()
+    except pynvml.NVMLError:
+        return ""
+    domain, _, rest = address.partition(":")
+    return f"{domain[-4:]}:{rest}" if rest else ""
 
 
 def _text(value: object) -> str:

@@ -20,11 +20,11 @@ from starlette.types import ASGIApp
 
 from pdctl.errors import PdctlError
 from pdctl.proxy.access_log import AccessLog
-from pdctl.proxy.admission import Admission
 from pdctl.proxy.app import ProxyApp
 from pdctl.proxy.connections import BoundedProtocol, reap_forever
 from pdctl.proxy.gate import Gate
 from pdctl.proxy.generate import Generator
+from pdctl.proxy.give_back import giving_back
 from pdctl.proxy.keys import Keys
 from pdctl.proxy.meters import SharedLoads
 from pdctl.proxy.metrics import SAVE_S, Metrics
@@ -32,17 +32,16 @@ from pdctl.proxy.pool import EnginePool
 from pdctl.proxy.quarantine import Quarantine
 from pdctl.proxy.relay import Shared
 from pdctl.proxy.releases import Releases
+from pdctl.proxy.reload import Reloader, admission_of
 from pdctl.proxy.routing import POLICIES
 from pdctl.proxy.spans import NO_SPANS, OtlpSpans, Spans
 from pdctl.serving import LOG_FORMAT, Server, listen_tcp
-from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig
+from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig, listener_path
 
-# Running answers may end by themselves for this long after TERM, seconds.
-_DRAIN_S = 5
-# Longest wait in the admission queue where no target for the first token is enforced, seconds.
-_PATIENCE_S = 60.0
-# Where one is, the part of it that may be spent in the queue.
-_TTFT_PART = 0.7
+# Running answers may end by themselves for at least this long after TERM, seconds.
+_LEAST_DRAIN_S = 1
+# Engines that several workers may share numbers about.
+_SLOTS = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ def main() -> int:
     listener = socket.socket(fileno=int(os.environ[LISTEN_FD_ENV]))
     code = 0
     try:
-        uvloop.run(_run(config, arguments.worker, arguments.control_port, listener))
+        uvloop.run(_run(config, arguments, listener))
     except* _Stopped:
         pass
     except* PdctlError as failures:
@@ -75,14 +74,16 @@ def main() -> int:
     return code
 
 
-async def _run(config: ProxyConfig, worker: int, control_port: int, listener: socket.socket) -> None:
+async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: socket.socket) -> None:
+    control_port: int = arguments.control_port
+    loop = asyncio.get_running_loop()
     async with asyncio.TaskGroup() as tasks:
-        generator = _generator(config, worker)
+        generator = _generator(config, arguments.worker)
         shared = generator.shared
-        app = _app(config, generator)
+        app = _app(config, generator, arguments.config)
         server = Server(_uvicorn(config, app))
         for sign in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(sign, _stop, server)
+            loop.add_signal_handler(sign, _stop, server)
         tasks.create_task(shared.pool.watch_forever())
         tasks.create_task(shared.releases.run_forever())
         tasks.create_task(generator.gate.run_forever())
@@ -92,7 +93,9 @@ async def _run(config: ProxyConfig, worker: int, control_port: int, listener: so
         if control_port:
             tasks.create_task(_serve_control(app, control_port))
         _calm_collector()
-        await server.serve(sockets=[listener])
+        # uvicorn closes the socket it is given when it is told to stop: this one may still be asked for.
+        with giving_back(listener_path(Path(config.run_dir), _name(config, arguments.worker)), listener, loop):
+            await server.serve(sockets=[listener.dup()])
         shared.pool.close()
         shared.metrics.save()
         generator.log.flush()
@@ -104,17 +107,16 @@ def _generator(config: ProxyConfig, worker: int) -> Generator:
     """Raises PdctlError for files that the configuration names and that are not as they should be."""
     several = config.workers > 1
     run_dir = Path(config.run_dir)
-    loads = SharedLoads(run_dir / "loads", config.workers, len(config.engines), worker) if several else None
+    loads = SharedLoads(run_dir / "loads", config.workers, _SLOTS, worker) if several else None
     if several:
         (run_dir / "metrics").mkdir(exist_ok=True)
     epoch = os.environ.get(EPOCH_ENV, "")
     by_slo = config.admission == "slo"
     pool = EnginePool.of(config.engines, os.environ.get(SECRET_ENV, ""), loads, by_slo)
+    pool.follow(config.engines, config.draining, by_slo)
     ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
-    name = f"proxy-{worker}" if several else "proxy"
+    name = _name(config, worker)
     metrics = Metrics(config.model, ttft_s, tpot_s, run_dir / "metrics" if several else None, f"{name}.{epoch}")
-    patience_s = _TTFT_PART * ttft_s if by_slo else _PATIENCE_S
-    admission = Admission(config.max_queue, patience_s, ttft_s, tpot_s, by_slo)
     spans: Spans = OtlpSpans(config.otlp_endpoint, f"pdctl/{config.service}") if config.otlp_endpoint else NO_SPANS
     shared = Shared(
         pool=pool,
@@ -128,7 +130,7 @@ def _generator(config: ProxyConfig, worker: int) -> Generator:
     )
     return Generator(
         shared=shared,
-        gate=Gate(admission, pool.outlook, metrics),
+        gate=Gate(admission_of(config), pool.outlook, metrics),
         keys=Keys(config.api_keys),
         log=AccessLog(config.access_log),
         model=config.model,
@@ -138,8 +140,14 @@ def _generator(config: ProxyConfig, worker: int) -> Generator:
     )
 
 
-def _app(config: ProxyConfig, generator: Generator) -> ASGIApp:
-    app: ASGIApp = ProxyApp.of(config, generator)
+def _name(config: ProxyConfig, worker: int) -> str:
+    """As the plan calls it."""
+    return f"proxy-{worker}" if config.workers > 1 else "proxy"
+
+
+def _app(config: ProxyConfig, generator: Generator, path: Path) -> ASGIApp:
+    reloader = Reloader(path, config, generator, os.environ.get(SECRET_ENV, ""))
+    app: ASGIApp = ProxyApp.of(config, generator, reloader.routes())
     if config.cors_origins:
         app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
@@ -155,7 +163,7 @@ def _uvicorn(config: ProxyConfig, app: ASGIApp) -> uvicorn.Config:
         http=BoundedProtocol,
         ws="none",
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=_DRAIN_S,
+        timeout_graceful_shutdown=max(_LEAST_DRAIN_S, round(config.drain_s)),
         server_header=False,
         proxy_headers=False,
         ssl_certfile=config.tls_cert or None,

@@ -50,6 +50,16 @@ class AccessLog:
         }  # fmt: skip
         self._lines.append(_encode(line) + b"\n")
 
+    def move_to(self, path: str) -> None:
+        """Write to another file from now on, or to none. Raises PdctlError, and then stays as it was."""
+        if path == self._path:
+            return
+        opened = _opened(path) if path else None
+        self.flush()
+        if self._file is not None:
+            os.close(self._file)
+        self._path, self._file = path, opened
+
     async def run_forever(self) -> None:
         """Write what has come together."""
         while True:

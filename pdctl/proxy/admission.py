@@ -82,6 +82,13 @@ class Admission:
         """Requests in the queue."""
         return self._waiting
 
+    def follow(self, rules: Admission) -> None:
+        """Take on other rules; who runs and who waits stays."""
+        self.max_queue, self.patience_s = rules.max_queue, rules.patience_s
+        self.ttft_s, self.tpot_s = rules.ttft_s, rules.tpot_s
+        if rules.by_slo != self.by_slo:
+            self.by_slo, self.limit = rules.by_slo, float(_UNKNOWN)
+
     def ask(self, key: str, priority: int, outlook: Outlook, now: float) -> Waiter | Refusal:
         """A new request: a waiter that is granted at once, one that waits, or a refusal."""
         waiter = Waiter(key, priority, now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -30,15 +31,14 @@ _JSON = header_lines({"content-type": "application/json"})
 class ProxyApp:
     """ASGI entry point."""
 
-    config: ProxyConfig
     generator: Generator
     rest: Starlette
 
     @classmethod
-    def of(cls, config: ProxyConfig, generator: Generator) -> ProxyApp:
-        """The application over a generator."""
-        surface = Surface(config, generator)
-        return cls(config, generator, Starlette(routes=surface.routes(), exception_handlers={HTTPException: _not_here}))
+    def of(cls, config: ProxyConfig, generator: Generator, more: Sequence[Route] = ()) -> ProxyApp:
+        """The application over a generator; `more`: what others than clients may ask."""
+        routes = [*Surface(config, generator).routes(), *more]
+        return cls(generator, Starlette(routes=routes, exception_handlers={HTTPException: _not_here}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""

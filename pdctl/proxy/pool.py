@@ -153,6 +153,9 @@ class EnginePool:
         self.by_name = {engine.name: engine for engine in engines}
         self.changed = asyncio.Event()
         self._shared = shared
+        self._secret = ""
+        self._tasks: asyncio.TaskGroup | None = None
+        self._watches: dict[Engine, asyncio.Task[None]] = {}
         self._only = _only_pair(engines)
         self._room: tuple[float, int | None, int | None] = (0.0, None, None)
 
@@ -168,14 +171,32 @@ class EnginePool:
 
         Raises PdctlError for a secret that cannot be read.
         """
-        return cls(
-            [
-                Engine(a, Pool(a.host, a.port), dialect(a.kind), number, _authorization(a, secret))
-                for number, a in enumerate(addresses)
-            ],
-            shared,
-            predicts,
-        )
+        found = cls([_engine(address, secret) for address in addresses], shared, predicts)
+        found._secret = secret
+        return found
+
+    def follow(self, addresses: Sequence[EngineAddress], draining: Sequence[str], predicts: bool) -> None:
+        """Have these engines from now on; calls at engines that are no more are cut. Raises PdctlError before that."""
+        known = {engine.address: engine for engine in self.engines}
+        wanted = [known.get(address) or _engine(address, self._secret) for address in addresses]
+        for engine in self.engines:
+            if engine not in wanted:
+                self._drop(engine)
+        self.engines, self._predicts = wanted, predicts
+        self.by_name = {engine.name: engine for engine in wanted}
+        for engine in wanted:
+            engine.draining = engine.name in draining
+            if self._tasks is not None and engine not in self._watches:
+                self._watches[engine] = self._tasks.create_task(self._watch(engine))
+        self._only = _only_pair(wanted)
+        self.changed.set()
+
+    def _drop(self, engine: Engine) -> None:
+        if (watch := self._watches.pop(engine, None)) is not None:
+            watch.cancel()
+        engine.healthy = False
+        engine.cut(f"{engine.name} is no longer part of the service")
+        engine.client.close()
 
     def views(self, pieces: Sequence[int] = ()) -> list[View]:
         """What routing needs to know, now."""
@@ -262,9 +283,10 @@ class EnginePool:
     async def watch_forever(self) -> None:
         """Probe every engine, and look after calls that got stuck, for as long as we run."""
         async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
             tasks.create_task(self._watch_calls())
             for engine in self.engines:
-                tasks.create_task(self._watch(engine))
+                self._watches[engine] = tasks.create_task(self._watch(engine))
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when an engine came back, or after `timeout_s`."""
@@ -331,6 +353,11 @@ class EnginePool:
         # A refused connection is an answer; silence is one only when it lasts.
         if not failure.sent or engine.misses >= _MISSES:
             self.lost(engine, str(failure))
+
+
+def _engine(address: EngineAddress, secret: str) -> Engine:
+    client = Pool(address.host, address.port)
+    return Engine(address, client, dialect(address.kind), address.slot, _authorization(address, secret))
 
 
 def _authorization(address: EngineAddress, secret: str) -> bytes:

@@ -8,14 +8,19 @@ import struct
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from pdctl.plan import Plan
 from pdctl.serving import Server
+from pdctl.supervisor.changes import Changes
 from pdctl.wire import LeaseReply
+
+_MOST_BYTES = 16 * 2**20
 
 
 class _OwnUserSocket(socket.socket):
@@ -35,36 +40,78 @@ class _OwnUserSocket(socket.socket):
 class Controlled(Protocol):
     """What the control API is about."""
 
+    plan: Plan
+
     async def fresh_status(self) -> dict[str, object]: ...
     async def leases(self) -> dict[str, object]: ...
     async def revoke(self, lease_id: str) -> LeaseReply: ...
+    def ask(self, name: str, verb: str, drain: bool) -> str: ...
+    def changes(self, wanted: Plan) -> Changes: ...
+    def apply(self, wanted: Plan) -> str: ...
     def stop(self) -> None: ...
 
 
-async def serve_control(path: Path, service: Controlled) -> None:
-    """Answer until cancelled: GET /v1/status, GET /v1/kv, POST /v1/kv/revoke?lease=ID, POST /v1/stop."""
+class _Api:
+    def __init__(self, service: Controlled) -> None:
+        self._service = service
 
-    async def get_status(_: Request) -> JSONResponse:
-        return JSONResponse(await service.fresh_status())
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/status", self.status),
+            Route("/v1/plan", self.plan),
+            Route("/v1/kv", self.kv),
+            Route("/v1/kv/revoke", self.revoke, methods=["POST"]),
+            Route("/v1/processes/{name}/{verb}", self.ask, methods=["POST"]),
+            Route("/v1/apply", self.apply, methods=["POST"]),
+            Route("/v1/stop", self.stop, methods=["POST"]),
+        ]
 
-    async def get_kv(_: Request) -> JSONResponse:
-        return JSONResponse(await service.leases())
+    async def status(self, _: Request) -> JSONResponse:
+        return JSONResponse(await self._service.fresh_status())
 
-    async def post_revoke(request: Request) -> JSONResponse:
-        reply = await service.revoke(request.query_params.get("lease", ""))
+    async def plan(self, _: Request) -> JSONResponse:
+        return JSONResponse(self._service.plan.to_dict())
+
+    async def kv(self, _: Request) -> JSONResponse:
+        return JSONResponse(await self._service.leases())
+
+    async def revoke(self, request: Request) -> JSONResponse:
+        reply = await self._service.revoke(request.query_params.get("lease", ""))
         return JSONResponse({"ok": reply.ok, "reason": reply.reason})
 
-    async def post_stop(_: Request) -> JSONResponse:
-        service.stop()
+    async def ask(self, request: Request) -> JSONResponse:
+        name, verb = request.path_params["name"], request.path_params["verb"]
+        if verb not in ("start", "stop", "restart", "drain"):
+            return _answer(f"no verb {verb!r}")
+        return _answer(self._service.ask(name, verb, request.query_params.get("drain") == "1"))
+
+    async def apply(self, request: Request) -> JSONResponse:
+        parts, size = [], 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > _MOST_BYTES:
+                return _answer(f"a plan of more than {_MOST_BYTES} bytes")
+        try:
+            wanted = msgspec.json.decode(b"".join(parts), type=Plan)
+        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+            return _answer(f"that is no plan: {failure}")
+        if request.query_params.get("dry_run") == "1":
+            return JSONResponse(self._service.changes(wanted).to_dict())
+        return _answer(self._service.apply(wanted))
+
+    async def stop(self, _: Request) -> JSONResponse:
+        self._service.stop()
         return JSONResponse({"stopping": True}, status_code=202)
 
-    routes = [
-        Route("/v1/status", get_status),
-        Route("/v1/kv", get_kv),
-        Route("/v1/kv/revoke", post_revoke, methods=["POST"]),
-        Route("/v1/stop", post_stop, methods=["POST"]),
-    ]
-    app = Starlette(routes=routes)
+
+def _answer(reason: str) -> JSONResponse:
+    return JSONResponse({"ok": not reason, "reason": reason}, status_code=409 if reason else 200)
+
+
+async def serve_control(path: Path, service: Controlled) -> None:
+    """Answer until cancelled: status, plan, KV, verbs for single processes, apply, stop; docs/status-json.md."""
+    app = Starlette(routes=_Api(service).routes())
     with _OwnUserSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         os.chmod(path, 0o600)  # noqa: PTH101 - in a coroutine; one system call

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import msgspec
 
@@ -176,6 +177,15 @@ class KvWatch:
                 reasons.append(str(failure))
         return LeaseReply(False, "; ".join(reasons) or f"no engine that runs now granted lease {lease_id}")
 
+    async def state_of(self, name: str) -> EngineState | str:
+        """One engine's state, or why there is none."""
+        member = next((member for member in self._members() if member.name == name), None)
+        return await self._state(member) if member is not None else f"{name} does not run"
+
+    def forget(self, name: str) -> None:
+        """An engine is no longer part of the service."""
+        self.links = {pair: link for pair, link in self.links.items() if name not in pair}
+
     def close(self) -> None:
         """Close every connection."""
         for pool in self._pools.values():
@@ -210,3 +220,11 @@ class KvWatch:
 def _kept(now: LinkInfo, before: LinkInfo | None) -> LinkInfo:
     """An engine's own view of a link; a refusal that we know of stays."""
     return before if before is not None and before.refused and before.epoch == now.epoch else now
+
+
+def shown_links(links: dict[tuple[str, str], LinkInfo]) -> list[dict[str, object]]:
+    """As `pdctl status --json` shows them."""
+    return [
+        {"reader": reader, **cast(dict[str, object], msgspec.to_builtins(link))}
+        for (reader, _), link in sorted(links.items(), key=lambda item: item[0])
+    ]

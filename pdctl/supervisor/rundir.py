@@ -27,7 +27,7 @@ class RunDir:
         return self.path / "control.sock"
 
     def acquire(self) -> None:
-        """Create and lock; what a dead supervisor left is cleared away. Raises AlreadyRunning, PdctlError."""
+        """Create and lock. Raises AlreadyRunning, PdctlError."""
         if len(str(self.control_socket)) > _LONGEST_SOCKET_PATH:
             hint = "set PDCTL_RUN to a shorter directory, such as /tmp/pd"
             raise PdctlError(f"the run directory {self.path} is too long for a unix socket", hint)
@@ -45,7 +45,6 @@ class RunDir:
             raise AlreadyRunning(f"service {name!r} is already running (supervisor pid {holder})", hint) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-        self._clear()
 
     def write_json(self, name: str, value: object) -> Path:
         """Write a file of the directory in one piece."""
@@ -55,6 +54,14 @@ class RunDir:
         scratch.replace(target)
         return target
 
+    def write_private(self, name: str, text: str) -> None:
+        """Write a file that only this user may read."""
+        target = self.path / name
+        with contextlib.suppress(FileNotFoundError):
+            target.unlink()
+        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+
     def release(self) -> None:
         """Remove the directory and let go of the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -62,7 +69,8 @@ class RunDir:
             os.close(self._lock)
             self._lock = None
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Remove what a dead supervisor left, but for the lock."""
         for entry in self.path.iterdir():
             if entry.name == "lock":
                 continue

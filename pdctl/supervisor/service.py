@@ -1,39 +1,53 @@
-"""A whole service: its units in order, its control socket, its end."""
+"""A whole service: its units in order, its sockets, its plan as it changes, its end."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import contextlib
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
 from pdctl.errors import PdctlError
-from pdctl.host.ports import listening_ports
+from pdctl.host.boot import host_id
 from pdctl.lean_http import Pool, Unreachable
 from pdctl.plan import Attached, Plan, ProcessSpec
-from pdctl.serving import listen_tcp
+from pdctl.supervisor import logs
+from pdctl.supervisor.adoption import PLAN, SECRET, STATE, Estate, Records, read_estate
+from pdctl.supervisor.apply import ApplyFailed, Progress, apply
+from pdctl.supervisor.changes import Changes, diff
 from pdctl.supervisor.control import serve_control
-from pdctl.supervisor.kv import KvWatch, Member
-from pdctl.supervisor.lifecycle import Event, Kind, Phase, Policy
+from pdctl.supervisor.figures import Meters
+from pdctl.supervisor.journal import Journal
+from pdctl.supervisor.kv import KvWatch, Member, shown_links
+from pdctl.supervisor.lifecycle import ENDED, LIVE, Event, Goal, Kind, Life, Phase
+from pdctl.supervisor.listeners import Listeners
+from pdctl.supervisor.manner import manner_of
+from pdctl.supervisor.notify import Notifier
+from pdctl.supervisor.proxies import Proxies
 from pdctl.supervisor.rundir import RunDir
-from pdctl.supervisor.tree import become_subreaper, kill_tree, reap_strangers, stamped
-from pdctl.supervisor.unit import Surroundings, Unit
-from pdctl.wire import SECRET_ENV, UNIT_ENV, EngineAddress, LeaseReply, LinkInfo, ProxyConfig
+from pdctl.supervisor.spawn import raise_limits
+from pdctl.supervisor.tree import SweptTree, Trees, become_subreaper, kill_tree, reap_strangers, stamped
+from pdctl.supervisor.unit import Manner, Surroundings, Unit
+from pdctl.wire import SECRET_ENV, UNIT_ENV, EngineState, LeaseReply
 
 _HOUSEKEEPING_S = 1.0
+_LOGS_S = 5.0
 _CLEAR_S = 10.0
+# What a later supervisor needs is written at most this often, seconds.
+_SAVE_S = 0.05
 # An attached engine that has not answered by then is shown as silent.
 _ASK_S = 1.0
+_DRAIN_LOOK_S = 0.05
 _LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
+
+VERBS = ("start", "stop", "restart", "drain")
 
 
 class _Down(Exception):
@@ -46,46 +60,62 @@ class Service:
     def __init__(self, plan: Plan, say: Callable[[str, str], None]) -> None:
         self.plan = plan
         self.failure: str | None = None
-        self._say = say
+        self._wanted = plan
         self._rundir = RunDir(Path(plan.run_dir))
-        self._secret = secrets.token_hex(16)
-        self._units: list[Unit] = []
+        self._journal = Journal(Path(plan.log_dir), say)
+        self._notifier = Notifier()
+        self._stamp = f"{UNIT_ENV}={plan.run_dir}"
+        self._units: dict[str, Unit] = {}
         self._stopping = False
         self._was_ready = False
         self._dirty = asyncio.Event()
-        self._listeners: list[socket.socket] = []
+        self._unsaved = asyncio.Event()
         self._linking = 0
         self._answers: dict[str, bool] = {}
-        self._kv = KvWatch(self._secret, self._members, self._holders, say)
+        self._meters = Meters()
+        self._applying: asyncio.Task[None] | None = None
+        self._progress: Progress | None = None
+        self._told: frozenset[str] = frozenset()
+        self._listeners = Listeners(Path(plan.run_dir))
+        self._estate: Estate | None = None
+        # Filled by _begin, before anything runs.
+        self._around: Surroundings
+        self._proxies: Proxies
+        self._kv: KvWatch
+        self._manner: Manner
 
     # -- from outside --------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Start everything, keep it running, and return when it is down. Raises PdctlError before it starts."""
         self._rundir.acquire()
+        trees = Trees(self._stamp)
         try:
-            await self._clear_leftovers()
-            self._prepare()
-            become_subreaper()
-            await self._supervise()
+            self._estate = read_estate(self._rundir.path)
+            if self._estate is None:
+                await self._clear_leftovers()
+                self._rundir.clear()
+            await self._supervise(trees)
         except* _Down:
-            pass
+            await self._clear_leftovers()
         finally:
-            for listener in self._listeners:
-                listener.close()
-            self._kv.close()
+            self._listeners.close()
+            trees.close()
             self._rundir.release()
 
     def stop(self) -> None:
         """Stop the proxy, then the engines. A second call kills what is left."""
         if self._stopping:
-            for unit in self._units:
+            for unit in self._units.values():
                 unit.force()
         self._stopping = True
+        self._notifier.say("STOPPING=1")
+        if self._applying is not None:
+            self._applying.cancel()
         self._dirty.set()
 
     def status(self) -> dict[str, object]:
-        """As `pdctl status --json` shows it."""
+        """As `pdctl status --json` shows it, without what is measured."""
         return {
             "service": self.plan.service,
             "state": self.state(),
@@ -97,17 +127,305 @@ class Service:
             "supervisor_pid": os.getpid(),
             "run_dir": self.plan.run_dir,
             "log_dir": self.plan.log_dir,
-            "processes": [unit.status() for unit in self._units],
+            "source": self.plan.source,
+            "trees": self._around.trees.method,
+            "apply": asdict(self._progress) if self._progress else None,
+            "processes": [unit.status() for unit in self._units.values()],
             "attached": [
                 {**asdict(attached), "answers": self._answers.get(attached.name)} for attached in self.plan.attached
             ],
-            "links": [{"reader": reader, **_shown(link)} for (reader, _), link in sorted(self._kv.links.items())],
+            "links": shown_links(self._kv.links),
         }
 
     async def fresh_status(self) -> dict[str, object]:
-        """The same, links and their speed asked of the engines now."""
-        await asyncio.gather(self._kv.states(), *(self._ask(attached) for attached in self.plan.attached))
-        return self.status()
+        """The same, with figures: engines are asked now."""
+        async with asyncio.TaskGroup() as tasks:
+            asked = tasks.create_task(self._kv.states())
+            for attached in self.plan.attached:
+                tasks.create_task(self._ask(attached))
+        states = asked.result()
+        found = self.status()
+        figures = self._meters.of(list(self._units.values()), states)
+        found["processes"] = [{**unit.status(), **figures[unit.name]} for unit in self._units.values()]
+        return found
+
+    async def leases(self) -> dict[str, object]:
+        """As `pdctl kv --json` shows them."""
+        return await self._kv.leases()
+
+    async def revoke(self, lease_id: str) -> LeaseReply:
+        """Take a lease back."""
+        return await self._kv.revoke(lease_id)
+
+    def ask(self, name: str, verb: str, drain: bool) -> str:
+        """One of VERBS for one process; the reason why not, or ""."""
+        unit = self._units.get(name)
+        if unit is None:
+            return f"no process {name!r}; there are: {', '.join(self._units)}"
+        if self._stopping:
+            return "the service is going down"
+        event = {
+            "start": Event(Kind.RESUME),
+            "stop": Event(Kind.DRAIN, goal=Goal.STOP) if drain else Event(Kind.STOP),
+            "restart": Event(Kind.DRAIN, goal=Goal.AGAIN) if drain else Event(Kind.RESTART),
+            "drain": Event(Kind.DRAIN, goal=Goal.HOLD),
+        }[verb]
+        before = unit.life
+        if verb == "drain" and before.phase not in (Phase.READY, Phase.DRAINING, Phase.DRAINED):
+            return f"{name} is {before.phase.value}: only what is ready can be drained"
+        self._journal.say(name, f"asked to {verb}{', drained first' if drain else ''}", "asked", verb=verb)
+        unit.feed(event)
+        return ""
+
+    def changes(self, wanted: Plan) -> Changes:
+        """What `apply` would do."""
+        return diff(self.plan, wanted)
+
+    def apply(self, wanted: Plan) -> str:
+        """Begin to change over; the reason why not, or ""."""
+        if self._stopping:
+            return "the service is going down"
+        if self._applying is not None:
+            return f"another apply is under way: {self._progress.step if self._progress else ''}"
+        if wanted.run_dir != self.plan.run_dir:
+            return f"that topology is of service {wanted.service!r}, not of {self.plan.service!r}"
+        self._applying = self._around.tasks.create_task(self._apply(wanted))
+        return ""
+
+    def state(self) -> str:
+        """starting, ready, degraded (was ready, something is not now), failed or stopping."""
+        phases = [unit.life.phase for unit in self._units.values()]
+        if self._stopping:
+            return "stopping"
+        if Phase.FAILED in phases:
+            return "failed"
+        if all(phase is Phase.READY for phase in phases) and not (self._linking and not self._was_ready):
+            return "ready"
+        return "degraded" if self._was_ready else "starting"
+
+    # -- what applying needs (Managed) ---------------------------------------------------------------------
+
+    def unit(self, name: str) -> Unit | None:
+        """The process of that name."""
+        return self._units.get(name)
+
+    def add(self, spec: ProcessSpec) -> Unit:
+        """Have another process; it starts with the next step."""
+        unit = Unit(spec, self._around, f"{self._stamp}:{spec.name}")
+        if spec.listen is not None:
+            unit.listen_fd = self._listeners.of(spec.listen).fileno()
+        self._units[spec.name] = unit
+        self._dirty.set()
+        return unit
+
+    def remove(self, unit: Unit) -> None:
+        """Forget a process that has ended."""
+        assert unit.life.phase in ENDED
+        del self._units[unit.name]
+        self._kv.forget(unit.name)
+        self._dirty.set()
+
+    async def take_on(self, plan: Plan) -> str:
+        """Make `plan` the one that runs, without touching processes; why a proxy does not follow it, or ""."""
+        self.plan = plan
+        order = {spec.name: number for number, spec in enumerate(plan.processes)}
+        self._units = dict(sorted(self._units.items(), key=lambda item: order.get(item[0], len(order))))
+        for spec in plan.processes:
+            unit = self._units.get(spec.name)
+            if unit is not None and unit.spec.digest() == spec.digest():
+                unit.spec = spec
+        manner_of(plan, self._manner)
+        self._rundir.write_json(PLAN, plan.to_dict())
+        return await self._proxies.tell(plan)
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    async def _supervise(self, trees: Trees) -> None:
+        loop = asyncio.get_running_loop()
+        become_subreaper()
+        raise_limits()
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sign, self.stop)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._begin(tasks, trees)
+                tasks.create_task(serve_control(self._rundir.control_socket, self))
+                tasks.create_task(self._housekeeping())
+                tasks.create_task(self._save_forever())
+                while True:
+                    self._step()
+                    if self._stopping and all(unit.life.phase in ENDED for unit in self._units.values()):
+                        raise _Down
+                    await self._dirty.wait()
+                    self._dirty.clear()
+        finally:
+            if hasattr(self, "_kv"):
+                self._kv.close()
+
+    def _step(self) -> None:
+        """Start what may start; when stopping, stop what may stop."""
+        units = self._units
+        if self.state() == "ready" and not self._was_ready:
+            self._was_ready = True
+            self._journal.say(
+                "pdctl", f"service {self.plan.service!r} is ready at {self.plan.proxy_url}", "service_ready"
+            )
+            self._notifier.say("READY=1", f"STATUS=ready at {self.plan.proxy_url}")
+        self._check_start()
+        for unit in list(units.values()):
+            if self._stopping:
+                self._stop_step(unit)
+            elif unit.life.phase is Phase.PENDING and (
+                # Once the service has been ready, its parts come back as they can.
+                self._was_ready
+                or all(units[name].life.phase is Phase.READY for name in unit.spec.depends_on if name in units)
+            ):
+                unit.feed(Event(Kind.START, time.monotonic()))
+
+    def _check_start(self) -> None:
+        """A service that never became ready is taken down whole: nothing half-started is left behind."""
+        if self._was_ready or self._stopping:
+            return
+        failed = next((unit for unit in self._units.values() if unit.life.phase is Phase.FAILED), None)
+        reason = self._kv.refused()
+        if reason or failed:
+            self.failure = reason or f"{failed.name if failed else ''} {failed.life.reason if failed else ''}"
+            self._stopping = True
+
+    def _stop_step(self, unit: Unit) -> None:
+        life = unit.life
+        if life.phase in ENDED or (life.phase in (Phase.STOPPING, Phase.CLEARING) and life.goal is Goal.STOP):
+            return
+        dependants = [other for other in self._units.values() if unit.name in other.spec.depends_on]
+        # What does not run need not be waited for, and must not start again.
+        idle = life.phase not in LIVE
+        if idle or all(other.life.phase in ENDED for other in dependants):
+            unit.feed(Event(Kind.STOP, time.monotonic()))
+
+    def _changed(self, unit: Unit) -> None:
+        self._dirty.set()
+        self._unsaved.set()
+        drained = frozenset(
+            name for name, other in self._units.items() if other.life.phase in (Phase.DRAINING, Phase.DRAINED)
+        )
+        if drained != self._told and not self._stopping:
+            self._told = drained
+            self._proxies.draining = set(drained)
+            unit.around.tasks.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        if reason := await self._proxies.tell(self.plan):
+            self._journal.say("pdctl", f"not every proxy was told: {reason}")
+
+    def _unit_ready(self, unit: Unit) -> None:
+        """Link a new engine to its peers; the service counts as ready when that is decided."""
+        if unit.spec.kind == "proxy":
+            # Its file may have changed since it read it.
+            unit.around.tasks.create_task(self._tell())
+        else:
+            self._linking += 1
+            unit.around.tasks.create_task(self._link(unit))
+
+    async def _link(self, unit: Unit) -> None:
+        await self._kv.link(unit.name)
+        self._linking -= 1
+        self._dirty.set()
+
+    def _unit_died(self, unit: Unit) -> asyncio.Task[None]:
+        """Witness: what it held is freed now, whatever becomes of its replacement."""
+        if unit.life.phase is not Phase.STOPPING:
+            for other in self._units.values():
+                if unit.name in other.spec.restart_with and other.life.phase in LIVE:
+                    self._journal.say(other.name, f"restarted with {unit.name}", "restarted_with")
+                    other.feed(Event(Kind.RESTART))
+        return unit.around.tasks.create_task(self._kv.reclaim(unit.name, f"{unit.name}@{unit.epoch}"))
+
+    async def _drain(self, unit: Unit) -> None:
+        """Return when nothing runs in an engine any more, or its time is over. A proxy drains by itself, at TERM."""
+        if unit.spec.kind == "proxy":
+            return
+        await self._proxies.tell(self.plan)
+        drain_s = self.plan.supervision.drain_s
+        deadline = time.monotonic() + drain_s
+        while time.monotonic() < deadline:
+            calls, state = await asyncio.gather(self._proxies.calls_at(unit.name), self._kv.state_of(unit.name))
+            busy = calls
+            if isinstance(state, EngineState):
+                busy += state.running + state.waiting + len(state.leases)
+            if not busy:
+                return
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        self._journal.say(unit.name, f"still busy after {drain_s:g} s: its requests go on elsewhere", "drain_over")
+
+    async def _apply(self, wanted: Plan) -> None:
+        progress = self._progress = Progress("running")
+
+        def say(step: str) -> None:
+            progress.step = step
+            self._journal.say("pdctl", step, "apply")
+
+        try:
+            await apply(self, wanted, say)
+            progress.state, progress.step = "done", ""
+        except ApplyFailed as failure:
+            progress.state, progress.error = "failed", str(failure)
+            self._journal.say("pdctl", f"apply ended half-way: {failure}", "apply_failed")
+        finally:
+            self._applying = None
+            self._dirty.set()
+
+    async def _housekeeping(self) -> None:
+        log_due = watchdog_due = 0.0
+        while True:
+            await asyncio.sleep(min(_HOUSEKEEPING_S, self._notifier.watchdog_s or _HOUSEKEEPING_S))
+            now = time.monotonic()
+            reap_strangers(self._pids())
+            if self._notifier.watchdog_s and now >= watchdog_due:
+                watchdog_due = now + self._notifier.watchdog_s
+                self._notifier.say("WATCHDOG=1")
+            if now >= log_due:
+                log_due = now + _LOGS_S
+                self._cap_logs()
+
+    def _cap_logs(self) -> None:
+        for unit in self._units.values():
+            try:
+                if logs.cap(unit.log_path, self._manner.log_bytes):
+                    self._journal.say(unit.name, f"log cut; its older half is in {logs.archive_of(unit.log_path)}")
+            except OSError as failure:
+                self._journal.say(unit.name, f"its log cannot be cut: {failure.strerror}")
+
+    async def _save_forever(self) -> None:
+        """What a later supervisor needs, after every change, but not at every change."""
+        while True:
+            await self._unsaved.wait()
+            self._unsaved.clear()
+            records = [record for unit in self._units.values() if (record := unit.record()) is not None]
+            try:
+                self._rundir.write_json(STATE, msgspec.to_builtins(Records(host_id(), records)))
+            except OSError as failure:
+                # For later starts; a full disk must not end the service.
+                self._journal.say("pdctl", f"{STATE} cannot be written: {failure}")
+            await asyncio.sleep(_SAVE_S)
+
+    # -- who there is --------------------------------------------------------------------------------------
+
+    def _members(self) -> list[Member]:
+        return [
+            Member(unit.name, unit.spec.role, unit.spec.ports["http"], unit.epoch)
+            for unit in self._units.values()
+            if unit.spec.kind != "proxy" and unit.life.phase in _ANSWERING and unit.alive
+        ]
+
+    def _serving(self) -> list[ProcessSpec]:
+        return [u.spec for u in self._units.values() if u.spec.kind == "proxy" and u.life.phase is Phase.READY]
+
+    def _holders(self) -> set[str]:
+        return {f"{unit.name}@{unit.epoch}" for unit in self._units.values() if unit.alive}
+
+    def _pids(self) -> set[int]:
+        found = {unit.pid for unit in self._units.values() if unit.pid is not None}
+        return found | {unit.leader for unit in self._units.values() if unit.leader is not None}
 
     async def _ask(self, attached: Attached) -> None:
         pool = Pool(attached.host, attached.port, connect_s=_ASK_S)
@@ -118,206 +436,72 @@ class Service:
         finally:
             pool.close()
 
-    async def leases(self) -> dict[str, object]:
-        """As `pdctl kv --json` shows them."""
-        return await self._kv.leases()
-
-    async def revoke(self, lease_id: str) -> LeaseReply:
-        """Take a lease back."""
-        return await self._kv.revoke(lease_id)
-
-    def state(self) -> str:
-        """starting, ready, degraded (was ready, something is not now), failed or stopping."""
-        phases = [unit.life.phase for unit in self._units]
-        if self._stopping:
-            return "stopping"
-        if Phase.FAILED in phases:
-            return "failed"
-        if all(phase is Phase.READY for phase in phases) and not (self._linking and not self._was_ready):
-            return "ready"
-        return "degraded" if self._was_ready else "starting"
-
-    # -- the loop ------------------------------------------------------------------------------------------
-
-    async def _supervise(self) -> None:
-        loop = asyncio.get_running_loop()
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(sign, self.stop)
-        async with asyncio.TaskGroup() as tasks:
-            self._make_units(tasks)
-            tasks.create_task(serve_control(self._rundir.control_socket, self))
-            tasks.create_task(self._housekeeping())
-            while True:
-                self._step()
-                if self._stopping and all(unit.life.phase in _ENDED for unit in self._units):
-                    raise _Down
-                await self._dirty.wait()
-                self._dirty.clear()
-
-    def _step(self) -> None:
-        """Start what may start; when stopping, stop what may stop."""
-        phases = {unit.spec.name: unit.life.phase for unit in self._units}
-        if self.state() == "ready" and not self._was_ready:
-            self._was_ready = True
-            self._say("pdctl", f"service {self.plan.service!r} is ready at {self.plan.proxy_url}")
-        if (reason := self._kv.refused()) and not self._was_ready and not self._stopping:
-            self.failure, self._stopping = reason, True
-        failed = next((unit for unit in self._units if unit.life.phase is Phase.FAILED), None)
-        if failed and not self._was_ready and not self._stopping:
-            # A service that never became ready is taken down whole: nothing half-started is left behind.
-            self.failure = f"{failed.spec.name} {failed.life.reason}"
-            self._stopping = True
-        for unit in self._units:
-            if self._stopping and unit.life.phase in (Phase.PENDING, Phase.BACKOFF):
-                # Nothing runs: whoever depends on it need not be waited for, and it must not start again.
-                self._stop_unit(unit)
-            elif self._stopping:
-                dependants = [u for u in self._units if unit.spec.name in u.spec.depends_on]
-                if all(u.life.phase in _ENDED for u in dependants):
-                    self._stop_unit(unit)
-            elif unit.life.phase is Phase.PENDING and all(phases[n] is Phase.READY for n in unit.spec.depends_on):
-                unit.feed(Event(Kind.START, time.monotonic()))
-
-    def _stop_unit(self, unit: Unit) -> None:
-        if unit.life.phase not in (*_ENDED, Phase.STOPPING):
-            unit.feed(Event(Kind.STOP, time.monotonic()))
-
-    def _changed(self, unit: Unit) -> None:
-        self._dirty.set()
-        try:
-            self._rundir.write_json("state.json", self.status())
-        except OSError as failure:
-            # For people and later starts; a full disk must not end the service.
-            self._say("pdctl", f"state.json cannot be written: {failure}")
-
-    def _unit_ready(self, unit: Unit) -> None:
-        """Link a new engine to its peers; the service counts as ready when that is decided."""
-        if unit.spec.kind != "proxy":
-            self._linking += 1
-            unit.around.tasks.create_task(self._link(unit))
-
-    async def _link(self, unit: Unit) -> None:
-        await self._kv.link(unit.spec.name)
-        self._linking -= 1
-        self._dirty.set()
-
-    def _unit_died(self, unit: Unit) -> asyncio.Task[None]:
-        """Witness: what it held is freed now, whatever becomes of its replacement."""
-        return unit.around.tasks.create_task(self._kv.reclaim(unit.spec.name, f"{unit.spec.name}@{unit.epoch}"))
-
-    def _members(self) -> list[Member]:
-        return [
-            Member(unit.spec.name, unit.spec.role, unit.spec.ports["http"], unit.epoch)
-            for unit in self._units
-            if unit.spec.kind != "proxy" and unit.life.phase is Phase.READY and unit.alive
-        ]
-
-    def _holders(self) -> set[str]:
-        return {f"{unit.spec.name}@{unit.epoch}" for unit in self._units if unit.alive}
-
-    async def _housekeeping(self) -> None:
-        while True:
-            await asyncio.sleep(_HOUSEKEEPING_S)
-            reap_strangers(self._pids())
-
-    def _pids(self) -> set[int]:
-        return {unit.pid for unit in self._units if unit.pid is not None}
-
     # -- getting ready -------------------------------------------------------------------------------------
 
-    def _make_units(self, tasks: asyncio.TaskGroup) -> None:
-        around = Surroundings(
-            policy=Policy(self.plan.max_restarts, self.plan.within_s),
-            grace_s=self.plan.grace_s,
+    def _begin(self, tasks: asyncio.TaskGroup, trees: Trees) -> None:
+        """Sockets and files that children expect, and the children, new or adopted."""
+        estate = self._estate
+        if estate is not None:
+            self.plan = estate.plan
+        secret = estate.secret if estate else secrets.token_hex(16)
+        self._manner = manner_of(self.plan)
+        self._proxies = Proxies(self._rundir, secret, self._serving)
+        self._kv = KvWatch(secret, self._members, self._holders, self._journal.say)
+        self._around = Surroundings(
+            manner=self._manner,
             log_dir=Path(self.plan.log_dir),
-            env={SECRET_ENV: self._secret},
-            stamp_prefix=self._stamp_prefix(),
+            run_dir=self._rundir.path,
+            env={SECRET_ENV: secret},
+            secret=secret,
+            trees=trees,
             tasks=tasks,
+            journal=self._journal,
             changed=self._changed,
             ready=self._unit_ready,
             died=self._unit_died,
+            drain=self._drain,
             our_pids=self._pids,
-            say=self._say,
         )
-        by_address = {listener.getsockname()[1]: listener for listener in self._listeners}
+        self._prepare(secret, {record.name for record in estate.processes} if estate else set())
         for spec in self.plan.processes:
-            unit = Unit(spec, around)
-            if spec.listen is not None:
-                unit.listen_fd = by_address[spec.listen[1]].fileno()
-            self._units.append(unit)
+            self.add(spec)
+        if estate is not None:
+            self._adopt(estate)
 
-    def _stamp_prefix(self) -> str:
-        """The service's place on this machine: two services of one name in different run directories do not meet."""
-        return self.plan.run_dir
+    def _adopt(self, estate: Estate) -> None:
+        """Take over what runs as it was planned then, and change over to what is wanted now."""
+        known = [record for record in estate.processes if record.name in self._units]
+        for record in known:
+            self._units[record.name].adopt(record)
+        self._was_ready = True
+        for unit in self._units.values():
+            unit.life = unit.life if unit.alive else Life()
+        if not diff(self.plan, self._wanted).is_empty:
+            self.apply(self._wanted)
 
-    async def _clear_leftovers(self) -> None:
-        """What a supervisor that was killed left behind is ended before anything is started in its place."""
-        stamp = f"{UNIT_ENV}={self._stamp_prefix()}:"
-        if found := stamped(stamp):
-            self._say("pdctl", f"ending pids {found} of an earlier start")
-            if left := await kill_tree(stamp, set(), _CLEAR_S):
-                hint = "they are stuck in the kernel (state D); wait, or reboot"
-                raise PdctlError(f"pids {left} of an earlier start do not die", hint)
-
-    def _prepare(self) -> None:
-        """Sockets and files that children expect."""
-        bound: set[tuple[str, int]] = set()
+    def _prepare(self, secret: str, adopted: set[str]) -> None:
         for spec in self.plan.processes:
-            longest = f"{self._rundir.path}/ipc/{spec.name}.out"
+            longest = f"{self._rundir.path}/ipc/{spec.name}.listen"
             if len(longest) > _LONGEST_SOCKET_PATH:
                 hint = "set PDCTL_RUN to a shorter directory, or shorten the names"
                 raise PdctlError(f"{longest} is too long for a unix socket", hint)
-            if spec.listen is not None and spec.listen not in bound:
-                bound.add(spec.listen)
-                self._listeners.append(_listen(spec))
-        (self._rundir.path / "ipc").mkdir()
-        engines = [
-            EngineAddress(spec.name, spec.role, spec.kind, "127.0.0.1", spec.ports["http"])
-            for spec in self.plan.processes
-            if spec.kind != "proxy"
-        ]
-        engines += [EngineAddress(*astuple(attached)) for attached in self.plan.attached]
-        proxy = self.plan.proxy
-        config = ProxyConfig(
-            service=self.plan.service,
-            model=self.plan.served_model_name,
-            routing=proxy.routing,
-            ttft_ms=self.plan.ttft_ms,
-            tpot_ms=self.plan.tpot_ms,
-            max_model_len=self.plan.max_model_len,
-            engines=engines,
-            workers=proxy.workers,
-            run_dir=self.plan.run_dir,
-            admission=proxy.admission,
-            max_queue=proxy.max_queue,
-            max_body_mb=proxy.max_body_mb,
-            api_keys=proxy.api_keys,
-            tls_cert=proxy.tls_cert,
-            tls_key=proxy.tls_key,
-            cors_origins=list(proxy.cors_origins),
-            access_log=proxy.access_log,
-            otlp_endpoint=proxy.otlp_endpoint,
-        )
-        self._rundir.write_json("proxy.json", msgspec.to_builtins(config))
+            if spec.listen is not None and spec.listen not in self._listeners:
+                self._listeners.open(spec.listen, [s.name for s in self.plan.processes if s.name in adopted])
+        (self._rundir.path / "ipc").mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._rundir.control_socket.unlink()
+        self._rundir.write_json(PLAN, self.plan.to_dict())
+        self._rundir.write_private(SECRET, secret)
+        self._proxies.write(self.plan)
+
+    async def _clear_leftovers(self) -> None:
+        """End what a supervisor that was killed left, before anything is started in its place, and what we left."""
+        stamp = f"{self._stamp}:"
+        if found := stamped(stamp):
+            self._journal.say("pdctl", f"ending pids {found} of an earlier start")
+            if left := await kill_tree(SweptTree(stamp), set(), _CLEAR_S):
+                hint = "they are stuck in the kernel (state D); wait, or reboot"
+                raise PdctlError(f"pids {left} of an earlier start do not die", hint)
 
 
-_ENDED = (Phase.STOPPED, Phase.FAILED)
-
-
-def _shown(link: LinkInfo) -> dict[str, object]:
-    return cast(dict[str, object], msgspec.to_builtins(link))
-
-
-def _listen(spec: ProcessSpec) -> socket.socket:
-    """Bound by us and handed down, so that a restart of the process refuses nobody."""
-    assert spec.listen is not None
-    host, port = spec.listen
-    try:
-        return listen_tcp(host, port)
-    except OSError as failure:
-        holder = listening_ports().get(port)
-        who = f" by {holder.describe()}" if holder else ""
-        hint = "stop that process or choose another port under [proxy]"
-        if failure.errno == errno.EADDRNOTAVAIL:
-            hint = "proxy.host must be an address of this machine, or 0.0.0.0 for all of them"
-        raise PdctlError(f"port {port} on {host} cannot be bound: {failure.strerror}{who}", hint) from failure
+_ANSWERING = (Phase.READY, Phase.DRAINING, Phase.DRAINED)

@@ -1,13 +1,7 @@
-"""Runs between fork and exec of every child: what must be set by the child itself. Standard library only.
-
-argv: a JSON object {parent, cpus}, then the command. A preexec_fn could do this too, but runs in a forked copy of
-a process that may have threads.
-"""
+"""Runs between fork and exec where there is no setpriv. Standard library only. argv: parent, cgroup.procs, command."""
 
 import ctypes
-import json
 import os
-import resource
 import signal
 import sys
 
@@ -15,16 +9,14 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    """Set death signal, CPU set and limits, then become the command."""
-    settings = json.loads(sys.argv[1])
+    """Set the death signal, enter the cgroup, then become the command."""
+    parent, join, *command = sys.argv[1:]
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != settings["parent"]:
+    if os.getppid() != int(parent):
         sys.exit("the supervisor is gone")
-    os.sched_setaffinity(0, settings["cpus"])
-    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK):
-        _, hard = resource.getrlimit(limit)
-        resource.setrlimit(limit, (hard, hard))
-    command = sys.argv[2:]
+    if join:
+        with open(join, "w") as file:  # noqa: PTH123 - pathlib takes longer to import than this to run
+            file.write("0")
     os.execvp(command[0], command)  # noqa: S606 - replacing ourselves is the point
 
 

@@ -1,6 +1,8 @@
-"""The whole tree of a child, found by the stamp in its environment, and emptied.
+"""The whole tree of a child: who is in it, ended as one, proven empty.
 
-A stamp survives double forks and new sessions, which a process group or a walk from the parent does not.
+Where cgroup v2 is writable the kernel keeps the books, and `cgroup.kill` reaches everybody. Elsewhere we are the child
+subreaper: orphans below us become our children, and a stamp in their environment says whose they are. A stamp survives
+double forks and new sessions, which a process group or a walk from the parent does not.
 """
 
 from __future__ import annotations
@@ -8,13 +10,107 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import hashlib
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Protocol
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-_POLL_S = 0.01
+_POLL_S = 0.005
+
+
+class Tree(Protocol):
+    """One process's tree. `join`: the cgroup.procs file that a child enters before it becomes its command."""
+
+    join: Path | None
+
+    def pids(self) -> list[int]:
+        """Who lives in it, the leader included."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL to all of them, once."""
+        ...
+
+
+class SweptTree:
+    """Found by its stamp (NAME=value) among all processes: slower, and the same everywhere."""
+
+    join: Path | None = None
+
+    def __init__(self, stamp: str) -> None:
+        self._stamp = stamp
+
+    def pids(self) -> list[int]:
+        """See Tree.pids."""
+        return stamped(self._stamp)
+
+    def kill(self) -> None:
+        """See Tree.kill."""
+        for pid in self.pids():
+            kill_quietly(pid, signal.SIGKILL)
+
+
+class CgroupTree:
+    """A cgroup of its own, made anew here."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._folder = folder
+        self.join: Path | None = folder / "cgroup.procs"
+
+    def pids(self) -> list[int]:
+        """See Tree.pids. Sub-groups that a child made are part of it."""
+        try:
+            if "populated 0" in (self._folder / "cgroup.events").read_text():
+                return []
+            found = [int(pid) for file in self._folder.rglob("cgroup.procs") for pid in file.read_text().split()]
+        except FileNotFoundError:
+            return []
+        return found
+
+    def kill(self) -> None:
+        """See Tree.kill."""
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / "cgroup.kill").write_text("1")
+
+
+class Trees:
+    """Makes a service's trees; `place` names the service on this machine."""
+
+    def __init__(self, stamp_prefix: str, proc_root: Path = Path("/proc")) -> None:
+        self._prefix = stamp_prefix
+        name = f"pdctl-{hashlib.blake2b(stamp_prefix.encode(), digest_size=6).hexdigest()}"
+        self._root = _new_group(name, proc_root)
+
+    @property
+    def method(self) -> str:
+        """For people."""
+        return "cgroup" if self._root else "sweep"
+
+    def of(self, name: str) -> Tree:
+        """The tree of one process."""
+        if self._root is not None:
+            with contextlib.suppress(OSError):
+                return CgroupTree(self._root / name)
+        return SweptTree(f"{self._prefix}:{name}")
+
+    def adopted(self, name: str, group: str) -> Tree:
+        """The tree of a process that an earlier supervisor put into `group`, or into none."""
+        if group and Path(group).is_dir():
+            return CgroupTree(Path(group))
+        return SweptTree(f"{self._prefix}:{name}")
+
+    def close(self) -> None:
+        """Remove the groups; one that is not empty stays, which says so."""
+        if self._root is None:
+            return
+        folders = sorted((entry for entry in self._root.rglob("*") if entry.is_dir()), reverse=True)
+        for folder in (*folders, self._root):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def become_subreaper() -> None:
@@ -26,11 +122,12 @@ def stamped(stamp: str, proc_root: Path = Path("/proc")) -> list[int]:
     """Pids of living processes with `stamp` (NAME=value) in their environment; one that ends in a colon is a prefix."""
     wanted = stamp.encode()
     found = []
-    for entry in proc_root.iterdir():
-        if entry.name.isdigit() and _alive(entry):
-            with contextlib.suppress(OSError):
-                if _matches((entry / "environ").read_bytes().split(b"\0"), wanted):
-                    found.append(int(entry.name))
+    for name in os.listdir(proc_root):  # noqa: PTH208 - hundreds of Path objects would cost more than the reading
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"{proc_root}/{name}/environ", "rb") as file:  # noqa: PTH123
+                environment = file.read()
+                if wanted in environment and _matches(environment.split(b"\0"), wanted) and _alive(proc_root / name):
+                    found.append(int(name))
     return found
 
 
@@ -47,18 +144,49 @@ def reap_strangers(ours: set[int]) -> None:
             os.waitpid(ended.si_pid, 0)
 
 
-async def kill_tree(stamp: str, ours: set[int], deadline_s: float) -> list[int]:
-    """SIGKILL everything stamped until nothing is left; returns what would not die in time."""
+async def kill_tree(tree: Tree, ours: set[int], deadline_s: float) -> list[int]:
+    """SIGKILL until nothing is left; returns what would not die in time."""
     deadline = time.monotonic() + deadline_s
-    while left := stamped(stamp):
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while left := tree.pids():
+        tree.kill()
         reap_strangers(ours)
         if time.monotonic() > deadline:
             return left
         await asyncio.sleep(_POLL_S)
     return []
+
+
+async def end_tree(tree: Tree, wait_s: float, kill_s: float) -> list[int]:
+    """Wait for a tree that was asked to end, then kill it; returns what would not die in time."""
+    deadline = time.monotonic() + wait_s
+    while tree.pids() and time.monotonic() < deadline:  # noqa: ASYNC110 - not our children: nobody tells us
+        await asyncio.sleep(_POLL_S)
+    return await kill_tree(tree, set(), kill_s)
+
+
+def kill_quietly(pid: int, sign: signal.Signals) -> None:
+    """A signal to somebody who may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, sign)
+
+
+def _new_group(name: str, proc_root: Path) -> Path | None:
+    """A group below our own one in the cgroup v2 hierarchy; None where there is none, or it is not ours to change."""
+    try:
+        mounts = [line.split() for line in (proc_root / "self/mountinfo").read_text().splitlines()]
+        own = next(line[3:] for line in (proc_root / "self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        for words in mounts:
+            if words[words.index("-") + 1] == "cgroup2":
+                # A mount may show only a part of the hierarchy: words[3] is its root.
+                inside = own.removeprefix(words[3]) if words[3] != "/" else own
+                folder = Path(words[4]) / inside.lstrip("/") / name
+                folder.mkdir(exist_ok=True)
+                if (folder / "cgroup.kill").exists():
+                    return folder
+                folder.rmdir()
+    except (OSError, StopIteration, ValueError):
+        return None
+    return None
 
 
 def _matches(environment: list[bytes], wanted: bytes) -> bool:

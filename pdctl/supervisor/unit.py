@@ -4,296 +4,360 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-
 from pdctl.host.boot import new_epoch
-from pdctl.lean_http import Pool, Unreachable
 from pdctl.plan import ProcessSpec
-from pdctl.supervisor.lifecycle import (
-    Action,
-    Do,
-    Event,
-    Exit,
-    Kind,
-    Life,
-    Phase,
-    Policy,
-    advance,
-    describe_exit,
-    signal_name,
-)
-from pdctl.supervisor.tree import kill_tree, stamped
-from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, UNIT_ENV
+from pdctl.supervisor import logs
+from pdctl.supervisor.adoption import Record, recorded_exit, recorded_pid, start_ticks
+from pdctl.supervisor.clearing import Baseline, Remains, baseline_of, clear, in_the_way
+from pdctl.supervisor.exits import Ended, report, told_of
+from pdctl.supervisor.journal import Journal, now_text
+from pdctl.supervisor.lifecycle import LIVE, Action, Do, Event, Exit, Kind, Life, Phase, Policy, advance
+from pdctl.supervisor.probes import Cadence, Prober
+from pdctl.supervisor.spawn import Start, spawn
+from pdctl.supervisor.tree import Tree, Trees, kill_quietly
 
-_SHIM = Path(__file__).with_name("spawn_shim.py")
-# Past this a killed process sits in the kernel; it is named and waited for, never doubled.
-_KILL_DEADLINE_S = 10.0
-_LOG_LIMIT = 64 * 2**20
 # How long clearing up waits for the peers of a dead process to be told, seconds.
 _TELL_S = 0.1
+
+
+@dataclass(slots=True)
+class Manner:
+    """How all processes of a service are treated; `apply` changes it while they run."""
+
+    policy: Policy
+    cadence: Cadence
+    stop_signals: tuple[signal.Signals, ...]
+    grace_s: float
+    stable_s: float
+    log_bytes: int
+    survives: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a unit needs of its service. `changed` is called after every change of state, `died` the moment the
-    process ends, before what it left is cleared away."""
+    process ends, before what it left is cleared away; `drain` returns when nothing runs in it any more."""
 
-    policy: Policy
-    grace_s: float
+    manner: Manner
     log_dir: Path
+    run_dir: Path
     env: dict[str, str]
-    stamp_prefix: str
+    secret: str
+    trees: Trees
     tasks: asyncio.TaskGroup
+    journal: Journal
     changed: Callable[[Unit], None]
     ready: Callable[[Unit], None]
     died: Callable[[Unit], asyncio.Task[None]]
+    drain: Callable[[Unit], Coroutine[None, None, None]]
     our_pids: Callable[[], set[int]]
-    say: Callable[[str, str], None]
 
 
 @dataclass(slots=True)
 class Unit:
-    """Feed it events; it spawns, probes, signals and reports."""
+    """Feed it events; it spawns, probes, signals and reports. `blocked`: what delays its next start."""
 
     spec: ProcessSpec
     around: Surroundings
+    stamp: str
     listen_fd: int | None = None
     life: Life = field(default_factory=Life)
     pid: int | None = None
     epoch: str = ""
     alive: bool = False
+    adopted: bool = False
     ready_since: str | None = None
+    started_at: float = 0.0
     last_exit: dict[str, object] | None = None
-    stuck: list[int] = field(default_factory=list)
+    blocked: str = ""
+    tree: Tree | None = None
+    baseline: Baseline = field(default_factory=dict)
     _process: subprocess.Popen[bytes] | None = None
-    _probe: asyncio.Task[None] | None = None
-    _grace: asyncio.Task[None] | None = None
+    _record: Path | None = None
+    _by_us: str = ""
+    _moved: asyncio.Event = field(default_factory=asyncio.Event)
+    _timers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its name in the plan."""
+        return self.spec.name
 
     @property
     def log_path(self) -> Path:
         """Where its output goes."""
-        return self.around.log_dir / f"{self.spec.name}.log"
+        return self.around.log_dir / f"{self.name}.log"
 
     @property
-    def stamp(self) -> str:
-        """What every process of its tree carries in the environment."""
-        return f"{UNIT_ENV}={self.around.stamp_prefix}:{self.spec.name}"
+    def leader(self) -> int | None:
+        """The pid of the command itself; where it shall outlive us, ours is that of the shell which waits for it."""
+        return recorded_pid(self._record) or self.pid if self._record is not None else self.pid
 
     def feed(self, event: Event) -> None:
         """One event through the lifecycle, its actions begun."""
         before = self.life.phase
-        self.life, actions = advance(self.life, event, self.around.policy)
+        self.life, actions = advance(self.life, event, self.around.manner.policy)
         if self.life.phase is not before:
-            self._phase_changed()
+            self._phase_changed(before)
         for action in actions:
             self._do(action)
         self.around.changed(self)
 
+    async def until(self, phases: frozenset[Phase]) -> None:
+        """Return when it is in one of these."""
+        while self.life.phase not in phases:
+            self._moved.clear()
+            await self._moved.wait()
+
     def status(self) -> dict[str, object]:
-        """As `pdctl status --json` shows it."""
+        """As `pdctl status --json` shows it, but for what is measured."""
         return {
-            "name": self.spec.name,
+            "name": self.name,
             "kind": self.spec.kind,
             "role": self.spec.role,
+            "group": self.spec.group,
             "state": self.life.phase.value,
-            "reason": self.life.reason,
-            "pid": self.pid,
+            "reason": self.blocked or self.life.reason,
+            "pid": self.leader if self.alive else None,
             "restarts": self.life.restarts,
             "last_exit": self.last_exit,
             "device": self.spec.device,
             "cpus": list(self.spec.cpus),
             "gpus": list(self.spec.gpus),
+            "rdma": list(self.spec.rdma),
             "ports": self.spec.ports,
             "ready_since": self.ready_since,
-            "rss_bytes": _resident(self.pid),
             "epoch": self.epoch,
+            "adopted": self.adopted,
             "log": str(self.log_path),
         }
+
+    def record(self) -> Record | None:
+        """What a later supervisor needs to know it by."""
+        if not self.alive or self.pid is None:
+            return None
+        return Record(
+            name=self.name,
+            pid=self.pid,
+            start_ticks=start_ticks(self.pid),
+            epoch=self.epoch,
+            starts=self.life.starts,
+            phase=self.life.phase.value,
+            record=str(self._record or ""),
+            group=str(self.tree.join.parent) if self.tree is not None and self.tree.join is not None else "",
+            started_at=self.started_at,
+            ready_since=self.ready_since,
+            last_exit=self.last_exit,
+        )
 
     # -- actions -------------------------------------------------------------------------------------------
 
     def _do(self, action: Action) -> None:
-        tasks = self.around.tasks
+        manner = self.around.manner
         match action.do:
             case Do.SPAWN:
                 self._spawn()
-            case Do.TERMINATE:
-                self._signal(signal.SIGTERM)
-                self._grace = tasks.create_task(self._later(self.around.grace_s, Kind.GRACE_OVER))
+            case Do.DRAIN:
+                self._arm("drain", self._drain())
+            case Do.SIGNAL:
+                self._by_us = f"pdctl, with {manner.stop_signals[action.number].name}"
+                self._signal(manner.stop_signals[action.number])
+                self._arm("grace", self._later(manner.grace_s, Kind.GRACE_OVER))
             case Do.KILL_TREE:
                 self.force()
+            case Do.CLEAR:
+                pass  # begun where the exit was seen, which knows how to wait for peers first
             case Do.ARM_BACKOFF:
-                tasks.create_task(self._later(action.seconds, Kind.START))
+                self._arm("backoff", self._later(action.seconds, Kind.START))
+            case Do.ARM_STABLE:
+                self._arm("stable", self._later(manner.stable_s, Kind.STABLE))
 
     def _spawn(self) -> None:
-        assert self._process is None, f"{self.spec.name}: two lives at once"
-        self.epoch = new_epoch()
-        settings = json.dumps({"parent": os.getpid(), "cpus": list(self.spec.cpus)})
-        argv = [self.spec.argv[0], "-I", "-S", str(_SHIM), settings, *self.spec.argv]
-        env = {
-            **os.environ,
-            **self.spec.env,
-            **self.around.env,
-            EPOCH_ENV: self.epoch,
-            "PYTHONUNBUFFERED": "1",
-        }
-        env[UNIT_ENV] = self.stamp.partition("=")[2]
-        if self.listen_fd is not None:
-            env[LISTEN_FD_ENV] = str(self.listen_fd)
+        assert not self.alive, f"{self.name}: two lives at once"
+        self.epoch, self._by_us, self.blocked = new_epoch(), "", ""
+        if reason := in_the_way(self.spec, {}, self.around.our_pids()):
+            self.feed(Event(Kind.CANNOT_SPAWN, detail=f"cannot be started: {reason}"))
+            return
+        self.baseline = self.baseline or baseline_of(self.spec)
+        self.tree = self.around.trees.of(self.name)
+        exits = self.around.run_dir / "exits"
+        self._record = exits / f"{self.name}.{self.epoch}" if self.around.manner.survives else None
         try:
-            with _open_log(self.log_path) as log:
-                process = subprocess.Popen(
-                    argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    pass_fds=() if self.listen_fd is None else (self.listen_fd,),
-                )  # fmt: skip
+            if self._record is not None:
+                exits.mkdir(exist_ok=True)
+            start = Start(
+                self.spec, self.around.env, self.stamp, self.epoch, self.listen_fd, self.tree.join, self._record
+            )
+            log = logs.open_new(self.log_path)
+            try:
+                self._process = spawn(start, log)
+            finally:
+                os.close(log)
         except OSError as failure:
             self.feed(Event(Kind.CANNOT_SPAWN, detail=f"cannot be started: {failure}"))
             return
-        self._process, self.pid, self.alive = process, process.pid, True
-        self.around.say(self.spec.name, f"started, pid {process.pid}")
-        self._watch(process)
-        self._probe = self.around.tasks.create_task(self._probe_until_ready())
+        self._is_alive(self._process.pid, time.monotonic())
+        self.around.journal.say(
+            self.name, f"started, pid {self.pid}", "started", pid=self.pid, epoch=self.epoch, start=self.life.starts
+        )
 
-    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+    def adopt(self, record: Record) -> None:
+        """Take charge of a process that an earlier supervisor started and that has gone on since."""
+        self.life = Life(Phase.STARTING, record.starts)
+        self.epoch, self.adopted, self.last_exit = record.epoch, True, record.last_exit
+        self._record = Path(record.record) if record.record else None
+        self.tree = self.around.trees.adopted(self.name, record.group)
+        self.ready_since = record.ready_since
+        self._is_alive(record.pid, record.started_at)
+        self.around.journal.say(self.name, f"adopted, pid {record.pid}", "adopted", pid=record.pid, epoch=self.epoch)
+        self.around.changed(self)
+
+    def _is_alive(self, pid: int, at: float) -> None:
+        self.pid, self.alive, self.started_at = pid, True, at
+        self._watch(pid)
+        self._arm("probe", self._probe())
+
+    def _watch(self, pid: int) -> None:
         """Notice the exit the moment it happens, by pidfd."""
-        pidfd = os.pidfd_open(process.pid)
+        pidfd = os.pidfd_open(pid)
         loop = asyncio.get_running_loop()
 
         def ended() -> None:
             loop.remove_reader(pidfd)
             os.close(pidfd)
-            code = process.wait()
-            self.alive = False
-            self.around.tasks.create_task(self._ended(code, self.around.died(self)))
+            self._ended(pid)
 
         loop.add_reader(pidfd, ended)
 
-    async def _ended(self, code: int, told: asyncio.Task[None]) -> None:
-        """Report the exit once nothing of the tree is left: a replacement never meets its predecessor."""
-        # Looking through /proc holds the loop for tens of milliseconds: peers hear of the death before that.
-        await asyncio.wait({told}, timeout=_TELL_S)
-        exit_ = Exit(None, -code) if code < 0 else Exit(code, None)
-        self._cancel_timers()
-        self._note_exit(exit_)
-        while left := await kill_tree(self.stamp, self.around.our_pids(), _KILL_DEADLINE_S):
-            self.stuck = left
-            self.around.say(self.spec.name, f"pids {left} do not die; waiting for them before any restart")
-        self.stuck = []
-        self._process, self.pid = None, None
-        self.feed(Event(Kind.EXITED, time.monotonic(), random.random(), exit_))  # noqa: S311 - jitter, no secret
+    def _ended(self, pid: int) -> None:
+        ended = self._how(pid)
+        self.alive = False
+        self.last_exit = told_of(ended)
+        self.around.journal.say(self.name, str(self.last_exit["reason"]), "exited", **self.last_exit)
+        told = self.around.died(self)
+        self.around.tasks.create_task(self._clear_up(ended, told))
 
-    def _note_exit(self, exit_: Exit) -> None:
-        self.ready_since = None
+    def _how(self, pid: int) -> Ended:
+        """How it ended: from the kernel, for a child of ours, else from what its shell wrote down."""
+        status, usage = None, None
+        with contextlib.suppress(ChildProcessError):
+            _, status, usage = os.wait4(pid, 0)
+        if self._process is not None:
+            self._process.returncode = 0 if status is None else os.waitstatus_to_exitcode(status)
+        code = None if status is None else os.waitstatus_to_exitcode(status)
+        if self._record is not None:
+            code = recorded_exit(self._record) if code is None else (code if code < 0 else _from_shell(code))
+        exit_ = Exit(None, None) if code is None else Exit(None, -code) if code < 0 else Exit(code, None)
         expected = self.life.phase is Phase.STOPPING
-        self.last_exit = {
-            "at": _now(),
-            "code": exit_.code,
-            "signal": signal_name(exit_.signal) if exit_.signal is not None else None,
-            "reason": "stopped by pdctl" if expected else describe_exit(exit_),
-            "expected": expected,
-        }
-        self.around.say(self.spec.name, str(self.last_exit["reason"]))
+        dumped = status is not None and os.WIFSIGNALED(status) and os.WCOREDUMP(status)
+        leader = self.leader or pid
+        return Ended(self.name, leader, self.epoch, self.started_at, exit_, usage, self._by_us, expected, dumped)
+
+    async def _clear_up(self, ended: Ended, told: asyncio.Task[None]) -> None:
+        """Report the exit; a replacement never meets its predecessor."""
+        self._cancel_timers()
+        if self._record is not None:
+            self._record.with_name(f"{self._record.name}.pid").unlink(missing_ok=True)
+            self._record.unlink(missing_ok=True)
+        self.feed(Event(Kind.EXITED, time.monotonic(), exit=ended.exit))
+        assert self.tree is not None
+        # Clearing up may hold the loop for milliseconds: peers hear of the death before that.
+        await asyncio.wait({told}, timeout=_TELL_S)
+        remains = Remains(self.spec, self.tree, self.baseline, self.around.our_pids)
+        await clear(remains, self._is_blocked)
+        self._process, self.pid = None, None
+        group = self.tree.join.parent if self.tree.join is not None else None
+        self.feed(Event(Kind.CLEARED, time.monotonic(), random.random()))  # noqa: S311 - jitter, no secret
+        self._note_exit(ended, group)
+
+    def _is_blocked(self, reason: str) -> None:
+        self.blocked = reason
+        if reason:
+            self.around.journal.say(self.name, f"not started again yet: {reason}", "blocked")
+        self.around.changed(self)
+
+    def _note_exit(self, ended: Ended, group: Path | None) -> None:
+        """After its replacement was begun: reading logs takes longer than that."""
+        log = self.log_path if not self.alive else self.log_path.with_name(f"{self.log_path.name}.1")
+        found = report(ended, log, group)
+        if self.last_exit is not None and found["oom"]:
+            self.last_exit |= {name: found[name] for name in ("reason", "by", "oom")}
+            self.around.changed(self)
+        self.around.journal.exit(found)
 
     def force(self) -> None:
-        """Kill the whole tree, now. One pass: `_ended` waits for the rest, and a later pass could meet a successor."""
-        self._signal(signal.SIGKILL)
-        for pid in stamped(self.stamp):
-            _kill_quietly(pid, signal.SIGKILL)
+        """Kill the whole tree, now. One pass: clearing up waits for the rest."""
+        if self.alive:
+            self._by_us = f"pdctl, with SIGKILL ({self.life.reason or self.life.phase.value})"
+            if self.pid is not None and self._record is None:
+                kill_quietly(self.pid, signal.SIGKILL)
+            assert self.tree is not None
+            self.tree.kill()
 
     def _signal(self, sign: signal.Signals) -> None:
-        if self._process is not None:
-            _kill_quietly(self._process.pid, sign)
+        if self.alive and self.leader is not None:
+            kill_quietly(self.leader, sign)
+
+    # -- timers --------------------------------------------------------------------------------------------
+
+    def _arm(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """At most one of a name; every one ends with the incarnation."""
+        if name in self._timers:
+            self._timers[name].cancel()
+        self._timers[name] = self.around.tasks.create_task(work)
 
     async def _later(self, seconds: float, kind: Kind) -> None:
         await asyncio.sleep(seconds)
         self.feed(Event(kind, time.monotonic()))
 
-    async def _probe_until_ready(self) -> None:
-        probe = self.spec.probe
-        address, _, path = probe.url.removeprefix("http://").partition("/")
-        host, _, port = address.rpartition(":")
-        pool = Pool(host.strip("[]"), int(port))
-        deadline = time.monotonic() + probe.startup_s
-        try:
-            while time.monotonic() < deadline:
-                try:
-                    answer = await pool.request("GET", f"/{path}", timeout_s=probe.timeout_s)
-                    if answer.status == 200:
-                        self.feed(Event(Kind.PROBE_OK, time.monotonic()))
-                        return
-                except Unreachable:
-                    pass  # not listening yet; its exit, if it comes to that, is noticed elsewhere
-                await asyncio.sleep(probe.interval_s)
-        finally:
-            pool.close()
-        self.feed(Event(Kind.STARTUP_TIMEOUT, time.monotonic()))
+    async def _drain(self) -> None:
+        await self.around.drain(self)
+        self.feed(Event(Kind.DRAINED))
 
-    def _phase_changed(self) -> None:
-        phase = self.life.phase
-        if phase is Phase.READY:
-            self.ready_since = _now()
-            self.around.say(self.spec.name, "ready")
+    async def _probe(self) -> None:
+        prober = Prober(self.spec.probe, self.log_path, self.around.secret)
+        if not await prober.until_ready():
+            self.feed(Event(Kind.STARTUP_TIMEOUT, time.monotonic()))
+            return
+        self.feed(Event(Kind.PROBE_OK, time.monotonic()))
+        reason = await prober.until_dead(self.around.manner.cadence)
+        self.around.journal.say(self.name, reason, "not_alive")
+        self.feed(Event(Kind.NOT_ALIVE, time.monotonic(), detail=reason))
+
+    def _phase_changed(self, before: Phase) -> None:
+        phase, journal = self.life.phase, self.around.journal
+        self._moved.set()
+        if phase is Phase.READY and before is Phase.STARTING:
+            # One that was adopted has been ready for longer than we know it.
+            self.ready_since = self.ready_since or now_text()
+            journal.say(self.name, "ready", "ready", after_s=round(time.monotonic() - self.started_at, 3))
             self.around.ready(self)
         elif phase is Phase.FAILED:
-            self.around.say(self.spec.name, f"failed: {self.life.reason}")
+            journal.say(self.name, f"failed: {self.life.reason}", "failed")
+        elif phase in (Phase.DRAINING, Phase.DRAINED, Phase.STOPPED):
+            journal.say(self.name, phase.value, phase.value)
+        if phase not in LIVE:
+            self.ready_since = None
+        if phase is not Phase.BACKOFF and (timer := self._timers.pop("backoff", None)):
+            timer.cancel()
+        if before is Phase.DRAINING and (timer := self._timers.pop("drain", None)) and phase is not Phase.DRAINED:
+            timer.cancel()
 
     def _cancel_timers(self) -> None:
-        for task in (self._probe, self._grace):
-            if task is not None:
-                task.cancel()
-        self._probe = self._grace = None
+        for task in self._timers.values():
+            task.cancel()
+        self._timers.clear()
 
 
-def _open_log(path: Path) -> _LogFile:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size > _LOG_LIMIT:
-        path.replace(path.with_suffix(".log.1"))
-    return _LogFile(path)
-
-
-class _LogFile:
-    """An append-only descriptor for a child; the file itself, so that nobody needs to pump it."""
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
-    def __enter__(self) -> int:
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def _resident(pid: int | None) -> int | None:
-    """Resident memory of a process and all below it."""
-    if pid is None:
-        return None
-    total = 0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        leader = psutil.Process(pid)
-        for process in (leader, *leader.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-    return total
-
-
-def _kill_quietly(pid: int, sign: signal.Signals) -> None:
-    try:
-        os.kill(pid, sign)
-    except ProcessLookupError:
-        return
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _from_shell(code: int) -> int:
+    """POSIX shells answer with 128 and the number for a command that a signal ended."""
+    return 128 - code if 128 < code <= 128 + 64 else code

@@ -1,0 +1,43 @@
+"""Models are made ready before anything is started, in a process of its own: the command line never imports torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdctl import console
+from pdctl.errors import PdctlError
+
+if TYPE_CHECKING:
+    from pdctl.plan import Plan
+
+
+def with_model(planned: Plan) -> Plan:
+    """Convert or fetch the model where that was not done before. Raises PdctlError."""
+    if planned.model_ready:
+        return planned
+    kept = (
+        f"(once; it stays in {Path(planned.model_path).parent})"
+        if planned.model_path.startswith("/")
+        else "from the Hub"
+    )
+    console.note(f"making {planned.model} ready {kept}")
+    argv = [sys.executable, "-m", "pdctl.engine", "prepare", planned.model, planned.model_path]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
+    if done.returncode == 1:
+        raise PdctlError(f"model {planned.model} is not usable (see above)")
+    if done.returncode != 0:
+        raise PdctlError(
+            f"making the model ready ended with {done.returncode}",
+            "is the engine installed? pip install 'pdctl[engine]'",
+        )
+    path = done.stdout.strip().splitlines()[-1]
+    argvs = {
+        spec.name: tuple(path if word == planned.model_path else word for word in spec.argv)
+        for spec in planned.processes
+    }
+    processes = tuple(replace(spec, argv=argvs[spec.name]) for spec in planned.processes)
+    return replace(planned, model_path=path, model_ready=True, processes=processes)

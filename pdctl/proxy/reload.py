@@ -1,0 +1,100 @@
+"""The proxy's settings, while it runs: read anew when the supervisor says so."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from pathlib import Path
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pdctl.errors import PdctlError
+from pdctl.proxy.admission import Admission
+from pdctl.proxy.generate import Generator
+from pdctl.proxy.keys import Keys
+from pdctl.proxy.routing import POLICIES
+from pdctl.wire import EngineLoad, PoolReply, ProxyConfig
+
+_log = logging.getLogger(__name__)
+
+# Longest wait in the admission queue where no target for the first token is enforced, seconds.
+_PATIENCE_S = 60.0
+# Where one is, the part of it that may be spent in the queue.
+_TTFT_PART = 0.7
+
+
+def admission_of(config: ProxyConfig) -> Admission:
+    """The rules of the queue."""
+    by_slo = config.admission == "slo"
+    ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
+    patience_s = _TTFT_PART * ttft_s if by_slo else _PATIENCE_S
+    return Admission(config.max_queue, patience_s, ttft_s, tpot_s, by_slo)
+
+
+class Reloader:
+    """Follows the configuration file. Raises PdctlError for what cannot be followed; then everything is as before."""
+
+    def __init__(self, path: Path, config: ProxyConfig, generator: Generator, secret: str) -> None:
+        self.config = config
+        self._path = path
+        self._generator = generator
+        self._bearer = f"Bearer {secret}" if secret else ""
+
+    def reload(self) -> None:
+        """Take on what the file says now."""
+        try:
+            wanted = msgspec.json.decode(self._path.read_bytes(), type=ProxyConfig)
+        except (OSError, msgspec.DecodeError) as failure:
+            raise PdctlError(f"{self._path} cannot be read: {failure}") from failure
+        fixed = [name for name in ProxyConfig.FIXED if getattr(wanted, name) != getattr(self.config, name)]
+        if fixed:
+            raise PdctlError(f"{', '.join(fixed)} cannot change while a proxy runs", "restart it")
+        generator, shared = self._generator, self._generator.shared
+        keys = Keys(wanted.api_keys) if wanted.api_keys != self.config.api_keys else generator.keys
+        generator.log.move_to(wanted.access_log)
+        shared.pool.follow(wanted.engines, wanted.draining, wanted.admission == "slo")
+        shared.policy = POLICIES[wanted.routing]
+        shared.wants_prefixes = wanted.routing == "prefix_aware"
+        shared.ttft_s, shared.tpot_s = wanted.ttft_ms / 1000, wanted.tpot_ms / 1000
+        shared.metrics.ttft_slo_s, shared.metrics.tpot_slo_s = shared.ttft_s, shared.tpot_s
+        generator.gate.admission.follow(admission_of(wanted))
+        generator.keys, generator.max_body = keys, int(wanted.max_body_mb * 2**20)
+        self.config = wanted
+        _log.info("settings read anew: %d engines, %d of them draining", len(wanted.engines), len(wanted.draining))
+
+    def routes(self) -> list[Route]:
+        """For the supervisor alone."""
+        return [
+            Route("/pdctl/v1/reload", self._on_reload, methods=["POST"]),
+            Route("/pdctl/v1/pool", self._on_pool),
+        ]
+
+    async def _on_reload(self, request: Request) -> Response:
+        if not self._is_internal(request):
+            return _refused(403, "this is for the service's own supervisor")
+        try:
+            self.reload()
+        except PdctlError as failure:
+            return _refused(409, str(failure))
+        return self._pool()
+
+    async def _on_pool(self, request: Request) -> Response:
+        if not self._is_internal(request):
+            return _refused(403, "this is for the service's own supervisor")
+        return self._pool()
+
+    def _pool(self) -> Response:
+        pool = self._generator.shared.pool
+        loads = {engine.name: EngineLoad(len(engine.tickets), engine.healthy) for engine in pool.engines}
+        return Response(msgspec.json.encode(PoolReply(loads)), media_type="application/json")
+
+    def _is_internal(self, request: Request) -> bool:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        return bool(self._bearer) and hmac.compare_digest(given, self._bearer.encode())
+
+
+def _refused(status: int, reason: str) -> Response:
+    return Response(msgspec.json.encode({"error": {"message": reason}}), status, media_type="application/json")

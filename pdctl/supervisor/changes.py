@@ -1,0 +1,103 @@
+"""The difference between what runs and what is wanted: pure, so that `apply --dry-run` shows what `apply` does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+from pdctl.plan import Plan, ProcessSpec
+
+# What a running process cannot change, by ProcessSpec field.
+_FIXED = ("argv", "env", "cpus", "gpus", "ports", "listen")
+# Settings of the proxy that its process is started with.
+_PROXY_FIXED = ("tls_cert", "tls_key", "cors_origins", "otlp_endpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Names of processes, in the plan's order; `restarted` with the reason, `live` with what changes while it runs."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    restarted: dict[str, str] = field(default_factory=dict)
+    live: dict[str, str] = field(default_factory=dict)
+    unchanged: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.added or self.removed or self.restarted or self.live)
+
+    def to_dict(self) -> dict[str, object]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def diff(old: Plan, new: Plan) -> Changes:
+    """What has to be done to get from one to the other."""
+    before = {spec.name: spec for spec in old.processes}
+    after = {spec.name: spec for spec in new.processes}
+    restarted = {name: why for name, spec in after.items() if name in before and (why := _why(before[name], spec))}
+    for name, spec in after.items():
+        fixed = _differing(old.proxy, new.proxy, _PROXY_FIXED) + _service(old, new)
+        if spec.kind == "proxy" and name in before and fixed and name not in restarted:
+            restarted[name] = f"{', '.join(fixed)} changed"
+    live = _live(old, new)
+    touched = {*restarted, *live}
+    return Changes(
+        added=tuple(name for name in after if name not in before),
+        removed=tuple(name for name in before if name not in after),
+        restarted=restarted,
+        live=live,
+        unchanged=tuple(name for name in after if name in before and name not in touched),
+    )
+
+
+def _why(old: ProcessSpec, new: ProcessSpec) -> str:
+    """Why a process must be restarted, or ""."""
+    words = [_worded(old, new, name) for name in _FIXED if getattr(old, name) != getattr(new, name)]
+    return "; ".join(words)
+
+
+def _worded(old: ProcessSpec, new: ProcessSpec, name: str) -> str:
+    if name != "argv":
+        return f"{name}: {_short(getattr(old, name))} to {_short(getattr(new, name))}"
+    gone = [word for word in old.argv if word not in new.argv]
+    come = [word for word in new.argv if word not in old.argv]
+    return f"command: {_short(' '.join(gone) or 'nothing')} to {_short(' '.join(come) or 'nothing')}"
+
+
+def _live(old: Plan, new: Plan) -> dict[str, str]:
+    """Settings that running processes take on, by the process they are about; "pdctl" is the supervisor."""
+    found: dict[str, str] = {}
+    proxies = [spec.name for spec in new.processes if spec.kind == "proxy"]
+    changed = _differing(old.proxy, new.proxy, tuple(f.name for f in fields(old.proxy)))
+    settings = [name for name in changed if name not in (*_PROXY_FIXED, "host", "port", "workers", "cpus")]
+    settings += [name for name in ("ttft_ms", "tpot_ms") if getattr(old, name) != getattr(new, name)]
+    if old.attached != new.attached:
+        settings.append("attached engines")
+    if settings:
+        found |= dict.fromkeys(proxies, f"{', '.join(settings)} changed")
+    watching = _differing(old.supervision, new.supervision, tuple(f.name for f in fields(old.supervision)))
+    before = {spec.name: spec for spec in old.processes}
+    for spec in new.processes:
+        if spec.name in before and (spec.probe, spec.restart_with) != (
+            before[spec.name].probe,
+            before[spec.name].restart_with,
+        ):
+            watching.append(f"probes of {spec.name}")
+    if watching:
+        found["pdctl"] = f"{', '.join(watching)} changed"
+    return found
+
+
+def _service(old: Plan, new: Plan) -> list[str]:
+    return [name for name in ("served_model_name", "max_model_len") if getattr(old, name) != getattr(new, name)]
+
+
+def _differing(old: object, new: object, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def _short(value: object) -> str:
+    shown = str(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

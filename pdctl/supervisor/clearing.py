@@ -1,0 +1,96 @@
+"""Nothing is started in a dead process's place before its tree is empty, its ports are free and its GPU memory is back.
+
+What is in the way is named: a pid and its command, for as long as it stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdctl.host.gpu import GpuUse, gpu_use
+from pdctl.host.ports import listening_ports
+from pdctl.plan import ProcessSpec
+from pdctl.supervisor.tree import Tree, kill_tree
+
+# A killed process that is there after this sits in the kernel; it is named and waited for, never doubled.
+_KILL_DEADLINE_S = 10.0
+_LOOK_S = 0.05
+_LOOK_AGAIN_S = 1.0
+# GPU memory that may be above what it was before the process started: drivers keep a little.
+_GPU_SLACK = 256 * 2**20
+
+# GPU UUID -> bytes used before the process was started.
+Baseline = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What a dead process may have left. `ours`: pids of ours, never taken for strangers."""
+
+    spec: ProcessSpec
+    tree: Tree
+    baseline: Baseline
+    ours: Callable[[], set[int]]
+
+
+async def clear(remains: Remains, blocked: Callable[[str], None]) -> None:
+    """Return when nothing is left. `blocked` is told what is in the way each time that changes, "" at the end."""
+    said = ""
+    started = time.monotonic()
+    while True:
+        left = await kill_tree(remains.tree, remains.ours(), _KILL_DEADLINE_S)
+        reason = f"pids {left} do not die" if left else in_the_way(remains.spec, remains.baseline, remains.ours())
+        if reason != said and (not reason or time.monotonic() - started > _LOOK_S):
+            said = reason
+            blocked(reason)
+        if not reason:
+            return
+        await asyncio.sleep(_LOOK_S if time.monotonic() - started < _LOOK_AGAIN_S else _LOOK_AGAIN_S)
+
+
+def in_the_way(spec: ProcessSpec, baseline: Baseline, ours: set[int]) -> str:
+    """What keeps `spec` from being started, or ""."""
+    for name, port in spec.ports.items():
+        if (spec.listen is None or spec.listen[1] != port) and not _is_free(port):
+            holder = listening_ports().get(port)
+            who = holder.describe() if holder else "a connection that is being closed"
+            return f"its {name} port {port} is held by {who}"
+    return _gpu_memory(spec, baseline, ours) if spec.gpus else ""
+
+
+def baseline_of(spec: ProcessSpec) -> Baseline:
+    """Memory in use on its GPUs now, where a driver tells."""
+    return {uuid: use.used for uuid, use in gpu_use(spec.gpus).items()} if spec.gpus else {}
+
+
+def _gpu_memory(spec: ProcessSpec, baseline: Baseline, ours: set[int]) -> str:
+    for uuid, use in gpu_use(spec.gpus).items():
+        before = baseline.get(uuid)
+        strangers = [pid for pid in use.by_pid if pid not in ours]
+        # Engines of ours that share the GPU grow and shrink as they like.
+        if before is not None and use.used > before + _GPU_SLACK and (strangers or not use.by_pid):
+            return f"GPU {uuid} has {_gib(use)} in use, {before / 2**30:.1f} GiB before: {_holders(strangers)}"
+    return ""
+
+
+def _gib(use: GpuUse) -> str:
+    return f"{use.used / 2**30:.1f} GiB"
+
+
+def _holders(pids: list[int]) -> str:
+    return f"held by pids {pids}" if pids else "the driver has not let go of it yet"
+
+
+def _is_free(port: int) -> bool:
+    """Whether an engine could listen there. SO_REUSEADDR, as engines do: connections in TIME_WAIT do not count."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
