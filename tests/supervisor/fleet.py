@@ -1,0 +1,163 @@
+"""A real supervisor over children that a test writes: no engines, no proxy, the same code that runs those."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+
+from pdctl.commands import common
+from pdctl.plan import Plan, Probe, ProcessSpec
+from pdctl.supervisor.journal import EVENTS, EXITS, read_entries
+from pdctl.topology import Proxy, Supervision
+from tests.service import free_port
+
+PATIENCE_S = 30.0
+SUPERVISION = Supervision(
+    grace_s=0.3, stop_signals=("SIGTERM",), drain_s=1.0, max_restarts=5, within_s=60.0, startup_s=20.0, stable_s=60.0,
+    liveness_s=0.1, liveness_failures=3, progress_s=0.3, functional_s=0.0, on_supervisor_death="terminate", log_mb=64.0,
+)  # fmt: skip
+AT_ONCE = Probe("", "", "", "", interval_s=0.02, timeout_s=2.0, startup_s=20.0)
+
+
+def child(name: str, *argv: str, probe: Probe = AT_ONCE, **more: object) -> ProcessSpec:
+    """A process that is no engine."""
+    spec = ProcessSpec(
+        name=name, kind="child", role="other", argv=argv, env={}, device="cpu",
+        cpus=tuple(sorted(os.sched_getaffinity(0))), gpus=(), ports={"http": free_port()}, depends_on=(), probe=probe,
+        listen=None, group=name,
+    )  # fmt: skip
+    return replace(spec, **more)  # type: ignore[arg-type]  # fields of any kind, given by tests
+
+
+def shell(name: str, script: str, **more: object) -> ProcessSpec:
+    """A child that is a shell script."""
+    return child(name, "/bin/sh", "-c", script, **more)  # type: ignore[arg-type]
+
+
+def python(name: str, script: str, **more: object) -> ProcessSpec:
+    """A child that is a Python program; `PORT` is its port."""
+    spec = child(name, sys.executable, "-I", "-S", "-c", script, **more)  # type: ignore[arg-type]
+    return replace(spec, env={**spec.env, "PORT": str(spec.ports["http"])})
+
+
+def plan_of(folder: Path, *processes: ProcessSpec, **supervision: object) -> Plan:
+    """A plan of these processes alone."""
+    proxy = Proxy("127.0.0.1", 1, "round_robin", (), 1, "queue", 8, 1.0, "", "", "", (), "", "")
+    return Plan(
+        service="fleet", model="none", model_path="none", model_ready=True, served_model_name="none", max_model_len=16,
+        proxy=proxy, ttft_ms=1.0, tpot_ms=1.0, proxy_url="http://127.0.0.1:1", run_dir=str(folder / "run" / "fleet"),
+        log_dir=str(folder / "logs"), supervision=replace(SUPERVISION, **supervision),  # type: ignore[arg-type]
+        processes=processes, attached=(),
+    )  # fmt: skip
+
+
+@dataclass
+class Fleet:
+    """A running supervisor."""
+
+    plan: Plan
+    prefix: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> None:
+        log = Path(self.plan.log_dir) / "supervisor.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [*self.prefix, sys.executable, "-m", "pdctl.supervisor"],
+                stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True,
+            )  # fmt: skip
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(self.plan.to_dict()).encode())
+        self.process.stdin.close()
+
+    def status(self) -> common.Status:
+        return common.call("fleet", "GET", "/v1/status")
+
+    def of(self, name: str) -> common.Status:
+        return next(process for process in self.status()["processes"] if process["name"] == name)
+
+    def ask(self, name: str, verb: str) -> None:
+        common.ask("fleet", f"/v1/processes/{name}/{verb}")
+
+    def until(self, name: str, reached: Callable[[common.Status], bool], what: str) -> common.Status:
+        """Wait for a process's state. Polled: the control API has no other way."""
+        deadline = time.monotonic() + PATIENCE_S
+        found: common.Status = {}
+        while time.monotonic() < deadline:
+            with suppress(common.NotRunning):
+                found = self.of(name)
+                if reached(found):
+                    return found
+            time.sleep(0.01)
+        raise AssertionError(f"{name} never was {what}: {found}\n{self.log()}")
+
+    def ready(self, name: str) -> common.Status:
+        return self.until(name, lambda now: now["state"] == "ready", "ready")
+
+    def again(self, name: str, before: common.Status) -> common.Status:
+        return self.until(name, lambda now: now["state"] == "ready" and now["epoch"] != before["epoch"], "ready again")
+
+    def log(self) -> str:
+        return (Path(self.plan.log_dir) / "supervisor.log").read_text()
+
+    def output(self, name: str) -> str:
+        return (Path(self.plan.log_dir) / f"{name}.log").read_text(errors="replace")
+
+    def exits(self, name: str) -> list[dict[str, object]]:
+        return [entry for entry in read_entries(Path(self.plan.log_dir), EXITS) if entry["process"] == name]
+
+    def events(self) -> list[dict[str, object]]:
+        return read_entries(Path(self.plan.log_dir), EVENTS)
+
+    def stamped(self) -> list[psutil.Process]:
+        """Every process that carries this fleet's stamp."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("PDCTL_UNIT", "").startswith(f"{self.plan.run_dir}:"):
+                    found.append(process)
+        return found
+
+    def down(self) -> None:
+        """Stop it, and prove that nothing is left."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait(PATIENCE_S)
+        left = self.stamped()
+        assert not left, f"left behind: {left}\n{self.log()}"
+
+
+@contextmanager
+def fleet(
+    folder: Path, *processes: ProcessSpec, prefix: tuple[str, ...] = (), **supervision: object
+) -> Iterator[Fleet]:
+    """A supervisor over these, ended afterwards whatever happens."""
+    before = os.environ.get("PDCTL_RUN")
+    os.environ["PDCTL_RUN"] = str(folder / "run")
+    found = Fleet(plan_of(folder, *processes, **supervision), prefix)
+    found.start()
+    try:
+        yield found
+        found.down()
+    finally:
+        if found.process.poll() is None:
+            found.process.kill()
+            found.process.wait()
+        for process in found.stamped():
+            with suppress(psutil.Error):
+                process.kill()
+        if before is None:
+            del os.environ["PDCTL_RUN"]
+        else:
+            os.environ["PDCTL_RUN"] = before

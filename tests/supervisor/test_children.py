@@ -1,0 +1,392 @@
+"""Children that misbehave, under a real supervisor. Each is one way in which engines have been seen to fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdctl.plan import Probe
+from pdctl.supervisor.tree import Trees
+from tests.supervisor.fleet import AT_ONCE, Fleet, fleet, python, shell
+
+SLEEP = "exec sleep 600"
+SERVER = """
+import http.server, json, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps({"running": 1, "tokens_total": 7}).encode()
+        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *a): pass
+http.server.HTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+"""
+
+
+def http_probe(port: int, state: bool = False, alive: bool = True, startup_s: float = 20.0) -> Probe:
+    url = f"http://127.0.0.1:{port}/"
+    return Probe(url, url if alive else "", url if state else "", "", 0.02, 1.0, startup_s)
+
+
+def has_cgroups(folder: Path) -> bool:
+    trees = Trees(f"TEST={folder}")
+    trees.close()
+    return trees.method == "cgroup"
+
+
+@pytest.fixture(params=["cgroup", "sweep"])
+def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, ...]:
+    """How to start a supervisor that has cgroups, or has none."""
+    if request.param == "cgroup":
+        if not has_cgroups(tmp_path):
+            pytest.skip("cgroup v2 is not writable here")
+        return ()
+    if not has_cgroups(tmp_path):
+        return ()
+    hidden = 'umount -a -t cgroup2; exec "$@"'
+    return ("unshare", "--mount", "sh", "-c", hidden, "sh")
+
+
+def test_the_method_is_as_the_machine_allows(tmp_path: Path, prefix: tuple[str, ...]) -> None:
+    with fleet(tmp_path, shell("a", SLEEP), prefix=prefix) as found:
+        found.ready("a")
+        wanted = "sweep" if prefix or not has_cgroups(tmp_path / "other") else "cgroup"
+        assert found.status()["trees"] == wanted
+
+
+def test_one_that_ignores_term_is_killed_after_its_grace(tmp_path: Path, prefix: tuple[str, ...]) -> None:
+    ignoring = "trap '' TERM; echo deaf; while :; do sleep 1; done"
+    with fleet(
+        tmp_path, shell("deaf", ignoring, probe=Probe("log:^deaf", "", "", "", 0.02, 1, 20)), prefix=prefix
+    ) as found:
+        found.ready("deaf")
+        found.ask("deaf", "stop")
+        found.until("deaf", lambda now: now["state"] == "stopped", "stopped")
+        last = found.exits("deaf")[-1]
+        assert last["signal"] == "SIGKILL"
+        assert str(last["by"]).startswith("pdctl, with SIGKILL")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("(setsid sleep 600 &) ; exec sleep 600", id="own session"),
+        pytest.param("( (sleep 600 &) & ) ; exec sleep 600", id="double fork"),
+        pytest.param(
+            "(setsid sh -c '(trap \"\" TERM HUP INT; sleep 600; sleep 600) & exit' &); exec sleep 600", id="both"
+        ),
+    ],
+)
+def test_a_whole_tree_dies_with_its_leader(tmp_path: Path, prefix: tuple[str, ...], script: str) -> None:
+    with fleet(tmp_path, shell("tree", script), shell("other", SLEEP), prefix=prefix) as found:
+        before = found.ready("tree")
+        other = found.ready("other")
+        mine = f"{found.plan.run_dir}:tree"
+
+        def members() -> list[psutil.Process]:
+            return [p for p in found.stamped() if p.environ().get("PDCTL_UNIT") == mine]
+
+        found.until("tree", lambda _: len(members()) > 1, "a tree")
+        old = {process.pid for process in members()}
+        os.kill(before["pid"], signal.SIGKILL)
+        found.again("tree", before)
+        assert not old & {process.pid for process in found.stamped()}
+        assert found.of("other")["pid"] == other["pid"], "nobody else was touched"
+
+
+def test_one_that_never_stops_talking_is_not_blocked_and_fills_no_disk(tmp_path: Path) -> None:
+    talk = "i=0; while :; do i=$((i+1)); echo line $i; done"
+    with fleet(tmp_path, shell("talker", talk), shell("quiet", SLEEP), log_mb=1.0) as found:
+        found.ready("talker")
+        log = Path(found.plan.log_dir) / "talker.log"
+        archive = log.with_name("talker.log.old")
+        found.until("talker", lambda _: archive.exists() and log.stat().st_size > 2 << 20, "cut")
+        size = log.stat().st_size
+        found.until("talker", lambda _: log.stat().st_size > size, "writing on")
+        assert log.stat().st_blocks * 512 < log.stat().st_size
+        # What was cut and what is left are one text: no line was lost at the seam.
+        with log.open("rb") as file:
+            file.seek(os.lseek(file.fileno(), 0, os.SEEK_DATA))
+            after = file.read(4096).lstrip(b"\0")
+        seam = archive.read_bytes()[-40:] + after[:40]
+        numbers = [int(word) for line in seam.split(b"\n")[1:-1] for word in line.split()[1:]]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        assert found.of("quiet")["state"] == "ready"
+
+
+def test_one_that_is_never_ready_uses_up_its_restarts_and_takes_the_start_down(tmp_path: Path) -> None:
+    slow = shell("slow", SLEEP, probe=http_probe(1, startup_s=0.1))
+    with fleet(tmp_path, slow, shell("fine", SLEEP), max_restarts=1) as found:
+        found.process.wait(30)
+        assert found.process.returncode == 1
+        assert "error: the service did not start: slow not ready in time; 2 failed starts" in found.log()
+        assert [entry["reason"] for entry in found.exits("slow")] == ["killed by SIGKILL"] * 2
+
+
+def test_one_that_flaps_ends_in_failed_and_comes_back_when_asked(tmp_path: Path) -> None:
+    flapping = shell("flapping", "sleep 0.05; exit 7")
+    with fleet(tmp_path, flapping, shell("fine", SLEEP), max_restarts=2) as found:
+        found.until("flapping", lambda now: now["state"] == "failed", "failed")
+        assert "exited with code 7; 3 exits within 60 s" in found.of("flapping")["reason"]
+        assert found.of("fine")["state"] == "ready"
+        before = found.of("flapping")["restarts"]
+        found.ask("flapping", "start")
+        found.until("flapping", lambda now: now["restarts"] > before, "started again")
+
+
+@pytest.mark.parametrize("code", [2, 64, 78])
+def test_codes_that_a_restart_cannot_cure(tmp_path: Path, code: int) -> None:
+    with fleet(tmp_path, shell("bad", f"sleep 0.1; exit {code}"), shell("fine", SLEEP)) as found:
+        found.until("bad", lambda now: now["state"] == "failed", "failed")
+        assert found.of("bad")["restarts"] == 0
+        assert found.of("bad")["reason"] == f"exited with code {code}: a restart would not help"
+
+
+@pytest.mark.parametrize("code", [0, 1, 126, 127, 255])
+def test_other_codes_are_restarted(tmp_path: Path, code: int) -> None:
+    with fleet(tmp_path, shell("bad", f"sleep 0.1; exit {code}"), max_restarts=100) as found:
+        now = found.until("bad", lambda now: now["restarts"] > 0, "restarted")
+        assert now["last_exit"]["code"] == code
+        assert now["last_exit"]["by"] == "itself"
+
+
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGKILL"])
+def test_signals_are_told_apart(tmp_path: Path, name: str) -> None:
+    with fleet(tmp_path, shell("victim", SLEEP)) as found:
+        before = found.ready("victim")
+        os.kill(before["pid"], signal.Signals[name])
+        now = found.again("victim", before)
+        assert now["last_exit"]["signal"] == name
+        crash = name in ("SIGSEGV", "SIGABRT")
+        assert ("a crash" in now["last_exit"]["by"]) == crash
+        assert ("pdctl did not send it" in now["last_exit"]["by"]) != crash
+
+
+def test_one_that_hangs_but_answers_is_killed_for_its_silence(tmp_path: Path) -> None:
+    hung = python("hung", SERVER)
+    hung = python("hung", SERVER, ports=hung.ports, probe=http_probe(hung.ports["http"], state=True))
+    with fleet(tmp_path, hung, shell("fine", SLEEP)) as found:
+        before = found.ready("hung")
+        found.again("hung", before)
+        reasons = [event["message"] for event in found.events() if event["event"] == "not_alive"]
+        assert str(reasons[0]).startswith("hung: 1 requests run, and no token for")
+        assert "hung" in str(found.exits("hung")[0]["by"])
+
+
+def test_one_that_stops_answering_is_killed(tmp_path: Path) -> None:
+    server = python("server", SERVER)
+    server = python("server", SERVER, ports=server.ports, probe=http_probe(server.ports["http"]))
+    with fleet(tmp_path, server) as found:
+        before = found.ready("server")
+        os.kill(before["pid"], signal.SIGSTOP)
+        found.again("server", before)
+        assert "probes in a row failed" in found.log()
+
+
+def test_what_answers_with_a_token_is_asked_for_one(tmp_path: Path) -> None:
+    """The functional probe: GETs are answered, POSTs with an error."""
+    server = python("server", SERVER)
+    url = f"http://127.0.0.1:{server.ports['http']}/"
+    idle = SERVER.replace('"running": 1', '"running": 0')
+    server = python("server", idle, ports=server.ports, probe=Probe(url, url, url, url, 0.02, 1, 20))
+    with fleet(tmp_path, server, functional_s=0.1) as found:
+        before = found.ready("server")
+        found.again("server", before)
+        assert "a one-token request was answered with 501" in found.log()
+
+
+def test_a_port_that_a_stranger_took_is_named_and_waited_for(tmp_path: Path) -> None:
+    spec = shell("victim", SLEEP)
+    with fleet(tmp_path, spec) as found:
+        before = found.ready("victim")
+        with socket.socket() as stranger:
+            stranger.bind(("127.0.0.1", spec.ports["http"]))
+            stranger.listen()
+            os.kill(before["pid"], signal.SIGKILL)
+            now = found.until("victim", lambda now: "is held by" in now["reason"], "blocked")
+            assert now["state"] == "clearing"
+            assert f"its http port {spec.ports['http']} is held by pid {os.getpid()}" in now["reason"]
+        found.again("victim", before)
+
+
+def test_a_leaked_port_dies_with_its_tree(tmp_path: Path, prefix: tuple[str, ...]) -> None:
+    leak = (
+        "import os, socket, subprocess, sys\n"
+        "s = socket.socket(); s.bind(('127.0.0.1', int(os.environ['PORT']))); s.listen(); s.set_inheritable(True)\n"
+        "subprocess.Popen(['setsid', 'sleep', '600'], close_fds=False)\n"
+        "print('listening', flush=True)\n"
+        "sys.stdin.read(0); import time; time.sleep(600)\n"
+    )
+    spec = python("leaky", leak, probe=Probe("log:^listening", "", "", "", 0.02, 1, 20))
+    with fleet(tmp_path, spec, prefix=prefix) as found:
+        before = found.ready("leaky")
+        os.kill(before["pid"], signal.SIGKILL)
+        found.again("leaky", before)
+
+
+def test_what_runs_out_of_memory_is_said_to(tmp_path: Path) -> None:
+    """In a memory cgroup of its own, by the kernel's own killer."""
+    group = next((path for path in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")) if _makes(path)), None)
+    if group is None:
+        pytest.skip("no memory cgroup can be made here")
+    mine = group / f"pdctl-test-{os.getpid()}"
+    mine.mkdir()
+    try:
+        limit = mine / ("memory.limit_in_bytes" if (mine / "memory.limit_in_bytes").exists() else "memory.max")
+        limit.write_text(str(30 << 20))
+        swap = mine / ("memory.memsw.limit_in_bytes" if limit.name != "memory.max" else "memory.swap.max")
+        with suppress(OSError):
+            swap.write_text(str(30 << 20) if limit.name != "memory.max" else "0")
+        eat = f"open('{mine}/cgroup.procs', 'w').write('0')\nb = [bytearray(1 << 20) for _ in range(400)]"
+        with fleet(tmp_path, python("greedy", eat), shell("fine", SLEEP), max_restarts=0) as found:
+            found.process.wait(30) if found.process.poll() is None and not _up(found) else None
+            found.until("greedy", lambda now: now["state"] == "failed", "failed")
+            last = found.exits("greedy")[0]
+            assert last["oom"] is True
+            assert last["by"] == "the kernel, out of memory"
+            assert any("greedy" in line or "Killed process" in line or "oom" in line.lower() for line in last["kernel"])  # type: ignore[attr-defined]
+    finally:
+        mine.rmdir()
+
+
+def _makes(folder: Path) -> bool:
+    probe = folder / f"pdctl-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+    except OSError:
+        return False
+    found = (probe / "memory.limit_in_bytes").exists() or (probe / "memory.max").exists()
+    probe.rmdir()
+    return found and os.access("/dev/kmsg", os.R_OK)
+
+
+def _up(found: Fleet) -> bool:
+    found.ready("fine")
+    return True
+
+
+def test_a_supervisor_that_is_killed_takes_its_children_with_it(tmp_path: Path, prefix: tuple[str, ...]) -> None:
+    with fleet(tmp_path, shell("a", SLEEP), shell("b", SLEEP), prefix=prefix) as found:
+        found.ready("a")
+        found.ready("b")
+        found.process.kill()
+        found.process.wait()
+        deadline = time.monotonic() + 10
+        while found.stamped() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not found.stamped()
+
+
+def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
+    if os.getuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a small file system cannot be mounted here")
+    small = tmp_path / "logs"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", small], check=True)
+    try:
+        talk = (
+            "while :; do echo aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa 2>/dev/null; done"
+        )
+        with fleet(tmp_path, shell("talker", talk), shell("victim", SLEEP)) as found:
+            before = found.ready("victim")
+            found.until("victim", lambda _: shutil.disk_usage(small).free == 0, "on a full disk")
+            os.kill(before["pid"], signal.SIGKILL)
+            found.again("victim", before)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_fifty_children_crash_at_once(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(50)]
+    with fleet(tmp_path, *(shell(name, SLEEP) for name in names)) as found:
+        for name in names:
+            found.ready(name)
+        before = {process["name"]: process for process in found.status()["processes"]}
+        for process in before.values():
+            os.kill(process["pid"], signal.SIGKILL)
+        for name in names:
+            found.again(name, before[name])
+
+
+def test_restart_with_takes_the_peer_along(tmp_path: Path) -> None:
+    with fleet(tmp_path, shell("first", SLEEP), shell("second", SLEEP, restart_with=("first",))) as found:
+        first, second = found.ready("first"), found.ready("second")
+        os.kill(first["pid"], signal.SIGKILL)
+        found.again("first", first)
+        found.again("second", second)
+        assert found.of("second")["last_exit"]["expected"]
+        now = found.of("first")
+        os.kill(found.of("second")["pid"], signal.SIGKILL)
+        found.until("second", lambda s: s["restarts"] == 2 and s["state"] == "ready", "ready again")
+        assert found.of("first")["pid"] == now["pid"], "one way only"
+
+
+def test_children_get_what_the_plan_says(tmp_path: Path) -> None:
+    """Environment, affinity, limits, descriptors: dumped by the child itself, compared with the plan."""
+    dump = (
+        "import json, os, resource, sys\n"
+        "print(json.dumps({'env': dict(os.environ), 'cpus': sorted(os.sched_getaffinity(0)),\n"
+        " 'nofile': resource.getrlimit(resource.RLIMIT_NOFILE), 'memlock': resource.getrlimit(resource.RLIMIT_MEMLOCK),\n"
+        " 'fds': sorted(os.listdir('/proc/self/fd')), 'session': os.getsid(0) == os.getpid(),\n"
+        " 'cgroup': open('/proc/self/cgroup').read()}), flush=True)\n"
+        "import time; time.sleep(600)"
+    )
+    import json
+    import resource
+
+    cpu = max(os.sched_getaffinity(0))
+    spec = python("dump", dump, cpus=(cpu,), env={"WANTED": "a b"}, probe=Probe("log:^{", "", "", "", 0.02, 1, 20))
+    with fleet(tmp_path, spec) as found:
+        status = found.ready("dump")
+        told = json.loads(found.output("dump").splitlines()[0])
+        assert told["cpus"] == [cpu]
+        assert told["env"]["WANTED"] == "a b"
+        assert told["env"]["PDCTL_EPOCH"] == status["epoch"]
+        assert told["env"]["PDCTL_UNIT"] == f"{found.plan.run_dir}:dump"
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        assert told["nofile"] == [hard, hard]
+        hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+        assert told["memlock"] == [hard, hard]
+        assert told["fds"][:3] == ["0", "1", "2"]
+        assert len(told["fds"]) == 4, "nothing inherited but input, output and the listing itself"
+        assert told["session"]
+        if found.status()["trees"] == "cgroup":
+            assert "/dump" in told["cgroup"]
+
+
+def test_pid_1_reaps_and_ends_by_a_signal(tmp_path: Path) -> None:
+    if os.getuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("no pid namespace can be made here")
+    orphans = "while :; do (sh -c 'sleep 0.01 &' &); sleep 0.02; done"
+    prefix = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    with fleet(tmp_path, shell("parent", orphans), prefix=prefix) as found:
+        found.ready("parent")
+        supervisor = psutil.Process(found.process.pid).children()[0]
+        found.until("parent", lambda _: len(supervisor.children()) > 0, "a parent")
+        zombies = [p for p in supervisor.children() if p.status() == psutil.STATUS_ZOMBIE]
+        assert len(zombies) < 200
+        supervisor.send_signal(signal.SIGTERM)
+        found.process.wait(30)
+
+
+def test_the_logs_of_earlier_lives_are_kept(tmp_path: Path) -> None:
+    with fleet(tmp_path, shell("a", "echo life of $PDCTL_EPOCH; exec sleep 600", probe=AT_ONCE)) as found:
+        epochs = []
+        for _ in range(3):
+            now = found.ready("a")
+            epochs.append(now["epoch"])
+            found.until("a", lambda _: "life of" in found.output("a"), "heard")
+            os.kill(now["pid"], signal.SIGKILL)
+            found.again("a", now)
+        texts = [(Path(found.plan.log_dir) / f"a.log.{n}").read_text() for n in (3, 2, 1)]
+        assert [text.split()[-1] for text in texts] == epochs
+        assert sys.executable
