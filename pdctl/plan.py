@@ -14,6 +14,7 @@ from pdctl.adapters import Assignment, Launch, launcher
 from pdctl.errors import PdctlError
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
+from pdctl.pins import Pins, pins_of
 from pdctl.topology import Device, EngineGroup, Proxy, Supervision, Topology
 
 # Engines' ports: each service starts looking at its own place, so that two that start at once do not meet.
@@ -164,12 +165,14 @@ def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path, kep
         for name in () if group.is_attached else group.replica_names():
             port = kept[name].ports["http"] if name in kept else _free_port(taken, run_dir)
             taken.add(port)
-            assignment = Assignment(name, group, port, gpu_of.get(name), model_path, run_dir, host.python)
-            specs.append(_engine(topology, host, assignment))
+            gpu = gpu_of.get(name)
+            pins = pins_of(topology, host, group, name, gpu)
+            assignment = Assignment(name, group, port, gpu, pins.rdma, model_path, run_dir, host.python)
+            specs.append(_engine(topology, assignment, pins))
     return specs
 
 
-def _engine(topology: Topology, host: Host, assignment: Assignment) -> ProcessSpec:
+def _engine(topology: Topology, assignment: Assignment, pins: Pins) -> ProcessSpec:
     group = assignment.group
     launch = launcher(group.kind).launch(topology, assignment)
     return ProcessSpec(
@@ -179,7 +182,7 @@ def _engine(topology: Topology, host: Host, assignment: Assignment) -> ProcessSp
         argv=launch.argv,
         env={**launch.env, **dict(group.env)},
         device=group.device.value,
-        cpus=_replica_cpus(group, assignment.name) or host.cpus,
+        cpus=pins.cpus,
         gpus=(assignment.gpu_uuid,) if assignment.gpu_uuid else (),
         ports={"http": assignment.port},
         depends_on=(),
@@ -187,6 +190,8 @@ def _engine(topology: Topology, host: Host, assignment: Assignment) -> ProcessSp
         listen=None,
         group=group.name,
         restart_with=_peers(topology, group),
+        rdma=pins.rdma,
+        why=pins.why,
     )
 
 
@@ -213,13 +218,6 @@ def _peers(topology: Topology, group: EngineGroup) -> tuple[str, ...]:
     return tuple(
         name for other in topology.engines if other.name in group.restart_with for name in other.replica_names()
     )
-
-
-def _replica_cpus(group: EngineGroup, name: str) -> tuple[int, ...]:
-    """Each replica its own equal share where the group's CPUs divide evenly, else all of them."""
-    index = group.replica_names().index(name)
-    share, rest = divmod(len(group.cpus), group.replicas)
-    return group.cpus[index * share : (index + 1) * share] if share and not rest else group.cpus
 
 
 def _proxies(

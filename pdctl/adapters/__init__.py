@@ -29,6 +29,7 @@ class Assignment:
     group: EngineGroup
     port: int
     gpu_uuid: str | None
+    rdma: tuple[str, ...]
     model_path: str
     run_dir: Path
     python: str

@@ -42,7 +42,7 @@ class BuiltinLauncher:
             "--max-num-batched-tokens", str(group.max_num_batched_tokens),
             "--kv-cache-gb", f"{group.kv_cache_gb:g}",
             "--block-size", str(group.block_size),
-            *_transfer_argv(topology.transfer),
+            *_transfer_argv(topology.transfer, assignment.rdma),
             "--run-dir", str(assignment.run_dir),
         )  # fmt: skip
         env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -60,11 +60,11 @@ class BuiltinLauncher:
         )
 
 
-def _transfer_argv(transfer: Transfer) -> tuple[str, ...]:
+def _transfer_argv(transfer: Transfer, devices: tuple[str, ...]) -> tuple[str, ...]:
     return (
         "--transfer", transfer.backend,
         "--transfer-protocol", transfer.protocol,
-        "--transfer-devices", ",".join(transfer.devices),
+        "--transfer-devices", ",".join(devices),
         "--transfer-ports", "-".join(map(str, transfer.ports)),
         "--lease-s", f"{transfer.lease_s:g}",
         "--read-s", f"{transfer.read_s:g}",

@@ -43,7 +43,7 @@ max_model_len = 2048               # tokens, prompt and output together
 [proxy]
 host = "127.0.0.1"                 # "0.0.0.0" serves other machines too
 port = 8000
-routing = "min_expected_latency"   # min_expected_latency | round_robin
+routing = "min_expected_latency"   # docs/proxy.md names the others
 
 [transfer]
 backend = "auto"                   # how KV moves between engines: auto | shm

@@ -35,18 +35,28 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
             spec.kind,
             spec.device if not spec.gpus else ",".join(spec.gpus),
             ",".join(map(str, spec.cpus)),
+            ",".join(spec.rdma) or "-",
             ",".join(map(str, spec.ports.values())),
             ",".join(spec.depends_on) or "-",
         ]
         for spec in planned.processes
     ]
     rows += [
-        [spec.name, spec.role, spec.kind, "attached", "-", f"{spec.host}:{spec.port}", "-"] for spec in planned.attached
+        [spec.name, spec.role, spec.kind, "attached", "-", "-", f"{spec.host}:{spec.port}", "-"]
+        for spec in planned.attached
     ]
-    console.out(console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "PORT", "AFTER"], rows))
+    console.out(console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "RDMA", "PORT", "AFTER"], rows))
+    console.out("")
+    for spec in planned.processes:
+        for what, reason in spec.why.items():
+            console.out(f"{spec.name}: {what} {_shown(getattr(spec, what))}: {reason}")
     if not planned.model_ready:
         where = f"made ready, in {planned.model_path}" if planned.model_path.startswith("/") else "fetched from the Hub"
         console.note(f"\non the first `pdctl up` the model is {where}")
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) and value else "left open"
 
 
 def load_plan(file: Path | None, check_port: bool = False, running: Plan | None = None) -> Plan:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from pdctl.host.gpu import Gpu, read_gpus
 from pdctl.host.memory import read_memory
+from pdctl.host.pci import Layout, read_layout
 from pdctl.host.ports import PortHolder, listening_ports
+from pdctl.host.rdma import RdmaDevice, read_rdma
 from pdctl.host.users import cache_root, run_root, state_root
 
 __all__ = ["Gpu", "Host", "PortHolder", "cache_root", "read_host", "run_root", "state_root"]
@@ -27,17 +29,22 @@ class Host:
     cache_root: Path
     run_root: Path
     state_root: Path
+    rdma: tuple[RdmaDevice, ...] = ()
+    layout: Layout = field(default_factory=Layout, hash=False)
 
 
-def read_host(proc_root: Path = Path("/proc")) -> Host:
+def read_host(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) -> Host:
     """Read the facts afresh; a few milliseconds, tens where a GPU driver answers."""
+    gpus, rdma = read_gpus(), read_rdma(sysfs_root)
     return Host(
         cpus=tuple(sorted(os.sched_getaffinity(0))),
-        gpus=read_gpus(),
+        gpus=gpus,
         memory=read_memory(proc_root)[0],
         listening=listening_ports(proc_root),
         python=sys.executable,
         cache_root=cache_root(),
         run_root=run_root(),
         state_root=state_root(),
+        rdma=rdma,
+        layout=read_layout([gpu.pci for gpu in gpus], {device.name: device.pci for device in rdma}, sysfs_root),
     )

@@ -335,7 +335,8 @@ def test_children_get_what_the_plan_says(tmp_path: Path) -> None:
     dump = (
         "import json, os, resource, sys\n"
         "print(json.dumps({'env': dict(os.environ), 'cpus': sorted(os.sched_getaffinity(0)),\n"
-        " 'nofile': resource.getrlimit(resource.RLIMIT_NOFILE), 'memlock': resource.getrlimit(resource.RLIMIT_MEMLOCK),\n"
+        " 'nofile': resource.getrlimit(resource.RLIMIT_NOFILE),\n"
+        " 'memlock': resource.getrlimit(resource.RLIMIT_MEMLOCK),\n"
         " 'fds': sorted(os.listdir('/proc/self/fd')), 'session': os.getsid(0) == os.getpid(),\n"
         " 'cgroup': open('/proc/self/cgroup').read()}), flush=True)\n"
         "import time; time.sleep(600)"
