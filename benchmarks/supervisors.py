@@ -92,7 +92,7 @@ def child(folder: Path) -> Path:
 def ours(folder: Path, count: int) -> Setting:
     log, script = folder / "starts.log", child(folder)
     processes = [shell(f"c{number}", f"exec {script} c{number} {log}") for number in range(count)]
-    plan = plan_of(folder, *processes, max_restarts=1000, within_s=1.0, grace_s=5.0, liveness_s=5.0)
+    plan = plan_of(folder, *processes, max_restarts=1000, within_s=1.0, stable_s=1.0, grace_s=5.0)
     body = json.dumps(plan.to_dict()).encode()
     env = {"PDCTL_RUN": str(folder / "run"), "PDCTL_STATE": str(folder / "state")}
     status = [sys.executable, "-m", "pdctl", "status", "-s", "fleet"]

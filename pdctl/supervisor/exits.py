@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,9 @@ def told_of(ended: Ended, oom: bool = False) -> dict[str, object]:
     }
 
 
-def report(ended: Ended, log: Path, memory_group: Path | None) -> dict[str, object]:
+def report(ended: Ended, log: Path, memory_group: Path | None, kernel_log: KernelLog) -> dict[str, object]:
     """One entry of the exits' file."""
-    kernel = kernel_lines(_KERNEL_WINDOW_S)
+    kernel = kernel_log.lines()
     oom = was_out_of_memory(ended.pid, kernel) or _group_was(memory_group)
     return {
         "process": ended.name,
@@ -115,24 +116,40 @@ def _group_was(group: Path | None) -> bool:
     return False
 
 
-def kernel_lines(window_s: float, path: Path = Path("/dev/kmsg")) -> list[str]:
-    """The kernel's telling messages of the last seconds; none where its log may not be read."""
-    try:
-        log = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return []
-    since = (time.clock_gettime(time.CLOCK_MONOTONIC) - window_s) * 1e6
-    found: list[str] = []
-    try:
-        while True:
-            record = os.read(log, _MOST_KERNEL_BYTES).decode(errors="replace")
+class KernelLog:
+    """The kernel's telling messages since we started; none where its log may not be read."""
+
+    def __init__(self, path: Path = Path("/dev/kmsg")) -> None:
+        self._recent: deque[tuple[float, str]] = deque(maxlen=256)
+        self._file: int | None = None
+        with contextlib.suppress(OSError):
+            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self._file, 0, os.SEEK_END)
+
+    def lines(self, window_s: float = _KERNEL_WINDOW_S) -> list[str]:
+        """Those of the last seconds, the newest ones if there are many."""
+        self._read()
+        since = time.clock_gettime(time.CLOCK_MONOTONIC) - window_s
+        return [text for at, text in self._recent if at >= since][-_KERNEL_LINES:]
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _read(self) -> None:
+        while self._file is not None:
+            try:
+                record = os.read(self._file, _MOST_KERNEL_BYTES).decode(errors="replace")
+            except BlockingIOError:
+                return
+            except BrokenPipeError:
+                continue  # messages were overwritten before we read them
+            except OSError:
+                self.close()
+                return
             head, _, text = record.partition(";")
             fields = head.split(",")
-            if len(fields) > 2 and float(fields[2]) >= since and _TELLING.search(text):
-                found.append(text.splitlines()[0])
-    except (BlockingIOError, BrokenPipeError):
-        return found[-_KERNEL_LINES:]  # its end, or messages were overwritten while we read
-    except OSError:
-        return found[-_KERNEL_LINES:]
-    finally:
-        os.close(log)
+            if len(fields) > 2 and fields[2].isdecimal() and _TELLING.search(text):
+                self._recent.append((int(fields[2]) / 1e6, text.splitlines()[0]))

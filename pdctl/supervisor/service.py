@@ -23,6 +23,7 @@ from pdctl.supervisor.adoption import PLAN, SECRET, STATE, Estate, Records, read
 from pdctl.supervisor.apply import ApplyFailed, Progress, apply
 from pdctl.supervisor.changes import Changes, diff
 from pdctl.supervisor.control import serve_control
+from pdctl.supervisor.exits import KernelLog
 from pdctl.supervisor.figures import Meters
 from pdctl.supervisor.journal import Journal
 from pdctl.supervisor.kv import KvWatch, Member, shown_links
@@ -64,6 +65,7 @@ class Service:
         self._rundir = RunDir(Path(plan.run_dir))
         self._journal = Journal(Path(plan.log_dir), say)
         self._notifier = Notifier()
+        self._kernel = KernelLog()
         self._stamp = f"{UNIT_ENV}={plan.run_dir}"
         self._units: dict[str, Unit] = {}
         self._stopping = False
@@ -100,6 +102,7 @@ class Service:
             await self._clear_leftovers()
         finally:
             self._listeners.close()
+            self._kernel.close()
             trees.close()
             self._rundir.release()
 
@@ -254,7 +257,7 @@ class Service:
                 tasks.create_task(self._save_forever())
                 while True:
                     self._step()
-                    if self._stopping and all(unit.life.phase in ENDED for unit in self._units.values()):
+                    if self._stopping and all(u.life.phase in ENDED and not u.reports for u in self._units.values()):
                         raise _Down
                     await self._dirty.wait()
                     self._dirty.clear()
@@ -399,6 +402,7 @@ class Service:
         """What a later supervisor needs, after every change, but not at every change."""
         while True:
             await self._unsaved.wait()
+            await asyncio.sleep(_SAVE_S)
             self._unsaved.clear()
             records = [record for unit in self._units.values() if (record := unit.record()) is not None]
             try:
@@ -406,7 +410,6 @@ class Service:
             except OSError as failure:
                 # For later starts; a full disk must not end the service.
                 self._journal.say("pdctl", f"{STATE} cannot be written: {failure}")
-            await asyncio.sleep(_SAVE_S)
 
     # -- who there is --------------------------------------------------------------------------------------
 
@@ -456,6 +459,7 @@ class Service:
             trees=trees,
             tasks=tasks,
             journal=self._journal,
+            kernel=self._kernel,
             changed=self._changed,
             ready=self._unit_ready,
             died=self._unit_died,

@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from pdctl.plan import ProcessSpec
 from pdctl.supervisor import logs
 from pdctl.supervisor.adoption import Record, recorded_exit, recorded_pid, start_ticks
 from pdctl.supervisor.clearing import Baseline, Remains, baseline_of, clear, in_the_way
-from pdctl.supervisor.exits import Ended, report, told_of
+from pdctl.supervisor.exits import Ended, KernelLog, report, told_of
 from pdctl.supervisor.journal import Journal, now_text
 from pdctl.supervisor.lifecycle import LIVE, Action, Do, Event, Exit, Kind, Life, Phase, Policy, advance
 from pdctl.supervisor.probes import Cadence, Prober
@@ -27,6 +26,7 @@ from pdctl.supervisor.tree import Tree, Trees, kill_quietly
 
 # How long clearing up waits for the peers of a dead process to be told, seconds.
 _TELL_S = 0.1
+_REPORT_AFTER_S = 0.05
 
 
 @dataclass(slots=True)
@@ -55,6 +55,7 @@ class Surroundings:
     trees: Trees
     tasks: asyncio.TaskGroup
     journal: Journal
+    kernel: KernelLog
     changed: Callable[[Unit], None]
     ready: Callable[[Unit], None]
     died: Callable[[Unit], asyncio.Task[None]]
@@ -64,7 +65,10 @@ class Surroundings:
 
 @dataclass(slots=True)
 class Unit:
-    """Feed it events; it spawns, probes, signals and reports. `blocked`: what delays its next start."""
+    """Feed it events; it spawns, probes, signals and reports.
+
+    `blocked`: what delays its next start; `reports`: exits that are still to be written up.
+    """
 
     spec: ProcessSpec
     around: Surroundings
@@ -79,9 +83,9 @@ class Unit:
     started_at: float = 0.0
     last_exit: dict[str, object] | None = None
     blocked: str = ""
+    reports: int = 0
     tree: Tree | None = None
     baseline: Baseline = field(default_factory=dict)
-    _process: subprocess.Popen[bytes] | None = None
     _record: Path | None = None
     _by_us: str = ""
     _moved: asyncio.Event = field(default_factory=asyncio.Event)
@@ -177,7 +181,10 @@ class Unit:
             case Do.CLEAR:
                 pass  # begun where the exit was seen, which knows how to wait for peers first
             case Do.ARM_BACKOFF:
-                self._arm("backoff", self._later(action.seconds, Kind.START))
+                if action.seconds:
+                    self._arm("backoff", self._later(action.seconds, Kind.START))
+                else:
+                    self.feed(Event(Kind.START, time.monotonic()))
             case Do.ARM_STABLE:
                 self._arm("stable", self._later(manner.stable_s, Kind.STABLE))
 
@@ -199,13 +206,13 @@ class Unit:
             )
             log = logs.open_new(self.log_path)
             try:
-                self._process = spawn(start, log)
+                pid = spawn(start, log)
             finally:
                 os.close(log)
         except OSError as failure:
             self.feed(Event(Kind.CANNOT_SPAWN, detail=f"cannot be started: {failure}"))
             return
-        self._is_alive(self._process.pid, time.monotonic())
+        self._is_alive(pid, time.monotonic())
         self.around.journal.say(
             self.name, f"started, pid {self.pid}", "started", pid=self.pid, epoch=self.epoch, start=self.life.starts
         )
@@ -251,8 +258,6 @@ class Unit:
         status, usage = None, None
         with contextlib.suppress(ChildProcessError):
             _, status, usage = os.wait4(pid, 0)
-        if self._process is not None:
-            self._process.returncode = 0 if status is None else os.waitstatus_to_exitcode(status)
         code = None if status is None else os.waitstatus_to_exitcode(status)
         if self._record is not None:
             code = recorded_exit(self._record) if code is None else (code if code < 0 else _from_shell(code))
@@ -274,10 +279,17 @@ class Unit:
         await asyncio.wait({told}, timeout=_TELL_S)
         remains = Remains(self.spec, self.tree, self.baseline, self.around.our_pids)
         await clear(remains, self._is_blocked)
-        self._process, self.pid = None, None
+        self.pid = None
         group = self.tree.join.parent if self.tree.join is not None else None
         self.feed(Event(Kind.CLEARED, time.monotonic(), random.random()))  # noqa: S311 - jitter, no secret
-        self._note_exit(ended, group)
+        self.reports += 1
+        try:
+            # What others wait for goes first.
+            await asyncio.sleep(_REPORT_AFTER_S)
+            self._note_exit(ended, group)
+        finally:
+            self.reports -= 1
+            self.around.changed(self)
 
     def _is_blocked(self, reason: str) -> None:
         self.blocked = reason
@@ -287,8 +299,8 @@ class Unit:
 
     def _note_exit(self, ended: Ended, group: Path | None) -> None:
         """After its replacement was begun: reading logs takes longer than that."""
-        log = self.log_path if not self.alive else self.log_path.with_name(f"{self.log_path.name}.1")
-        found = report(ended, log, group)
+        log = self.log_path if self.epoch == ended.epoch else self.log_path.with_name(f"{self.log_path.name}.1")
+        found = report(ended, log, group, self.around.kernel)
         if self.last_exit is not None and found["oom"]:
             self.last_exit |= {name: found[name] for name in ("reason", "by", "oom")}
             self.around.changed(self)
