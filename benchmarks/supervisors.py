@@ -169,7 +169,7 @@ def unpacked(*packages: str) -> Path:
         known = [
             name
             for name in packages
-            if subprocess.run(["apt-cache", "show", name], capture_output=True).returncode == 0
+            if subprocess.run(["apt-cache", "show", name], capture_output=True, check=False).returncode == 0
         ]
         subprocess.run(["apt-get", "download", "-qq", *known], cwd=root, check=True)
         for archive in root.glob("*.deb"):
@@ -302,9 +302,8 @@ def fleet(count: int, crashes: int) -> None:
         time.sleep(0.2)
         last = (max(then for _, _, then in begun(setting.log)) - at) / 1e6
         spent = (cpu_s(above) - before) * 1e3
-        print(
-            f"pdctl, {count} children: up in {took:.0f} ms, {above[0].memory_info().rss / 1e6:.0f} MB, idle {idle:.2f}% of a core"
-        )
+        rss = above[0].memory_info().rss / 1e6
+        print(f"pdctl, {count} children: up in {took:.0f} ms, {rss:.0f} MB, idle {idle:.2f}% of a core")
         print(
             f"  {crashes} of them killed at once: the last is back after {last:.0f} ms, {spent:.0f} ms of CPU for all"
         )
@@ -323,18 +322,15 @@ def main() -> int:
         for name in names:
             print(f"round {number + 1}: {name}", file=sys.stderr, flush=True)
             measure(MAKERS[name], found[name], arguments.kills)
-    print(
-        "| supervisor | restart after SIGKILL, median (max) ms | 3 up, ms | 50 up, ms | MB 3 / 50 | idle % | status ms | SIGKILL leaves |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("| supervisor | restart after SIGKILL, median (max) ms | 3 up, ms | 50 up, ms | MB 3 / 50 | idle % ", end="")
+    print("| status ms | SIGKILL leaves |\n|---|---|---|---|---|---|---|---|")
     for name, figures in found.items():
         restarts = f"{statistics.median(figures.restarts):.1f} ({max(figures.restarts):.0f})"
         start = [f"{statistics.median(figures.start[count]):.0f}" for count in (3, 50)]
         rss = f"{figures.rss[3]:.1f} / {figures.rss[50]:.1f}"
         status = f"{statistics.median(figures.status):.0f}"
-        print(
-            f"| {name} | {restarts} | {start[0]} | {start[1]} | {rss} | {figures.idle:.2f} | {status} | {figures.after_kill} |"
-        )
+        cells = (name, restarts, *start, rss, f"{figures.idle:.2f}", status, figures.after_kill)
+        print(f"| {' | '.join(cells)} |")
     if "pdctl" in names and arguments.fleet:
         fleet(arguments.fleet, 50)
     return 0

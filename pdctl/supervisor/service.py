@@ -9,7 +9,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
@@ -374,6 +374,9 @@ class Service:
             progress.state, progress.error = "failed", str(failure)
             self._journal.say("pdctl", f"apply ended half-way: {failure}", "apply_failed")
         finally:
+            # However far it got: the plan is what there is.
+            self.plan = replace(self.plan, processes=tuple(unit.spec for unit in self._units.values()))
+            self._rundir.write_json(PLAN, self.plan.to_dict())
             self._applying = None
             self._dirty.set()
 

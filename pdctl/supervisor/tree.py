@@ -54,10 +54,9 @@ class SweptTree:
 
 
 class CgroupTree:
-    """A cgroup of its own, made anew here."""
+    """A cgroup of its own."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
         self._folder = folder
         self.join: Path | None = folder / "cgroup.procs"
 
@@ -93,8 +92,13 @@ class Trees:
     def of(self, name: str) -> Tree:
         """The tree of one process."""
         if self._root is not None:
+            folder = self._root / name
             with contextlib.suppress(OSError):
-                return CgroupTree(self._root / name)
+                # A new one for each start: recent kernels kill what is cloned into a group that was killed before.
+                if folder.is_dir():
+                    _remove(folder)
+                folder.mkdir()
+                return CgroupTree(folder)
         return SweptTree(f"{self._prefix}:{name}")
 
     def adopted(self, name: str, group: str) -> Tree:
@@ -107,10 +111,8 @@ class Trees:
         """Remove the groups; one that is not empty stays, which says so."""
         if self._root is None:
             return
-        folders = sorted((entry for entry in self._root.rglob("*") if entry.is_dir()), reverse=True)
-        for folder in (*folders, self._root):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            _remove(self._root)
 
 
 def become_subreaper() -> None:
@@ -168,6 +170,12 @@ def kill_quietly(pid: int, sign: signal.Signals) -> None:
     """A signal to somebody who may be gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, sign)
+
+
+def _remove(group: Path) -> None:
+    for folder in sorted((entry for entry in group.rglob("*") if entry.is_dir()), reverse=True):
+        folder.rmdir()
+    group.rmdir()
 
 
 def _new_group(name: str, proc_root: Path) -> Path | None:

@@ -114,8 +114,16 @@ class Fleet:
     def output(self, name: str) -> str:
         return (Path(self.plan.log_dir) / f"{name}.log").read_text(errors="replace")
 
-    def exits(self, name: str) -> list[dict[str, object]]:
-        return [entry for entry in read_entries(Path(self.plan.log_dir), EXITS) if entry["process"] == name]
+    def exits(self, name: str, count: int = 1) -> list[dict[str, object]]:
+        """At least `count` of them: they are written up a moment after the exit."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            entries = read_entries(Path(self.plan.log_dir), EXITS)
+            found = [entry for entry in entries if entry["process"] == name]
+            if len(found) >= count:
+                return found
+            assert time.monotonic() < deadline, f"{len(found)} exits of {name}"
+            time.sleep(0.01)
 
     def events(self) -> list[dict[str, object]]:
         return read_entries(Path(self.plan.log_dir), EVENTS)
