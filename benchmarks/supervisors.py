@@ -2,7 +2,7 @@
 
     python -m benchmarks.supervisors [--rounds 3] [--kills 8] [--fleet 200] [--only pdctl,runit]
 
-Peers are installed from PyPI (supervisor, circus) and from Debian (runit, s6: unpacked, not activated). A child is a
+Peers are installed from PyPI (supervisor, circus) and from Debian (s6 installed, runit only unpacked). A child is a
 shell that writes down when it began and becomes `sleep`. For each supervisor, in turns: time from SIGKILL of a child to
 its replacement running, 3 and 50 children up, resident memory, CPU when idle, the status command's time, and what a
 SIGKILL of the supervisor leaves. Then ours alone over `--fleet` children: CPU when idle, and while 50 crash at once.
@@ -140,14 +140,11 @@ def runit(folder: Path, count: int) -> Setting:
 
 
 def s6(folder: Path, count: int) -> Setting:
-    root = unpacked("s6", "libs6-2.11", "libskarnet2.13", "execline", "libexecline2.9")
-    libraries = ":".join({str(found.parent) for found in root.rglob("lib*.so*")})
-    env = {"PATH": f"{root}/usr/bin:{root}/bin:{os.environ['PATH']}", "LD_LIBRARY_PATH": libraries}
+    if shutil.which("s6-svscan") is None:
+        # Its programs look for each other in /usr/bin: it must be installed, which starts nothing.
+        subprocess.run(["apt-get", "install", "-y", "-qq", "s6"], check=True, stdout=subprocess.DEVNULL)
     scan, log = services(folder, count)
-    svscan, svstat = (shutil.which(name, path=env["PATH"]) for name in ("s6-svscan", "s6-svstat"))
-    assert svscan is not None
-    assert svstat is not None
-    return Setting([svscan, str(scan)], [svstat, f"{scan}/c0"], log, env=env)
+    return Setting(["s6-svscan", str(scan)], ["s6-svstat", f"{scan}/c0"], log)
 
 
 def services(folder: Path, count: int) -> tuple[Path, Path]:
@@ -166,12 +163,7 @@ def unpacked(*packages: str) -> Path:
     root = cache() / packages[0]
     if not (root / "done").exists():
         root.mkdir(parents=True, exist_ok=True)
-        known = [
-            name
-            for name in packages
-            if subprocess.run(["apt-cache", "show", name], capture_output=True, check=False).returncode == 0
-        ]
-        subprocess.run(["apt-get", "download", "-qq", *known], cwd=root, check=True)
+        subprocess.run(["apt-get", "download", "-qq", *packages], cwd=root, check=True)
         for archive in root.glob("*.deb"):
             subprocess.run(["dpkg", "-x", archive, root], check=True)
         (root / "done").touch()

@@ -230,7 +230,8 @@ class LeaseInfo(msgspec.Struct, frozen=True):
 class EngineState(msgspec.Struct, frozen=True):
     """An engine's state, as its /pdctl/v1/state answers.
 
-    `max_num_seqs`: sequences it runs at once; `block_size` in tokens.
+    `max_num_seqs`: sequences it runs at once; `block_size` in tokens. `silent_s`: for how long its core has owed an
+    answer, which the longest step takes; more is a hang.
     Free, cached, referenced, leased and quarantined blocks make up the total; `blocks_reserved` of the referenced ones
     wait for KV. Cached ones are 0: there is no prefix cache yet.
     """
@@ -254,6 +255,8 @@ class EngineState(msgspec.Struct, frozen=True):
     transfers: dict[str, float]
     block_size: int = 0
     max_num_seqs: int = 0
+    steps_total: int = 0
+    silent_s: float = 0.0
 
 
 class EngineAddress(msgspec.Struct, frozen=True):

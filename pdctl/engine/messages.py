@@ -73,6 +73,10 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
 
 
+class Poke(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Say something: the front wants to know whether the step loop still turns."""
+
+
 class Reserve(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Set blocks aside for `kv_tokens` tokens whose request will follow."""
 
@@ -111,7 +115,7 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Leave the step loop and exit."""
 
 
-ToCore = Submit | Abort | Reserve | Connect | Pull | Start | Shutdown
+ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Shutdown
 
 
 # -- core to front -----------------------------------------------------------------------------------------

@@ -38,10 +38,12 @@ class Cadence:
 
 
 class _State(msgspec.Struct):
-    """What a progress probe needs of an engine's state."""
+    """What a progress probe needs of an engine's state; kinds leave out what they do not know."""
 
     running: int = 0
     tokens_total: int = 0
+    steps_total: int = 0
+    silent_s: float = 0.0
 
 
 class Prober:
@@ -52,7 +54,7 @@ class Prober:
         self._log = log
         self._headers = header_lines({"authorization": f"Bearer {secret}", **_JSON})
         self._pools: dict[str, Pool] = {}
-        self._tokens = -1
+        self._done = (-1, -1)
         self._stuck_since = 0.0
 
     # -- readiness -----------------------------------------------------------------------------------------
@@ -142,9 +144,11 @@ class Prober:
             state = msgspec.json.decode(body, type=_State)
         except msgspec.DecodeError:
             return None
-        now = time.monotonic()
-        if state.running == 0 or state.tokens_total != self._tokens:
-            self._tokens, self._stuck_since = state.tokens_total, now
+        if state.silent_s > progress_s:
+            return f"hung: its core has not answered for {state.silent_s:.0f} s"
+        now, done = time.monotonic(), (state.tokens_total, state.steps_total)
+        if state.running == 0 or done != self._done:
+            self._done, self._stuck_since = done, now
             return None
         silent = now - self._stuck_since
         return f"hung: {state.running} requests run, and no token for {silent:.0f} s" if silent > progress_s else None

@@ -265,3 +265,17 @@ def test_an_engine_that_dies_while_the_service_stops_stays_down(run: Run) -> Non
     os.kill(proxy, signal.SIGCONT)
     stopper.join()
     assert not run.processes()
+
+
+def test_a_frozen_core_behind_a_front_that_answers_is_found_and_replaced(run: Run) -> None:
+    """Its front says 200 to everything; the progress probe sees that the step loop does not turn."""
+    text = topology(kv_cache_gb=0.1).replace("[supervisor]", "[supervisor]\nprogress_s = 3\nliveness_s = 0.5")
+    with running(run, text) as service:
+        before = service.process("decode-0")
+        core = psutil.Process(before["pid"]).children()[0]
+        core.suspend()
+        after = restarted(service, "decode-0", before)
+        assert after["restarts"] == 1
+        told = run.cli("why", "decode-0", check=True).stdout
+        assert "hung: its core has not answered for" in told
+        assert service.complete(PROMPT, max_tokens=4)["token_ids"]

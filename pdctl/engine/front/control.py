@@ -118,6 +118,8 @@ class Control:
             },
             block_size=self._options.block_size,
             max_num_seqs=self._options.max_num_seqs,
+            steps_total=books.steps,
+            silent_s=round(self._core.silent_s, 3),
         )
 
     async def _health(self, _: Request) -> Response:

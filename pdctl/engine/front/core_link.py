@@ -24,6 +24,7 @@ from pdctl.engine.messages import (
     FromCore,
     Held,
     Linked,
+    Poke,
     Progress,
     Pulled,
     Ready,
@@ -40,6 +41,9 @@ from pdctl.engine.migration import Event
 from pdctl.engine.options import EngineOptions
 
 _log = logging.getLogger(__name__)
+
+# A core that has said nothing for so long is asked whether it is there, seconds.
+_POKE_S = 1.0
 
 
 class Note(NamedTuple):
@@ -77,6 +81,7 @@ class CoreLink:
         self.quarantined_block_s = 0.0
         self.on_linked: Callable[[Linked], None] = lambda _: None
         self._books_at = time.monotonic()
+        self._asked_at = self._heard_at = 0.0
         self._closing = False
         self._options = options
         self._encode = msgspec.msgpack.Encoder().encode
@@ -127,6 +132,20 @@ class CoreLink:
                 case Refused(reason):
                     raise CoreRefused(reason)
 
+    async def poke_forever(self) -> None:
+        """Ask a core that has been quiet for a moment whether its step loop still turns; once, until it answers."""
+        while True:
+            await asyncio.sleep(_POKE_S)
+            now = time.monotonic()
+            if self.ready is not None and not self._asked_at and now - self._heard_at > _POKE_S and not self._closing:
+                self._asked_at = now
+                await self.send(Poke())
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the core has owed us a word, seconds."""
+        return time.monotonic() - self._asked_at if self._asked_at else 0.0
+
     async def send(self, message: ToCore) -> None:
         """Queue a message for the core; FIFO."""
         await self._push.send(self._encode(message))
@@ -173,6 +192,7 @@ class CoreLink:
 
     def _step_done(self, step: StepDone) -> None:
         self.quarantined_block_seconds()
+        self._asked_at, self._heard_at = 0.0, time.monotonic()
         self.books = step.books
         self.tokens_total += len(step.tokens) + len(step.held)
         for withdrawn in step.withdrawn:

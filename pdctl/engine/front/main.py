@@ -86,6 +86,7 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         server = _server(options, EngineService(options, codec, core, control, generator))
         core_task = tasks.create_task(core.run_core())
         tasks.create_task(core.receive())
+        tasks.create_task(core.poke_forever())
         tasks.create_task(leases.expire_forever())
         tasks.create_task(migrator.renew_forever())
         tasks.create_task(peers.release_forever())
