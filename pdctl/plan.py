@@ -208,7 +208,8 @@ def _engine_probe(topology: Topology, group: EngineGroup, launch: Launch, addres
         state=f"{base}{launch.state_path}" if launch.state_path else "",
         generate=f"{base}{launch.generate_path}" if launch.generate_path else "",
         interval_s=0.1,
-        timeout_s=2.0,
+        # A front that shares its cores with the engines may be late; one that is dead is late three times.
+        timeout_s=5.0,
         startup_s=topology.supervision.startup_s,
     )
 

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from pdctl.plan import Plan
 from pdctl.serving import Server
 from pdctl.supervisor.changes import Changes
+from pdctl.supervisor.verbs import VERBS
 from pdctl.wire import LeaseReply
 
 _MOST_BYTES = 16 * 2**20
@@ -81,7 +82,7 @@ class _Api:
 
     async def ask(self, request: Request) -> JSONResponse:
         name, verb = request.path_params["name"], request.path_params["verb"]
-        if verb not in ("start", "stop", "restart", "drain"):
+        if verb not in VERBS:
             return _answer(f"no verb {verb!r}")
         return _answer(self._service.ask(name, verb, request.query_params.get("drain") == "1"))
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # Logs of earlier incarnations that are kept.
@@ -63,6 +64,16 @@ def cap(path: Path, most: int) -> bool:
         _copy(file.fileno(), start, end, archive_of(path))
         _punch(file.fileno(), end)
     return True
+
+
+def cap_all(paths: Iterable[Path], most: int, say: Callable[[str, str], None]) -> None:
+    """Cut every log that is too large; `say` is told, by process."""
+    for path in paths:
+        try:
+            if cap(path, most):
+                say(path.stem, f"log cut; its older half is in {archive_of(path)}")
+        except OSError as failure:
+            say(path.stem, f"its log cannot be cut: {failure.strerror}")
 
 
 def _copy(source: int, start: int, end: int, target: Path) -> None:

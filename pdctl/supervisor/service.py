@@ -16,18 +16,19 @@ import msgspec
 
 from pdctl.errors import PdctlError
 from pdctl.host.boot import host_id
-from pdctl.lean_http import Pool, Unreachable
-from pdctl.plan import Attached, Plan, ProcessSpec
+from pdctl.plan import Plan, ProcessSpec
 from pdctl.supervisor import logs
 from pdctl.supervisor.adoption import PLAN, SECRET, STATE, Estate, Records, read_estate
 from pdctl.supervisor.apply import ApplyFailed, Progress, apply
+from pdctl.supervisor.attached import AttachedWatch
 from pdctl.supervisor.changes import Changes, diff
 from pdctl.supervisor.control import serve_control
 from pdctl.supervisor.exits import KernelLog
 from pdctl.supervisor.figures import Meters
+from pdctl.supervisor.fleet import Fleet
 from pdctl.supervisor.journal import Journal
-from pdctl.supervisor.kv import KvWatch, Member, shown_links
-from pdctl.supervisor.lifecycle import ENDED, LIVE, Event, Goal, Kind, Life, Phase
+from pdctl.supervisor.kv import KvWatch, shown_links
+from pdctl.supervisor.lifecycle import Phase
 from pdctl.supervisor.listeners import Listeners
 from pdctl.supervisor.manner import manner_of
 from pdctl.supervisor.notify import Notifier
@@ -36,19 +37,15 @@ from pdctl.supervisor.rundir import RunDir
 from pdctl.supervisor.spawn import raise_limits
 from pdctl.supervisor.tree import SweptTree, Trees, become_subreaper, kill_tree, reap_strangers, stamped
 from pdctl.supervisor.unit import Manner, Surroundings, Unit
-from pdctl.wire import SECRET_ENV, UNIT_ENV, EngineState, LeaseReply
+from pdctl.supervisor.verbs import drained, event_of, objection
+from pdctl.wire import SECRET_ENV, UNIT_ENV, LeaseReply
 
 _HOUSEKEEPING_S = 1.0
 _LOGS_S = 5.0
 _CLEAR_S = 10.0
 # What a later supervisor needs is written at most this often, seconds.
 _SAVE_S = 0.05
-# An attached engine that has not answered by then is shown as silent.
-_ASK_S = 1.0
-_DRAIN_LOOK_S = 0.05
 _LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
-
-VERBS = ("start", "stop", "restart", "drain")
 
 
 class _Down(Exception):
@@ -67,18 +64,18 @@ class Service:
         self._notifier = Notifier()
         self._kernel = KernelLog()
         self._stamp = f"{UNIT_ENV}={plan.run_dir}"
-        self._units: dict[str, Unit] = {}
         self._stopping = False
         self._was_ready = False
         self._dirty = asyncio.Event()
         self._unsaved = asyncio.Event()
         self._linking = 0
-        self._answers: dict[str, bool] = {}
+        self._attached = AttachedWatch()
         self._meters = Meters()
         self._applying: asyncio.Task[None] | None = None
         self._progress: Progress | None = None
         self._told: frozenset[str] = frozenset()
         self._listeners = Listeners(Path(plan.run_dir))
+        self._fleet = Fleet(self._stamp, self._listeners)
         self._estate: Estate | None = None
         # Filled by _begin, before anything runs.
         self._around: Surroundings
@@ -109,8 +106,7 @@ class Service:
     def stop(self) -> None:
         """Stop the proxy, then the engines. A second call kills what is left."""
         if self._stopping:
-            for unit in self._units.values():
-                unit.force()
+            self._fleet.force()
         self._stopping = True
         self._notifier.say("STOPPING=1")
         if self._applying is not None:
@@ -133,10 +129,8 @@ class Service:
             "source": self.plan.source,
             "trees": self._around.trees.method,
             "apply": asdict(self._progress) if self._progress else None,
-            "processes": [unit.status() for unit in self._units.values()],
-            "attached": [
-                {**asdict(attached), "answers": self._answers.get(attached.name)} for attached in self.plan.attached
-            ],
+            "processes": [unit.status() for unit in self._fleet],
+            "attached": [self._attached.status(attached) for attached in self.plan.attached],
             "links": shown_links(self._kv.links),
         }
 
@@ -145,11 +139,11 @@ class Service:
         async with asyncio.TaskGroup() as tasks:
             asked = tasks.create_task(self._kv.states())
             for attached in self.plan.attached:
-                tasks.create_task(self._ask(attached))
+                tasks.create_task(self._attached.ask(attached))
         states = asked.result()
         found = self.status()
-        figures = self._meters.of(list(self._units.values()), states)
-        found["processes"] = [{**unit.status(), **figures[unit.name]} for unit in self._units.values()]
+        figures = self._meters.of(list(self._fleet), states)
+        found["processes"] = [{**unit.status(), **figures[unit.name]} for unit in self._fleet]
         return found
 
     async def leases(self) -> dict[str, object]:
@@ -162,22 +156,15 @@ class Service:
 
     def ask(self, name: str, verb: str, drain: bool) -> str:
         """One of VERBS for one process; the reason why not, or ""."""
-        unit = self._units.get(name)
+        unit = self._fleet.get(name)
         if unit is None:
-            return f"no process {name!r}; there are: {', '.join(self._units)}"
+            return f"no process {name!r}; there are: {', '.join(unit.name for unit in self._fleet)}"
         if self._stopping:
             return "the service is going down"
-        event = {
-            "start": Event(Kind.RESUME),
-            "stop": Event(Kind.DRAIN, goal=Goal.STOP) if drain else Event(Kind.STOP),
-            "restart": Event(Kind.DRAIN, goal=Goal.AGAIN) if drain else Event(Kind.RESTART),
-            "drain": Event(Kind.DRAIN, goal=Goal.HOLD),
-        }[verb]
-        before = unit.life
-        if verb == "drain" and before.phase not in (Phase.READY, Phase.DRAINING, Phase.DRAINED):
-            return f"{name} is {before.phase.value}: only what is ready can be drained"
+        if reason := objection(unit, verb):
+            return reason
         self._journal.say(name, f"asked to {verb}{', drained first' if drain else ''}", "asked", verb=verb)
-        unit.feed(event)
+        unit.feed(event_of(verb, drain))
         return ""
 
     def changes(self, wanted: Plan) -> Changes:
@@ -197,7 +184,7 @@ class Service:
 
     def state(self) -> str:
         """starting, ready, degraded (was ready, something is not now), failed or stopping."""
-        phases = [unit.life.phase for unit in self._units.values()]
+        phases = self._fleet.phases
         if self._stopping:
             return "stopping"
         if Phase.FAILED in phases:
@@ -210,33 +197,24 @@ class Service:
 
     def unit(self, name: str) -> Unit | None:
         """The process of that name."""
-        return self._units.get(name)
+        return self._fleet.get(name)
 
     def add(self, spec: ProcessSpec) -> Unit:
         """Have another process; it starts with the next step."""
-        unit = Unit(spec, self._around, f"{self._stamp}:{spec.name}")
-        if spec.listen is not None:
-            unit.listen_fd = self._listeners.of(spec.listen).fileno()
-        self._units[spec.name] = unit
+        unit = self._fleet.add(spec, self._around)
         self._dirty.set()
         return unit
 
     def remove(self, unit: Unit) -> None:
         """Forget a process that has ended."""
-        assert unit.life.phase in ENDED
-        del self._units[unit.name]
+        self._fleet.remove(unit)
         self._kv.forget(unit.name)
         self._dirty.set()
 
     async def take_on(self, plan: Plan) -> str:
         """Make `plan` the one that runs, without touching processes; why a proxy does not follow it, or ""."""
         self.plan = plan
-        order = {spec.name: number for number, spec in enumerate(plan.processes)}
-        self._units = dict(sorted(self._units.items(), key=lambda item: order.get(item[0], len(order))))
-        for spec in plan.processes:
-            unit = self._units.get(spec.name)
-            if unit is not None and unit.spec.digest() == spec.digest():
-                unit.spec = spec
+        self._fleet.follow(plan)
         manner_of(plan, self._manner)
         self._rundir.write_json(PLAN, plan.to_dict())
         return await self._proxies.tell(plan)
@@ -257,7 +235,7 @@ class Service:
                 tasks.create_task(self._save_forever())
                 while True:
                     self._step()
-                    if self._stopping and all(u.life.phase in ENDED and not u.reports for u in self._units.values()):
+                    if self._stopping and self._fleet.is_over:
                         raise _Down
                     await self._dirty.wait()
                     self._dirty.clear()
@@ -267,50 +245,31 @@ class Service:
 
     def _step(self) -> None:
         """Start what may start; when stopping, stop what may stop."""
-        units = self._units
         if self.state() == "ready" and not self._was_ready:
             self._was_ready = True
-            self._journal.say(
-                "pdctl", f"service {self.plan.service!r} is ready at {self.plan.proxy_url}", "service_ready"
-            )
+            message = f"service {self.plan.service!r} is ready at {self.plan.proxy_url}"
+            self._journal.say("pdctl", message, "service_ready")
             self._notifier.say("READY=1", f"STATUS=ready at {self.plan.proxy_url}")
         self._check_start()
-        for unit in list(units.values()):
-            if self._stopping:
-                self._stop_step(unit)
-            elif unit.life.phase is Phase.PENDING and (
-                # Once the service has been ready, its parts come back as they can.
-                self._was_ready
-                or all(units[name].life.phase is Phase.READY for name in unit.spec.depends_on if name in units)
-            ):
-                unit.feed(Event(Kind.START, time.monotonic()))
+        if self._stopping:
+            self._fleet.stop_what_may()
+        else:
+            self._fleet.start_what_may(self._was_ready)
 
     def _check_start(self) -> None:
         """A service that never became ready is taken down whole: nothing half-started is left behind."""
         if self._was_ready or self._stopping:
             return
-        failed = next((unit for unit in self._units.values() if unit.life.phase is Phase.FAILED), None)
+        failed = self._fleet.failed()
         reason = self._kv.refused()
         if reason or failed:
             self.failure = reason or f"{failed.name if failed else ''} {failed.life.reason if failed else ''}"
             self._stopping = True
 
-    def _stop_step(self, unit: Unit) -> None:
-        life = unit.life
-        if life.phase in ENDED or (life.phase in (Phase.STOPPING, Phase.CLEARING) and life.goal is Goal.STOP):
-            return
-        dependants = [other for other in self._units.values() if unit.name in other.spec.depends_on]
-        # What does not run need not be waited for, and must not start again.
-        idle = life.phase not in LIVE
-        if idle or all(other.life.phase in ENDED for other in dependants):
-            unit.feed(Event(Kind.STOP, time.monotonic()))
-
     def _changed(self, unit: Unit) -> None:
         self._dirty.set()
         self._unsaved.set()
-        drained = frozenset(
-            name for name, other in self._units.items() if other.life.phase in (Phase.DRAINING, Phase.DRAINED)
-        )
+        drained = self._fleet.drained()
         if drained != self._told and not self._stopping:
             self._told = drained
             self._proxies.draining = set(drained)
@@ -337,10 +296,8 @@ class Service:
     def _unit_died(self, unit: Unit) -> asyncio.Task[None]:
         """Witness: what it held is freed now, whatever becomes of its replacement."""
         if unit.life.phase is not Phase.STOPPING:
-            for other in self._units.values():
-                if unit.name in other.spec.restart_with and other.life.phase in LIVE:
-                    self._journal.say(other.name, f"restarted with {unit.name}", "restarted_with")
-                    other.feed(Event(Kind.RESTART))
+            for other in self._fleet.restart_companions(unit):
+                self._journal.say(other.name, f"restarted with {unit.name}", "restarted_with")
         return unit.around.tasks.create_task(self._kv.reclaim(unit.name, f"{unit.name}@{unit.epoch}"))
 
     async def _drain(self, unit: Unit) -> None:
@@ -349,15 +306,8 @@ class Service:
             return
         await self._proxies.tell(self.plan)
         drain_s = self.plan.supervision.drain_s
-        deadline = time.monotonic() + drain_s
-        while time.monotonic() < deadline:
-            calls, state = await asyncio.gather(self._proxies.calls_at(unit.name), self._kv.state_of(unit.name))
-            busy = calls
-            if isinstance(state, EngineState):
-                busy += state.running + state.waiting + len(state.leases)
-            if not busy:
-                return
-            await asyncio.sleep(_DRAIN_LOOK_S)
+        if await drained(unit.name, drain_s, self._proxies.calls_at, self._kv.state_of):
+            return
         self._journal.say(unit.name, f"still busy after {drain_s:g} s: its requests go on elsewhere", "drain_over")
 
     async def _apply(self, wanted: Plan) -> None:
@@ -375,7 +325,7 @@ class Service:
             self._journal.say("pdctl", f"apply ended half-way: {failure}", "apply_failed")
         finally:
             # However far it got: the plan is what there is.
-            self.plan = replace(self.plan, processes=tuple(unit.spec for unit in self._units.values()))
+            self.plan = replace(self.plan, processes=self._fleet.specs())
             self._rundir.write_json(PLAN, self.plan.to_dict())
             self._applying = None
             self._dirty.set()
@@ -385,21 +335,13 @@ class Service:
         while True:
             await asyncio.sleep(min(_HOUSEKEEPING_S, self._notifier.watchdog_s or _HOUSEKEEPING_S))
             now = time.monotonic()
-            reap_strangers(self._pids())
+            reap_strangers(self._fleet.pids())
             if self._notifier.watchdog_s and now >= watchdog_due:
                 watchdog_due = now + self._notifier.watchdog_s
                 self._notifier.say("WATCHDOG=1")
             if now >= log_due:
                 log_due = now + _LOGS_S
-                self._cap_logs()
-
-    def _cap_logs(self) -> None:
-        for unit in self._units.values():
-            try:
-                if logs.cap(unit.log_path, self._manner.log_bytes):
-                    self._journal.say(unit.name, f"log cut; its older half is in {logs.archive_of(unit.log_path)}")
-            except OSError as failure:
-                self._journal.say(unit.name, f"its log cannot be cut: {failure.strerror}")
+                logs.cap_all([unit.log_path for unit in self._fleet], self._manner.log_bytes, self._journal.say)
 
     async def _save_forever(self) -> None:
         """What a later supervisor needs, after every change, but not at every change."""
@@ -407,40 +349,11 @@ class Service:
             await self._unsaved.wait()
             await asyncio.sleep(_SAVE_S)
             self._unsaved.clear()
-            records = [record for unit in self._units.values() if (record := unit.record()) is not None]
             try:
-                self._rundir.write_json(STATE, msgspec.to_builtins(Records(host_id(), records)))
+                self._rundir.write_json(STATE, msgspec.to_builtins(Records(host_id(), self._fleet.records())))
             except OSError as failure:
                 # For later starts; a full disk must not end the service.
                 self._journal.say("pdctl", f"{STATE} cannot be written: {failure}")
-
-    # -- who there is --------------------------------------------------------------------------------------
-
-    def _members(self) -> list[Member]:
-        return [
-            Member(unit.name, unit.spec.role, unit.spec.ports["http"], unit.epoch)
-            for unit in self._units.values()
-            if unit.spec.kind != "proxy" and unit.life.phase in _ANSWERING and unit.alive
-        ]
-
-    def _serving(self) -> list[ProcessSpec]:
-        return [u.spec for u in self._units.values() if u.spec.kind == "proxy" and u.life.phase is Phase.READY]
-
-    def _holders(self) -> set[str]:
-        return {f"{unit.name}@{unit.epoch}" for unit in self._units.values() if unit.alive}
-
-    def _pids(self) -> set[int]:
-        found = {unit.pid for unit in self._units.values() if unit.pid is not None}
-        return found | {unit.leader for unit in self._units.values() if unit.leader is not None}
-
-    async def _ask(self, attached: Attached) -> None:
-        pool = Pool(attached.host, attached.port, connect_s=_ASK_S)
-        try:
-            self._answers[attached.name] = (await pool.request("GET", "/health", timeout_s=_ASK_S)).status == 200
-        except Unreachable:
-            self._answers[attached.name] = False
-        finally:
-            pool.close()
 
     # -- getting ready -------------------------------------------------------------------------------------
 
@@ -451,8 +364,8 @@ class Service:
             self.plan = estate.plan
         secret = estate.secret if estate else secrets.token_hex(16)
         self._manner = manner_of(self.plan)
-        self._proxies = Proxies(self._rundir, secret, self._serving)
-        self._kv = KvWatch(secret, self._members, self._holders, self._journal.say)
+        self._proxies = Proxies(self._rundir, secret, self._fleet.serving)
+        self._kv = KvWatch(secret, self._fleet.members, self._fleet.holders, self._journal.say)
         self._around = Surroundings(
             manner=self._manner,
             log_dir=Path(self.plan.log_dir),
@@ -467,7 +380,7 @@ class Service:
             ready=self._unit_ready,
             died=self._unit_died,
             drain=self._drain,
-            our_pids=self._pids,
+            our_pids=self._fleet.pids,
         )
         self._prepare(secret, {record.name for record in estate.processes} if estate else set())
         for spec in self.plan.processes:
@@ -477,12 +390,10 @@ class Service:
 
     def _adopt(self, estate: Estate) -> None:
         """Take over what runs as it was planned then, and change over to what is wanted now."""
-        known = [record for record in estate.processes if record.name in self._units]
-        for record in known:
-            self._units[record.name].adopt(record)
+        for record in estate.processes:
+            if (unit := self._fleet.get(record.name)) is not None:
+                unit.adopt(record)
         self._was_ready = True
-        for unit in self._units.values():
-            unit.life = unit.life if unit.alive else Life()
         if not diff(self.plan, self._wanted).is_empty:
             self.apply(self._wanted)
 
@@ -509,6 +420,3 @@ class Service:
             if left := await kill_tree(SweptTree(stamp), set(), _CLEAR_S):
                 hint = "they are stuck in the kernel (state D); wait, or reboot"
                 raise PdctlError(f"pids {left} of an earlier start do not die", hint)
-
-
-_ANSWERING = (Phase.READY, Phase.DRAINING, Phase.DRAINED)
