@@ -478,3 +478,18 @@ def test_two_services_of_one_name_do_not_meet(run: Run, tmp_path: Path) -> None:
         two.run.cli("restart", "decode", check=True)
         assert pids(one) == before
         assert time.monotonic() > 0
+
+
+def test_another_users_service_is_left_alone(run: Run) -> None:
+    if os.getuid() != 0 or not Path("/usr/bin/setpriv").exists():
+        pytest.skip("needs root, to become somebody else")
+    with running(run, topology(kv_cache_gb=0.1)) as service:
+        before = pids(service)
+        argv = ["setpriv", "--reuid", "65534", "--clear-groups", "python", "-m", "pdctl"]
+        for words in (["status", "-s", "t"], ["down", "-s", "t"], ["restart", "decode", "-s", "t"]):
+            done = subprocess.run(
+                [*argv, *words], env=run.env, cwd="/", capture_output=True, text=True, check=False, timeout=60
+            )
+            assert done.returncode == 1, done.stderr
+            assert "belongs to another user" in done.stderr
+        assert pids(service) == before

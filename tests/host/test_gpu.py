@@ -58,3 +58,19 @@ def test_the_default_topology_uses_the_gpus_found(library: Path, tmp_path: Path)
     processes = json.loads(done.stdout)["processes"]
     assert [p["gpus"] for p in processes] == [["GPU-stub-0"], ["GPU-stub-1"], []]
     assert processes[1]["env"]["CUDA_VISIBLE_DEVICES"] == "GPU-stub-1"
+
+
+def test_addresses_are_written_as_sysfs_does(library: Path) -> None:
+    code = "from pdctl.host.gpu import read_gpus; print([g.pci for g in read_gpus()])"
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['0000:10:00.0', '0000:11:00.0']"
+
+
+def test_who_uses_what(library: Path, tmp_path: Path) -> None:
+    use = tmp_path / "use"
+    use.write_text("1 41 1000\n1 42 500\n0 43 7\n")
+    code = "from pdctl.host.gpu import gpu_use; print(gpu_use(['GPU-stub-1', 'GPU-stub-9']))"
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "2", "PDCTL_STUB_USE": str(use)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'GPU-stub-1': GpuUse(used=1500, by_pid={41: 1000, 42: 500})}"

@@ -379,6 +379,28 @@ def test_pid_1_reaps_and_ends_by_a_signal(tmp_path: Path) -> None:
         found.process.wait(30)
 
 
+def test_nothing_is_started_before_its_gpu_memory_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real pynvml over a stub driver: somebody else's process stays on the GPU for a while."""
+    stub = Path(__file__).parent.parent / "fakes" / "nvml_stub.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libnvidia-ml.so.1", stub], check=True)
+    use = tmp_path / "use"
+    use.write_text("")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setenv("PDCTL_STUB_GPUS", "1")
+    monkeypatch.setenv("PDCTL_STUB_USE", str(use))
+    with fleet(tmp_path, shell("engine", SLEEP, gpus=("GPU-stub-0",), device="cuda")) as found:
+        before = found.ready("engine")
+        use.write_text(f"0 {before['pid']} {10 << 30}\n")
+        assert found.of("engine")["gpu_memory_bytes"] == 10 << 30
+        use.write_text(f"0 {os.getpid()} {10 << 30}\n")
+        os.kill(before["pid"], signal.SIGKILL)
+        now = found.until("engine", lambda now: "GPU-stub-0" in now["reason"], "blocked")
+        assert now["state"] == "clearing"
+        assert f"has 10.0 GiB in use, 0.0 GiB before: held by pids [{os.getpid()}]" in now["reason"]
+        use.write_text(f"0 {os.getpid()} {100 << 20}\n")
+        found.again("engine", before)
+
+
 def test_the_logs_of_earlier_lives_are_kept(tmp_path: Path) -> None:
     with fleet(tmp_path, shell("a", "echo life of $PDCTL_EPOCH; exec sleep 600", probe=AT_ONCE)) as found:
         epochs = []
