@@ -22,7 +22,7 @@ from pdctl.commands.process import drain, restart, start, stop
 from pdctl.commands.status import status
 from pdctl.commands.up import up
 from pdctl.commands.why import why
-from pdctl.errors import ConfigError, PdctlError
+from pdctl.errors import ConfigError, PdctlError, Verdict
 
 app = typer.Typer(
     name="pdctl",
@@ -68,6 +68,8 @@ def main() -> None:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Verdict as verdict:
+        sys.exit(verdict.code)
     except SystemExit as ended:
         # Usage errors end with 2 in click; here 2 means unexpected, and what the user can fix is 1.
         sys.exit(1 if ended.code == 2 else ended.code)

@@ -46,3 +46,11 @@ class AlreadyRunning(PdctlError):
 
 class ServiceFailed(PdctlError):
     """The service did not become ready; the message carries the reason."""
+
+
+class Verdict(Exception):
+    """A verb has judged, and its exit code says how; `code` means what the verb documents."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code

@@ -1,31 +1,250 @@
-"""RDMA devices, as sysfs tells of them."""
+"""RDMA devices, as sysfs tells of them: one snapshot, parsed values beside the raw text, nothing judged.
+
+Reads below `sysfs_root` and `dev_root` only. Fields, formats and traps: the kernel's
+Documentation/ABI/stable/sysfs-class-infiniband and drivers/infiniband/core/sysfs.c.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import IPv6Address
 from pathlib import Path
+
+from pdctl.host.sysfs import Answer, Reader, Value
+
+_ZERO_GID = ":".join(["0000"] * 8)
+_RATE = re.compile(r"(?P<gbps>\d+(?:\.\d+)?) Gb/sec(?: \((?P<lanes>\d+)X(?: (?P<speed>\w+))?\))?")
+_DIGITS = re.compile(r"(\d+)")
+
+
+class Support(StrEnum):
+    """Why there is no device, where there is none."""
+
+    DEVICES = "devices"
+    NO_DEVICE = "modules are loaded, and there is no device"
+    NO_MODULE = "the kernel's RDMA modules are not loaded"
 
 
 @dataclass(frozen=True, slots=True)
 class RdmaDevice:
-    """`pci`: its address, or "" for one that is no PCI function; `is_active`: a port of it is up."""
+    """The little that a plan needs. `pci`: its address, or "" for one that is no PCI function; `is_active`: a port of
+    it is up."""
 
     name: str
     pci: str
     is_active: bool
 
 
-def read_rdma(sysfs_root: Path = Path("/sys")) -> tuple[RdmaDevice, ...]:
-    """All devices, in order of name; none on a machine without RDMA."""
-    folder = sysfs_root / "class" / "infiniband"
+@dataclass(frozen=True, slots=True)
+class Gid:
+    """One slot of a port's table that holds something. `ipv4`: the address it maps, or ""."""
+
+    index: int
+    gid: str
+    kind: str
+    netdev: str
+    ipv4: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """`speed` is "" where the kernel is too old to name it."""
+
+    gbps: float
+    lanes: int
+    speed: str
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """`raw`: every file that was read, by name; `counters` and `hw_counters` that are numbers."""
+
+    device: str
+    number: int
+    raw: dict[str, Value] = field(hash=False)
+    gids: tuple[Gid, ...] = ()
+    counters: dict[str, int] = field(default_factory=dict, hash=False)
+    hw_counters: dict[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def subject(self) -> str:
+        """mlx5_0:1."""
+        return f"{self.device}:{self.number}"
+
+    @property
+    def state(self) -> str:
+        """ACTIVE, DOWN, INIT, ...; "" where it could not be read."""
+        return self.raw["state"].text.partition(":")[2].strip()
+
+    @property
+    def phys_state(self) -> str:
+        """LinkUp, Polling, Disabled, ..."""
+        return self.raw["phys_state"].text.partition(":")[2].strip()
+
+    @property
+    def link_layer(self) -> str:
+        """InfiniBand where an old kernel has no such file, as the tools have it."""
+        found = self.raw["link_layer"]
+        return "InfiniBand" if found.answer is Answer.MISSING else found.text.strip()
+
+    @property
+    def rate(self) -> Rate | None:
+        """None where it is missing or no rate."""
+        found = _RATE.fullmatch(self.raw["rate"].text.strip())
+        if found is None:
+            return None
+        return Rate(float(found["gbps"]), int(found["lanes"] or 0), found["speed"] or "")
+
+    def lid(self, name: str = "lid") -> int | None:
+        """A local identifier; None where it could not be read."""
+        return self.raw[name].integer(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """`char_device`: /dev/infiniband/uverbsN, "" where the kernel gave it no number; `numa_node` -1 if unknown."""
+
+    name: str
+    raw: dict[str, Value] = field(hash=False)
+    pci: str = ""
+    pci_raw: dict[str, Value] = field(default_factory=dict, hash=False)
+    numa_node: int = -1
+    is_virtual: bool = False
+    char_device: str = ""
+    netdevs: tuple[str, ...] = ()
+    ports: tuple[Port, ...] = ()
+
+    @property
+    def firmware(self) -> str:
+        """Such as 28.39.2048."""
+        return self.raw["fw_ver"].text.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class RdmaTree:
+    """Everything there is. `vanished`: devices that went away, or never were more than a name."""
+
+    support: Support
+    devices: tuple[Device, ...] = ()
+    vanished: tuple[str, ...] = ()
+
+
+_DEVICE_FILES = ("node_type", "node_guid", "sys_image_guid", "fw_ver", "hca_type", "hw_rev", "board_id", "node_desc")
+_PORT_FILES = ("state", "phys_state", "rate", "link_layer", "lid", "sm_lid", "lid_mask_count", "sm_sl", "cap_mask")
+_PCI_FILES = ("vendor", "device", "current_link_speed", "max_link_speed", "current_link_width", "max_link_width",
+              "numa_node", "local_cpulist")  # fmt: skip
+
+
+def read_tree(sysfs_root: Path = Path("/sys"), dev_root: Path = Path("/dev"), reader: Reader | None = None) -> RdmaTree:
+    """One look at all devices, in people's order: mlx5_2 before mlx5_10."""
+    folder, reader = sysfs_root / "class/infiniband", reader or Reader()
     if not folder.is_dir():
-        return ()
-    return tuple(RdmaDevice(device.name, _address(device), _is_up(device)) for device in sorted(folder.iterdir()))
+        return RdmaTree(Support.NO_MODULE)
+    devices, vanished = [], []
+    verbs = _char_devices(sysfs_root, dev_root, reader)
+    for name in sorted(_listed(folder), key=natural):
+        if (folder / name / "ports").is_dir():
+            devices.append(_device(folder / name, name, verbs.get(name, ""), reader))
+        else:
+            vanished.append(name)
+    return RdmaTree(Support.DEVICES if devices else Support.NO_DEVICE, tuple(devices), tuple(vanished))
+
+
+def read_rdma(sysfs_root: Path = Path("/sys")) -> tuple[RdmaDevice, ...]:
+    """All devices, in order of name, as a plan needs them; none on a machine without RDMA."""
+    folder, reader = sysfs_root / "class/infiniband", Reader()
+    return tuple(
+        RdmaDevice(name, _address(folder / name), _is_up(folder / name, reader)) for name in sorted(_listed(folder))
+    )
 
 
 def active_devices(sysfs_root: Path = Path("/sys")) -> list[str]:
     """Names of the devices with a port that is ACTIVE, in order."""
     return [device.name for device in read_rdma(sysfs_root) if device.is_active]
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A key by which mlx5_2 comes before mlx5_10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in _DIGITS.split(name) if part]
+
+
+def roce_mtu(netdev_mtu: int) -> int:
+    """The RDMA MTU that a RoCE port gets from its netdev's: the kernel's iboe_get_mtu, less the largest headers."""
+    # GRH 40, UDP 8, BTH 12, XRCETH 4, AtomicETH 28, ICRC 4: include/rdma/ib_addr.h.
+    room = netdev_mtu - (40 + 8 + 12 + 4 + 28 + 4)
+    return next((mtu for mtu in (4096, 2048, 1024, 512, 256) if mtu <= room), 0)
+
+
+# -- parts -------------------------------------------------------------------------------------------------
+
+
+def _device(folder: Path, name: str, char_device: str, reader: Reader) -> Device:
+    function = folder / "device"
+    ports = [int(number) for number in _listed(folder / "ports") if number.isdecimal()]
+    node = reader.read(function / "numa_node").integer()
+    return Device(
+        name=name,
+        raw={file: reader.read(folder / file) for file in _DEVICE_FILES},
+        pci=_address(folder),
+        pci_raw={file: reader.read(function / file) for file in _PCI_FILES},
+        numa_node=-1 if node is None else node,
+        is_virtual=(function / "physfn").exists(),
+        char_device=char_device,
+        netdevs=tuple(sorted(_listed(function / "net"), key=natural)),
+        ports=tuple(_port(folder / "ports" / str(number), name, number, reader) for number in sorted(ports)),
+    )
+
+
+def _port(folder: Path, device: str, number: int, reader: Reader) -> Port:
+    return Port(
+        device=device,
+        number=number,
+        raw={file: reader.read(folder / file) for file in _PORT_FILES},
+        gids=_gids(folder, reader),
+        counters=_numbers(folder / "counters", reader),
+        hw_counters=_numbers(folder / "hw_counters", reader),
+    )
+
+
+def _gids(folder: Path, reader: Reader) -> tuple[Gid, ...]:
+    """Slots that hold something; an empty one reads as zeros, and its type as EINVAL."""
+    found = []
+    for index in sorted(int(name) for name in _listed(folder / "gids") if name.isdecimal()):
+        gid = reader.read(folder / "gids" / str(index)).text.strip()
+        if not gid or gid == _ZERO_GID:
+            continue
+        kind = reader.read(folder / "gid_attrs/types" / str(index)).text.strip()
+        netdev = reader.read(folder / "gid_attrs/ndevs" / str(index)).text.strip()
+        found.append(Gid(index, gid, kind, netdev, _ipv4(gid)))
+    return tuple(found)
+
+
+def _ipv4(gid: str) -> str:
+    try:
+        mapped = IPv6Address(gid).ipv4_mapped
+    except ValueError:
+        return ""
+    return str(mapped) if mapped else ""
+
+
+def _numbers(folder: Path, reader: Reader) -> dict[str, int]:
+    """Counters that hold a number: some say "N/A (no PMA)"."""
+    values = ((name, reader.read(folder / name).integer()) for name in sorted(_listed(folder)))
+    return {name: value for name, value in values if value is not None}
+
+
+def _char_devices(sysfs_root: Path, dev_root: Path, reader: Reader) -> dict[str, str]:
+    """Device name to the path of its verbs node, whether that exists or not."""
+    found = {}
+    folder = sysfs_root / "class/infiniband_verbs"
+    for name in _listed(folder):
+        if name.startswith("uverbs"):
+            device = reader.read(folder / name / "ibdev").text.strip()
+            found[device] = str(dev_root / "infiniband" / name)
+    return found
 
 
 def _address(device: Path) -> str:
@@ -36,11 +255,13 @@ def _address(device: Path) -> str:
     return name if name.count(":") == 2 else ""
 
 
-def _is_up(device: Path) -> bool:
-    for state in device.glob("ports/*/state"):
-        try:
-            if "ACTIVE" in state.read_text():
-                return True
-        except OSError:  # a port that vanished while we looked is not up
-            continue
-    return False
+def _is_up(device: Path, reader: Reader) -> bool:
+    ports = device / "ports"
+    return any("ACTIVE" in reader.read(ports / number / "state").text for number in _listed(ports))
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if not name.startswith(".")]  # noqa: PTH208 - names are all we need
+    except OSError:
+        return []

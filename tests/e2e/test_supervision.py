@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -180,7 +181,7 @@ def test_a_drain_waits_for_what_runs(service: Service) -> None:
             lambda: next((f"decode-{n}" for n in (0, 1) if service.engine_state(f"decode-{n}")["running"]), None)
         )
         drain = subprocess.Popen(
-            ["python", "-m", "pdctl", "drain", busy], env=service.run.env, cwd=service.run.folder,
+            [sys.executable, "-m", "pdctl", "drain", busy], env=service.run.env, cwd=service.run.folder,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         service.wait(lambda: service.process(busy)["state"] == "draining", what="draining")
@@ -443,7 +444,7 @@ def test_a_unit_for_systemd(run: Run) -> None:
         listener.bind(address)
         listener.settimeout(90)
         env = {**run.env, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"}
-        argv = ["python", "-m", "pdctl", "up"]
+        argv = [sys.executable, "-m", "pdctl", "up"]
         out = (run.folder / "out").open("wb")
         with out, subprocess.Popen(argv, env=env, cwd=run.folder, stdout=out, stderr=out) as up:
             said = [listener.recv(4096).decode()]
@@ -485,7 +486,7 @@ def test_another_users_service_is_left_alone(run: Run) -> None:
         pytest.skip("needs root, to become somebody else")
     with running(run, topology(kv_cache_gb=0.1)) as service:
         before = pids(service)
-        argv = ["setpriv", "--reuid", "65534", "--clear-groups", "python", "-m", "pdctl"]
+        argv = ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-m", "pdctl"]
         for words in (["status", "-s", "t"], ["down", "-s", "t"], ["restart", "decode", "-s", "t"]):
             done = subprocess.run(
                 [*argv, *words], env=run.env, cwd="/", capture_output=True, text=True, check=False, timeout=60

@@ -1,0 +1,130 @@
+"""What Debian's `ibstatus` (infiniband-diags) prints, byte for byte and exit code for exit code, over any sysfs root.
+
+That is a shell script: a file is printed through an unquoted command substitution, which splits it at white space and
+expands what is left as file names, and an unreadable one gives a word instead. Its oddities are kept: fatal errors go
+to stdout with code 255, an unknown port prints `unknown` and succeeds, an empty class directory is taken for a device
+named `*`. Devices stand in the order of the C locale.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_BASE = "class/infiniband"
+_SHOWN = "/sys/class/infiniband"
+_FATAL = 255
+_FIELDS = (
+    ("\tdefault gid:\t", "gids/0", b"unknown"),
+    ("\tbase lid:\t", "lid", b"unknown"),
+    ("\tsm lid:\t\t", "sm_lid", b"unknown"),
+    ("\tstate:\t\t", "state", b"unknown"),
+    ("\tphys state:\t", "phys_state", b"unknown"),
+    ("\trate:\t\t", "rate", b"unknown"),
+    ("\tlink_layer:\t", "link_layer", b"IB"),
+)
+_USAGE = """Usage:  ibstatus  [-h] [devname[:portnum]]
+	-h:	this help screen
+	Examples:
+		ibstatus mthca1		# shows status of all ports of 'mthca1'
+		ibstatus mthca0:2	# shows status port number 2 of 'mthca0'
+		ibstatus		# default: shows status of all 'mthca0' ports
+"""
+
+
+class _Fatal(Exception):
+    """Ends the output."""
+
+
+def ibstatus(arguments: Sequence[str], sysfs_root: Path = Path("/sys")) -> tuple[bytes, int]:
+    """The output and the exit code."""
+    if arguments and arguments[0] == "-h":
+        return _USAGE.encode(), _FATAL
+    found: list[bytes] = []
+    try:
+        for part in _parts(arguments, sysfs_root / _BASE):
+            found.append(part)
+    except _Fatal as failure:
+        return b"".join(found) + f"Fatal error:  {failure}\n".encode(), _FATAL
+    return b"".join(found), 0
+
+
+def _parts(arguments: Sequence[str], base: Path) -> Iterator[bytes]:
+    if not arguments or not arguments[0]:
+        if not os.access(base, os.X_OK) or not base.is_dir():
+            raise _Fatal("No devices")
+        for name in _names(base) or ["*"]:
+            # The script has changed into the class directory by then: that is where patterns match.
+            yield from _device(base, name, "+", base)
+        return
+    for argument in arguments:
+        if not argument:
+            return
+        # `echo -n` says nothing.
+        name, colon, _ = ("" if argument == "-n" else argument).partition(":")
+        port = argument.rpartition(":")[2] if colon else "+"
+        # A port that is called like its device means all ports; an empty device name is no word, and the port takes its
+        # place.
+        port = "+" if port == name else port
+        yield from _device(base, *((name, port) if name else (port, "")), Path())
+
+
+def _device(base: Path, name: str, port: str, here: Path) -> Iterator[bytes]:
+    folder = base / name / "ports"
+    if not folder.is_dir():
+        raise _Fatal(f"device '{name}': sys files not found ({_SHOWN}/{name}/ports)")
+    for number in (_names(folder) or ["*"]) if port == "+" else port.split():
+        yield _port(base, name, number, here)
+
+
+def _port(base: Path, name: str, port: str, here: Path) -> bytes:
+    lines = [f"Infiniband device '{name}' port {port} status:\n".encode()]
+    for label, file, otherwise in _FIELDS:
+        words = _words(base / name / "ports" / port / file, otherwise, here)
+        lines.append(_echoed(b" ".join([label.encode(), *words])))
+    return b"".join(lines) + b"\n"
+
+
+def _words(path: Path, otherwise: bytes, here: Path) -> list[bytes]:
+    """A file's words, as an unquoted `cat` gives them to `echo`."""
+    if not os.access(path, os.R_OK):
+        return [otherwise]
+    try:
+        data = path.read_bytes()
+    except OSError:
+        # cat complains and fails; echo says the word.
+        return [otherwise]
+    words = [word for word in re.split(rb"[ \t\n]+", data.replace(b"\0", b"")) if word]
+    return [found for word in words for found in _matching(word, here)]
+
+
+def _matching(word: bytes, here: Path) -> list[bytes]:
+    """A word with `*`, `?` or `[` stands for the files that match it, or for itself where none does."""
+    if not re.search(rb"[*?\[]", word) or b"/" in word:
+        return [word]
+    pattern = os.fsdecode(word)
+    return [os.fsencode(name) for name in _names(here) if fnmatch.fnmatchcase(name, pattern)] or [word]
+
+
+def _echoed(line: bytes) -> bytes:
+    """What dash's `echo` makes of backslashes; `\\c` ends the line, and its newline."""
+    cut = re.search(rb"(?<!\\)(?:\\\\)*\\c", line)
+    text = line[: cut.end() - 2] if cut else line
+    text = re.sub(rb"\\(0[0-7]{0,3}|[1-7][0-7]{0,2}|[abfnrtv\\])", lambda found: _escape(found[1]), text)
+    return text if cut else text + b"\n"
+
+
+def _escape(name: bytes) -> bytes:
+    if name[:1].isdigit():
+        return bytes([int(name, 8) & 0xFF])
+    return {b"a": b"\a", b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v", b"\\": b"\\"}[
+        name
+    ]
+
+
+def _names(folder: Path) -> list[str]:
+    """As the shell's `*` has it."""
+    return sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=os.fsencode)  # noqa: PTH208

@@ -1,0 +1,301 @@
+"""Checks of RDMA devices and their ports. Each is a function of the snapshot, named in `CHECKS`.
+
+Thresholds and their sources stand with each check; docs/doctor.md has the table. Devices that a topology does not use
+are not judged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdctl.doctor import Finding, Severity
+from pdctl.host.rdma import Device, Port, RdmaTree, Support, roce_mtu
+from pdctl.host.sysfs import Reader
+
+# Environment variables by which transfer libraries are told a GID index.
+_GID_INDEX = ("MC_GID_INDEX", "NCCL_IB_GID_INDEX", "UCX_IB_GID_INDEX", "NVSHMEM_IB_GID_INDEX")
+# IBTA: a bit error rate of 1e-12 is 120 symbol errors an hour on a 4X link. Here a lifetime total: any is told of.
+_NARROW = {"symbol_error": 65535, "link_downed": 255, "link_error_recovery": 255,
+           "local_link_integrity_errors": 15, "excessive_buffer_overrun_errors": 15}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a topology uses. `devices`: names, or none for all that there are; `is_required`: RDMA was asked for."""
+
+    devices: tuple[str, ...] = ()
+    is_required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What checks look at. `env`: of whoever will run; `sysfs_root`: for netdevs."""
+
+    tree: RdmaTree
+    wanted: Wanted
+    env: dict[str, str]
+    sysfs_root: Path
+    reader: Reader
+
+    def judged(self) -> Iterator[Device]:
+        """Devices whose faults matter."""
+        for device in self.tree.devices:
+            if not self.wanted.devices or device.name in self.wanted.devices:
+                yield device
+
+    def ports(self) -> Iterator[Port]:
+        """Their ports."""
+        for device in self.judged():
+            yield from device.ports
+
+
+Check = Callable[[Scene], Iterator[Finding]]
+
+
+def check(scene: Scene) -> list[Finding]:
+    """All checks."""
+    found = [finding for one in CHECKS for finding in one(scene)]
+    if not scene.tree.devices:
+        return found
+    good = [port.subject for port in scene.ports() if not any(f.subject == port.subject for f in found)]
+    return found + [Finding("port.state", Severity.OK, subject, _told(scene, subject)) for subject in good]
+
+
+def _told(scene: Scene, subject: str) -> str:
+    port = next(port for port in scene.ports() if port.subject == subject)
+    return f"{port.state}, {port.phys_state}, {port.raw['rate'].text}, {port.link_layer}"
+
+
+# -- is there any ------------------------------------------------------------------------------------------
+
+
+def present(scene: Scene) -> Iterator[Finding]:
+    """A machine without RDMA is no fault, unless RDMA was asked for."""
+    missing = [name for name in scene.wanted.devices if name not in {device.name for device in scene.tree.devices}]
+    for name in missing:
+        yield Finding(
+            "port.gone", Severity.CRITICAL, name, "no such RDMA device", "the topology names it",
+            "/sys/class/infiniband", "it is misspelt, was renamed by udev, or fell off the bus",
+            "compare with: pdctl doctor rdma --ibstatus; lspci -d 15b3:; dmesg | grep mlx5",
+        )  # fmt: skip
+    if scene.tree.support is Support.DEVICES:
+        return
+    severity = Severity.CRITICAL if scene.wanted.is_required else Severity.INFO
+    why = {
+        Support.NO_MODULE: (
+            "no RDMA support is loaded in this kernel", "modprobe ib_core mlx5_ib; in a container the host does that",
+        ),
+        Support.NO_DEVICE: (
+            "RDMA modules are loaded, and no device is there", "lspci -d 15b3: shows whether the card is seen",
+        ),
+    }  # fmt: skip
+    observed, fix = why[scene.tree.support]
+    wish = "a device: the topology asks for RDMA" if scene.wanted.is_required else "none is needed on one machine"
+    yield Finding("rdma.none", severity, "rdma", observed, wish, "/sys/class/infiniband", "",
+                  fix if scene.wanted.is_required else "")  # fmt: skip
+
+
+def vanished(scene: Scene) -> Iterator[Finding]:
+    """A name in the class directory without a device behind it."""
+    for name in scene.tree.vanished:
+        yield Finding(
+            "port.gone", Severity.WARNING, name, "it has no ports folder", "a device", f"/sys/class/infiniband/{name}",
+            "the device is being removed or its driver failed", "dmesg | tail; reload its driver",
+        )  # fmt: skip
+
+
+def char_devices(scene: Scene) -> Iterator[Finding]:
+    """libibverbs silently passes over a device without its character device (NVSentinel checks the same)."""
+    for device in scene.judged():
+        node = device.char_device
+        if node and os.access(node, os.R_OK | os.W_OK):
+            continue
+        seen = f"{node} is missing" if node and not Path(node).exists() else f"{node} cannot be opened for writing"
+        yield Finding(
+            "port.chardev", Severity.CRITICAL, device.name, seen if node else "the kernel made no uverbs node for it",
+            "/dev/infiniband/uverbsN, readable and writable", "/sys/class/infiniband_verbs",
+            "a container without the device, or a missing module: verbs will not list this device at all",
+            "container: --device=/dev/infiniband --cap-add=IPC_LOCK; else: modprobe ib_uverbs rdma_ucm",
+        )  # fmt: skip
+
+
+# -- ports -------------------------------------------------------------------------------------------------
+
+_STATE_FIXES = {
+    "Polling": "no partner at the other end: cable, transceiver, switch port",
+    "Disabled": "ip link set NETDEV up, or enable the port: mlxlink -d DEVICE --port_state UP",
+    "Sleep": "the port sleeps: reseat the cable, reset the port",
+}
+
+
+def state(scene: Scene) -> Iterator[Finding]:
+    """ACTIVE and LinkUp; INIT and ARMED wait for a subnet manager."""
+    for port in scene.ports():
+        evidence = port.raw["state"].path
+        if not port.raw["state"].is_ok:
+            seen = f"its state cannot be read: {port.raw['state'].answer}"
+            yield Finding("port.state", Severity.UNKNOWN, port.subject, seen, "4: ACTIVE", evidence)
+        elif port.state == "ACTIVE":
+            continue
+        elif port.state in ("INIT", "ARMED"):
+            yield Finding(
+                "port.state", Severity.WARNING, port.subject, f"{port.state}, {port.phys_state}", "ACTIVE", evidence,
+                "the link is up, and no subnet manager has configured it", "start opensm, or look at the switch's",
+            )  # fmt: skip
+        else:
+            fix = _STATE_FIXES.get(port.phys_state, "cable, transceiver, switch port; dmesg | grep mlx5")
+            severity = Severity.CRITICAL if scene.wanted.devices or scene.wanted.is_required else Severity.WARNING
+            yield Finding("port.state", severity, port.subject, f"{port.state}, {port.phys_state}", "ACTIVE, LinkUp",
+                          evidence, "the port is down", fix)  # fmt: skip
+
+
+def lids(scene: Scene) -> Iterator[Finding]:
+    """An InfiniBand port that is up and has no address."""
+    for port in scene.ports():
+        if port.link_layer != "InfiniBand" or port.state != "ACTIVE":
+            continue
+        if port.lid() in (0, 0xFFFF) or port.lid("sm_lid") == 0:
+            yield Finding(
+                "port.lid", Severity.CRITICAL, port.subject,
+                f"lid {port.raw['lid'].text}, sm_lid {port.raw['sm_lid'].text}", "both set by a subnet manager",
+                port.raw["lid"].path, "no subnet manager serves this port", "start opensm; check partitions",
+            )  # fmt: skip
+
+
+def rates(scene: Scene) -> Iterator[Finding]:
+    """Slower than the others of its kind (NVSentinel's homogeneity check). A port that is down shows any rate."""
+    active = [(port, port.rate) for port in scene.ports() if port.state == "ACTIVE"]
+    known = [(port, rate.gbps) for port, rate in active if rate is not None]
+    for port, rate in active:
+        if rate is None:
+            yield Finding("port.rate", Severity.UNKNOWN, port.subject, f"no rate: {port.raw['rate'].text!r}",
+                          "such as 400 Gb/sec (4X NDR)", port.raw["rate"].path)  # fmt: skip
+            continue
+        peers = sorted(gbps for other, gbps in known if other.link_layer == port.link_layer)
+        usual = peers[len(peers) // 2]
+        if rate.gbps < usual:
+            yield Finding(
+                "port.rate", Severity.CRITICAL, port.subject, f"{rate.gbps:g} Gb/s", f"{usual:g} Gb/s, as its peers",
+                port.raw["rate"].path, "cable, a forced speed, or a breakout of the switch port",
+                "mlxlink -d DEVICE; compare cable and switch port with a peer's",
+            )  # fmt: skip
+
+
+def counters(scene: Scene) -> Iterator[Finding]:
+    """Narrow error counters, over their lifetime: full ones no longer count."""
+    for port in scene.ports():
+        for name, most in _NARROW.items():
+            count = port.counters.get(name, 0)
+            if not count:
+                continue
+            full = count >= most
+            yield Finding(
+                "err.counters", Severity.WARNING if full else Severity.INFO, port.subject,
+                f"{name} = {count}{', which is as far as it counts' if full else ' since the driver was loaded'}",
+                "0", f"counters/{name}", "errors on the link, now or long ago",
+                f"watch whether it grows: pdctl doctor rdma --watch{'; reset: perfquery -R' if full else ''}",
+            )  # fmt: skip
+
+
+# -- RoCE --------------------------------------------------------------------------------------------------
+
+
+def gids(scene: Scene) -> Iterator[Finding]:
+    """A RoCE port needs a RoCE v2 GID with a routable address."""
+    for port in _roce(scene):
+        if not any("v2" in gid.kind and not gid.gid.startswith("fe80:") for gid in port.gids):
+            yield Finding(
+                "roce.gid", Severity.CRITICAL, port.subject,
+                f"{len(port.gids)} GIDs, none of them RoCE v2 with an address",
+                "one with an IPv4-mapped or global address", f"{port.subject} gids/*, gid_attrs/types/*",
+                "its netdev has no IP address: connections fail with `Failed to modify QP to RTR`",
+                "ip addr add ADDRESS/PREFIX dev NETDEV",
+            )  # fmt: skip
+
+
+def gid_index(scene: Scene) -> Iterator[Finding]:
+    """A configured index that points at nothing, or at a v1 slot."""
+    for name in _GID_INDEX:
+        given = scene.env.get(name, "")
+        if not given:
+            continue
+        for port in _roce(scene):
+            found = next((gid for gid in port.gids if str(gid.index) == given), None)
+            good = [str(gid.index) for gid in port.gids if "v2" in gid.kind and gid.ipv4]
+            if found is None or "v2" not in found.kind:
+                seen = "an empty slot" if found is None else f"a {found.kind} GID"
+                yield Finding(
+                    "roce.gid_index", Severity.CRITICAL, port.subject, f"{name}={given} points at {seen}",
+                    f"a RoCE v2 GID: {', '.join(good) or 'there is none'}", f"environment, {port.subject} gids/{given}",
+                    "queue pairs are made with an address that is none",
+                    f"export {name}={good[0]}" if good else "ip addr add ADDRESS/PREFIX dev NETDEV",
+                )  # fmt: skip
+
+
+def mtu(scene: Scene) -> Iterator[Finding]:
+    """RDMA's MTU follows the netdev's; below 4096 each message takes more packets."""
+    for port in _roce(scene):
+        for netdev in sorted({gid.netdev for gid in port.gids if gid.netdev}):
+            value = scene.reader.read(scene.sysfs_root / "class/net" / netdev / "mtu").integer()
+            if value is None:
+                continue
+            derived = roce_mtu(value)
+            asked = scene.env.get("MC_MTU", "")
+            if asked.isdecimal() and int(asked) > derived:
+                yield Finding(
+                    "roce.mtu", Severity.CRITICAL, port.subject, f"MC_MTU={asked}, and {netdev} carries {derived}",
+                    f"at most {derived}", f"/sys/class/net/{netdev}/mtu = {value}",
+                    "connections fail with `Failed to modify QP to RTR, check mtu`",
+                    f"export MC_MTU={derived}, or: ip link set {netdev} mtu 9000",
+                )  # fmt: skip
+            elif derived < 4096:
+                yield Finding(
+                    "roce.mtu", Severity.WARNING, port.subject, f"RDMA MTU {derived} (from {netdev}'s {value})", "4096",
+                    f"/sys/class/net/{netdev}/mtu", "small packets cost throughput",
+                    f"ip link set {netdev} mtu 9000, and on the switch",
+                )  # fmt: skip
+
+
+def _roce(scene: Scene) -> Iterator[Port]:
+    return (port for port in scene.ports() if port.link_layer == "Ethernet" and port.state == "ACTIVE")
+
+
+# -- devices -----------------------------------------------------------------------------------------------
+
+
+def firmware(scene: Scene) -> Iterator[Finding]:
+    """Devices of one board with different firmware (gcm FIRMWARE_MISMATCH)."""
+    boards: dict[str, dict[str, list[str]]] = {}
+    for device in scene.judged():
+        board = device.raw["board_id"].text
+        if board and device.firmware:
+            boards.setdefault(board, {}).setdefault(device.firmware, []).append(device.name)
+    for board, versions in boards.items():
+        if len(versions) > 1:
+            shown = "; ".join(f"{version}: {', '.join(names)}" for version, names in sorted(versions.items()))
+            yield Finding(
+                "fw.mix", Severity.WARNING, board, shown, "one version", "fw_ver, board_id",
+                "cards of one kind behave differently", "bring them to the same firmware: mlxfwmanager",
+            )  # fmt: skip
+
+
+def pci_link(scene: Scene) -> Iterator[Finding]:
+    """A card in fewer lanes, or slower ones, than it could have. Virtual machines often say `Unknown`."""
+    for device in scene.judged():
+        for what, severity in (("width", Severity.CRITICAL), ("speed", Severity.WARNING)):
+            now, most = (device.pci_raw[f"{which}_link_{what}"].text.split(" ")[0] for which in ("current", "max"))
+            if now.replace(".", "").isdecimal() and most.replace(".", "").isdecimal() and 0 < float(now) < float(most):
+                unit = "lanes" if what == "width" else "GT/s"
+                yield Finding(
+                    f"pcie.{what}", severity, device.name, f"{now} {unit}", f"{most} {unit}",
+                    device.pci_raw[f"current_link_{what}"].path, "a slot, riser or BIOS setting below the card's best",
+                    "reseat it; check the slot and the BIOS; lspci -vv shows LnkSta and LnkCap",
+                )  # fmt: skip
+
+
+CHECKS: tuple[Check, ...] = (
+    present, vanished, char_devices, state, lids, rates, counters, gids, gid_index, mtu, firmware, pci_link,
+)  # fmt: skip
