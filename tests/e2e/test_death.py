@@ -236,6 +236,7 @@ def test_stream_leaves_a_frozen_engine(service: Service, quiet: dict[str, Any]) 
     service.idle()
 
 
+@pytest.mark.slow
 def test_a_frozen_orphan_of_another_topology_is_ended_by_the_next_start(run: Run) -> None:
     run.write(topology(prefills=2))
     run.cli("up", "-d", check=True)

@@ -32,8 +32,12 @@ def tiny_expected(tiny_path: Path) -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.mark.parametrize(
     ("prefills", "decodes", "hybrids"),
-    [(1, 1, 0), (1, 2, 0), (2, 1, 0), (0, 0, 1)],
-    ids=["1P1D", "1P2D", "2P1D", "1H"],
+    [
+        pytest.param(1, 1, 0, id="1P1D"),
+        pytest.param(1, 2, 0, id="1P2D", marks=pytest.mark.slow),
+        pytest.param(2, 1, 0, id="2P1D", marks=pytest.mark.slow),
+        pytest.param(0, 0, 1, id="1H"),
+    ],
 )
 def test_tiny_equals_generate(
     run: Run,
