@@ -49,13 +49,12 @@ class Reloader:
             wanted = msgspec.json.decode(self._path.read_bytes(), type=ProxyConfig)
         except (OSError, msgspec.DecodeError) as failure:
             raise PdctlError(f"{self._path} cannot be read: {failure}") from failure
-        fixed = [name for name in ProxyConfig.FIXED if getattr(wanted, name) != getattr(self.config, name)]
-        if fixed:
-            raise PdctlError(f"{', '.join(fixed)} cannot change while a proxy runs", "restart it")
+        # What a process is started with stays as it is until it is started anew.
+        wanted = msgspec.structs.replace(wanted, **{name: getattr(self.config, name) for name in ProxyConfig.FIXED})
         generator, shared = self._generator, self._generator.shared
         keys = Keys(wanted.api_keys) if wanted.api_keys != self.config.api_keys else generator.keys
-        generator.log.move_to(wanted.access_log)
         shared.pool.follow(wanted.engines, wanted.draining, wanted.admission == "slo")
+        generator.log.move_to(wanted.access_log)
         shared.policy = POLICIES[wanted.routing]
         shared.wants_prefixes = wanted.routing == "prefix_aware"
         shared.ttft_s, shared.tpot_s = wanted.ttft_ms / 1000, wanted.tpot_ms / 1000

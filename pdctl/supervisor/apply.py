@@ -26,6 +26,7 @@ class Managed(Protocol):
     plan: Plan
 
     def unit(self, name: str) -> Unit | None: ...
+    def open_sockets(self, specs: list[ProcessSpec]) -> None: ...
     def add(self, spec: ProcessSpec) -> Unit: ...
     def remove(self, unit: Unit) -> None: ...
     async def take_on(self, plan: Plan) -> str: ...
@@ -41,9 +42,10 @@ class Progress:
 
 
 async def apply(service: Managed, wanted: Plan, say: Callable[[str], None]) -> None:
-    """Raises ApplyFailed. Cancelling it leaves what was reached."""
+    """Raises ApplyFailed, PdctlError. Cancelling it leaves what was reached."""
     changes = diff(service.plan, wanted)
     specs = {spec.name: spec for spec in wanted.processes}
+    service.open_sockets([specs[name] for name in (*changes.added, *changes.restarted)])
     engines, proxies = _split(changes.added, specs)
     for name in engines:
         say(f"adding {name}")

@@ -59,7 +59,10 @@ class Proxies:
     async def tell(self, plan: Plan) -> str:
         """Have every running proxy follow the plan and who drains; the reason where one does not."""
         async with self._lock:
-            self.write(plan)
+            try:
+                self.write(plan)
+            except OSError as failure:
+                return f"proxy.json cannot be written: {failure}"
             said = await asyncio.gather(*(self._reload(spec) for spec in self._serving()))
         return "; ".join(filter(None, said))
 

@@ -62,9 +62,10 @@ class RunDir:
         with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
 
-    def release(self) -> None:
-        """Remove the directory and let go of the lock."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def release(self, keep: bool = False) -> None:
+        """Let go of the lock; remove the directory unless somebody still lives in it."""
+        if not keep:
+            shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

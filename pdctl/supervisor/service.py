@@ -101,7 +101,8 @@ class Service:
             self._listeners.close()
             self._kernel.close()
             trees.close()
-            self._rundir.release()
+            # Should we end by a fault of ours, whoever survives us can still be taken over.
+            self._rundir.release(keep=any(unit.alive for unit in self._fleet))
 
     def stop(self) -> None:
         """Stop the proxy, then the engines. A second call kills what is left."""
@@ -205,6 +206,12 @@ class Service:
         self._dirty.set()
         return unit
 
+    def open_sockets(self, specs: list[ProcessSpec]) -> None:
+        """Those that the specs listen on; raises PdctlError before anything is touched."""
+        for spec in specs:
+            if spec.listen is not None:
+                self._listeners.of(spec.listen)
+
     def remove(self, unit: Unit) -> None:
         """Forget a process that has ended."""
         self._fleet.remove(unit)
@@ -216,7 +223,7 @@ class Service:
         self.plan = plan
         self._fleet.follow(plan)
         manner_of(plan, self._manner)
-        self._rundir.write_json(PLAN, plan.to_dict())
+        self._keep(PLAN, plan.to_dict())
         return await self._proxies.tell(plan)
 
     # -- the loop ------------------------------------------------------------------------------------------
@@ -320,13 +327,13 @@ class Service:
         try:
             await apply(self, wanted, say)
             progress.state, progress.step = "done", ""
-        except ApplyFailed as failure:
+        except (ApplyFailed, PdctlError) as failure:
             progress.state, progress.error = "failed", str(failure)
             self._journal.say("pdctl", f"apply ended half-way: {failure}", "apply_failed")
         finally:
             # However far it got: the plan is what there is.
             self.plan = replace(self.plan, processes=self._fleet.specs())
-            self._rundir.write_json(PLAN, self.plan.to_dict())
+            self._keep(PLAN, self.plan.to_dict())
             self._applying = None
             self._dirty.set()
 
@@ -349,11 +356,14 @@ class Service:
             await self._unsaved.wait()
             await asyncio.sleep(_SAVE_S)
             self._unsaved.clear()
-            try:
-                self._rundir.write_json(STATE, msgspec.to_builtins(Records(host_id(), self._fleet.records())))
-            except OSError as failure:
-                # For later starts; a full disk must not end the service.
-                self._journal.say("pdctl", f"{STATE} cannot be written: {failure}")
+            self._keep(STATE, msgspec.to_builtins(Records(host_id(), self._fleet.records())))
+
+    def _keep(self, name: str, value: object) -> None:
+        """For later starts; a full disk must not end the service."""
+        try:
+            self._rundir.write_json(name, value)
+        except OSError as failure:
+            self._journal.say("pdctl", f"{name} cannot be written: {failure}")
 
     # -- getting ready -------------------------------------------------------------------------------------
 

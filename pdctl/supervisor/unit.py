@@ -235,8 +235,13 @@ class Unit:
 
     def _watch(self, pid: int) -> None:
         """Notice the exit the moment it happens, by pidfd."""
-        pidfd = os.pidfd_open(pid)
         loop = asyncio.get_running_loop()
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            # One that we adopted, and that ended in that moment; a child of ours stays until we wait for it.
+            loop.call_soon(self._ended, pid)
+            return
 
         def ended() -> None:
             loop.remove_reader(pidfd)

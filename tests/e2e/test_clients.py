@@ -169,7 +169,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_death_in_mid_answer_changes_nothing(
     client: openai.OpenAI, service: Service, options: dict[str, Any], stream: bool
 ) -> None:

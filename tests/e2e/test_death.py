@@ -60,7 +60,7 @@ def test_idle_process_is_restarted_and_says_why(service: Service, quiet: dict[st
 
 
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
-@pytest.mark.parametrize("part", ["front", "core"])
+@pytest.mark.parametrize("part", [pytest.param("front", marks=pytest.mark.slow), "core"])
 def test_stream_survives_the_death_of_an_engine(
     service: Service, quiet: dict[str, Any], victim: str, part: str
 ) -> None:
@@ -146,6 +146,7 @@ def test_a_frozen_holder_loses_its_lease_in_time(run: Run) -> None:
         service.idle()
 
 
+@pytest.mark.slow
 def test_no_orphan_survives_the_supervisor(run: Run) -> None:
     run.write(topology())
     run.cli("up", "-d", check=True)

@@ -259,7 +259,7 @@ def test_network_transports_carry_the_same_tokens(run: Run, expected: list[int],
         service.idle()
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(16, 32), (32, 16), (5, 7)])
+@pytest.mark.parametrize(("prefill", "decode"), [(16, 32), pytest.param(32, 16, marks=pytest.mark.slow), (5, 7)])
 def test_block_sizes_may_differ(run: Run, expected: list[int], prefill: int, decode: int) -> None:
     text = topology(engine_extra="max_num_batched_tokens = 128")
     first, second = text.split('name = "decode"')

@@ -59,7 +59,7 @@ def test_gemma_equals_generate(run: Run) -> None:
     path = cache_root() / "models" / "gemma-3-270m-r1"
     text = topology("sample:gemma-3-270m", kv_cache_gb=0.5)
     with running(run, text) as service:
-        wanted = parity.prompts(path, (1, 16, 33, 257, 600))
-        expected = parity.reference(path, wanted, 12)
-        parity.compare(service, wanted, expected, 12)
+        wanted = parity.prompts(path, (1, 33, 300))
+        expected = parity.reference(path, wanted, 8)
+        parity.compare(service, wanted, expected, 8)
         service.idle()

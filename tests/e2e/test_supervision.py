@@ -257,6 +257,46 @@ def test_apply_under_load_touches_only_what_changed(service: Service) -> None:
     service.idle()
 
 
+def test_settings_that_need_another_proxy_process(service: Service) -> None:
+    path = service.run.folder / "pdctl.toml"
+    old, before = path.read_text(), pids(service)
+    with load(service) as clients:
+        path.write_text(old.replace("[transfer]", 'cors_origins = ["http://example.com"]\n[transfer]'))
+        shown = service.run.cli("apply", check=True).stdout
+        assert "~ proxy: restarted (cors_origins changed)" in shown
+        clients.more()
+        path.write_text(old.replace("[transfer]", "workers = 2\n[transfer]"))
+        service.run.cli("apply", check=True)
+        assert set(pids(service)) == {*before, "proxy-0", "proxy-1"} - {"proxy"}
+        clients.more()
+        path.write_text(old)
+        service.run.cli("apply", check=True)
+    after = pids(service)
+    assert set(after) == set(before)
+    assert {name for name in after if after[name] != before[name]} == {"proxy"}
+
+
+def test_a_port_that_is_taken_changes_nothing(service: Service) -> None:
+    import socket
+
+    path = service.run.folder / "pdctl.toml"
+    old, before = path.read_text(), pids(service)
+    port = service.url.rpartition(":")[2]
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        taken = stranger.getsockname()[1]
+        try:
+            path.write_text(old.replace(f"port = {port}", f"port = {taken}"))
+            done = service.run.cli("apply")
+        finally:
+            path.write_text(old)
+    assert done.returncode == 1
+    assert f"port {taken} on 127.0.0.1 cannot be bound" in done.stderr
+    assert pids(service) == before
+    assert service.complete("x", max_tokens=2)
+
+
 def test_a_half_valid_file_changes_nothing(service: Service) -> None:
     path = service.run.folder / "pdctl.toml"
     old, before = path.read_text(), pids(service)
