@@ -81,8 +81,8 @@ class Trees:
 
     def __init__(self, stamp_prefix: str, proc_root: Path = Path("/proc")) -> None:
         self._prefix = stamp_prefix
-        name = f"pdctl-{hashlib.blake2b(stamp_prefix.encode(), digest_size=6).hexdigest()}"
-        self._root = _new_group(name, proc_root)
+        place = hashlib.blake2b(stamp_prefix.encode(), digest_size=6).hexdigest()
+        self._root = _new_group(f"pdctl-{os.getpid()}-{place}", proc_root)
 
     @property
     def method(self) -> str:
@@ -187,7 +187,9 @@ def _new_group(name: str, proc_root: Path) -> Path | None:
             if words[words.index("-") + 1] == "cgroup2":
                 # A mount may show only a part of the hierarchy: words[3] is its root.
                 inside = own.removeprefix(words[3]) if words[3] != "/" else own
-                folder = Path(words[4]) / inside.lstrip("/") / name
+                own_group = Path(words[4]) / inside.lstrip("/")
+                _sweep(own_group)
+                folder = own_group / name
                 folder.mkdir(exist_ok=True)
                 if (folder / "cgroup.kill").exists():
                     return folder
@@ -195,6 +197,15 @@ def _new_group(name: str, proc_root: Path) -> Path | None:
     except (OSError, StopIteration, ValueError):
         return None
     return None
+
+
+def _sweep(own_group: Path) -> None:
+    """Remove what supervisors that were killed left; a group in which somebody still lives stays."""
+    for folder in own_group.glob("pdctl-*-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdecimal() and not Path("/proc", owner).exists():
+            with contextlib.suppress(OSError):
+                _remove(folder)
 
 
 def _matches(environment: list[bytes], wanted: bytes) -> bool:

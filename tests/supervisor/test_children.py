@@ -413,3 +413,31 @@ def test_the_logs_of_earlier_lives_are_kept(tmp_path: Path) -> None:
         texts = [(Path(found.plan.log_dir) / f"a.log.{n}").read_text() for n in (3, 2, 1)]
         assert [text.split()[-1] for text in texts] == epochs
         assert sys.executable
+
+
+def test_groups_of_supervisors_that_were_killed_are_removed_by_the_next(tmp_path: Path) -> None:
+    if not has_cgroups(tmp_path):
+        pytest.skip("cgroup v2 is not writable here")
+    with fleet(tmp_path / "a", shell("a", SLEEP)) as found:
+        found.ready("a")
+        group = found_group(found)
+        found.process.kill()
+        found.process.wait()
+        deadline = time.monotonic() + 10
+        while found.stamped() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert group.exists()
+    with fleet(tmp_path / "b", shell("b", SLEEP)) as other:
+        other.ready("b")
+        assert not group.exists()
+        mine = found_group(other)
+    assert not mine.exists()
+
+
+def found_group(found: Fleet) -> Path:
+    """The service's group, by one of its processes."""
+    pid = found.status()["processes"][0]["pid"]
+    line = next(x for x in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if x.startswith("0::"))
+    mounts = [words.split() for words in Path("/proc/self/mountinfo").read_text().splitlines()]
+    mount = next(words[4] for words in mounts if words[words.index("-") + 1] == "cgroup2")
+    return (Path(mount) / line[3:].lstrip("/")).parent
