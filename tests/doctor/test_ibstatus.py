@@ -56,8 +56,10 @@ def test_every_tree_in_every_form(real: str, tmp_path: Path, name: str, monkeypa
     tree, here = TREES[name](tmp_path / "sys"), tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    theirs = real_over(real, tree.root, FORMS, here)
-    for form, expected in zip(FORMS, theirs, strict=True):
+    # How arguments are read does not depend on what stands in the files.
+    forms = FORMS if name in ("two devices", "dual port", "empty", "no class", "digits") else FORMS[:8]
+    theirs = real_over(real, tree.root, forms, here)
+    for form, expected in zip(forms, theirs, strict=True):
         assert ibstatus(form, tree.root) == expected, form
 
 
@@ -68,7 +70,7 @@ def test_there_are_enough_trees() -> None:
 TEXT = st.one_of(st.none(), st.text(st.characters(min_codepoint=9, max_codepoint=126), max_size=24))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.text("abcxyz0189_-.", min_size=1, max_size=9).filter(lambda name: not name.startswith((".", "-"))),

@@ -198,6 +198,7 @@ def test_a_drain_waits_for_what_runs(service: Service) -> None:
     service.run.cli("start", busy, check=True)
 
 
+@pytest.mark.slow
 def test_stop_and_start_under_load(service: Service) -> None:
     with load(service) as clients:
         service.run.cli("stop", "prefill-0", "--drain", check=True)
@@ -507,6 +508,7 @@ def test_a_unit_for_systemd(run: Run) -> None:
     assert not run.processes()
 
 
+@pytest.mark.slow
 def test_workers_share_one_socket_and_restart_one_by_one(run: Run) -> None:
     with running(run, topology(kv_cache_gb=0.1, extra="workers = 2")) as service:
         with load(service):
