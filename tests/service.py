@@ -238,6 +238,7 @@ port = {port or free_port()}
 lease_s = {lease_s}
 [supervisor]
 grace_s = 10
+stable_s = 1
 {engines}
 """
 
