@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -139,7 +140,9 @@ class CoreLink:
             now = time.monotonic()
             if self.ready is not None and not self._asked_at and now - self._heard_at > _POKE_S and not self._closing:
                 self._asked_at = now
-                await self.send(Poke())
+                # To a core that has just died it cannot be sent, and must not wait: the loop may end meanwhile.
+                with contextlib.suppress(zmq.Again):
+                    await self._push.send(self._encode(Poke()), zmq.NOBLOCK)
 
     @property
     def silent_s(self) -> float:
