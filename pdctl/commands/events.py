@@ -15,6 +15,7 @@ from pdctl.commands.common import ServiceOption
 from pdctl.commands.logs import age, service_meant
 from pdctl.errors import PdctlError
 from pdctl.host.users import state_root
+from pdctl.supervisor.journal import EVENTS, parsed, read_entries
 
 _POLL_S = 0.1
 
@@ -27,8 +28,6 @@ def events(
     service: str | None = ServiceOption,
 ) -> None:
     """Print JSON lines: starts, readiness, exits, drains, restarts, applies."""
-    from pdctl.supervisor.journal import EVENTS, read_entries
-
     folder = state_root() / service_meant(service, file) / "logs"
     if not (folder / EVENTS).exists() and not follow:
         raise PdctlError(f"no events in {folder}", "start the service with: pdctl up")
@@ -71,7 +70,7 @@ def _follow(path: Path, after: float, name: str | None) -> None:
                 data = file.read()
             place += len(data)
             *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                _show(json.loads(line), after, name)
+            for entry in parsed(lines):
+                _show(entry, after, name)
     except KeyboardInterrupt:
         return

@@ -44,7 +44,7 @@ def up(
     if estate is None:
         planned = load_plan(file, check_port=True)
     else:
-        console.note(f"taking over {', '.join(record.name for record in estate.processes)}, which still run")
+        console.note(f"taking over {', '.join(record.spec.name for record in estate.processes)}, which still run")
         planned = load_plan(file, running=estate.plan)
     planned = with_model(planned)
     if detach:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
 
 _DEADLINE_S = 20.0
 # Threads left behind in compilations that went on past their deadline, and requests waiting for the thread.
@@ -108,6 +111,9 @@ def _outcome(work: Callable[[], object]) -> str:
         work()
     except BadGrammar as failure:
         return str(failure)
+    except Exception as failure:  # noqa: BLE001 - this thread's outermost frame: whoever waits must hear of it
+        _log.warning("compiling a grammar failed", exc_info=True)
+        return f"{type(failure).__name__}: {failure}"
     return ""
 
 

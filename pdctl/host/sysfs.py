@@ -63,7 +63,7 @@ class Reader:
         if name in self._hanging or len(self._hanging) >= _MOST_HANGING:
             return Value(name, Answer.HANGS)
         try:
-            # Regular files of a real or fake sysfs answer at once; only then is a thread worth its cost.
+            # What lies on a disk answers at once. A real sysfs asks a driver, which may not: that is a thread's work.
             return _read_now(name) if _is_plain(name) else self._read_aside(name)
         except OSError as failure:
             return _failed(name, failure)
@@ -80,7 +80,7 @@ class Reader:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether opening it cannot block: a fake tree may hold a pipe, a real one only files of the kernel's."""
+    """Whether reading it cannot block: a file with blocks on a disk, as sysfs has none, and no pipe."""
     status = os.stat(name)  # noqa: PTH116 - thousands of these
     return status.st_blocks > 0 and (status.st_mode & 0o170000) == 0o100000
 

@@ -186,6 +186,7 @@ class EnginePool:
         self.by_name = {engine.name: engine for engine in wanted}
         for engine in wanted:
             engine.draining = engine.name in draining
+            self.publish(engine)
             if self._tasks is not None and engine not in self._watches:
                 self._watches[engine] = self._tasks.create_task(self._watch(engine))
         self._only = _only_pair(wanted)
@@ -265,8 +266,8 @@ class EnginePool:
         return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
 
     def publish(self, engine: Engine) -> None:
-        """Its meters have changed."""
-        if self._shared is not None:
+        """Its meters have changed. One that was dropped may still end calls: its slot may be another's by now."""
+        if self._shared is not None and self.by_name.get(engine.name) is engine:
             self._shared.publish(engine.index, engine.prompts, engine.streams)
 
     def suspect(self, engine: Engine) -> None:

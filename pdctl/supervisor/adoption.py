@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from pdctl.host.boot import host_id
-from pdctl.plan import Plan
+from pdctl.plan import Plan, ProcessSpec
 from pdctl.wire import listener_path
 
 STATE, PLAN, SECRET = "adopt.json", "plan.json", "secret"
@@ -21,10 +22,13 @@ _ASK_S = 2.0
 
 
 class Record(msgspec.Struct, frozen=True):
-    """One running process. `start_ticks`: proc(5)'s start time; `record`: where its exit code will be; `group`: its
-    cgroup, or ""; `started_at`: monotonic, which is one clock for all processes of a boot."""
+    """One running process.
 
-    name: str
+    `spec`: what it was started as, whatever a plan says by now; `start_ticks`: proc(5)'s start time; `record`: where
+    its exit code will be; `group`: its cgroup, or ""; `started_at`: monotonic, which is one clock for a boot.
+    """
+
+    spec: ProcessSpec
     pid: int
     start_ticks: int
     epoch: str
@@ -63,7 +67,12 @@ def read_estate(run_dir: Path) -> Estate | None:
     if plan.supervision.on_supervisor_death != "survive" or records.host_id != host_id():
         return None
     alive = [record for record in records.processes if start_ticks(record.pid) == record.start_ticks]
-    return Estate(plan, secret, alive) if alive else None
+    if not alive:
+        return None
+    # An apply may have been under way: what runs is what the records say.
+    running = {record.spec.name: record.spec for record in alive}
+    known = [running.pop(spec.name, spec) for spec in plan.processes]
+    return Estate(replace(plan, processes=(*known, *running.values())), secret, alive)
 
 
 def start_ticks(pid: int, proc_root: Path = Path("/proc")) -> int:

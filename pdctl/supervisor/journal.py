@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,9 +64,16 @@ def read_entries(folder: Path, file: str) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for name in (f"{file}.old", file):
         with contextlib.suppress(FileNotFoundError):
-            for line in (folder / name).read_bytes().splitlines():
-                with contextlib.suppress(ValueError):
-                    entry = json.loads(line)
-                    if isinstance(entry, dict):
-                        found.append(entry)
+            found += parsed((folder / name).read_bytes().splitlines())
+    return found
+
+
+def parsed(lines: Iterable[bytes]) -> list[dict[str, object]]:
+    """Entries; lines that a full disk took half of are left out."""
+    found: list[dict[str, object]] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                found.append(entry)
     return found

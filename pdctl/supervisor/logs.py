@@ -35,6 +35,15 @@ def open_new(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
+def by_inode(path: Path, inode: int) -> Path:
+    """The file among a process's logs that has this inode; the newest where none has."""
+    for found in (path, *(path.with_name(f"{path.name}.{number}") for number in range(1, KEPT + 1))):
+        with contextlib.suppress(OSError):
+            if found.stat().st_ino == inode:
+                return found
+    return path
+
+
 def archive_of(path: Path) -> Path:
     """Where the part that was cut from a log last is."""
     return path.with_name(f"{path.name}.old")

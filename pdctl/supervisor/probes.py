@@ -23,6 +23,8 @@ from pdctl.plan import Probe
 _JSON = {"content-type": "application/json"}
 _ONE_TOKEN = msgspec.json.encode({"prompt": [1], "max_tokens": 1, "temperature": 0})
 _FUNCTIONAL_S = 60.0
+# How soon a probe that is turned off notices that it is not any more.
+_OFF_S = 5.0
 # Bytes of a log looked at for its ready line.
 _LOG_TAIL = 1 << 20
 
@@ -100,12 +102,15 @@ class Prober:
 
     # -- from then on --------------------------------------------------------------------------------------
 
-    async def until_dead(self, cadence: Cadence) -> str:
-        """Return when it must be given up, with the reason; never, where nothing is to be asked."""
+    async def until_dead(self, cadence: Callable[[], Cadence]) -> str:
+        """Return when it must be given up, with the reason; never, where nothing is to be asked.
+
+        `cadence` is asked before each probe: it may change while the process runs.
+        """
         try:
             async with asyncio.TaskGroup() as tasks:
                 asked = [tasks.create_task(_forever(self._liveness(cadence)))]
-                if self._probe.generate and cadence.functional_s:
+                if self._probe.generate:
                     asked.append(tasks.create_task(_forever(self._functional(cadence))))
                 done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
                 reason = next(iter(done)).result()
@@ -115,27 +120,32 @@ class Prober:
         finally:
             self._close()
 
-    async def _liveness(self, cadence: Cadence) -> str | None:
+    async def _liveness(self, cadence: Callable[[], Cadence]) -> str | None:
         """None when there is nothing to ask."""
-        address = self._probe.state if cadence.progress_s and self._probe.state else self._probe.alive
-        if not address or not cadence.liveness_s:
+        if not self._probe.alive and not self._probe.state:
             return None
         missed = 0
         # Spread, so that two hundred processes are not asked in one moment.
-        await asyncio.sleep(cadence.liveness_s * random.random())  # noqa: S311 - spreading, no secret
+        await asyncio.sleep(cadence().liveness_s * random.random())  # noqa: S311 - spreading, no secret
         while True:
+            now = cadence()
+            address = self._probe.state if now.progress_s and self._probe.state else self._probe.alive
+            if not now.liveness_s or not address:
+                missed = 0
+                await asyncio.sleep(_OFF_S)
+                continue
             try:
                 body = await self._get(address)
                 missed = 0 if body is not None else missed + 1
-                if body is not None and (stuck := self._progress(body, cadence.progress_s)):
+                if body is not None and (stuck := self._progress(body, now.progress_s)):
                     return stuck
                 said = "answers with an error"
             except Unreachable as failure:
                 missed += 1
                 said = str(failure)
-            if missed >= cadence.failures:
+            if missed >= now.failures:
                 return f"not alive: {missed} probes in a row failed ({said})"
-            await asyncio.sleep(cadence.liveness_s)
+            await asyncio.sleep(now.liveness_s)
 
     def _progress(self, body: bytes, progress_s: float) -> str | None:
         if not progress_s or not self._probe.state:
@@ -153,10 +163,13 @@ class Prober:
         silent = now - self._stuck_since
         return f"hung: {state.running} requests run, and no token for {silent:.0f} s" if silent > progress_s else None
 
-    async def _functional(self, cadence: Cadence) -> str | None:
+    async def _functional(self, cadence: Callable[[], Cadence]) -> str | None:
         """A token through the engine; when it is busy, its progress says the same."""
         while True:
-            await asyncio.sleep(cadence.functional_s * (0.5 + random.random() / 2))  # noqa: S311 - spreading
+            period = cadence().functional_s
+            await asyncio.sleep((period or _OFF_S) * (0.5 + random.random() / 2))  # noqa: S311 - spreading
+            if not period:
+                continue
             try:
                 busy = msgspec.json.decode(await self._get(self._probe.state) or b"{}", type=_State).running > 0
                 if busy:
@@ -200,6 +213,3 @@ async def _forever(asked: Awaitable[str | None]) -> str:
         await asyncio.get_running_loop().create_future()
     assert reason is not None
     return reason
-
-
-ProberOf = Callable[[Probe, Path], Prober]

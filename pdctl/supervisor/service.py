@@ -35,7 +35,7 @@ from pdctl.supervisor.notify import Notifier
 from pdctl.supervisor.proxies import Proxies
 from pdctl.supervisor.rundir import RunDir
 from pdctl.supervisor.spawn import raise_limits
-from pdctl.supervisor.tree import SweptTree, Trees, become_subreaper, kill_tree, reap_strangers, stamped
+from pdctl.supervisor.tree import SweptTree, Trees, become_subreaper, kill_tree, reap_strangers, stamps
 from pdctl.supervisor.unit import Manner, Surroundings, Unit
 from pdctl.supervisor.verbs import drained, event_of, objection
 from pdctl.wire import SECRET_ENV, UNIT_ENV, LeaseReply
@@ -66,6 +66,7 @@ class Service:
         self._stamp = f"{UNIT_ENV}={plan.run_dir}"
         self._stopping = False
         self._was_ready = False
+        self._announced = False
         self._dirty = asyncio.Event()
         self._unsaved = asyncio.Event()
         self._linking = 0
@@ -91,18 +92,19 @@ class Service:
         trees = Trees(self._stamp)
         try:
             self._estate = read_estate(self._rundir.path)
+            await self._clear_leftovers(self._estate)
             if self._estate is None:
-                await self._clear_leftovers()
                 self._rundir.clear()
             await self._supervise(trees)
         except* _Down:
-            await self._clear_leftovers()
+            self._estate = None
+            await self._clear_leftovers(None)
         finally:
             self._listeners.close()
             self._kernel.close()
             trees.close()
-            # Should we end by a fault of ours, whoever survives us can still be taken over.
-            self._rundir.release(keep=any(unit.alive for unit in self._fleet))
+            # Should we end by a fault, whoever survives us can still be taken over.
+            self._rundir.release(keep=self._estate is not None or any(unit.alive for unit in self._fleet))
 
     def stop(self) -> None:
         """Stop the proxy, then the engines. A second call kills what is left."""
@@ -162,6 +164,9 @@ class Service:
             return f"no process {name!r}; there are: {', '.join(unit.name for unit in self._fleet)}"
         if self._stopping:
             return "the service is going down"
+        if self._applying is not None and verb != "stop":
+            # It waits for the processes it stops, and somebody who starts them again would keep it waiting.
+            return f"an apply is under way: {self._progress.step if self._progress else ''}"
         if reason := objection(unit, verb):
             return reason
         self._journal.say(name, f"asked to {verb}{', drained first' if drain else ''}", "asked", verb=verb)
@@ -252,8 +257,8 @@ class Service:
 
     def _step(self) -> None:
         """Start what may start; when stopping, stop what may stop."""
-        if self.state() == "ready" and not self._was_ready:
-            self._was_ready = True
+        if self.state() == "ready" and not self._announced:
+            self._was_ready = self._announced = True
             message = f"service {self.plan.service!r} is ready at {self.plan.proxy_url}"
             self._journal.say("pdctl", message, "service_ready")
             self._notifier.say("READY=1", f"STATUS=ready at {self.plan.proxy_url}")
@@ -392,7 +397,7 @@ class Service:
             drain=self._drain,
             our_pids=self._fleet.pids,
         )
-        self._prepare(secret, {record.name for record in estate.processes} if estate else set())
+        self._prepare(secret, {record.spec.name for record in estate.processes} if estate else set())
         for spec in self.plan.processes:
             self.add(spec)
         if estate is not None:
@@ -401,7 +406,7 @@ class Service:
     def _adopt(self, estate: Estate) -> None:
         """Take over what runs as it was planned then, and change over to what is wanted now."""
         for record in estate.processes:
-            if (unit := self._fleet.get(record.name)) is not None:
+            if (unit := self._fleet.get(record.spec.name)) is not None:
                 unit.adopt(record)
         self._was_ready = True
         if not diff(self.plan, self._wanted).is_empty:
@@ -422,11 +427,16 @@ class Service:
         self._rundir.write_private(SECRET, secret)
         self._proxies.write(self.plan)
 
-    async def _clear_leftovers(self) -> None:
-        """End what a supervisor that was killed left, before anything is started in its place, and what we left."""
-        stamp = f"{self._stamp}:"
-        if found := stamped(stamp):
-            self._journal.say("pdctl", f"ending pids {found} of an earlier start")
-            if left := await kill_tree(SweptTree(stamp), set(), _CLEAR_S):
+    async def _clear_leftovers(self, estate: Estate | None) -> None:
+        """End what a supervisor that was killed left, before anything is started in its place, and what we left.
+
+        Of what is taken over, everything that nobody wrote down: it was started in the last moment.
+        """
+        known = {f"{self._stamp}:{record.spec.name}" for record in estate.processes} if estate else set()
+        stray = [stamp for stamp in stamps(f"{self._stamp}:") if stamp not in known]
+        for stamp in stray:
+            tree = SweptTree(stamp)
+            self._journal.say("pdctl", f"ending pids {tree.pids()} of an earlier start")
+            if left := await kill_tree(tree, set(), _CLEAR_S):
                 hint = "they are stuck in the kernel (state D); wait, or reboot"
                 raise PdctlError(f"pids {left} of an earlier start do not die", hint)

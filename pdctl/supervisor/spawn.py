@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from pdctl.plan import ProcessSpec
@@ -182,9 +181,15 @@ def _recorded(start: Start, join: str) -> list[str]:
     return ["/bin/sh", "-c", _RECORD.format(die=die), str(start.record), join, *start.spec.argv]
 
 
-@cache
+_known: dict[tuple[str, str], str] = {}
+
+
 def _found(command: str, path: str) -> str | None:
-    return shutil.which(command, path=path)
+    """Where a command is. What is not there is looked for again: somebody may be about to install it."""
+    found = _known.get((command, path)) or shutil.which(command, path=path)
+    if found is not None:
+        _known[command, path] = found
+    return found
 
 
 @contextlib.contextmanager

@@ -133,6 +133,16 @@ def stamped(stamp: str, proc_root: Path = Path("/proc")) -> list[int]:
     return found
 
 
+def stamps(prefix: str, proc_root: Path = Path("/proc")) -> list[str]:
+    """The stamps, in order, of all living processes whose stamp begins so."""
+    found = set()
+    for pid in stamped(prefix, proc_root):
+        with contextlib.suppress(OSError):
+            environment = (proc_root / str(pid) / "environ").read_bytes().split(b"\0")
+            found |= {entry.decode(errors="replace") for entry in environment if entry.startswith(prefix.encode())}
+    return sorted(found)
+
+
 def reap_strangers(ours: set[int]) -> None:
     """Wait for adopted orphans that have ended; never for our own children, whose exit status is wanted."""
     while True:

@@ -87,6 +87,8 @@ class Unit:
     tree: Tree | None = None
     baseline: Baseline = field(default_factory=dict)
     _record: Path | None = None
+    _leader: int | None = None
+    _log_inode: int = 0
     _by_us: str = ""
     _moved: asyncio.Event = field(default_factory=asyncio.Event)
     _timers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -104,7 +106,9 @@ class Unit:
     @property
     def leader(self) -> int | None:
         """The pid of the command itself; where it shall outlive us, ours is that of the shell which waits for it."""
-        return recorded_pid(self._record) or self.pid if self._record is not None else self.pid
+        if self._record is not None and self._leader is None:
+            self._leader = recorded_pid(self._record)
+        return self._leader or self.pid
 
     def feed(self, event: Event) -> None:
         """One event through the lifecycle, its actions begun."""
@@ -150,7 +154,7 @@ class Unit:
         if not self.alive or self.pid is None:
             return None
         return Record(
-            name=self.name,
+            spec=self.spec,
             pid=self.pid,
             start_ticks=start_ticks(self.pid),
             epoch=self.epoch,
@@ -204,7 +208,7 @@ class Unit:
             start = Start(
                 self.spec, self.around.env, self.stamp, self.epoch, self.listen_fd, self.tree.join, self._record
             )
-            log = logs.open_new(self.log_path)
+            log = self._open_log()
             try:
                 pid = spawn(start, log)
             finally:
@@ -217,9 +221,20 @@ class Unit:
             self.name, f"started, pid {self.pid}", "started", pid=self.pid, epoch=self.epoch, start=self.life.starts
         )
 
+    def _open_log(self) -> int:
+        """Where its output goes. A disk that takes no new file costs the output, not the process."""
+        try:
+            log = logs.open_new(self.log_path)
+        except OSError as failure:
+            self.around.journal.say(self.name, f"its log cannot be opened, its output is lost: {failure}", "no_log")
+            log = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        self._log_inode = os.fstat(log).st_ino
+        return log
+
     def adopt(self, record: Record) -> None:
         """Take charge of a process that an earlier supervisor started and that has gone on since."""
         self.life = Life(Phase.STARTING, record.starts)
+        self.spec = record.spec
         self.epoch, self.adopted, self.last_exit = record.epoch, True, record.last_exit
         self._record = Path(record.record) if record.record else None
         self.tree = self.around.trees.adopted(self.name, record.group)
@@ -229,7 +244,7 @@ class Unit:
         self.around.changed(self)
 
     def _is_alive(self, pid: int, at: float) -> None:
-        self.pid, self.alive, self.started_at = pid, True, at
+        self.pid, self.alive, self.started_at, self._leader = pid, True, at, None
         self._watch(pid)
         self._arm("probe", self._probe())
 
@@ -284,14 +299,15 @@ class Unit:
         await asyncio.wait({told}, timeout=_TELL_S)
         remains = Remains(self.spec, self.tree, self.baseline, self.around.our_pids)
         await clear(remains, self._is_blocked)
-        self.pid = None
+        self.pid = self._leader = None
         group = self.tree.join.parent if self.tree.join is not None else None
+        inode = self._log_inode
         self.feed(Event(Kind.CLEARED, time.monotonic(), random.random()))  # noqa: S311 - jitter, no secret
         self.reports += 1
         try:
             # What others wait for goes first.
             await asyncio.sleep(_REPORT_AFTER_S)
-            self._note_exit(ended, group)
+            self._note_exit(ended, group, inode)
         finally:
             self.reports -= 1
             self.around.changed(self)
@@ -302,9 +318,9 @@ class Unit:
             self.around.journal.say(self.name, f"not started again yet: {reason}", "blocked")
         self.around.changed(self)
 
-    def _note_exit(self, ended: Ended, group: Path | None) -> None:
-        """After its replacement was begun: reading logs takes longer than that."""
-        log = self.log_path if self.epoch == ended.epoch else self.log_path.with_name(f"{self.log_path.name}.1")
+    def _note_exit(self, ended: Ended, group: Path | None, inode: int) -> None:
+        """After its replacement was begun, whose log has the name by then: reading logs takes longer than that."""
+        log = logs.by_inode(self.log_path, inode)
         found = report(ended, log, group, self.around.kernel)
         if self.last_exit is not None and found["oom"]:
             self.last_exit |= {name: found[name] for name in ("reason", "by", "oom")}
@@ -346,7 +362,7 @@ class Unit:
             self.feed(Event(Kind.STARTUP_TIMEOUT, time.monotonic()))
             return
         self.feed(Event(Kind.PROBE_OK, time.monotonic()))
-        reason = await prober.until_dead(self.around.manner.cadence)
+        reason = await prober.until_dead(lambda: self.around.manner.cadence)
         self.around.journal.say(self.name, reason, "not_alive")
         self.feed(Event(Kind.NOT_ALIVE, time.monotonic(), detail=reason))
 

@@ -175,7 +175,10 @@ def test_only_what_a_topology_uses_is_judged(root: Path) -> None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_no_tree_makes_it_stumble(root: Path, name: str) -> None:
-    json.dumps([finding.to_dict() for finding in findings(TREES[name](root))])
+    found = findings(TREES[name](root))
+    assert found, "something is said of every tree"
+    assert all(finding.id and finding.subject and finding.observed for finding in found)
+    assert json.loads(json.dumps([finding.to_dict() for finding in found]))
 
 
 TEXT = st.one_of(st.none(), st.text(st.characters(min_codepoint=9, max_codepoint=0x2FF), max_size=20))

@@ -55,11 +55,15 @@ def test_tiny_equals_generate(
 
 
 @pytest.mark.gemma
-def test_gemma_equals_generate(run: Run) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "tokens"),
+    [((1, 33, 300), 8), pytest.param((1, 16, 33, 257, 600), 12, marks=pytest.mark.slow)],
+)
+def test_gemma_equals_generate(run: Run, lengths: tuple[int, ...], tokens: int) -> None:
     path = cache_root() / "models" / "gemma-3-270m-r1"
     text = topology("sample:gemma-3-270m", kv_cache_gb=0.5)
     with running(run, text) as service:
-        wanted = parity.prompts(path, (1, 33, 300))
-        expected = parity.reference(path, wanted, 8)
-        parity.compare(service, wanted, expected, 8)
+        wanted = parity.prompts(path, lengths)
+        expected = parity.reference(path, wanted, tokens)
+        parity.compare(service, wanted, expected, tokens)
         service.idle()

@@ -80,3 +80,13 @@ def test_too_many_stuck_ones_refuse_the_rest_until_one_ends() -> None:
             return
         threading.Event().wait(0.01)
     pytest.fail("nothing is compiled after the stuck ones ended")
+
+
+def test_any_other_failure_is_told_and_the_thread_goes_on() -> None:
+    said: queue.Queue[str] = queue.Queue()
+    compilers = Compilers()
+    for _ in range(5):
+        compilers.submit(lambda: {}["missing"], "k", always, said.put)
+        assert "KeyError: 'missing'" in said.get(timeout=LONG_S)
+    compilers.submit(lambda: None, "fine", always, said.put)
+    assert said.get(timeout=LONG_S) == ""

@@ -100,10 +100,10 @@ def test_a_template_cannot_reach_python() -> None:
 @settings(max_examples=200, deadline=None)
 @given(tail=st.lists(st.integers(0, 383), max_size=8), ids=st.lists(st.integers(0, 383), max_size=24))
 def test_any_bytes_at_all_make_text(codec: TextCodec, tail: list[int], ids: list[int]) -> None:
-    out = OutputText(codec.tokenizer, tail, ["zz"])
-    for token_id in ids:
-        out.push(token_id)
-    out.flush()
+    out = OutputText(codec.tokenizer, tail, [])
+    after = codec.tokenizer.encode("after", add_special_tokens=False).ids
+    shown = "".join(out.push(token_id)[0] for token_id in [*ids, *after]) + out.flush()
+    assert shown.endswith("after"), "whatever came before, what comes then is shown"
 
 
 def test_a_prompt_that_ends_within_a_character(codec: TextCodec) -> None:

@@ -108,6 +108,10 @@ class Fleet:
     def again(self, name: str, before: common.Status) -> common.Status:
         return self.until(name, lambda now: now["state"] == "ready" and now["epoch"] != before["epoch"], "ready again")
 
+    def apply(self, plan: Plan) -> None:
+        """Begin to change over."""
+        common.ask("fleet", "/v1/apply", json.dumps(plan.to_dict()))
+
     def log(self) -> str:
         return (Path(self.plan.log_dir) / "supervisor.log").read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from pdctl.errors import PdctlError
 from pdctl.plan import Probe
 from pdctl.supervisor.tree import Trees
 from tests.supervisor.fleet import AT_ONCE, Fleet, fleet, python, shell
@@ -341,7 +344,6 @@ def test_children_get_what_the_plan_says(tmp_path: Path) -> None:
         " 'cgroup': open('/proc/self/cgroup').read()}), flush=True)\n"
         "import time; time.sleep(600)"
     )
-    import json
     import resource
 
     cpu = max(os.sched_getaffinity(0))
@@ -432,6 +434,133 @@ def test_groups_of_supervisors_that_were_killed_are_removed_by_the_next(tmp_path
         assert not group.exists()
         mine = found_group(other)
     assert not mine.exists()
+
+
+def written_down(found: Fleet, count: int) -> Path:
+    """What a later supervisor reads, once so many processes stand in it."""
+    file = Path(found.plan.run_dir) / "adopt.json"
+    name = found.plan.processes[0].name
+    found.until(name, lambda _: file.exists() and len(json.loads(file.read_text())["processes"]) == count, "written")
+    return file
+
+
+def killed(found: Fleet) -> None:
+    found.process.kill()
+    found.process.wait()
+
+
+def test_what_nobody_wrote_down_is_ended_by_the_next_supervisor(tmp_path: Path) -> None:
+    """Started in the last moment before a kill: it is not adopted, and it does not hold its port either."""
+    with fleet(tmp_path, shell("a", SLEEP), shell("b", SLEEP), on_supervisor_death="survive") as found:
+        a, b = found.ready("a"), found.ready("b")
+        file = Path(found.plan.run_dir) / "adopt.json"
+        found.until(
+            "b", lambda _: file.exists() and len(json.loads(file.read_text())["processes"]) == 2, "written down"
+        )
+        killed(found)
+        kept = json.loads(file.read_text())
+        kept["processes"] = [entry for entry in kept["processes"] if entry["spec"]["name"] == "a"]
+        file.write_text(json.dumps(kept))
+        found.start()
+        assert found.ready("a")["pid"] == a["pid"]
+        assert found.ready("b")["pid"] != b["pid"]
+        assert not psutil.pid_exists(b["pid"]) or psutil.Process(b["pid"]).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_kill_in_the_middle_of_an_apply_is_told_as_it_was(tmp_path: Path) -> None:
+    """The plan says one thing by then, the process is another: it is restarted to what is wanted."""
+    with fleet(tmp_path, shell("a", SLEEP), shell("b", SLEEP), on_supervisor_death="survive") as found:
+        a, b = found.ready("a"), found.ready("b")
+        file = Path(found.plan.run_dir) / "adopt.json"
+        found.until(
+            "b", lambda _: file.exists() and len(json.loads(file.read_text())["processes"]) == 2, "written down"
+        )
+        killed(found)
+        first, second = found.plan.processes
+        found.plan = replace(found.plan, processes=(replace(first, argv=("/bin/sh", "-c", "exec sleep 700")), second))
+        (Path(found.plan.run_dir) / "plan.json").write_text(json.dumps(found.plan.to_dict()))
+        found.start()
+        now = found.until("a", lambda now: now["state"] == "ready" and now["pid"] != a["pid"], "what is wanted")
+        assert psutil.Process(now["pid"]).cmdline() == ["sleep", "700"]
+        assert found.ready("b")["pid"] == b["pid"]
+
+
+def test_a_start_that_fails_leaves_the_survivors_to_the_next(tmp_path: Path) -> None:
+    with fleet(tmp_path, shell("a", SLEEP), on_supervisor_death="survive") as found:
+        a = found.ready("a")
+        written_down(found, 1)
+        killed(found)
+        good = found.plan
+        plan = Path(good.run_dir) / "plan.json"
+        before = plan.read_text()
+        with socket.socket() as stranger:
+            stranger.bind(("127.0.0.1", 0))
+            stranger.listen()
+            port = stranger.getsockname()[1]
+            proxy = shell("proxy", SLEEP, kind="proxy", role="proxy", listen=("127.0.0.1", port))
+            plan.write_text(json.dumps(replace(good, processes=(*good.processes, proxy)).to_dict()))
+            found.start()
+            found.process.wait(30)
+            assert "cannot be bound" in found.log()
+        plan.write_text(before)
+        found.start()
+        assert found.ready("a")["pid"] == a["pid"]
+
+
+def test_an_apply_is_not_crossed_by_a_start_of_what_it_stops(tmp_path: Path) -> None:
+    slow = "trap 'sleep 1; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+    up = Probe("log:^up", "", "", "", 0.02, 1, 20)
+    with fleet(tmp_path, shell("a", slow, probe=up), shell("b", SLEEP), grace_s=20.0) as found:
+        found.ready("a")
+        found.ready("b")
+        found.apply(replace(found.plan, processes=found.plan.processes[1:]))
+        found.until("a", lambda now: now["state"] == "stopping", "stopping")
+        for verb in ("start", "restart", "drain"):
+            with pytest.raises(PdctlError, match="an apply is under way: removing a"):
+                found.ask("a", verb)
+        deadline = time.monotonic() + 30
+        while (found.status()["apply"] or {}).get("state") != "done":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert [process["name"] for process in found.status()["processes"]] == ["b"]
+
+
+def test_probes_that_are_turned_on_while_a_process_runs(tmp_path: Path) -> None:
+    hung = python("hung", SERVER)
+    hung = python("hung", SERVER, ports=hung.ports, probe=http_probe(hung.ports["http"], state=True))
+    with fleet(tmp_path, hung, progress_s=0.0) as found:
+        before = found.ready("hung")
+        supervision = replace(found.plan.supervision, progress_s=0.3)
+        found.apply(replace(found.plan, supervision=supervision))
+        found.again("hung", before)
+        assert "hung: 1 requests run" in found.log()
+
+
+def test_a_command_that_appears_later_is_found(tmp_path: Path) -> None:
+    command = tmp_path / "late"
+    with fleet(tmp_path, shell("fine", SLEEP), shell("late", SLEEP)) as found:
+        found.ready("fine")
+        found.ready("late")
+        one, two = found.plan.processes
+        changed = replace(found.plan, processes=(one, replace(two, argv=(str(command),))))
+        found.apply(changed)
+        found.until("late", lambda now: now["state"] == "failed", "failed")
+        assert "does not exist" in found.of("late")["reason"]
+        command.write_text("#!/bin/sh\nexec sleep 600\n")
+        command.chmod(0o755)
+        found.until("late", lambda _: (found.status()["apply"] or {}).get("state") == "failed", "given up")
+        found.ask("late", "start")
+        found.ready("late")
+
+
+def test_the_last_words_are_the_dead_ones_own(tmp_path: Path) -> None:
+    """Its log has another name by the time its exit is written up."""
+    with fleet(tmp_path, shell("a", "echo I am $PDCTL_EPOCH; exec sleep 600")) as found:
+        before = found.ready("a")
+        found.until("a", lambda _: "I am" in found.output("a"), "heard")
+        os.kill(before["pid"], signal.SIGKILL)
+        found.again("a", before)
+        assert found.exits("a")[0]["last_lines"] == [f"I am {before['epoch']}"]
 
 
 def found_group(found: Fleet) -> Path:
