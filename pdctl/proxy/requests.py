@@ -7,6 +7,7 @@ each an ordinary request for one answer, which the engines see.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,6 +22,8 @@ _LEG_FIELDS = ("stream", "stream_options", "return_token_ids", "n")
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
+# In a list of prompts: a list of anything but numbers, or something that is neither a string nor a list.
+_NOT_A_PROMPT = re.compile(rb'\[\s*[^\d\s\]-]|[^"\[]')
 
 
 class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -140,4 +143,8 @@ def _prompts(raw: msgspec.Raw | None) -> list[msgspec.Raw] | None:
         return None
     items = _decode_prompts(raw)
     first = bytes(items[0])[:1] if items else b""
-    return items if first in (b'"', b"[") else None
+    if first not in (b'"', b"["):
+        return None
+    if any(_NOT_A_PROMPT.match(item) for item in items):
+        raise ApiError(400, "prompt must be a string, a list of token ids, or a list of these", param="prompt")
+    return items

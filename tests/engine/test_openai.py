@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pdctl.engine.front.openai import parse_body, sampling_of, stop_strings
+from pdctl.engine.front.openai import messages_of, parse_body, sampling_of, stop_strings
 from pdctl.openai_api import ApiError
 
 
@@ -89,3 +89,9 @@ def test_a_demanded_tool_call_is_a_grammar() -> None:
     assert json.loads(found.grammar)["json"]["properties"]["name"] == {"const": "f"}
     free = sampling_of(parse_body(json.dumps({**body, "tool_choice": "auto"}).encode(), chat=True), 10, 100, 384)
     assert free.grammar == ""
+
+
+def test_a_chat_without_a_message_is_refused() -> None:
+    with pytest.raises(ApiError, match="messages is empty"):
+        messages_of([])
+    assert messages_of([{"role": "user", "content": "x"}])

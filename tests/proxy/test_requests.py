@@ -50,6 +50,10 @@ def test_output_limits_are_those_of_openai() -> None:
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
+        ({"prompt": [["AAA"]]}, 400, "prompt"),
+        ({"prompt": [[[1]]]}, 400, "prompt"),
+        ({"prompt": ["x", 5]}, 400, "prompt"),
+        ({"prompt": [[1], {}]}, 400, "prompt"),
         ({"prompt": "x", "n": 0}, 400, "n"),
         ({"prompt": "x", "n": "2"}, 400, "n"),
         ({"prompt": ["x"] * 100, "n": 2}, 400, "prompt"),

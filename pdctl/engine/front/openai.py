@@ -157,6 +157,8 @@ def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
 
 def messages_of(messages: list[dict[str, object]]) -> list[dict[str, object]]:
     """A chat's messages with their content as text, which is what templates take. Raises ApiError."""
+    if not messages:
+        raise ApiError(400, "messages is empty", param="messages")
     found = []
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
