@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, JsonOption, ServiceOption, Status, ask, call, find_service
+from pdctl.commands.common import STATE, FileOption, JsonOption, ServiceOption, Status, ask, call, find_service
 from pdctl.errors import PdctlError, ServiceFailed
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def show_changes(changes: Status) -> None:
 def _follow(service: str, wait_s: float) -> None:
     deadline, shown = time.monotonic() + wait_s, ""
     while time.monotonic() < deadline:
-        progress = call(service, "GET", "/v1/status")["apply"] or {}
+        progress = call(service, "GET", STATE)["apply"] or {}
         if progress.get("step") and progress["step"] != shown:
             shown = progress["step"]
             console.note(shown)

@@ -15,6 +15,8 @@ from pdctl.errors import NotRunning, PdctlError
 from pdctl.host.users import run_root
 
 FILE_ENV = "PDCTL_FILE"
+# The status without figures, for whoever waits for a state.
+STATE = "/v1/status?figures=0"
 DEFAULT_FILE = "pdctl.toml"
 
 FileOption = typer.Option(

@@ -56,6 +56,7 @@ NotifyAccess=main
 ExecStart={command}
 WorkingDirectory={folder}
 # TERM to the supervisor alone: it drains and stops its processes in order. What is left after that is killed.
+# With on_supervisor_death = "survive": KillMode=process, or systemd ends what shall go on.
 KillMode=mixed
 TimeoutStartSec=1800
 TimeoutStopSec=180

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, ServiceOption, Status, ask, call, find_service
+from pdctl.commands.common import STATE, FileOption, ServiceOption, Status, ask, call, find_service
 from pdctl.errors import PdctlError, ServiceFailed
 
 _POLL_S = 0.05
@@ -61,7 +61,7 @@ def drain(
 
 
 def _each(name: str, verb: str, drained: bool, wait_s: float, service: str) -> None:
-    for process in names_of(call(service, "GET", "/v1/status"), name):
+    for process in names_of(call(service, "GET", STATE), name):
         _one(process, verb, drained, wait_s, service)
 
 
@@ -76,7 +76,7 @@ def names_of(status: Status, name: str) -> list[str]:
 
 
 def _one(name: str, verb: str, drained: bool, wait_s: float, service: str) -> None:
-    before = process_of(call(service, "GET", "/v1/status"), name)
+    before = process_of(call(service, "GET", STATE), name)
     ask(service, f"/v1/processes/{name}/{verb}" + ("?drain=1" if drained else ""))
     reached: dict[str, Callable[[Status], bool]] = {
         "restart": lambda now: now["state"] == "ready" and now["epoch"] != before["epoch"],
@@ -93,7 +93,7 @@ def watch(service: str, name: str, reached: Callable[[Status], bool], wait_s: fl
     """Show what becomes of a process until `reached`. Raises ServiceFailed."""
     deadline, shown = time.monotonic() + wait_s, ""
     while True:
-        now = process_of(call(service, "GET", "/v1/status"), name)
+        now = process_of(call(service, "GET", STATE), name)
         if reached(now):
             return now
         said = f"{name}: {now['state']}" + (f" ({now['reason']})" if now["reason"] else "")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, Status, call, is_interactive
+from pdctl.commands.common import STATE, FileOption, Status, call, is_interactive
 from pdctl.commands.plan import load_plan
 from pdctl.errors import AlreadyRunning, NotRunning, PdctlError, ServiceFailed
 
@@ -116,7 +116,7 @@ def _await_ready(planned: Plan, child: subprocess.Popen[bytes], deadline: float)
         if code is not None:
             raise _not_started(planned, code)
         try:
-            status = call(planned.service, "GET", "/v1/status")
+            status = call(planned.service, "GET", STATE)
         except NotRunning:
             time.sleep(_POLL_S)
             continue

@@ -485,6 +485,20 @@ def test_a_kill_in_the_middle_of_an_apply_is_told_as_it_was(tmp_path: Path) -> N
         assert found.ready("b")["pid"] == b["pid"]
 
 
+def test_systemd_is_told_of_what_was_taken_over_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fleet(tmp_path, shell("a", SLEEP), on_supervisor_death="survive") as found:
+        found.ready("a")
+        written_down(found, 1)
+        killed(found)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+            listener.bind(str(tmp_path / "notify"))
+            listener.settimeout(30)
+            monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+            found.start()
+            assert listener.recv(4096).startswith(b"READY=1")
+        monkeypatch.delenv("NOTIFY_SOCKET")
+
+
 def test_a_start_that_fails_leaves_the_survivors_to_the_next(tmp_path: Path) -> None:
     with fleet(tmp_path, shell("a", SLEEP), on_supervisor_death="survive") as found:
         a = found.ready("a")
