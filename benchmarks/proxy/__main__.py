@@ -29,7 +29,7 @@ CASES = {
     "burst c1": (1, 200, True, 0),
     "burst c64": (64, 2000, True, 0),
     "burst c512": (512, 2000, True, 0),
-    "paced c64": (64, 256, True, 4),
+    "paced c64": (64, 1024, True, 4),
 }
 
 

@@ -23,12 +23,14 @@ from pdctl.proxy.timing import Timing
 _END = b"\n\n"
 _GOES_ON = b'"finish_reason":null'
 _IDS = b'"token_ids":['
-_PROMPT_IDS = b'"prompt_token_ids"'
+_COMMA_IDS = b"," + _IDS
+_NEWLINE = 0x0A
+_NO_PROMPT_IDS = b',"prompt_token_ids":null'
 _PROMPT_LIST = b'"prompt_token_ids":['
 _IDS_OF = re.compile(rb'"token_ids":\[([\d,]*)\]')
 _HIDDEN = re.compile(rb',"(?:prompt_)?token_ids":(?:null|\[[\d,]*\])')
-# Reads kept before their token ids are decoded.
-_KEPT = 16
+# Reads whose token ids are kept as text before they are decoded.
+_KEPT = 32
 # Events at the end of a read that may be anything but ordinary: the last token, the counts, [DONE].
 _TAIL = 3
 # One event at most, bytes: an engine that sends more without an end is not speaking our protocol.
@@ -46,7 +48,9 @@ class EventReader:
         self._turn = turn
         self._sink = sink
         self._timing = timing
-        self._raw: list[bytes] = []
+        # Of events that were passed on: token ids as they stood there, and the latest of them.
+        self._ids: list[bytes] = []
+        self._latest = self._tail = b""
         self._rest = b""
         self._passes = sink.passes and engine.dialect.client_ready(turn)
         self._hides = sink.hides_token_ids
@@ -87,40 +91,67 @@ class EventReader:
 
         The path of nearly every token: a few microseconds, so in one piece.
         """
-        count = data.count(_END)
-        if data.count(_GOES_ON) != count or data.count(_IDS) != count or self._rest or not data.endswith(_END):
+        # Of what bytes can do, these calls cost least: they look from the end, or for one byte.
+        head, found, rest = data.rpartition(_COMMA_IDS)
+        ids, _, tail = rest.partition(b"]")
+        if not found or _NEWLINE in head or head.rfind(_GOES_ON) < 0 or (tail != self._tail and not self._ends(tail)):
+            return self._take_several(data)
+        if not self._last_at or self._rest:
             return 0.0
+        shown = data
+        if self._hides:
+            shown = head + tail
+            if shown.rfind(_NO_PROMPT_IDS) >= 0:
+                shown = shown.replace(_NO_PROMPT_IDS, b"")
         now = time.monotonic()
-        if not self._last_at or not self._part_now(self._visible(data, count) if self._hides else data):
+        if not self._part_now(shown):
             return 0.0
         # Nothing can come between sending and keeping: there is no await here.
-        self._raw.append(data)
+        self._ids.append(ids)
+        self._latest = data
         gap = now - self._last_at
-        self._gaps.counts[bisect_left(self._gaps.bounds, gap / count)] += count
+        self._gaps.counts[bisect_left(self._gaps.bounds, gap)] += 1
         self._gaps.total += gap
         self._last_at = self._engine.heard_at = now
-        self.tokens += count
-        if len(self._raw) >= _KEPT:
+        self.tokens += 1
+        if len(self._ids) >= _KEPT:
             self.settle()
         return now
 
-    def _visible(self, data: bytes, count: int) -> bytes:
-        """Events without token ids."""
-        if count == 1 and _PROMPT_IDS not in data:
-            start = data.find(_IDS) - 1
-            return data[:start] + data[data.find(b"]", start) + 1 :]
-        return _HIDDEN.sub(b"", data)
+    def _ends(self, tail: bytes) -> bool:
+        """Whether `tail` is the end of one event, with nothing behind it: the same for all of a stream's, nearly."""
+        if tail.find(_END) != len(tail) - 2:
+            return False
+        self._tail = tail
+        return True
+
+    def _take_several(self, data: bytes) -> float:
+        """As `_take`, for a read of more than one event, or of less."""
+        count = data.count(_END)
+        if not self._last_at or self._rest or not data.endswith(_END) or self._ordinary(data, len(data)) < len(data):
+            return 0.0
+        if not self._part_now(_HIDDEN.sub(b"", data) if self._hides else data):
+            return 0.0
+        self._keep(data)
+        self._arrived(count)
+        return self._last_at
+
+    def _keep(self, data: bytes) -> None:
+        """The token ids of ordinary events, for later."""
+        self._ids += _IDS_OF.findall(data)
+        self._latest = data
+        if len(self._ids) >= _KEPT:
+            self.settle()
 
     def settle(self) -> None:
         """Decode the token ids of what was passed on."""
-        if self._raw:
-            kept, self._raw = b"".join(self._raw), []
+        if self._ids:
+            kept, self._ids = b",".join(filter(None, self._ids)), []
             if self.tokens > 1:
                 self._engine.paced((self._last_at - self._first_at) / (self.tokens - 1))
-            for ids in _IDS_OF.findall(kept):
-                if ids:
-                    self._turn.emitted.extend(map(int, ids.split(b",")))
-            last = kept[kept.rfind(_END, 0, -2) + 2 :]
+            if kept:
+                self._turn.emitted.extend(map(int, kept.split(b",")))
+            last = self._latest[self._latest.rfind(_END, 0, -2) + 2 :]
             self._turn.is_held_back = b'"text":""' in last or b'"content":""' in last
 
     def _incomplete(self, data: bytes) -> bytes:
@@ -143,10 +174,8 @@ class EventReader:
         """Ordinary events as the client gets them, their tokens in the books."""
         self._arrived(count)
         # Kept before it is sent: a token that may have reached the client is never sent again.
-        self._raw.append(data)
-        if len(self._raw) >= _KEPT:
-            self.settle()
-        return self._visible(data, count) if self._hides else data
+        self._keep(data)
+        return _HIDDEN.sub(b"", data) if self._hides else data
 
     async def _event(self, event: bytes) -> None:
         payload = event.removeprefix(b"data:").strip()
