@@ -1,9 +1,10 @@
 """Ten times the sustainable rate for a minute: what is served in time, what is refused, how soon all is well again.
 
-    python -m benchmarks.overload [--seconds 60]
+    python -m benchmarks.overload [--seconds 60] [--tokens 32] [--model tiny-qwen3] [--ttft-ms 500] [--tpot-ms 40]
 
-Real engines (tiny-qwen3, 1 prefill + 1 decode), `admission = "slo"`. Capacity is measured first: the highest goodput
-(answers within both targets) over a ladder of rates. Then ten times that rate, then that rate again.
+Real engines (1 prefill + 1 decode), `admission = "slo"`. Capacity is measured first: the highest goodput (answers
+within both targets) over a ladder of rates. Then ten times that rate, then that rate again. Clients and proxy share
+the two cores with the engines: the CPU that each took while overloaded is printed, so that one sees whose it was.
 """
 
 from __future__ import annotations
@@ -26,7 +27,22 @@ import uvloop
 from pdctl.lean_http import Pool
 from tests.service import Run, Service, running, topology
 
-TTFT_MS, TPOT_MS, TOKENS = 500, 40, 32
+# Parts of what the first figure of a service's speed promises, tried one after the other.
+LADDER = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One kind of request and its targets, seconds."""
+
+    tokens: int
+    ttft_s: float
+    tpot_s: float
+
+    def body(self) -> bytes:
+        prompt = "the quick brown fox " * 10
+        fields = {"prompt": prompt, "max_tokens": self.tokens, "stream": True, "ignore_eos": True}
+        return json.dumps(fields).encode()
 
 
 @dataclass
@@ -38,14 +54,9 @@ class Outcome:
     refusals: list[float] = field(default_factory=list)
 
 
-BODY = json.dumps(
-    {"prompt": "the quick brown fox " * 10, "max_tokens": TOKENS, "stream": True, "ignore_eos": True}
-).encode()
-
-
-async def one(client: Pool, outcome: Outcome) -> None:
+async def one(client: Pool, load: Load, body: bytes, outcome: Outcome) -> None:
     started, first, last = time.monotonic(), 0.0, 0.0
-    exchange = client.exchange("POST", "/v1/completions", b"content-type: application/json\r\n", BODY)
+    exchange = client.exchange("POST", "/v1/completions", b"content-type: application/json\r\n", body)
     try:
         status = await exchange.head()
         outcome.statuses[status] += 1
@@ -60,19 +71,19 @@ async def one(client: Pool, outcome: Outcome) -> None:
                 first = first or last
     finally:
         exchange.close()
-    if first - started <= TTFT_MS / 1000 and (last - first) / (TOKENS - 1) <= TPOT_MS / 1000:
+    if first - started <= load.ttft_s and (last - first) / (load.tokens - 1) <= load.tpot_s:
         outcome.good.append(last)
 
 
-async def phase(client: Pool, rate: float, seconds: float) -> Outcome:
+async def phase(client: Pool, load: Load, rate: float, seconds: float) -> Outcome:
     """Poisson arrivals at `rate` a second."""
-    outcome = Outcome()
+    outcome, body = Outcome(), load.body()
     end = time.monotonic() + seconds
     async with asyncio.TaskGroup() as tasks:
         at = time.monotonic()
         while at < end:
             await asyncio.sleep(max(0.0, at - time.monotonic()))
-            tasks.create_task(one(client, outcome))
+            tasks.create_task(one(client, load, body, outcome))
             at += random.expovariate(rate)
     return outcome
 
@@ -81,43 +92,78 @@ def proxy_rss(service: Service) -> float:
     return psutil.Process(service.process("proxy")["pid"]).memory_info().rss / 2**20
 
 
-async def measure(service: Service, seconds: float) -> int:
+async def saturated(client: Pool, load: Load) -> float:
+    """Requests a second with 32 clients that wait for each answer."""
+    outcome, body, end = Outcome(), load.body(), time.monotonic() + 8
+
+    async def again() -> None:
+        while time.monotonic() < end:
+            await one(client, load, body, outcome)
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(32):
+            tasks.create_task(again())
+    return outcome.statuses[200] / 8
+
+
+async def measure(service: Service, load: Load, seconds: float) -> int:
     client = Pool("127.0.0.1", int(service.url.rpartition(":")[2]), connect_s=10)
     try:
-        await phase(client, 5, 5)
+        fastest = await saturated(client, load)
         ladder = {}
-        for rate in (10, 20, 40, 60, 80, 100, 120):
-            ladder[rate] = len((await phase(client, rate, 10)).good) / 10
-            print(f"  {rate:4d} requests/s: goodput {ladder[rate]:.1f}/s")
+        for part in LADDER:
+            rate = part * fastest
+            ladder[rate] = len((await phase(client, load, rate, 10)).good) / 10
+            print(f"  {rate:6.1f} requests/s: goodput {ladder[rate]:.1f}/s")
         capacity = max(ladder.values())
         base = next(rate for rate, goodput in ladder.items() if goodput == capacity)
-        rss = [proxy_rss(service)]
-        over = await phase(client, 10 * base, seconds)
-        rss.append(proxy_rss(service))
+        rss, cpu = proxy_rss(service), cpu_s(service)
+        over = await phase(client, load, 10 * base, seconds)
+        took = {name: (after - cpu[name]) / seconds for name, after in cpu_s(service).items()}
         ended = time.monotonic()
-        after = await phase(client, base * 0.8, 10)
+        after = await phase(client, load, base * 0.8, 10)
         goodput = len(over.good) / seconds
         recovered = sum(1 for at in after.good if at - ended > 5) / 5
-        print(f"at {10 * base}/s for {seconds:.0f} s: {dict(over.statuses)}; goodput {goodput:.1f}/s, "
+        print(f"at {10 * base:.0f}/s for {seconds:.0f} s: {dict(over.statuses)}; goodput {goodput:.1f}/s, "
               f"{goodput / capacity:.0%} of capacity ({capacity:.1f}/s)")  # fmt: skip
+        print("  CPU, of a core: " + ", ".join(f"{name} {part:.0%}" for name, part in took.items()))
         if over.refusals:
             print(f"  429 after {statistics.median(over.refusals) * 1000:.1f} ms median, "
                   f"{max(over.refusals) * 1000:.0f} ms worst")  # fmt: skip
-        print(f"  proxy RSS {rss[0]:.0f} MB before, {rss[1]:.0f} MB after; 5 to 10 s later, at {base * 0.8:.0f}/s: "
-              f"goodput {recovered:.1f}/s, {dict(after.statuses)}")  # fmt: skip
+        print(f"  proxy RSS {rss:.0f} MB before, {proxy_rss(service):.0f} MB after; 5 to 10 s later, at "
+              f"{base * 0.8:.0f}/s: goodput {recovered:.1f}/s, {dict(after.statuses)}")  # fmt: skip
         return 0 if goodput >= 0.9 * capacity else 1
     finally:
         client.close()
 
 
+def cpu_s(service: Service) -> dict[str, float]:
+    """CPU seconds so far of each process of the service, with what is below it, and of the clients."""
+    found = {}
+    leaders = {name: psutil.Process(service.process(name)["pid"]) for name in ("prefill-0", "decode-0", "proxy")}
+    for name, leader in leaders.items():
+        times = [process.cpu_times() for process in (leader, *leader.children(recursive=True))]
+        found[name] = sum(each.user + each.system for each in times)
+    own = psutil.Process().cpu_times()
+    return {**found, "clients": own.user + own.system}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--model", default="tiny-qwen3")
+    parser.add_argument("--ttft-ms", type=int, default=500)
+    parser.add_argument("--tpot-ms", type=int, default=40)
     found = parser.parse_args()
     random.seed(3)
-    text = topology(extra=f'admission = "slo"\n[slo]\nttft_ms = {TTFT_MS}\ntpot_ms = {TPOT_MS}')
+    load = Load(found.tokens, found.ttft_ms / 1000, found.tpot_ms / 1000)
+    text = topology(
+        model=f"sample:{found.model}",
+        extra=f'admission = "slo"\n[slo]\nttft_ms = {found.ttft_ms}\ntpot_ms = {found.tpot_ms}',
+    )
     with tempfile.TemporaryDirectory(prefix="po") as folder, running(Run(Path(folder), poison=False), text) as service:
-        return uvloop.run(measure(service, found.seconds))
+        return uvloop.run(measure(service, load, found.seconds))
 
 
 if __name__ == "__main__":
