@@ -1,4 +1,4 @@
-"""Our proxy against vllm-router and sglang-router: the same mock workers, the same core, in alternation.
+"""Our proxy against vllm-router, sglang-router and LMDeploy's: the same mock workers, the same core, in alternation.
 
     python -m benchmarks.proxy [--rounds 3] [--only pdctl,vllm-router] [--cases ...]
 

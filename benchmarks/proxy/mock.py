@@ -1,4 +1,6 @@
-"""A mock vLLM worker, as fast as this machine allows: prefill answers with kv_transfer_params, decode streams.
+"""A mock worker, as fast as this machine allows: prefill answers with kv_transfer_params, decode streams.
+
+It speaks vLLM's dialect, and as much of LMDeploy's DistServe as that one's proxy asks for.
 
     python -m benchmarks.proxy.mock --port P [--chunks 64]
 
@@ -19,6 +21,15 @@ KV = {
     "remote_engine_id": "mock", "remote_request_id": "r", "remote_host": "127.0.0.1", "remote_port": 5600, "tp_size": 1,
 }  # fmt: skip
 
+# DistServe: what LMDeploy's engines say of themselves, and to whom they connect.
+ENGINE_INFO = {"tp_size": 1, "ep_size": 1, "dp_size": 1, "pp_size": None, "dp_rank": 0, "block_size": 64,
+               "num_cpu_blocks": 0, "num_gpu_blocks": 1024}  # fmt: skip
+LINK = {
+    "status": 1,
+    "engine_endpoint_info": {"zmq_address": "tcp://127.0.0.1:5601"},
+    "kvtransfer_endpoint_info": [{"protocol": 2, "endpoint_info": "{}", "cache_pools": None}],
+}
+
 
 def compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
@@ -34,6 +45,8 @@ class Answers:
         outer = {"id": "cmpl-m", "object": "text_completion", "created": 1, "model": "mock"}
         whole = {"index": 0, "text": " tok" * chunks, "logprobs": None, "finish_reason": "length", "stop_reason": None}
         self.held = self._whole({**outer, "choices": [whole], "usage": usage, "kv_transfer_params": KV})
+        cached = {"cache_block_ids": [0, 1], "remote_token_ids": [1000]}
+        self.cached = self._whole({**outer, "id": "-1", "choices": [whole], "usage": usage, **cached})
         self.whole = self._whole({**outer, "choices": [whole], "usage": usage})
         self.head = (
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -98,6 +111,11 @@ class Worker(asyncio.Protocol):
         elif self.url.startswith(b"/mock/pace"):
             self.answers.pace_s = json.loads(self.body)["ms"] / 1000
             self.transport.write(self.answers._whole({"ok": True}))
+        elif self.url.startswith(b"/distserve/engine_info"):
+            # A string that holds JSON: so do theirs.
+            self.transport.write(self.answers._whole(json.dumps(ENGINE_INFO)))
+        elif self.url.startswith(b"/distserve/"):
+            self.transport.write(self.answers._whole(LINK))
         else:
             stats = self.answers.stats if self.url.startswith(b"/mock/stats") else {"data": [{"id": "mock"}]}
             self.transport.write(self.answers._whole({**stats, "object": "list", "dp_size": 1, "model_path": "mock"}))
@@ -107,7 +125,9 @@ class Worker(asyncio.Protocol):
         answers.stats["requests"] += 1
         if b'"do_remote_decode":true' in self.body:
             self.transport.write(answers.held)
-        elif b'"stream":true' not in self.body:
+        elif b'"with_cache":true' in self.body.replace(b" ", b""):
+            self.transport.write(answers.cached)
+        elif b'"stream":true' not in self.body and b'"stream": true' not in self.body:
             # sglang-router's prefill gets a stream as well, and throws its answer away.
             self.transport.write(answers.held if b'"max_tokens":1,' in self.body else answers.whole)
         else:

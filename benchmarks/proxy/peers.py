@@ -57,11 +57,14 @@ def pinned(cpu: int, *argv: object) -> list[str]:
 
 
 @contextmanager
-def process(name: str, argv: list[str], port: int, folder: Path) -> Iterator[Proxy]:
-    """Started, answering on its port, and ended afterwards."""
+def process(
+    name: str, argv: list[str], port: int, folder: Path, ready: Callable[[], None] = lambda: None
+) -> Iterator[Proxy]:
+    """Started, answering on its port, and ended afterwards. `ready`: what it wants before it answers."""
     log = (folder / f"{name}.log").open("w")
     child = subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
+        ready()
         await_port(port, child)
         yield Proxy(name, port, child.pid)
     finally:
@@ -113,6 +116,43 @@ def sglang_router(cpu: int, folder: Path) -> Iterator[Proxy]:
         yield found
 
 
+# What its proxy imports: the package's own list asks for gigabytes of CUDA.
+_LMDEPLOY = (
+    "torch==2.13.0", "fastapi", "uvicorn", "aiohttp", "requests", "numpy", "pydantic", "pyzmq", "mmengine-lite", "fire",
+    "shortuuid", "pillow", "pybase64", "openai", "openai_harmony", "partial_json_parser", "transformers>=4.56,<5",
+    "einops", "safetensors", "sentencepiece", "tiktoken", "prometheus_client", "xgrammar", "cloudpickle", "psutil",
+)  # fmt: skip
+
+
+@contextmanager
+def lmdeploy(cpu: int, folder: Path) -> Iterator[Proxy]:
+    bin_ = installed(folder / "lmdeploy", *_LMDEPLOY)
+    subprocess.run([bin_ / "pip", "install", "-q", "--no-deps", "lmdeploy==0.18.0"], check=True)
+    port = free_port()
+    argv = pinned(
+        cpu, bin_ / "lmdeploy", "serve", "proxy", "--server-name", "127.0.0.1", "--server-port", port,
+        "--serving-strategy", "DistServe", "--routing-strategy", "min_expected_latency", "--disable-cache-status",
+    )  # fmt: skip
+    with process("lmdeploy", argv, port, folder, ready=lambda: _lmdeploy_knows_its_engines(port)) as found:
+        yield found
+
+
+def _lmdeploy_knows_its_engines(port: int) -> None:
+    """Told again until it listens."""
+    deadline = time.monotonic() + 60
+    roles = {PREFILL: 2, DECODE: 3}
+    while roles:
+        engine, role = next(iter(roles.items()))
+        body = {"url": f"http://127.0.0.1:{engine}", "status": {"role": role, "models": ["mock"]}}
+        try:
+            httpx.post(f"http://127.0.0.1:{port}/nodes/add", json=body, timeout=5, trust_env=False).raise_for_status()
+            del roles[engine]
+        except httpx.TransportError:
+            if time.monotonic() > deadline:
+                raise SystemExit("LMDeploy's proxy does not listen; see its log") from None
+            time.sleep(0.2)
+
+
 @contextmanager
 def pdctl(cpu: int, folder: Path) -> Iterator[Proxy]:
     """With everything on: metrics, failover, admission, access log, API keys."""
@@ -155,4 +195,5 @@ PEERS: dict[str, Callable[[int, Path], object]] = {
     "pdctl": pdctl,
     "vllm-router": vllm_router,
     "sglang-router": sglang_router,
+    "lmdeploy": lmdeploy,
 }
