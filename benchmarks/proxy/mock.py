@@ -46,7 +46,8 @@ class Answers:
         whole = {"index": 0, "text": " tok" * chunks, "logprobs": None, "finish_reason": "length", "stop_reason": None}
         self.held = self._whole({**outer, "choices": [whole], "usage": usage, "kv_transfer_params": KV})
         cached = {"cache_block_ids": [0, 1], "remote_token_ids": [1000]}
-        self.cached = self._whole({**outer, "id": "-1", "choices": [whole], "usage": usage, **cached})
+        self._cached = self._whole({**outer, "id": "session0", "choices": [whole], "usage": usage, **cached})
+        self._sessions = 0
         self.whole = self._whole({**outer, "choices": [whole], "usage": usage})
         self.head = (
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -60,6 +61,11 @@ class Answers:
         counts = b"data: " + compact({**outer, "choices": [], "usage": usage}) + b"\n\n"
         self.tail = self._chunk(counts) + self._chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
         self.burst = self.head + b"".join(self.chunks) + self.tail
+
+    def cached(self) -> bytes:
+        """LMDeploy's prefill answer; its proxy fails where two of them have one id."""
+        self._sessions += 1
+        return self._cached.replace(b"session0", b"%08d" % self._sessions)
 
     @staticmethod
     def _whole(value: object) -> bytes:
@@ -126,7 +132,7 @@ class Worker(asyncio.Protocol):
         if b'"do_remote_decode":true' in self.body:
             self.transport.write(answers.held)
         elif b'"with_cache":true' in self.body.replace(b" ", b""):
-            self.transport.write(answers.cached)
+            self.transport.write(answers.cached())
         elif b'"stream":true' not in self.body and b'"stream": true' not in self.body:
             # sglang-router's prefill gets a stream as well, and throws its answer away.
             self.transport.write(answers.held if b'"max_tokens":1,' in self.body else answers.whole)

@@ -154,29 +154,27 @@ def _lmdeploy_knows_its_engines(port: int) -> None:
 
 
 @contextmanager
-def pdctl(cpu: int, folder: Path) -> Iterator[Proxy]:
-    """With everything on: metrics, failover, admission, access log, API keys."""
+def pdctl(
+    cpu: int, folder: Path, decodes: tuple[int, ...] = (DECODE,), more: str = "", cpus: tuple[int, ...] = ()
+) -> Iterator[Proxy]:
+    """With everything on: metrics, failover, admission. `more`: keys of [proxy]; `cpus`: instead of one."""
     port = free_port()
     folder = folder / f"pdctl-{port}"
     folder.mkdir(parents=True, exist_ok=True)
+    roles = {PREFILL: "prefill"} | dict.fromkeys(decodes, "decode")
+    engines = "".join(
+        f'[[engines]]\nname = "e{at}"\nrole = "{role}"\nkind = "vllm"\nurl = "http://127.0.0.1:{at}"\n'
+        for at, role in roles.items()
+    )
     text = f"""
 [service]
 name = "bench"
 model = "mock"
 [proxy]
 port = {port}
-cpus = [{cpu}]
-[[engines]]
-name = "p"
-role = "prefill"
-kind = "vllm"
-url = "http://127.0.0.1:{PREFILL}"
-[[engines]]
-name = "d"
-role = "decode"
-kind = "vllm"
-url = "http://127.0.0.1:{DECODE}"
-"""
+cpus = {list(cpus or (cpu,))}
+{more}
+{engines}"""
     (folder / "pdctl.toml").write_text(text)
     env = {**os.environ, "PDCTL_RUN": str(folder / "r"), "PDCTL_STATE": str(folder / "s")}
     cli = [sys.executable, "-m", "pdctl"]
@@ -184,7 +182,7 @@ url = "http://127.0.0.1:{DECODE}"
     try:
         shown = subprocess.run([*cli, "status", "--json"], cwd=folder, env=env, check=True, capture_output=True)
         status = json.loads(shown.stdout)
-        pid = next(process["pid"] for process in status["processes"] if process["name"] == "proxy")
+        pid = next(process["pid"] for process in status["processes"] if process["name"].startswith("proxy"))
         await_port(port)
         yield Proxy("pdctl", port, pid)
     finally:
