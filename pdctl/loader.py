@@ -22,7 +22,7 @@ from pdctl.host.models import UnknownModel, locate_model
 from pdctl.schema import ATTACHED, ENGINE, TABLES, Key
 from pdctl.toml_lines import Path as KeyPath
 from pdctl.toml_lines import key_lines
-from pdctl.topology import Device, EngineGroup, Proxy, Role, Service, Slo, Supervision, Topology, Transfer
+from pdctl.topology import Device, EngineGroup, Expect, Proxy, Role, Service, Slo, Supervision, Topology, Transfer
 
 # A parsed TOML table: the one place where values have not been checked yet.
 Table = dict[str, Any]
@@ -154,6 +154,7 @@ def _build(data: Table, source: str | None) -> Topology:
     transfer = _filled(data.get("transfer", {}), TABLES["transfer"])
     supervision = _filled(data.get("supervisor", {}), TABLES["supervisor"])
     served = service["served_model_name"] or _last_part(service["model"])
+    expect = _filled(data.get("expect", {}), TABLES["expect"])
     return Topology(
         service=Service(service["name"], service["model"], served, service["max_model_len"]),
         proxy=_proxy(proxy, source),
@@ -162,6 +163,7 @@ def _build(data: Table, source: str | None) -> Topology:
         engines=tuple(_group(entry, source) for entry in data["engines"]),
         supervision=_supervision(supervision),
         source=source,
+        expect=Expect(float(expect["rate_gbps"]), expect["link_layer"], expect["mtu"], expect["gid_index"]),
     )
 
 

@@ -15,6 +15,7 @@ ROUTINGS = (
 ADMISSIONS = ("queue", "slo")
 TRANSFER_BACKENDS = ("auto", "shm", "mooncake", "nixl")
 STOP_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+LINK_LAYERS = ("any", "infiniband", "ethernet")
 ON_DEATH = ("terminate", "survive")
 TRANSFER_PROTOCOLS = ("auto", "tcp", "rdma")
 
@@ -161,6 +162,12 @@ TABLES: dict[str, dict[str, Key]] = {
         "read_s": Key(number(0, 3600), 5.0),
         "leased_max": Key(number(0, 1), 0.75),
         "chunked": Key(boolean(), True),
+    },
+    "expect": {
+        "rate_gbps": Key(number(-1, 10_000), 0.0),
+        "link_layer": Key(choice(*LINK_LAYERS), "any"),
+        "mtu": Key(integer(0, 4096), 0),
+        "gid_index": Key(integer(-1, 65535), -1),
     },
     "supervisor": {
         "grace_s": Key(number(0, 3600), 30.0),

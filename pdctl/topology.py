@@ -82,6 +82,16 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """What RDMA ports should be; `pdctl doctor` compares. 0, "any" and -1: nothing in particular."""
+
+    rate_gbps: float = 0.0
+    link_layer: str = "any"
+    mtu: int = 0
+    gid_index: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class EngineGroup:
     """`replicas` engines alike. `gpus` are indices as the driver counts them; empty means choose.
 
@@ -156,3 +166,4 @@ class Topology:
     supervision: Supervision
     source: str | None
     text: str = ""
+    expect: Expect = Expect()

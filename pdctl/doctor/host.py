@@ -1,11 +1,11 @@
-"""Checks of the machine: limits, memory, shared memory, clock. `proc_root` and `dev_root` can be planted."""
+"""Checks of the machine: limits, memory, shared memory, clock, containers. `proc_root` can be planted."""
 
 from __future__ import annotations
 
 import os
 import resource
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
@@ -15,18 +15,25 @@ from pdctl.host.memory import read_memory
 _GOOD_FILES, _LEAST_FILES = 65536, 4096
 # Docker gives 64 MiB; this is what NCCL and torch workers of one model come by with.
 _LEAST_SHM = 1 << 30
+# Mooncake's guide, for pools of hundreds of gigabytes.
+_GOOD_MAPS = 16_777_216
 _STA_UNSYNC = 0x0040  # linux/timex.h
 _CAP_IPC_LOCK = 14  # linux/capability.h
 
 
 @dataclass(frozen=True, slots=True)
 class HostScene:
-    """`pinned_bytes`: memory that RDMA would pin; 0 where no RDMA is used."""
+    """`pinned_bytes`: memory that RDMA would pin; 0 where no RDMA is used. `shared_bytes`: KV pools on the CPU;
+    `weight_bytes`: what engines on the CPU load besides."""
 
     proc_root: Path = Path("/proc")
+    sysfs_root: Path = Path("/sys")
+    root: Path = Path("/")
+    env: dict[str, str] = field(default_factory=dict)
     shm: Path = Path("/dev/shm")  # noqa: S108 - it is what engines share
     pinned_bytes: int = 0
     shared_bytes: int = 0
+    weight_bytes: int = 0
 
 
 def check(scene: HostScene) -> list[Finding]:
@@ -97,16 +104,17 @@ def shared_memory(scene: HostScene) -> Iterator[Finding]:
 
 
 def memory(scene: HostScene) -> Iterator[Finding]:
-    """What the KV pools of a topology need beside what is free."""
+    """What a topology's KV pools and weights need beside what is free."""
     total, available = read_memory(scene.proc_root)
     shown = f"{available / 2**30:.1f} GiB of {total / 2**30:.1f} GiB free"
-    if scene.shared_bytes > available:
+    wanted = scene.shared_bytes + scene.weight_bytes
+    if wanted > available:
         yield Finding(
             "memory.free",
             Severity.WARNING,
             "host",
             shown,
-            f"{scene.shared_bytes / 2**30:.1f} GiB for the KV pools",
+            f"{wanted / 2**30:.1f} GiB for KV pools and weights",
             "/proc/meminfo",
             "engines will be killed for their memory",
             "lower kv_cache_gb or replicas, or end other programs",
@@ -133,6 +141,73 @@ def clock(_: HostScene) -> Iterator[Finding]:
         )
     else:
         yield Finding("clock.sync", Severity.OK, "host", "the clock is synchronised")
+
+
+def hugepages(scene: HostScene) -> Iterator[Finding]:
+    """Only where Mooncake's store was told to use them."""
+    if scene.env.get("MC_STORE_USE_HUGEPAGE", "0") in ("", "0"):
+        return
+    free = _meminfo(scene.proc_root, "HugePages_Free")
+    if free == 0:
+        yield Finding(
+            "host.hugepages", Severity.CRITICAL, "host", "MC_STORE_USE_HUGEPAGE is set, and no huge page is free",
+            "free huge pages", "/proc/meminfo", "allocating the store's memory fails",
+            "sysctl vm.nr_hugepages=N, or: unset MC_STORE_USE_HUGEPAGE",
+        )  # fmt: skip
+
+
+def map_count(scene: HostScene) -> Iterator[Finding]:
+    """Pools registered block by block need many mappings (Mooncake troubleshooting guide)."""
+    count = _number(scene.proc_root / "sys/vm/max_map_count")
+    if scene.pinned_bytes and count is not None and count < _GOOD_MAPS:
+        yield Finding(
+            "host.map_count", Severity.INFO, "host", f"vm.max_map_count = {count}", f"{_GOOD_MAPS} for large pools",
+            "/proc/sys/vm/max_map_count", "registering much memory may fail", f"sysctl vm.max_map_count={_GOOD_MAPS}",
+            "Mooncake troubleshooting guide",
+        )  # fmt: skip
+
+
+def numa_balancing(scene: HostScene) -> Iterator[Finding]:
+    """The kernel moves pages between nodes that pdctl has pinned processes to."""
+    nodes = list((scene.sysfs_root / "devices/system/node").glob("node[0-9]*"))
+    if len(nodes) > 1 and _number(scene.proc_root / "sys/kernel/numa_balancing"):
+        yield Finding(
+            "host.numa_balancing", Severity.INFO, "host", f"automatic NUMA balancing over {len(nodes)} nodes", "off",
+            "/proc/sys/kernel/numa_balancing", "page faults in engines whose CPUs are chosen already",
+            "sysctl kernel.numa_balancing=0",
+        )  # fmt: skip
+
+
+def container(scene: HostScene) -> Iterator[Finding]:
+    """In a container much is decided outside."""
+    marks = [name for name in (".dockerenv", "run/.containerenv") if (scene.root / name).exists()]
+    if not marks:
+        return
+    lacks = [] if _has_ipc_lock(scene.proc_root) or not scene.pinned_bytes else ["--cap-add=IPC_LOCK"]
+    if scene.pinned_bytes and not (scene.root / "dev/infiniband").is_dir():
+        lacks.append("--device=/dev/infiniband")
+    if lacks:
+        yield Finding(
+            "host.container", Severity.CRITICAL, "host", "a container without what RDMA needs", " ".join(lacks),
+            f"/{marks[0]}, CapEff", "devices cannot be opened, or memory not registered",
+            f"docker run {' '.join(lacks)} --ulimit memlock=-1",
+        )  # fmt: skip
+    else:
+        yield Finding("host.container", Severity.OK, "host", "a container")
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _meminfo(proc_root: Path, name: str) -> int:
+    for line in (proc_root / "meminfo").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    return 0
 
 
 def _clock_status() -> int | None:
@@ -162,4 +237,6 @@ def _has_ipc_lock(proc_root: Path) -> bool:
     return bool(int(effective, 16) >> _CAP_IPC_LOCK & 1)
 
 
-CHECKS: tuple[Callable[[HostScene], Iterator[Finding]], ...] = (files, memlock, shared_memory, memory, clock)
+CHECKS: tuple[Callable[[HostScene], Iterator[Finding]], ...] = (
+    files, memlock, shared_memory, memory, clock, hugepages, map_count, numa_balancing, container,
+)  # fmt: skip

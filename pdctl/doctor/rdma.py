@@ -14,6 +14,7 @@ from pathlib import Path
 from pdctl.doctor import Finding, Severity
 from pdctl.host.rdma import Device, Port, RdmaTree, Support, roce_mtu
 from pdctl.host.sysfs import Reader
+from pdctl.topology import Expect
 
 # Environment variables by which transfer libraries are told a GID index.
 _GID_INDEX = ("MC_GID_INDEX", "NCCL_IB_GID_INDEX", "UCX_IB_GID_INDEX", "NVSHMEM_IB_GID_INDEX")
@@ -24,10 +25,12 @@ _NARROW = {"symbol_error": 65535, "link_downed": 255, "link_error_recovery": 255
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a topology uses. `devices`: names, or none for all that there are; `is_required`: RDMA was asked for."""
+    """What a topology uses. `devices`: names, or none for all that there are; `is_required`: RDMA was asked for;
+    `expect`: what its ports should be."""
 
     devices: tuple[str, ...] = ()
     is_required: bool = False
+    expect: Expect = Expect()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,15 @@ def rates(scene: Scene) -> Iterator[Finding]:
             yield Finding("port.rate", Severity.UNKNOWN, port.subject, f"no rate: {port.raw['rate'].text!r}",
                           "such as 400 Gb/sec (4X NDR)", port.raw["rate"].path)  # fmt: skip
             continue
+        asked = scene.wanted.expect.rate_gbps
+        if 0 < asked and rate.gbps < asked:
+            yield Finding(
+                "port.rate", Severity.CRITICAL, port.subject, f"{rate.gbps:g} Gb/s",
+                f"{asked:g} Gb/s, by the topology", port.raw["rate"].path,
+                "cable, a forced speed, or a breakout of the switch port",
+                f"mlxlink -d {port.device}; or rate_gbps = {rate.gbps:g} under [expect]",
+            )  # fmt: skip
+            continue
         peers = sorted(gbps for other, gbps in known if other.link_layer == port.link_layer)
         usual = peers[len(peers) // 2]
         if rate.gbps < usual:
@@ -200,6 +212,18 @@ def counters(scene: Scene) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def link_layers(scene: Scene) -> Iterator[Finding]:
+    """Not the kind of network that the topology expects."""
+    asked = scene.wanted.expect.link_layer
+    for port in scene.ports() if asked != "any" else ():
+        if port.link_layer.lower() != asked:
+            yield Finding(
+                "port.link_layer", Severity.CRITICAL, port.subject, port.link_layer or "unknown", asked,
+                port.raw["link_layer"].path, "the card is set to the other one, or it is another card",
+                f"mlxconfig -d {port.device} set LINK_TYPE_P1={1 if asked == 'infiniband' else 2}, and a reboot",
+            )  # fmt: skip
+
+
 # -- RoCE --------------------------------------------------------------------------------------------------
 
 
@@ -218,10 +242,10 @@ def gids(scene: Scene) -> Iterator[Finding]:
 
 def gid_index(scene: Scene) -> Iterator[Finding]:
     """A configured index that points at nothing, or at a v1 slot."""
-    for name in _GID_INDEX:
-        given = scene.env.get(name, "")
-        if not given:
-            continue
+    given_by = {name: scene.env[name] for name in _GID_INDEX if scene.env.get(name)}
+    if scene.wanted.expect.gid_index >= 0:
+        given_by["[expect] gid_index"] = str(scene.wanted.expect.gid_index)
+    for name, given in given_by.items():
         for port in _roce(scene):
             found = next((gid for gid in port.gids if str(gid.index) == given), None)
             good = [str(gid.index) for gid in port.gids if "v2" in gid.kind and gid.ipv4]
@@ -231,7 +255,7 @@ def gid_index(scene: Scene) -> Iterator[Finding]:
                     "roce.gid_index", Severity.CRITICAL, port.subject, f"{name}={given} points at {seen}",
                     f"a RoCE v2 GID: {', '.join(good) or 'there is none'}", f"environment, {port.subject} gids/{given}",
                     "queue pairs are made with an address that is none",
-                    f"export {name}={good[0]}" if good else "ip addr add ADDRESS/PREFIX dev NETDEV",
+                    f"{'' if name.startswith('[') else 'export '}{name}={good[0]}" if good else "ip addr add ADDRESS/PREFIX dev NETDEV",
                 )  # fmt: skip
 
 
@@ -251,9 +275,11 @@ def mtu(scene: Scene) -> Iterator[Finding]:
                     "connections fail with `Failed to modify QP to RTR, check mtu`",
                     f"export MC_MTU={derived}, or: ip link set {netdev} mtu 9000",
                 )  # fmt: skip
-            elif derived < 4096:
+            elif derived < (scene.wanted.expect.mtu or 4096):
+                severity = Severity.CRITICAL if scene.wanted.expect.mtu else Severity.WARNING
                 yield Finding(
-                    "roce.mtu", Severity.WARNING, port.subject, f"RDMA MTU {derived} (from {netdev}'s {value})", "4096",
+                    "roce.mtu", severity, port.subject, f"RDMA MTU {derived} (from {netdev}'s {value})",
+                    str(scene.wanted.expect.mtu or 4096),
                     f"/sys/class/net/{netdev}/mtu", "small packets cost throughput",
                     f"ip link set {netdev} mtu 9000, and on the switch",
                 )  # fmt: skip
@@ -297,5 +323,5 @@ def pci_link(scene: Scene) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    present, vanished, char_devices, state, lids, rates, counters, gids, gid_index, mtu, firmware, pci_link,
+    present, vanished, char_devices, state, lids, rates, link_layers, counters, gids, gid_index, mtu, firmware, pci_link,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checks of what is installed: the engine's packages, transfer libraries, what they load; and of the environment."""
+"""Checks of what is installed in the engines' interpreter: packages, transfer libraries, and what these load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
 
@@ -18,40 +19,61 @@ _PACKAGES = {
     "nixl": ("KV over NIXL", "pip install 'pdctl[nixl]'"),
 }
 _NEEDED = ("torch", "tokenizers")
-_OFF = {
-    "MC_FORCE_TCP": "Mooncake uses TCP even where there is RDMA",
-    "NCCL_IB_DISABLE": "NCCL uses sockets even where there is RDMA",
-    "NCCL_P2P_DISABLE": "NCCL goes through host memory even where GPUs reach each other",
-}
-
-
 # Wheels of one library for several platforms.
 _ALSO = {"mooncake-transfer-engine": "mooncake-transfer-engine-non-cuda", "nixl": "nixl-cu12"}
 
 
+_OLDEST_TRANSFORMERS = (5, 20)
+_NVSHMEM_FILES = ("libnvshmem_host.so", "nvshmem_bootstrap_uid.so")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _version(name: str) -> str | None:
-    for known in filter(None, (name, _ALSO.get(name))):
-        try:
-            return importlib.metadata.version(known)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    return _installed(name) or (_installed(_ALSO[name]) if name in _ALSO else None)
+
+
+def _folder(name: str) -> Path | None:
+    """Where a namespace package such as nvidia.nvshmem lies."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+    places = list(found.submodule_search_locations or ()) if found else []
+    return Path(places[0]) if places else None
+
+
+def cuda_of_torch() -> tuple[int, int] | None:
+    """What CUDA the installed torch was built for, by the runtime that came with it; None for a CPU build."""
+    for name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12"):
+        words = (_version(name) or "").split(".")
+        if len(words) > 1 and words[0].isdecimal() and words[1].isdecimal():
+            return int(words[0]), int(words[1])
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeScene:
-    """`version`: of an installed package, or None; `library`: whether the loader finds one; both can be planted."""
+    """`version`: of an installed package, or None; `library`: whether the loader finds one; `folder`: where a package's
+    files lie; all can be planted. `cuda`: the topology has engines on GPUs."""
 
     env: dict[str, str]
     rdma: bool = False
-    hosts: tuple[str, ...] = ()
+    cuda: bool = False
     version: Callable[[str], str | None] = _version
     library: Callable[[str], bool] = lambda name: ctypes.util.find_library(name) is not None
+    folder: Callable[[str], Path | None] = _folder
+    exactly: Callable[[str], bool] = lambda name: _installed(name) is not None
 
 
 def check(scene: RuntimeScene) -> list[Finding]:
     """All checks."""
-    return [finding for one in (packages, verbs_library, switches, transports, proxies) for finding in one(scene)]
+    return [finding for one in CHECKS for finding in one(scene)]
 
 
 def packages(scene: RuntimeScene) -> Iterator[Finding]:
@@ -87,55 +109,70 @@ def verbs_library(scene: RuntimeScene) -> Iterator[Finding]:
         )
 
 
-def switches(scene: RuntimeScene) -> Iterator[Finding]:
-    """Left over from some debugging."""
-    for name, meaning in _OFF.items():
-        if scene.env.get(name, "0") not in ("", "0"):
-            severity = Severity.CRITICAL if scene.rdma and name == "MC_FORCE_TCP" else Severity.WARNING
-            yield Finding(
-                "env.switch",
-                severity,
-                name,
-                f"{name}={scene.env[name]}",
-                "not set",
-                "environment",
-                meaning,
-                f"unset {name}",
-            )
-
-
-def transports(scene: RuntimeScene) -> Iterator[Finding]:
-    """UCX_TLS without a transport that RDMA needs."""
-    given = scene.env.get("UCX_TLS", "")
-    words = [word.lstrip("^") for word in given.split(",") if word]
-    limits = bool(words) and not given.startswith("^") and "all" not in words
-    if limits and scene.rdma and not any(word.startswith(("rc", "dc", "ud", "ib")) for word in words):
+def combinations(scene: RuntimeScene) -> Iterator[Finding]:
+    """Versions that are known not to go together."""
+    torch, transformers = scene.version("torch") or "", scene.version("transformers")
+    if scene.cuda and "+cpu" in torch:
         yield Finding(
-            "env.ucx_tls",
-            Severity.CRITICAL,
-            "UCX_TLS",
-            f"UCX_TLS={given}",
-            "rc or ib among them",
-            "environment",
-            "NIXL cannot use RDMA",
-            "unset UCX_TLS, or add rc",
-        )
+            "runtime.versions", Severity.CRITICAL, "torch", f"{torch}, and the topology has device = \"cuda\"",
+            "a build with CUDA", "importlib.metadata", "engines will find no GPU", "pip install --force-reinstall torch",
+        )  # fmt: skip
+    if transformers and _numbers(transformers) < _OLDEST_TRANSFORMERS:
+        yield Finding(
+            "runtime.versions", Severity.CRITICAL, "transformers", transformers,
+            f"{'.'.join(map(str, _OLDEST_TRANSFORMERS))} or newer", "importlib.metadata",
+            "it lacks the attention interface that the engine registers with", "pip install -U 'transformers>=5.20,<6'",
+        )  # fmt: skip
+    both = [name for name in ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda") if scene.exactly(name)]
+    if len(both) == 2:
+        yield Finding(
+            "runtime.versions", Severity.WARNING, "mooncake", f"{both[0]} and {both[1]} are both installed", "one",
+            "importlib.metadata", "they write to the same files: which one is loaded is chance",
+            f"pip uninstall -y {both[1] if scene.cuda else both[0]}; pip install --force-reinstall "
+            f"{both[0] if scene.cuda else both[1]}",
+        )  # fmt: skip
+    elif scene.cuda and both == ["mooncake-transfer-engine-non-cuda"]:
+        yield Finding(
+            "runtime.versions", Severity.WARNING, "mooncake", "the build without CUDA", "mooncake-transfer-engine",
+            "importlib.metadata", "KV of GPUs goes through host memory",
+            "pip uninstall -y mooncake-transfer-engine-non-cuda; pip install mooncake-transfer-engine",
+        )  # fmt: skip
 
 
-def proxies(scene: RuntimeScene) -> Iterator[Finding]:
-    """HTTP proxies between our own processes (Mooncake guide: unset them)."""
-    names = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if scene.env.get(name)]
-    bypass = scene.env.get("no_proxy", "") or scene.env.get("NO_PROXY", "")
-    for name in names:
-        missing = [host for host in scene.hosts if host not in bypass.split(",") and bypass != "*"]
-        if missing:
-            yield Finding(
-                "env.proxy",
-                Severity.WARNING,
-                name,
-                f"{name} is set, and no_proxy lacks {', '.join(missing)}",
-                "our own hosts in no_proxy",
-                "environment",
-                "engines' calls to each other go to a proxy",
-                f"export no_proxy={','.join([*filter(None, [bypass]), *missing])}",
-            )
+def nvshmem(scene: RuntimeScene) -> Iterator[Finding]:
+    """Where it is installed: whether it is whole. DeepEP's older kernels want 3.3.9; nothing of pdctl's own needs it."""
+    root = _nvshmem_root(scene)
+    if root is None:
+        return
+    library = root / "lib"
+    missing = [name for name in _NVSHMEM_FILES if not any(library.glob(f"{name}*"))]
+    version = scene.version("nvidia-nvshmem-cu12") or scene.version("nvidia-nvshmem-cu13") or "of unknown version"
+    if missing:
+        yield Finding(
+            "nvshmem.install", Severity.WARNING, str(root), f"{', '.join(missing)} is missing", "a whole installation",
+            str(library), "what was built against it fails to load",
+            "pip install --force-reinstall nvidia-nvshmem-cu12", "DeepEP, find_pkgs",
+        )  # fmt: skip
+    else:
+        yield Finding("nvshmem.install", Severity.OK, "nvshmem", f"{version} in {root}")
+
+
+def nccl(scene: RuntimeScene) -> Iterator[Finding]:
+    """Told where it is there: DeepEP's newer kernels want 2.30.4."""
+    found = scene.version("nvidia-nccl-cu12") or scene.version("nvidia-nccl-cu13")
+    if found:
+        yield Finding("nccl.install", Severity.OK, "nccl", found)
+
+
+def _nvshmem_root(scene: RuntimeScene) -> Path | None:
+    named = (scene.env.get(name) for name in ("EP_NVSHMEM_ROOT_DIR", "NVSHMEM_DIR", "NVSHMEM_HOME"))
+    return next((Path(value) for value in named if value), None) or scene.folder("nvidia.nvshmem")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in version.split(".")[:2] if word.isdecimal())
+
+
+CHECKS: tuple[Callable[[RuntimeScene], Iterator[Finding]], ...] = (
+    packages, verbs_library, combinations, nvshmem, nccl,
+)  # fmt: skip

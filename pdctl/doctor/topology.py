@@ -1,111 +1,188 @@
-"""Checks of a topology against this machine: everything that `pdctl up` would refuse, and what it would regret."""
+"""Checks of a topology against this machine: everything that `pdctl up` would refuse, and what it would regret.
+
+Tensor-parallel sizes are not among them: no kind that pdctl starts has any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
 from pdctl.errors import Problem
 from pdctl.host import Host
-from pdctl.topology import Device, Role, Topology
+from pdctl.host.models import ModelShape, read_shape, weight_files
+from pdctl.topology import Device, EngineGroup, Role, Topology
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# What CUDA's context, torch's kernels and activations take beside weights and KV, bytes. The project's own estimate.
+_GPU_EXTRA = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class TopologyScene:
+    """`model`: its folder, None where it is not on this machine yet."""
+
+    topology: Topology
+    host: Host
+    model: Path | None = None
+
+    def started(self) -> list[EngineGroup]:
+        """Engines that pdctl starts."""
+        return [group for group in self.topology.engines if not group.is_attached]
+
+    def shape(self) -> ModelShape | None:
+        """What the model takes."""
+        return read_shape(self.model) if self.model and self.started() else None
 
 
 def problems(source: str, found: list[Problem]) -> list[Finding]:
     """What the loader refuses."""
     return [
         Finding(
-            "topology.invalid",
-            Severity.CRITICAL,
-            problem.key or source,
-            problem.message,
-            "",
-            f"{source}:{problem.line}" if problem.line else source,
-            "",
-            problem.hint or "",
+            "topology.invalid", Severity.CRITICAL, problem.key or source, problem.message, "",
+            f"{source}:{problem.line}" if problem.line else source, "", problem.hint or "correct that line",
         )
         for problem in found
-    ]
+    ]  # fmt: skip
 
 
-def check(topology: Topology, host: Host) -> list[Finding]:
+def check(scene: TopologyScene) -> list[Finding]:
     """What a valid topology may still get wrong."""
-    found = [finding for one in (ports, loopback, shared_gpus, roles) for finding in one(topology, host)]
-    if not found:
-        found.append(
-            Finding("topology.valid", Severity.OK, topology.source or "topology", "nothing to be said against it")
-        )
+    found = [finding for one in CHECKS for finding in one(scene)]
+    if all(finding.severity is Severity.INFO for finding in found):
+        source = scene.topology.source or "topology"
+        found.append(Finding("topology.valid", Severity.OK, source, "nothing to be said against it"))
     return found
 
 
-def ports(topology: Topology, host: Host) -> Iterator[Finding]:
-    """The proxy's port."""
-    holder = host.listening.get(topology.proxy.port)
-    if holder is not None:
+def weights(scene: TopologyScene) -> Iterator[Finding]:
+    """A folder with a config and no weights."""
+    if scene.model and scene.started() and not weight_files(scene.model):
         yield Finding(
-            "net.ports",
-            Severity.CRITICAL,
-            f"proxy.port {topology.proxy.port}",
-            f"held by {holder.describe()}",
-            "free",
-            "/proc/net/tcp",
-            "",
-            f"stop that process{f': kill {holder.pid}' if holder.pid else ''}, or choose another port",
-        )
+            "model.weights", Severity.CRITICAL, str(scene.model), "no *.safetensors file", "the model's weights",
+            str(scene.model), "a download that was cut, or weights in another format",
+            "fetch it again, or convert it to safetensors",
+        )  # fmt: skip
 
 
-def loopback(topology: Topology, _: Host) -> Iterator[Finding]:
-    """Engines elsewhere cannot read KV from an address that means themselves."""
-    far = [
-        group for group in topology.engines if group.is_attached and not any(name in group.url for name in _LOOPBACK)
-    ]
-    started = [group for group in topology.engines if not group.is_attached]
-    for group in far:
-        if started and {group.role, *(other.role for other in started)} >= {Role.PREFILL, Role.DECODE}:
+def context(scene: TopologyScene) -> Iterator[Finding]:
+    """More tokens than the model has positions for."""
+    shape, wanted = scene.shape(), scene.topology.service.max_model_len
+    if shape and shape.positions and wanted > shape.positions:
+        yield Finding(
+            "topology.context", Severity.CRITICAL, "service.max_model_len", f"{wanted} tokens",
+            f"at most {shape.positions}, the model's positions", f"{scene.model}/config.json",
+            "engines refuse to start", f"max_model_len = {shape.positions} under [service]",
+        )  # fmt: skip
+
+
+def pools(scene: TopologyScene) -> Iterator[Finding]:
+    """KV pools that cannot hold one request of the full length."""
+    shape, wanted = scene.shape(), scene.topology.service.max_model_len
+    for group in scene.started() if shape and shape.kv_token_bytes else ():
+        token = shape.kv_token_bytes * (2 if group.device is Device.CPU else 1)
+        room = int(group.kv_cache_gb * 2**30) // token
+        if room < wanted:
+            least = math.ceil(wanted * token / 2**30 * 1000) / 1000
             yield Finding(
-                "net.loopback",
-                Severity.WARNING,
-                group.name,
-                f"{group.url} is elsewhere, and our engines listen on 127.0.0.1",
-                "engines that hand over to each other reach each other",
-                "[[engines]] url",
-                "their hand-overs to it will fail",
-                "attach engines of both roles there, or start all of them here",
-            )
+                "topology.kv_pool", Severity.WARNING, group.name,
+                f"kv_cache_gb = {group.kv_cache_gb:g} holds {room} tokens", f"max_model_len = {wanted}",
+                "kv_cache_gb, config.json", "longer requests are refused",
+                f"kv_cache_gb = {least:g}, or max_model_len = {room}",
+            )  # fmt: skip
 
 
-def shared_gpus(topology: Topology, host: Host) -> Iterator[Finding]:
-    """Two engines on one GPU whose KV pools alone are more than it has."""
-    cuda = [group for group in topology.engines if group.device is Device.CUDA and not group.is_attached]
-    for gpu in host.gpus:
-        here = [(g, g.replicas) for g in cuda if gpu.index in g.gpus or (not g.gpus and g.share_gpu)]
-        wanted = sum(group.kv_cache_gb * count for group, count in here)
-        if len(here) > 1 and wanted * 2**30 > gpu.memory:
+def gpu_memory(scene: TopologyScene) -> Iterator[Finding]:
+    """Weights and KV pools of all engines on a GPU, against what it has."""
+    shape = scene.shape()
+    each = (shape.weight_bytes if shape else 0) + _GPU_EXTRA
+    for gpu in scene.host.gpus:
+        here = [(group, count) for group in scene.started() if (count := _copies_on(gpu.index, group, scene.host))]
+        wanted = sum((group.kv_cache_gb * 2**30 + each) * count for group, count in here)
+        if not here or wanted <= gpu.memory:
+            continue
+        names = ", ".join(group.name if count == 1 else f"{count} of {group.name}" for group, count in here)
+        engines = sum(count for _, count in here)
+        fits = math.floor((gpu.memory - each * engines) / engines / 2**30 * 10) / 10
+        yield Finding(
+            "gpu.memory", Severity.CRITICAL, f"GPU {gpu.index}",
+            f"{names} want {wanted / 2**30:.1f} GiB: KV, weights, and {_GPU_EXTRA >> 30} GiB each for the rest",
+            f"at most {gpu.memory / 2**30:.0f} GiB", "kv_cache_gb, the model's files, NVML",
+            "the last engine to start runs out of memory",
+            f"kv_cache_gb = {fits:g} for each, or a GPU for each" if fits > 0 else "a GPU for each, or a smaller model",
+        )  # fmt: skip
+
+
+def pairs(scene: TopologyScene) -> Iterator[Finding]:
+    """Engines that cannot read each other's KV: of different kinds."""
+    groups = scene.topology.engines
+    prefills = [group for group in groups if group.role is not Role.DECODE]
+    decodes = [group for group in groups if group.role is not Role.PREFILL]
+    wrong = [(p, d) for p, d in product(prefills, decodes) if p.kind != d.kind and Role.HYBRID not in (p.role, d.role)]
+    right = [(p, d) for p, d in product(prefills, decodes) if p.kind == d.kind]
+    for prefill, decode in wrong:
+        yield Finding(
+            "topology.pairs", Severity.WARNING if right else Severity.CRITICAL, f"{prefill.name} to {decode.name}",
+            f"{prefill.kind} cannot hand KV to {decode.kind}", "engines of one kind", "[[engines]] kind", "",
+            f'kind = "{prefill.kind}" for both, or prefill and decode engines of each kind',
+        )  # fmt: skip
+
+
+def blocks(scene: TopologyScene) -> Iterator[Finding]:
+    """Block sizes that differ are copied token by token's worth, in more and smaller pieces."""
+    sizes = {group.block_size: group.name for group in scene.started()}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{name}: {size}" for size, name in sorted(sizes.items()))
+        yield Finding(
+            "topology.blocks", Severity.INFO, "block_size", shown, "one size", "[[engines]] block_size",
+            "hand-overs move more, smaller pieces", f"block_size = {max(sizes)} for all",
+        )  # fmt: skip
+
+
+def secrets(scene: TopologyScene) -> Iterator[Finding]:
+    """Attached engines whose secret cannot be read."""
+    for group in scene.topology.engines:
+        if group.secret_file and not _is_readable(Path(group.secret_file)):
             yield Finding(
-                "gpu.memory",
-                Severity.CRITICAL,
-                f"GPU {gpu.index}",
-                f"{', '.join(group.name for group, _ in here)} want {wanted:g} GiB of KV",
-                f"at most {gpu.memory / 2**30:.0f} GiB, weights besides",
-                "kv_cache_gb, NVML",
-                "",
-                "lower kv_cache_gb, or give each engine a GPU",
-            )
+                "topology.secret", Severity.CRITICAL, group.name, f"{group.secret_file} cannot be read",
+                "a file with the engine's bearer token", "[[engines]] secret_file", "the engine refuses every call",
+                f"write the token there, and: chmod 600 {group.secret_file}",
+            )  # fmt: skip
 
 
-def roles(topology: Topology, _: Host) -> Iterator[Finding]:
+def roles(scene: TopologyScene) -> Iterator[Finding]:
     """One of a role is a single point of waiting."""
-    count = {role: sum(g.replicas for g in topology.engines if g.role is role) for role in Role}
+    count = {role: sum(g.replicas for g in scene.topology.engines if g.role is role) for role in Role}
     for role in (Role.PREFILL, Role.DECODE):
         if count[role] == 1 and not count[Role.HYBRID]:
             yield Finding(
-                "topology.single",
-                Severity.INFO,
-                role.value,
-                f"one {role.value} engine",
-                "two, to go on at once",
-                "",
-                "while it restarts, requests wait for it",
-                "replicas = 2",
-            )
+                "topology.single", Severity.INFO, role.value, f"one {role.value} engine", "two, to go on at once", "",
+                "while it restarts, requests wait for it", "replicas = 2",
+            )  # fmt: skip
+
+
+def _copies_on(index: int, group: EngineGroup, host: Host) -> int:
+    """Engines of a group that this GPU gets, as the plan spreads them."""
+    if group.device is not Device.CUDA:
+        return 0
+    if group.gpus:
+        return sum(group.gpus[n % len(group.gpus)] == index for n in range(group.replicas))
+    # Left to us: one each while there are GPUs, and then in turn where they may share.
+    known = [gpu.index for gpu in host.gpus]
+    return sum(known[n % len(known)] == index for n in range(group.replicas)) if group.share_gpu else 0
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        path.read_bytes()
+    except OSError:
+        return False
+    return True
+
+
+CHECKS: tuple[Callable[[TopologyScene], Iterator[Finding]], ...] = (
+    weights, context, pools, gpu_memory, pairs, blocks, secrets, roles,
+)  # fmt: skip

@@ -9,14 +9,15 @@ from pathlib import Path
 
 def host_id(proc_root: Path = Path("/proc")) -> str:
     """The same for processes that see each other's /proc entries, and so can map each other's memory."""
-    return f"{_boot_id(proc_root)}/{(proc_root / 'self/ns/pid').readlink()}"
+    return f"{boot_id(proc_root)}/{(proc_root / 'self/ns/pid').readlink()}"
 
 
 def new_epoch(proc_root: Path = Path("/proc")) -> str:
     """A start's name: the boot's id and a counter that only grows within it."""
-    return f"{_boot_id(proc_root).replace('-', '')[:8]}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME):x}"
+    return f"{boot_id(proc_root).replace('-', '')[:8]}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME):x}"
 
 
 @cache
-def _boot_id(proc_root: Path) -> str:
+def boot_id(proc_root: Path = Path("/proc")) -> str:
+    """This boot's own name."""
     return (proc_root / "sys/kernel/random/boot_id").read_text().strip()

@@ -32,7 +32,7 @@ def read_gpus() -> tuple[Gpu, ...]:
     if pynvml is None:
         return ()
     try:
-        return tuple(_read_one(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+        return tuple(gpu_of(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
     finally:
         pynvml.nvmlShutdown()
 
@@ -72,7 +72,8 @@ def _started() -> ModuleType | None:
     return module
 
 
-def _read_one(pynvml: ModuleType, index: int) -> Gpu:
+def gpu_of(pynvml: ModuleType, index: int) -> Gpu:
+    """One GPU by NVML's number. Raises NVMLError."""
     # pynvml has no types; every value is converted where it enters.
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     return Gpu(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,3 +49,35 @@ def _sample(spec: str, cache_root: Path) -> ModelLocation:
         raise UnknownModel(f"unknown sample model {spec!r}; known: {', '.join(SAMPLE_PREFIX + s for s in SAMPLES)}")
     path = cache_root / "models" / SAMPLES[name]
     return ModelLocation(spec, str(path), ready=(path / "config.json").is_file())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model takes, from its config.json and the sizes of its files. `kv_token_bytes`: K and V of one token over
+    all layers, at two bytes a number; `weight_bytes`: at two bytes a number; `positions`: 0 where it does not say."""
+
+    kv_token_bytes: int
+    weight_bytes: int
+    positions: int
+
+
+def read_shape(directory: Path) -> ModelShape | None:
+    """The shape of a local model; None where its config.json does not tell."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        config = config.get("text_config") or config
+        heads = int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+        layers = int(config["num_hidden_layers"])
+        positions = int(config.get("max_position_embeddings") or 0)
+        item_bytes = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    size = sum(path.stat().st_size for path in weight_files(directory))
+    return ModelShape(2 * 2 * layers * kv_heads * head_dim, size * 2 // item_bytes, positions)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Files that hold weights, in a format that engines load."""
+    return sorted(directory.glob("*.safetensors"))

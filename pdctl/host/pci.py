@@ -24,7 +24,7 @@ class Layout:
 
 def path_class(a: str, b: str, sysfs_root: Path = Path("/sys")) -> str:
     """How two PCI addresses (such as 0000:17:00.0) are connected; "?" where sysfs does not tell."""
-    one, other = _chain(a, sysfs_root), _chain(b, sysfs_root)
+    one, other = chain(a, sysfs_root), chain(b, sysfs_root)
     if not one or not other:
         return "?"
     shared = 0
@@ -75,8 +75,8 @@ def read_layout(gpus: list[str], devices: dict[str, str], sysfs_root: Path = Pat
     )
 
 
-def _chain(address: str, sysfs_root: Path) -> tuple[str, ...]:
-    """From the root complex (pci0000:00) down to the device."""
+def chain(address: str, sysfs_root: Path = Path("/sys")) -> tuple[str, ...]:
+    """From the root complex (pci0000:00) down to the device; empty where sysfs does not tell."""
     try:
         parts = (sysfs_root / "bus/pci/devices" / address).resolve(strict=True).parts
     except OSError:

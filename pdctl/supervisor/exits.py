@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdctl.host.kernel_log import parse_record
 from pdctl.supervisor.journal import now_text
 from pdctl.supervisor.lifecycle import Exit, describe_exit, signal_name
 from pdctl.supervisor.logs import tail
@@ -141,7 +142,7 @@ class KernelLog:
     def _read(self) -> None:
         while self._file is not None:
             try:
-                record = os.read(self._file, _MOST_KERNEL_BYTES).decode(errors="replace")
+                message = parse_record(os.read(self._file, _MOST_KERNEL_BYTES))
             except BlockingIOError:
                 return
             except BrokenPipeError:
@@ -149,7 +150,5 @@ class KernelLog:
             except OSError:
                 self.close()
                 return
-            head, _, text = record.partition(";")
-            fields = head.split(",")
-            if len(fields) > 2 and fields[2].isdecimal() and _TELLING.search(text):
-                self._recent.append((int(fields[2]) / 1e6, text.splitlines()[0]))
+            if message is not None and message.at is not None and _TELLING.search(message.text):
+                self._recent.append((message.at, message.text))

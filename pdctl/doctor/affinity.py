@@ -1,0 +1,95 @@
+"""Which RDMA device is nearest to which GPU: the matrix of `nvidia-smi topo -m`, from sysfs, and the best pairing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pdctl import console
+from pdctl.doctor import Finding, Severity
+from pdctl.host.pci import CLASSES, Layout
+from pdctl.plan import Plan
+
+_WORST = len(CLASSES)
+
+
+@dataclass(frozen=True, slots=True)
+class AffinityScene:
+    """`gpus`: (name, PCI address, UUID); `devices`: names of RDMA devices that are up."""
+
+    gpus: tuple[tuple[str, str, str], ...]
+    devices: tuple[str, ...]
+    layout: Layout
+    plan: Plan | None = None
+
+    def class_of(self, pci: str, device: str) -> str:
+        """PIX to SYS; "?" where sysfs does not tell."""
+        return self.layout.classes.get((pci, device), "?")
+
+
+def rank(name: str) -> int:
+    """0 for the nearest; what is not known is far."""
+    return CLASSES.index(name) if name in CLASSES else _WORST
+
+
+def pairing(scene: AffinityScene) -> dict[str, str]:
+    """GPU to RDMA device: the nearest, and of equally near ones that which has the fewest GPUs already."""
+    load = dict.fromkeys(scene.devices, 0)
+    found = {}
+    for name, pci, _ in scene.gpus:
+        known = [device for device in scene.devices if scene.class_of(pci, device) != "?"]
+        if known:
+            best = min(known, key=lambda device: (rank(scene.class_of(pci, device)), load[device]))
+            load[best] += 1
+            found[name] = best
+    return found
+
+
+def matrix(scene: AffinityScene) -> str:
+    """As a table, the chosen pair marked."""
+    chosen = pairing(scene)
+    rows = []
+    for name, pci, _ in scene.gpus:
+        cells = [
+            scene.class_of(pci, device) + (" *" if chosen.get(name) == device else "") for device in scene.devices
+        ]
+        node = scene.layout.nodes.get(pci, -1)
+        rows.append([name, pci or "?", *cells, str(node) if node >= 0 else "?"])
+    table = console.table(["", "PCI", *scene.devices, "NUMA"], rows)
+    legend = (
+        "PIX: at most one PCIe bridge between; PXB: several; PHB: the host bridge; NODE: within a NUMA node;\n"
+        "SYS: between NUMA nodes; *: the best pairing"
+    )
+    return f"{table}\n\n{legend}"
+
+
+def check(scene: AffinityScene) -> list[Finding]:
+    """What a plan pairs worse than it could."""
+    return list(_pairs(scene))
+
+
+def _pairs(scene: AffinityScene) -> Iterator[Finding]:
+    addresses = {uuid: pci for _, pci, uuid in scene.gpus}
+    for spec in scene.plan.processes if scene.plan else ():
+        pci = addresses.get(spec.gpus[0], "") if spec.gpus else ""
+        if not pci or not spec.rdma:
+            continue
+        has = min((scene.class_of(pci, device) for device in spec.rdma), key=rank)
+        best = _nearest(scene, pci, scene.devices)
+        if best is None or has == "?":
+            continue
+        could = scene.class_of(pci, best)
+        shown = ",".join(spec.rdma)
+        if rank(has) > rank(could) or has == "SYS":
+            yield Finding(
+                "pcie.affinity", Severity.CRITICAL if has == "SYS" and could != "SYS" else Severity.WARNING, spec.name,
+                f"{shown} is {has} from its GPU {pci}", f"{best}, which is {could}", "sysfs, bus/pci/devices",
+                "KV crosses more bridges, or the sockets' link, than it must", f'devices = ["{best}"] under [transfer]',
+            )  # fmt: skip
+        else:
+            yield Finding("pcie.affinity", Severity.OK, spec.name, f"{shown} is {has} from its GPU")
+
+
+def _nearest(scene: AffinityScene, pci: str, devices: Sequence[str]) -> str | None:
+    known = [device for device in devices if scene.class_of(pci, device) != "?"]
+    return min(known, key=lambda device: rank(scene.class_of(pci, device))) if known else None

@@ -1,0 +1,83 @@
+"""Checks of environment variables that contradict what a topology asks for, or each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from pdctl.doctor import Finding, Severity
+
+_OFF = {
+    "MC_FORCE_TCP": "Mooncake uses TCP even where there is RDMA",
+    "NCCL_IB_DISABLE": "NCCL uses sockets even where there is RDMA",
+    "NCCL_P2P_DISABLE": "NCCL goes through host memory even where GPUs reach each other",
+}
+# Variables that name RDMA devices, and how: NCCL's may begin with ^ (all but) or = (exactly), and matches prefixes.
+_NAMING = ("UCX_NET_DEVICES", "NCCL_IB_HCA", "MC_TE_FILTERS", "MC_MS_FILTERS", "NVSHMEM_HCA_LIST")
+_ANY = frozenset({"", "all"})
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentScene:
+    """`env`: what an engine will have; `rdma`: its topology asks for it; `devices`: RDMA devices, and which are up."""
+
+    env: dict[str, str]
+    rdma: bool = False
+    devices: dict[str, bool] = field(default_factory=dict)
+
+
+def check(scene: EnvironmentScene) -> list[Finding]:
+    """All checks."""
+    return [finding for one in CHECKS for finding in one(scene)]
+
+
+def switches(scene: EnvironmentScene) -> Iterator[Finding]:
+    """Left over from some debugging."""
+    for name, meaning in _OFF.items():
+        if scene.env.get(name, "0") not in ("", "0"):
+            severity = Severity.CRITICAL if scene.rdma and name == "MC_FORCE_TCP" else Severity.WARNING
+            yield Finding("env.switch", severity, name, f"{name}={scene.env[name]}", "not set", "environment", meaning,
+                          f"unset {name}")  # fmt: skip
+
+
+def transports(scene: EnvironmentScene) -> Iterator[Finding]:
+    """UCX_TLS without a transport that RDMA needs."""
+    given = scene.env.get("UCX_TLS", "")
+    words = [word.lstrip("^") for word in given.split(",") if word]
+    limits = bool(words) and not given.startswith("^") and "all" not in words
+    if limits and scene.rdma and not any(word.startswith(("rc", "dc", "ud", "ib")) for word in words):
+        yield Finding(
+            "env.ucx_tls", Severity.CRITICAL, "UCX_TLS", f"UCX_TLS={given}", "rc or ib among them", "environment",
+            "NIXL cannot use RDMA", "unset UCX_TLS, or add rc",
+        )  # fmt: skip
+
+
+def devices(scene: EnvironmentScene) -> Iterator[Finding]:
+    """Names of RDMA devices that are not there, or down."""
+    if not scene.devices and not scene.rdma:
+        return
+    for variable in _NAMING:
+        given = scene.env.get(variable, "")
+        if given in _ANY or given.startswith("^"):
+            continue
+        for word in given.removeprefix("=").split(","):
+            name = word.partition(":")[0].strip()
+            near = [device for device in scene.devices if device == name or _is_prefix(variable, given, name, device)]
+            if not name or (near and any(scene.devices[device] for device in near)):
+                continue
+            up = [device for device, is_up in scene.devices.items() if is_up]
+            yield Finding(
+                "env.devices", Severity.CRITICAL if scene.rdma else Severity.WARNING, variable,
+                f"{variable}={given}: {name} is {'down' if near else 'no device of this machine'}",
+                f"one that is up: {', '.join(up) or 'there is none'}", "environment, /sys/class/infiniband",
+                "the library finds no device, or falls back to TCP",
+                f"export {variable}={up[0]}{':1' if variable == 'UCX_NET_DEVICES' else ''}" if up else f"unset {variable}",
+            )  # fmt: skip
+
+
+def _is_prefix(variable: str, given: str, name: str, device: str) -> bool:
+    """NCCL takes names for prefixes unless the list begins with `=`."""
+    return variable == "NCCL_IB_HCA" and not given.startswith("=") and bool(name) and device.startswith(name)
+
+
+CHECKS: tuple[Callable[[EnvironmentScene], Iterator[Finding]], ...] = (switches, transports, devices)

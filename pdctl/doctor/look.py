@@ -1,0 +1,261 @@
+"""From this machine and a topology to findings: reads the facts that each area wants, and hands them to its checks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdctl.doctor import Finding
+from pdctl.errors import ConfigError, PdctlError
+from pdctl.host import Host, read_host, state_root
+from pdctl.host.boot import boot_id
+from pdctl.host.gpu_health import GpuFacts, read_gpu_facts
+from pdctl.host.models import read_shape
+from pdctl.host.rdma import RdmaTree, read_tree
+from pdctl.host.sysfs import Reader
+from pdctl.loader import load_file
+from pdctl.plan import Plan, plan
+from pdctl.topology import Device, EngineGroup, Topology
+
+if TYPE_CHECKING:
+    from pdctl.doctor.affinity import AffinityScene
+    from pdctl.doctor.counters import Sample
+
+_SYS = Path("/sys")
+
+
+class Area(StrEnum):
+    """What can be looked into."""
+
+    RDMA = "rdma"
+    GPU = "gpu"
+    HOST = "host"
+    NET = "net"
+    RUNTIME = "runtime"
+    TOPOLOGY = "topology"
+    TRANSFER = "transfer"
+
+
+# Everything that disturbs nobody.
+USUAL = tuple(area for area in Area if area is not Area.TRANSFER)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The machine to look at, and what of it. `file`: a topology, None for none; `is_running`: its service is up."""
+
+    file: Path | None = None
+    is_running: bool = False
+    sysfs_root: Path = _SYS
+    kernel_log: Path = Path("/dev/kmsg")
+    env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    remembers: bool = True
+
+
+class Look:
+    """One look at a machine. Facts are read when the first area wants them, and once."""
+
+    def __init__(self, where: Where) -> None:
+        self.where = where
+        self.reader = Reader()
+        self.host: Host = read_host(sysfs_root=where.sysfs_root)
+        self.topology: Topology | None = None
+        self.plan: Plan | None = None
+        self.refusals: list[Finding] = []
+        self._tree: RdmaTree | None = None
+        self._gpus: GpuFacts | None = None
+        if where.file is not None:
+            self._load(where.file)
+
+    def _load(self, file: Path) -> None:
+        from pdctl.doctor import Severity
+        from pdctl.doctor.topology import problems
+
+        try:
+            self.topology = load_file(file, self.host)
+            self.plan = plan(self.topology, self.host)
+        except ConfigError as failure:
+            self.refusals = problems(failure.source, failure.problems)
+        except PdctlError as failure:
+            # A topology that is right by itself, and does not fit this machine.
+            self.refusals = [
+                Finding("topology.invalid", Severity.CRITICAL, str(file), failure.message, fix=failure.hint or "")
+            ]
+
+    def findings(self, areas: tuple[Area, ...]) -> list[Finding]:
+        """Of these areas, in their order."""
+        looks = {
+            Area.TOPOLOGY: self._topology, Area.RDMA: self._rdma, Area.GPU: self._gpu, Area.HOST: self._host,
+            Area.NET: self._net, Area.RUNTIME: self._runtime,
+        }  # fmt: skip
+        found = [finding for area, look in looks.items() if area in areas for finding in look()]
+        return list(dict.fromkeys(found))
+
+    # -- facts ---------------------------------------------------------------------------------------------
+
+    @property
+    def tree(self) -> RdmaTree:
+        """RDMA devices."""
+        if self._tree is None:
+            self._tree = read_tree(self.where.sysfs_root, reader=self.reader)
+        return self._tree
+
+    @property
+    def gpus(self) -> GpuFacts:
+        """GPUs and how they are."""
+        if self._gpus is None:
+            self._gpus = read_gpu_facts()
+        return self._gpus
+
+    @property
+    def started(self) -> list[EngineGroup]:
+        """Engines that pdctl would start."""
+        return [group for group in self.topology.engines if not group.is_attached] if self.topology else []
+
+    @property
+    def wants_rdma(self) -> bool:
+        """Whether the topology asks for it: TCP would be a fallback."""
+        found = self.topology
+        return found is not None and (found.transfer.protocol == "rdma" or bool(found.transfer.devices))
+
+    def _environments(self) -> list[dict[str, str]]:
+        """What engines will have: ours, and each group's own on top."""
+        own = [dict(group.env) for group in self.started if group.env]
+        return [self.where.env, *({**self.where.env, **env} for env in own)]
+
+    def _model(self) -> Path | None:
+        folder = Path(self.plan.model_path) if self.plan and self.plan.model_ready else None
+        return folder if folder and folder.is_dir() else None
+
+    # -- areas ---------------------------------------------------------------------------------------------
+
+    def _topology(self) -> Iterator[Finding]:
+        from pdctl.doctor.topology import TopologyScene, check
+
+        yield from self.refusals
+        if self.topology is not None:
+            yield from check(TopologyScene(self.topology, self.host, self._model()))
+
+    def _rdma(self) -> Iterator[Finding]:
+        from pdctl.doctor import kernel, rdma
+        from pdctl.host.kernel_log import read_kernel_log
+
+        devices = self.topology.transfer.devices if self.topology else ()
+        expect = self.topology.expect if self.topology else rdma.Expect()
+        for env in self._environments():
+            scene = rdma.Scene(self.tree, rdma.Wanted(devices, self.wants_rdma, expect), env, self.where.sysfs_root,
+                               self.reader)  # fmt: skip
+            yield from rdma.check(scene)
+        if self.tree.devices:
+            yield from self._since_last_time()
+            yield from self._pcie()
+        if self.tree.devices or self.gpus.gpus or self.where.kernel_log != Path("/dev/kmsg"):
+            yield from kernel.check(read_kernel_log(self.where.kernel_log), time.clock_gettime(time.CLOCK_MONOTONIC))
+
+    def sample(self) -> Sample:
+        """What the ports have counted by now; the devices are read afresh."""
+        from pdctl.doctor.counters import sample
+
+        self._tree = None
+        at = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return sample(self.tree, boot_id(), at, self.where.sysfs_root, self.reader)
+
+    def _since_last_time(self) -> Iterator[Finding]:
+        from pdctl.doctor.counters import Kept, compare
+
+        kept = Kept(state_root() / "doctor", self.where.sysfs_root)
+        now, before = self.sample(), kept.last()
+        if before is not None:
+            yield from compare(before, now)
+        if self.where.remembers:
+            kept.keep(now)
+
+    def _pcie(self) -> Iterator[Finding]:
+        from pdctl.doctor.pcie import PcieScene, check
+
+        names = set(self.topology.transfer.devices) if self.topology else set()
+        functions = {d.name: d.pci for d in self.tree.devices if d.pci and (not names or d.name in names)}
+        functions |= {f"GPU {found.gpu.index}": found.gpu.pci for found in self.gpus.gpus if found.gpu.pci}
+        cuda = any(group.device is Device.CUDA for group in self.started)
+        mooncake = self.topology is not None and self.topology.transfer.backend == "mooncake"
+        yield from check(
+            PcieScene(functions, self.wants_rdma and cuda, self.where.env, mooncake, self.where.sysfs_root,
+                      reader=self.reader)
+        )  # fmt: skip
+
+    def _gpu(self) -> Iterator[Finding]:
+        from pdctl.doctor import affinity
+        from pdctl.doctor.gpu import check, scene_of
+        from pdctl.doctor.runtime import cuda_of_torch
+
+        facts = self.gpus
+        ours = frozenset(our_processes()) if any(found.users for found in facts.gpus) else frozenset()
+        runtime = cuda_of_torch() if facts.gpus else None
+        yield from check(scene_of(self.topology, facts, ours=ours, runtime_cuda=runtime))
+        yield from affinity.check(self.affinity())
+
+    def affinity(self) -> AffinityScene:
+        """Where GPUs and RDMA devices sit to each other."""
+        from pdctl.doctor.affinity import AffinityScene
+
+        gpus = tuple((f"GPU {gpu.index}", gpu.pci, gpu.uuid) for gpu in self.host.gpus)
+        return AffinityScene(
+            gpus, tuple(device.name for device in self.host.rdma if device.is_active), self.host.layout, self.plan
+        )
+
+    def _host(self) -> Iterator[Finding]:
+        from pdctl.doctor.host import HostScene, check
+
+        on_cpu = [group for group in self.started if group.device is Device.CPU]
+        model = self._model()
+        shape = read_shape(model) if model else None
+        # float32 on the CPU: twice what the shape says, for each engine.
+        weights = 2 * shape.weight_bytes * sum(group.replicas for group in on_cpu) if shape else 0
+        idle = 0 if self.where.is_running else 1
+        yield from check(
+            HostScene(
+                sysfs_root=self.where.sysfs_root,
+                env=self.where.env,
+                pinned_bytes=_pools(self.started) if self.wants_rdma else 0,
+                shared_bytes=_pools(on_cpu) * idle,
+                weight_bytes=weights * idle,
+            )
+        )
+
+    def _net(self) -> Iterator[Finding]:
+        from pdctl.doctor.net import NetScene, check
+
+        yield from check(NetScene(self.topology, self.host, self.where.env, self.where.is_running))
+
+    def _runtime(self) -> Iterator[Finding]:
+        from pdctl.doctor import environment, runtime
+
+        cuda = any(group.device is Device.CUDA for group in self.started)
+        yield from runtime.check(runtime.RuntimeScene(self.where.env, self.wants_rdma, cuda))
+        up = {device.name: device.is_active for device in self.host.rdma}
+        for env in self._environments():
+            yield from environment.check(environment.EnvironmentScene(env, self.wants_rdma, up))
+
+
+def _pools(groups: list[EngineGroup]) -> int:
+    """Bytes of KV of all these engines."""
+    return int(sum(group.kv_cache_gb * group.replicas for group in groups) * 2**30)
+
+
+def our_processes(proc_root: Path = Path("/proc")) -> list[int]:
+    """Processes that a pdctl supervisor started, by the stamp in their environment."""
+    found = []
+    for folder in proc_root.iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            if b"PDCTL_UNIT=" in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found

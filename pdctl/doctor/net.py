@@ -1,0 +1,179 @@
+"""Checks of ports and addresses: who holds them, who else may take them, and whether peers can use them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pdctl.doctor import Finding, Severity
+from pdctl.host import Host
+from pdctl.topology import EngineGroup, Role, Topology
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+_CONNECT_S = 1.0
+# uvicorn and our sockets ask for 2,048; the kernel cuts it to this.
+_GOOD_BACKLOG = 1024
+
+
+def _connects(host: str, port: int) -> str:
+    """"" when somebody answers there, else why not."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as failure:
+        return failure.strerror or str(failure) or type(failure).__name__
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class NetScene:
+    """`is_running`: the topology's service is up, and holds its own ports; `connects` can be planted."""
+
+    topology: Topology | None
+    host: Host
+    env: dict[str, str] = field(default_factory=dict, hash=False)
+    is_running: bool = False
+    proc_root: Path = Path("/proc")
+    connects: Callable[[str, int], str] = _connects
+
+    def attached(self) -> list[EngineGroup]:
+        """Engines that are used by address."""
+        return [group for group in self.topology.engines if group.is_attached] if self.topology else []
+
+    def ports(self) -> dict[int, str]:
+        """The ports that a topology names, and what for."""
+        if self.topology is None:
+            return {}
+        first_last = self.topology.transfer.ports
+        spread = range(first_last[0], first_last[-1] + 1) if first_last else range(0)
+        return dict.fromkeys(spread, "transfer.ports") | {self.topology.proxy.port: "proxy.port"}
+
+
+def check(scene: NetScene) -> list[Finding]:
+    """All checks."""
+    found = [finding for one in CHECKS for finding in one(scene)]
+    return found or [Finding("net.ports", Severity.OK, "net", "ports and addresses are free and reachable")]
+
+
+def held(scene: NetScene) -> Iterator[Finding]:
+    """Ports of the topology that somebody else listens on."""
+    for port, key in scene.ports().items():
+        holder = scene.host.listening.get(port)
+        if holder is None or scene.is_running:
+            continue
+        fix = f"kill {holder.pid}" if holder.pid else "end it as its owner"
+        yield Finding(
+            "net.ports", Severity.CRITICAL, f"{key} {port}", f"held by {holder.describe()}", "free", "/proc/net/tcp",
+            "the process that needs it cannot start", f"{fix}, or choose another {key}",
+        )  # fmt: skip
+
+
+def clashes(scene: NetScene) -> Iterator[Finding]:
+    """One port for two purposes."""
+    topology = scene.topology
+    if topology is None:
+        return
+    ports = topology.transfer.ports
+    if ports and ports[0] <= topology.proxy.port <= ports[-1]:
+        yield Finding(
+            "net.clash", Severity.CRITICAL, f"proxy.port {topology.proxy.port}",
+            f"lies within transfer.ports {ports[0]} to {ports[-1]}", "outside", "the topology",
+            "an engine may take it first", f"port = {ports[-1] + 1} under [proxy]",
+        )  # fmt: skip
+
+
+def ephemeral(scene: NetScene) -> Iterator[Finding]:
+    """Ports that the kernel gives to outgoing connections: one of these may hold ours when we restart."""
+    try:
+        first, last = map(int, (scene.proc_root / "sys/net/ipv4/ip_local_port_range").read_text().split())
+        reserved = (scene.proc_root / "sys/net/ipv4/ip_local_reserved_ports").read_text().strip()
+    except (OSError, ValueError):
+        return
+    inside = sorted(port for port in scene.ports() if first <= port <= last and not _covers(reserved, port))
+    if inside:
+        shown = f"{inside[0]}" if len(inside) == 1 else f"{inside[0]} to {inside[-1]}"
+        wanted = ",".join(filter(None, [reserved, shown.replace(" to ", "-")]))
+        yield Finding(
+            "net.ephemeral", Severity.WARNING, f"port {shown}", f"within the kernel's ephemeral range {first} to {last}",
+            "outside, or reserved", "/proc/sys/net/ipv4/ip_local_port_range",
+            "an outgoing connection may have it when a process wants to listen",
+            f"sysctl net.ipv4.ip_local_reserved_ports={wanted}",
+        )  # fmt: skip
+
+
+def backlog(scene: NetScene) -> Iterator[Finding]:
+    """Connections that wait to be accepted: a restart of the proxy relies on them."""
+    try:
+        most = int((scene.proc_root / "sys/net/core/somaxconn").read_text())
+    except (OSError, ValueError):
+        return
+    if most < _GOOD_BACKLOG:
+        yield Finding(
+            "net.backlog", Severity.WARNING, "net", f"net.core.somaxconn = {most}", f"{_GOOD_BACKLOG}",
+            "/proc/sys/net/core/somaxconn", "clients are refused while the proxy restarts",
+            "sysctl net.core.somaxconn=4096",
+        )  # fmt: skip
+
+
+def loopback(scene: NetScene) -> Iterator[Finding]:
+    """Engines elsewhere cannot read KV from an address that means themselves."""
+    topology = scene.topology
+    started = [group for group in topology.engines if not group.is_attached] if topology else []
+    for group in scene.attached():
+        far = _host_of(group) not in LOOPBACK
+        if far and started and {group.role, *(other.role for other in started)} >= {Role.PREFILL, Role.DECODE}:
+            yield Finding(
+                "net.loopback", Severity.CRITICAL, group.name,
+                f"{group.url} is elsewhere, and our engines listen on 127.0.0.1",
+                "engines that hand over to each other reach each other", "[[engines]] url",
+                "it would read KV from 127.0.0.1, which there is itself: every hand-over to it fails",
+                "attach engines of both roles there, or start all of them here",
+            )  # fmt: skip
+
+
+def attached(scene: NetScene) -> Iterator[Finding]:
+    """Engines that are used by address, and that nobody answers for."""
+    for group in scene.attached():
+        host, port = _host_of(group).strip("[]"), int(group.url.rpartition(":")[2])
+        why = scene.connects(host, port)
+        if why:
+            yield Finding(
+                "net.attached", Severity.CRITICAL, group.name, f"nobody answers at {group.url}: {why}",
+                "a running engine", "connect(2)", "requests will not be sent to it until it does",
+                "start it, or correct its url; a firewall may be between",
+            )  # fmt: skip
+
+
+def proxies(scene: NetScene) -> Iterator[Finding]:
+    """HTTP proxies between our own processes (Mooncake guide: unset them)."""
+    hosts = ["127.0.0.1", *dict.fromkeys(_host_of(group) for group in scene.attached())]
+    names = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if scene.env.get(name)]
+    bypass = scene.env.get("no_proxy", "") or scene.env.get("NO_PROXY", "")
+    known = {word.strip() for word in bypass.split(",")}
+    for name in names:
+        missing = [host for host in hosts if host not in known and "*" not in known]
+        if missing:
+            yield Finding(
+                "env.proxy", Severity.WARNING, name, f"{name} is set, and no_proxy lacks {', '.join(missing)}",
+                "our own hosts in no_proxy", "environment", "engines' calls to each other go to a proxy",
+                f"export no_proxy={','.join([*filter(None, [bypass]), *missing])}",
+            )  # fmt: skip
+
+
+def _host_of(group: EngineGroup) -> str:
+    return group.url.removeprefix("http://").rpartition(":")[0]
+
+
+def _covers(reserved: str, port: int) -> bool:
+    """The kernel's port list format: 1024,5000-5010."""
+    for part in filter(None, reserved.split(",")):
+        first, _, last = part.partition("-")
+        if int(first) <= port <= int(last or first):
+            return True
+    return False
+
+
+CHECKS: tuple[Callable[[NetScene], Iterator[Finding]], ...] = (
+    held, clashes, ephemeral, backlog, loopback, attached, proxies,
+)  # fmt: skip

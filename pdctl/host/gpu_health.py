@@ -1,0 +1,149 @@
+"""How NVIDIA GPUs are: what NVML tells beyond their names. Every call may be refused by an old driver or card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TypeVar
+
+from pdctl.host.gpu import Gpu, gpu_of
+
+_T = TypeVar("_T")
+
+# Why there is no GPU, where there is none.
+NO_BINDING = "nvidia-ml-py is not installed"
+NO_LIBRARY = "there is no NVIDIA driver library"
+NO_DRIVER = "the NVIDIA kernel driver is not loaded"
+MISMATCH = "the driver's library and its kernel module are of different versions"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Remapped memory rows: how many, whether a remap waits for a reset, whether one failed."""
+
+    corrected: int
+    uncorrected: int
+    is_pending: bool
+    has_failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GpuHealth:
+    """One GPU. None for what its driver does not tell.
+
+    `ecc_errors`: uncorrected since the driver was loaded; `throttle`: NVML's reasons, as bits; `lanes`: now and at most;
+    `links`: whether each NVLink that it has is up; `users`: bytes by pid of what computes there.
+    """
+
+    gpu: Gpu
+    used: int = 0
+    users: dict[int, int] = field(default_factory=dict, hash=False)
+    ecc_errors: int | None = None
+    rows: Rows | None = None
+    throttle: int | None = None
+    compute_mode: int | None = None
+    mig: bool | None = None
+    persistence: bool | None = None
+    lanes: tuple[int, int] | None = None
+    links: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """`absence`: why there are none, "" where there are. `cuda`: what the driver supports at most, such as 12.4."""
+
+    gpus: tuple[GpuHealth, ...] = ()
+    absence: str = ""
+    driver: str = ""
+    cuda: tuple[int, int] | None = None
+
+
+def read_gpu_facts() -> GpuFacts:
+    """Ask NVML. Tens of milliseconds where there is a driver, one where there is none."""
+    try:
+        import pynvml
+    except ImportError:
+        return GpuFacts(absence=NO_BINDING)
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as failure:
+        return GpuFacts(absence=_absence(pynvml, failure))
+    try:
+        driver = _asked(pynvml, lambda: str(_text(pynvml.nvmlSystemGetDriverVersion()))) or ""
+        version = _asked(pynvml, lambda: int(pynvml.nvmlSystemGetCudaDriverVersion_v2()))
+        cuda = (version // 1000, version % 1000 // 10) if version else None
+        gpus = tuple(_health(pynvml, index) for index in range(int(pynvml.nvmlDeviceGetCount())))
+    finally:
+        pynvml.nvmlShutdown()
+    return GpuFacts(gpus, "" if gpus else "the driver lists no GPU", driver, cuda)
+
+
+def _absence(pynvml: ModuleType, failure: Exception) -> str:
+    reasons = {
+        pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: NO_LIBRARY,
+        pynvml.NVML_ERROR_DRIVER_NOT_LOADED: NO_DRIVER,
+        pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: MISMATCH,
+    }
+    return reasons.get(getattr(failure, "value", None), f"NVML fails: {failure}")
+
+
+def _health(pynvml: ModuleType, index: int) -> GpuHealth:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+
+    def ask(read: Callable[[], _T]) -> _T | None:
+        return _asked(pynvml, read)
+
+    return GpuHealth(
+        gpu=gpu_of(pynvml, index),
+        used=ask(lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)) or 0,
+        users=ask(lambda: _users(pynvml, handle)) or {},
+        ecc_errors=ask(
+            lambda: int(
+                pynvml.nvmlDeviceGetTotalEccErrors(
+                    handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+                )
+            )
+        ),
+        rows=ask(lambda: _rows(pynvml.nvmlDeviceGetRemappedRows(handle))),
+        throttle=ask(lambda: int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))),
+        compute_mode=ask(lambda: int(pynvml.nvmlDeviceGetComputeMode(handle))),
+        mig=ask(lambda: bool(pynvml.nvmlDeviceGetMigMode(handle)[0])),
+        persistence=ask(lambda: bool(pynvml.nvmlDeviceGetPersistenceMode(handle))),
+        lanes=ask(
+            lambda: (int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)), int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)))
+        ),
+        links=_links(pynvml, handle),
+    )
+
+
+def _asked(pynvml: ModuleType, read: Callable[[], _T]) -> _T | None:
+    """What `read` gives; None where the driver does not tell it."""
+    try:
+        return read()
+    except pynvml.NVMLError:
+        return None
+
+
+def _users(pynvml: ModuleType, handle: object) -> dict[int, int]:
+    entries = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return {int(entry.pid): int(entry.usedGpuMemory or 0) for entry in entries}
+
+
+def _rows(found: list[int]) -> Rows:
+    return Rows(int(found[0]), int(found[1]), bool(found[2]), bool(found[3]))
+
+
+def _links(pynvml: ModuleType, handle: object) -> tuple[bool, ...]:
+    """Of the links that this card has: asking for one more is refused."""
+    found: list[bool] = []
+    for number in range(int(pynvml.NVML_NVLINK_MAX_LINKS)):
+        state = _asked(pynvml, lambda number=number: bool(pynvml.nvmlDeviceGetNvLinkState(handle, number)))  # type: ignore[misc]
+        if state is None:
+            break
+        found.append(state)
+    return tuple(found)
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
