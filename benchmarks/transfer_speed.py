@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from pdctl.engine.layout import Span
-from pdctl.engine.probe import scattered, scratch_peer
+from pdctl.engine.probe import Place, scattered, scratch_peer
 from pdctl.engine.transfer import Settings, transport_kind
 from pdctl.engine.transfer.memory import Memory
 
@@ -112,11 +112,11 @@ def main() -> None:
             found[title] |= measure(ways, spans, rounds)
 
     # Each library's threads go on working in its process: shared memory is measured before they exist.
-    with scratch_peer("shm", "auto", SIZE) as shm:
+    with scratch_peer(Place("shm", "auto", SIZE), set()) as shm:
         run({"numpy copy": copying(memory), "shm": ours("shm", shm, memory)})
-    with scratch_peer("mooncake", "tcp", SIZE) as mooncake:
+    with scratch_peer(Place("mooncake", "tcp", SIZE), set()) as mooncake:
         run({"mooncake": ours("mooncake", mooncake, memory), **raw_mooncake(mooncake, memory)})
-    with scratch_peer("nixl", "auto", SIZE) as nixl:
+    with scratch_peer(Place("nixl", "auto", SIZE), set()) as nixl:
         run({"nixl": ours("nixl", nixl, memory)})
     for title, spans in shapes.items():
         show(title, found[title], sum(n for *_, n in spans))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -166,4 +166,4 @@ class Topology:
     supervision: Supervision
     source: str | None
     text: str = ""
-    expect: Expect = Expect()
+    expect: Expect = field(default_factory=Expect)

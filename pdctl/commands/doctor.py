@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,29 +12,25 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import JsonOption, Status, topology_file
-from pdctl.errors import ConfigError, PdctlError, Verdict
+from pdctl.commands.common import JsonOption, topology_file
+from pdctl.errors import PdctlError, Verdict
 
 if TYPE_CHECKING:
     from pdctl.doctor import Finding
-    from pdctl.topology import Topology
-
-# Starting two processes, loading a transport's library and moving the bytes takes seconds; then something hangs.
-_PROBE_S = 120.0
+    from pdctl.doctor.look import Look, Where
+    from pdctl.doctor.transfer import Result
 
 
 class Area(StrEnum):
     """What can be looked into."""
 
     RDMA = "rdma"
+    GPU = "gpu"
     HOST = "host"
+    NET = "net"
     RUNTIME = "runtime"
     TOPOLOGY = "topology"
     TRANSFER = "transfer"
-
-
-# What is looked into when nothing is named: everything that disturbs nobody.
-_USUAL = (Area.RDMA, Area.HOST, Area.RUNTIME, Area.TOPOLOGY)
 
 
 class Backend(StrEnum):
@@ -54,98 +49,109 @@ class Protocol(StrEnum):
     RDMA = "rdma"
 
 
+_MODES = "Instead of findings"
+
+
 def doctor(
-    areas: list[Area] = typer.Argument(None, help="Default: rdma, host, runtime, topology."),
+    areas: list[Area] = typer.Argument(None, help="Default: all but transfer."),
     against: Path | None = typer.Option(
-        None, "--against", help="Judge only what this topology uses, and what it needs."
+        None, "--against", help="Judge only what this topology uses, and what it needs. Default: ./pdctl.toml if any."
     ),
-    ibstatus: bool = typer.Option(False, "--ibstatus", help="Print what ibstatus prints: pdctl doctor rdma --ibstatus"),
-    port: list[str] = typer.Option([], "--port", help="With --ibstatus: DEVICE or DEVICE:PORT; several times."),
+    as_json: bool = JsonOption,
+    ibstatus: bool = typer.Option(False, "--ibstatus", help="Print what ibstatus prints.", rich_help_panel=_MODES),
+    devinfo: bool = typer.Option(False, "--devinfo", help="Print what ibv_devinfo prints.", rich_help_panel=_MODES),
+    port: list[str] = typer.Option(
+        [], "--port", help="With these two: DEVICE or DEVICE:PORT; several times.", rich_help_panel=_MODES
+    ),
+    matrix: bool = typer.Option(
+        False, "--matrix", help="Print how near GPUs and RDMA devices are.", rich_help_panel=_MODES
+    ),
+    listed: bool = typer.Option(False, "--list", help="Print every check there is.", rich_help_panel=_MODES),
+    watch: bool = typer.Option(
+        False, "--watch", help="Print RDMA traffic and errors again and again.", rich_help_panel=_MODES
+    ),
+    interval: float = typer.Option(1.0, "--interval", min=0.05, max=3600, help="Seconds between two looks of --watch."),
+    count: int = typer.Option(0, "--count", min=0, help="Looks of --watch; 0: until Ctrl-C."),
+    bundle: Path | None = typer.Option(
+        None, "--bundle", help="Write findings, facts and logs to a .tar.gz for a bug report, without secrets."
+    ),
+    kmsg: Path = typer.Option(Path("/dev/kmsg"), "--kmsg", help="The kernel's log, or what dmesg wrote."),
     sysfs_root: Path = typer.Option(
         Path("/sys"), "--sysfs-root", help="Read another tree, such as one from a bug report."
     ),
     only: Backend | None = typer.Option(None, "--transport", help="transfer: only this one."),
     protocol: Protocol = typer.Option(Protocol.AUTO, "--protocol", help="transfer: what should carry the bytes."),
     mib: int = typer.Option(64, "--mib", min=1, max=16384, help="transfer: bytes to move, in MiB."),
-    as_json: bool = JsonOption,
 ) -> None:
-    """Check this machine. Exit codes: 0 good, 1 a warning, 2 critical, 3 could not tell. Areas: rdma, host, runtime,
-    topology, and transfer, which moves bytes over each transport and times it."""
+    """Check this machine. Exit codes: 0 good, 1 a warning, 2 critical, 3 could not tell. The area transfer moves bytes
+    over each transport and times it; it is looked into only when it is named."""
     if ibstatus:
         _ibstatus(port, sysfs_root)
-    chosen = areas or list(_USUAL)
-    if Area.TRANSFER in chosen:
-        code = _transfer(only, protocol, mib, as_json)
-        if chosen == [Area.TRANSFER]:
-            raise Verdict(code)
+    if listed:
+        return _list(as_json)
+    look = _look(against, sysfs_root, kmsg)
+    if devinfo:
+        return _devinfo(look, port)
+    if matrix:
+        return _matrix(look)
+    if watch:
+        return _watch(look, interval, count, as_json)
+    chosen = tuple(areas or [area for area in Area if area is not Area.TRANSFER])
+    codes = [_transfer(look, only, protocol, mib, as_json)] if Area.TRANSFER in chosen else []
+    if chosen != (Area.TRANSFER,):
+        codes.append(_findings(look, chosen, bundle, as_json))
+    raise Verdict(_worst(codes))
+
+
+def _look(against: Path | None, sysfs_root: Path, kmsg: Path) -> Look:
+    from pdctl.doctor.look import Look, Where
+
+    look = Look(Where(against or topology_file(None), sysfs_root=sysfs_root, kernel_log=kmsg))
+    look.where = _with_what_runs(look)
+    return look
+
+
+def _with_what_runs(look: Look) -> Where:
+    from dataclasses import replace
+
+    from pdctl.supervisor.rundir import is_locked
+
+    running = look.plan is not None and is_locked(Path(look.plan.run_dir))
+    return replace(look.where, is_running=running)
+
+
+def _findings(look: Look, areas: tuple[Area, ...], bundle: Path | None, as_json: bool) -> int:
     from pdctl.doctor import exit_code
+    from pdctl.doctor import look as looking
     from pdctl.doctor.report import summary, text
 
-    findings = look(chosen, against, sysfs_root)
+    found = look.findings(tuple(looking.Area(area.value) for area in areas))
     if as_json:
-        console.out(json.dumps({"schema": 1, "findings": [finding.to_dict() for finding in findings]}, indent=2))
+        console.out(json.dumps({"schema": 1, "findings": [finding.to_dict() for finding in found]}, indent=2))
     else:
-        console.out(text(findings))
-        console.note(summary(findings))
-    raise Verdict(exit_code(findings))
+        console.out(text(found))
+        console.note(summary(found))
+    if bundle is not None:
+        _bundle(bundle, look, found)
+    return exit_code(found)
 
 
-def look(areas: list[Area], against: Path | None, sysfs_root: Path = Path("/sys")) -> list[Finding]:
-    """The findings of some areas. What a topology does not use is not judged."""
-    from pdctl.doctor import topology as topology_checks
-    from pdctl.host import read_host
-    from pdctl.loader import load_file
+def _bundle(path: Path, look: Look, found: list[Finding]) -> None:
+    from pdctl.doctor.bundle import write
 
-    path = against or topology_file(None)
-    findings: list[Finding] = []
-    topology = None
-    if path is not None:
-        host = read_host()
-        try:
-            topology = load_file(path, host)
-            if Area.TOPOLOGY in areas:
-                findings += topology_checks.check(topology, host)
-        except ConfigError as failure:
-            findings += topology_checks.problems(failure.source, failure.problems)
-    if Area.RDMA in areas:
-        findings += _rdma(topology, sysfs_root)
-    if Area.HOST in areas:
-        findings += _host(topology)
-    if Area.RUNTIME in areas:
-        findings += _runtime(topology)
-    return findings
+    try:
+        names = write(path, look, found)
+    except OSError as failure:
+        raise PdctlError(f"{path} cannot be written: {failure.strerror}", "name a file in a folder of yours") from None
+    console.note(f"{path} has {', '.join(names)}. Secrets and prompts were removed; look at it before you send it.")
 
 
-def _asks_for_rdma(topology: Topology | None) -> bool:
-    return topology is not None and topology.transfer.protocol == "rdma"
+def _worst(codes: list[int]) -> int:
+    """Critical before a warning before what could not be told."""
+    return next((code for code in (2, 1, 3) if code in codes), 0)
 
 
-def _rdma(topology: Topology | None, sysfs_root: Path) -> list[Finding]:
-    from pdctl.doctor.rdma import Scene, Wanted, check
-    from pdctl.host.rdma import read_tree
-    from pdctl.host.sysfs import Reader
-
-    reader = Reader()
-    devices = topology.transfer.devices if topology else ()
-    wanted = Wanted(devices, _asks_for_rdma(topology) or bool(devices))
-    return check(Scene(read_tree(sysfs_root, reader=reader), wanted, dict(os.environ), sysfs_root, reader))
-
-
-def _host(topology: Topology | None) -> list[Finding]:
-    from pdctl.doctor.host import HostScene, check
-
-    started = [group for group in topology.engines if not group.is_attached] if topology else []
-    pools = int(sum(group.kv_cache_gb * group.replicas for group in started) * 2**30)
-    on_cpu = int(sum(g.kv_cache_gb * g.replicas for g in started if g.device.value == "cpu") * 2**30)
-    return check(HostScene(pinned_bytes=pools if _asks_for_rdma(topology) else 0, shared_bytes=on_cpu))
-
-
-def _runtime(topology: Topology | None) -> list[Finding]:
-    from pdctl.doctor.runtime import RuntimeScene, check
-
-    far = [group.url for group in topology.engines if group.is_attached] if topology else []
-    hosts = ("127.0.0.1", *(url.removeprefix("http://").rpartition(":")[0] for url in far))
-    return check(RuntimeScene(dict(os.environ), _asks_for_rdma(topology), hosts))
+# -- instead of findings -----------------------------------------------------------------------------------
 
 
 def _ibstatus(ports: list[str], sysfs_root: Path) -> None:
@@ -157,55 +163,97 @@ def _ibstatus(ports: list[str], sysfs_root: Path) -> None:
     raise Verdict(code)
 
 
-def _transfer(only: Backend | None, protocol: Protocol, mib: int, as_json: bool) -> int:
-    names = [only.value] if only else [backend.value for backend in Backend]
+def _devinfo(look: Look, ports: list[str]) -> None:
+    from pdctl.doctor.devinfo import devinfo
+    from pdctl.doctor.verbs import read_verbs
+
+    # The library looks at this machine, whatever tree we are to read.
+    wanted = {device.name: [port.number for port in device.ports] for device in look.tree.devices}
+    known = read_verbs(wanted) if wanted and look.where.sysfs_root == Path("/sys") else {}
+    console.out(devinfo(look.tree, known, ports), end="")
+
+
+def _matrix(look: Look) -> None:
+    from pdctl.doctor.affinity import matrix
+
+    scene = look.affinity()
+    if not scene.gpus or not scene.devices:
+        missing = "no GPU" if not scene.gpus else "no RDMA device that is up"
+        raise PdctlError(f"there is nothing to pair: {missing} on this machine")
+    console.out(matrix(scene))
+
+
+def _list(as_json: bool) -> None:
+    from pdctl.doctor.catalogue import CHECKS
+
+    if as_json:
+        console.out(json.dumps([check._asdict() for check in CHECKS], indent=2))
+    else:
+        rows = [[check.id, check.area, check.severity, check.fires] for check in CHECKS]
+        console.out(console.table(["CHECK", "AREA", "SEVERITY", "FIRES WHEN"], rows))
+
+
+def _watch(look: Look, interval: float, count: int, as_json: bool) -> None:
+    """Each look against the one before; Ctrl-C ends it."""
+    from pdctl.doctor import exit_code
+    from pdctl.doctor.counters import compare, traffic
+
+    if not look.tree.devices:
+        raise PdctlError("there is no RDMA device to watch", "look for one with: pdctl doctor rdma")
+    before, worst, number = look.sample(), 0, 0
+    while not count or number < count:
+        time.sleep(interval)
+        number += 1
+        now = look.sample()
+        found, moved = compare(before, now), traffic(before, now)
+        if as_json:
+            ports = {name: {"received_gbs": r, "sent_gbs": s} for name, (r, s) in moved.items()}
+            console.out(json.dumps({"ports": ports, "findings": [finding.to_dict() for finding in found]}))
+        else:
+            shown = "  ".join(f"{name} {r:.3f} in {s:.3f} out GB/s" for name, (r, s) in moved.items())
+            console.out(f"{time.strftime('%H:%M:%S')}  {shown}")
+            for finding in found:
+                console.out(
+                    f"          {finding.severity.value}: {finding.subject} {finding.observed}: {finding.cause}"
+                )
+        worst, before = _worst([worst, exit_code(found)]), now
+    raise Verdict(worst)
+
+
+# -- transfer ----------------------------------------------------------------------------------------------
+
+
+def _transfer(look: Look, only: Backend | None, protocol: Protocol, mib: int, as_json: bool) -> int:
+    from pdctl.doctor import transfer
+
     found = []
-    for name in names:
-        console.note(f"{name}: moving {mib} MiB between two processes ...")
-        found.append(_probe(name, protocol.value, mib))
+    for probe in transfer.probes(look.plan, only.value if only else None, protocol.value, mib):
+        where = f", {probe.pair}" if probe.pair else ""
+        console.note(f"{probe.transport}{where}: moving {mib} MiB between two processes ...")
+        found.append(transfer.run(probe, look.tree))
     console.out(json.dumps(found, indent=2) if as_json else _table(found))
     _advise(found)
-    return _exit_code(found)
+    return transfer.exit_code(found)
 
 
-def _probe(name: str, protocol: str, mib: int) -> Status:
-    words = ["probe", "--transport", name, "--protocol", protocol, "--mib", str(mib)]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pdctl.engine", *words],
-            capture_output=True,
-            text=True,
-            timeout=_PROBE_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"transport": name, "error": f"no result within {_PROBE_S:g} s"}
-    try:
-        found = json.loads(done.stdout.strip().rpartition("\n")[2])
-    except ValueError:
-        if "ModuleNotFoundError" in done.stderr:
-            hint = "install the engine's packages: pip install 'pdctl[engine]'"
-            raise PdctlError(f"the probe cannot run: {done.stderr.strip().splitlines()[-1]}", hint) from None
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"transport": name, "error": lines[-1]}
-    assert isinstance(found, dict)
-    return found
-
-
-def _table(found: list[Status]) -> str:
-    header = ["TRANSPORT", "OVER", "BYTES", "GB/S", "OF A COPY", "64K BLOCKS", "GB/S", "OF A COPY", "64 BYTES"]
+def _table(found: list[Result]) -> str:
+    header = ["TRANSPORT", "PAIR", "OVER", "BYTES", "GB/S", "OF A COPY", "OF THE LINK", "64K BLOCKS", "GB/S",
+    "OF A COPY",
+              "64 BYTES"]  # fmt: skip
     return console.table(header, [_row(entry) for entry in found], {"RIGHT": "green", "WRONG": "red"})
 
 
-def _row(entry: Status) -> list[str]:
+def _row(entry: Result) -> list[str]:
+    names = [entry["transport"], entry["pair"] or "-"]
     if "error" in entry:
-        return [entry["transport"], "-", "not available", *["-"] * 6]
+        return [*names, "-", "not available", *["-"] * 7]
     return [
-        entry["transport"],
+        *names,
         entry["protocol"],
         "RIGHT" if entry["bytes_right"] else "WRONG",
         f"{entry['gbps']:.2f}",
         f"{entry['of_copy']:.0%}",
+        "-" if entry["of_link"] is None else f"{entry['of_link']:.0%}",
         str(entry["blocks"]),
         f"{entry['blocks_gbps']:.2f}",
         f"{entry['blocks_of_copy']:.0%}",
@@ -213,17 +261,10 @@ def _row(entry: Status) -> list[str]:
     ]
 
 
-def _advise(found: list[Status]) -> None:
+def _advise(found: list[Result]) -> None:
     for entry in found:
         if "error" in entry:
             console.note(f"{entry['transport']}: {entry['error']}")
         elif entry["fallback"]:
             mark = console.paint("FALLBACK", "red", sys.stderr)
             console.note(f"{entry['transport']}: {mark} to {entry['protocol']}: {entry['fallback']}")
-
-
-def _exit_code(found: list[Status]) -> int:
-    works = [entry for entry in found if "error" not in entry]
-    if not works or not all(entry["bytes_right"] for entry in works):
-        return 2
-    return 1 if any(entry["fallback"] for entry in works) else 0

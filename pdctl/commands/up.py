@@ -29,9 +29,11 @@ def up(
     detach: bool = typer.Option(
         False, "-d", "--detach", help="Return when the service is ready, or with the reason it is not."
     ),
+    force: bool = typer.Option(False, "--force", help="Start in spite of what the doctor calls critical."),
     wait_s: float = typer.Option(1800.0, "--wait", help="With -d: give up after this many seconds."),
 ) -> None:
     """Start the service, or take over what a killed supervisor left running. Ctrl-C stops it, a second one forces."""
+    from pdctl.commands.precheck import refuse_what_cannot_work
     from pdctl.commands.prepare import with_model
     from pdctl.supervisor.adoption import read_estate
     from pdctl.supervisor.rundir import is_locked
@@ -43,6 +45,7 @@ def up(
     estate = read_estate(Path(planned.run_dir))
     if estate is None:
         planned = load_plan(file, check_port=True)
+        refuse_what_cannot_work(file, force)
     else:
         console.note(f"taking over {', '.join(record.spec.name for record in estate.processes)}, which still run")
         planned = load_plan(file, running=estate.plan)

@@ -50,9 +50,7 @@ def matrix(scene: AffinityScene) -> str:
     chosen = pairing(scene)
     rows = []
     for name, pci, _ in scene.gpus:
-        cells = [
-            scene.class_of(pci, device) + (" *" if chosen.get(name) == device else "") for device in scene.devices
-        ]
+        cells = [scene.class_of(pci, device) + (" *" if chosen.get(name) == device else "") for device in scene.devices]
         node = scene.layout.nodes.get(pci, -1)
         rows.append([name, pci or "?", *cells, str(node) if node >= 0 else "?"])
     table = console.table(["", "PCI", *scene.devices, "NUMA"], rows)

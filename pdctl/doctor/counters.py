@@ -1,7 +1,7 @@
 """What RDMA ports counted between two looks: errors that grow, not what they were for a lifetime.
 
-Thresholds: NVSentinel's where the table names none other; symbol errors by IBTA's bit error rate of 1e-12, which is 120 an
-hour on a 4X link; the one for packets out of sequence is the project's own proposal.
+Thresholds: NVSentinel's where the table names none other; symbol errors by IBTA's bit error rate of 1e-12, which is 120
+an hour on a 4X link; the one for packets out of sequence is the project's own proposal.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ RULES = (
     Rule("link.flap", ("link_downed",), Severity.CRITICAL, 0, "the link went down", _CABLE),
     Rule("link.flap", ("carrier_changes",), Severity.WARNING, 0, "the netdev lost and found its carrier", _CABLE, 2),
     Rule("err.symbol", ("symbol_error",), Severity.CRITICAL, 120 / _HOUR, "bit errors on the wire", _CABLE, 9),
-    Rule("err.recovery", ("link_error_recovery",), Severity.WARNING, 5 / 60, "the link recovers again and again", _CABLE),
+    Rule("err.recovery", ("link_error_recovery",), Severity.WARNING, 5 / 60, "the link recovers again and again",
+    _CABLE),
     Rule("err.integrity", ("local_link_integrity_errors", "excessive_buffer_overrun_errors"), Severity.CRITICAL, 0,
          "packets were lost on the link", f"{_CABLE}; look at flow control"),
     Rule("err.rcv", ("port_rcv_errors",), Severity.WARNING, 10, "packets arrive broken", _CABLE),
@@ -55,11 +56,13 @@ RULES = (
          "congestion or a peer that is down: look at the switch"),
     Rule("tx.retry", ("req_transport_retries_exceeded", "req_rnr_retries_exceeded"), Severity.CRITICAL, 0,
          "connections were given up", "a peer died, or its path is lost: pdctl status, then the switch"),
-    Rule("tx.retry", ("local_ack_timeout_err",), Severity.WARNING, 1, "acknowledgements are late", "the path to a peer"),
+    Rule("tx.retry", ("local_ack_timeout_err",), Severity.WARNING, 1, "acknowledgements are late",
+    "the path to a peer"),
     Rule("tx.retry", ("rnr_nak_retry_err",), Severity.WARNING, 0, "peers were not ready to receive", "busy peers"),
     Rule("roce.slow_restart", ("roce_slow_restart",), Severity.WARNING, 10, "senders start over after loss",
          "priority flow control and ECN: mlnx_qos, the switch"),
-    Rule("roce.congestion", ("np_cnp_sent", "rp_cnp_handled"), Severity.INFO, 0, "ECN at work: the network is busy", ""),
+    Rule("roce.congestion", ("np_cnp_sent", "rp_cnp_handled"), Severity.INFO, 0, "ECN at work: the network is busy",
+    ""),
     Rule("pcie.aer", ("aer_fatal", "aer_nonfatal"), Severity.CRITICAL, 0, "errors on the PCIe link",
          "reseat the card; check riser and slot: dmesg | grep -i aer"),
     Rule("pcie.aer", ("aer_correctable",), Severity.WARNING, 10 / 60, "corrected errors on the PCIe link",

@@ -1,7 +1,7 @@
 """What `ibv_devinfo` (rdma-core) prints, as far as sysfs and, where there is one, the verbs library tell.
 
-The real tool asks the library for everything but the board. sysfs has no MTU and no IEEE vendor number: without the library
-these say that they are not known.
+The real tool asks the library for everything but the board. sysfs has no MTU and no IEEE vendor number: without the
+library these say that they are not known.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def _port(port: Port, verbs: DeviceVerbs | None) -> Iterator[str]:
     known = verbs.ports.get(port.number) if verbs else None
     state = port.raw["state"].integer()
     lids = {name: port.lid(name) for name in ("sm_lid", "lid", "lid_mask_count")}
+    state_text = UNKNOWN if state is None else f"{_STATES.get(state, 'invalid state')} ({state})"
     shown = {name: UNKNOWN if value is None else str(value) for name, value in lids.items()}
     yield f"\t\tport:\t{port.number}\n"
-    yield f"\t\t\tstate:\t\t\t{UNKNOWN if state is None else f'{_STATES.get(state, "invalid state")} ({state})'}\n"
+    yield f"\t\t\tstate:\t\t\t{state_text}\n"
     yield f"\t\t\tmax_mtu:\t\t{_mtu(known.max_mtu) if known else UNKNOWN}\n"
     yield f"\t\t\tactive_mtu:\t\t{_mtu(known.active_mtu) if known else UNKNOWN}\n"
     yield f"\t\t\tsm_lid:\t\t\t{shown['sm_lid']}\n"

@@ -71,8 +71,13 @@ def devices(scene: EnvironmentScene) -> Iterator[Finding]:
                 f"{variable}={given}: {name} is {'down' if near else 'no device of this machine'}",
                 f"one that is up: {', '.join(up) or 'there is none'}", "environment, /sys/class/infiniband",
                 "the library finds no device, or falls back to TCP",
-                f"export {variable}={up[0]}{':1' if variable == 'UCX_NET_DEVICES' else ''}" if up else f"unset {variable}",
+                f"export {variable}={_as_named(variable, up[0])}" if up else f"unset {variable}",
             )  # fmt: skip
+
+
+def _as_named(variable: str, device: str) -> str:
+    """UCX wants the port with the device."""
+    return f"{device}:1" if variable == "UCX_NET_DEVICES" else device
 
 
 def _is_prefix(variable: str, given: str, name: str, device: str) -> bool:

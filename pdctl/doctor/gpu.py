@@ -97,7 +97,8 @@ def counted(scene: GpuScene) -> Iterator[Finding]:
             yield Finding(
                 "gpu.count", Severity.CRITICAL if scene.is_wanted else Severity.WARNING, f"GPU at {address}",
                 "the driver knows it, and NVML does not list it", "both", f"/proc/{_PROC_GPUS}",
-                "it fell off the bus (Xid 79), or is hidden from this container", "dmesg | grep Xid; reset it or reboot",
+                "it fell off the bus (Xid 79), or is hidden from this container",
+                "dmesg | grep Xid; reset it or reboot",
             )  # fmt: skip
 
 
@@ -148,7 +149,8 @@ def throttled(scene: GpuScene) -> Iterator[Finding]:
         reasons = [name for bit, name in _THROTTLED.items() if (found.throttle or 0) & bit]
         if reasons:
             yield Finding(
-                "gpu.throttle", Severity.WARNING, _name(found), ", ".join(reasons), "none", "NVML, clocks event reasons",
+                "gpu.throttle", Severity.WARNING, _name(found), ", ".join(reasons), "none",
+                "NVML, clocks event reasons",
                 "heat or power", "check cooling and power: nvidia-smi -q -d PERFORMANCE,TEMPERATURE",
             )  # fmt: skip
 
@@ -182,7 +184,9 @@ def held(scene: GpuScene) -> Iterator[Finding]:
         used = found.used - sum(size for pid, size in found.users.items() if pid in scene.ours)
         if used <= _BASELINE:
             continue
-        whose = ", ".join(f"pid {pid} {_command(scene.proc_root, pid)}" for pid in sorted(strangers)) or "nobody it names"
+        whose = (
+            ", ".join(f"pid {pid} {_command(scene.proc_root, pid)}" for pid in sorted(strangers)) or "nobody it names"
+        )
         alive = [pid for pid in strangers if (scene.proc_root / str(pid)).exists()]
         fix = f"end it: kill {' '.join(map(str, sorted(alive)))}" if alive else (
             f"nvidia-smi; fuser -v /dev/nvidia{found.gpu.index}; a container's processes are seen on its host"
@@ -201,7 +205,8 @@ def modes(scene: GpuScene) -> Iterator[Finding]:
         if found.mig and scene.is_wanted:
             yield Finding(
                 "gpu.mig", Severity.CRITICAL, _name(found), "MIG is on", "off", "NVML",
-                "engines are given the whole GPU's UUID, with which CUDA finds nothing then", f"nvidia-smi -i {index} -mig 0",
+                "engines are given the whole GPU's UUID, with which CUDA finds nothing then",
+                f"nvidia-smi -i {index} -mig 0",
             )  # fmt: skip
         exclusive = found.compute_mode == _EXCLUSIVE_PROCESS and index in scene.shared
         if exclusive or (found.compute_mode == _PROHIBITED and scene.is_wanted):

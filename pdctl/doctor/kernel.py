@@ -67,7 +67,8 @@ def check(log: KernelLog, now: float) -> list[Finding]:
     if log.unread:
         return [
             Finding(
-                "kernel.log", Severity.INFO, "kernel log", f"it cannot be read: {log.unread}", "read access", log.source,
+                "kernel.log", Severity.INFO, "kernel log", f"it cannot be read: {log.unread}", "read access",
+                log.source,
                 "Xid errors and what RDMA drivers complain of are not seen",
                 "run as root, or: dmesg > kernel.txt, and --kmsg kernel.txt",
             )
@@ -91,7 +92,8 @@ def _xids(log: KernelLog, now: float) -> Iterator[Finding]:
         yield Finding(
             "gpu.xid", _aged(Severity.CRITICAL if is_fatal else Severity.WARNING, messages[-1], now),
             f"GPU at {address}", f"Xid {number}{_times(messages, now)}", "none", log.source, cause,
-            _XID_FIXES.get(number, "nvidia-smi --gpu-reset, or reboot" if is_fatal else "pdctl why NAME, if an engine died"),
+            _XID_FIXES.get(number,
+            "nvidia-smi --gpu-reset, or reboot" if is_fatal else "pdctl why NAME, if an engine died"),
             "NVIDIA Xid catalogue; Azure NHC",
         )  # fmt: skip
 

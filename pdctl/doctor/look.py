@@ -19,8 +19,8 @@ from pdctl.host.models import read_shape
 from pdctl.host.rdma import RdmaTree, read_tree
 from pdctl.host.sysfs import Reader
 from pdctl.loader import load_file
-from pdctl.plan import Plan, plan
-from pdctl.topology import Device, EngineGroup, Topology
+from pdctl.plan import Plan, make_plan
+from pdctl.topology import Device, EngineGroup, Expect, Topology
 
 if TYPE_CHECKING:
     from pdctl.doctor.affinity import AffinityScene
@@ -78,7 +78,7 @@ class Look:
 
         try:
             self.topology = load_file(file, self.host)
-            self.plan = plan(self.topology, self.host)
+            self.plan = make_plan(self.topology, self.host)
         except ConfigError as failure:
             self.refusals = problems(failure.source, failure.problems)
         except PdctlError as failure:
@@ -146,7 +146,7 @@ class Look:
         from pdctl.host.kernel_log import read_kernel_log
 
         devices = self.topology.transfer.devices if self.topology else ()
-        expect = self.topology.expect if self.topology else rdma.Expect()
+        expect = self.topology.expect if self.topology else Expect()
         for env in self._environments():
             scene = rdma.Scene(self.tree, rdma.Wanted(devices, self.wants_rdma, expect), env, self.where.sysfs_root,
                                self.reader)  # fmt: skip

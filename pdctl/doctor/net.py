@@ -18,7 +18,7 @@ _GOOD_BACKLOG = 1024
 
 
 def _connects(host: str, port: int) -> str:
-    """"" when somebody answers there, else why not."""
+    """ "" when somebody answers there, else why not."""
     try:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
     except OSError as failure:
@@ -95,7 +95,8 @@ def ephemeral(scene: NetScene) -> Iterator[Finding]:
         shown = f"{inside[0]}" if len(inside) == 1 else f"{inside[0]} to {inside[-1]}"
         wanted = ",".join(filter(None, [reserved, shown.replace(" to ", "-")]))
         yield Finding(
-            "net.ephemeral", Severity.WARNING, f"port {shown}", f"within the kernel's ephemeral range {first} to {last}",
+            "net.ephemeral", Severity.WARNING, f"port {shown}",
+            f"within the kernel's ephemeral range {first} to {last}",
             "outside, or reserved", "/proc/sys/net/ipv4/ip_local_port_range",
             "an outgoing connection may have it when a process wants to listen",
             f"sysctl net.ipv4.ip_local_reserved_ports={wanted}",
@@ -139,7 +140,7 @@ def attached(scene: NetScene) -> Iterator[Finding]:
         why = scene.connects(host, port)
         if why:
             yield Finding(
-                "net.attached", Severity.CRITICAL, group.name, f"nobody answers at {group.url}: {why}",
+                "net.attached", Severity.WARNING, group.name, f"nobody answers at {group.url}: {why}",
                 "a running engine", "connect(2)", "requests will not be sent to it until it does",
                 "start it, or correct its url; a firewall may be between",
             )  # fmt: skip

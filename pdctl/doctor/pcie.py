@@ -1,4 +1,4 @@
-"""Checks of the way between cards: bridges, access control, the IOMMU, and whether a network card may read GPU memory."""
+"""Checks of the way between cards: bridges, access control, the IOMMU, network cards' access to GPU memory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def path_width(scene: PcieScene) -> Iterator[Finding]:
                 yield Finding(
                     "pcie.path", Severity.CRITICAL, subject, f"{now} lanes at the bridge {bridge} above it",
                     f"{min(lanes for lanes in most if lanes)}", f"/sys/bus/pci/devices/{bridge}/current_link_width",
-                    "a slot, riser, cable or BIOS setting", "reseat it; lspci -vv shows LnkSta and LnkCap of the bridge",
+                    "a slot, riser, cable or BIOS setting",
+                    "reseat it; lspci -vv shows LnkSta and LnkCap of the bridge",
                 )  # fmt: skip
 
 
@@ -66,7 +67,9 @@ def access_control(scene: PcieScene) -> Iterator[Finding]:
     """ACS on a bridge sends traffic between a GPU and a network card up to the root complex (NCCL troubleshooting)."""
     if not scene.direct:
         return
-    bridges = {part for a in scene.functions.values() for part in chain(a, scene.sysfs_root)[:-1] if part.count(":") == 2}
+    bridges = {
+        part for a in scene.functions.values() for part in chain(a, scene.sysfs_root)[:-1] if part.count(":") == 2
+    }
     on, hidden = [], False
     for bridge in sorted(bridges):
         control = _acs_control(scene.sysfs_root / "bus/pci/devices" / bridge / "config")
@@ -76,9 +79,11 @@ def access_control(scene: PcieScene) -> Iterator[Finding]:
     if on:
         virtual = is_virtual_machine(scene.proc_root)
         yield Finding(
-            "pcie.acs", Severity.INFO if virtual else Severity.WARNING, "pcie", f"ACS redirects peers at {', '.join(on)}",
+            "pcie.acs", Severity.INFO if virtual else Severity.WARNING, "pcie",
+            f"ACS redirects peers at {', '.join(on)}",
             "must stay on in a virtual machine" if virtual else "off on bare metal", "PCI configuration space",
-            "GPUDirect goes through the root complex", "" if virtual else f"setpci -s {on[0]} ECAP_ACS+6.w=0, each boot",
+            "GPUDirect goes through the root complex",
+            "" if virtual else f"setpci -s {on[0]} ECAP_ACS+6.w=0, each boot",
             "NCCL troubleshooting; NVIDIA AI Enterprise",
         )  # fmt: skip
     elif hidden:

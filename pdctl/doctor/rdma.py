@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
@@ -30,7 +30,7 @@ class Wanted:
 
     devices: tuple[str, ...] = ()
     is_required: bool = False
-    expect: Expect = Expect()
+    expect: Expect = field(default_factory=Expect)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ def rates(scene: Scene) -> Iterator[Finding]:
                           "such as 400 Gb/sec (4X NDR)", port.raw["rate"].path)  # fmt: skip
             continue
         asked = scene.wanted.expect.rate_gbps
-        if 0 < asked and rate.gbps < asked:
+        if asked > 0 and rate.gbps < asked:
             yield Finding(
                 "port.rate", Severity.CRITICAL, port.subject, f"{rate.gbps:g} Gb/s",
                 f"{asked:g} Gb/s, by the topology", port.raw["rate"].path,
@@ -255,8 +255,14 @@ def gid_index(scene: Scene) -> Iterator[Finding]:
                     "roce.gid_index", Severity.CRITICAL, port.subject, f"{name}={given} points at {seen}",
                     f"a RoCE v2 GID: {', '.join(good) or 'there is none'}", f"environment, {port.subject} gids/{given}",
                     "queue pairs are made with an address that is none",
-                    f"{'' if name.startswith('[') else 'export '}{name}={good[0]}" if good else "ip addr add ADDRESS/PREFIX dev NETDEV",
+                    _index_fix(name, good),
                 )  # fmt: skip
+
+
+def _index_fix(name: str, good: list[str]) -> str:
+    if not good:
+        return "ip addr add ADDRESS/PREFIX dev NETDEV"
+    return f"gid_index = {good[0]} under [expect]" if name.startswith("[") else f"export {name}={good[0]}"
 
 
 def mtu(scene: Scene) -> Iterator[Finding]:
@@ -323,5 +329,6 @@ def pci_link(scene: Scene) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    present, vanished, char_devices, state, lids, rates, link_layers, counters, gids, gid_index, mtu, firmware, pci_link,
+    present, vanished, char_devices, state, lids, rates, link_layers, counters, gids, gid_index, mtu, firmware,
+    pci_link,
 )  # fmt: skip

@@ -115,7 +115,8 @@ def combinations(scene: RuntimeScene) -> Iterator[Finding]:
     if scene.cuda and "+cpu" in torch:
         yield Finding(
             "runtime.versions", Severity.CRITICAL, "torch", f"{torch}, and the topology has device = \"cuda\"",
-            "a build with CUDA", "importlib.metadata", "engines will find no GPU", "pip install --force-reinstall torch",
+            "a build with CUDA", "importlib.metadata", "engines will find no GPU",
+            "pip install --force-reinstall torch",
         )  # fmt: skip
     if transformers and _numbers(transformers) < _OLDEST_TRANSFORMERS:
         yield Finding(
@@ -140,7 +141,7 @@ def combinations(scene: RuntimeScene) -> Iterator[Finding]:
 
 
 def nvshmem(scene: RuntimeScene) -> Iterator[Finding]:
-    """Where it is installed: whether it is whole. DeepEP's older kernels want 3.3.9; nothing of pdctl's own needs it."""
+    """Where it is installed: whether it is whole. DeepEP's older kernels want 3.3.9; nothing of ours needs it."""
     root = _nvshmem_root(scene)
     if root is None:
         return

@@ -82,7 +82,9 @@ def context(scene: TopologyScene) -> Iterator[Finding]:
 def pools(scene: TopologyScene) -> Iterator[Finding]:
     """KV pools that cannot hold one request of the full length."""
     shape, wanted = scene.shape(), scene.topology.service.max_model_len
-    for group in scene.started() if shape and shape.kv_token_bytes else ():
+    if shape is None or not shape.kv_token_bytes:
+        return
+    for group in scene.started():
         token = shape.kv_token_bytes * (2 if group.device is Device.CPU else 1)
         room = int(group.kv_cache_gb * 2**30) // token
         if room < wanted:

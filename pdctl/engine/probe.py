@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -35,24 +36,55 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--protocol", choices=["auto", "tcp", "rdma"], default="auto")
     parser.add_argument("--mib", type=int, default=64)
     parser.add_argument("--serve", action="store_true", help="be the peer: print an address, serve until stdin closes")
+    parser.add_argument("--cpus", type=_numbers, default=set(), help="CPUs of the reader; default: any")
+    parser.add_argument("--peer-cpus", type=_numbers, default=set(), help="CPUs of the process that serves")
+    parser.add_argument("--devices", type=lambda text: tuple(text.split(",")), default=(), help="RDMA devices")
     options = parser.parse_args(argv)
+    if options.cpus:
+        os.sched_setaffinity(0, options.cpus)
     num_bytes = options.mib * 2**20
+    place = Place(options.transport, options.protocol, num_bytes, options.devices)
     if options.serve:
-        return _serve(options.transport, options.protocol, num_bytes)
+        return _serve(place)
     try:
-        found = probe(options.transport, options.protocol, num_bytes)
+        found = probe(place, options.peer_cpus)
     except (TransferError, NoMemory) as failure:
         found = {"transport": options.transport, "error": str(failure)}
     sys.stdout.write(json.dumps(found) + "\n")
     return 1 if "error" in found else 0
 
 
-def probe(name: str, protocol: str, num_bytes: int) -> dict[str, object]:
+@dataclass(frozen=True)
+class Place:
+    """One transport's settings, the same at both ends."""
+
+    transport: str
+    protocol: str
+    num_bytes: int
+    devices: tuple[str, ...] = ()
+
+    def open(self, memory: Memory, epoch: str, serving: bool = True) -> Transport:
+        """Raises TransferError where it cannot be used."""
+        settings = Settings(epoch, protocol=self.protocol, devices=self.devices, serving=serving)
+        return transport_kind(self.transport).open_transport(memory, settings)
+
+    def words(self) -> list[str]:
+        """As arguments."""
+        words = ["--transport", self.transport, "--protocol", self.protocol, "--mib", str(self.num_bytes // 2**20)]
+        return [*words, *(["--devices", ",".join(self.devices)] if self.devices else [])]
+
+
+def _numbers(text: str) -> set[int]:
+    return {int(word) for word in text.split(",")}
+
+
+def probe(place: Place, peer_cpus: set[int]) -> dict[str, object]:
     """Figures of one transport on this host. Raises TransferError where it cannot be used, NoMemory."""
+    name, num_bytes = place.transport, place.num_bytes
     epoch = f"probe-{os.getpid()}"
     memory = Memory(num_bytes, epoch)
-    transport = transport_kind(name).open_transport(memory, Settings(epoch, protocol=protocol, serving=False))
-    with scratch_peer(name, protocol, num_bytes) as address:
+    transport = place.open(memory, epoch, serving=False)
+    with scratch_peer(place, peer_cpus) as address:
         content = np.random.default_rng(_SEED).integers(0, 256, num_bytes, dtype=np.uint8)
 
         def read(spans: list[Span]) -> Callable[[], object]:
@@ -112,9 +144,9 @@ def _timed(act: Callable[[], object]) -> float:
 
 
 @contextmanager
-def scratch_peer(name: str, protocol: str, num_bytes: int) -> Iterator[str]:
-    """The address of a scratch process that serves known bytes."""
-    words = ["--transport", name, "--protocol", protocol, "--mib", str(num_bytes // 2**20), "--serve"]
+def scratch_peer(place: Place, cpus: set[int]) -> Iterator[str]:
+    """The address of a scratch process that serves known bytes, on these CPUs if any."""
+    words = [*place.words(), "--serve", *(["--cpus", ",".join(map(str, cpus))] if cpus else [])]
     argv = [sys.executable, "-m", "pdctl.engine", "probe", *words]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -129,12 +161,12 @@ def scratch_peer(name: str, protocol: str, num_bytes: int) -> Iterator[str]:
             process.kill()
 
 
-def _serve(name: str, protocol: str, num_bytes: int) -> int:
+def _serve(place: Place) -> int:
     epoch = f"probe-{os.getpid()}"
-    memory = Memory(num_bytes, epoch)
-    memory.bytes[:] = np.random.default_rng(_SEED).integers(0, 256, num_bytes, dtype=np.uint8)
+    memory = Memory(place.num_bytes, epoch)
+    memory.bytes[:] = np.random.default_rng(_SEED).integers(0, 256, place.num_bytes, dtype=np.uint8)
     try:
-        transport = transport_kind(name).open_transport(memory, Settings(epoch, protocol=protocol))
+        transport = place.open(memory, epoch)
     except TransferError as failure:
         sys.stderr.write(f"{failure}\n")
         return 1

@@ -32,8 +32,8 @@ class Rows:
 class GpuHealth:
     """One GPU. None for what its driver does not tell.
 
-    `ecc_errors`: uncorrected since the driver was loaded; `throttle`: NVML's reasons, as bits; `lanes`: now and at most;
-    `links`: whether each NVLink that it has is up; `users`: bytes by pid of what computes there.
+    `ecc_errors`: uncorrected since the driver was loaded; `throttle`: NVML's reasons, as bits; `lanes`: now and at
+    most; `links`: whether each NVLink that it has is up; `users`: bytes by pid of what computes there.
     """
 
     gpu: Gpu
@@ -111,7 +111,10 @@ def _health(pynvml: ModuleType, index: int) -> GpuHealth:
         mig=ask(lambda: bool(pynvml.nvmlDeviceGetMigMode(handle)[0])),
         persistence=ask(lambda: bool(pynvml.nvmlDeviceGetPersistenceMode(handle))),
         lanes=ask(
-            lambda: (int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)), int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)))
+            lambda: (
+                int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
+                int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
+            )
         ),
         links=_links(pynvml, handle),
     )

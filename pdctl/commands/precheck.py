@@ -1,0 +1,39 @@
+"""What `pdctl up` asks the doctor before it starts anything: the cheap checks, for its own topology only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pdctl import console
+from pdctl.commands.common import topology_file
+from pdctl.errors import PdctlError
+
+
+def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
+    """Raises PdctlError on critical findings; `force` only tells them. A built-in default fits its machine."""
+    from pdctl.doctor import Severity
+    from pdctl.doctor.look import Area, Look, Where
+    from pdctl.topology import Device
+
+    path = topology_file(file)
+    if path is None:
+        return
+    look = Look(Where(path, remembers=False))
+    areas = [Area.TOPOLOGY, Area.NET, Area.HOST, Area.RUNTIME]
+    if look.wants_rdma:
+        areas.append(Area.RDMA)
+    if any(group.device is Device.CUDA for group in look.started):
+        areas.append(Area.GPU)
+    critical = [finding for finding in look.findings(tuple(areas)) if finding.severity is Severity.CRITICAL]
+    for finding in critical:
+        cause = f": {finding.cause}" if finding.cause else ""
+        message = f"{finding.subject}: {finding.observed} (expected: {finding.expected}){cause}"
+        if force:
+            console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} {message}")
+        else:
+            console.error(message, finding.fix)
+    if critical and not force:
+        count = "1 critical finding" if len(critical) == 1 else f"{len(critical)} critical findings"
+        hint = "the whole picture: pdctl doctor    start nevertheless: pdctl up --force"
+        raise PdctlError(f"{count}, nothing was started", hint)

@@ -1,0 +1,152 @@
+"""One file to attach to a bug report: findings, facts, plan, versions, the last of the logs; no secrets, no prompts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import platform
+import re
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pdctl import __version__
+from pdctl.doctor import Finding
+from pdctl.doctor.look import Look
+from pdctl.host import state_root
+
+_MOST_LOG_BYTES = 256 * 1024
+_HIDDEN = "[removed]"
+# Names of settings whose values nobody else should read.
+_SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth|cookie|session", re.I)
+_SECRETS = (
+    re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"),
+    re.compile(r"\b(sk|hf|ghp|gho|xox[bp]|AKIA)[-_A-Za-z0-9]{8,}"),
+    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.S),
+)
+# `name = value`, `"name": "value"` and NAME=value, where the name says that it is one.
+_NAMED_SECRET = re.compile(
+    r"""(?i)(["']?[\w.-]*(?:api_?key|token|secret|passw(?:or)?d|credential)[\w.-]*["']?\s*[=:]\s*)"""
+    r"""(?!\d+(?:\.\d+)?\b)("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,}\]]+)"""
+)
+# What clients wrote: strings, lists of messages.
+_PROMPTS = re.compile(
+    r"""("(?:prompt|content|text|messages|input)"\s*:\s*)("(?:[^"\\]|\\.)*"|\[.*?\](?=\s*[,}]))""", re.S
+)
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "xgrammar", "pyzmq", "mooncake-transfer-engine",
+             "mooncake-transfer-engine-non-cuda", "nixl", "nixl-cu12", "vllm", "sglang", "lmdeploy", "uvicorn",
+             "uvloop",
+             "httptools", "starlette", "httpx", "nvidia-ml-py", "nvidia-nccl-cu12", "nvidia-nvshmem-cu12")  # fmt: skip
+# Environment that says something about serving.
+_TELLING = ("PDCTL_", "MC_", "NCCL_", "UCX_", "NIXL_", "NVSHMEM_", "CUDA_", "OMP_", "VLLM_", "SGLANG_", "http",
+"no_proxy",
+            "HTTP", "NO_PROXY", "LD_LIBRARY_PATH", "WITH_NVIDIA_PEERMEM")  # fmt: skip
+
+
+def clean(text: str) -> str:
+    """Without secrets, and without what clients wrote."""
+    for pattern in _SECRETS:
+        text = pattern.sub(_HIDDEN, text)
+    text = _NAMED_SECRET.sub(rf'\1"{_HIDDEN}"', text)
+    return _PROMPTS.sub(rf'\1"{_HIDDEN}"', text)
+
+
+def write(path: Path, look: Look, findings: list[Finding]) -> list[str]:
+    """Write the file, readable by its owner only; the names of what is in it. Raises OSError."""
+    names = []
+    path.touch(mode=0o600)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in _parts(look, findings):
+            data = text.encode()
+            entry = tarfile.TarInfo(f"pdctl-doctor/{name}")
+            entry.size, entry.mtime, entry.mode = len(data), int(time.time()), 0o600
+            archive.addfile(entry, io.BytesIO(data))
+            names.append(name)
+    return names
+
+
+def _parts(look: Look, findings: list[Finding]) -> Iterator[tuple[str, str]]:
+    yield "findings.json", _json([finding.to_dict() for finding in findings])
+    yield "facts.json", _json(_facts(look))
+    yield "versions.json", _json(_versions())
+    yield "environment.json", _json(_environment(look.where.env))
+    if look.plan is not None:
+        yield "plan.json", _json(look.plan.to_dict())
+    if look.topology is not None and look.topology.source:
+        yield "topology.toml", clean(Path(look.topology.source).read_text(errors="replace"))
+    name = look.plan.service if look.plan else ""
+    folder = state_root() / name / "logs"
+    for log in sorted([*folder.glob("*.log"), *folder.glob("*.jsonl")]) if name else ():
+        yield f"logs/{log.name}", clean(_tail(log))
+
+
+def _json(value: object) -> str:
+    return clean(json.dumps(_without(value), indent=2, default=str))
+
+
+def _without(value: object) -> object:
+    """Values whose names are those of secrets."""
+    if isinstance(value, dict):
+        return {
+            name: _HIDDEN if isinstance(inner, str) and inner and _SECRET_NAME.search(str(name)) else _without(inner)
+            for name, inner in value.items()
+        }
+    return [_without(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _facts(look: Look) -> dict[str, object]:
+    host = look.host
+    return {
+        "kernel": platform.release(),
+        "system": platform.platform(),
+        "cpus": host.cpus,
+        "memory_bytes": host.memory,
+        "gpus": [gpu.__repr__() for gpu in look.gpus.gpus],
+        "gpu_driver": look.gpus.driver or look.gpus.absence,
+        "rdma": look.tree.support.value,
+        "rdma_devices": [
+            {
+                "name": device.name,
+                "pci": device.pci,
+                "numa_node": device.numa_node,
+                "files": {name: value.text for name, value in (device.raw | device.pci_raw).items()},
+                "ports": [
+                    {
+                        "port": port.number,
+                        "files": {name: value.text for name, value in port.raw.items()},
+                        "gids": [f"{gid.index} {gid.gid} {gid.kind} {gid.netdev}" for gid in port.gids],
+                        "counters": port.counters | port.hw_counters,
+                    }
+                    for port in device.ports
+                ],
+            }
+            for device in look.tree.devices
+        ],
+        "classes": {f"{gpu} {device}": found for (gpu, device), found in host.layout.classes.items()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"pdctl": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _environment(env: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in sorted(env.items()) if name.startswith(_TELLING)}
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _MOST_LOG_BYTES))
+            return file.read(_MOST_LOG_BYTES).decode(errors="replace")
+    except OSError as failure:
+        return f"{path}: {failure.strerror}\n"

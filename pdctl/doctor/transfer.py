@@ -1,0 +1,106 @@
+"""Moves bytes and times it: each transport between two scratch processes, placed where a plan's engines will be.
+
+Each probe is a process of its own, which loads the transport's library; nothing of a running service is touched, but
+memory and the network are used.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from pdctl.errors import PdctlError
+from pdctl.host.rdma import RdmaTree
+from pdctl.plan import Plan, ProcessSpec
+
+BACKENDS = ("shm", "mooncake", "nixl")
+# Starting two processes, loading a transport's library and moving the bytes takes seconds; then something hangs.
+_PROBE_S = 120.0
+
+# A probe's answer, as JSON gives it.
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One transport between two places. `pair`: "" where there is no plan; CPUs empty for any."""
+
+    transport: str
+    protocol: str
+    mib: int
+    pair: str = ""
+    cpus: tuple[int, ...] = ()
+    peer_cpus: tuple[int, ...] = ()
+    devices: tuple[str, ...] = ()
+
+    def argv(self) -> list[str]:
+        """What runs it."""
+        words = ["probe", "--transport", self.transport, "--protocol", self.protocol, "--mib", str(self.mib)]
+        for name, values in (("--cpus", self.cpus), ("--peer-cpus", self.peer_cpus), ("--devices", self.devices)):
+            words += [name, ",".join(map(str, values))] if values else []
+        return [sys.executable, "-m", "pdctl.engine", *words]
+
+
+def probes(plan: Plan | None, only: str | None, protocol: str, mib: int) -> list[Probe]:
+    """One for each transport, and for each pair of places that a plan hands KV between."""
+    names = [only] if only else list(BACKENDS)
+    if plan is None:
+        return [Probe(name, protocol, mib) for name in names]
+    places: dict[tuple[object, ...], Probe] = {}
+    for prefill in _with_role(plan, "decode"):
+        for decode in _with_role(plan, "prefill"):
+            if prefill.name == decode.name:
+                continue
+            for name in names:
+                probe = Probe(name, protocol, mib, f"{prefill.name} to {decode.name}", decode.cpus, prefill.cpus,
+                              decode.rdma)  # fmt: skip
+                # Replicas in the same places tell nothing new.
+                places.setdefault((name, probe.cpus, probe.peer_cpus, probe.devices), probe)
+    return list(places.values()) or [Probe(name, protocol, mib) for name in names]
+
+
+def _with_role(plan: Plan, other: str) -> list[ProcessSpec]:
+    """Engines that are not of only the `other` role."""
+    return [spec for spec in plan.processes if spec.kind != "proxy" and spec.role != other]
+
+
+def run(probe: Probe, tree: RdmaTree | None = None) -> Result:
+    """Its figures, or `error`. Raises PdctlError where the engine's packages are not installed."""
+    try:
+        done = subprocess.run(probe.argv(), capture_output=True, text=True, timeout=_PROBE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return _about(probe, {"error": f"no result within {_PROBE_S:g} s"})
+    try:
+        found = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        if "ModuleNotFoundError" in done.stderr:
+            hint = "install the engine's packages: pip install 'pdctl[engine]'"
+            raise PdctlError(f"the probe cannot run: {done.stderr.strip().splitlines()[-1]}", hint) from None
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return _about(probe, {"error": lines[-1]})
+    assert isinstance(found, dict)
+    return _about(probe, {**found, "of_link": _of_link(probe, found, tree)})
+
+
+def _about(probe: Probe, found: Result) -> Result:
+    return {"transport": probe.transport, "pair": probe.pair, **found}
+
+
+def _of_link(probe: Probe, found: Result, tree: RdmaTree | None) -> float | None:
+    """Of what the slowest of its RDMA devices can carry; None over anything else."""
+    if tree is None or found.get("protocol") != "rdma":
+        return None
+    named = [device for device in tree.devices if not probe.devices or device.name in probe.devices]
+    rates = [port.rate.gbps for device in named for port in device.ports if port.state == "ACTIVE" and port.rate]
+    return round(found["gbps"] / (min(rates) / 8), 3) if rates else None
+
+
+def exit_code(found: list[Result]) -> int:
+    """0 all that work are right; 1 one fell back; 2 wrong bytes, or none works."""
+    works = [entry for entry in found if "error" not in entry]
+    if not works or not all(entry["bytes_right"] for entry in works):
+        return 2
+    return 1 if any(entry["fallback"] for entry in works) else 0
