@@ -20,22 +20,26 @@ from pdctl.host import state_root
 _MOST_LOG_BYTES = 256 * 1024
 _HIDDEN = "[removed]"
 # Names of settings whose values nobody else should read.
-_SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth|cookie|session", re.I)
+_HIDDEN_NAME = re.compile(r"key|token|secret|passw|credential|auth|cookie|session|^text$|^prompt$", re.I)
 _SECRETS = (
     re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"),
     re.compile(r"\b(sk|hf|ghp|gho|xox[bp]|AKIA)[-_A-Za-z0-9]{8,}"),
     re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----", re.S),
+)
+_PRIVATE_KEY = re.compile(
+    r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,20}PRIVATE KEY-----|\Z)", re.S
 )
 # `name = value`, `"name": "value"` and NAME=value, where the name says that it is one.
 _NAMED_SECRET = re.compile(
-    r"""(?i)(["']?[\w.-]*(?:api_?key|token|secret|passw(?:or)?d|credential)[\w.-]*["']?\s*[=:]\s*)"""
+    r"""(?i)(?<![\w.-])(["']?[\w.-]{0,64}?(?:api_?key|token|secret|passw(?:or)?d|credential)[\w.-]{0,64}["']?\s*[=:]\s*)"""
     r"""(?!\d+(?:\.\d+)?\b)("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,}\]]+)"""
 )
 # What clients wrote: strings, lists of messages.
 _PROMPTS = re.compile(
-    r"""("(?:prompt|content|text|messages|input)"\s*:\s*)("(?:[^"\\]|\\.)*"|\[.*?\](?=\s*[,}]))""", re.S
+    r"""("(?:prompt|content|text|messages|input)"\s*:\s*)("(?:[^"\\]|\\.)*"|\[.*?\](?=\s*[,}])|["\[].*$)"""
 )
+# What is longer is no message of ours, and would take the patterns long.
+_LONGEST_LINE = 64 * 1024
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "xgrammar", "pyzmq", "mooncake-transfer-engine",
              "mooncake-transfer-engine-non-cuda", "nixl", "nixl-cu12", "vllm", "sglang", "lmdeploy", "uvicorn",
              "uvloop",
@@ -48,10 +52,16 @@ _TELLING = ("PDCTL_", "MC_", "NCCL_", "UCX_", "NIXL_", "NVSHMEM_", "CUDA_", "OMP
 
 def clean(text: str) -> str:
     """Without secrets, and without what clients wrote."""
+    return "".join(map(_clean_line, _PRIVATE_KEY.sub(_HIDDEN, text).splitlines(keepends=True)))
+
+
+def _clean_line(line: str) -> str:
+    if len(line) > _LONGEST_LINE:
+        return f"[a line of {len(line)} characters was removed]\n"
     for pattern in _SECRETS:
-        text = pattern.sub(_HIDDEN, text)
-    text = _NAMED_SECRET.sub(rf'\1"{_HIDDEN}"', text)
-    return _PROMPTS.sub(rf'\1"{_HIDDEN}"', text)
+        line = pattern.sub(_HIDDEN, line)
+    line = _NAMED_SECRET.sub(rf'\1"{_HIDDEN}"', line)
+    return _PROMPTS.sub(rf'\1"{_HIDDEN}"', line)
 
 
 def write(path: Path, look: Look, findings: list[Finding]) -> list[str]:
@@ -84,17 +94,19 @@ def _parts(look: Look, findings: list[Finding]) -> Iterator[tuple[str, str]]:
 
 
 def _json(value: object) -> str:
-    return clean(json.dumps(_without(value), indent=2, default=str))
+    return json.dumps(_scrubbed(value), indent=2, default=str)
 
 
-def _without(value: object) -> object:
-    """Values whose names are those of secrets."""
+def _scrubbed(value: object) -> object:
+    """Without values whose names are those of secrets or of what clients write; every other text cleaned."""
     if isinstance(value, dict):
         return {
-            name: _HIDDEN if isinstance(inner, str) and inner and _SECRET_NAME.search(str(name)) else _without(inner)
+            name: _HIDDEN if isinstance(inner, str) and inner and _HIDDEN_NAME.search(str(name)) else _scrubbed(inner)
             for name, inner in value.items()
         }
-    return [_without(inner) for inner in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, str):
+        return clean(value)
+    return [_scrubbed(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _facts(look: Look) -> dict[str, object]:

@@ -34,7 +34,7 @@ def devinfo(tree: RdmaTree, verbs: dict[str, DeviceVerbs], wanted: Sequence[str]
         for device in tree.devices
         if not chosen or device.name in chosen
     ]
-    return "".join(f"{part}\n" for part in parts) if parts else "No IB devices found\n"
+    return "".join(parts) if parts else "No IB devices found\n"
 
 
 def _device(device: Device, verbs: DeviceVerbs | None, only: str) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _port(port: Port, verbs: DeviceVerbs | None) -> Iterator[str]:
     yield f"\t\t\tsm_lid:\t\t\t{shown['sm_lid']}\n"
     yield f"\t\t\tport_lid:\t\t{shown['lid']}\n"
     yield f"\t\t\tport_lmc:\t\t0x{lids['lid_mask_count'] or 0:02x}\n"
-    yield f"\t\t\tlink_layer:\t\t{_layer(port.link_layer)}\n"
+    yield f"\t\t\tlink_layer:\t\t{_layer(port.link_layer)}\n\n"
 
 
 def _mtu(size: int) -> str:
@@ -80,4 +80,4 @@ def _mtu(size: int) -> str:
 
 
 def _layer(name: str) -> str:
-    return name if name in ("InfiniBand", "Ethernet") else "InfiniBand" if name == "Unspecified" else "Unknown"
+    return name if name in ("InfiniBand", "Ethernet") else "Unspecified"

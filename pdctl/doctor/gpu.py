@@ -41,7 +41,9 @@ class GpuScene:
         return (found for found in self.facts.gpus if self.indices is None or found.gpu.index in self.indices)
 
 
-def scene_of(topology: Topology | None, facts: GpuFacts, **more: object) -> GpuScene:
+def scene_of(
+    topology: Topology | None, facts: GpuFacts, ours: frozenset[int], runtime_cuda: tuple[int, int] | None
+) -> GpuScene:
     """The scene of a topology: which GPUs it uses, and which of them more than once."""
     groups = [g for g in topology.engines if g.device is Device.CUDA and not g.is_attached] if topology else []
     counts: dict[int, int] = {}
@@ -57,7 +59,8 @@ def scene_of(topology: Topology | None, facts: GpuFacts, **more: object) -> GpuS
         frozenset(counts) if groups and not chosen_by_us else None,
         bool(groups),
         frozenset(index for index, count in counts.items() if count > 1),
-        **more,  # type: ignore[arg-type]
+        ours,
+        runtime_cuda,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +67,8 @@ class Look:
         self.topology: Topology | None = None
         self.plan: Plan | None = None
         self.refusals: list[Finding] = []
+        # A topology that was refused for its GPUs wants some.
+        self._lacks_gpus = False
         self._tree: RdmaTree | None = None
         self._gpus: GpuFacts | None = None
         if where.file is not None:
@@ -81,6 +83,7 @@ class Look:
             self.plan = make_plan(self.topology, self.host)
         except ConfigError as failure:
             self.refusals = problems(failure.source, failure.problems)
+            self._lacks_gpus = any(found.key.endswith((".gpus", ".device")) for found in failure.problems)
         except PdctlError as failure:
             # A topology that is right by itself, and does not fit this machine.
             self.refusals = [
@@ -196,7 +199,8 @@ class Look:
         facts = self.gpus
         ours = frozenset(our_processes()) if any(found.users for found in facts.gpus) else frozenset()
         runtime = cuda_of_torch() if facts.gpus else None
-        yield from check(scene_of(self.topology, facts, ours=ours, runtime_cuda=runtime))
+        scene = scene_of(self.topology, facts, ours, runtime)
+        yield from check(replace(scene, is_wanted=scene.is_wanted or self._lacks_gpus))
         yield from affinity.check(self.affinity())
 
     def affinity(self) -> AffinityScene:

@@ -6,7 +6,6 @@ Structures are those of infiniband/verbs.h, ABI 1.1 (rdma-core), as far as they 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 from dataclasses import dataclass, field
 
 _MTU = {1: 256, 2: 512, 3: 1024, 4: 2048, 5: 4096}
@@ -55,10 +54,12 @@ class DeviceVerbs:
 
 def read_verbs(ports: dict[str, list[int]]) -> dict[str, DeviceVerbs]:
     """Of these devices and ports what the library tells; nothing where it is missing or opens no device."""
-    name = ctypes.util.find_library("ibverbs")
-    if name is None:
+    try:
+        ctypes.CDLL("libibverbs.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
         return {}
-    library = ctypes.CDLL(name, use_errno=True)
+    # By the process's own names, as a program that is linked against it: what was preloaded comes first.
+    library = ctypes.CDLL(None)
     library.ibv_get_device_list.restype = ctypes.POINTER(ctypes.c_void_p)
     library.ibv_get_device_name.restype = ctypes.c_char_p
     library.ibv_get_device_name.argtypes = (ctypes.c_void_p,)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from pdctl.doctor import Finding, Severity, exit_code
+from pdctl.doctor.environment import EnvironmentScene
+from pdctl.doctor.environment import check as check_environment
 from pdctl.doctor.host import HostScene, check
 from pdctl.doctor.report import summary, text
 from pdctl.doctor.runtime import RuntimeScene
@@ -82,33 +84,74 @@ def test_faults_of_a_topology_are_found_with_their_fix(tmp_path: Path) -> None:
     assert "unknown sample model" in done.stdout
 
 
-def test_environment_that_contradicts(tmp_path: Path) -> None:
-    scene = RuntimeScene(
-        {"MC_FORCE_TCP": "1", "UCX_TLS": "tcp", "http_proxy": "http://p", "NCCL_IB_DISABLE": "0"},
-        rdma=True,
-        hosts=("127.0.0.1",),
-        version=lambda name: "1",
-        library=lambda name: False,
-    )
-    found = {(f.id, f.severity.value) for f in check_runtime(scene) if f.severity is not Severity.OK}
-    assert found == {
+def test_environment_that_contradicts() -> None:
+    env = {"MC_FORCE_TCP": "1", "UCX_TLS": "tcp", "NCCL_IB_DISABLE": "0", "UCX_NET_DEVICES": "mlx5_7:1"}
+    found = check_environment(EnvironmentScene(env, rdma=True, devices={"mlx5_0": True}))
+    assert {(f.id, f.severity.value) for f in found} == {
         ("env.switch", "critical"),
         ("env.ucx_tls", "critical"),
-        ("env.proxy", "warning"),
-        ("runtime.libibverbs", "critical"),
+        ("env.devices", "critical"),
     }
-    calm = RuntimeScene(
-        {"UCX_TLS": "rc,cuda", "http_proxy": "p", "no_proxy": "127.0.0.1"},
-        rdma=True,
-        hosts=("127.0.0.1",),
-        version=lambda name: "1",
-        library=lambda name: True,
-    )
-    assert {f.severity for f in check_runtime(calm)} == {Severity.OK}
+    assert next(f.fix for f in found if f.id == "env.devices") == "export UCX_NET_DEVICES=mlx5_0:1"
+    calm = {"UCX_TLS": "rc,cuda", "NCCL_IB_HCA": "mlx5", "UCX_NET_DEVICES": "all", "MC_MS_FILTERS": "mlx5_0"}
+    assert not check_environment(EnvironmentScene(calm, rdma=True, devices={"mlx5_0": True, "mlx5_1": False}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fires"),
+    [
+        ("NCCL_IB_HCA", "=mlx5", True),
+        ("NCCL_IB_HCA", "^mlx5_9", False),
+        ("NCCL_IB_HCA", "=mlx5_0:1,mlx5_0:2", False),
+        ("MC_MS_FILTERS", "mlx5_1", True),
+        ("NVSHMEM_HCA_LIST", "mlx5_0:1,gone_0:1", True),
+    ],
+)
+def test_devices_named_in_the_environment(name: str, value: str, fires: bool) -> None:
+    found = check_environment(EnvironmentScene({name: value}, devices={"mlx5_0": True, "mlx5_1": False}))
+    assert [f.id for f in found] == ["env.devices"] * fires
+
+
+def test_what_is_installed() -> None:
+    def scene(versions: dict[str, str], cuda: bool = False) -> RuntimeScene:
+        return RuntimeScene({}, cuda=cuda, version=versions.get, library=lambda _: True, folder=lambda _: None,
+                            exactly=versions.__contains__)  # fmt: skip
+
+    good = {"torch": "2.13.0", "tokenizers": "1", "transformers": "5.24.0", "mooncake-transfer-engine": "0.3.13",
+            "nixl": "1", "nvidia-nccl-cu12": "2.30.4"}  # fmt: skip
+    assert {f.severity for f in check_runtime(scene(good, cuda=True))} == {Severity.OK}
+    assert "nccl.install" in {f.id for f in check_runtime(scene(good))}
+    for versions, cuda, subject in (
+        ({"torch": "2.13.0+cpu"}, True, "torch"),
+        ({"transformers": "4.57.1"}, False, "transformers"),
+        ({"mooncake-transfer-engine": "1", "mooncake-transfer-engine-non-cuda": "1"}, False, "mooncake"),
+        ({"mooncake-transfer-engine": "", "mooncake-transfer-engine-non-cuda": "1"}, True, "mooncake"),
+    ):
+        bad = {name: value for name, value in {**good, **versions}.items() if value}
+        found = [f for f in check_runtime(scene(bad, cuda)) if f.id == "runtime.versions"]
+        assert [f.subject for f in found] == [subject]
+        assert found[0].fix.startswith("pip ")
+
+
+def test_the_library_that_mooncake_needs() -> None:
+    scene = RuntimeScene({}, rdma=True, version=lambda _: "1", library=lambda _: False)
+    found = {f.id: f for f in check_runtime(scene)}
+    assert found["runtime.libibverbs"].severity is Severity.CRITICAL
+    assert "apt-get install libibverbs1" in found["runtime.libibverbs"].fix
+
+
+def test_nvshmem_that_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    scene = RuntimeScene({"NVSHMEM_DIR": str(tmp_path)}, version=lambda _: "3.3.9")
+    assert {f.id: f.severity for f in check_runtime(scene)}["nvshmem.install"] is Severity.WARNING
+    for name in ("libnvshmem_host.so.3", "nvshmem_bootstrap_uid.so.3"):
+        (tmp_path / "lib" / name).touch()
+    assert {f.id: f.severity for f in check_runtime(scene)}["nvshmem.install"] is Severity.OK
 
 
 def test_packages_that_are_missing(tmp_path: Path) -> None:
-    found = check_runtime(RuntimeScene({}, version=lambda name: None))
+    found = check_runtime(RuntimeScene({}, version=lambda name: None, folder=lambda name: None))
+    assert {f.id for f in found} == {"runtime.package"}
     assert {f.subject: f.severity for f in found} == {
         "torch": Severity.WARNING,
         "tokenizers": Severity.WARNING,
@@ -122,7 +165,7 @@ def test_limits_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "self/status").write_text("CapEff:\t0000000000000000\n")
     (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 500 kB\n")
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 1024))
-    scene = HostScene(tmp_path, tmp_path / "nowhere", pinned_bytes=1 << 30, shared_bytes=1 << 30)
+    scene = HostScene(tmp_path, shm=tmp_path / "nowhere", pinned_bytes=1 << 30, shared_bytes=1 << 30)
     found = {f.id: f.severity.value for f in check(scene)}
     assert found["limit.files"] == "warning"
     assert found["limit.memlock"] == "critical"
@@ -144,3 +187,37 @@ def test_the_report_is_by_subject_worst_first() -> None:
     assert summary(found) == "1 critical, 1 warning, 2 ok"
     assert exit_code(found) == 2
     assert exit_code([Finding("a", Severity.UNKNOWN, "x", "y")]) == 3
+
+
+def planted(tmp_path: Path, **files: str) -> Path:
+    """A /proc with these files, `__` for a slash."""
+    for name, text_ in {"meminfo": "MemTotal: 9 kB\nMemAvailable: 9 kB\n", **files}.items():
+        path = tmp_path / "proc" / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text_)
+    return tmp_path / "proc"
+
+
+def test_the_rest_of_the_host(tmp_path: Path) -> None:
+    proc = planted(
+        tmp_path, sys__vm__max_map_count="65530", sys__kernel__numa_balancing="1", self__status="CapEff:\t0\n",
+        meminfo="MemTotal: 9 kB\nMemAvailable: 9 kB\nHugePages_Free: 0\n",
+    )  # fmt: skip
+    for node in ("node0", "node1"):
+        (tmp_path / "sys/devices/system/node" / node).mkdir(parents=True)
+    (tmp_path / ".dockerenv").touch()
+    scene = HostScene(proc, tmp_path / "sys", tmp_path, {"MC_STORE_USE_HUGEPAGE": "1"}, tmp_path, pinned_bytes=4096)
+    found = {f.id: f for f in check(scene)}
+    assert found["host.hugepages"].severity is Severity.CRITICAL
+    assert found["host.map_count"].severity is Severity.INFO
+    assert found["host.numa_balancing"].severity is Severity.INFO
+    assert found["host.container"].expected == "--cap-add=IPC_LOCK --device=/dev/infiniband"
+    (tmp_path / "dev/infiniband").mkdir(parents=True)
+    calm = planted(tmp_path, sys__vm__max_map_count="16777216", sys__kernel__numa_balancing="0",
+                   self__status="CapEff:\t0000000000004000\n")  # fmt: skip
+    scene = HostScene(calm, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=4096)
+    quiet = {f.id: f.severity for f in check(scene)}
+    assert quiet["host.container"] is Severity.OK
+    assert not {"host.hugepages", "host.map_count", "host.numa_balancing"} & set(quiet)
+    scene = HostScene(calm, tmp_path / "sys", tmp_path / "elsewhere", {}, tmp_path)
+    assert "host.container" not in {f.id for f in check(scene)}

@@ -18,6 +18,7 @@ from pdctl.doctor import Finding, Severity, exit_code
 from pdctl.doctor.rdma import Scene, Wanted, check
 from pdctl.host.rdma import natural, read_tree, roce_mtu
 from pdctl.host.sysfs import Answer, Reader
+from pdctl.topology import Expect
 from tests.doctor.trees import TREES, Port, Tree, roce
 
 
@@ -27,6 +28,7 @@ def findings(
     devices: tuple[str, ...] = (),
     required: bool = False,
     nodes: bool = True,
+    expect: Expect | None = None,
 ) -> list[Finding]:
     """With character devices unless told otherwise."""
     dev = tree.root.parent / "dev"
@@ -36,7 +38,7 @@ def findings(
             (dev / "infiniband" / f"uverbs{number}").touch()
     reader = Reader(deadline_s=0.2)
     snapshot = read_tree(tree.root, dev, reader)
-    return check(Scene(snapshot, Wanted(devices, required), env or {}, tree.root, reader))
+    return check(Scene(snapshot, Wanted(devices, required, expect or Expect()), env or {}, tree.root, reader))
 
 
 def bad(found: list[Finding]) -> set[tuple[str, str]]:
@@ -69,6 +71,7 @@ def test_a_good_port_is_ok_and_nothing_else(root: Path) -> None:
     assert not bad(findings(with_netdev(root.parent / "b")))
 
 
+ETHERNET = {"expect": Expect(link_layer="ethernet")}
 FIRES: dict[str, tuple[Callable[[Path], Tree], dict[str, object], tuple[str, str]]] = {
     "down": (lambda r: one(r, Port(state="1: DOWN", phys_state="3: Disabled")), {}, ("port.state", "warning")),
     "down and wanted": (
@@ -93,6 +96,12 @@ FIRES: dict[str, tuple[Callable[[Path], Tree], dict[str, object], tuple[str, str
     "no node": (lambda r: one(r, Port()), {"nodes": False}, ("port.chardev", "critical")),
     "named and missing": (lambda r: one(r, Port()), {"devices": ("mlx5_7",)}, ("port.gone", "critical")),
     "half gone": (TREES["dangling link"], {}, ("port.gone", "warning")),
+    "slower than expected": (lambda r: one(r, Port()), {"expect": Expect(rate_gbps=800)}, ("port.rate", "critical")),
+    "not Ethernet": (lambda r: one(r, Port()), ETHERNET, ("port.link_layer", "critical")),
+    "mtu below what is expected": (
+        lambda r: with_netdev(r, mtu="4000"), {"expect": Expect(mtu=4096)}, ("roce.mtu", "critical"),
+    ),
+    "expected index at v1": (with_netdev, {"expect": Expect(gid_index=0)}, ("roce.gid_index", "critical")),
     "none": (TREES["no class"], {}, ("rdma.none", "info")),
     "none, wanted": (TREES["no class"], {"required": True}, ("rdma.none", "critical")),
     "modules only": (TREES["empty"], {"required": True}, ("rdma.none", "critical")),
@@ -129,6 +138,11 @@ QUIET = {
 )
 def test_does_not_fire(root: Path, name: str, id_: str, env: dict[str, str]) -> None:
     assert id_ not in {found for found, _ in bad(findings(QUIET[name](root), env))}
+
+
+def test_what_is_as_expected(root: Path) -> None:
+    expect = Expect(rate_gbps=100, link_layer="ethernet", mtu=4096, gid_index=3)
+    assert not bad(findings(with_netdev(root), expect=expect))
 
 
 def test_the_slow_one_of_several(root: Path) -> None:

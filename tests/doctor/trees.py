@@ -81,6 +81,10 @@ class Tree:
         }  # fmt: skip
         for name, value in values.items():
             (folder / name).write_text(f"{value}\n")
+        numbers = (int(values[name], 16) for name in ("vendor", "device", "subsystem_vendor", "subsystem_device"))
+        vendor, device, *card = numbers
+        alias = f"pci:v{vendor:08X}d{device:08X}sv{card[0]:08X}sd{card[1]:08X}bc02sc07i00"
+        (folder / "modalias").write_text(f"{alias}\n")
         self.link(folder, f"bus/pci/devices/{folder.name}")
         return folder
 
@@ -104,6 +108,7 @@ class Tree:
         (verbs / "ibdev").write_text(f"{name}\n")
         (verbs / "dev").write_text(f"231:{192 + self._uverbs}\n")
         (verbs / "abi_version").write_text("1\n")
+        (verbs / "device").symlink_to("../..")
         self.link(verbs, f"class/infiniband_verbs/{verbs.name}")
         self._uverbs += 1
         for number, port in ports.items():

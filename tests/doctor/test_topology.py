@@ -1,0 +1,127 @@
+"""What a topology that loads may still get wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdctl.doctor.topology import TopologyScene, check
+from pdctl.host import Host, read_host
+from pdctl.host.gpu import Gpu
+from pdctl.host.models import read_shape
+from pdctl.loader import load_file
+
+CONFIG = {
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 10,
+    "max_position_embeddings": 4096, "dtype": "bfloat16", "hidden_size": 512,
+}  # fmt: skip
+ENGINE = '[[engines]]\nname = "e"\nrole = "hybrid"\n'
+
+
+@pytest.fixture(scope="module")
+def host() -> Host:
+    return replace(read_host(), gpus=(Gpu(0, "GPU-0", "x", 80 << 30), Gpu(1, "GPU-1", "x", 80 << 30)))
+
+
+def model(tmp_path: Path, weights: int = 1000, **config: object) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    if weights:
+        with (folder / "model.safetensors").open("wb") as file:
+            file.truncate(weights)
+    return folder
+
+
+def found(tmp_path: Path, host: Host, engines: str, service: str = "", where: Path | None = None) -> dict[str, str]:
+    folder = where or model(tmp_path)
+    path = tmp_path / "pdctl.toml"
+    path.write_text(f'[service]\nmodel = "{folder}"\n{service}\n{engines}')
+    scene = TopologyScene(load_file(path, host), host, folder)
+    return {finding.id: f"{finding.severity.value}: {finding.fix}" for finding in check(scene)}
+
+
+def test_what_a_model_takes(tmp_path: Path) -> None:
+    shape = read_shape(model(tmp_path, 5000))
+    assert shape is not None
+    assert (shape.kv_token_bytes, shape.weight_bytes, shape.positions) == (2 * 2 * 10 * 2 * 64, 5000, 4096)
+    nested = read_shape(model(tmp_path, 5000, text_config={**CONFIG, "dtype": "float32", "num_hidden_layers": 1}))
+    assert nested is not None
+    assert (nested.kv_token_bytes, nested.weight_bytes) == (2 * 2 * 2 * 64, 2500)
+    assert read_shape(tmp_path / "none") is None
+    (tmp_path / "model/config.json").write_text('{"num_attention_heads": "many"}')
+    assert read_shape(tmp_path / "model") is None
+
+
+def test_nothing_wrong(tmp_path: Path, host: Host) -> None:
+    assert found(tmp_path, host, ENGINE) == {"topology.valid": "ok: "}
+
+
+def test_a_model_without_weights(tmp_path: Path, host: Host) -> None:
+    assert found(tmp_path, host, ENGINE, where=model(tmp_path, 0))["model.weights"].startswith("critical")
+
+
+def test_more_tokens_than_positions(tmp_path: Path, host: Host) -> None:
+    fired = found(tmp_path, host, ENGINE, "max_model_len = 5000")["topology.context"]
+    assert fired == "critical: max_model_len = 4096 under [service]"
+    assert "topology.context" not in found(tmp_path, host, ENGINE, "max_model_len = 4096")
+
+
+def test_a_pool_that_holds_no_full_request(tmp_path: Path, host: Host) -> None:
+    # 10,240 bytes a token on the CPU: 2,048 of them are 0.0195 GiB.
+    small = ENGINE + "kv_cache_gb = 0.01\n"
+    fired = found(tmp_path, host, small)["topology.kv_pool"]
+    assert fired == "warning: kv_cache_gb = 0.02, or max_model_len = 1048"
+    assert "topology.kv_pool" not in found(tmp_path, host, ENGINE + "kv_cache_gb = 0.02\n")
+
+
+CUDA = '[[engines]]\nname = "e"\nrole = "hybrid"\ndevice = "cuda"\n'
+
+
+@pytest.mark.parametrize(
+    ("engines", "fix"),
+    [
+        (CUDA + "gpus = [0]\nkv_cache_gb = 60\n", ""),
+        (CUDA + "gpus = [0]\nkv_cache_gb = 79\n", "critical: kv_cache_gb = 68 for each, or a GPU for each"),
+        (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 2\nkv_cache_gb = 30\n",
+         "critical: kv_cache_gb = 28 for each, or a GPU for each"),
+        (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 2\nkv_cache_gb = 28\n", ""),
+        (CUDA + "share_gpu = true\nreplicas = 4\nkv_cache_gb = 30\n",
+         "critical: kv_cache_gb = 28 for each, or a GPU for each"),
+        (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 9\nkv_cache_gb = 1\n",
+         "critical: a GPU for each, or a smaller model"),
+    ],
+)  # fmt: skip
+def test_gpus_that_are_too_small(tmp_path: Path, host: Host, engines: str, fix: str) -> None:
+    assert found(tmp_path, host, engines, where=model(tmp_path, 10 << 30)).get("gpu.memory", "") == fix
+
+
+def test_kinds_that_cannot_pair(tmp_path: Path, host: Host) -> None:
+    prefill = '[[engines]]\nname = "p"\nrole = "prefill"\n'
+    decode = '[[engines]]\nname = "d"\nrole = "decode"\nkind = "vllm"\nurl = "http://127.0.0.1:1"\n'
+    assert found(tmp_path, host, prefill + decode)["topology.pairs"].startswith("critical")
+    both = prefill + decode + '[[engines]]\nname = "d2"\nrole = "decode"\n'
+    assert found(tmp_path, host, both)["topology.pairs"].startswith("warning")
+    assert "topology.pairs" not in found(tmp_path, host, both.replace(decode, ""))
+
+
+def test_block_sizes(tmp_path: Path, host: Host) -> None:
+    two = ENGINE + ENGINE.replace('"e"', '"f"') + "block_size = 32\n"
+    assert found(tmp_path, host, two)["topology.blocks"] == "info: block_size = 32 for all"
+
+
+def test_a_secret_that_cannot_be_read(tmp_path: Path, host: Host) -> None:
+    attached = ENGINE + 'url = "http://127.0.0.1:1"\nsecret_file = "far.secret"\n'
+    assert found(tmp_path, host, attached)["topology.secret"].startswith("critical")
+    (tmp_path / "far.secret").write_text("x")
+    assert "topology.secret" not in found(tmp_path, host, attached)
+
+
+def test_one_of_a_role(tmp_path: Path, host: Host) -> None:
+    one = '[[engines]]\nname = "p"\nrole = "prefill"\n[[engines]]\nname = "d"\nrole = "decode"\n'
+    assert set(found(tmp_path, host, one)) == {"topology.single", "topology.valid"}
+    two = one.replace('"prefill"\n', '"prefill"\nreplicas = 2\n').replace('"decode"\n', '"decode"\nreplicas = 2\n')
+    assert "topology.single" not in found(tmp_path, host, two)
