@@ -291,7 +291,7 @@ def _proxy_problems(document: _Document, proxy: Proxy) -> Iterator[Problem]:
         yield document.problem(("proxy", given), "tls_cert and tls_key belong together", "give both, or none")
     for key, path in (("api_keys", proxy.api_keys), ("tls_cert", proxy.tls_cert), ("tls_key", proxy.tls_key)):
         if path and not os.access(path, os.R_OK):
-            hint = "make one with: pdctl key NAME" if key == "api_keys" else None
+            hint = f"make one with: pdctl key NAME --file {path}" if key == "api_keys" else None
             yield document.problem(("proxy", key), f"{path} does not exist or cannot be read", hint)
     if proxy.access_log and not Path(proxy.access_log).parent.is_dir():
         yield document.problem(("proxy", "access_log"), f"the folder of {proxy.access_log} does not exist")
@@ -342,7 +342,18 @@ def _model_problems(document: _Document, topology: Topology, host: Host) -> Iter
     try:
         locate_model(topology.service.model, host.cache_root, base)
     except UnknownModel as failure:
-        yield document.problem(("service", "model"), str(failure))
+        yield document.problem(("service", "model"), str(failure), _nearby_model(topology.service.model, base))
+
+
+def _nearby_model(spec: str, base: Path) -> str | None:
+    """A model directory beside the one that is not there, of nearly that name."""
+    wanted = base / Path(spec).expanduser()
+    try:
+        there = [folder.name for folder in wanted.parent.iterdir() if (folder / "config.json").is_file()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(wanted.name, there, 1)
+    return f'did you mean model = "{Path(spec).parent / near[0]}"?' if near else None
 
 
 def _cpu_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:

@@ -15,6 +15,8 @@ from pdctl.host.memory import read_memory
 _GOOD_FILES, _LEAST_FILES = 65536, 4096
 # Docker gives 64 MiB; this is what NCCL and torch workers of one model come by with.
 _LEAST_SHM = 1 << 30
+# For what transfer libraries lock beside the pools.
+_MEMLOCK_SLACK_KIB = 1024
 # Mooncake's guide, for pools of hundreds of gigabytes.
 _GOOD_MAPS = 16_777_216
 _STA_UNSYNC = 0x0040  # linux/timex.h
@@ -75,7 +77,7 @@ def memlock(scene: HostScene) -> Iterator[Finding]:
         f"{scene.pinned_bytes >> 20} MiB, the KV pools",
         "RLIMIT_MEMLOCK",
         "registering a pool with an RDMA device fails",
-        "systemd: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1 --cap-add IPC_LOCK; or /etc/security/limits.conf",
+        f"ulimit -l {(scene.pinned_bytes >> 10) + _MEMLOCK_SLACK_KIB}; systemd: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1 --cap-add IPC_LOCK",
         "Mooncake troubleshooting guide",
     )
 
@@ -97,7 +99,7 @@ def shared_memory(scene: HostScene) -> Iterator[Finding]:
             f"{_LEAST_SHM >> 20} MiB",
             str(scene.shm),
             "NCCL and torch workers share memory there",
-            "docker: --shm-size=8g; else: mount -o remount,size=8G /dev/shm",
+            "mount -o remount,size=8G /dev/shm; docker: --shm-size=8g",
         )
     else:
         yield Finding("shm.size", Severity.OK, "host", f"{scene.shm} has {size / 2**30:.1f} GiB")

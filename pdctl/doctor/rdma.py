@@ -77,22 +77,27 @@ def _told(scene: Scene, subject: str) -> str:
 
 def present(scene: Scene) -> Iterator[Finding]:
     """A machine without RDMA is no fault, unless RDMA was asked for."""
+    up = [device.name for device in scene.tree.devices if any(port.state == "ACTIVE" for port in device.ports)]
     missing = [name for name in scene.wanted.devices if name not in {device.name for device in scene.tree.devices}]
     for name in missing:
         yield Finding(
             "port.gone", Severity.CRITICAL, name, "no such RDMA device", "the topology names it",
             "/sys/class/infiniband", "it is misspelt, was renamed by udev, or fell off the bus",
-            "compare with: pdctl doctor rdma --ibstatus; lspci -d 15b3:; dmesg | grep mlx5",
+            f'devices = ["{up[0]}"] under [transfer]; or look for it: lspci -d 15b3:; dmesg | grep mlx5'
+            if up
+            else "look for it: lspci -d 15b3:; dmesg | grep mlx5",
         )  # fmt: skip
     if scene.tree.support is Support.DEVICES:
         return
     severity = Severity.CRITICAL if scene.wanted.is_required else Severity.INFO
     why = {
         Support.NO_MODULE: (
-            "no RDMA support is loaded in this kernel", "modprobe ib_core mlx5_ib; in a container the host does that",
+            "no RDMA support is loaded in this kernel",
+            'protocol = "tcp" under [transfer]; or modprobe ib_core mlx5_ib, in a container on its host',
         ),
         Support.NO_DEVICE: (
-            "RDMA modules are loaded, and no device is there", "lspci -d 15b3: shows whether the card is seen",
+            "RDMA modules are loaded, and no device is there",
+            'protocol = "tcp" under [transfer]; or see whether the card is there: lspci -d 15b3:',
         ),
     }  # fmt: skip
     observed, fix = why[scene.tree.support]
