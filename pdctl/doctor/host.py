@@ -77,7 +77,8 @@ def memlock(scene: HostScene) -> Iterator[Finding]:
         f"{scene.pinned_bytes >> 20} MiB, the KV pools",
         "RLIMIT_MEMLOCK",
         "registering a pool with an RDMA device fails",
-        f"ulimit -l {(scene.pinned_bytes >> 10) + _MEMLOCK_SLACK_KIB}; systemd: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1 --cap-add IPC_LOCK",
+        f"ulimit -l {(scene.pinned_bytes >> 10) + _MEMLOCK_SLACK_KIB}; systemd: LimitMEMLOCK=infinity; "
+        "docker: --ulimit memlock=-1 --cap-add IPC_LOCK",
         "Mooncake troubleshooting guide",
     )
 
