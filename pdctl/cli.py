@@ -10,6 +10,7 @@ import typer
 from pdctl import __version__, console
 from pdctl.commands.apply import apply, scale
 from pdctl.commands.ask import ask
+from pdctl.commands.bench import app as bench
 from pdctl.commands.doctor import doctor
 from pdctl.commands.down import down
 from pdctl.commands.events import events
@@ -37,6 +38,7 @@ for verb in (
     init, plan, up, status, logs, events, why, restart, stop, start, drain, scale, apply, kv, ask, doctor, key, down,
 ):  # fmt: skip
     app.command()(verb)
+app.add_typer(bench, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,282 @@
+"""Sends requests and writes down when what came. One process, one event loop; it measures its own delay as well, so
+that nobody takes a slow client for a slow service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import msgspec
+
+from pdctl.bench import Asked, Record
+from pdctl.errors import PdctlError
+from pdctl.lean_http import Exchange, Pool, Unreachable
+from pdctl.wire import TIMING_HEADER
+
+_END = b"\n\n"
+_TICK_S = 0.01
+_CONNECT_S = 10.0
+_TOKENIZE_S = 20.0
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: dict[str, object] = {}
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: object = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where to ask, and how. `headers`: ready-made lines."""
+
+    url: str
+    model: str = ""
+    headers: bytes = b""
+    fields: dict[str, object] = field(default_factory=dict)
+    timeout_s: float = 600.0
+
+    def pool(self) -> Pool:
+        """Connections to it. Raises PdctlError for an address that is none."""
+        parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
+        if parts.scheme != "http" or not parts.hostname:
+            raise PdctlError(f"{self.url!r} is no address of a service", "such as http://127.0.0.1:8000")
+        return Pool(parts.hostname, parts.port or 80, connect_s=_CONNECT_S)
+
+
+@dataclass(slots=True)
+class Headroom:
+    """What the client itself needed: `cpu` of a core; `delays` of its own event loop, seconds."""
+
+    cpu: float = 0.0
+    delays: list[float] = field(default_factory=list)
+
+    @property
+    def delay_p99(self) -> float:
+        """Of a hundred wake-ups the slowest one's delay."""
+        ordered = sorted(self.delays)
+        return ordered[int(0.99 * len(ordered))] if ordered else 0.0
+
+
+@dataclass(slots=True)
+class Run:
+    """All records, in order of the workload; those that were never sent are missing."""
+
+    records: list[Record] = field(default_factory=list)
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    most_at_once: int = 0
+    headroom: Headroom = field(default_factory=Headroom)
+    was_interrupted: bool = False
+
+
+async def tokenized(endpoint: Endpoint, text: str) -> list[int]:
+    """Token ids of a text, by the service; none where it does not tokenize. Raises PdctlError where nobody answers."""
+    pool = endpoint.pool()
+    body = msgspec.json.encode({"model": endpoint.model, "prompt": text})
+    try:
+        answer = await pool.request("POST", "/tokenize", _head(endpoint), body, timeout_s=_TOKENIZE_S)
+        found = msgspec.json.decode(answer.body, type=dict[str, object]) if answer.status == 200 else {}
+    except Unreachable as failure:
+        raise PdctlError(f"nobody answers at {endpoint.url}: {failure}", "start a service with: pdctl up") from None
+    except msgspec.DecodeError:
+        found = {}
+    finally:
+        pool.close()
+    tokens = found.get("tokens")
+    return [token for token in tokens if type(token) is int] if isinstance(tokens, list) else []
+
+
+async def models(endpoint: Endpoint) -> list[str]:
+    """Names of the models it serves. Raises PdctlError."""
+    pool = endpoint.pool()
+    try:
+        answer = await pool.request("GET", "/v1/models", endpoint.headers, timeout_s=_TOKENIZE_S)
+        found = msgspec.json.decode(answer.body, type=dict[str, object])
+        data = found.get("data")
+        names = [str(card["id"]) for card in data] if isinstance(data, list) else []
+    except Unreachable as failure:
+        raise PdctlError(f"nobody answers at {endpoint.url}: {failure}", "start a service with: pdctl up") from None
+    except (msgspec.DecodeError, KeyError, TypeError):
+        names = []
+    finally:
+        pool.close()
+    if not names:
+        raise PdctlError(f"{endpoint.url} lists no model at /v1/models", "name the model with --model")
+    return names
+
+
+async def drive(
+    endpoint: Endpoint, asked: list[Asked], times: list[float], most_at_once: int, progress: Callable[[Run], None]
+) -> Run:
+    """Send each request at its time (seconds from now), `most_at_once` together at most (0: no limit), and wait for
+    all.
+
+    Cancelled, it ends what runs and gives what there is, marked as interrupted.
+    """
+    run, pool = Run(started_at=time.monotonic()), endpoint.pool()
+    seats = asyncio.Semaphore(most_at_once) if most_at_once else None
+    cpu = time.process_time()
+    at_once = 0
+
+    async def one(request: Asked, record: Record) -> None:
+        nonlocal at_once
+        at_once += 1
+        run.most_at_once = max(run.most_at_once, at_once)
+        try:
+            await _ask(endpoint, pool, request, record)
+        finally:
+            at_once -= 1
+            if seats is not None:
+                seats.release()
+
+    async def send_all(tasks: asyncio.TaskGroup) -> None:
+        for request, at in zip(asked, times, strict=True):
+            planned = run.started_at + at
+            if (wait := planned - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            if seats is not None:
+                await seats.acquire()
+            record = Record(planned_at=planned)
+            run.records.append(record)
+            tasks.create_task(one(request, record))
+
+    try:
+        async with asyncio.TaskGroup() as watching:
+            watch = watching.create_task(_watch(run, progress))
+            async with asyncio.TaskGroup() as tasks:
+                await send_all(tasks)
+            watch.cancel()
+    except asyncio.CancelledError:
+        run.was_interrupted = True
+        current = asyncio.current_task()
+        assert current is not None
+        current.uncancel()
+    finally:
+        pool.close()
+    run.ended_at = time.monotonic()
+    run.headroom.cpu = (time.process_time() - cpu) / max(1e-9, run.ended_at - run.started_at)
+    return run
+
+
+async def _watch(run: Run, progress: Callable[[Run], None]) -> None:
+    """How late this loop wakes up, and something to look at meanwhile."""
+    shown_at = time.monotonic()
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(_TICK_S)
+        now = time.monotonic()
+        run.headroom.delays.append(max(0.0, now - before - _TICK_S))
+        if now - shown_at >= 1.0:
+            shown_at = now
+            progress(run)
+
+
+def _head(endpoint: Endpoint) -> bytes:
+    return b"%bcontent-type: application/json\r\n" % endpoint.headers
+
+
+async def _ask(endpoint: Endpoint, pool: Pool, request: Asked, record: Record) -> None:
+    body = msgspec.json.encode(
+        {
+            "model": endpoint.model, "prompt": request.prompt, "max_tokens": request.max_tokens, "stream": True,
+            "stream_options": {"include_usage": True}, "temperature": 0.0, **endpoint.fields,
+        }
+    )  # fmt: skip
+    lines = b"%b%b: 1\r\n" % (_head(endpoint), TIMING_HEADER.encode())
+    exchange = pool.exchange("POST", "/v1/completions", lines, body)
+    record.sent_at = time.monotonic()
+    try:
+        async with asyncio.timeout(endpoint.timeout_s):
+            await _read(exchange, record)
+    except Unreachable as failure:
+        record.error = str(failure)
+    except TimeoutError:
+        record.error = f"no whole answer in {endpoint.timeout_s:g} s"
+    except asyncio.CancelledError:
+        record.error = "interrupted"
+        raise
+    finally:
+        record.ended_at = record.ended_at or time.monotonic()
+        exchange.close()
+
+
+async def _read(exchange: Exchange, record: Record) -> None:
+    if await exchange.head() != 200:
+        record.error = f"status {exchange.status}: {(await exchange.rest())[:200].decode(errors='replace')}"
+        return
+    reader = _Reader(record)
+    while (data := await exchange.read()) is not None:
+        reader.take(data, time.monotonic())
+    record.is_truncated = not reader.is_done and not record.error
+    record.text = "".join(reader.texts)
+
+
+class _Reader:
+    """Events of one stream, as they come."""
+
+    def __init__(self, record: Record) -> None:
+        self.is_done = False
+        self.texts: list[str] = []
+        self._record = record
+        self._rest = b""
+        self._last_at = 0.0
+
+    def take(self, data: bytes, now: float) -> None:
+        """A read; what it has of a next event is kept."""
+        *events, self._rest = (self._rest + data).split(_END)
+        for event in events:
+            if event.startswith(b"data: [DONE]"):
+                self.is_done = True
+            elif event.startswith(b"data:"):
+                self._event(event[5:], now)
+            elif event.startswith(b": " + TIMING_HEADER.encode()):
+                self._record.parts = timing_parts(event.decode(errors="replace").rpartition(f"{TIMING_HEADER} ")[2])
+
+    def _event(self, payload: bytes, now: float) -> None:
+        record = self._record
+        try:
+            event = _decode(payload)
+        except msgspec.DecodeError as failure:
+            record.error = f"an event that is none: {failure}"
+            return
+        if event.error is not None:
+            record.error = f"in mid-stream: {event.error}"[:300]
+        if event.usage is not None:
+            record.input_tokens, record.output_tokens = event.usage.prompt_tokens, event.usage.completion_tokens
+        if event.choices:
+            self.texts.append(event.choices[0].text or str(event.choices[0].delta.get("content", "")))
+            # As vLLM's tool has it: the first event with a choice is the first token, whatever it says.
+            if record.first_at:
+                record.gaps.append(now - self._last_at)
+            else:
+                record.first_at = now
+            self._last_at = record.ended_at = now
+
+
+def timing_parts(said: str) -> dict[str, float]:
+    """`name;dur=MILLISECONDS` with commas, in seconds; anything else is left out."""
+    found = {}
+    for part in said.split(","):
+        name, _, value = part.strip().partition(";dur=")
+        try:
+            found[name] = float(value) / 1000
+        except ValueError:
+            continue
+    return found

@@ -1,0 +1,170 @@
+"""Figures of a run, in the words and units of vLLM's `bench serve`: its JSON readers can read ours.
+
+TTFT: sent to first event with a choice. TPOT: (E2E - TTFT) / (output tokens - 1), of each answer of more than one
+token. ITL: every gap between such events, pooled. Goodput: answers a second that meet every target; failed and
+truncated ones are counted beside it, since refusing requests must not look like serving them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pdctl.bench import Record
+from pdctl.bench.client import Run
+
+Figures = dict[str, object]
+QUANTILES = (50, 90, 99)
+_METRICS = ("ttft", "tpot", "itl", "e2el")
+_RESAMPLED = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Milliseconds; None for no target."""
+
+    ttft: float | None = None
+    tpot: float | None = None
+    e2el: float | None = None
+
+    @property
+    def are_any(self) -> bool:
+        """Whether there is one."""
+        return any(limit is not None for limit in (self.ttft, self.tpot, self.e2el))
+
+    def are_met(self, record: Record) -> bool:
+        """By one answer. One of a single token has no time per token to miss."""
+        values = ((self.ttft, record.ttft), (self.tpot, record.tpot), (self.e2el, record.latency))
+        return record.is_good and all(limit is None or value * 1000 <= limit for limit, value in values)
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """Linear between the nearest two, as numpy's default; 0 for none."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    place = part / 100 * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def samples(records: Sequence[Record]) -> dict[str, list[float]]:
+    """Milliseconds of each metric, of good answers."""
+    good = [record for record in records if record.is_good]
+    return {
+        "ttft": [record.ttft * 1000 for record in good],
+        "tpot": [record.tpot * 1000 for record in good if record.output_tokens > 1],
+        "itl": [gap * 1000 for record in good for gap in record.gaps],
+        "e2el": [record.latency * 1000 for record in good],
+    }
+
+
+def figures(run: Run, targets: Targets, quantiles: Sequence[int] = QUANTILES) -> Figures:
+    """One run's, warm-up left out by the caller."""
+    records, seconds = run.records, max(1e-9, run.ended_at - run.started_at)
+    good = [record for record in records if record.is_good]
+    inputs, outputs = sum(r.input_tokens for r in good), sum(r.output_tokens for r in good)
+    found: Figures = {
+        "duration": seconds,
+        "completed": len(good),
+        "failed": sum(bool(record.error) for record in records),
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": len(good) / seconds,
+        "output_throughput": outputs / seconds,
+        "total_token_throughput": (inputs + outputs) / seconds,
+        "max_concurrent_requests": run.most_at_once,
+        "input_lens": [record.input_tokens for record in records],
+        "output_lens": [record.output_tokens for record in records],
+        "ttfts": [record.ttft if record.first_at else 0.0 for record in records],
+        "itls": [record.gaps for record in records],
+        "latencies": [record.latency for record in records],
+        "start_times": [record.sent_at for record in records],
+        "generated_texts": [record.text for record in records],
+        "errors": [record.error for record in records],
+    }
+    if targets.are_any:
+        found["request_goodput"] = sum(map(targets.are_met, good)) / seconds
+    for name, values in samples(records).items():
+        found |= _statistics(name, values, quantiles)
+    return found | {"pdctl": _ours(run, targets)}
+
+
+def _statistics(name: str, values: list[float], quantiles: Sequence[int]) -> Figures:
+    found: Figures = {
+        f"mean_{name}_ms": statistics.fmean(values) if values else 0.0,
+        f"median_{name}_ms": percentile(values, 50),
+        f"std_{name}_ms": statistics.pstdev(values) if values else 0.0,
+    }
+    return found | {f"p{part}_{name}_ms": percentile(values, part) for part in quantiles}
+
+
+def _ours(run: Run, targets: Targets) -> Figures:
+    """What vLLM's tool does not say."""
+    records = run.records
+    late = [record.sent_at - record.planned_at for record in records if record.sent_at]
+    return {
+        "schema": 1,
+        "truncated": sum(record.is_truncated for record in records),
+        "interrupted": run.was_interrupted,
+        "attainment": sum(map(targets.are_met, records)) / len(records) if records and targets.are_any else None,
+        "parts_ms": {
+            name: {f"p{part}": percentile(values, part) for part in QUANTILES}
+            for name, values in _parts(records).items()
+        },
+        "client": {
+            "cpu_of_a_core": run.headroom.cpu,
+            "delay_p99_ms": run.headroom.delay_p99 * 1000,
+            "sent_late_p99_ms": percentile(late, 99) * 1000,
+            "is_bottleneck": bottleneck(run) != "",
+        },
+    }
+
+
+def _parts(records: Sequence[Record]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, seconds in record.parts.items():
+            found.setdefault(name, []).append(seconds * 1000)
+    return found
+
+
+def bottleneck(run: Run) -> str:
+    """Why this client cannot be trusted with these figures; "" where it can."""
+    gaps = [gap for record in run.records for gap in record.gaps]
+    usual, delay = percentile(gaps, 50), run.headroom.delay_p99
+    if run.headroom.cpu > 0.85:
+        return f"it used {run.headroom.cpu:.0%} of a core: what it measured is partly itself"
+    if usual and delay > max(0.5 * usual, 0.002):
+        return f"it woke up {delay * 1000:.1f} ms late at p99, against {usual * 1000:.1f} ms between events"
+    return ""
+
+
+def interval(values: Sequence[float], of: Callable[[Sequence[float]], float], seed: int = 1) -> tuple[float, float]:
+    """95% bootstrap interval of a figure (percentile method; Efron and Tibshirani, 1993); (0, 0) of nothing."""
+    if not values:
+        return 0.0, 0.0
+    rng = random.Random(seed)  # noqa: S311 - resampling
+    found = sorted(of(rng.choices(values, k=len(values))) for _ in range(_RESAMPLED))
+    return found[int(0.025 * _RESAMPLED)], found[int(0.975 * _RESAMPLED) - 1]
+
+
+def ratio_interval(
+    ours: Sequence[float], theirs: Sequence[float], of: Callable[[Sequence[float]], float], seed: int = 1
+) -> tuple[float, float, float]:
+    """A ratio of two figures, with its 95% bootstrap interval; zeros where there is nothing to compare."""
+    base = of(theirs) if theirs else 0.0
+    if not ours or not base:
+        return 0.0, 0.0, 0.0
+    rng = random.Random(seed)  # noqa: S311 - resampling
+    found = []
+    for _ in range(_RESAMPLED):
+        below = of(rng.choices(theirs, k=len(theirs)))
+        if below:
+            found.append(of(rng.choices(ours, k=len(ours))) / below)
+    found.sort()
+    return of(ours) / base, found[int(0.025 * len(found))], found[int(0.975 * len(found)) - 1]

@@ -1,0 +1,128 @@
+"""What is asked: synthetic lengths, shared prefixes, prompts from a file. Prompts are token ids wherever the service
+tokenizes for us, so that lengths are exact."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdctl.bench import Asked
+from pdctl.errors import PdctlError
+
+# Words that every tokenizer knows; which they are does not matter.
+_WORDS = [
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state",
+    "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system",
+    "program", "question", "work", "government", "number", "night", "point", "home", "water", "room", "mother",
+    "area", "money", "story", "fact", "month", "lot", "right", "study", "book", "eye", "job", "word", "business",
+    "issue", "side", "kind", "head", "house", "service", "friend",
+]  # fmt: skip
+_LENGTHS = re.compile(
+    r"(?P<low>\d+)(?:-(?P<high>\d+))?|(?P<kind>normal|lognormal):(?P<mean>\d+):(?P<spread>\d+(?:\.\d+)?)"
+)
+_LONGEST = 1_048_576
+
+# A length drawn.
+Lengths = Callable[[random.Random], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Token ids that a prompt may be made of; none where the service does not tokenize, and prompts are words."""
+
+    ids: tuple[int, ...] = ()
+
+    def prompt(self, length: int, rng: random.Random) -> list[int] | str:
+        """One of `length` tokens; of about so many where it must be words."""
+        if self.ids:
+            return rng.choices(self.ids, k=length)
+        return " ".join(rng.choices(_WORDS, k=length))
+
+
+def sentence(words: int = 400) -> str:
+    """A text to be tokenized, for a vocabulary."""
+    return " ".join(_WORDS[number % len(_WORDS)] for number in range(words))
+
+
+def lengths(text: str, option: str) -> Lengths:
+    """`512`, `100-900` (evenly), `normal:500:100` or `lognormal:500:0.8` (median, sigma). Raises PdctlError."""
+    found = _LENGTHS.fullmatch(text.strip())
+    hint = "such as 512, 100-900, normal:500:100 or lognormal:500:0.8"
+    if found is None:
+        raise PdctlError(f"{option} {text!r} is no length", hint)
+    if found["kind"]:
+        mean, spread = int(found["mean"]), float(found["spread"])
+        if not mean:
+            raise PdctlError(f"{option} {text!r}: lengths are at least 1", hint)
+        if found["kind"] == "normal":
+            return lambda rng: _within(rng.gauss(mean, spread))
+        return lambda rng: _within(mean * rng.lognormvariate(0.0, spread))
+    low, high = int(found["low"]), int(found["high"] or found["low"])
+    if not 0 < low <= high <= _LONGEST:
+        raise PdctlError(f"{option} {text!r}: lengths go from 1 to {_LONGEST}, the lower one first", hint)
+    return lambda rng: rng.randint(low, high)
+
+
+def _within(value: float) -> int:
+    return max(1, min(_LONGEST, round(value)))
+
+
+def synthetic(count: int, inputs: Lengths, outputs: Lengths, words: Vocabulary, rng: random.Random) -> list[Asked]:
+    """Independent prompts."""
+    return [Asked(words.prompt(inputs(rng), rng), outputs(rng)) for _ in range(count)]
+
+
+def shared_prefix(
+    count: int, prefixes: int, prefix: int, inputs: Lengths, outputs: Lengths, words: Vocabulary, rng: random.Random
+) -> list[Asked]:
+    """Prompts that begin with one of `prefixes` common texts of `prefix` tokens."""
+    common = [words.prompt(prefix, rng) for _ in range(prefixes)]
+    return [Asked(joined(rng.choice(common), words.prompt(inputs(rng), rng)), outputs(rng)) for _ in range(count)]
+
+
+def joined(first: list[int] | str, second: list[int] | str) -> list[int] | str:
+    """Two pieces of one kind."""
+    if isinstance(first, list) and isinstance(second, list):
+        return first + second
+    return f"{first} {second}"
+
+
+def from_file(path: Path, outputs: Lengths, rng: random.Random) -> list[Asked]:
+    """JSON lines with `prompt` (text or token ids), and `max_tokens` or `output_tokens` where they have one of their
+    own.
+
+    Raises PdctlError that names the first lines which are none."""
+    found, broken = [], []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            prompt, most = entry["prompt"], entry.get("max_tokens", entry.get("output_tokens"))
+            is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+            if not prompt or not (isinstance(prompt, str) or is_ids) or (most is not None and int(most) < 1):
+                raise ValueError
+            found.append(Asked(prompt, int(most) if most is not None else outputs(rng)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            broken.append(number)
+    refuse_broken(path, broken, 'each line is such as {"prompt": "Once upon a time", "max_tokens": 32}')
+    return found
+
+
+def read_lines(path: Path) -> list[str]:
+    """Raises PdctlError."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as failure:
+        raise PdctlError(f"{path} cannot be read: {failure}") from None
+
+
+def refuse_broken(path: Path, broken: list[int], hint: str) -> None:
+    """Raises PdctlError where there are broken lines."""
+    if broken:
+        shown = ", ".join(map(str, broken[:5])) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+        raise PdctlError(f"{path}: broken in line{'s' if len(broken) > 1 else ''} {shown}", hint)
