@@ -144,19 +144,11 @@ def bottleneck(run: Run) -> str:
     return ""
 
 
-def interval(values: Sequence[float], of: Callable[[Sequence[float]], float], seed: int = 1) -> tuple[float, float]:
-    """95% bootstrap interval of a figure (percentile method; Efron and Tibshirani, 1993); (0, 0) of nothing."""
-    if not values:
-        return 0.0, 0.0
-    rng = random.Random(seed)  # noqa: S311 - resampling
-    found = sorted(of(rng.choices(values, k=len(values))) for _ in range(_RESAMPLED))
-    return found[int(0.025 * _RESAMPLED)], found[int(0.975 * _RESAMPLED) - 1]
-
-
 def ratio_interval(
     ours: Sequence[float], theirs: Sequence[float], of: Callable[[Sequence[float]], float], seed: int = 1
 ) -> tuple[float, float, float]:
-    """A ratio of two figures, with its 95% bootstrap interval; zeros where there is nothing to compare."""
+    """A ratio of two figures, with its 95% bootstrap interval (percentile method; Efron and Tibshirani, 1993); zeros
+    where there is nothing to compare."""
     base = of(theirs) if theirs else 0.0
     if not ours or not base:
         return 0.0, 0.0, 0.0

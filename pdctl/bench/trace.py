@@ -65,7 +65,7 @@ def _of_blocks(row: _Row, inputs: int, scale: Scale, words: Vocabulary) -> list[
     prompt: list[int] | str | None = None
     left = inputs
     for name in row.hashes:
-        block = words.prompt(min(size, left), random.Random(name))  # noqa: S311 - the same for all
+        block = words.prompt(min(size, left), _rng(name))
         prompt = block if prompt is None else joined(prompt, block)
         left -= size
         if left <= 0:

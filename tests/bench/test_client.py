@@ -1,0 +1,136 @@
+"""The client against a server of known delays: what it measures is what was."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pdctl.bench import Asked
+from pdctl.bench.client import Endpoint, Run, drive, models, timing_parts, tokenized
+from pdctl.bench.metrics import Targets, bottleneck, figures
+from pdctl.errors import PdctlError
+from tests.bench.fake import Fake, listening
+
+
+def run(fake: Fake, asked: list[Asked], times: list[float] | None = None, most_at_once: int = 0, **more: float) -> Run:
+    async def main() -> Run:
+        async with listening(fake) as url:
+            return await drive(Endpoint(url, "fake", **more), asked, times or [0.0] * len(asked), most_at_once, print)
+
+    return asyncio.run(main())
+
+
+def test_known_delays_give_the_known_answers() -> None:
+    fake = Fake(first_s=0.1, gap_s=0.03)
+    done = run(fake, [Asked([1] * 7, 11) for _ in range(5)], most_at_once=1)
+    found = figures(done, Targets(ttft=500, tpot=500))
+    assert (found["completed"], found["failed"]) == (5, 0)
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (35, 55)
+    # Sleeps are never shorter; how much longer they are is the machine's affair.
+    for name, least in (("ttft", 100), ("tpot", 30), ("itl", 30), ("e2el", 400)):
+        assert least <= found[f"p50_{name}_ms"] <= least * 1.5, name  # type: ignore[operator]
+    assert [len(gaps) for gaps in found["itls"]] == [10] * 5  # type: ignore[attr-defined]
+    assert found["generated_texts"] == ["".join(f" t{n}" for n in range(11))] * 5
+    ours = found["pdctl"]
+    assert isinstance(ours, dict)
+    assert ours["parts_ms"]["prefill"]["p99"] == 20.0
+    assert ours["attainment"] == 1.0
+    assert found["request_goodput"] == found["request_throughput"]
+
+
+def test_targets_that_are_missed() -> None:
+    found = figures(run(Fake(first_s=0.1), [Asked([1], 3)]), Targets(ttft=50))
+    assert found["request_goodput"] == 0.0
+    assert found["completed"] == 1
+
+
+def test_no_more_at_once_than_allowed() -> None:
+    fake = Fake(first_s=0.02, gap_s=0.0)
+    done = run(fake, [Asked([1], 2) for _ in range(12)], most_at_once=3)
+    assert fake.most_at_once == done.most_at_once == 3
+    free = Fake(first_s=0.2, gap_s=0.0)
+    run(free, [Asked([1], 2) for _ in range(12)])
+    assert free.most_at_once == 12
+
+
+def test_requests_leave_when_they_should() -> None:
+    done = run(Fake(first_s=0.0), [Asked([1], 2) for _ in range(3)], [0.0, 0.15, 0.3])
+    apart = [b.sent_at - a.sent_at for a, b in zip(done.records, done.records[1:], strict=False)]
+    assert all(0.1 < gap < 0.4 for gap in apart)
+    assert [round(r.planned_at - done.started_at, 2) for r in done.records] == [0.0, 0.15, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("fake", "error", "truncated"),
+    [
+        (Fake(status=503), "status 503", 0),
+        (Fake(ends=2, first_s=0), "closed the connection", 0),
+        (Fake(error_at=2, first_s=0), "in mid-stream", 0),
+        (Fake(first_s=2.0), "no whole answer in 0.3 s", 0),
+    ],
+)
+def test_failures_are_counted_and_not_measured(fake: Fake, error: str, truncated: int) -> None:
+    found = figures(run(fake, [Asked([1], 5)], timeout_s=0.3), Targets())
+    assert (found["completed"], found["failed"]) == (0, 1)
+    assert error in found["errors"][0]  # type: ignore[index]
+    assert found["mean_ttft_ms"] == 0.0
+
+
+def test_a_stream_without_its_end_is_truncated() -> None:
+    from pdctl.bench import Record
+    from pdctl.bench.client import _Reader
+
+    record = Record(0.0)
+    reader = _Reader(record)
+    reader.take(b'data: {"choices": [{"text": "a"}]}\n\ndata: {"cho', 1.0)
+    reader.take(b'ices": [{"text": "b"}]}\n\n', 2.0)
+    assert (reader.is_done, reader.texts, record.gaps) == (False, ["a", "b"], [1.0])
+    reader.take(b"data: not json\n\n", 3.0)
+    assert "an event that is none" in record.error
+
+
+def test_an_interruption_keeps_what_there_is() -> None:
+    async def main() -> Run:
+        async with listening(Fake(first_s=0.05, gap_s=0.0)) as url:
+            asked = [Asked([1], 2) for _ in range(50)]
+            task = asyncio.ensure_future(drive(Endpoint(url, "m"), asked, [n * 0.1 for n in range(50)], 0, print))
+            await asyncio.sleep(0.35)
+            task.cancel()
+            return await task
+
+    done = asyncio.run(main())
+    assert done.was_interrupted
+    assert 1 <= len(done.records) < 50
+    assert figures(done, Targets())["pdctl"]["interrupted"] is True  # type: ignore[index]
+
+
+def test_a_client_that_cannot_keep_up_says_so() -> None:
+    done = run(Fake(gap_s=0.05), [Asked([1], 4)])
+    assert bottleneck(done) == ""
+    done.headroom.cpu = 0.97
+    assert "97% of a core" in bottleneck(done)
+    done.headroom.cpu = 0.1
+    done.headroom.delays = [0.2] * 100
+    assert "200.0 ms late" in bottleneck(done)
+
+
+def test_what_is_asked_first() -> None:
+    async def ask(fake: Fake) -> tuple[list[str], list[int]]:
+        async with listening(fake) as url:
+            return await models(Endpoint(url)), await tokenized(Endpoint(url, "fake"), "a bb ccc")
+
+    assert asyncio.run(ask(Fake())) == (["fake"], [11, 12, 13])
+    assert asyncio.run(ask(Fake(tokenizes=False)))[1] == []
+
+
+def test_nobody_there() -> None:
+    for ask in (models(Endpoint("http://127.0.0.1:9")), tokenized(Endpoint("127.0.0.1:9"), "x")):
+        with pytest.raises(PdctlError, match="nobody answers"):
+            asyncio.run(ask)
+    with pytest.raises(PdctlError, match="no address"):
+        Endpoint("ftp://x").pool()
+
+
+def test_timing_headers() -> None:
+    assert timing_parts("queue;dur=1.5, ttft;dur=20, odd, x;dur=y") == {"queue": 0.0015, "ttft": 0.02}
