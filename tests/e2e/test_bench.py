@@ -1,0 +1,111 @@
+"""`pdctl bench` against a real service, by its command line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service import CLI, Run, Service, running, topology
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def service(module_run: Run) -> Iterator[Service]:
+    with running(module_run, topology()) as found:
+        yield found
+
+
+def bench(service: Service, *words: str) -> subprocess.CompletedProcess[str]:
+    return service.run.cli("bench", "serve", *words, "--warm-up", "1")
+
+
+def test_lengths_are_what_was_asked_for(service: Service, tmp_path: Path) -> None:
+    out, page = tmp_path / "r.json", tmp_path / "r.html"
+    done = bench(service, "-n", "8", "--concurrency", "4", "--input", "20-60", "--output", "5-9", "--goodput",
+                 "ttft:60000", "--out", str(out), "--html", str(page))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "8 answered, 0 failed, 0 truncated" in done.stdout
+    assert "goodput" in done.stdout
+    found = json.loads(out.read_text())
+    assert (found["completed"], found["num_prompts"], found["model_id"]) == (8, 8, "m")
+    assert all(20 <= size <= 60 for size in found["input_lens"])
+    assert all(5 <= size <= 9 for size in found["output_lens"])
+    # Prefill's token and the others, each an event of its own or with its neighbours.
+    assert all(len(gaps) < size for gaps, size in zip(found["itls"], found["output_lens"], strict=True))
+    assert {"queue", "prefill", "ttft"} <= set(found["pdctl"]["parts_ms"])
+    assert "<svg" in page.read_text()
+
+
+def test_the_same_seed_gives_the_same_answers(service: Service) -> None:
+    texts = [json.loads(bench(service, "-n", "3", "--output", "6", "--json", "--seed", "5").stdout) for _ in range(2)]
+    assert texts[0]["generated_texts"] == texts[1]["generated_texts"]
+
+
+def test_a_trace_and_a_comparison(service: Service, tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    rows = "".join(f"2023-11-16 18:17:0{n}.0000000,{40 + n},{6 + n}\n" for n in range(4))
+    trace.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
+    results = []
+    for name in ("a", "b"):
+        results.append(str(tmp_path / f"{name}.json"))
+        done = bench(service, "--workload", "trace", "--data", str(trace), "--speed", "20", "--out", results[-1])
+        assert done.returncode == 0, done.stderr
+    assert json.loads(Path(results[0]).read_text())["input_lens"] == [40, 41, 42, 43]
+    compared = service.run.cli("bench", "compare", *results)
+    assert compared.returncode == 0, compared.stderr
+    assert compared.stdout.splitlines()[0].split() == ["FIRST", "SECOND", "RATIO", "95%"]
+    assert {"TTFT p50", "ITL p99"} <= {r["name"] for r in json.loads(
+        service.run.cli("bench", "compare", *results, "--json").stdout)}  # fmt: skip
+
+
+def test_ctrl_c_keeps_what_there_is(service: Service, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    words = ["bench", "serve", "-n", "500", "--rate", "5", "--output", "4", "--warm-up", "0", "--out", str(out)]
+    with subprocess.Popen([*CLI, *words], env=service.run.env, cwd=service.run.folder, text=True,
+                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:  # fmt: skip
+        assert process.stderr is not None
+        for line in process.stderr:
+            if " done, " in line and not line.startswith("0 of"):
+                break
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(30) == 0, said
+    assert "interrupted: " in said
+    found = json.loads(out.read_text())
+    assert found["pdctl"]["interrupted"] is True
+    assert 0 < found["completed"] < 500
+    service.idle()
+
+
+BAD = {
+    "rate": (["--rate", "0"], "--rate 0: must be more than 0"),
+    "length": (["--input", "-5"], "--input '-5' is no length"),
+    "target": (["--goodput", "ttft"], "--goodput 'ttft' is no target"),
+    "no data": (["--workload", "trace"], "needs --data FILE"),
+    "no file": (["--workload", "file", "--data", "/none"], "cannot be read"),
+    "nothing": (["-n", "0"], "there is nothing to ask"),
+    "ramp": (["--ramp-to", "5"], "needs a --rate"),
+    "model": (["--model", "other"], "no request was answered"),
+    "place": (["-n", "1", "--output", "2", "--out", "/none/x.json"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(service: Service, name: str) -> None:
+    words, said = BAD[name]
+    done = bench(service, *words, *([] if "-n" in words or "--workload" in words else ["-n", "2"]))
+    assert done.returncode == 1, done.stdout
+    assert said in done.stderr
+
+
+def test_nobody_there(run: Run) -> None:
+    done = run.cli("bench", "serve", "http://127.0.0.1:9", "-n", "1")
+    assert done.returncode == 1
+    assert "nobody answers at http://127.0.0.1:9" in done.stderr
+    assert "pdctl up" in done.stderr
