@@ -192,6 +192,13 @@ def _head(endpoint: Endpoint) -> bytes:
     return b"%bcontent-type: application/json\r\n" % endpoint.headers
 
 
+async def ask_once(endpoint: Endpoint, pool: Pool, request: Asked) -> Record:
+    """One request, now."""
+    record = Record(planned_at=time.monotonic())
+    await _ask(endpoint, pool, request, record)
+    return record
+
+
 async def _ask(endpoint: Endpoint, pool: Pool, request: Asked, record: Record) -> None:
     body = msgspec.json.encode(
         {

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
+from pdctl.commands.bench_chaos import chaos
 from pdctl.commands.common import STATE, call, find_service, is_interactive
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,18 +70,13 @@ def serve(
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
     """Put load on a service and measure it. Ctrl-C ends it and keeps what there is. Exit 1: nothing was answered."""
-    from dataclasses import replace
-
     from pdctl.bench import client
     from pdctl.bench.metrics import QUANTILES, bottleneck, figures
 
     targets = _targets(goodput)
     _check_rates(rate, ramp_to, burstiness, speed, length)
-    headers = f"authorization: Bearer {key}\r\n".encode() if key else b""
-    fields: dict[str, object] = {"ignore_eos": True} if ignore_eos else {}
-    endpoint = client.Endpoint(url or _running(), model, headers, fields, timeout)
-    endpoint = replace(endpoint, model=model or asyncio.run(client.models(endpoint))[0])
-    words = _vocabulary(endpoint)
+    endpoint = _endpoint(url, model, key, ignore_eos, timeout)
+    words = vocabulary(endpoint)
     rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
     asked = _asked(
         workload, path, count, inputs, outputs, (prefixes, prefix), (speed, length, longest), words, rng, seed
@@ -95,6 +91,17 @@ def serve(
     run = asyncio.run(client.drive(endpoint, asked, times, concurrency, _progress(len(asked))))
     found = _labelled(figures(run, targets), endpoint, rate, burstiness, concurrency, len(asked))
     _show(found, targets, list(QUANTILES), bottleneck(run), run, len(asked), out, page, as_json)
+
+
+def _endpoint(url: str | None, model: str, key: str, ignore_eos: bool, timeout: float) -> Endpoint:
+    from dataclasses import replace
+
+    from pdctl.bench import client
+
+    headers = f"authorization: Bearer {key}\r\n".encode() if key else b""
+    fields: dict[str, object] = {"ignore_eos": True} if ignore_eos else {}
+    endpoint = client.Endpoint(url or _running(), model, headers, fields, timeout)
+    return replace(endpoint, model=model or asyncio.run(client.models(endpoint))[0])
 
 
 def _running() -> str:
@@ -128,7 +135,8 @@ def _check_rates(rate: float, ramp_to: float | None, burstiness: float, speed: f
         raise PdctlError("--ramp-to needs a --rate to begin with", "such as --rate 1 --ramp-to 10")
 
 
-def _vocabulary(endpoint: Endpoint) -> Vocabulary:
+def vocabulary(endpoint: Endpoint) -> Vocabulary:
+    """Token ids that prompts for this service may be made of."""
     from pdctl.bench.client import tokenized
     from pdctl.bench.workload import Vocabulary, sentence
 
@@ -247,6 +255,96 @@ def _write(path: Path, text: str) -> None:
     except OSError as failure:
         raise PdctlError(f"{path} cannot be written: {failure.strerror}") from None
     console.note(f"written: {path}")
+
+
+@app.command()
+def sweep(
+    url: str = typer.Argument(None, help="The service's address. Default: the running pdctl service's."),
+    goodput: list[str] = typer.Option(..., "--goodput", help="Targets in ms, such as ttft:500 tpot:50; several."),
+    attainment: float = typer.Option(0.9, "--attainment", min=0.01, max=1.0, help="Part that must meet them."),
+    first: float = typer.Option(1.0, "--rate", help="The first rate to try, requests a second."),
+    seconds: float = typer.Option(20.0, "--seconds", min=1.0, help="How long each rate is tried."),
+    inputs: str = typer.Option("256", "--input", help="Tokens of a prompt."),
+    outputs: str = typer.Option("64", "--output", help="Tokens of an answer."),
+    model: str = typer.Option("", "--model", help="Default: the first that the service lists."),
+    key: str = typer.Option("", "--key", envvar="OPENAI_API_KEY", help="API key.", show_default=False),
+    seed: int = typer.Option(0, "--seed", help="The same seed asks the same."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON on stdout."),
+) -> None:
+    """Search the highest rate at which enough answers meet their targets. Exit code 1: not even the lowest did."""
+    from pdctl.bench.sweep import Search
+
+    targets = _targets(goodput)
+    _check_rates(first, None, 1.0, 1.0, 1.0)
+    endpoint = _endpoint(url, model, key, ignore_eos=True, timeout=600.0)
+    words, search = vocabulary(endpoint), Search(first, attainment)
+    rows = []
+    while (rate := search.next()) is not None:
+        step = _step(endpoint, rate, max(8, round(rate * seconds)), (inputs, outputs), words, targets, seed)
+        search.tried.append((rate, step["attainment"]))
+        rows.append({"rate": rate, **step})
+        console.note(f"{rate:.3g} requests/s: {step['attainment']:.0%} met their targets, {step['failed']:.0f} failed")
+    rows.sort(key=lambda row: row["rate"])
+    if as_json:
+        console.out(json.dumps({"highest_rate": search.held, "attainment": attainment, "tried": rows}, indent=2))
+    else:
+        console.out(console.table(
+            ["REQUESTS/S", "GOODPUT", "MET", "TTFT P99 MS", "TPOT P99 MS"],
+            [[f"{row['rate']:.3g}", f"{row['goodput']:.3g}", f"{row['attainment']:.0%}", f"{row['p99_ttft_ms']:.0f}",
+              f"{row['p99_tpot_ms']:.0f}"] for row in rows],
+        ))  # fmt: skip
+        console.out(f"\nhighest rate at which {attainment:.0%} met their targets: {search.held:.3g} requests/s")
+    if not search.held:
+        raise PdctlError(f"at no rate did {attainment:.0%} meet their targets", "looser targets, or a smaller load")
+
+
+def _step(
+    endpoint: Endpoint, rate: float, count: int, sizes: tuple[str, str], words: Vocabulary, targets: Targets, seed: int
+) -> dict[str, float]:
+    """One rate's figures. Those that were refused or failed have met nothing."""
+    from pdctl.bench import arrivals, client
+    from pdctl.bench import workload as works
+    from pdctl.bench.metrics import figures
+    from pdctl.bench.report import number
+
+    rng = random.Random(f"{seed}/{rate}")  # noqa: S311 - a workload, not a secret
+    into, out = works.lengths(sizes[0], "--input"), works.lengths(sizes[1], "--output")
+    asked = works.synthetic(count, into, out, words, rng)
+    run = asyncio.run(client.drive(endpoint, asked, arrivals.gamma(count, rate, 1.0, rng), 0, lambda _: None))
+    if run.was_interrupted:
+        raise KeyboardInterrupt
+    found = figures(run, targets)
+    met = sum(map(targets.are_met, run.records)) / len(run.records)
+    names = ("p99_ttft_ms", "p99_tpot_ms", "failed", "output_throughput")
+    return {"attainment": met, "goodput": number(found, "request_goodput"), **{n: number(found, n) for n in names}}
+
+
+@app.command()
+def transfer(
+    only: str = typer.Option("", "--transport", help="shm, mooncake or nixl. Default: all."),
+    protocol: str = typer.Option("auto", "--protocol", help="auto, tcp or rdma."),
+    mib: list[int] = typer.Option([1, 16, 64, 256], "--mib", min=1, max=16384, help="Sizes; several."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON on stdout."),
+) -> None:
+    """Time each transport by size: in one piece, in blocks of 64 KiB, and 64 bytes; against a copy in memory."""
+    from pdctl.doctor import transfer as moving
+
+    for option, value, known in (("--transport", only, moving.BACKENDS), ("--protocol", protocol, moving.PROTOCOLS)):
+        if value and value not in known:
+            raise PdctlError(f"{option} {value!r} is unknown", f"one of: {', '.join(known)}")
+    found = []
+    for name in [only] if only else moving.BACKENDS:
+        for size in mib:
+            console.note(f"{name}: moving {size} MiB between two processes ...")
+            found.append(moving.run(moving.Probe(name, protocol, size)) | {"mib": size})
+    if as_json:
+        console.out(json.dumps(found, indent=2))
+    else:
+        console.out(moving.by_size(found))
+    raise Verdict(moving.exit_code(found))
+
+
+app.command()(chaos)
 
 
 @app.command()

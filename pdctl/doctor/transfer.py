@@ -12,11 +12,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from pdctl import console
 from pdctl.errors import PdctlError
 from pdctl.host.rdma import RdmaTree
 from pdctl.plan import Plan, ProcessSpec
 
 BACKENDS = ("shm", "mooncake", "nixl")
+PROTOCOLS = ("auto", "tcp", "rdma")
 # Starting two processes, loading a transport's library and moving the bytes takes seconds; then something hangs.
 _PROBE_S = 120.0
 
@@ -96,6 +98,23 @@ def _of_link(probe: Probe, found: Result, tree: RdmaTree | None) -> float | None
     named = [device for device in tree.devices if not probe.devices or device.name in probe.devices]
     rates = [port.rate.gbps for device in named for port in device.ports if port.state == "ACTIVE" and port.rate]
     return round(found["gbps"] / (min(rates) / 8), 3) if rates else None
+
+
+def by_size(found: list[Result]) -> str:
+    """A table, a line for each transport and size."""
+    rows = [
+        [entry["transport"], str(entry["mib"]), *(["-", entry["error"][:60]] if "error" in entry else _measured(entry))]
+        for entry in found
+    ]
+    header = ["TRANSPORT", "MIB", "OVER", "GB/S", "OF A COPY", "64K BLOCKS", "GB/S", "OF A COPY", "64 BYTES"]
+    return console.table(header, [row + [""] * (len(header) - len(row)) for row in rows])
+
+
+def _measured(entry: Result) -> list[str]:
+    return [
+        entry["protocol"], f"{entry['gbps']:.2f}", f"{entry['of_copy']:.0%}", str(entry["blocks"]),
+        f"{entry['blocks_gbps']:.2f}", f"{entry['blocks_of_copy']:.0%}", f"{entry['latency_us']:.0f} us",
+    ]  # fmt: skip
 
 
 def exit_code(found: list[Result]) -> int:

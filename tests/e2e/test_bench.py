@@ -109,3 +109,46 @@ def test_nobody_there(run: Run) -> None:
     assert done.returncode == 1
     assert "nobody answers at http://127.0.0.1:9" in done.stderr
     assert "pdctl up" in done.stderr
+
+
+def test_chaos_keeps_its_promises_and_says_when_not(run: Run) -> None:
+    text = topology(prefills=1, decodes=2).replace("[supervisor]", "[supervisor]\nmax_restarts = 1000\nwithin_s = 1")
+    with running(run, text) as service:
+        words = ["bench", "chaos", "--for", "16", "--every", "5", "--streams", "4", "--prompts", "4", "--output", "24"]
+        done = run.cli(*words, "--fault", "kill:decode", "--fault", "freeze:decode", "--frozen", "1", "--json")
+        found = json.loads(done.stdout)
+        assert done.returncode == 0, done.stderr
+        assert found["faults"] >= 2
+        assert found["answered"] > 0
+        assert (found["failed"], found["truncated"], found["wrong"], found["broken"]) == ({}, 0, 0, [])
+        assert 0 < found["ready_again_s"]["p100"] < 120
+        refused = run.cli("bench", "chaos", "--fault", "kill:nobody")
+        assert refused.returncode == 1
+        assert "groups here: decode, prefill, proxy" in refused.stderr
+        # A killed proxy cuts the streams that it carries: a promise that pdctl does not make, and that is told.
+        cut = run.cli(*words[:2], "--for", "8", "--every", "3", "--streams", "4", "--output", "200", "--fault",
+                      "kill:proxy", "--prompts", "2", "--json")  # fmt: skip
+        assert cut.returncode == 1, cut.stdout
+        assert json.loads(cut.stdout)["broken"]
+        service.healthy()
+
+
+def test_a_sweep_ends_at_a_rate(service: Service) -> None:
+    done = service.run.cli("bench", "sweep", "--goodput", "ttft:60000", "--rate", "20", "--seconds", "1", "--output", "2",
+                           "--input", "8", "--attainment", "0.5", "--json", timeout=170)  # fmt: skip
+    found = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert found["highest_rate"] >= 20
+    assert all(row["attainment"] >= 0 for row in found["tried"])
+    missed = service.run.cli("bench", "sweep", "--goodput", "ttft:0.01", "--rate", "64", "--seconds", "1", "--output", "2")
+    assert missed.returncode == 1
+    assert "at no rate did 90% meet their targets" in missed.stderr
+
+
+def test_transfers_by_size(run: Run) -> None:
+    done = run.cli("bench", "transfer", "--transport", "shm", "--mib", "1", "--mib", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [(entry["mib"], entry["bytes_right"]) for entry in json.loads(done.stdout)] == [(1, True), (4, True)]
+    bad = run.cli("bench", "transfer", "--transport", "pigeon")
+    assert bad.returncode == 1
+    assert "one of: shm, mooncake, nixl" in bad.stderr

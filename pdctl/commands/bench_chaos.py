@@ -1,0 +1,193 @@
+"""`pdctl bench chaos`: load on the running service while its processes are killed and frozen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import typer
+
+from pdctl import console
+from pdctl.commands.common import STATE, FileOption, JsonOption, ServiceOption, Status, call, find_service
+from pdctl.errors import NotRunning, PdctlError, Verdict
+
+if TYPE_CHECKING:
+    from pdctl.bench.chaos import Seen
+
+_FAULTS = ("kill", "freeze")
+_LOOK_S = 0.1
+
+
+def chaos(
+    seconds: float = typer.Option(60.0, "--for", min=1.0, help="How long, seconds."),
+    every: float = typer.Option(20.0, "--every", min=0.5, help="Seconds between faults."),
+    faults: list[str] = typer.Option(
+        ["kill:prefill", "kill:decode"], "--fault", help="kill:GROUP or freeze:GROUP, also of proxy; several."
+    ),
+    frozen: float = typer.Option(3.0, "--frozen", min=0.1, help="Seconds that a frozen process stands still."),
+    streams: int = typer.Option(8, "--streams", min=1, help="Clients, each asking again when it is answered."),
+    prompts: int = typer.Option(16, "--prompts", min=1, help="Different requests."),
+    inputs: str = typer.Option("100", "--input", help="Tokens of a prompt."),
+    outputs: str = typer.Option("48", "--output", help="Tokens of an answer."),
+    back_within: float = typer.Option(120.0, "--back-within", min=1.0, help="Seconds a process has to be ready again."),
+    seed: int = typer.Option(0, "--seed", help="The same seed asks and breaks the same."),
+    file: Path | None = FileOption,
+    service: str | None = ServiceOption,
+    as_json: bool = JsonOption,
+) -> None:
+    """Break the running service's processes under load, and check its promises: nothing failed, nothing wrong, nothing
+    leaked. Exit code 1 if one of them was not kept. Only for a service whose clients may notice."""
+    from pdctl.bench import chaos as breaking
+    from pdctl.bench.client import Endpoint, models
+    from pdctl.bench.workload import lengths, synthetic
+
+    name = find_service(service, file)
+    status = call(name, "GET", STATE)
+    names = [process["name"] for process in status["processes"]]
+    rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
+    _check(faults, names, rng)
+    url = str(status["proxy_url"])
+    endpoint = Endpoint(url, asyncio.run(models(Endpoint(url)))[0], fields={"ignore_eos": True}, timeout_s=600.0)
+    from pdctl.commands.bench import vocabulary
+
+    into, out = lengths(inputs, "--input"), lengths(outputs, "--output")
+    asked = synthetic(prompts, into, out, vocabulary(endpoint), rng)
+    console.note(f"asking {prompts} requests in quiet ...")
+    try:
+        texts, gaps = asyncio.run(breaking.expected(endpoint, asked))
+    except ValueError as failure:
+        raise PdctlError(f"in quiet already: {failure}", "pdctl status, pdctl logs") from None
+    seen = breaking.Seen(quiet_gaps=gaps)
+    schedule = _Schedule(name, faults, seconds, every, frozen, back_within, rng)
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(breaking.load(endpoint, asked, texts, streams, seen, lambda: schedule.is_over))
+            tasks.create_task(asyncio.to_thread(schedule.carry_out, seen))
+
+    asyncio.run(run())
+    leaks = _leaks(name)
+    _tell(seen, leaks, as_json)
+    raise Verdict(1 if seen.broken or leaks else 0)
+
+
+def _check(faults: list[str], names: list[str], rng: random.Random) -> None:
+    from pdctl.bench.chaos import pick
+
+    for word in faults:
+        what = word.partition(":")[0]
+        if what not in _FAULTS or pick(names, [word], rng) is None:
+            hint = f"such as kill:decode; groups here: {', '.join(sorted({n.rpartition('-')[0] or n for n in names}))}"
+            raise PdctlError(f"--fault {word!r} breaks nothing here", hint)
+
+
+class _Schedule:
+    """One fault after another, each when the service is whole again. Runs in a thread of its own."""
+
+    def __init__(
+        self, service: str, faults: list[str], seconds: float, every: float, frozen: float, back_s: float,
+        rng: random.Random,
+    ) -> None:  # fmt: skip
+        self.is_over = False
+        self._service, self._faults, self._rng = service, faults, rng
+        self._every, self._frozen, self._back_s = every, frozen, back_s
+        self._end = time.monotonic() + seconds
+
+    def carry_out(self, seen: Seen) -> None:
+        """Until the time is over; then once more until everything is ready."""
+        try:
+            while (left := self._end - time.monotonic()) > 0:
+                time.sleep(min(left, self._every * self._rng.uniform(0.5, 1.0)))
+                if time.monotonic() < self._end:
+                    self._one(seen)
+        finally:
+            self.is_over = True
+
+    def _one(self, seen: Seen) -> None:
+        from pdctl.bench.chaos import Fault, carry_out, pick
+
+        processes = {process["name"]: process for process in self._processes()}
+        chosen = pick(sorted(processes), self._faults, self._rng)
+        if chosen is None:
+            return
+        what, name = chosen
+        fault = Fault(what, name, _tree(int(processes[name]["pid"])))
+        began = time.monotonic()
+        seen.faults.append(fault)
+        seen.fault_times.append(began)
+        console.note(f"{what} {name}; so far {seen.answered} answered, {sum(seen.failed.values())} failed, "
+                     f"{seen.wrong} wrong")  # fmt: skip
+        carry_out(fault, self._frozen)
+        seen.recovered.append(self._ready_again(name, fault.pids[0] if what == "kill" else 0, began))
+
+    def _ready_again(self, name: str, old_pid: int, began: float) -> float | None:
+        while time.monotonic() - began < self._back_s:
+            now = next((p for p in self._processes() if p["name"] == name), None)
+            if now is not None and now["state"] == "ready" and now["pid"] != old_pid:
+                return time.monotonic() - began
+            time.sleep(_LOOK_S)
+        return None
+
+    def _processes(self) -> list[Status]:
+        try:
+            return list(call(self._service, "GET", STATE)["processes"])
+        except NotRunning:
+            return []
+
+
+def _tree(pid: int) -> tuple[int, ...]:
+    try:
+        leader = psutil.Process(pid)
+        return (pid, *(child.pid for child in leader.children(recursive=True)))
+    except psutil.NoSuchProcess:
+        return (pid,)
+
+
+def _leaks(service: str) -> list[str]:
+    """Leases that are left a little after the last request has ended."""
+    deadline = time.monotonic() + 5.0
+    while True:
+        found = call(service, "GET", "/v1/kv")
+        left = [f"{lease['engine']}: {lease['id']}, {lease['blocks']} blocks" for lease in found["leases"]]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(_LOOK_S)
+
+
+def _tell(seen: Seen, leaks: list[str], as_json: bool) -> None:
+    from pdctl.bench.metrics import percentile
+
+    back = [seconds for seconds in seen.recovered if seconds is not None]
+    figures = {
+        "faults": len(seen.faults),
+        "answered": seen.answered,
+        "failed": seen.failed,
+        "truncated": seen.truncated,
+        "wrong": seen.wrong,
+        "leases_left": leaks,
+        "pause_s": {f"p{part}": percentile(seen.pauses, part) for part in (50, 99, 100)},
+        "quiet_gap_s": {f"p{part}": percentile(seen.quiet_gaps, part) for part in (50, 99, 100)},
+        "ready_again_s": {f"p{part}": percentile(back, part) for part in (50, 100)},
+        "broken": [*seen.broken, *([f"{len(leaks)} leases are left"] if leaks else [])],
+    }
+    if as_json:
+        console.out(json.dumps(figures, indent=2))
+        return
+    console.out(f"{figures['faults']} faults: {seen.answered} answered, {sum(seen.failed.values())} failed, "
+                f"{seen.truncated} cut, {seen.wrong} wrong, {len(leaks)} leases left")  # fmt: skip
+    rows = [
+        ["between tokens, in quiet", seen.quiet_gaps],
+        ["longest silence of a stream that met a fault", seen.pauses],
+        ["a process ready again after its fault", back],
+    ]
+    shown = [[title, *(f"{percentile(values, part):.2f} s" for part in (50, 99, 100))] for title, values in rows]  # type: ignore[arg-type]
+    console.out(console.table(["", "P50", "P99", "WORST"], [[str(cell) for cell in row] for row in shown]))
+    for reason, count in sorted(seen.failed.items(), key=lambda entry: -entry[1])[:5]:
+        console.note(f"failed {count} times: {reason}")
+    for promise in figures["broken"]:  # type: ignore[attr-defined]
+        console.note(f"BROKEN: {promise}")
