@@ -1,5 +1,5 @@
-"""Looks for the highest rate at which enough answers still meet their targets: doubles until they do not, then tries the
-geometric middle between the best rate that held and the lowest that did not. Pure: rates out, attainments in."""
+"""Looks for the highest rate at which enough answers still meet their targets: doubles until they do not, then tries
+the geometric middle between the best rate that held and the lowest that did not. Pure: rates out, attainments in."""
 
 from __future__ import annotations
 
