@@ -19,6 +19,8 @@ _IDLE_S = 75.0
 # A client that has read nothing of what waits for it for this long has gone, seconds.
 _STUCK_S = 60.0
 _LOOK_S = 1.0
+# When we end: how long a connection that has asked nothing yet, or nothing more, may still bring a request, seconds.
+_LAST_CALL_S, _LAST_CALL_IDLE_S = 0.5, 0.1
 _TOO_LARGE = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\ncontent-length: 105\r\n"
     b"connection: close\r\n\r\n"
@@ -37,7 +39,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.began_at = time.monotonic()
         self.in_head = True
         self.receiving = True
-        self.refused = False
+        self.refused = self.leaving = False
         self.stuck_since = 0.0
         self.header_bytes = 0
         self.idle_since = self.began_at
@@ -69,6 +71,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """The head is whole."""
         self.in_head = False
         super().on_headers_complete()
+        if self.leaving and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -97,6 +101,19 @@ class BoundedProtocol(HttpToolsProtocol):
         """It has caught up."""
         super().resume_writing()
         self.stuck_since = 0.0
+
+    def shutdown(self) -> None:
+        """We end. A request may be on its way: a connection closed under it is a reset that its client sees."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            super().shutdown()
+            return
+        self.leaving = True
+        self.loop.call_later(_LAST_CALL_S if self.cycle is None else _LAST_CALL_IDLE_S, self._leave)
+
+    def _leave(self) -> None:
+        asked = self.header_bytes > 0 or (self.receiving and not self.in_head)
+        if not asked and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
 
     def late(self, now: float) -> bool:
         """Whether its client takes too long to say what it wants, or has wanted nothing for long."""

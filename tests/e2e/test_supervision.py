@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +275,31 @@ def test_settings_that_need_another_proxy_process(service: Service) -> None:
     after = pids(service)
     assert set(after) == set(before)
     assert {name for name in after if after[name] != before[name]} == {"proxy"}
+
+
+def test_a_request_that_crosses_the_proxys_end_is_answered(service: Service) -> None:
+    """A connection that is there, and a request that leaves just as the proxy is told to end."""
+    import socket
+    from http.client import HTTPConnection
+
+    port = int(service.url.rpartition(":")[2])
+    before = service.process("proxy")["pid"]
+    data = json.dumps(body(0)).encode()
+    with socket.create_connection(("127.0.0.1", port)) as fresh, closing(HTTPConnection("127.0.0.1", port)) as kept:
+        # Connections are accepted in order: whoever is answered has nobody before him in the queue.
+        kept.request("GET", "/health")
+        assert kept.getresponse().read()
+        os.kill(before, signal.SIGTERM)
+        assert kept.sock.recv(1) == b"", "an idle one is closed soon: the proxy is ending"
+        fresh.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+        fresh.settimeout(60)
+        answer = b""
+        while part := fresh.recv(65536):
+            answer += part
+        assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
+        assert b"connection: close" in answer.lower()
+    service.wait(lambda: service.process("proxy")["pid"] not in (None, before), what="another proxy")
+    service.healthy()
 
 
 def test_a_port_that_is_taken_changes_nothing(service: Service) -> None:
