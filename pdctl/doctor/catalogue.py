@@ -165,6 +165,8 @@ CHECKS = (
           "builds of Mooncake, or the wrong one", "pdctl's own", "pip install", "planted"),
     Check("nvshmem.install", "runtime", "warning", "NVSHMEM is there, and not whole", "DeepEP", "pip install",
           "planted"),
+    Check("nvshmem.ibgda", "runtime", "info", "NVSHMEM is there, and neither the driver's peer mapping nor gdrdrv",
+          "DeepEP", "modprobe gdrdrv", "planted"),
     Check("nccl.install", "runtime", "ok", "NCCL's version", "", "", "planted"),
     Check("env.switch", "runtime", "critical, warning",
           "`MC_FORCE_TCP`, `NCCL_IB_DISABLE`, `NCCL_P2P_DISABLE` left set", "",

@@ -113,16 +113,24 @@ def _echoed(line: bytes) -> bytes:
     """What dash's `echo` makes of backslashes; `\\c` ends the line, and its newline."""
     cut = re.search(rb"(?<!\\)(?:\\\\)*\\c", line)
     text = line[: cut.end() - 2] if cut else line
-    text = re.sub(rb"\\(0[0-7]{0,3}|[1-7][0-7]{0,2}|[abfnrtv\\])", lambda found: _escape(found[1]), text)
+    text = re.sub(rb"\\(0[0-7]{0,3}|[1-7][0-7]{0,2}|[abefnrtv\\])", lambda found: _escape(found[1]), text)
     return text if cut else text + b"\n"
 
 
 def _escape(name: bytes) -> bytes:
     if name[:1].isdigit():
         return bytes([int(name, 8) & 0xFF])
-    return {b"a": b"\a", b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v", b"\\": b"\\"}[
-        name
-    ]
+    return {
+        b"a": b"\a",
+        b"b": b"\b",
+        b"e": b"\x1b",
+        b"f": b"\f",
+        b"n": b"\n",
+        b"r": b"\r",
+        b"t": b"\t",
+        b"v": b"\v",
+        b"\\": b"\\",
+    }[name]
 
 
 def _names(folder: Path) -> list[str]:

@@ -68,6 +68,8 @@ class RuntimeScene:
     version: Callable[[str], str | None] = _version
     library: Callable[[str], bool] = lambda name: ctypes.util.find_library(name) is not None
     folder: Callable[[str], Path | None] = _folder
+    proc_root: Path = Path("/proc")
+    sysfs_root: Path = Path("/sys")
     exactly: Callable[[str], bool] = lambda name: _installed(name) is not None
 
 
@@ -158,6 +160,27 @@ def nvshmem(scene: RuntimeScene) -> Iterator[Finding]:
         yield Finding("nvshmem.install", Severity.OK, "nvshmem", f"{version} in {root}")
 
 
+def ibgda(scene: RuntimeScene) -> Iterator[Finding]:
+    """Where NVSHMEM is: what its GPU-initiated transport wants of the driver (DeepEP's installation guide)."""
+    if _nvshmem_root(scene) is None:
+        return
+    try:
+        params = (scene.proc_root / "driver/nvidia/params").read_text()
+    except OSError:
+        return
+    settings = dict(line.split(": ", 1) for line in params.splitlines() if ": " in line)
+    streams = settings.get("EnableStreamMemOPs", "0").strip() == "1"
+    peers = "PeerMappingOverride=1" in settings.get("RegistryDwords", "")
+    if not (streams and peers) and not (scene.sysfs_root / "module/gdrdrv").is_dir():
+        yield Finding(
+            "nvshmem.ibgda", Severity.INFO, "nvshmem", "neither the driver's peer mapping nor gdrdrv",
+            "one of them, for IBGDA", "/proc/driver/nvidia/params, /sys/module/gdrdrv",
+            "kernels that want it fail with `init failed for transport: IBGDA`",
+            "modprobe gdrdrv; or NVreg_EnableStreamMemOPs=1, PeerMappingOverride=1 (it lowers a kernel check)",
+            "DeepEP",
+        )  # fmt: skip
+
+
 def nccl(scene: RuntimeScene) -> Iterator[Finding]:
     """Told where it is there: DeepEP's newer kernels want 2.30.4."""
     found = scene.version("nvidia-nccl-cu12") or scene.version("nvidia-nccl-cu13")
@@ -175,5 +198,5 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 CHECKS: tuple[Callable[[RuntimeScene], Iterator[Finding]], ...] = (
-    packages, verbs_library, combinations, nvshmem, nccl,
+    packages, verbs_library, combinations, nvshmem, ibgda, nccl,
 )  # fmt: skip

@@ -144,6 +144,16 @@ def test_nvshmem_that_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "lib").mkdir()
     scene = RuntimeScene({"NVSHMEM_DIR": str(tmp_path)}, version=lambda _: "3.3.9")
     assert {f.id: f.severity for f in check_runtime(scene)}["nvshmem.install"] is Severity.WARNING
+    (tmp_path / "driver/nvidia").mkdir(parents=True)
+    params = tmp_path / "driver/nvidia/params"
+    for text_, fires in (
+        ("EnableStreamMemOPs: 0\nRegistryDwords: \"\"\n", True),
+        ('EnableStreamMemOPs: 1\nRegistryDwords: "PeerMappingOverride=1;"\n', False),
+    ):
+        params.write_text(text_)
+        env = {"NVSHMEM_DIR": str(tmp_path)}
+        planted_ = RuntimeScene(env, version=lambda _: "3.3.9", proc_root=tmp_path, sysfs_root=tmp_path)
+        assert ("nvshmem.ibgda" in {f.id for f in check_runtime(planted_)}) == fires
     for name in ("libnvshmem_host.so.3", "nvshmem_bootstrap_uid.so.3"):
         (tmp_path / "lib" / name).touch()
     assert {f.id: f.severity for f in check_runtime(scene)}["nvshmem.install"] is Severity.OK

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -228,6 +230,57 @@ def test_reads_that_fail_are_told_apart(root: Path) -> None:
     assert reader.read(folder / "rate").answer is Answer.MISSING
     assert reader.read(folder / "state").text == "4: ACTIVE"
     assert ("port.rate", "unknown") in bad(findings(tree))
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [
+        (errno.EINVAL, Answer.INVALID),
+        (errno.EACCES, Answer.DENIED),
+        (errno.ENODEV, Answer.GONE),
+        (errno.EIO, Answer.INVALID),
+    ],
+)
+def test_files_that_the_kernel_will_not_read(
+    root: Path, code: int, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file of a port in turn: a finding or silence, never a traceback, and never a good state."""
+    tree = with_netdev(root)
+    real, failing = os.read, ""
+
+    def read(descriptor: int, size: int) -> bytes:
+        if str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith(failing):
+            raise OSError(code, os.strerror(code))
+        return real(descriptor, size)
+
+    monkeypatch.setattr(os, "read", read)
+    for failing in ("ports/1/state", "ports/1/rate", "ports/1/lid", "gids/0", "types/3", "link_layer", "fw_ver", "mtu"):
+        assert findings(tree), failing
+    failing = "ports/1/state"
+    assert Reader().read(root / "class/infiniband/mlx5_0/ports/1/state").answer is answer
+    assert ("port.state", "unknown") in bad(findings(tree))
+    failing = "ports/1/rate"
+    assert ("port.state", "ok") not in {(f.id, f.severity.value) for f in findings(tree) if f.id == "port.rate"}
+
+
+def test_a_device_that_goes_away_while_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = Tree(root)
+    tree.hca("mlx5_0", {1: Port()})
+    gone = tree.hca("mlx5_1", {1: Port()}, bus=5).resolve()
+    real, seen = os.read, []
+
+    def read(descriptor: int, size: int) -> bytes:
+        if "mlx5_1" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            seen.append(descriptor)
+            if len(seen) == 5:
+                shutil.rmtree(gone)
+        return real(descriptor, size)
+
+    monkeypatch.setattr(os, "read", read)
+    found = findings(tree)
+    assert len(seen) >= 5
+    assert any(f.subject.startswith("mlx5_1") and f.severity is not Severity.OK for f in found)
+    assert any(f.subject == "mlx5_0:1" and f.severity is Severity.OK for f in found)
 
 
 def test_a_read_that_hangs_is_given_up(root: Path) -> None:

@@ -270,6 +270,7 @@ TREES: dict[str, Make] = {
     "nul": _raw("lid", b"0x\x002d\n"),
     "a pattern": _raw("rate", b"400 * (4X ?DR) [m]*\n"),
     "backslashes": _raw("state", b"4: \\tACTIVE\\\\ \\101 \\0101\n"),
+    "an escape": _raw("rate", b"4 \\e[1m \\E \\x41 \\q\n"),
     "cut short": _raw("state", b"4: ACT\\cIVE\n"),
     "very long": _raw("rate", b"x" * 9000 + b"\n"),
 }  # fmt: skip
