@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import JsonOption, topology_file
+from pdctl.commands.common import FILE_ENV, JsonOption, topology_file
 from pdctl.errors import PdctlError, Verdict
 
 if TYPE_CHECKING:
@@ -55,7 +55,10 @@ _MODES = "Instead of findings"
 def doctor(
     areas: list[Area] = typer.Argument(None, help="Default: all but transfer."),
     against: Path | None = typer.Option(
-        None, "--against", help="Judge only what this topology uses, and what it needs. Default: ./pdctl.toml if any."
+        None,
+        "--against",
+        envvar=FILE_ENV,
+        help="Judge only what this topology uses, and what it needs. Default: ./pdctl.toml if any.",
     ),
     as_json: bool = JsonOption,
     ibstatus: bool = typer.Option(False, "--ibstatus", help="Print what ibstatus prints.", rich_help_panel=_MODES),
