@@ -13,24 +13,13 @@ import typer
 
 from pdctl import console
 from pdctl.commands.common import FILE_ENV, JsonOption, topology_file
+from pdctl.doctor import Area
 from pdctl.errors import PdctlError, Verdict
 
 if TYPE_CHECKING:
     from pdctl.doctor import Finding
     from pdctl.doctor.look import Look, Where
     from pdctl.doctor.transfer import Result
-
-
-class Area(StrEnum):
-    """What can be looked into."""
-
-    RDMA = "rdma"
-    GPU = "gpu"
-    HOST = "host"
-    NET = "net"
-    RUNTIME = "runtime"
-    TOPOLOGY = "topology"
-    TRANSFER = "transfer"
 
 
 class Backend(StrEnum):
@@ -125,10 +114,9 @@ def _with_what_runs(look: Look) -> Where:
 
 def _findings(look: Look, areas: tuple[Area, ...], bundle: Path | None, as_json: bool) -> int:
     from pdctl.doctor import exit_code
-    from pdctl.doctor import look as looking
     from pdctl.doctor.report import summary, text
 
-    found = look.findings(tuple(looking.Area(area.value) for area in areas))
+    found = look.findings(areas)
     if as_json:
         console.out(json.dumps({"schema": 1, "findings": [finding.to_dict() for finding in found]}, indent=2))
     else:

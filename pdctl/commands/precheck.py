@@ -12,8 +12,8 @@ from pdctl.errors import PdctlError
 
 def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
     """Raises PdctlError on critical findings; `force` only tells them. A built-in default fits its machine."""
-    from pdctl.doctor import Severity
-    from pdctl.doctor.look import Area, Look, Where
+    from pdctl.doctor import Area, Severity
+    from pdctl.doctor.look import Look, Where
     from pdctl.topology import Device
 
     path = topology_file(file)

@@ -10,6 +10,18 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 
+class Area(StrEnum):
+    """What can be looked into."""
+
+    RDMA = "rdma"
+    GPU = "gpu"
+    HOST = "host"
+    NET = "net"
+    RUNTIME = "runtime"
+    TOPOLOGY = "topology"
+    TRANSFER = "transfer"
+
+
 class Severity(StrEnum):
     """Worst first."""
 

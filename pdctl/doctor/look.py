@@ -6,11 +6,10 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pdctl.doctor import Finding
+from pdctl.doctor import Area, Finding
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import Host, read_host, state_root
 from pdctl.host.boot import boot_id
@@ -27,22 +26,6 @@ if TYPE_CHECKING:
     from pdctl.doctor.counters import Sample
 
 _SYS = Path("/sys")
-
-
-class Area(StrEnum):
-    """What can be looked into."""
-
-    RDMA = "rdma"
-    GPU = "gpu"
-    HOST = "host"
-    NET = "net"
-    RUNTIME = "runtime"
-    TOPOLOGY = "topology"
-    TRANSFER = "transfer"
-
-
-# Everything that disturbs nobody.
-USUAL = tuple(area for area in Area if area is not Area.TRANSFER)
 
 
 @dataclass(frozen=True, slots=True)
