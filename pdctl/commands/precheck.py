@@ -9,6 +9,16 @@ from pdctl import console
 from pdctl.commands.common import topology_file
 from pdctl.errors import PdctlError
 
+# Critical findings with which a start is in vain. Others, such as a GPU's error an hour ago or a link that has flapped,
+# are told: whoever restarts a service after such an event knows of it.
+_IN_VAIN = frozenset({
+    "topology.context", "topology.pairs", "topology.secret", "model.weights", "net.ports", "net.clash", "net.loopback",
+    "limit.memlock", "host.container", "host.hugepages", "runtime.libibverbs", "runtime.versions", "env.switch",
+    "env.ucx_tls", "env.devices", "rdma.none", "port.gone", "port.chardev", "port.state", "port.lid", "port.link_layer",
+    "roce.gid", "roce.gid_index", "roce.mtu", "gdr.access", "gpu.none", "gpu.driver", "gpu.cuda", "gpu.memory",
+    "gpu.mem_held", "gpu.mig", "gpu.mode",
+})  # fmt: skip
+
 
 def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
     """Raises PdctlError on critical findings; `force` only tells them. A built-in default fits its machine."""
@@ -26,14 +36,15 @@ def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
     if any(group.device is Device.CUDA for group in look.started):
         areas.append(Area.GPU)
     critical = [finding for finding in look.findings(tuple(areas)) if finding.severity is Severity.CRITICAL]
+    vain = [finding for finding in critical if finding.id in _IN_VAIN and not look.has_another_way(finding)]
     for finding in critical:
         cause = f": {finding.cause}" if finding.cause else ""
         message = f"{finding.subject}: {finding.observed} (expected: {finding.expected}){cause}"
-        if force:
+        if force or finding not in vain:
             console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} {message}")
         else:
             console.error(message, finding.fix)
-    if critical and not force:
-        count = "1 critical finding" if len(critical) == 1 else f"{len(critical)} critical findings"
+    if vain and not force:
+        count = "1 critical finding" if len(vain) == 1 else f"{len(vain)} critical findings"
         hint = "the whole picture: pdctl doctor    start nevertheless: pdctl up --force"
         raise PdctlError(f"{count}, nothing was started", hint)

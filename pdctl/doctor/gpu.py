@@ -195,10 +195,17 @@ def held(scene: GpuScene) -> Iterator[Finding]:
             f"nvidia-smi; fuser -v /dev/nvidia{found.gpu.index}; a container's processes are seen on its host"
         )  # fmt: skip
         yield Finding(
-            "gpu.mem_held", Severity.CRITICAL if scene.is_wanted else Severity.INFO, _name(found),
+            "gpu.mem_held", _weight_of(scene, found, used), _name(found),
             f"{used / 2**30:.1f} GiB are in use, by {whose}", f"at most {_BASELINE >> 30} GiB before a start", "NVML",
             "engines will not get the memory that they are told to take", fix,
         )  # fmt: skip
+
+
+def _weight_of(scene: GpuScene, found: GpuHealth, used: int) -> Severity:
+    """A desktop's two gigabytes need not be in anybody's way."""
+    if not scene.is_wanted:
+        return Severity.INFO
+    return Severity.CRITICAL if 2 * used > found.gpu.memory else Severity.WARNING
 
 
 def modes(scene: GpuScene) -> Iterator[Finding]:

@@ -82,6 +82,15 @@ class Look:
         found = [finding for area, look in looks.items() if area in areas for finding in look()]
         return list(dict.fromkeys(found))
 
+    def has_another_way(self, finding: Finding) -> bool:
+        """Whether a finding is about one of several RDMA devices, of which the topology names none: another will do."""
+        if self.topology is None or self.topology.transfer.devices:
+            return False
+        about = finding.subject.partition(":")[0]
+        if about not in {device.name for device in self.tree.devices}:
+            return False
+        return any(device.is_active for device in self.host.rdma if device.name != about)
+
     # -- facts ---------------------------------------------------------------------------------------------
 
     @property

@@ -50,11 +50,12 @@ def _folder(name: str) -> Path | None:
 
 def cuda_of_torch() -> tuple[int, int] | None:
     """What CUDA the installed torch was built for, by the runtime that came with it; None for a CPU build."""
-    for name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12"):
-        words = (_version(name) or "").split(".")
-        if len(words) > 1 and words[0].isdecimal() and words[1].isdecimal():
-            return int(words[0]), int(words[1])
-    return None
+    names = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
+    found = [words for name in names if len(words := (_version(name) or "").split(".")) > 1]
+    # Of several, nobody knows which one torch takes.
+    if len(found) != 1 or not (found[0][0].isdecimal() and found[0][1].isdecimal()):
+        return None
+    return int(found[0][0]), int(found[0][1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,9 +60,9 @@ def check(scene: TopologyScene) -> list[Finding]:
 
 def weights(scene: TopologyScene) -> Iterator[Finding]:
     """A folder with a config and no weights."""
-    if scene.model and scene.started() and not weight_files(scene.model):
+    if scene.model and scene.started() and not weight_files(scene.model) and not list(scene.model.glob("*.bin")):
         yield Finding(
-            "model.weights", Severity.CRITICAL, str(scene.model), "no *.safetensors file", "the model's weights",
+            "model.weights", Severity.CRITICAL, str(scene.model), "no weights", "*.safetensors",
             str(scene.model), "a download that was cut, or weights in another format",
             "fetch it again, or convert it to safetensors",
         )  # fmt: skip
@@ -108,9 +108,11 @@ def gpu_memory(scene: TopologyScene) -> Iterator[Finding]:
             continue
         names = ", ".join(group.name if count == 1 else f"{count} of {group.name}" for group, count in here)
         engines = sum(count for _, count in here)
+        # Without what is only estimated, it is certain.
+        certain = wanted - _GPU_EXTRA * engines > gpu.memory
         fits = math.floor((gpu.memory - each * engines) / engines / 2**30 * 10) / 10
         yield Finding(
-            "gpu.memory", Severity.CRITICAL, f"GPU {gpu.index}",
+            "gpu.memory", Severity.CRITICAL if certain else Severity.WARNING, f"GPU {gpu.index}",
             f"{names} want {wanted / 2**30:.1f} GiB: KV, weights, and {_GPU_EXTRA >> 30} GiB each for the rest",
             f"at most {gpu.memory / 2**30:.0f} GiB", "kv_cache_gb, the model's files, NVML",
             "the last engine to start runs out of memory",

@@ -79,5 +79,11 @@ def read_shape(directory: Path) -> ModelShape | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Files that hold weights, in a format that engines load."""
-    return sorted(directory.glob("*.safetensors"))
+    """Files that hold weights, in a format that engines load. Some repositories have the same weights twice: what the
+    index names counts, then model.safetensors, then whatever is there."""
+    try:
+        named = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values()
+        return [directory / name for name in sorted(set(named)) if (directory / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        single = directory / "model.safetensors"
+        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))

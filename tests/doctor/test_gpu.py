@@ -112,7 +112,7 @@ def test_a_driver_of_two_versions(library: Path, tmp_path: Path) -> None:
 def test_memory_that_somebody_holds(library: Path, tmp_path: Path) -> None:
     use = tmp_path / "use"
     with subprocess.Popen(["sleep", "60"]) as stranger:
-        use.write_text(f"0 {stranger.pid} {20 << 30}\n")
+        use.write_text(f"0 {stranger.pid} {90 << 30}\n")
         found = doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))["gpu.mem_held"]
         stranger.kill()
     assert found["severity"] == "critical"
@@ -121,6 +121,7 @@ def test_memory_that_somebody_holds(library: Path, tmp_path: Path) -> None:
     use.write_text(f"0 {4_000_000} {20 << 30}\n")
     found = doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))["gpu.mem_held"]
     assert "not to be seen from here" in found["observed"]
+    assert found["severity"] == "warning", "there is room beside it"
     use.write_text(f"0 {stranger.pid} {100 << 20}\n")
     assert "gpu.mem_held" not in doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))
 

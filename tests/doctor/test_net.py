@@ -79,6 +79,8 @@ FAR = '[[engines]]\nname = "far"\nrole = "decode"\nurl = "http://10.9.8.7:8100"\
 def test_loopback_to_far_peers(tmp_path: Path, host: Host) -> None:
     near = '[[engines]]\nname = "p"\nrole = "prefill"\n'
     assert found(tmp_path, host, BASE + near + FAR)["net.loopback"].startswith("critical far: ")
+    pair = near + near.replace('"p"', '"d"').replace("prefill", "decode")
+    assert found(tmp_path, host, BASE + pair + FAR)["net.loopback"].startswith("warning far: ")
     here = FAR.replace("10.9.8.7", "127.0.0.1")
     assert "net.loopback" not in found(tmp_path, host, BASE + near + here)
     far = FAR.replace('"far"', '"far-p"').replace("decode", "prefill")

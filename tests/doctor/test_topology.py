@@ -64,6 +64,18 @@ def test_a_model_without_weights(tmp_path: Path, host: Host) -> None:
     assert found(tmp_path, host, ENGINE, where=model(tmp_path, 0))["model.weights"].startswith("critical")
 
 
+def test_weights_that_are_there_twice_count_once(tmp_path: Path) -> None:
+    folder = model(tmp_path, 5000)
+    (folder / "consolidated.safetensors").write_bytes(b"x" * 5000)
+    assert read_shape(folder).weight_bytes == 5000  # type: ignore[union-attr]
+    (folder / "model.safetensors").unlink()
+    for part in ("a", "b"):
+        (folder / f"model-{part}.safetensors").write_bytes(b"x" * 700)
+    index = {"weight_map": {"x": "model-a.safetensors", "y": "model-b.safetensors", "z": "model-b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read_shape(folder).weight_bytes == 1400  # type: ignore[union-attr]
+
+
 def test_more_tokens_than_positions(tmp_path: Path, host: Host) -> None:
     fired = found(tmp_path, host, ENGINE, "max_model_len = 5000")["topology.context"]
     assert fired == "critical: max_model_len = 4096 under [service]"
@@ -85,11 +97,12 @@ CUDA = '[[engines]]\nname = "e"\nrole = "hybrid"\ndevice = "cuda"\n'
     ("engines", "fix"),
     [
         (CUDA + "gpus = [0]\nkv_cache_gb = 60\n", ""),
+        (CUDA + "gpus = [0]\nkv_cache_gb = 69\n", "warning: kv_cache_gb = 68 for each, or a GPU for each"),
         (CUDA + "gpus = [0]\nkv_cache_gb = 79\n", "critical: kv_cache_gb = 68 for each, or a GPU for each"),
-        (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 2\nkv_cache_gb = 30\n",
+        (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 2\nkv_cache_gb = 31\n",
          "critical: kv_cache_gb = 28 for each, or a GPU for each"),
         (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 2\nkv_cache_gb = 28\n", ""),
-        (CUDA + "share_gpu = true\nreplicas = 4\nkv_cache_gb = 30\n",
+        (CUDA + "share_gpu = true\nreplicas = 4\nkv_cache_gb = 31\n",
          "critical: kv_cache_gb = 28 for each, or a GPU for each"),
         (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 9\nkv_cache_gb = 1\n",
          "critical: a GPU for each, or a smaller model"),

@@ -358,3 +358,20 @@ def test_rates_of_links(bench: Bench) -> None:
     probe = Probe("mooncake", "rdma", 8)
     assert _of_link(probe, {"protocol": "rdma", "gbps": 40.0}, snapshot) == 0.8
     assert _of_link(probe, {"protocol": "tcp", "gbps": 40.0}, snapshot) is None
+
+
+def test_one_bad_card_of_two_does_not_keep_a_service_from_starting(bench: Bench) -> None:
+    from pdctl.doctor import Area
+    from pdctl.doctor.look import Look, Where
+
+    tree = Tree(bench.folder / "sys")
+    tree.hca("mlx5_0", {1: Port()})
+    tree.hca("mlx5_1", {1: Port(state="1: DOWN", phys_state="2: Polling")}, bus=5)
+    bench.topology(protocol="rdma")
+    look = Look(Where(bench.file, sysfs_root=tree.root, remembers=False))
+    [down] = [f for f in look.findings((Area.RDMA,)) if f.id == "port.state" and f.severity.value == "critical"]
+    assert down.subject == "mlx5_1:1"
+    assert look.has_another_way(down)
+    bench.edit('protocol = "rdma"', 'protocol = "rdma"\ndevices = ["mlx5_1"]')
+    look = Look(Where(bench.file, sysfs_root=tree.root, remembers=False))
+    assert not look.has_another_way(down), "the topology wants this one"
