@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import typer
 
 from pdctl import console
@@ -141,6 +140,8 @@ class _Schedule:
 
 
 def _tree(pid: int) -> tuple[int, ...]:
+    import psutil
+
     try:
         leader = psutil.Process(pid)
         return (pid, *(child.pid for child in leader.children(recursive=True)))
