@@ -120,7 +120,8 @@ class EventReader:
 
     def _ends(self, tail: bytes) -> bool:
         """Whether `tail` is the end of one event, with nothing behind it: the same for all of a stream's, nearly."""
-        if tail.find(_END) != len(tail) - 2:
+        # A tail of one byte has no end either: -1 is not its place.
+        if not tail.endswith(_END) or tail.find(_END) != len(tail) - 2:
             return False
         self._tail = tail
         return True

@@ -155,6 +155,18 @@ def test_cuts_change_nothing(kind: str, choices: list[dict[str, object]], data: 
     assert sum(metrics.gaps.counts) <= max(reader.tokens, len(choices))
 
 
+@pytest.mark.parametrize("kind", ["vllm", "builtin"])
+def test_an_event_cut_at_any_byte(kind: str) -> None:
+    one = {"index": 0, "text": "a", "logprobs": None, "finish_reason": None, "token_ids": [6]}
+    body = written([one, one, one, {**one, "finish_reason": "length"}], True)
+    whole = body.index(b"\n\n") + 2
+    for place in range(whole, 3 * whole):
+        sink = Sink(passes=True, hides=True, busy=lambda: False)
+        _, turn, _ = read(kind, [body[:whole], body[whole:place], body[place:]], sink)
+        assert [choice["text"] for choice in sink.seen] == ["a"] * 4, place
+        assert turn.emitted == [6] * 4
+
+
 def test_an_engine_that_never_ends_its_event_is_given_up() -> None:
     sink = Sink(passes=True, hides=True, busy=lambda: False)
     with pytest.raises(EngineError, match="without an event's end"):
