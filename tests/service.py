@@ -244,10 +244,10 @@ stable_s = 1
 
 
 @contextmanager
-def running(run: Run, text: str, *words: str) -> Iterator[Service]:
-    """The service of a topology, up (with these options besides); afterwards down, with nothing left."""
+def running(run: Run, text: str) -> Iterator[Service]:
+    """The service of a topology, up; afterwards down, with nothing left."""
     run.write(text)
-    run.cli("up", "-d", *words, check=True)
+    run.cli("up", "-d", check=True)
     service = Service(run)
     try:
         yield service

@@ -9,15 +9,20 @@ from pdctl import console
 from pdctl.commands.common import topology_file
 from pdctl.errors import PdctlError
 
-# Critical findings with which a start is in vain. Others, such as a GPU's error an hour ago or a link that has flapped,
-# are told: whoever restarts a service after such an event knows of it.
-_IN_VAIN = frozenset({
-    "topology.context", "topology.pairs", "topology.secret", "model.weights", "net.ports", "net.clash", "net.loopback",
-    "limit.memlock", "host.container", "host.hugepages", "runtime.libibverbs", "runtime.versions", "env.switch",
-    "env.ucx_tls", "env.devices", "rdma.none", "port.gone", "port.chardev", "port.state", "port.lid", "port.link_layer",
-    "roce.gid", "roce.gid_index", "roce.mtu", "gdr.access", "gpu.none", "gpu.driver", "gpu.cuda", "gpu.memory",
-    "gpu.mem_held", "gpu.mig", "gpu.mode",
-})  # fmt: skip
+# Critical findings with which a start is certainly in vain. Others are told: RDMA that is missing ends in TCP, and says
+# so; a GPU's error may be over; memory that somebody holds may be given back.
+_IN_VAIN = frozenset(
+    {
+        "topology.context",
+        "topology.pairs",
+        "model.weights",
+        "gpu.none",
+        "gpu.driver",
+        "gpu.memory",
+        "gpu.mig",
+        "gpu.mode",
+    }
+)
 
 
 def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
@@ -35,8 +40,14 @@ def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
         areas.append(Area.RDMA)
     if any(group.device is Device.CUDA for group in look.started):
         areas.append(Area.GPU)
-    critical = [finding for finding in look.findings(tuple(areas)) if finding.severity is Severity.CRITICAL]
-    vain = [finding for finding in critical if finding.id in _IN_VAIN and not look.has_another_way(finding)]
+    try:
+        found = look.findings(tuple(areas))
+    except (OSError, ValueError, ArithmeticError, LookupError) as failure:
+        # The doctor's own stumbling is no reason to refuse a service.
+        console.note(f"the doctor could not finish its checks: {type(failure).__name__}: {failure}")
+        return
+    critical = [finding for finding in found if finding.severity is Severity.CRITICAL]
+    vain = [finding for finding in critical if finding.id in _IN_VAIN]
     for finding in critical:
         cause = f": {finding.cause}" if finding.cause else ""
         message = f"{finding.subject}: {finding.observed} (expected: {finding.expected}){cause}"

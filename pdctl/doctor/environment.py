@@ -14,6 +14,8 @@ _OFF = {
 }
 # Variables that name RDMA devices, and how: NCCL's may begin with ^ (all but) or = (exactly), and matches prefixes.
 _NAMING = ("UCX_NET_DEVICES", "NCCL_IB_HCA", "MC_TE_FILTERS", "MC_MS_FILTERS", "NVSHMEM_HCA_LIST")
+# Who reads a variable.
+_READERS = {"MC_": "mooncake", "UCX_": "nixl"}
 _ANY = frozenset({"", "all"})
 
 
@@ -24,6 +26,12 @@ class EnvironmentScene:
     env: dict[str, str]
     rdma: bool = False
     devices: dict[str, bool] = field(default_factory=dict)
+    backend: str = ""
+
+    def weight(self, variable: str) -> Severity:
+        """Of a contradiction in a variable: what another transport's library reads concerns nobody here."""
+        reader = next((name for prefix, name in _READERS.items() if variable.startswith(prefix)), "")
+        return Severity.CRITICAL if self.rdma and self.backend in ("", reader) else Severity.WARNING
 
 
 def check(scene: EnvironmentScene) -> list[Finding]:
@@ -34,8 +42,10 @@ def check(scene: EnvironmentScene) -> list[Finding]:
 def switches(scene: EnvironmentScene) -> Iterator[Finding]:
     """Left over from some debugging."""
     for name, meaning in _OFF.items():
-        if scene.env.get(name, "0") not in ("", "0"):
-            severity = Severity.CRITICAL if scene.rdma and name == "MC_FORCE_TCP" else Severity.WARNING
+        # Mooncake looks whether its variable is there, not what it says.
+        is_set = name in scene.env if name == "MC_FORCE_TCP" else scene.env.get(name, "0") not in ("", "0")
+        if is_set:
+            severity = scene.weight(name)
             yield Finding("env.switch", severity, name, f"{name}={scene.env[name]}", "not set", "environment", meaning,
                           f"unset {name}")  # fmt: skip
 
@@ -47,7 +57,7 @@ def transports(scene: EnvironmentScene) -> Iterator[Finding]:
     limits = bool(words) and not given.startswith("^") and "all" not in words
     if limits and scene.rdma and not any(word.startswith(("rc", "dc", "ud", "ib")) for word in words):
         yield Finding(
-            "env.ucx_tls", Severity.CRITICAL, "UCX_TLS", f"UCX_TLS={given}", "rc or ib among them", "environment",
+            "env.ucx_tls", scene.weight("UCX_TLS"), "UCX_TLS", f"UCX_TLS={given}", "rc or ib among them", "environment",
             "NIXL cannot use RDMA", "unset UCX_TLS, or add rc",
         )  # fmt: skip
 
@@ -67,7 +77,7 @@ def devices(scene: EnvironmentScene) -> Iterator[Finding]:
                 continue
             up = [device for device, is_up in scene.devices.items() if is_up]
             yield Finding(
-                "env.devices", Severity.CRITICAL if scene.rdma else Severity.WARNING, variable,
+                "env.devices", scene.weight(variable), variable,
                 f"{variable}={given}: {name} is {'down' if near else 'no device of this machine'}",
                 f"one that is up: {', '.join(up) or 'there is none'}", "environment, /sys/class/infiniband",
                 "the library finds no device, or falls back to TCP",

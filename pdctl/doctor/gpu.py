@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
 from pdctl.host.gpu_health import MISMATCH, GpuFacts, GpuHealth
-from pdctl.topology import Device, Topology
 
 # What a driver and idle contexts take; more than this is somebody's model.
 _BASELINE = 1 << 30
@@ -23,7 +22,8 @@ _PROC_GPUS = "driver/nvidia/gpus"
 
 @dataclass(frozen=True, slots=True)
 class GpuScene:
-    """`indices`: GPUs that the topology uses; None for all there are. `ours`: pids of our own running services.
+    """`indices`: GPUs that the topology uses; None for all there are. `ours`: pids of our own running services;
+    `wanted`: bytes that engines will take, by GPU.
 
     `shared`: GPUs that several engines get; `runtime_cuda`: what the engine's packages were built for.
     """
@@ -33,35 +33,13 @@ class GpuScene:
     is_wanted: bool = False
     shared: frozenset[int] = frozenset()
     ours: frozenset[int] = frozenset()
+    wanted: dict[int, int] = field(default_factory=dict, hash=False)
     runtime_cuda: tuple[int, int] | None = None
     proc_root: Path = Path("/proc")
 
     def judged(self) -> Iterator[GpuHealth]:
         """GPUs whose faults matter."""
         return (found for found in self.facts.gpus if self.indices is None or found.gpu.index in self.indices)
-
-
-def scene_of(
-    topology: Topology | None, facts: GpuFacts, ours: frozenset[int], runtime_cuda: tuple[int, int] | None
-) -> GpuScene:
-    """The scene of a topology: which GPUs it uses, and which of them more than once."""
-    groups = [g for g in topology.engines if g.device is Device.CUDA and not g.is_attached] if topology else []
-    counts: dict[int, int] = {}
-    for group in groups:
-        spread = group.gpus * group.replicas if len(group.gpus) == 1 else group.gpus
-        for index in spread:
-            counts[index] = counts.get(index, 0) + 1
-    chosen_by_us = any(not group.gpus for group in groups)
-    if chosen_by_us and sum(group.replicas for group in groups) > len(facts.gpus):
-        counts |= {found.gpu.index: 2 for found in facts.gpus}
-    return GpuScene(
-        facts,
-        frozenset(counts) if groups and not chosen_by_us else None,
-        bool(groups),
-        frozenset(index for index, count in counts.items() if count > 1),
-        ours,
-        runtime_cuda,
-    )
 
 
 def check(scene: GpuScene) -> list[Finding]:
@@ -90,6 +68,12 @@ def present(scene: GpuScene) -> Iterator[Finding]:
 
 def counted(scene: GpuScene) -> Iterator[Finding]:
     """What the driver knows and NVML does not list has fallen off the bus, or is hidden from this container."""
+    for said in scene.facts.lost:
+        yield Finding(
+            "gpu.count", Severity.CRITICAL, said.partition(":")[0], said.partition(": ")[2], "a GPU that answers",
+            "NVML",
+            "it fell off the bus (Xid 79), or this user may not see it", "dmesg | grep Xid; reset it or reboot",
+        )  # fmt: skip
     try:
         known = [name for name in os.listdir(scene.proc_root / _PROC_GPUS) if name.count(":") == 2]  # noqa: PTH208
     except OSError:
@@ -202,10 +186,11 @@ def held(scene: GpuScene) -> Iterator[Finding]:
 
 
 def _weight_of(scene: GpuScene, found: GpuHealth, used: int) -> Severity:
-    """A desktop's two gigabytes need not be in anybody's way."""
+    """A fault where what is left is less than what engines will take."""
     if not scene.is_wanted:
         return Severity.INFO
-    return Severity.CRITICAL if 2 * used > found.gpu.memory else Severity.WARNING
+    left = found.gpu.memory - used
+    return Severity.CRITICAL if left < scene.wanted.get(found.gpu.index, 0) else Severity.WARNING
 
 
 def modes(scene: GpuScene) -> Iterator[Finding]:
@@ -242,7 +227,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 def _command(proc_root: Path, pid: int) -> str:
     try:
-        return f"({(proc_root / str(pid) / 'comm').read_text().strip()})"
+        return f"({(proc_root / str(pid) / 'comm').read_text(errors='replace').strip()})"
     except OSError:
         return "(not to be seen from here)"
 

@@ -25,8 +25,8 @@ _CAP_IPC_LOCK = 14  # linux/capability.h
 
 @dataclass(frozen=True, slots=True)
 class HostScene:
-    """`pinned_bytes`: memory that RDMA would pin; 0 where no RDMA is used. `shared_bytes`: KV pools on the CPU;
-    `weight_bytes`: what engines on the CPU load besides."""
+    """`pinned_bytes`: memory that RDMA would pin in one process; 0 where no RDMA is used. `shared_bytes`: KV pools on
+    the CPU; `weight_bytes`: what engines on the CPU load besides."""
 
     proc_root: Path = Path("/proc")
     sysfs_root: Path = Path("/sys")
@@ -186,7 +186,7 @@ def container(scene: HostScene) -> Iterator[Finding]:
     marks = [name for name in (".dockerenv", "run/.containerenv") if (scene.root / name).exists()]
     if not marks:
         return
-    lacks = [] if _has_ipc_lock(scene.proc_root) or not scene.pinned_bytes else ["--cap-add=IPC_LOCK"]
+    lacks = ["--cap-add=IPC_LOCK"] if scene.pinned_bytes and not _may_lock(scene) else []
     if scene.pinned_bytes and not (scene.root / "dev/infiniband").is_dir():
         lacks.append("--device=/dev/infiniband")
     if lacks:
@@ -229,6 +229,11 @@ def _clock_status() -> int | None:
 
     found = Timex()
     return int(found.status) if ctypes.CDLL(None).adjtimex(ctypes.byref(found)) >= 0 else None
+
+
+def _may_lock(scene: HostScene) -> bool:
+    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    return hard == resource.RLIM_INFINITY or hard >= scene.pinned_bytes or _has_ipc_lock(scene.proc_root)
 
 
 def _has_ipc_lock(proc_root: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,7 @@ class Look:
             self.plan = make_plan(self.topology, self.host)
         except ConfigError as failure:
             self.refusals = problems(failure.source, failure.problems)
-            self._lacks_gpus = any(found.key.endswith((".gpus", ".device")) for found in failure.problems)
+            self._lacks_gpus = any("GPU" in found.message and "CPU" not in found.message for found in failure.problems)
         except PdctlError as failure:
             # A topology that is right by itself, and does not fit this machine.
             self.refusals = [
@@ -79,17 +79,9 @@ class Look:
             Area.TOPOLOGY: self._topology, Area.RDMA: self._rdma, Area.GPU: self._gpu, Area.HOST: self._host,
             Area.NET: self._net, Area.RUNTIME: self._runtime,
         }  # fmt: skip
-        found = [finding for area, look in looks.items() if area in areas for finding in look()]
+        # A topology that was refused is told of whatever is looked into: nothing was judged by it.
+        found = [*self.refusals, *(finding for area, look in looks.items() if area in areas for finding in look())]
         return list(dict.fromkeys(found))
-
-    def has_another_way(self, finding: Finding) -> bool:
-        """Whether a finding is about one of several RDMA devices, of which the topology names none: another will do."""
-        if self.topology is None or self.topology.transfer.devices:
-            return False
-        about = finding.subject.partition(":")[0]
-        if about not in {device.name for device in self.tree.devices}:
-            return False
-        return any(device.is_active for device in self.host.rdma if device.name != about)
 
     # -- facts ---------------------------------------------------------------------------------------------
 
@@ -116,12 +108,27 @@ class Look:
     def wants_rdma(self) -> bool:
         """Whether the topology asks for it: TCP would be a fallback."""
         found = self.topology
-        return found is not None and (found.transfer.protocol == "rdma" or bool(found.transfer.devices))
+        asks = found is not None and (found.transfer.protocol == "rdma" or bool(found.transfer.devices))
+        # Engines that run elsewhere have their own transports.
+        return asks and bool(self.started)
 
     def _environments(self) -> list[dict[str, str]]:
         """What engines will have: ours, and each group's own on top."""
-        own = [dict(group.env) for group in self.started if group.env]
-        return [self.where.env, *({**self.where.env, **env} for env in own)]
+        own = [{**self.where.env, **dict(group.env)} for group in self.started]
+        return own or [self.where.env]
+
+    def _placed(self) -> dict[int, dict[str, int]]:
+        """Engines on each GPU, by group, as the plan has them."""
+        index = {gpu.uuid: gpu.index for gpu in self.host.gpus}
+        found: dict[int, dict[str, int]] = {}
+        for spec in self.plan.processes if self.plan else ():
+            for uuid in spec.gpus:
+                groups = found.setdefault(index.get(uuid, -1), {})
+                groups[spec.group] = groups.get(spec.group, 0) + 1
+        return found
+
+    def _backend(self) -> str:
+        return self.topology.transfer.backend if self.topology else ""
 
     def _model(self) -> Path | None:
         folder = Path(self.plan.model_path) if self.plan and self.plan.model_ready else None
@@ -132,9 +139,8 @@ class Look:
     def _topology(self) -> Iterator[Finding]:
         from pdctl.doctor.topology import TopologyScene, check
 
-        yield from self.refusals
         if self.topology is not None:
-            yield from check(TopologyScene(self.topology, self.host, self._model()))
+            yield from check(TopologyScene(self.topology, self.host, self._model(), self._placed()))
 
     def _rdma(self) -> Iterator[Finding]:
         from pdctl.doctor import kernel, rdma
@@ -185,15 +191,32 @@ class Look:
 
     def _gpu(self) -> Iterator[Finding]:
         from pdctl.doctor import affinity
-        from pdctl.doctor.gpu import check, scene_of
+        from pdctl.doctor.gpu import GpuScene, check
         from pdctl.doctor.runtime import cuda_of_torch
 
         facts = self.gpus
         ours = frozenset(our_processes()) if any(found.users for found in facts.gpus) else frozenset()
         runtime = cuda_of_torch() if facts.gpus else None
-        scene = scene_of(self.topology, facts, ours, runtime)
-        yield from check(replace(scene, is_wanted=scene.is_wanted or self._lacks_gpus))
+        placed = self._placed()
+        scene = GpuScene(
+            facts,
+            frozenset(placed) if placed else None,
+            bool(placed) or self._lacks_gpus,
+            frozenset(gpu for gpu, groups in placed.items() if sum(groups.values()) > 1),
+            ours,
+            {gpu: self._wanted(groups) for gpu, groups in placed.items()},
+            runtime,
+        )
+        yield from check(scene)
         yield from affinity.check(self.affinity())
+
+    def _wanted(self, groups: dict[str, int]) -> int:
+        """Bytes of KV and weights of the engines on one GPU."""
+        model = self._model()
+        shape = read_shape(model) if model else None
+        weights = shape.weight_bytes if shape else 0
+        size = {group.name: int(group.kv_cache_gb * 2**30) for group in self.started}
+        return sum((size[name] + weights) * count for name, count in groups.items())
 
     def affinity(self) -> AffinityScene:
         """Where GPUs and RDMA devices sit to each other."""
@@ -217,7 +240,7 @@ class Look:
             HostScene(
                 sysfs_root=self.where.sysfs_root,
                 env=self.where.env,
-                pinned_bytes=_pools(self.started) if self.wants_rdma else 0,
+                pinned_bytes=max((int(g.kv_cache_gb * 2**30) for g in self.started), default=0) * self.wants_rdma,
                 shared_bytes=_pools(on_cpu) * idle,
                 weight_bytes=weights * idle,
             )
@@ -232,10 +255,12 @@ class Look:
         from pdctl.doctor import environment, runtime
 
         cuda = any(group.device is Device.CUDA for group in self.started)
-        yield from runtime.check(runtime.RuntimeScene(self.where.env, self.wants_rdma, cuda))
+        builtin = self.topology is None or any(group.kind == "builtin" for group in self.started)
+        mooncake = self.topology is not None and self.topology.transfer.backend == "mooncake"
+        yield from runtime.check(runtime.RuntimeScene(self.where.env, self.wants_rdma and mooncake, cuda, builtin))
         up = {device.name: device.is_active for device in self.host.rdma}
         for env in self._environments():
-            yield from environment.check(environment.EnvironmentScene(env, self.wants_rdma, up))
+            yield from environment.check(environment.EnvironmentScene(env, self.wants_rdma, up, self._backend()))
 
 
 def _pools(groups: list[EngineGroup]) -> int:

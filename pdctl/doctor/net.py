@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
@@ -21,9 +22,26 @@ def _connects(host: str, port: int) -> str:
     """ "" when somebody answers there, else why not."""
     try:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
-    except OSError as failure:
-        return failure.strerror or str(failure) or type(failure).__name__
+    except (OSError, ValueError) as failure:
+        return getattr(failure, "strerror", "") or str(failure) or type(failure).__name__
     return ""
+
+
+def _is_here(name: str) -> bool:
+    """Whether a host name or address means this machine: one of ours can be bound, another's cannot."""
+    if name in LOOPBACK:
+        return True
+    try:
+        address = ip_address(name)
+    except ValueError:
+        return name == socket.gethostname()
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((name, 0))
+        except OSError:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,7 @@ class NetScene:
     is_running: bool = False
     proc_root: Path = Path("/proc")
     connects: Callable[[str, int], str] = _connects
+    is_here: Callable[[str], bool] = _is_here
 
     def attached(self) -> list[EngineGroup]:
         """Engines that are used by address."""
@@ -57,15 +76,22 @@ def check(scene: NetScene) -> list[Finding]:
 
 
 def held(scene: NetScene) -> Iterator[Finding]:
-    """Ports of the topology that somebody else listens on."""
-    for port, key in scene.ports().items():
-        holder = scene.host.listening.get(port)
-        if holder is None or scene.is_running:
-            continue
+    """The proxy's port, when somebody else listens on it; a range for transfers, when little of it is left."""
+    if scene.topology is None or scene.is_running:
+        return
+    port = scene.topology.proxy.port
+    if holder := scene.host.listening.get(port):
         fix = f"kill {holder.pid}" if holder.pid else "end it as its owner"
         yield Finding(
-            "net.ports", Severity.CRITICAL, f"{key} {port}", f"held by {holder.describe()}", "free", "/proc/net/tcp",
-            "the process that needs it cannot start", f"{fix}, or choose another {key}",
+            "net.ports", Severity.CRITICAL, f"proxy.port {port}", f"held by {holder.describe()}", "free",
+            "/proc/net/tcp", "the proxy cannot start", f"{fix}, or choose another proxy.port",
+        )  # fmt: skip
+    spread = [port for port, key in scene.ports().items() if key == "transfer.ports"]
+    taken = [port for port in spread if port in scene.host.listening]
+    if 2 * len(taken) > len(spread):
+        yield Finding(
+            "net.ports", Severity.WARNING, "transfer.ports", f"{len(taken)} of {len(spread)} are taken",
+            "most of them free", "/proc/net/tcp", "mooncake takes several for each engine", "another range",
         )  # fmt: skip
 
 
@@ -77,9 +103,9 @@ def clashes(scene: NetScene) -> Iterator[Finding]:
     ports = topology.transfer.ports
     if ports and ports[0] <= topology.proxy.port <= ports[-1]:
         yield Finding(
-            "net.clash", Severity.CRITICAL, f"proxy.port {topology.proxy.port}",
+            "net.clash", Severity.WARNING, f"proxy.port {topology.proxy.port}",
             f"lies within transfer.ports {ports[0]} to {ports[-1]}", "outside", "the topology",
-            "an engine may take it first", f"port = {ports[-1] + 1} under [proxy]",
+            "an engine takes another one of its range", f"port = {ports[-1] + 1} under [proxy]",
         )  # fmt: skip
 
 
@@ -92,8 +118,8 @@ def ephemeral(scene: NetScene) -> Iterator[Finding]:
         return
     inside = sorted(port for port in scene.ports() if first <= port <= last and not _covers(reserved, port))
     if inside:
-        shown = f"{inside[0]}" if len(inside) == 1 else f"{inside[0]} to {inside[-1]}"
-        wanted = ",".join(filter(None, [reserved, shown.replace(" to ", "-")]))
+        shown = ", ".join(_ranges(inside))
+        wanted = ",".join(filter(None, [reserved, *_ranges(inside)]))
         yield Finding(
             "net.ephemeral", Severity.WARNING, f"port {shown}",
             f"within the kernel's ephemeral range {first} to {last}",
@@ -119,21 +145,27 @@ def backlog(scene: NetScene) -> Iterator[Finding]:
 
 def loopback(scene: NetScene) -> Iterator[Finding]:
     """Engines elsewhere cannot read KV from an address that means themselves."""
-    topology = scene.topology
-    started = [group for group in topology.engines if not group.is_attached] if topology else []
-    here = {group.role for group in started}
-    # Where a pair of our own is left, hand-overs to the far one fail and are done again here.
-    severity = Severity.WARNING if Role.HYBRID in here or here >= {Role.PREFILL, Role.DECODE} else Severity.CRITICAL
-    for group in scene.attached():
-        far = _host_of(group) not in LOOPBACK
-        if far and started and {group.role, *(other.role for other in started)} >= {Role.PREFILL, Role.DECODE}:
-            yield Finding(
-                "net.loopback", severity, group.name,
-                f"{group.url} is elsewhere, and our engines listen on 127.0.0.1",
-                "engines that hand over to each other reach each other", "[[engines]] url",
-                "it would read KV from 127.0.0.1, which there is itself: every hand-over to it fails",
-                "attach engines of both roles there, or start all of them here",
-            )  # fmt: skip
+    groups = scene.topology.engines if scene.topology else ()
+    started = [group for group in groups if not group.is_attached]
+    for far in scene.attached():
+        peers = [group for group in started if group.kind == far.kind and _pair(group, far)]
+        if not peers or scene.is_here(_host_of(far).strip("[]")):
+            continue
+        # Where another pair is left, hand-overs to this one fail and are done again there.
+        others = [(a, b) for a in groups for b in groups if a.kind == b.kind and far not in (a, b) and _pair(a, b)]
+        yield Finding(
+            "net.loopback", Severity.WARNING if others else Severity.CRITICAL, far.name,
+            f"{far.url} is elsewhere, and {peers[0].name} listens on 127.0.0.1",
+            "engines that hand over to each other reach each other", "[[engines]] url",
+            "it would read KV from 127.0.0.1, which there is itself: every hand-over to it fails",
+            "attach engines of both roles there, or start all of them here",
+        )  # fmt: skip
+
+
+def _pair(one: EngineGroup, other: EngineGroup) -> bool:
+    """Whether one of them prefills and the other decodes."""
+    roles = {one.role, other.role}
+    return Role.HYBRID in roles or roles == {Role.PREFILL, Role.DECODE}
 
 
 def attached(scene: NetScene) -> Iterator[Finding]:
@@ -167,6 +199,17 @@ def proxies(scene: NetScene) -> Iterator[Finding]:
 
 def _host_of(group: EngineGroup) -> str:
     return group.url.removeprefix("http://").rpartition(":")[0]
+
+
+def _ranges(ports: list[int]) -> list[str]:
+    """Ascending numbers as the kernel's list writes them: 5000, 5002-5009."""
+    found: list[list[int]] = []
+    for port in ports:
+        if found and found[-1][1] == port - 1:
+            found[-1][1] = port
+        else:
+            found.append([port, port])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in found]
 
 
 def _covers(reserved: str, port: int) -> bool:

@@ -120,14 +120,16 @@ def direct_access(scene: PcieScene) -> Iterator[Finding]:
         yield Finding("gdr.access", Severity.OK, "gpu memory", "nvidia_peermem" if peermem else "dma-buf")
     elif dmabuf:
         yield Finding(
-            "gdr.access", Severity.CRITICAL, "gpu memory", "Mooncake wants nvidia_peermem, which is not loaded",
-            "the module, or dma-buf", "/sys/module", "registering GPU memory fails",
+            "gdr.access", Severity.INFO, "gpu memory", "Mooncake wants nvidia_peermem, which is not loaded",
+            "the module, or dma-buf", "/sys/module",
+            "cards cannot read GPU memory; our engine does without",
             "modprobe nvidia_peermem, or: export WITH_NVIDIA_PEERMEM=0", "Mooncake, environ.cpp",
         )  # fmt: skip
     else:
         yield Finding(
-            "gdr.access", Severity.CRITICAL, "gpu memory", "neither nvidia_peermem nor dma-buf",
-            "one of them", "/sys/module, /proc/driver/nvidia/version", "KV goes through host memory, or fails",
+            "gdr.access", Severity.INFO, "gpu memory", "neither nvidia_peermem nor dma-buf",
+            "one of them", "/sys/module, /proc/driver/nvidia/version",
+            "cards cannot read GPU memory; our engine does without",
             "modprobe nvidia_peermem; or a kernel from 5.12 on with NVIDIA's open modules",
         )  # fmt: skip
 

@@ -155,7 +155,11 @@ def state(scene: Scene) -> Iterator[Finding]:
             )  # fmt: skip
         else:
             fix = _STATE_FIXES.get(port.phys_state, "cable, transceiver, switch port; dmesg | grep mlx5")
-            severity = Severity.CRITICAL if scene.wanted.devices or scene.wanted.is_required else Severity.WARNING
+            mine = next(device for device in scene.tree.devices if device.name == port.device)
+            is_used = bool(scene.wanted.devices or scene.wanted.is_required)
+            # One port of a card is enough for an engine.
+            is_alone = not any(other.state == "ACTIVE" for other in mine.ports)
+            severity = Severity.CRITICAL if is_used and is_alone else Severity.WARNING
             yield Finding("port.state", severity, port.subject, f"{port.state}, {port.phys_state}", "ACTIVE, LinkUp",
                           evidence, "the port is down", fix)  # fmt: skip
 
@@ -247,7 +251,8 @@ def gids(scene: Scene) -> Iterator[Finding]:
 
 def gid_index(scene: Scene) -> Iterator[Finding]:
     """A configured index that points at nothing, or at a v1 slot."""
-    given_by = {name: scene.env[name] for name in _GID_INDEX if scene.env.get(name)}
+    # Numbers only: -1 and `auto` leave it to the library.
+    given_by = {name: scene.env[name] for name in _GID_INDEX if scene.env.get(name, "").isdecimal()}
     if scene.wanted.expect.gid_index >= 0:
         given_by["[expect] gid_index"] = str(scene.wanted.expect.gid_index)
     for name, given in given_by.items():
@@ -287,9 +292,8 @@ def mtu(scene: Scene) -> Iterator[Finding]:
                     f"export MC_MTU={derived}, or: ip link set {netdev} mtu 9000",
                 )  # fmt: skip
             elif derived < (scene.wanted.expect.mtu or 4096):
-                severity = Severity.CRITICAL if scene.wanted.expect.mtu else Severity.WARNING
                 yield Finding(
-                    "roce.mtu", severity, port.subject, f"RDMA MTU {derived} (from {netdev}'s {value})",
+                    "roce.mtu", Severity.WARNING, port.subject, f"RDMA MTU {derived} (from {netdev}'s {value})",
                     str(scene.wanted.expect.mtu or 4096),
                     f"/sys/class/net/{netdev}/mtu", "small packets cost throughput",
                     f"ip link set {netdev} mtu 9000, and on the switch",

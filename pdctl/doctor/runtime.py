@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -38,6 +38,15 @@ def _version(name: str) -> str | None:
     return _installed(name) or (_installed(_ALSO[name]) if name in _ALSO else None)
 
 
+def _loads(name: str) -> bool:
+    """Whether the loader finds it as an engine's process would."""
+    try:
+        ctypes.CDLL(f"lib{name}.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _folder(name: str) -> Path | None:
     """Where a namespace package such as nvidia.nvshmem lies."""
     try:
@@ -61,13 +70,15 @@ def cuda_of_torch() -> tuple[int, int] | None:
 @dataclass(frozen=True, slots=True)
 class RuntimeScene:
     """`version`: of an installed package, or None; `library`: whether the loader finds one; `folder`: where a package's
-    files lie; all can be planted. `cuda`: the topology has engines on GPUs."""
+    files lie; all can be planted. `cuda`: the topology has engines on GPUs; `builtin`: of our
+    own kind."""
 
     env: dict[str, str]
     rdma: bool = False
     cuda: bool = False
+    builtin: bool = True
     version: Callable[[str], str | None] = _version
-    library: Callable[[str], bool] = lambda name: ctypes.util.find_library(name) is not None
+    library: Callable[[str], bool] = _loads
     folder: Callable[[str], Path | None] = _folder
     proc_root: Path = Path("/proc")
     sysfs_root: Path = Path("/sys")
@@ -121,7 +132,7 @@ def combinations(scene: RuntimeScene) -> Iterator[Finding]:
             "a build with CUDA", "importlib.metadata", "engines will find no GPU",
             "pip install --force-reinstall torch",
         )  # fmt: skip
-    if transformers and _numbers(transformers) < _OLDEST_TRANSFORMERS:
+    if scene.builtin and transformers and _numbers(transformers) < _OLDEST_TRANSFORMERS:
         yield Finding(
             "runtime.versions", Severity.CRITICAL, "transformers", transformers,
             f"{'.'.join(map(str, _OLDEST_TRANSFORMERS))} or newer", "importlib.metadata",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
 from pdctl.errors import Problem
 from pdctl.host import Host
-from pdctl.host.models import ModelShape, read_shape, weight_files
+from pdctl.host.models import ModelShape, missing_shards, read_shape, weight_files
 from pdctl.topology import Device, EngineGroup, Role, Topology
 
 # What CUDA's context, torch's kernels and activations take beside weights and KV, bytes. The project's own estimate.
@@ -23,11 +23,12 @@ _GPU_EXTRA = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class TopologyScene:
-    """`model`: its folder, None where it is not on this machine yet."""
+    """`model`: its folder, None where it is not on this machine yet; `placed`: engines by GPU and group."""
 
     topology: Topology
     host: Host
     model: Path | None = None
+    placed: dict[int, dict[str, int]] = field(default_factory=dict, hash=False)
 
     def started(self) -> list[EngineGroup]:
         """Engines that pdctl starts."""
@@ -60,7 +61,14 @@ def check(scene: TopologyScene) -> list[Finding]:
 
 def weights(scene: TopologyScene) -> Iterator[Finding]:
     """A folder with a config and no weights."""
-    if scene.model and scene.started() and not weight_files(scene.model) and not list(scene.model.glob("*.bin")):
+    missing = missing_shards(scene.model) if scene.model and scene.started() else []
+    if missing and scene.model:
+        yield Finding(
+            "model.weights", Severity.CRITICAL, str(scene.model), f"{len(missing)} files are missing: {missing[0]} ...",
+            "every file that the index names", f"{scene.model}/model.safetensors.index.json", "a download that was cut",
+            "fetch it again",
+        )  # fmt: skip
+    elif scene.model and scene.started() and not weight_files(scene.model) and not list(scene.model.glob("*.bin")):
         yield Finding(
             "model.weights", Severity.CRITICAL, str(scene.model), "no weights", "*.safetensors",
             str(scene.model), "a download that was cut, or weights in another format",
@@ -102,7 +110,8 @@ def gpu_memory(scene: TopologyScene) -> Iterator[Finding]:
     shape = scene.shape()
     each = (shape.weight_bytes if shape else 0) + _GPU_EXTRA
     for gpu in scene.host.gpus:
-        here = [(group, count) for group in scene.started() if (count := _copies_on(gpu.index, group, scene.host))]
+        groups = scene.placed.get(gpu.index, {})
+        here = [(group, groups[group.name]) for group in scene.started() if group.name in groups]
         wanted = sum((group.kv_cache_gb * 2**30 + each) * count for group, count in here)
         if not here or wanted <= gpu.memory:
             continue
@@ -166,17 +175,6 @@ def roles(scene: TopologyScene) -> Iterator[Finding]:
                 "topology.single", Severity.INFO, role.value, f"one {role.value} engine", "two, to go on at once", "",
                 "while it restarts, requests wait for it", "replicas = 2",
             )  # fmt: skip
-
-
-def _copies_on(index: int, group: EngineGroup, host: Host) -> int:
-    """Engines of a group that this GPU gets, as the plan spreads them."""
-    if group.device is not Device.CUDA:
-        return 0
-    if group.gpus:
-        return sum(group.gpus[n % len(group.gpus)] == index for n in range(group.replicas))
-    # Left to us: one each while there are GPUs, and then in turn where they may share.
-    known = [gpu.index for gpu in host.gpus]
-    return sum(known[n % len(known)] == index for n in range(group.replicas)) if group.share_gpu else 0
 
 
 def _is_readable(path: Path) -> bool:

@@ -32,7 +32,9 @@ def read_gpus() -> tuple[Gpu, ...]:
     if pynvml is None:
         return ()
     try:
-        return tuple(gpu_of(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+        return tuple(gpu for index in range(pynvml.nvmlDeviceGetCount()) if (gpu := _able(pynvml, index)) is not None)
+    except pynvml.NVMLError:
+        return ()
     finally:
         pynvml.nvmlShutdown()
 
@@ -70,6 +72,14 @@ def _started() -> ModuleType | None:
         return None
     module: ModuleType = pynvml
     return module
+
+
+def _able(pynvml: ModuleType, index: int) -> Gpu | None:
+    """One GPU; None for one that is lost, or that this user may not see."""
+    try:
+        return gpu_of(pynvml, index)
+    except pynvml.NVMLError:
+        return None
 
 
 def gpu_of(pynvml: ModuleType, index: int) -> Gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import TypeVar
 
@@ -51,12 +52,14 @@ class GpuHealth:
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """`absence`: why there are none, "" where there are. `cuda`: what the driver supports at most, such as 12.4."""
+    """`absence`: why there are none, "" where there are. `cuda`: what the driver supports at most, such as 12.4.
+    `lost`: GPUs that the driver counts and does not tell of, and why."""
 
     gpus: tuple[GpuHealth, ...] = ()
     absence: str = ""
     driver: str = ""
     cuda: tuple[int, int] | None = None
+    lost: tuple[str, ...] = ()
 
 
 def read_gpu_facts() -> GpuFacts:
@@ -73,10 +76,17 @@ def read_gpu_facts() -> GpuFacts:
         driver = _asked(pynvml, lambda: str(_text(pynvml.nvmlSystemGetDriverVersion()))) or ""
         version = _asked(pynvml, lambda: int(pynvml.nvmlSystemGetCudaDriverVersion_v2()))
         cuda = (version // 1000, version % 1000 // 10) if version else None
-        gpus = tuple(_health(pynvml, index) for index in range(int(pynvml.nvmlDeviceGetCount())))
+        gpus, lost = [], []
+        for index in range(int(pynvml.nvmlDeviceGetCount())):
+            try:
+                gpus.append(_health(pynvml, index))
+            except pynvml.NVMLError as failure:
+                lost.append(f"GPU {index}: {failure}")
+    except pynvml.NVMLError as failure:
+        return GpuFacts(absence=f"NVML fails: {failure}")
     finally:
         pynvml.nvmlShutdown()
-    return GpuFacts(gpus, "" if gpus else "the driver lists no GPU", driver, cuda)
+    return GpuFacts(tuple(gpus), "" if gpus else "the driver lists no GPU", driver, cuda, tuple(lost))
 
 
 def _absence(pynvml: ModuleType, failure: Exception) -> str:
@@ -137,11 +147,15 @@ def _rows(found: list[int]) -> Rows:
     return Rows(int(found[0]), int(found[1]), bool(found[2]), bool(found[3]))
 
 
+def _is_up(pynvml: ModuleType, handle: object, number: int) -> bool:
+    return bool(pynvml.nvmlDeviceGetNvLinkState(handle, number))
+
+
 def _links(pynvml: ModuleType, handle: object) -> tuple[bool, ...]:
     """Of the links that this card has: asking for one more is refused."""
     found: list[bool] = []
     for number in range(int(pynvml.NVML_NVLINK_MAX_LINKS)):
-        state = _asked(pynvml, lambda number=number: bool(pynvml.nvmlDeviceGetNvLinkState(handle, number)))  # type: ignore[misc]
+        state = _asked(pynvml, partial(_is_up, pynvml, handle, number))
         if state is None:
             break
         found.append(state)

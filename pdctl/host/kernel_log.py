@@ -11,6 +11,7 @@ from pathlib import Path
 _MOST_BYTES = 8192
 # Kernel rings hold some thousands of messages; a text may be long.
 _MOST_LINES = 50_000
+_MOST_TEXT = 16 * 2**20
 # `[ 1234.567890] text`, as dmesg writes it; journalctl has its own head before that.
 _DMESG = re.compile(r"\[\s*(\d+\.\d+)\]\s?(.*)")
 
@@ -39,17 +40,18 @@ def read_kernel_log(path: Path = Path("/dev/kmsg")) -> KernelLog:
     except OSError as failure:
         return KernelLog(str(path), unread=failure.strerror or "cannot be opened")
     try:
-        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISCHR(mode):
             return KernelLog(str(path), tuple(_records(descriptor)))
+        if not stat.S_ISREG(mode):
+            return KernelLog(str(path), unread="neither a device nor a file")
+        os.lseek(descriptor, max(0, os.fstat(descriptor).st_size - _MOST_TEXT), os.SEEK_SET)
+        text = os.read(descriptor, _MOST_TEXT).decode(errors="replace")
+        return KernelLog(str(path), tuple(_line(line) for line in text.splitlines()[-_MOST_LINES:]))
     except OSError as failure:
         return KernelLog(str(path), unread=failure.strerror or "cannot be read")
     finally:
         os.close(descriptor)
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError as failure:
-        return KernelLog(str(path), unread=failure.strerror or "cannot be read")
-    return KernelLog(str(path), tuple(_line(line) for line in lines[-_MOST_LINES:]))
 
 
 def parse_record(record: bytes) -> Message | None:
@@ -63,13 +65,16 @@ def parse_record(record: bytes) -> Message | None:
 
 def _records(descriptor: int) -> list[Message]:
     found: list[Message] = []
-    while len(found) < _MOST_LINES:
+    for _ in range(_MOST_LINES):
         try:
-            message = parse_record(os.read(descriptor, _MOST_BYTES))
+            record = os.read(descriptor, _MOST_BYTES)
         except BlockingIOError:
             break
         except BrokenPipeError:
             continue  # messages were overwritten before we read them
+        if not record:
+            break  # no kernel's log: a container may have /dev/null in its place
+        message = parse_record(record)
         if message is not None:
             found.append(message)
     return found

@@ -72,18 +72,34 @@ def read_shape(directory: Path) -> ModelShape | None:
         layers = int(config["num_hidden_layers"])
         positions = int(config.get("max_position_embeddings") or 0)
         item_bytes = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        size = sum(path.stat().st_size for path in weight_files(directory))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         return None
-    size = sum(path.stat().st_size for path in weight_files(directory))
     return ModelShape(2 * 2 * layers * kv_heads * head_dim, size * 2 // item_bytes, positions)
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Files that hold weights, in a format that engines load. Some repositories have the same weights twice: what the
-    index names counts, then model.safetensors, then whatever is there."""
+    """Files that hold weights, in a format that engines load. Some repositories have the same weights twice: one whole
+    file counts, then what an index names, then whatever is there."""
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    named = _named(directory)
+    return [directory / name for name in named if (directory / name).is_file()] or [
+        path for path in sorted(directory.glob("*.safetensors")) if path.is_file()
+    ]
+
+
+def missing_shards(directory: Path) -> list[str]:
+    """Files that an index names and that are not there, where no whole file is."""
+    if (directory / "model.safetensors").is_file():
+        return []
+    return [name for name in _named(directory) if not (directory / name).is_file()]
+
+
+def _named(directory: Path) -> list[str]:
     try:
-        named = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values()
-        return [directory / name for name in sorted(set(named)) if (directory / name).is_file()]
+        index = json.loads((directory / "model.safetensors.index.json").read_text())
+        return sorted({str(name) for name in index["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        single = directory / "model.safetensors"
-        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+        return []

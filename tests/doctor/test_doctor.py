@@ -208,7 +208,7 @@ def planted(tmp_path: Path, **files: str) -> Path:
     return tmp_path / "proc"
 
 
-def test_the_rest_of_the_host(tmp_path: Path) -> None:
+def test_the_rest_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proc = planted(
         tmp_path, sys__vm__max_map_count="65530", sys__kernel__numa_balancing="1", self__status="CapEff:\t0\n",
         meminfo="MemTotal: 9 kB\nMemAvailable: 9 kB\nHugePages_Free: 0\n",
@@ -216,7 +216,9 @@ def test_the_rest_of_the_host(tmp_path: Path) -> None:
     for node in ("node0", "node1"):
         (tmp_path / "sys/devices/system/node" / node).mkdir(parents=True)
     (tmp_path / ".dockerenv").touch()
-    scene = HostScene(proc, tmp_path / "sys", tmp_path, {"MC_STORE_USE_HUGEPAGE": "1"}, tmp_path, pinned_bytes=4096)
+    most = 1 << 60  # more than any limit that is one
+    monkeypatch.setattr("resource.getrlimit", lambda _: (65536, 65536))
+    scene = HostScene(proc, tmp_path / "sys", tmp_path, {"MC_STORE_USE_HUGEPAGE": "1"}, tmp_path, pinned_bytes=most)
     found = {f.id: f for f in check(scene)}
     assert found["host.hugepages"].severity is Severity.CRITICAL
     assert found["host.map_count"].severity is Severity.INFO

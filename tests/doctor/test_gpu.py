@@ -112,7 +112,10 @@ def test_a_driver_of_two_versions(library: Path, tmp_path: Path) -> None:
 def test_memory_that_somebody_holds(library: Path, tmp_path: Path) -> None:
     use = tmp_path / "use"
     with subprocess.Popen(["sleep", "60"]) as stranger:
-        use.write_text(f"0 {stranger.pid} {90 << 30}\n")
+        use.write_text(f"0 {stranger.pid} {140 << 30}\n")
+        roomy = doctor(library, tmp_path, TOPOLOGY.replace("= 1.0", "= 0.5"), PDCTL_STUB_USE=str(use))["gpu.mem_held"]
+        assert roomy["severity"] == "warning", "there is room beside it"
+        use.write_text(f"0 {stranger.pid} {int(140.5 * 2**30)}\n")
         found = doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))["gpu.mem_held"]
         stranger.kill()
     assert found["severity"] == "critical"
@@ -121,7 +124,6 @@ def test_memory_that_somebody_holds(library: Path, tmp_path: Path) -> None:
     use.write_text(f"0 {4_000_000} {20 << 30}\n")
     found = doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))["gpu.mem_held"]
     assert "not to be seen from here" in found["observed"]
-    assert found["severity"] == "warning", "there is room beside it"
     use.write_text(f"0 {stranger.pid} {100 << 20}\n")
     assert "gpu.mem_held" not in doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))
 
@@ -153,6 +155,21 @@ def test_a_runtime_that_the_driver_is_too_old_for() -> None:
         return next((f.severity.value for f in found if f.id == "gpu.cuda"), "")
 
     assert [severity(v) for v in ((13, 0), (12, 8), (12, 2), (11, 8), None)] == ["critical", "warning", "ok", "ok", ""]
+
+
+def test_a_gpu_that_the_plan_does_not_use_is_not_judged(library: Path, tmp_path: Path) -> None:
+    """Left to pdctl, the one engine gets GPU 0; what is wrong with GPU 1 is nobody's affair."""
+    chosen = TOPOLOGY.replace("gpus = [0]\n", "")
+    assert set(doctor(library, tmp_path, chosen, "1 mig 1\n1 mode 2\n")) == {"gpu.present", "topology.valid"}
+    assert doctor(library, tmp_path, chosen, "0 mig 1\n")["gpu.mig"]["severity"] == "critical"
+
+
+def test_a_gpu_that_is_lost(library: Path, tmp_path: Path) -> None:
+    """NVML counts it, and fails when asked for it (Xid 79)."""
+    found = doctor(library, tmp_path, "", "1 lost 1\n")
+    assert found["gpu.count"]["subject"] == "GPU 1"
+    assert found["gpu.count"]["severity"] == "critical"
+    assert found["gpu.present"]["subject"] == "GPU 0"
 
 
 def test_a_gpu_that_fell_off_the_bus(tmp_path: Path) -> None:

@@ -62,6 +62,16 @@ def test_texts_as_dmesg_and_journalctl_write_them(tmp_path: Path) -> None:
     assert read_kernel_log(path).messages == (Message(12.5, "one"), Message(13.25, "two"), Message(None, "three"))
 
 
+@pytest.mark.parametrize("name", ["/dev/null", "/dev/zero", "fifo"])
+def test_what_is_no_log_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name if name == "fifo" else Path(name)
+    if name == "fifo":
+        os.mkfifo(path)
+    found = read_kernel_log(path)
+    assert not found.messages
+    assert bool(found.unread) == (name == "fifo")
+
+
 def test_records_of_the_device() -> None:
     assert parse_record(b"6,339,5140900,-;NET: Registered\n SUBSYSTEM=net\n") == Message(5.1409, "NET: Registered")
     assert parse_record(b"nonsense") is None

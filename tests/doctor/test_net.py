@@ -51,15 +51,17 @@ def test_a_port_that_is_taken(tmp_path: Path, host: Host) -> None:
     assert "critical" not in found(tmp_path, taken, BASE + HYBRID, is_running=True)["net.ports"], "our own proxy"
 
 
-def test_a_port_of_mooncake_that_is_taken(tmp_path: Path, host: Host) -> None:
+def test_ports_of_mooncake_that_are_taken(tmp_path: Path, host: Host) -> None:
     text = BASE + '[transfer]\nbackend = "mooncake"\nports = [16000, 16199]\n' + HYBRID
-    taken = replace(host, listening={16007: PortHolder(None, "?")})
-    assert found(tmp_path, taken, text)["net.ports"].startswith("critical transfer.ports 16007: end it as its owner")
+    one = replace(host, listening={16007: PortHolder(None, "?")})
+    assert "net.ports" not in {id_ for id_, said in found(tmp_path, one, text).items() if not said.startswith("ok")}
+    most = replace(host, listening=dict.fromkeys(range(16000, 16150), PortHolder(None, "?")))
+    assert found(tmp_path, most, text)["net.ports"].startswith("warning transfer.ports")
 
 
 def test_ports_within_each_other(tmp_path: Path, host: Host) -> None:
     text = BASE.replace("8123", "16100") + '[transfer]\nbackend = "mooncake"\nports = [16000, 16199]\n' + HYBRID
-    assert found(tmp_path, host, text)["net.clash"] == "critical proxy.port 16100: port = 16200 under [proxy]"
+    assert found(tmp_path, host, text)["net.clash"] == "warning proxy.port 16100: port = 16200 under [proxy]"
 
 
 def test_the_kernels_own_range(tmp_path: Path, host: Host) -> None:
@@ -67,6 +69,18 @@ def test_the_kernels_own_range(tmp_path: Path, host: Host) -> None:
     fired = found(tmp_path, host, text, proc_root=kernel(tmp_path, reserved="5000-5010"))["net.ephemeral"]
     assert fired == "warning port 40000: sysctl net.ipv4.ip_local_reserved_ports=5000-5010,40000"
     assert "net.ephemeral" not in found(tmp_path, host, text, proc_root=kernel(tmp_path, reserved="5000,39000-41000"))
+
+
+def test_ports_far_apart_are_reserved_each_by_itself(tmp_path: Path, host: Host) -> None:
+    text = BASE.replace("8123", "60990") + '[transfer]\nbackend = "mooncake"\nports = [33000, 33199]\n' + HYBRID
+    fired = found(tmp_path, host, text, proc_root=kernel(tmp_path))["net.ephemeral"]
+    assert fired.endswith("ip_local_reserved_ports=33000-33199,60990")
+
+
+def test_an_address_that_is_none(tmp_path: Path, host: Host) -> None:
+    path = tmp_path / "pdctl.toml"
+    path.write_text(BASE + '[[engines]]\nname = "e"\nrole = "hybrid"\nurl = "http://a..b:8100"\n')
+    assert "net.attached" in {finding.id for finding in check(NetScene(load_file(path, host), host))}
 
 
 def test_a_short_backlog(tmp_path: Path, host: Host) -> None:
@@ -83,6 +97,11 @@ def test_loopback_to_far_peers(tmp_path: Path, host: Host) -> None:
     assert found(tmp_path, host, BASE + pair + FAR)["net.loopback"].startswith("warning far: ")
     here = FAR.replace("10.9.8.7", "127.0.0.1")
     assert "net.loopback" not in found(tmp_path, host, BASE + near + here)
+    vllm = '[[engines]]\nname = "{0}"\nrole = "{0}"\nkind = "vllm"\nurl = "http://10.9.8.7:{1}"\n'
+    others = BASE + near + vllm.format("decode", 1) + vllm.format("prefill", 2)
+    assert "net.loopback" not in found(tmp_path, host, others), "of another kind: they pair with each other"
+    ours = FAR.replace("10.9.8.7", socket.gethostname())
+    assert "net.loopback" not in found(tmp_path, host, BASE + near + ours), "this machine, by its name"
     far = FAR.replace('"far"', '"far-p"').replace("decode", "prefill")
     assert "net.loopback" not in found(tmp_path, host, BASE + far + FAR)
 

@@ -93,9 +93,9 @@ OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15\n"
     [
         (True, "", "6.8.0", True, {}, "ok"),
         (False, OPEN, "6.8.0", False, {}, "ok"),
-        (False, OPEN, "5.4.0", False, {}, "critical"),
-        (False, "NVRM version: NVIDIA UNIX x86_64 Kernel Module", "6.8.0", False, {}, "critical"),
-        (False, OPEN, "6.8.0", True, {}, "critical"),
+        (False, OPEN, "5.4.0", False, {}, "info"),
+        (False, "NVRM version: NVIDIA UNIX x86_64 Kernel Module", "6.8.0", False, {}, "info"),
+        (False, OPEN, "6.8.0", True, {}, "info"),
         (False, OPEN, "6.8.0", True, {"WITH_NVIDIA_PEERMEM": "0"}, "ok"),
     ],
 )

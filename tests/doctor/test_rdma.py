@@ -101,7 +101,7 @@ FIRES: dict[str, tuple[Callable[[Path], Tree], dict[str, object], tuple[str, str
     "slower than expected": (lambda r: one(r, Port()), {"expect": Expect(rate_gbps=800)}, ("port.rate", "critical")),
     "not Ethernet": (lambda r: one(r, Port()), ETHERNET, ("port.link_layer", "critical")),
     "mtu below what is expected": (
-        lambda r: with_netdev(r, mtu="4000"), {"expect": Expect(mtu=4096)}, ("roce.mtu", "critical"),
+        lambda r: with_netdev(r, mtu="4000"), {"expect": Expect(mtu=4096)}, ("roce.mtu", "warning"),
     ),
     "expected index at v1": (with_netdev, {"expect": Expect(gid_index=0)}, ("roce.gid_index", "critical")),
     "none": (TREES["no class"], {}, ("rdma.none", "info")),
@@ -140,6 +140,18 @@ QUIET = {
 )
 def test_does_not_fire(root: Path, name: str, id_: str, env: dict[str, str]) -> None:
     assert id_ not in {found for found, _ in bad(findings(QUIET[name](root), env))}
+
+
+def test_a_second_port_that_is_down_leaves_the_card_usable(root: Path) -> None:
+    tree = Tree(root)
+    tree.hca("mlx5_0", {1: Port(), 2: Port(state="1: DOWN", phys_state="2: Polling")})
+    for devices in ((), ("mlx5_0",)):
+        assert bad(findings(tree, devices=devices, required=True)) == {("port.state", "warning")}
+
+
+@pytest.mark.parametrize("value", ["-1", "auto", ""])
+def test_an_index_that_is_left_to_the_library(root: Path, value: str) -> None:
+    assert not bad(findings(with_netdev(root), env={"NCCL_IB_GID_INDEX": value, "UCX_IB_GID_INDEX": value}))
 
 
 def test_what_is_as_expected(root: Path) -> None:

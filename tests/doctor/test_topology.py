@@ -13,6 +13,7 @@ from pdctl.host import Host, read_host
 from pdctl.host.gpu import Gpu
 from pdctl.host.models import read_shape
 from pdctl.loader import load_file
+from pdctl.plan import make_plan
 
 CONFIG = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 10,
@@ -40,7 +41,13 @@ def found(tmp_path: Path, host: Host, engines: str, service: str = "", where: Pa
     folder = where or model(tmp_path)
     path = tmp_path / "pdctl.toml"
     path.write_text(f'[service]\nmodel = "{folder}"\n{service}\n{engines}')
-    scene = TopologyScene(load_file(path, host), host, folder)
+    topology = load_file(path, host)
+    placed: dict[int, dict[str, int]] = {}
+    for spec in make_plan(topology, host).processes:
+        for uuid in spec.gpus:
+            groups = placed.setdefault(int(uuid[-1]), {})
+            groups[spec.group] = groups.get(spec.group, 0) + 1
+    scene = TopologyScene(topology, host, folder, placed)
     return {finding.id: f"{finding.severity.value}: {finding.fix}" for finding in check(scene)}
 
 
@@ -71,9 +78,30 @@ def test_weights_that_are_there_twice_count_once(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     for part in ("a", "b"):
         (folder / f"model-{part}.safetensors").write_bytes(b"x" * 700)
+    stale = {"weight_map": {"x": "gone.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(stale))
+    (folder / "model.safetensors").write_bytes(b"x" * 900)
+    assert read_shape(folder).weight_bytes == 900, "a whole file counts, whatever an old index says"  # type: ignore[union-attr]
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"x": "model-a.safetensors", "y": "model-b.safetensors", "z": "model-b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert read_shape(folder).weight_bytes == 1400  # type: ignore[union-attr]
+
+
+def test_shards_that_are_missing(tmp_path: Path, host: Host) -> None:
+    folder = model(tmp_path, 0)
+    (folder / "a.safetensors").write_bytes(b"x")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert found(tmp_path, host, ENGINE, where=folder)["model.weights"] == "critical: fetch it again"
+
+
+@pytest.mark.parametrize("config", [{"num_attention_heads": 0, "head_dim": 0}, {"num_hidden_layers": "many"}])
+def test_configurations_that_make_no_sense(tmp_path: Path, config: dict[str, object]) -> None:
+    assert read_shape(model(tmp_path, 10, **config)) is None
+    (tmp_path / "model/model.safetensors").unlink()
+    (tmp_path / "model/model.safetensors").symlink_to("nowhere")
+    assert read_shape(model(tmp_path, 0)).weight_bytes == 0  # type: ignore[union-attr]
 
 
 def test_more_tokens_than_positions(tmp_path: Path, host: Host) -> None:
@@ -110,6 +138,14 @@ CUDA = '[[engines]]\nname = "e"\nrole = "hybrid"\ndevice = "cuda"\n'
 )  # fmt: skip
 def test_gpus_that_are_too_small(tmp_path: Path, host: Host, engines: str, fix: str) -> None:
     assert found(tmp_path, host, engines, where=model(tmp_path, 10 << 30)).get("gpu.memory", "") == fix
+
+
+def test_engines_that_the_plan_puts_on_two_gpus_are_not_added_up(tmp_path: Path, host: Host) -> None:
+    one = CUDA.replace('"hybrid"', '"{0}"').replace('"e"', '"{0}"') + "share_gpu = true\nkv_cache_gb = 50\n"
+    two = one.format("prefill") + one.format("decode")
+    assert "gpu.memory" not in found(tmp_path, host, two, where=model(tmp_path, 10 << 30))
+    alone = CUDA + "kv_cache_gb = 500\n"
+    assert found(tmp_path, host, alone, where=model(tmp_path, 10 << 30))["gpu.memory"].startswith("critical")
 
 
 def test_kinds_that_cannot_pair(tmp_path: Path, host: Host) -> None:

@@ -11,7 +11,7 @@ typedef struct { unsigned long long total, free, used; } memory_t;
 typedef struct { char legacy[16]; unsigned domain, bus, device, id, subsystem; char bus_id[32]; } pci_t;
 typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } process_t;
 
-enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, NOT_LOADED = 9 };
+enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, TOO_SMALL = 7, NOT_LOADED = 9, LOST = 15 };
 enum { MOST = 64 };
 
 static int count(void) { const char *n = getenv("PDCTL_STUB_GPUS"); return n ? atoi(n) : -1; }
@@ -65,15 +65,17 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) {
     return OK;
 }
 
+int nvmlDeviceGetUUID(void *device, char *text, unsigned length) {
+    long lost;
+    if (health(device, "lost", &lost)) return LOST;
+    snprintf(text, length, "GPU-stub-%ld", (long)device - 1);
+    return OK;
+}
+
 int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
     long index;
     if (sscanf(uuid, "GPU-stub-%ld", &index) != 1 || index >= count()) return NOT_FOUND;
     *device = (void *)(index + 1);
-    return OK;
-}
-
-int nvmlDeviceGetUUID(void *device, char *text, unsigned length) {
-    snprintf(text, length, "GPU-stub-%ld", (long)device - 1);
     return OK;
 }
 
