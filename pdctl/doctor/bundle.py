@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import os
 import platform
 import re
 import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import tomli
 
 from pdctl import __version__
 from pdctl.doctor import Finding
@@ -19,25 +22,33 @@ from pdctl.host import state_root
 
 _MOST_LOG_BYTES = 256 * 1024
 _HIDDEN = "[removed]"
-# Names of settings whose values nobody else should read.
-_HIDDEN_NAME = re.compile(r"key|token|secret|passw|credential|auth|cookie|session|^text$|^prompt$", re.I)
+# Names whose values nobody else should read; "tokens", of which there are counts everywhere, is none.
+_TELLTALE = r"(?:key|pass(?!es\b)|token(?!s)|secret|credential|auth|cookie|session)"
+_HIDDEN_NAME = re.compile(rf"{_TELLTALE}|^text$|^prompt$|^messages$|^content$", re.I)
 _SECRETS = (
-    re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"),
-    re.compile(r"\b(sk|hf|ghp|gho|xox[bp]|AKIA)[-_A-Za-z0-9]{8,}"),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    re.compile(r"(?i)\b(?:bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"),
+    re.compile(r"\b(?:sk|hf|ghp|gho|xox[bp]|AKIA|pdctl)[-_][-_A-Za-z0-9]{8,}|\bAKIA[A-Z0-9]{8,}"),
+    # To the last @ of the word: passwords may have one, and slashes.
+    re.compile(r"(?<=://)[^\s\"'@]{0,256}@(?:[^\s\"'@]{0,256}@)*"),
+    # The inside of a key file, wherever it was cut.
+    re.compile(r"^[A-Za-z0-9+/=]{60,}$"),
+)
+# Headers: whatever follows.
+_HEADER = re.compile(r"(?i)((?:proxy-)?authorization|(?:set-)?cookie|x-api-key)([\"']?\s*[:=]).*$")
+# An option of a command line, and what it is given.
+_OPTION = re.compile(
+    rf"(?i)((?<![\w-])--?[\w-]{{0,40}}{_TELLTALE}[\w-]{{0,40}}[\"',]{{0,3}}[ =]+)(\"[^\"]*\"|'[^']*'|\S+)"
 )
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,20}PRIVATE KEY-----|\Z)", re.S
 )
 # `name = value`, `"name": "value"` and NAME=value, where the name says that it is one.
 _NAMED_SECRET = re.compile(
-    r"""(?i)(?<![\w.-])(["']?[\w.-]{0,64}?(?:api_?key|token|secret|passw(?:or)?d|credential)[\w.-]{0,64}["']?\s*[=:]\s*)"""
-    r"""(?!\d+(?:\.\d+)?\b)("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,}\]]+)"""
+    rf"""(?i)(?<![\w.-])(["']?[\w.-]{{0,64}}?{_TELLTALE}[\w.-]{{0,64}}["']?\s*[=:]\s*)"""
+    r"""("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,}\]]+)"""
 )
-# What clients wrote: strings, lists of messages.
-_PROMPTS = re.compile(
-    r"""("(?:prompt|content|text|messages|input)"\s*:\s*)("(?:[^"\\]|\\.)*"|\[.*?\](?=\s*[,}])|["\[].*$)"""
-)
+# What clients wrote, as JSON, as JSON within JSON, or as Python shows it: everything to the line's end.
+_PROMPTS = re.compile(r"""(\\?["'](?:prompt|content|text|messages|input)\\?["']\s*:).*$""")
 # What is longer is no message of ours, and would take the patterns long.
 _LONGEST_LINE = 64 * 1024
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "xgrammar", "pyzmq", "mooncake-transfer-engine",
@@ -58,23 +69,29 @@ def clean(text: str) -> str:
 def _clean_line(line: str) -> str:
     if len(line) > _LONGEST_LINE:
         return f"[a line of {len(line)} characters was removed]\n"
+    text = line.rstrip("\r\n")
     for pattern in _SECRETS:
-        line = pattern.sub(_HIDDEN, line)
-    line = _NAMED_SECRET.sub(rf'\1"{_HIDDEN}"', line)
-    return _PROMPTS.sub(rf'\1"{_HIDDEN}"', line)
+        text = pattern.sub(_HIDDEN, text)
+    text = _HEADER.sub(rf"\1\2 {_HIDDEN}", text)
+    text = _OPTION.sub(rf"\1{_HIDDEN}", text)
+    text = _NAMED_SECRET.sub(rf"\1{_HIDDEN}", text)
+    return _PROMPTS.sub(rf"\1 {_HIDDEN}", text) + line[len(line.rstrip("\r\n")) :]
 
 
 def write(path: Path, look: Look, findings: list[Finding]) -> list[str]:
     """Write the file, readable by its owner only; the names of what is in it. Raises OSError."""
     names = []
-    path.touch(mode=0o600)
-    with tarfile.open(path, "w:gz") as archive:
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    # A new file, whoever may read the one that it takes the place of.
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for name, text in _parts(look, findings):
             data = text.encode()
             entry = tarfile.TarInfo(f"pdctl-doctor/{name}")
             entry.size, entry.mtime, entry.mode = len(data), int(time.time()), 0o600
             archive.addfile(entry, io.BytesIO(data))
             names.append(name)
+    new.replace(path)
     return names
 
 
@@ -86,11 +103,23 @@ def _parts(look: Look, findings: list[Finding]) -> Iterator[tuple[str, str]]:
     if look.plan is not None:
         yield "plan.json", _json(look.plan.to_dict())
     if look.topology is not None and look.topology.source:
-        yield "topology.toml", clean(Path(look.topology.source).read_text(errors="replace"))
+        # By what it says, not line by line: a value may go over several.
+        yield "topology.json", _json(tomli.loads(look.topology.text or Path(look.topology.source).read_text()))
     name = look.plan.service if look.plan else ""
     folder = state_root() / name / "logs"
     for log in sorted([*folder.glob("*.log"), *folder.glob("*.jsonl")]) if name else ():
-        yield f"logs/{log.name}", clean(_tail(log))
+        yield f"logs/{log.name}", _records(_tail(log)) if log.suffix == ".jsonl" else clean(_tail(log))
+
+
+def _records(text: str) -> str:
+    """JSON lines, each cleaned by its values."""
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.dumps(_scrubbed(json.loads(line))))
+        except ValueError:
+            found.append(clean(line))
+    return "\n".join([*found, ""])
 
 
 def _json(value: object) -> str:
@@ -100,13 +129,24 @@ def _json(value: object) -> str:
 def _scrubbed(value: object) -> object:
     """Without values whose names are those of secrets or of what clients write; every other text cleaned."""
     if isinstance(value, dict):
-        return {
-            name: _HIDDEN if isinstance(inner, str) and inner and _HIDDEN_NAME.search(str(name)) else _scrubbed(inner)
-            for name, inner in value.items()
-        }
+        return {str(name): _hidden_or_not(str(name), inner) for name, inner in value.items()}
     if isinstance(value, str):
         return clean(value)
-    return [_scrubbed(inner) for inner in value] if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    # What follows an option that takes a secret is one.
+    hides = [False, *(isinstance(one, str) and one.startswith("-") and "=" not in one and
+                      bool(_HIDDEN_NAME.search(one)) for one in value)]  # fmt: skip
+    return [_HIDDEN if hide else _scrubbed(inner) for hide, inner in zip(hides, value, strict=False)]
+
+
+def _hidden_or_not(name: str, value: object) -> object:
+    if name == "env" and isinstance(value, dict):
+        # Variables may be called anything: only those that say something about serving are shown.
+        return {key: _scrubbed(inner) if key.startswith(_TELLING) else _HIDDEN for key, inner in value.items()}
+    if _HIDDEN_NAME.search(name) and isinstance(value, str | int | list) and not isinstance(value, bool) and value:
+        return _HIDDEN
+    return _scrubbed(value)
 
 
 def _facts(look: Look) -> dict[str, object]:
@@ -158,7 +198,10 @@ def _environment(env: dict[str, str]) -> dict[str, str]:
 def _tail(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _MOST_LOG_BYTES))
-            return file.read(_MOST_LOG_BYTES).decode(errors="replace")
+            before = max(0, path.stat().st_size - _MOST_LOG_BYTES)
+            file.seek(before)
+            text = file.read(_MOST_LOG_BYTES).decode(errors="replace")
+            # What was cut in the middle is not known for what it is.
+            return text.partition("\n")[2] if before else text
     except OSError as failure:
         return f"{path}: {failure.strerror}\n"

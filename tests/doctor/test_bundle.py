@@ -23,6 +23,24 @@ SECRETS = {
     "-----BEGIN PRIVATE KEY-----\nMIIEv\n-----END PRIVATE KEY-----": "MIIEv",
     'db_password = "correct horse"': "horse",
     '{"client_secret": "s3cr3t"}': "s3cr3t",
+    "AWS_ACCESS_KEY_ID=AKIAIOSFODNN7EXAMPLE": "IOSFOD",
+    "DB_PASS=letmein99": "letmein99",
+    'passphrase = "open sesame"': "sesame",
+    "SESSION_COOKIE=abc-1-def": "abc-1-def",
+    "api_key: 12345678-abcd-ef": "12345678",
+    "password = 123456": "123456",
+    "X-API-Key: zzz yyy": "yyy",
+    "Authorization: Token abcdef": "abcdef",
+    "pid 41 (vllm serve --api-key hunter22 --port 1)": "hunter22",
+    "['vllm', '--api-key', 'hunter22']": "hunter22",
+    "http://:pw12345@h/": "pw12345",
+    "http://user:pa/ss@h": "pa/ss",
+    "http://token12@h": "token12",
+    "http://user:p@ss99@h": "ss99",
+    "client sent pdctl-abcdefghijklmnopqrstuv": "abcdefgh",
+    "{'content': 'tell nobody'}": "nobody",
+    '{\\"prompt\\": \\"tell nobody\\"}': "nobody",
+    "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7VJTUt9Us8cKj": "MIIEv",
     '{"prompt": "my \\"private\\" question", "max_tokens": 4}': "private",
     '{"messages": [{"role": "user", "content": "tell nobody"}], "n": 1}': "nobody",
     '{"choices": [{"index": 0, "text": " the answer"}]}': "answer",
@@ -59,7 +77,7 @@ def test_the_file(tmp_path: Path) -> None:
     (tmp_path / "far.secret").write_text("topsecretvalue")
     (tmp_path / "pdctl.toml").write_text(
         '[service]\nname = "b"\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\n'
-        'env = { MY_TOKEN = "tok-1234567", NCCL_DEBUG = "WARN" }\n'
+        'env = { MY_TOKEN = "tok-1234567", NCCL_DEBUG = "WARN", ODD = "plain-words-9", T = """over\\ntwo lines""" }\n'
     )
     logs = tmp_path / "state/b/logs"
     logs.mkdir(parents=True)
@@ -67,6 +85,7 @@ def test_the_file(tmp_path: Path) -> None:
     (logs / "exits.jsonl").write_text('{"process": "e-0", "signal": 9}\n')
     env = {**os.environ, "PDCTL_STATE": str(tmp_path / "state"), "MC_SECRET": "mc-secret-value", "MC_GID_INDEX": "3"}
     out = tmp_path / "out.tar.gz"
+    out.touch(mode=0o644)
     done = subprocess.run(
         [sys.executable, "-m", "pdctl", "doctor", "--bundle", str(out)],
         cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60,
@@ -79,10 +98,10 @@ def test_the_file(tmp_path: Path) -> None:
             file = archive.extractfile(member)
             assert file is not None
             parts[member.name.removeprefix("pdctl-doctor/")] = file.read().decode()
-    assert {"findings.json", "facts.json", "versions.json", "environment.json", "plan.json", "topology.toml",
+    assert {"findings.json", "facts.json", "versions.json", "environment.json", "plan.json", "topology.json",
             "logs/e-0.log", "logs/exits.jsonl"} == set(parts)  # fmt: skip
     whole = "".join(parts.values())
-    for hidden in ("tok-1234567", "mc-secret-value", "who am I"):
+    for hidden in ("tok-1234567", "mc-secret-value", "who am I", "plain-words-9", "two lines"):
         assert hidden not in whole
     assert parts["logs/e-0.log"].endswith("last line\n")
     assert len(parts["logs/e-0.log"]) < 300_000
@@ -90,6 +109,8 @@ def test_the_file(tmp_path: Path) -> None:
     assert json.loads(parts["environment.json"])["MC_GID_INDEX"] == "3"
     assert json.loads(parts["findings.json"])
     assert json.loads(parts["plan.json"])["service"] == "b"
+    assert json.loads(parts["topology.json"])["engines"][0]["env"]["NCCL_DEBUG"] == "WARN"
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
