@@ -106,9 +106,12 @@ def _look(against: Path | None, sysfs_root: Path, kmsg: Path) -> Look:
 def _with_what_runs(look: Look) -> Where:
     from dataclasses import replace
 
+    from pdctl.supervisor.adoption import read_estate
     from pdctl.supervisor.rundir import is_locked
 
-    running = look.plan is not None and is_locked(Path(look.plan.run_dir))
+    run_dir = Path(look.plan.run_dir) if look.plan else None
+    # What outlived its supervisor still has its ports and its memory.
+    running = run_dir is not None and (is_locked(run_dir) or read_estate(run_dir) is not None)
     return replace(look.where, is_running=running)
 
 
@@ -218,13 +221,16 @@ def _transfer(look: Look, only: Backend | None, protocol: Protocol, mib: int, as
     from pdctl.doctor import transfer
 
     found = []
-    for probe in transfer.probes(look.plan, only.value if only else None, protocol.value, mib):
+    settings = look.topology.transfer if look.topology else None
+    # What the service will ask for, unless something else is asked for here.
+    asked = settings.protocol if settings and protocol is Protocol.AUTO else protocol.value
+    for probe in transfer.probes(look.plan, only.value if only else None, asked, mib):
         where = f", {probe.pair}" if probe.pair else ""
         console.note(f"{probe.transport}{where}: moving {mib} MiB between two processes ...")
         found.append(transfer.run(probe, look.tree))
     console.out(json.dumps(found, indent=2) if as_json else _table(found))
     _advise(found)
-    return transfer.exit_code(found)
+    return transfer.exit_code(found, settings.backend if settings else "")
 
 
 def _table(found: list[Result]) -> str:

@@ -78,11 +78,12 @@ def _pairs(scene: AffinityScene) -> Iterator[Finding]:
             continue
         could = scene.class_of(pci, best)
         shown = ",".join(spec.rdma)
-        if rank(has) > rank(could) or has == "SYS":
+        if rank(has) > rank(could):
             yield Finding(
-                "pcie.affinity", Severity.CRITICAL if has == "SYS" and could != "SYS" else Severity.WARNING, spec.name,
+                "pcie.affinity", Severity.CRITICAL if has == "SYS" else Severity.WARNING, spec.name,
                 f"{shown} is {has} from its GPU {pci}", f"{best}, which is {could}", "sysfs, bus/pci/devices",
-                "KV crosses more bridges, or the sockets' link, than it must", f'devices = ["{best}"] under [transfer]',
+                "KV crosses more bridges, or the sockets' link, than it must",
+                "leave devices out of [transfer]: each engine gets its nearest",
             )  # fmt: skip
         else:
             yield Finding("pcie.affinity", Severity.OK, spec.name, f"{shown} is {has} from its GPU")

@@ -73,7 +73,8 @@ CHECKS = (
     Check("roce.slow_restart", "rdma", "warning", "since last time: more than 10 slow restarts a second", "NVSentinel",
           "PFC, ECN", "tree"),
     Check("roce.congestion", "rdma", "info", "since last time: congestion notifications", "", "", "tree"),
-    Check("kernel.log", "rdma", "info", "the kernel's log cannot be read", "", "root, or --kmsg FILE", "this machine"),
+    Check("kernel.log", "rdma", "unknown", "the kernel's log cannot be read", "", "root, or --kmsg FILE",
+          "this machine"),
     Check("drv.log", "rdma", "critical, warning",
           "in the kernel's log: a driver lost its card's firmware, was stuck, or "
           "complains of power, heat, cable; older than 2 hours: info", "NVSentinel", "reset, reboot, replace",
@@ -127,7 +128,7 @@ CHECKS = (
     Check("gpu.persistence", "gpu", "info", "persistence mode is off", "", "nvidia-smi -pm 1", "stub"),
     Check("pcie.affinity", "gpu", "critical for SYS, else warning",
           "an engine's RDMA device is farther from its GPU than "
-          "another one", "NCCL's classes", "the device that is printed", "tree"),
+          "another one", "NCCL's classes", "leave devices out", "tree"),
     Check("limit.files", "host", "info below 65,536, warning below 4,096", "hard limit of open files", "pdctl's own",
           "LimitNOFILE", "planted"),
     Check("limit.memlock", "host", "critical", "RDMA, and less than the KV pools, without CAP_IPC_LOCK",

@@ -67,7 +67,7 @@ def check(log: KernelLog, now: float) -> list[Finding]:
     if log.unread:
         return [
             Finding(
-                "kernel.log", Severity.INFO, "kernel log", f"it cannot be read: {log.unread}", "read access",
+                "kernel.log", Severity.UNKNOWN, "kernel log", f"it cannot be read: {log.unread}", "read access",
                 log.source,
                 "Xid errors and what RDMA drivers complain of are not seen",
                 "run as root, or: dmesg > kernel.txt, and --kmsg kernel.txt",

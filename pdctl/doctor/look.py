@@ -20,6 +20,7 @@ from pdctl.host.sysfs import Reader
 from pdctl.loader import load_file
 from pdctl.plan import Plan, make_plan
 from pdctl.topology import Device, EngineGroup, Expect, Topology
+from pdctl.wire import UNIT_ENV
 
 if TYPE_CHECKING:
     from pdctl.doctor.affinity import AffinityScene
@@ -155,7 +156,9 @@ class Look:
         if self.tree.devices:
             yield from self._since_last_time()
             yield from self._pcie()
-        if self.tree.devices or self.gpus.gpus or self.where.kernel_log != Path("/dev/kmsg"):
+        is_named = self.where.kernel_log != Path("/dev/kmsg")
+        # Another machine's tree has another kernel's log.
+        if is_named or (self.where.sysfs_root == _SYS and (self.tree.devices or self.gpus.gpus)):
             yield from kernel.check(read_kernel_log(self.where.kernel_log), time.clock_gettime(time.CLOCK_MONOTONIC))
 
     def sample(self) -> Sample:
@@ -172,7 +175,8 @@ class Look:
         kept = Kept(state_root() / "doctor", self.where.sysfs_root)
         now, before = self.sample(), kept.last()
         if before is not None:
-            yield from compare(before, now)
+            names = set(self.topology.transfer.devices) if self.topology else set()
+            yield from (f for f in compare(before, now) if not names or f.subject.partition(":")[0] in names)
         if self.where.remembers:
             kept.keep(now)
 
@@ -195,7 +199,8 @@ class Look:
         from pdctl.doctor.runtime import cuda_of_torch
 
         facts = self.gpus
-        ours = frozenset(our_processes()) if any(found.users for found in facts.gpus) else frozenset()
+        run_dir = self.plan.run_dir if self.plan and self.where.is_running else ""
+        ours = frozenset(our_processes(run_dir)) if run_dir and any(g.users for g in facts.gpus) else frozenset()
         runtime = cuda_of_torch() if facts.gpus else None
         placed = self._placed()
         scene = GpuScene(
@@ -268,14 +273,15 @@ def _pools(groups: list[EngineGroup]) -> int:
     return int(sum(group.kv_cache_gb * group.replicas for group in groups) * 2**30)
 
 
-def our_processes(proc_root: Path = Path("/proc")) -> list[int]:
-    """Processes that a pdctl supervisor started, by the stamp in their environment."""
+def our_processes(run_dir: str, proc_root: Path = Path("/proc")) -> list[int]:
+    """Processes that the supervisor of this run directory started, by the stamp in their environment."""
+    stamp = f"{UNIT_ENV}={run_dir}:".encode()
     found = []
     for folder in proc_root.iterdir():
         if not folder.name.isdecimal():
             continue
         try:
-            if b"PDCTL_UNIT=" in (folder / "environ").read_bytes():
+            if stamp in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
         except OSError:
             continue

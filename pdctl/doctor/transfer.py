@@ -21,6 +21,8 @@ BACKENDS = ("shm", "mooncake", "nixl")
 PROTOCOLS = ("auto", "tcp", "rdma")
 # Starting two processes, loading a transport's library and moving the bytes takes seconds; then something hangs.
 _PROBE_S = 120.0
+# Some twenty times the bytes, at 200 MB/s.
+_PER_MIB_S = 0.1
 
 # A probe's answer, as JSON gives it.
 Result = dict[str, Any]
@@ -72,9 +74,11 @@ def _with_role(plan: Plan, other: str) -> list[ProcessSpec]:
 def run(probe: Probe, tree: RdmaTree | None = None) -> Result:
     """Its figures, or `error`. Raises PdctlError where the engine's packages are not installed."""
     try:
-        done = subprocess.run(probe.argv(), capture_output=True, text=True, timeout=_PROBE_S, check=False)
+        done = subprocess.run(
+            probe.argv(), capture_output=True, text=True, timeout=_PROBE_S + probe.mib * _PER_MIB_S, check=False
+        )
     except subprocess.TimeoutExpired:
-        return _about(probe, {"error": f"no result within {_PROBE_S:g} s"})
+        return _about(probe, {"error": f"no result within {_PROBE_S + probe.mib * _PER_MIB_S:.0f} s"})
     try:
         found = json.loads(done.stdout.strip().rpartition("\n")[2])
     except ValueError:
@@ -117,8 +121,10 @@ def _measured(entry: Result) -> list[str]:
     ]  # fmt: skip
 
 
-def exit_code(found: list[Result]) -> int:
-    """0 all that work are right; 1 one fell back; 2 wrong bytes, or none works."""
+def exit_code(found: list[Result], needed: str = "") -> int:
+    """0 all that work are right; 1 one fell back; 2 wrong bytes, none works, or the one that is `needed` does not."""
+    if any(entry["transport"] == needed and "error" in entry for entry in found):
+        return 2
     works = [entry for entry in found if "error" not in entry]
     if not works or not all(entry["bytes_right"] for entry in works):
         return 2

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pdctl.doctor import Severity
 from pdctl.doctor.affinity import AffinityScene, check, matrix, pairing
 from pdctl.doctor.gpu import GpuScene
 from pdctl.doctor.gpu import check as check_gpus
+from pdctl.doctor.look import our_processes
 from pdctl.host.gpu import Gpu
 from pdctl.host.gpu_health import GpuFacts, GpuHealth
 from pdctl.host.pci import read_layout
@@ -128,13 +130,19 @@ def test_memory_that_somebody_holds(library: Path, tmp_path: Path) -> None:
     assert "gpu.mem_held" not in doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))
 
 
-def test_memory_that_our_own_engines_hold_is_theirs(library: Path, tmp_path: Path) -> None:
-    use = tmp_path / "use"
-    with subprocess.Popen(["sleep", "60"], env={**os.environ, "PDCTL_UNIT": "e-0:1"}) as ours:
-        use.write_text(f"0 {ours.pid} {20 << 30}\n")
-        found = doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))
-        ours.kill()
-    assert "gpu.mem_held" not in found
+def test_memory_that_our_own_engines_hold_is_theirs() -> None:
+    gpu = GpuHealth(Gpu(0, "GPU-x", "x", 80 << 30), used=40 << 30, users={41: 40 << 30})
+    scene = GpuScene(GpuFacts((gpu,)), is_wanted=True, wanted={0: 50 << 30})
+    assert "gpu.mem_held" in {f.id for f in check_gpus(scene)}
+    assert "gpu.mem_held" not in {f.id for f in check_gpus(replace(scene, ours=frozenset({41})))}
+
+
+def test_our_processes_are_those_of_this_service(tmp_path: Path) -> None:
+    for pid, stamp in ((41, "/run/a:e-0:1"), (42, "/run/ab:e-0:1"), (43, "")):
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "environ").write_bytes(f"X=1\0PDCTL_UNIT={stamp}\0".encode() if stamp else b"X=1\0")
+    (tmp_path / "44").mkdir()
+    assert our_processes("/run/a", tmp_path) == [41]
 
 
 def test_two_engines_that_do_not_fit_together(library: Path, tmp_path: Path) -> None:
@@ -215,4 +223,4 @@ def test_a_plan_that_pairs_worse_than_it_could(tmp_path: Path, device: str, seve
     found = check(AffinityScene(scene.gpus, scene.devices, scene.layout, SimpleNamespace(processes=(spec,))))  # type: ignore[arg-type]
     assert [(f.id, f.severity.value) for f in found] == [("pcie.affinity", severity)]
     if severity != "ok":
-        assert found[0].fix == 'devices = ["near_0"] under [transfer]'
+        assert "leave devices out" in found[0].fix

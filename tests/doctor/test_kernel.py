@@ -52,7 +52,7 @@ def test_what_is_of_no_concern() -> None:
 
 def test_a_log_that_may_not_be_read(tmp_path: Path) -> None:
     found = check(read_kernel_log(tmp_path / "none"), 1.0)
-    assert [(f.id, f.severity) for f in found] == [("kernel.log", Severity.INFO)]
+    assert [(f.id, f.severity) for f in found] == [("kernel.log", Severity.UNKNOWN)]
     assert "No such file" in found[0].observed
 
 

@@ -348,6 +348,16 @@ def test_the_plan_of_a_wide_machine_is_not_asked_for_each_replica() -> None:
     assert found[0].argv()[-4:] == ["--cpus", "1", "--peer-cpus", "0"]
 
 
+def test_the_backend_that_a_topology_needs_must_work() -> None:
+    from pdctl.doctor.transfer import exit_code
+
+    good = {"transport": "shm", "bytes_right": True, "fallback": ""}
+    bad = {"transport": "mooncake", "error": "no"}
+    assert exit_code([good, bad]) == 0
+    assert exit_code([good, bad], "mooncake") == 2
+    assert exit_code([{**good, "fallback": "tcp"}], "shm") == 1
+
+
 def test_rates_of_links(bench: Bench) -> None:
     from pdctl.doctor.transfer import Probe, _of_link
     from pdctl.host.rdma import read_tree
