@@ -42,6 +42,7 @@ _MODES = "Instead of findings"
 
 
 def doctor(
+    context: typer.Context,
     areas: list[Area] = typer.Argument(None, help="Default: all but transfer."),
     against: Path | None = typer.Option(
         None,
@@ -77,6 +78,7 @@ def doctor(
 ) -> None:
     """Check this machine. Exit codes: 0 good, 1 a warning, 2 critical, 3 could not tell. The area transfer moves bytes
     over each transport and times it; it is looked into only when it is named."""
+    _refuse_what_would_be_ignored(_given(context), areas or [])
     if ibstatus:
         _ibstatus(port, sysfs_root)
     if listed:
@@ -89,10 +91,66 @@ def doctor(
     if watch:
         return _watch(look, interval, count, as_json)
     chosen = tuple(areas or [area for area in Area if area is not Area.TRANSFER])
-    codes = [_transfer(look, only, protocol, mib, as_json)] if Area.TRANSFER in chosen else []
-    if chosen != (Area.TRANSFER,):
-        codes.append(_findings(look, chosen, bundle, as_json))
-    raise Verdict(_worst(codes))
+    moved = _transfer(look, only, protocol, mib) if Area.TRANSFER in chosen else None
+    found = look.findings(chosen) if chosen != (Area.TRANSFER,) else None
+    _tell(found, moved, as_json)
+    if bundle is not None:
+        _bundle(bundle, look, found or [])
+    raise Verdict(_judged(look, found, moved))
+
+
+# Options that only some uses heed: "" is that of findings, "transfer" the area's.
+_HEEDED = {
+    "ibstatus": {"port", "sysfs_root"},
+    "devinfo": {"port", "sysfs_root"},
+    "matrix": {"against", "sysfs_root"},
+    "listed": {"as_json"},
+    "watch": {"against", "sysfs_root", "interval", "count", "as_json"},
+    "transfer": {"only", "protocol", "mib"},
+    "": {"against", "as_json", "bundle", "kmsg", "sysfs_root"},
+}
+_CHOICES = ("ibstatus", "devinfo", "matrix", "listed", "watch")
+
+
+def _given(context: typer.Context) -> dict[str, str]:
+    """Options that were given on the command line: parameter to how it is written."""
+    return {
+        str(parameter.name): parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
+    }
+
+
+def _refuse_what_would_be_ignored(given: dict[str, str], areas: list[Area]) -> None:
+    """Raises PdctlError."""
+    modes = [name for name in _CHOICES if name in given]
+    if len(modes) > 1:
+        raise PdctlError(f"{given[modes[0]]} and {given[modes[1]]} print different things", "one of them at a time")
+    mode = modes[0] if modes else ""
+    heeded = _HEEDED[mode] | (_HEEDED["transfer"] if Area.TRANSFER in areas and not mode else set())
+    if areas == [Area.TRANSFER]:
+        heeded -= {"bundle", "kmsg"}
+    ignored = [written for name, written in given.items() if name not in {*heeded, "areas", mode}]
+    if ignored:
+        where = f"with {given[mode]}" if mode else "here"
+        hints = [
+            f"with {_written(name)}"
+            for name, names in _HEEDED.items()
+            if name and _key(given, ignored[0]) in names and name != mode
+        ]
+        raise PdctlError(
+            f"{ignored[0]} does nothing {where}", f"it goes {' or '.join(hints)}" if hints else "leave it out"
+        )
+    if mode and (others := [area for area in areas if area is not Area.RDMA]):
+        raise PdctlError(f"{given[mode]} does not look into {others[0].value}", f"pdctl doctor {given[mode]}")
+
+
+def _key(given: dict[str, str], option: str) -> str:
+    return next(name for name, written in given.items() if written == option)
+
+
+def _written(mode: str) -> str:
+    return {"transfer": "the area transfer", "listed": "--list"}.get(mode, f"--{mode}")
 
 
 def _look(against: Path | None, sysfs_root: Path, kmsg: Path) -> Look:
@@ -115,19 +173,30 @@ def _with_what_runs(look: Look) -> Where:
     return replace(look.where, is_running=running)
 
 
-def _findings(look: Look, areas: tuple[Area, ...], bundle: Path | None, as_json: bool) -> int:
-    from pdctl.doctor import exit_code
+def _tell(found: list[Finding] | None, moved: list[Result] | None, as_json: bool) -> None:
+    """One JSON document, or tables."""
     from pdctl.doctor.report import summary, text
 
-    found = look.findings(areas)
     if as_json:
-        console.out(json.dumps({"schema": 1, "findings": [finding.to_dict() for finding in found]}, indent=2))
-    else:
+        document: dict[str, object] = {"schema": 1}
+        document |= {} if found is None else {"findings": [finding.to_dict() for finding in found]}
+        document |= {} if moved is None else {"transfer": moved}
+        console.out(json.dumps(document, indent=2))
+    if moved is not None:
+        if not as_json:
+            console.out(_table(moved))
+        _advise(moved)
+    if found is not None and not as_json:
         console.out(text(found))
         console.note(summary(found))
-    if bundle is not None:
-        _bundle(bundle, look, found)
-    return exit_code(found)
+
+
+def _judged(look: Look, found: list[Finding] | None, moved: list[Result] | None) -> int:
+    from pdctl.doctor import exit_code, transfer
+
+    needed = look.topology.transfer.backend if look.topology else ""
+    codes = [] if found is None else [exit_code(found)]
+    return _worst(codes if moved is None else [*codes, transfer.exit_code(moved, needed)])
 
 
 def _bundle(path: Path, look: Look, found: list[Finding]) -> None:
@@ -217,7 +286,7 @@ def _watch(look: Look, interval: float, count: int, as_json: bool) -> None:
 # -- transfer ----------------------------------------------------------------------------------------------
 
 
-def _transfer(look: Look, only: Backend | None, protocol: Protocol, mib: int, as_json: bool) -> int:
+def _transfer(look: Look, only: Backend | None, protocol: Protocol, mib: int) -> list[Result]:
     from pdctl.doctor import transfer
 
     found = []
@@ -228,9 +297,7 @@ def _transfer(look: Look, only: Backend | None, protocol: Protocol, mib: int, as
         where = f", {probe.pair}" if probe.pair else ""
         console.note(f"{probe.transport}{where}: moving {mib} MiB between two processes ...")
         found.append(transfer.run(probe, look.tree))
-    console.out(json.dumps(found, indent=2) if as_json else _table(found))
-    _advise(found)
-    return transfer.exit_code(found, settings.backend if settings else "")
+    return found
 
 
 def _table(found: list[Result]) -> str:
@@ -262,6 +329,8 @@ def _advise(found: list[Result]) -> None:
     for entry in found:
         if "error" in entry:
             console.note(f"{entry['transport']}: {entry['error']}")
+            for line in entry.get("said", "").splitlines():
+                console.note(f"    {line}")
         elif entry["fallback"]:
             mark = console.paint("FALLBACK", "red", sys.stderr)
             console.note(f"{entry['transport']}: {mark} to {entry['protocol']}: {entry['fallback']}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
-from pdctl.host.memory import read_memory
+from pdctl.host.memory import read_group_room, read_memory
 
 # A proxy's connections and an engine's peers, with room; and what a few clients need. The project's own figures.
 _GOOD_FILES, _LEAST_FILES = 65536, 4096
@@ -21,12 +22,16 @@ _MEMLOCK_SLACK_KIB = 1024
 _GOOD_MAPS = 16_777_216
 _STA_UNSYNC = 0x0040  # linux/timex.h
 _CAP_IPC_LOCK = 14  # linux/capability.h
+_UNLIMITED = 1 << 64
+# Reading from a disk takes milliseconds: what waits at each of these looks is stuck.
+_LOOKS, _LOOK_S = 5, 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class HostScene:
-    """`pinned_bytes`: memory that RDMA would pin in one process; 0 where no RDMA is used. `shared_bytes`: KV pools on
-    the CPU; `weight_bytes`: what engines on the CPU load besides."""
+    """`pinned_bytes`: memory that RDMA would pin in one process; 0 where no RDMA is used. `shared_bytes`: KV pools in
+    main memory, those of engines on a GPU too, which mirror theirs; `weight_bytes`: what engines on the CPU load
+    besides; `children`: pids of what runs already."""
 
     proc_root: Path = Path("/proc")
     sysfs_root: Path = Path("/sys")
@@ -36,6 +41,7 @@ class HostScene:
     pinned_bytes: int = 0
     shared_bytes: int = 0
     weight_bytes: int = 0
+    children: tuple[int, ...] = ()
 
 
 def check(scene: HostScene) -> list[Finding]:
@@ -62,9 +68,10 @@ def files(_: HostScene) -> Iterator[Finding]:
 
 
 def memlock(scene: HostScene) -> Iterator[Finding]:
-    """RDMA pins its pools; with CAP_IPC_LOCK the limit does not count."""
-    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
-    unlimited = hard == resource.RLIM_INFINITY or _has_ipc_lock(scene.proc_root)
+    """RDMA pins its pools; with CAP_IPC_LOCK the limit does not count. What runs has the limit it was started with."""
+    limits = {f"pid {pid}": _memlock_of(scene.proc_root / str(pid)) for pid in scene.children}
+    subject, hard = min(limits.items(), key=lambda item: item[1], default=("host", _memlock_here(scene)))
+    unlimited = hard == _UNLIMITED
     shown = "unlimited" if unlimited else f"{hard >> 20} MiB"
     if not scene.pinned_bytes or unlimited or hard >= scene.pinned_bytes:
         yield Finding("limit.memlock", Severity.OK, "host", f"locked memory: {shown}")
@@ -72,15 +79,37 @@ def memlock(scene: HostScene) -> Iterator[Finding]:
     yield Finding(
         "limit.memlock",
         Severity.CRITICAL,
-        "host",
+        subject,
         f"locked memory: {shown}",
         f"{scene.pinned_bytes >> 20} MiB, the KV pools",
-        "RLIMIT_MEMLOCK",
+        f"/proc/{subject.removeprefix('pid ')}/limits" if limits else "RLIMIT_MEMLOCK",
         "registering a pool with an RDMA device fails",
         f"ulimit -l {(scene.pinned_bytes >> 10) + _MEMLOCK_SLACK_KIB}; systemd: LimitMEMLOCK=infinity; "
         "docker: --ulimit memlock=-1 --cap-add IPC_LOCK",
         "Mooncake troubleshooting guide",
     )
+
+
+def stuck(scene: HostScene) -> Iterator[Finding]:
+    """Processes of ours that the kernel does not let go on: a driver that hangs shows so first."""
+    waiting = [pid for pid in scene.children if _state(scene.proc_root, pid) == "D"]
+    for _ in range(_LOOKS if waiting else 0):
+        time.sleep(_LOOK_S)
+        waiting = [pid for pid in waiting if _state(scene.proc_root, pid) == "D"]
+    for pid in waiting:
+        yield Finding(
+            "host.stuck", Severity.CRITICAL, f"pid {pid}", f"in uninterruptible sleep for {_LOOKS * _LOOK_S:.1f} s",
+            "running, or asleep", f"/proc/{pid}/stat", "a driver or a file system does not answer; no signal ends it",
+            f"cat /proc/{pid}/stack; dmesg | tail; a reboot, if it stays",
+        )  # fmt: skip
+
+
+def _state(proc_root: Path, pid: int) -> str:
+    """One letter (proc(5)); "" for none."""
+    try:
+        return (proc_root / str(pid) / "stat").read_text(errors="replace").rpartition(") ")[2][:1]
+    except OSError:
+        return ""
 
 
 def shared_memory(scene: HostScene) -> Iterator[Finding]:
@@ -109,7 +138,11 @@ def shared_memory(scene: HostScene) -> Iterator[Finding]:
 def memory(scene: HostScene) -> Iterator[Finding]:
     """What a topology's KV pools and weights need beside what is free."""
     total, available = read_memory(scene.proc_root)
-    shown = f"{available / 2**30:.1f} GiB of {total / 2**30:.1f} GiB free"
+    shown, evidence = f"{available / 2**30:.1f} GiB of {total / 2**30:.1f} GiB free", "/proc/meminfo"
+    room = read_group_room(scene.proc_root, scene.sysfs_root)
+    if room is not None and room < available:
+        available, evidence = room, "memory.max, memory.current"
+        shown = f"{room / 2**30:.1f} GiB are left of what this control group may have"
     wanted = scene.shared_bytes + scene.weight_bytes
     if wanted > available:
         yield Finding(
@@ -118,9 +151,9 @@ def memory(scene: HostScene) -> Iterator[Finding]:
             "host",
             shown,
             f"{wanted / 2**30:.1f} GiB for KV pools and weights",
-            "/proc/meminfo",
+            evidence,
             "engines will be killed for their memory",
-            "lower kv_cache_gb or replicas, or end other programs",
+            "lower kv_cache_gb or replicas, end other programs, or raise the container's limit",
         )
     else:
         yield Finding("memory.free", Severity.OK, "host", shown)
@@ -236,9 +269,25 @@ def _may_lock(scene: HostScene) -> bool:
     return hard == resource.RLIM_INFINITY or hard >= scene.pinned_bytes or _has_ipc_lock(scene.proc_root)
 
 
-def _has_ipc_lock(proc_root: Path) -> bool:
+def _memlock_here(scene: HostScene) -> int:
+    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    return _UNLIMITED if hard == resource.RLIM_INFINITY or _has_ipc_lock(scene.proc_root) else hard
+
+
+def _memlock_of(process: Path) -> int:
+    """A running process's hard limit in bytes; no limit where it cannot be read any more."""
     try:
-        lines = (proc_root / "self/status").read_text().splitlines()
+        lines = (process / "limits").read_text().splitlines()
+    except OSError:
+        return _UNLIMITED
+    words = next((line.split() for line in lines if line.startswith("Max locked memory")), [])
+    is_number = len(words) > 4 and words[4].isdecimal()
+    return int(words[4]) if is_number and not _has_ipc_lock(process.parent, process.name) else _UNLIMITED
+
+
+def _has_ipc_lock(proc_root: Path, process: str = "self") -> bool:
+    try:
+        lines = (proc_root / process / "status").read_text().splitlines()
     except OSError:
         return False
     effective = next((line.split()[1] for line in lines if line.startswith("CapEff:")), "0")
@@ -246,5 +295,5 @@ def _has_ipc_lock(proc_root: Path) -> bool:
 
 
 CHECKS: tuple[Callable[[HostScene], Iterator[Finding]], ...] = (
-    files, memlock, shared_memory, memory, clock, hugepages, map_count, numa_balancing, container,
+    files, memlock, stuck, shared_memory, memory, clock, hugepages, map_count, numa_balancing, container,
 )  # fmt: skip

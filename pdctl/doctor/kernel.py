@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pdctl.doctor import Finding, Severity
 from pdctl.host.kernel_log import KernelLog, Message
@@ -62,8 +62,8 @@ PATTERNS = (
 )  # fmt: skip
 
 
-def check(log: KernelLog, now: float) -> list[Finding]:
-    """All checks; `now`: seconds since boot on the monotonic clock."""
+def check(log: KernelLog, now: float, unused: frozenset[str] = frozenset()) -> list[Finding]:
+    """All checks; `now`: on the clock of the messages; `unused`: PCI addresses of devices that do not matter."""
     if log.unread:
         return [
             Finding(
@@ -73,10 +73,18 @@ def check(log: KernelLog, now: float) -> list[Finding]:
                 "run as root, or: dmesg > kernel.txt, and --kmsg kernel.txt",
             )
         ]  # fmt: skip
-    found = [*_xids(log, now), *_patterns(log, now)]
+    found = [_weighed(finding, unused) for finding in (*_xids(log, now), *_patterns(log, now))]
     if not found:
         found.append(Finding("kernel.log", Severity.OK, "kernel log", f"{len(log.messages)} messages, none of concern"))
     return found
+
+
+def _weighed(finding: Finding, unused: frozenset[str]) -> Finding:
+    """What a device does that is not used is told, not judged. Xids leave out the function: 0000:3b:00."""
+    about = finding.subject.lower()
+    if any(address in about or about.endswith(address.rpartition(".")[0]) for address in unused):
+        return replace(finding, severity=Severity.INFO)
+    return finding
 
 
 def _xids(log: KernelLog, now: float) -> Iterator[Finding]:

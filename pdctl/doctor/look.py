@@ -150,8 +150,9 @@ class Look:
         devices = self.topology.transfer.devices if self.topology else ()
         expect = self.topology.expect if self.topology else Expect()
         for env in self._environments():
-            scene = rdma.Scene(self.tree, rdma.Wanted(devices, self.wants_rdma, expect), env, self.where.sysfs_root,
-                               self.reader)  # fmt: skip
+            wanted = rdma.Wanted(devices, self.wants_rdma, expect)
+            root = self.where.sysfs_root
+            scene = rdma.Scene(self.tree, wanted, env, root, self.reader, has_nodes=root == _SYS)
             yield from rdma.check(scene)
         if self.tree.devices:
             yield from self._since_last_time()
@@ -159,7 +160,16 @@ class Look:
         is_named = self.where.kernel_log != Path("/dev/kmsg")
         # Another machine's tree has another kernel's log.
         if is_named or (self.where.sysfs_root == _SYS and (self.tree.devices or self.gpus.gpus)):
-            yield from kernel.check(read_kernel_log(self.where.kernel_log), time.clock_gettime(time.CLOCK_MONOTONIC))
+            log = read_kernel_log(self.where.kernel_log)
+            yield from kernel.check(log, log.taken_at, self._unused())
+
+    def _unused(self) -> frozenset[str]:
+        """PCI addresses of devices and GPUs that a topology leaves alone."""
+        names = set(self.topology.transfer.devices) if self.topology else set()
+        placed = self._placed()
+        devices = {d.pci for d in self.tree.devices if d.pci and names and d.name not in names}
+        gpus = {found.gpu.pci for found in self.gpus.gpus if placed and found.gpu.index not in placed}
+        return frozenset(address.lower() for address in devices | gpus)
 
     def sample(self) -> Sample:
         """What the ports have counted by now; the devices are read afresh."""
@@ -185,7 +195,12 @@ class Look:
 
         names = set(self.topology.transfer.devices) if self.topology else set()
         functions = {d.name: d.pci for d in self.tree.devices if d.pci and (not names or d.name in names)}
-        functions |= {f"GPU {found.gpu.index}": found.gpu.pci for found in self.gpus.gpus if found.gpu.pci}
+        unused = self._unused()
+        functions |= {
+            f"GPU {found.gpu.index}": found.gpu.pci
+            for found in self.gpus.gpus
+            if found.gpu.pci and found.gpu.pci.lower() not in unused
+        }
         cuda = any(group.device is Device.CUDA for group in self.started)
         mooncake = self.topology is not None and self.topology.transfer.backend == "mooncake"
         yield from check(
@@ -199,8 +214,7 @@ class Look:
         from pdctl.doctor.runtime import cuda_of_torch
 
         facts = self.gpus
-        run_dir = self.plan.run_dir if self.plan and self.where.is_running else ""
-        ours = frozenset(our_processes(run_dir)) if run_dir and any(g.users for g in facts.gpus) else frozenset()
+        ours = frozenset(self._children()) if any(g.users for g in facts.gpus) else frozenset()
         runtime = cuda_of_torch() if facts.gpus else None
         placed = self._placed()
         scene = GpuScene(
@@ -246,10 +260,15 @@ class Look:
                 sysfs_root=self.where.sysfs_root,
                 env=self.where.env,
                 pinned_bytes=max((int(g.kv_cache_gb * 2**30) for g in self.started), default=0) * self.wants_rdma,
-                shared_bytes=_pools(on_cpu) * idle,
+                shared_bytes=_pools(self.started) * idle,
                 weight_bytes=weights * idle,
+                children=self._children(),
             )
         )
+
+    def _children(self) -> tuple[int, ...]:
+        """Pids of the topology's running service."""
+        return tuple(our_processes(self.plan.run_dir)) if self.plan and self.where.is_running else ()
 
     def _net(self) -> Iterator[Finding]:
         from pdctl.doctor.net import NetScene, check

@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
 from pdctl.host import Host
+from pdctl.host.names import addresses, is_local
 from pdctl.topology import EngineGroup, Role, Topology
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
@@ -20,28 +20,20 @@ _GOOD_BACKLOG = 1024
 
 def _connects(host: str, port: int) -> str:
     """ "" when somebody answers there, else why not."""
-    try:
-        socket.create_connection((host, port), timeout=_CONNECT_S).close()
-    except (OSError, ValueError) as failure:
-        return getattr(failure, "strerror", "") or str(failure) or type(failure).__name__
-    return ""
+    why = "its name is not known, or no name server answers"
+    for address in addresses(host):
+        try:
+            socket.create_connection((address, port), timeout=_CONNECT_S).close()
+        except (OSError, ValueError) as failure:
+            why = getattr(failure, "strerror", "") or str(failure) or type(failure).__name__
+        else:
+            return ""
+    return why
 
 
 def _is_here(name: str) -> bool:
-    """Whether a host name or address means this machine: one of ours can be bound, another's cannot."""
-    if name in LOOPBACK:
-        return True
-    try:
-        address = ip_address(name)
-    except ValueError:
-        return name == socket.gethostname()
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((name, 0))
-        except OSError:
-            return False
-    return True
+    """Whether a host name or address means this machine; so does a name that leads nowhere: that is another fault."""
+    return name in LOOPBACK or name == socket.gethostname() or all(map(is_local, addresses(name)))
 
 
 @dataclass(frozen=True, slots=True)

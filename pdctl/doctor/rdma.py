@@ -35,13 +35,15 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What checks look at. `env`: of whoever will run; `sysfs_root`: for netdevs."""
+    """What checks look at. `env`: of whoever will run; `sysfs_root`: for netdevs; `has_nodes`: the tree is this
+    machine's, and so is /dev."""
 
     tree: RdmaTree
     wanted: Wanted
     env: dict[str, str]
     sysfs_root: Path
     reader: Reader
+    has_nodes: bool = True
 
     def judged(self) -> Iterator[Device]:
         """Devices whose faults matter."""
@@ -119,7 +121,8 @@ def char_devices(scene: Scene) -> Iterator[Finding]:
     """libibverbs silently passes over a device without its character device (NVSentinel checks the same)."""
     for device in scene.judged():
         node = device.char_device
-        if node and os.access(node, os.R_OK | os.W_OK):
+        # Another machine's tree says which nodes it has, and not whether they can be opened.
+        if node and (not scene.has_nodes or os.access(node, os.R_OK | os.W_OK)):
             continue
         seen = f"{node} is missing" if node and not Path(node).exists() else f"{node} cannot be opened for writing"
         yield Finding(
@@ -181,6 +184,9 @@ def rates(scene: Scene) -> Iterator[Finding]:
     """Slower than the others of its kind (NVSentinel's homogeneity check). A port that is down shows any rate."""
     active = [(port, port.rate) for port in scene.ports() if port.state == "ACTIVE"]
     known = [(port, rate.gbps) for port, rate in active if rate is not None]
+    # A card for management is slower than those for KV, and of another board.
+    board = {device.name: device.raw["board_id"].text for device in scene.tree.devices}
+    kind = {port.subject: (port.link_layer, board[port.device]) for port in scene.ports()}
     for port, rate in active:
         if rate is None:
             yield Finding("port.rate", Severity.UNKNOWN, port.subject, f"no rate: {port.raw['rate'].text!r}",
@@ -195,7 +201,7 @@ def rates(scene: Scene) -> Iterator[Finding]:
                 f"mlxlink -d {port.device}; or rate_gbps = {rate.gbps:g} under [expect]",
             )  # fmt: skip
             continue
-        peers = sorted(gbps for other, gbps in known if other.link_layer == port.link_layer)
+        peers = sorted(gbps for other, gbps in known if kind[other.subject] == kind[port.subject])
         usual = peers[len(peers) // 2]
         if rate.gbps < usual:
             yield Finding(

@@ -23,6 +23,7 @@ PROTOCOLS = ("auto", "tcp", "rdma")
 _PROBE_S = 120.0
 # Some twenty times the bytes, at 200 MB/s.
 _PER_MIB_S = 0.1
+_MOST_SAID = 2000
 
 # A probe's answer, as JSON gives it.
 Result = dict[str, Any]
@@ -39,11 +40,15 @@ class Probe:
     cpus: tuple[int, ...] = ()
     peer_cpus: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()
+    peer_devices: tuple[str, ...] = ()
 
     def argv(self) -> list[str]:
         """What runs it."""
         words = ["probe", "--transport", self.transport, "--protocol", self.protocol, "--mib", str(self.mib)]
-        for name, values in (("--cpus", self.cpus), ("--peer-cpus", self.peer_cpus), ("--devices", self.devices)):
+        for name, values in (
+            ("--cpus", self.cpus), ("--peer-cpus", self.peer_cpus), ("--devices", self.devices),
+            ("--peer-devices", self.peer_devices),
+        ):  # fmt: skip
             words += [name, ",".join(map(str, values))] if values else []
         return [sys.executable, "-m", "pdctl.engine", *words]
 
@@ -60,9 +65,9 @@ def probes(plan: Plan | None, only: str | None, protocol: str, mib: int) -> list
                 continue
             for name in names:
                 probe = Probe(name, protocol, mib, f"{prefill.name} to {decode.name}", decode.cpus, prefill.cpus,
-                              decode.rdma)  # fmt: skip
+                              decode.rdma, prefill.rdma)  # fmt: skip
                 # Replicas in the same places tell nothing new.
-                places.setdefault((name, probe.cpus, probe.peer_cpus, probe.devices), probe)
+                places.setdefault((name, probe.cpus, probe.peer_cpus, probe.devices, probe.peer_devices), probe)
     return list(places.values()) or [Probe(name, protocol, mib) for name in names]
 
 
@@ -88,6 +93,9 @@ def run(probe: Probe, tree: RdmaTree | None = None) -> Result:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return _about(probe, {"error": lines[-1]})
     assert isinstance(found, dict)
+    if "error" in found and (said := done.stderr.strip()):
+        # The peer's own words, and those of libraries that only write to their standard error.
+        found["said"] = said[-_MOST_SAID:]
     return _about(probe, {**found, "of_link": _of_link(probe, found, tree)})
 
 
@@ -99,7 +107,8 @@ def _of_link(probe: Probe, found: Result, tree: RdmaTree | None) -> float | None
     """Of what the slowest of its RDMA devices can carry; None over anything else."""
     if tree is None or found.get("protocol") != "rdma":
         return None
-    named = [device for device in tree.devices if not probe.devices or device.name in probe.devices]
+    names = {*probe.devices, *probe.peer_devices}
+    named = [device for device in tree.devices if not names or device.name in names]
     rates = [port.rate.gbps for device in named for port in device.ports if port.state == "ACTIVE" and port.rate]
     return round(found["gbps"] / (min(rates) / 8), 3) if rates else None
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,7 +38,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--serve", action="store_true", help="be the peer: print an address, serve until stdin closes")
     parser.add_argument("--cpus", type=_numbers, default=set(), help="CPUs of the reader; default: any")
     parser.add_argument("--peer-cpus", type=_numbers, default=set(), help="CPUs of the process that serves")
-    parser.add_argument("--devices", type=lambda text: tuple(text.split(",")), default=(), help="RDMA devices")
+    parser.add_argument("--devices", type=_names, default=(), help="RDMA devices")
+    parser.add_argument("--peer-devices", type=_names, default=(), help="of the process that serves; default: the same")
     options = parser.parse_args(argv)
     if options.cpus:
         os.sched_setaffinity(0, options.cpus)
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
     if options.serve:
         return _serve(place)
     try:
-        found = probe(place, options.peer_cpus)
+        peer = replace(place, devices=options.peer_devices or place.devices)
+        found = probe(place, peer, options.peer_cpus)
     except (TransferError, NoMemory) as failure:
         found = {"transport": options.transport, "error": str(failure)}
     sys.stdout.write(json.dumps(found) + "\n")
@@ -78,13 +80,17 @@ def _numbers(text: str) -> set[int]:
     return {int(word) for word in text.split(",")}
 
 
-def probe(place: Place, peer_cpus: set[int]) -> dict[str, object]:
-    """Figures of one transport on this host. Raises TransferError where it cannot be used, NoMemory."""
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def probe(place: Place, peer: Place, peer_cpus: set[int]) -> dict[str, object]:
+    """Figures of one transport between two places here. Raises TransferError where it cannot be used, NoMemory."""
     name, num_bytes = place.transport, place.num_bytes
     epoch = f"probe-{os.getpid()}"
     memory = Memory(num_bytes, epoch)
     transport = place.open(memory, epoch, serving=False)
-    with scratch_peer(place, peer_cpus) as address:
+    with scratch_peer(peer, peer_cpus) as address:
         content = np.random.default_rng(_SEED).integers(0, 256, num_bytes, dtype=np.uint8)
 
         def read(spans: list[Span]) -> Callable[[], object]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 _MOST_BYTES = 8192
@@ -14,6 +16,10 @@ _MOST_LINES = 50_000
 _MOST_TEXT = 16 * 2**20
 # `[ 1234.567890] text`, as dmesg writes it; journalctl has its own head before that.
 _DMESG = re.compile(r"\[\s*(\d+\.\d+)\]\s?(.*)")
+# Wall clocks: `dmesg -T`, `dmesg --time-format iso` and `journalctl -o short-iso`, `journalctl -k`.
+_CTIME = re.compile(r"\[(\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4})\]\s?(.*)")
+_ISO = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)[.,]?\d*([+-]\d\d):?(\d\d)\s+(?:\S+ kernel: )?(.*)")
+_SHORT = re.compile(r"(\w{3} [ \d]\d \d\d:\d\d:\d\d) \S+ kernel: (.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +32,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class KernelLog:
-    """`messages`, oldest first; `unread`: why there are none, "" where the log could be read."""
+    """`messages`, oldest first; `taken_at`: when the log was taken, on the clock of its messages; `unread`: why there
+    are none, "" where the log could be read."""
 
     source: str
     messages: tuple[Message, ...] = ()
     unread: str = ""
+    taken_at: float = 0.0
 
 
 def read_kernel_log(path: Path = Path("/dev/kmsg")) -> KernelLog:
@@ -40,14 +48,16 @@ def read_kernel_log(path: Path = Path("/dev/kmsg")) -> KernelLog:
     except OSError as failure:
         return KernelLog(str(path), unread=failure.strerror or "cannot be opened")
     try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISCHR(mode):
-            return KernelLog(str(path), tuple(_records(descriptor)))
-        if not stat.S_ISREG(mode):
+        found = os.fstat(descriptor)
+        if stat.S_ISCHR(found.st_mode):
+            taken_at = time.clock_gettime(time.CLOCK_MONOTONIC)
+            return KernelLog(str(path), tuple(_records(descriptor)), taken_at=taken_at)
+        if not stat.S_ISREG(found.st_mode):
             return KernelLog(str(path), unread="neither a device nor a file")
-        os.lseek(descriptor, max(0, os.fstat(descriptor).st_size - _MOST_TEXT), os.SEEK_SET)
+        os.lseek(descriptor, max(0, found.st_size - _MOST_TEXT), os.SEEK_SET)
         text = os.read(descriptor, _MOST_TEXT).decode(errors="replace")
-        return KernelLog(str(path), tuple(_line(line) for line in text.splitlines()[-_MOST_LINES:]))
+        lines = tuple(_line(line) for line in text.splitlines()[-_MOST_LINES:])
+        return KernelLog(str(path), lines, taken_at=_taken_at(lines, found.st_mtime))
     except OSError as failure:
         return KernelLog(str(path), unread=failure.strerror or "cannot be read")
     finally:
@@ -81,5 +91,35 @@ def _records(descriptor: int) -> list[Message]:
 
 
 def _line(line: str) -> Message:
-    found = _DMESG.search(line)
-    return Message(float(found[1]), found[2]) if found else Message(None, line)
+    """Where it has a date, `at` is turned into seconds since this machine's boot, whoever's log it is."""
+    if found := _DMESG.search(line):
+        return Message(float(found[1]), found[2])
+    try:
+        if found := _CTIME.search(line):
+            return Message(_on_our_clock(datetime.strptime(found[1], "%a %b %d %H:%M:%S %Y")), found[2])
+        if found := _ISO.match(line):
+            return Message(_on_our_clock(datetime.fromisoformat(f"{found[1]}{found[2]}:{found[3]}")), found[4])
+        if found := _SHORT.match(line):
+            return Message(_on_our_clock(_without_year(found[1])), found[2])
+    except ValueError:
+        pass
+    return Message(None, line)
+
+
+def _without_year(text: str) -> datetime:
+    """The last such day: not in the future, but for clocks that differ."""
+    now = datetime.now()
+    found = datetime.strptime(f"{now.year} {text}", "%Y %b %d %H:%M:%S")
+    return found.replace(year=now.year - 1) if found > now + timedelta(days=1) else found
+
+
+def _on_our_clock(when: datetime) -> float:
+    return time.clock_gettime(time.CLOCK_MONOTONIC) - (time.time() - when.timestamp())
+
+
+def _taken_at(messages: tuple[Message, ...], written: float) -> float:
+    """When a text's newest message was news. A text of another boot has no other clock than its messages'."""
+    now = time.clock_gettime(time.CLOCK_MONOTONIC)
+    last = max((message.at for message in messages if message.at is not None), default=now)
+    ours = now - (time.time() - written)
+    return ours if ours >= last else last

@@ -40,7 +40,8 @@ def test_json_has_every_field(tmp_path: Path) -> None:
     done = doctor(tmp_path, "rdma", "--json", "--sysfs-root", str(tmp_path / "sys"))
     found = json.loads(done.stdout)
     assert found["schema"] == 1
-    assert done.returncode == 2, "no character device"
+    assert done.returncode == 1, "one port is down; whether another machine's nodes open is not asked"
+    assert "port.chardev" not in done.stdout
     for finding in found["findings"]:
         assert set(finding) == {
             "id",
@@ -233,3 +234,62 @@ def test_the_rest_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not {"host.hugepages", "host.map_count", "host.numa_balancing"} & set(quiet)
     scene = HostScene(calm, tmp_path / "sys", tmp_path / "elsewhere", {}, tmp_path)
     assert "host.container" not in {f.id for f in check(scene)}
+
+
+def test_what_runs_has_its_own_limit(tmp_path: Path) -> None:
+    limits = "Limit      Soft Limit  Hard Limit  Units\nMax locked memory  65536  {}  bytes\n"
+    proc = planted(
+        tmp_path, **{"41__limits": limits.format(1 << 20), "41__status": "CapEff:\t0\n", "42__status": "CapEff:\t0\n",
+                     "42__limits": limits.format("unlimited"), "43__limits": limits.format(1 << 20),
+                     "43__status": "CapEff:\t0000000000004000\n"},
+    )  # fmt: skip
+    scene = HostScene(proc, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=1 << 30, children=(41, 42, 43, 44))
+    found = {f.id: f for f in check(scene)}["limit.memlock"]
+    assert (found.subject, found.severity, found.observed) == ("pid 41", Severity.CRITICAL, "locked memory: 1 MiB")
+    scene = HostScene(proc, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=1 << 30, children=(42, 43, 44))
+    assert {f.id: f for f in check(scene)}["limit.memlock"].severity is Severity.OK
+
+
+def test_processes_that_are_stuck(tmp_path: Path) -> None:
+    proc = planted(tmp_path, **{"41__stat": "41 (a) b) D 1 41", "42__stat": "42 (c) S 1 42", "43__stat": "43 (d) R 1"})
+    scene = HostScene(proc, tmp_path / "sys", tmp_path, {}, tmp_path, children=(41, 42, 43, 44))
+    assert [(f.subject, f.severity) for f in check(scene) if f.id == "host.stuck"] == [("pid 41", Severity.CRITICAL)]
+
+
+def test_a_limit_of_the_control_group(tmp_path: Path) -> None:
+    proc = planted(tmp_path, self__cgroup="0::/\n", meminfo="MemTotal: 99999999 kB\nMemAvailable: 99999999 kB\n")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text_ in (("max", str(1 << 30)), ("current", "0"), ("stat", "inactive_file 0\n")):
+        (group / f"memory.{name}").write_text(text_)
+    scene = HostScene(proc, tmp_path / "sys", tmp_path, {}, tmp_path, shared_bytes=2 << 30)
+    found = {f.id: f for f in check(scene)}["memory.free"]
+    assert found.severity is Severity.WARNING
+    assert found.observed == "1.0 GiB are left of what this control group may have"
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "hint"),
+    [
+        (["--ibstatus", "--json"], "--json does nothing with --ibstatus", "--list"),
+        (["--list", "--bundle", "x.tar.gz"], "--bundle does nothing with --list", "leave it out"),
+        (["rdma", "--port", "mlx5_0"], "--port does nothing here", "with --ibstatus or with --devinfo"),
+        (["host", "--mib", "8"], "--mib does nothing here", "with the area transfer"),
+        (["--count", "3"], "--count does nothing here", "with --watch"),
+        (["--watch", "--matrix"], "print different things", "one of them"),
+        (["host", "--watch"], "--watch does not look into host", "pdctl doctor --watch"),
+        (["transfer", "--bundle", "x.tar.gz"], "--bundle does nothing here", "leave it out"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path, words: list[str], says: str, hint: str) -> None:
+    done = doctor(tmp_path, *words)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert hint in done.stderr
+    assert not done.stdout
+
+
+def test_a_bundle_that_cannot_be_written(tmp_path: Path) -> None:
+    done = doctor(tmp_path, "net", "--bundle", str(tmp_path / "no/such/folder/b.tar.gz"))
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr

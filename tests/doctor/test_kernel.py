@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,43 @@ def test_this_machines_own() -> None:
     log = read_kernel_log()
     assert log.unread or all(message.at is not None for message in log.messages)
     assert os.geteuid() or not log.unread or "permitted" in log.unread or "No such" in log.unread
+
+
+def test_texts_with_dates(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    now, clock = time.time(), time.clock_gettime(time.CLOCK_MONOTONIC)
+    ago = time.localtime(now - 3600)
+    zone = time.strftime("%z", ago)
+    lines = (
+        time.strftime("[%a %b %e %H:%M:%S %Y] one", ago),
+        time.strftime(f"%Y-%m-%dT%H:%M:%S,123456{zone[:3]}:{zone[3:]} two", ago),
+        time.strftime(f"%Y-%m-%dT%H:%M:%S{zone} box kernel: three", ago),
+        time.strftime("%b %e %H:%M:%S box kernel: four", ago),
+        time.strftime("%b 99 %H:%M:%S box kernel: five", ago),
+    )
+    path.write_text("\n".join(lines))
+    found = read_kernel_log(path)
+    assert [message.text for message in found.messages[:4]] == ["one", "two", "three", "four"]
+    for message in found.messages[:4]:
+        assert message.at is not None
+        assert abs(message.at - (clock - 3600)) < 60
+    assert found.messages[4].at is None
+    assert abs(found.taken_at - clock) < 60
+
+
+def test_a_log_of_another_boot_has_its_own_clock(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    xid = next(iter(LINES))
+    path.write_text(f"[ 10.000000] {xid}\n[ 9999999999.0] the last\n")
+    log = read_kernel_log(path)
+    assert log.taken_at == 9999999999.0
+    assert [f.severity for f in check(log, log.taken_at)] == [Severity.INFO]
+
+
+def test_what_unused_devices_do_is_told_only() -> None:
+    log = KernelLog("x", tuple(Message(100.0, text) for text in LINES))
+    unused = frozenset({"0000:5d:00.0", "0000:3b:00.0"})
+    weights = {(f.id, f.subject): f.severity for f in check(log, 101.0, unused)}
+    assert weights["gpu.xid", "GPU at 0000:3b:00"] is Severity.INFO
+    assert weights["gpu.xid", "GPU at 0000:1a:00"] is Severity.WARNING
+    assert weights["nic.mkey", "mlx5_core 0000:5d:00.0"] is Severity.INFO

@@ -170,6 +170,14 @@ def test_the_slow_one_of_several(root: Path) -> None:
     ]
 
 
+def test_a_slow_card_of_another_board(root: Path) -> None:
+    tree = Tree(root)
+    for number in range(3):
+        tree.hca(f"mlx5_{number}", {1: Port()}, bus=2 * number + 1)
+    tree.hca("mlx5_3", {1: Port(rate="100 Gb/sec (4X EDR)")}, bus=9, board_id="management")
+    assert not [f for f in findings(tree) if f.id == "port.rate"]
+
+
 def test_firmware_that_differs_on_one_board(root: Path) -> None:
     tree = Tree(root)
     tree.hca("mlx5_0", {1: Port()}, fw_ver="28.39.2048")

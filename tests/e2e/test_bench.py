@@ -67,8 +67,10 @@ def test_a_trace_and_a_comparison(service: Service, tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_there_is(service: Service, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     words = ["bench", "serve", "-n", "500", "--rate", "5", "--output", "4", "--warm-up", "0", "--out", str(out)]
+    # A shell's background jobs ignore interrupts, and pass that on.
     with subprocess.Popen([*CLI, *words], env=service.run.env, cwd=service.run.folder, text=True,
-                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:  # fmt: skip
+                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
         assert process.stderr is not None
         for line in process.stderr:
             if " done, " in line and not line.startswith("0 of"):

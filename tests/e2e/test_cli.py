@@ -203,7 +203,7 @@ def test_status_logs_ask(run: Run) -> None:
 def test_doctor_transfer_moves_bytes_and_says_how_fast(run: Run) -> None:
     done = run.cli("doctor", "transfer", "--transport", "shm", "--mib", "8", "--json")
     assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
+    (found,) = json.loads(done.stdout)["transfer"]
     assert (found["transport"], found["bytes_right"], found["mib"], found["blocks"]) == ("shm", True, 8, 128)
     assert found["gbps"] > 0
     assert "moving 8 MiB" in done.stderr

@@ -244,7 +244,8 @@ def expected(module_run: Run) -> list[int]:
 @pytest.mark.parametrize("backend", ["mooncake", "nixl"])
 def test_network_transports_carry_the_same_tokens(run: Run, expected: list[int], backend: str) -> None:
     """RDMA is asked for and is not here: the fallback is loud, and the tokens are the same."""
-    (able,) = json.loads(run.cli("doctor", "transfer", "--transport", backend, "--mib", "1", "--json").stdout)
+    told = run.cli("doctor", "transfer", "--transport", backend, "--mib", "1", "--json").stdout
+    (able,) = json.loads(told)["transfer"]
     if "error" in able:
         pytest.skip(f"NOT TESTED: {able['error']}")
     text = topology(engine_extra="max_num_batched_tokens = 128")

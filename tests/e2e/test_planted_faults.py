@@ -323,7 +323,7 @@ def test_transfers_between_the_places_of_a_plan(bench: Bench) -> None:
     words = ["doctor", "transfer", "--transport", "shm", "--mib", "4", "--json"]
     done = subprocess.run([sys.executable, "-m", "pdctl", *words], cwd=bench.folder, capture_output=True, text=True,
                           timeout=90)  # fmt: skip
-    [found] = json.loads(done.stdout)
+    [found] = json.loads(done.stdout)["transfer"]
     assert found["pair"] == "prefill-0 to decode-0"
     assert found["bytes_right"] is True
     assert found["of_link"] is None
@@ -346,6 +346,28 @@ def test_the_plan_of_a_wide_machine_is_not_asked_for_each_replica() -> None:
         (name, "prefill-0 to decode-0") for name in ("shm", "mooncake", "nixl")
     ]
     assert found[0].argv()[-4:] == ["--cpus", "1", "--peer-cpus", "0"]
+
+
+def test_each_end_of_a_transfer_gets_its_own_devices() -> None:
+    from types import SimpleNamespace
+
+    from pdctl.doctor.transfer import probes
+
+    specs = [
+        SimpleNamespace(name=role, kind="builtin", role=role, cpus=(), rdma=(f"mlx5_{number}",))
+        for number, role in enumerate(("prefill", "decode"))
+    ]
+    [found] = probes(SimpleNamespace(processes=specs), "mooncake", "auto", 8)  # type: ignore[arg-type]
+    assert found.argv()[-4:] == ["--devices", "mlx5_1", "--peer-devices", "mlx5_0"]
+
+
+def test_why_a_probe_failed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pdctl.doctor.transfer import Probe, run
+
+    script = "import sys; sys.stderr.write('the library said why'); print('{\"error\": \"the peer\"}')"
+    monkeypatch.setattr(Probe, "argv", lambda _: [sys.executable, "-c", script])
+    found = run(Probe("nixl", "auto", 1))
+    assert (found["error"], found["said"]) == ("the peer", "the library said why")
 
 
 def test_the_backend_that_a_topology_needs_must_work() -> None:
