@@ -1,13 +1,18 @@
-"""Two results side by side: ratios with bootstrap intervals, from the samples that each file keeps."""
+"""Two results side by side: ratios with bootstrap intervals, from the samples that each file keeps.
+
+Whole requests are resampled, not single gaps: those of one answer are much alike, and would make intervals too narrow
+(cluster bootstrap; Davison and Hinkley, 1997, section 3.8).
+"""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdctl.bench.metrics import Figures, percentile, ratio_interval
+from pdctl.bench.metrics import Figures
 from pdctl.errors import PdctlError
 
 # Of samples: (title, metric, percentile).
@@ -16,11 +21,16 @@ _FIGURES = (
     ("ITL p50", "itl", 50), ("ITL p99", "itl", 99), ("E2E p50", "e2el", 50), ("E2E p99", "e2el", 99),
 )  # fmt: skip
 _RATES = ("request_throughput", "request_goodput", "output_throughput")
+_RESAMPLED = 400
+
+# Of each request, its values of one metric.
+Clusters = list[list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """`first` over `second`; low and high are the 95% interval, equal to the ratio where there is none."""
+    """`first` over `second`; low and high are its interval, equal to the ratio where there is none. `more_is_better`:
+    a rate, not a time."""
 
     name: str
     first: float
@@ -28,13 +38,24 @@ class Ratio:
     ratio: float
     low: float
     high: float
+    more_is_better: bool = False
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the interval leaves 1 out."""
+        return not self.low <= 1.0 <= self.high
 
     @property
     def verdict(self) -> str:
-        """Whether the interval leaves 1 out, and on which side."""
-        if self.low <= 1.0 <= self.high:
+        """In words."""
+        if not self.is_shown:
             return "no difference shown"
-        return "first is lower" if self.ratio < 1 else "first is higher"
+        return f"first is {'lower' if self.ratio < 1 else 'higher'}: {'better' if self.is_better else 'worse'}"
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the first one is, if there is a difference at all."""
+        return (self.ratio > 1) is self.more_is_better
 
 
 def read(path: Path) -> Figures:
@@ -51,17 +72,16 @@ def read(path: Path) -> Figures:
     return found
 
 
-def samples(figures: Figures) -> dict[str, list[float]]:
-    """Milliseconds of each metric, of answers without an error."""
+def samples(figures: Figures) -> dict[str, Clusters]:
+    """Milliseconds of each metric, by request, of answers without an error."""
     ttfts, itls, outputs = (_rows(figures, name) for name in ("ttfts", "itls", "output_lens"))
     errors = _rows(figures, "errors") or [""] * len(ttfts)
     good = [n for n in range(len(ttfts)) if not errors[n] and outputs[n]]
-    whole = {n: float(ttfts[n]) + sum(itls[n]) for n in good}
     return {
-        "ttft": [ttfts[n] * 1000 for n in good],
-        "tpot": [sum(itls[n]) / (outputs[n] - 1) * 1000 for n in good if outputs[n] > 1],
-        "itl": [gap * 1000 for n in good for gap in itls[n]],
-        "e2el": [whole[n] * 1000 for n in good],
+        "ttft": [[ttfts[n] * 1000] for n in good],
+        "tpot": [[sum(itls[n]) / (outputs[n] - 1) * 1000] for n in good if outputs[n] > 1],
+        "itl": [[gap * 1000 for gap in itls[n]] for n in good if itls[n]],
+        "e2el": [[(float(ttfts[n]) + sum(itls[n])) * 1000] for n in good],
     }
 
 
@@ -71,20 +91,81 @@ def _rows(figures: Figures, name: str) -> list:  # type: ignore[type-arg]  # of 
 
 
 def compare(first: Figures, second: Figures) -> list[Ratio]:
-    """Every figure that both have."""
+    """Every figure that both have. Rates have an interval where both were repeated: the rounds' own ratios."""
     ours, theirs = samples(first), samples(second)
     found = []
-    for title, metric, part in _FIGURES:
-        if not ours[metric] or not theirs[metric]:
-            continue
-
-        def of(values: Sequence[float], part: int = part) -> float:
-            return percentile(values, part)
-
-        ratio, low, high = ratio_interval(ours[metric], theirs[metric], of)
-        found.append(Ratio(title, of(ours[metric]), of(theirs[metric]), ratio, low, high))
+    for metric in ("ttft", "tpot", "itl", "e2el"):
+        parts = [(title, part) for title, name, part in _FIGURES if name == metric]
+        if ours[metric] and theirs[metric]:
+            found += _ratios(ours[metric], theirs[metric], parts)
     for name in _RATES:
         one, other = first.get(name), second.get(name)
         if isinstance(one, int | float) and isinstance(other, int | float) and other:
-            found.append(Ratio(name.replace("_", " "), one, other, one / other, one / other, one / other))
+            low, high = _round_ratios(first, second, name) or (one / other, one / other)
+            title = name.replace("_", " ")
+            found.append(Ratio(title, one, other, one / other, low, high, more_is_better=True))
     return found
+
+
+def _round_ratios(first: Figures, second: Figures, name: str) -> tuple[float, float] | None:
+    """The least and the greatest of the rounds' ratios."""
+    rounds = [_of_rounds(figures, name) for figures in (first, second)]
+    if len(rounds[0]) != len(rounds[1]) or len(rounds[0]) < 2 or not all(rounds[1]):
+        return None
+    ratios = [ours / theirs for ours, theirs in zip(*rounds, strict=True)]
+    return min(ratios), max(ratios)
+
+
+def _of_rounds(figures: Figures, name: str) -> list[float]:
+    ours = figures.get("pdctl")
+    repeats = ours.get("repeats") if isinstance(ours, dict) else None
+    values = repeats.get("runs", {}).get(name) if isinstance(repeats, dict) else None
+    return values if isinstance(values, list) else []
+
+
+def _ratios(ours: Clusters, theirs: Clusters, parts: list[tuple[str, int]]) -> list[Ratio]:
+    rng = random.Random(1)  # noqa: S311 - resampling
+    one, other = Resampled(ours), Resampled(theirs)
+    quantiles = [part for _, part in parts]
+    drawn = [(one.draw(rng, quantiles), other.draw(rng, quantiles)) for _ in range(_RESAMPLED)]
+    found = []
+    for place, (title, part) in enumerate(parts):
+        ratios = sorted(a[place] / b[place] for a, b in drawn if b[place])
+        above, below = one.percentile(part), other.percentile(part)
+        if below and ratios:
+            low, high = ratios[int(0.025 * len(ratios))], ratios[max(0, int(0.975 * len(ratios)) - 1)]
+            found.append(Ratio(title, above, below, above / below, low, high))
+    return found
+
+
+class Resampled:
+    """Percentiles of values that come in clusters, as they are and with clusters drawn again. Sorted once."""
+
+    def __init__(self, clusters: Sequence[Sequence[float]]) -> None:
+        ordered = sorted((value, owner) for owner, values in enumerate(clusters) for value in values)
+        self._values = [value for value, _ in ordered]
+        self._owners = [owner for _, owner in ordered]
+        self._sizes = [len(values) for values in clusters]
+
+    def percentile(self, part: float) -> float:
+        """Of the values as they are; 0 for none."""
+        from pdctl.bench.metrics import percentile
+
+        return percentile(self._values, part)
+
+    def draw(self, rng: random.Random, parts: Sequence[int]) -> list[float]:
+        """Percentiles, ascending, of as many clusters as there are, drawn with replacement."""
+        count = len(self._sizes)
+        weights = [0] * count
+        for owner in rng.choices(range(count), k=count):
+            weights[owner] += 1
+        total = sum(weight * size for weight, size in zip(weights, self._sizes, strict=True))
+        found: list[float] = []
+        seen, wanted = 0, [part / 100 * total for part in parts]
+        for value, owner in zip(self._values, self._owners, strict=True):
+            seen += weights[owner]
+            while len(found) < len(wanted) and seen >= wanted[len(found)] and seen:
+                found.append(value)
+            if len(found) == len(wanted):
+                break
+        return found

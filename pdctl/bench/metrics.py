@@ -8,9 +8,8 @@ truncated ones are counted beside it, since refusing requests must not look like
 from __future__ import annotations
 
 import math
-import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdctl.bench import Record
@@ -19,7 +18,6 @@ from pdctl.bench.client import Run
 Figures = dict[str, object]
 QUANTILES = (50, 90, 99)
 _METRICS = ("ttft", "tpot", "itl", "e2el")
-_RESAMPLED = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,19 +142,44 @@ def bottleneck(run: Run) -> str:
     return ""
 
 
-def ratio_interval(
-    ours: Sequence[float], theirs: Sequence[float], of: Callable[[Sequence[float]], float], seed: int = 1
-) -> tuple[float, float, float]:
-    """A ratio of two figures, with its 95% bootstrap interval (percentile method; Efron and Tibshirani, 1993); zeros
-    where there is nothing to compare."""
-    base = of(theirs) if theirs else 0.0
-    if not ours or not base:
-        return 0.0, 0.0, 0.0
-    rng = random.Random(seed)  # noqa: S311 - resampling
-    found = []
-    for _ in range(_RESAMPLED):
-        below = of(rng.choices(theirs, k=len(theirs)))
-        if below:
-            found.append(of(rng.choices(ours, k=len(ours))) / below)
-    found.sort()
-    return of(ours) / base, found[int(0.025 * len(found))], found[int(0.975 * len(found)) - 1]
+def pooled(runs: Sequence[Run]) -> Run:
+    """Several runs of one load as if they were one: all records, and the sum of their times."""
+    assert runs, "at least one run"
+    whole = Run(records=[record for run in runs for record in run.records])
+    whole.ended_at = sum(run.ended_at - run.started_at for run in runs)
+    whole.most_at_once = max(run.most_at_once for run in runs)
+    whole.headroom.cpu = max(run.headroom.cpu for run in runs)
+    whole.headroom.delays = [delay for run in runs for delay in run.headroom.delays]
+    whole.was_interrupted = any(run.was_interrupted for run in runs)
+    return whole
+
+
+def over_runs(found: Sequence[Figures]) -> Figures:
+    """Of each figure its values in these runs, their mean, and its 95% interval (Student's t)."""
+    runs: dict[str, list[float]] = {}
+    for figures_ in found:
+        for name, value in figures_.items():
+            if isinstance(value, int | float) and name.endswith(("_ms", "_throughput", "_goodput")):
+                runs.setdefault(name, []).append(float(value))
+    means = {name: statistics.fmean(values) for name, values in runs.items()}
+    half = {name: _half_width(values) for name, values in runs.items()}
+    return {
+        "count": len(found),
+        "runs": runs,
+        "mean": means,
+        "low": {name: means[name] - half[name] for name in runs},
+        "high": {name: means[name] + half[name] for name in runs},
+    }
+
+
+# 97.5th percentile of Student's t, by degrees of freedom from 1 on; 1.96 beyond.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
+
+
+def _half_width(values: Sequence[float]) -> float:
+    freedom = len(values) - 1
+    if freedom < 1:
+        return 0.0
+    factor = _T[freedom - 1] if freedom <= len(_T) else 1.96
+    return factor * statistics.stdev(values) / math.sqrt(len(values))

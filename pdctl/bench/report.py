@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import cycle
 
 from pdctl import console
 from pdctl.bench.metrics import Figures, Targets, percentile
 
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
-_COLOURS = ("#0b6e99", "#c2571a", "#3d7a3d", "#7a3d7a")
+_REPEATED = {
+    "p50_ttft_ms": "TTFT p50 ms", "p99_ttft_ms": "TTFT p99 ms", "p50_tpot_ms": "TPOT p50 ms",
+    "p99_tpot_ms": "TPOT p99 ms", "p99_itl_ms": "ITL p99 ms", "request_throughput": "requests/s",
+    "request_goodput": "goodput/s", "output_throughput": "tokens/s",
+}  # fmt: skip
+_COLOURS = ("#0b6e99", "#c2571a", "#3d7a3d", "#7a3d7a", "#8a6d00", "#b0325f", "#4a5568", "#00806a")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 52, 34
 # More points than this are not seen in a plot.
 _MOST_POINTS = 400
@@ -66,38 +72,126 @@ def text(figures: Figures, targets: Targets, quantiles: Sequence[int]) -> str:
     if parts:
         split = [[name, *(f"{values[f'p{part}']:.1f}" for part in (50, 90, 99))] for name, values in parts.items()]
         table += "\n\n" + console.table(["WHERE THE TIME WENT, MS", "P50", "P90", "P99"], split)
-    return "\n".join([*lines, "", table])
+    return "\n".join([*lines, "", table, *_over_runs(ours)])
+
+
+def _over_runs(ours: dict[str, object]) -> list[str]:
+    """Means of repeats with their intervals."""
+    repeats = ours.get("repeats")
+    if not isinstance(repeats, dict):
+        return []
+    shown = [
+        [title, *(f"{repeats[what][name]:.4g}" for what in ("mean", "low", "high"))]
+        for name, title in _REPEATED.items()
+        if name in repeats["mean"]
+    ]
+    return ["", console.table([f"OVER {repeats['count']} RUNS", "MEAN", "95% FROM", "TO"], shown)]
 
 
 def page(figures: Figures, title: str, quantiles: Sequence[int], note: str = "") -> str:
-    """A whole HTML page."""
-    marked = f'<p class="warn">{html.escape(note)}</p>' if note else ""
-    head = "".join(f"<th>{name}</th>" for name in ("ms", "mean", *(f"p{part}" for part in quantiles)))
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows(figures, quantiles))
+    """A whole HTML page of one result."""
     summary = (
         f"{figures['completed']} answered, {figures['failed']} failed; "
         f"{number(figures, 'request_throughput'):.2f} requests/s, {number(figures, 'output_throughput'):.1f} tokens/s"
     )
-    plots = "".join(f"<h2>{html.escape(name)}</h2>{drawn}" for name, drawn in _plots(figures).items())
+    head = ["ms", "mean", *(f"p{part}" for part in quantiles)]
+    plots = cdfs({"": figures}) | {"Requests over time": timeline(figures)} | _engines(figures)
+    return _page(title, note, summary, _table(head, rows(figures, quantiles)), plots)
+
+
+def comparison(results: dict[str, Figures], ratios: list[list[str]], title: str) -> str:
+    """A whole HTML page of two results; `ratios`: rows of the table that the command prints."""
+    head = ["", *results, "ratio", "95%", "of the first"]
+    return _page(title, "", "Times in milliseconds; rates a second.", _table(head, ratios), cdfs(results))
+
+
+def _page(title: str, note: str, summary: str, table: str, plots: dict[str, str]) -> str:
+    marked = f'<p class="warn">{html.escape(note)}</p>' if note else ""
+    drawn = "".join(f"<h2>{html.escape(name)}</h2>{plot}" for name, plot in plots.items() if plot)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        # An icon of its own: browsers ask the server for one otherwise.
+        '<link rel="icon" href="data:,">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>{html.escape(title)}</h1>{marked}<p>{html.escape(summary)}</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{plots}'
-        "</body></html>\n"
+        f"<h1>{html.escape(title)}</h1>{marked}<p>{html.escape(summary)}</p>{table}{drawn}</body></html>\n"
     )
 
 
-def _plots(figures: Figures) -> dict[str, str]:
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    rest = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{rest}</tbody></table></div>'
+
+
+def series(figures: Figures) -> dict[str, list[float]]:
+    """Milliseconds of what plots show."""
     ttfts, itls, latencies = (_listed(figures, name) for name in ("ttfts", "itls", "latencies"))
     gaps = [float(gap) for gaps in itls if isinstance(gaps, list) for gap in gaps]
-    milliseconds = [[float(v) * 1000 for v in values if isinstance(v, float)] for values in (ttfts, gaps, latencies)]
-    found = {
-        f"{name}, cumulative": cdf({name: values})
-        for name, values in zip(("Time to first token", "Between tokens", "Whole answer"), milliseconds, strict=True)
-        if values
+    lists: tuple[Sequence[object], ...] = (ttfts, gaps, latencies)
+    named = zip(("Time to first token", "Between tokens", "Whole answer"), lists, strict=True)
+    return {name: [value * 1000 for value in values if isinstance(value, float)] for name, values in named}
+
+
+def cdfs(results: dict[str, Figures]) -> dict[str, str]:
+    """A plot for each of TTFT, ITL and E2E, with a line for each result."""
+    found = {name: series(figures) for name, figures in results.items()}
+    plots = {}
+    for metric in ("Time to first token", "Between tokens", "Whole answer"):
+        lines = {name: values[metric] for name, values in found.items() if values[metric]}
+        if lines:
+            plots[f"{metric}, cumulative"] = cdf(lines)
+    return plots
+
+
+_OVER_TIME = {
+    "running": "Requests running, by engine",
+    "waiting": "Requests waiting, by engine",
+    "kv_used": "KV cache in use, by engine",
+    "leases": "Leases on KV, by engine",
+}
+
+
+def sampled(figures: Figures) -> tuple[list[float], dict[str, dict[str, list[float | None]]]]:
+    """What engines did meanwhile: seconds from the first sample on, and by engine a list for each field."""
+    ours = figures.get("pdctl")
+    found = ours.get("engines") if isinstance(ours, dict) else None
+    if not isinstance(found, dict) or not found.get("at"):
+        return [], {}
+    start = found["at"][0]
+    return [at - start for at in found["at"]], found["engines"]
+
+
+def _engines(figures: Figures) -> dict[str, str]:
+    times, engines = sampled(figures)
+    return {
+        title: over_time(times, {name: lists[what] for name, lists in engines.items()}, what == "kv_used")
+        for what, title in _OVER_TIME.items()
+        if times and any(value for lists in engines.values() for value in lists[what])
     }
-    return found | {"Requests over time": timeline(figures)}
+
+
+def over_time(times: list[float], lines: dict[str, list[float | None]], is_part: bool = False) -> str:
+    """A line for each engine; broken where nothing was known."""
+    most = max((value for values in lines.values() for value in values if value is not None), default=0.0) or 1.0
+    last = max(times[-1], 1e-9)
+    drawn = []
+    step = max(1, len(times) // _MOST_POINTS)
+    for colour, values in zip(cycle(_COLOURS), lines.values(), strict=False):
+        for piece in _pieces(times[::step], values[::step]):
+            points = " ".join(f"{_x(at / last):.1f},{_y(value / most):.1f}" for at, value in piece)
+            drawn.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
+    top = f"{most:.0%}" if is_part else f"{most:.4g}"
+    return _framed("".join(drawn), f"{last:.4g} s", top, list(lines))
+
+
+def _pieces(times: list[float], values: list[float | None]) -> list[list[tuple[float, float]]]:
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for at, value in zip(times, values, strict=True):
+        if value is not None:
+            pieces[-1].append((at, value))
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
 
 
 def _listed(figures: Figures, name: str) -> list[object]:
@@ -105,17 +199,17 @@ def _listed(figures: Figures, name: str) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def cdf(series: dict[str, list[float]]) -> str:
+def cdf(lines_of: dict[str, list[float]]) -> str:
     """Part of all that took at most so many milliseconds; up to the 99.5th percentile of the slowest series."""
-    most = max((percentile(values, 99.5) for values in series.values() if values), default=0.0) or 1.0
+    most = max((percentile(values, 99.5) for values in lines_of.values() if values), default=0.0) or 1.0
     lines = []
-    for colour, values in zip(_COLOURS, series.values(), strict=False):
+    for colour, values in zip(cycle(_COLOURS), lines_of.values(), strict=False):
         ordered = sorted(values)
         step = max(1, len(ordered) // _MOST_POINTS)
         points = [(ordered[n], (n + 1) / len(ordered)) for n in range(0, len(ordered), step) if ordered[n] <= most]
         path = " ".join(f"{_x(value / most):.1f},{_y(part):.1f}" for value, part in points)
         lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
-    return _framed("".join(lines), f"{most:.4g} ms", "100%", _legend(list(series)))
+    return _framed("".join(lines), f"{most:.4g} ms", "100%", list(lines_of) if len(lines_of) > 1 else [])
 
 
 def timeline(figures: Figures) -> str:
@@ -143,7 +237,7 @@ def timeline(figures: Figures) -> str:
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{max(0.5, height * 0.8):.2f}" '
                 f'fill="{colour}"/>'
             )
-    return _framed("".join(bars), f"{width:.4g} s", "", "light: waiting for the first token; dark: decoding")
+    return _framed("".join(bars), f"{width:.4g} s", "", note="light: waiting for the first token; dark: decoding")
 
 
 def _x(part: float) -> float:
@@ -154,15 +248,9 @@ def _y(part: float) -> float:
     return (1 - part) * (_HEIGHT - _BOTTOM)
 
 
-def _legend(names: list[str]) -> str:
-    return (
-        "" if len(names) < 2 else ", ".join(f"{name} ({colour})" for name, colour in zip(names, _COLOURS, strict=False))
-    )
-
-
-def _framed(content: str, right: str, top: str, legend: str) -> str:
+def _framed(content: str, right: str, top: str, names: Sequence[str] = (), note: str = "") -> str:
     floor = _HEIGHT - _BOTTOM
-    label = html.escape(legend)
+    label = html.escape(", ".join(names) or note)
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label or "plot"}">'
         f'<line x1="{_LEFT}" y1="{floor}" x2="{_WIDTH - 8}" y2="{floor}" stroke="#999"/>'
@@ -170,5 +258,13 @@ def _framed(content: str, right: str, top: str, legend: str) -> str:
         f'<g font-size="13" fill="#555"><text x="{_LEFT}" y="{floor + 16}">0</text>'
         f'<text x="{_WIDTH - 8}" y="{floor + 16}" text-anchor="end">{html.escape(right)}</text>'
         f'<text x="{_LEFT - 6}" y="12" text-anchor="end">{html.escape(top)}</text>'
-        f'<text x="{_LEFT}" y="{_HEIGHT - 2}">{label}</text></g></svg>'
+        f'<text x="{_LEFT}" y="{_HEIGHT - 2}">{_legend(names) or html.escape(note)}</text></g></svg>'
+    )
+
+
+def _legend(names: Sequence[str]) -> str:
+    """Each name in its line's colour, with a mark before it."""
+    return "".join(
+        f'<tspan fill="{colour}" font-weight="600">{"" if not place else "   "}\u25ac {html.escape(name)}</tspan>'
+        for place, (name, colour) in enumerate(zip(names, cycle(_COLOURS), strict=False))
     )

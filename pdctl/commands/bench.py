@@ -8,7 +8,6 @@ import math
 import random
 import sys
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,188 +15,104 @@ import typer
 
 from pdctl import console
 from pdctl.commands.bench_chaos import chaos
-from pdctl.commands.common import STATE, call, find_service, is_interactive
+from pdctl.commands.bench_compare import compare
+from pdctl.commands.bench_keep import draw, drawing, write
+from pdctl.commands.bench_load import (
+    BurstOption,
+    ConcurrencyOption,
+    CountOption,
+    DataOption,
+    EosOption,
+    GoodputOption,
+    InputOption,
+    LengthOption,
+    Load,
+    LongestOption,
+    OutputOption,
+    PrefixesOption,
+    PrefixOption,
+    RampOption,
+    RateOption,
+    SeedOption,
+    SpeedOption,
+    TimeoutOption,
+    WarmUpOption,
+    Workload,
+    WorkloadOption,
+    check_rates,
+    endpoint_of,
+    targets_of,
+    vocabulary,
+)
+from pdctl.commands.bench_profile import profile
+from pdctl.commands.bench_watch import Engines
 from pdctl.errors import PdctlError, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pdctl.bench import Asked
     from pdctl.bench.client import Endpoint, Run
     from pdctl.bench.metrics import Figures, Targets
     from pdctl.bench.workload import Vocabulary
 
 app = typer.Typer(help="Measure a service, and compare results.", no_args_is_help=True)
 
-_TARGETS = ("ttft", "tpot", "e2el")
-
-
-class Workload(StrEnum):
-    """Where prompts come from."""
-
-    SYNTHETIC = "synthetic"
-    SHARED_PREFIX = "shared-prefix"
-    FILE = "file"
-    TRACE = "trace"
-
 
 @app.command()
 def serve(
     url: str = typer.Argument(None, help="The service's address. Default: the running pdctl service's."),
-    workload: Workload = typer.Option(Workload.SYNTHETIC, "--workload", help="Where prompts come from."),
-    path: Path | None = typer.Option(None, "--data", help="file: JSON lines; trace: Azure's CSV or Mooncake's JSONL."),
-    count: int = typer.Option(100, "-n", "--requests", min=0, help="Requests; trace: at most, 0 for all of it."),
-    rate: float = typer.Option(math.inf, "--rate", help="Requests a second; inf: all at once."),
-    ramp_to: float | None = typer.Option(None, "--ramp-to", help="Change evenly from --rate to this rate."),
-    burstiness: float = typer.Option(1.0, "--burstiness", help="1: Poisson; less: bursts; more: steady."),
-    concurrency: int = typer.Option(0, "--concurrency", min=0, help="Requests at once, at most; 0: no limit."),
-    inputs: str = typer.Option("256", "--input", help="Tokens of a prompt: 512, 100-900, lognormal:500:0.8"),
-    outputs: str = typer.Option("64", "--output", help="Tokens of an answer, likewise."),
-    prefixes: int = typer.Option(4, "--prefixes", min=1, help="shared-prefix: how many common beginnings."),
-    prefix: int = typer.Option(256, "--prefix", min=1, help="shared-prefix: tokens of each."),
-    speed: float = typer.Option(1.0, "--speed", help="trace: so many times as fast."),
-    length: float = typer.Option(1.0, "--length", help="trace: lengths times this."),
-    longest: int = typer.Option(0, "--longest", min=0, help="trace: tokens of prompt and answer at most."),
-    warm_up: int = typer.Option(2, "--warm-up", min=0, help="Requests sent first and not counted."),
-    goodput: list[str] = typer.Option([], "--goodput", help="Targets in ms, such as ttft:200 tpot:50; several."),
+    workload: WorkloadOption = Workload.SYNTHETIC,
+    path: DataOption = None,
+    count: CountOption = 100,
+    rate: RateOption = math.inf,
+    ramp_to: RampOption = None,
+    burstiness: BurstOption = 1.0,
+    concurrency: ConcurrencyOption = 0,
+    inputs: InputOption = "256",
+    outputs: OutputOption = "64",
+    prefixes: PrefixesOption = 4,
+    prefix: PrefixOption = 256,
+    speed: SpeedOption = 1.0,
+    length: LengthOption = 1.0,
+    longest: LongestOption = 0,
+    warm_up: WarmUpOption = 2,
+    goodput: GoodputOption = [],  # noqa: B006 - typer's default, never changed
     model: str = typer.Option("", "--model", help="Default: the first that the service lists."),
     key: str = typer.Option("", "--key", envvar="OPENAI_API_KEY", help="API key.", show_default=False),
-    seed: int = typer.Option(0, "--seed", help="The same seed asks the same."),
-    ignore_eos: bool = typer.Option(True, "--ignore-eos/--heed-eos", help="Answers as long as they were asked for."),
-    timeout: float = typer.Option(600.0, "--timeout", min=0.1, help="Seconds for one answer."),
+    seed: SeedOption = 0,
+    ignore_eos: EosOption = True,
+    timeout: TimeoutOption = 600.0,
+    repeats: int = typer.Option(1, "--repeats", min=1, max=30, help="The same load so often, with 95% intervals."),
     out: Path | None = typer.Option(None, "--out", help="Write the result as JSON, as vllm bench serve does."),
     page: Path | None = typer.Option(None, "--html", help="Write a page with plots."),
+    pictures: Path | None = typer.Option(None, "--png", help="Write plots into this folder."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
     """Put load on a service and measure it. Ctrl-C ends it and keeps what there is. Exit 1: nothing was answered."""
-    from pdctl.bench import client
-    from pdctl.bench.metrics import QUANTILES, bottleneck, figures
+    from pdctl.bench.metrics import figures, over_runs, pooled
 
-    targets = _targets(goodput)
-    _check_rates(rate, ramp_to, burstiness, speed, length)
-    endpoint = _endpoint(url, model, key, ignore_eos, timeout)
-    words = vocabulary(endpoint)
-    rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
-    asked = _asked(
-        workload, path, count, inputs, outputs, (prefixes, prefix), (speed, length, longest), words, rng, seed
-    )
-    if not asked:
-        raise PdctlError("there is nothing to ask", "--requests N, or a trace with lines")
-    times = _times(asked, rate, ramp_to, burstiness, rng)
-    if warm_up:
-        console.note(f"warming up with {warm_up} requests ...")
-        first = (asked * (warm_up // len(asked) + 1))[:warm_up]
-        asyncio.run(client.drive(endpoint, first, [0.0] * warm_up, 1, lambda _: None))
-    run = asyncio.run(client.drive(endpoint, asked, times, concurrency, _progress(len(asked))))
-    found = _labelled(figures(run, targets), endpoint, rate, burstiness, concurrency, len(asked))
-    _show(found, targets, list(QUANTILES), bottleneck(run), run, len(asked), out, page, as_json)
-
-
-def _endpoint(url: str | None, model: str, key: str, ignore_eos: bool, timeout: float) -> Endpoint:
-    from dataclasses import replace
-
-    from pdctl.bench import client
-
-    headers = f"authorization: Bearer {key}\r\n".encode() if key else b""
-    fields: dict[str, object] = {"ignore_eos": True} if ignore_eos else {}
-    endpoint = client.Endpoint(url or _running(), model, headers, fields, timeout)
-    return replace(endpoint, model=model or asyncio.run(client.models(endpoint))[0])
-
-
-def _running() -> str:
-    status = call(find_service(None, None), "GET", STATE)
-    return str(status["proxy_url"])
-
-
-def _targets(words: list[str]) -> Targets:
-    from pdctl.bench.metrics import Targets
-
-    found: dict[str, float] = {}
-    for word in " ".join(words).split():
-        name, _, limit = word.partition(":")
-        try:
-            found[name] = float(limit)
-        except ValueError:
-            found[name] = -1.0
-        if name not in _TARGETS or not found[name] > 0:
-            raise PdctlError(f"--goodput {word!r} is no target", f"such as ttft:200; names: {', '.join(_TARGETS)}")
-    return Targets(**found)
-
-
-def _check_rates(rate: float, ramp_to: float | None, burstiness: float, speed: float, length: float) -> None:
-    for option, value in (
-        ("--rate", rate), ("--burstiness", burstiness), ("--speed", speed), ("--length", length),
-        ("--ramp-to", 1.0 if ramp_to is None else ramp_to),
-    ):  # fmt: skip
-        if not value > 0:
-            raise PdctlError(f"{option} {value:g}: must be more than 0")
-    if ramp_to is not None and math.isinf(rate):
-        raise PdctlError("--ramp-to needs a --rate to begin with", "such as --rate 1 --ramp-to 10")
-
-
-def vocabulary(endpoint: Endpoint) -> Vocabulary:
-    """Token ids that prompts for this service may be made of."""
-    from pdctl.bench.client import tokenized
-    from pdctl.bench.workload import Vocabulary, sentence
-
-    ids = asyncio.run(tokenized(endpoint, sentence()))
-    if not ids:
-        console.note("the service does not tokenize: prompts are words, and their lengths about right")
-    # A first token that only begins texts would be odd in the middle.
-    return Vocabulary(tuple(sorted(set(ids[1:]))))
-
-
-def _asked(
-    workload: Workload,
-    path: Path | None,
-    count: int,
-    inputs: str,
-    outputs: str,
-    shared: tuple[int, int],
-    scale: tuple[float, float, int],
-    words: Vocabulary,
-    rng: random.Random,
-    seed: int,
-) -> list[Asked]:
-    from pdctl.bench import trace
-    from pdctl.bench import workload as works
-
-    out = works.lengths(outputs, "--output")
-    if workload in (Workload.FILE, Workload.TRACE):
-        if path is None:
-            raise PdctlError(f"--workload {workload} needs --data FILE")
-        if workload is Workload.FILE:
-            return works.from_file(path, out, rng)[: count or None]
-        speed, length, longest = scale
-        return trace.read_trace(path, trace.Scale(speed, length, count, longest=longest), words, seed)
-    into = works.lengths(inputs, "--input")
-    if workload is Workload.SHARED_PREFIX:
-        return works.shared_prefix(count, *shared, into, out, words, rng)
-    return works.synthetic(count, into, out, words, rng)
-
-
-def _times(
-    asked: list[Asked], rate: float, ramp_to: float | None, burstiness: float, rng: random.Random
-) -> list[float]:
-    """A trace has its own, unless a rate is given."""
-    from pdctl.bench import arrivals
-
-    own = [request.at for request in asked if request.at is not None]
-    if len(own) == len(asked) and math.isinf(rate):
-        return own
-    if ramp_to is not None:
-        return arrivals.ramp(len(asked), rate, ramp_to, rng)
-    return arrivals.gamma(len(asked), rate, burstiness, rng)
-
-
-def _progress(count: int) -> Callable[[Run], None]:
-    def show(run: Run) -> None:
-        done = sum(record.ended_at > 0 and record.sent_at > 0 for record in run.records)
-        failed = sum(bool(record.error) for record in run.records)
-        line = f"{done} of {count} done, {len(run.records) - done} running, {failed} failed"
-        console.note(f"\r\x1b[K{line}" if is_interactive() else line, end="" if is_interactive() else "\n")
-
-    return show
+    targets = targets_of(goodput)
+    load = Load(workload, path, count, rate, ramp_to, burstiness, concurrency, inputs, outputs, (prefixes, prefix),
+                (speed, length, longest), warm_up, seed)  # fmt: skip
+    load.check()
+    if pictures is not None:
+        drawing()
+    endpoint = endpoint_of(url, model, key, ignore_eos, timeout)
+    asked, times = load.requests(vocabulary(endpoint))
+    runs: list[Run] = []
+    engines = Engines()
+    with engines.watched(endpoint.url):
+        while len(runs) < repeats and not (runs and runs[-1].was_interrupted):
+            runs.append(load.run(endpoint, asked, times))
+    run = pooled(runs)
+    found = _labelled(figures(run, targets), endpoint, rate, burstiness, concurrency, len(asked) * len(runs))
+    ours = found["pdctl"]
+    assert isinstance(ours, dict)
+    ours |= {"engines": engines.samples}
+    if len(runs) > 1:
+        ours |= {"repeats": over_runs([figures(one, targets) for one in runs])}
+    _show(found, targets, run, len(asked) * repeats, as_json)
+    _keep(found, run, len(asked) * repeats, out, page, pictures)
+    if not found["completed"]:
+        raise PdctlError("no request was answered", "see the reasons above")
 
 
 def _labelled(
@@ -218,43 +133,36 @@ def _labelled(
     return about | found
 
 
-def _show(
-    found: Figures,
-    targets: Targets,
-    quantiles: list[int],
-    doubt: str,
-    run: Run,
-    count: int,
-    out: Path | None,
-    page: Path | None,
-    as_json: bool,
-) -> None:
-    from pdctl.bench import report
+def _doubts(run: Run, count: int) -> str:
+    """What a reader of the figures must know."""
+    from pdctl.bench.metrics import bottleneck
 
-    if is_interactive():
-        console.note("")
     note = f"interrupted: {len(run.records)} of {count} requests were sent" if run.was_interrupted else ""
-    if doubt:
-        note = "; ".join(filter(None, [note, f"the client was the bottleneck: {doubt}"]))
-    console.out(json.dumps(found) if as_json else report.text(found, targets, quantiles))
-    if note:
+    doubt = bottleneck(run)
+    return "; ".join(filter(None, [note, f"the client was the bottleneck: {doubt}" if doubt else ""]))
+
+
+def _show(found: Figures, targets: Targets, run: Run, count: int, as_json: bool) -> None:
+    from pdctl.bench import report
+    from pdctl.bench.metrics import QUANTILES
+
+    console.out(json.dumps(found) if as_json else report.text(found, targets, QUANTILES))
+    if note := _doubts(run, count):
         console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} {note}")
-    errors = {record.error for record in run.records if record.error}
-    for error in sorted(errors)[:3]:
+    for error in sorted({record.error for record in run.records if record.error})[:3]:
         console.note(f"failed: {error}")
-    for target, text in ((out, json.dumps(found)), (page, report.page(found, "pdctl bench serve", quantiles, note))):
-        if target is not None:
-            _write(target, text)
-    if not found["completed"]:
-        raise PdctlError("no request was answered", "see the reasons above")
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as failure:
-        raise PdctlError(f"{path} cannot be written: {failure.strerror}") from None
-    console.note(f"written: {path}")
+def _keep(found: Figures, run: Run, count: int, out: Path | None, page: Path | None, pictures: Path | None) -> None:
+    from pdctl.bench import report
+    from pdctl.bench.metrics import QUANTILES
+
+    if out is not None:
+        write(out, json.dumps(found))
+    if page is not None:
+        write(page, report.page(found, "pdctl bench serve", QUANTILES, _doubts(run, count)))
+    if pictures is not None:
+        draw(pictures, {"": found})
 
 
 @app.command()
@@ -274,9 +182,9 @@ def sweep(
     """Search the highest rate at which enough answers meet their targets. Exit code 1: not even the lowest did."""
     from pdctl.bench.sweep import Search
 
-    targets = _targets(goodput)
-    _check_rates(first, None, 1.0, 1.0, 1.0)
-    endpoint = _endpoint(url, model, key, ignore_eos=True, timeout=600.0)
+    targets = targets_of(goodput)
+    check_rates(first, None, 1.0, 1.0, 1.0)
+    endpoint = endpoint_of(url, model, key, ignore_eos=True, timeout=600.0)
     words, search = vocabulary(endpoint), Search(first, attainment)
     rows = []
     while (rate := search.next()) is not None:
@@ -345,27 +253,5 @@ def transfer(
 
 
 app.command()(chaos)
-
-
-@app.command()
-def compare(
-    first: Path = typer.Argument(..., help="A result of bench serve --out."),
-    second: Path = typer.Argument(..., help="The one that it is compared with."),
-    as_json: bool = typer.Option(False, "--json", help="Print JSON on stdout."),
-) -> None:
-    """Ratios of two results, first over second, with 95% bootstrap intervals."""
-    from dataclasses import asdict
-
-    from pdctl.bench import compare as comparing
-
-    found = comparing.compare(comparing.read(first), comparing.read(second))
-    if not found:
-        raise PdctlError("the two results have nothing in common that could be compared")
-    if as_json:
-        console.out(json.dumps([{**asdict(ratio), "verdict": ratio.verdict} for ratio in found], indent=2))
-        return
-    rows = [
-        [r.name, f"{r.first:.4g}", f"{r.second:.4g}", f"{r.ratio:.3f}", f"{r.low:.3f} to {r.high:.3f}", r.verdict]
-        for r in found
-    ]
-    console.out(console.table(["", "FIRST", "SECOND", "RATIO", "95%", ""], rows))
+app.command()(compare)
+app.command()(profile)

@@ -52,7 +52,7 @@ def chaos(
     _check(faults, names, rng)
     url = str(status["proxy_url"])
     endpoint = Endpoint(url, asyncio.run(models(Endpoint(url)))[0], fields={"ignore_eos": True}, timeout_s=600.0)
-    from pdctl.commands.bench import vocabulary
+    from pdctl.commands.bench_load import vocabulary
 
     into, out = lengths(inputs, "--input"), lengths(outputs, "--output")
     asked = synthetic(prompts, into, out, vocabulary(endpoint), rng)

@@ -50,9 +50,23 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
     for spec in planned.processes:
         for what, reason in spec.why.items():
             console.out(f"{spec.name}: {what} {_shown(getattr(spec, what))}: {reason}")
+    _expected(planned)
     if not planned.model_ready:
         where = f"made ready, in {planned.model_path}" if planned.model_path.startswith("/") else "fetched from the Hub"
         console.note(f"\non the first `pdctl up` the model is {where}")
+
+
+def _expected(planned: Plan) -> None:
+    """By the service's profile, where one was measured of this model."""
+    from pdctl.bench.profile import load, path_of
+    from pdctl.commands.bench_profile import summary
+    from pdctl.host.users import state_root
+
+    found = load(path_of(state_root(), planned.service))
+    if found is not None and found.model == planned.served_model_name:
+        console.out(f"\nby the profile of {found.date}, on an idle service:")
+        for line in summary(found):
+            console.out(f"  {line}")
 
 
 def _shown(value: object) -> str:

@@ -42,7 +42,7 @@ def test_twice_as_slow_is_seen_as_that() -> None:
     found = {ratio.name: ratio for ratio in compare(result(0.04), result(0.02))}
     assert found["ITL p50"].ratio == pytest.approx(2.0, rel=0.02)
     assert found["ITL p50"].low < 2.0 < found["ITL p50"].high
-    assert found["ITL p50"].verdict == "first is higher"
+    assert found["ITL p50"].verdict == "first is higher: worse"
     assert found["TTFT p50"].verdict == "no difference shown"
     same = {ratio.name: ratio for ratio in compare(result(0.02), result(0.02))}
     assert {ratio.verdict for ratio in same.values()} == {"no difference shown"}
@@ -76,10 +76,10 @@ class Checker(HTMLParser):
         self.fetched: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("script", "img", "iframe", "link", "object"):
+        if tag in ("script", "img", "iframe", "object"):
             self.fetched.append(tag)
-        self.fetched += [value for name, value in attrs if name in ("src", "href") and value]
-        if tag not in ("meta", "rect", "line", "polyline"):
+        self.fetched += [value for name, value in attrs if name in ("src", "href") and value and value != "data:,"]
+        if tag not in ("meta", "link", "rect", "line", "polyline"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

@@ -1,0 +1,71 @@
+"""Plots as PNG files, by matplotlib: of one result, or of several beside each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+from pdctl.bench.metrics import Figures, percentile
+from pdctl.bench.report import sampled, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SIZE = (7.0, 3.2)
+_DPI = 130
+_FILES = {"Time to first token": "ttft", "Between tokens": "itl", "Whole answer": "e2e"}
+_OVER_TIME = {"running": "requests running", "kv_used": "part of KV in use", "leases": "leases on KV"}
+
+
+def pictures(folder: Path, results: dict[str, Figures]) -> list[str]:
+    """Names of the files written. Raises OSError."""
+    found = []
+    shown = {name: series(figures) for name, figures in results.items()}
+    for metric, file in _FILES.items():
+        lines = {name: values[metric] for name, values in shown.items() if values[metric]}
+        if lines:
+            found.append(_cdf(folder / f"{file}.png", metric, lines))
+    for figures in results.values() if len(results) == 1 else ():
+        found += _engines(folder, figures)
+    return found
+
+
+def _cdf(path: Path, title: str, lines: dict[str, list[float]]) -> str:
+    figure, axes = _axes(f"{title}, ms", "part of all")
+    most = max(percentile(values, 99.5) for values in lines.values())
+    for name, values in lines.items():
+        ordered = sorted(values)
+        axes.plot(ordered, [(n + 1) / len(ordered) for n in range(len(ordered))], label=name or None)
+    axes.set_xlim(0, most)
+    return _saved(figure, axes, path, "" not in lines)
+
+
+def _engines(folder: Path, figures: Figures) -> list[str]:
+    times, engines = sampled(figures)
+    found = []
+    for what, title in _OVER_TIME.items() if times else ():
+        figure, axes = _axes("seconds", title)
+        for name, lists in engines.items():
+            values = [float("nan") if value is None else value for value in lists[what]]
+            axes.plot(times, values, label=name)
+        found.append(_saved(figure, axes, folder / f"{what}.png", True))
+    return found
+
+
+def _axes(below: str, left: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(below)
+    axes.set_ylabel(left)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _saved(figure: Figure, axes: Axes, path: Path, is_named: bool) -> str:
+    if is_named:
+        axes.legend()
+    figure.savefig(path, dpi=_DPI)
+    return path.name

@@ -1,0 +1,161 @@
+"""The latency model of a service: how long a prefill takes by its length, a decode step by its batch and contexts.
+
+Prefill: a + b*l + c*l^2. Decode: a + b*(sum of contexts) + c*batch (DistServe's simulator; Zhong et al., OSDI 2024).
+Fitted by least squares of the *relative* error, which is what counts when steps differ by an order of magnitude, with
+no coefficient below zero: a column that wants to be is left out. Its error is told on measurements that were held out.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pdctl.bench.metrics import percentile
+
+_HELD_OUT = 0.4
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement: prompt tokens, or the sum of contexts and the batch; seconds that it took."""
+
+    kind: str
+    tokens: float
+    batch: int
+    seconds: float
+
+    @property
+    def row(self) -> tuple[float, float, float]:
+        """What its kind's coefficients are multiplied with."""
+        last = self.tokens * self.tokens if self.kind == PREFILL else float(self.batch)
+        return (1.0, self.tokens, last)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Coefficients of one kind, and what it is worth: mean and 90th percentile of the relative error on points that
+    were not fitted; `points`: fitted and held out."""
+
+    coefficients: tuple[float, float, float]
+    error: float
+    error_p90: float
+    points: tuple[int, int]
+
+    def seconds(self, row: Sequence[float]) -> float:
+        """Predicted."""
+        return sum(a * x for a, x in zip(self.coefficients, row, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Both lines of one service. `longest`: tokens of the longest prompt that was measured; `widest`: the batch."""
+
+    model: str
+    date: str
+    prefill: Line
+    decode: Line
+    longest: int
+    widest: int
+
+    def ttft_s(self, tokens: int) -> float:
+        """Of a prompt, on an idle service."""
+        return self.prefill.seconds(Point(PREFILL, tokens, 1, 0.0).row)
+
+    def tpot_s(self, batch: int, context: int) -> float:
+        """With `batch` streams of `context` tokens each."""
+        return self.decode.seconds(Point(DECODE, batch * context, batch, 0.0).row)
+
+
+def fit(points: Sequence[Point], seed: int = 0) -> Line:
+    """A line through some of them, judged by the rest. Raises ValueError for fewer points than it needs."""
+    if len(points) < 8:
+        raise ValueError(f"{len(points)} measurements are too few for a line")
+    mixed = list(points)
+    random.Random(seed).shuffle(mixed)  # noqa: S311 - which are held out
+    cut = round(len(mixed) * (1 - _HELD_OUT))
+    fitted, held_out = mixed[:cut], mixed[cut:]
+    line = Line(_coefficients(fitted), 0.0, 0.0, (0, 0))
+    errors = [abs(line.seconds(point.row) / point.seconds - 1) for point in held_out]
+    return Line(line.coefficients, statistics.fmean(errors), percentile(errors, 90), (len(fitted), len(held_out)))
+
+
+def _coefficients(points: Sequence[Point]) -> tuple[float, float, float]:
+    columns = [0, 1, 2]
+    while True:
+        # Divided by what was measured, each row wants 1.
+        rows = [[point.row[column] / point.seconds for column in columns] for point in points]
+        found = _least_squares(rows)
+        worst = min(range(len(columns)), key=lambda place: found[place])
+        if found[worst] >= 0 or len(columns) == 1:
+            whole = [0.0, 0.0, 0.0]
+            for column, value in zip(columns, found, strict=True):
+                whole[column] = max(0.0, value)
+            return (whole[0], whole[1], whole[2])
+        del columns[worst]
+
+
+def _least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
+    """x of the least |rows x - 1|, by the normal equations, columns scaled first; 0 for a column without any say."""
+    size = len(rows[0])
+    scale = [max(abs(row[column]) for row in rows) or 1.0 for column in range(size)]
+    scaled = [[value / scale[column] for column, value in enumerate(row)] for row in rows]
+    matrix = [
+        [sum(row[a] * row[b] for row in scaled) for b in range(size)] + [sum(row[a] for row in scaled)]
+        for a in range(size)
+    ]
+    for pivot in range(size):
+        best = max(range(pivot, size), key=lambda place: abs(matrix[place][pivot]))
+        matrix[pivot], matrix[best] = matrix[best], matrix[pivot]
+        if abs(matrix[pivot][pivot]) < 1e-12:
+            continue
+        for other in range(size):
+            if other != pivot:
+                factor = matrix[other][pivot] / matrix[pivot][pivot]
+                matrix[other] = [a - factor * b for a, b in zip(matrix[other], matrix[pivot], strict=True)]
+    return [
+        matrix[place][size] / matrix[place][place] / scale[place] if abs(matrix[place][place]) >= 1e-12 else 0.0
+        for place in range(size)
+    ]
+
+
+def path_of(state_root: Path, service: str) -> Path:
+    """Where a service's profile is kept."""
+    return state_root / service / "profile.json"
+
+
+def save(path: Path, profile: Profile) -> None:
+    """Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps({"schema": 1, **asdict(profile)}, indent=2))
+    new.replace(path)
+
+
+def load(path: Path) -> Profile | None:
+    """None where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+        return Profile(
+            str(found["model"]), str(found["date"]), _line(found[PREFILL]), _line(found[DECODE]),
+            int(found["longest"]), int(found["widest"]),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _line(found: dict[str, object]) -> Line:
+    a, b, c = (float(value) for value in _numbers(found["coefficients"]))
+    (error,), (p90,) = _numbers([found["error"]]), _numbers([found["error_p90"]])
+    fitted, held_out = _numbers(found["points"])
+    return Line((a, b, c), error, p90, (int(fitted), int(held_out)))
+
+
+def _numbers(value: object) -> list[float]:
+    if not isinstance(value, list) or not all(isinstance(one, int | float) for one in value):
+        raise ValueError("not a list of numbers")
+    return [float(one) for one in value]

@@ -1,0 +1,240 @@
+"""`pdctl bench compare`: two results, or two topologies that are started in turn under one load."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from pdctl import console
+from pdctl.commands.bench_keep import draw, drawing, write
+from pdctl.commands.bench_load import (
+    BurstOption,
+    ConcurrencyOption,
+    CountOption,
+    DataOption,
+    EosOption,
+    GoodputOption,
+    InputOption,
+    LengthOption,
+    Load,
+    LongestOption,
+    OutputOption,
+    PrefixesOption,
+    PrefixOption,
+    RampOption,
+    RateOption,
+    SeedOption,
+    SpeedOption,
+    TimeoutOption,
+    WarmUpOption,
+    Workload,
+    WorkloadOption,
+    endpoint_of,
+    targets_of,
+    vocabulary,
+)
+from pdctl.commands.common import STATE, call, find_service, running_services
+from pdctl.errors import PdctlError
+
+if TYPE_CHECKING:
+    from pdctl.bench.client import Run
+    from pdctl.bench.compare import Ratio
+    from pdctl.bench.metrics import Figures, Targets
+
+# Weights are loaded, a model may be made ready first.
+_START_S, _STOP_S = 1800.0, 180.0
+
+
+def compare(
+    context: typer.Context,
+    first: Path = typer.Argument(..., help="A topology (.toml), or a result of bench serve --out."),
+    second: Path = typer.Argument(..., help="The one that it is compared with, of the same kind."),
+    rounds: int = typer.Option(3, "--rounds", min=1, max=30, help="Topologies: each is started so often, in turn."),
+    workload: WorkloadOption = Workload.SYNTHETIC,
+    path: DataOption = None,
+    count: CountOption = 100,
+    rate: RateOption = math.inf,
+    ramp_to: RampOption = None,
+    burstiness: BurstOption = 1.0,
+    concurrency: ConcurrencyOption = 0,
+    inputs: InputOption = "256",
+    outputs: OutputOption = "64",
+    prefixes: PrefixesOption = 4,
+    prefix: PrefixOption = 256,
+    speed: SpeedOption = 1.0,
+    length: LengthOption = 1.0,
+    longest: LongestOption = 0,
+    warm_up: WarmUpOption = 4,
+    goodput: GoodputOption = [],  # noqa: B006 - typer's default, never changed
+    seed: SeedOption = 0,
+    ignore_eos: EosOption = True,
+    timeout: TimeoutOption = 600.0,
+    out: Path | None = typer.Option(None, "--out", help="Topologies: write both results into this folder."),
+    page: Path | None = typer.Option(None, "--html", help="Write a page with plots of both."),
+    pictures: Path | None = typer.Option(None, "--png", help="Write plots of both into this folder."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON on stdout."),
+) -> None:
+    """Ratios of two results, first over second, with 95% intervals. Of two topologies, each is started in turn, gets
+    the same load, and is stopped. Their services must not be running."""
+    if pictures is not None:
+        drawing()
+    kinds = {one.suffix == ".toml" for one in (first, second)}
+    if len(kinds) > 1:
+        raise PdctlError(f"{first} and {second} are not of one kind", "two topologies (.toml), or two results")
+    names = _titles(first, second)
+    if kinds == {False}:
+        _refuse_load_options(context)
+        from pdctl.bench.compare import read
+
+        results = (read(first), read(second))
+    else:
+        targets = targets_of(goodput)
+        load = Load(workload, path, count, rate, ramp_to, burstiness, concurrency, inputs, outputs,
+                    (prefixes, prefix), (speed, length, longest), warm_up, seed)  # fmt: skip
+        load.check()
+        results = _measured((first, second), load, rounds, targets, ignore_eos, timeout)
+    _keep(results, names, out, page, pictures)
+    _tell(results, names, as_json)
+
+
+def _titles(first: Path, second: Path) -> tuple[str, str]:
+    """Short, and different."""
+    return (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
+
+
+_OF_RESULTS = {"first", "second", "page", "pictures", "as_json"}
+
+
+def _refuse_load_options(context: typer.Context) -> None:
+    """Two results have been measured: nothing is asked again. Raises PdctlError."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if getattr(source, "name", "") == "COMMANDLINE" and parameter.name not in _OF_RESULTS:
+            raise PdctlError(f"{parameter.opts[0]} is for topologies; these are results", "leave it out")
+
+
+# -- topologies --------------------------------------------------------------------------------------------
+
+
+def _measured(
+    files: tuple[Path, Path], load: Load, rounds: int, targets: Targets, ignore_eos: bool, timeout: float
+) -> tuple[Figures, Figures]:
+    """Each in turn, the order changing from round to round, so that a machine that grows slow is slow for both."""
+    from pdctl.bench.metrics import figures, over_runs, pooled
+
+    for file in files:
+        if (name := find_service(None, file)) in running_services():
+            raise PdctlError(f"service {name!r} of {file} is running", f"end it first: pdctl down -s {name}")
+    runs: tuple[list[Run], list[Run]] = ([], [])
+    for number in range(rounds):
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            console.note(f"round {number + 1} of {rounds}: {files[side]}")
+            runs[side].append(_one(files[side], load, ignore_eos, timeout))
+            if runs[side][-1].was_interrupted:
+                raise KeyboardInterrupt
+    found = []
+    for side in (0, 1):
+        whole = figures(pooled(runs[side]), targets)
+        ours = whole["pdctl"]
+        assert isinstance(ours, dict)
+        ours["repeats"] = over_runs([figures(run, targets) for run in runs[side]])
+        found.append(whole)
+    return found[0], found[1]
+
+
+def _one(file: Path, load: Load, ignore_eos: bool, timeout: float) -> Run:
+    with _service(file) as url:
+        endpoint = endpoint_of(url, "", "", ignore_eos, timeout)
+        asked, times = load.requests(vocabulary(endpoint))
+        return load.run(endpoint, asked, times)
+
+
+@contextmanager
+def _service(file: Path) -> Iterator[str]:
+    """Its proxy's address, while it is up. Raises PdctlError with `up`'s own words."""
+    name = find_service(None, file)
+    _pdctl(["up", "-d", "-f", str(file)], _START_S)
+    try:
+        yield str(call(name, "GET", STATE)["proxy_url"])
+    finally:
+        _pdctl(["down", "-s", name], _STOP_S)
+
+
+def _pdctl(words: list[str], within_s: float) -> None:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pdctl", *words], capture_output=True, text=True, timeout=within_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise PdctlError(f"pdctl {' '.join(words)}: not done within {within_s:.0f} s") from None
+    if done.returncode:
+        raise PdctlError(f"pdctl {' '.join(words)} failed:\n{done.stderr.strip()}")
+
+
+# -- both --------------------------------------------------------------------------------------------------
+
+
+def _keep(
+    results: tuple[Figures, Figures], names: tuple[str, str], out: Path | None, page: Path | None, pictures: Path | None
+) -> None:
+    from pdctl.bench import report
+
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise PdctlError(f"{out} cannot be made: {failure.strerror}") from None
+        for name, figures in zip(names, results, strict=True):
+            write(out / f"{Path(name).stem}.json", json.dumps(figures))
+    both = dict(zip(names, results, strict=True))
+    if page is not None:
+        write(page, report.comparison(both, _rows(results), " against ".join(names)))
+    if pictures is not None:
+        draw(pictures, both)
+
+
+def _rows(results: tuple[Figures, Figures]) -> list[list[str]]:
+    from pdctl.bench.compare import compare as ratios
+
+    return [
+        [r.name, f"{r.first:.4g}", f"{r.second:.4g}", f"{r.ratio:.3f}", f"{r.low:.3f} to {r.high:.3f}", r.verdict]
+        for r in ratios(*results)
+    ]
+
+
+def _tell(results: tuple[Figures, Figures], names: tuple[str, str], as_json: bool) -> None:
+    from pdctl.bench.compare import compare as ratios
+
+    found = ratios(*results)
+    if not found:
+        raise PdctlError("the two results have nothing in common that could be compared")
+    if as_json:
+        console.out(json.dumps([{**asdict(ratio), "verdict": ratio.verdict} for ratio in found], indent=2))
+        return
+    console.out(console.table(["", names[0].upper(), names[1].upper(), "RATIO", "95%", ""], _rows(results)))
+    console.out("")
+    for line in verdicts(found, names[0]):
+        console.out(line)
+
+
+def verdicts(found: list[Ratio], name: str) -> list[str]:
+    """Where the first is better, where it is worse, where nothing was shown."""
+    told = {
+        f"{name} is better in": [r for r in found if r.is_shown and r.is_better],
+        f"{name} is worse in": [r for r in found if r.is_shown and not r.is_better],
+        "no difference shown in": [r for r in found if not r.is_shown],
+    }
+    return [
+        f"{words}: {', '.join(f'{r.name} ({r.ratio:.2f}x)' for r in ratios)}"
+        for words, ratios in told.items()
+        if ratios
+    ]

@@ -1,0 +1,201 @@
+"""What load a `pdctl bench` verb puts on a service: its options, and how they become requests at times."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pdctl import console
+from pdctl.commands.common import STATE, call, find_service, is_interactive
+from pdctl.errors import PdctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pdctl.bench import Asked
+    from pdctl.bench.client import Endpoint, Run
+    from pdctl.bench.metrics import Targets
+    from pdctl.bench.workload import Vocabulary
+
+TARGETS = ("ttft", "tpot", "e2el")
+
+
+class Workload(StrEnum):
+    """Where prompts come from."""
+
+    SYNTHETIC = "synthetic"
+    SHARED_PREFIX = "shared-prefix"
+    FILE = "file"
+    TRACE = "trace"
+
+
+WorkloadOption = Annotated[Workload, typer.Option("--workload", help="Where prompts come from.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="file: JSON lines; trace: Azure's CSV or Mooncake's JSONL.")
+]
+CountOption = Annotated[int, typer.Option("-n", "--requests", min=0, help="Requests; trace: at most, 0 for all of it.")]
+RateOption = Annotated[float, typer.Option("--rate", help="Requests a second; inf: all at once.")]
+RampOption = Annotated[float | None, typer.Option("--ramp-to", help="Change evenly from --rate to this rate.")]
+BurstOption = Annotated[float, typer.Option("--burstiness", help="1: Poisson; less: bursts; more: steady.")]
+ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=0, help="Requests at once, at most; 0: no limit.")]
+InputOption = Annotated[str, typer.Option("--input", help="Tokens of a prompt: 512, 100-900, lognormal:500:0.8")]
+OutputOption = Annotated[str, typer.Option("--output", help="Tokens of an answer, likewise.")]
+PrefixesOption = Annotated[int, typer.Option("--prefixes", min=1, help="shared-prefix: how many common beginnings.")]
+PrefixOption = Annotated[int, typer.Option("--prefix", min=1, help="shared-prefix: tokens of each.")]
+SpeedOption = Annotated[float, typer.Option("--speed", help="trace: so many times as fast.")]
+LengthOption = Annotated[float, typer.Option("--length", help="trace: lengths times this.")]
+LongestOption = Annotated[int, typer.Option("--longest", min=0, help="trace: tokens of prompt and answer at most.")]
+WarmUpOption = Annotated[int, typer.Option("--warm-up", min=0, help="Requests sent first and not counted.")]
+GoodputOption = Annotated[list[str], typer.Option("--goodput", help="Targets in ms: ttft:200 tpot:50; several.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="The same seed asks the same.")]
+EosOption = Annotated[bool, typer.Option("--ignore-eos/--heed-eos", help="Answers as long as they were asked for.")]
+TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one answer.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Options of one load, as they were given."""
+
+    workload: Workload
+    path: Path | None
+    count: int
+    rate: float
+    ramp_to: float | None
+    burstiness: float
+    concurrency: int
+    inputs: str
+    outputs: str
+    shared: tuple[int, int]
+    scale: tuple[float, float, int]
+    warm_up: int
+    seed: int
+
+    def check(self) -> None:
+        """Raises PdctlError for what makes no sense, before anything is asked."""
+        speed, length, _ = self.scale
+        check_rates(self.rate, self.ramp_to, self.burstiness, speed, length)
+
+    def requests(self, words: Vocabulary) -> tuple[list[Asked], list[float]]:
+        """What is asked, and when. Raises PdctlError."""
+        rng = random.Random(self.seed)  # noqa: S311 - a workload, not a secret
+        asked = self._asked(words, rng)
+        if not asked:
+            raise PdctlError("there is nothing to ask", "--requests N, or a trace with lines")
+        return asked, self._times(asked, rng)
+
+    def run(self, endpoint: Endpoint, asked: list[Asked], times: list[float]) -> Run:
+        """Warm up, then send it all."""
+        from pdctl.bench import client
+
+        if self.warm_up:
+            console.note(f"warming up with {self.warm_up} requests ...")
+            first = (asked * (self.warm_up // len(asked) + 1))[: self.warm_up]
+            found = asyncio.run(client.drive(endpoint, first, [0.0] * self.warm_up, 1, lambda _: None))
+            if found.was_interrupted:
+                raise KeyboardInterrupt
+        done = asyncio.run(client.drive(endpoint, asked, times, self.concurrency, _progress(len(asked))))
+        if is_interactive():
+            console.note("")
+        return done
+
+    def _asked(self, words: Vocabulary, rng: random.Random) -> list[Asked]:
+        from pdctl.bench import trace
+        from pdctl.bench import workload as works
+
+        out = works.lengths(self.outputs, "--output")
+        if self.workload in (Workload.FILE, Workload.TRACE):
+            if self.path is None:
+                raise PdctlError(f"--workload {self.workload} needs --data FILE")
+            if self.workload is Workload.FILE:
+                return works.from_file(self.path, out, rng)[: self.count or None]
+            speed, length, longest = self.scale
+            return trace.read_trace(
+                self.path, trace.Scale(speed, length, self.count, longest=longest), words, self.seed
+            )
+        into = works.lengths(self.inputs, "--input")
+        if self.workload is Workload.SHARED_PREFIX:
+            return works.shared_prefix(self.count, *self.shared, into, out, words, rng)
+        return works.synthetic(self.count, into, out, words, rng)
+
+    def _times(self, asked: list[Asked], rng: random.Random) -> list[float]:
+        """A trace has its own, unless a rate is given."""
+        from pdctl.bench import arrivals
+
+        own = [request.at for request in asked if request.at is not None]
+        if len(own) == len(asked) and math.isinf(self.rate):
+            return own
+        if self.ramp_to is not None:
+            return arrivals.ramp(len(asked), self.rate, self.ramp_to, rng)
+        return arrivals.gamma(len(asked), self.rate, self.burstiness, rng)
+
+
+def endpoint_of(url: str | None, model: str, key: str, ignore_eos: bool, timeout: float) -> Endpoint:
+    """Where to ask; the running service, and the first model it lists, where none is named. Raises PdctlError."""
+    from pdctl.bench import client
+
+    headers = f"authorization: Bearer {key}\r\n".encode() if key else b""
+    fields: dict[str, object] = {"ignore_eos": True} if ignore_eos else {}
+    endpoint = client.Endpoint(url or _running(), model, headers, fields, timeout)
+    return replace(endpoint, model=model or asyncio.run(client.models(endpoint))[0])
+
+
+def _running() -> str:
+    status = call(find_service(None, None), "GET", STATE)
+    return str(status["proxy_url"])
+
+
+def targets_of(words: list[str]) -> Targets:
+    """`ttft:200 tpot:50`. Raises PdctlError."""
+    from pdctl.bench.metrics import Targets
+
+    found: dict[str, float] = {}
+    for word in " ".join(words).split():
+        name, _, limit = word.partition(":")
+        try:
+            found[name] = float(limit)
+        except ValueError:
+            found[name] = -1.0
+        if name not in TARGETS or not found[name] > 0:
+            raise PdctlError(f"--goodput {word!r} is no target", f"such as ttft:200; names: {', '.join(TARGETS)}")
+    return Targets(**found)
+
+
+def check_rates(rate: float, ramp_to: float | None, burstiness: float, speed: float, length: float) -> None:
+    """Raises PdctlError."""
+    for option, value in (
+        ("--rate", rate), ("--burstiness", burstiness), ("--speed", speed), ("--length", length),
+        ("--ramp-to", 1.0 if ramp_to is None else ramp_to),
+    ):  # fmt: skip
+        if not value > 0:
+            raise PdctlError(f"{option} {value:g}: must be more than 0")
+    if ramp_to is not None and math.isinf(rate):
+        raise PdctlError("--ramp-to needs a --rate to begin with", "such as --rate 1 --ramp-to 10")
+
+
+def vocabulary(endpoint: Endpoint) -> Vocabulary:
+    """Token ids that prompts for this service may be made of."""
+    from pdctl.bench.client import tokenized
+    from pdctl.bench.workload import Vocabulary, sentence
+
+    ids = asyncio.run(tokenized(endpoint, sentence()))
+    if not ids:
+        console.note("the service does not tokenize: prompts are words, and their lengths about right")
+    # A first token that only begins texts would be odd in the middle.
+    return Vocabulary(tuple(sorted(set(ids[1:]))))
+
+
+def _progress(count: int) -> Callable[[Run], None]:
+    def show(run: Run) -> None:
+        done = sum(record.ended_at > 0 and record.sent_at > 0 for record in run.records)
+        failed = sum(bool(record.error) for record in run.records)
+        line = f"{done} of {count} done, {len(run.records) - done} running, {failed} failed"
+        console.note(f"\r\x1b[K{line}" if is_interactive() else line, end="" if is_interactive() else "\n")
+
+    return show

@@ -1,0 +1,82 @@
+"""What a service's engines do while load is put on it: running and waiting requests, KV in use, leases."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pdctl.commands.common import call, running_services
+from pdctl.errors import PdctlError
+
+_EVERY_S = 0.5
+# Hours of samples: enough for any plot.
+_MOST = 20_000
+FIELDS = ("running", "waiting", "kv_used", "leases", "tokens_per_s")
+
+# By engine, a list for each of FIELDS, None where it was not known; `at`: seconds of the monotonic clock.
+Samples = dict[str, object]
+
+
+@dataclass
+class Engines:
+    """Nothing is sampled of a service that is not one of this user's own, such as a bare engine elsewhere."""
+
+    at: list[float] = field(default_factory=list)
+    seen: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> Samples:
+        """For a result file."""
+        return {"at": self.at, "engines": self.seen} if self.at else {}
+
+    @contextmanager
+    def watched(self, url: str) -> Iterator[None]:
+        """Sample the service that answers at this address, from a thread, as long as this lasts."""
+        name = _service_at(url)
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(name, over), daemon=True)
+        if name:
+            watch.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if name:
+                watch.join(timeout=15)
+
+    def _watch(self, service: str, over: threading.Event) -> None:
+        while len(self.at) < _MOST:
+            # A supervisor that is gone or restarting: the load goes on without it.
+            with contextlib.suppress(PdctlError, KeyError):
+                self._sample(call(service, "GET", "/v1/status")["processes"])
+            if over.wait(_EVERY_S):
+                return
+
+    def _sample(self, processes: list[dict[str, object]]) -> None:
+        count = len(self.at)
+        self.at.append(time.monotonic())
+        for process in processes:
+            if process["kind"] == "proxy":
+                continue
+            lists = self.seen.setdefault(str(process["name"]), {name: [None] * count for name in FIELDS})
+            for name in FIELDS:
+                value = process.get(name)
+                lists[name].append(float(value) if isinstance(value, int | float) else None)
+        for lists in self.seen.values():
+            for values in lists.values():
+                values.extend([None] * (len(self.at) - len(values)))
+
+
+def _service_at(url: str) -> str:
+    """The running service whose proxy has this address; "" for none."""
+    for name in running_services():
+        try:
+            if str(call(name, "GET", "/v1/status?figures=0")["proxy_url"]).rstrip("/") == url.rstrip("/"):
+                return name
+        except (PdctlError, KeyError):
+            continue
+    return ""
