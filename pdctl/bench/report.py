@@ -16,7 +16,7 @@ _REPEATED = {
     "request_goodput": "goodput/s", "output_throughput": "tokens/s",
 }  # fmt: skip
 _COLOURS = ("#0b6e99", "#c2571a", "#3d7a3d", "#7a3d7a", "#8a6d00", "#b0325f", "#4a5568", "#00806a")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 52, 34
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 68, 28
 # More points than this are not seen in a plot.
 _MOST_POINTS = 400
 _STYLE = (
@@ -26,7 +26,9 @@ _STYLE = (
     "table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}"
     "th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid #ddd}"
     "th:first-child,td:first-child{text-align:left}"
-    "svg{width:100%;height:auto}.warn{background:#fff3cd;padding:.5rem .75rem;border-left:4px solid #c2571a}"
+    "svg{width:100%;height:auto}.t{font-size:14px}@media(max-width:600px){.t{font-size:20px}}"
+    ".legend{margin:0;font-size:.85rem}.legend span{margin-right:1rem;white-space:nowrap}"
+    ".warn{background:#fff3cd;padding:.5rem .75rem;border-left:4px solid #c2571a}"
     ".scroll{overflow-x:auto}"
 )
 
@@ -251,20 +253,30 @@ def _y(part: float) -> float:
 def _framed(content: str, right: str, top: str, names: Sequence[str] = (), note: str = "") -> str:
     floor = _HEIGHT - _BOTTOM
     label = html.escape(", ".join(names) or note)
+    below = _legend(names) or html.escape(note)
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label or "plot"}">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label or "plot"}">{_grid(floor)}'
         f'<line x1="{_LEFT}" y1="{floor}" x2="{_WIDTH - 8}" y2="{floor}" stroke="#999"/>'
         f'<line x1="{_LEFT}" y1="0" x2="{_LEFT}" y2="{floor}" stroke="#999"/>{content}'
-        f'<g font-size="13" fill="#555"><text x="{_LEFT}" y="{floor + 16}">0</text>'
-        f'<text x="{_WIDTH - 8}" y="{floor + 16}" text-anchor="end">{html.escape(right)}</text>'
-        f'<text x="{_LEFT - 6}" y="12" text-anchor="end">{html.escape(top)}</text>'
-        f'<text x="{_LEFT}" y="{_HEIGHT - 2}">{_legend(names) or html.escape(note)}</text></g></svg>'
+        f'<g class="t" fill="#555"><text x="{_LEFT}" y="{_HEIGHT - 6}">0</text>'
+        f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 6}" text-anchor="end">{html.escape(right)}</text>'
+        f'<text x="{_LEFT - 6}" y="20" text-anchor="end">{html.escape(top)}</text></g></svg>'
+        + (f'<p class="legend">{below}</p>' if below else "")
     )
+
+
+def _grid(floor: int) -> str:
+    """Quarters of both axes."""
+    across = "".join(
+        f'<line x1="{_LEFT}" y1="{floor * n / 4}" x2="{_WIDTH - 8}" y2="{floor * n / 4}"/>' for n in range(4)
+    )
+    down = "".join(f'<line x1="{_x(n / 4):.0f}" y1="0" x2="{_x(n / 4):.0f}" y2="{floor}"/>' for n in range(1, 5))
+    return f'<g stroke="#e5e5e5">{across}{down}</g>'
 
 
 def _legend(names: Sequence[str]) -> str:
     """Each name in its line's colour, with a mark before it."""
     return "".join(
-        f'<tspan fill="{colour}" font-weight="600">{"" if not place else "   "}\u25ac {html.escape(name)}</tspan>'
-        for place, (name, colour) in enumerate(zip(names, cycle(_COLOURS), strict=False))
+        f'<span style="color:{colour}">\u25ac\u00a0{html.escape(name)}</span> '
+        for name, colour in zip(names, cycle(_COLOURS), strict=False)
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
+from pdctl.commands.bench_watch import Leaks
 from pdctl.commands.common import STATE, FileOption, JsonOption, ServiceOption, Status, call, find_service
 from pdctl.errors import NotRunning, PdctlError, Verdict
 
@@ -20,13 +23,15 @@ if TYPE_CHECKING:
 
 _FAULTS = ("kill", "freeze")
 _LOOK_S = 0.1
+# Not a process of the topology: the one that looks after them.
+SUPERVISOR = "supervisor"
 
 
 def chaos(
     seconds: float = typer.Option(60.0, "--for", min=1.0, help="How long, seconds."),
     every: float = typer.Option(20.0, "--every", min=0.5, help="Seconds between faults."),
     faults: list[str] = typer.Option(
-        ["kill:prefill", "kill:decode"], "--fault", help="kill:GROUP or freeze:GROUP, also of proxy; several."
+        ["kill:prefill", "kill:decode"], "--fault", help="kill: or freeze: and a GROUP, proxy or supervisor; several."
     ),
     frozen: float = typer.Option(3.0, "--frozen", min=0.1, help="Seconds that a frozen process stands still."),
     streams: int = typer.Option(8, "--streams", min=1, help="Clients, each asking again when it is answered."),
@@ -47,9 +52,9 @@ def chaos(
 
     name = find_service(service, file)
     status = call(name, "GET", STATE)
-    names = [process["name"] for process in status["processes"]]
+    names = [*(process["name"] for process in status["processes"]), SUPERVISOR]
     rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
-    _check(faults, names, rng)
+    _check(faults, names, rng, Path(status["run_dir"]))
     url = str(status["proxy_url"])
     endpoint = Endpoint(url, asyncio.run(models(Endpoint(url)))[0], fields={"ignore_eos": True}, timeout_s=600.0)
     from pdctl.commands.bench_load import vocabulary
@@ -62,20 +67,22 @@ def chaos(
     except ValueError as failure:
         raise PdctlError(f"in quiet already: {failure}", "pdctl status, pdctl logs") from None
     seen = breaking.Seen(quiet_gaps=gaps)
-    schedule = _Schedule(name, faults, seconds, every, frozen, back_within, rng)
+    schedule = _Schedule(name, faults, seconds, every, frozen, back_within, rng, str(status["source"]))
+    leaked = Leaks()
 
     async def run() -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(breaking.load(endpoint, asked, texts, streams, seen, lambda: schedule.is_over))
             tasks.create_task(asyncio.to_thread(schedule.carry_out, seen))
+            tasks.create_task(asyncio.to_thread(leaked.watch, name, lambda: schedule.is_over))
 
     asyncio.run(run())
     leaks = _leaks(name)
-    _tell(seen, leaks, as_json)
+    _tell(seen, leaked, leaks, as_json)
     raise Verdict(1 if seen.broken or leaks else 0)
 
 
-def _check(faults: list[str], names: list[str], rng: random.Random) -> None:
+def _check(faults: list[str], names: list[str], rng: random.Random, run_dir: Path) -> None:
     from pdctl.bench.chaos import pick
 
     for word in faults:
@@ -83,6 +90,9 @@ def _check(faults: list[str], names: list[str], rng: random.Random) -> None:
         if what not in _FAULTS or pick(names, [word], rng) is None:
             hint = f"such as kill:decode; groups here: {', '.join(sorted({n.rpartition('-')[0] or n for n in names}))}"
             raise PdctlError(f"--fault {word!r} breaks nothing here", hint)
+        if word.endswith(f":{SUPERVISOR}") and (what != "kill" or not (run_dir / "adopt.json").exists()):
+            hint = 'kill:supervisor, and on_supervisor_death = "survive" under [supervisor]'
+            raise PdctlError(f"--fault {word!r}: this service ends with its supervisor", hint)
 
 
 class _Schedule:
@@ -90,9 +100,10 @@ class _Schedule:
 
     def __init__(
         self, service: str, faults: list[str], seconds: float, every: float, frozen: float, back_s: float,
-        rng: random.Random,
+        rng: random.Random, source: str,
     ) -> None:  # fmt: skip
         self.is_over = False
+        self._source = source
         self._service, self._faults, self._rng = service, faults, rng
         self._every, self._frozen, self._back_s = every, frozen, back_s
         self._end = time.monotonic() + seconds
@@ -100,10 +111,12 @@ class _Schedule:
     def carry_out(self, seen: Seen) -> None:
         """Until the time is over; then once more until everything is ready."""
         try:
-            while (left := self._end - time.monotonic()) > 0:
-                time.sleep(min(left, self._every * self._rng.uniform(0.5, 1.0)))
-                if time.monotonic() < self._end:
-                    self._one(seen)
+            next_at = time.monotonic() + self._every
+            while next_at < self._end:
+                time.sleep(max(0.0, next_at - time.monotonic()))
+                self._one(seen)
+                # Not in step with anything that happens every so many seconds.
+                next_at = max(next_at + self._every * self._rng.uniform(0.9, 1.1), time.monotonic())
         finally:
             self.is_over = True
 
@@ -111,18 +124,36 @@ class _Schedule:
         from pdctl.bench.chaos import Fault, carry_out, pick
 
         processes = {process["name"]: process for process in self._processes()}
-        chosen = pick(sorted(processes), self._faults, self._rng)
-        if chosen is None:
+        chosen = pick([*sorted(processes), SUPERVISOR], self._faults, self._rng)
+        if chosen is None or not processes:
             return
         what, name = chosen
-        fault = Fault(what, name, _tree(int(processes[name]["pid"])))
+        pids = (self._supervisor(),) if name == SUPERVISOR else _tree(int(processes[name]["pid"]))
+        fault = Fault(what, name, pids)
         began = time.monotonic()
         seen.faults.append(fault)
         seen.fault_times.append(began)
         console.note(f"{what} {name}; so far {seen.answered} answered, {sum(seen.failed.values())} failed, "
                      f"{seen.wrong} wrong")  # fmt: skip
         carry_out(fault, self._frozen)
-        seen.recovered.append(self._ready_again(name, fault.pids[0] if what == "kill" else 0, began))
+        if name == SUPERVISOR:
+            seen.recovered.append(self._taken_over(began))
+        else:
+            seen.recovered.append(self._ready_again(name, fault.pids[0] if what == "kill" else 0, began))
+
+    def _supervisor(self) -> int:
+        return int(call(self._service, "GET", STATE)["supervisor_pid"])
+
+    def _taken_over(self, began: float) -> float | None:
+        """Start pdctl again, as its user or systemd would."""
+        words = ["up", "-d", *(["-f", self._source] if Path(self._source).is_file() else [])]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pdctl", *words], capture_output=True, timeout=self._back_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return None
+        return time.monotonic() - began if done.returncode == 0 else None
 
     def _ready_again(self, name: str, old_pid: int, began: float) -> float | None:
         while time.monotonic() - began < self._back_s:
@@ -160,7 +191,16 @@ def _leaks(service: str) -> list[str]:
         time.sleep(_LOOK_S)
 
 
-def _tell(seen: Seen, leaks: list[str], as_json: bool) -> None:
+def _by_fault(seen: Seen) -> dict[str, list[float | None]]:
+    """Seconds to recover, by what was done to which group."""
+    found: dict[str, list[float | None]] = {}
+    for fault, seconds in zip(seen.faults, seen.recovered, strict=False):
+        group = fault.name.rpartition("-")[0] or fault.name
+        found.setdefault(f"{fault.what} {group}", []).append(seconds)
+    return found
+
+
+def _tell(seen: Seen, leaked: Leaks, leaks: list[str], as_json: bool) -> None:
     from pdctl.bench.metrics import percentile
 
     back = [seconds for seconds in seen.recovered if seconds is not None]
@@ -171,6 +211,9 @@ def _tell(seen: Seen, leaks: list[str], as_json: bool) -> None:
         "truncated": seen.truncated,
         "wrong": seen.wrong,
         "leases_left": leaks,
+        "leaked_block_s": leaked.block_seconds,
+        "leaked_most_blocks": leaked.most_blocks,
+        "by_fault": {name: {"faults": len(all_), "ready_again_s": all_} for name, all_ in _by_fault(seen).items()},
         "pause_s": {f"p{part}": percentile(seen.pauses, part) for part in (50, 99, 100)},
         "quiet_gap_s": {f"p{part}": percentile(seen.quiet_gaps, part) for part in (50, 99, 100)},
         "ready_again_s": {f"p{part}": percentile(back, part) for part in (50, 100)},
@@ -181,10 +224,15 @@ def _tell(seen: Seen, leaks: list[str], as_json: bool) -> None:
         return
     console.out(f"{figures['faults']} faults: {seen.answered} answered, {sum(seen.failed.values())} failed, "
                 f"{seen.truncated} cut, {seen.wrong} wrong, {len(leaks)} leases left")  # fmt: skip
+    console.out(f"KV of holders that were gone: {leaked.block_seconds:.1f} block-seconds, {leaked.most_blocks} blocks "
+                f"at most, in {leaked.looks} looks")  # fmt: skip
     rows = [
         ["between tokens, in quiet", seen.quiet_gaps],
         ["longest silence of a stream that met a fault", seen.pauses],
-        ["a process ready again after its fault", back],
+        *(
+            [f"ready again after: {name}, {len(all_)} times", [s for s in all_ if s is not None]]
+            for name, all_ in sorted(_by_fault(seen).items())
+        ),
     ]
     shown = [[title, *(f"{percentile(values, part):.2f} s" for part in (50, 99, 100))] for title, values in rows]  # type: ignore[arg-type]
     console.out(console.table(["", "P50", "P99", "WORST"], [[str(cell) for cell in row] for row in shown]))

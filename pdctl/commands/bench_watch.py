@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,6 +13,7 @@ from pdctl.commands.common import call, running_services
 from pdctl.errors import PdctlError
 
 _EVERY_S = 0.5
+_LEAK_S = 0.25
 # Hours of samples: enough for any plot.
 _MOST = 20_000
 FIELDS = ("running", "waiting", "kv_used", "leases", "tokens_per_s")
@@ -80,3 +81,25 @@ def _service_at(url: str) -> str:
         except (PdctlError, KeyError):
             continue
     return ""
+
+
+@dataclass
+class Leaks:
+    """KV that is leased to a holder that is gone or silent, as `pdctl kv --leaks` tells: how much, for how long."""
+
+    block_seconds: float = 0.0
+    most_blocks: int = 0
+    looks: int = 0
+
+    def watch(self, service: str, is_over: Callable[[], bool]) -> None:
+        """Look again and again; what was leaked at a look counts until the next one."""
+        before, blocks = time.monotonic(), 0
+        while not is_over():
+            with contextlib.suppress(PdctlError, KeyError):
+                found = call(service, "GET", "/v1/kv")
+                now = time.monotonic()
+                self.block_seconds += blocks * (now - before)
+                before, blocks = now, sum(int(lease["blocks"]) for lease in found["leases"] if lease["leak"])
+                self.most_blocks = max(self.most_blocks, blocks)
+                self.looks += 1
+            time.sleep(_LEAK_S)

@@ -126,7 +126,11 @@ def test_chaos_keeps_its_promises_and_says_when_not(run: Run) -> None:
         assert 0 < found["ready_again_s"]["p100"] < 120
         refused = run.cli("bench", "chaos", "--fault", "kill:nobody")
         assert refused.returncode == 1
-        assert "groups here: decode, prefill, proxy" in refused.stderr
+        assert "groups here: decode, prefill, proxy, supervisor" in refused.stderr
+        assert found["leaked_block_s"] >= 0
+        assert set(found["by_fault"]) <= {"kill decode", "freeze decode"}
+        ends = run.cli("bench", "chaos", "--fault", "kill:supervisor")
+        assert "this service ends with its supervisor" in ends.stderr
         # A killed proxy cuts the streams that it carries: a promise that pdctl does not make, and that is told.
         cut = run.cli(*words[:2], "--for", "8", "--every", "3", "--streams", "4", "--output", "200", "--fault",
                       "kill:proxy", "--prompts", "2", "--json")  # fmt: skip
@@ -155,3 +159,85 @@ def test_transfers_by_size(run: Run) -> None:
     bad = run.cli("bench", "transfer", "--transport", "pigeon")
     assert bad.returncode == 1
     assert "one of: shm, mooncake, nixl" in bad.stderr
+
+
+def test_chaos_with_supervisors_that_die(run: Run) -> None:
+    text = topology(prefills=1, decodes=1).replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"')
+    with running(run, text) as service:
+        before = {process["name"]: process["pid"] for process in service.engines()}
+        done = run.cli("bench", "chaos", "--for", "9", "--every", "4", "--streams", "2", "--prompts", "2", "--output",
+                       "24", "--fault", "kill:supervisor", "--json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert set(found["by_fault"]) == {"kill supervisor"}
+        assert (found["failed"], found["wrong"], found["broken"]) == ({}, 0, [])
+        assert {process["name"]: process["pid"] for process in service.engines()} == before, "engines lived on"
+
+
+def topology_named(name: str, text: str) -> str:
+    return text.replace('name = "t"', f'name = "{name}"')
+
+
+def test_two_topologies_are_compared_in_turn(run: Run, tmp_path: Path) -> None:
+    run.write(topology_named("pd", topology()), "pd.toml")
+    run.write(topology_named("one", topology(prefills=0, decodes=0, hybrids=2)), "one.toml")
+    words = ["bench", "compare", "pd.toml", "one.toml", "--rounds", "2", "-n", "6", "--concurrency", "2", "--input",
+             "40", "--output", "8", "--goodput", "ttft:60000"]  # fmt: skip
+    done = run.cli(*words, "--html", "c.html", "--out", "kept")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("round")] == [
+        "round 1 of 2: pd.toml", "round 1 of 2: one.toml", "round 2 of 2: one.toml", "round 2 of 2: pd.toml",
+    ]  # fmt: skip
+    assert done.stdout.split()[:3] == ["PD", "ONE", "RATIO"]
+    assert "request goodput" in done.stdout
+    kept = json.loads((run.folder / "kept/pd.json").read_text())
+    assert kept["completed"] == 12
+    assert kept["pdctl"]["repeats"]["count"] == 2
+    assert "pd against one" in (run.folder / "c.html").read_text()
+    assert not run.processes()
+    again = run.cli("bench", "compare", "kept/pd.json", "kept/one.json", "--json")
+    assert {entry["name"] for entry in json.loads(again.stdout)} >= {"ITL p99", "TTFT p99", "request throughput"}
+
+
+def test_comparisons_that_make_no_sense(run: Run) -> None:
+    run.write("", "a.toml")
+    run.write("{}", "b.json")
+    for words, said in (
+        (["a.toml", "b.json"], "are not of one kind"),
+        (["b.json", "b.json", "--rate", "3"], "--rate is for topologies"),
+        (["a.toml", "none.toml"], "does not exist"),
+        (["a.toml", "a.toml", "--rate", "-1"], "--rate -1: must be more than 0"),
+        (["b.json", "b.json"], "holds no samples"),
+    ):
+        done = run.cli("bench", "compare", *words)
+        assert done.returncode == 1
+        assert said in done.stderr
+
+
+def test_repeats_and_what_engines_did(service: Service, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    done = bench(service, "-n", "4", "--repeats", "3", "--output", "200", "--concurrency", "4", "--out", str(out),
+                 "--html", str(tmp_path / "r.html"), "--png", str(tmp_path / "png"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "OVER 3 RUNS" in done.stdout
+    ours = json.loads(out.read_text())["pdctl"]
+    assert ours["repeats"]["low"]["request_throughput"] < ours["repeats"]["mean"]["request_throughput"]
+    engines = ours["engines"]["engines"]
+    assert set(engines) == {"prefill-0", "decode-0"}
+    assert max(value for value in engines["decode-0"]["running"] if value is not None) >= 1
+    assert "Requests running, by engine" in (tmp_path / "r.html").read_text()
+    for name in ("ttft", "itl", "e2e", "running", "kv_used", "leases"):
+        assert (tmp_path / "png" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_latency_model(run: Run) -> None:
+    with running(run, topology()):
+        done = run.cli("bench", "profile", "--longest", "128", "--widest", "4", "--repeats", "2")
+        assert done.returncode == 0, done.stderr
+        assert "held out" in done.stdout
+        planned = run.cli("plan").stdout
+        assert "by the profile of" in planned
+        assert "first token of a prompt" in planned
+    found = json.loads((run.folder / "s/t/profile.json").read_text())
+    assert found["prefill"]["points"] == [10, 6]
+    assert all(value >= 0 for value in found["prefill"]["coefficients"] + found["decode"]["coefficients"])

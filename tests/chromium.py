@@ -1,0 +1,137 @@
+"""Pages in a real browser, headless, driven over its debugging pipe: what it fetched, complained of and laid out.
+
+    python -m tests.chromium PAGE.html PICTURE.png [WIDTH]
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_SWITCHES = (
+    "--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--no-first-run",
+)  # fmt: skip
+_ANSWER_S = 60.0
+
+
+class Browser:
+    """One page. `fetched`: addresses it asked for; `complaints`: errors of scripts, console and network."""
+
+    def __init__(self, to: int, out: int) -> None:
+        self._to, self._out = to, out
+        self._ids = itertools.count(1)
+        self._rest = b""
+        self.fetched: list[str] = []
+        self.complaints: list[str] = []
+        self._loaded = False
+        target = self._call("Target.createTarget", url="about:blank")["targetId"]
+        self._session: str | None = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self._call(f"{domain}.enable")
+
+    _session = None
+
+    def open(self, page: Path, width: int, height: int = 900) -> None:
+        """Load it at a window's size."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                   mobile=width < 600)  # fmt: skip
+        self.fetched, self.complaints, self._loaded = [], [], False
+        self._call("Page.navigate", url=page.absolute().as_uri())
+        deadline = time.monotonic() + _ANSWER_S
+        while not self._loaded:
+            self._next(deadline)
+
+    def evaluate(self, script: str) -> Any:
+        """A value."""
+        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def picture(self) -> bytes:
+        """The whole page, as PNG."""
+        answer = self._call("Page.captureScreenshot", captureBeyondViewport=True)
+        return base64.b64decode(answer["data"])
+
+    def _call(self, method: str, **params: Any) -> dict[str, Any]:
+        number = next(self._ids)
+        message: dict[str, Any] = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        deadline = time.monotonic() + _ANSWER_S
+        while True:
+            found = self._next(deadline)
+            if found.get("id") == number:
+                assert "error" not in found, found
+                return dict(found["result"])
+
+    def _next(self, deadline: float) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            ready, _, _ = select.select([self._out], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, "the browser does not answer"
+            data = os.read(self._out, 1 << 20)
+            assert data, "the browser is gone"
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\0")
+        found: dict[str, Any] = json.loads(line)
+        self._note(found.get("method", ""), found.get("params", {}))
+        return found
+
+    def _note(self, event: str, params: dict[str, Any]) -> None:
+        if event == "Network.requestWillBeSent":
+            self.fetched.append(params["request"]["url"])
+        elif event == "Runtime.exceptionThrown":
+            self.complaints.append(str(params["exceptionDetails"].get("text")))
+        elif event == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.complaints.append(params["entry"]["text"])
+        elif event == "Page.loadEventFired":
+            self._loaded = True
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """A browser with a profile of its own."""
+    assert BINARY, "no chromium here"
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    # The debugging pipe is descriptor 3 for commands, 4 for answers.
+    script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        argv = ["bash", "-c", script, "_", BINARY, *_SWITCHES, f"--user-data-dir={profile}"]
+        with subprocess.Popen(argv, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, env={**os.environ, "HOME": profile}) as process:  # fmt: skip
+            os.close(theirs_in)
+            os.close(theirs_out)
+            try:
+                yield Browser(ours_out, ours_in)
+            finally:
+                os.close(ours_out)  # which ends it
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                os.close(ours_in)
+
+
+def main(argv: list[str]) -> int:
+    with browser() as found:
+        found.open(Path(argv[0]), int(argv[2]) if len(argv) > 2 else 900)
+        Path(argv[1]).write_bytes(found.picture())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
