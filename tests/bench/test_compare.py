@@ -1,0 +1,96 @@
+"""Intervals: of whole requests drawn again, and of repeated runs."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdctl.bench import Record
+from pdctl.bench.client import Run
+from pdctl.bench.compare import Ratio, Resampled, compare
+from pdctl.bench.metrics import Figures, Targets, figures, over_runs, pooled
+from pdctl.commands.bench_compare import verdicts
+
+
+@given(st.lists(st.lists(st.floats(0.1, 100), min_size=1, max_size=5), min_size=1, max_size=20), st.integers(0, 9))
+def test_percentiles_of_drawn_clusters(clusters: list[list[float]], seed: int) -> None:
+    drawn = Resampled(clusters).draw(random.Random(seed), [0, 50, 99, 100])
+    again = random.Random(seed).choices(range(len(clusters)), k=len(clusters))
+    values = sorted(value for owner in again for value in clusters[owner])
+    assert len(drawn) == 4
+    assert drawn == sorted(drawn)
+    assert (drawn[0], drawn[3]) == (values[0], values[-1])
+    assert all(value in values for value in drawn)
+    assert sum(value <= drawn[1] for value in values) >= len(values) / 2
+    assert sum(value < drawn[1] for value in values) <= len(values) / 2
+
+
+def run(seed: int, slow: float = 1.0, count: int = 40) -> Run:
+    """Answers with gaps that are alike within one answer, and differ from answer to answer."""
+    rng, made = random.Random(seed), Run(started_at=0.0, ended_at=10.0 * slow)
+    for number in range(count):
+        usual = rng.lognormvariate(-4, 0.5) * slow
+        gaps = [usual * rng.uniform(0.95, 1.05) for _ in range(30)]
+        record = Record(number * 0.1, number * 0.1, number * 0.1 + 0.2, 0.0, gaps, 10, 31)
+        record.ended_at = record.first_at + sum(gaps)
+        made.records.append(record)
+    return made
+
+
+def result(*runs: Run) -> Figures:
+    whole = figures(pooled(runs), Targets())
+    ours = whole["pdctl"]
+    assert isinstance(ours, dict)
+    ours["repeats"] = over_runs([figures(one, Targets()) for one in runs])
+    return whole
+
+
+def test_gaps_of_one_answer_do_not_count_as_many() -> None:
+    """Where nothing differs, intervals leave 1 out about as seldom as they say, though gaps come in clusters."""
+    wrong = 0
+    for seed in range(40):
+        found = {r.name: r for r in compare(result(run(seed)), result(run(1000 + seed)))}
+        wrong += found["ITL p50"].is_shown
+    assert wrong <= 6, "2 of 40 are expected"
+
+
+def test_rates_have_the_rounds_range() -> None:
+    found = {r.name: r for r in compare(result(run(1), run(2)), result(run(3, 2.0), run(4, 2.5)))}
+    rate = found["request throughput"]
+    assert (rate.low, rate.high) == (pytest.approx(2.0), pytest.approx(2.5))
+    assert rate.is_better
+    assert rate.verdict == "first is higher: better"
+    alone = {r.name: r for r in compare(figures(run(1), Targets()), figures(run(3, 2.0), Targets()))}
+    assert alone["request throughput"].low == alone["request throughput"].high
+
+
+def test_runs_together() -> None:
+    both = figures(pooled([run(1), run(2, 3.0)]), Targets())
+    assert (both["completed"], both["duration"]) == (80, 40.0)
+    assert both["request_throughput"] == 2.0
+
+
+def test_students_interval() -> None:
+    made: list[Figures] = [{"mean_ttft_ms": value, "completed": 1} for value in (10.0, 12.0, 14.0)]
+    found = over_runs(made)
+    assert found["mean"] == {"mean_ttft_ms": 12.0}
+    # t(0.975, 2) = 4.303
+    half = 4.303 * statistics.stdev((10, 12, 14)) / 3**0.5
+    assert found["low"]["mean_ttft_ms"] == pytest.approx(12 - half)  # type: ignore[index]
+    assert over_runs(made[:1])["low"] == {"mean_ttft_ms": 10.0}
+
+
+def test_where_the_first_loses_is_said() -> None:
+    ratios = [
+        Ratio("ITL p99", 5, 10, 0.5, 0.4, 0.6), Ratio("TTFT p99", 20, 10, 2.0, 1.8, 2.2),
+        Ratio("request throughput", 1, 2, 0.5, 0.5, 0.5, more_is_better=True), Ratio("E2E p50", 1, 1, 1.0, 0.9, 1.1),
+    ]  # fmt: skip
+    assert verdicts(ratios, "pd") == [
+        "pd is better in: ITL p99 (0.50x)",
+        "pd is worse in: TTFT p99 (2.00x), request throughput (0.50x)",
+        "no difference shown in: E2E p50 (1.00x)",
+    ]

@@ -1,0 +1,84 @@
+"""The latency model: what was put in comes out, errors are those of what was held out."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdctl.bench.profile import DECODE, PREFILL, Line, Point, Profile, fit, load, path_of, save
+from pdctl.commands.bench_profile import _batches, _lengths, summary
+
+COEFFICIENTS = st.tuples(st.floats(1e-3, 0.1), st.floats(1e-5, 1e-3), st.floats(1e-8, 1e-6))
+
+
+def prefills(coefficients: tuple[float, float, float], noise: float = 0.0, seed: int = 0) -> list[Point]:
+    rng, line = random.Random(seed), Line(coefficients, 0, 0, (0, 0))
+    points = [Point(PREFILL, length, 1, 1.0) for length in (16, 32, 64, 128, 256, 512, 1024) for _ in range(4)]
+    return [
+        Point(p.kind, p.tokens, p.batch, line.seconds(p.row) * rng.uniform(1 - noise, 1 + noise)) for p in points
+    ]
+
+
+@given(COEFFICIENTS)
+def test_a_line_without_noise_is_found(coefficients: tuple[float, float, float]) -> None:
+    points = prefills(coefficients)
+    found = fit(points)
+    assert found.error < 1e-6
+    assert found.points == (17, 11)
+    for point in points:
+        assert found.seconds(point.row) == pytest.approx(point.seconds, rel=1e-5)
+
+
+@given(COEFFICIENTS, st.integers(0, 99))
+def test_noise_is_told_as_error(coefficients: tuple[float, float, float], seed: int) -> None:
+    found = fit(prefills(coefficients, 0.2, seed), seed)
+    assert 0.01 < found.error < 0.3
+    assert found.error_p90 >= found.error * 0.8
+    assert min(found.coefficients) >= 0
+
+
+def test_nothing_goes_below_zero() -> None:
+    # Longer prompts that cost less a token: the square would be negative.
+    points = [Point(PREFILL, length, 1, 0.01 + 1e-3 * length**0.7) for length in (16, 64, 256, 1024, 4096)] * 3
+    found = fit(points)
+    assert min(found.coefficients) == 0.0
+    assert found.error < 0.5
+
+
+def test_decode_by_streams_and_contexts() -> None:
+    truth = Line((5e-3, 2e-6, 1e-3), 0, 0, (0, 0))
+    points = [Point(DECODE, batch * context, batch, 1.0) for batch in (1, 2, 4, 8) for context in (50, 300, 900)]
+    made = [Point(p.kind, p.tokens, p.batch, truth.seconds(p.row)) for p in points]
+    assert fit(made).coefficients == pytest.approx(truth.coefficients, rel=1e-4)
+
+
+def test_too_few_measurements() -> None:
+    with pytest.raises(ValueError, match="too few"):
+        fit(prefills((1e-3, 1e-4, 0.0))[:7])
+
+
+def test_it_is_kept_and_found_again(tmp_path: Path) -> None:
+    line = fit(prefills((1e-2, 1e-4, 1e-8)))
+    made = Profile("m", "2026-11-26 12:00", line, line, 512, 8)
+    path = path_of(tmp_path, "demo")
+    save(path, made)
+    assert load(path) == made
+    for broken in ("{", "{}", json.dumps({**json.loads(path.read_text()), "prefill": {"coefficients": "no"}})):
+        path.write_text(broken)
+        assert load(path) is None
+    assert load(tmp_path / "none") is None
+    first, each = summary(made)
+    assert first == "first token of a prompt: 23 ms of 128 tokens, 64 ms of 512 tokens"
+    assert each.startswith("each further token, with 256 tokens of context: ")
+    assert "of 8 streams" in each
+
+
+def test_what_is_measured() -> None:
+    assert _lengths(512) == [16, 26, 43, 71, 116, 190, 312, 512]
+    assert _batches(8) == [1, 2, 4, 8]
+    assert _batches(6) == [1, 2, 4, 6]
