@@ -7,12 +7,14 @@ Whole requests are resampled, not single gaps: those of one answer are much alik
 from __future__ import annotations
 
 import json
+import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdctl.bench.metrics import Figures
+from pdctl.bench.metrics import Figures, Targets, half_width
 from pdctl.errors import PdctlError
 
 # Of samples: (title, metric, percentile).
@@ -22,6 +24,7 @@ _FIGURES = (
 )  # fmt: skip
 _RATES = ("request_throughput", "request_goodput", "output_throughput")
 _RESAMPLED = 400
+_MOST_LOG = 20.0
 
 # Of each request, its values of one metric.
 Clusters = list[list[float]]
@@ -29,25 +32,32 @@ Clusters = list[list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """`first` over `second`; low and high are its interval, equal to the ratio where there is none. `more_is_better`:
-    a rate, not a time."""
+    """`first` over `second`; low and high are its 95% interval, None where one run each cannot give one.
+    `more_is_better`: a rate, not a time."""
 
     name: str
     first: float
     second: float
     ratio: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     more_is_better: bool = False
 
     @property
     def is_shown(self) -> bool:
         """Whether the interval leaves 1 out."""
-        return not self.low <= 1.0 <= self.high
+        return self.low is not None and self.high is not None and not self.low <= 1.0 <= self.high
+
+    @property
+    def interval(self) -> str:
+        """As people read it."""
+        return "-" if self.low is None or self.high is None else f"{self.low:.3f} to {self.high:.3f}"
 
     @property
     def verdict(self) -> str:
         """In words."""
+        if self.low is None:
+            return "one run each: not known"
         if not self.is_shown:
             return "no difference shown"
         return f"first is {'lower' if self.ratio < 1 else 'higher'}: {'better' if self.is_better else 'worse'}"
@@ -72,6 +82,21 @@ def read(path: Path) -> Figures:
     return found
 
 
+def with_goodput(figures: Figures, targets: Targets) -> Figures:
+    """The same with goodput by these targets, from its samples and its duration."""
+    ttfts, itls, outputs = (_rows(figures, name) for name in ("ttfts", "itls", "output_lens"))
+    errors = _rows(figures, "errors") or [""] * len(ttfts)
+    met = 0
+    for ttft, gaps, count, error in zip(ttfts, itls, outputs, errors, strict=True):
+        whole = ttft + sum(gaps)
+        tpot = sum(gaps) / (count - 1) if count > 1 else 0.0
+        wanted = ((targets.ttft, ttft), (targets.tpot, tpot), (targets.e2el, whole))
+        met += bool(count) and not error and all(limit is None or value * 1000 <= limit for limit, value in wanted)
+    duration = figures.get("duration")
+    seconds = float(duration) if isinstance(duration, int | float) and duration else 1.0
+    return figures | {"request_goodput": met / seconds}
+
+
 def samples(figures: Figures) -> dict[str, Clusters]:
     """Milliseconds of each metric, by request, of answers without an error."""
     ttfts, itls, outputs = (_rows(figures, name) for name in ("ttfts", "itls", "output_lens"))
@@ -91,7 +116,7 @@ def _rows(figures: Figures, name: str) -> list:  # type: ignore[type-arg]  # of 
 
 
 def compare(first: Figures, second: Figures) -> list[Ratio]:
-    """Every figure that both have. Rates have an interval where both were repeated: the rounds' own ratios."""
+    """Every figure that both have. Rates have an interval where both were repeated."""
     ours, theirs = samples(first), samples(second)
     found = []
     for metric in ("ttft", "tpot", "itl", "e2el"):
@@ -101,19 +126,21 @@ def compare(first: Figures, second: Figures) -> list[Ratio]:
     for name in _RATES:
         one, other = first.get(name), second.get(name)
         if isinstance(one, int | float) and isinstance(other, int | float) and other:
-            low, high = _round_ratios(first, second, name) or (one / other, one / other)
+            low, high = _over_rounds(first, second, name) or (None, None)
             title = name.replace("_", " ")
             found.append(Ratio(title, one, other, one / other, low, high, more_is_better=True))
     return found
 
 
-def _round_ratios(first: Figures, second: Figures, name: str) -> tuple[float, float] | None:
-    """The least and the greatest of the rounds' ratios."""
-    rounds = [_of_rounds(figures, name) for figures in (first, second)]
-    if len(rounds[0]) != len(rounds[1]) or len(rounds[0]) < 2 or not all(rounds[1]):
+def _over_rounds(first: Figures, second: Figures, name: str) -> tuple[float, float] | None:
+    """Of the rounds' ratios, whose logarithms are taken for normal (Student's t)."""
+    ours, theirs = (_of_rounds(figures, name) for figures in (first, second))
+    if len(ours) != len(theirs) or len(ours) < 2 or not all(ours) or not all(theirs):
         return None
-    ratios = [ours / theirs for ours, theirs in zip(*rounds, strict=True)]
-    return min(ratios), max(ratios)
+    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    middle, half = statistics.fmean(logs), half_width(logs)
+    # Two rounds that are alike by chance tell little; what exp() can hold is wide enough.
+    return math.exp(max(-_MOST_LOG, middle - half)), math.exp(min(_MOST_LOG, middle + half))
 
 
 def _of_rounds(figures: Figures, name: str) -> list[float]:

@@ -162,7 +162,7 @@ def over_runs(found: Sequence[Figures]) -> Figures:
             if isinstance(value, int | float) and name.endswith(("_ms", "_throughput", "_goodput")):
                 runs.setdefault(name, []).append(float(value))
     means = {name: statistics.fmean(values) for name, values in runs.items()}
-    half = {name: _half_width(values) for name, values in runs.items()}
+    half = {name: half_width(values) for name, values in runs.items()}
     return {
         "count": len(found),
         "runs": runs,
@@ -177,7 +177,8 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
 
 
-def _half_width(values: Sequence[float]) -> float:
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95% interval of a mean; 0 for a single value."""
     freedom = len(values) - 1
     if freedom < 1:
         return 0.0

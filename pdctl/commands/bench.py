@@ -45,7 +45,7 @@ from pdctl.commands.bench_load import (
     vocabulary,
 )
 from pdctl.commands.bench_profile import profile
-from pdctl.commands.bench_watch import Engines
+from pdctl.commands.bench_watch import Engines, engines_at
 from pdctl.errors import PdctlError, Verdict
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def sweep(
     targets = targets_of(goodput)
     check_rates(first, None, 1.0, 1.0, 1.0)
     endpoint = endpoint_of(url, model, key, ignore_eos=True, timeout=600.0)
-    words, search = vocabulary(endpoint), Search(first, attainment)
+    words, search, engines = vocabulary(endpoint), Search(first, attainment), engines_at(endpoint.url)
     rows = []
     while (rate := search.next()) is not None:
         step = _step(endpoint, rate, max(8, round(rate * seconds)), (inputs, outputs), words, targets, seed)
@@ -194,14 +194,16 @@ def sweep(
         console.note(f"{rate:.3g} requests/s: {step['attainment']:.0%} met their targets, {step['failed']:.0f} failed")
     rows.sort(key=lambda row: row["rate"])
     if as_json:
-        console.out(json.dumps({"highest_rate": search.held, "attainment": attainment, "tried": rows}, indent=2))
+        found = {"highest_rate": search.held, "attainment": attainment, "engines": engines, "tried": rows}
+        console.out(json.dumps(found, indent=2))
     else:
         console.out(console.table(
             ["REQUESTS/S", "GOODPUT", "MET", "TTFT P99 MS", "TPOT P99 MS"],
             [[f"{row['rate']:.3g}", f"{row['goodput']:.3g}", f"{row['attainment']:.0%}", f"{row['p99_ttft_ms']:.0f}",
               f"{row['p99_tpot_ms']:.0f}"] for row in rows],
         ))  # fmt: skip
-        console.out(f"\nhighest rate at which {attainment:.0%} met their targets: {search.held:.3g} requests/s")
+        each = f", {search.held / engines:.3g} for each of {engines} engines" if engines else ""
+        console.out(f"\nhighest rate at which {attainment:.0%} met their targets: {search.held:.3g} requests/s{each}")
     if not search.held:
         raise PdctlError(f"at no rate did {attainment:.0%} meet their targets", "looser targets, or a smaller load")
 

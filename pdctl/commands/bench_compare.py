@@ -87,17 +87,19 @@ def compare(
     the same load, and is stopped. Their services must not be running."""
     if pictures is not None:
         drawing()
+    targets = targets_of(goodput)
     kinds = {one.suffix == ".toml" for one in (first, second)}
     if len(kinds) > 1:
         raise PdctlError(f"{first} and {second} are not of one kind", "two topologies (.toml), or two results")
     names = _titles(first, second)
     if kinds == {False}:
         _refuse_load_options(context)
-        from pdctl.bench.compare import read
+        from pdctl.bench.compare import read, with_goodput
 
         results = (read(first), read(second))
+        if targets.are_any:
+            results = (with_goodput(results[0], targets), with_goodput(results[1], targets))
     else:
-        targets = targets_of(goodput)
         load = Load(workload, path, count, rate, ramp_to, burstiness, concurrency, inputs, outputs,
                     (prefixes, prefix), (speed, length, longest), warm_up, seed)  # fmt: skip
         load.check()
@@ -111,7 +113,7 @@ def _titles(first: Path, second: Path) -> tuple[str, str]:
     return (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
 
 
-_OF_RESULTS = {"first", "second", "page", "pictures", "as_json"}
+_OF_RESULTS = {"first", "second", "goodput", "page", "pictures", "as_json"}
 
 
 def _refuse_load_options(context: typer.Context) -> None:
@@ -206,8 +208,7 @@ def _rows(results: tuple[Figures, Figures]) -> list[list[str]]:
     from pdctl.bench.compare import compare as ratios
 
     return [
-        [r.name, f"{r.first:.4g}", f"{r.second:.4g}", f"{r.ratio:.3f}", f"{r.low:.3f} to {r.high:.3f}", r.verdict]
-        for r in ratios(*results)
+        [r.name, f"{r.first:.4g}", f"{r.second:.4g}", f"{r.ratio:.3f}", r.interval, r.verdict] for r in ratios(*results)
     ]
 
 

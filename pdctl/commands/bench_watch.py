@@ -72,6 +72,14 @@ class Engines:
                 values.extend([None] * (len(self.at) - len(values)))
 
 
+def engines_at(url: str) -> int:
+    """How many engines stand behind an address; 0 where it is none of this user's services."""
+    name = _service_at(url)
+    if not name:
+        return 0
+    return sum(process["kind"] != "proxy" for process in call(name, "GET", "/v1/status?figures=0")["processes"])
+
+
 def _service_at(url: str) -> str:
     """The running service whose proxy has this address; "" for none."""
     for name in running_services():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pdctl.bench import Record
 from pdctl.bench.client import Run
-from pdctl.bench.compare import Ratio, Resampled, compare
+from pdctl.bench.compare import Ratio, Resampled, compare, with_goodput
 from pdctl.bench.metrics import Figures, Targets, figures, over_runs, pooled
 from pdctl.commands.bench_compare import verdicts
 
@@ -58,14 +58,30 @@ def test_gaps_of_one_answer_do_not_count_as_many() -> None:
     assert wrong <= 6, "2 of 40 are expected"
 
 
-def test_rates_have_the_rounds_range() -> None:
-    found = {r.name: r for r in compare(result(run(1), run(2)), result(run(3, 2.0), run(4, 2.5)))}
+def test_rates_have_intervals_over_rounds() -> None:
+    slow = [run(n, 2.0 + n / 100) for n in range(4)]
+    found = {r.name: r for r in compare(result(*(run(n) for n in range(4, 8))), result(*slow))}
     rate = found["request throughput"]
-    assert (rate.low, rate.high) == (pytest.approx(2.0), pytest.approx(2.5))
+    assert rate.low is not None
+    assert rate.high is not None
+    assert 1.9 < rate.low < rate.ratio < rate.high < 2.2
     assert rate.is_better
     assert rate.verdict == "first is higher: better"
+    # Two rounds, one for each side: nothing is shown.
+    found = {r.name: r for r in compare(result(run(1), run(2, 2.5)), result(run(3, 2.0), run(4, 2.0)))}
+    assert found["request throughput"].verdict == "no difference shown"
     alone = {r.name: r for r in compare(figures(run(1), Targets()), figures(run(3, 2.0), Targets()))}
-    assert alone["request throughput"].low == alone["request throughput"].high
+    assert alone["request throughput"].low is None
+    assert alone["request throughput"].verdict == "one run each: not known"
+
+
+def test_goodput_from_samples_is_that_of_the_run() -> None:
+    targets = Targets(ttft=300, tpot=20)
+    made = run(5)
+    made.records[0].error = "gone"
+    known = figures(made, targets)
+    again = with_goodput(figures(made, Targets()), targets)
+    assert known["request_goodput"] == again["request_goodput"] != 0
 
 
 def test_runs_together() -> None:

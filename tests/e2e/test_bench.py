@@ -146,6 +146,7 @@ def test_a_sweep_ends_at_a_rate(service: Service) -> None:
     found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     assert found["highest_rate"] >= 20
+    assert found["engines"] == 2
     assert all(row["attainment"] >= 0 for row in found["tried"])
     missed = service.run.cli(*words, "--goodput", "ttft:0.01", "--rate", "64")
     assert missed.returncode == 1
