@@ -19,6 +19,7 @@ import zmq
 from pdctl.engine import link
 from pdctl.engine.blocks import BlockAllocator
 from pdctl.engine.grammar import Grammars
+from pdctl.engine.inbox import Inbox
 from pdctl.engine.kv_pool import DTYPES, KvPool
 from pdctl.engine.layout import block_bytes
 from pdctl.engine.lifeline import die_with_parent, vital
@@ -29,6 +30,7 @@ from pdctl.engine.messages import (
     Failed,
     FromCore,
     Linked,
+    Logprobs,
     Poke,
     Pull,
     Pulled,
@@ -46,7 +48,7 @@ from pdctl.engine.messages import (
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.puller import Pool, Puller
 from pdctl.engine.runner import ModelRunner
-from pdctl.engine.scheduler import Limits, Outcome, Scheduler
+from pdctl.engine.scheduler import Limits, Outcome, Scheduler, Slice
 from pdctl.engine.sequence import Sequence, Status
 from pdctl.engine.transfer import Settings, TransferError, Transport, transport_kind
 from pdctl.engine.transfer.memory import Memory, NoMemory
@@ -74,8 +76,12 @@ class Core:
         self.scheduler = scheduler
         self.runner = runner
         self.outbox = outbox
-        self.inbox: queue.SimpleQueue[ToCore | Pulled | Settled | Failed] = queue.SimpleQueue()
+        self.inbox: Inbox[ToCore | Pulled | Settled | Failed] = Inbox()
         self.puller: Puller | None = None
+        # Whoever handles a message holds the lock: the loop between steps; while the runner computes, the receiving
+        # thread, for messages that only wait for blocks.
+        self._lock = threading.Lock()
+        self._is_computing = False
         self._steps = 0
         self._failed: list[Failed] = []
         self._compiling: set[str] = set()
@@ -86,8 +92,6 @@ class Core:
     def run(self) -> None:
         """Step until told to shut down."""
         while self._take_messages():
-            for sequence in self.scheduler.reserve():
-                self.outbox.put(Reserved(sequence.request_id, list(sequence.block_ids)))
             self._step()
 
     def receive(self, message: ToCore) -> None:
@@ -105,6 +109,7 @@ class Core:
                     self._compiling.discard(message.request_id)
                 self.puller.cancel(message.request_id)
             self.inbox.put(message)
+            self._reserve_meanwhile()
         elif self.scheduler.pull_started(message.request_id):
             self.puller.submit(message)
         else:
@@ -123,6 +128,19 @@ class Core:
             self.inbox.put(message)
         self.outbox.put(message)
 
+    def _reserve_meanwhile(self) -> None:
+        """While a step computes, hand-overs get their blocks at once: their KV is here when the step is over, instead
+        of beginning then and missing the next one as well. No block of the batch is free, so none is given away."""
+        with self._lock:
+            if self._is_computing:
+                self._reserve_all()
+
+    def _reserve_all(self) -> None:
+        while (message := self.inbox.take_if(_only_waits)) is not None:
+            self._handle(message)
+        for sequence in self.scheduler.reserve():
+            self.outbox.put(Reserved(sequence.request_id, list(sequence.block_ids)))
+
     def _take_messages(self) -> bool:
         """Handle what has arrived; wait a little when there is nothing to compute. False to end."""
         # Work that twice could not be given blocks or a seat waits for whoever frees them: all of that arrives here.
@@ -130,12 +148,13 @@ class Core:
         wait = (stuck or not self.scheduler.has_work) and not self._failed
         while True:
             try:
-                message = self.inbox.get(timeout=_IDLE_WAIT_S) if wait else self.inbox.get_nowait()
+                message = self.inbox.get(timeout=_IDLE_WAIT_S if wait else 0.0)
             except queue.Empty:
                 return True
             if isinstance(message, Shutdown):
                 return False
-            self._handle(message)
+            with self._lock:
+                self._handle(message)
             wait = False
 
     def _handle(self, message: ToCore | Pulled | Settled | Failed) -> None:
@@ -182,13 +201,22 @@ class Core:
             self._failed.append(failed)
 
     def _step(self) -> None:
-        batch = self.scheduler.schedule()
+        with self._lock:
+            self._reserve_all()
+            batch = self.scheduler.schedule()
+            self._is_computing = bool(batch)
         self._empty_steps = 0 if batch else self._empty_steps + 1
-        if not batch and not self._failed and not self._books_due:
-            return
+        computed = self.runner.execute(batch) if batch else None
+        with self._lock:
+            self._is_computing = False
+            if computed is not None or self._failed or self._books_due:
+                self._tell(batch, computed)
+
+    def _tell(self, batch: list[Slice], computed: tuple[list[int], list[Logprobs | None]] | None) -> None:
+        """The step's outcome and the books to the front."""
         outcome = Outcome()
-        if batch:
-            outcome = self.scheduler.update(batch, *self.runner.execute(batch))
+        if computed is not None:
+            outcome = self.scheduler.update(batch, *computed)
             self._steps += 1
             for block_ids in [done.block_ids for done in outcome.progress] + [done.block_ids for done in outcome.held]:
                 self.runner.pool.publish(block_ids)
@@ -200,6 +228,11 @@ class Core:
         self._books_due = False
         if not self.scheduler.has_work:
             self.scheduler.audit()
+
+
+def _only_waits(message: ToCore | Pulled | Settled | Failed) -> bool:
+    """Whether a message adds a sequence that only waits for blocks, and touches no other."""
+    return isinstance(message, Reserve) or (isinstance(message, Submit) and message.await_kv)
 
 
 class Outbox:
