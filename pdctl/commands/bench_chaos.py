@@ -84,13 +84,14 @@ def chaos(
 
 def _check(faults: list[str], names: list[str], rng: random.Random, run_dir: Path) -> None:
     from pdctl.bench.chaos import pick
+    from pdctl.supervisor.adoption import read_estate
 
     for word in faults:
         what = word.partition(":")[0]
         if what not in _FAULTS or pick(names, [word], rng) is None:
             hint = f"such as kill:decode; groups here: {', '.join(sorted({n.rpartition('-')[0] or n for n in names}))}"
             raise PdctlError(f"--fault {word!r} breaks nothing here", hint)
-        if word.endswith(f":{SUPERVISOR}") and (what != "kill" or not (run_dir / "adopt.json").exists()):
+        if word.endswith(f":{SUPERVISOR}") and (what != "kill" or read_estate(run_dir) is None):
             hint = 'kill:supervisor, and on_supervisor_death = "survive" under [supervisor]'
             raise PdctlError(f"--fault {word!r}: this service ends with its supervisor", hint)
 
