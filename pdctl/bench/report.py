@@ -154,13 +154,19 @@ _OVER_TIME = {
 
 
 def sampled(figures: Figures) -> tuple[list[float], dict[str, dict[str, list[float | None]]]]:
-    """What engines did meanwhile: seconds from the first sample on, and by engine a list for each field."""
+    """What engines did meanwhile: seconds from the first request on, and by engine a list for each field. What was seen
+    before, in warming up, is left out."""
     ours = figures.get("pdctl")
     found = ours.get("engines") if isinstance(ours, dict) else None
     if not isinstance(found, dict) or not found.get("at"):
         return [], {}
-    start = found["at"][0]
-    return [at - start for at in found["at"]], found["engines"]
+    sent = [at for at in _listed(figures, "start_times") if isinstance(at, float) and at]
+    start = min(sent, default=found["at"][0])
+    first = sum(at < start for at in found["at"])
+    engines = {
+        name: {what: values[first:] for what, values in lists.items()} for name, lists in found["engines"].items()
+    }
+    return [at - start for at in found["at"][first:]], engines
 
 
 def _engines(figures: Figures) -> dict[str, str]:
