@@ -86,15 +86,18 @@ def with_goodput(figures: Figures, targets: Targets) -> Figures:
     """The same with goodput by these targets, from its samples and its duration."""
     ttfts, itls, outputs = (_rows(figures, name) for name in ("ttfts", "itls", "output_lens"))
     errors = _rows(figures, "errors") or [""] * len(ttfts)
-    met = 0
+    met: list[int] = []
     for ttft, gaps, count, error in zip(ttfts, itls, outputs, errors, strict=True):
         whole = ttft + sum(gaps)
         tpot = sum(gaps) / (count - 1) if count > 1 else 0.0
         wanted = ((targets.ttft, ttft), (targets.tpot, tpot), (targets.e2el, whole))
-        met += bool(count) and not error and all(limit is None or value * 1000 <= limit for limit, value in wanted)
+        is_met = bool(count) and not error and all(limit is None or value * 1000 <= limit for limit, value in wanted)
+        met.append(int(is_met))
     duration = figures.get("duration")
     seconds = float(duration) if isinstance(duration, int | float) and duration else 1.0
-    return figures | {"request_goodput": met / seconds}
+    ours = figures.get("pdctl")
+    known = ours if isinstance(ours, dict) else {}
+    return figures | {"request_goodput": sum(met) / seconds, "pdctl": {**known, "met": met}}
 
 
 def samples(figures: Figures) -> dict[str, Clusters]:
@@ -126,10 +129,35 @@ def compare(first: Figures, second: Figures) -> list[Ratio]:
     for name in _RATES:
         one, other = first.get(name), second.get(name)
         if isinstance(one, int | float) and isinstance(other, int | float) and other:
-            low, high = _over_rounds(first, second, name) or (None, None)
+            interval = _over_rounds(first, second, name)
+            if name == "request_goodput":
+                interval = _of_met(first, second, one / other) or interval
+            low, high = interval or (None, None)
             title = name.replace("_", " ")
             found.append(Ratio(title, one, other, one / other, low, high, more_is_better=True))
     return found
+
+
+def _of_met(first: Figures, second: Figures, ratio: float) -> tuple[float, float] | None:
+    """Of goodput, by drawing requests again, each of which met its targets or did not."""
+    ours, theirs = (_listed_met(figures) for figures in (first, second))
+    if not ours or not theirs or not sum(ours) or not sum(theirs):
+        return None
+    rng = random.Random(1)  # noqa: S311 - resampling
+    usual = sum(ours) / sum(theirs)
+    drawn = sorted(
+        sum(rng.choices(ours, k=len(ours))) / below
+        for _ in range(_RESAMPLED)
+        if (below := sum(rng.choices(theirs, k=len(theirs))))
+    )
+    low, high = drawn[int(0.025 * len(drawn))], drawn[max(0, int(0.975 * len(drawn)) - 1)]
+    return ratio * low / usual, ratio * high / usual
+
+
+def _listed_met(figures: Figures) -> list[int]:
+    ours = figures.get("pdctl")
+    met = ours.get("met") if isinstance(ours, dict) else None
+    return [int(bool(one)) for one in met] if isinstance(met, list) else []
 
 
 def _over_rounds(first: Figures, second: Figures, name: str) -> tuple[float, float] | None:

@@ -110,6 +110,7 @@ def _ours(run: Run, targets: Targets) -> Figures:
         "truncated": sum(record.is_truncated for record in records),
         "interrupted": run.was_interrupted,
         "attainment": sum(map(targets.are_met, records)) / len(records) if records and targets.are_any else None,
+        "met": [int(targets.are_met(record)) for record in records] if targets.are_any else None,
         "parts_ms": {
             name: {f"p{part}": percentile(values, part) for part in QUANTILES}
             for name, values in _parts(records).items()

@@ -84,6 +84,22 @@ def test_goodput_from_samples_is_that_of_the_run() -> None:
     assert known["request_goodput"] == again["request_goodput"] != 0
 
 
+def test_goodput_has_an_interval() -> None:
+    targets = Targets(ttft=300, tpot=20)
+    found = {r.name: r for r in compare(figures(run(1), targets), figures(run(2), targets))}
+    good = found["request goodput"]
+    assert good.low is not None
+    assert good.high is not None
+    assert good.low < good.ratio < good.high
+    # The same answers in half the time: twice the goodput, and the interval with it.
+    fast = run(1)
+    fast.ended_at = 5.0
+    twice = {r.name: r for r in compare(figures(fast, targets), figures(run(2), targets))}["request goodput"]
+    assert (twice.ratio, twice.low) == (pytest.approx(2 * good.ratio), pytest.approx(2 * good.low))
+    none = {r.name: r for r in compare(figures(run(1), Targets(ttft=1)), figures(run(2), targets))}
+    assert none["request goodput"].low is None
+
+
 def test_runs_together() -> None:
     both = figures(pooled([run(1), run(2, 3.0)]), Targets())
     assert (both["completed"], both["duration"]) == (80, 40.0)
