@@ -11,12 +11,13 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def browser() -> Iterator[Browser]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         argv = ["bash", "-c", script, "_", BINARY, *_SWITCHES, f"--user-data-dir={profile}"]
         with subprocess.Popen(argv, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL, env={**os.environ, "HOME": profile}) as process:  # fmt: skip
+                              stderr=subprocess.DEVNULL, env={**os.environ, "HOME": profile},
+                              start_new_session=True) as process:  # fmt: skip
             os.close(theirs_in)
             os.close(theirs_out)
             try:
@@ -123,6 +125,9 @@ def browser() -> Iterator[Browser]:
                     process.wait(20)
                 except subprocess.TimeoutExpired:
                     process.kill()
+                # Helpers of it that end a little later than itself.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 os.close(ours_in)
 
 

@@ -7,12 +7,14 @@ same text. A request fails that gets an error, breaks off, or is late beyond its
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from pdctl.bench import Asked, Record
 from pdctl.bench.client import Endpoint, ask_once
@@ -48,6 +50,10 @@ class Seen:
     def broken(self) -> list[str]:
         """Promises that were not kept."""
         found = []
+        if not self.faults:
+            found.append("nothing was broken: nothing is shown")
+        if not self.answered:
+            found.append("nothing was answered")
         if self.failed:
             found.append(f"{sum(self.failed.values())} requests failed")
         if self.truncated:
@@ -116,8 +122,16 @@ def _note(seen: Seen, record: Record, text: str) -> None:
         return
     seen.answered += 1
     seen.wrong += record.text != text
-    if any(record.sent_at <= at <= record.ended_at for at in seen.fault_times):
+    if any(began <= record.ended_at and record.sent_at <= until for began, until in _spans(seen)):
         seen.pauses.append(max([record.ttft, *record.gaps]))
+
+
+def _spans(seen: Seen) -> list[tuple[float, float]]:
+    """From each fault until its process was ready again, or until now."""
+    return [
+        (began, began + seconds if seconds is not None else math.inf)
+        for began, seconds in zip_longest(seen.fault_times, seen.recovered)
+    ]
 
 
 def carry_out(fault: Fault, frozen_s: float) -> None:

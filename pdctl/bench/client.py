@@ -54,10 +54,15 @@ class Endpoint:
 
     def pool(self) -> Pool:
         """Connections to it. Raises PdctlError for an address that is none."""
-        parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise PdctlError(f"{self.url!r} is no address of a service", "such as http://127.0.0.1:8000")
-        return Pool(parts.hostname, parts.port or 80, connect_s=_CONNECT_S)
+        try:
+            parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
+            host, port, path = parts.hostname, parts.port or 80, parts.path.strip("/")
+        except ValueError:
+            host, path = None, ""
+        if host is None or parts.scheme != "http" or path:
+            hint = "such as http://127.0.0.1:8000, without a path"
+            raise PdctlError(f"{self.url!r} is no address of a service", hint)
+        return Pool(host, port, connect_s=_CONNECT_S)
 
 
 @dataclass(slots=True)
@@ -153,6 +158,8 @@ async def drive(
                 await asyncio.sleep(wait)
             if seats is not None:
                 await seats.acquire()
+                # A seat that was waited for is the service's delay, not this client's.
+                planned = max(planned, time.monotonic())
             record = Record(planned_at=planned)
             run.records.append(record)
             tasks.create_task(one(request, record))
@@ -233,6 +240,11 @@ async def _read(exchange: Exchange, record: Record) -> None:
         reader.take(data, time.monotonic())
     record.is_truncated = not reader.is_done and not record.error
     record.text = "".join(reader.texts)
+    if not record.first_at and not record.error and not record.is_truncated:
+        record.error = "an answer without a token"
+    if not reader.has_usage and record.first_at:
+        # As many as there were events: less than the truth where one brings several.
+        record.output_tokens = len(record.gaps) + 1
 
 
 class _Reader:
@@ -240,6 +252,7 @@ class _Reader:
 
     def __init__(self, record: Record) -> None:
         self.is_done = False
+        self.has_usage = False
         self.texts: list[str] = []
         self._record = record
         self._rest = b""
@@ -247,12 +260,18 @@ class _Reader:
 
     def take(self, data: bytes, now: float) -> None:
         """A read; what it has of a next event is kept."""
-        *events, self._rest = (self._rest + data).split(_END)
+        whole = self._rest + data
+        if b"\r" in whole:
+            # Half a line end may be at the end: it stays for the next read.
+            whole = whole.replace(b"\r\n", b"\n")
+        *events, self._rest = whole.split(_END)
         for event in events:
-            if event.startswith(b"data: [DONE]"):
-                self.is_done = True
-            elif event.startswith(b"data:"):
-                self._event(event[5:], now)
+            if event.startswith(b"data:"):
+                payload = event[5:].strip()
+                if payload == b"[DONE]":
+                    self.is_done = True
+                else:
+                    self._event(payload, now)
             elif event.startswith(b": " + TIMING_HEADER.encode()):
                 self._record.parts = timing_parts(event.decode(errors="replace").rpartition(f"{TIMING_HEADER} ")[2])
 
@@ -266,6 +285,7 @@ class _Reader:
         if event.error is not None:
             record.error = f"in mid-stream: {event.error}"[:300]
         if event.usage is not None:
+            self.has_usage = True
             record.input_tokens, record.output_tokens = event.usage.prompt_tokens, event.usage.completion_tokens
         if event.choices:
             self.texts.append(event.choices[0].text or str(event.choices[0].delta.get("content", "")))

@@ -11,7 +11,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdctl.bench.metrics import Figures, Targets, half_width
@@ -125,13 +125,18 @@ def compare(first: Figures, second: Figures) -> list[Ratio]:
     for metric in ("ttft", "tpot", "itl", "e2el"):
         parts = [(title, part) for title, name, part in _FIGURES if name == metric]
         if ours[metric] and theirs[metric]:
-            found += _ratios(ours[metric], theirs[metric], parts)
+            found += [
+                _widened(ratio, _over_rounds(first, second, f"p{part}_{metric}_ms", least=3))
+                for ratio, (_, part) in zip(_ratios(ours[metric], theirs[metric], parts), parts, strict=False)
+            ]
     for name in _RATES:
         one, other = first.get(name), second.get(name)
         if isinstance(one, int | float) and isinstance(other, int | float) and other:
             interval = _over_rounds(first, second, name)
             if name == "request_goodput":
-                interval = _of_met(first, second, one / other) or interval
+                drawn = _of_met(first, second, one / other)
+                both = [found for found in (drawn, interval) if found]
+                interval = (min(low for low, _ in both), max(high for _, high in both)) if both else None
             low, high = interval or (None, None)
             title = name.replace("_", " ")
             found.append(Ratio(title, one, other, one / other, low, high, more_is_better=True))
@@ -160,10 +165,17 @@ def _listed_met(figures: Figures) -> list[int]:
     return [int(bool(one)) for one in met] if isinstance(met, list) else []
 
 
-def _over_rounds(first: Figures, second: Figures, name: str) -> tuple[float, float] | None:
-    """Of the rounds' ratios, whose logarithms are taken for normal (Student's t)."""
+def _widened(ratio: Ratio, rounds: tuple[float, float] | None) -> Ratio:
+    """Requests of one start share its luck: where rounds differ by more than their requests, that is what counts."""
+    if rounds is None or ratio.low is None or ratio.high is None:
+        return ratio
+    return replace(ratio, low=min(ratio.low, rounds[0]), high=max(ratio.high, rounds[1]))
+
+
+def _over_rounds(first: Figures, second: Figures, name: str, least: int = 2) -> tuple[float, float] | None:
+    """Of the rounds' ratios, whose logarithms are taken for normal (Student's t); None for fewer than `least`."""
     ours, theirs = (_of_rounds(figures, name) for figures in (first, second))
-    if len(ours) != len(theirs) or len(ours) < 2 or not all(ours) or not all(theirs):
+    if len(ours) != len(theirs) or len(ours) < least or not all(ours) or not all(theirs):
         return None
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
     middle, half = statistics.fmean(logs), half_width(logs)

@@ -2,7 +2,7 @@
 
 Prefill: a + b*l + c*l^2. Decode: a + b*(sum of contexts) + c*batch (DistServe's simulator; Zhong et al., OSDI 2024).
 Fitted by least squares of the *relative* error, which is what counts when steps differ by an order of magnitude, with
-no coefficient below zero: a column that wants to be is left out. Its error is told on measurements that were held out.
+no coefficient below zero. Its error is told on measurements that were held out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 
 from pdctl.bench.metrics import percentile
@@ -85,18 +86,18 @@ def fit(points: Sequence[Point], seed: int = 0) -> Line:
 
 
 def _coefficients(points: Sequence[Point]) -> tuple[float, float, float]:
-    columns = [0, 1, 2]
-    while True:
+    """Of all choices of columns whose coefficients are not negative, that of the least error: with three columns all
+    can be tried."""
+    best, least = (0.0, 0.0, 0.0), float(len(points)) + 1.0
+    for columns in (c for size in (1, 2, 3) for c in combinations(range(3), size)):
         # Divided by what was measured, each row wants 1.
         rows = [[point.row[column] / point.seconds for column in columns] for point in points]
         found = _least_squares(rows)
-        worst = min(range(len(columns)), key=lambda place: found[place])
-        if found[worst] >= 0 or len(columns) == 1:
-            whole = [0.0, 0.0, 0.0]
-            for column, value in zip(columns, found, strict=True):
-                whole[column] = max(0.0, value)
-            return (whole[0], whole[1], whole[2])
-        del columns[worst]
+        error = sum((sum(x * value for x, value in zip(found, row, strict=True)) - 1) ** 2 for row in rows)
+        if min(found) >= 0 and error < least:
+            whole = dict(zip(columns, found, strict=True))
+            best, least = (whole.get(0, 0.0), whole.get(1, 0.0), whole.get(2, 0.0)), error
+    return best
 
 
 def _least_squares(rows: Sequence[Sequence[float]]) -> list[float]:

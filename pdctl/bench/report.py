@@ -127,11 +127,19 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def series(figures: Figures) -> dict[str, list[float]]:
     """Milliseconds of what plots show."""
-    ttfts, itls, latencies = (_listed(figures, name) for name in ("ttfts", "itls", "latencies"))
+    ttfts, itls, latencies = (_good(figures, name) for name in ("ttfts", "itls", "latencies"))
     gaps = [float(gap) for gaps in itls if isinstance(gaps, list) for gap in gaps]
     lists: tuple[Sequence[object], ...] = (ttfts, gaps, latencies)
     named = zip(("Time to first token", "Between tokens", "Whole answer"), lists, strict=True)
     return {name: [value * 1000 for value in values if isinstance(value, float)] for name, values in named}
+
+
+def _good(figures: Figures, name: str) -> list[object]:
+    """Of answers that came: a refusal is quick, and no answer."""
+    values, errors, ttfts = _listed(figures, name), _listed(figures, "errors"), _listed(figures, "ttfts")
+    if len(errors) != len(values) or len(ttfts) != len(values):
+        return values
+    return [value for value, error, ttft in zip(values, errors, ttfts, strict=True) if not error and ttft]
 
 
 def cdfs(results: dict[str, Figures]) -> dict[str, str]:

@@ -54,7 +54,7 @@ def _asked(row: _Row, start: float, scale: Scale, words: Vocabulary, rng: random
     inputs, outputs = max(1, round(row.inputs * scale.length)), max(1, round(row.outputs * scale.length))
     if scale.longest:
         outputs = min(outputs, max(1, scale.longest // 2))
-        inputs = min(inputs, scale.longest - outputs)
+        inputs = max(1, min(inputs, scale.longest - outputs))
     prompt = _of_blocks(row, inputs, scale, words) if row.hashes else words.prompt(inputs, rng)
     return Asked(prompt, outputs, (row.at - start) / scale.speed)
 

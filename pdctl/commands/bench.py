@@ -107,8 +107,9 @@ def serve(
     ours = found["pdctl"]
     assert isinstance(ours, dict)
     ours |= {"engines": engines.samples}
-    if len(runs) > 1:
-        ours |= {"repeats": over_runs([figures(one, targets) for one in runs])}
+    whole = [figures(one, targets) for one in runs if not one.was_interrupted]
+    if repeats > 1 and whole:
+        ours |= {"repeats": over_runs(whole)}
     _show(found, targets, run, len(asked) * repeats, as_json)
     _keep(found, run, len(asked) * repeats, out, page, pictures)
     if not found["completed"]:
@@ -184,6 +185,8 @@ def sweep(
 
     targets = targets_of(goodput)
     check_rates(first, None, 1.0, 1.0, 1.0)
+    if math.isinf(first):
+        raise PdctlError("--rate inf: the search begins at a rate", "such as --rate 1")
     endpoint = endpoint_of(url, model, key, ignore_eos=True, timeout=600.0)
     words, search, engines = vocabulary(endpoint), Search(first, attainment), engines_at(endpoint.url)
     rows = []
@@ -214,7 +217,7 @@ def _step(
     """One rate's figures. Those that were refused or failed have met nothing."""
     from pdctl.bench import arrivals, client
     from pdctl.bench import workload as works
-    from pdctl.bench.metrics import figures
+    from pdctl.bench.metrics import bottleneck, figures
     from pdctl.bench.report import number
 
     rng = random.Random(f"{seed}/{rate}")  # noqa: S311 - a workload, not a secret
@@ -223,6 +226,8 @@ def _step(
     run = asyncio.run(client.drive(endpoint, asked, arrivals.gamma(count, rate, 1.0, rng), 0, lambda _: None))
     if run.was_interrupted:
         raise KeyboardInterrupt
+    if doubt := bottleneck(run):
+        console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} the client was the bottleneck: {doubt}")
     found = figures(run, targets)
     met = sum(map(targets.are_met, run.records)) / len(run.records)
     names = ("p99_ttft_ms", "p99_tpot_ms", "failed", "output_throughput")

@@ -7,7 +7,9 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,8 @@ def chaos(
     names = [*(process["name"] for process in status["processes"]), SUPERVISOR]
     rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
     _check(faults, names, rng, Path(status["run_dir"]))
+    if seconds <= every:
+        raise PdctlError(f"--for {seconds:g} ends before the first fault", f"more than --every {every:g}")
     url = str(status["proxy_url"])
     endpoint = Endpoint(url, asyncio.run(models(Endpoint(url)))[0], fields={"ignore_eos": True}, timeout_s=600.0)
     from pdctl.commands.bench_load import vocabulary
@@ -76,10 +80,24 @@ def chaos(
             tasks.create_task(asyncio.to_thread(schedule.carry_out, seen))
             tasks.create_task(asyncio.to_thread(leaked.watch, name, lambda: schedule.is_over))
 
-    asyncio.run(run())
-    leaks = _leaks(name)
+    try:
+        asyncio.run(_until_over(run, schedule))
+    except KeyboardInterrupt:
+        console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} interrupted; this is what was seen until then")
+    try:
+        leaks = _leaks(name)
+    except PdctlError as failure:
+        leaks = [f"not known: {failure.message}"]
     _tell(seen, leaked, leaks, as_json)
     raise Verdict(1 if seen.broken or leaks else 0)
+
+
+async def _until_over(run: Callable[[], Awaitable[None]], schedule: _Schedule) -> None:
+    """However it ends, nothing more is broken afterwards: threads do not end with their task."""
+    try:
+        await run()
+    finally:
+        schedule.stop()
 
 
 def _check(faults: list[str], names: list[str], rng: random.Random, run_dir: Path) -> None:
@@ -103,28 +121,38 @@ class _Schedule:
         self, service: str, faults: list[str], seconds: float, every: float, frozen: float, back_s: float,
         rng: random.Random, source: str,
     ) -> None:  # fmt: skip
-        self.is_over = False
+        self._over = threading.Event()
         self._source = source
         self._service, self._faults, self._rng = service, faults, rng
         self._every, self._frozen, self._back_s = every, frozen, back_s
         self._end = time.monotonic() + seconds
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the load may end."""
+        return self._over.is_set()
+
+    def stop(self) -> None:
+        """No further fault."""
+        self._over.set()
+
     def carry_out(self, seen: Seen) -> None:
-        """Until the time is over; then once more until everything is ready."""
+        """Until the time is over; what was broken last is waited for."""
         try:
             next_at = time.monotonic() + self._every
-            while next_at < self._end:
-                time.sleep(max(0.0, next_at - time.monotonic()))
+            while next_at < self._end and not self._over.wait(max(0.0, next_at - time.monotonic())):
                 self._one(seen)
                 # Not in step with anything that happens every so many seconds.
                 next_at = max(next_at + self._every * self._rng.uniform(0.9, 1.1), time.monotonic())
+            self._over.wait(max(0.0, self._end - time.monotonic()))
         finally:
-            self.is_over = True
+            self._over.set()
 
     def _one(self, seen: Seen) -> None:
         from pdctl.bench.chaos import Fault, carry_out, pick
 
-        processes = {process["name"]: process for process in self._processes()}
+        # One that was given up has no pid: nothing of it can be broken, and it has been told of.
+        processes = {process["name"]: process for process in self._processes() if process["pid"]}
         chosen = pick([*sorted(processes), SUPERVISOR], self._faults, self._rng)
         if chosen is None or not processes:
             return
@@ -157,7 +185,7 @@ class _Schedule:
         return time.monotonic() - began if done.returncode == 0 else None
 
     def _ready_again(self, name: str, old_pid: int, began: float) -> float | None:
-        while time.monotonic() - began < self._back_s:
+        while time.monotonic() - began < self._back_s and not self._over.is_set():
             now = next((p for p in self._processes() if p["name"] == name), None)
             if now is not None and now["state"] == "ready" and now["pid"] != old_pid:
                 return time.monotonic() - began

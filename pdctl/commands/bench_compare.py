@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -44,6 +45,7 @@ from pdctl.commands.bench_load import (
 )
 from pdctl.commands.common import STATE, call, find_service, running_services
 from pdctl.errors import PdctlError
+from pdctl.host.users import run_root
 
 if TYPE_CHECKING:
     from pdctl.bench.client import Run
@@ -104,13 +106,16 @@ def compare(
                     (prefixes, prefix), (speed, length, longest), warm_up, seed)  # fmt: skip
         load.check()
         results = _measured((first, second), load, rounds, targets, ignore_eos, timeout)
-    _keep(results, names, out, page, pictures)
     _tell(results, names, as_json)
+    _keep(results, names, out, page, pictures)
 
 
 def _titles(first: Path, second: Path) -> tuple[str, str]:
     """Short, and different."""
-    return (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
+    if first.stem != second.stem:
+        return first.stem, second.stem
+    named = [f"{path.parent.name}-{path.stem}".lstrip("-") for path in (first, second)]
+    return (named[0], named[1]) if named[0] != named[1] else (f"{named[0]}-1", f"{named[1]}-2")
 
 
 _OF_RESULTS = {"first", "second", "goodput", "page", "pictures", "as_json"}
@@ -134,8 +139,7 @@ def _measured(
     from pdctl.bench.metrics import figures, over_runs, pooled
 
     for file in files:
-        if (name := find_service(None, file)) in running_services():
-            raise PdctlError(f"service {name!r} of {file} is running", f"end it first: pdctl down -s {name}")
+        _refuse_running(file, find_service(None, file))
     runs: tuple[list[Run], list[Run]] = ([], [])
     for number in range(rounds):
         for side in (0, 1) if number % 2 == 0 else (1, 0):
@@ -153,6 +157,16 @@ def _measured(
     return found[0], found[1]
 
 
+def _refuse_running(file: Path, name: str) -> None:
+    """What runs already is somebody's, and not ours to stop. Raises PdctlError."""
+    from pdctl.supervisor.adoption import read_estate
+    from pdctl.supervisor.rundir import is_locked
+
+    run_dir = run_root() / name
+    if name in running_services() or is_locked(run_dir) or read_estate(run_dir) is not None:
+        raise PdctlError(f"service {name!r} of {file} is running", f"end it first: pdctl down -s {name}")
+
+
 def _one(file: Path, load: Load, ignore_eos: bool, timeout: float) -> Run:
     with _service(file) as url:
         endpoint = endpoint_of(url, "", "", ignore_eos, timeout)
@@ -164,22 +178,36 @@ def _one(file: Path, load: Load, ignore_eos: bool, timeout: float) -> Run:
 def _service(file: Path) -> Iterator[str]:
     """Its proxy's address, while it is up. Raises PdctlError with `up`'s own words."""
     name = find_service(None, file)
-    _pdctl(["up", "-d", "-f", str(file)], _START_S)
+    _refuse_running(file, name)
+    is_up = False
     try:
+        _pdctl(["up", "-d", "-f", str(file)], _START_S)
+        is_up = True
         yield str(call(name, "GET", STATE)["proxy_url"])
     finally:
-        _pdctl(["down", "-s", name], _STOP_S)
+        # What was interrupted in starting must not stay either; what refused to start has said why.
+        with contextlib.nullcontext() if is_up else contextlib.suppress(PdctlError):
+            _pdctl(["down", "-s", name], _STOP_S)
 
 
 def _pdctl(words: list[str], within_s: float) -> None:
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pdctl", *words], capture_output=True, text=True, timeout=within_s, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise PdctlError(f"pdctl {' '.join(words)}: not done within {within_s:.0f} s") from None
-    if done.returncode:
-        raise PdctlError(f"pdctl {' '.join(words)} failed:\n{done.stderr.strip()}")
+    argv = [sys.executable, "-m", "pdctl", *words]
+    # Out of the terminal's reach: a Ctrl-C must not leave half a service.
+    with subprocess.Popen(
+        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            try:
+                _, said = process.communicate(timeout=within_s)
+            except KeyboardInterrupt:
+                console.note("interrupted: ending what was begun ...")
+                process.communicate(timeout=within_s)
+                raise
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise PdctlError(f"pdctl {' '.join(words)}: not done within {within_s:.0f} s") from None
+    if process.returncode:
+        raise PdctlError(f"pdctl {' '.join(words)} failed:\n{said.strip()}")
 
 
 # -- both --------------------------------------------------------------------------------------------------
@@ -196,7 +224,7 @@ def _keep(
         except OSError as failure:
             raise PdctlError(f"{out} cannot be made: {failure.strerror}") from None
         for name, figures in zip(names, results, strict=True):
-            write(out / f"{Path(name).stem}.json", json.dumps(figures))
+            write(out / f"{name}.json", json.dumps(figures))
     both = dict(zip(names, results, strict=True))
     if page is not None:
         write(page, report.comparison(both, _rows(results), " against ".join(names)))

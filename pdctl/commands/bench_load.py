@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pdctl.bench.metrics import Targets
     from pdctl.bench.workload import Vocabulary
 
+# Gaps of less would all but one be 0.
+_LEAST_BURSTINESS = 0.01
 TARGETS = ("ttft", "tpot", "e2el")
 
 
@@ -99,7 +101,8 @@ class Load:
             first = (asked * (self.warm_up // len(asked) + 1))[: self.warm_up]
             found = asyncio.run(client.drive(endpoint, first, [0.0] * self.warm_up, 1, lambda _: None))
             if found.was_interrupted:
-                raise KeyboardInterrupt
+                found.records.clear()
+                return found
         done = asyncio.run(client.drive(endpoint, asked, times, self.concurrency, _progress(len(asked))))
         if is_interactive():
             console.note("")
@@ -175,6 +178,12 @@ def check_rates(rate: float, ramp_to: float | None, burstiness: float, speed: fl
     ):  # fmt: skip
         if not value > 0:
             raise PdctlError(f"{option} {value:g}: must be more than 0")
+        if math.isinf(value) and option != "--rate":
+            raise PdctlError(f"{option} {value:g}: must be a number")
+    if burstiness < _LEAST_BURSTINESS:
+        raise PdctlError(f"--burstiness {burstiness:g}: must be at least {_LEAST_BURSTINESS:g}")
+    if ramp_to is not None and burstiness != 1.0:
+        raise PdctlError("--burstiness does nothing with --ramp-to", "leave one of them out")
     if ramp_to is not None and math.isinf(rate):
         raise PdctlError("--ramp-to needs a --rate to begin with", "such as --rate 1 --ramp-to 10")
 

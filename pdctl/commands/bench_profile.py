@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from pdctl.bench.workload import Vocabulary
 
 _STEPS = 24
-# Gaps in which other prompts of a batch may still be computed.
-_SETTLING = 6
 
 
 def profile(
@@ -49,7 +47,10 @@ def profile(
     endpoint = endpoint_of(str(status["proxy_url"]), "", "", ignore_eos=True, timeout=600.0)
     words, rng = vocabulary(endpoint), random.Random(seed)  # noqa: S311 - a workload, not a secret
     points = asyncio.run(_measured(endpoint, words, rng, _lengths(longest), _batches(widest), repeats))
-    lines = {kind: fit([point for point in points if point.kind == kind], seed) for kind in (PREFILL, DECODE)}
+    try:
+        lines = {kind: fit([point for point in points if point.kind == kind], seed) for kind in (PREFILL, DECODE)}
+    except ValueError as failure:
+        raise PdctlError(f"{failure}: streams seldom ran together", "more --repeats, or a smaller --widest") from None
     found = Profile(endpoint.model, time.strftime("%Y-%m-%d %H:%M"), lines[PREFILL], lines[DECODE], longest, widest)
     target = out or path_of(state_root(), name)
     try:
@@ -91,18 +92,26 @@ async def _measured(
     for number, (kind, length, batch) in enumerate(jobs):
         if number % 10 == 0:
             console.note(f"{number} of {len(jobs)} measurements")
-        steps = 1 if kind == PREFILL else _STEPS
+        # Prompts of a batch are computed one after another: the first stream must last until the last one has begun.
+        steps = 1 if kind == PREFILL else _STEPS + 2 * batch
         records = await _together(endpoint, [Asked(words.prompt(length, rng), steps) for _ in range(batch)])
         if kind == PREFILL:
             points.append(Point(kind, length, 1, records[0].ttft))
         elif (gap := _step(records)) > 0:
-            points.append(Point(kind, batch * (length + _STEPS / 2), batch, gap))
+            points.append(Point(kind, batch * (length + steps / 2), batch, gap))
     return points
 
 
 def _step(records: list[Record]) -> float:
-    """Seconds a step took while all streams ran; 0 where they never did."""
-    gaps = [gap for record in records for gap in record.gaps[_SETTLING:]]
+    """Seconds a step took while all streams ran; 0 where they never did together."""
+    begin, end = max(record.first_at for record in records), min(record.ended_at for record in records)
+    gaps = []
+    for record in records:
+        at = record.first_at
+        for gap in record.gaps:
+            if at >= begin and at + gap <= end:
+                gaps.append(gap)
+            at += gap
     return statistics.median(gaps) if gaps else 0.0
 
 

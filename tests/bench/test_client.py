@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from pdctl.bench import Asked
-from pdctl.bench.client import Endpoint, Run, drive, models, timing_parts, tokenized
+from pdctl.bench import Asked, Record
+from pdctl.bench.client import Endpoint, Run, _Reader, drive, models, timing_parts, tokenized
 from pdctl.bench.metrics import Targets, bottleneck, figures
 from pdctl.errors import PdctlError
 from tests.bench.fake import Fake, listening
@@ -107,6 +107,7 @@ def test_an_interruption_keeps_what_there_is() -> None:
 
 def test_a_client_that_cannot_keep_up_says_so() -> None:
     done = run(Fake(gap_s=0.05), [Asked([1], 4)])
+    done.headroom.cpu, done.headroom.delays = 0.1, [0.001] * 100
     assert bottleneck(done) == ""
     done.headroom.cpu = 0.97
     assert "97% of a core" in bottleneck(done)
@@ -134,3 +135,50 @@ def test_nobody_there() -> None:
 
 def test_timing_headers() -> None:
     assert timing_parts("queue;dur=1.5, ttft;dur=20, odd, x;dur=y") == {"queue": 0.0015, "ttft": 0.02}
+
+
+def read(*parts: bytes) -> Record:
+    """What a stream in these pieces makes of a record."""
+    record = Record(0.0, sent_at=1.0)
+    reader = _Reader(record)
+    for number, part in enumerate(parts):
+        reader.take(part, 2.0 + number)
+    record.is_truncated = not reader.is_done
+    return record
+
+
+EVENT = b'data: {"choices": [{"text": "a"}]}'
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+@pytest.mark.parametrize("done", [b"data: [DONE]", b"data:[DONE]"])
+def test_line_ends_of_other_servers(end: bytes, done: bytes) -> None:
+    whole = EVENT + end + EVENT + end + done + end
+    for cut in range(1, len(whole)):
+        record = read(whole[:cut], whole[cut:])
+        assert (record.error, record.is_truncated, len(record.gaps)) == ("", False, 1), cut
+
+
+def test_without_usage_events_are_counted() -> None:
+    found = figures(run(Fake(usage=False), [Asked([1, 2], 5)]), Targets())
+    assert (found["completed"], found["total_output_tokens"]) == (1, 5)
+    assert found["p50_tpot_ms"] > 0  # type: ignore[operator]
+
+
+def test_an_answer_without_a_token_is_none() -> None:
+    done = run(Fake(), [Asked([1], 0)])
+    found = figures(done, Targets(ttft=1000))
+    assert (found["completed"], found["failed"], found["request_goodput"]) == (0, 1, 0.0)
+    assert done.records[0].error == "an answer without a token"
+
+
+@pytest.mark.parametrize("url", ["http://h:99999", "http://[::1", "http://h:80/prefix", "https://h", "http://"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(PdctlError, match="no address of a service"):
+        Endpoint(url).pool()
+
+
+def test_waiting_for_a_seat_is_not_being_late() -> None:
+    done = run(Fake(first_s=0.1), [Asked([1], 2) for _ in range(4)], most_at_once=1)
+    last = done.records[3]
+    assert last.sent_at - last.planned_at < 0.2, "it has waited for 0.3 s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from pdctl.bench import Record
 from pdctl.bench.client import Run
 from pdctl.bench.compare import Ratio, Resampled, compare, with_goodput
 from pdctl.bench.metrics import Figures, Targets, figures, over_runs, pooled
-from pdctl.commands.bench_compare import verdicts
+from pdctl.commands.bench_compare import _titles, verdicts
 
 
 @given(st.lists(st.lists(st.floats(0.1, 100), min_size=1, max_size=5), min_size=1, max_size=20), st.integers(0, 9))
@@ -126,3 +127,23 @@ def test_where_the_first_loses_is_said() -> None:
         "pd is worse in: TTFT p99 (2.00x), request throughput (0.50x)",
         "no difference shown in: E2E p50 (1.00x)",
     ]
+
+
+def test_starts_that_differ_widen_intervals() -> None:
+    """Three rounds each, starts of different luck, nothing else: no difference is shown, though requests agree."""
+    ours = [run(n, slow) for n, slow in enumerate((1.0, 1.3, 0.9))]
+    theirs = [run(n + 9, slow) for n, slow in enumerate((1.2, 0.9, 0.8))]
+    found = {r.name: r for r in compare(result(*ours), result(*theirs))}
+    assert found["TPOT p50"].verdict == "no difference shown"
+    low, high = found["TPOT p50"].low, found["TPOT p50"].high
+    assert low is not None
+    assert high is not None
+    assert low < 0.9
+    assert high > 1.4
+
+
+def test_names_of_two_are_different() -> None:
+    assert _titles(Path("pd.toml"), Path("one.toml")) == ("pd", "one")
+    assert _titles(Path("a/pd.toml"), Path("b/pd.toml")) == ("a-pd", "b-pd")
+    assert _titles(Path("pd.toml"), Path("pd.toml")) == ("pd-1", "pd-2")
+    assert _titles(Path("pd.v1.toml"), Path("pd.v2.toml")) == ("pd.v1", "pd.v2")

@@ -16,7 +16,7 @@ from tests.chromium import BINARY, Browser, browser
 pytestmark = pytest.mark.skipif(BINARY is None, reason="NOT TESTED: no chromium")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def chromium() -> Iterator[Browser]:
     with browser() as found:
         yield found

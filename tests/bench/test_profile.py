@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.bench.profile import DECODE, PREFILL, Line, Point, Profile, fit, load, path_of, save
-from pdctl.commands.bench_profile import _batches, _lengths, summary
+from pdctl.bench import Record
+from pdctl.bench.profile import DECODE, PREFILL, Line, Point, Profile, _coefficients, fit, load, path_of, save
+from pdctl.commands.bench_profile import _batches, _lengths, _step, summary
 
 COEFFICIENTS = st.tuples(st.floats(1e-3, 0.1), st.floats(1e-5, 1e-3), st.floats(1e-8, 1e-6))
 
@@ -82,3 +83,25 @@ def test_what_is_measured() -> None:
     assert _lengths(512) == [16, 26, 43, 71, 116, 190, 312, 512]
     assert _batches(8) == [1, 2, 4, 8]
     assert _batches(6) == [1, 2, 4, 6]
+
+
+@given(st.integers(0, 60))
+def test_no_choice_of_columns_is_better(seed: int) -> None:
+    points = prefills((2e-3, 1e-4, 1e-7), 0.3, seed)
+    found = _coefficients(points)
+
+    def error(coefficients: tuple[float, float, float]) -> float:
+        return sum((Line(coefficients, 0, 0, (0, 0)).seconds(p.row) / p.seconds - 1) ** 2 for p in points)
+
+    rng = random.Random(seed)
+    for _ in range(50):
+        a, b, c = (value * rng.uniform(0.9, 1.1) for value in found)
+        assert error(found) <= error((a, b, c)) * (1 + 1e-9)
+
+
+def test_steps_count_only_while_all_streams_ran() -> None:
+    first = Record(0, 0, 1.0, 2.0, [0.1] * 10)
+    second = Record(0, 0, 1.55, 3.05, [0.3] * 5)
+    assert _step([first]) == 0.1
+    assert _step([first, second]) in (0.1, pytest.approx(0.1), pytest.approx(0.2), pytest.approx(0.3))
+    assert _step([first, Record(0, 0, 5.0, 6.0, [0.5] * 2)]) == 0.0

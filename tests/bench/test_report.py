@@ -14,7 +14,7 @@ from pdctl.bench import Record
 from pdctl.bench.client import Run
 from pdctl.bench.compare import compare, read
 from pdctl.bench.metrics import Figures, Targets, figures, percentile
-from pdctl.bench.report import page, text
+from pdctl.bench.report import page, series, text
 from pdctl.errors import PdctlError
 
 
@@ -112,3 +112,9 @@ def test_the_table() -> None:
     assert lines[2].startswith("goodput ")
     assert lines[4].split() == ["MS", "MEAN", "P50", "P99"]
     assert lines[5].split()[:3] == ["TTFT", "200.0", "200.0"]
+
+
+def test_failed_answers_are_not_drawn() -> None:
+    found = series(result(0.02, failed=55))
+    assert {len(values) for name, values in found.items() if name != "Between tokens"} == {5}
+    assert min(found["Time to first token"]) > 100

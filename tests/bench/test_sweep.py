@@ -7,7 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.bench.chaos import Seen, pick
+from pdctl.bench import Record
+from pdctl.bench.chaos import Fault, Seen, _note, pick
 from pdctl.bench.sweep import Search
 
 
@@ -42,9 +43,19 @@ def test_what_is_broken_next() -> None:
 
 
 def test_promises() -> None:
-    assert Seen(answered=5).broken == []
-    seen = Seen(failed={"x": 2, "y": 1}, truncated=1, wrong=4, recovered=[1.0, None])
+    fault = Fault("kill", "decode-0", (1,))
+    assert Seen(answered=5, faults=[fault]).broken == []
+    assert Seen(answered=5).broken == ["nothing was broken: nothing is shown"]
+    assert Seen(faults=[fault]).broken == ["nothing was answered"]
+    seen = Seen(answered=1, faults=[fault], failed={"x": 2, "y": 1}, truncated=1, wrong=4, recovered=[1.0, None])
     assert seen.broken == [
         "3 requests failed", "1 streams were cut", "4 answers differ from the quiet ones",
         "1 processes did not come back in time",
     ]  # fmt: skip
+
+
+def test_a_stream_that_was_sent_into_a_fault_has_met_it() -> None:
+    seen = Seen(fault_times=[10.0, 50.0], recovered=[5.0])
+    for sent, ended in ((1.0, 9.0), (9.0, 11.0), (12.0, 20.0), (14.9, 30.0), (15.5, 49.0), (60.0, 61.0)):
+        _note(seen, Record(0.0, sent, sent + 0.5, ended, [0.25], text="x"), "x")
+    assert len(seen.pauses) == 4, "before the first, and between the two, nothing was met; the second is not over"

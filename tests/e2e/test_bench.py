@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -93,6 +94,8 @@ BAD = {
     "no file": (["--workload", "file", "--data", "/none"], "cannot be read"),
     "nothing": (["-n", "0"], "there is nothing to ask"),
     "ramp": (["--ramp-to", "5"], "needs a --rate"),
+    "bursts": (["--rate", "4", "--burstiness", "0.0001"], "--burstiness 0.0001: must be at least 0.01"),
+    "endless": (["--rate", "4", "--burstiness", "inf"], "--burstiness inf: must be a number"),
     "model": (["--model", "other"], "no request was answered"),
     "place": (["-n", "1", "--output", "2", "--out", "/none/x.json"], "cannot be written"),
 }
@@ -124,6 +127,9 @@ def test_chaos_keeps_its_promises_and_says_when_not(run: Run) -> None:
         assert found["answered"] > 0
         assert (found["failed"], found["truncated"], found["wrong"], found["broken"]) == ({}, 0, 0, [])
         assert 0 < found["ready_again_s"]["p100"] < 120
+        assert found["answered"] >= 8
+        early = run.cli("bench", "chaos", "--for", "5", "--every", "9")
+        assert (early.returncode, "ends before the first fault" in early.stderr) == (1, True)
         refused = run.cli("bench", "chaos", "--fault", "kill:nobody")
         assert refused.returncode == 1
         assert "groups here: decode, prefill, proxy, supervisor" in refused.stderr
@@ -215,6 +221,25 @@ def test_comparisons_that_make_no_sense(run: Run) -> None:
         assert said in done.stderr
 
 
+def test_a_comparison_that_is_interrupted_leaves_nothing(run: Run) -> None:
+    for name in ("pd", "one"):
+        run.write(topology_named(name, topology()), f"{name}.toml")
+    words = ["bench", "compare", "pd.toml", "one.toml", "-n", "500", "--rate", "2", "--output", "4", "--warm-up", "0"]
+    for wanted in ("round 1 of 3: pd.toml", " done, "):
+        with subprocess.Popen([*CLI, *words], env=run.env, cwd=run.folder, text=True, stderr=subprocess.PIPE,
+                              stdout=subprocess.DEVNULL, start_new_session=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
+            assert process.stderr is not None
+            for line in process.stderr:
+                if wanted in line:
+                    break
+            # As a terminal does: to everything that was started from it.
+            os.killpg(process.pid, signal.SIGINT)
+            process.stderr.read()
+            assert process.wait(60) == 130
+        assert not run.processes()
+
+
 def test_repeats_and_what_engines_did(service: Service, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     done = bench(service, "-n", "4", "--repeats", "3", "--output", "200", "--concurrency", "4", "--out", str(out),
@@ -242,3 +267,22 @@ def test_the_latency_model(run: Run) -> None:
     found = json.loads((run.folder / "s/t/profile.json").read_text())
     assert found["prefill"]["points"] == [10, 6]
     assert all(value >= 0 for value in found["prefill"]["coefficients"] + found["decode"]["coefficients"])
+
+
+def test_chaos_that_is_interrupted_breaks_nothing_more(run: Run) -> None:
+    with running(run, topology(prefills=1, decodes=2)) as service:
+        words = ["bench", "chaos", "--for", "120", "--every", "2", "--streams", "2", "--prompts", "2", "--output", "8",
+                 "--fault", "kill:decode", "--json"]  # fmt: skip
+        with subprocess.Popen([*CLI, *words], env=run.env, cwd=run.folder, text=True, stderr=subprocess.PIPE,
+                              stdout=subprocess.PIPE,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("kill decode"):
+                    break
+            process.send_signal(signal.SIGINT)
+            out, said = process.communicate(timeout=60)
+        assert "interrupted; this is what was seen until then" in said
+        found = json.loads(out)
+        assert found["faults"] == 1
+        service.healthy()
