@@ -166,9 +166,12 @@ class _Schedule:
                      f"{seen.wrong} wrong")  # fmt: skip
         carry_out(fault, self._frozen)
         if name == SUPERVISOR:
-            seen.recovered.append(self._taken_over(began))
+            seconds = self._taken_over(began)
         else:
-            seen.recovered.append(self._ready_again(name, fault.pids[0] if what == "kill" else 0, began))
+            seconds = self._ready_again(name, fault.pids[0] if what == "kill" else 0, began)
+        # Where we were told to stop, nobody knows whether it would have come back.
+        if seconds is not None or not self._over.is_set():
+            seen.recovered.append(seconds)
 
     def _supervisor(self) -> int:
         return int(call(self._service, "GET", STATE)["supervisor_pid"])
