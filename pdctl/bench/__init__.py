@@ -25,8 +25,8 @@ class Record:
     """What became of a request. Times in seconds of the monotonic clock; `gaps` between events that brought text.
 
     `planned_at`: when it should have been sent, `sent_at` when it was. `error`: why it failed; "" for an answer that
-    ended as it should. `is_truncated`: a stream that broke off without an error. `parts`: seconds by name, as the
-    service says.
+    ended as it should. `is_truncated`: a stream that broke off without an error. `has_usage`: the service told how many
+    tokens there were. `parts`: seconds by name, as the service says.
     """
 
     planned_at: float
@@ -39,6 +39,7 @@ class Record:
     text: str = ""
     error: str = ""
     is_truncated: bool = False
+    has_usage: bool = True
     parts: dict[str, float] = field(default_factory=dict)
 
     @property

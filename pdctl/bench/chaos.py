@@ -11,7 +11,6 @@ import math
 import os
 import random
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -134,14 +133,15 @@ def _spans(seen: Seen) -> list[tuple[float, float]]:
     ]
 
 
-def carry_out(fault: Fault, frozen_s: float) -> None:
-    """Kill the leader, or stop all of them for a while. A process that ended by itself meanwhile is left alone."""
+def carry_out(fault: Fault, frozen_s: float, wait: Callable[[float], object]) -> None:
+    """Kill the leader, or stop all of them for a while. A process that ended by itself meanwhile is left alone. `wait`
+    waits so many seconds, or until nothing more is to be broken."""
     if fault.what == "kill":
         _send(fault.pids[:1], signal.SIGKILL)
         return
     _send(fault.pids, signal.SIGSTOP)
     try:
-        time.sleep(frozen_s)
+        wait(frozen_s)
     finally:
         _send(fault.pids, signal.SIGCONT)
 

@@ -242,6 +242,7 @@ async def _read(exchange: Exchange, record: Record) -> None:
     record.text = "".join(reader.texts)
     if not record.first_at and not record.error and not record.is_truncated:
         record.error = "an answer without a token"
+    record.has_usage = reader.has_usage
     if not reader.has_usage and record.first_at:
         # As many as there were events: less than the truth where one brings several.
         record.output_tokens = len(record.gaps) + 1

@@ -79,7 +79,23 @@ def read(path: Path) -> Figures:
     if not isinstance(found, dict) or not {"ttfts", "itls", "output_lens"} <= set(found):
         hint = "a result of: pdctl bench serve --out FILE, or vllm bench serve --save-result --save-detailed"
         raise PdctlError(f"{path} holds no samples (ttfts, itls, output_lens)", hint)
+    if reason := _misshapen(found):
+        raise PdctlError(f"{path} is no result that can be read: {reason}", "was it edited, or cut off in writing?")
     return found
+
+
+def _misshapen(found: Figures) -> str:
+    """Why samples cannot be those of one run; "" where they can."""
+    names = [name for name in ("ttfts", "itls", "output_lens", "errors") if name in found]
+    lists = {name: _rows(found, name) for name in names}
+    if len({len(values) for values in lists.values()}) > 1:
+        return f"{', '.join(names)} are not of one length"
+    for name in ("ttfts", "output_lens"):
+        if not all(isinstance(value, int | float) for value in lists[name]):
+            return f"{name} are not all numbers"
+    if not all(isinstance(gaps, list) and all(isinstance(gap, int | float) for gap in gaps) for gaps in lists["itls"]):
+        return "itls are not all lists of numbers"
+    return ""
 
 
 def with_goodput(figures: Figures, targets: Targets) -> Figures:
@@ -144,7 +160,8 @@ def compare(first: Figures, second: Figures) -> list[Ratio]:
 
 
 def _of_met(first: Figures, second: Figures, ratio: float) -> tuple[float, float] | None:
-    """Of goodput, by drawing requests again, each of which met its targets or did not."""
+    """Of goodput, by drawing requests again, each of which met its targets or did not. That tells nothing of how long
+    runs take: the interval reaches to where both had taken as long."""
     ours, theirs = (_listed_met(figures) for figures in (first, second))
     if not ours or not theirs or not sum(ours) or not sum(theirs):
         return None
@@ -156,7 +173,8 @@ def _of_met(first: Figures, second: Figures, ratio: float) -> tuple[float, float
         if (below := sum(rng.choices(theirs, k=len(theirs))))
     )
     low, high = drawn[int(0.025 * len(drawn))], drawn[max(0, int(0.975 * len(drawn)) - 1)]
-    return ratio * low / usual, ratio * high / usual
+    faster = ratio / usual
+    return min(low, faster * low), max(high, faster * high)
 
 
 def _listed_met(figures: Figures) -> list[int]:
@@ -186,8 +204,11 @@ def _over_rounds(first: Figures, second: Figures, name: str, least: int = 2) -> 
 def _of_rounds(figures: Figures, name: str) -> list[float]:
     ours = figures.get("pdctl")
     repeats = ours.get("repeats") if isinstance(ours, dict) else None
-    values = repeats.get("runs", {}).get(name) if isinstance(repeats, dict) else None
-    return values if isinstance(values, list) else []
+    runs = repeats.get("runs") if isinstance(repeats, dict) else None
+    values = runs.get(name) if isinstance(runs, dict) else None
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        return []
+    return values
 
 
 def _ratios(ours: Clusters, theirs: Clusters, parts: list[tuple[str, int]]) -> list[Ratio]:

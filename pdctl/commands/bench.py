@@ -17,35 +17,10 @@ from pdctl import console
 from pdctl.commands.bench_chaos import chaos
 from pdctl.commands.bench_compare import compare
 from pdctl.commands.bench_keep import draw, drawing, write
-from pdctl.commands.bench_load import (
-    BurstOption,
-    ConcurrencyOption,
-    CountOption,
-    DataOption,
-    EosOption,
-    GoodputOption,
-    InputOption,
-    LengthOption,
-    Load,
-    LongestOption,
-    OutputOption,
-    PrefixesOption,
-    PrefixOption,
-    RampOption,
-    RateOption,
-    SeedOption,
-    SpeedOption,
-    TimeoutOption,
-    WarmUpOption,
-    Workload,
-    WorkloadOption,
-    check_rates,
-    endpoint_of,
-    targets_of,
-    vocabulary,
-)
+from pdctl.commands.bench_load import Load, check_rates, endpoint_of, takes_load, targets_of, vocabulary
 from pdctl.commands.bench_profile import profile
 from pdctl.commands.bench_watch import Engines, engines_at
+from pdctl.commands.common import given_options
 from pdctl.errors import PdctlError, Verdict
 
 if TYPE_CHECKING:
@@ -57,29 +32,13 @@ app = typer.Typer(help="Measure a service, and compare results.", no_args_is_hel
 
 
 @app.command()
+@takes_load
 def serve(
+    context: typer.Context,
+    load: Load,
     url: str = typer.Argument(None, help="The service's address. Default: the running pdctl service's."),
-    workload: WorkloadOption = Workload.SYNTHETIC,
-    path: DataOption = None,
-    count: CountOption = 100,
-    rate: RateOption = math.inf,
-    ramp_to: RampOption = None,
-    burstiness: BurstOption = 1.0,
-    concurrency: ConcurrencyOption = 0,
-    inputs: InputOption = "256",
-    outputs: OutputOption = "64",
-    prefixes: PrefixesOption = 4,
-    prefix: PrefixOption = 256,
-    speed: SpeedOption = 1.0,
-    length: LengthOption = 1.0,
-    longest: LongestOption = 0,
-    warm_up: WarmUpOption = 2,
-    goodput: GoodputOption = [],  # noqa: B006 - typer's default, never changed
     model: str = typer.Option("", "--model", help="Default: the first that the service lists."),
     key: str = typer.Option("", "--key", envvar="OPENAI_API_KEY", help="API key.", show_default=False),
-    seed: SeedOption = 0,
-    ignore_eos: EosOption = True,
-    timeout: TimeoutOption = 600.0,
     repeats: int = typer.Option(1, "--repeats", min=1, max=30, help="The same load so often, with 95% intervals."),
     out: Path | None = typer.Option(None, "--out", help="Write the result as JSON, as vllm bench serve does."),
     page: Path | None = typer.Option(None, "--html", help="Write a page with plots."),
@@ -89,13 +48,11 @@ def serve(
     """Put load on a service and measure it. Ctrl-C ends it and keeps what there is. Exit 1: nothing was answered."""
     from pdctl.bench.metrics import figures, over_runs, pooled
 
-    targets = targets_of(goodput)
-    load = Load(workload, path, count, rate, ramp_to, burstiness, concurrency, inputs, outputs, (prefixes, prefix),
-                (speed, length, longest), warm_up, seed)  # fmt: skip
-    load.check()
+    targets = load.targets
+    load.check(given_options(context))
     if pictures is not None:
         drawing()
-    endpoint = endpoint_of(url, model, key, ignore_eos, timeout)
+    endpoint = endpoint_of(url, model, key, load.ignore_eos, load.timeout)
     asked, times = load.requests(vocabulary(endpoint))
     runs: list[Run] = []
     engines = Engines()
@@ -103,7 +60,7 @@ def serve(
         while len(runs) < repeats and not (runs and runs[-1].was_interrupted):
             runs.append(load.run(endpoint, asked, times))
     run = pooled(runs)
-    found = _labelled(figures(run, targets), endpoint, rate, burstiness, concurrency, len(asked) * len(runs))
+    found = _labelled(figures(run, targets), endpoint, load, len(asked) * len(runs))
     ours = found["pdctl"]
     assert isinstance(ours, dict)
     ours |= {"engines": engines.samples}
@@ -116,9 +73,7 @@ def serve(
         raise PdctlError("no request was answered", "see the reasons above")
 
 
-def _labelled(
-    found: Figures, endpoint: Endpoint, rate: float, burstiness: float, concurrency: int, count: int
-) -> Figures:
+def _labelled(found: Figures, endpoint: Endpoint, load: Load, count: int) -> Figures:
     about: Figures = {
         "date": time.strftime("%Y%m%d-%H%M%S"),
         "endpoint_type": "openai",
@@ -127,9 +82,9 @@ def _labelled(
         "model_id": endpoint.model,
         "tokenizer_id": endpoint.model,
         "num_prompts": count,
-        "request_rate": "inf" if math.isinf(rate) else rate,
-        "burstiness": burstiness,
-        "max_concurrency": concurrency or None,
+        "request_rate": "inf" if math.isinf(load.rate) else load.rate,
+        "burstiness": load.burstiness,
+        "max_concurrency": load.concurrency or None,
     }
     return about | found
 
@@ -140,7 +95,9 @@ def _doubts(run: Run, count: int) -> str:
 
     note = f"interrupted: {len(run.records)} of {count} requests were sent" if run.was_interrupted else ""
     doubt = bottleneck(run)
-    return "; ".join(filter(None, [note, f"the client was the bottleneck: {doubt}" if doubt else ""]))
+    without = sum(not record.has_usage for record in run.records if record.is_good)
+    counted = f"{without} answers told no usage: their tokens are counted as events" if without else ""
+    return "; ".join(filter(None, [note, f"the client was the bottleneck: {doubt}" if doubt else "", counted]))
 
 
 def _show(found: Figures, targets: Targets, run: Run, count: int, as_json: bool) -> None:

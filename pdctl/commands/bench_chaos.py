@@ -9,22 +9,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from pdctl import console
+from pdctl.commands.bench_load import endpoint_of, vocabulary
 from pdctl.commands.bench_watch import Leaks
 from pdctl.commands.common import STATE, FileOption, JsonOption, ServiceOption, Status, call, find_service
 from pdctl.errors import NotRunning, PdctlError, Verdict
 
 if TYPE_CHECKING:
+    from pdctl.bench import Asked
     from pdctl.bench.chaos import Seen
+    from pdctl.bench.client import Endpoint
 
 _FAULTS = ("kill", "freeze")
 _LOOK_S = 0.1
+_ANSWER_S = 600.0
+# Leases of the last requests end with them, give or take a message.
+_LEASES_S = 5.0
 # Not a process of the topology: the one that looks after them.
 SUPERVISOR = "supervisor"
 
@@ -48,8 +53,7 @@ def chaos(
 ) -> None:
     """Break the running service's processes under load, and check its promises: nothing failed, nothing wrong, nothing
     leaked. Exit code 1 if one of them was not kept. Only for a service whose clients may notice."""
-    from pdctl.bench import chaos as breaking
-    from pdctl.bench.client import Endpoint, models
+    from pdctl.bench.chaos import Seen
     from pdctl.bench.workload import lengths, synthetic
 
     name = find_service(service, file)
@@ -59,43 +63,44 @@ def chaos(
     _check(faults, names, rng, Path(status["run_dir"]))
     if seconds <= every:
         raise PdctlError(f"--for {seconds:g} ends before the first fault", f"more than --every {every:g}")
-    url = str(status["proxy_url"])
-    endpoint = Endpoint(url, asyncio.run(models(Endpoint(url)))[0], fields={"ignore_eos": True}, timeout_s=600.0)
-    from pdctl.commands.bench_load import vocabulary
-
+    endpoint = endpoint_of(str(status["proxy_url"]), "", "", ignore_eos=True, timeout=_ANSWER_S)
     into, out = lengths(inputs, "--input"), lengths(outputs, "--output")
     asked = synthetic(prompts, into, out, vocabulary(endpoint), rng)
-    console.note(f"asking {prompts} requests in quiet ...")
-    try:
-        texts, gaps = asyncio.run(breaking.expected(endpoint, asked))
-    except ValueError as failure:
-        raise PdctlError(f"in quiet already: {failure}", "pdctl status, pdctl logs") from None
-    seen = breaking.Seen(quiet_gaps=gaps)
+    texts, gaps = _in_quiet(endpoint, asked)
+    seen, leaked = Seen(quiet_gaps=gaps), Leaks()
     schedule = _Schedule(name, faults, seconds, every, frozen, back_within, rng, str(status["source"]))
-    leaked = Leaks()
-
-    async def run() -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(breaking.load(endpoint, asked, texts, streams, seen, lambda: schedule.is_over))
-            tasks.create_task(asyncio.to_thread(schedule.carry_out, seen))
-            tasks.create_task(asyncio.to_thread(leaked.watch, name, lambda: schedule.is_over))
-
     try:
-        asyncio.run(_until_over(run, schedule))
+        asyncio.run(_under_load(endpoint, asked, texts, streams, seen, schedule, leaked))
     except KeyboardInterrupt:
         console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} interrupted; this is what was seen until then")
-    try:
-        leaks = _leaks(name)
-    except PdctlError as failure:
-        leaks = [f"not known: {failure.message}"]
+    leaks = _leaks(name)
     _tell(seen, leaked, leaks, as_json)
     raise Verdict(1 if seen.broken or leaks else 0)
 
 
-async def _until_over(run: Callable[[], Awaitable[None]], schedule: _Schedule) -> None:
-    """However it ends, nothing more is broken afterwards: threads do not end with their task."""
+def _in_quiet(endpoint: Endpoint, asked: list[Asked]) -> tuple[list[str], list[float]]:
+    """What each is answered while nothing is broken, and the gaps between tokens. Raises PdctlError."""
+    from pdctl.bench.chaos import expected
+
+    console.note(f"asking {len(asked)} requests in quiet ...")
     try:
-        await run()
+        return asyncio.run(expected(endpoint, asked))
+    except ValueError as failure:
+        raise PdctlError(f"in quiet already: {failure}", "pdctl status, pdctl logs") from None
+
+
+async def _under_load(
+    endpoint: Endpoint, asked: list[Asked], texts: list[str], streams: int, seen: Seen, schedule: _Schedule,
+    leaked: Leaks,
+) -> None:  # fmt: skip
+    """However it ends, nothing more is broken afterwards: threads do not end with their task."""
+    from pdctl.bench.chaos import load
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load(endpoint, asked, texts, streams, seen, lambda: schedule.is_over))
+            tasks.create_task(asyncio.to_thread(schedule.carry_out, seen))
+            tasks.create_task(asyncio.to_thread(leaked.watch, schedule.service, schedule.wait))
     finally:
         schedule.stop()
 
@@ -123,7 +128,7 @@ class _Schedule:
     ) -> None:  # fmt: skip
         self._over = threading.Event()
         self._source = source
-        self._service, self._faults, self._rng = service, faults, rng
+        self.service, self._faults, self._rng = service, faults, rng
         self._every, self._frozen, self._back_s = every, frozen, back_s
         self._end = time.monotonic() + seconds
 
@@ -131,6 +136,10 @@ class _Schedule:
     def is_over(self) -> bool:
         """Whether the load may end."""
         return self._over.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """So long, or until it is over; whether it is."""
+        return self._over.wait(seconds)
 
     def stop(self) -> None:
         """No further fault."""
@@ -140,11 +149,11 @@ class _Schedule:
         """Until the time is over; what was broken last is waited for."""
         try:
             next_at = time.monotonic() + self._every
-            while next_at < self._end and not self._over.wait(max(0.0, next_at - time.monotonic())):
+            while next_at < self._end and not self.wait(max(0.0, next_at - time.monotonic())):
                 self._one(seen)
                 # Not in step with anything that happens every so many seconds.
                 next_at = max(next_at + self._every * self._rng.uniform(0.9, 1.1), time.monotonic())
-            self._over.wait(max(0.0, self._end - time.monotonic()))
+            self.wait(max(0.0, self._end - time.monotonic()))
         finally:
             self._over.set()
 
@@ -152,19 +161,20 @@ class _Schedule:
         from pdctl.bench.chaos import Fault, carry_out, pick
 
         # One that was given up has no pid: nothing of it can be broken, and it has been told of.
-        processes = {process["name"]: process for process in self._processes() if process["pid"]}
-        chosen = pick([*sorted(processes), SUPERVISOR], self._faults, self._rng)
-        if chosen is None or not processes:
+        status = self._status()
+        pids_of = {process["name"]: int(process["pid"]) for process in status["processes"] if process["pid"]}
+        chosen = pick([*sorted(pids_of), *([SUPERVISOR] if pids_of else [])], self._faults, self._rng)
+        if chosen is None:
             return
         what, name = chosen
-        pids = (self._supervisor(),) if name == SUPERVISOR else _tree(int(processes[name]["pid"]))
+        pids = (int(status["supervisor_pid"]),) if name == SUPERVISOR else _tree(pids_of[name])
         fault = Fault(what, name, pids)
         began = time.monotonic()
         seen.faults.append(fault)
         seen.fault_times.append(began)
         console.note(f"{what} {name}; so far {seen.answered} answered, {sum(seen.failed.values())} failed, "
                      f"{seen.wrong} wrong")  # fmt: skip
-        carry_out(fault, self._frozen)
+        carry_out(fault, self._frozen, self.wait)
         if name == SUPERVISOR:
             seconds = self._taken_over(began)
         else:
@@ -173,33 +183,33 @@ class _Schedule:
         if seconds is not None or not self._over.is_set():
             seen.recovered.append(seconds)
 
-    def _supervisor(self) -> int:
-        return int(call(self._service, "GET", STATE)["supervisor_pid"])
-
     def _taken_over(self, began: float) -> float | None:
         """Start pdctl again, as its user or systemd would."""
         words = ["up", "-d", *(["-f", self._source] if Path(self._source).is_file() else [])]
         try:
+            # Out of the terminal's reach: a Ctrl-C must not leave the service without a supervisor.
             done = subprocess.run(
-                [sys.executable, "-m", "pdctl", *words], capture_output=True, timeout=self._back_s, check=False
-            )
+                [sys.executable, "-m", "pdctl", *words], capture_output=True, timeout=self._back_s, check=False,
+                start_new_session=True,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             return None
         return time.monotonic() - began if done.returncode == 0 else None
 
     def _ready_again(self, name: str, old_pid: int, began: float) -> float | None:
-        while time.monotonic() - began < self._back_s and not self._over.is_set():
-            now = next((p for p in self._processes() if p["name"] == name), None)
+        while time.monotonic() - began < self._back_s and not self.is_over:
+            now = next((p for p in self._status()["processes"] if p["name"] == name), None)
             if now is not None and now["state"] == "ready" and now["pid"] != old_pid:
                 return time.monotonic() - began
-            time.sleep(_LOOK_S)
+            self.wait(_LOOK_S)
         return None
 
-    def _processes(self) -> list[Status]:
+    def _status(self) -> Status:
+        """Without processes where no supervisor answers."""
         try:
-            return list(call(self._service, "GET", STATE)["processes"])
+            return call(self.service, "GET", STATE)
         except NotRunning:
-            return []
+            return {"processes": []}
 
 
 def _tree(pid: int) -> tuple[int, ...]:
@@ -213,10 +223,13 @@ def _tree(pid: int) -> tuple[int, ...]:
 
 
 def _leaks(service: str) -> list[str]:
-    """Leases that are left a little after the last request has ended."""
-    deadline = time.monotonic() + 5.0
+    """Leases that are left a little after the last request has ended, or why that is not known."""
+    deadline = time.monotonic() + _LEASES_S
     while True:
-        found = call(service, "GET", "/v1/kv")
+        try:
+            found = call(service, "GET", "/v1/kv")
+        except PdctlError as failure:
+            return [f"not known: {failure.message}"]
         left = [f"{lease['engine']}: {lease['id']}, {lease['blocks']} blocks" for lease in found["leases"]]
         if not left or time.monotonic() > deadline:
             return left

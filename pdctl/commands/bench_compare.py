@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,33 +19,8 @@ import typer
 
 from pdctl import console
 from pdctl.commands.bench_keep import draw, drawing, write
-from pdctl.commands.bench_load import (
-    BurstOption,
-    ConcurrencyOption,
-    CountOption,
-    DataOption,
-    EosOption,
-    GoodputOption,
-    InputOption,
-    LengthOption,
-    Load,
-    LongestOption,
-    OutputOption,
-    PrefixesOption,
-    PrefixOption,
-    RampOption,
-    RateOption,
-    SeedOption,
-    SpeedOption,
-    TimeoutOption,
-    WarmUpOption,
-    Workload,
-    WorkloadOption,
-    endpoint_of,
-    targets_of,
-    vocabulary,
-)
-from pdctl.commands.common import STATE, call, find_service, running_services
+from pdctl.commands.bench_load import Load, endpoint_of, takes_load, vocabulary
+from pdctl.commands.common import STATE, call, find_service, given_options, running_services
 from pdctl.errors import PdctlError
 from pdctl.host.users import run_root
 
@@ -54,32 +31,17 @@ if TYPE_CHECKING:
 
 # Weights are loaded, a model may be made ready first.
 _START_S, _STOP_S = 1800.0, 180.0
+# What a start that was interrupted gets to end by itself, before it is stopped.
+_HURRIED_S, _LOOK_S = 60.0, 0.1
 
 
+@takes_load
 def compare(
     context: typer.Context,
+    load: Load,
     first: Path = typer.Argument(..., help="A topology (.toml), or a result of bench serve --out."),
     second: Path = typer.Argument(..., help="The one that it is compared with, of the same kind."),
     rounds: int = typer.Option(3, "--rounds", min=1, max=30, help="Topologies: each is started so often, in turn."),
-    workload: WorkloadOption = Workload.SYNTHETIC,
-    path: DataOption = None,
-    count: CountOption = 100,
-    rate: RateOption = math.inf,
-    ramp_to: RampOption = None,
-    burstiness: BurstOption = 1.0,
-    concurrency: ConcurrencyOption = 0,
-    inputs: InputOption = "256",
-    outputs: OutputOption = "64",
-    prefixes: PrefixesOption = 4,
-    prefix: PrefixOption = 256,
-    speed: SpeedOption = 1.0,
-    length: LengthOption = 1.0,
-    longest: LongestOption = 0,
-    warm_up: WarmUpOption = 4,
-    goodput: GoodputOption = [],  # noqa: B006 - typer's default, never changed
-    seed: SeedOption = 0,
-    ignore_eos: EosOption = True,
-    timeout: TimeoutOption = 600.0,
     out: Path | None = typer.Option(None, "--out", help="Topologies: write both results into this folder."),
     page: Path | None = typer.Option(None, "--html", help="Write a page with plots of both."),
     pictures: Path | None = typer.Option(None, "--png", help="Write plots of both into this folder."),
@@ -89,23 +51,21 @@ def compare(
     the same load, and is stopped. Their services must not be running."""
     if pictures is not None:
         drawing()
-    targets = targets_of(goodput)
+    targets, given = load.targets, given_options(context)
     kinds = {one.suffix == ".toml" for one in (first, second)}
     if len(kinds) > 1:
         raise PdctlError(f"{first} and {second} are not of one kind", "two topologies (.toml), or two results")
     names = _titles(first, second)
     if kinds == {False}:
-        _refuse_load_options(context)
+        _refuse_load_options(given)
         from pdctl.bench.compare import read, with_goodput
 
         results = (read(first), read(second))
         if targets.are_any:
             results = (with_goodput(results[0], targets), with_goodput(results[1], targets))
     else:
-        load = Load(workload, path, count, rate, ramp_to, burstiness, concurrency, inputs, outputs,
-                    (prefixes, prefix), (speed, length, longest), warm_up, seed)  # fmt: skip
-        load.check()
-        results = _measured((first, second), load, rounds, targets, ignore_eos, timeout)
+        load.check(given)
+        results = _measured((first, second), load, rounds)
     _tell(results, names, as_json)
     _keep(results, names, out, page, pictures)
 
@@ -121,40 +81,47 @@ def _titles(first: Path, second: Path) -> tuple[str, str]:
 _OF_RESULTS = {"first", "second", "goodput", "page", "pictures", "as_json"}
 
 
-def _refuse_load_options(context: typer.Context) -> None:
+def _refuse_load_options(given: dict[str, str]) -> None:
     """Two results have been measured: nothing is asked again. Raises PdctlError."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(str(parameter.name))
-        if getattr(source, "name", "") == "COMMANDLINE" and parameter.name not in _OF_RESULTS:
-            raise PdctlError(f"{parameter.opts[0]} is for topologies; these are results", "leave it out")
+    for name, written in given.items():
+        if name not in _OF_RESULTS:
+            raise PdctlError(f"{written} is for topologies; these are results", "leave it out")
 
 
 # -- topologies --------------------------------------------------------------------------------------------
 
 
-def _measured(
-    files: tuple[Path, Path], load: Load, rounds: int, targets: Targets, ignore_eos: bool, timeout: float
-) -> tuple[Figures, Figures]:
-    """Each in turn, the order changing from round to round, so that a machine that grows slow is slow for both."""
-    from pdctl.bench.metrics import figures, over_runs, pooled
-
+def _measured(files: tuple[Path, Path], load: Load, rounds: int) -> tuple[Figures, Figures]:
+    """Each in turn, the order changing from round to round, so that a machine that grows slow is slow for both.
+    Interrupted, it goes by the rounds that are whole."""
     for file in files:
         _refuse_running(file, find_service(None, file))
-    runs: tuple[list[Run], list[Run]] = ([], [])
-    for number in range(rounds):
-        for side in (0, 1) if number % 2 == 0 else (1, 0):
-            console.note(f"round {number + 1} of {rounds}: {files[side]}")
-            runs[side].append(_one(files[side], load, ignore_eos, timeout))
-            if runs[side][-1].was_interrupted:
-                raise KeyboardInterrupt
-    found = []
-    for side in (0, 1):
-        whole = figures(pooled(runs[side]), targets)
-        ours = whole["pdctl"]
-        assert isinstance(ours, dict)
-        ours["repeats"] = over_runs([figures(run, targets) for run in runs[side]])
-        found.append(whole)
-    return found[0], found[1]
+    whole: list[tuple[Run, Run]] = []
+    try:
+        for number in range(rounds):
+            runs: dict[int, Run] = {}
+            for side in (0, 1) if number % 2 == 0 else (1, 0):
+                console.note(f"round {number + 1} of {rounds}: {files[side]}")
+                runs[side] = _one(files[side], load)
+            whole.append((runs[0], runs[1]))
+    except KeyboardInterrupt:
+        if not whole:
+            raise
+        mark = console.paint("warning:", "yellow", sys.stderr)
+        console.note(f"{mark} interrupted: {len(whole)} of {rounds} rounds are whole, and these are told of")
+    first, second = zip(*whole, strict=True)
+    return _result(first, load.targets), _result(second, load.targets)
+
+
+def _result(runs: Sequence[Run], targets: Targets) -> Figures:
+    """Of all rounds together, with each one's figures."""
+    from pdctl.bench.metrics import figures, over_runs, pooled
+
+    found = figures(pooled(runs), targets)
+    ours = found["pdctl"]
+    assert isinstance(ours, dict)
+    ours["repeats"] = over_runs([figures(run, targets) for run in runs])
+    return found
 
 
 def _refuse_running(file: Path, name: str) -> None:
@@ -167,11 +134,15 @@ def _refuse_running(file: Path, name: str) -> None:
         raise PdctlError(f"service {name!r} of {file} is running", f"end it first: pdctl down -s {name}")
 
 
-def _one(file: Path, load: Load, ignore_eos: bool, timeout: float) -> Run:
+def _one(file: Path, load: Load) -> Run:
+    """Raises KeyboardInterrupt for one that was interrupted, when its service is down."""
     with _service(file) as url:
-        endpoint = endpoint_of(url, "", "", ignore_eos, timeout)
+        endpoint = endpoint_of(url, "", "", load.ignore_eos, load.timeout)
         asked, times = load.requests(vocabulary(endpoint))
-        return load.run(endpoint, asked, times)
+        run = load.run(endpoint, asked, times)
+    if run.was_interrupted:
+        raise KeyboardInterrupt
+    return run
 
 
 @contextmanager
@@ -191,23 +162,53 @@ def _service(file: Path) -> Iterator[str]:
 
 
 def _pdctl(words: list[str], within_s: float) -> None:
+    """One verb, to its end. Ctrl-C is heard when it is over, or a while later: half a service must not be left.
+
+    Raises PdctlError, KeyboardInterrupt.
+    """
     argv = [sys.executable, "-m", "pdctl", *words]
-    # Out of the terminal's reach: a Ctrl-C must not leave half a service.
-    with subprocess.Popen(
-        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            try:
-                _, said = process.communicate(timeout=within_s)
-            except KeyboardInterrupt:
-                console.note("interrupted: ending what was begun ...")
-                process.communicate(timeout=within_s)
-                raise
-        except subprocess.TimeoutExpired:
+    # In a session of its own: a terminal sends Ctrl-C to all of one.
+    with (
+        _held_back() as interrupted,
+        subprocess.Popen(
+            argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process,
+    ):
+        said = _until_done(process, time.monotonic() + within_s, interrupted)
+        if said is None:
             process.kill()
-            raise PdctlError(f"pdctl {' '.join(words)}: not done within {within_s:.0f} s") from None
+    if said is None:
+        raise PdctlError(f"pdctl {' '.join(words)}: not done within {within_s:.0f} s")
     if process.returncode:
         raise PdctlError(f"pdctl {' '.join(words)} failed:\n{said.strip()}")
+
+
+def _until_done(process: subprocess.Popen[str], deadline: float, interrupted: threading.Event) -> str | None:
+    """What it said; None where it is not done in time, which is soon after an interrupt."""
+    is_hurried = False
+    while time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=_LOOK_S)[1]
+        if interrupted.is_set() and not is_hurried:
+            is_hurried, deadline = True, min(deadline, time.monotonic() + _HURRIED_S)
+            console.note("interrupted: ending what was begun ...")
+    return None
+
+
+@contextmanager
+def _held_back() -> Iterator[threading.Event]:
+    """Whether there was a Ctrl-C meanwhile; it is raised at the end. An exception could come between the start of a
+    process and the line that knows of it."""
+    interrupted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 # -- both --------------------------------------------------------------------------------------------------

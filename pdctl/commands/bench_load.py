@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
@@ -38,51 +39,69 @@ class Workload(StrEnum):
     TRACE = "trace"
 
 
-WorkloadOption = Annotated[Workload, typer.Option("--workload", help="Where prompts come from.")]
-DataOption = Annotated[
-    Path | None, typer.Option("--data", help="file: JSON lines; trace: Azure's CSV or Mooncake's JSONL.")
-]
-CountOption = Annotated[int, typer.Option("-n", "--requests", min=0, help="Requests; trace: at most, 0 for all of it.")]
-RateOption = Annotated[float, typer.Option("--rate", help="Requests a second; inf: all at once.")]
-RampOption = Annotated[float | None, typer.Option("--ramp-to", help="Change evenly from --rate to this rate.")]
-BurstOption = Annotated[float, typer.Option("--burstiness", help="1: Poisson; less: bursts; more: steady.")]
-ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=0, help="Requests at once, at most; 0: no limit.")]
-InputOption = Annotated[str, typer.Option("--input", help="Tokens of a prompt: 512, 100-900, lognormal:500:0.8")]
-OutputOption = Annotated[str, typer.Option("--output", help="Tokens of an answer, likewise.")]
-PrefixesOption = Annotated[int, typer.Option("--prefixes", min=1, help="shared-prefix: how many common beginnings.")]
-PrefixOption = Annotated[int, typer.Option("--prefix", min=1, help="shared-prefix: tokens of each.")]
-SpeedOption = Annotated[float, typer.Option("--speed", help="trace: so many times as fast.")]
-LengthOption = Annotated[float, typer.Option("--length", help="trace: lengths times this.")]
-LongestOption = Annotated[int, typer.Option("--longest", min=0, help="trace: tokens of prompt and answer at most.")]
-WarmUpOption = Annotated[int, typer.Option("--warm-up", min=0, help="Requests sent first and not counted.")]
-GoodputOption = Annotated[list[str], typer.Option("--goodput", help="Targets in ms: ttft:200 tpot:50; several.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="The same seed asks the same.")]
-EosOption = Annotated[bool, typer.Option("--ignore-eos/--heed-eos", help="Answers as long as they were asked for.")]
-TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one answer.")]
+# Options that one kind of load alone heeds; the others refuse them.
+_HEEDED_BY = {
+    "path": (Workload.FILE, Workload.TRACE),
+    "inputs": (Workload.SYNTHETIC, Workload.SHARED_PREFIX),
+    "outputs": (Workload.SYNTHETIC, Workload.SHARED_PREFIX, Workload.FILE),
+    "prefixes": (Workload.SHARED_PREFIX,),
+    "prefix": (Workload.SHARED_PREFIX,),
+    "speed": (Workload.TRACE,),
+    "length": (Workload.TRACE,),
+    "longest": (Workload.TRACE,),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Options of one load, as they were given."""
+    """One load. Its fields are the options of every verb that takes one (`takes_load`)."""
 
-    workload: Workload
-    path: Path | None
-    count: int
-    rate: float
-    ramp_to: float | None
-    burstiness: float
-    concurrency: int
-    inputs: str
-    outputs: str
-    shared: tuple[int, int]
-    scale: tuple[float, float, int]
-    warm_up: int
-    seed: int
+    workload: Annotated[Workload, typer.Option("--workload", help="Where prompts come from.")] = Workload.SYNTHETIC
+    path: Annotated[
+        Path | None, typer.Option("--data", help="file: JSON lines; trace: Azure's CSV or Mooncake's JSONL.")
+    ] = None
+    count: Annotated[
+        int, typer.Option("-n", "--requests", min=0, help="Requests; trace: at most, 0 for all of it.")
+    ] = 100
+    rate: Annotated[float, typer.Option("--rate", help="Requests a second; inf: all at once.")] = math.inf
+    ramp_to: Annotated[float | None, typer.Option("--ramp-to", help="Change evenly from --rate to this rate.")] = None
+    burstiness: Annotated[float, typer.Option("--burstiness", help="1: Poisson; less: bursts; more: steady.")] = 1.0
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=0, help="Requests at once, at most; 0: no limit.")
+    ] = 0
+    inputs: Annotated[str, typer.Option("--input", help="Tokens of a prompt: 512, 100-900, lognormal:500:0.8")] = "256"
+    outputs: Annotated[str, typer.Option("--output", help="Tokens of an answer, likewise.")] = "64"
+    prefixes: Annotated[int, typer.Option("--prefixes", min=1, help="shared-prefix: how many common beginnings.")] = 4
+    prefix: Annotated[int, typer.Option("--prefix", min=1, help="shared-prefix: tokens of each.")] = 256
+    speed: Annotated[float, typer.Option("--speed", help="trace: so many times as fast.")] = 1.0
+    length: Annotated[float, typer.Option("--length", help="trace: lengths times this.")] = 1.0
+    longest: Annotated[int, typer.Option("--longest", min=0, help="trace: tokens of prompt and answer at most.")] = 0
+    warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Requests sent first and not counted.")] = 4
+    goodput: Annotated[list[str], typer.Option("--goodput", help="Targets in ms: ttft:200 tpot:50; several.")] = field(
+        default_factory=list
+    )
+    seed: Annotated[int, typer.Option("--seed", help="The same seed asks the same.")] = 0
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos/--heed-eos", help="Answers as long as they were asked for.")
+    ] = True
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one answer.")] = 600.0
 
-    def check(self) -> None:
-        """Raises PdctlError for what makes no sense, before anything is asked."""
-        speed, length, _ = self.scale
-        check_rates(self.rate, self.ramp_to, self.burstiness, speed, length)
+    @property
+    def targets(self) -> Targets:
+        """Of goodput. Raises PdctlError."""
+        return targets_of(self.goodput)
+
+    def check(self, given: dict[str, str]) -> None:
+        """Raises PdctlError for what makes no sense, before anything is asked; `given`: options that were written."""
+        check_rates(self.rate, self.ramp_to, self.burstiness, self.speed, self.length)
+        for name, written in given.items():
+            if self.workload not in _HEEDED_BY.get(name, (self.workload,)):
+                hint = f"it goes with --workload {' or '.join(_HEEDED_BY[name])}"
+                raise PdctlError(f"{written} does nothing with --workload {self.workload}", hint)
+        if "burstiness" in given and math.isinf(self.rate):
+            raise PdctlError("--burstiness does nothing without a --rate", "such as --rate 4")
+        if "speed" in given and not math.isinf(self.rate):
+            raise PdctlError("--speed does nothing with --rate, which replaces the trace's times", "one of them")
 
     def requests(self, words: Vocabulary) -> tuple[list[Asked], list[float]]:
         """What is asked, and when. Raises PdctlError."""
@@ -118,13 +137,11 @@ class Load:
                 raise PdctlError(f"--workload {self.workload} needs --data FILE")
             if self.workload is Workload.FILE:
                 return works.from_file(self.path, out, rng)[: self.count or None]
-            speed, length, longest = self.scale
-            return trace.read_trace(
-                self.path, trace.Scale(speed, length, self.count, longest=longest), words, self.seed
-            )
+            scale = trace.Scale(self.speed, self.length, self.count, longest=self.longest)
+            return trace.read_trace(self.path, scale, words, self.seed)
         into = works.lengths(self.inputs, "--input")
         if self.workload is Workload.SHARED_PREFIX:
-            return works.shared_prefix(self.count, *self.shared, into, out, words, rng)
+            return works.shared_prefix(self.count, self.prefixes, self.prefix, into, out, words, rng)
         return works.synthetic(self.count, into, out, words, rng)
 
     def _times(self, asked: list[Asked], rng: random.Random) -> list[float]:
@@ -137,6 +154,35 @@ class Load:
         if self.ramp_to is not None:
             return arrivals.ramp(len(asked), self.rate, self.ramp_to, rng)
         return arrivals.gamma(len(asked), self.rate, self.burstiness, rng)
+
+
+def takes_load(command: Callable[..., None]) -> Callable[..., None]:
+    """A verb whose parameter `load` becomes the options of a Load, which it is called with."""
+    hints = get_type_hints(Load, include_extras=True)
+    options = [
+        Parameter(
+            one.name,
+            Parameter.KEYWORD_ONLY,
+            default=one.default_factory() if one.default_factory is not MISSING else one.default,
+            annotation=hints[one.name],
+        )
+        for one in fields(Load)
+    ]
+    own = get_type_hints(command, include_extras=True)
+    others = [
+        one.replace(kind=Parameter.KEYWORD_ONLY, annotation=own[one.name])
+        for one in signature(command).parameters.values()
+        if one.name != "load"
+    ]
+
+    def called(**values: object) -> None:
+        given = {option.name: values.pop(option.name) for option in options}
+        command(load=Load(**given), **values)  # type: ignore[arg-type]  # typer has converted them
+
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    called.__annotations__ = {one.name: one.annotation for one in (*options, *others)}
+    called.__signature__ = Signature([*options, *others])  # type: ignore[attr-defined]  # what inspect reads
+    return called
 
 
 def endpoint_of(url: str | None, model: str, key: str, ignore_eos: bool, timeout: float) -> Endpoint:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from pdctl.commands.common import call, running_services
+from pdctl.commands.common import STATE, call, running_services
 from pdctl.errors import PdctlError
 
 _EVERY_S = 0.5
@@ -77,14 +77,14 @@ def engines_at(url: str) -> int:
     name = _service_at(url)
     if not name:
         return 0
-    return sum(process["kind"] != "proxy" for process in call(name, "GET", "/v1/status?figures=0")["processes"])
+    return sum(process["kind"] != "proxy" for process in call(name, "GET", STATE)["processes"])
 
 
 def _service_at(url: str) -> str:
     """The running service whose proxy has this address; "" for none."""
     for name in running_services():
         try:
-            if str(call(name, "GET", "/v1/status?figures=0")["proxy_url"]).rstrip("/") == url.rstrip("/"):
+            if str(call(name, "GET", STATE)["proxy_url"]).rstrip("/") == url.rstrip("/"):
                 return name
         except (PdctlError, KeyError):
             continue
@@ -99,10 +99,10 @@ class Leaks:
     most_blocks: int = 0
     looks: int = 0
 
-    def watch(self, service: str, is_over: Callable[[], bool]) -> None:
-        """Look again and again; what was leaked at a look counts until the next one."""
+    def watch(self, service: str, wait: Callable[[float], bool]) -> None:
+        """Look again and again, until `wait` says that it is over; what was leaked at a look counts until the next."""
         before, blocks = time.monotonic(), 0
-        while not is_over():
+        while not wait(_LEAK_S):
             with contextlib.suppress(PdctlError, KeyError):
                 found = call(service, "GET", "/v1/kv")
                 now = time.monotonic()
@@ -110,4 +110,3 @@ class Leaks:
                 before, blocks = now, sum(int(lease["blocks"]) for lease in found["leases"] if lease["leak"])
                 self.most_blocks = max(self.most_blocks, blocks)
                 self.looks += 1
-            time.sleep(_LEAK_S)

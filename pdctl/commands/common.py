@@ -139,6 +139,15 @@ def _answers(rundir: Path) -> bool:
     return True
 
 
+def given_options(context: typer.Context) -> dict[str, str]:
+    """Options that stood on the command line: parameter to how it is written. Defaults and environment are none."""
+    return {
+        str(parameter.name): parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
+    }
+
+
 def is_interactive() -> bool:
     """Whether a person watches stderr."""
     return os.isatty(2)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FILE_ENV, JsonOption, topology_file
+from pdctl.commands.common import FILE_ENV, JsonOption, given_options, topology_file
 from pdctl.doctor import Area
 from pdctl.errors import PdctlError, Verdict
 
@@ -78,7 +78,7 @@ def doctor(
 ) -> None:
     """Check this machine. Exit codes: 0 good, 1 a warning, 2 critical, 3 could not tell. The area transfer moves bytes
     over each transport and times it; it is looked into only when it is named."""
-    _refuse_what_would_be_ignored(_given(context), areas or [])
+    _refuse_what_would_be_ignored(given_options(context), areas or [])
     if ibstatus:
         _ibstatus(port, sysfs_root)
     if listed:
@@ -112,15 +112,6 @@ _HEEDED = {
 _CHOICES = ("ibstatus", "devinfo", "matrix", "listed", "watch")
 
 
-def _given(context: typer.Context) -> dict[str, str]:
-    """Options that were given on the command line: parameter to how it is written."""
-    return {
-        str(parameter.name): parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
-    }
-
-
 def _refuse_what_would_be_ignored(given: dict[str, str], areas: list[Area]) -> None:
     """Raises PdctlError."""
     modes = [name for name in _CHOICES if name in given]
@@ -129,7 +120,10 @@ def _refuse_what_would_be_ignored(given: dict[str, str], areas: list[Area]) -> N
     mode = modes[0] if modes else ""
     heeded = _HEEDED[mode] | (_HEEDED["transfer"] if Area.TRANSFER in areas and not mode else set())
     if areas == [Area.TRANSFER]:
-        heeded -= {"bundle", "kmsg"}
+        heeded -= {"bundle"}
+    if areas and Area.RDMA not in areas:
+        # The area that reads the kernel's log.
+        heeded -= {"kmsg"}
     ignored = [written for name, written in given.items() if name not in {*heeded, "areas", mode}]
     if ignored:
         where = f"with {given[mode]}" if mode else "here"

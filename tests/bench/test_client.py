@@ -160,7 +160,9 @@ def test_line_ends_of_other_servers(end: bytes, done: bytes) -> None:
 
 
 def test_without_usage_events_are_counted() -> None:
-    found = figures(run(Fake(usage=False), [Asked([1, 2], 5)]), Targets())
+    done = run(Fake(usage=False), [Asked([1, 2], 5)])
+    assert not done.records[0].has_usage
+    found = figures(done, Targets())
     assert (found["completed"], found["total_output_tokens"]) == (1, 5)
     assert found["p50_tpot_ms"] > 0  # type: ignore[operator]
 

@@ -66,6 +66,16 @@ def test_files(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(PdctlError, match=why):
             read(path)
+    good = json.loads(json.dumps(result(0.02)))
+    for change, why in (
+        ({"itls": good["itls"][1:]}, "not of one length"), ({"errors": []}, "not of one length"),
+        ({"ttfts": [None] * 60}, "ttfts are not all numbers"), ({"itls": [3] * 60}, "not all lists of numbers"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(PdctlError, match=why):
+            read(path)
+    path.write_text(json.dumps(good | {"pdctl": {"repeats": {"runs": "none"}, "met": 3}}))
+    assert compare(read(path), read(path))
     with pytest.raises(PdctlError, match="cannot be read"):
         read(tmp_path / "none")
 

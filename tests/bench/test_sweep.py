@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import subprocess
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.bench import Record
-from pdctl.bench.chaos import Fault, Seen, _note, pick
+from pdctl.bench.chaos import Fault, Seen, _note, carry_out, pick
 from pdctl.bench.sweep import Search
 
 
@@ -59,3 +60,12 @@ def test_a_stream_that_was_sent_into_a_fault_has_met_it() -> None:
     for sent, ended in ((1.0, 9.0), (9.0, 11.0), (12.0, 20.0), (14.9, 30.0), (15.5, 49.0), (60.0, 61.0)):
         _note(seen, Record(0.0, sent, sent + 0.5, ended, [0.25], text="x"), "x")
     assert len(seen.pauses) == 4, "before the first, and between the two, nothing was met; the second is not over"
+
+
+def test_a_freeze_ends_when_told() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        waited: list[float] = []
+        carry_out(Fault("freeze", "decode-0", (process.pid,)), 3600.0, waited.append)
+        assert waited == [3600.0]
+        carry_out(Fault("kill", "decode-0", (process.pid,)), 3600.0, waited.append)
+        assert process.wait(20) == -9

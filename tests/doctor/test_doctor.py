@@ -276,6 +276,7 @@ def test_a_limit_of_the_control_group(tmp_path: Path) -> None:
         (["rdma", "--port", "mlx5_0"], "--port does nothing here", "with --ibstatus or with --devinfo"),
         (["host", "--mib", "8"], "--mib does nothing here", "with the area transfer"),
         (["--count", "3"], "--count does nothing here", "with --watch"),
+        (["net", "--kmsg", "x"], "--kmsg does nothing here", "leave it out"),
         (["--watch", "--matrix"], "print different things", "one of them"),
         (["host", "--watch"], "--watch does not look into host", "pdctl doctor --watch"),
         (["transfer", "--bundle", "x.tar.gz"], "--bundle does nothing here", "leave it out"),

@@ -94,6 +94,8 @@ BAD = {
     "no file": (["--workload", "file", "--data", "/none"], "cannot be read"),
     "nothing": (["-n", "0"], "there is nothing to ask"),
     "ramp": (["--ramp-to", "5"], "needs a --rate"),
+    "unheeded": (["--prefix", "9"], "--prefix does nothing with --workload synthetic"),
+    "steady": (["--burstiness", "2"], "--burstiness does nothing without a --rate"),
     "bursts": (["--rate", "4", "--burstiness", "0.0001"], "--burstiness 0.0001: must be at least 0.01"),
     "endless": (["--rate", "4", "--burstiness", "inf"], "--burstiness inf: must be a number"),
     "model": (["--model", "other"], "no request was answered"),
