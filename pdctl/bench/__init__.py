@@ -41,6 +41,7 @@ class Record:
     is_truncated: bool = False
     has_usage: bool = True
     parts: dict[str, float] = field(default_factory=dict)
+    engines: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_good(self) -> bool:

@@ -1,7 +1,7 @@
 """Load on a service while its processes are killed and frozen: what clients see, compared with what they saw in quiet.
 
-Every stream is greedy and has been answered once before anything was broken; afterwards the same request must get the
-same text. A request fails that gets an error, breaks off, or is late beyond its deadline.
+Every stream is greedy and has been answered before anything was broken, under the same load; afterwards the same
+request must get the same text. A request fails that gets an error, breaks off, or is late beyond its deadline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from itertools import zip_longest
 from pdctl.bench import Asked, Record
 from pdctl.bench.client import Endpoint, ask_once
 
-_QUIET_AT_ONCE = 4
+# In quiet each client asks so often at least: gaps between tokens are to be those of the load that will be broken.
+_QUIET_ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,14 @@ class Fault:
 
 @dataclass(slots=True)
 class Seen:
-    """What clients saw. `pauses`: seconds of the longest silence of each stream that met a fault; `recovered`: from
-    each fault until its process was ready again; None where it was not in time."""
+    """What clients saw. `compared`: answers whose request is answered alike each time in quiet. `pauses`: seconds of
+    the longest silence of each stream that met a fault; `recovered`: from each fault until its process was ready again;
+    None where it was not in time."""
 
     answered: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
+    compared: int = 0
     wrong: int = 0
     pauses: list[float] = field(default_factory=list)
     quiet_gaps: list[float] = field(default_factory=list)
@@ -53,6 +56,8 @@ class Seen:
             found.append("nothing was broken: nothing is shown")
         if not self.answered:
             found.append("nothing was answered")
+        elif not self.compared:
+            found.append("no answer could be compared: in quiet already they differ from time to time")
         if self.failed:
             found.append(f"{sum(self.failed.values())} requests failed")
         if self.truncated:
@@ -64,9 +69,12 @@ class Seen:
         return found
 
 
-async def expected(endpoint: Endpoint, asked: Sequence[Asked]) -> tuple[list[str], list[float]]:
-    """The quiet answers, and the gaps between their tokens. Raises ValueError for a request that cannot be answered."""
-    pool, seats = endpoint.pool(), asyncio.Semaphore(_QUIET_AT_ONCE)
+async def expected(endpoint: Endpoint, asked: Sequence[Asked], streams: int) -> tuple[list[str | None], list[float]]:
+    """The quiet answers, and the gaps between their tokens, under as many clients as there will be. None for a request
+    that is not answered alike each time: nothing can be compared with it. Raises ValueError for one that cannot be
+    answered."""
+    pool, seats = endpoint.pool(), asyncio.Semaphore(streams)
+    repeats = max(1, math.ceil(_QUIET_ROUNDS * streams / len(asked)))
 
     async def one(request: Asked) -> Record:
         async with seats:
@@ -74,20 +82,22 @@ async def expected(endpoint: Endpoint, asked: Sequence[Asked]) -> tuple[list[str
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(one(request)) for request in asked]
+            running = [tasks.create_task(one(request)) for _ in range(repeats) for request in asked]
     finally:
         pool.close()
     records = [task.result() for task in running]
     for record in records:
         if not record.is_good:
             raise ValueError(record.error or "the answer broke off")
-    return [record.text for record in records], [gap for record in records for gap in record.gaps]
+    texts = [{record.text for record in records[number :: len(asked)]} for number in range(len(asked))]
+    gaps = [gap for record in records for gap in record.gaps]
+    return [text.pop() if len(text) == 1 else None for text in texts], gaps
 
 
 async def load(
     endpoint: Endpoint,
     asked: Sequence[Asked],
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     streams: int,
     seen: Seen,
     is_over: Callable[[], bool],
@@ -112,7 +122,7 @@ async def load(
         pool.close()
 
 
-def _note(seen: Seen, record: Record, text: str) -> None:
+def _note(seen: Seen, record: Record, text: str | None) -> None:
     if record.error:
         seen.failed[record.error[:120]] = seen.failed.get(record.error[:120], 0) + 1
         return
@@ -120,7 +130,8 @@ def _note(seen: Seen, record: Record, text: str) -> None:
         seen.truncated += 1
         return
     seen.answered += 1
-    seen.wrong += record.text != text
+    seen.compared += text is not None
+    seen.wrong += text is not None and record.text != text
     if any(began <= record.ended_at and record.sent_at <= until for began, until in _spans(seen)):
         seen.pauses.append(max([record.ttft, *record.gaps]))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -274,7 +275,8 @@ class _Reader:
                 else:
                     self._event(payload, now)
             elif event.startswith(b": " + TIMING_HEADER.encode()):
-                self._record.parts = timing_parts(event.decode(errors="replace").rpartition(f"{TIMING_HEADER} ")[2])
+                said = event.decode(errors="replace").rpartition(f"{TIMING_HEADER} ")[2]
+                self._record.parts, self._record.engines = timing_parts(said)
 
     def _event(self, payload: bytes, now: float) -> None:
         record = self._record
@@ -298,13 +300,15 @@ class _Reader:
             self._last_at = record.ended_at = now
 
 
-def timing_parts(said: str) -> dict[str, float]:
-    """`name;dur=MILLISECONDS` with commas, in seconds; anything else is left out."""
-    found = {}
+def timing_parts(said: str) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds, and engines, by name, of `name;dur=MILLISECONDS;desc=ENGINE` with commas; anything else is left out."""
+    seconds, engines = {}, {}
     for part in said.split(","):
-        name, _, value = part.strip().partition(";dur=")
-        try:
-            found[name] = float(value) / 1000
-        except ValueError:
-            continue
-    return found
+        name, *told = part.strip().split(";")
+        for key, _, value in (word.partition("=") for word in told):
+            if key == "desc":
+                engines[name] = value.strip('"')
+            elif key == "dur":
+                with suppress(ValueError):
+                    seconds[name] = float(value) / 1000
+    return seconds, engines

@@ -111,6 +111,7 @@ def _ours(run: Run, targets: Targets) -> Figures:
         "interrupted": run.was_interrupted,
         "attainment": sum(map(targets.are_met, records)) / len(records) if records and targets.are_any else None,
         "met": [int(targets.are_met(record)) for record in records] if targets.are_any else None,
+        "placed": [_placed(record) for record in records] if any(record.engines for record in records) else None,
         "parts_ms": {
             name: {f"p{part}": percentile(values, part) for part in QUANTILES}
             for name, values in _parts(records).items()
@@ -122,6 +123,13 @@ def _ours(run: Run, targets: Targets) -> Figures:
             "is_bottleneck": bottleneck(run) != "",
         },
     }
+
+
+def _placed(record: Record) -> list[str | float] | None:
+    """Its prefill engine, its decode engine, and the seconds it queued for them; None where that was not told."""
+    if "decode" not in record.engines:
+        return None
+    return [record.engines.get("prefill", ""), record.engines["decode"], record.parts.get("queue", 0.0)]
 
 
 def _parts(records: Sequence[Record]) -> dict[str, list[float]]:

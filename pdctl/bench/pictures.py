@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from pdctl.bench.metrics import Figures, percentile
-from pdctl.bench.report import sampled, series
+from pdctl.bench.seen import Curves, in_rows, on_engines, sampled, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,8 +28,41 @@ def pictures(folder: Path, results: dict[str, Figures]) -> list[str]:
         if lines:
             found.append(_cdf(folder / f"{file}.png", metric, lines))
     for figures in results.values() if len(results) == 1 else ():
-        found += _engines(folder, figures)
+        found += [*_lanes(folder / "requests.png", figures), *_engines(folder, figures)]
     return found
+
+
+def curve_pictures(folder: Path, found: dict[str, Curves]) -> list[str]:
+    """Measured curves by the name of their file; names of the files written. Raises OSError."""
+    return [_curve(folder / f"{name}.png", curves) for name, curves in found.items() if curves.places]
+
+
+def _curve(path: Path, curves: Curves) -> str:
+    figure, axes = _axes(curves.across, curves.title)
+    places = curves.places
+    for name, line in curves.lines.items():
+        axes.plot([places.index(across) for across, _ in line], [up for _, up in line], marker="o", label=name)
+    axes.set_xticks(range(len(places)), [f"{place:.4g}" for place in places])
+    axes.set_ylim(bottom=0)
+    return _saved(figure, axes, path, True)
+
+
+def _lanes(path: Path, figures: Figures) -> list[str]:
+    engines = on_engines(figures)
+    if not engines:
+        return []
+    start = min(stretch[0] for stretches in engines.values() for stretch in stretches)
+    figure, axes = _axes("seconds", "requests on each engine")
+    at = 0
+    for number, (name, stretches) in enumerate(engines.items()):
+        for place, row in enumerate(in_rows(stretches)):
+            bars = [(begin - start, end - begin) for begin, end in row]
+            # Its name stands in the legend once.
+            axes.broken_barh(bars, (at, 0.8), facecolors=f"C{number}", label="_" if place else name)
+            at += 1
+    axes.invert_yaxis()
+    axes.set_yticks([])
+    return [_saved(figure, axes, path, True)]
 
 
 def _cdf(path: Path, title: str, lines: dict[str, list[float]]) -> str:

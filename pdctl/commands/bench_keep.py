@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from pdctl.errors import PdctlError
 
 if TYPE_CHECKING:
     from pdctl.bench.metrics import Figures
+    from pdctl.bench.seen import Curves
 
 
 def write(path: Path, text: str) -> None:
@@ -33,9 +35,33 @@ def draw(folder: Path, results: dict[str, Figures]) -> None:
     """Plots of one result, or of several by name. Raises PdctlError."""
     from pdctl.bench.pictures import pictures
 
+    _into(folder, lambda: pictures(folder, results))
+
+
+def draw_curves(folder: Path, found: dict[str, Curves]) -> None:
+    """Plots of measured curves, by file name. Raises PdctlError."""
+    from pdctl.bench.pictures import curve_pictures
+
+    _into(folder, lambda: curve_pictures(folder, found))
+
+
+def _into(folder: Path, drawn: Callable[[], list[str]]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = pictures(folder, results)
+        names = drawn()
     except OSError as failure:
         raise PdctlError(f"{folder} cannot be written: {failure.strerror}") from None
     console.note(f"written to {folder}: {', '.join(names)}")
+
+
+def keep_curves(
+    found: dict[str, Curves], title: str, summary: str, table: tuple[list[str], list[list[str]]], page: Path | None,
+    pictures: Path | None,
+) -> None:  # fmt: skip
+    """A page, pictures, or neither. Raises PdctlError."""
+    if page is not None:
+        from pdctl.bench.report import curves
+
+        write(page, curves(list(found.values()), title, summary, table))
+    if pictures is not None:
+        draw_curves(pictures, found)

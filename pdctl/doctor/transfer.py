@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from pdctl import console
 from pdctl.errors import PdctlError
 from pdctl.host.rdma import RdmaTree
 from pdctl.plan import Plan, ProcessSpec
@@ -31,7 +30,8 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One transport between two places. `pair`: "" where there is no plan; CPUs empty for any."""
+    """One transport between two places. `pair`: "" where there is no plan; CPUs empty for any. `pieces`: besides the
+    usual measurements, all bytes in so many pieces."""
 
     transport: str
     protocol: str
@@ -41,13 +41,14 @@ class Probe:
     peer_cpus: tuple[int, ...] = ()
     devices: tuple[str, ...] = ()
     peer_devices: tuple[str, ...] = ()
+    pieces: tuple[int, ...] = ()
 
     def argv(self) -> list[str]:
         """What runs it."""
         words = ["probe", "--transport", self.transport, "--protocol", self.protocol, "--mib", str(self.mib)]
         for name, values in (
             ("--cpus", self.cpus), ("--peer-cpus", self.peer_cpus), ("--devices", self.devices),
-            ("--peer-devices", self.peer_devices),
+            ("--peer-devices", self.peer_devices), ("--pieces", self.pieces),
         ):  # fmt: skip
             words += [name, ",".join(map(str, values))] if values else []
         return [sys.executable, "-m", "pdctl.engine", *words]
@@ -96,38 +97,22 @@ def run(probe: Probe, tree: RdmaTree | None = None) -> Result:
     if "error" in found and (said := done.stderr.strip()):
         # The peer's own words, and those of libraries that only write to their standard error.
         found["said"] = said[-_MOST_SAID:]
-    return _about(probe, {**found, "of_link": _of_link(probe, found, tree)})
+    link = _link_gbps(probe, found, tree)
+    return _about(probe, {**found, "link_gbps": link, "of_link": round(found["gbps"] / link, 3) if link else None})
 
 
 def _about(probe: Probe, found: Result) -> Result:
     return {"transport": probe.transport, "pair": probe.pair, **found}
 
 
-def _of_link(probe: Probe, found: Result, tree: RdmaTree | None) -> float | None:
-    """Of what the slowest of its RDMA devices can carry; None over anything else."""
+def _link_gbps(probe: Probe, found: Result, tree: RdmaTree | None) -> float | None:
+    """GB/s that the slowest of its RDMA devices can carry; None over anything else."""
     if tree is None or found.get("protocol") != "rdma":
         return None
     names = {*probe.devices, *probe.peer_devices}
     named = [device for device in tree.devices if not names or device.name in names]
     rates = [port.rate.gbps for device in named for port in device.ports if port.state == "ACTIVE" and port.rate]
-    return round(found["gbps"] / (min(rates) / 8), 3) if rates else None
-
-
-def by_size(found: list[Result]) -> str:
-    """A table, a line for each transport and size."""
-    rows = [
-        [entry["transport"], str(entry["mib"]), *(["-", entry["error"][:60]] if "error" in entry else _measured(entry))]
-        for entry in found
-    ]
-    header = ["TRANSPORT", "MIB", "OVER", "GB/S", "OF A COPY", "64K BLOCKS", "GB/S", "OF A COPY", "64 BYTES"]
-    return console.table(header, [row + [""] * (len(header) - len(row)) for row in rows])
-
-
-def _measured(entry: Result) -> list[str]:
-    return [
-        entry["protocol"], f"{entry['gbps']:.2f}", f"{entry['of_copy']:.0%}", str(entry["blocks"]),
-        f"{entry['blocks_gbps']:.2f}", f"{entry['blocks_of_copy']:.0%}", f"{entry['latency_us']:.0f} us",
-    ]  # fmt: skip
+    return min(rates) / 8 if rates else None
 
 
 def exit_code(found: list[Result], needed: str = "") -> int:

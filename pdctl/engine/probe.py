@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--transport", choices=TRANSPORTS, required=True)
     parser.add_argument("--protocol", choices=["auto", "tcp", "rdma"], default="auto")
     parser.add_argument("--mib", type=int, default=64)
+    parser.add_argument("--pieces", type=_counts, default=(), help="as well: all bytes in so many scattered pieces")
     parser.add_argument("--serve", action="store_true", help="be the peer: print an address, serve until stdin closes")
     parser.add_argument("--cpus", type=_numbers, default=set(), help="CPUs of the reader; default: any")
     parser.add_argument("--peer-cpus", type=_numbers, default=set(), help="CPUs of the process that serves")
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         return _serve(place)
     try:
         peer = replace(place, devices=options.peer_devices or place.devices)
-        found = probe(place, peer, options.peer_cpus)
+        found = probe(place, peer, options.peer_cpus, options.pieces)
     except (TransferError, NoMemory) as failure:
         found = {"transport": options.transport, "error": str(failure)}
     sys.stdout.write(json.dumps(found) + "\n")
@@ -84,7 +85,11 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def probe(place: Place, peer: Place, peer_cpus: set[int]) -> dict[str, object]:
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def probe(place: Place, peer: Place, peer_cpus: set[int], pieces: Sequence[int] = ()) -> dict[str, object]:
     """Figures of one transport between two places here. Raises TransferError where it cannot be used, NoMemory."""
     name, num_bytes = place.transport, place.num_bytes
     epoch = f"probe-{os.getpid()}"
@@ -101,6 +106,13 @@ def probe(place: Place, peer: Place, peer_cpus: set[int]) -> dict[str, object]:
         one, copy_one = _against(read([Span(0, 0, num_bytes)]), _copy(content, memory, [Span(0, 0, num_bytes)]))
         blocks = scattered(num_bytes)
         many, copy_many = _against(read(blocks), _copy(content, memory, blocks))
+        cut = []
+        for count in pieces:
+            spans = in_pieces(num_bytes, count)
+            memory.bytes[:] = 0
+            read(spans)()
+            right &= all((memory.bytes[t : t + n] == content[s : s + n]).all() for s, t, n in spans)
+            cut.append(_figures(spans, *_against(read(spans), _copy(content, memory, spans))))
         small = statistics.median(_timed(read([Span(64, 0, 64)])) for _ in range(50))
     _close(transport, memory)
     return {
@@ -116,7 +128,26 @@ def probe(place: Place, peer: Place, peer_cpus: set[int]) -> dict[str, object]:
         "blocks_of_copy": round(copy_many / many, 3),
         "copy_gbps": round(num_bytes / copy_one / 1e9, 3),
         "latency_us": round(small * 1e6, 1),
+        "pieces": cut,
     }
+
+
+def _figures(spans: Sequence[Span], seconds: float, copy: float) -> dict[str, float]:
+    num_bytes = sum(length for _, _, length in spans)
+    return {
+        "count": len(spans),
+        "bytes_each": spans[0][2],
+        "ms": round(seconds * 1e3, 3),
+        "gbps": round(num_bytes / seconds / 1e9, 3),
+        "copy_gbps": round(num_bytes / copy / 1e9, 3),
+        "of_copy": round(copy / seconds, 3),
+    }
+
+
+def in_pieces(num_bytes: int, count: int) -> list[Span]:
+    """`count` pieces of one size, last one first: none follows its neighbour, so none can be merged with it."""
+    size = num_bytes // count
+    return [Span(source * size, target * size, size) for target, source in enumerate(reversed(range(count)))]
 
 
 def scattered(num_bytes: int) -> list[Span]:

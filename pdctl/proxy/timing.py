@@ -48,8 +48,12 @@ class Timing:
         return found
 
     def header(self) -> str:
-        """As Server-Timing words them: `name;dur=MILLISECONDS`, with commas."""
-        return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in self.parts().items())
+        """As Server-Timing words them: `name;dur=MILLISECONDS`, with commas; `desc` names the engine."""
+        told = {name: f"{name};dur={seconds * 1000:.3f}" for name, seconds in self.parts().items()}
+        for name, engine in zip(("prefill", "decode"), self.engines, strict=True):
+            if engine:
+                told[name] = f"{told.get(name, name)};desc={engine}"
+        return ", ".join(told.values())
 
 
 def parse_stages(said: str) -> dict[str, float]:

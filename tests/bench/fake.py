@@ -13,7 +13,8 @@ from typing import Any
 @dataclass
 class Fake:
     """`first_s`: until the first event; `gap_s`: between events. `ends`: how many of the events come before a stream
-    breaks off; `status`: other than 200 is an error."""
+    breaks off; `status`: other than 200 is an error; `words`: what tokens begin with, when a prompt is asked the first
+    time, the second, and so on."""
 
     first_s: float = 0.05
     gap_s: float = 0.02
@@ -22,6 +23,7 @@ class Fake:
     error_at: int | None = None
     tokenizes: bool = True
     usage: bool = True
+    words: tuple[str, ...] = ("t",)
     asked: list[dict[str, Any]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -63,6 +65,7 @@ class Fake:
     async def _stream(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> bool:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         count = body["max_tokens"]
+        word = self.words[sum(asked["prompt"] == body["prompt"] for asked in self.asked) % len(self.words)]
         for number in range(count):
             await asyncio.sleep(self.first_s if number == 0 else self.gap_s)
             if number == self.ends:
@@ -71,11 +74,12 @@ class Fake:
                 self._event(writer, {"error": {"message": "the engine is gone"}})
                 break
             reason = "length" if number == count - 1 else None
-            self._event(writer, {"choices": [{"index": 0, "text": f" t{number}", "finish_reason": reason}]})
+            self._event(writer, {"choices": [{"index": 0, "text": f" {word}{number}", "finish_reason": reason}]})
         if self.usage:
             size = len(body["prompt"]) if isinstance(body["prompt"], list) else len(body["prompt"].split())
             self._event(writer, {"choices": [], "usage": {"prompt_tokens": size, "completion_tokens": count}})
-        self._chunk(writer, b": x-pdctl-timing queue;dur=1.500, prefill;dur=20.000, ttft;dur=50.000\n\n")
+        timing = b"queue;dur=1.500, prefill;dur=20.000;desc=p0, ttft;dur=50.000, decode;desc=d1"
+        self._chunk(writer, b": x-pdctl-timing %b\n\n" % timing)
         self._chunk(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         return True

@@ -9,6 +9,7 @@ import pytest
 from pdctl.bench import Asked, Record
 from pdctl.bench.client import Endpoint, Run, _Reader, drive, models, timing_parts, tokenized
 from pdctl.bench.metrics import Targets, bottleneck, figures
+from pdctl.bench.seen import on_engines, spans
 from pdctl.errors import PdctlError
 from tests.bench.fake import Fake, listening
 
@@ -105,6 +106,17 @@ def test_an_interruption_keeps_what_there_is() -> None:
     assert figures(done, Targets())["pdctl"]["interrupted"] is True  # type: ignore[index]
 
 
+def test_where_each_request_was() -> None:
+    done = run(Fake(first_s=0.05), [Asked([1], 4) for _ in range(3)])
+    found = figures(done, Targets())
+    assert found["pdctl"]["placed"] == [["p0", "d1", 0.0015]] * 3  # type: ignore[index]
+    there = on_engines(found)
+    assert list(there) == ["p0", "d1"]
+    for (sent, first, end), at_prefill, at_decode in zip(spans(found), *there.values(), strict=True):
+        assert at_prefill == (sent + 0.0015, first)
+        assert at_decode == (first, end)
+
+
 def test_a_client_that_cannot_keep_up_says_so() -> None:
     done = run(Fake(gap_s=0.05), [Asked([1], 4)])
     done.headroom.cpu, done.headroom.delays = 0.1, [0.001] * 100
@@ -134,7 +146,9 @@ def test_nobody_there() -> None:
 
 
 def test_timing_headers() -> None:
-    assert timing_parts("queue;dur=1.5, ttft;dur=20, odd, x;dur=y") == {"queue": 0.0015, "ttft": 0.02}
+    assert timing_parts("queue;dur=1.5, ttft;dur=20, odd, x;dur=y") == ({"queue": 0.0015, "ttft": 0.02}, {})
+    said = 'prefill;dur=2;desc=prefill-0, decode;desc="decode-1", z;desc'
+    assert timing_parts(said) == ({"prefill": 0.002}, {"prefill": "prefill-0", "decode": "decode-1", "z": ""})
 
 
 def read(*parts: bytes) -> Record:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pdctl.bench.metrics import Figures
-from pdctl.bench.report import comparison, page
+from pdctl.bench.report import comparison, curves, page
+from pdctl.bench.seen import Curves
 from tests.bench.test_report import result
 from tests.chromium import BINARY, Browser, browser
 
@@ -35,16 +36,22 @@ def watched(gap: float) -> Figures:
     }  # fmt: skip
     ours = found["pdctl"]
     assert isinstance(ours, dict)
+    ours["placed"] = [[f"prefill-{n % 2}", f"decode-{n % 3 % 2}", 0.01] for n in range(60)]
     ours["engines"] = {"at": [float(at) for at in range(60)], "engines": engines}
     return found
 
 
 PAGES = {
-    "one result": (lambda: page(watched(0.02), "pdctl bench serve", (50, 90, 99), "interrupted: 3 of 9"), 7),
+    "one result": (lambda: page(watched(0.02), "pdctl bench serve", (50, 90, 99), "interrupted: 3 of 9"), 8),
     "two results": (
         lambda: comparison({"pd": result(0.02), "colocated": result(0.03)},
                            [["TTFT p50", "1", "2", "0.500", "0.4 to 0.6", "first is lower: better"]], "a against b"),
         3,
+    ),
+    "curves": (
+        lambda: curves([Curves("GB/s", "blocks", {"shm": [(1, 4.0), (4096, 3.0)], "copy": [(1, 5.0), (16384, 1.0)]})],
+                       "pdctl bench transfer", "Medians.", (["TRANSPORT", "MIB"], [["shm", "1"]])),
+        1,
     ),
 }  # fmt: skip
 
@@ -62,7 +69,7 @@ def test_a_page(chromium: Browser, tmp_path: Path, name: str, width: int) -> Non
     drawn = chromium.evaluate("""[...document.querySelectorAll('svg')].map(svg => ({
         wide: svg.getBoundingClientRect().width, high: svg.getBoundingClientRect().height,
         ink: [...svg.querySelectorAll('polyline, rect')].filter(e => e.getBBox().width + e.getBBox().height > 1).length,
-        out: [...svg.querySelectorAll('polyline, rect, text')].filter(e => {
+        out: [...svg.querySelectorAll('polyline, rect, circle, text')].filter(e => {
             const r = e.getBoundingClientRect(), s = svg.getBoundingClientRect();
             return r.left < s.left - 1 || r.right > s.right + 1 || r.top < s.top - 1 || r.bottom > s.bottom + 1;
         }).length,

@@ -6,15 +6,20 @@ import json
 import random
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdctl.bench import Record
 from pdctl.bench.client import Run
 from pdctl.bench.compare import compare, read
 from pdctl.bench.metrics import Figures, Targets, figures, percentile
-from pdctl.bench.report import page, series, text
+from pdctl.bench.plots import curve, lanes
+from pdctl.bench.report import curves, page, text
+from pdctl.bench.seen import Curves, in_rows, on_engines, series
 from pdctl.errors import PdctlError
 
 
@@ -92,11 +97,11 @@ class Checker(HTMLParser):
         if tag in ("script", "img", "iframe", "object"):
             self.fetched.append(tag)
         self.fetched += [value for name, value in attrs if name in ("src", "href") and value and value != "data:,"]
-        if tag not in ("meta", "link", "rect", "line", "polyline"):
+        if tag not in ("meta", "link", "rect", "line", "polyline", "circle"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in ("rect", "line", "polyline"):
+        if tag not in ("rect", "line", "polyline", "circle"):
             assert self.open.pop() == tag
 
 
@@ -128,3 +133,42 @@ def test_failed_answers_are_not_drawn() -> None:
     found = series(result(0.02, failed=55))
     assert {len(values) for name, values in found.items() if name != "Between tokens"} == {5}
     assert min(found["Time to first token"]) > 100
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=60))
+def test_rows_hold_all_without_overlap_and_are_no_more_than_needed(found: list[tuple[int, int]]) -> None:
+    stretches = [(float(begin), float(begin + length)) for begin, length in found]
+    rows = in_rows(stretches)
+    assert sorted(stretch for row in rows for stretch in row) == sorted(stretches)
+    for row in rows:
+        assert all(before[1] <= after[0] for before, after in pairwise(row))
+    most_at_once = max(sum(begin <= at < end for begin, end in stretches) for at, _ in stretches)
+    assert len(rows) == most_at_once
+
+
+def test_a_hybrid_is_one_place() -> None:
+    found = result(0.02, count=2, failed=1)
+    ours = found["pdctl"]
+    assert isinstance(ours, dict)
+    for placed, engines in (
+        ([["h", "h", 0.05], None], {"h": [(0.05, found["latencies"][0])]}),  # type: ignore[index]
+        ([["", "d", 0.0], None], {"d": [(0.0, found["latencies"][0])]}),  # type: ignore[index]
+        (None, {}),
+        ([["h", "h", 0.05]], {}),
+    ):  # fmt: skip
+        ours["placed"] = placed
+        assert on_engines(found) == engines
+    assert lanes({}) == ""
+
+
+def test_curves() -> None:
+    found = Curves("GB/s by size", "MiB", {"shm": [(1, 2.0), (64, 4.0)], "a <b>": [(64, 1.0)]})
+    drawn = curve(found)
+    assert drawn.count("<polyline") == 2
+    assert re.findall(r">(1|64)</text>", drawn) == ["1", "64"]
+    points = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    assert points[1][0] == points[2][0], "one place for one value"
+    assert float(points[0][1]) > float(points[1][1]), "more is higher"
+    checker = Checker()
+    checker.feed(curves([found, Curves("none", "x", {})], "t", "s", (["A"], [["1"]])))
+    assert not checker.open

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import subprocess
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.bench import Record
-from pdctl.bench.chaos import Fault, Seen, _note, carry_out, pick
+from pdctl.bench import Asked, Record
+from pdctl.bench.chaos import Fault, Seen, _note, carry_out, expected, pick
+from pdctl.bench.client import Endpoint
 from pdctl.bench.sweep import Search
+from tests.bench.fake import Fake, listening
 
 
 def searched(knee: float, first: float = 1.0) -> Search:
@@ -45,14 +49,37 @@ def test_what_is_broken_next() -> None:
 
 def test_promises() -> None:
     fault = Fault("kill", "decode-0", (1,))
-    assert Seen(answered=5, faults=[fault]).broken == []
-    assert Seen(answered=5).broken == ["nothing was broken: nothing is shown"]
+    assert Seen(answered=5, compared=5, faults=[fault]).broken == []
+    assert Seen(answered=5, compared=5).broken == ["nothing was broken: nothing is shown"]
+    assert Seen(answered=5, faults=[fault]).broken == [
+        "no answer could be compared: in quiet already they differ from time to time"
+    ]
     assert Seen(faults=[fault]).broken == ["nothing was answered"]
-    seen = Seen(answered=1, faults=[fault], failed={"x": 2, "y": 1}, truncated=1, wrong=4, recovered=[1.0, None])
+    seen = Seen(1, {"x": 2, "y": 1}, 1, compared=1, wrong=4, faults=[fault], recovered=[1.0, None])
     assert seen.broken == [
         "3 requests failed", "1 streams were cut", "4 answers differ from the quiet ones",
         "1 processes did not come back in time",
     ]  # fmt: skip
+
+
+def test_the_quiet_run_is_as_busy_as_the_other() -> None:
+    async def quiet(fake: Fake, streams: int) -> list[str | None]:
+        async with listening(fake) as url:
+            return (await expected(Endpoint(url, "fake"), [Asked([n], 3 + n) for n in range(3)], streams))[0]
+
+    fake = Fake(first_s=0.02, gap_s=0.0)
+    assert asyncio.run(quiet(fake, 6)) == [" t0 t1 t2", " t0 t1 t2 t3", " t0 t1 t2 t3 t4"]
+    assert fake.most_at_once == 6
+    assert asyncio.run(quiet(Fake(first_s=0.0, gap_s=0.0, words=("t", "u")), 6)) == [None] * 3
+    with pytest.raises(ValueError, match="status 503"):
+        asyncio.run(quiet(Fake(status=503), 2))
+
+
+def test_what_cannot_be_compared_is_not_called_wrong() -> None:
+    seen = Seen()
+    for text in ("x", None):
+        _note(seen, Record(0.0, 1.0, 1.5, 2.0, [0.25], text="y"), text)
+    assert (seen.answered, seen.compared, seen.wrong) == (2, 1, 1)
 
 
 def test_a_stream_that_was_sent_into_a_fault_has_met_it() -> None:

@@ -128,6 +128,7 @@ def test_chaos_keeps_its_promises_and_says_when_not(run: Run) -> None:
         assert found["faults"] >= 2
         assert found["answered"] > 0
         assert (found["failed"], found["truncated"], found["wrong"], found["broken"]) == ({}, 0, 0, [])
+        assert found["compared"] == found["answered"], "greedy answers are alike each time"
         assert 0 < found["ready_again_s"]["p100"] < 120
         assert found["answered"] >= 8
         early = run.cli("bench", "chaos", "--for", "5", "--every", "9")
@@ -150,9 +151,13 @@ def test_chaos_keeps_its_promises_and_says_when_not(run: Run) -> None:
 def test_a_sweep_ends_at_a_rate(service: Service) -> None:
     words = ["bench", "sweep", "--seconds", "1", "--output", "2"]
     done = service.run.cli(*words, "--goodput", "ttft:60000", "--rate", "20", "--input", "8", "--attainment", "0.5",
-                           "--json")  # fmt: skip
+                           "--json", "--html", "s.html", "--png", "drawn")  # fmt: skip
     found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
+    assert (service.run.folder / "s.html").read_text().count("<svg") == 4
+    assert sorted(path.name for path in (service.run.folder / "drawn").iterdir()) == [
+        "goodput.png", "met.png", "tpot.png", "ttft.png",
+    ]  # fmt: skip
     assert found["highest_rate"] >= 20
     assert found["engines"] == 2
     assert all(row["attainment"] >= 0 for row in found["tried"])
@@ -161,13 +166,31 @@ def test_a_sweep_ends_at_a_rate(service: Service) -> None:
     assert "at no rate did 90% meet their targets" in missed.stderr
 
 
-def test_transfers_by_size(run: Run) -> None:
-    done = run.cli("bench", "transfer", "--transport", "shm", "--mib", "1", "--mib", "4", "--json")
+def test_transfers_by_size_and_number_of_blocks(run: Run) -> None:
+    words = ["bench", "transfer", "--transport", "shm", "--mib", "1", "--mib", "4", "--blocks", "1", "--blocks", "64"]
+    done = run.cli(*words, "--json", "--html", "t.html", "--png", "png")
     assert done.returncode == 0, done.stderr
-    assert [(entry["mib"], entry["bytes_right"]) for entry in json.loads(done.stdout)] == [(1, True), (4, True)]
+    found = json.loads(done.stdout)
+    assert [(entry["mib"], entry["bytes_right"]) for entry in found] == [(1, True), (4, True)]
+    assert [(cut["count"], cut["bytes_each"]) for entry in found for cut in entry["pieces"]] == [
+        (1, 2**20), (64, 2**14), (1, 2**22), (64, 2**16),
+    ]  # fmt: skip
+    for entry in found:
+        for cut in entry["pieces"]:
+            assert cut["gbps"] == pytest.approx(entry["mib"] * 2**20 / cut["ms"] / 1e6, rel=0.1)
+    assert (run.folder / "t.html").read_text().count("<svg") == 3
+    for name in ("size", "latency", "blocks"):
+        assert (run.folder / "png" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    lines = run.cli(*words).stdout.splitlines()
+    assert [line.split()[:5] for line in lines[1:]] == [
+        ["shm", "shm", "1", "1", "1024"], ["shm", "shm", "1", "64", "16"],
+        ["shm", "shm", "4", "1", "4096"], ["shm", "shm", "4", "64", "64"],
+    ]  # fmt: skip
     bad = run.cli("bench", "transfer", "--transport", "pigeon")
     assert bad.returncode == 1
     assert "one of: shm, mooncake, nixl" in bad.stderr
+    none = run.cli("bench", "transfer", "--transport", "mooncake", "--protocol", "rdma", "--mib", "1")
+    assert none.returncode == 1, "fell back to TCP: there is no RDMA here"
 
 
 def test_chaos_with_supervisors_that_die(run: Run) -> None:
@@ -254,7 +277,9 @@ def test_repeats_and_what_engines_did(service: Service, tmp_path: Path) -> None:
     assert set(engines) == {"prefill-0", "decode-0"}
     assert max(value for value in engines["decode-0"]["running"] if value is not None) >= 1
     assert "Requests running, by engine" in (tmp_path / "r.html").read_text()
-    for name in ("ttft", "itl", "e2e", "running", "kv_used", "leases"):
+    assert {tuple(place[:2]) for place in ours["placed"]} == {("prefill-0", "decode-0")}
+    assert "Requests on each engine" in (tmp_path / "r.html").read_text()
+    for name in ("ttft", "itl", "e2e", "requests", "running", "kv_used", "leases"):
         assert (tmp_path / "png" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import ssl
@@ -163,7 +164,8 @@ def test_the_access_log_and_the_timing_header(quiet: tuple[Service, list[Worker]
     answer = service.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 4}, headers=headers)
     assert answer.headers["x-request-id"] == "log-me"
     assert "queue;dur=" in answer.headers["x-pdctl-timing"]
-    assert "prefill;dur=" in answer.headers["x-pdctl-timing"]
+    assert re.search(r"prefill;dur=[0-9.]+;desc=prefill0,", answer.headers["x-pdctl-timing"])
+    assert answer.headers["x-pdctl-timing"].endswith("decode;desc=decode0")
     log = service.run.folder / "access.jsonl"
 
     def line() -> dict[str, Any] | None:
