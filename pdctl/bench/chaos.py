@@ -13,6 +13,7 @@ import random
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from itertools import zip_longest
 
 from pdctl.bench import Asked, Record
@@ -33,20 +34,25 @@ class Fault:
 
 @dataclass(slots=True)
 class Seen:
-    """What clients saw. `compared`: answers whose request is answered alike each time in quiet. `pauses`: seconds of
-    the longest silence of each stream that met a fault; `recovered`: from each fault until its process was ready again;
-    None where it was not in time."""
+    """What clients saw. `compared`: answers whose request is answered alike each time in quiet; `differing`: those
+    that were not, quiet text and answer. `pauses`: seconds of the longest silence of each stream that met a fault;
+    `recovered`: from each fault until its process was ready again; None where it was not in time."""
 
     answered: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
     compared: int = 0
-    wrong: int = 0
+    differing: list[tuple[str, str]] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
     quiet_gaps: list[float] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     fault_times: list[float] = field(default_factory=list)
     recovered: list[float | None] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> int:
+        """Answers that are not the quiet ones."""
+        return len(self.differing)
 
     @property
     def broken(self) -> list[str]:
@@ -67,6 +73,40 @@ class Seen:
         if None in self.recovered:
             found.append(f"{self.recovered.count(None)} processes did not come back in time")
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Tokens of an answer that the quiet one does not have, or the other way round."""
+
+    lost: int = 0
+    repeated: int = 0
+    other: int = 0
+
+    def __add__(self, more: Difference) -> Difference:
+        """Of both."""
+        return Difference(self.lost + more.lost, self.repeated + more.repeated, self.other + more.other)
+
+
+def difference(quiet: Sequence[int | str], answer: Sequence[int | str]) -> Difference:
+    """What must be taken away and put in to make one of the other: between what both begin and end with, by difflib's
+    longest matching blocks. What was put in is repeated where the answer has the same before or behind it."""
+    shorter = min(len(quiet), len(answer))
+    head = next((at for at in range(shorter) if quiet[at] != answer[at]), shorter)
+    tail = next((at for at in range(shorter - head) if quiet[-1 - at] != answer[-1 - at]), shorter - head)
+    ours, theirs = quiet[head : len(quiet) - tail], answer[head : len(answer) - tail]
+    found = Difference()
+    for what, begin, end, start, stop in SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+        if what == "delete":
+            found += Difference(lost=end - begin)
+        elif what == "insert":
+            size, at = stop - start, head + start
+            more = answer[at : at + size]
+            is_twice = more in (answer[max(0, at - size) : at], answer[at + size : at + 2 * size])
+            found += Difference(repeated=size) if is_twice else Difference(other=size)
+        elif what == "replace":
+            found += Difference(other=max(end - begin, stop - start))
+    return found
 
 
 async def expected(endpoint: Endpoint, asked: Sequence[Asked], streams: int) -> tuple[list[str | None], list[float]]:
@@ -131,7 +171,8 @@ def _note(seen: Seen, record: Record, text: str | None) -> None:
         return
     seen.answered += 1
     seen.compared += text is not None
-    seen.wrong += text is not None and record.text != text
+    if text is not None and record.text != text:
+        seen.differing.append((text, record.text))
     if any(began <= record.ended_at and record.sent_at <= until for began, until in _spans(seen)):
         seen.pauses.append(max([record.ttft, *record.gaps]))
 

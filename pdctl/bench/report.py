@@ -60,6 +60,8 @@ def text(figures: Figures, targets: Targets, quantiles: Sequence[int]) -> str:
             f"goodput {number(figures, 'request_goodput'):.2f} requests/s; "
             f"{ours['attainment'] or 0:.1%} of what was asked met its targets"
         )
+    used, late = ours["client"]["cpu_of_a_core"], ours["client"]["delay_p99_ms"]
+    lines.append(f"this client needed {used:.1%} of a core and woke up {late:.1f} ms late at p99")
     table = console.table(["MS", "MEAN", *(f"P{part}" for part in quantiles)], rows(figures, quantiles))
     parts = ours["parts_ms"]
     if parts:

@@ -22,7 +22,7 @@ from pdctl.errors import NotRunning, PdctlError, Verdict
 
 if TYPE_CHECKING:
     from pdctl.bench import Asked
-    from pdctl.bench.chaos import Seen
+    from pdctl.bench.chaos import Difference, Seen
     from pdctl.bench.client import Endpoint
 
 _FAULTS = ("kill", "freeze")
@@ -78,7 +78,11 @@ def chaos(
     except KeyboardInterrupt:
         console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} interrupted; this is what was seen until then")
     leaks = _leaks(name)
-    _tell(seen, leaked, leaks, as_json)
+    tokens = _differences(endpoint, seen)
+    if as_json:
+        console.out(json.dumps(_figures(seen, tokens, leaked, leaks), indent=2))
+    else:
+        _tell(seen, tokens, leaked, leaks)
     raise Verdict(1 if seen.broken or leaks else 0)
 
 
@@ -241,6 +245,20 @@ def _leaks(service: str) -> list[str]:
         time.sleep(_LOOK_S)
 
 
+def _differences(endpoint: Endpoint, seen: Seen) -> Difference:
+    """In tokens as the service cuts texts, or in words where it does not or no longer answers."""
+    from pdctl.bench.chaos import Difference, difference
+    from pdctl.bench.client import tokenized
+
+    def cut(text: str) -> list[int] | list[str]:
+        try:
+            return asyncio.run(tokenized(endpoint, text)) or text.split(" ")
+        except PdctlError:
+            return text.split(" ")
+
+    return sum((difference(cut(quiet), cut(answer)) for quiet, answer in seen.differing), Difference())
+
+
 def _by_fault(seen: Seen) -> dict[str, list[float | None]]:
     """Seconds to recover, by what was done to which group."""
     found: dict[str, list[float | None]] = {}
@@ -250,17 +268,19 @@ def _by_fault(seen: Seen) -> dict[str, list[float | None]]:
     return found
 
 
-def _tell(seen: Seen, leaked: Leaks, leaks: list[str], as_json: bool) -> None:
+def _figures(seen: Seen, tokens: Difference, leaked: Leaks, leaks: list[str]) -> dict[str, object]:
+    """As `--json` prints them. Times in seconds."""
     from pdctl.bench.metrics import percentile
 
     back = [seconds for seconds in seen.recovered if seconds is not None]
-    figures = {
+    return {
         "faults": len(seen.faults),
         "answered": seen.answered,
         "failed": seen.failed,
         "truncated": seen.truncated,
         "compared": seen.compared,
         "wrong": seen.wrong,
+        "tokens": {"lost": tokens.lost, "repeated": tokens.repeated, "other": tokens.other},
         "leases_left": leaks,
         "leaked_block_s": leaked.block_seconds,
         "leaked_most_blocks": leaked.most_blocks,
@@ -268,26 +288,37 @@ def _tell(seen: Seen, leaked: Leaks, leaks: list[str], as_json: bool) -> None:
         "pause_s": {f"p{part}": percentile(seen.pauses, part) for part in (50, 99, 100)},
         "quiet_gap_s": {f"p{part}": percentile(seen.quiet_gaps, part) for part in (50, 99, 100)},
         "ready_again_s": {f"p{part}": percentile(back, part) for part in (50, 100)},
-        "broken": [*seen.broken, *([f"{len(leaks)} leases are left"] if leaks else [])],
+        "broken": _broken(seen, leaks),
     }
-    if as_json:
-        console.out(json.dumps(figures, indent=2))
-        return
-    console.out(f"{figures['faults']} faults: {seen.answered} answered, {sum(seen.failed.values())} failed, "
+
+
+def _broken(seen: Seen, leaks: list[str]) -> list[str]:
+    return [*seen.broken, *([f"{len(leaks)} leases are left"] if leaks else [])]
+
+
+def _tell(seen: Seen, tokens: Difference, leaked: Leaks, leaks: list[str]) -> None:
+    """For people."""
+    console.out(f"{len(seen.faults)} faults: {seen.answered} answered, {sum(seen.failed.values())} failed, "
                 f"{seen.truncated} cut, {seen.wrong} wrong, {len(leaks)} leases left")  # fmt: skip
+    console.out(f"tokens: {tokens.lost} lost, {tokens.repeated} twice, {tokens.other} others, in {seen.compared} "
+                "answers that were compared")  # fmt: skip
     console.out(f"KV of holders that were gone: {leaked.block_seconds:.1f} block-seconds, {leaked.most_blocks} blocks "
                 f"at most, in {leaked.looks} looks")  # fmt: skip
-    rows = [
-        ["between tokens, in quiet", seen.quiet_gaps],
-        ["longest silence of a stream that met a fault", seen.pauses],
+    console.out(console.table(["", "P50", "P99", "WORST"], [
+        _row("between tokens, in quiet", seen.quiet_gaps),
+        _row("longest silence of a stream that met a fault", seen.pauses),
         *(
-            [f"ready again after: {name}, {len(all_)} times", [s for s in all_ if s is not None]]
+            _row(f"ready again after: {name}, {len(all_)} times", [s for s in all_ if s is not None])
             for name, all_ in sorted(_by_fault(seen).items())
         ),
-    ]
-    shown = [[title, *(f"{percentile(values, part):.2f} s" for part in (50, 99, 100))] for title, values in rows]  # type: ignore[arg-type]
-    console.out(console.table(["", "P50", "P99", "WORST"], [[str(cell) for cell in row] for row in shown]))
+    ]))  # fmt: skip
     for reason, count in sorted(seen.failed.items(), key=lambda entry: -entry[1])[:5]:
         console.note(f"failed {count} times: {reason}")
-    for promise in figures["broken"]:  # type: ignore[attr-defined]
+    for promise in _broken(seen, leaks):
         console.note(f"BROKEN: {promise}")
+
+
+def _row(title: str, seconds: list[float]) -> list[str]:
+    from pdctl.bench.metrics import percentile
+
+    return [title, *(f"{percentile(seconds, part):.2f} s" for part in (50, 99, 100))]

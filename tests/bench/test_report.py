@@ -125,8 +125,9 @@ def test_the_table() -> None:
     lines = text(result(0.02), Targets(tpot=21), (50, 99)).splitlines()
     assert lines[0] == "60 answered, 0 failed, 0 truncated in 10.0 s"
     assert lines[2].startswith("goodput ")
-    assert lines[4].split() == ["MS", "MEAN", "P50", "P99"]
-    assert lines[5].split()[:3] == ["TTFT", "200.0", "200.0"]
+    assert lines[3] == "this client needed 0.0% of a core and woke up 0.0 ms late at p99"
+    assert lines[5].split() == ["MS", "MEAN", "P50", "P99"]
+    assert lines[6].split()[:3] == ["TTFT", "200.0", "200.0"]
 
 
 def test_failed_answers_are_not_drawn() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.bench import Asked, Record
-from pdctl.bench.chaos import Fault, Seen, _note, carry_out, expected, pick
+from pdctl.bench.chaos import Difference, Fault, Seen, _note, carry_out, difference, expected, pick
 from pdctl.bench.client import Endpoint
 from pdctl.bench.sweep import Search
 from tests.bench.fake import Fake, listening
@@ -55,7 +55,7 @@ def test_promises() -> None:
         "no answer could be compared: in quiet already they differ from time to time"
     ]
     assert Seen(faults=[fault]).broken == ["nothing was answered"]
-    seen = Seen(1, {"x": 2, "y": 1}, 1, compared=1, wrong=4, faults=[fault], recovered=[1.0, None])
+    seen = Seen(1, {"x": 2, "y": 1}, 1, compared=1, differing=[("a", "b")] * 4, faults=[fault], recovered=[1.0, None])
     assert seen.broken == [
         "3 requests failed", "1 streams were cut", "4 answers differ from the quiet ones",
         "1 processes did not come back in time",
@@ -80,6 +80,27 @@ def test_what_cannot_be_compared_is_not_called_wrong() -> None:
     for text in ("x", None):
         _note(seen, Record(0.0, 1.0, 1.5, 2.0, [0.25], text="y"), text)
     assert (seen.answered, seen.compared, seen.wrong) == (2, 1, 1)
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.data())
+def test_what_differs(quiet: list[int], data: st.DataObject) -> None:
+    assert difference(quiet, quiet) == Difference()
+    begin = data.draw(st.integers(0, len(quiet)))
+    end = data.draw(st.integers(begin, len(quiet)))
+    without, twice = quiet[:begin] + quiet[end:], quiet[:end] + quiet[begin:]
+    assert difference(quiet, without) == Difference(lost=end - begin)
+    found = difference(quiet, twice)
+    assert found.repeated + found.other == end - begin
+    assert found.lost == 0
+    assert difference(quiet, [*quiet[:begin], 7, *quiet[begin + 1 :]]) == Difference(other=1)
+
+
+def test_tokens_that_come_twice() -> None:
+    text = ["the", "cat", "sat", "on", "the", "mat"]
+    assert difference(text, text[:3] + text[1:]) == Difference(repeated=2)
+    assert difference(text, [*text[:4], "a", "b", *text[4:]]) == Difference(other=2)
+    assert difference(text, [*text[:2], *text[4:], "x"]) == Difference(lost=2, other=1)
+    assert difference(text, []) == Difference(lost=6)
 
 
 def test_a_stream_that_was_sent_into_a_fault_has_met_it() -> None:

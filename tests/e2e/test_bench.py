@@ -129,6 +129,7 @@ def test_chaos_keeps_its_promises_and_says_when_not(run: Run) -> None:
         assert found["answered"] > 0
         assert (found["failed"], found["truncated"], found["wrong"], found["broken"]) == ({}, 0, 0, [])
         assert found["compared"] == found["answered"], "greedy answers are alike each time"
+        assert found["tokens"] == {"lost": 0, "repeated": 0, "other": 0}
         assert 0 < found["ready_again_s"]["p100"] < 120
         assert found["answered"] >= 8
         early = run.cli("bench", "chaos", "--for", "5", "--every", "9")
