@@ -28,8 +28,9 @@ _DONE = 1
 # Under way, or given up by the library while its bytes may still land: neither has ended (transfer_engine_py.cpp frees
 # a batch's id for every other status).
 _NOT_OVER = (0, -2)
-# One batch's size at most: large enough that its fixed cost vanishes, small enough that lanes share a big span.
-_PIECE_BYTES = 4 * 2**20
+# One batch's size at most: large enough that its fixed cost vanishes, small enough that TCP's lanes share a big span
+# evenly (docs/performance.md, Transports). RDMA cuts for itself.
+_PIECE_BYTES = {"tcp": 256 * 2**10, "rdma": 4 * 2**20}
 # The last bytes of the memory a peer announces are its epoch: a reader checks them before it trusts an address.
 _EPOCH_BYTES = 64
 _CONNECT_S = 5.0
@@ -97,11 +98,11 @@ class MooncakeTransport:
         session, base, *_ = _parts(address)
         with self._lock:
             reader = self._reading()
-        ours = self._memory.base
+        ours, most = self._memory.base, _PIECE_BYTES[self.protocol]
         pieces = [
-            (ours + target + done, base + source + done, min(_PIECE_BYTES, length - done))
+            (ours + target + done, base + source + done, min(most, length - done))
             for source, target, length in spans
-            for done in range(0, length, _PIECE_BYTES)
+            for done in range(0, length, most)
         ]
         self._move(reader, session, pieces, timeout_s)
         return total
