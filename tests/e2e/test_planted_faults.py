@@ -381,15 +381,15 @@ def test_the_backend_that_a_topology_needs_must_work() -> None:
 
 
 def test_rates_of_links(bench: Bench) -> None:
-    from pdctl.doctor.transfer import Probe, _of_link
+    from pdctl.doctor.transfer import Probe, _link_gbps
     from pdctl.host.rdma import read_tree
 
     tree = Tree(bench.folder / "sys")
     tree.hca("mlx5_0", {1: Port()})
     snapshot = read_tree(tree.root, bench.folder)
     probe = Probe("mooncake", "rdma", 8)
-    assert _of_link(probe, {"protocol": "rdma", "gbps": 40.0}, snapshot) == 0.8
-    assert _of_link(probe, {"protocol": "tcp", "gbps": 40.0}, snapshot) is None
+    assert _link_gbps(probe, {"protocol": "rdma", "gbps": 40.0}, snapshot) == 50.0
+    assert _link_gbps(probe, {"protocol": "tcp", "gbps": 40.0}, snapshot) is None
 
 
 def test_what_may_still_work_is_told_and_not_refused(run: Run) -> None:

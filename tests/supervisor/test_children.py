@@ -20,6 +20,7 @@ import pytest
 from pdctl.errors import PdctlError
 from pdctl.plan import Probe
 from pdctl.supervisor.tree import Trees
+from tests.service import wait_until
 from tests.supervisor.fleet import AT_ONCE, Fleet, fleet, python, shell
 
 SLEEP = "exec sleep 600"
@@ -481,7 +482,8 @@ def test_a_kill_in_the_middle_of_an_apply_is_told_as_it_was(tmp_path: Path) -> N
         (Path(found.plan.run_dir) / "plan.json").write_text(json.dumps(found.plan.to_dict()))
         found.start()
         now = found.until("a", lambda now: now["state"] == "ready" and now["pid"] != a["pid"], "what is wanted")
-        assert psutil.Process(now["pid"]).cmdline() == ["sleep", "700"]
+        # Ready as soon as it runs: the shell may not have become what it is to be.
+        wait_until(lambda: psutil.Process(now["pid"]).cmdline() == ["sleep", "700"], 20, "what it is to be")
         assert found.ready("b")["pid"] == b["pid"]
 
 
