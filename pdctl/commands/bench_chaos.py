@@ -284,6 +284,7 @@ def _figures(seen: Seen, tokens: Difference, leaked: Leaks, leaks: list[str]) ->
         "leases_left": leaks,
         "leaked_block_s": leaked.block_seconds,
         "leaked_most_blocks": leaked.most_blocks,
+        "leak_looks": leaked.looks,
         "by_fault": {name: {"faults": len(all_), "ready_again_s": all_} for name, all_ in _by_fault(seen).items()},
         "pause_s": {f"p{part}": percentile(seen.pauses, part) for part in (50, 99, 100)},
         "quiet_gap_s": {f"p{part}": percentile(seen.quiet_gaps, part) for part in (50, 99, 100)},

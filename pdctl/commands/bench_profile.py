@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pdctl.bench.workload import Vocabulary
 
 _STEPS = 24
+# For streams that end before the last of their batch has begun.
+_TRIES = 4
 
 
 def profile(
@@ -85,6 +87,8 @@ async def _measured(
 
     contexts = [lengths[2], lengths[-1] // 2]
     jobs = [(PREFILL, length, 1) for length in lengths] + [(DECODE, c, b) for c in contexts for b in batches]
+    # What one of these needs in any case.
+    most = max(lengths[-1] + 1, contexts[-1] + _STEPS + 2 * batches[-1])
     jobs *= repeats
     rng.shuffle(jobs)
     await _together(endpoint, [Asked(words.prompt(lengths[0], rng), 4)])
@@ -92,14 +96,31 @@ async def _measured(
     for number, (kind, length, batch) in enumerate(jobs):
         if number % 10 == 0:
             console.note(f"{number} of {len(jobs)} measurements")
-        # Prompts of a batch are computed one after another: the first stream must last until the last one has begun.
-        steps = 1 if kind == PREFILL else _STEPS + 2 * batch
-        records = await _together(endpoint, [Asked(words.prompt(length, rng), steps) for _ in range(batch)])
         if kind == PREFILL:
+            records = await _together(endpoint, [Asked(words.prompt(length, rng), 1)])
             points.append(Point(kind, length, 1, records[0].ttft))
-        elif (gap := _step(records)) > 0:
-            points.append(Point(kind, batch * (length + steps / 2), batch, gap))
+        else:
+            points += await _decoded(endpoint, words, rng, (length, batch), most)
     return points
+
+
+async def _decoded(
+    endpoint: Endpoint, words: Vocabulary, rng: random.Random, job: tuple[int, int], most: int
+) -> list[Point]:
+    """One measurement; none where streams never ran together, though answers were made longer. `most`: tokens of prompt
+    and answer that the service is known to take."""
+    from pdctl.bench import Asked
+    from pdctl.bench.profile import DECODE, Point
+
+    length, batch = job
+    # Prompts of a batch are computed one after another: the first stream must last until the last one has begun.
+    steps = _STEPS + 2 * batch
+    for _ in range(_TRIES):
+        records = await _together(endpoint, [Asked(words.prompt(length, rng), steps) for _ in range(batch)])
+        if (gap := _step(records)) > 0:
+            return [Point(DECODE, batch * (length + steps / 2), batch, gap)]
+        steps = max(steps, min(2 * steps, most - length))
+    return []
 
 
 def _step(records: list[Record]) -> float:

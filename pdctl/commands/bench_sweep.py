@@ -92,23 +92,24 @@ def _step(
         console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} the client was the bottleneck: {doubt}")
     found = figures(run, targets)
     met = sum(map(targets.are_met, run.records)) / len(run.records)
-    names = ("p99_ttft_ms", "p99_tpot_ms", "failed", "output_throughput")
+    names = ("p99_ttft_ms", "p99_tpot_ms", "completed", "failed", "output_throughput")
     return {"attainment": met, "goodput": number(found, "request_goodput"), **{n: number(found, n) for n in names}}
 
 
 def _row(row: dict[str, float]) -> list[str]:
     return [
-        f"{row['rate']:.3g}", f"{row['goodput']:.3g}", f"{row['attainment']:.0%}", f"{row['p99_ttft_ms']:.0f}",
-        f"{row['p99_tpot_ms']:.0f}",
+        f"{row['rate']:.3g}", f"{row['goodput']:.3g}", f"{row['attainment']:.0%}",
+        *(f"{row[name]:.0f}" if row["completed"] else "-" for name in ("p99_ttft_ms", "p99_tpot_ms")),
     ]  # fmt: skip
 
 
 def _curves(rows: list[dict[str, float]], attainment: float) -> dict[str, Curves]:
-    """By file name. What is asked stands beside what came of it: the frontier is where they part."""
+    """By file name. What is asked stands beside what came of it: the frontier is where they part. Where nothing was
+    answered there are no times."""
     from pdctl.bench.seen import Curves
 
     def line(name: str) -> list[tuple[float, float]]:
-        return [(row["rate"], row[name]) for row in rows]
+        return [(row["rate"], row[name]) for row in rows if row["completed"] or not name.endswith("_ms")]
 
     across = "requests asked a second"
     return {

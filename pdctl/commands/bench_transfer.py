@@ -49,11 +49,20 @@ def transfer(
     table = (_HEADER, [row for entry in found for row in _rows(entry)])
     console.out(json.dumps(found, indent=2) if as_json else console.table(*table))
     for entry in found:
-        if "error" in entry:
-            console.note(f"{entry['transport']}, {entry['mib']} MiB: {entry['error']}")
+        if why := _trouble(entry):
+            console.note(f"{entry['transport']}, {entry['mib']} MiB: {why}")
     summary = "Medians; copies in memory were taken in turn with the transfers."
     keep_curves(_curves(found), "pdctl bench transfer", summary, table, page, pictures)
     raise Verdict(moving.exit_code(found))
+
+
+def _trouble(entry: Result) -> str:
+    """What is wrong with it; "" for nothing."""
+    if "error" in entry:
+        return str(entry["error"])
+    if not entry["bytes_right"]:
+        return "WRONG: other bytes arrived than were sent"
+    return f"FALLBACK to {entry['protocol']}: {entry['fallback']}" if entry["fallback"] else ""
 
 
 def _rows(entry: Result) -> list[list[str]]:

@@ -14,6 +14,7 @@ from pdctl.bench import Asked, Record
 from pdctl.bench.chaos import Difference, Fault, Seen, _note, carry_out, difference, expected, pick
 from pdctl.bench.client import Endpoint
 from pdctl.bench.sweep import Search
+from pdctl.commands.bench_sweep import _curves, _row
 from tests.bench.fake import Fake, listening
 
 
@@ -117,3 +118,14 @@ def test_a_freeze_ends_when_told() -> None:
         assert waited == [3600.0]
         carry_out(Fault("kill", "decode-0", (process.pid,)), 3600.0, waited.append)
         assert process.wait(20) == -9
+
+
+def test_a_rate_at_which_nothing_was_answered_has_no_times() -> None:
+    rows = [
+        {"rate": 1.0, "goodput": 0.9, "attainment": 0.9, "p99_ttft_ms": 80.0, "p99_tpot_ms": 9.0, "completed": 20.0},
+        {"rate": 8.0, "goodput": 0.0, "attainment": 0.0, "p99_ttft_ms": 0.0, "p99_tpot_ms": 0.0, "completed": 0.0},
+    ]
+    found = _curves(rows, 0.9)
+    assert found["ttft"].lines == {"TTFT p99": [(1.0, 80.0)]}
+    assert found["goodput"].lines["goodput"] == [(1.0, 0.9), (8.0, 0.0)]
+    assert _row(rows[1]) == ["8", "0", "0%", "-", "-"]

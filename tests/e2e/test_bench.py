@@ -138,6 +138,7 @@ def test_chaos_keeps_its_promises_and_says_when_not(run: Run) -> None:
         assert refused.returncode == 1
         assert "groups here: decode, prefill, proxy, supervisor" in refused.stderr
         assert found["leaked_block_s"] >= 0
+        assert found["leak_looks"] > 10
         assert set(found["by_fault"]) <= {"kill decode", "freeze decode"}
         ends = run.cli("bench", "chaos", "--fault", "kill:supervisor")
         assert "this service ends with its supervisor" in ends.stderr
@@ -191,7 +192,8 @@ def test_transfers_by_size_and_number_of_blocks(run: Run) -> None:
     assert bad.returncode == 1
     assert "one of: shm, mooncake, nixl" in bad.stderr
     none = run.cli("bench", "transfer", "--transport", "mooncake", "--protocol", "rdma", "--mib", "1")
-    assert none.returncode == 1, "fell back to TCP: there is no RDMA here"
+    assert none.returncode == 1, "there is no RDMA here"
+    assert "mooncake, 1 MiB: FALLBACK to tcp: RDMA was asked for" in none.stderr
 
 
 def test_chaos_with_supervisors_that_die(run: Run) -> None:

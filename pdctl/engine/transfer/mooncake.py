@@ -31,6 +31,8 @@ _NOT_OVER = (0, -2)
 # One batch's size at most: large enough that its fixed cost vanishes, small enough that TCP's lanes share a big span
 # evenly (docs/performance.md, Transports). RDMA cuts for itself.
 _PIECE_BYTES = {"tcp": 256 * 2**10, "rdma": 4 * 2**20}
+# A read is not cut into more: the library's queues have an end.
+_MOST_PIECES = 8192
 # The last bytes of the memory a peer announces are its epoch: a reader checks them before it trusts an address.
 _EPOCH_BYTES = 64
 _CONNECT_S = 5.0
@@ -98,7 +100,7 @@ class MooncakeTransport:
         session, base, *_ = _parts(address)
         with self._lock:
             reader = self._reading()
-        ours, most = self._memory.base, _PIECE_BYTES[self.protocol]
+        ours, most = self._memory.base, max(_PIECE_BYTES[self.protocol], total // _MOST_PIECES)
         pieces = [
             (ours + target + done, base + source + done, min(most, length - done))
             for source, target, length in spans
