@@ -19,7 +19,8 @@ from itertools import zip_longest
 from pdctl.bench import Asked, Record
 from pdctl.bench.client import Endpoint, ask_once
 
-# In quiet each client asks so often at least: gaps between tokens are to be those of the load that will be broken.
+# In quiet each client asks, and each request is asked, so often at least: gaps between tokens are to be those of the
+# load that will be broken, and answers those that come whatever runs beside them.
 _QUIET_ROUNDS = 2
 
 
@@ -114,7 +115,7 @@ async def expected(endpoint: Endpoint, asked: Sequence[Asked], streams: int) -> 
     that is not answered alike each time: nothing can be compared with it. Raises ValueError for one that cannot be
     answered."""
     pool, seats = endpoint.pool(), asyncio.Semaphore(streams)
-    repeats = max(1, math.ceil(_QUIET_ROUNDS * streams / len(asked)))
+    repeats = max(_QUIET_ROUNDS, math.ceil(_QUIET_ROUNDS * streams / len(asked)))
 
     async def one(request: Asked) -> Record:
         async with seats:
@@ -122,15 +123,20 @@ async def expected(endpoint: Endpoint, asked: Sequence[Asked], streams: int) -> 
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(one(request)) for _ in range(repeats) for request in asked]
+            # Each time beside others: what runs together must not matter.
+            order = random.Random(0)  # noqa: S311 - a workload, not a secret
+            turns = [order.sample(range(len(asked)), len(asked)) for _ in range(repeats)]
+            running = [(which, tasks.create_task(one(asked[which]))) for turn in turns for which in turn]
     finally:
         pool.close()
-    records = [task.result() for task in running]
-    for record in records:
+    texts: list[set[str]] = [set() for _ in asked]
+    gaps: list[float] = []
+    for which, task in running:
+        record = task.result()
         if not record.is_good:
             raise ValueError(record.error or "the answer broke off")
-    texts = [{record.text for record in records[number :: len(asked)]} for number in range(len(asked))]
-    gaps = [gap for record in records for gap in record.gaps]
+        texts[which].add(record.text)
+        gaps += record.gaps
     return [text.pop() if len(text) == 1 else None for text in texts], gaps
 
 

@@ -43,7 +43,6 @@ def _curve(path: Path, curves: Curves) -> str:
     for name, line in curves.lines.items():
         axes.plot([places.index(across) for across, _ in line], [up for _, up in line], marker="o", label=name)
     axes.set_xticks(range(len(places)), [f"{place:.4g}" for place in places])
-    axes.set_ylim(bottom=0)
     return _saved(figure, axes, path, True)
 
 
@@ -60,9 +59,8 @@ def _lanes(path: Path, figures: Figures) -> list[str]:
             # Its name stands in the legend once.
             axes.broken_barh(bars, (at, 0.8), facecolors=f"C{number}", label="_" if place else name)
             at += 1
-    axes.invert_yaxis()
     axes.set_yticks([])
-    return [_saved(figure, axes, path, True)]
+    return [_saved(figure, axes, path, True, (at, 0))]
 
 
 def _cdf(path: Path, title: str, lines: dict[str, list[float]]) -> str:
@@ -92,12 +90,16 @@ def _axes(below: str, left: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_xlabel(below)
     axes.set_ylabel(left)
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     return figure, axes
 
 
-def _saved(figure: Figure, axes: Axes, path: Path, is_named: bool) -> str:
+def _saved(
+    figure: Figure, axes: Axes, path: Path, is_named: bool, limits: tuple[float | None, float | None] = (0, None)
+) -> str:
+    # After the lines are drawn: limits that are set before are kept, whatever comes.
+    bottom, top = limits
+    axes.set_ylim(bottom, top)
     if is_named:
         axes.legend()
     figure.savefig(path, dpi=_DPI)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import cycle
 
 from pdctl.bench.metrics import percentile
-from pdctl.bench.seen import Curves, Stretch, in_rows
+from pdctl.bench.seen import Curves, Stretch, in_rows, joined
 
 _COLOURS = ("#0b6e99", "#c2571a", "#3d7a3d", "#7a3d7a", "#8a6d00", "#b0325f", "#4a5568", "#00806a")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 68, 28
@@ -73,7 +73,7 @@ def timeline(spans: Sequence[tuple[float, float, float]]) -> str:
 
 def lanes(engines: dict[str, list[Stretch]]) -> str:
     """Each engine a band of rows in its colour, each request a bar in a row while it was there."""
-    bands = [in_rows(stretches[:: max(1, len(stretches) // _MOST_POINTS)]) for stretches in engines.values()]
+    bands = [in_rows(stretches) for stretches in engines.values()]
     if not any(bands):
         return ""
     first = min(stretch[0] for band in bands for row in band for stretch in row)
@@ -83,12 +83,14 @@ def lanes(engines: dict[str, list[Stretch]]) -> str:
     for colour, band in zip(cycle(_COLOURS), bands, strict=False):
         for row in band:
             bars += [
-                _bar((begin - first) / width, (end - first) / width, at * height, height, colour) for begin, end in row
+                _bar((begin - first) / width, (end - first) / width, at * height, height, colour)
+                for begin, end in joined(row, width / _WIDTH)
             ]
             at += 1
         y = at * height
         bars.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - 8}" y2="{y:.1f}" stroke="#999"/>')
-    return _framed("".join(bars), f"{width:.4g} s", "", list(engines))
+    note = "answered requests, at the engines that ended them"
+    return _framed("".join(bars), f"{width:.4g} s", "", list(engines), note)
 
 
 def _bar(begin: float, end: float, y: float, height: float, colour: str) -> str:

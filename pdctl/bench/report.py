@@ -101,10 +101,12 @@ def comparison(results: dict[str, Figures], ratios: list[list[str]], title: str)
     return _page(title, "", "Times in milliseconds; rates a second.", _table(head, ratios), cdfs(results))
 
 
-def curves(found: Sequence[Curves], title: str, summary: str, table: tuple[list[str], list[list[str]]]) -> str:
+def curves(
+    found: Sequence[Curves], title: str, summary: str, table: tuple[list[str], list[list[str]]], note: str = ""
+) -> str:
     """A whole HTML page of measured curves, with the table that the command prints."""
     plots = {each.title: curve(each) for each in found if each.places}
-    return _page(title, "", summary, _table(*table), plots)
+    return _page(title, note, summary, _table(*table), plots)
 
 
 def _page(title: str, note: str, summary: str, table: str, plots: dict[str, str]) -> str:

@@ -98,7 +98,8 @@ def on_engines(figures: Figures) -> dict[str, list[Stretch]]:
         if prefill and prefill != decode:
             prefills.setdefault(prefill, []).append((min(sent + queued, first), first))
         decodes.setdefault(decode, []).append((sent + queued if prefill in ("", decode) else first, end))
-    return dict(sorted(prefills.items())) | dict(sorted(decodes.items()))
+    names = [*sorted(prefills), *(name for name in sorted(decodes) if name not in prefills)]
+    return {name: prefills.get(name, []) + decodes.get(name, []) for name in names}
 
 
 def in_rows(stretches: Sequence[Stretch]) -> list[list[Stretch]]:
@@ -111,3 +112,14 @@ def in_rows(stretches: Sequence[Stretch]) -> list[list[Stretch]]:
         else:
             row.append(stretch)
     return rows
+
+
+def joined(row: Sequence[Stretch], least: float) -> list[Stretch]:
+    """A row's stretches, in order; one where between them, or of them, there is less than anybody sees."""
+    found: list[Stretch] = []
+    for begin, end in row:
+        if found and end - found[-1][0] < least:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((begin, end))
+    return found

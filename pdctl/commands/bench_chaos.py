@@ -250,13 +250,23 @@ def _differences(endpoint: Endpoint, seen: Seen) -> Difference:
     from pdctl.bench.chaos import Difference, difference
     from pdctl.bench.client import tokenized
 
-    def cut(text: str) -> list[int] | list[str]:
-        try:
-            return asyncio.run(tokenized(endpoint, text)) or text.split(" ")
-        except PdctlError:
-            return text.split(" ")
+    asks = True
 
-    return sum((difference(cut(quiet), cut(answer)) for quiet, answer in seen.differing), Difference())
+    def cut(text: str) -> list[int]:
+        nonlocal asks
+        try:
+            return asyncio.run(tokenized(endpoint, text)) if asks and text else []
+        except PdctlError:
+            asks = False
+            return []
+
+    found = Difference()
+    for pair in seen.differing:
+        ids = [cut(text) for text in pair]
+        # Both in one way, or their numbers mean nothing.
+        whole = all(cut_ or not text for cut_, text in zip(ids, pair, strict=True))
+        found += difference(*ids) if whole else difference(*(text.split() for text in pair))
+    return found
 
 
 def _by_fault(seen: Seen) -> dict[str, list[float | None]]:
@@ -322,4 +332,4 @@ def _tell(seen: Seen, tokens: Difference, leaked: Leaks, leaks: list[str]) -> No
 def _row(title: str, seconds: list[float]) -> list[str]:
     from pdctl.bench.metrics import percentile
 
-    return [title, *(f"{percentile(seconds, part):.2f} s" for part in (50, 99, 100))]
+    return [title, *(f"{percentile(seconds, part):.2f} s" if seconds else "-" for part in (50, 99, 100))]

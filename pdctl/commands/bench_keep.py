@@ -56,12 +56,12 @@ def _into(folder: Path, drawn: Callable[[], list[str]]) -> None:
 
 def keep_curves(
     found: dict[str, Curves], title: str, summary: str, table: tuple[list[str], list[list[str]]], page: Path | None,
-    pictures: Path | None,
+    pictures: Path | None, note: str = "",
 ) -> None:  # fmt: skip
     """A page, pictures, or neither. Raises PdctlError."""
     if page is not None:
         from pdctl.bench.report import curves
 
-        write(page, curves(list(found.values()), title, summary, table))
+        write(page, curves(list(found.values()), title, summary, table, note))
     if pictures is not None:
         draw_curves(pictures, found)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pdctl.bench.workload import Vocabulary
 
 _HEADER = ["REQUESTS/S", "GOODPUT", "MET", "TTFT P99 MS", "TPOT P99 MS"]
+# Times, and whose they are: there are none where that is 0.
+_TIMES = {"p99_ttft_ms": "completed", "p99_tpot_ms": "streams"}
 
 
 def sweep(
@@ -93,13 +95,15 @@ def _step(
     found = figures(run, targets)
     met = sum(map(targets.are_met, run.records)) / len(run.records)
     names = ("p99_ttft_ms", "p99_tpot_ms", "completed", "failed", "output_throughput")
-    return {"attainment": met, "goodput": number(found, "request_goodput"), **{n: number(found, n) for n in names}}
+    # Of what is asked a second: the last answers' end, after nothing more is asked, is not the service's rate.
+    several = sum(record.is_good and record.output_tokens > 1 for record in run.records)
+    return {"attainment": met, "goodput": met * rate, "streams": several, **{n: number(found, n) for n in names}}
 
 
 def _row(row: dict[str, float]) -> list[str]:
     return [
         f"{row['rate']:.3g}", f"{row['goodput']:.3g}", f"{row['attainment']:.0%}",
-        *(f"{row[name]:.0f}" if row["completed"] else "-" for name in ("p99_ttft_ms", "p99_tpot_ms")),
+        *(f"{row[name]:.0f}" if row[of] else "-" for name, of in _TIMES.items()),
     ]  # fmt: skip
 
 
@@ -109,7 +113,7 @@ def _curves(rows: list[dict[str, float]], attainment: float) -> dict[str, Curves
     from pdctl.bench.seen import Curves
 
     def line(name: str) -> list[tuple[float, float]]:
-        return [(row["rate"], row[name]) for row in rows if row["completed"] or not name.endswith("_ms")]
+        return [(row["rate"], row[name]) for row in rows if name not in _TIMES or row[_TIMES[name]]]
 
     across = "requests asked a second"
     return {

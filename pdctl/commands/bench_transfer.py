@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pdctl.doctor.transfer import Result
 
 _HEADER = ["TRANSPORT", "OVER", "MIB", "BLOCKS", "KIB EACH", "MS", "GB/S", "OF A COPY", "OF THE LINK", "64 BYTES"]
-_COPY = "copy in memory"
+_COPY = "copy in memory, block by block"
 
 
 def transfer(
@@ -48,11 +48,11 @@ def transfer(
             found.append(moving.run(moving.Probe(name, protocol, size, pieces=counts), tree) | {"mib": size})
     table = (_HEADER, [row for entry in found for row in _rows(entry)])
     console.out(json.dumps(found, indent=2) if as_json else console.table(*table))
-    for entry in found:
-        if why := _trouble(entry):
-            console.note(f"{entry['transport']}, {entry['mib']} MiB: {why}")
-    summary = "Medians; copies in memory were taken in turn with the transfers."
-    keep_curves(_curves(found), "pdctl bench transfer", summary, table, page, pictures)
+    troubles = [f"{entry['transport']}, {entry['mib']} MiB: {why}" for entry in found if (why := _trouble(entry))]
+    for trouble in troubles:
+        console.note(trouble)
+    summary = "Medians; copies in memory, of the same blocks one by one, were taken in turn with the transfers."
+    keep_curves(_curves(found), "pdctl bench transfer", summary, table, page, pictures, "; ".join(troubles))
     raise Verdict(moving.exit_code(found))
 
 
@@ -68,12 +68,13 @@ def _trouble(entry: Result) -> str:
 def _rows(entry: Result) -> list[list[str]]:
     """A line for each number of blocks; what does not depend on it stands in the first."""
     if "error" in entry:
-        return [[entry["transport"], "-", str(entry["mib"]), "not available", *[""] * (len(_HEADER) - 4)]]
+        return [[entry["transport"], "-", str(entry["mib"]), "failed", *[""] * (len(_HEADER) - 4)]]
     link = entry["link_gbps"]
+    over = entry["protocol"] if entry["bytes_right"] else "WRONG"
     return [
         [
-            entry["transport"], entry["protocol"], str(entry["mib"]), str(cut["count"]),
-            f"{cut['bytes_each'] / 1024:g}", f"{cut['ms']:.2f}", f"{cut['gbps']:.2f}", f"{cut['of_copy']:.0%}",
+            entry["transport"], over, str(entry["mib"]), str(cut["count"]),
+            f"{cut['bytes_each'] / 1024:g}", f"{cut['ms']:.2f}", f"{cut['gbps']:.3g}", f"{cut['of_copy']:.0%}",
             f"{cut['gbps'] / link:.0%}" if link else "-", "" if place else f"{entry['latency_us']:.0f} us",
         ]
         for place, cut in enumerate(entry["pieces"])
@@ -84,13 +85,13 @@ def _curves(found: list[Result]) -> dict[str, Curves]:
     """By file name: by size in the fewest blocks, and by number of blocks of the largest size."""
     from pdctl.bench.seen import Curves
 
-    works = [entry for entry in found if "error" not in entry]
+    works = [entry for entry in found if "error" not in entry and entry["bytes_right"]]
     largest = max((entry["mib"] for entry in works), default=0)
     by_size: dict[str, list[tuple[float, float]]] = {}
     latency: dict[str, list[tuple[float, float]]] = {}
     by_count: dict[str, list[tuple[float, float]]] = {}
     for entry in works:
-        name, first_cut = entry["transport"], entry["pieces"][0]
+        name, first_cut = f"{entry['transport']} ({entry['protocol']})", entry["pieces"][0]
         by_size.setdefault(name, []).append((entry["mib"], first_cut["gbps"]))
         latency.setdefault(name, []).append((entry["mib"], first_cut["ms"]))
         if entry["mib"] == largest:
@@ -99,7 +100,8 @@ def _curves(found: list[Result]) -> dict[str, Curves]:
         # The copies of the transport that was measured first: its library's threads disturb them least.
         first = [entry for entry in works if entry["transport"] == works[0]["transport"]]
         by_size[_COPY] = [(entry["mib"], entry["pieces"][0]["copy_gbps"]) for entry in first]
-        by_count[_COPY] = [(cut["count"], cut["copy_gbps"]) for cut in first[-1]["pieces"]]
+        whole = next(entry for entry in works if entry["mib"] == largest)
+        by_count[_COPY] = [(cut["count"], cut["copy_gbps"]) for cut in whole["pieces"]]
     count = works[0]["pieces"][0]["count"] if works else 0
     fewest = "in one block" if count == 1 else f"in {count} blocks"
     return {

@@ -79,12 +79,11 @@ def _with_role(plan: Plan, other: str) -> list[ProcessSpec]:
 
 def run(probe: Probe, tree: RdmaTree | None = None) -> Result:
     """Its figures, or `error`. Raises PdctlError where the engine's packages are not installed."""
+    limit = (_PROBE_S + probe.mib * _PER_MIB_S) * (1 + len(probe.pieces) / 2)
     try:
-        done = subprocess.run(
-            probe.argv(), capture_output=True, text=True, timeout=_PROBE_S + probe.mib * _PER_MIB_S, check=False
-        )
+        done = subprocess.run(probe.argv(), capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return _about(probe, {"error": f"no result within {_PROBE_S + probe.mib * _PER_MIB_S:.0f} s"})
+        return _about(probe, {"error": f"no result within {limit:.0f} s"})
     try:
         found = json.loads(done.stdout.strip().rpartition("\n")[2])
     except ValueError:

@@ -145,9 +145,10 @@ def _figures(spans: Sequence[Span], seconds: float, copy: float) -> dict[str, fl
 
 
 def in_pieces(num_bytes: int, count: int) -> list[Span]:
-    """`count` pieces of one size, last one first: none follows its neighbour, so none can be merged with it."""
+    """`count` pieces of one size in random order, in which next to none follows its neighbour."""
     size = num_bytes // count
-    return [Span(source * size, target * size, size) for target, source in enumerate(reversed(range(count)))]
+    order = np.random.default_rng(1).permutation(count)
+    return [Span(int(source) * size, target * size, size) for target, source in enumerate(order)]
 
 
 def scattered(num_bytes: int) -> list[Span]:

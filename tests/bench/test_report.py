@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -173,3 +174,43 @@ def test_curves() -> None:
     checker = Checker()
     checker.feed(curves([found, Curves("none", "x", {})], "t", "s", (["A"], [["1"]])))
     assert not checker.open
+
+
+def test_hybrids_that_prefill_for_each_other() -> None:
+    found = result(0.02, count=4)
+    ours = found["pdctl"]
+    assert isinstance(ours, dict)
+    ours["placed"] = [["h0", "h1", 0.0], ["h1", "h0", 0.0], ["h0", "h0", 0.0], ["h1", "h1", 0.0]]
+    assert {name: len(stretches) for name, stretches in on_engines(found).items()} == {"h0": 3, "h1": 3}
+
+
+def test_many_requests_are_drawn_in_as_many_rows_as_few() -> None:
+    for count in (50, 5000):
+        stretches = [(number / 10, number / 10 + 0.95) for number in range(count)]
+        drawn = lanes({"d": stretches})
+        assert len(set(re.findall(r'<rect x="[^"]*" y="([^"]*)"', drawn))) == 10
+        assert drawn.count("<rect") <= min(count, 10 * 640)
+
+
+def test_what_a_picture_shows_lies_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = pytest.importorskip("pdctl.bench.pictures")
+    seen = {}
+    saved = pictures._saved
+
+    def spied(figure: object, axes: Any, path: Path, *rest: Any) -> str:
+        name = saved(figure, axes, path, *rest)
+        low, high = sorted(axes.get_ylim())
+        seen[path.stem] = all(low <= y <= high for line in axes.get_lines() for y in line.get_ydata() if y == y)
+        seen[path.stem] &= all(low <= y <= high for y in axes.dataLim.intervaly) and low < high
+        return str(name)
+
+    monkeypatch.setattr(pictures, "_saved", spied)
+    found = result(0.02)
+    ours = found["pdctl"]
+    assert isinstance(ours, dict)
+    ours["placed"] = [["p", f"d{number % 2}", 0.01] for number in range(60)]
+    ours["engines"] = {"at": [1.0, 2.0], "engines": {"p": {
+        "running": [3.0, 9.0], "kv_used": [0.5, 1.0], "leases": [4.0, None], "waiting": [0.0, 0.0]}}}  # fmt: skip
+    pictures.pictures(tmp_path, {"": found})
+    pictures.curve_pictures(tmp_path, {"size": Curves("GB/s", "MiB", {"shm": [(1, 12.0), (64, 7.0)]})})
+    assert seen == dict.fromkeys(("ttft", "itl", "e2e", "requests", "running", "kv_used", "leases", "size"), True)

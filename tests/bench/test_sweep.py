@@ -71,7 +71,8 @@ def test_the_quiet_run_is_as_busy_as_the_other() -> None:
     fake = Fake(first_s=0.02, gap_s=0.0)
     assert asyncio.run(quiet(fake, 6)) == [" t0 t1 t2", " t0 t1 t2 t3", " t0 t1 t2 t3 t4"]
     assert fake.most_at_once == 6
-    assert asyncio.run(quiet(Fake(first_s=0.0, gap_s=0.0, words=("t", "u")), 6)) == [None] * 3
+    for streams in (1, 6):
+        assert asyncio.run(quiet(Fake(first_s=0.0, gap_s=0.0, words=("t", "u")), streams)) == [None] * 3
     with pytest.raises(ValueError, match="status 503"):
         asyncio.run(quiet(Fake(status=503), 2))
 
@@ -122,10 +123,13 @@ def test_a_freeze_ends_when_told() -> None:
 
 def test_a_rate_at_which_nothing_was_answered_has_no_times() -> None:
     rows = [
-        {"rate": 1.0, "goodput": 0.9, "attainment": 0.9, "p99_ttft_ms": 80.0, "p99_tpot_ms": 9.0, "completed": 20.0},
-        {"rate": 8.0, "goodput": 0.0, "attainment": 0.0, "p99_ttft_ms": 0.0, "p99_tpot_ms": 0.0, "completed": 0.0},
+        {"rate": 1.0, "goodput": 0.9, "attainment": 0.9, "p99_ttft_ms": 80.0, "p99_tpot_ms": 9.0, "completed": 20.0,
+         "streams": 0.0},
+        {"rate": 8.0, "goodput": 0.0, "attainment": 0.0, "p99_ttft_ms": 0.0, "p99_tpot_ms": 0.0, "completed": 0.0,
+         "streams": 0.0},
     ]
     found = _curves(rows, 0.9)
     assert found["ttft"].lines == {"TTFT p99": [(1.0, 80.0)]}
     assert found["goodput"].lines["goodput"] == [(1.0, 0.9), (8.0, 0.0)]
     assert _row(rows[1]) == ["8", "0", "0%", "-", "-"]
+    assert _row(rows[0])[3:] == ["80", "-"], "answers of one token have no time per token"

@@ -115,7 +115,9 @@ def test_watching(tmp_path: Path) -> None:
         count = 0
         while not grown.wait(0.02):
             count += 1
-            errors.write_text(f"{count}\n")
+            # As the kernel does: never a file that is empty for a moment.
+            (tmp_path / "next").write_text(f"{count}\n")
+            (tmp_path / "next").replace(errors)
 
     thread = threading.Thread(target=grow)
     thread.start()

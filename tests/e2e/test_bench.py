@@ -177,9 +177,6 @@ def test_transfers_by_size_and_number_of_blocks(run: Run) -> None:
     assert [(cut["count"], cut["bytes_each"]) for entry in found for cut in entry["pieces"]] == [
         (1, 2**20), (64, 2**14), (1, 2**22), (64, 2**16),
     ]  # fmt: skip
-    for entry in found:
-        for cut in entry["pieces"]:
-            assert cut["gbps"] == pytest.approx(entry["mib"] * 2**20 / cut["ms"] / 1e6, rel=0.1)
     assert (run.folder / "t.html").read_text().count("<svg") == 3
     for name in ("size", "latency", "blocks"):
         assert (run.folder / "png" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -31,7 +31,7 @@ _NOT_OVER = (0, -2)
 # One batch's size at most: large enough that its fixed cost vanishes, small enough that TCP's lanes share a big span
 # evenly (docs/performance.md, Transports). RDMA cuts for itself.
 _PIECE_BYTES = {"tcp": 256 * 2**10, "rdma": 4 * 2**20}
-# A read is not cut into more: the library's queues have an end.
+# A large read gets larger pieces beyond so many: the library's queues have an end.
 _MOST_PIECES = 8192
 # The last bytes of the memory a peer announces are its epoch: a reader checks them before it trusts an address.
 _EPOCH_BYTES = 64
