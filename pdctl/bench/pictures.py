@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from pdctl.bench.metrics import Figures, percentile
-from pdctl.bench.seen import Curves, in_rows, on_engines, sampled, series
+from pdctl.bench.seen import Curves, in_rows, on_engines, sampled, series, spans
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def _lanes(path: Path, figures: Figures) -> list[str]:
     engines = on_engines(figures)
     if not engines:
         return []
-    start = min(stretch[0] for stretches in engines.values() for stretch in stretches)
+    start = min(sent for sent, *_ in spans(figures))
     figure, axes = _axes("seconds", "requests on each engine")
     at = 0
     for number, (name, stretches) in enumerate(engines.items()):

@@ -71,12 +71,12 @@ def timeline(spans: Sequence[tuple[float, float, float]]) -> str:
     return _framed("".join(bars), f"{width:.4g} s", "", note="light: waiting for the first token; dark: decoding")
 
 
-def lanes(engines: dict[str, list[Stretch]]) -> str:
-    """Each engine a band of rows in its colour, each request a bar in a row while it was there."""
+def lanes(engines: dict[str, list[Stretch]], first: float) -> str:
+    """Each engine a band of rows in its colour, each request a bar in a row while it was there. `first`: when the first
+    request was sent."""
     bands = [in_rows(stretches) for stretches in engines.values()]
     if not any(bands):
         return ""
-    first = min(stretch[0] for band in bands for row in band for stretch in row)
     last = max(stretch[1] for band in bands for row in band for stretch in row)
     width, height = max(1e-9, last - first), (_HEIGHT - _BOTTOM) / sum(map(len, bands))
     bars, at = [], 0

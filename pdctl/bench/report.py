@@ -90,7 +90,9 @@ def page(figures: Figures, title: str, quantiles: Sequence[int], note: str = "")
         f"{number(figures, 'request_throughput'):.2f} requests/s, {number(figures, 'output_throughput'):.1f} tokens/s"
     )
     head = ["ms", "mean", *(f"p{part}" for part in quantiles)]
-    over = {"Requests over time": timeline(spans(figures)), "Requests on each engine": lanes(on_engines(figures))}
+    times = spans(figures)
+    began = min((sent for sent, *_ in times), default=0.0)
+    over = {"Requests over time": timeline(times), "Requests on each engine": lanes(on_engines(figures), began)}
     plots = cdfs({"": figures}) | over | _engines(figures)
     return _page(title, note, summary, _table(head, rows(figures, quantiles)), plots)
 

@@ -72,6 +72,9 @@ def chaos(
         console.note(f"{mark} {unsteady} of {prompts} greedy requests are answered now so, now so, in quiet already; "
                      "their answers are not compared")  # fmt: skip
     seen, leaked = Seen(quiet_gaps=gaps), Leaks()
+    # The builtin engine promises what others do not: the same answer, whatever runs beside it.
+    if all(process["kind"] in ("builtin", "proxy") for process in status["processes"]):
+        seen.unsteady = unsteady
     schedule = _Schedule(name, faults, seconds, every, frozen, back_within, rng, str(status["source"]))
     try:
         asyncio.run(_under_load(endpoint, asked, texts, streams, seen, schedule, leaked))
@@ -288,6 +291,7 @@ def _figures(seen: Seen, tokens: Difference, leaked: Leaks, leaks: list[str]) ->
         "answered": seen.answered,
         "failed": seen.failed,
         "truncated": seen.truncated,
+        "unsteady": seen.unsteady,
         "compared": seen.compared,
         "wrong": seen.wrong,
         "tokens": {"lost": tokens.lost, "repeated": tokens.repeated, "other": tokens.other},

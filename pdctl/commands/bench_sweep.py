@@ -55,30 +55,47 @@ def sweep(
         raise PdctlError("--rate inf: the search begins at a rate", "such as --rate 1")
     endpoint = endpoint_of(url, model, key, ignore_eos=True, timeout=600.0)
     words, search, engines = vocabulary(endpoint), Search(first, attainment), engines_at(endpoint.url)
-    rows = []
-    while (rate := search.next()) is not None:
-        step = _step(endpoint, rate, max(8, round(rate * seconds)), (inputs, outputs), words, targets, seed)
-        search.tried.append((rate, step["attainment"]))
-        rows.append({"rate": rate, **step})
-        console.note(f"{rate:.3g} requests/s: {step['attainment']:.0%} met their targets, {step['failed']:.0f} failed")
+    rows: list[dict[str, float]] = []
+    notes: list[str] = []
+    try:
+        while (rate := search.next()) is not None:
+            step, doubt = _step(endpoint, rate, max(8, round(rate * seconds)), (inputs, outputs), words, targets, seed)
+            search.tried.append((rate, step["attainment"]))
+            rows.append({"rate": rate, **step})
+            console.note(
+                f"{rate:.3g} requests/s: {step['attainment']:.0%} met their targets, {step['failed']:.0f} failed"
+            )
+            if doubt:
+                notes.append(f"at {rate:.3g} requests/s the client was the bottleneck: {doubt}")
+                console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} {notes[-1]}")
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        notes.append("interrupted: the search is not at its end")
+        console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} {notes[-1]}")
+    was_interrupted = search.next() is not None
     rows.sort(key=lambda row: row["rate"])
     each = f", {search.held / engines:.3g} for each of {engines} engines" if engines else ""
     said = f"highest rate at which {attainment:.0%} met their targets: {search.held:.3g} requests/s{each}"
     table = (_HEADER, [_row(row) for row in rows])
     if as_json:
-        found = {"highest_rate": search.held, "attainment": attainment, "engines": engines, "tried": rows}
+        found = {"highest_rate": search.held, "attainment": attainment, "engines": engines, "tried": rows,
+                 "notes": notes}  # fmt: skip
         console.out(json.dumps(found, indent=2))
     else:
         console.out(f"{console.table(*table)}\n\n{said}")
-    keep_curves(_curves(rows, attainment), "pdctl bench sweep", said, table, page, pictures)
+    keep_curves(_curves(rows, attainment), "pdctl bench sweep", said, table, page, pictures, "; ".join(notes))
+    if was_interrupted:
+        raise KeyboardInterrupt
     if not search.held:
         raise PdctlError(f"at no rate did {attainment:.0%} meet their targets", "looser targets, or a smaller load")
 
 
 def _step(
     endpoint: Endpoint, rate: float, count: int, sizes: tuple[str, str], words: Vocabulary, targets: Targets, seed: int
-) -> dict[str, float]:
-    """One rate's figures. Those that were refused or failed have met nothing."""
+) -> tuple[dict[str, float], str]:
+    """One rate's figures, and why the client is not to be trusted with them. Those that were refused or failed have met
+    nothing."""
     from pdctl.bench import arrivals, client
     from pdctl.bench import workload as works
     from pdctl.bench.metrics import bottleneck, figures
@@ -90,14 +107,13 @@ def _step(
     run = asyncio.run(client.drive(endpoint, asked, arrivals.gamma(count, rate, 1.0, rng), 0, lambda _: None))
     if run.was_interrupted:
         raise KeyboardInterrupt
-    if doubt := bottleneck(run):
-        console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} the client was the bottleneck: {doubt}")
     found = figures(run, targets)
     met = sum(map(targets.are_met, run.records)) / len(run.records)
     names = ("p99_ttft_ms", "p99_tpot_ms", "completed", "failed", "output_throughput")
     # Of what is asked a second: the last answers' end, after nothing more is asked, is not the service's rate.
     several = sum(record.is_good and record.output_tokens > 1 for record in run.records)
-    return {"attainment": met, "goodput": met * rate, "streams": several, **{n: number(found, n) for n in names}}
+    step = {"attainment": met, "goodput": met * rate, "streams": several, **{n: number(found, n) for n in names}}
+    return step, bottleneck(run)
 
 
 def _row(row: dict[str, float]) -> list[str]:

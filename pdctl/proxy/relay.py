@@ -151,6 +151,7 @@ class Relay:
             return
         try:
             if pair.is_one or self.lost >= _MAX_LOST or self._one_token_left():
+                self.timing.engines = (prefill.name, prefill.name)
                 await self._decode(prefill, None)
                 return
             hand_over = await self._prefill(prefill, decode)
@@ -195,7 +196,8 @@ class Relay:
         except BaseException:
             self._release(engine, done.hand_over)
             raise
-        self.finished = done.hand_over is None
+        if done.hand_over is None:
+            self.finished, self.timing.engines = True, (engine.name, engine.name)
         return done.hand_over
 
     async def _prefilled(self, engine: Engine, call: Call, attempt: str) -> Prefilled:

@@ -160,7 +160,7 @@ def test_a_hybrid_is_one_place() -> None:
     ):  # fmt: skip
         ours["placed"] = placed
         assert on_engines(found) == engines
-    assert lanes({}) == ""
+    assert lanes({}, 0.0) == ""
 
 
 def test_curves() -> None:
@@ -187,7 +187,7 @@ def test_hybrids_that_prefill_for_each_other() -> None:
 def test_many_requests_are_drawn_in_as_many_rows_as_few() -> None:
     for count in (50, 5000):
         stretches = [(number / 10, number / 10 + 0.95) for number in range(count)]
-        drawn = lanes({"d": stretches})
+        drawn = lanes({"d": stretches}, 0.0)
         assert len(set(re.findall(r'<rect x="[^"]*" y="([^"]*)"', drawn))) == 10
         assert drawn.count("<rect") <= min(count, 10 * 640)
 

@@ -56,9 +56,11 @@ def test_promises() -> None:
         "no answer could be compared: in quiet already they differ from time to time"
     ]
     assert Seen(faults=[fault]).broken == ["nothing was answered"]
-    seen = Seen(1, {"x": 2, "y": 1}, 1, compared=1, differing=[("a", "b")] * 4, faults=[fault], recovered=[1.0, None])
+    seen = Seen(1, {"x": 2, "y": 1}, 1, compared=1, unsteady=2, wrong=4, faults=[fault], recovered=[1.0, None])
     assert seen.broken == [
-        "3 requests failed", "1 streams were cut", "4 answers differ from the quiet ones",
+        "3 requests failed", "1 streams were cut",
+        "2 greedy requests are not answered alike each time in quiet",
+        "4 answers differ from the quiet ones",
         "1 processes did not come back in time",
     ]  # fmt: skip
 
@@ -82,6 +84,9 @@ def test_what_cannot_be_compared_is_not_called_wrong() -> None:
     for text in ("x", None):
         _note(seen, Record(0.0, 1.0, 1.5, 2.0, [0.25], text="y"), text)
     assert (seen.answered, seen.compared, seen.wrong) == (2, 1, 1)
+    for _ in range(500):
+        _note(seen, Record(0.0, 1.0, 1.5, 2.0, [0.25], text="y"), "x")
+    assert (seen.wrong, len(seen.differing)) == (501, 100), "all are counted, some are kept"
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.data())

@@ -86,6 +86,27 @@ def test_ctrl_c_keeps_what_there_is(service: Service, tmp_path: Path) -> None:
     service.idle()
 
 
+def test_ctrl_c_in_a_sweep_tells_the_rates_that_were_tried(service: Service) -> None:
+    words = ["bench", "sweep", "--json", "--goodput", "ttft:60000", "--rate", "8", "--seconds", "1", "--input", "8",
+             "--output", "2"]  # fmt: skip
+    with subprocess.Popen([*CLI, *words], env=service.run.env, cwd=service.run.folder, text=True,
+                          stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert process.stdout is not None
+        for line in process.stderr:
+            if "met their targets" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        said, told = process.stderr.read(), process.stdout.read()
+        assert process.wait(30) == 130, said
+    assert "interrupted" in said
+    found = json.loads(told)
+    assert found["tried"][0]["rate"] == 8
+    assert found["notes"][-1] == "interrupted: the search is not at its end"
+    service.idle()
+
+
 BAD = {
     "rate": (["--rate", "0"], "--rate 0: must be more than 0"),
     "length": (["--input", "-5"], "--input '-5' is no length"),
@@ -177,6 +198,9 @@ def test_transfers_by_size_and_number_of_blocks(run: Run) -> None:
     assert [(cut["count"], cut["bytes_each"]) for entry in found for cut in entry["pieces"]] == [
         (1, 2**20), (64, 2**14), (1, 2**22), (64, 2**16),
     ]  # fmt: skip
+    for entry in found:
+        for cut in entry["pieces"]:
+            assert cut["gbps"] == pytest.approx(entry["mib"] * 2**20 / cut["ms"] / 1e6, rel=0.1)
     assert (run.folder / "t.html").read_text().count("<svg") == 3
     for name in ("size", "latency", "blocks"):
         assert (run.folder / "png" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

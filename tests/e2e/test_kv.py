@@ -256,8 +256,14 @@ def test_network_transports_carry_the_same_tokens(run: Run, expected: list[int],
         assert (link["transport"], link["protocol"]) == (backend, "tcp")
         assert "RDMA was asked for" in link["fallback"]
         assert "FALLBACK" in run.cli("status").stdout
-        # Chunk by chunk here too; how many come in one read is a matter of speed.
-        assert link["pulls"] >= 1
+        for number in range(1, 20):
+            (link,) = service.status()["links"]
+            if link["pulls"] > number:
+                break
+            # Another prompt: how many chunks come in one read is a matter of speed.
+            service.complete(f"{number:02} {LONG[3:]}", max_tokens=2, ignore_eos=True)
+        assert link["pulls"] >= 2, "chunk by chunk here too"
+        assert link["pulls"] > number, "more reads than requests"
         service.idle()
 
 

@@ -166,6 +166,8 @@ def test_the_access_log_and_the_timing_header(quiet: tuple[Service, list[Worker]
     assert "queue;dur=" in answer.headers["x-pdctl-timing"]
     assert re.search(r"prefill;dur=[0-9.]+;desc=prefill0,", answer.headers["x-pdctl-timing"])
     assert answer.headers["x-pdctl-timing"].endswith("decode;desc=decode0")
+    one = service.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=headers)
+    assert one.headers["x-pdctl-timing"].endswith("decode;desc=prefill0"), "who really made the only token"
     log = service.run.folder / "access.jsonl"
 
     def line() -> dict[str, Any] | None:
