@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import psutil
 import pytest
 
 from tests.service import Run
+
+# scripts/demo tells its user to export it: tests have services of their own.
+os.environ.pop("PDCTL_FILE", None)
 
 
 def _descriptors() -> dict[int, str]:
