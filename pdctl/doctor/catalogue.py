@@ -168,7 +168,7 @@ CHECKS = (
     Check("runtime.libibverbs", "runtime", "critical with RDMA, else warning", "Mooncake is installed and "
           "`libibverbs.so.1` is not", "", "apt-get install libibverbs1", "planted"),
     Check("runtime.versions", "runtime", "critical, warning",
-          "torch without CUDA for GPUs; transformers before 5.20; both "
+          "torch without CUDA for GPUs; transformers before 5.17; both "
           "builds of Mooncake, or the wrong one", "pdctl's own", "pip install", "planted"),
     Check("nvshmem.install", "runtime", "warning", "NVSHMEM is there, and not whole", "DeepEP", "pip install",
           "planted"),

@@ -23,7 +23,7 @@ _NEEDED = ("torch", "tokenizers")
 _ALSO = {"mooncake-transfer-engine": "mooncake-transfer-engine-non-cuda", "nixl": "nixl-cu12"}
 
 
-_OLDEST_TRANSFORMERS = (5, 20)
+_OLDEST_TRANSFORMERS = (5, 17)
 _NVSHMEM_FILES = ("libnvshmem_host.so", "nvshmem_bootstrap_uid.so")
 
 
@@ -136,7 +136,7 @@ def combinations(scene: RuntimeScene) -> Iterator[Finding]:
         yield Finding(
             "runtime.versions", Severity.CRITICAL, "transformers", transformers,
             f"{'.'.join(map(str, _OLDEST_TRANSFORMERS))} or newer", "importlib.metadata",
-            "it lacks the attention interface that the engine registers with", "pip install -U 'transformers>=5.20,<6'",
+            "it lacks the attention interface that the engine registers with", "pip install -U 'transformers>=5.17,<6'",
         )  # fmt: skip
     both = [name for name in ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda") if scene.exactly(name)]
     if len(both) == 2:

@@ -31,12 +31,28 @@ class PackedSequence:
 
 
 @dataclass(slots=True)
+class PaddedRows:
+    """Sequences with one new token each, attended together, as a GPU wants it: few large operations.
+
+    `rows`: [B], the batch row of each. `slots`: [B, L], the pool slots of its tokens, padded. `lengths`: [B], how many of
+    them count. `longest`: the largest of `lengths`, on the host.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    lengths: torch.Tensor
+    longest: int
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class BatchContext:
-    """One step. `write_slots`: [tokens], where each packed token's K and V go."""
+    """One step. `write_slots`: [tokens], where each packed token's K and V go. A sequence is either packed or padded."""
 
     pool: KvPool
     write_slots: torch.Tensor
     sequences: list[PackedSequence]
+    padded: PaddedRows | None = None
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
 
@@ -61,6 +77,8 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
+    # cuDNN makes a plan for each new shape, and the KV length is another in each step: 4 ms a layer (H200, torch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attend(
@@ -88,6 +106,10 @@ def attend(
     values.index_copy_(0, context.write_slots, v)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    if (padded := context.padded) is not None:
+        mask = _padded_mask(padded, sliding_window)
+        seen_k, seen_v = keys[padded.slots], values[padded.slots]
+        out[padded.rows] = _attend_padded(q[padded.rows], seen_k, seen_v, scale, mask, softcap, s_aux)
     for packed in context.sequences:
         rows = slice(packed.start, packed.start + packed.count)
         first = _first_visible(packed, sliding_window)
@@ -138,6 +160,49 @@ def _sdpa(
     return out[0].transpose(0, 1)
 
 
+def _padded_mask(padded: PaddedRows, window: int | None) -> torch.Tensor:
+    """[B, 1, 1, L], True where the newest token may look."""
+    key = 0 if window is None or padded.longest <= window else window
+    if key not in padded.masks:
+        columns = torch.arange(padded.slots.shape[1], device=padded.slots.device)[None]
+        lengths = padded.lengths[:, None]
+        mask = columns < lengths
+        padded.masks[key] = (mask & (columns >= lengths - key) if key else mask)[:, None, None]
+    return padded.masks[key]
+
+
+def _attend_padded(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q [B, H, D], k and v [B, L, Hk, D], mask [B, 1, 1, L] -> [B, H, Dv]. Grouped heads become rows of one query."""
+    batch, heads, size = q.shape
+    kv_heads = k.shape[2]
+    folded = q.reshape(batch, kv_heads, heads // kv_heads, size)
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    if softcap is None and sinks is None:
+        out = scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+        return out.reshape(batch, heads, -1)
+    scores = folded @ keys.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    extra = None if sinks is None else sinks.view(1, kv_heads, -1, 1).expand(batch, -1, -1, 1)
+    weights = _weights(scores.masked_fill(~mask, float("-inf")), extra)
+    return (weights @ values).reshape(batch, heads, -1)
+
+
+def _weights(scores: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension; `extra` is an attention sink: it takes its part and gives nothing."""
+    if extra is None:
+        return scores.softmax(-1)
+    return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+
+
 def _mask(context: BatchContext, packed: PackedSequence, first: int, window: int | None) -> torch.Tensor:
     """[count, kv_len - first], True where a row may look: causal, and within the window."""
     key = (packed.count, packed.kv_len, window or 0)
@@ -166,9 +231,6 @@ def _explicit(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is None:
-        weights = scores.softmax(-1)
-    else:
-        extra = sinks.view(-1, 1, 1).expand(-1, scores.shape[1], 1)
-        weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+    extra = None if sinks is None else sinks.view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+    weights = _weights(scores, extra)
     return torch.einsum("hqk,khd->qhd", weights, wide_v)

@@ -46,7 +46,6 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype) -> LoadedMod
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    attention.register()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if getattr(config, "is_encoder_decoder", False):
@@ -54,17 +53,24 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype) -> LoadedMod
         module = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as failure:
         raise ModelRefused(f"transformers cannot load {path}: {failure}") from failure
-    module = module.to(device).eval().requires_grad_(False)
+    return hook_model(module.to(device), path, _eos_token_ids(Path(path), config), fingerprint(Path(path)))
+
+
+def hook_model(module: torch.nn.Module, name: str, eos_token_ids: frozenset[int], digest: str) -> LoadedModel:
+    """Make a transformers model attend through our hook. `name` is for messages. Raises ModelRefused."""
+    attention.register()
+    module = module.eval().requires_grad_(False)
     speed_up(module)
-    shapes = _hooked_shapes(module, config, path)
+    config = module.config
+    text_config = config.get_text_config()  # type: ignore[union-attr, operator]
     return LoadedModel(
         module=module,
-        shapes=shapes,
-        eos_token_ids=_eos_token_ids(Path(path), config),
-        vocab_size=int(config.get_text_config().vocab_size),
-        max_positions=int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 2**31),
-        fingerprint=fingerprint(Path(path)),
-        dtype=str(dtype).removeprefix("torch."),
+        shapes=_hooked_shapes(module, config, name),
+        eos_token_ids=eos_token_ids,
+        vocab_size=int(text_config.vocab_size),
+        max_positions=int(getattr(text_config, "max_position_embeddings", 0) or 2**31),
+        fingerprint=digest,
+        dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
     )
 
 

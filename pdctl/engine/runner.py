@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from pdctl.engine import attention
-from pdctl.engine.attention import BatchContext, PackedSequence
+from pdctl.engine.attention import BatchContext, PackedSequence, PaddedRows
 from pdctl.engine.grammar import Grammars
 from pdctl.engine.kv_pool import KvPool
 from pdctl.engine.loading import LoadedModel, check_agreement, check_token_ids, dense_logits, forward
@@ -13,6 +14,9 @@ from pdctl.engine.messages import Logprobs, Sampling
 from pdctl.engine.sampler import most_likely, sample, shape
 from pdctl.engine.scheduler import Slice
 from pdctl.engine.sequence import Sequence
+
+# Padded KV lengths are multiples of this.
+_PAD_TO = 128
 
 
 class ModelRunner:
@@ -31,7 +35,9 @@ class ModelRunner:
         self.device = device
         self.poisoned = poisoned
         self.grammars = grammars or Grammars(None, loaded.vocab_size, loaded.eos_token_ids)
-        self._offsets = torch.arange(pool.block_size)
+        self._offsets = torch.arange(pool.block_size, device=device)
+        # Decodes one by one on a CPU, where a view of the pool costs nothing; together on a GPU, where launches cost.
+        self.pads = device.type == "cuda"
 
     def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
         """Compute every slice; for each sampling one, in order, a token id and what is told of it."""
@@ -64,26 +70,55 @@ class ModelRunner:
     def logits(self, batch: list[Slice], every_row: bool = False) -> torch.Tensor:
         """[sampling slices, vocab], or every row of the batch."""
         ids: list[int] = []
-        positions: list[torch.Tensor] = []
-        writes: list[torch.Tensor] = []
+        positions: list[int] = []
+        writes: list[int] = []
         packed: list[PackedSequence] = []
+        single: list[tuple[int, Sequence, int]] = []
         last_rows: list[int] = []
         for piece in batch:
             sequence, start, count = piece.sequence, piece.start, piece.count
-            slots, first_slot = self._slots(sequence, start + count)
-            packed.append(PackedSequence(len(ids), count, start + count, slots, first_slot))
+            if count == 1 and self.pads:
+                single.append((len(ids), sequence, start + 1))
+            else:
+                slots, first_slot = self._slots(sequence, start + count)
+                packed.append(PackedSequence(len(ids), count, start + count, slots, first_slot))
             ids += sequence.token_ids[start : start + count]
-            positions.append(torch.arange(start, start + count))
-            writes.append(slots[start:])
+            positions += range(start, start + count)
+            writes += self._written(sequence, start, count)
             if piece.samples:
                 last_rows.append(len(ids) - 1)
         # A batch of inner chunks samples nothing, and still needs one row: models project at least one.
         keep = torch.arange(len(ids)) if every_row else torch.tensor(last_rows or [len(ids) - 1])
-        attention.set_context(BatchContext(self.pool, torch.cat(writes), packed))
+        write_slots = torch.tensor(writes).to(self.device)
+        attention.set_context(BatchContext(self.pool, write_slots, packed, self._padded(single)))
         try:
-            return forward(self.loaded.module, torch.tensor(ids), torch.cat(positions), keep)
+            return forward(self.loaded.module, torch.tensor(ids), torch.tensor(positions), keep)
         finally:
             attention.set_context(None)
+
+    def _padded(self, single: list[tuple[int, Sequence, int]]) -> PaddedRows | None:
+        """Tables of (row, sequence, KV length) on the device; None without any."""
+        if not single:
+            return None
+        size, longest = self.pool.block_size, max(length for _, _, length in single)
+        blocks = np.zeros((len(single), -(-longest // size)), dtype=np.int64)
+        for index, (_, sequence, length) in enumerate(single):
+            used = -(-length // size)
+            blocks[index, :used] = sequence.block_ids[:used]
+        table = torch.from_numpy(blocks).to(self.device)
+        rows = torch.tensor([row for row, _, _ in single]).to(self.device)
+        lengths = torch.tensor([length for _, _, length in single]).to(self.device)
+        # Rounded up, so that few shapes occur: kernels are chosen, and memory is kept, by shape. Padding reads the first
+        # token again: what lies behind the last one may be anything, NaN too, which no mask would stop.
+        columns = torch.arange(-(-longest // _PAD_TO) * _PAD_TO, device=self.device)[None]
+        columns = torch.where(columns < lengths[:, None], columns, 0)
+        slots = table.gather(1, columns // size) * size + columns % size
+        return PaddedRows(rows, slots, lengths, longest)
+
+    def _written(self, sequence: Sequence, start: int, count: int) -> list[int]:
+        """The pool slot of each of `count` tokens from `start` on."""
+        size, blocks = self.pool.block_size, sequence.block_ids
+        return [blocks[at // size] * size + at % size for at in range(start, start + count)]
 
     def self_check(self) -> None:
         """Paged logits of a few tokens, in two chunks over scattered blocks, against dense ones.
@@ -110,5 +145,5 @@ class ModelRunner:
         if blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[-1] + 1)):
             first = blocks[0] * size
             return torch.arange(first, first + kv_len, device=self.device), first
-        table = torch.tensor(blocks)[:, None] * size + self._offsets
-        return table.flatten()[:kv_len].to(self.device), None
+        table = torch.tensor(blocks).to(self.device)[:, None] * size + self._offsets
+        return table.flatten()[:kv_len], None

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
+
 from pdctl.host.gpu import GpuUse, gpu_use
 from pdctl.host.ports import listening_ports
 from pdctl.plan import ProcessSpec
@@ -22,6 +24,10 @@ _LOOK_S = 0.05
 _LOOK_AGAIN_S = 1.0
 # GPU memory that may be above what it was before the process started: drivers keep a little.
 _GPU_SLACK = 256 * 2**20
+# In virtual machines and containers drivers name no processes, or those of another pid namespace. Memory whose holder
+# cannot be named may belong to an engine of ours that shares the GPU, so a replacement waits this long for it, not for
+# ever.
+_UNNAMED_HOLDER_S = 5.0
 
 # GPU UUID -> bytes used before the process was started.
 Baseline = dict[str, int]
@@ -43,7 +49,12 @@ async def clear(remains: Remains, blocked: Callable[[str], None]) -> None:
     started = time.monotonic()
     while True:
         left = await kill_tree(remains.tree, remains.ours(), _KILL_DEADLINE_S)
-        reason = f"pids {left} do not die" if left else in_the_way(remains.spec, remains.baseline, remains.ours())
+        is_patient = time.monotonic() - started < _UNNAMED_HOLDER_S
+        reason = (
+            f"pids {left} do not die"
+            if left
+            else in_the_way(remains.spec, remains.baseline, remains.ours(), is_patient)
+        )
         if reason != said and (not reason or time.monotonic() - started > _LOOK_S):
             said = reason
             blocked(reason)
@@ -52,14 +63,14 @@ async def clear(remains: Remains, blocked: Callable[[str], None]) -> None:
         await asyncio.sleep(_LOOK_S if time.monotonic() - started < _LOOK_AGAIN_S else _LOOK_AGAIN_S)
 
 
-def in_the_way(spec: ProcessSpec, baseline: Baseline, ours: set[int]) -> str:
-    """What keeps `spec` from being started, or ""."""
+def in_the_way(spec: ProcessSpec, baseline: Baseline, ours: set[int], is_patient: bool = True) -> str:
+    """What keeps `spec` from being started, or "". `is_patient`: also GPU memory whose holder cannot be named."""
     for name, port in spec.ports.items():
         if (spec.listen is None or spec.listen[1] != port) and not _is_free(port):
             holder = listening_ports().get(port)
             who = holder.describe() if holder else "a connection that is being closed"
             return f"its {name} port {port} is held by {who}"
-    return _gpu_memory(spec, baseline, ours) if spec.gpus else ""
+    return _gpu_memory(spec, baseline, ours, is_patient) if spec.gpus else ""
 
 
 def baseline_of(spec: ProcessSpec) -> Baseline:
@@ -67,12 +78,15 @@ def baseline_of(spec: ProcessSpec) -> Baseline:
     return {uuid: use.used for uuid, use in gpu_use(spec.gpus).items()} if spec.gpus else {}
 
 
-def _gpu_memory(spec: ProcessSpec, baseline: Baseline, ours: set[int]) -> str:
+def _gpu_memory(spec: ProcessSpec, baseline: Baseline, ours: set[int], is_patient: bool) -> str:
     for uuid, use in gpu_use(spec.gpus).items():
         before = baseline.get(uuid)
-        strangers = [pid for pid in use.by_pid if pid not in ours]
+        if before is None or use.used <= before + _GPU_SLACK:
+            continue
+        known = {pid for pid in use.by_pid if psutil.pid_exists(pid)}
+        strangers = sorted(known - ours)
         # Engines of ours that share the GPU grow and shrink as they like.
-        if before is not None and use.used > before + _GPU_SLACK and (strangers or not use.by_pid):
+        if strangers or (not known and is_patient):
             return f"GPU {uuid} has {_gib(use)} in use, {before / 2**30:.1f} GiB before: {_holders(strangers)}"
     return ""
 

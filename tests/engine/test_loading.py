@@ -101,6 +101,11 @@ def test_family_equals_generate(kind: str, tmp_path: Path) -> None:
     runner.self_check()
     assert paged(runner, prompts, tokens=11, fragment=False) == expected
     assert paged(runner, prompts, tokens=64, fragment=True) == expected
+    # As on a GPU: decodes attended together. Freed blocks are NaN, so reading beyond a sequence's end would show.
+    runner.pads = True
+    runner.self_check()
+    runner.pool.poison(list(range(runner.pool.num_blocks)))
+    assert paged(runner, prompts, tokens=64, fragment=True) == expected
 
 
 @pytest.mark.parametrize(

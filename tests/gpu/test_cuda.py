@@ -42,7 +42,7 @@ def test_blocks_go_through_the_host_mirror(tiny_model: Path) -> None:
     for plane in (*source.keys, *source.values):
         plane.normal_()
     source.publish([3, 4])
-    target.region.view[:] = source.region.view
+    target.memory.view[:] = source.memory.view
     target.absorb([3, 4])
     for mine, theirs in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
         assert torch.equal(mine[48:80], theirs[48:80])

@@ -382,8 +382,9 @@ def test_pid_1_reaps_and_ends_by_a_signal(tmp_path: Path) -> None:
         found.process.wait(30)
 
 
-def test_nothing_is_started_before_its_gpu_memory_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real pynvml over a stub driver: somebody else's process stays on the GPU for a while."""
+@pytest.fixture
+def gpu_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The real pynvml over a stub driver with one GPU; the file says who uses it."""
     stub = Path(__file__).parent.parent / "fakes" / "nvml_stub.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libnvidia-ml.so.1", stub], check=True)
     use = tmp_path / "use"
@@ -391,16 +392,32 @@ def test_nothing_is_started_before_its_gpu_memory_is_back(tmp_path: Path, monkey
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.setenv("PDCTL_STUB_GPUS", "1")
     monkeypatch.setenv("PDCTL_STUB_USE", str(use))
+    return use
+
+
+def test_nothing_is_started_before_its_gpu_memory_is_back(tmp_path: Path, gpu_users: Path) -> None:
+    """Somebody else's process stays on the GPU for a while."""
     with fleet(tmp_path, shell("engine", SLEEP, gpus=("GPU-stub-0",), device="cuda")) as found:
         before = found.ready("engine")
-        use.write_text(f"0 {before['pid']} {10 << 30}\n")
+        gpu_users.write_text(f"0 {before['pid']} {10 << 30}\n")
         assert found.of("engine")["gpu_memory_bytes"] == 10 << 30
-        use.write_text(f"0 {os.getpid()} {10 << 30}\n")
+        gpu_users.write_text(f"0 {os.getpid()} {10 << 30}\n")
         os.kill(before["pid"], signal.SIGKILL)
         now = found.until("engine", lambda now: "GPU-stub-0" in now["reason"], "blocked")
         assert now["state"] == "clearing"
         assert f"has 10.0 GiB in use, 0.0 GiB before: held by pids [{os.getpid()}]" in now["reason"]
-        use.write_text(f"0 {os.getpid()} {100 << 20}\n")
+        gpu_users.write_text(f"0 {os.getpid()} {100 << 20}\n")
+        found.again("engine", before)
+
+
+def test_gpu_memory_whose_holder_has_no_name_is_not_waited_for_for_ever(tmp_path: Path, gpu_users: Path) -> None:
+    """In virtual machines drivers name pids that do not exist here; the memory may be an engine's beside it."""
+    with fleet(tmp_path, shell("engine", SLEEP, gpus=("GPU-stub-0",), device="cuda")) as found:
+        before = found.ready("engine")
+        gpu_users.write_text(f"0 {2**22 + 1} {10 << 30}\n")
+        assert found.of("engine")["gpu_memory_bytes"] is None
+        os.kill(before["pid"], signal.SIGKILL)
+        found.until("engine", lambda now: "the driver has not let go of it yet" in now["reason"], "blocked")
         found.again("engine", before)
 
 
