@@ -34,8 +34,8 @@ class PackedSequence:
 class PaddedRows:
     """Sequences with one new token each, attended together, as a GPU wants it: few large operations.
 
-    `rows`: [B], the batch row of each. `slots`: [B, L], the pool slots of its tokens, padded. `lengths`: [B], how many of
-    them count. `longest`: the largest of `lengths`, on the host.
+    `rows`: [B], the batch row of each. `slots`: [B, L], the pool slots of its tokens, padded. `lengths`: [B], how many
+    of them count. `longest`: the largest of `lengths`, on the host.
     """
 
     rows: torch.Tensor
@@ -47,7 +47,7 @@ class PaddedRows:
 
 @dataclass(slots=True)
 class BatchContext:
-    """One step. `write_slots`: [tokens], where each packed token's K and V go. A sequence is either packed or padded."""
+    """One step. `write_slots`: [tokens], where each token's K and V go. A sequence is either packed or padded."""
 
     pool: KvPool
     write_slots: torch.Tensor

@@ -108,8 +108,8 @@ class ModelRunner:
         table = torch.from_numpy(blocks).to(self.device)
         rows = torch.tensor([row for row, _, _ in single]).to(self.device)
         lengths = torch.tensor([length for _, _, length in single]).to(self.device)
-        # Rounded up, so that few shapes occur: kernels are chosen, and memory is kept, by shape. Padding reads the first
-        # token again: what lies behind the last one may be anything, NaN too, which no mask would stop.
+        # Rounded up, so that few shapes occur: kernels are chosen, and memory is kept, by shape. Padding reads the
+        # first token again: what lies behind the last one may be anything, NaN too, which no mask would stop.
         columns = torch.arange(-(-longest // _PAD_TO) * _PAD_TO, device=self.device)[None]
         columns = torch.where(columns < lengths[:, None], columns, 0)
         slots = table.gather(1, columns // size) * size + columns % size

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import psutil
-
 from pdctl.host.gpu import gpu_use
 from pdctl.supervisor.unit import Unit
 from pdctl.supervisor.usage import CpuShares, Use, read_uses
@@ -65,6 +63,8 @@ class Meters:
 def _gpu_memory(unit: Unit, use: Use | None, memory: dict[str, dict[int, int]]) -> int | None:
     if not unit.spec.gpus or use is None or not memory:
         return None
+    import psutil
+
     listed = [(pid, taken) for uuid in unit.spec.gpus for pid, taken in memory.get(uuid, {}).items()]
     # A driver that knows none of the pids here tells nothing about them: neither is it zero.
     if listed and not any(psutil.pid_exists(pid) for pid, _ in listed):

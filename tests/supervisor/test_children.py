@@ -421,6 +421,19 @@ def test_gpu_memory_whose_holder_has_no_name_is_not_waited_for_for_ever(tmp_path
         found.again("engine", before)
 
 
+def test_a_neighbours_child_on_the_same_gpu_is_no_stranger(tmp_path: Path, gpu_users: Path) -> None:
+    """Two engines share a GPU; what holds the memory is a child of the process that was started."""
+    parent = "sleep 600 & wait"
+    shared = {"gpus": ("GPU-stub-0",), "device": "cuda"}
+    with fleet(tmp_path, shell("engine", SLEEP, **shared), shell("beside", parent, **shared)) as found:
+        before, beside = found.ready("engine"), found.ready("beside")
+        children = psutil.Process(beside["pid"]).children
+        found.until("beside", lambda _: bool(children()), "a child")
+        gpu_users.write_text(f"0 {children()[0].pid} {10 << 30}\n")
+        os.kill(before["pid"], signal.SIGKILL)
+        found.again("engine", before)
+
+
 def test_the_logs_of_earlier_lives_are_kept(tmp_path: Path) -> None:
     with fleet(tmp_path, shell("a", "echo life of $PDCTL_EPOCH; exec sleep 600", probe=AT_ONCE)) as found:
         epochs = []
