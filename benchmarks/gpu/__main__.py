@@ -29,7 +29,7 @@ class Step:
 
 
 _PYTHON = sys.executable
-_PYTEST = (_PYTHON, "-m", "pytest", "-v", "--tb=short", "--maxfail=2", "--timeout=100", "-p", "no:cacheprovider")
+_PYTEST = (_PYTHON, "-m", "pytest", "-v", "--tb=short", "--maxfail=1", "--timeout=100", "-p", "no:cacheprovider")
 STEPS = (
     Step("tests", (*_PYTEST, "tests/gpu/test_cuda.py"), 90),
     Step("service", (*_PYTEST, "tests/gpu/test_service.py"), 150),

@@ -9,7 +9,7 @@ from pdctl.engine import attention
 from pdctl.engine.attention import BatchContext, PackedSequence, PaddedRows
 from pdctl.engine.grammar import Grammars
 from pdctl.engine.kv_pool import KvPool
-from pdctl.engine.loading import LoadedModel, check_agreement, check_token_ids, dense_logits, forward
+from pdctl.engine.loading import LoadedModel, check_agreement, check_token_ids, dense_logits, forward, rounding_noise
 from pdctl.engine.messages import Logprobs, Sampling
 from pdctl.engine.sampler import most_likely, sample, shape
 from pdctl.engine.scheduler import Slice
@@ -134,7 +134,8 @@ class ModelRunner:
         first = self.logits([Slice(sequence, 0, cut, False)], every_row=True)
         second = self.logits([Slice(sequence, cut, len(ids) - cut, True)], every_row=True)
         dense = dense_logits(self.loaded, ids)
-        check_agreement(torch.cat([first, second]), dense, type(self.loaded.module).__name__)
+        noise = rounding_noise(self.loaded, ids, dense)
+        check_agreement(torch.cat([first, second]), dense, type(self.loaded.module).__name__, noise)
         for plane in (*self.pool.keys, *self.pool.values):
             plane[: 2 * needed * size].zero_()
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pdctl.engine.blocks import BlockAllocator
 from pdctl.engine.kv_pool import KvPool
 from pdctl.engine.layout import block_bytes
-from pdctl.engine.loading import ModelRefused, check_agreement, load_model
+from pdctl.engine.loading import _TOLERANCE, ModelRefused, check_agreement, load_model
 from pdctl.engine.messages import Sampling
 from pdctl.engine.runner import ModelRunner
 from pdctl.engine.scheduler import Limits, Scheduler, Slice
@@ -121,6 +121,21 @@ def test_a_model_that_does_not_hook_is_refused(kind: str, options: dict[str, Any
 def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("llama", tmp_path, {})
     runner = runner_for(tmp_path)
+    monkeypatch.setattr("pdctl.engine.attention._first_visible", lambda packed, window: max(0, packed.kv_len - 9))
+    with pytest.raises(ModelRefused, match="differ by"):
+        runner.self_check()
+
+
+def test_deep_models_in_half_precision_are_measured_by_their_own_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("llama", tmp_path, {"num_hidden_layers": 24})
+    loaded = load_model(str(tmp_path), torch.device("cpu"), torch.bfloat16)
+    manifest = Manifest(loaded.fingerprint, loaded.dtype, 8, loaded.shapes)
+    pool = KvPool(manifest, 64, Memory(block_bytes(manifest) * 64, "test"), torch.device("cpu"))
+    runner = ModelRunner(loaded, pool, torch.device("cpu"))
+    monkeypatch.setitem(_TOLERANCE, torch.bfloat16, 1e-4)  # less than bfloat16 can do
+    runner.self_check()
     monkeypatch.setattr("pdctl.engine.attention._first_visible", lambda packed, window: max(0, packed.kv_len - 9))
     with pytest.raises(ModelRefused, match="differ by"):
         runner.self_check()

@@ -55,13 +55,16 @@ def test_streams_equal_whole_answers(pair: Service, alone: list[dict[str, Any]])
 
 
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
-def test_a_stream_goes_on_when_an_engine_is_killed(pair: Service, alone: list[dict[str, Any]], victim: str) -> None:
+def test_a_stream_goes_on_when_an_engine_is_killed(pair: Service, victim: str) -> None:
+    """What was computed before is kept. After it bfloat16 may decide a tie otherwise: docs/limits.md."""
     pair.healthy()
+    quiet = stream_with(pair, 8, lambda: None)
     before = pair.process(victim)
     ids = stream_with(pair, 8, lambda: os.kill(before["pid"], signal.SIGKILL))
+    assert len(ids) == len(quiet)
+    assert ids[:9] == quiet[:9]
     restarted(pair, victim, before)
     pair.healthy()
-    assert stream_with(pair, 8, lambda: None) == ids
     pair.idle()
 
 
