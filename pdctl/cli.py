@@ -24,6 +24,7 @@ from pdctl.commands.status import status
 from pdctl.commands.up import up
 from pdctl.commands.why import why
 from pdctl.errors import ConfigError, PdctlError, Verdict
+from pdctl.host.users import make_variables_absolute
 
 app = typer.Typer(
     name="pdctl",
@@ -56,6 +57,7 @@ def _root(
 
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 the user can fix it, 2 unexpected."""
+    make_variables_absolute()
     try:
         app()
     except ConfigError as failure:

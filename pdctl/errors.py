@@ -40,6 +40,10 @@ class NotRunning(PdctlError):
     """A verb needs a running service and there is none."""
 
 
+class NotAnswering(PdctlError):
+    """The service's supervisor lives and does not answer."""
+
+
 class AlreadyRunning(PdctlError):
     """A second `up` of the same service."""
 

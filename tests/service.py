@@ -37,10 +37,12 @@ class Run:
         }
         return {**os.environ, **extra}
 
-    def cli(self, *words: str, timeout: float = 170, check: bool = False) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *words: str, timeout: float = 170, check: bool = False, extra: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [*CLI, *words],
-            env=self.env,
+            env={**self.env, **(extra or {})},
             cwd=self.folder,
             capture_output=True,
             text=True,

@@ -18,7 +18,7 @@ from pdctl import console
 from pdctl.commands.bench_load import endpoint_of, vocabulary
 from pdctl.commands.bench_watch import Leaks
 from pdctl.commands.common import STATE, FileOption, JsonOption, ServiceOption, Status, call, find_service
-from pdctl.errors import NotRunning, PdctlError, Verdict
+from pdctl.errors import NotAnswering, NotRunning, PdctlError, Verdict
 
 if TYPE_CHECKING:
     from pdctl.bench import Asked
@@ -220,7 +220,7 @@ class _Schedule:
         """Without processes where no supervisor answers."""
         try:
             return call(self.service, "GET", STATE)
-        except NotRunning:
+        except (NotRunning, NotAnswering):
             return {"processes": []}
 
 

@@ -127,10 +127,10 @@ def _result(runs: Sequence[Run], targets: Targets) -> Figures:
 def _refuse_running(file: Path, name: str) -> None:
     """What runs already is somebody's, and not ours to stop. Raises PdctlError."""
     from pdctl.supervisor.adoption import read_estate
-    from pdctl.supervisor.rundir import is_locked
+    from pdctl.supervisor.presence import supervisor_of
 
     run_dir = run_root() / name
-    if name in running_services() or is_locked(run_dir) or read_estate(run_dir) is not None:
+    if name in running_services() or supervisor_of(run_dir) is not None or read_estate(run_dir) is not None:
         raise PdctlError(f"service {name!r} of {file} is running", f"end it first: pdctl down -s {name}")
 
 

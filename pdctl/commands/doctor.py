@@ -159,11 +159,11 @@ def _with_what_runs(look: Look) -> Where:
     from dataclasses import replace
 
     from pdctl.supervisor.adoption import read_estate
-    from pdctl.supervisor.rundir import is_locked
+    from pdctl.supervisor.presence import supervisor_of
 
     run_dir = Path(look.plan.run_dir) if look.plan else None
     # What outlived its supervisor still has its ports and its memory.
-    running = run_dir is not None and (is_locked(run_dir) or read_estate(run_dir) is not None)
+    running = run_dir is not None and (supervisor_of(run_dir) is not None or read_estate(run_dir) is not None)
     return replace(look.where, is_running=running)
 
 

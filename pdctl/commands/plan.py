@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
     """Show the processes, roles, devices, CPU pins and ports of a topology. Starts nothing."""
-    from pdctl.supervisor.rundir import is_locked
+    from pdctl.supervisor.presence import supervisor_of
 
     planned = load_plan(file)
-    if is_locked(Path(planned.run_dir)):
+    if supervisor_of(Path(planned.run_dir)) is not None:
         console.note(f"{planned.service} is running; this is what a new start would be. What runs: pdctl status")
     else:
         # While the service runs, its own proxy holds the port.

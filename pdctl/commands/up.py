@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
 from pdctl import console
 from pdctl.commands.common import STATE, FileOption, Status, call, is_interactive
 from pdctl.commands.plan import load_plan
-from pdctl.errors import AlreadyRunning, NotRunning, PdctlError, ServiceFailed
+from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
 
 if TYPE_CHECKING:
     from pdctl.plan import Plan
@@ -36,10 +38,10 @@ def up(
     from pdctl.commands.precheck import refuse_what_cannot_work
     from pdctl.commands.prepare import with_model
     from pdctl.supervisor.adoption import read_estate
-    from pdctl.supervisor.rundir import is_locked
+    from pdctl.supervisor.presence import supervisor_of
 
     planned = load_plan(file)
-    if is_locked(Path(planned.run_dir)):
+    if supervisor_of(Path(planned.run_dir)) is not None:
         hint = f"look at it with: pdctl status -s {planned.service}    stop it with: pdctl down -s {planned.service}"
         raise AlreadyRunning(f"service {planned.service!r} is already running", hint)
     estate = read_estate(Path(planned.run_dir))
@@ -98,29 +100,54 @@ def _foreground(planned: Plan) -> None:
 
 
 def _detached(planned: Plan, wait_s: float) -> None:
-    log = Path(planned.log_dir) / "supervisor.log"
-    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", "pdctl.supervisor"]
-    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
-        child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True, cwd="/")
-    assert child.stdin is not None
-    child.stdin.write(json.dumps(planned.to_dict()).encode())
-    child.stdin.close()
-    status = _await_ready(planned, child, time.monotonic() + wait_s)
+    # What the supervisor says of its own failure comes through a pipe: its log may lie on a full disk.
+    reason, told = os.pipe()
+    with os.fdopen(reason) as reason_file:
+        child = _spawn(planned, told)
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its reason follows
+            child.stdin.write(json.dumps(planned.to_dict()).encode())
+            child.stdin.close()
+        status = _await_ready(planned, Detached(child, reason_file), time.monotonic() + wait_s)
     console.out(f"{planned.service} is ready at {status['proxy_url']}")
     name = planned.service
     console.note(f'ask it with: pdctl ask -s {name} "Once upon a time"    stop it with: pdctl down -s {name}')
 
 
-def _await_ready(planned: Plan, child: subprocess.Popen[bytes], deadline: float) -> Status:
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """A supervisor that was just started, and what it says when it cannot go on."""
+
+    process: subprocess.Popen[bytes]
+    reason: TextIO
+
+
+def _spawn(planned: Plan, told: int) -> subprocess.Popen[bytes]:
+    """Raises PdctlError where its log cannot be made."""
+    log = Path(planned.log_dir) / "supervisor.log"
+    argv = [sys.executable, "-m", "pdctl.supervisor", "--reason-fd", str(told)]
+    try:
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
+            return subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True, cwd="/", pass_fds=[told]
+            )
+    except OSError as failure:
+        raise PdctlError(f"{log} cannot be written: {failure.strerror}", "free space, or set PDCTL_STATE") from failure
+    finally:
+        os.close(told)
+
+
+def _await_ready(planned: Plan, started: Detached, deadline: float) -> Status:
     shown = ""
+    child = started.process
     while time.monotonic() < deadline:
         code = child.poll()
         if code is not None:
-            raise _not_started(planned, code)
+            raise _not_started(planned, code, started.reason.read())
         try:
             status = call(planned.service, "GET", STATE)
-        except NotRunning:
+        except (NotRunning, NotAnswering):
             time.sleep(_POLL_S)
             continue
         shown = _show_progress(status, shown)
@@ -129,7 +156,7 @@ def _await_ready(planned: Plan, child: subprocess.Popen[bytes], deadline: float)
         time.sleep(_POLL_S)
     try:
         call(planned.service, "POST", "/v1/stop")
-    except NotRunning:
+    except (NotRunning, NotAnswering):
         child.terminate()
     raise ServiceFailed("the service was not ready in time and was stopped", _log_hint(planned.service))
 
@@ -149,18 +176,17 @@ def _where(process: Status) -> str:
     return f"{process['name']}: {process['state']}{again}"
 
 
-def _not_started(planned: Plan, code: int) -> PdctlError:
+def _not_started(planned: Plan, code: int, told: str) -> PdctlError:
     """The reason, from the supervisor's own last words and the failed process's log."""
     if is_interactive():
         console.note("")
-    tail = _tail(Path(planned.log_dir) / "supervisor.log")
-    reason = next((line for line in reversed(tail) if line.startswith("error: ")), f"the supervisor ended with {code}")
+    reason, hint = json.loads(told) if told else (f"the supervisor ended with {code}", "")
     failed = next((name.name for name in planned.processes if f"{name.name} " in reason), None)
     if failed:
         console.note(f"last lines of {failed}:")
         for line in _tail(Path(planned.log_dir) / f"{failed}.log"):
             console.note(f"  {line}")
-    return ServiceFailed(reason.removeprefix("error: "), _log_hint(planned.service))
+    return ServiceFailed(reason, hint or _log_hint(planned.service))
 
 
 def _tail(path: Path) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, JsonOption, ServiceOption
+from pdctl.commands.common import FileOption, JsonOption, ServiceOption, call
 from pdctl.commands.logs import service_meant
-from pdctl.errors import PdctlError
+from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.users import state_root
 
 _SHOWN_LINES = 15
@@ -29,19 +29,30 @@ def why(
     """Show how and why a process ended: signal or code, by whom, memory, its last words, what the kernel said."""
     from pdctl.supervisor.journal import EXITS, read_entries
 
-    folder = state_root() / service_meant(service, file) / "logs"
-    entries = read_entries(folder, EXITS)
+    meant = service_meant(service, file)
+    folder = state_root() / meant / "logs"
+    entries = with_unwritten(read_entries(folder, EXITS), meant)
     found = [entry for entry in entries if entry.get("process") == name][-_KEPT:]
     if not found:
         known = sorted({path.name.removesuffix(".log") for path in folder.glob("*.log")} - {"supervisor"})
         if name not in known:
             raise PdctlError(f"no process {name!r} is known in {folder}", f"known: {', '.join(known) or 'none'}")
-        console.note(f"{name} has never ended")
+        console.note(f"no end of {name} is recorded in {folder / EXITS}")
     if as_json:
         console.out(json.dumps(found[-count:], indent=2))
         return
     for entry in found[-count:]:
         _show(entry, lines)
+
+
+def with_unwritten(entries: list[dict[str, object]], service: str) -> list[dict[str, object]]:
+    """The entries of the file, and those that only a running supervisor knows: a full disk took none."""
+    try:
+        known = call(service, "GET", "/v1/exits")["exits"]
+    except (NotRunning, NotAnswering):
+        return entries
+    written = {(entry.get("process"), entry.get("epoch"), entry.get("at")) for entry in entries}
+    return [*entries, *(e for e in known if (e["process"], e["epoch"], e["at"]) not in written)]
 
 
 def _show(entry: dict[str, Any], lines: int) -> None:

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+_OURS = ("PDCTL_CACHE", "PDCTL_STATE", "PDCTL_RUN", "PDCTL_TRACE_DIR")
+
 
 def cache_root() -> Path:
     """Converted models: `PDCTL_CACHE`, else `$XDG_CACHE_HOME/pdctl`, else `~/.cache/pdctl`."""
@@ -20,15 +22,27 @@ def state_root() -> Path:
 def run_root() -> Path:
     """Sockets and locks of running services. Short, because a unix socket path has 107 bytes."""
     if explicit := os.environ.get("PDCTL_RUN"):
-        return Path(explicit)
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and Path(runtime).is_dir():
-        return Path(runtime) / "pdctl"
+        return Path(explicit).absolute()
+    runtime = _xdg("XDG_RUNTIME_DIR")
+    if runtime is not None and runtime.is_dir():
+        return runtime / "pdctl"
     return Path(tempfile.gettempdir()) / f"pdctl-{os.getuid()}"
 
 
 def _under(explicit: str, xdg: str, fallback: Path) -> Path:
     if value := os.environ.get(explicit):
-        return Path(value)
-    base = os.environ.get(xdg)
-    return (Path(base) if base else fallback) / "pdctl"
+        return Path(value).absolute()
+    return (_xdg(xdg) or fallback) / "pdctl"
+
+
+def _xdg(name: str) -> Path | None:
+    """The specification has relative paths ignored."""
+    value = Path(os.environ.get(name, ""))
+    return value if value.is_absolute() else None
+
+
+def make_variables_absolute() -> None:
+    """Our own variables that name files, as seen from here: children run elsewhere. Called where a command begins."""
+    for name in _OURS:
+        if value := os.environ.get(name):
+            os.environ[name] = str(Path(value).absolute())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
+import json
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
 
 import msgspec
@@ -16,16 +19,27 @@ from pdctl.supervisor.service import Service
 
 
 def main() -> int:
-    """Exit code 0 after a clean stop, 1 when the service could not start."""
+    """Exit code 0 after a clean stop, 1 when the service could not start, 2 for a fault of ours."""
+    parser = argparse.ArgumentParser(prog="python -m pdctl.supervisor")
+    parser.add_argument("--reason-fd", type=int, default=-1, help="where to say why the service could not start")
+    reason_fd: int = parser.parse_args().reason_fd
+    if reason_fd >= 0:
+        os.set_inheritable(reason_fd, False)
     plan = msgspec.json.decode(sys.stdin.buffer.read(), type=Plan)
     service = Service(plan, _say)
     code = 0
     try:
         asyncio.run(service.run())
     except* PdctlError as failures:
-        code = _fail(str(failures.exceptions[0]))
+        failure = failures.exceptions[0]
+        assert isinstance(failure, PdctlError)
+        code = _fail(reason_fd, failure.message, failure.hint or "")
+    except* Exception as failures:  # noqa: BLE001 - this is the outermost loop
+        _write("".join(traceback.format_exception(failures)))
+        _fail(reason_fd, f"unexpected: {type(failures.exceptions[0]).__name__}: {failures.exceptions[0]}")
+        code = 2
     if service.failure is not None:
-        code = _fail(f"the service did not start: {service.failure}")
+        code = _fail(reason_fd, f"the service did not start: {service.failure}")
     return code
 
 
@@ -33,8 +47,12 @@ def _say(name: str, message: str) -> None:
     _write(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {name}: {message}\n")
 
 
-def _fail(message: str) -> int:
+def _fail(reason_fd: int, message: str, hint: str = "") -> int:
+    """For the log, and for the command that started us."""
     _write(f"error: {message}\n")
+    if reason_fd >= 0:
+        with contextlib.suppress(OSError):  # nobody waits any more
+            os.write(reason_fd, json.dumps([message, hint]).encode())
     return 1
 
 

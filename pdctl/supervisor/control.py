@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -22,6 +24,8 @@ from pdctl.supervisor.verbs import VERBS
 from pdctl.wire import LeaseReply
 
 _MOST_BYTES = 16 * 2**20
+# Between two looks whether the socket's file is there, seconds.
+_LOOK_S = 0.25
 
 
 class _OwnUserSocket(socket.socket):
@@ -45,6 +49,7 @@ class Controlled(Protocol):
 
     def status(self) -> dict[str, object]: ...
     async def fresh_status(self) -> dict[str, object]: ...
+    def exits(self) -> list[dict[str, object]]: ...
     async def leases(self) -> dict[str, object]: ...
     async def revoke(self, lease_id: str) -> LeaseReply: ...
     def ask(self, name: str, verb: str, drain: bool) -> str: ...
@@ -61,6 +66,7 @@ class _Api:
         return [
             Route("/v1/status", self.status),
             Route("/v1/plan", self.plan),
+            Route("/v1/exits", self.exits),
             Route("/v1/kv", self.kv),
             Route("/v1/kv/revoke", self.revoke, methods=["POST"]),
             Route("/v1/processes/{name}/{verb}", self.ask, methods=["POST"]),
@@ -76,6 +82,9 @@ class _Api:
 
     async def plan(self, _: Request) -> JSONResponse:
         return JSONResponse(self._service.plan.to_dict())
+
+    async def exits(self, _: Request) -> JSONResponse:
+        return JSONResponse({"exits": self._service.exits()})
 
     async def kv(self, _: Request) -> JSONResponse:
         return JSONResponse(await self._service.leases())
@@ -115,8 +124,21 @@ def _answer(reason: str) -> JSONResponse:
 
 
 async def serve_control(path: Path, service: Controlled) -> None:
-    """Answer until cancelled: status, plan, KV, verbs for single processes, apply, stop; docs/status-json.md."""
+    """Answer until cancelled: status, plan, KV, verbs for single processes, apply, stop; docs/status-json.md.
+
+    A socket file that is removed meanwhile is made again.
+    """
     app = Starlette(routes=_Api(service).routes())
+    while True:
+        # Where its folder is missing too, the supervisor makes that first.
+        with contextlib.suppress(FileNotFoundError):
+            await _serve_until_removed(path, app)
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _serve_until_removed(path: Path, app: Starlette) -> None:
+    """Raises FileNotFoundError where the folder does not exist."""
+    _unlink(path)
     with _OwnUserSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         os.chmod(path, 0o600)  # noqa: PTH101 - in a coroutine; one system call
@@ -125,4 +147,29 @@ async def serve_control(path: Path, service: Controlled) -> None:
             app, log_level="warning", access_log=False, lifespan="off", loop="none", http="h11", ws="none",
             timeout_graceful_shutdown=1,
         )  # fmt: skip
-        await Server(config).serve(sockets=[listener])
+        server = Server(config)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_stop_when_removed(server, path))
+            await server.serve(sockets=[listener])
+
+
+async def _stop_when_removed(server: Server, path: Path) -> None:
+    """Until then, and until the server ends by itself."""
+    ours = _inode(path)
+    while not server.should_exit:
+        await asyncio.sleep(_LOOK_S)
+        if _inode(path) != ours:
+            server.should_exit = True
+
+
+def _inode(path: Path) -> int:
+    """0 where there is no such file."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()

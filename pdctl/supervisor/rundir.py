@@ -7,10 +7,14 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 from pdctl.errors import AlreadyRunning, PdctlError
+from pdctl.supervisor.presence import LOCK, supervisor_of
 
+SPACE_HINT = "free space there, or set PDCTL_RUN to another directory"
+_LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.005
 _LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
 
 
@@ -33,18 +37,45 @@ class RunDir:
             raise PdctlError(f"the run directory {self.path} is too long for a unix socket", hint)
         self._make_private(self.path.parent)
         self._make_private(self.path)
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            self._lock = None
+        # Also one whose lock file was removed.
+        holder = supervisor_of(self.path)
+        if holder is not None or not self._take_lock():
             name = self.path.name
             hint = f"look at it with: pdctl status -s {name}    stop it with: pdctl down -s {name}"
-            raise AlreadyRunning(f"service {name!r} is already running (supervisor pid {holder})", hint) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+            raise AlreadyRunning(f"service {name!r} is already running (supervisor pid {holder})", hint)
+
+    def restore(self) -> bool:
+        """Put the directory and the lock back when somebody removed them; whether anything was missing.
+
+        Raises PdctlError where they cannot be made, or another supervisor holds them now.
+        """
+        assert self._lock is not None
+        with contextlib.suppress(OSError):
+            if (self.path / LOCK).stat().st_ino == os.fstat(self._lock).st_ino:
+                return False
+        self._make_private(self.path.parent)
+        self._make_private(self.path)
+        before = self._lock
+        if not self._take_lock():
+            self._lock = before
+            raise PdctlError(f"another supervisor holds {self.path} now")
+        os.close(before)
+        return True
+
+    def _take_lock(self) -> bool:
+        try:
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _lock_soon(self._lock)
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        except BlockingIOError:
+            assert self._lock is not None
+            os.close(self._lock)
+            self._lock = None
+            return False
+        except OSError as failure:
+            raise PdctlError(f"{self.path / LOCK} cannot be written: {failure.strerror}", SPACE_HINT) from failure
+        return True
 
     def write_json(self, name: str, value: object) -> Path:
         """Write a file of the directory in one piece."""
@@ -73,7 +104,7 @@ class RunDir:
     def clear(self) -> None:
         """Remove what a dead supervisor left, but for the lock."""
         for entry in self.path.iterdir():
-            if entry.name == "lock":
+            if entry.name == LOCK:
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -91,16 +122,10 @@ class RunDir:
             raise PdctlError(f"the run directory {path} belongs to another user (uid {owner})", "set PDCTL_RUN")
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a supervisor holds this run directory."""
-    try:
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
+def _lock_soon(descriptor: int) -> None:
+    """Lock it for us alone. Who only looks whether it is locked holds it for microseconds. Raises BlockingIOError."""
+    for _ in range(_LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(_LOCK_PAUSE_S)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import signal
@@ -33,7 +32,7 @@ from pdctl.supervisor.listeners import Listeners
 from pdctl.supervisor.manner import manner_of
 from pdctl.supervisor.notify import Notifier
 from pdctl.supervisor.proxies import Proxies
-from pdctl.supervisor.rundir import RunDir
+from pdctl.supervisor.rundir import SPACE_HINT, RunDir
 from pdctl.supervisor.spawn import raise_limits
 from pdctl.supervisor.tree import SweptTree, Trees, become_subreaper, kill_tree, reap_strangers, stamps
 from pdctl.supervisor.unit import Manner, Surroundings, Unit
@@ -148,6 +147,10 @@ class Service:
         figures = self._meters.of(list(self._fleet), states)
         found["processes"] = [{**unit.status(), **figures[unit.name]} for unit in self._fleet]
         return found
+
+    def exits(self) -> list[dict[str, object]]:
+        """Reports of the last exits, for `pdctl why`: its file may lack them."""
+        return self._journal.exits()
 
     async def leases(self) -> dict[str, object]:
         """As `pdctl kv --json` shows them."""
@@ -348,12 +351,25 @@ class Service:
             await asyncio.sleep(min(_HOUSEKEEPING_S, self._notifier.watchdog_s or _HOUSEKEEPING_S))
             now = time.monotonic()
             reap_strangers(self._fleet.pids())
+            self._put_files_back()
             if self._notifier.watchdog_s and now >= watchdog_due:
                 watchdog_due = now + self._notifier.watchdog_s
                 self._notifier.say("WATCHDOG=1")
             if now >= log_due:
                 log_due = now + _LOGS_S
                 logs.cap_all([unit.log_path for unit in self._fleet], self._manner.log_bytes, self._journal.say)
+
+    def _put_files_back(self) -> None:
+        """The run directory, when a logout or a cleaner of temporary files removed it while the service runs."""
+        try:
+            if not self._rundir.restore():
+                return
+            self._write_files()
+        except (OSError, PdctlError) as failure:
+            self._journal.say("pdctl", f"the run directory was removed and cannot be put back: {failure}")
+            return
+        self._unsaved.set()
+        self._journal.say("pdctl", f"{self._rundir.path} had been removed; it was put back", "run_dir_restored")
 
     async def _save_forever(self) -> None:
         """What a later supervisor needs, after every change, but not at every change."""
@@ -397,7 +413,7 @@ class Service:
             drain=self._drain,
             our_pids=self._fleet.pids,
         )
-        self._prepare(secret, {record.spec.name for record in estate.processes} if estate else set())
+        self._prepare({record.spec.name for record in estate.processes} if estate else set())
         for spec in self.plan.processes:
             self.add(spec)
         if estate is not None:
@@ -412,7 +428,14 @@ class Service:
         if not diff(self.plan, self._wanted).is_empty:
             self.apply(self._wanted)
 
-    def _prepare(self, secret: str, adopted: set[str]) -> None:
+    def _write_files(self) -> None:
+        """What children and a later supervisor read. Raises OSError."""
+        (self._rundir.path / "ipc").mkdir(exist_ok=True)
+        self._rundir.write_json(PLAN, self.plan.to_dict())
+        self._rundir.write_private(SECRET, self._around.secret)
+        self._proxies.write(self.plan)
+
+    def _prepare(self, adopted: set[str]) -> None:
         for spec in self.plan.processes:
             longest = f"{self._rundir.path}/ipc/{spec.name}.listen"
             if len(longest) > _LONGEST_SOCKET_PATH:
@@ -420,12 +443,10 @@ class Service:
                 raise PdctlError(f"{longest} is too long for a unix socket", hint)
             if spec.listen is not None and spec.listen not in self._listeners:
                 self._listeners.open(spec.listen, [s.name for s in self.plan.processes if s.name in adopted])
-        (self._rundir.path / "ipc").mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            self._rundir.control_socket.unlink()
-        self._rundir.write_json(PLAN, self.plan.to_dict())
-        self._rundir.write_private(SECRET, secret)
-        self._proxies.write(self.plan)
+        try:
+            self._write_files()
+        except OSError as failure:
+            raise PdctlError(f"{self._rundir.path} cannot be written: {failure.strerror}", SPACE_HINT) from failure
 
     async def _clear_leftovers(self, estate: Estate | None) -> None:
         """End what a supervisor that was killed left, before anything is started in its place, and what we left.
