@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -42,6 +44,10 @@ for verb in (
 app.add_typer(bench, name="bench")
 
 
+# What writing to a stdout that is full, closed or gone ends with.
+_FULL = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         console.out(f"pdctl {__version__}")
@@ -57,6 +63,7 @@ def _root(
 
 def main() -> None:
     """Entry point. Exit codes: 0 ok, 1 the user can fix it, 2 unexpected."""
+    console.prepare()
     make_variables_absolute()
     try:
         app()
@@ -68,7 +75,7 @@ def main() -> None:
         sys.exit(failure.exit_code)
     except BrokenPipeError:
         # The reader of our stdout left (| head); nothing more to say, and nowhere to say it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.drop_stdout()
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -77,14 +84,24 @@ def main() -> None:
     except SystemExit as ended:
         # Usage errors end with 2 in click; here 2 means unexpected, and what the user can fix is 1.
         sys.exit(1 if ended.code == 2 else ended.code)
-    except Exception as failure:
-        if os.environ.get("PDCTL_DEBUG"):
-            raise
-        console.error(
-            f"unexpected: {type(failure).__name__}: {failure}",
-            "run again with PDCTL_DEBUG=1 for the traceback",
-        )
-        sys.exit(2)
+    except OSError as failure:
+        if failure.errno not in _FULL or failure.filename is not None:
+            _unexpected(failure)
+        told = console.cannot_print(failure)
+        console.error(told.message, told.hint)
+        sys.exit(told.exit_code)
+    except Exception as failure:  # noqa: BLE001 - this is the outermost loop
+        _unexpected(failure)
+
+
+def _unexpected(failure: Exception) -> NoReturn:
+    if os.environ.get("PDCTL_DEBUG"):
+        raise failure
+    console.error(
+        f"unexpected: {type(failure).__name__}: {failure}",
+        "run again with PDCTL_DEBUG=1 for the traceback",
+    )
+    sys.exit(2)
 
 
 def _config_error(failure: ConfigError) -> None:

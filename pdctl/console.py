@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import TextIO
+
+from pdctl.errors import PdctlError
 
 _COLOURS = {"red": 31, "green": 32, "yellow": 33, "blue": 34, "magenta": 35, "cyan": 36, "dim": 2, "bold": 1}
 _NAME_COLOURS = ("cyan", "magenta", "yellow", "green", "blue")
@@ -26,16 +30,51 @@ def name_colour(index: int) -> str:
     return _NAME_COLOURS[index % len(_NAME_COLOURS)]
 
 
+def prepare() -> None:
+    """Make both streams usable whatever the environment says. A stream that was closed takes everything and keeps
+    nothing; a character that its encoding lacks is written as an escape."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as we do
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def out(text: str = "", end: str = "\n") -> None:
-    """Data for stdout."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    """Data for stdout. Raises PdctlError where it cannot be written, BrokenPipeError where its reader left."""
+    out_bytes((text + end).encode(sys.stdout.encoding or "utf-8", "backslashreplace"))
+
+
+def out_bytes(data: bytes) -> None:
+    """The same, byte for byte."""
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as failure:
+        raise cannot_print(failure) from None
+
+
+def cannot_print(failure: OSError) -> PdctlError:
+    """What to say of a stdout that takes nothing; what it still holds is dropped."""
+    drop_stdout()
+    return PdctlError(f"stdout cannot be written: {failure.strerror}", "free space where it goes, or send it elsewhere")
+
+
+def drop_stdout() -> None:
+    """Let what is still to be written go nowhere: nothing complains about it when we end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def note(text: str, end: str = "\n") -> None:
-    """A message for stderr."""
-    sys.stderr.write(text + end)
-    sys.stderr.flush()
+    """A message for stderr. Nobody can be told that nobody can be told."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
 
 
 def error(message: str, hint: str | None = None) -> None:

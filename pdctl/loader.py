@@ -17,12 +17,13 @@ import tomli
 
 from pdctl.adapters import KINDS, can_launch
 from pdctl.errors import ConfigError, PdctlError, Problem
-from pdctl.host import Host
+from pdctl.host import ENGINE_PACKAGES, OTLP_PACKAGES, Host
 from pdctl.host.models import UnknownModel, locate_model
 from pdctl.schema import ATTACHED, ENGINE, TABLES, Key
 from pdctl.toml_lines import Path as KeyPath
 from pdctl.toml_lines import key_lines
 from pdctl.topology import Device, EngineGroup, Expect, Proxy, Role, Service, Slo, Supervision, Topology, Transfer
+from pdctl.user_files import read_api_keys, read_user_text, tls_problem
 
 # A parsed TOML table: the one place where values have not been checked yet.
 Table = dict[str, Any]
@@ -44,7 +45,7 @@ class _Document:
 def load_file(path: Path, host: Host) -> Topology:
     """Load and check a topology file. Raises ConfigError with every problem found, PdctlError if unreadable."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_user_text(path)
     except FileNotFoundError:
         raise PdctlError(f"topology file {path} does not exist", "write one with: pdctl init") from None
     except (OSError, UnicodeDecodeError) as failure:
@@ -293,8 +294,22 @@ def _proxy_problems(document: _Document, proxy: Proxy) -> Iterator[Problem]:
         if path and not os.access(path, os.R_OK):
             hint = f"make one with: pdctl key NAME --file {path}" if key == "api_keys" else None
             yield document.problem(("proxy", key), f"{path} does not exist or cannot be read", hint)
+    yield from _file_problems(document, proxy)
     if proxy.access_log and not Path(proxy.access_log).parent.is_dir():
         yield document.problem(("proxy", "access_log"), f"the folder of {proxy.access_log} does not exist")
+
+
+def _file_problems(document: _Document, proxy: Proxy) -> Iterator[Problem]:
+    """What stands in files that the proxy would fail over."""
+    if proxy.api_keys and os.access(proxy.api_keys, os.R_OK):
+        try:
+            read_api_keys(Path(proxy.api_keys))
+        except PdctlError as failure:
+            yield document.problem(("proxy", "api_keys"), failure.message, failure.hint)
+    if proxy.tls_cert and proxy.tls_key and os.access(proxy.tls_cert, os.R_OK) and os.access(proxy.tls_key, os.R_OK):
+        key, reason = tls_problem(proxy.tls_cert, proxy.tls_key)
+        if key:
+            yield document.problem(("proxy", key), reason, "both must be PEM files, the key without a password")
 
 
 def _transfer_problems(document: _Document, transfer: Transfer) -> Iterator[Problem]:
@@ -313,6 +328,7 @@ def _transfer_problems(document: _Document, transfer: Transfer) -> Iterator[Prob
 
 
 def _host_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    yield from _package_problems(document, topology, host)
     yield from _model_problems(document, topology, host)
     yield from _cpu_problems(document, topology, host)
     yield from _gpu_problems(document, topology, host)
@@ -326,13 +342,28 @@ def port_problems(topology: Topology, host: Host) -> list[Problem]:
         return []
     line = 0
     if topology.source:
-        text = Path(topology.source).read_text(encoding="utf-8")
+        text = read_user_text(Path(topology.source))
         line = key_lines(text).get(("proxy", "port"), 0)
     message = f"port {topology.proxy.port} is in use by {holder.describe()}"
     hint = "stop that process or choose another port under [proxy]"
     if "pdctl.proxy" in holder.command:
         hint = "another pdctl service has it: stop that with pdctl down -s NAME, or choose another port under [proxy]"
     return [Problem(line, "proxy.port", message, hint)]
+
+
+def _package_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    """Python packages that engines would fail without."""
+    if topology.proxy.otlp_endpoint and host.lacks(OTLP_PACKAGES):
+        hint = "install it with: pip install 'pdctl[otlp]'"
+        yield document.problem(("proxy", "otlp_endpoint"), "the OpenTelemetry packages are not installed", hint)
+    for index, group in enumerate(topology.engines):
+        missing = host.lacks(ENGINE_PACKAGES)
+        if missing and group.kind == "builtin" and not group.is_attached:
+            extra = "cuda" if group.device is Device.CUDA else "engine"
+            hint = f"install them with: pip install 'pdctl[{extra}]'"
+            message = f"engines of kind 'builtin' need packages that are not installed: {', '.join(missing)}"
+            yield document.problem(("engines", index), message, hint)
+            return
 
 
 def _model_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:

@@ -68,7 +68,10 @@ def strings() -> Check:
         good = isinstance(value, dict) and all(isinstance(item, str) and "\0" not in item for item in value.values())
         if not good or not isinstance(value, dict):
             return 'must be a table of strings, such as { NCCL_DEBUG = "WARN" }'
-        taken = next((name for name in value if name.startswith("PDCTL_") or "=" in name), None)
+        taken = next((name for name in value if not _ENV_NAME.fullmatch(name)), None)
+        if taken is not None:
+            return f"sets {taken!r}, which is no name of a variable"
+        taken = next((name for name in value if name.startswith("PDCTL_")), None)
         return None if taken is None else f"sets {taken!r}, which is not for topologies to set"
 
     return check
@@ -124,6 +127,7 @@ def port_range() -> Check:
     return check
 
 
+_ENV_NAME = re.compile(r"[^=\0]+")
 _HTTP = r"https?://[A-Za-z0-9.\[\]:-]+(/\S*)?"
 _URL = r"http://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}/?"
 _NAME = r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"

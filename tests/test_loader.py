@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,3 +200,71 @@ def test_every_key_of_the_schema_is_in_the_example() -> None:
     for keys in (*TABLES.values(), ENGINE):
         for name in keys:
             assert re.search(rf"^(# )?{name} = ", EXAMPLE, re.MULTILINE), f"{name} is not shown in pdctl.toml.example"
+
+
+def pem(folder: Path, name: str) -> tuple[Path, Path]:
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*words, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
+
+
+def with_proxy(tmp_path: Path, lines: str) -> list[tuple[int, str, str]]:
+    """The problems of the example with these lines under [proxy]."""
+    path = tmp_path / "pdctl.toml"
+    path.write_text(EXAMPLE.replace("port = 8000", f"port = 8000\n{lines}"))
+    with pytest.raises(ConfigError) as found:
+        load_file(path, host())
+    return [(problem.line, problem.key, problem.message) for problem in found.value.problems]
+
+
+def test_tls_files_are_read_before_anything_starts(tmp_path: Path) -> None:
+    cert, key = pem(tmp_path, "a")
+    other, _ = pem(tmp_path, "b")
+    garbage = tmp_path / "garbage"
+    garbage.write_text("not PEM")
+    locked = tmp_path / "locked"
+    subprocess.run(["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", key, "-out", locked], check=True)
+    for tls_cert, tls_key, wrong, message in (
+        (other, key, "tls_key", f"{key} is not the key of {other}"),
+        (garbage, key, "tls_cert", "is no PEM certificate"),
+        (cert, garbage, "tls_key", "is no PEM key"),
+        (cert, locked, "tls_key", "without a password"),
+    ):
+        [(line, found_key, said)] = with_proxy(tmp_path, f'tls_cert = "{tls_cert}"\ntls_key = "{tls_key}"')
+        text = (tmp_path / "pdctl.toml").read_text()
+        assert (line, found_key) == (line_of(text, wrong), f"proxy.{wrong}")
+        assert message in said
+    (tmp_path / "pdctl.toml").write_text(
+        EXAMPLE.replace("port = 8000", f'port = 8000\ntls_cert = "{cert}"\ntls_key = "{key}"')
+    )
+    load_file(tmp_path / "pdctl.toml", host())
+
+
+def test_api_keys_are_read_before_anything_starts(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"# ours\nalice sha256:{'0' * 64}\nbob md5:1\n")
+    [(_, key, message)] = with_proxy(tmp_path, 'api_keys = "keys.txt"')
+    assert key == "proxy.api_keys"
+    assert message == f"{keys}:3: not NAME sha256:HASH"
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(f"alice sha256:{'0' * 64}\n", encoding="utf-8-sig")
+    path = tmp_path / "pdctl.toml"
+    path.write_text(EXAMPLE.replace("port = 8000", 'port = 8000\napi_keys = "keys.txt"'), encoding="utf-8-sig")
+    assert load_file(path, host()).proxy.api_keys == str(tmp_path / "keys.txt")
+
+
+@pytest.mark.parametrize("name", ["", "A=B", "A\\u0000B"])
+def test_an_environment_has_names_that_the_kernel_takes(name: str) -> None:
+    text = EXAMPLE.replace('name = "prefill"', f'name = "prefill"\nenv = {{ "{name}" = "x" }}', 1)
+    [(_, key, message)] = problems(text)
+    assert key == "engines[0].env"
+    assert "which is no name of a variable" in message
+
+
+def test_packages_that_engines_need_are_missed_before_anything_starts() -> None:
+    [(line, key, message)] = problems(EXAMPLE, replace(host(), missing_packages=frozenset({"zmq", "torch"})))
+    assert (line, key) == (line_of(EXAMPLE, "[[engines]]"), "engines[0]")
+    assert message.endswith("not installed: torch, zmq")

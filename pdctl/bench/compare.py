@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pdctl.bench.metrics import Figures, Targets, half_width
 from pdctl.errors import PdctlError
+from pdctl.user_files import read_user_text
 
 # Of samples: (title, metric, percentile).
 _FIGURES = (
@@ -71,7 +72,7 @@ class Ratio:
 def read(path: Path) -> Figures:
     """A result file, ours or one of vLLM's `bench serve --save-detailed`. Raises PdctlError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_user_text(path))
     except OSError as failure:
         raise PdctlError(f"{path} cannot be read: {failure.strerror}") from None
     except ValueError as failure:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pdctl.bench import Asked
 from pdctl.errors import PdctlError
+from pdctl.user_files import read_user_text
 
 # Words that every tokenizer knows; which they are does not matter.
 _WORDS = [
@@ -116,7 +117,7 @@ def from_file(path: Path, outputs: Lengths, rng: random.Random) -> list[Asked]:
 def read_lines(path: Path) -> list[str]:
     """Raises PdctlError."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return read_user_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as failure:
         raise PdctlError(f"{path} cannot be read: {failure}") from None
 

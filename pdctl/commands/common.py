@@ -14,6 +14,7 @@ import typer
 
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.users import run_root
+from pdctl.user_files import read_user_text
 
 FILE_ENV = "PDCTL_FILE"
 # The status without figures, for whoever waits for a state.
@@ -168,7 +169,7 @@ def _name_in(path: Path) -> str:
     import tomli
 
     try:
-        found = tomli.loads(path.read_text(encoding="utf-8")).get("service", {})
+        found = tomli.loads(read_user_text(path)).get("service", {})
     except FileNotFoundError:
         raise PdctlError(f"topology file {path} does not exist", "write one with: pdctl init") from None
     except (OSError, tomli.TOMLDecodeError, UnicodeDecodeError) as failure:

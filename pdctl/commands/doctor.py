@@ -215,8 +215,7 @@ def _ibstatus(ports: list[str], sysfs_root: Path) -> None:
     from pdctl.doctor.ibstatus import ibstatus
 
     output, code = ibstatus(ports, sysfs_root)
-    sys.stdout.buffer.write(output)
-    sys.stdout.flush()
+    console.out_bytes(output)
     raise Verdict(code)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from pdctl.engine.options import parse
+from pdctl.wire import EXIT_CONFIG
 
 
 def main() -> int:
@@ -30,4 +31,10 @@ def main() -> int:
     return 2
 
 
-sys.exit(main())
+try:
+    sys.exit(main())
+except ModuleNotFoundError as failure:
+    if (failure.name or "").startswith("pdctl"):
+        raise
+    sys.stderr.write(f"error: the package {failure.name} is not installed\nhint: pip install 'pdctl[engine]'\n")
+    sys.exit(EXIT_CONFIG)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from pdctl.host.gpu import Gpu, read_gpus
@@ -14,7 +15,21 @@ from pdctl.host.ports import PortHolder, listening_ports
 from pdctl.host.rdma import RdmaDevice, read_rdma
 from pdctl.host.users import cache_root, run_root, state_root
 
-__all__ = ["Gpu", "Host", "PortHolder", "cache_root", "read_host", "run_root", "state_root"]
+__all__ = [
+    "ENGINE_PACKAGES",
+    "OTLP_PACKAGES",
+    "Gpu",
+    "Host",
+    "PortHolder",
+    "cache_root",
+    "read_host",
+    "run_root",
+    "state_root",
+]
+
+# Modules without which the builtin engine, or the proxy's export of spans, cannot start.
+ENGINE_PACKAGES = ("torch", "transformers", "tokenizers", "zmq", "numpy", "jinja2")
+OTLP_PACKAGES = ("opentelemetry",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +46,11 @@ class Host:
     state_root: Path
     rdma: tuple[RdmaDevice, ...] = ()
     layout: Layout = field(default_factory=Layout, hash=False)
+    missing_packages: frozenset[str] = frozenset()
+
+    def lacks(self, packages: tuple[str, ...]) -> list[str]:
+        """Those of these Python packages that are not installed."""
+        return [name for name in packages if name in self.missing_packages]
 
 
 def read_host(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) -> Host:
@@ -46,5 +66,6 @@ def read_host(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) 
         run_root=run_root(),
         state_root=state_root(),
         rdma=rdma,
+        missing_packages=frozenset(n for n in (*ENGINE_PACKAGES, *OTLP_PACKAGES) if find_spec(n) is None),
         layout=read_layout([gpu.pci for gpu in gpus], {device.name: device.pci for device in rdma}, sysfs_root),
     )

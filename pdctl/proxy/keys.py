@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import re
 from pathlib import Path
 
 from pdctl.errors import PdctlError
 from pdctl.openai_api import ApiError
+from pdctl.user_files import read_api_keys
 
 _log = logging.getLogger(__name__)
 
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+sha256:(?P<hash>[0-9a-f]{64})")
 ANYONE = "-"
 
 
@@ -25,7 +24,7 @@ class Keys:
         self._stamp: tuple[int, int] | None = None
         self._names: dict[bytes, str] = {}
         if self._path is not None:
-            self._names = read_keys(self._path)
+            self._names = read_api_keys(self._path)
             self._stamp = _stamp(self._path)
 
     def name_of(self, authorization: bytes) -> str:
@@ -48,28 +47,10 @@ class Keys:
             return
         self._stamp = stamp
         try:
-            self._names = read_keys(self._path)
+            self._names = read_api_keys(self._path)
             _log.info("%d API keys are known now", len(self._names))
         except PdctlError as failure:
             _log.warning("%s; the keys known before stay", failure)
-
-
-def read_keys(path: Path) -> dict[bytes, str]:
-    """Hash to name. Raises PdctlError with the line that is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as failure:
-        raise PdctlError(f"API keys {path} cannot be read: {failure}", "make one with: pdctl key NAME") from failure
-    found: dict[bytes, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        words = line.partition("#")[0].strip()
-        if not words:
-            continue
-        match = _LINE.fullmatch(words)
-        if match is None:
-            raise PdctlError(f"{path}:{number}: not NAME sha256:HASH", "make a line with: pdctl key NAME")
-        found[bytes.fromhex(match["hash"])] = match["name"]
-    return found
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from pdctl.proxy.admission import Outlook
 from pdctl.proxy.breaker import Breaker
 from pdctl.proxy.meters import Meter, PrefixSet, SharedLoads, Window
 from pdctl.proxy.routing import Choice, Load, View
+from pdctl.user_files import read_user_text
 from pdctl.wire import EngineAddress
 
 _log = logging.getLogger(__name__)
@@ -365,7 +366,7 @@ def _authorization(address: EngineAddress, secret: str) -> bytes:
     """The header that makes us one of the engine's own: the run's secret, or an attached engine's."""
     if address.secret_file:
         try:
-            secret = Path(address.secret_file).read_text(encoding="utf-8").strip()
+            secret = read_user_text(Path(address.secret_file)).strip()
         except OSError as failure:
             hint = "secret_file must hold the engine's secret or API key, and be readable"
             raise PdctlError(f"{address.secret_file} cannot be read: {failure.strerror}", hint) from failure

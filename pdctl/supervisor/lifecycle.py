@@ -77,7 +77,8 @@ class Exit:
 class Life:
     """`exits`: monotonic times of recent unexpected exits; `streak`: how many of them without a stable time between.
 
-    `came_from`: the phase in which the process ended whose remains are being cleared, and `exit` how.
+    `came_from`: the phase in which the process ended whose remains are being cleared, `exit` how, and `last_words` the
+    reason that it gave itself.
     """
 
     phase: Phase = Phase.PENDING
@@ -89,6 +90,7 @@ class Life:
     signals_sent: int = 0
     came_from: Phase = Phase.PENDING
     exit: Exit | None = None
+    last_words: str = ""
 
     @property
     def restarts(self) -> int:
@@ -265,7 +267,8 @@ def _next_signal(life: Life, policy: Policy) -> Step:
 def _ended(life: Life, event: Event, policy: Policy) -> Step:
     if event.kind is Kind.EXITED and life.phase in LIVE:
         assert event.exit is not None
-        return replace(life, phase=Phase.CLEARING, came_from=life.phase, exit=event.exit), (Action(Do.CLEAR),)
+        ended = replace(life, phase=Phase.CLEARING, came_from=life.phase, exit=event.exit, last_words=event.detail)
+        return ended, (Action(Do.CLEAR),)
     if event.kind is Kind.CLEARED and life.phase is Phase.CLEARING:
         return _cleared(replace(life, exit=None), life.exit, event, policy)
     return life, ()
@@ -284,10 +287,12 @@ def _cleared(life: Life, ended: Exit | None, event: Event, policy: Policy) -> St
     reason = life.reason or describe_exit(ended)
     ended_life = replace(life, exits=exits, streak=streak, reason=reason, goal=Goal.RUN)
     if ended.code in INCURABLE:
-        return replace(ended_life, phase=Phase.FAILED, reason=f"{reason}: a restart would not help"), ()
+        said = f": {life.last_words};" if life.last_words else ":"
+        return replace(ended_life, phase=Phase.FAILED, reason=f"{reason}{said} a restart would not help"), ()
     if len(exits) > policy.max_restarts:
+        said = f": {life.last_words}" if life.last_words else ""
         within = "failed starts" if starting else f"exits within {policy.within_s:g} s"
-        return replace(ended_life, phase=Phase.FAILED, reason=f"{reason}; {len(exits)} {within}"), ()
+        return replace(ended_life, phase=Phase.FAILED, reason=f"{reason}{said}; {len(exits)} {within}"), ()
     delay = backoff_s(streak, event.chance)
     return replace(ended_life, phase=Phase.BACKOFF), (Action(Do.ARM_BACKOFF, delay),)
 

@@ -19,6 +19,8 @@ KEPT = 5
 _PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
 _BLOCK = 4096
 _CHUNK = 1 << 20
+# How far back a process's own reason for its end is looked for, and how much of it is told.
+_LAST_LINES, _LONGEST_REASON = 20, 500
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -112,3 +114,9 @@ def tail(path: Path, lines: int, most: int = 64 * 1024) -> list[str]:
             return file.read().decode(errors="replace").splitlines()[-lines:]
     except OSError:
         return []
+
+
+def last_error(path: Path) -> str:
+    """What a process said of its own failure: its last line that begins with "error: ", without that."""
+    lines = [line for line in tail(path, _LAST_LINES) if line.startswith("error: ")]
+    return lines[-1].removeprefix("error: ")[:_LONGEST_REASON] if lines else ""

@@ -293,7 +293,8 @@ class Unit:
         if self._record is not None:
             self._record.with_name(f"{self._record.name}.pid").unlink(missing_ok=True)
             self._record.unlink(missing_ok=True)
-        self.feed(Event(Kind.EXITED, time.monotonic(), exit=ended.exit))
+        words = logs.last_error(self.log_path) if ended.exit.code else ""
+        self.feed(Event(Kind.EXITED, time.monotonic(), exit=ended.exit, detail=words))
         assert self.tree is not None
         # Clearing up may hold the loop for milliseconds: peers hear of the death before that.
         await asyncio.wait({told}, timeout=_TELL_S)

@@ -282,3 +282,46 @@ def test_a_full_disk_under_its_log_does_not_end_the_service(run: Run) -> None:
         wait_until(restarted, 60, "the restart")
         run.cli("down", check=True)
         assert supervisor.wait(20) == 0
+
+
+def shell(run: Run, line: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    command = f"{sys.executable} -m pdctl {line}"
+    return subprocess.run(
+        ["bash", "-c", command], env={**run.env, **extra}, cwd=run.folder, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("verb", ["plan", "plan --json", "--help", "doctor --list", "bench --help"])
+def test_output_that_cannot_be_written(run: Run, verb: str) -> None:
+    run.write(topology())
+    full = shell(run, f"{verb} > /dev/full")
+    assert (full.returncode, full.stderr.splitlines()[0]) == (
+        1,
+        "error: stdout cannot be written: No space left on device",
+    )
+    for closed in (">&-", "2>&-", ">&- 2>&-", "2>/dev/full"):
+        done = shell(run, f"{verb} {closed}")
+        assert done.returncode == 0, (closed, done.stderr)
+        assert "unexpected" not in done.stderr
+
+
+def test_an_encoding_that_lacks_a_character(run: Run) -> None:
+    run.write(topology().replace('served_model_name = "m"', 'served_model_name = "m\u00f6del \u2603"'))
+    done = shell(run, "plan --json", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    wrong = shell(run, "plan -f n\u00f6.toml", PYTHONIOENCODING="ascii")
+    assert wrong.returncode == 1
+    assert "topology file n\\xf6.toml does not exist" in wrong.stderr
+    missing = topology().replace('model = "sample:tiny-qwen3"', 'model = "/n\u00f6wh\u00e9re"')
+    run.write(missing)
+    assert "/n\\xf6wh\\xe9re" in shell(run, "plan", PYTHONIOENCODING="ascii").stderr
+
+
+def test_a_missing_package_is_said_once(run: Run) -> None:
+    """An installation without the engine's packages: the child says what is missing, and is not started again."""
+    (run.folder / "hidden").mkdir()
+    (run.folder / "hidden" / "zmq.py").write_text("raise ModuleNotFoundError('No module named zmq', name='zmq')")
+    run.write(topology(prefills=0, decodes=0, hybrids=1))
+    done = run.cli("up", "-d", extra={"PYTHONPATH": str(run.folder / "hidden")})
+    assert done.returncode == 1
+    assert "hybrid-0 exited with code 78: the package zmq is not installed; a restart would not help" in done.stderr
