@@ -20,6 +20,9 @@ ROUTER_HEADER = "x-pdctl-router"
 # Names one prefill call. A router that gives the call up ends what it left by this name, answered or not.
 ATTEMPT_HEADER = "x-pdctl-attempt"
 
+# In whose name a request came: an opaque word for an API key, so that one tenant's costs do not delay another's.
+TENANT_HEADER = "x-pdctl-tenant"
+
 # Asks for, or carries, where a request's time went.
 TIMING_HEADER = "x-pdctl-timing"
 

@@ -1,4 +1,5 @@
-"""`python -m pdctl.engine serve|core|prepare|probe ...`: the front, its core, a model made ready, a transfer timed."""
+"""`python -m pdctl.engine serve|core|prepare|probe|grammars ...`: the front, its core, a model made ready, a transfer
+timed, grammars compiled."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ def main() -> int:
         from pdctl.engine.probe import main as probe
 
         return probe(argv)
-    sys.stderr.write("usage: python -m pdctl.engine serve|core|prepare|probe ...\n")
+    if verb == "grammars":
+        from pdctl.engine.grammar import main as grammars
+
+        return grammars(argv)
+    sys.stderr.write("usage: python -m pdctl.engine serve|core|prepare|probe|grammars ...\n")
     return 2
 
 

@@ -1,20 +1,38 @@
-"""A thread that compiles grammars, with a deadline: what is stuck in a library cannot be stopped, only left behind."""
+"""Grammars are compiled in processes of their own, because a compilation can only be stopped with its process.
+
+Fair by tenant: each has its own queue, and at most one compilation at a time. One schema that is hard to compile delays
+its tenant alone, and ends when its deadline passes or nobody wants it any more.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import select
+import subprocess
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _log = logging.getLogger(__name__)
 
 _DEADLINE_S = 20.0
-# Threads left behind in compilations that went on past their deadline, and requests waiting for the thread.
-_MAX_STUCK = 2
-_MAX_WAITING = 256
+# A new process imports the compiler first, seconds.
+_START_S = 60.0
+# Processes at once, and seconds after which an idle one ends.
+_WORKERS = 2
+_IDLE_S = 120.0
+# Between two looks whether anybody still wants the result, seconds.
+_LOOK_S = 0.05
+# Requests that wait for a compilation, of a tenant and of all.
+_MAX_WAITING_EACH, _MAX_WAITING = 32, 256
 _MAX_REMEMBERED = 256
+_LENGTH_BYTES = 4
+
+# Called once with the compiled grammar and "", or nothing and the reason.
+Then = Callable[[bytes, str], None]
 
 
 class BadGrammar(ValueError):
@@ -23,99 +41,207 @@ class BadGrammar(ValueError):
 
 @dataclass(slots=True)
 class _Job:
-    work: Callable[[], object]
-    key: str
+    grammar: str
+    tenant: str
     is_wanted: Callable[[], bool]
-    then: Callable[[str], None]
-    is_late: bool = False
+    then: Then
 
 
 class Compilers:
-    """Runs jobs one after another; `then` is called with "" or the reason, once for each that is still wanted."""
+    """Queues and the threads that drive compiling processes, started when the first grammar comes.
 
-    def __init__(self, deadline_s: float = _DEADLINE_S) -> None:
+    `argv`: the command of a compiling process (see `serve`).
+    """
+
+    def __init__(self, argv: list[str], deadline_s: float = _DEADLINE_S, start_s: float = _START_S) -> None:
+        self._argv = argv
         self._deadline_s = deadline_s
-        self._waiting: deque[_Job] = deque()
+        self._start_s = start_s
+        # In the order of their turns.
+        self._queues: OrderedDict[str, deque[_Job]] = OrderedDict()
+        self._busy: set[str] = set()
         self._refused: OrderedDict[str, str] = OrderedDict()
         self._changed = threading.Condition()
-        self._stuck = 0
-        self._serving = False
+        self._threads = 0
+        self._closed = False
 
-    def submit(
-        self, work: Callable[[], object], key: str, is_wanted: Callable[[], bool], then: Callable[[str], None]
-    ) -> None:
-        """`key`: what took too long once is refused from then on."""
+    def submit(self, grammar: str, tenant: str, is_wanted: Callable[[], bool], then: Then) -> None:
+        """Compile when its turn comes. What took too long once is refused from then on."""
         with self._changed:
-            reason = self._refused.get(key, "")
-            if not reason and (self._stuck > _MAX_STUCK or len(self._waiting) >= _MAX_WAITING):
-                reason = "too many grammars are being compiled"
+            reason = self._refused.get(grammar, "") or self._full(tenant)
             if not reason:
-                self._waiting.append(_Job(work, key, is_wanted, then))
-                self._start()
+                self._queues.setdefault(tenant, deque()).append(_Job(grammar, tenant, is_wanted, then))
+                if self._threads < _WORKERS:
+                    self._threads += 1
+                    threading.Thread(target=self._serve, name="grammar", daemon=True).start()
                 self._changed.notify()
         if reason:
-            then(_worded(reason))
+            then(b"", _worded(reason))
 
-    def _start(self) -> None:
-        if not self._serving and self._stuck <= _MAX_STUCK:
-            self._serving = True
-            threading.Thread(target=self._serve, name="grammar", daemon=True).start()
+    def close(self) -> None:
+        """End the processes; what waits is dropped."""
+        with self._changed:
+            self._closed = True
+            self._queues.clear()
+            self._changed.notify_all()
+
+    def audit(self) -> None:
+        """No empty queue is kept; nobody is busy without a thread."""
+        with self._changed:
+            assert all(self._queues.values())
+            assert len(self._busy) <= self._threads <= _WORKERS
+
+    def _full(self, tenant: str) -> str:
+        mine, all_ = len(self._queues.get(tenant, ())), sum(map(len, self._queues.values()))
+        return "too many grammars are being compiled" if mine >= _MAX_WAITING_EACH or all_ >= _MAX_WAITING else ""
 
     def _serve(self) -> None:
-        while True:
+        worker = _Worker(self._argv, self._start_s)
+        try:
+            while (job := self._next()) is not None:
+                try:
+                    if job.is_wanted():
+                        self._run(worker, job)
+                finally:
+                    with self._changed:
+                        self._busy.discard(job.tenant)
+                        self._changed.notify()
+        finally:
+            worker.end()
+
+    def _next(self) -> _Job | None:
+        """The next job of the tenant whose turn it is; None to end this thread."""
+        with self._changed:
+            while True:
+                tenant = next((name for name in self._queues if name not in self._busy), None)
+                if tenant is not None:
+                    break
+                if self._closed or not self._changed.wait(_IDLE_S):
+                    self._threads -= 1
+                    return None
+            queue = self._queues[tenant]
+            job = queue.popleft()
+            if queue:
+                self._queues.move_to_end(tenant)
+            else:
+                del self._queues[tenant]
+            self._busy.add(tenant)
+            return job
+
+    def _run(self, worker: _Worker, job: _Job) -> None:
+        try:
+            compiled = worker.compile(job.grammar, job.is_wanted, self._deadline_s)
+        except BadGrammar as failure:
+            job.then(b"", _worded(str(failure)))
+        except _NotWanted:
+            pass
+        except _Ended as failure:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
-                job = self._waiting.popleft()
-            if job.is_wanted() and not self._run(job):
-                return
-
-    def _run(self, job: _Job) -> bool:
-        """False when another thread has taken this one's place."""
-        timer = threading.Timer(self._deadline_s, self._left_behind, [job])
-        timer.daemon = True
-        timer.start()
-        reason = _outcome(job.work)
-        timer.cancel()
-        with self._changed:
-            if job.is_late:
-                self._stuck -= 1
-                self._start()
-                return False
-            # From here on it is not late any more.
-            job.key = ""
-        job.then(_worded(reason))
-        return True
-
-    def _left_behind(self, job: _Job) -> None:
-        with self._changed:
-            if not job.key:
-                return
-            job.is_late = True
-            self._stuck += 1
-            self._serving = False
-            reason = f"it takes more than {self._deadline_s:g} s"
-            self._refused[job.key] = reason
-            while len(self._refused) > _MAX_REMEMBERED:
-                self._refused.popitem(last=False)
-            self._start()
-            given_up = [] if self._serving else list(self._waiting)
-            if given_up:
-                self._waiting.clear()
-        job.then(_worded(reason))
-        for other in given_up:
-            other.then(_worded("too many grammars are being compiled"))
+                self._refused[job.grammar] = str(failure)
+                while len(self._refused) > _MAX_REMEMBERED:
+                    self._refused.popitem(last=False)
+            job.then(b"", _worded(str(failure)))
+        except OSError as failure:
+            _log.warning("grammars cannot be compiled", exc_info=True)
+            job.then(b"", _worded(f"its process cannot be started: {failure}"))
+        else:
+            job.then(compiled, "")
 
 
-def _outcome(work: Callable[[], object]) -> str:
-    try:
-        work()
-    except BadGrammar as failure:
-        return str(failure)
-    except Exception as failure:  # noqa: BLE001 - this thread's outermost frame: whoever waits must hear of it
-        _log.warning("compiling a grammar failed", exc_info=True)
-        return f"{type(failure).__name__}: {failure}"
-    return ""
+class _NotWanted(Exception):
+    """Nobody waits for the result any more."""
+
+
+class _Ended(Exception):
+    """The process ended, or was ended, over this grammar."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One compiling process; a new one takes the place of one that was ended."""
+
+    argv: list[str]
+    start_s: float
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    def compile(self, grammar: str, is_wanted: Callable[[], bool], deadline_s: float) -> bytes:
+        """Raises BadGrammar, _NotWanted, _Ended, OSError."""
+        try:
+            if self.process is None or self.process.poll() is not None:
+                self.end()
+                self.process = subprocess.Popen(self.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                self._read(is_wanted, self.start_s, "the compiling process does not start")
+            assert self.process.stdin is not None
+            _write(self.process.stdin.fileno(), grammar.encode())
+            reply = self._read(is_wanted, deadline_s, f"it takes more than {deadline_s:g} s")
+        except (_NotWanted, _Ended, OSError):
+            self.end()
+            raise
+        if reply[:1] == b"0":
+            raise BadGrammar(reply[1:].decode(errors="replace"))
+        return reply[1:]
+
+    def _read(self, is_wanted: Callable[[], bool], deadline_s: float, late: str) -> bytes:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        end, data, wanted = time.monotonic() + deadline_s, b"", _LENGTH_BYTES
+        while len(data) < wanted:
+            ready, _, _ = select.select([self.process.stdout], [], [], _LOOK_S)
+            if ready:
+                part = os.read(self.process.stdout.fileno(), 1 << 20)
+                if not part:
+                    raise _Ended("the compiling process ended over it")
+                data += part
+                if len(data) >= _LENGTH_BYTES:
+                    wanted = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "big")
+            elif not is_wanted():
+                raise _NotWanted
+            elif time.monotonic() > end:
+                raise _Ended(late)
+        return data[_LENGTH_BYTES:]
+
+    def end(self) -> None:
+        """Kill it and wait for it."""
+        if self.process is None:
+            return
+        with self.process as process:
+            process.kill()
+        self.process = None
+
+
+def serve(compile_one: Callable[[str], bytes]) -> None:
+    """A compiling process: says that it is ready, then reads grammars from stdin and answers on stdout, until it ends.
+
+    A frame is its length, four bytes, and that many bytes. Answers begin with "1" (compiled) or "0" (why not).
+    """
+    source, target = 0, os.dup(1)
+    os.dup2(2, 1)  # what libraries print must not come between the answers
+    _write(target, b"1")
+    while (head := _exactly(source, _LENGTH_BYTES)) is not None:
+        grammar = _exactly(source, int.from_bytes(head, "big"))
+        if grammar is None:
+            return
+        try:
+            _write(target, b"1" + compile_one(grammar.decode()))
+        except BadGrammar as failure:
+            _write(target, b"0" + str(failure).encode())
+
+
+def _exactly(descriptor: int, count: int) -> bytes | None:
+    data = b""
+    while len(data) < count:
+        part = os.read(descriptor, count - len(data))
+        if not part:
+            return None
+        data += part
+    return data
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    left = memoryview(len(data).to_bytes(_LENGTH_BYTES, "big") + data)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def _worded(reason: str) -> str:
-    return reason and f"the grammar cannot be compiled: {reason}"
+    return f"the grammar cannot be compiled: {reason}"

@@ -10,7 +10,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import torch
@@ -57,6 +57,9 @@ from pdctl.host.memory import read_memory
 from pdctl.serving import LOG_FORMAT
 from pdctl.wire import EXIT_CONFIG, Manifest, PoolEndpoint, Served
 
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
+
 # How long an idle loop waits before it looks around again, seconds.
 _IDLE_WAIT_S = 1.0
 # Debug switch: freed blocks are filled with NaN, and a NaN among the logits ends the engine.
@@ -69,6 +72,13 @@ class Settled(NamedTuple):
     request_id: str
 
 
+class Guided(NamedTuple):
+    """A request whose grammar is compiled."""
+
+    submit: Submit
+    compiled: CompiledGrammar
+
+
 class Core:
     """Scheduler and runner of one engine, and the loop that drives them. The puller works beside it."""
 
@@ -76,7 +86,7 @@ class Core:
         self.scheduler = scheduler
         self.runner = runner
         self.outbox = outbox
-        self.inbox: Inbox[ToCore | Pulled | Settled | Failed] = Inbox()
+        self.inbox: Inbox[_Event] = Inbox()
         self.puller: Puller | None = None
         # Whoever handles a message holds the lock: the loop between steps; while the runner computes, the receiving
         # thread, for messages that only wait for blocks.
@@ -100,7 +110,8 @@ class Core:
         if isinstance(message, Submit) and message.sampling.grammar:
             self._compiling.add(message.request_id)
             is_wanted = partial(self._compiling.__contains__, message.request_id)
-            self.runner.grammars.prepare(message.sampling.grammar, is_wanted, partial(self._compiled, message))
+            compiled = partial(self._compiled, message)
+            self.runner.grammars.prepare(message.sampling.grammar, message.tenant, is_wanted, compiled)
         elif isinstance(message, Connect):
             self.puller.submit(message)
         elif not isinstance(message, Pull):
@@ -115,12 +126,12 @@ class Core:
         else:
             self.outbox.put(Pulled(message.request_id, "the request is gone", 0.0, 0))
 
-    def _compiled(self, submit: Submit, reason: str) -> None:
-        """Called by the grammar thread: its request may begin, or fails, or is gone by now."""
+    def _compiled(self, submit: Submit, compiled: CompiledGrammar | None, reason: str) -> None:
+        """Called by a grammar thread: its request may begin, or fails, or is gone by now."""
         with self._compiling_lock:
             if submit.request_id in self._compiling:
                 self._compiling.discard(submit.request_id)
-                self.inbox.put(Failed(submit.request_id, reason) if reason else submit)
+                self.inbox.put(Failed(submit.request_id, reason) if compiled is None else Guided(submit, compiled))
 
     def report(self, message: Pulled | Linked) -> None:
         """Called by the puller's threads."""
@@ -157,10 +168,12 @@ class Core:
                 self._handle(message)
             wait = False
 
-    def _handle(self, message: ToCore | Pulled | Settled | Failed) -> None:
+    def _handle(self, message: _Event) -> None:
         match message:
             case Submit():
                 self._submit(message)
+            case Guided(submit, compiled):
+                self._submit(submit, compiled)
             case Failed(request_id):
                 self.scheduler.abort(request_id)
                 self._failed.append(message)
@@ -186,7 +199,7 @@ class Core:
         if failed := self.scheduler.add(sequence):
             self._failed.append(failed)
 
-    def _submit(self, message: Submit) -> None:
+    def _submit(self, message: Submit, compiled: CompiledGrammar | None = None) -> None:
         sequence = Sequence(
             message.request_id,
             message.token_ids,
@@ -197,6 +210,8 @@ class Core:
             kv_tokens=message.kv_tokens,
             status=Status.AWAITING_BLOCKS if message.await_kv else Status.WAITING,
         )
+        if compiled is not None:
+            self.runner.grammars.begin(sequence, compiled)
         if failed := self.scheduler.add(sequence):
             self._failed.append(failed)
 
@@ -230,9 +245,13 @@ class Core:
             self.scheduler.audit()
 
 
-def _only_waits(message: ToCore | Pulled | Settled | Failed) -> bool:
+def _only_waits(message: _Event) -> bool:
     """Whether a message adds a sequence that only waits for blocks, and touches no other."""
-    return isinstance(message, Reserve) or (isinstance(message, Submit) and message.await_kv)
+    request = message.submit if isinstance(message, Guided) else message
+    return isinstance(request, Reserve) or (isinstance(request, Submit) and request.await_kv)
+
+
+_Event = ToCore | Pulled | Settled | Failed | Guided
 
 
 class Outbox:
@@ -284,6 +303,7 @@ def main(options: EngineOptions) -> int:
     core.run()
     assert core.puller is not None
     core.puller.close()
+    core.runner.grammars.close()
     outbox.close()
     # Threads may still sit in zmq; everything that matters has been said.
     sys.stdout.flush()

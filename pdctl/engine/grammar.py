@@ -1,29 +1,41 @@
 """Output that must match a grammar: xgrammar compiles it, here it is kept in step with the tokens.
 
-A grammar is worded as JSON: {"json": SCHEMA} (true for any object) or {"regex": PATTERN}. Where a sequence's grammar
-stands is derived from its output tokens, so a request that moved to another engine goes on where it was.
+A grammar is worded as JSON: {"json": SCHEMA} (true for any JSON object), {"regex": PATTERN} or {"ebnf": GRAMMAR}. Where
+a sequence's grammar stands is derived from its output tokens, so a request that moved to another engine goes on where
+it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import resource
+import signal
+import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from pdctl.engine.compilers import BadGrammar, Compilers
+from pdctl.engine.compilers import BadGrammar, Compilers, serve
+from pdctl.engine.lifeline import die_with_parent
 from pdctl.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     import xgrammar
 
-# Compiled grammars kept.
+# Compiled grammars kept, the least recently used one goes first.
 _MAX_GRAMMARS = 64
+# Blanks and line breaks in a row between two parts of a JSON answer.
+_MAX_BLANKS = 16
+# Memory that a compiling process may take, bytes.
+_MAX_MEMORY = 4 << 30
 
 
 @dataclass(slots=True)
@@ -33,21 +45,40 @@ class _Guide:
 
 
 class Grammars:
-    """Compiled in a thread of its own: no step waits for a compilation. `model`: a folder with tokenizer.json."""
+    """Compiled in other processes: no step waits for a compilation, and those that are known begin at once.
+
+    `model`: a folder with tokenizer.json; None for an engine that guides nothing.
+    """
 
     def __init__(self, model: Path | None, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        self._model = model
-        self._vocab_size = vocab_size
-        self._stops = sorted(eos_token_ids)
-        self._compiler: xgrammar.GrammarCompiler | None = None
-        self._compiled: dict[str, xgrammar.CompiledGrammar] = {}
+        self._tokens = _Tokens(model, vocab_size, tuple(sorted(eos_token_ids)))
+        self._compiled: OrderedDict[str, xgrammar.CompiledGrammar] = OrderedDict()
         self._bitmask: torch.Tensor | None = None
         self._lock = threading.Lock()
-        self._compilers = Compilers()
+        self._compilers = Compilers(self._tokens.argv)
 
-    def prepare(self, grammar: str, is_wanted: Callable[[], bool], then: Callable[[str], None]) -> None:
-        """Compile in the background, then call `then` with "" or the reason why not."""
-        self._compilers.submit(partial(self._compile, grammar), grammar, is_wanted, then)
+    def prepare(
+        self,
+        grammar: str,
+        tenant: str,
+        is_wanted: Callable[[], bool],
+        then: Callable[[xgrammar.CompiledGrammar | None, str], None],
+    ) -> None:
+        """Call `then` with the compiled grammar, at once where it is known, or with None and the reason why not."""
+        if (known := self._known(grammar)) is not None:
+            then(known, "")
+            return
+
+        def done(data: bytes, reason: str) -> None:
+            then(None if reason else self._keep(grammar, data), reason)
+
+        self._compilers.submit(grammar, tenant, is_wanted, done)
+
+    def begin(self, sequence: Sequence, compiled: xgrammar.CompiledGrammar) -> None:
+        """Guide a sequence from the end of its output so far."""
+        import xgrammar
+
+        sequence.guide = _Guide(xgrammar.GrammarMatcher(compiled), 0)
 
     def mask(self, row: torch.Tensor, sequence: Sequence) -> None:
         """Rule out in `row` [vocab] what would break the sequence's grammar."""
@@ -55,7 +86,7 @@ class Grammars:
 
         guide = self._guide(sequence)
         if self._bitmask is None:
-            self._bitmask = xgrammar.allocate_token_bitmask(1, self._vocab_size)
+            self._bitmask = xgrammar.allocate_token_bitmask(1, self._tokens.vocab_size)
         if not guide.matcher.is_terminated() and guide.matcher.fill_next_token_bitmask(self._bitmask):
             xgrammar.apply_token_bitmask_inplace(row[None], self._bitmask.to(row.device))
 
@@ -66,54 +97,97 @@ class Grammars:
         if not guide.matcher.is_terminated():
             guide.matcher.accept_token(token_id)
 
+    def close(self) -> None:
+        """End the compiling processes."""
+        self._compilers.close()
+
     def _guide(self, sequence: Sequence) -> _Guide:
         """Where the grammar stands after the sequence's output so far."""
-        import xgrammar
-
         guide = sequence.guide
-        if not isinstance(guide, _Guide):
-            grammar = sequence.sampling.grammar
-            # Compiled before the sequence began, unless many others were since.
-            guide = _Guide(xgrammar.GrammarMatcher(self._compile(grammar)), 0)
-            sequence.guide = guide
+        assert isinstance(guide, _Guide), "a guided sequence was added without its grammar"
         for token_id in sequence.token_ids[sequence.prompt_len + guide.accepted :]:
             guide.accepted += 1
             if not guide.matcher.is_terminated():
                 guide.matcher.accept_token(token_id)
         return guide
 
-    def _compile(self, grammar: str) -> xgrammar.CompiledGrammar:
+    def _known(self, grammar: str) -> xgrammar.CompiledGrammar | None:
         with self._lock:
-            found = self._compiled.get(grammar)
-        if found is None:
-            # Not under the lock: a step that needs another grammar does not wait for this one.
-            found = self._compiled_anew(grammar)
-            with self._lock:
-                while len(self._compiled) >= _MAX_GRAMMARS:
-                    self._compiled.pop(next(iter(self._compiled)))
-                self._compiled[grammar] = found
-        return found
+            if (found := self._compiled.get(grammar)) is not None:
+                self._compiled.move_to_end(grammar)
+            return found
 
-    def _compiled_anew(self, grammar: str) -> xgrammar.CompiledGrammar:
-        wanted = json.loads(grammar)
-        compiler = self._compiler = self._compiler or self._new_compiler()
-        try:
-            if "regex" in wanted:
-                return compiler.compile_regex(wanted["regex"])
-            if wanted["json"] is True:
-                return compiler.compile_builtin_json_grammar()
-            return compiler.compile_json_schema(json.dumps(wanted["json"]))
-        except (RuntimeError, ValueError) as failure:
-            raise BadGrammar(str(failure).strip().splitlines()[0][:300]) from failure
+    def _keep(self, grammar: str, data: bytes) -> xgrammar.CompiledGrammar:
+        import xgrammar
 
-    def _new_compiler(self) -> xgrammar.GrammarCompiler:
+        compiled = xgrammar.CompiledGrammar.deserialize_json(data.decode(), self._tokens.info)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            while len(self._compiled) > _MAX_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return compiled
+
+
+@dataclass
+class _Tokens:
+    """The vocabulary that grammars are compiled for."""
+
+    model: Path | None
+    vocab_size: int
+    stops: tuple[int, ...]
+
+    @property
+    def argv(self) -> list[str]:
+        """The command of a process that compiles for it."""
+        words = ["--model", str(self.model or ""), "--vocab-size", str(self.vocab_size)]
+        words += ["--stops", ",".join(map(str, self.stops)), "--parent", str(os.getpid())]
+        return [sys.executable, "-m", "pdctl.engine", "grammars", *words]
+
+    @cached_property
+    def info(self) -> xgrammar.TokenizerInfo:
+        """Raises BadGrammar for a model whose output could not end."""
         import xgrammar
         from transformers import PreTrainedTokenizerFast
 
-        if self._model is None or not self._stops:
+        if self.model is None or not self.stops:
             raise BadGrammar("this model has no end token, without which a guided output cannot end")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(self._model / "tokenizer.json"))
-        info = xgrammar.TokenizerInfo.from_huggingface(
-            tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._stops
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(self.model / "tokenizer.json"))
+        return xgrammar.TokenizerInfo.from_huggingface(
+            tokenizer, vocab_size=self.vocab_size, stop_token_ids=list(self.stops)
         )
-        return xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+
+
+def main(argv: list[str]) -> int:
+    """`python -m pdctl.engine grammars`: a compiling process of an engine's core."""
+    parser = argparse.ArgumentParser(prog="python -m pdctl.engine grammars")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--stops", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    options = parser.parse_args(argv)
+    die_with_parent(signal.SIGKILL, options.parent)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MAX_MEMORY, _MAX_MEMORY))
+    stops = tuple(int(word) for word in options.stops.split(",") if word)
+    tokens = _Tokens(Path(options.model) if options.model else None, options.vocab_size, stops)
+    serve(lambda grammar: compiled(tokens, grammar))
+    return 0
+
+
+def compiled(tokens: _Tokens, grammar: str) -> bytes:
+    """Raises BadGrammar."""
+    import xgrammar
+
+    wanted = json.loads(grammar)
+    compiler = xgrammar.GrammarCompiler(tokens.info, max_threads=1, cache_enabled=False)
+    try:
+        if "regex" in wanted:
+            found = compiler.compile_regex(wanted["regex"])
+        elif "ebnf" in wanted:
+            found = compiler.compile_grammar(wanted["ebnf"])
+        else:
+            schema = {"type": "object"} if wanted["json"] is True else wanted["json"]
+            strict = wanted["json"] is not True
+            found = compiler.compile_json_schema(json.dumps(schema), strict_mode=strict, max_whitespace_cnt=_MAX_BLANKS)
+    except (RuntimeError, ValueError) as failure:
+        raise BadGrammar(str(failure).strip().splitlines()[0][:300]) from failure
+    return found.serialize_json().encode()

@@ -54,7 +54,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     `hold`: stop after one token and keep the KV for a decode engine; `offer`: report its chunks as they come.
     `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
-    Reserve with the same id becomes this request.
+    Reserve with the same id becomes this request. `tenant`: in whose name its grammar is compiled.
     """
 
     request_id: str
@@ -65,6 +65,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     offer: bool = False
     await_kv: bool = False
     kv_tokens: int = 0
+    tenant: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):

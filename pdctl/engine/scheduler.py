@@ -94,6 +94,7 @@ class Scheduler:
         reserved.token_ids = request.token_ids
         reserved.prompt_len = request.prompt_len
         reserved.sampling = request.sampling
+        reserved.guide = request.guide
 
     def reserve(self) -> list[Sequence]:
         """Set blocks aside for hand-overs, in order of arrival, while they fit."""

@@ -161,6 +161,7 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         offer=request.offer_to is not None,
         await_kv=hand_over is not None,
         kv_tokens=hand_over.remote_num_tokens if hand_over else 0,
+        tenant=request.tenant,
     )
     return submit, first
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from pdctl.engine.front.schemas import check_schema, narrowed
 from pdctl.engine.front.tools import ToolFormat
 from pdctl.engine.messages import Sampling
 from pdctl.openai_api import ApiError, Envelope, field_of
@@ -135,6 +136,7 @@ class GenerationRequest:
     attempt: str = ""
     logprobs: int = -1
     tool_calls: ToolFormat = ToolFormat.NONE
+    tenant: str = ""
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -279,7 +281,15 @@ def _biases(given: dict[str, float], vocab_size: int) -> dict[int, float]:
 
 def tool_format(body: CompletionBody | ChatBody) -> ToolFormat:
     """How tool calls appear in the output. Raises ApiError."""
-    if not isinstance(body, ChatBody) or not body.tools or body.tool_choice == "none":
+    if not isinstance(body, ChatBody):
+        return ToolFormat.NONE
+    if not body.tools:
+        if body.tool_choice not in (None, "none"):
+            raise ApiError(400, "tool_choice needs tools", param="tool_choice")
+        return ToolFormat.NONE
+    for tool in body.tools:
+        _function(tool)
+    if body.tool_choice == "none":
         return ToolFormat.NONE
     return ToolFormat.TAGGED if body.tool_choice in (None, "auto") else ToolFormat.FORCED
 
@@ -287,7 +297,7 @@ def tool_format(body: CompletionBody | ChatBody) -> ToolFormat:
 def grammar_of(body: ChatBody) -> str:
     """What the output must match: a tool call where one is demanded, else the response format."""
     if tool_format(body) is ToolFormat.FORCED:
-        return _bounded(json.dumps({"json": _call_schema(body)}), "tools")
+        return _bounded(json.dumps({"json": narrowed(_call_schema(body))}), "tools")
     return _format_grammar(body.response_format)
 
 
@@ -301,7 +311,13 @@ def _format_grammar(given: dict[str, object] | None) -> str:
     if kind != "json_schema" or not isinstance(wanted, dict) or not isinstance(wanted.get("schema"), dict):
         message = "response_format must be text, json_object, or json_schema with json_schema.schema"
         raise ApiError(400, message, param="response_format")
-    return _bounded(json.dumps({"json": wanted["schema"]}), "response_format")
+    return schema_grammar(wanted["schema"], "response_format", "json_schema.schema")
+
+
+def schema_grammar(schema: object, param: str, where: str = "") -> str:
+    """The grammar of a JSON Schema. Raises ApiError for one that answers might break."""
+    check_schema(schema, param, where)
+    return _bounded(json.dumps({"json": narrowed(schema)}), param)
 
 
 def _bounded(grammar: str, param: str) -> str:
@@ -318,6 +334,10 @@ def _call_schema(body: ChatBody) -> dict[str, object]:
         functions = [function for function in functions if function["name"] == named]
     if not functions or (isinstance(body.tool_choice, str) and body.tool_choice != "required"):
         raise ApiError(400, "tool_choice must be none, auto, required, or name one of the tools", param="tool_choice")
+    for function in functions:
+        parameters = function.get("parameters")
+        if parameters is not None:
+            check_schema(parameters, "tools", f"{function['name']}.parameters")
     each = [
         {
             "type": "object",

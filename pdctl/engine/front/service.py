@@ -29,7 +29,7 @@ from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import DONE, ApiError, Envelope, usage
-from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TIMING_HEADER, HandOver
+from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER, HandOver
 
 _T = TypeVar("_T")
 
@@ -103,6 +103,7 @@ class EngineService:
             attempt=headers.get(ATTEMPT_HEADER, ""),
             logprobs=sampling.logprobs,
             tool_calls=openai.tool_format(parsed),
+            tenant=headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else "",
         )
 
     def _clock(self, headers: dict[str, str]) -> float:
