@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
+
+T = TypeVar("T")
+
+# Fields of a request that are whole numbers, at most.
+_MOST_WHOLE = 32
+_WANTED_INT = re.compile(r"Expected `int( \| null)?`, got `float` - at `\$\.\w+`$")
 
 
 class ApiError(Exception):
@@ -40,6 +47,44 @@ def field_of(failure: msgspec.ValidationError) -> str | None:
     """The field that msgspec's message is about: it ends in a path such as $.max_tokens."""
     found = re.search(r"`\$\.(\w+)", str(failure)) or re.search(r"field `(\w+)`", str(failure))
     return found[1] if found else None
+
+
+def decode_request(decode: Callable[[bytes], T], body: bytes) -> T:
+    """A client's JSON. Whole numbers may be written as 5.0 or 5e0, as JSON writers of some languages do.
+
+    Raises ApiError 400 that names the field.
+    """
+    for _ in range(_MOST_WHOLE):
+        try:
+            return decode(body)
+        except msgspec.ValidationError as failure:
+            rewritten = _with_whole_number(body, failure)
+            if rewritten is None:
+                raise ApiError(400, str(failure), param=field_of(failure)) from None
+            body = rewritten
+        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+            raise ApiError(400, f"the body is not valid JSON: {failure}") from None
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply") from None
+    raise ApiError(400, "too many numbers that should be whole")
+
+
+def _with_whole_number(body: bytes, failure: msgspec.ValidationError) -> bytes | None:
+    """The body with the field that msgspec complains about written as a whole number; None where it is not one."""
+    name = field_of(failure)
+    if name is None or not _WANTED_INT.match(str(failure)):
+        return None
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    value = float(bytes(fields.get(name, msgspec.Raw(b"nan"))).decode())
+    # Beyond 2^53 a float does not say which whole number is meant.
+    if not value.is_integer() or abs(value) > 2**53:
+        return None
+    return msgspec.json.encode({**fields, name: int(value)})
+
+
+def shown_number(value: float) -> str:
+    """For messages: a number of any size, at a length that people read."""
+    return str(value) if abs(value) < 10**24 else f"a number of {len(str(int(value)))} digits"
 
 
 @dataclass(slots=True)

@@ -49,6 +49,7 @@ class Gathered:
             calls = self._message.get("tool_calls")
             if isinstance(calls, list):
                 self._message["tool_calls"] = [_without_index(call) for call in calls]
+                self._message["content"] = self._message["content"] or None
             elif self._message["content"] is None:
                 self._message["content"] = ""
             whole["message"] = self._message

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from pdctl.openai_api import ApiError, Envelope, field_of
+from pdctl.openai_api import ApiError, Envelope, decode_request, shown_number
 
 _INTERNAL = ("kv_transfer_params", "resume_token_ids")
 # Answers one request may ask for: OpenAI's bound on n.
@@ -45,6 +45,10 @@ class _Known(msgspec.Struct):
     best_of: int | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None = None
 
+
+# The least that a field may be; engines have bounds of their own above.
+_LEAST = {"max_tokens": 1, "max_completion_tokens": 1, "seed": -(2**63)}
+_BOUNDED = tuple(_LEAST)
 
 _decode_known = msgspec.json.Decoder(_Known).decode
 
@@ -82,17 +86,13 @@ def parse(body: bytes, path: str, chat: bool, request_id: str, served_model: str
 
 
 def _decoded(body: bytes) -> tuple[_Known, dict[str, msgspec.Raw]]:
-    try:
-        if not body.isascii():
+    if not body.isascii():
+        try:
             # Raw fields are passed on unseen, and not every engine looks.
             body.decode()
-        return _decode_known(body), _decode_fields(body)
-    except msgspec.ValidationError as failure:
-        raise ApiError(400, str(failure), param=field_of(failure)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-        raise ApiError(400, f"the body is not valid JSON: {failure}") from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+        except UnicodeDecodeError as failure:
+            raise ApiError(400, f"the body is not valid JSON: {failure}") from None
+    return decode_request(_decode_known, body), decode_request(_decode_fields, body)
 
 
 def _check(known: _Known, fields: dict[str, msgspec.Raw], served_model: str) -> None:
@@ -105,7 +105,12 @@ def _check(known: _Known, fields: dict[str, msgspec.Raw], served_model: str) -> 
     if known.stream_options is not None and not known.stream:
         raise ApiError(400, "stream_options is for streams: set stream to true", param="stream_options")
     if known.n is not None and not 1 <= known.n <= MAX_LEGS:
-        raise ApiError(400, f"n must be from 1 to {MAX_LEGS}; it is {known.n}", param="n")
+        raise ApiError(400, f"n must be from 1 to {MAX_LEGS}; it is {shown_number(known.n)}", param="n")
+    for name in _BOUNDED:
+        value = getattr(known, name)
+        if value is not None and not _LEAST[name] <= value < 2**63:
+            message = f"{name} must be from {_LEAST[name]} to {2**63 - 1}; it is {shown_number(value)}"
+            raise ApiError(400, message, param=name)
     if known.best_of is not None and known.best_of != (known.n or 1):
         raise ApiError(400, "best_of other than n is not supported", param="best_of")
 
@@ -131,10 +136,12 @@ def _legs(fields: dict[str, msgspec.Raw], known: _Known, chat: bool) -> list[dic
     if len(prompts or [0]) * count > MAX_LEGS:
         raise ApiError(400, f"prompts times n must be at most {MAX_LEGS}", param="prompt")
     common.pop("best_of", None)
-    # A seed of its own for each of n answers: they are n draws, not one draw n times.
-    draws: list[dict[str, object]] = [{"seed": (seed + number) % 2**63} if number else {} for number in range(count)]
-    each = [{"prompt": prompt} for prompt in prompts] if prompts else [{}]
-    return [{**common, **prompt, **draw} for prompt in each for draw in draws]
+    each: list[dict[str, object]] = [{"prompt": prompt} for prompt in prompts] if prompts else [{}]
+    legs = [{**common, **prompt} for prompt in each for _ in range(count)]
+    # A seed of its own for each choice: they are so many draws, not one draw again and again.
+    for number, leg in enumerate(legs[1:], 1):
+        leg["seed"] = (seed + number) % 2**63
+    return legs
 
 
 def _prompts(raw: msgspec.Raw | None) -> list[msgspec.Raw] | None:

@@ -98,9 +98,12 @@ def test_what_cannot_be_compiled_says_why(ours: Grammars, grammar: dict[str, obj
 
 
 def test_a_model_without_an_end_guides_nothing(model: Path) -> None:
+    before = set(psutil.Process().children())
     endless = Grammars(model, VOCAB, frozenset())
     assert "end token" in prepared(endless, '{"json": true}')[1]
     endless.close()
+    for process in set(psutil.Process().children()) - before:
+        process.wait(60)
 
 
 def test_what_is_compiled_begins_at_once(ours: Grammars) -> None:

@@ -119,3 +119,25 @@ def test_a_text_far_beyond_the_context_is_refused_before_it_is_encoded(codec: Te
     with pytest.raises(ValueError, match="context is 10 tokens"):
         codec.encode("a" * 70_000, max_tokens=10)
     assert codec.encode("a b c", max_tokens=1)
+
+
+def test_texts_that_can_never_fit_are_refused_before_they_are_encoded(
+    codec: TextCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "word " * 3_000_000
+    monkeypatch.setattr(codec, "tokenizer", None)  # asking it would fail
+    for call in (
+        lambda: codec.encode(long, 2048),
+        lambda: codec.check_length(2_000_000, 131_072) or codec.check_length(2_200_000, 131_072),
+    ):
+        with pytest.raises(ValueError, match="context is"):
+            call()
+
+
+def test_chats_are_measured_before_the_template(codec: TextCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_template", "{{ raise_exception('the template was asked') }}")
+    long = [{"role": "user", "content": [{"type": "text", "text": "x" * 400_000}]}] * 8
+    with pytest.raises(ValueError, match="characters"):
+        codec.encode_chat(long, 0.0, None, 2048)
+    with pytest.raises(ValueError, match="characters"):
+        codec.encode_chat([{"role": "user", "content": "x"}], 0.0, [{"description": "y" * 3_000_000}], 2048)

@@ -34,7 +34,7 @@ def test_a_clients_seed_stays() -> None:
 def test_prompts_and_n_are_split_in_openais_order() -> None:
     request = parsed(prompt=["a", "b"], n=2, seed=5)
     legs = [decoded(leg) for leg in request.legs]
-    assert [(leg["prompt"], leg["seed"]) for leg in legs] == [("a", 5), ("a", 6), ("b", 5), ("b", 6)]
+    assert [(leg["prompt"], leg["seed"]) for leg in legs] == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]
     assert all("n" not in leg for leg in legs)
     assert [decoded(leg)["prompt"] for leg in parsed(prompt=[[1, 2], [3]]).legs] == [[1, 2], [3]]
     assert decoded(parsed(prompt=[1, 2, 3]).legs[0])["prompt"] == [1, 2, 3], "token ids are one prompt"

@@ -36,7 +36,7 @@ class Generator:
 
         Leaving early, or being cancelled, frees everything the request holds in this engine.
         """
-        text = Output(self._codec.tokenizer, request)
+        text = Output(self._codec, request)
         if len(request.resume) >= request.sampling.max_tokens:
             # The engine before this one died between its last token and saying that it was the last.
             self._let_go(request)

@@ -11,10 +11,12 @@ import msgspec
 from pdctl.engine.front.schemas import check_schema, narrowed
 from pdctl.engine.front.tools import ToolFormat
 from pdctl.engine.messages import Sampling
-from pdctl.openai_api import ApiError, Envelope, field_of
+from pdctl.openai_api import ApiError, Envelope, decode_request, shown_number
 from pdctl.wire import HandOver, Port
 
 _MAX_STOPS = 16
+# Each new token is looked for all of them.
+_MAX_STOP_TEXT = 8192
 _MAX_BIASES = 1024
 # Characters of a schema, as JSON.
 _MAX_GRAMMAR = 65_536
@@ -101,6 +103,9 @@ class ChatBody(_Common, kw_only=True):
     parallel_tool_calls: bool | None = None
 
 
+_decode_completion = msgspec.json.Decoder(CompletionBody).decode
+_decode_chat = msgspec.json.Decoder(ChatBody).decode
+
 # Fields that change the output and that this engine does not do: any value but these is refused, never ignored.
 # Several answers are made of several requests by the proxy.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -142,13 +147,8 @@ class GenerationRequest:
 
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
     """Decode and check what can be checked without a tokenizer. Raises ApiError."""
-    try:
-        kind: type[CompletionBody | ChatBody] = ChatBody if chat else CompletionBody
-        parsed = msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as failure:
-        raise ApiError(400, str(failure), param=field_of(failure)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-        raise ApiError(400, f"the body is not valid JSON: {failure}") from None
+    parsed: CompletionBody | ChatBody
+    parsed = decode_request(_decode_chat, body) if chat else decode_request(_decode_completion, body)
     for name, neutral in _NEUTRAL.items():
         value = getattr(parsed, name, None)
         if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
@@ -199,15 +199,20 @@ def _check_numbers(body: CompletionBody | ChatBody) -> None:
     ]
     for name, value, low, high in checks:
         if value is not None and not low <= value <= high:
-            bounds = f"at least {low:g}" if high >= 2**31 else f"from {low:g} to {high:g}"
-            raise ApiError(400, f"{name} must be {bounds}; it is {value}", param=name)
+            bounds = f"from {_bound(low)} to {_bound(high)}"
+            raise ApiError(400, f"{name} must be {bounds}; it is {shown_number(value)}", param=name)
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def stop_strings(body: CompletionBody | ChatBody) -> list[str]:
     """The stop strings as a list. Raises ApiError."""
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stops) > _MAX_STOPS or not all(stops):
-        raise ApiError(400, f"stop takes up to {_MAX_STOPS} strings, none of them empty", param="stop")
+    if len(stops) > _MAX_STOPS or not all(stops) or sum(map(len, stops)) > _MAX_STOP_TEXT:
+        message = f"stop takes up to {_MAX_STOPS} strings, none of them empty, {_MAX_STOP_TEXT} characters together"
+        raise ApiError(400, message, param="stop")
     return stops
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokenizers import Tokenizer
-
 from pdctl.engine.front.openai import GenerationRequest
-from pdctl.engine.front.text import OutputText
+from pdctl.engine.front.text import OutputText, TextCodec
+from pdctl.engine.front.token_text import text_of
 from pdctl.engine.front.tools import ToolCall, ToolText
 from pdctl.engine.messages import Logprobs
 from pdctl.wire import HandOver
@@ -36,26 +35,25 @@ class Piece:
 class Output:
     """One request's output. Tokens that the client has already are replayed, so that it goes on where it was."""
 
-    def __init__(self, tokenizer: Tokenizer, request: GenerationRequest) -> None:
-        self._tokenizer = tokenizer
-        self._text = OutputText(tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops)
+    def __init__(self, codec: TextCodec, request: GenerationRequest) -> None:
+        self._token_text = codec.token_text
+        self._chat = request.envelope.chat
+        self._text = OutputText(codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops)
         self._tools = ToolText(request.envelope.request_id, request.tool_calls)
         self._wants_logprobs = request.logprobs >= 0
-        self._offset = 0
         for token_id in request.resume:
             shown, _ = self._text.push(token_id)
-            self._offset += len(shown)
             self._tools.push(shown)
 
     def token(self, token_id: int, finish_reason: str | None, told: Logprobs | None = None) -> Piece:
         """The next token; the piece has a finish_reason if the output ends with it."""
+        offset = self._text.length
         shown, stopped = self._text.push(token_id)
         if stopped:
             finish_reason = "stop"
         elif finish_reason is not None:
             shown += self._text.flush()
-        entries = [self._entry(token_id, told)] if self._wants_logprobs and told else None
-        self._offset += len(shown)
+        entries = [self._entry(token_id, told, offset)] if self._wants_logprobs and told else None
         return self._piece([token_id], shown, finish_reason, entries)
 
     def end(self) -> Piece:
@@ -71,19 +69,19 @@ class Output:
                 reason = "tool_calls"
         return Piece(token_ids, shown, reason, None, calls, entries)
 
-    def _entry(self, token_id: int, told: Logprobs) -> Json:
+    def _entry(self, token_id: int, told: Logprobs, offset: int) -> Json:
         chosen, *top = told
         assert chosen[0] == token_id
         return {
             **self._named(*chosen),
             "top_logprobs": [self._named(*entry) for entry in top],
-            "text_offset": self._offset,
+            "text_offset": offset,
         }
 
     def _named(self, token_id: int, logprob: float) -> Json:
-        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        data = self._token_text.bytes_of(token_id)
         # JSON has no infinity: what cannot be is as unlikely as a number can say.
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        return {"token": text_of(data, self._chat), "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
 
 def for_chat(entries: list[Json] | None) -> Json | None:

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from pdctl import asgi
 from pdctl.engine.front import openai
-from pdctl.engine.front.control import Control, refusal
+from pdctl.engine.front.control import Control
 from pdctl.engine.front.core_link import CoreLink
 from pdctl.engine.front.generate import Generator
 from pdctl.engine.front.migrate import KvLost
@@ -28,7 +28,7 @@ from pdctl.engine.front.output import Piece, chunk_choice, whole_choice
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.messages import Ready
 from pdctl.engine.options import EngineOptions
-from pdctl.openai_api import DONE, ApiError, Envelope, usage
+from pdctl.openai_api import DONE, ApiError, Envelope, decode_request, usage
 from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER, HandOver
 
 _T = TypeVar("_T")
@@ -58,25 +58,18 @@ class EngineService:
                 Route("/v1/completions", _Generate(self, chat=False), methods=["POST"]),
                 Route("/v1/chat/completions", _Generate(self, chat=True), methods=["POST"]),
                 Route("/v1/models", self._models),
-                Route("/tokenize", self._tokenize, methods=["POST"]),
-                Route("/detokenize", self._detokenize, methods=["POST"]),
+                Route("/tokenize", _Small(self, self.tokens_of), methods=["POST"]),
+                Route("/detokenize", _Small(self, self.text_of), methods=["POST"]),
                 *self.control.routes(),
             ]
         )
 
     def accept(self, body: bytes, chat: bool, headers: dict[str, str]) -> GenerationRequest:
         """Check a request and tokenize its prompt. Raises ApiError."""
-        ready = self.core.ready
-        if ready is None:
-            raise ApiError(503, "the model is still loading", "service_unavailable")
+        ready = self._ready()
         parsed = openai.parse_body(body, chat)
         served = self.options.served_model_name
-        if parsed.model not in (None, served):
-            raise ApiError(
-                404,
-                f"the model {parsed.model!r} does not exist; this engine serves {served!r}",
-                param="model",
-            )
+        self._check_model(parsed.model)
         began = self._clock(headers)
         token_ids = self._prompt_ids(parsed, ready, began)
         hold, hand_over = self._internal_fields(parsed, headers)
@@ -162,23 +155,42 @@ class EngineService:
         body = msgspec.json.encode({"object": "list", "data": [card]})
         return Response(body, media_type="application/json")
 
-    async def _tokenize(self, request: Request) -> Response:
+    def tokens_of(self, body: bytes) -> dict[str, object]:
+        """The answer to /tokenize. Raises ApiError."""
+        asked = _decoded(body, _Tokenize)
+        self._check_model(asked.model)
+        most = self._ready().max_model_len
         try:
-            body = await request.body()
-            ids = await self.aside(len(body), partial(self._tokens_of, body))
-        except (msgspec.DecodeError, UnicodeDecodeError, NoChatTemplate, ApiError, ValueError) as failure:
-            return refusal(ApiError(400, str(failure)))
-        ready = self.core.ready
-        found = {"count": len(ids), "max_model_len": ready.max_model_len if ready else None, "tokens": ids}
-        return Response(msgspec.json.encode(found), media_type="application/json")
+            if asked.messages is not None:
+                ids = self.codec.encode_chat(openai.messages_of(asked.messages), time.time(), max_tokens=most)
+            elif asked.prompt is not None:
+                ids = self.codec.encode(asked.prompt, most, special=asked.add_special_tokens)
+            else:
+                raise ApiError(400, "send a prompt, or messages", param="prompt")
+        except (NoChatTemplate, ValueError) as failure:
+            raise ApiError(400, str(failure), param="prompt" if asked.messages is None else "messages") from None
+        return {"count": len(ids), "max_model_len": most, "tokens": ids}
 
-    def _tokens_of(self, body: bytes) -> list[int]:
-        asked = msgspec.json.decode(body, type=_Tokenize)
-        if asked.messages is not None:
-            return self.codec.encode_chat(openai.messages_of(asked.messages), time.time())
-        if asked.prompt is None:
-            raise ValueError("send a prompt, or messages")
-        return self.codec.encode(asked.prompt)
+    def text_of(self, body: bytes) -> dict[str, object]:
+        """The answer to /detokenize. Raises ApiError."""
+        asked = _decoded(body, _Detokenize)
+        self._check_model(asked.model)
+        ready = self._ready()
+        if len(asked.tokens) > (most := max(ready.max_model_len, _LARGE_BODY)):
+            raise ApiError(400, f"{len(asked.tokens)} tokens; {most} is the most", param="tokens")
+        if asked.tokens and max(asked.tokens) >= ready.vocab_size:
+            raise ApiError(400, f"token ids must be from 0 to {ready.vocab_size - 1}", param="tokens")
+        return {"prompt": self.codec.decode(asked.tokens)}
+
+    def _ready(self) -> Ready:
+        if self.core.ready is None:
+            raise ApiError(503, "the model is still loading", "service_unavailable")
+        return self.core.ready
+
+    def _check_model(self, model: str | None) -> None:
+        served = self.options.served_model_name
+        if model not in (None, served):
+            raise ApiError(404, f"the model {model!r} does not exist; this engine serves {served!r}", param="model")
 
     async def aside(self, size: int, work: Callable[[], _T]) -> _T:
         """Do what takes long for a large request in a thread, so that other requests' tokens go on meanwhile."""
@@ -186,25 +198,45 @@ class EngineService:
             return work()
         return await anyio.to_thread.run_sync(work, limiter=self._aside)
 
-    async def _detokenize(self, request: Request) -> Response:
-        try:
-            body = await request.body()
-            text = await self.aside(len(body), partial(self._text_of, body))
-        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, ValueError) as failure:
-            return refusal(ApiError(400, str(failure)))
-        return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
-
-    def _text_of(self, body: bytes) -> str:
-        return self.codec.decode(msgspec.json.decode(body, type=_Detokenize).tokens)
-
 
 class _Tokenize(msgspec.Struct):
+    model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, object]] | None = None
+    add_special_tokens: bool = True
 
 
 class _Detokenize(msgspec.Struct):
     tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+    model: str | None = None
+
+
+def _decoded(body: bytes, kind: type[_T]) -> _T:
+    return decode_request(msgspec.json.Decoder(kind).decode, body)
+
+
+class _Small:
+    """POST /tokenize or /detokenize. As for answers, a client that leaves takes its place in the queue along."""
+
+    def __init__(self, service: EngineService, work: Callable[[bytes], dict[str, object]]) -> None:
+        self._service = service
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await asgi.read_body(receive)
+        except ApiError as failure:
+            await asgi.respond_error(send, failure)
+            return
+        await asgi.while_connected(receive, lambda: self._answer(body, send))
+
+    async def _answer(self, body: bytes, send: Send) -> None:
+        try:
+            found = await self._service.aside(len(body), partial(self._work, body))
+        except ApiError as failure:
+            await asgi.respond_error(send, failure)
+            return
+        await asgi.respond(send, 200, msgspec.json.encode(found))
 
 
 class _Generate:
@@ -218,6 +250,13 @@ class _Generate:
         headers = asgi.header_dict(scope["headers"])
         try:
             body = await asgi.read_body(receive)
+        except ApiError as failure:
+            await asgi.respond_error(send, failure)
+            return
+        await asgi.while_connected(receive, lambda: self._answer(body, headers, send))
+
+    async def _answer(self, body: bytes, headers: dict[str, str], send: Send) -> None:
+        try:
             request = await self._service.aside(len(body), partial(self._service.accept, body, self._chat, headers))
         except ApiError as failure:
             await asgi.respond_error(send, failure)
@@ -226,8 +265,7 @@ class _Generate:
             # Of the client's making, as all of it is: not for another engine to try.
             await asgi.respond_error(send, ApiError(400, f"the request cannot be read: {failure}"))
             return
-        answer = self._stream if request.stream else self._whole
-        await asgi.while_connected(receive, lambda: answer(request, send))
+        await (self._stream if request.stream else self._whole)(request, send)
 
     async def _whole(self, request: GenerationRequest, send: Send) -> None:
         pieces: list[Piece] = []

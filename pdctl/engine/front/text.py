@@ -10,10 +10,15 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from pdctl.engine.front.token_text import TokenText
+
 Messages = list[dict[str, object]]
 
 # Texts of fewer characters are encoded, however short the context: it takes a few milliseconds.
 _LEAST_REFUSED = 65_536
+# No text has this many characters in each token on average, however long single tokens are; encoding a million
+# characters takes about a second.
+_MOST_PER_TOKEN, _MOST_ANYWAY = 16, 1 << 20
 
 
 class NoChatTemplate(Exception):
@@ -25,6 +30,7 @@ class TextCodec:
 
     def __init__(self, model: Path) -> None:
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        self.token_text = TokenText(self.tokenizer)
         self._template = _chat_template(model)
         self._specials = _special_tokens(model)
 
@@ -38,12 +44,19 @@ class TextCodec:
 
         Raises ValueError for a text that cannot be as few as `max_tokens`, without encoding it.
         """
-        if max_tokens is not None and len(text) > max(max_tokens * self._longest_token, _LEAST_REFUSED):
-            message = f"this model's context is {max_tokens} tokens, prompt and output together; the prompt alone has "
-            raise ValueError(f"{message}{len(text) // self._longest_token} or more")
+        if max_tokens is not None:
+            self.check_length(len(text), max_tokens)
         # A batch, because that lets other threads run meanwhile.
         ids: list[int] = self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
         return ids
+
+    def check_length(self, characters: int, max_tokens: int) -> None:
+        """Raise ValueError for so many characters that no tokenizer needs to be asked: they are too many tokens."""
+        longest = max_tokens * self._longest_token
+        likely = max(max_tokens * _MOST_PER_TOKEN, _MOST_ANYWAY)
+        if characters > max(min(longest, likely), _LEAST_REFUSED):
+            message = f"this model's context is {max_tokens} tokens, prompt and output together; the prompt alone has "
+            raise ValueError(f"{message}{max_tokens + 1} or more ({characters} characters)")
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids, special ones included."""
@@ -59,8 +72,25 @@ class TextCodec:
         """
         if self._template is None:
             raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
+        if max_tokens is not None:
+            # Before the template: it may take long over messages that are refused afterwards.
+            self.check_length(_characters(messages) + _characters(tools or []), max_tokens)
         text = render_chat(self._template, messages, self._specials, at, tools)
         return self.encode(text, max_tokens, special=False)
+
+
+def _characters(value: object) -> int:
+    """Of all strings within a JSON value."""
+    waiting, found = [value], 0
+    while waiting:
+        match waiting.pop():
+            case str() as text:
+                found += len(text)
+            case list() as items:
+                waiting += items
+            case dict() as members:
+                waiting += [*members.keys(), *members.values()]
+    return found
 
 
 def render_chat(
@@ -105,6 +135,7 @@ class OutputText:
         self._stream = DecodeStream(ids=prompt_tail, skip_special_tokens=True)
         self._pending: list[int] = []
         self._held = ""
+        self.length = 0  # characters so far, those held back included
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """New text that is safe to show, and whether a stop string was reached."""
@@ -113,6 +144,7 @@ class OutputText:
         if piece is None:
             return "", False
         self._pending.clear()
+        self.length += len(piece)
         return self._show(piece)
 
     def _decoded(self, token_id: int) -> str | None:

@@ -1,0 +1,45 @@
+"""An answer that an engine gives whole, and the same one gathered from its stream: equal in every field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from pdctl.engine.front.output import Piece, chunk_choice, whole_choice
+from pdctl.proxy.gather import Gathered
+
+CALL = {"index": 0, "id": "call_r_0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+ENTRY = {"token": "a", "logprob": -0.5, "bytes": [97], "text_offset": 0,
+         "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}]}  # fmt: skip
+ANSWERS: dict[str, list[Piece]] = {
+    "text": [Piece([1], "a", None), Piece([2], "", None), Piece([3], "b", "stop")],
+    "nothing": [Piece([1], "", "length")],
+    "one piece": [Piece([1, 2], "ab", "stop")],
+    "a call alone": [Piece([1], "", None), Piece([2], "", "tool_calls", None, [CALL])],
+    "text and a call": [Piece([1], "so: ", None), Piece([2], "", "tool_calls", None, [CALL])],
+    "two calls": [
+        Piece([1], "", None, None, [CALL]),
+        Piece([2], "", "tool_calls", None, [{**CALL, "index": 1, "id": "c1"}]),
+    ],
+    "log probabilities": [Piece([1], "a", None, None, [], [ENTRY]), Piece([2], "", "stop", None, [], [ENTRY])],
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("chat", [True, False])
+def test_whole_and_gathered_are_equal(name: str, chat: bool) -> None:
+    pieces = ANSWERS[name]
+    if not chat and any(piece.calls for piece in pieces):
+        pytest.skip("completions have no calls")
+    gathered = Gathered(chat, with_token_ids=True)
+    for number, piece in enumerate(pieces):
+        raw = {
+            key: msgspec.Raw(json.dumps(value).encode()) for key, value in chunk_choice(piece, chat, not number).items()
+        }
+        gathered.add(raw, piece.token_ids)
+    found: dict[str, Any] = {key: json.loads(bytes(value)) for key, value in gathered.choice().items()}
+    assert found.pop("token_ids") == [token for piece in pieces for token in piece.token_ids]
+    assert found == json.loads(json.dumps(whole_choice(pieces, chat)))
