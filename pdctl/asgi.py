@@ -13,6 +13,9 @@ from typing import Any
 from uuid import uuid4
 
 import anyio
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pdctl.openai_api import ApiError
 
@@ -72,6 +75,17 @@ async def respond(send: Send, status: int, body: bytes, extra: list[tuple[bytes,
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _refused(request: Request, failure: Exception) -> Response:
+    """Starlette's own refusals, in OpenAI's envelope."""
+    assert isinstance(failure, HTTPException)
+    error = ApiError(failure.status_code, f"{request.method} {request.url.path}: {failure.detail}")
+    return Response(error.body(), error.status, failure.headers, media_type="application/json")
+
+
+# For Starlette applications: no path answers outside OpenAI's envelope.
+OPENAI_ERRORS = {HTTPException: _refused}
 
 
 async def respond_error(send: Send, failure: ApiError, extra: list[tuple[bytes, bytes]] | None = None) -> None:

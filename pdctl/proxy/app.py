@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from pdctl.asgi import OPENAI_ERRORS
 from pdctl.lean_http import Unreachable, header_lines
 from pdctl.openai_api import ApiError
 from pdctl.proxy.generate import Generator
@@ -38,7 +39,7 @@ class ProxyApp:
     def of(cls, config: ProxyConfig, generator: Generator, more: Sequence[Route] = ()) -> ProxyApp:
         """The application over a generator; `more`: what others than clients may ask."""
         routes = [*Surface(config, generator).routes(), *more]
-        return cls(generator, Starlette(routes=routes, exception_handlers={HTTPException: _not_here}))
+        return cls(generator, Starlette(routes=routes, exception_handlers=OPENAI_ERRORS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -153,13 +154,6 @@ class Surface:
         except ApiError as failure:
             return _error(failure)
         return None
-
-
-async def _not_here(request: Request, failure: Exception) -> Response:
-    """Starlette's own refusals, in OpenAI's envelope."""
-    assert isinstance(failure, HTTPException)
-    error = ApiError(failure.status_code, f"{request.method} {request.url.path}: {failure.detail}")
-    return Response(error.body(), error.status, failure.headers, media_type="application/json")
 
 
 def _error(failure: ApiError) -> Response:

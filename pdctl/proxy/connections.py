@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import struct
+import termios
 import time
 from collections.abc import Callable
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from pdctl.http_protocol import HttpProtocol
 
-# Bytes of request line and headers together, counted by reads that did not complete them.
-MAX_HEADER_BYTES = 64 * 1024
 # A connection may take this long to bring its first request, or the rest of one it began, seconds.
 _HEAD_S = 15.0
 _BODY_S = 120.0
@@ -21,14 +22,9 @@ _STUCK_S = 60.0
 _LOOK_S = 1.0
 # When we end: how long a connection that has asked nothing yet, or nothing more, may still bring a request, seconds.
 _LAST_CALL_S, _LAST_CALL_IDLE_S = 0.5, 0.1
-_TOO_LARGE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\ncontent-length: 105\r\n"
-    b"connection: close\r\n\r\n"
-    b'{"error":{"message":"the request\'s headers are too large","type":"invalid_request_error","code":"431"}}  '
-)
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(HttpProtocol):
     """Refuses endless headers, tells `reap_forever` how long its client dawdles, and whoever serves a request
     (`scope["pdctl.connection"]`) when the client has left: `on_left` is called then."""
 
@@ -37,11 +33,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.on_left: Callable[[], None] | None = None
         self.began_at = time.monotonic()
-        self.in_head = True
         self.receiving = True
-        self.refused = self.leaving = False
+        self.leaving = False
         self.stuck_since = 0.0
-        self.header_bytes = 0
         self.idle_since = self.began_at
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -58,18 +52,18 @@ class BoundedProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         self.flow.resume_reading()
         self.idle_since = time.monotonic()
+        if self.leaving:
+            self.loop.call_later(_LAST_CALL_IDLE_S, self._leave)
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
         self.scope["pdctl.connection"] = self  # type: ignore[typeddict-unknown-key]  # ASGI leaves room for servers' own
-        self.header_bytes = 0
-        self.in_head = self.receiving = True
+        self.receiving = True
         self.began_at = time.monotonic()
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
-        self.in_head = False
         super().on_headers_complete()
         if self.leaving and self.cycle is not None:
             self.cycle.keep_alive = False
@@ -78,19 +72,6 @@ class BoundedProtocol(HttpToolsProtocol):
         """The request is whole."""
         self.receiving = False
         super().on_message_complete()
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes of a request. After a refusal they are thrown away until the client has read it and leaves."""
-        if self.refused:
-            return
-        super().data_received(data)
-        if self.in_head:
-            self.header_bytes += len(data)
-            if self.header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.refused = True
-                self.transport.write(_TOO_LARGE)
-                if self.transport.can_write_eof():
-                    self.transport.write_eof()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than it is written to."""
@@ -104,16 +85,33 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """We end. A request may be on its way: a connection closed under it is a reset that its client sees."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            super().shutdown()
-            return
         self.leaving = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            # An answer that has not begun says `connection: close`. After one that has, the client may ask again.
+            if not self.cycle.response_started:
+                self.cycle.keep_alive = False
+            return
         self.loop.call_later(_LAST_CALL_S if self.cycle is None else _LAST_CALL_IDLE_S, self._leave)
 
     def _leave(self) -> None:
+        if self.transport.is_closing():
+            return
         asked = self.header_bytes > 0 or (self.receiving and not self.in_head)
-        if not asked and (self.cycle is None or self.cycle.response_complete):
-            self.transport.close()
+        if asked or (self.cycle is not None and not self.cycle.response_complete):
+            return
+        if self._unread():
+            # A request has arrived and is about to be read.
+            self.loop.call_later(_LAST_CALL_IDLE_S, self._leave)
+            return
+        self.transport.close()
+
+    def _unread(self) -> bool:
+        """Whether bytes of the client wait in the kernel."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        if descriptor < 0:
+            return False
+        (count,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))
+        return bool(count)
 
     def late(self, now: float) -> bool:
         """Whether its client takes too long to say what it wants, or has wanted nothing for long."""

@@ -71,7 +71,7 @@ class _Direct:
         self._cycle = cycle
         self._flow = cycle.flow
         self._write = cycle.transport.write
-        self._head = b""
+        self._unsent: tuple[bytes, Headers] | None = None
         # Clients of HTTP/1.0 know no chunks: their stream ends with its connection.
         self._chunked = cycle.scope["http_version"] != "1.0"
 
@@ -86,7 +86,7 @@ class _Direct:
 
     async def start(self, headers: Headers) -> None:
         about = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
-        self._head = self._start(about + (b"transfer-encoding: chunked\r\n" if self._chunked else b""), headers)
+        self._unsent = about + (b"transfer-encoding: chunked\r\n" if self._chunked else b""), headers
 
     async def part(self, data: bytes) -> None:
         if self._flow.write_paused:
@@ -102,13 +102,16 @@ class _Direct:
             self._complete()
 
     def part_now(self, data: bytes) -> bool:
-        if self._flow.write_paused or self._head or self._cycle.disconnected:
+        if self._flow.write_paused or self._unsent or self._cycle.disconnected:
             return False
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return True
 
     def _framed(self, data: bytes) -> bytes:
-        head, self._head = self._head, b""
+        head = b""
+        if self._unsent is not None:
+            # Only now: until its head is sent, an answer may still become another one, or the last on its connection.
+            head, self._unsent = self._start(*self._unsent), None
         return b"%b%x\r\n%b\r\n" % (head, len(data), data) if self._chunked else head + data
 
     def _start(self, about: bytes, headers: Headers) -> bytes:

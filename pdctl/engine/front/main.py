@@ -27,6 +27,7 @@ from pdctl.engine.front.trace import Trace
 from pdctl.engine.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
 from pdctl.host.boot import new_epoch
+from pdctl.http_protocol import HttpProtocol
 from pdctl.serving import LOG_FORMAT, Server, listen_tcp
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
 
@@ -103,6 +104,7 @@ def _server(options: EngineOptions, service: EngineService) -> Server:
     config = uvicorn.Config(
         service.app(), host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="none",
+        http=HttpProtocol, ws="none",
     )  # fmt: skip
     server = Server(config)
     for sign in (signal.SIGTERM, signal.SIGINT):

@@ -61,7 +61,8 @@ class EngineService:
                 Route("/tokenize", _Small(self, self.tokens_of), methods=["POST"]),
                 Route("/detokenize", _Small(self, self.text_of), methods=["POST"]),
                 *self.control.routes(),
-            ]
+            ],
+            exception_handlers=asgi.OPENAI_ERRORS,
         )
 
     def accept(self, body: bytes, chat: bool, headers: dict[str, str]) -> GenerationRequest:
