@@ -18,6 +18,8 @@ _REASONS = {
 }
 # A queue that nobody's end moves on is looked at this often, seconds: engines come back, KV comes free.
 _LOOK_S = 0.25
+# The later sequences of a request wait for its own earlier ones too, seconds.
+_PATIENCE_OF_MORE_S = 1800.0
 
 
 class Gate:
@@ -34,45 +36,53 @@ class Gate:
         """Requests in the queue."""
         return self.admission.waiting
 
-    async def enter(self, key: str, priority: int, size: float, max_tokens: int | None) -> None:
-        """Return when the request may go on; `leave` must follow. Raises ApiError 429."""
-        asked = self.admission.ask(key, priority, self._outlook(size, max_tokens), time.monotonic())
+    async def enter(self, key: str, priority: int, size: float, max_tokens: int | None, is_more: bool = False) -> None:
+        """Return when a sequence may go on; `leave` must follow. `is_more`: of a request that was let in before.
+
+        Raises ApiError 429.
+        """
+        outlook = self._outlook(size, max_tokens)
+        asked = self.admission.ask(key, priority, outlook, time.monotonic(), size, is_more)
         if isinstance(asked, Refusal):
             raise self._refused(asked)
         if not asked.granted:
             await self._wait(asked)
 
-    def leave(self, tpot_s: float | None) -> None:
-        """The request has ended; `tpot_s` if it was answered."""
-        self.admission.done(time.monotonic(), tpot_s)
-        if self.admission.waiting:
+    def leave(self, key: str, tpot_s: float | None) -> None:
+        """A sequence has ended; `tpot_s` if its request was answered."""
+        self.admission.done(time.monotonic(), tpot_s, key)
+        if self.admission.has_waiters:
             self._move_on()
+
+    def measured(self, tpot_s: float) -> None:
+        """An answer's time per token, seconds."""
+        self.admission.measured(time.monotonic(), tpot_s)
 
     async def run_forever(self) -> None:
         """Move the queue on when nobody's end does."""
         while True:
             await asyncio.sleep(_LOOK_S)
-            if self.admission.waiting:
+            if self.admission.has_waiters:
                 self._move_on()
 
     async def _wait(self, waiter: Waiter) -> None:
         turn = self._turns[waiter] = asyncio.get_running_loop().create_future()
         try:
-            async with asyncio.timeout(self.admission.patience_s):
+            async with asyncio.timeout(_PATIENCE_OF_MORE_S if waiter.is_more else self.admission.patience_s):
                 await turn
         except TimeoutError:
             if not waiter.granted:
                 raise self._refused(Refusal("patience", 1)) from None
         except asyncio.CancelledError:
             if waiter.granted:
-                self.leave(None)
+                self.leave(waiter.key, None)
             raise
         finally:
             self.admission.leave(waiter)
             del self._turns[waiter]
 
     def _move_on(self) -> None:
-        while (waiter := self.admission.next(self._outlook(0.0, None))) is not None:
+        while (waiter := self.admission.next(self._outlook(0.0, None), time.monotonic())) is not None:
             turn = self._turns[waiter]
             if not turn.done():
                 turn.set_result(None)

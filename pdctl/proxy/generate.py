@@ -154,11 +154,16 @@ class _Job:
         entered = False
         self.trace = generator.spans.begin(self.headers) if generator.spans else None
         try:
-            await generator.gate.enter(self.key, request.priority, float(request.size), request.max_tokens)
+            size = float(request.size) / len(request.legs)
+            await generator.gate.enter(self.key, request.priority, size, request.max_tokens)
             entered = True
             timing.admitted_at = time.monotonic()
             relays = self._relays(request, answer)
-            await _run_all(relays)
+            if len(relays) == 1:
+                await relays[0].run()
+            else:
+                entered = False  # each leg gives its own seat back
+                await self._run_all(relays, request)
             prompt, tokens = _counts(relays)
             await answer.finish([relay.whole for relay in relays], prompt, tokens)
             self.over = True
@@ -166,6 +171,8 @@ class _Job:
             if timing.first_token_at:
                 tpot = (time.monotonic() - timing.first_token_at) / max(1, tokens - 1)
             generator.shared.metrics.finished(timing, prompt, tokens)
+            if not entered and tpot is not None:
+                generator.gate.measured(tpot)
         except ApiError as failure:
             status = failure.status
             generator.shared.metrics.failed(status)
@@ -173,8 +180,34 @@ class _Job:
             self.over = True
         finally:
             if entered:
-                generator.gate.leave(tpot)
+                generator.gate.leave(self.key, tpot)
             self._note(status, relays)
+
+    async def _run_all(self, relays: Sequence[Relay], request: ClientRequest) -> None:
+        """The first leg has a seat, the others wait for theirs. Raises the first ApiError; other legs end then."""
+        gate = self.generator.gate
+        has_begun = False
+
+        async def run(relay: Relay, is_more: bool) -> None:
+            nonlocal has_begun
+            if is_more:
+                await gate.enter(self.key, request.priority, relay.size, request.max_tokens, is_more=True)
+            has_begun = True
+            try:
+                await relay.run()
+            finally:
+                gate.leave(self.key, None)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, relay in enumerate(relays):
+                    group.create_task(run(relay, number > 0))
+        except* ApiError as failures:
+            raise failures.exceptions[0] from None
+        finally:
+            if not has_begun:
+                # Cancelled before the first leg ran: it did not give its seat back.
+                gate.leave(self.key, None)
 
     def _answer(self, request: ClientRequest, send: asgi.Send) -> StreamAnswer | WholeAnswer:
         extra = [(b"x-request-id", self.request_id.encode())]
@@ -215,19 +248,6 @@ class _Job:
             generator.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
         if self.trace is not None:
             generator.spans.end(self.trace, self.request_id, self.path, status, counts, self.timing)
-
-
-async def _run_all(relays: Sequence[Relay]) -> None:
-    """Raises the first ApiError; the other legs are ended then."""
-    if len(relays) == 1:
-        await relays[0].run()
-        return
-    try:
-        async with asyncio.TaskGroup() as group:
-            for relay in relays:
-                group.create_task(relay.run())
-    except* ApiError as failures:
-        raise failures.exceptions[0] from None
 
 
 def _counts(relays: Sequence[Relay]) -> tuple[int, int]:

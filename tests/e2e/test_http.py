@@ -204,3 +204,68 @@ def test_keep_alive_clients_meet_no_closed_connection_at_a_restart(service: Serv
     for client in clients:
         client.join(60)
     assert not failures
+
+
+def test_lists_of_one_key_do_not_hold_up_another_key(run: Run) -> None:
+    """Two lists of 100 prompts fill every seat many times over; another key's request is answered meanwhile."""
+    keys = {}
+    for name in ("flood", "single"):
+        made = run.cli("key", name, "--file", str(run.folder / "keys.txt"), check=True)
+        keys[name] = {"authorization": f"Bearer {made.stdout.split()[0]}"}
+    with running(run, topology(prefills=0, decodes=0, hybrids=1, extra='api_keys = "keys.txt"')) as found:
+        body = {"prompt": [[5 + n] for n in range(100)], "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+        ends: list[str] = []
+
+        def flood() -> None:
+            answer = found.client.post("/v1/completions", json=body, headers=keys["flood"])
+            assert answer.status_code == 200
+            assert len(answer.json()["choices"]) == 100
+            ends.append("flood")
+
+        floods = [threading.Thread(target=flood) for _ in range(2)]
+        for thread in floods:
+            thread.start()
+        wait_until(lambda: found.engine_state("hybrid-0")["running"] >= 28, what="seats taken")
+        for _ in range(3):
+            one = found.client.post("/v1/completions", json={"prompt": "x", "max_tokens": 4}, headers=keys["single"])
+            assert one.status_code == 200
+            ends.append("single")
+        for thread in floods:
+            thread.join()
+        assert ends == ["single"] * 3 + ["flood"] * 2
+
+
+def test_prompts_of_one_request_do_not_share_random_numbers(service: Service) -> None:
+    body = {"prompt": [[5], [5], [5]], "max_tokens": 16, "n": 2, "temperature": 1.5}
+    texts = [choice["text"] for choice in service.client.post("/v1/completions", json=body).json()["choices"]]
+    assert len(set(texts)) == 6
+    seeded = {**body, "seed": 11}
+    first, second = (service.client.post("/v1/completions", json=seeded).json()["choices"] for _ in range(2))
+    assert first == second
+    assert len({choice["text"] for choice in first}) == 6
+
+
+def test_a_schema_that_answers_might_break_is_refused_through_the_proxy(service: Service) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    body = {"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
+    found = service.client.post("/v1/completions", json=body)
+    assert found.status_code == 400
+    error = error_of(found.content)
+    assert error["param"] == "response_format"
+    assert "json_schema.schema.properties.a.uniqueItems: 'uniqueItems' is not supported" in error["message"]
+
+
+def test_a_text_that_can_never_fit_costs_nothing(service: Service) -> None:
+    for path, body in (
+        ("/tokenize", {"prompt": "word " * 3_000_000}),
+        ("/v1/completions", {"prompt": "word " * 3_000_000}),
+        ("/detokenize", {"tokens": [5] * 3_000_000}),
+    ):
+        found = service.client.post(path, json=body)
+        assert found.status_code == 400, found.text
+    for path, body, param in (
+        ("/tokenize", {"prompt": "x", "model": "other"}, "model"),
+        ("/detokenize", {"tokens": [100_000]}, "tokens"),
+    ):
+        found = service.client.post(path, json=body)
+        assert error_of(found.content)["param"] == param

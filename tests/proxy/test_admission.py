@@ -19,13 +19,14 @@ def ask(books: Admission, key: str = "-", priority: int = 0, seats: int | None =
 
 
 def order(books: Admission, seats: int = 1) -> list[str]:
-    keys = []
-    while True:
-        books.done(0.0, None)
-        waiter = books.next(Outlook(seats, 0.0))
-        if waiter is None:
-            return keys
-        keys.append(waiter.key)
+    """Keys in the order of their turns, each ended before the next one; of those that run now, the default's end."""
+    keys: list[str] = []
+    while books.running or not keys:
+        books.done(0.0, None, next(name for name, key in books._keys.items() if key.running))
+        while (waiter := books.next(Outlook(seats, 0.0))) is not None:
+            keys.append(waiter.key)
+    books.audit()
+    return keys
 
 
 def test_seats_then_queue_then_refusal() -> None:
@@ -108,6 +109,55 @@ def test_no_room_for_kv_waits_unless_nothing_else_runs() -> None:
     assert books.next(Outlook(9, 0.0)) is second
 
 
+def test_sequences_take_seats_one_by_one_and_the_last_eighth_is_left_to_others() -> None:
+    books = admission(max_queue=100)
+    ask(books, "other")
+    outlook = Outlook(16, 0.0)
+    flood = [books.ask("flood", 0, outlook, 0.0, is_more=number > 0) for number in range(64)]
+    granted = [waiter for waiter in flood if isinstance(waiter, Waiter) and waiter.granted]
+    assert len(granted) == 14
+    assert books.waiting == 0, "further sequences are no further requests"
+    single = books.ask("single", 0, outlook, 0.0)
+    assert isinstance(single, Waiter)
+    assert single.granted, "a seat is there for somebody else, whatever waits before"
+    assert books.next(outlook) is None
+    books.done(0.0, None, "flood")
+    assert (found := books.next(outlook)) is not None
+    assert found.key == "flood"
+    # Nobody else has asked for a while: it may have them all.
+    books.done(60.0, None, "other")
+    books.done(60.0, None, "single")
+    while books.next(outlook, 60.0) is not None:
+        pass
+    assert books.running == 20
+    books.audit()
+
+
+def test_a_key_with_long_prompts_takes_its_turns_less_often() -> None:
+    books = admission(max_queue=1000)
+    for _ in range(2):
+        ask(books)
+    for _ in range(30):
+        books.ask("long", 0, Outlook(1, 0.0), 0.0, size=3 * 4096.0)
+        books.ask("short", 0, Outlook(1, 0.0), 0.0)
+    first = order(books)[:20]
+    assert 3 <= first.count("long") <= 6
+
+
+def test_idleness_saves_nothing_up() -> None:
+    books = admission(max_queue=1000)
+    for _ in range(2):
+        ask(books)
+    for _ in range(40):
+        ask(books, "busy")
+    for _ in range(30):
+        books.done(0.0, None, "-" if books._keys["-"].running else "busy")
+        books.next(Outlook(1, 0.0))
+    for _ in range(10):
+        ask(books, "new")
+    assert order(books)[:6].count("new") <= 4
+
+
 class Books(RuleBasedStateMachine):
     """Any order of calls keeps the books."""
 
@@ -115,38 +165,45 @@ class Books(RuleBasedStateMachine):
         super().__init__()
         self.books = admission(max_queue=6)
         self.waiting: list[Waiter] = []
+        self.granted: list[Waiter] = []
         self.now = 0.0
 
-    @rule(key=st.sampled_from("abc"), priority=st.integers(0, 2), seats=st.integers(1, 3))
-    def ask(self, key: str, priority: int, seats: int) -> None:
-        found = self.books.ask(key, priority, Outlook(seats, 0.0), self.now)
+    @rule(key=st.sampled_from("abc"), priority=st.integers(0, 2), seats=st.integers(1, 9), more=st.booleans())
+    def ask(self, key: str, priority: int, seats: int, more: bool) -> None:
+        found = self.books.ask(key, priority, Outlook(seats, 0.0), self.now, is_more=more)
         if isinstance(found, Refusal):
-            assert len(self.waiting) == 6
-        elif not found.granted:
-            self.waiting.append(found)
+            assert not more
+            assert sum(not waiter.is_more for waiter in self.waiting) == 6
+        else:
+            (self.granted if found.granted else self.waiting).append(found)
 
-    @rule(seats=st.integers(1, 3))
+    @rule(seats=st.integers(1, 9))
     def next(self, seats: int) -> None:
-        found = self.books.next(Outlook(seats, 0.0))
+        found = self.books.next(Outlook(seats, 0.0), self.now)
         if found is not None:
-            assert found.priority == min(waiter.priority for waiter in self.waiting)
+            same = [waiter for waiter in self.waiting if waiter.key == found.key]
+            assert found.priority == min(waiter.priority for waiter in same)
+            assert self.books.running <= self.books.seats(Outlook(seats, 0.0))
             self.waiting.remove(found)
+            self.granted.append(found)
 
     @precondition(lambda self: self.waiting)
     @rule(index=st.integers(0, 9))
     def leave(self, index: int) -> None:
         self.books.leave(self.waiting.pop(index % len(self.waiting)))
 
-    @precondition(lambda self: self.books.running)
-    @rule(seconds=st.floats(0, 3))
-    def done(self, seconds: float) -> None:
+    @precondition(lambda self: self.granted)
+    @rule(seconds=st.floats(0, 20), index=st.integers(0, 9))
+    def done(self, seconds: float, index: int) -> None:
         self.now += seconds
-        self.books.done(self.now, 0.05)
+        waiter = self.granted.pop(index % len(self.granted))
+        self.books.done(self.now, 0.05, waiter.key)
 
     @invariant()
     def hold(self) -> None:
         self.books.audit()
-        assert self.books.waiting == len(self.waiting)
+        assert self.books.waiting == sum(not waiter.is_more for waiter in self.waiting)
+        assert self.books.running == len(self.granted)
 
 
 TestBooks = Books.TestCase
