@@ -228,6 +228,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         device=Device(values["device"]),
         gpus=tuple(values["gpus"]),
         share_gpu=values["share_gpu"],
+        open=values["open"],
         cpus=tuple(values["cpus"]),
         max_num_seqs=values["max_num_seqs"],
         max_num_batched_tokens=values["max_num_batched_tokens"],

@@ -200,6 +200,7 @@ ENGINE: dict[str, Key] = {
     "device": Key(choice(*(device.value for device in Device)), "cpu"),
     "gpus": Key(indices("GPU"), []),
     "share_gpu": Key(boolean(), False),
+    "open": Key(boolean(), False),
     "cpus": Key(indices("CPU"), []),
     "max_num_seqs": Key(integer(1, 4096), 16),
     "max_num_batched_tokens": Key(integer(16, 1_048_576), 512),

@@ -107,6 +107,7 @@ class EngineGroup:
     device: Device
     gpus: tuple[int, ...]
     share_gpu: bool
+    open: bool
     cpus: tuple[int, ...]
     max_num_seqs: int
     max_num_batched_tokens: int

@@ -75,7 +75,8 @@ class Service:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.url = self.status()["proxy_url"]
+        status = self.status()
+        self.url, self.name = status["proxy_url"], status["service"]
         self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
 
     def status(self) -> dict[str, Any]:
@@ -89,7 +90,13 @@ class Service:
 
     def engine_state(self, name: str) -> dict[str, Any]:
         port = self.process(name)["ports"]["http"]
-        return dict(httpx.get(f"http://127.0.0.1:{port}/pdctl/v1/state", trust_env=False).json())
+        url = f"http://127.0.0.1:{port}/pdctl/v1/state"
+        return dict(httpx.get(url, headers=self.internal, trust_env=False).json())
+
+    @property
+    def internal(self) -> dict[str, str]:
+        """The header that the service's own processes carry."""
+        return {"authorization": f"Bearer {(self.run.folder / 'r' / self.name / 'secret').read_text()}"}
 
     def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
         """A whole answer's choice, usage beside it."""

@@ -43,6 +43,7 @@ class BuiltinLauncher:
             "--kv-cache-gb", f"{group.kv_cache_gb:g}",
             "--block-size", str(group.block_size),
             *_transfer_argv(topology.transfer, assignment.rdma),
+            "--open", str(group.open).lower(),
             "--run-dir", str(assignment.run_dir),
         )  # fmt: skip
         env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}

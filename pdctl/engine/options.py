@@ -31,6 +31,7 @@ class EngineOptions:
     read_s: float
     leased_max: float
     chunked: bool
+    open: bool
     run_dir: Path
     epoch: str
     front_pid: int
@@ -76,6 +77,7 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--read-s", type=float, default=5.0, help="a read of KV that takes longer is given up")
     parser.add_argument("--leased-max", type=float, default=0.75, help="part of the KV pool that may be held for peers")
     parser.add_argument("--chunked", type=_boolean, default=True, help="let peers read a prompt's first chunks early")
+    parser.add_argument("--open", type=_boolean, default=False, help="serve callers without the run's secret too")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--epoch", default="", help="set by the front for its core")
     parser.add_argument("--front-pid", type=int, default=0, help="set by the front for its core")

@@ -276,7 +276,7 @@ def chaos(options: argparse.Namespace, weights: dict[str, float]) -> list[str]:
             asked = questions(options.seed)
             expected = asyncio.run(quiet_answers(service.url, asked))
             ports = {p["name"]: p["ports"]["http"] for p in service.engines()}
-            load, watch = Load(service.url, asked, expected, options.seed), Watch(ports, LEASE_S)
+            load, watch = Load(service.url, asked, expected, options.seed), Watch(ports, LEASE_S, service.internal)
             made = Chaos(service, load, watch, options.seed, weights)
             asyncio.run(made.run(options.faults, options.clients))
             left = load.violations + watch.violations

@@ -21,13 +21,15 @@ class Watch:
 
     ports: dict[str, int]
     lease_s: float
+    headers: dict[str, str]
     violations: list[str] = field(default_factory=list)
     reclaimed: list[float] = field(default_factory=list)
     polls: int = 0
 
     async def state(self, http: httpx.AsyncClient, name: str) -> dict[str, Any] | None:
         try:
-            answer = await http.get(f"http://127.0.0.1:{self.ports[name]}/pdctl/v1/state", timeout=2)
+            url = f"http://127.0.0.1:{self.ports[name]}/pdctl/v1/state"
+            answer = await http.get(url, headers=self.headers, timeout=2)
         except httpx.HTTPError:
             return None
         return dict(answer.json())

@@ -141,10 +141,27 @@ def test_engines_keep_their_internal_doors_shut(service: Service) -> None:
         for headers in ({}, {"authorization": "Bearer"}, {"authorization": "Bearer wrong"}):
             lease = {"lease_id": "x", "epoch": "y", "holder": "z"}
             for verb in ("claim", "commit", "release"):
-                assert engine.post(f"/pdctl/v1/leases/{verb}", json=lease, headers=headers).status_code == 403
-            assert engine.post("/pdctl/v1/holders/release", json={"holder": "z"}, headers=headers).status_code == 403
+                assert engine.post(f"/pdctl/v1/leases/{verb}", json=lease, headers=headers).status_code == 401
+            assert engine.post("/pdctl/v1/holders/release", json={"holder": "z"}, headers=headers).status_code == 401
+            for more in ({}, {"kv_transfer_params": {"do_remote_decode": True}}):
+                answer = engine.post("/v1/completions", json={"prompt": "x", **more}, headers=headers)
+                assert answer.status_code == 401, "past the proxy's keys and limits"
+                assert answer.json()["error"]["type"] == "authentication_error"
+            for path in ("/metrics", "/v1/models", "/pdctl/v1/state", "/pdctl/v1/endpoint", "/nowhere"):
+                assert engine.get(path, headers=headers).status_code == 401
+            assert engine.get("/health", headers=headers).status_code == 200
+        assert engine.get("/metrics", headers=service.internal).status_code == 200
+
+
+def test_an_open_engine_serves_everybody_but_for_its_internal_doors(run: Run) -> None:
+    with running(run, topology(prefills=0, decodes=0, hybrids=1, engine_extra="open = true")) as service:
+        port = service.process("hybrid-0")["ports"]["http"]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as engine:
+            assert engine.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+            assert engine.get("/metrics").status_code == 200
+            assert engine.post("/pdctl/v1/holders/release", json={"holder": "z"}).status_code == 403
             body = {"prompt": "x", "kv_transfer_params": {"do_remote_decode": True}}
-            assert engine.post("/v1/completions", json=body, headers=headers).status_code == 403
+            assert engine.post("/v1/completions", json=body).status_code == 403
 
 
 def secret_of(service: Service) -> dict[str, str]:
@@ -257,5 +274,5 @@ def test_metrics_tell_what_happened(service: Service) -> None:
     assert 'pdctl_proxy_hand_overs_total{decode="decode-0",prefill="prefill-0"}' in text
     assert 'pdctl_proxy_engine_healthy{engine="decode-0"} 1.0' in text
     port = service.process("prefill-0")["ports"]["http"]
-    engine = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+    engine = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=service.internal, trust_env=False).text
     assert 'pdctl_engine_leases_ended_total{how="committed"}' in engine

@@ -83,6 +83,11 @@ class Control:
             *(Route(f"/pdctl/v1/{path}", post.answer, methods=["POST"]) for path, post in posts.items()),
         ]
 
+    @property
+    def has_secret(self) -> bool:
+        """Whether there is a service whose processes could be known by it."""
+        return bool(self._secret)
+
     def is_internal(self, authorization: str) -> bool:
         """Whether a call carries this run's secret. Without a secret nobody is internal."""
         return bool(self._secret) and hmac.compare_digest(authorization.encode(), f"Bearer {self._secret}".encode())

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdctl import asgi
 from pdctl.engine.front import openai
@@ -51,8 +51,12 @@ class EngineService:
         self.generator = generator
         self._aside = anyio.CapacityLimiter(_LARGE_AT_ONCE)
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         """The ASGI application."""
+        app = self._endpoints()
+        return app if self.options.open or not self.control.has_secret else _Locked(app, self.control)
+
+    def _endpoints(self) -> Starlette:
         return Starlette(
             routes=[
                 Route("/v1/completions", _Generate(self, chat=False), methods=["POST"]),
@@ -210,6 +214,23 @@ class _Tokenize(msgspec.Struct):
 class _Detokenize(msgspec.Struct):
     tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
     model: str | None = None
+
+
+class _Locked:
+    """Serves this service's own processes alone. Health is everybody's: load balancers ask for it."""
+
+    def __init__(self, app: ASGIApp, control: Control) -> None:
+        self._app = app
+        self._control = control
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            if not self._control.is_internal(key):
+                message = "this engine serves its own service: ask the proxy, or set open = true under [[engines]]"
+                await asgi.respond_error(send, ApiError(401, message, "authentication_error"))
+                return
+        await self._app(scope, receive, send)
 
 
 def _decoded(body: bytes, kind: type[_T]) -> _T:
