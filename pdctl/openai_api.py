@@ -10,7 +10,12 @@ from typing import TypeVar
 
 import msgspec
 
+from pdctl import __version__
+
 T = TypeVar("T")
+
+# OpenAI's name for what computes answers: the same seed gives the same answer while it stays the same.
+FINGERPRINT = f"pdctl-{__version__}"
 
 # Fields of a request that are whole numbers, at most.
 _MOST_WHOLE = 32
@@ -102,6 +107,11 @@ class Envelope:
         body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
         return _event(body | {"choices": [self._with_ids({"index": index, **choice}, token_ids)]})
 
+    def event_head(self) -> bytes:
+        """What `event` writes before the choice."""
+        outer = self._outer("chat.completion.chunk" if self.chat else "text_completion")
+        return b"data: " + msgspec.json.encode(outer)[:-1] + b',"choices":['
+
     def body(
         self,
         choices: Sequence[Mapping[str, object]],
@@ -131,6 +141,7 @@ class Envelope:
             "object": kind,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": FINGERPRINT,
         }
 
 

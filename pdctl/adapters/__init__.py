@@ -67,7 +67,8 @@ class Turn:
     """What a dialect needs to know of a request at this moment. `emitted`: output tokens the client has.
 
     `prompt_ids`: the prompt as the engine tokenized it, where it said so; dialects that resume by tokens need it.
-    `is_held_back`: the last token came without text, which is in the next one's, or in none.
+    `held`: so many of the last tokens came without text, which is in a later one's, or in none. `again`: tokens that an
+    engine is to compute again and that the client may have by their ids.
     """
 
     path: str
@@ -75,7 +76,16 @@ class Turn:
     fields: Fields
     emitted: list[int] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
-    is_held_back: bool = False
+    held: int = 0
+    again: list[int] = field(default_factory=list)
+
+    def take_back(self) -> None:
+        """Go back to the last token at which the text was complete: those after it are computed again."""
+        if self.held:
+            cut = len(self.emitted) - self.held
+            self.again[:0] = self.emitted[cut:]
+            del self.emitted[cut:]
+            self.held = 0
 
 
 class Call(NamedTuple):
@@ -145,11 +155,15 @@ class CannotResume(EngineError):
 class Dialect(Protocol):
     """The serving side of an engine kind: bodies out, answers in. No I/O.
 
-    `probe_path` is asked for the engine's condition; `keys_by_request_id`: no two calls may have the same x-request-id.
+    `probe_path` is asked for the engine's condition; `keys_by_request_id`: no two calls may have the same x-request-id;
+    `own_envelopes`: events come with another id and time than the proxy gives; `resumes_at_text`: what goes on after a
+    failure begins with a new text, so that no half character may stand before it.
     """
 
     probe_path: str
     keys_by_request_id: bool
+    own_envelopes: bool
+    resumes_at_text: bool
 
     def client_ready(self, turn: Turn) -> bool:
         """Whether a stream's events may go to clients as they are, but for token ids."""

@@ -131,6 +131,8 @@ class BuiltinDialect:
 
     probe_path = "/pdctl/v1/state"
     keys_by_request_id = False
+    own_envelopes = False
+    resumes_at_text = False
 
     def client_ready(self, turn: Turn) -> bool:
         """See Dialect.client_ready. Id and time of its events are those the proxy gives."""

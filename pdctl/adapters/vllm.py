@@ -5,7 +5,7 @@ are. vLLM has no way to resume: after a failure the prompt and the tokens so far
 ids, which goes on exactly where sampling is greedy. Its seeds are not bound to positions, so a seeded request that was
 cut goes on with other draws than it would have made. What cannot be continued so is refused, never guessed: tools,
 logprobs, guided output, stop strings (their beginning may be held back), presence and frequency penalties (they look at
-the output alone, which is prompt then), and an answer cut within a character.
+the output alone, which is prompt then). An answer cut within a character goes on from the token before that character.
 """
 
 from __future__ import annotations
@@ -89,9 +89,11 @@ class VllmDialect:
 
     probe_path = "/health"
     keys_by_request_id = True
+    own_envelopes = True
+    resumes_at_text = True
 
     def client_ready(self, turn: Turn) -> bool:
-        """See Dialect.client_ready. A continuation is another request to it, with other envelopes."""
+        """See Dialect.client_ready. A continuation is a completion to it, whatever the client asked."""
         return not turn.emitted
 
     def prefill_call(self, turn: Turn, decode: EngineAddress) -> Call:
@@ -179,8 +181,7 @@ def _continued(turn: Turn) -> tuple[str, Fields]:
         raise CannotResume("the engine did not tell its prompt's token ids: vLLM 0.10.2 or later does")
     if found := next((name for name in _NOT_CONTINUED if _says(turn.fields, name)), None):
         raise CannotResume(f"a vLLM request with {found} cannot go on after its engine failed")
-    if turn.is_held_back:
-        raise CannotResume("the engine failed within a character, and vLLM cannot go on from there")
+    assert not turn.held, "taken back before it goes on"
     fields = {name: turn.fields[name] for name in _SAMPLING if name in turn.fields}
     count, limit, least = len(turn.emitted), _limit(turn), _number(turn.fields, "min_tokens")
     if limit:

@@ -56,6 +56,7 @@ class Surface:
         self._config = config
         self._generator = generator
         self._shared = generator.shared
+        self._created = int(time.time())
 
     def routes(self) -> list[Route]:
         """For Starlette."""
@@ -86,7 +87,7 @@ class Surface:
 
     def _card(self) -> dict[str, object]:
         return {
-            "id": self._config.model, "object": "model", "created": 0, "owned_by": "pdctl",
+            "id": self._config.model, "object": "model", "created": self._created, "owned_by": "pdctl",
             "max_model_len": self._config.max_model_len,
         }  # fmt: skip
 

@@ -145,6 +145,8 @@ class Relay:
         engines = self.shared.pool.by_name
         prefill, decode = engines[pair.prefill], engines[pair.decode]
         self.timing.engines = (pair.prefill, pair.decode)
+        if prefill.dialect.resumes_at_text or decode.dialect.resumes_at_text:
+            self.turn.take_back()
         if self.turn.emitted and (end := prefill.dialect.ending(self.turn)) is not None:
             await self.sink.add(end, [])
             self.finished = True

@@ -25,12 +25,15 @@ _encode = msgspec.json.Encoder().encode
 class Sink(Protocol):
     """Takes one leg's output in order.
 
-    `passes`: an engine's events may come as bytes; `hides_token_ids`: without token ids then; `takes_whole`: nobody
-    waits for the parts, and a body in one piece will do.
+    `passes`: an engine's events may come as bytes, each beginning with `event_head`; `hides_token_ids`: without token
+    ids then; `shows_token_ids`: the client gets them; `takes_whole`: nobody waits for the parts, and a body in one
+    piece will do.
     """
 
     passes: bool
+    event_head: bytes
     hides_token_ids: bool
+    shows_token_ids: bool
     takes_whole: bool
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
@@ -93,7 +96,9 @@ class StreamSink:
     def __init__(self, answer: StreamAnswer, index: int, alone: bool) -> None:
         envelope = answer.request.envelope
         self.passes = alone
+        self.event_head = envelope.event_head()
         self.hides_token_ids = not envelope.with_token_ids
+        self.shows_token_ids = envelope.with_token_ids
         self._answer = answer
         self._index = index
         self._envelope = envelope
@@ -150,10 +155,12 @@ class WholeSink:
     """See Sink. Gathers one choice."""
 
     passes = False
+    event_head = b""
     hides_token_ids = False
 
     def __init__(self, request: ClientRequest) -> None:
         self.takes_whole = not request.envelope.with_token_ids
+        self.shows_token_ids = request.envelope.with_token_ids
         self._envelope = request.envelope
         self._gathered: Gathered | None = None
 

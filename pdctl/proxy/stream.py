@@ -13,7 +13,7 @@ import re
 import time
 from bisect import bisect_left
 
-from pdctl.adapters import Choice, EngineError, Turn
+from pdctl.adapters import CannotResume, Choice, EngineError, Turn
 from pdctl.lean_http import Exchange
 from pdctl.proxy.metrics import Metrics
 from pdctl.proxy.pool import Engine
@@ -21,6 +21,7 @@ from pdctl.proxy.sinks import Sink
 from pdctl.proxy.timing import Timing
 
 _END = b"\n\n"
+_CHOICES = b'"choices":['
 _GOES_ON = b'"finish_reason":null'
 _IDS = b'"token_ids":['
 _COMMA_IDS = b"," + _IDS
@@ -48,11 +49,16 @@ class EventReader:
         self._turn = turn
         self._sink = sink
         self._timing = timing
-        # Of events that were passed on: token ids as they stood there, and the latest of them.
+        # Of events that were passed on: token ids as they stood there, and the events.
         self._ids: list[bytes] = []
-        self._latest = self._tail = b""
+        self._reads: list[bytes] = []
+        self._tail = b""
         self._rest = b""
-        self._passes = sink.passes and engine.dialect.client_ready(turn)
+        # What events begin with, up to the choice, where the engine's beginning is not the client's.
+        self._ours = sink.event_head if engine.dialect.own_envelopes else b""
+        self._theirs = b""
+        # Token ids that the client has already are cut out event by event.
+        self._passes = sink.passes and engine.dialect.client_ready(turn) and not turn.again
         self._hides = sink.hides_token_ids
         self._first_at = self._last_at = 0.0
         self._part_now = sink.part_now
@@ -98,17 +104,21 @@ class EventReader:
             return self._take_several(data)
         if not self._last_at or self._rest:
             return 0.0
+        if self._ours and not (self._theirs and data.startswith(self._theirs)):
+            return 0.0
         shown = data
         if self._hides:
             shown = head + tail
             if shown.rfind(_NO_PROMPT_IDS) >= 0:
                 shown = shown.replace(_NO_PROMPT_IDS, b"")
+        if self._ours:
+            shown = self._ours + shown[len(self._theirs) :]
         now = time.monotonic()
         if not self._part_now(shown):
             return 0.0
         # Nothing can come between sending and keeping: there is no await here.
         self._ids.append(ids)
-        self._latest = data
+        self._reads.append(data)
         gap = now - self._last_at
         self._gaps.counts[bisect_left(self._gaps.bounds, gap)] += 1
         self._gaps.total += gap
@@ -131,7 +141,7 @@ class EventReader:
         count = data.count(_END)
         if not self._last_at or self._rest or not data.endswith(_END) or self._ordinary(data, len(data)) < len(data):
             return 0.0
-        if not self._part_now(_HIDDEN.sub(b"", data) if self._hides else data):
+        if not self._part_now(self._shown(data)):
             return 0.0
         self._keep(data)
         self._arrived(count)
@@ -140,9 +150,16 @@ class EventReader:
     def _keep(self, data: bytes) -> None:
         """The token ids of ordinary events, for later."""
         self._ids += _IDS_OF.findall(data)
-        self._latest = data
+        self._reads.append(data)
         if len(self._ids) >= _KEPT:
             self.settle()
+
+    def _shown(self, data: bytes) -> bytes:
+        """Ordinary events as the client gets them."""
+        if self._hides:
+            data = _HIDDEN.sub(b"", data)
+        # Inside a JSON string a quote is escaped: no text can imitate the beginning of an event.
+        return data.replace(self._theirs, self._ours) if self._ours else data
 
     def settle(self) -> None:
         """Decode the token ids of what was passed on."""
@@ -152,8 +169,9 @@ class EventReader:
                 self._engine.paced((self._last_at - self._first_at) / (self.tokens - 1))
             if kept:
                 self._turn.emitted.extend(map(int, kept.split(b",")))
-            last = self._latest[self._latest.rfind(_END, 0, -2) + 2 :]
-            self._turn.is_held_back = b'"text":""' in last or b'"content":""' in last
+            reads, self._reads = self._reads, []
+            held, said = _held(reads)
+            self._turn.held = held if said else self._turn.held + held
 
     def _incomplete(self, data: bytes) -> bytes:
         if len(data) > _MAX_EVENT:
@@ -164,7 +182,8 @@ class EventReader:
         """Up to where `data`, whole events up to `end`, holds nothing but ordinary ones."""
         for _ in range(_TAIL + 1):
             count = data.count(_END, 0, end)
-            if data.count(_GOES_ON, 0, end) == count and data.count(_IDS, 0, end) == count:
+            begun = not self._ours or (self._theirs != b"" and data.count(self._theirs, 0, end) == count)
+            if begun and data.count(_GOES_ON, 0, end) == count and data.count(_IDS, 0, end) == count:
                 return end
             end = data.rfind(_END, 0, end - 2) + 2
             if end < 2:
@@ -176,7 +195,7 @@ class EventReader:
         self._arrived(count)
         # Kept before it is sent: a token that may have reached the client is never sent again.
         self._keep(data)
-        return _HIDDEN.sub(b"", data) if self._hides else data
+        return self._shown(data)
 
     async def _event(self, event: bytes) -> None:
         payload = event.removeprefix(b"data:").strip()
@@ -184,6 +203,8 @@ class EventReader:
             return
         # In order: what was passed on before comes before.
         self.settle()
+        if self._ours and (at := event.find(_CHOICES)) >= 0:
+            self._theirs = event[: at + len(_CHOICES)]
         delta = self._engine.dialect.parse_event(payload, self._turn)
         if delta.usage is not None:
             self.prompt_tokens = delta.usage[0]
@@ -194,9 +215,19 @@ class EventReader:
         if delta.token_ids:
             self._arrived(len(delta.token_ids))
         self._turn.emitted += delta.token_ids
-        self._turn.is_held_back = _is_silent(delta.choice)
+        self._turn.held = self._turn.held + len(delta.token_ids) if _is_silent(delta.choice) else 0
+        new = self._not_again(delta.token_ids) if self._turn.again else delta.token_ids
         self.finished = self.finished or delta.finish_reason is not None
-        await self._sink.add(delta.choice, delta.token_ids)
+        await self._sink.add(delta.choice, new)
+
+    def _not_again(self, token_ids: list[int]) -> list[int]:
+        """Those of `token_ids` that the client has not got yet. Raises CannotResume where they differ from its own."""
+        again = self._turn.again
+        count = min(len(again), len(token_ids))
+        if self._sink.shows_token_ids and again[:count] != token_ids[:count]:
+            raise CannotResume("the engine failed within a character, and the next one drew other tokens")
+        del again[:count]
+        return token_ids[count:]
 
     def _arrived(self, tokens: int) -> None:
         now = time.monotonic()
@@ -208,6 +239,18 @@ class EventReader:
         self._engine.heard_at = now
         self.tokens += tokens
         self._last_at = now
+
+
+def _held(reads: list[bytes]) -> tuple[int, bool]:
+    """Tokens after the last text in these ordinary events, and whether there was any text."""
+    held = 0
+    for data in reversed(reads):
+        for event in reversed(data[:-2].split(_END)):
+            if b'"text":""' not in event and b'"content":""' not in event:
+                return held, True
+            ids = _IDS_OF.search(event)
+            held += len(ids[1].split(b",")) if ids and ids[1] else 0
+    return held, False
 
 
 def _is_silent(choice: Choice) -> bool:

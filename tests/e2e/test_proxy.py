@@ -292,6 +292,29 @@ def test_a_stalled_engine_is_left_before_tcp_notices(run: Run) -> None:
         assert complete(service).status_code == 200
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_stream_cut_within_a_character_goes_on_and_stays_one_answer(run: Run, with_ids: bool) -> None:
+    with fleet(run, decodes=2) as (service, workers):
+        body = {"prompt": "half", "max_tokens": 12, "stream": True, "return_token_ids": with_ids, "temperature": 0}
+        with service.client.stream("POST", "/v1/completions", json=body) as answer:
+            found = [event for event in events(answer) if event is not None]
+            name = answer.headers["x-request-id"]
+        assert not any("error" in event for event in found), found
+        assert "".join(event["choices"][0]["text"] for event in found) == counting(12)
+        assert sum(worker.process.poll() is not None for worker in workers) == 1, "an engine died meanwhile"
+        assert {event["id"] for event in found} == {f"cmpl-{name}"}
+        assert len({(event["created"], event["system_fingerprint"]) for event in found}) == 1
+        if with_ids:
+            assert [token for event in found for token in event["choices"][0]["token_ids"]] == list(range(12))
+
+
+def test_a_model_has_the_time_it_was_made_here(quiet: tuple[Service, list[Worker]]) -> None:
+    service, _ = quiet
+    [card] = service.client.get("/v1/models").json()["data"]
+    assert card == service.client.get("/v1/models/m").json()
+    assert 0 <= time.time() - card["created"] < 3600
+
+
 def test_killed_engines_are_used_again_at_once(run: Run) -> None:
     with fleet(run, prefills=2, decodes=2) as (service, workers), ThreadPoolExecutor(16) as pool:
         answers = [pool.submit(streamed, service, "slow", 40) for _ in range(16)]

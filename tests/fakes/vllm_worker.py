@@ -2,7 +2,8 @@
 
     python vllm_worker.py PORT
 
-"poison": dies. "stall": three tokens, then silence. "slow": 30 ms a token. "busy": refuses. Anything else: at once.
+"poison": dies. "stall": three tokens, then silence. "slow": 30 ms a token. "busy": refuses. "half": every
+third token is half a character, and the process dies within the second one. Anything else: at once.
 Tokens are 0, 1, 2 ... by position, so that a continuation can be told from a repetition.
 """
 
@@ -13,6 +14,8 @@ import json
 import os
 import sys
 
+# The first token of a prompt that is answered with half characters.
+HALVES = 8
 STATS = {"requests": 0, "open": 0, "headers": {}}
 
 
@@ -20,9 +23,12 @@ def usage(prompt: int, tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
 
-def choice(token: int, last: bool, **more: object) -> dict[str, object]:
+def choice(token: int, last: bool, halves: bool = False, **more: object) -> dict[str, object]:
     reason = "length" if last else None
-    return {"index": 0, "text": f" {token}", "logprobs": None, "finish_reason": reason, "token_ids": [token], **more}
+    text = f" {token}"
+    if halves:
+        text = {0: text, 1: "", 2: f" {token - 1}{text}"}[token % 3]
+    return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason, "token_ids": [token], **more}
 
 
 async def answer(body: dict[str, object], writer: asyncio.StreamWriter) -> None:
@@ -43,13 +49,17 @@ async def answer(body: dict[str, object], writer: asyncio.StreamWriter) -> None:
         text = "".join(f" {n}" for n in range(first, first + count))
         reply = {"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}
         return whole(writer, {"id": "cmpl-x", "choices": [reply], "usage": usage(3, count)})
+    halves = "half" in words or prompt[0] == HALVES
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
     for n in range(count):
         if "stall" in words and n == 3:
             await asyncio.sleep(3600)
-        prompt_ids = {"prompt_token_ids": [7, 7, 7]} if n == 0 else {}
-        event(writer, {"choices": [choice(first + n, n == count - 1, **prompt_ids)]})
+        prompt_ids = {"prompt_token_ids": [HALVES if halves else 7, 7, 7]} if n == 0 else {}
+        event(writer, {"choices": [choice(first + n, n == count - 1, halves, **prompt_ids)]})
         await writer.drain()
+        if "half" in words and n == 4:
+            await asyncio.sleep(0.1)
+            os._exit(1)
         if "slow" in words:
             await asyncio.sleep(0.03)
     event(writer, {"choices": [], "usage": usage(3, count)})
@@ -59,7 +69,7 @@ async def answer(body: dict[str, object], writer: asyncio.StreamWriter) -> None:
 
 
 def event(writer: asyncio.StreamWriter, found: dict[str, object]) -> None:
-    outer = {"id": "cmpl-x", "object": "text_completion", "created": 1, "model": "m"}
+    outer = {"id": f"cmpl-{os.getpid()}", "object": "text_completion", "created": 1, "model": "m"}
     part(writer, b"data: " + json.dumps({**outer, **found}, separators=(",", ":")).encode() + b"\n\n")
 
 

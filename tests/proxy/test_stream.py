@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.adapters import Choice, EngineError, Turn, dialect
+from pdctl.adapters import CannotResume, Choice, EngineError, Turn, dialect
 from pdctl.proxy.metrics import Metrics
 from pdctl.proxy.stream import EventReader
 from pdctl.proxy.timing import Timing
@@ -54,16 +54,21 @@ class Sink:
     """A streaming client; `busy` says when it does not take parts at once."""
 
     takes_whole = False
+    event_head = b'data: {"id":"ours","choices":['
 
     def __init__(self, passes: bool, hides: bool, busy: Callable[[], bool]) -> None:
-        self.passes, self.hides_token_ids = passes, hides
+        self.passes, self.hides_token_ids, self.shows_token_ids = passes, hides, not hides
+        self.ids: set[str] = set()
+        self.added: list[int] = []
         self.seen: list[dict[str, object]] = []
         self._busy = busy
 
     def _saw(self, data: bytes) -> None:
         assert data.endswith(b"\n\n")
         for event in data[:-2].split(b"\n\n"):
-            [choice] = json.loads(event.removeprefix(b"data: "))["choices"]
+            body = json.loads(event.removeprefix(b"data: "))
+            [choice] = body["choices"]
+            self.ids.add(body["id"])
             if self.hides_token_ids:
                 assert not set(HIDDEN) & set(choice), choice
             self.seen.append({key: value for key, value in choice.items() if key not in HIDDEN})
@@ -78,6 +83,7 @@ class Sink:
         return True
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
+        self.added += token_ids
         self.seen.append({key: json.loads(bytes(value)) for key, value in choice.items() if key not in HIDDEN})
 
 
@@ -149,7 +155,10 @@ def test_cuts_change_nothing(kind: str, choices: list[dict[str, object]], data: 
     assert [choice["finish_reason"] for choice in sink.seen] == [choice["finish_reason"] for choice in choices]
     assert turn.emitted == [token for choice in choices for token in choice["token_ids"]]  # type: ignore[attr-defined]
     assert reader.finished
-    assert turn.is_held_back == (choices[-1]["text"] == "")
+    silent = list(itertools.takewhile(lambda choice: choice["text"] == "", reversed(choices)))
+    assert turn.held == sum(len(choice["token_ids"]) for choice in silent)  # type: ignore[arg-type]
+    # What engines call their answers is not what the client's answer is called.
+    assert sink.ids <= ({"ours"} if kind == "vllm" else {"x"})
     if kind == "vllm" and "prompt_token_ids" in choices[0]:
         assert turn.prompt_ids == [1, 2, 3]
     assert sum(metrics.gaps.counts) <= max(reader.tokens, len(choices))
@@ -181,3 +190,42 @@ def test_an_error_event_ends_the_stream_as_the_engines_failure() -> None:
     with pytest.raises(EngineError, match="out of memory"):
         read("vllm", reads, sink)
     assert [choice["text"] for choice in sink.seen] == ["a", "a"]
+
+
+def step(text: str, *token_ids: int, reason: str | None = None) -> dict[str, object]:
+    return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason, "token_ids": token_ids}
+
+
+def went_on(turn: Turn, sink: Sink, choices: list[dict[str, object]]) -> None:
+    turn.take_back()
+    reader = EventReader(Engine("vllm"), turn, sink, Timing(), Metrics("m", 1.0, 1.0))  # type: ignore[arg-type]
+    asyncio.run(reader.run(Exchange(at_events(written(choices, True), []))))  # type: ignore[arg-type]
+    reader.settle()
+
+
+@pytest.mark.parametrize("hides", [True, False])
+@pytest.mark.parametrize("first", [[], [step("a", 1)]], ids=["at once", "after a text"])
+def test_a_character_that_was_cut_is_computed_again(first: list[dict[str, object]], hides: bool) -> None:
+    sink = Sink(passes=True, hides=hides, busy=lambda: False)
+    _, turn, _ = read("vllm", at_events(written([*first, step("", 2), step("", 3)], True), []), sink)
+    assert turn.held == 2
+    # Once more within the character, and then to the end.
+    went_on(turn, sink, [step("", 2)])
+    assert (turn.held, turn.again) == (1, [3])
+    sink.added.clear()
+    went_on(turn, sink, [step("", 2), step("", 3), step("\u20ac", 4), step("!", 5, reason="length")])
+    assert "".join(str(choice["text"]) for choice in sink.seen) == "a" * len(first) + "\u20ac!"
+    assert turn.emitted == [1] * len(first) + [2, 3, 4, 5]
+    assert sink.added == [4, 5], "the client had the others"
+
+
+def test_other_tokens_than_the_client_has_are_an_error_only_where_it_sees_them() -> None:
+    for hides in (True, False):
+        sink = Sink(passes=True, hides=hides, busy=lambda: False)
+        _, turn, _ = read("vllm", at_events(written([step("a", 1), step("", 2)], True), []), sink)
+        if hides:
+            went_on(turn, sink, [step("b", 9, reason="length")])
+            assert turn.emitted == [1, 9]
+        else:
+            with pytest.raises(CannotResume, match="other tokens"):
+                went_on(turn, sink, [step("b", 9, reason="length")])

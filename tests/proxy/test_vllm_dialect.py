@@ -7,7 +7,7 @@ from pdctl.adapters import CannotResume, Turn
 from pdctl.adapters.vllm import dialect
 
 
-def turn(emitted: list[int], chat: bool = False, held: bool = False, **fields: object) -> Turn:
+def turn(emitted: list[int], chat: bool = False, held: int = 0, **fields: object) -> Turn:
     raw: dict[str, object] = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields.items()}
     return Turn("/v1/chat/completions" if chat else "/v1/completions", chat, raw, emitted, [7, 8], held)
 
@@ -44,9 +44,12 @@ def test_fields_that_say_nothing_do_not_matter(field: dict[str, object]) -> None
     assert continued(turn([1], prompt="x", **field))
 
 
-def test_half_a_character_cannot_go_on() -> None:
-    with pytest.raises(CannotResume, match="within a character"):
-        dialect().decode_call(turn([1], held=True, prompt="x"), None, stream=True)
+def test_half_a_character_goes_on_from_before_it() -> None:
+    found = turn([1, 2, 3], held=2, prompt="x", max_tokens=10)
+    found.take_back()
+    assert (found.emitted, found.again, found.held) == ([1], [2, 3], 0)
+    body = continued(found)
+    assert (body["prompt"], body["max_tokens"]) == ([7, 8, 1], 9)
 
 
 def test_only_the_end_was_lost() -> None:

@@ -50,6 +50,7 @@ class EngineService:
         self.control = control
         self.generator = generator
         self._aside = anyio.CapacityLimiter(_LARGE_AT_ONCE)
+        self._created = int(time.time())
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
@@ -154,7 +155,7 @@ class EngineService:
             raise ApiError(400, f"kv_transfer_params are malformed: {failure}", param="kv_transfer_params") from None
 
     async def _models(self, _: Request) -> Response:
-        card = {"id": self.options.served_model_name, "object": "model", "created": 0, "owned_by": "pdctl"}
+        card = {"id": self.options.served_model_name, "object": "model", "created": self._created, "owned_by": "pdctl"}
         if self.core.ready:
             card["max_model_len"] = self.core.ready.max_model_len
         body = msgspec.json.encode({"object": "list", "data": [card]})
