@@ -24,7 +24,7 @@ _UPGRADE_HEADERS = frozenset({b"upgrade", b"connection", b"http2-settings"})
 _LOOK_AFTER_S = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0)
 _TCP_CLOSE = 7  # linux/include/net/tcp_states.h
 _STILL_HERE = b"HTTP/1.1 102 Processing\r\n\r\n"
-_REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
+_REASONS = {400: b"Bad Request", 405: b"Method Not Allowed", 431: b"Request Header Fields Too Large"}
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -52,18 +52,20 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _feed(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offered:
-            # The parser stops here: it takes what follows for another protocol's.
-            rest = data[offered.args[0] :]
-            head = self._head_without_upgrade()
-            self._declined = False
-            self.parser = httptools.HttpRequestParser(self)
-            self._feed(head + rest)
-        except httptools.HttpParserError:
-            if not self.refused:
-                self.send_400_response("the request is not valid HTTP")
+        # A loop, not a recursion: a client may pipeline thousands of offers in one read.
+        while data and not self.refused:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offered:
+                # The parser stops here: it takes what follows for another protocol's.
+                data = self._head_without_upgrade() + data[offered.args[0] :]
+                self._declined = False
+                self.parser = httptools.HttpRequestParser(self)
+            except httptools.HttpParserError:
+                if not self.refused:
+                    self.send_400_response("the request is not valid HTTP")
+                return
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -73,6 +75,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
+        if self.parser.get_method() == b"CONNECT":
+            # To the parser an upgrade too, and one that no header takes back.
+            self._refuse(ApiError(405, "CONNECT: this server is no proxy for other hosts"))
+            return
         if self.parser.should_upgrade():
             self._declined = True
             return

@@ -86,6 +86,24 @@ def test_an_upgrade_that_is_not_taken_is_ignored(service: Service, port: int, li
             assert headers.get("connection") != "close"
 
 
+@pytest.mark.parametrize("lines", [b"", b"connection: upgrade\r\nupgrade: x\r\n"], ids=["plain", "upgrade"])
+def test_connect_is_refused(port: int, lines: bytes) -> None:
+    with connected(port) as client:
+        client.sendall(b"CONNECT other:443 HTTP/1.1\r\nhost: other\r\n" + lines + b"\r\n")
+        status, headers, body = answer(client)
+        assert (status, headers["connection"], error_of(body)["code"]) == (405, "close", 405)
+        assert client.recv(1) == b""
+
+
+def test_many_offers_in_one_read_are_all_ignored(port: int) -> None:
+    one = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"
+    last = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with connected(port) as client:
+        client.sendall(one * 1200 + last)
+        data = b"".join(iter(lambda: client.recv(65536), b""))
+    assert data.count(b"HTTP/1.1 404 Not Found") == 1201
+
+
 def test_curl_offers_http2(service: Service) -> None:
     import shutil
     import subprocess
