@@ -157,7 +157,9 @@ def _build(data: Table, source: str | None) -> Topology:
     served = service["served_model_name"] or _last_part(service["model"])
     expect = _filled(data.get("expect", {}), TABLES["expect"])
     return Topology(
-        service=Service(service["name"], service["model"], served, service["max_model_len"]),
+        service=Service(
+            service["name"], service["model"], served, service["max_model_len"], tuple(service["engine_ports"])
+        ),
         proxy=_proxy(proxy, source),
         slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),
         transfer=_transfer(transfer),
@@ -412,8 +414,9 @@ def _memory_problems(document: _Document, topology: Topology, host: Host) -> Ite
 
 
 def _gpu_problems(document: _Document, topology: Topology, host: Host) -> Iterator[Problem]:
-    holders: dict[int, tuple[str, bool]] = {}
-    known = [gpu.index for gpu in host.gpus]
+    holders: dict[int | str, tuple[str, bool]] = {}
+    known = ", ".join(str(gpu.index) if gpu.index >= 0 else gpu.uuid for gpu in host.gpus) or "none"
+    ours = f"{host.gpus_by} leaves us: {known}" if host.gpus_by else f"NVML lists: {known}"
     for index, group in enumerate(topology.engines):
         if group.device is not Device.CUDA:
             continue
@@ -423,16 +426,20 @@ def _gpu_problems(document: _Document, topology: Topology, host: Host) -> Iterat
                 path, f"{len(group.gpus)} gpus for {group.replicas} replicas", "name one per replica"
             )
         for gpu in group.gpus:
-            if gpu not in known:
-                yield document.problem(path, f"GPU {gpu} does not exist", f"NVML lists: {known or 'none'}")
-        if not known:
+            if host.gpu_named(gpu) is None:
+                what = "is not ours" if host.gpus_by else "does not exist, or is not the only one of that name"
+                yield document.problem(path, f"GPU {gpu} {what}", ours)
+        if not host.gpus:
+            if host.gpus_by:
+                yield document.problem(path, "the environment leaves us no GPU", host.gpus_by)
+                continue
             hint = "check nvidia-smi, and that nvidia-ml-py is installed (pip install 'pdctl[cuda]')"
             yield document.problem(path, "no GPU was found on this machine", hint)
         yield from _sharing_problems(document, path, group, holders)
 
 
 def _sharing_problems(
-    document: _Document, path: KeyPath, group: EngineGroup, holders: dict[int, tuple[str, bool]]
+    document: _Document, path: KeyPath, group: EngineGroup, holders: dict[int | str, tuple[str, bool]]
 ) -> Iterator[Problem]:
     spread = group.gpus * group.replicas if len(group.gpus) == 1 else group.gpus
     for name, gpu in zip(group.replica_names(), spread, strict=False):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdctl.host import Host
+from pdctl.host import Holder, Host
 from pdctl.host.pci import CLASSES
 from pdctl.topology import EngineGroup, Topology
+
+# How a reason says that others compute on a GPU; `plan` and `up` make a warning of it.
+IN_USE = "; in use by "
+_MOST_HOLDERS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +22,29 @@ class Pins:
     why: dict[str, str]
 
 
-def pins_of(topology: Topology, host: Host, group: EngineGroup, name: str, gpu_uuid: str | None) -> Pins:
+def pins_of(topology: Topology, host: Host, group: EngineGroup, name: str, gpu_uuid: str | None, run_dir: str) -> Pins:
     """One engine's."""
     pci = next((gpu.pci for gpu in host.gpus if gpu.uuid == gpu_uuid), "")
     cpus, why_cpus = _cpus(host, group, name, pci)
     rdma, why_rdma = _rdma(topology, host, pci)
     why = {"cpus": why_cpus, "rdma": why_rdma}
     if gpu_uuid:
-        named = "named in the topology" if group.gpus else "the first that was free"
-        why["gpus"] = f"{named}{f', at {pci}' if pci else ''}"
+        why["gpus"] = _why_gpu(host, group, gpu_uuid, pci, run_dir)
     return Pins(cpus, rdma, {key: reason for key, reason in why.items() if reason})
+
+
+def _why_gpu(host: Host, group: EngineGroup, uuid: str, pci: str, run_dir: str) -> str:
+    strangers = host.strangers_on(uuid, run_dir)
+    named = "named in the topology" if group.gpus else "the first that was free" if strangers else "the first idle one"
+    place = f", at {pci}" if pci else ""
+    allotted = f", of those that {host.gpus_by} leaves us" if host.gpus_by else ""
+    return f"{named}{place}{allotted}{IN_USE + _listed(strangers) if strangers else ''}"
+
+
+def _listed(holders: tuple[Holder, ...]) -> str:
+    shown = ", ".join(holder.describe() for holder in holders[:_MOST_HOLDERS])
+    more = len(holders) - _MOST_HOLDERS
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _cpus(host: Host, group: EngineGroup, name: str, pci: str) -> tuple[tuple[int, ...], str]:

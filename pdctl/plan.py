@@ -159,14 +159,16 @@ Kept = dict[str, ProcessSpec]
 
 def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path, kept: Kept) -> list[ProcessSpec]:
     taken = {topology.proxy.port, *host.listening, *(port for spec in kept.values() for port in spec.ports.values())}
-    gpu_of = _assign_gpus(topology, host, kept)
+    gpu_of = _assign_gpus(topology, host, kept, run_dir)
     specs = []
     for group in topology.engines:
         for name in () if group.is_attached else group.replica_names():
-            port = kept[name].ports["http"] if name in kept else _free_port(taken, run_dir)
+            port = (
+                kept[name].ports["http"] if name in kept else _free_port(taken, run_dir, topology.service.engine_ports)
+            )
             taken.add(port)
             gpu = gpu_of.get(name)
-            pins = pins_of(topology, host, group, name, gpu)
+            pins = pins_of(topology, host, group, name, gpu, str(run_dir))
             assignment = Assignment(name, group, port, gpu, pins.rdma, model_path, run_dir, host.python)
             specs.append(_engine(topology, assignment, pins))
     return specs
@@ -235,7 +237,7 @@ def _proxies(
         if workers > 1 or topology.proxy.tls_cert:
             # Who answers on the shared socket is chance, and TLS is for clients: this one is asked by itself.
             before = kept[name].ports.get("control") if name in kept else None
-            ports["control"] = before or _free_port(taken, run_dir)
+            ports["control"] = before or _free_port(taken, run_dir, topology.service.engine_ports)
             taken.add(ports["control"])
         specs.append(_proxy(topology, host, run_dir, worker, ports, tuple(spec.name for spec in engines)))
     return specs
@@ -272,12 +274,13 @@ def _scheme(topology: Topology) -> str:
     return "https" if topology.proxy.tls_cert else "http"
 
 
-def _assign_gpus(topology: Topology, host: Host, kept: Kept) -> dict[str, str]:
-    """Engine name -> GPU UUID: named ones first, then those that an engine has, then the free ones in order."""
-    by_index = {gpu.index: gpu.uuid for gpu in host.gpus}
+def _assign_gpus(topology: Topology, host: Host, kept: Kept, run_dir: Path) -> dict[str, str]:
+    """Engine name -> GPU UUID: named ones first, then those that an engine has, then free ones, idle ones before those
+    that others compute on, in the environment's order."""
     cuda = [group for group in topology.engines if group.device is Device.CUDA and not group.is_attached]
-    named = {index for group in cuda for index in group.gpus}
-    free = [gpu.uuid for gpu in host.gpus if gpu.index not in named]
+    named = {gpu.uuid for group in cuda for name in group.gpus if (gpu := host.gpu_named(name)) is not None}
+    free = [gpu.uuid for gpu in host.gpus if gpu.uuid not in named]
+    free.sort(key=lambda uuid: bool(host.strangers_on(uuid, str(run_dir))))
     chosen: dict[str, str] = {}
     for name in (name for group in cuda if not group.gpus for name in group.replica_names()):
         before = kept[name].gpus if name in kept else ()
@@ -286,28 +289,36 @@ def _assign_gpus(topology: Topology, host: Host, kept: Kept) -> dict[str, str]:
             free.remove(before[0])
     for group in cuda:
         for position, name in enumerate(group.replica_names()):
-            if name in chosen:
-                continue
-            if group.gpus:
-                chosen[name] = by_index[group.gpus[position % len(group.gpus)]]
-            elif free:
-                chosen[name] = free.pop(0)
-            elif group.share_gpu and host.gpus:
-                chosen[name] = host.gpus[position % len(host.gpus)].uuid
-            else:
-                hint = "lower replicas, or set share_gpu = true on engines that may share"
-                raise PdctlError(f"no GPU is left for {name}: the machine has {len(host.gpus)}", hint)
+            if name not in chosen:
+                chosen[name] = _gpu_for(group, position, name, host, free)
     return chosen
 
 
-def _free_port(taken: set[int], run_dir: Path) -> int:
-    places: int = len(_ENGINE_PORTS) // _PORTS_PER_SERVICE
+def _gpu_for(group: EngineGroup, position: int, name: str, host: Host, free: list[str]) -> str:
+    if group.gpus:
+        gpu = host.gpu_named(group.gpus[position % len(group.gpus)])
+        assert gpu is not None, "the loader has looked"
+        return gpu.uuid
+    if free:
+        return free.pop(0)
+    if group.share_gpu and host.gpus:
+        return host.gpus[position % len(host.gpus)].uuid
+    hint = "lower replicas, or set share_gpu = true on engines that may share"
+    ours = f"; {host.gpus_by} leaves us {len(host.gpus)}" if host.gpus_by else f": the machine has {len(host.gpus)}"
+    raise PdctlError(f"no GPU is left for {name}{ours}", hint)
+
+
+def _free_port(taken: set[int], run_dir: Path, allowed: tuple[int, ...]) -> int:
+    """The first free one of the topology's range, or of our own, in which each service begins at its own place."""
+    ports = range(allowed[0], allowed[1] + 1) if allowed else _ENGINE_PORTS
+    places = 1 if allowed else len(ports) // _PORTS_PER_SERVICE
     first = zlib.crc32(str(run_dir).encode()) % places * _PORTS_PER_SERVICE
-    wanted: list[int] = [*_ENGINE_PORTS[first:], *_ENGINE_PORTS[:first]]
+    wanted: list[int] = [*ports[first:], *ports[:first]]
     for port in wanted:
         if port not in taken:
             return port
-    raise PdctlError(f"no free port from {_ENGINE_PORTS.start} to {_ENGINE_PORTS.stop - 1} for an engine")
+    hint = "widen service.engine_ports" if allowed else None
+    raise PdctlError(f"no free port from {ports.start} to {ports.stop - 1} for an engine", hint)
 
 
 def _reachable(host: str) -> str:

@@ -102,6 +102,21 @@ def indices(what: str) -> Check:
     return check
 
 
+def gpu_names() -> Check:
+    """A list of distinct GPUs: driver indices, UUIDs (or their beginnings), MIG slices."""
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, list) or not all(_is_gpu(item) for item in value):
+            return 'must be a list of GPUs: indices, such as 0, or names, such as "GPU-8932f937" or "MIG-..."'
+        return None if len(set(value)) == len(value) else "names a GPU twice"
+
+    return check
+
+
+def _is_gpu(item: object) -> bool:
+    return (type(item) is int and item >= 0) or (isinstance(item, str) and item.startswith(("GPU-", "MIG-")))
+
+
 def texts(what: str) -> Check:
     """A list of distinct names."""
 
@@ -113,15 +128,15 @@ def texts(what: str) -> Check:
     return check
 
 
-def port_range() -> Check:
-    """[first, last], with room for every engine; an empty list for any port."""
+def port_range(least: int) -> Check:
+    """[first, last], at least so many ports; an empty list for any port."""
 
     def check(value: object) -> str | None:
         if value == []:
             return None
         good = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
-        if not good or not isinstance(value, list) or not 1024 <= value[0] <= value[1] - 99 <= 65535 - 99:
-            return "must be [first, last] from 1024 to 65535, at least 100 ports"
+        if not good or not isinstance(value, list) or not 1024 <= value[0] <= value[1] - least + 1 <= 65536 - least:
+            return f"must be [first, last] from 1024 to 65535, at least {least} ports"
         return None
 
     return check
@@ -139,6 +154,7 @@ TABLES: dict[str, dict[str, Key]] = {
         "model": Key(text(), required=True),
         "served_model_name": Key(text()),
         "max_model_len": Key(integer(16, 1_048_576), 2048),
+        "engine_ports": Key(port_range(1), []),
     },
     "proxy": {
         "host": Key(text(r"[A-Za-z0-9.:-]+", "an address or host name"), "127.0.0.1"),
@@ -161,7 +177,7 @@ TABLES: dict[str, dict[str, Key]] = {
         "backend": Key(choice(*TRANSFER_BACKENDS), "auto"),
         "protocol": Key(choice(*TRANSFER_PROTOCOLS), "auto"),
         "devices": Key(texts("RDMA device"), []),
-        "ports": Key(port_range(), []),
+        "ports": Key(port_range(100), []),
         "lease_s": Key(number(0.5, 3600), 30.0),
         "read_s": Key(number(0, 3600), 5.0),
         "leased_max": Key(number(0, 1), 0.75),
@@ -198,7 +214,7 @@ ENGINE: dict[str, Key] = {
     "secret_file": Key(text()),
     "replicas": Key(integer(1, 256), 1),
     "device": Key(choice(*(device.value for device in Device)), "cpu"),
-    "gpus": Key(indices("GPU"), []),
+    "gpus": Key(gpu_names(), []),
     "share_gpu": Key(boolean(), False),
     "open": Key(boolean(), False),
     "cpus": Key(indices("CPU"), []),

@@ -23,12 +23,14 @@ class Device(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The service as a whole. `max_model_len` is in tokens, prompt and output together."""
+    """The service as a whole. `max_model_len` is in tokens, prompt and output together; `engine_ports`: first and last
+    port that engines may listen on, or none for pdctl's own range."""
 
     name: str
     model: str
     served_model_name: str
     max_model_len: int
+    engine_ports: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """`replicas` engines alike. `gpus` are indices as the driver counts them; empty means choose.
+    """`replicas` engines alike. `gpus` are indices as the driver counts them, UUIDs or their beginnings, or MIG slices;
+    empty means choose.
 
     `url`: it runs somewhere already, and is used without being started; `secret_file` holds what it wants as bearer.
     `ready`: what readiness is, "" for the kind's own probe; `restart_with`: groups whose exit restarts this one; `env`:
@@ -105,7 +108,7 @@ class EngineGroup:
     kind: str
     replicas: int
     device: Device
-    gpus: tuple[int, ...]
+    gpus: tuple[int | str, ...]
     share_gpu: bool
     open: bool
     cpus: tuple[int, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdctl.host import Host
+from pdctl.host import Gpu, Host
 from pdctl.host.models import SAMPLE_PREFIX
 
 MODEL = SAMPLE_PREFIX + "gemma-3-270m"
@@ -13,7 +13,9 @@ def default_text(host: Host) -> str:
     gpus = len(host.gpus)
     if gpus:
         found = f"{gpus} GPU" + ("s" if gpus > 1 else "") + f" ({host.gpus[0].name})"
-        prefill, decode = _gpu_keys(0, gpus), _gpu_keys(1 % gpus, gpus)
+        # Idle ones first.
+        names = [_gpu_name(gpu) for gpu in sorted(host.gpus, key=lambda gpu: bool(host.gpu_holders.get(gpu.uuid)))]
+        prefill, decode = _gpu_keys(names[0], gpus), _gpu_keys(names[1 % gpus], gpus)
     else:
         found = f"no GPU, {len(host.cpus)} CPUs"
         half = len(host.cpus) // 2
@@ -26,7 +28,12 @@ def _cpu_keys(cpus: tuple[int, ...]) -> str:
     return f'device = "cpu"\n{pin}kv_cache_gb = 1.0'
 
 
-def _gpu_keys(index: int, gpus: int) -> str:
+def _gpu_name(gpu: Gpu) -> str:
+    """As a topology names it."""
+    return str(gpu.index) if gpu.index >= 0 else f'"{gpu.uuid}"'
+
+
+def _gpu_keys(index: str, gpus: int) -> str:
     share = "share_gpu = true                   # both engines on one GPU\n" if gpus == 1 else ""
     return f'device = "cuda"\ngpus = [{index}]\n{share}kv_cache_gb = 4.0'
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,22 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
     for spec in planned.processes:
         for what, reason in spec.why.items():
             console.out(f"{spec.name}: {what} {_shown(getattr(spec, what))}: {reason}")
+    warn_of_shared_gpus(planned)
     _expected(planned)
     if not planned.model_ready:
         where = f"made ready, in {planned.model_path}" if planned.model_path.startswith("/") else "fetched from the Hub"
         console.note(f"\non the first `pdctl up` the model is {where}")
+
+
+def warn_of_shared_gpus(planned: Plan) -> None:
+    """Tell which engines were given GPUs that others compute on."""
+    from pdctl.pins import IN_USE
+
+    for spec in planned.processes:
+        _, in_use, who = spec.why.get("gpus", "").partition(IN_USE)
+        if in_use:
+            mark = console.paint("warning:", "yellow", sys.stderr)
+            console.note(f"{mark} {spec.name}: GPU {','.join(spec.gpus)} is in use by {who}")
 
 
 def _expected(planned: Plan) -> None:

@@ -16,7 +16,7 @@ import typer
 
 from pdctl import console
 from pdctl.commands.common import STATE, FileOption, Status, call, is_interactive
-from pdctl.commands.plan import load_plan
+from pdctl.commands.plan import load_plan, warn_of_shared_gpus
 from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def up(
     else:
         console.note(f"taking over {', '.join(record.spec.name for record in estate.processes)}, which still run")
         planned = load_plan(file, running=estate.plan)
+    warn_of_shared_gpus(planned)
     planned = with_model(planned)
     if detach:
         _detached(planned, wait_s)

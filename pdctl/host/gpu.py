@@ -61,6 +61,11 @@ def gpu_use(uuids: Sequence[str]) -> dict[str, GpuUse]:
     return found
 
 
+def gpu_holders(uuids: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Pids that compute on each of these GPUs now, where the driver tells."""
+    return {uuid: tuple(sorted(use.by_pid)) for uuid, use in gpu_use(uuids).items() if use.by_pid}
+
+
 def _started() -> ModuleType | None:
     try:
         import pynvml

@@ -74,3 +74,27 @@ def test_who_uses_what(library: Path, tmp_path: Path) -> None:
     env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "2", "PDCTL_STUB_USE": str(use)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'GPU-stub-1': GpuUse(used=1500, by_pid={41: 1000, 42: 500})}"
+
+
+def test_what_the_environment_allots_and_who_computes_where(library: Path, tmp_path: Path) -> None:
+    """`pdctl plan` over four GPUs of which three are ours, one of those taken by this very test."""
+    use = tmp_path / "use"
+    use.write_text(f"1 {os.getpid()} {20 << 30}\n")
+    (tmp_path / "pdctl.toml").write_text(
+        '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "h"\nrole = "hybrid"\ndevice = "cuda"\nreplicas = 3\n'
+    )
+    env = {
+        **os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "4", "PDCTL_STUB_USE": str(use),
+        "CUDA_VISIBLE_DEVICES": "GPU-stub-1,GPU-stub-3,GPU-stub-2",
+    }  # fmt: skip
+    argv = [sys.executable, "-m", "pdctl", "plan", "--json"]
+    done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = [p["gpus"] for p in json.loads(done.stdout)["processes"] if p["kind"] != "proxy"]
+    assert found == [["GPU-stub-3"], ["GPU-stub-2"], ["GPU-stub-1"]], "ours alone, in that order, idle ones first"
+    shown = subprocess.run(argv[:-1], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"warning: h-2: GPU GPU-stub-1 is in use by pid {os.getpid()}" in shown.stderr
+    refused = subprocess.run(
+        argv, env={**env, "CUDA_VISIBLE_DEVICES": "-1"}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "pdctl.toml:6: engines[0].device: the environment leaves us no GPU" in refused.stderr

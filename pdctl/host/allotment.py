@@ -1,0 +1,55 @@
+"""Which GPUs the environment leaves to us: a scheduler or container runtime that names some keeps the rest for others.
+
+CUDA's own variable comes first, by CUDA's rules (an entry that is none ends the list; UUIDs may be cut short); then the
+container runtime's and Slurm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pdctl.host.gpu import Gpu
+
+_CUDA = "CUDA_VISIBLE_DEVICES"
+# Checked where CUDA's is not set: they name devices by index or UUID as well.
+_OTHERS = ("NVIDIA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
+_ALL, _NONE = ("", "all"), ("none", "void", "NoDevFiles", "-1")
+
+
+def allotted(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> tuple[tuple[Gpu, ...], str]:
+    """Those that we may use, in the environment's order, and what says so ("" where nothing does).
+
+    Indices are the driver's, in PCI order.
+    """
+    if _CUDA in environ:
+        return _listed(gpus, environ[_CUDA]), f"{_CUDA}={environ[_CUDA]}"
+    for name in _OTHERS:
+        value = environ.get(name, "")
+        # Where the others are hidden already, the driver numbers what is left anew; the list has the old numbers.
+        is_done = value.replace(",", "").isdecimal() and len(value.split(",")) == len(gpus)
+        if value not in _ALL and not is_done:
+            return _listed(gpus, value), f"{name}={value}"
+    return tuple(gpus), ""
+
+
+def _listed(gpus: Sequence[Gpu], value: str) -> tuple[Gpu, ...]:
+    found: list[Gpu] = []
+    for word in value.split(","):
+        gpu = _meant(gpus, word.strip())
+        # As CUDA does: what is no device, or comes twice, ends the list.
+        if gpu is None or gpu in found:
+            break
+        found.append(gpu)
+    return tuple(found)
+
+
+def _meant(gpus: Sequence[Gpu], word: str) -> Gpu | None:
+    if not word or word in _NONE:
+        return None
+    if word.isdecimal():
+        return next((gpu for gpu in gpus if gpu.index == int(word)), None)
+    if word.startswith("MIG-"):
+        # NVML lists whole GPUs here; a slice is used by its name, and is all that we were given of its GPU.
+        return Gpu(-1, word, "MIG slice", 0)
+    found = [gpu for gpu in gpus if gpu.uuid.startswith(word)]
+    return found[0] if len(found) == 1 else None
