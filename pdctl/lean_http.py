@@ -10,9 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import httptools
+
+if TYPE_CHECKING:
+    import ssl
 
 # A reader slower than its engine stops the socket at this many buffered bytes.
 _PAUSE_AT = 256 * 1024
@@ -269,12 +272,13 @@ class Exchange:
 
 
 class Pool:
-    """Connections to one address."""
+    """Connections to one address; `tls`: how to trust it, where it speaks TLS."""
 
-    def __init__(self, host: str, port: int, connect_s: float = 2.0) -> None:
+    def __init__(self, host: str, port: int, connect_s: float = 2.0, tls: ssl.SSLContext | None = None) -> None:
         self.host = host
         self.port = port
         self.connect_s = connect_s
+        self._tls = tls
         self._idle: deque[_Connection] = deque()
         self._head = f" HTTP/1.1\r\nhost: {host}:{port}\r\n".encode()
 
@@ -334,7 +338,9 @@ class Pool:
         peer = f"{self.host}:{self.port}"
         try:
             async with asyncio.timeout(self.connect_s):
-                _, connection = await loop.create_connection(lambda: _Connection(peer), self.host, self.port)
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(peer), self.host, self.port, ssl=self._tls
+                )
         except (OSError, TimeoutError, ValueError, OverflowError) as failure:
             # The last two: a host or port that cannot be one.
             raise Unreachable(f"{peer} cannot be reached: {failure or 'no answer'}") from None

@@ -25,6 +25,7 @@ class Run:
     """A directory of its own for run files, state and topology. Model caches are shared."""
 
     folder: Path
+    key: str = ""  # an API key of the service, where it has some
     poison: bool = True  # freed KV is filled with NaN; off where time is measured
 
     @property

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import msgspec
@@ -16,6 +17,9 @@ from pdctl.bench import Asked, Record
 from pdctl.errors import PdctlError
 from pdctl.lean_http import Exchange, Pool, Unreachable
 from pdctl.wire import TIMING_HEADER
+
+if TYPE_CHECKING:
+    import ssl
 
 _END = b"\n\n"
 _TICK_S = 0.01
@@ -45,25 +49,54 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to ask, and how. `headers`: ready-made lines."""
+    """Where to ask, and how. `headers`: ready-made lines; `certificate`: a service's own, to be trusted under any name
+    ("" for the system's authorities); `chat`: ask for chats instead of completions."""
 
     url: str
     model: str = ""
     headers: bytes = b""
     fields: dict[str, object] = field(default_factory=dict)
     timeout_s: float = 600.0
+    certificate: str = ""
+    chat: bool = False
 
     def pool(self) -> Pool:
         """Connections to it. Raises PdctlError for an address that is none."""
         try:
             parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
-            host, port, path = parts.hostname, parts.port or 80, parts.path.strip("/")
+            host, port, path = parts.hostname, parts.port, parts.path.strip("/")
         except ValueError:
-            host, path = None, ""
-        if host is None or parts.scheme != "http" or path:
-            hint = "such as http://127.0.0.1:8000, without a path"
+            host, port, path = None, None, ""
+        # Other clients want the version at the end of an address; it is in our paths.
+        if host is None or parts.scheme not in ("http", "https") or path not in ("", "v1"):
+            hint = "such as http://127.0.0.1:8000 or https://example.org/v1"
             raise PdctlError(f"{self.url!r} is no address of a service", hint)
-        return Pool(host, port, connect_s=_CONNECT_S)
+        tls = self._tls() if parts.scheme == "https" else None
+        return Pool(host, port or (443 if tls else 80), connect_s=_CONNECT_S, tls=tls)
+
+    def _tls(self) -> ssl.SSLContext:
+        import ssl
+
+        context = ssl.create_default_context(cafile=self.certificate or None)
+        context.check_hostname = not self.certificate
+        return context
+
+    def body(self, request: Asked) -> dict[str, object]:
+        """The request as this endpoint takes it. Raises PdctlError for token ids where text is needed."""
+        common = {
+            "model": self.model, "max_tokens": request.max_tokens, "stream": True,
+            "stream_options": {"include_usage": True}, "temperature": 0.0, **self.fields,
+        }  # fmt: skip
+        if not self.chat:
+            return {**common, "prompt": request.prompt}
+        if not isinstance(request.prompt, str):
+            raise PdctlError("chats are made of text, and the workload has token ids", "leave --chat out, or send text")
+        return {**common, "messages": [{"role": "user", "content": request.prompt}]}
+
+    @property
+    def path(self) -> str:
+        """Where requests go."""
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
 @dataclass(slots=True)
@@ -208,14 +241,9 @@ async def ask_once(endpoint: Endpoint, pool: Pool, request: Asked) -> Record:
 
 
 async def _ask(endpoint: Endpoint, pool: Pool, request: Asked, record: Record) -> None:
-    body = msgspec.json.encode(
-        {
-            "model": endpoint.model, "prompt": request.prompt, "max_tokens": request.max_tokens, "stream": True,
-            "stream_options": {"include_usage": True}, "temperature": 0.0, **endpoint.fields,
-        }
-    )  # fmt: skip
+    body = msgspec.json.encode(endpoint.body(request))
     lines = b"%b%b: 1\r\n" % (_head(endpoint), TIMING_HEADER.encode())
-    exchange = pool.exchange("POST", "/v1/completions", lines, body)
+    exchange = pool.exchange("POST", endpoint.path, lines, body)
     record.sent_at = time.monotonic()
     try:
         async with asyncio.timeout(endpoint.timeout_s):
@@ -291,7 +319,7 @@ class _Reader:
             self.has_usage = True
             record.input_tokens, record.output_tokens = event.usage.prompt_tokens, event.usage.completion_tokens
         if event.choices:
-            self.texts.append(event.choices[0].text or str(event.choices[0].delta.get("content", "")))
+            self.texts.append(event.choices[0].text or str(event.choices[0].delta.get("content") or ""))
             # As vLLM's tool has it: the first event with a choice is the first token, whatever it says.
             if record.first_at:
                 record.gaps.append(now - self._last_at)

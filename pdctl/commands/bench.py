@@ -37,7 +37,9 @@ def serve(
     load: Load,
     url: str = typer.Argument(None, help="The service's address. Default: the running pdctl service's."),
     model: str = typer.Option("", "--model", help="Default: the first that the service lists."),
-    key: str = typer.Option("", "--key", envvar="OPENAI_API_KEY", help="API key.", show_default=False),
+    key: str = typer.Option(
+        "", "--key", envvar=["PDCTL_API_KEY", "OPENAI_API_KEY"], help="API key.", show_default=False
+    ),
     repeats: int = typer.Option(1, "--repeats", min=1, max=30, help="The same load so often, with 95% intervals."),
     out: Path | None = typer.Option(None, "--out", help="Write the result as JSON, as vllm bench serve does."),
     page: Path | None = typer.Option(None, "--html", help="Write a page with plots."),
@@ -51,7 +53,7 @@ def serve(
     load.check(given_options(context))
     if pictures is not None:
         drawing()
-    endpoint = endpoint_of(url, model, key, load.ignore_eos, load.timeout)
+    endpoint = endpoint_of(url, model, key, load.ignore_eos, load.timeout, load.chat)
     asked, times = load.requests(vocabulary(endpoint))
     runs: list[Run] = []
     engines = Engines()

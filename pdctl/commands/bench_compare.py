@@ -137,7 +137,7 @@ def _refuse_running(file: Path, name: str) -> None:
 def _one(file: Path, load: Load) -> Run:
     """Raises KeyboardInterrupt for one that was interrupted, when its service is down."""
     with _service(file) as url:
-        endpoint = endpoint_of(url, "", "", load.ignore_eos, load.timeout)
+        endpoint = endpoint_of(url, "", "", load.ignore_eos, load.timeout, load.chat)
         asked, times = load.requests(vocabulary(endpoint))
         run = load.run(endpoint, asked, times)
     if run.was_interrupted:

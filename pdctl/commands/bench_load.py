@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
@@ -85,6 +86,7 @@ class Load:
         bool, typer.Option("--ignore-eos/--heed-eos", help="Answers as long as they were asked for.")
     ] = True
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one answer.")] = 600.0
+    chat: Annotated[bool, typer.Option("--chat", help="Send chats of one message instead of completions.")] = False
 
     @property
     def targets(self) -> Targets:
@@ -185,13 +187,22 @@ def takes_load(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-def endpoint_of(url: str | None, model: str, key: str, ignore_eos: bool, timeout: float) -> Endpoint:
-    """Where to ask; the running service, and the first model it lists, where none is named. Raises PdctlError."""
-    from pdctl.bench import client
+def endpoint_of(
+    url: str | None, model: str, key: str, ignore_eos: bool, timeout: float, chat: bool = False
+) -> Endpoint:
+    """Where to ask; the running service, and the first model it lists, where none is named. Raises PdctlError.
 
+    A service of this machine is trusted by its own certificate; a key that is not given comes from PDCTL_API_KEY.
+    """
+    from pdctl.bench import client
+    from pdctl.commands.bench_watch import certificate_at
+
+    key = key or os.environ.get("PDCTL_API_KEY", "")
     headers = f"authorization: Bearer {key}\r\n".encode() if key else b""
     fields: dict[str, object] = {"ignore_eos": True} if ignore_eos else {}
-    endpoint = client.Endpoint(url or _running(), model, headers, fields, timeout)
+    url = url or _running()
+    certificate = certificate_at(url) if url.startswith("https:") else ""
+    endpoint = client.Endpoint(url, model, headers, fields, timeout, certificate, chat)
     return replace(endpoint, model=model or asyncio.run(client.models(endpoint))[0])
 
 
@@ -239,6 +250,8 @@ def vocabulary(endpoint: Endpoint) -> Vocabulary:
     from pdctl.bench.client import tokenized
     from pdctl.bench.workload import Vocabulary, sentence
 
+    if endpoint.chat:
+        return Vocabulary(())  # messages are text
     ids = asyncio.run(tokenized(endpoint, sentence()))
     if not ids:
         console.note("the service does not tokenize: prompts are words, and their lengths about right")

@@ -38,7 +38,9 @@ def sweep(
     inputs: str = typer.Option("256", "--input", help="Tokens of a prompt."),
     outputs: str = typer.Option("64", "--output", help="Tokens of an answer."),
     model: str = typer.Option("", "--model", help="Default: the first that the service lists."),
-    key: str = typer.Option("", "--key", envvar="OPENAI_API_KEY", help="API key.", show_default=False),
+    key: str = typer.Option(
+        "", "--key", envvar=["PDCTL_API_KEY", "OPENAI_API_KEY"], help="API key.", show_default=False
+    ),
     seed: int = typer.Option(0, "--seed", help="The same seed asks the same."),
     page: Path | None = typer.Option(None, "--html", help="Write a page with plots."),
     pictures: Path | None = typer.Option(None, "--png", help="Write plots into this folder."),

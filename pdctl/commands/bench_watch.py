@@ -80,11 +80,17 @@ def engines_at(url: str) -> int:
     return sum(process["kind"] != "proxy" for process in call(name, "GET", STATE)["processes"])
 
 
+def certificate_at(url: str) -> str:
+    """The certificate that the running service of this address serves with; "" for none."""
+    name = _service_at(url)
+    return str(call(name, "GET", STATE)["tls_cert"]) if name else ""
+
+
 def _service_at(url: str) -> str:
     """The running service whose proxy has this address; "" for none."""
     for name in running_services():
         try:
-            if str(call(name, "GET", STATE)["proxy_url"]).rstrip("/") == url.rstrip("/"):
+            if str(call(name, "GET", STATE)["proxy_url"]) == url.rstrip("/").removesuffix("/v1"):
                 return name
         except (PdctlError, KeyError):
             continue

@@ -81,7 +81,8 @@ def test_what_the_environment_allots_and_who_computes_where(library: Path, tmp_p
     use = tmp_path / "use"
     use.write_text(f"1 {os.getpid()} {20 << 30}\n")
     (tmp_path / "pdctl.toml").write_text(
-        '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "h"\nrole = "hybrid"\ndevice = "cuda"\nreplicas = 3\n'
+        '[service]\nmodel = "sample:tiny-qwen3"\n'
+        '[[engines]]\nname = "h"\nrole = "hybrid"\ndevice = "cuda"\nreplicas = 3\n'
     )
     env = {
         **os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "4", "PDCTL_STUB_USE": str(use),
