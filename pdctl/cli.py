@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from pdctl import __version__, console
 from pdctl.commands.apply import apply, scale
@@ -67,24 +68,13 @@ def main() -> None:
     console.prepare()
     make_variables_absolute()
     try:
-        app()
-    except ConfigError as failure:
-        _config_error(failure)
-        sys.exit(failure.exit_code)
-    except PdctlError as failure:
-        console.error(failure.message, failure.hint)
-        sys.exit(failure.exit_code)
+        sys.exit(_run())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of our stdout left (| head); nothing more to say, and nowhere to say it.
         console.drop_stdout()
         sys.exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Verdict as verdict:
-        sys.exit(verdict.code)
-    except SystemExit as ended:
-        # Usage errors end with 2 in click; here 2 means unexpected, and what the user can fix is 1.
-        sys.exit(1 if ended.code == 2 else ended.code)
     except OSError as failure:
         if failure.errno not in _FULL or failure.filename is not None:
             _unexpected(failure)
@@ -93,6 +83,31 @@ def main() -> None:
         sys.exit(told.exit_code)
     except Exception as failure:  # noqa: BLE001 - this is the outermost loop
         _unexpected(failure)
+
+
+def _run() -> int:
+    """One command, to its exit code; what the user can mend is told."""
+    try:
+        # Not click's own ending: its messages pass on the words of libraries below it, and it ends with 2.
+        return int(app(standalone_mode=False) or 0)
+    except TyperException as failure:
+        _usage_error(failure)
+        return 1
+    except ConfigError as failure:
+        _config_error(failure)
+        return failure.exit_code
+    except PdctlError as failure:
+        console.error(failure.message, failure.hint)
+        return failure.exit_code
+    except Verdict as verdict:
+        return verdict.code
+
+
+def _usage_error(failure: TyperException) -> None:
+    """Click's message with its usage line, in our words."""
+    if isinstance(message := getattr(failure, "message", None), str):
+        failure.message = message.replace("Value error, ", "")  # type: ignore[attr-defined]
+    failure.show()
 
 
 def _unexpected(failure: Exception) -> NoReturn:

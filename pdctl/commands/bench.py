@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pdctl.bench.client import Endpoint, Run
     from pdctl.bench.metrics import Figures, Targets
 
-app = typer.Typer(help="Measure a service, and compare results.", no_args_is_help=True)
+app = typer.Typer(help="Measure a service, and compare results.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 import time
@@ -43,7 +44,11 @@ _MODES = "Instead of findings"
 
 def doctor(
     context: typer.Context,
-    areas: list[Area] = typer.Argument(None, help="Default: all but transfer."),
+    words: list[str] = typer.Argument(
+        None,
+        metavar="[AREA]...",
+        help=f"{', '.join(Area)}; default: all but transfer. With --ibstatus and --devinfo: DEVICE or DEVICE:PORT.",
+    ),
     against: Path | None = typer.Option(
         None,
         "--against",
@@ -78,7 +83,9 @@ def doctor(
 ) -> None:
     """Check this machine. Exit codes: 0 good, 1 a warning, 2 critical, 3 could not tell. The area transfer moves bytes
     over each transport and times it; it is looked into only when it is named."""
-    _refuse_what_would_be_ignored(given_options(context), areas or [])
+    areas, devices = _areas_and_devices(words or [], takes_devices=ibstatus or devinfo)
+    port = [*devices, *port]
+    _refuse_what_would_be_ignored(given_options(context), areas)
     if ibstatus:
         _ibstatus(port, sysfs_root)
     if listed:
@@ -97,6 +104,21 @@ def doctor(
     if bundle is not None:
         _bundle(bundle, look, found or [])
     raise Verdict(_judged(look, found, moved))
+
+
+def _areas_and_devices(words: list[str], takes_devices: bool) -> tuple[list[Area], list[str]]:
+    """What the arguments name; devices as ibstatus takes them. Raises PdctlError."""
+    areas, devices = [], []
+    for word in words:
+        if word in list(Area):
+            areas.append(Area(word))
+        elif takes_devices:
+            devices.append(word)
+        else:
+            close = difflib.get_close_matches(word, list(Area), 1)
+            hint = f"did you mean '{Area(close[0]).value}'?" if close else f"areas: {', '.join(Area)}"
+            raise PdctlError(f"{word!r} is no area of the doctor", hint)
+    return areas, devices
 
 
 # Options that only some uses heed: "" is that of findings, "transfer" the area's.
@@ -124,7 +146,7 @@ def _refuse_what_would_be_ignored(given: dict[str, str], areas: list[Area]) -> N
     if areas and Area.RDMA not in areas:
         # The area that reads the kernel's log.
         heeded -= {"kmsg"}
-    ignored = [written for name, written in given.items() if name not in {*heeded, "areas", mode}]
+    ignored = [written for name, written in given.items() if name not in {*heeded, "words", mode}]
     if ignored:
         where = f"with {given[mode]}" if mode else "here"
         hints = [

@@ -16,7 +16,6 @@ from pdctl.host.pci import Layout, read_layout
 from pdctl.host.ports import PortHolder, listening_ports
 from pdctl.host.rdma import RdmaDevice, read_rdma
 from pdctl.host.users import cache_root, run_root, state_root
-from pdctl.wire import UNIT_ENV
 
 __all__ = [
     "ENGINE_PACKAGES",
@@ -115,6 +114,8 @@ def _holders_of(gpus: tuple[Gpu, ...], proc_root: Path) -> dict[str, tuple[Holde
 
 
 def _holder(pid: int, proc_root: Path) -> Holder:
+    from pdctl.wire import UNIT_ENV  # here: the command line imports this package, and nothing heavy
+
     folder, command, service = proc_root / str(pid), "", ""
     with contextlib.suppress(OSError):
         command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:60]

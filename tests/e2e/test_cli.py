@@ -284,6 +284,28 @@ def test_a_full_disk_under_its_log_does_not_end_the_service(run: Run) -> None:
         assert supervisor.wait(20) == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("doctor", "nonsense"), ("bench", "serve", "--workload", "nonsense"), ("status", "--nonsense"), ("nonsense",),
+     ("bench", "serve", "-n", "many"), ("up", "--wait", "soon"), ("doctor", "transfer", "--mib", "0")],
+    ids=" ".join,
+)  # fmt: skip
+def test_usage_errors_are_in_our_words(run: Run, words: tuple[str, ...]) -> None:
+    done = run.cli(*words)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "rror" in done.stderr
+    assert "Value error" not in done.stderr
+    assert "unexpected" not in done.stderr
+
+
+def test_devices_are_named_as_ibstatus_takes_them(run: Run) -> None:
+    for words in (("rdma", "--ibstatus", "mlx5_0:1"), ("--ibstatus", "mlx5_0"), ("--ibstatus", "--port", "mlx5_0")):
+        done = run.cli("doctor", *words)
+        assert "Fatal error:" in done.stdout, "what ibstatus says of a device that is not there"
+        assert "is no area" not in done.stderr
+
+
 def shell(run: Run, line: str, **extra: str) -> subprocess.CompletedProcess[str]:
     command = f"{sys.executable} -m pdctl {line}"
     return subprocess.run(
