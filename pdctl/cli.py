@@ -106,8 +106,8 @@ def _run() -> int:
 def _usage_error(failure: TyperException) -> None:
     """Click's message with its usage line, in our words."""
     if isinstance(message := getattr(failure, "message", None), str):
-        failure.message = message.replace("Value error, ", "")  # type: ignore[attr-defined]
-    failure.show()
+        failure.message = message.replace("Value error, ", "")
+    failure.show()  # type: ignore[attr-defined]
 
 
 def _unexpected(failure: Exception) -> NoReturn:

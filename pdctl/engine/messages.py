@@ -11,6 +11,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How to choose tokens. Temperature 0 is greedy. `max_tokens` and `min_tokens` count resumed tokens as well.
 
     `logprobs`: how many of the most likely tokens to report beside the chosen one; -1 for no report at all.
+    `stop_token_ids` end the output as the model's own end does; of `allowed_token_ids`, if any, all tokens are.
     `grammar`: what the output must match, as `pdctl.engine.grammar` words it; "" for anything.
     """
 
@@ -28,6 +29,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     logit_bias: dict[int, float] = {}
     logprobs: int = -1
     grammar: str = ""
+    stop_token_ids: list[int] = []
+    allowed_token_ids: list[int] = []
 
     @property
     def is_shaped(self) -> bool:
@@ -39,6 +42,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
             or self.logit_bias
             or self.min_tokens
             or self.grammar
+            or self.allowed_token_ids
         )
 
 

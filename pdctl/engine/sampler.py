@@ -34,11 +34,16 @@ def shape(
     if output and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = torch.bincount(torch.tensor(output, device=row.device), minlength=row.numel())
         row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
+    if sampling.allowed_token_ids:
+        allowed = torch.tensor(sampling.allowed_token_ids, device=row.device)
+        kept = row[allowed].clone()
+        row.fill_(float("-inf"))
+        row[allowed] = kept
     if sampling.logit_bias:
         where = torch.tensor(list(sampling.logit_bias), device=row.device)
         row.index_add_(0, where, torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device))
     if len(output) < sampling.min_tokens:
-        ends = torch.tensor(sorted(eos_token_ids), device=row.device)
+        ends = torch.tensor(sorted(eos_token_ids | set(sampling.stop_token_ids)), device=row.device)
         before = row[ends]
         row[ends] = float("-inf")
         if not row.isfinite().any():

@@ -302,6 +302,8 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         if token_id in self.limits.eos_token_ids and not sequence.sampling.ignore_eos:
             return "stop"
+        if token_id in sequence.sampling.stop_token_ids and sequence.num_output > sequence.sampling.min_tokens:
+            return "stop"
         full = len(sequence.token_ids) >= self.limits.max_model_len
         # A held prefill of a fresh prompt never ends by length: routers ask for one token, and decode goes on from it.
         fresh_hold = sequence.hold and sequence.num_output == 1

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from pdctl import __version__
 from pdctl.asgi import OPENAI_ERRORS
 from pdctl.lean_http import Unreachable, header_lines
 from pdctl.openai_api import ApiError
@@ -65,6 +66,7 @@ class Surface:
             Route("/v1/models/{name:path}", self._model),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/detokenize", self._tokenize, methods=["POST"]),
+            Route("/version", self._version),
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
@@ -122,6 +124,9 @@ class Surface:
         if found is None:
             raise ApiError(503, "no engine is ready", "service_unavailable", retry_after=5)
         return found
+
+    async def _version(self, _: Request) -> Response:
+        return _json(200, {"version": __version__})
 
     async def _health(self, _: Request) -> Response:
         """200 when a request sent now would find an engine."""

@@ -7,8 +7,9 @@ import logging
 from dataclasses import dataclass
 
 from pdctl.engine.front.core_link import CoreLink
+from pdctl.engine.front.fields import OfferTo
 from pdctl.engine.front.leases import LeaseDesk
-from pdctl.engine.front.openai import GenerationRequest, OfferTo
+from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.peers import Peers
 from pdctl.engine.lease import Lease
 from pdctl.engine.messages import Held, Progress

@@ -2,105 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import dataclass, field
 
 import msgspec
 
-from pdctl.engine.front.schemas import check_schema, narrowed
+from pdctl.engine.front.fields import ChatBody, CompletionBody, OfferTo
+from pdctl.engine.front.guided import grammar_of
 from pdctl.engine.front.tools import ToolFormat
 from pdctl.engine.messages import Sampling
 from pdctl.openai_api import ApiError, Envelope, decode_request, shown_number
-from pdctl.wire import HandOver, Port
+from pdctl.wire import HandOver
 
 _MAX_STOPS = 16
 # Each new token is looked for all of them.
 _MAX_STOP_TEXT = 8192
 _MAX_BIASES = 1024
-# Characters of a schema, as JSON.
-_MAX_GRAMMAR = 65_536
-
-
-class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """`include_usage` adds a last chunk with the counts."""
-
-    include_usage: bool = False
-
-
-class OfferTo(msgspec.Struct, frozen=True):
-    """The decode engine that may read the first chunks while the last ones are computed."""
-
-    host: str
-    port: Port
-
-
-class HoldRequest(msgspec.Struct):
-    """`kv_transfer_params` sent to a prefill engine, in vLLM's words plus `offer_to`."""
-
-    do_remote_decode: bool = False
-    do_remote_prefill: bool = False
-    offer_to: OfferTo | None = None
-
-
-class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What completions and chat completions share."""
-
-    model: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
-    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
-    resume_token_ids: list[int] | None = None
-
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    priority: int | None = None
-    # What routers made for vLLM and SGLang add to every request.
-    skip_special_tokens: bool | None = None
-    no_stop_trim: bool | None = None
-    return_hidden_states: bool | None = None
-
-    n: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: dict[str, object] | None = None
-
-
-class CompletionBody(_Common, kw_only=True):
-    """POST /v1/completions."""
-
-    prompt: str | list[int | str | list[int]]
-    max_tokens: int | None = None
-    best_of: int | None = None
-    echo: bool | None = None
-    logprobs: int | None = None
-    suffix: str | None = None
-
-
-class ChatBody(_Common, kw_only=True):
-    """POST /v1/chat/completions."""
-
-    messages: list[dict[str, object]]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, object]] | None = None
-    tool_choice: str | dict[str, object] | None = None
-    parallel_tool_calls: bool | None = None
 
 
 _decode_completion = msgspec.json.Decoder(CompletionBody).decode
@@ -116,6 +33,8 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "skip_special_tokens": (None, True),
     "no_stop_trim": (None, False),
     "return_hidden_states": (None, False),
+    "modalities": (None, ["text"]),
+    "function_call": (None, "none"),
 }
 
 
@@ -137,6 +56,7 @@ class GenerationRequest:
     hold: bool
     hand_over: HandOver | None
     offer_to: OfferTo | None = None
+    include_stop: bool = False
     router: str = "router"
     attempt: str = ""
     logprobs: int = -1
@@ -235,7 +155,9 @@ def sampling_of(body: CompletionBody | ChatBody, prompt_len: int, max_model_len:
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_biases(body.logit_bias or {}, vocab_size),
         logprobs=_logprobs(body),
-        grammar=grammar_of(body) if isinstance(body, ChatBody) else _format_grammar(body.response_format),
+        grammar=grammar_of(body),
+        stop_token_ids=_token_ids(body.stop_token_ids, vocab_size, "stop_token_ids"),
+        allowed_token_ids=_token_ids(body.allowed_token_ids, vocab_size, "allowed_token_ids"),
     )
 
 
@@ -261,6 +183,14 @@ def _max_tokens(body: CompletionBody | ChatBody, prompt_len: int, max_model_len:
     return int(wanted)
 
 
+def _token_ids(given: list[int] | None, vocab_size: int, name: str) -> list[int]:
+    if given is None:
+        return []
+    if not given or len(given) > vocab_size or not 0 <= min(given) <= max(given) < vocab_size:
+        raise ApiError(400, f"{name} takes token ids from 0 to {vocab_size - 1}, at least one", param=name)
+    return sorted(set(given))
+
+
 def _logprobs(body: CompletionBody | ChatBody) -> int:
     if isinstance(body, ChatBody):
         if body.top_logprobs and not body.logprobs:
@@ -279,84 +209,3 @@ def _biases(given: dict[str, float], vocab_size: int) -> dict[int, float]:
             raise ApiError(400, message, param="logit_bias")
         found[int(word)] = bias
     return found
-
-
-# -- guided output and tools -------------------------------------------------------------------------------
-
-
-def tool_format(body: CompletionBody | ChatBody) -> ToolFormat:
-    """How tool calls appear in the output. Raises ApiError."""
-    if not isinstance(body, ChatBody):
-        return ToolFormat.NONE
-    if not body.tools:
-        if body.tool_choice not in (None, "none"):
-            raise ApiError(400, "tool_choice needs tools", param="tool_choice")
-        return ToolFormat.NONE
-    for tool in body.tools:
-        _function(tool)
-    if body.tool_choice == "none":
-        return ToolFormat.NONE
-    return ToolFormat.TAGGED if body.tool_choice in (None, "auto") else ToolFormat.FORCED
-
-
-def grammar_of(body: ChatBody) -> str:
-    """What the output must match: a tool call where one is demanded, else the response format."""
-    if tool_format(body) is ToolFormat.FORCED:
-        return _bounded(json.dumps({"json": narrowed(_call_schema(body))}), "tools")
-    return _format_grammar(body.response_format)
-
-
-def _format_grammar(given: dict[str, object] | None) -> str:
-    kind = (given or {"type": "text"}).get("type")
-    if given is None or kind == "text":
-        return ""
-    if kind == "json_object":
-        return json.dumps({"json": True})
-    wanted = given.get("json_schema")
-    if kind != "json_schema" or not isinstance(wanted, dict) or not isinstance(wanted.get("schema"), dict):
-        message = "response_format must be text, json_object, or json_schema with json_schema.schema"
-        raise ApiError(400, message, param="response_format")
-    return schema_grammar(wanted["schema"], "response_format", "json_schema.schema")
-
-
-def schema_grammar(schema: object, param: str, where: str = "") -> str:
-    """The grammar of a JSON Schema. Raises ApiError for one that answers might break."""
-    check_schema(schema, param, where)
-    return _bounded(json.dumps({"json": narrowed(schema)}), param)
-
-
-def _bounded(grammar: str, param: str) -> str:
-    if len(grammar) > _MAX_GRAMMAR:
-        raise ApiError(400, f"the schema is {len(grammar)} characters long; {_MAX_GRAMMAR} is the most", param=param)
-    return grammar
-
-
-def _call_schema(body: ChatBody) -> dict[str, object]:
-    """One call of one of the tools, or of the one that tool_choice names."""
-    functions = [_function(tool) for tool in body.tools or []]
-    if isinstance(body.tool_choice, dict):
-        named = _function(body.tool_choice).get("name")
-        functions = [function for function in functions if function["name"] == named]
-    if not functions or (isinstance(body.tool_choice, str) and body.tool_choice != "required"):
-        raise ApiError(400, "tool_choice must be none, auto, required, or name one of the tools", param="tool_choice")
-    for function in functions:
-        parameters = function.get("parameters")
-        if parameters is not None:
-            check_schema(parameters, "tools", f"{function['name']}.parameters")
-    each = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": f["name"]}, "arguments": f.get("parameters") or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for f in functions
-    ]
-    return each[0] if len(each) == 1 else {"anyOf": each}
-
-
-def _function(tool: dict[str, object]) -> dict[str, object]:
-    function = tool.get("function")
-    if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ApiError(400, "a tool is {type: function, function: {name, parameters}}", param="tools")
-    return function

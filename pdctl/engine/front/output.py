@@ -38,7 +38,7 @@ class Output:
     def __init__(self, codec: TextCodec, request: GenerationRequest) -> None:
         self._token_text = codec.token_text
         self._chat = request.envelope.chat
-        self._text = OutputText(codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops)
+        self._text = OutputText(codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops, request.include_stop)
         self._tools = ToolText(request.envelope.request_id, request.tool_calls)
         self._wants_logprobs = request.logprobs >= 0
         for token_id in request.resume:

@@ -17,13 +17,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdctl import asgi
-from pdctl.engine.front import openai
+from pdctl import __version__, asgi
+from pdctl.engine.front import guided, openai
 from pdctl.engine.front.control import Control
 from pdctl.engine.front.core_link import CoreLink
+from pdctl.engine.front.fields import ChatBody, CompletionBody, HoldRequest
 from pdctl.engine.front.generate import Generator
 from pdctl.engine.front.migrate import KvLost
-from pdctl.engine.front.openai import GenerationRequest, HoldRequest
+from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.output import Piece, chunk_choice, whole_choice
 from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.messages import Ready
@@ -63,6 +64,7 @@ class EngineService:
                 Route("/v1/completions", _Generate(self, chat=False), methods=["POST"]),
                 Route("/v1/chat/completions", _Generate(self, chat=True), methods=["POST"]),
                 Route("/v1/models", self._models),
+                Route("/version", _version),
                 Route("/tokenize", _Small(self, self.tokens_of), methods=["POST"]),
                 Route("/detokenize", _Small(self, self.text_of), methods=["POST"]),
                 *self.control.routes(),
@@ -97,11 +99,12 @@ class EngineService:
             resume=parsed.resume_token_ids or [],
             hold=hold is not None,
             hand_over=hand_over,
+            include_stop=bool(parsed.include_stop_str_in_output),
             offer_to=hold.offer_to if hold and self.options.chunked else None,
             router=headers.get(ROUTER_HEADER, "router"),
             attempt=headers.get(ATTEMPT_HEADER, ""),
             logprobs=sampling.logprobs,
-            tool_calls=openai.tool_format(parsed),
+            tool_calls=guided.tool_format(parsed),
             tenant=headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else "",
         )
 
@@ -111,22 +114,31 @@ class EngineService:
         internal = self.control.is_internal(headers.get("authorization", ""))
         return float(given) if internal and given.isdecimal() else float(int(time.time()))
 
-    def _prompt_ids(self, body: openai.CompletionBody | openai.ChatBody, ready: Ready, at: float) -> list[int]:
-        name = "messages" if isinstance(body, openai.ChatBody) else "prompt"
+    def _prompt_ids(self, body: CompletionBody | ChatBody, ready: Ready, at: float) -> list[int]:
+        name = "messages" if isinstance(body, ChatBody) else "prompt"
         try:
             ids = self._encode(body, at, ready.max_model_len)
         except (NoChatTemplate, ValueError) as failure:
             raise ApiError(400, str(failure), param=name) from None
         if not ids:
             raise ApiError(400, "the prompt is empty", param=name)
+        if (kept := body.truncate_prompt_tokens) is not None:
+            # As vLLM: the last ones; -1 for as many as the context holds.
+            if kept < -1 or kept == 0:
+                message = "truncate_prompt_tokens must be at least 1, or -1"
+                raise ApiError(400, message, param="truncate_prompt_tokens")
+            ids = ids[-(ready.max_model_len - 1 if kept == -1 else kept) :]
         if min(ids) < 0 or max(ids) >= ready.vocab_size:
             raise ApiError(400, f"prompt token ids must be from 0 to {ready.vocab_size - 1}", param=name)
         return ids
 
-    def _encode(self, body: openai.CompletionBody | openai.ChatBody, at: float, max_tokens: int) -> list[int]:
-        if isinstance(body, openai.ChatBody):
+    def _encode(self, body: CompletionBody | ChatBody, at: float, max_tokens: int) -> list[int]:
+        if isinstance(body, ChatBody):
             tools = body.tools if body.tool_choice != "none" else None
-            return self.codec.encode_chat(openai.messages_of(body.messages), at, tools, max_tokens)
+            variables = {**(body.chat_template_kwargs or {})}
+            if body.add_generation_prompt is not None:
+                variables["add_generation_prompt"] = body.add_generation_prompt
+            return self.codec.encode_chat(openai.messages_of(body.messages), at, tools, max_tokens, variables)
         prompt = body.prompt
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             return self._encode(msgspec.structs.replace(body, prompt=prompt[0]), at, max_tokens)
@@ -137,7 +149,7 @@ class EngineService:
         raise ApiError(400, "send one prompt per request: a string or a list of token ids", param="prompt")
 
     def _internal_fields(
-        self, body: openai.CompletionBody | openai.ChatBody, headers: dict[str, str]
+        self, body: CompletionBody | ChatBody, headers: dict[str, str]
     ) -> tuple[HoldRequest | None, HandOver | None]:
         no_transfer = bytes(body.kv_transfer_params) == b"null"
         if no_transfer and not body.resume_token_ids:
@@ -203,6 +215,10 @@ class EngineService:
         if size < _LARGE_BODY:
             return work()
         return await anyio.to_thread.run_sync(work, limiter=self._aside)
+
+
+async def _version(_: Request) -> Response:
+    return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
 
 
 class _Tokenize(msgspec.Struct):

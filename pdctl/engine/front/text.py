@@ -64,7 +64,12 @@ class TextCodec:
         return text
 
     def encode_chat(
-        self, messages: Messages, at: float, tools: Messages | None = None, max_tokens: int | None = None
+        self,
+        messages: Messages,
+        at: float,
+        tools: Messages | None = None,
+        max_tokens: int | None = None,
+        variables: dict[str, object] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins; `at`: the template's clock.
 
@@ -75,7 +80,7 @@ class TextCodec:
         if max_tokens is not None:
             # Before the template: it may take long over messages that are refused afterwards.
             self.check_length(_characters(messages) + _characters(tools or []), max_tokens)
-        text = render_chat(self._template, messages, self._specials, at, tools)
+        text = render_chat(self._template, messages, self._specials, at, tools, variables)
         return self.encode(text, max_tokens, special=False)
 
 
@@ -94,7 +99,12 @@ def _characters(value: object) -> int:
 
 
 def render_chat(
-    template: str, messages: Messages, specials: dict[str, str], at: float, tools: Messages | None = None
+    template: str,
+    messages: Messages,
+    specials: dict[str, str],
+    at: float,
+    tools: Messages | None = None,
+    variables: dict[str, object] | None = None,
 ) -> str:
     """Render a Hugging Face chat template, with the helpers such templates expect.
 
@@ -116,9 +126,8 @@ def render_chat(
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.fromtimestamp(at).astimezone().strftime(pattern)
     try:
-        return environment.from_string(template).render(
-            messages=messages, tools=tools, add_generation_prompt=True, **specials
-        )
+        given = {**specials, "add_generation_prompt": True, **(variables or {}), "messages": messages, "tools": tools}
+        return environment.from_string(template).render(given)
     except (TemplateError, TypeError) as failure:
         raise ValueError(f"the model's chat template refuses these messages: {failure}") from failure
 
@@ -129,9 +138,12 @@ class OutputText:
     Text that might become a stop string is held back until it cannot.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_tail: list[int], stops: list[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_tail: list[int], stops: list[str], include_stop: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
+        self._include_stop = include_stop
         self._stream = DecodeStream(ids=prompt_tail, skip_special_tokens=True)
         self._pending: list[int] = []
         self._held = ""
@@ -171,10 +183,11 @@ class OutputText:
         if not self._stops:
             return piece, False
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            at, length = min(found)
+            return text[: at + length if self._include_stop else at], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

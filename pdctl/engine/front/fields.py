@@ -1,0 +1,116 @@
+"""The fields of OpenAI requests that this engine knows, and vLLM's beside them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pdctl.wire import Port
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """`include_usage` adds a last chunk with the counts."""
+
+    include_usage: bool = False
+
+
+class OfferTo(msgspec.Struct, frozen=True):
+    """The decode engine that may read the first chunks while the last ones are computed."""
+
+    host: str
+    port: Port
+
+
+class HoldRequest(msgspec.Struct):
+    """`kv_transfer_params` sent to a prefill engine, in vLLM's words plus `offer_to`."""
+
+    do_remote_decode: bool = False
+    do_remote_prefill: bool = False
+    offer_to: OfferTo | None = None
+
+
+class Structured(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`: one of these."""
+
+    json: dict[str, object] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What completions and chat completions share."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    kv_transfer_params: msgspec.Raw = msgspec.Raw(b"null")
+    resume_token_ids: list[int] | None = None
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    priority: int | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    verbosity: str | None = None
+    reasoning_effort: str | None = None
+    modalities: list[str] | None = None
+    # What routers made for vLLM and SGLang add to every request.
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    return_hidden_states: bool | None = None
+
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: dict[str, object] | None = None
+    # vLLM's.
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    structured_outputs: Structured | None = None
+    guided_json: dict[str, object] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+
+class CompletionBody(_Common, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[int | str | list[int]]
+    max_tokens: int | None = None
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+
+class ChatBody(_Common, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, object]]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, object]] | None = None
+    tool_choice: str | dict[str, object] | None = None
+    parallel_tool_calls: bool | None = None
+    function_call: str | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    add_generation_prompt: bool | None = None
