@@ -1,0 +1,39 @@
+"""`scripts/clients`: a service on this machine, and each client's script run against it by another Python.
+
+    python -m tests.clients.run CLIENTS_PYTHON
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.service import Run, running, topology
+
+CLIENTS = ("openai_client", "langchain_client", "litellm_client", "llamaindex_client", "instructor_client")
+
+
+def main(python: str) -> int:
+    """0 when every client did what it came for."""
+    run = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
+    key = run.cli("key", "clients", "--file", str(run.folder / "keys.txt"), check=True).stdout.split()[0]
+    failed = []
+    with running(run, topology("sample:tiny-chat", extra='api_keys = "keys.txt"')) as service:
+        env = {**os.environ, "BASE_URL": f"{service.url}/v1", "API_KEY": key, "OPENAI_API_KEY": key}
+        for name in CLIENTS:
+            script = Path(__file__).parent / "scripts" / f"{name}.py"
+            argv = [python, str(script)]
+            done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+            sys.stdout.write(f"{name}: {'passed' if done.returncode == 0 else 'FAILED'}\n{done.stdout}")
+            if done.returncode != 0:
+                failed.append(name)
+                sys.stdout.write(done.stderr[-3000:])
+        service.idle()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))
