@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # no look-up of prices in the network
 import litellm
 from common import API_KEY, BASE_URL, HELLO, MODEL, Animal, done
 
