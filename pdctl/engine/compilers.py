@@ -112,13 +112,12 @@ class Compilers:
     def _next(self) -> _Job | None:
         """The next job of the tenant whose turn it is; None to end this thread."""
         with self._changed:
-            while True:
-                tenant = next((name for name in self._queues if name not in self._busy), None)
-                if tenant is not None:
-                    break
-                if self._closed or not self._changed.wait(_IDLE_S):
-                    self._threads -= 1
-                    return None
+            self._changed.wait_for(lambda: self._closed or self._whose_turn() is not None, _IDLE_S)
+            # Looked at under the lock: what was submitted as the time ran out is not left behind.
+            tenant = self._whose_turn()
+            if tenant is None:
+                self._threads -= 1
+                return None
             queue = self._queues[tenant]
             job = queue.popleft()
             if queue:
@@ -127,6 +126,9 @@ class Compilers:
                 del self._queues[tenant]
             self._busy.add(tenant)
             return job
+
+    def _whose_turn(self) -> str | None:
+        return next((name for name in self._queues if name not in self._busy), None)
 
     def _run(self, worker: _Worker, job: _Job) -> None:
         try:

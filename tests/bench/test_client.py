@@ -57,22 +57,22 @@ def test_no_more_at_once_than_allowed() -> None:
 
 def test_requests_leave_when_they_should() -> None:
     done = run(Fake(first_s=0.0), [Asked([1], 2) for _ in range(3)], [0.0, 0.15, 0.3])
-    apart = [b.sent_at - a.sent_at for a, b in zip(done.records, done.records[1:], strict=False)]
-    assert all(0.1 < gap < 0.4 for gap in apart)
+    assert all(record.sent_at >= record.planned_at for record in done.records), "never before their time"
+    assert [record.sent_at for record in done.records] == sorted(record.sent_at for record in done.records)
     assert [round(r.planned_at - done.started_at, 2) for r in done.records] == [0.0, 0.15, 0.3]
 
 
 @pytest.mark.parametrize(
-    ("fake", "error", "truncated"),
+    ("fake", "error", "timeout_s"),
     [
-        (Fake(status=503), "status 503", 0),
-        (Fake(ends=2, first_s=0), "closed the connection", 0),
-        (Fake(error_at=2, first_s=0), "in mid-stream", 0),
-        (Fake(first_s=2.0), "no whole answer in 0.3 s", 0),
+        (Fake(status=503), "status 503", 60.0),
+        (Fake(ends=2, first_s=0), "closed the connection", 60.0),
+        (Fake(error_at=2, first_s=0), "in mid-stream", 60.0),
+        (Fake(first_s=60.0), "no whole answer in 0.3 s", 0.3),
     ],
 )
-def test_failures_are_counted_and_not_measured(fake: Fake, error: str, truncated: int) -> None:
-    found = figures(run(fake, [Asked([1], 5)], timeout_s=0.3), Targets())
+def test_failures_are_counted_and_not_measured(fake: Fake, error: str, timeout_s: float) -> None:
+    found = figures(run(fake, [Asked([1], 5)], timeout_s=timeout_s), Targets())
     assert (found["completed"], found["failed"]) == (0, 1)
     assert error in found["errors"][0]  # type: ignore[index]
     assert found["mean_ttft_ms"] == 0.0
@@ -188,7 +188,7 @@ def test_an_answer_without_a_token_is_none() -> None:
     assert done.records[0].error == "an answer without a token"
 
 
-@pytest.mark.parametrize("url", ["http://h:99999", "http://[::1", "http://h:80/prefix", "https://h", "http://"])
+@pytest.mark.parametrize("url", ["http://h:99999", "http://[::1", "http://h:80/prefix", "ftp://h", "http://"])
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(PdctlError, match="no address of a service"):
         Endpoint(url).pool()
@@ -196,5 +196,5 @@ def test_addresses_that_are_none(url: str) -> None:
 
 def test_waiting_for_a_seat_is_not_being_late() -> None:
     done = run(Fake(first_s=0.1), [Asked([1], 2) for _ in range(4)], most_at_once=1)
-    last = done.records[3]
-    assert last.sent_at - last.planned_at < 0.2, "it has waited for 0.3 s"
+    for before, after in zip(done.records, done.records[1:], strict=False):
+        assert after.planned_at >= before.ended_at, "its time is that of its seat"
