@@ -95,9 +95,10 @@ def test_connect_is_refused(port: int, lines: bytes) -> None:
         assert client.recv(1) == b""
 
 
-def test_many_offers_in_one_read_are_all_ignored(port: int) -> None:
-    one = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"
-    last = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+def test_many_offers_in_one_read_are_all_ignored(service: Service, port: int) -> None:
+    common = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\n" % secret(service).encode()
+    one = common + b"connection: upgrade\r\nupgrade: x\r\n\r\n"
+    last = common + b"connection: close\r\n\r\n"
     with connected(port) as client:
         client.sendall(one * 1200 + last)
         data = b"".join(iter(lambda: client.recv(65536), b""))

@@ -103,8 +103,8 @@ def test_every_wrong_call_is_refused_with_a_reason(service: Service, prefill: En
     assert not prefill.lease("claim", hand_over, "d")["ok"]
     with httpx.Client(base_url=prefill.http.base_url, trust_env=False) as stranger:
         for path in ("leases/revoke", "attempts/release", "holders/release", "offers", "links"):
-            assert stranger.post(f"/pdctl/v1/{path}", json={}).status_code == 403
-        assert stranger.get("/pdctl/v1/endpoint").status_code == 403
+            assert stranger.post(f"/pdctl/v1/{path}", json={}).status_code == 401
+        assert stranger.get("/pdctl/v1/endpoint").status_code == 401
     for body in (b"", b"{", b"[]", b'{"lease_id": 5}', b"\xff\xfe"):
         assert prefill.http.post("/pdctl/v1/leases/claim", content=body).status_code == 400
         assert decode.http.post("/pdctl/v1/offers", content=body).status_code == 400
