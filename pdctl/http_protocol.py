@@ -37,6 +37,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.header_bytes = 0
         self.in_head = True
         self._declined = False
+        self._has_begun = False
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -44,9 +45,11 @@ class HttpProtocol(HttpToolsProtocol):
         """Bytes of a request. After a refusal they are thrown away until the client has read it and leaves."""
         if self.refused:
             return
+        self._has_begun = False
         self._feed(data)
         if self.in_head and not self.refused:
-            self.header_bytes += len(data)
+            # A read that ends requests before it counts with what is known of this one's head, not whole.
+            self.header_bytes = max(1, self._head_size()) if self._has_begun else self.header_bytes + len(data)
             if self.header_bytes > MAX_HEADER_BYTES:
                 self._refuse_head()
 
@@ -71,7 +74,11 @@ class HttpProtocol(HttpToolsProtocol):
         """A request begins."""
         super().on_message_begin()
         self.header_bytes = 0
-        self.in_head = True
+        self.in_head = self._has_begun = True
+
+    def _head_size(self) -> int:
+        """Bytes of the head as far as it is parsed."""
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
@@ -82,8 +89,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._declined = True
             return
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > MAX_HEADER_BYTES:
+        if self._head_size() > MAX_HEADER_BYTES:
             self._refuse_head()
             return
         self.in_head = False
