@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pdctl.content_encoding import decoded
 from pdctl.openai_api import ApiError
 
 # ASGI's own message type: https://asgi.readthedocs.io/en/latest/specs/main.html
@@ -30,8 +31,11 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 
 
-async def read_body(receive: Receive, limit: int = MAX_BODY) -> bytes:
-    """The whole body. Raises ApiError 413 when it is too large, 400 when the client left."""
+async def read_body(receive: Receive, limit: int = MAX_BODY, encoding: bytes = b"") -> bytes:
+    """The whole body, unpacked where `encoding` (the content-encoding header) says that it is packed.
+
+    Raises ApiError 413 when it is too large, 415 or 400 when it cannot be unpacked, 400 when the client left.
+    """
     parts: list[bytes] = []
     size = 0
     while True:
@@ -43,7 +47,8 @@ async def read_body(receive: Receive, limit: int = MAX_BODY) -> bytes:
         if size > limit:
             raise ApiError(413, f"the body is larger than {limit} bytes")
         if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
+            return decoded(body, encoding, limit) if encoding else body
 
 
 def header_dict(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -187,6 +187,7 @@ def _proxy(values: Table, source: str | None) -> Proxy:
         admission=values["admission"],
         max_queue=values["max_queue"],
         max_body_mb=float(values["max_body_mb"]),
+        unknown_fields=values["unknown_fields"],
         api_keys=_absolute(values["api_keys"], source),
         tls_cert=_absolute(values["tls_cert"], source),
         tls_key=_absolute(values["tls_key"], source),

@@ -19,7 +19,7 @@ FINGERPRINT = f"pdctl-{__version__}"
 
 # Fields of a request that are whole numbers, at most.
 _MOST_WHOLE = 32
-_WANTED_INT = re.compile(r"Expected `int( \| null)?`, got `float` - at `\$\.\w+`$")
+_WANTED_INT = re.compile(r"Expected `[^`]*\bint\b[^`]*`, got `float` - at `\$\.(\w+)(?:\[[\d.]+\])*`$")
 
 
 class ApiError(Exception):
@@ -75,16 +75,35 @@ def decode_request(decode: Callable[[bytes], T], body: bytes) -> T:
 
 
 def _with_whole_number(body: bytes, failure: msgspec.ValidationError) -> bytes | None:
-    """The body with the field that msgspec complains about written as a whole number; None where it is not one."""
-    name = field_of(failure)
-    if name is None or not _WANTED_INT.match(str(failure)):
+    """The body with the field that msgspec complains about written in whole numbers; None where it is not such a field.
+
+    Of a name that comes twice msgspec may mean either, and the last one counts: the others are dropped.
+    """
+    wanted = _WANTED_INT.match(str(failure))
+    if wanted is None:
         return None
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    value = float(bytes(fields.get(name, msgspec.Raw(b"nan"))).decode())
-    # Beyond 2^53 a float does not say which whole number is meant.
-    if not value.is_integer() or abs(value) > 2**53:
+    try:
+        before = msgspec.json.decode(fields[wanted[1]])
+    except msgspec.DecodeError:
+        # A number beyond all floats.
         return None
-    return msgspec.json.encode({**fields, name: int(value)})
+    after = _whole(before)
+    count = body.count(b'"%b"' % wanted[1].encode())
+    if after is before and count < 2:
+        return None
+    return msgspec.json.encode({**fields, wanted[1]: after})
+
+
+def _whole(value: object) -> object:
+    """A value with whole floats as whole numbers, also within lists; the same object where there are none."""
+    if isinstance(value, float):
+        # Beyond 2^53 a float does not say which whole number is meant.
+        return int(value) if value.is_integer() and abs(value) <= 2**53 else value
+    if isinstance(value, list):
+        found = [_whole(item) for item in value]
+        return found if any(new is not old for new, old in zip(found, value, strict=True)) else value
+    return value
 
 
 def shown_number(value: float) -> str:
@@ -102,10 +121,13 @@ class Envelope:
     with_token_ids: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def event(self, index: int, choice: Mapping[str, object], token_ids: list[int]) -> bytes:
-        """One server-sent event of a stream, around one choice (without its index)."""
+    def event(
+        self, index: int, choice: Mapping[str, object], token_ids: list[int], counts: dict[str, int] | None = None
+    ) -> bytes:
+        """One server-sent event of a stream, around one choice (without its index); `counts`: a usage so far."""
         body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
-        return _event(body | {"choices": [self._with_ids({"index": index, **choice}, token_ids)]})
+        body["choices"] = [self._with_ids({"index": index, **choice}, token_ids)]
+        return _event(body | {"usage": counts} if counts else body)
 
     def event_head(self) -> bytes:
         """What `event` writes before the choice."""
@@ -121,10 +143,15 @@ class Envelope:
     ) -> bytes:
         """The body of an unstreamed answer around choices, in order; `token_ids` of the only one."""
         numbered: list[dict[str, object]] = [{"index": index, **choice} for index, choice in enumerate(choices)]
+        extra = {**(extra or {})}
+        if self.chat and "message" in numbered[0]:
+            # vLLM's place for them in a chat: beside the choices.
+            told = [choice.pop("prompt_logprobs", None) for choice in numbered]
+            extra |= {"prompt_logprobs": told[0]} if told[0] is not None else {}
         if token_ids is not None:
             numbered = [self._with_ids(choice, token_ids) for choice in numbered]
         outer = self._outer("chat.completion" if self.chat else "text_completion")
-        return msgspec.json.encode(outer | {"choices": numbered, "usage": usage} | (extra or {}))
+        return msgspec.json.encode(outer | {"choices": numbered, "usage": usage} | extra)
 
     def usage_chunk(self, usage: dict[str, int]) -> bytes:
         """The event that carries the counts when `include_usage` asked for it."""

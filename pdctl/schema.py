@@ -13,6 +13,7 @@ ROUTINGS = (
     "min_expected_latency", "min_observed_latency", "prefix_aware", "random", "round_robin", "slo",
 )  # fmt: skip
 ADMISSIONS = ("queue", "slo")
+UNKNOWN_FIELDS = ("warn", "refuse")
 TRANSFER_BACKENDS = ("auto", "shm", "mooncake", "nixl")
 STOP_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 LINK_LAYERS = ("any", "infiniband", "ethernet")
@@ -165,6 +166,7 @@ TABLES: dict[str, dict[str, Key]] = {
         "admission": Key(choice(*ADMISSIONS), "queue"),
         "max_queue": Key(integer(0, 65536), 256),
         "max_body_mb": Key(number(0, 1024), 16.0),
+        "unknown_fields": Key(choice(*UNKNOWN_FIELDS), "warn"),
         "api_keys": Key(text()),
         "tls_cert": Key(text()),
         "tls_key": Key(text()),

@@ -38,6 +38,7 @@ class Proxy:
     """The one address clients know. Paths are absolute, or "" for none; `max_queue` in requests.
 
     `admission`: "queue" waits for seats at the engines, "slo" also refuses what would miss the targets.
+    `unknown_fields`: "warn" leaves out fields of requests that no engine knows and says so, "refuse" answers 400.
     """
 
     host: str
@@ -48,6 +49,7 @@ class Proxy:
     admission: str
     max_queue: int
     max_body_mb: float
+    unknown_fields: str
     api_keys: str
     tls_cert: str
     tls_key: str

@@ -298,6 +298,7 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     admission: str = "queue"
     max_queue: int = 256
     max_body_mb: float = 16.0
+    unknown_fields: str = "warn"
     api_keys: str = ""
     tls_cert: str = ""
     tls_key: str = ""

@@ -68,7 +68,8 @@ class Turn:
 
     `prompt_ids`: the prompt as the engine tokenized it, where it said so; dialects that resume by tokens need it.
     `held`: so many of the last tokens came without text, which is in a later one's, or in none. `again`: tokens that an
-    engine is to compute again and that the client may have by their ids.
+    engine is to compute again and that the client may have by their ids. `counts_each`: every event is to carry the
+    counts so far.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Turn:
     prompt_ids: list[int] = field(default_factory=list)
     held: int = 0
     again: list[int] = field(default_factory=list)
+    counts_each: bool = False
 
     def take_back(self) -> None:
         """Go back to the last token at which the text was complete: those after it are computed again."""
@@ -165,6 +167,10 @@ class Dialect(Protocol):
     own_envelopes: bool
     resumes_at_text: bool
 
+    def known_fields(self, path: str) -> frozenset[str] | None:
+        """The fields it takes at a path; None where only the engine itself knows."""
+        ...
+
     def client_ready(self, turn: Turn) -> bool:
         """Whether a stream's events may go to clients as they are, but for token ids."""
         ...
@@ -219,6 +225,12 @@ def launcher(kind: str) -> Launcher:
 def dialect(kind: str) -> Dialect:
     """The dialect of a known kind."""
     return cast(Dialect, importlib.import_module(f"pdctl.adapters.{kind}").dialect())
+
+
+def stream_fields(turn: Turn) -> Fields:
+    """What a stream is asked for with: token ids, without which it could not go on elsewhere, and counts."""
+    options = {"include_usage": True, **({"continuous_usage_stats": True} if turn.counts_each else {})}
+    return {"return_token_ids": True, "stream_options": options}
 
 
 def without(fields: Fields, *names: str) -> Fields:

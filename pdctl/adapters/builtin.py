@@ -15,7 +15,9 @@ from pdctl.adapters import (
     Prefilled,
     Turn,
     shown,
+    stream_fields,
 )
+from pdctl.openai_fields import KNOWN_FIELDS
 from pdctl.topology import Device, Topology, Transfer
 from pdctl.wire import AttemptCall, EngineAddress, LeaseCall
 
@@ -134,6 +136,10 @@ class BuiltinDialect:
     own_envelopes = False
     resumes_at_text = False
 
+    def known_fields(self, path: str) -> frozenset[str] | None:
+        """See Dialect.known_fields."""
+        return KNOWN_FIELDS[path]
+
     def client_ready(self, turn: Turn) -> bool:
         """See Dialect.client_ready. Id and time of its events are those the proxy gives."""
         return True
@@ -150,7 +156,7 @@ class BuiltinDialect:
         """See Dialect.decode_call."""
         extra: dict[str, object] = {"stream": stream}
         if stream:
-            extra |= {"return_token_ids": True, "stream_options": {"include_usage": True}}
+            extra |= stream_fields(turn)
         if hand_over is not None:
             extra["kv_transfer_params"] = msgspec.Raw(hand_over)
         return Call(turn.path, _encode({**turn.fields, **extra, **_resume(turn)}))

@@ -23,6 +23,7 @@ from pdctl.adapters import (
     Prefilled,
     Turn,
     shown,
+    stream_fields,
     without,
 )
 from pdctl.wire import EngineAddress
@@ -92,6 +93,10 @@ class VllmDialect:
     own_envelopes = True
     resumes_at_text = True
 
+    def known_fields(self, path: str) -> frozenset[str] | None:
+        """See Dialect.known_fields. Each version of vLLM knows others, and says itself what it ignores."""
+        return None
+
     def client_ready(self, turn: Turn) -> bool:
         """See Dialect.client_ready. A continuation is a completion to it, whatever the client asked."""
         return not turn.emitted
@@ -107,7 +112,7 @@ class VllmDialect:
         path, fields = _continued(turn)
         extra: Fields = {"stream": stream}
         if stream:
-            extra |= {"return_token_ids": True, "stream_options": {"include_usage": True}}
+            extra |= stream_fields(turn)
         if hand_over is not None:
             extra["kv_transfer_params"] = msgspec.Raw(hand_over)
         return Call(path, _encode({**fields, **extra}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -36,6 +37,10 @@ _MAX_GRAMMARS = 64
 _MAX_BLANKS = 16
 # Memory that a compiling process may take, bytes.
 _MAX_MEMORY = 4 << 30
+
+
+# The rule for a letter of a string with a length, as xgrammar prints it.
+_ANY_LETTER = re.compile(r'^(\w+ ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$', re.MULTILINE)
 
 
 @dataclass(slots=True)
@@ -173,6 +178,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def json_grammar(schema: object) -> xgrammar.Grammar:
+    """The grammar of a checked and narrowed JSON Schema; True for any object.
+
+    Strings with a length may have no raw control characters, which JSON forbids: xgrammar 0.2.8 lets them through.
+    """
+    import xgrammar
+
+    strict = schema is not True
+    text = json.dumps(schema if strict else {"type": "object"})
+    found = xgrammar.Grammar.from_json_schema(text, strict_mode=strict, max_whitespace_cnt=_MAX_BLANKS)
+    rules = str(found)
+    mended = _ANY_LETTER.sub(r"\1(([^\\0-\\x1f\"\\\\\\r\\n]))", rules)
+    return found if mended == rules else xgrammar.Grammar.from_ebnf(mended)
+
+
 def compiled(tokens: _Tokens, grammar: str) -> bytes:
     """Raises BadGrammar."""
     import xgrammar
@@ -185,9 +205,7 @@ def compiled(tokens: _Tokens, grammar: str) -> bytes:
         elif "ebnf" in wanted:
             found = compiler.compile_grammar(wanted["ebnf"])
         else:
-            schema = {"type": "object"} if wanted["json"] is True else wanted["json"]
-            strict = wanted["json"] is not True
-            found = compiler.compile_json_schema(json.dumps(schema), strict_mode=strict, max_whitespace_cnt=_MAX_BLANKS)
+            found = compiler.compile_grammar(json_grammar(wanted["json"]))
     except (RuntimeError, ValueError) as failure:
         raise BadGrammar(str(failure).strip().splitlines()[0][:300]) from failure
     return found.serialize_json().encode()

@@ -13,6 +13,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     `logprobs`: how many of the most likely tokens to report beside the chosen one; -1 for no report at all.
     `stop_token_ids` end the output as the model's own end does; of `allowed_token_ids`, if any, all tokens are.
     `grammar`: what the output must match, as `pdctl.engine.grammar` words it; "" for anything.
+    `bad_words`: token sequences that the output must not contain. `prompt_logprobs`: as `logprobs`, for the prompt.
     """
 
     max_tokens: int
@@ -31,6 +32,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     grammar: str = ""
     stop_token_ids: list[int] = []
     allowed_token_ids: list[int] = []
+    bad_words: list[list[int]] = []
+    prompt_logprobs: int = -1
 
     @property
     def is_shaped(self) -> bool:
@@ -43,11 +46,19 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
             or self.min_tokens
             or self.grammar
             or self.allowed_token_ids
+            or self.bad_words
         )
 
 
 # (token id, natural log of its probability): the chosen token first, then the most likely ones in order.
 Logprobs = list[tuple[int, float]]
+
+
+class PromptToken(msgspec.Struct, frozen=True, array_like=True):
+    """What the model thought of a prompt's token: its rank among all (1: the most likely), and log probabilities."""
+
+    rank: int
+    logprobs: Logprobs
 
 
 # -- front to core -----------------------------------------------------------------------------------------
@@ -144,12 +155,16 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
-    """One new token; `finish_reason` "stop" or "length" with the last."""
+    """One new token; `finish_reason` "stop" or "length" with the last.
+
+    `prompt`: of the prompt's tokens but the first, with the first new one, where that was asked for.
+    """
 
     request_id: str
     token_id: int
     finish_reason: str | None
     logprobs: Logprobs | None = None
+    prompt: list[PromptToken] | None = None
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
@@ -160,6 +175,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     block_ids: list[int]
     num_tokens: int
     logprobs: Logprobs | None = None
+    prompt: list[PromptToken] | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):

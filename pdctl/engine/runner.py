@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -11,12 +14,35 @@ from pdctl.engine.grammar import Grammars
 from pdctl.engine.kv_pool import KvPool
 from pdctl.engine.loading import LoadedModel, check_agreement, check_token_ids, dense_logits, forward, rounding_noise
 from pdctl.engine.messages import Logprobs, Sampling
-from pdctl.engine.sampler import most_likely, sample, shape
+from pdctl.engine.sampler import most_likely, prompt_tokens, sample, shape
 from pdctl.engine.scheduler import Slice
 from pdctl.engine.sequence import Sequence
 
 # Padded KV lengths are multiples of this.
 _PAD_TO = 128
+
+
+class _PromptPart(NamedTuple):
+    """Rows of a batch whose logits say what the model thought of a prompt's next tokens, `token_ids`."""
+
+    sequence: Sequence
+    rows: range
+    token_ids: list[int]
+
+
+def _prompt_parts(batch: list[Slice]) -> list[_PromptPart]:
+    """Of every sequence that tells of its prompt; what was told before it lost its blocks is not told again."""
+    found, row = [], 0
+    for piece in batch:
+        sequence = piece.sequence
+        if sequence.tells_prompt:
+            first = max(piece.start, len(sequence.prompt_told))
+            end = min(piece.start + piece.count, sequence.prompt_len - 1)
+            if first < end:
+                rows = range(row + first - piece.start, row + end - piece.start)
+                found.append(_PromptPart(sequence, rows, sequence.token_ids[first + 1 : end + 1]))
+        row += piece.count
+    return found
 
 
 class ModelRunner:
@@ -41,12 +67,20 @@ class ModelRunner:
 
     def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
         """Compute every slice; for each sampling one, in order, a token id and what is told of it."""
-        logits = self.logits(batch)
+        prompts = _prompt_parts(batch)
+        logits = self.logits(batch, rows=[row for part in prompts for row in part.rows])
         if self.poisoned and not torch.isfinite(logits).all():
             raise AssertionError("KV was read after its blocks were freed")
         sequences = [piece.sequence for piece in batch if piece.samples]
+        at = len(sequences)
+        for part in prompts:
+            part.sequence.prompt_told += prompt_tokens(
+                logits[at : at + len(part.rows)], part.token_ids, part.sequence.sampling.prompt_logprobs
+            )
+            at += len(part.rows)
         if not sequences:
             return [], []
+        logits = logits[: len(sequences)]
         told = {row: logits[row].clone() for row, s in enumerate(sequences) if s.sampling.logprobs >= 0}
         for row, sequence in enumerate(sequences):
             if sequence.sampling.is_shaped:
@@ -67,8 +101,8 @@ class ModelRunner:
             self.grammars.mask(row, sequence)
         shape(row, sequence.sampling, sequence.token_ids, sequence.prompt_len, self.loaded.eos_token_ids)
 
-    def logits(self, batch: list[Slice], every_row: bool = False) -> torch.Tensor:
-        """[sampling slices, vocab], or every row of the batch."""
+    def logits(self, batch: list[Slice], every_row: bool = False, rows: Iterable[int] = ()) -> torch.Tensor:
+        """[sampling slices, vocab], then those of `rows` of the batch; or every row of the batch."""
         ids: list[int] = []
         positions: list[int] = []
         writes: list[int] = []
@@ -88,7 +122,7 @@ class ModelRunner:
             if piece.samples:
                 last_rows.append(len(ids) - 1)
         # A batch of inner chunks samples nothing, and still needs one row: models project at least one.
-        keep = torch.arange(len(ids)) if every_row else torch.tensor(last_rows or [len(ids) - 1])
+        keep = torch.arange(len(ids)) if every_row else torch.tensor([*last_rows, *rows] or [len(ids) - 1])
         write_slots = torch.tensor(writes).to(self.device)
         attention.set_context(BatchContext(self.pool, write_slots, packed, self._padded(single)))
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pdctl.engine.messages import Logprobs, Sampling
+from pdctl.engine.messages import Logprobs, PromptToken, Sampling
 
 
 def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[int]:
@@ -21,7 +21,7 @@ def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[i
 def shape(
     row: torch.Tensor, sampling: Sampling, token_ids: list[int], prompt_len: int, eos_token_ids: frozenset[int]
 ) -> None:
-    """Penalties, biases and the least length, into `row` [vocab] in place.
+    """Penalties, biases, bad words and the least length, into `row` [vocab] in place.
 
     Presence and frequency look at the output alone (OpenAI's definition), repetition at prompt and output (CTRL, Keskar
     et al. 2019: positive logits are divided, negative ones multiplied).
@@ -42,13 +42,20 @@ def shape(
     if sampling.logit_bias:
         where = torch.tensor(list(sampling.logit_bias), device=row.device)
         row.index_add_(0, where, torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device))
+    forbidden = {word[-1] for word in sampling.bad_words if output[len(output) - len(word) + 1 :] == word[:-1]}
     if len(output) < sampling.min_tokens:
-        ends = torch.tensor(sorted(eos_token_ids | set(sampling.stop_token_ids)), device=row.device)
-        before = row[ends]
-        row[ends] = float("-inf")
-        if not row.isfinite().any():
-            # A grammar allows nothing but the end: it comes before the least length.
-            row[ends] = before
+        forbidden |= eos_token_ids | set(sampling.stop_token_ids)
+    if forbidden:
+        _forbid(row, sorted(forbidden))
+
+
+def _forbid(row: torch.Tensor, token_ids: list[int]) -> None:
+    where = torch.tensor(token_ids, device=row.device)
+    before = row[where]
+    row[where] = float("-inf")
+    if not row.isfinite().any():
+        # A grammar allows nothing else: it comes first.
+        row[where] = before
 
 
 def most_likely(row: torch.Tensor, token_id: int, count: int) -> Logprobs:
@@ -59,6 +66,21 @@ def most_likely(row: torch.Tensor, token_id: int, count: int) -> Logprobs:
         values, indices = logs.topk(min(count, logs.numel()))
         found += list(zip(indices.tolist(), values.tolist(), strict=True))
     return found
+
+
+def prompt_tokens(rows: torch.Tensor, token_ids: list[int], count: int) -> list[PromptToken]:
+    """For each of `rows` [n, vocab] the token that the prompt goes on with, as `most_likely`, and its rank."""
+    logs = rows.float().log_softmax(-1)
+    chosen = torch.tensor(token_ids, device=rows.device)[:, None]
+    own = logs.gather(1, chosen)
+    ranks = (logs > own).sum(-1) + 1
+    values, indices = logs.topk(min(count, logs.shape[-1]))
+    return [
+        PromptToken(rank, [(token_id, one), *zip(tops, logprobs, strict=True)])
+        for rank, token_id, one, tops, logprobs in zip(
+            ranks.tolist(), token_ids, own[:, 0].tolist(), indices.tolist(), values.tolist(), strict=True
+        )
+    ]
 
 
 def uniform(seed: int, position: int) -> float:

@@ -175,7 +175,7 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_missing > 1):
             if budget == 0 or sequence.status is not Status.RUNNING:
                 continue
-            count = min(sequence.num_missing, budget)
+            count = min(sequence.max_chunk, budget)
             while not self._allocate(sequence, sequence.num_computed + count):
                 preempted = True
                 victim = self._victim()
@@ -265,7 +265,7 @@ class Scheduler:
             self._waiting.remove(sequence)
             sequence.status = Status.RUNNING
             self.running.append(sequence)
-            count = min(sequence.num_missing, budget)
+            count = min(sequence.max_chunk, budget)
             batch.append(self._slice(sequence, count))
             budget -= count
 
@@ -286,16 +286,17 @@ class Scheduler:
         return Slice(sequence, sequence.num_computed, count, count == sequence.num_missing)
 
     def _append(self, sequence: Sequence, token_id: int, told: Logprobs | None, outcome: Outcome) -> None:
+        prompt = sequence.take_prompt_told()
         sequence.token_ids.append(token_id)
         reason = self._finish_reason(sequence, token_id)
         if sequence.hold and reason is None:
             sequence.status = Status.HELD
             self.running.remove(sequence)
             outcome.held.append(
-                Held(sequence.request_id, token_id, list(sequence.block_ids), len(sequence.token_ids) - 1, told)
+                Held(sequence.request_id, token_id, list(sequence.block_ids), len(sequence.token_ids) - 1, told, prompt)
             )
             return
-        outcome.tokens.append(Token(sequence.request_id, token_id, reason, told))
+        outcome.tokens.append(Token(sequence.request_id, token_id, reason, told, prompt))
         if reason is not None:
             self._forget(sequence)
 

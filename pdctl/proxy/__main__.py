@@ -35,6 +35,7 @@ from pdctl.proxy.releases import Releases
 from pdctl.proxy.reload import Reloader, admission_of
 from pdctl.proxy.routing import POLICIES
 from pdctl.proxy.spans import NO_SPANS, OtlpSpans, Spans
+from pdctl.proxy.unknown_fields import UnknownFields
 from pdctl.serving import LOG_FORMAT, Server, listen_tcp
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig, listener_path
 
@@ -136,6 +137,7 @@ def _generator(config: ProxyConfig, worker: int) -> Generator:
         model=config.model,
         holder=f"{name}@{epoch}",
         max_body=int(config.max_body_mb * 2**20),
+        unknown=UnknownFields(config.unknown_fields == "refuse"),
         spans=spans,
     )
 

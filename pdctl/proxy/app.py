@@ -14,18 +14,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pdctl import __version__
+from pdctl import __version__, asgi
 from pdctl.asgi import OPENAI_ERRORS
 from pdctl.lean_http import Unreachable, header_lines
-from pdctl.openai_api import ApiError
+from pdctl.openai_api import ApiError, decode_request
 from pdctl.proxy.generate import Generator
 from pdctl.proxy.openapi import description
 from pdctl.proxy.pool import Engine
 from pdctl.proxy.routing import Ask, choose, round_robin
+from pdctl.proxy.unknown_fields import header
 from pdctl.wire import ProxyConfig
 
 _GENERATE = {"/v1/completions": False, "/v1/chat/completions": True}
 _TOKENIZE_S = 10.0
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _JSON = header_lines({"content-type": "application/json"})
 
 
@@ -98,7 +100,9 @@ class Surface:
         if refused := self._refused(request):
             return refused
         try:
-            body = await self._small_body(request)
+            encoding = request.headers.get("content-encoding", "").encode("latin-1")
+            body = await asgi.read_body(request.receive, self._generator.max_body, encoding)
+            body, ignored = self._known_part(body, request.url.path)
             engine = self._any_engine()
             answer = await engine.client.request(
                 "POST", request.url.path, engine.headers + _JSON, body, timeout_s=_TOKENIZE_S
@@ -107,16 +111,21 @@ class Surface:
             return _error(failure)
         except Unreachable as failure:
             return _error(ApiError(503, str(failure), "service_unavailable", retry_after=1))
-        return Response(answer.body, answer.status, media_type="application/json")
+        told = [header(ignored)] if ignored else []
+        headers = {name.decode(): value.decode() for name, value in told}
+        return Response(answer.body, answer.status, headers, media_type="application/json")
 
-    async def _small_body(self, request: Request) -> bytes:
-        parts, size = [], 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > self._generator.max_body:
-                raise ApiError(413, f"the body is larger than {self._generator.max_body} bytes")
-        return b"".join(parts)
+    def _known_part(self, body: bytes, path: str) -> tuple[bytes, list[str]]:
+        """The body without the fields that no engine knows, and their names."""
+        known = self._shared.pool.known_fields(path)
+        if known is None:
+            return body, []
+        fields = decode_request(_decode_fields, body)
+        ignored = self._generator.unknown.of(fields, known)
+        if not ignored:
+            return body, []
+        self._generator.note_ignored(ignored)
+        return msgspec.json.encode({name: fields[name] for name in fields if name in known}), ignored
 
     def _any_engine(self) -> Engine:
         now = time.monotonic()

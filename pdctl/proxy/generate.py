@@ -25,6 +25,7 @@ from pdctl.proxy.requests import ClientRequest
 from pdctl.proxy.sinks import Sink, StreamAnswer, WholeAnswer
 from pdctl.proxy.spans import NO_SPANS, Spans
 from pdctl.proxy.timing import Timing
+from pdctl.proxy.unknown_fields import UnknownFields, header
 from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
 
 # nginx's word for a client that left before its answer; only the log sees it.
@@ -46,6 +47,7 @@ class Generator:
     model: str
     holder: str
     max_body: int
+    unknown: UnknownFields = field(default_factory=UnknownFields)
     spans: Spans = NO_SPANS
     _static: bytes = field(init=False)
 
@@ -87,6 +89,11 @@ class Generator:
         finally:
             connection.on_left = None
 
+    def note_ignored(self, names: list[str]) -> None:
+        """Count fields that a request was relieved of."""
+        for name in names:
+            self.shared.metrics.ignored(self.unknown.label(name))
+
     def engine_headers(self, job: _Job, started: int) -> bytes:
         """What an engine is told beside the body."""
         trace = self.spans.header(job.trace, job.headers) if job.trace else job.passed_on
@@ -126,10 +133,13 @@ class _Job:
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > limit:
             raise ApiError(413, f"the body is larger than {limit} bytes")
-        body = await asgi.read_body(receive, limit)
-        self.generator.shared.quarantine.check(body)
-        request = requests.parse(body, self.path, self.chat, self.request_id, self.generator.model)
+        body = await asgi.read_body(receive, limit, self.headers.get(b"content-encoding", b""))
+        generator = self.generator
+        generator.shared.quarantine.check(body)
+        known = generator.shared.pool.known_fields(self.path)
+        request = requests.parse(body, self.path, self.chat, self.request_id, generator.model, generator.unknown, known)
         request.body = body
+        generator.note_ignored(request.ignored)
         return request
 
     def leave(self, task: asyncio.Task[object]) -> None:
@@ -211,6 +221,8 @@ class _Job:
 
     def _answer(self, request: ClientRequest, send: asgi.Send) -> StreamAnswer | WholeAnswer:
         extra = [(b"x-request-id", self.request_id.encode())]
+        if request.ignored:
+            extra.append(header(request.ignored))
         timing = self.timing if _TIMING in self.headers else None
         return (StreamAnswer if request.stream else WholeAnswer)(request, send, extra, timing)
 
@@ -224,7 +236,7 @@ class _Job:
             relays.append(
                 Relay(
                     shared,
-                    Turn(request.path, request.envelope.chat, fields),
+                    Turn(request.path, request.envelope.chat, fields, counts_each=request.counts_each),
                     sink,
                     # A name of its own for each leg: engines that key requests by it would take two for one.
                     f"{self.request_id}-{number}" if number else self.request_id,

@@ -43,6 +43,7 @@ _COUNTERS = {
     ),
     "hand_over_bytes": ("pdctl_proxy_hand_over_bytes", "Bytes of KV handed over", ("prefill", "decode")),
     "sheds": ("pdctl_proxy_sheds", "Requests refused with 429", ("reason",)),
+    "ignored_fields": ("pdctl_proxy_ignored_fields", "Fields of requests that no engine knows, left out", ("field",)),
     "left": ("pdctl_proxy_clients_left", "Requests whose client left before the end", ()),
     "quarantined": ("pdctl_proxy_quarantined", "Requests put in quarantine", ()),
     "release_failures": (
@@ -113,6 +114,10 @@ class Metrics:
     def shed(self, reason: str) -> None:
         """A request was refused to keep the others fast."""
         self.tally.count("sheds", reason)
+
+    def ignored(self, field: str) -> None:
+        """A request had a field that no engine knows."""
+        self.tally.count("ignored_fields", field)
 
     def client_left(self) -> None:
         """Nobody waits for this answer any more."""

@@ -227,6 +227,12 @@ class EnginePool:
             )
         return found
 
+    def known_fields(self, path: str) -> frozenset[str] | None:
+        """The fields that every engine takes, of those that say so; None where none does."""
+        kinds = {engine.address.kind: engine.dialect for engine in self.engines}
+        known = [found for one in kinds.values() if (found := one.known_fields(path)) is not None]
+        return frozenset.intersection(*known) if known else None
+
     def only_pair(self) -> Choice | None:
         """The pair that every policy would choose, where there is just one."""
         if len(self.engines) > 2:

@@ -188,7 +188,7 @@ class Relay:
         started = time.monotonic()
         done = await self._prefilled(engine, call, attempt)
         self._measured(engine, time.monotonic() - started)
-        self.prompt_tokens = done.prompt_tokens or self.prompt_tokens
+        self.prompt_tokens = self.sink.prompt_tokens = done.prompt_tokens or self.prompt_tokens
         if self._in_one_piece and done.hand_over is not None:
             # The decode engine's answer will have this token in it as well; this is when it was there.
             self.timing.token(time.monotonic())

@@ -61,6 +61,7 @@ class Reloader:
         shared.metrics.ttft_slo_s, shared.metrics.tpot_slo_s = shared.ttft_s, shared.tpot_s
         generator.gate.admission.follow(admission_of(wanted))
         generator.keys, generator.max_body = keys, int(wanted.max_body_mb * 2**20)
+        generator.unknown.refuse = wanted.unknown_fields == "refuse"
         self.config = wanted
         _log.info("settings read anew: %d engines, %d of them draining", len(wanted.engines), len(wanted.draining))
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import msgspec
 
 from pdctl.openai_api import ApiError, Envelope, decode_request, shown_number
+from pdctl.proxy.unknown_fields import UnknownFields
 
 _INTERNAL = ("kv_transfer_params", "resume_token_ids")
 # Answers one request may ask for: OpenAI's bound on n.
 MAX_LEGS = 128
 _LEG_FIELDS = ("stream", "stream_options", "return_token_ids", "n")
+
+_IGNORING = UnknownFields()
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -26,9 +29,13 @@ _decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _NOT_A_PROMPT = re.compile(rb'\[\s*[^\d\s\]-]|[^"\[]')
 
 
-class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    include_usage: bool = False
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+_STREAM_OPTIONS = frozenset(_StreamOptions.__struct_fields__)
 
 
 class _Known(msgspec.Struct):
@@ -43,6 +50,9 @@ class _Known(msgspec.Struct):
     return_token_ids: bool | None = None
     n: int | None = None
     best_of: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool | None = None
+    logprobs: int | bool | None = None
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None = None
 
 
@@ -55,7 +65,11 @@ _decode_known = msgspec.json.Decoder(_Known).decode
 
 @dataclass(slots=True)
 class ClientRequest:
-    """A request to relay: one leg per answer. `size`: bytes of body; `priority`: lower goes first."""
+    """A request to relay: one leg per answer. `size`: bytes of body; `priority`: lower goes first.
+
+    `counts_each`: every event of a stream carries the counts so far; `tells_prompt`: the engine that prefills tells of
+    the prompt's tokens; `ignored`: fields that were left out.
+    """
 
     envelope: Envelope
     legs: list[dict[str, object]]
@@ -63,15 +77,33 @@ class ClientRequest:
     path: str
     stream: bool
     include_usage: bool
+    counts_each: bool
+    tells_prompt: bool
     max_tokens: int | None
     priority: int
+    ignored: list[str] = field(default_factory=list)
     body: bytes = b""
 
 
-def parse(body: bytes, path: str, chat: bool, request_id: str, served_model: str) -> ClientRequest:
+def parse(
+    body: bytes,
+    path: str,
+    chat: bool,
+    request_id: str,
+    served_model: str,
+    unknown: UnknownFields = _IGNORING,
+    engines_know: frozenset[str] | None = None,
+) -> ClientRequest:
     """Raises ApiError for what no engine needs to be asked about."""
     known, fields = _decoded(body)
     _check(known, fields, served_model)
+    ignored = unknown.of(fields, engines_know)
+    for name in ignored:
+        del fields[name]
+    if known.stream_options is not None:
+        ignored += [
+            f"stream_options.{name}" for name in unknown.of(_decode_fields(fields["stream_options"]), _STREAM_OPTIONS)
+        ]
     legs = _legs(fields, known, chat)
     return ClientRequest(
         envelope=Envelope(request_id, chat, served_model, bool(known.return_token_ids)),
@@ -80,8 +112,11 @@ def parse(body: bytes, path: str, chat: bool, request_id: str, served_model: str
         path=path,
         stream=bool(known.stream),
         include_usage=bool(known.stream_options and known.stream_options.include_usage),
+        counts_each=bool(known.stream_options and known.stream_options.continuous_usage_stats),
+        tells_prompt=known.prompt_logprobs is not None or (bool(known.echo) and known.logprobs not in (None, False)),
         max_tokens=_max_tokens(known, chat),
         priority=known.priority or 0,
+        ignored=ignored,
     )
 
 
@@ -104,6 +139,8 @@ def _check(known: _Known, fields: dict[str, msgspec.Raw], served_model: str) -> 
         raise ApiError(404, message, param="model")
     if known.stream_options is not None and not known.stream:
         raise ApiError(400, "stream_options is for streams: set stream to true", param="stream_options")
+    if known.prompt_logprobs is not None and known.stream:
+        raise ApiError(400, "prompt_logprobs are not told in streams", param="prompt_logprobs")
     if known.n is not None and not 1 <= known.n <= MAX_LEGS:
         raise ApiError(400, f"n must be from 1 to {MAX_LEGS}; it is {shown_number(known.n)}", param="n")
     for name in _BOUNDED:

@@ -27,7 +27,7 @@ class Sink(Protocol):
 
     `passes`: an engine's events may come as bytes, each beginning with `event_head`; `hides_token_ids`: without token
     ids then; `shows_token_ids`: the client gets them; `takes_whole`: nobody waits for the parts, and a body in one
-    piece will do.
+    piece will do. `prompt_tokens`: as far as they are known.
     """
 
     passes: bool
@@ -35,6 +35,7 @@ class Sink(Protocol):
     hides_token_ids: bool
     shows_token_ids: bool
     takes_whole: bool
+    prompt_tokens: int
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """The next part; the last one has a finish_reason."""
@@ -95,7 +96,10 @@ class StreamSink:
 
     def __init__(self, answer: StreamAnswer, index: int, alone: bool) -> None:
         envelope = answer.request.envelope
-        self.passes = alone
+        self._counts_each = answer.request.counts_each
+        self.passes = alone and not self._counts_each
+        self.prompt_tokens = 0
+        self._tokens = 0
         self.event_head = envelope.event_head()
         self.hides_token_ids = not envelope.with_token_ids
         self.shows_token_ids = envelope.with_token_ids
@@ -109,7 +113,9 @@ class StreamSink:
         if self._first:
             self._first = False
             choice = _with_role(choice)
-        await self._answer.write(self._envelope.event(self._index, choice, token_ids))
+        self._tokens += len(token_ids)
+        counts = usage(self.prompt_tokens, self._tokens) if self._counts_each else None
+        await self._answer.write(self._envelope.event(self._index, choice, token_ids, counts))
 
     async def pass_on(self, data: bytes) -> None:
         """See Sink.pass_on."""
@@ -159,7 +165,9 @@ class WholeSink:
     hides_token_ids = False
 
     def __init__(self, request: ClientRequest) -> None:
-        self.takes_whole = not request.envelope.with_token_ids
+        # What the engine that prefills tells of the prompt is not in the other one's body.
+        self.takes_whole = not request.envelope.with_token_ids and not request.tells_prompt
+        self.prompt_tokens = 0
         self.shows_token_ids = request.envelope.with_token_ids
         self._envelope = request.envelope
         self._gathered: Gathered | None = None

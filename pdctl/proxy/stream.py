@@ -207,7 +207,7 @@ class EventReader:
             self._theirs = event[: at + len(_CHOICES)]
         delta = self._engine.dialect.parse_event(payload, self._turn)
         if delta.usage is not None:
-            self.prompt_tokens = delta.usage[0]
+            self.prompt_tokens = self._sink.prompt_tokens = delta.usage[0]
         if delta.prompt_ids:
             self._turn.prompt_ids = delta.prompt_ids
         if delta.choice is None:

@@ -120,6 +120,7 @@ class Proxies:
             admission=proxy.admission,
             max_queue=proxy.max_queue,
             max_body_mb=proxy.max_body_mb,
+            unknown_fields=proxy.unknown_fields,
             api_keys=proxy.api_keys,
             tls_cert=proxy.tls_cert,
             tls_key=proxy.tls_key,

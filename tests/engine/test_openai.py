@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pdctl.engine.front.openai import messages_of, parse_body, sampling_of, stop_strings
+from pdctl.engine.front.openai import bad_words, messages_of, parse_body, sampling_of, stop_strings
 from pdctl.openai_api import ApiError
 
 
@@ -13,6 +13,7 @@ def refused(body: object, chat: bool = False) -> ApiError:
     with pytest.raises(ApiError) as found:
         parsed = parse_body(raw, chat)
         stop_strings(parsed)
+        bad_words(parsed)
         sampling_of(parsed, 10, 100, 384)
     return found.value
 
@@ -22,10 +23,11 @@ def refused(body: object, chat: bool = False) -> ApiError:
     [
         {"max_tokens": -1}, {"max_tokens": 0}, {"max_tokens": "5"}, {"max_tokens": 91}, {"temperature": -0.1},
         {"top_p": 0}, {"top_p": 1.1}, {"top_k": -2}, {"stop": [""]}, {"stop": ["x"] * 17}, {"n": 2}, {"best_of": 2},
-        {"echo": True}, {"logprobs": 21}, {"logprobs": -1}, {"min_p": 1.5}, {"min_tokens": 50},
+        {"bad_words": [" "]}, {"bad_words": ["x"] * 129}, {"prompt_logprobs": 21},
+        {"logprobs": 21}, {"logprobs": -1}, {"min_p": 1.5}, {"min_tokens": 50},
         {"suffix": "x"}, {"presence_penalty": 2.5}, {"logit_bias": {"1": 200}}, {"logit_bias": {"999": 2}},
         {"repetition_penalty": 0}, {"response_format": {"type": "xml"}}, {"response_format": {"type": "json_schema"}},
-        {"unknown": 1}, {"stream_options": {"continuous_usage_stats": True}},
+        {"unknown": 1}, {"stream_options": {"odd": True}},
         {"prompt": 5}, {"prompt": {"a": 1}}, {"stream": "yes"},
     ],
 )  # fmt: skip

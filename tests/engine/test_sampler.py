@@ -5,7 +5,7 @@ import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pdctl.engine.messages import Sampling
-from pdctl.engine.sampler import kept_probabilities, most_likely, sample, shape, uniform
+from pdctl.engine.sampler import kept_probabilities, most_likely, prompt_tokens, sample, shape, uniform
 
 
 def logits(seed: int = 0, vocab: int = 500) -> torch.Tensor:
@@ -110,3 +110,34 @@ def test_a_grammar_that_must_end_ends_before_the_least_length() -> None:
     shape(free, Sampling(5, min_tokens=3), [1, 2], 1, frozenset({7}))
     assert free[7] == float("-inf")
     assert free.isfinite().sum() == 9
+
+
+def test_bad_words_are_ruled_out_where_their_last_token_would_come() -> None:
+    words = Sampling(10, bad_words=[[3], [1, 2], [7, 1, 4]])
+
+    def forbidden(*output: int) -> set[int]:
+        row = torch.zeros(8)
+        shape(row, words, [9, 1, *output], 2, frozenset())
+        return {index for index, value in enumerate(row.tolist()) if value == float("-inf")}
+
+    assert forbidden() == {3}
+    assert forbidden(1) == {3, 2}
+    assert forbidden(7, 1) == {3, 2, 4}
+    assert forbidden(1, 7) == {3}
+
+
+def test_a_grammar_that_allows_nothing_but_bad_words_comes_first() -> None:
+    row = torch.full((4,), float("-inf"))
+    row[3] = 1.0
+    shape(row, Sampling(10, bad_words=[[3]]), [0], 1, frozenset())
+    assert row.tolist()[3] == 1.0
+
+
+def test_what_is_told_of_a_prompt() -> None:
+    rows = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+    first, second = prompt_tokens(rows, [2, 0], 1)
+    assert (first.rank, second.rank) == (2, 1)
+    logs = rows.log_softmax(-1)
+    assert first.logprobs == [(2, pytest.approx(float(logs[0, 2]))), (1, pytest.approx(float(logs[0, 1])))]
+    assert [token for token, _ in second.logprobs] == [0, 0]
+    assert len(prompt_tokens(rows, [2, 0], 0)[0].logprobs) == 1

@@ -14,12 +14,12 @@ import xgrammar
 from xgrammar.testing import _is_grammar_accept_string
 
 from pdctl.engine.front.schemas import check_schema, narrowed, unsupported_pattern
-from pdctl.engine.grammar import _MAX_BLANKS
+from pdctl.engine.grammar import _MAX_BLANKS, json_grammar
 from pdctl.openai_api import ApiError
 
 STRING, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
 A_AND_B = {"type": "object", "properties": {"a": INTEGER, "b": STRING}}
-LETTERS = [bytes([code]) for code in range(32, 127)] + [b"\n"]
+LETTERS = [bytes([code]) for code in range(128)] + [b"\xc3", b"\xa9"]
 
 # What is accepted. Everything that the grammar lets through must be valid.
 KEPT: list[dict[str, Any]] = [
@@ -37,6 +37,8 @@ KEPT: list[dict[str, Any]] = [
     {"type": "array", "prefixItems": [INTEGER], "items": STRING, "minItems": 2},
     {"type": "array", "uniqueItems": False, "items": {"enum": [1, 2]}},
     {"type": "string", "minLength": 2, "maxLength": 3}, {"type": "string", "maxLength": 0},
+    {"type": "string", "minLength": 3}, {"type": "string", "maxLength": 8}, {"type": "string", "pattern": "^[^a]+$"},
+    {"type": "string", "pattern": "^.{2,4}$"}, {"type": "string", "pattern": "^\\S{2}\\W\\D$"},
     {"type": "string", "pattern": "^a(b[0-9]+)?$"},
     {"type": "string", "pattern": "^a+b?$"}, {"type": "string", "pattern": "(?:x|y)[0-9]{2}"},
     {"type": "integer", "minimum": 3, "maximum": 10}, {"type": "integer", "exclusiveMinimum": -3},
@@ -133,7 +135,7 @@ def valid(schema: dict[str, Any], text: str) -> bool:
 
 
 def grammar_of(schema: object) -> xgrammar.Grammar:
-    return xgrammar.Grammar.from_json_schema(json.dumps(narrowed(schema)), max_whitespace_cnt=_MAX_BLANKS)
+    return json_grammar(narrowed(schema))
 
 
 def answers(schema: object, count: int) -> list[str]:

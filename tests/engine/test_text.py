@@ -92,6 +92,35 @@ def test_a_templates_clock_is_the_requests() -> None:
     assert render_chat("{{ strftime_now('%Y') }}", [], {}, 40_000_000.0) == "1971"
 
 
+CLOSING = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize("final", ["So it", " So it", "So it ", "user"])
+def test_a_conversation_can_be_left_open(tmp_path: Path, codec: TextCodec, final: str) -> None:
+    codec.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(CLOSING)
+    chat = TextCodec(tmp_path)
+    messages: list[dict[str, object]] = [{"role": "user", "content": "user"}, {"role": "assistant", "content": final}]
+    given: dict[str, object] = {"add_generation_prompt": False}
+    open_ids = chat.encode_chat(messages, 0.0, variables=given, continue_final=True)
+    assert chat.decode(open_ids) == f"<user>user</s><assistant>{final.strip()}"
+    assert chat.decode(chat.encode_chat(messages, 0.0, variables=given)) == chat.decode(open_ids) + "</s>"
+    with pytest.raises(ValueError, match="last message"):
+        chat.encode_chat([{"role": "user", "content": ""}], 0.0, variables=given, continue_final=True)
+
+
+def test_words_are_forbidden_at_the_beginning_and_after_a_blank(codec: TextCodec) -> None:
+    assert codec.forbidden(["ab"]) == [codec.encode("ab", special=False)]
+    for ids in codec.forbidden(["a", "b"]):
+        assert codec.decode(ids).strip() in ("a", "b")
+
+
+def test_offsets_are_places_in_the_text(codec: TextCodec) -> None:
+    ids = codec.encode("a\u00e9b", special=False)
+    assert codec.shown(ids) == "a\u00e9b"
+    assert codec.offsets(ids) == [0, 1, 1, 2]
+
+
 def test_a_template_cannot_reach_python() -> None:
     with pytest.raises(ValueError, match="refuses"):
         render_chat("{{ ''.__class__.__mro__[1].__subclasses__() }}", [], {}, 0.0)

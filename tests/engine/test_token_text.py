@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,3 +98,33 @@ def test_blanks_before_words_stay(tokenizer: Tokenizer) -> None:
     of = TokenText(tokenizer)
     ids = tokenizer.encode("quick the", add_special_tokens=False).ids
     assert b"".join(map(of.bytes_of, ids)).endswith(b" the")
+
+
+def bpe_with_word_ends() -> Tokenizer:
+    """GPT, XLM: a mark ends each word."""
+    made = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=60, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+def word_piece() -> Tokenizer:
+    """BERT and what was made of it."""
+    made = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "play": 2, "##ing": 3, "dog": 4, "##s": 5}))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece(prefix="##")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "text"), [(bpe_with_word_ends, "the lazy dog jumps"), (word_piece, "the playing dogs")]
+)
+def test_words_that_are_marked_keep_their_blanks(made: Callable[[], Tokenizer], text: str) -> None:
+    found = made()
+    ids = found.encode(text).ids
+    assert len(ids) > len(text.split())
+    assert b"".join(map(TokenText(found).bytes_of, ids)).decode().strip() == text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.engine.front.tools import ToolCall, ToolFormat, ToolText
+from pdctl.engine.front.tools import ToolCall, ToolFormat, ToolText, whole_calls
 
 
 def split(text: str, cuts: list[int], form: ToolFormat = ToolFormat.TAGGED) -> tuple[str, list[ToolCall]]:
@@ -18,7 +18,7 @@ def split(text: str, cuts: list[int], form: ToolFormat = ToolFormat.TAGGED) -> t
         more, found = parser.push(text[start:end])
         shown, calls = shown + more, calls + found
     more, found = parser.flush()
-    return shown + more, calls + found
+    return shown + more, whole_calls(calls + found)
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
@@ -28,7 +28,6 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 def test_calls_are_found_however_the_text_comes(cuts: list[int]) -> None:
     shown, calls = split(f"so: {CALL} and {CALL}!", cuts)
     assert shown == "so:  and !"
-    assert [call["index"] for call in calls] == [0, 1]
     assert calls[0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
     assert [call["id"] for call in calls] == ["call_r_0", "call_r_1"], "the same on every engine"
 
@@ -53,3 +52,38 @@ def test_forced_output_is_one_call() -> None:
     assert shown == ""
     assert calls[0]["function"] == {"name": "g", "arguments": "{}"}
     assert split('{"name": "g"', [], ToolFormat.FORCED) == ('{"name": "g"', [])
+
+
+TRICKY = '{"a": "}\\"</tool_call>{[", "b": [{}, "\\\\"], "c": {"d": null}}'
+
+
+@given(st.lists(st.integers(0, 200), max_size=12))
+def test_arguments_may_hold_what_looks_like_an_end(cuts: list[int]) -> None:
+    text = f'<tool_call>{{"name": "f\\u0041", "arguments": {TRICKY}}}</tool_call>!'
+    shown, (call,) = split(text, cuts)
+    assert (shown, call["function"]) == ("!", {"name": "fA", "arguments": TRICKY})
+
+
+def test_arguments_come_while_they_grow() -> None:
+    parser = ToolText("r", ToolFormat.FORCED)
+    assert parser.push('{"name": "f", "argu') == ("", [])
+    _, (first, second) = parser.push('ments": {"a')
+    assert first["function"] == {"name": "f", "arguments": ""}
+    assert second == {"index": 0, "function": {"arguments": '{"a'}}
+    assert parser.push('": 1}}') == ("", [{"index": 0, "function": {"arguments": '": 1}'}}])
+    assert parser.flush() == ("", [])
+
+
+@given(st.lists(st.integers(0, 200), max_size=6))
+def test_a_call_in_another_order_is_given_whole(cuts: list[int]) -> None:
+    text = '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>'
+    shown, (call,) = split(text, cuts)
+    assert (shown, call["function"]) == ("", {"name": "f", "arguments": '{"a": 1}'})
+
+
+@given(st.lists(st.integers(0, 200), max_size=6))
+def test_a_call_cut_off_within_its_arguments_keeps_what_there_is(cuts: list[int]) -> None:
+    shown, (call,) = split('x<tool_call>{"name": "f", "arguments": {"a": ', cuts)
+    assert (shown, call["function"]) == ("x", {"name": "f", "arguments": '{"a": '})
+    shown, (call,) = split('x<tool_call>{"name": "f", "arguments": {"a": </tool_call>y', cuts)
+    assert (shown, call["function"]) == ("xy", {"name": "f", "arguments": '{"a": '})

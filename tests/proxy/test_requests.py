@@ -7,11 +7,45 @@ import pytest
 
 from pdctl.openai_api import ApiError
 from pdctl.proxy.requests import ClientRequest, parse
+from pdctl.proxy.unknown_fields import UnknownFields, header
 
 
 def parsed(chat: bool = False, **fields: object) -> ClientRequest:
     path = "/v1/chat/completions" if chat else "/v1/completions"
     return parse(json.dumps(fields).encode(), path, chat, "id", "m")
+
+
+KNOWN = frozenset({"prompt", "stream", "stream_options", "seed"})
+
+
+def test_what_no_engine_knows_is_left_out_or_refused() -> None:
+    body = b'{"prompt": "x", "nonsense": 1, "stream": true, "stream_options": {"odd": 1, "include_usage": true}}'
+
+    def asked(refuse: bool, known: frozenset[str] | None = KNOWN) -> ClientRequest:
+        return parse(body, "/v1/completions", False, "id", "m", UnknownFields(refuse), known)
+
+    found = asked(refuse=False)
+    assert found.ignored == ["nonsense", "stream_options.odd"]
+    assert (set(found.legs[0]), found.include_usage) == ({"prompt", "seed"}, True)
+    assert header(found.ignored) == (b"x-pdctl-ignored-fields", b"nonsense, stream_options.odd")
+    assert "nonsense" in asked(refuse=False, known=None).legs[0], "an engine that does not say what it knows"
+    with pytest.raises(ApiError) as refused:
+        asked(refuse=True)
+    assert (refused.value.status, refused.value.param) == (400, "nonsense")
+    with pytest.raises(ApiError) as refused:
+        asked(refuse=True, known=None)
+    assert refused.value.param == "odd"
+
+
+def test_names_that_clients_make_up_are_bounded() -> None:
+    unknown = UnknownFields()
+    names = [f"field{number}" for number in range(1000)] + ['x"\n', "y" * 99]
+    labels = {unknown.label(name) for name in names}
+    assert len(labels) == 65
+    assert "other" in labels
+    _, told = header([f"f{number}" for number in range(100)] + ["a\r\nb: c"])
+    assert len(told) < 200
+    assert b"\n" not in told
 
 
 def decoded(leg: dict[str, object]) -> dict[str, object]:
@@ -62,6 +96,7 @@ def test_output_limits_are_those_of_openai() -> None:
         ({"prompt": "x", "resume_token_ids": [1]}, 400, "resume_token_ids"),
         ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"prompt": "x", "best_of": 3}, 400, "best_of"),
+        ({"prompt": "x", "stream": True, "prompt_logprobs": 0}, 400, "prompt_logprobs"),
         ({"prompt": "x", "priority": "high"}, 400, "priority"),
     ],
 )

@@ -14,6 +14,9 @@ from pdctl.proxy.gather import Gathered
 CALL = {"index": 0, "id": "call_r_0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 ENTRY = {"token": "a", "logprob": -0.5, "bytes": [97], "text_offset": 0,
          "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}]}  # fmt: skip
+PARTS = [{**CALL, "function": {"name": "f", "arguments": ""}},
+         {"index": 0, "function": {"arguments": '{"a"'}}, {"index": 0, "function": {"arguments": ": 1}"}}]  # fmt: skip
+TOLD = [None, {"5": {"logprob": -1.0, "rank": 3, "decoded_token": "x"}}]
 ANSWERS: dict[str, list[Piece]] = {
     "text": [Piece([1], "a", None), Piece([2], "", None), Piece([3], "b", "stop")],
     "nothing": [Piece([1], "", "length")],
@@ -24,6 +27,13 @@ ANSWERS: dict[str, list[Piece]] = {
         Piece([1], "", None, None, [CALL]),
         Piece([2], "", "tool_calls", None, [{**CALL, "index": 1, "id": "c1"}]),
     ],
+    "a call in parts": [
+        Piece([1], "", None, None, PARTS[:1]),
+        Piece([2], "", None, None, PARTS[1:2]),
+        Piece([3], "", "tool_calls", None, PARTS[2:]),
+    ],
+    "a call cut off": [Piece([1], "", None, None, PARTS[:1]), Piece([2], "", "length", None, PARTS[1:2])],
+    "of the prompt": [Piece([1], "a", None, None, [], None, TOLD), Piece([2], "b", "stop")],
     "log probabilities": [Piece([1], "a", None, None, [], [ENTRY]), Piece([2], "", "stop", None, [], [ENTRY])],
 }
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-import msgspec
+from msgspec import structs
 
 from pdctl.engine.front.core_link import CoreLink, Inbox, Note
 from pdctl.engine.front.migrate import KvLost, Migrator
@@ -58,7 +58,7 @@ class Generator:
         async with self._migrator.decoding(submit, request.hand_over, deadline, request.stages) as (core_id, events):
             if first is not None:
                 yield piece
-            submit = msgspec.structs.replace(submit, request_id=core_id)
+            submit = structs.replace(submit, request_id=core_id)
             brought = time.monotonic()
             async for piece in self._pieces(request, submit, events, text):
                 request.stages.setdefault("first_step", time.monotonic() - brought)
@@ -96,11 +96,11 @@ class Generator:
     def _piece(self, token: Token, text: Output) -> Piece:
         if token.finish_reason is not None:
             self._core.keep(token.request_id)
-        return text.token(token.token_id, token.finish_reason, token.logprobs)
+        return text.token(token.token_id, token.finish_reason, token.logprobs, token.prompt)
 
     def _held(self, submit: Submit, held: Held, text: Output, offering: Offering) -> Piece:
         request_id = submit.request_id
-        piece = text.token(held.token_id, None, held.logprobs)
+        piece = text.token(held.token_id, None, held.logprobs, held.prompt)
         if piece.finish_reason is not None:
             # A stop string: it ends here after all; leaving the request's context frees the blocks.
             return piece
@@ -156,7 +156,8 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         request_id=request.request_id,
         token_ids=token_ids,
         prompt_len=len(request.token_ids),
-        sampling=request.sampling,
+        # The first engine of a hand-over tells of the prompt.
+        sampling=structs.replace(request.sampling, prompt_logprobs=-1) if hand_over is not None else request.sampling,
         hold=request.hold,
         offer=request.offer_to is not None,
         await_kv=hand_over is not None,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from pdctl.engine.front.fields import ChatBody, CompletionBody, Structured
 from pdctl.engine.front.schemas import check_schema, narrowed, unsupported_pattern
 from pdctl.engine.front.tools import ToolFormat
 from pdctl.openai_api import ApiError
+from pdctl.openai_fields import ChatBody, CompletionBody, Structured
 
 # Characters of a schema, as JSON.
 _MAX_GRAMMAR = 65_536

@@ -7,13 +7,13 @@ import logging
 from dataclasses import dataclass
 
 from pdctl.engine.front.core_link import CoreLink
-from pdctl.engine.front.fields import OfferTo
 from pdctl.engine.front.leases import LeaseDesk
 from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.peers import Peers
 from pdctl.engine.lease import Lease
 from pdctl.engine.messages import Held, Progress
 from pdctl.lean_http import Unreachable
+from pdctl.openai_fields import OfferTo
 from pdctl.wire import Offer, RevokeCall
 
 _log = logging.getLogger(__name__)

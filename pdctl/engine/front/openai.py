@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pdctl.engine.front.fields import ChatBody, CompletionBody, OfferTo
 from pdctl.engine.front.guided import grammar_of
 from pdctl.engine.front.tools import ToolFormat
 from pdctl.engine.messages import Sampling
 from pdctl.openai_api import ApiError, Envelope, decode_request, shown_number
+from pdctl.openai_fields import ChatBody, CompletionBody, OfferTo, TokenizeBody
 from pdctl.wire import HandOver
 
 _MAX_STOPS = 16
 # Each new token is looked for all of them.
 _MAX_STOP_TEXT = 8192
 _MAX_BIASES = 1024
+_MAX_BAD_WORDS = 128
 
 
 _decode_completion = msgspec.json.Decoder(CompletionBody).decode
@@ -28,7 +29,6 @@ _decode_chat = msgspec.json.Decoder(ChatBody).decode
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
-    "echo": (None, False),
     "suffix": (None, ""),
     "skip_special_tokens": (None, True),
     "no_stop_trim": (None, False),
@@ -42,6 +42,8 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 class GenerationRequest:
     """One checked request. `token_ids` is the prompt; `resume` are output tokens the client has already.
 
+    `echo`: what the answer begins with; `counts_each`: each event of its stream carries the counts so far;
+    `tells_prompt`: vLLM's prompt_logprobs.
     `stages`: seconds its hand-over took so far, by part, for whoever asks where the time went.
     """
 
@@ -62,6 +64,9 @@ class GenerationRequest:
     logprobs: int = -1
     tool_calls: ToolFormat = ToolFormat.NONE
     tenant: str = ""
+    echo: str = ""
+    counts_each: bool = False
+    tells_prompt: bool = False
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -116,6 +121,9 @@ def _check_numbers(body: CompletionBody | ChatBody) -> None:
         ("min_tokens", body.min_tokens, 0, 2**31),
         ("top_logprobs", getattr(body, "top_logprobs", None), 0, 20),
         ("logprobs", body.logprobs if isinstance(body, CompletionBody) else None, 0, 20),
+        ("prompt_logprobs", body.prompt_logprobs, 0, 20),
+        ("truncate_prompt_tokens", body.truncate_prompt_tokens, -1, 2**31),
+        ("priority", body.priority, -(2**31), 2**31),
     ]
     for name, value, low, high in checks:
         if value is not None and not low <= value <= high:
@@ -127,6 +135,19 @@ def _bound(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
+def template_variables(body: ChatBody | TokenizeBody) -> dict[str, object]:
+    """What a chat template is given besides messages and tools. Raises ApiError."""
+    found = {**(body.chat_template_kwargs or {})}
+    if isinstance(body, ChatBody) and body.reasoning_effort is not None:
+        found.setdefault("reasoning_effort", body.reasoning_effort)
+    if body.continue_final_message and body.add_generation_prompt:
+        message = "continue_final_message goes on with the last message: add_generation_prompt must be false"
+        raise ApiError(400, message, param="add_generation_prompt")
+    if body.continue_final_message or body.add_generation_prompt is not None:
+        found["add_generation_prompt"] = bool(body.add_generation_prompt)
+    return found
+
+
 def stop_strings(body: CompletionBody | ChatBody) -> list[str]:
     """The stop strings as a list. Raises ApiError."""
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -136,8 +157,35 @@ def stop_strings(body: CompletionBody | ChatBody) -> list[str]:
     return stops
 
 
-def sampling_of(body: CompletionBody | ChatBody, prompt_len: int, max_model_len: int, vocab_size: int) -> Sampling:
-    """Sampling with OpenAI's defaults. Raises ApiError when prompt and output do not fit the context."""
+def bad_words(body: CompletionBody | ChatBody) -> list[str]:
+    """Words that the output must not contain. Raises ApiError."""
+    words = body.bad_words or []
+    if len(words) > _MAX_BAD_WORDS or not all(map(str.strip, words)) or sum(map(len, words)) > _MAX_STOP_TEXT:
+        message = f"bad_words takes up to {_MAX_BAD_WORDS} words, none empty, {_MAX_STOP_TEXT} characters together"
+        raise ApiError(400, message, param="bad_words")
+    return words
+
+
+def prompt_logprobs(body: CompletionBody | ChatBody) -> int:
+    """How many likely tokens are told beside each of the prompt's; -1 where nothing is."""
+    if body.prompt_logprobs is not None:
+        return body.prompt_logprobs
+    if isinstance(body, CompletionBody) and body.echo and body.logprobs is not None:
+        return body.logprobs
+    return -1
+
+
+def sampling_of(
+    body: CompletionBody | ChatBody,
+    prompt_len: int,
+    max_model_len: int,
+    vocab_size: int,
+    forbidden: list[list[int]] | None = None,
+) -> Sampling:
+    """Sampling with OpenAI's defaults; `forbidden`: the bad words' token ids.
+
+    Raises ApiError when prompt and output do not fit the context.
+    """
     wanted = _max_tokens(body, prompt_len, max_model_len)
     if body.min_tokens is not None and body.min_tokens > wanted:
         raise ApiError(400, f"min_tokens = {body.min_tokens} is more than max_tokens = {wanted}", param="min_tokens")
@@ -158,6 +206,9 @@ def sampling_of(body: CompletionBody | ChatBody, prompt_len: int, max_model_len:
         grammar=grammar_of(body),
         stop_token_ids=_token_ids(body.stop_token_ids, vocab_size, "stop_token_ids"),
         allowed_token_ids=_token_ids(body.allowed_token_ids, vocab_size, "allowed_token_ids"),
+        bad_words=forbidden or [],
+        # The client has what was told of the prompt when it has a first token.
+        prompt_logprobs=-1 if body.resume_token_ids else prompt_logprobs(body),
     )
 
 

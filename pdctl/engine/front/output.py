@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.text import OutputText, TextCodec
 from pdctl.engine.front.token_text import text_of
-from pdctl.engine.front.tools import ToolCall, ToolText
-from pdctl.engine.messages import Logprobs
+from pdctl.engine.front.tools import ToolCall, ToolText, whole_calls
+from pdctl.engine.messages import Logprobs, PromptToken
 from pdctl.wire import HandOver
 
 # Enough context for the detokenizer to join a first output token to the prompt's end.
 _PROMPT_TAIL = 8
+# JSON has no infinity: what cannot be is as unlikely as a number can say.
+_LEAST_LOGPROB = -9999.0
 
 Json = dict[str, object]
 
@@ -21,7 +23,8 @@ Json = dict[str, object]
 class Piece:
     """What one step added: token ids, the text that became safe to show, and why the output ended, if it did.
 
-    `logprobs`: an entry for each token id, where they were asked for, with its text and where that begins.
+    `logprobs`: an entry for each token id, where they were asked for, with its text and where that begins; with an echo
+    the prompt's tokens come before them. `prompt_logprobs`: vLLM's, with the first piece.
     """
 
     token_ids: list[int]
@@ -30,31 +33,42 @@ class Piece:
     hand_over: HandOver | None = None
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[Json] | None = None
+    prompt_logprobs: list[Json | None] | None = None
 
 
 class Output:
     """One request's output. Tokens that the client has already are replayed, so that it goes on where it was."""
 
     def __init__(self, codec: TextCodec, request: GenerationRequest) -> None:
+        self._codec = codec
+        self._request = request
         self._token_text = codec.token_text
         self._chat = request.envelope.chat
         self._text = OutputText(codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops, request.include_stop)
         self._tools = ToolText(request.envelope.request_id, request.tool_calls)
         self._wants_logprobs = request.logprobs >= 0
+        self._echo = "" if request.resume else request.echo
         for token_id in request.resume:
             shown, _ = self._text.push(token_id)
             self._tools.push(shown)
 
-    def token(self, token_id: int, finish_reason: str | None, told: Logprobs | None = None) -> Piece:
-        """The next token; the piece has a finish_reason if the output ends with it."""
-        offset = self._text.length
+    def token(
+        self,
+        token_id: int,
+        finish_reason: str | None,
+        told: Logprobs | None = None,
+        prompt: list[PromptToken] | None = None,
+    ) -> Piece:
+        """The next token, and what was told of the prompt; it has a finish_reason if the output ends with it."""
+        offset = len(self._request.echo) + self._text.length
         shown, stopped = self._text.push(token_id)
         if stopped:
             finish_reason = "stop"
         elif finish_reason is not None:
             shown += self._text.flush()
         entries = [self._entry(token_id, told, offset)] if self._wants_logprobs and told else None
-        return self._piece([token_id], shown, finish_reason, entries)
+        piece = self._piece([token_id], shown, finish_reason, entries)
+        return piece if prompt is None else self._with_prompt(piece, prompt)
 
     def end(self) -> Piece:
         """It ends without another token."""
@@ -67,7 +81,35 @@ class Output:
             shown, calls = shown + rest, calls + more
             if self._tools.found and reason == "stop":
                 reason = "tool_calls"
+        shown, self._echo = self._echo + shown, ""
         return Piece(token_ids, shown, reason, None, calls, entries)
+
+    def _with_prompt(self, piece: Piece, told: list[PromptToken]) -> Piece:
+        body, ids = self._request, self._request.token_ids
+        entries = piece.logprobs
+        if entries is not None and body.echo and not self._chat:
+            offsets = self._codec.offsets(ids)
+            first: Json = {"token": self._named(ids[0], 0.0)["token"], "logprob": None, "top_logprobs": None}
+            others = [
+                self._entry(token, one.logprobs, at) for token, one, at in zip(ids[1:], told, offsets[1:], strict=True)
+            ]
+            entries = [{**first, "text_offset": offsets[0]}, *others, *entries]
+        found: list[Json | None] | None = None
+        if body.tells_prompt:
+            found = [None, *(self._vllm_entry(one) for one in told)]
+        return replace(piece, logprobs=entries, prompt_logprobs=found)
+
+    def _vllm_entry(self, one: PromptToken) -> Json:
+        """vLLM's words: token ids as keys, the prompt's own token first."""
+        (own, logprob), *top = one.logprobs
+        found = {str(own): self._ranked(own, logprob, one.rank)}
+        for rank, (token_id, likely) in enumerate(top, 1):
+            found.setdefault(str(token_id), self._ranked(token_id, likely, rank))
+        return dict(found)
+
+    def _ranked(self, token_id: int, logprob: float, rank: int) -> Json:
+        text = self._token_text.bytes_of(token_id).decode(errors="replace")
+        return {"logprob": max(logprob, _LEAST_LOGPROB), "rank": rank, "decoded_token": text}
 
     def _entry(self, token_id: int, told: Logprobs, offset: int) -> Json:
         chosen, *top = told
@@ -80,8 +122,7 @@ class Output:
 
     def _named(self, token_id: int, logprob: float) -> Json:
         data = self._token_text.bytes_of(token_id)
-        # JSON has no infinity: what cannot be is as unlikely as a number can say.
-        return {"token": text_of(data, self._chat), "logprob": max(logprob, -9999.0), "bytes": list(data)}
+        return {"token": text_of(data, self._chat), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(data)}
 
 
 def for_chat(entries: list[Json] | None) -> Json | None:
@@ -95,11 +136,11 @@ def for_completion(entries: list[Json] | None) -> Json | None:
     """OpenAI's `logprobs` of a completion's choice."""
     if entries is None:
         return None
-    tops = []
+    tops: list[Json | None] = []
     for entry in entries:
         top = entry["top_logprobs"]
-        assert isinstance(top, list)
-        tops.append({other["token"]: other["logprob"] for other in (*top, entry)})
+        # Nothing is told of a prompt's first token.
+        tops.append({other["token"]: other["logprob"] for other in (*top, entry)} if isinstance(top, list) else None)
     return {
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
@@ -110,14 +151,16 @@ def for_completion(entries: list[Json] | None) -> Json | None:
 
 def chunk_choice(piece: Piece, chat: bool, first: bool) -> Json:
     """A piece as a choice of a stream's event; the first one names the role."""
+    told: Json = {} if piece.prompt_logprobs is None else {"prompt_logprobs": piece.prompt_logprobs}
     if not chat:
-        return {"logprobs": for_completion(piece.logprobs), "finish_reason": piece.finish_reason, "text": piece.text}
+        logprobs = for_completion(piece.logprobs)
+        return {"logprobs": logprobs, "finish_reason": piece.finish_reason, **told, "text": piece.text}
     delta: Json = {"role": "assistant"} if first else {}
     if piece.text or not piece.calls:
         delta["content"] = piece.text
     if piece.calls:
         delta["tool_calls"] = piece.calls
-    return {"logprobs": for_chat(piece.logprobs), "finish_reason": piece.finish_reason, "delta": delta}
+    return {"logprobs": for_chat(piece.logprobs), "finish_reason": piece.finish_reason, **told, "delta": delta}
 
 
 def whole_choice(pieces: list[Piece], chat: bool) -> Json:
@@ -125,10 +168,11 @@ def whole_choice(pieces: list[Piece], chat: bool) -> Json:
     text = "".join(piece.text for piece in pieces)
     entries = [entry for piece in pieces for entry in piece.logprobs or []] or None
     reason = pieces[-1].finish_reason or "length"
+    told: Json = {"prompt_logprobs": found} if (found := pieces[0].prompt_logprobs) is not None else {}
     if not chat:
-        return {"logprobs": for_completion(entries), "finish_reason": reason, "text": text}
-    calls = [{name: call[name] for name in call if name != "index"} for piece in pieces for call in piece.calls]
+        return {"logprobs": for_completion(entries), "finish_reason": reason, **told, "text": text}
+    calls = whole_calls([call for piece in pieces for call in piece.calls])
     message: Json = {"role": "assistant", "content": None if calls and not text else text}
     if calls:
         message["tool_calls"] = calls
-    return {"logprobs": for_chat(entries), "finish_reason": reason, "message": message}
+    return {"logprobs": for_chat(entries), "finish_reason": reason, **told, "message": message}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 import anyio
@@ -21,7 +21,6 @@ from pdctl import __version__, asgi
 from pdctl.engine.front import guided, openai
 from pdctl.engine.front.control import Control
 from pdctl.engine.front.core_link import CoreLink
-from pdctl.engine.front.fields import ChatBody, CompletionBody, HoldRequest
 from pdctl.engine.front.generate import Generator
 from pdctl.engine.front.migrate import KvLost
 from pdctl.engine.front.openai import GenerationRequest
@@ -30,6 +29,7 @@ from pdctl.engine.front.text import NoChatTemplate, TextCodec
 from pdctl.engine.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.openai_api import DONE, ApiError, Envelope, decode_request, usage
+from pdctl.openai_fields import ChatBody, CompletionBody, DetokenizeBody, HoldRequest, TokenizeBody
 from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER, HandOver
 
 _T = TypeVar("_T")
@@ -85,7 +85,8 @@ class EngineService:
         if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
             raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
         assert not (hold and hand_over)
-        sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size)
+        forbidden = self.codec.forbidden(openai.bad_words(parsed))
+        sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
         return GenerationRequest(
             # The same client request may reach one engine twice, so the id inside is its own.
@@ -100,6 +101,9 @@ class EngineService:
             hold=hold is not None,
             hand_over=hand_over,
             include_stop=bool(parsed.include_stop_str_in_output),
+            echo=self._echo(parsed, token_ids),
+            counts_each=bool(parsed.stream_options and parsed.stream_options.continuous_usage_stats),
+            tells_prompt=parsed.prompt_logprobs is not None,
             offer_to=hold.offer_to if hold and self.options.chunked else None,
             router=headers.get(ROUTER_HEADER, "router"),
             attempt=headers.get(ATTEMPT_HEADER, ""),
@@ -124,7 +128,7 @@ class EngineService:
             raise ApiError(400, "the prompt is empty", param=name)
         if (kept := body.truncate_prompt_tokens) is not None:
             # As vLLM: the last ones; -1 for as many as the context holds.
-            if kept < -1 or kept == 0:
+            if kept == 0:
                 message = "truncate_prompt_tokens must be at least 1, or -1"
                 raise ApiError(400, message, param="truncate_prompt_tokens")
             ids = ids[-(ready.max_model_len - 1 if kept == -1 else kept) :]
@@ -135,10 +139,9 @@ class EngineService:
     def _encode(self, body: CompletionBody | ChatBody, at: float, max_tokens: int) -> list[int]:
         if isinstance(body, ChatBody):
             tools = body.tools if body.tool_choice != "none" else None
-            variables = {**(body.chat_template_kwargs or {})}
-            if body.add_generation_prompt is not None:
-                variables["add_generation_prompt"] = body.add_generation_prompt
-            return self.codec.encode_chat(openai.messages_of(body.messages), at, tools, max_tokens, variables)
+            messages = openai.messages_of(body.messages)
+            going_on = bool(body.continue_final_message)
+            return self.codec.encode_chat(messages, at, tools, max_tokens, openai.template_variables(body), going_on)
         prompt = body.prompt
         if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
             return self._encode(msgspec.structs.replace(body, prompt=prompt[0]), at, max_tokens)
@@ -147,6 +150,16 @@ class EngineService:
         if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
             return [int(item) for item in prompt if isinstance(item, int)]
         raise ApiError(400, "send one prompt per request: a string or a list of token ids", param="prompt")
+
+    def _echo(self, body: CompletionBody | ChatBody, token_ids: list[int]) -> str:
+        """What the answer begins with where the client wants that: the prompt, or the message that it goes on with."""
+        if not body.echo:
+            return ""
+        if isinstance(body, ChatBody):
+            last = openai.messages_of(body.messages)[-1]
+            return str(last.get("content") or "") if last["role"] == "assistant" else ""
+        whole = isinstance(body.prompt, str) and body.truncate_prompt_tokens is None
+        return str(body.prompt) if whole else self.codec.shown(token_ids)
 
     def _internal_fields(
         self, body: CompletionBody | ChatBody, headers: dict[str, str]
@@ -175,29 +188,37 @@ class EngineService:
 
     def tokens_of(self, body: bytes) -> dict[str, object]:
         """The answer to /tokenize. Raises ApiError."""
-        asked = _decoded(body, _Tokenize)
+        asked = _decoded(body, TokenizeBody)
         self._check_model(asked.model)
         most = self._ready().max_model_len
         try:
             if asked.messages is not None:
-                ids = self.codec.encode_chat(openai.messages_of(asked.messages), time.time(), max_tokens=most)
+                messages = openai.messages_of(asked.messages)
+                variables = openai.template_variables(asked)
+                going_on = bool(asked.continue_final_message)
+                ids = self.codec.encode_chat(messages, time.time(), asked.tools, most, variables, going_on)
             elif asked.prompt is not None:
-                ids = self.codec.encode(asked.prompt, most, special=asked.add_special_tokens)
+                ids = self.codec.encode(asked.prompt, most, special=asked.add_special_tokens is not False)
             else:
                 raise ApiError(400, "send a prompt, or messages", param="prompt")
         except (NoChatTemplate, ValueError) as failure:
             raise ApiError(400, str(failure), param="prompt" if asked.messages is None else "messages") from None
-        return {"count": len(ids), "max_model_len": most, "tokens": ids}
+        found: dict[str, object] = {"count": len(ids), "max_model_len": most, "tokens": ids}
+        if asked.return_token_strs:
+            found["token_strs"] = [self.codec.tokenizer.id_to_token(token_id) for token_id in ids]
+        return found
 
     def text_of(self, body: bytes) -> dict[str, object]:
         """The answer to /detokenize. Raises ApiError."""
-        asked = _decoded(body, _Detokenize)
+        asked = _decoded(body, DetokenizeBody)
         self._check_model(asked.model)
         ready = self._ready()
         if len(asked.tokens) > (most := max(ready.max_model_len, _LARGE_BODY)):
             raise ApiError(400, f"{len(asked.tokens)} tokens; {most} is the most", param="tokens")
         if asked.tokens and max(asked.tokens) >= ready.vocab_size:
             raise ApiError(400, f"token ids must be from 0 to {ready.vocab_size - 1}", param="tokens")
+        if (unknown := next((one for one in asked.tokens if not self.codec.knows(one)), None)) is not None:
+            raise ApiError(400, f"the tokenizer has no token {unknown}", param="tokens")
         return {"prompt": self.codec.decode(asked.tokens)}
 
     def _ready(self) -> Ready:
@@ -219,18 +240,6 @@ class EngineService:
 
 async def _version(_: Request) -> Response:
     return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
-
-
-class _Tokenize(msgspec.Struct):
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[dict[str, object]] | None = None
-    add_special_tokens: bool = True
-
-
-class _Detokenize(msgspec.Struct):
-    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
-    model: str | None = None
 
 
 class _Locked:
@@ -262,8 +271,9 @@ class _Small:
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = asgi.header_dict(scope["headers"])
         try:
-            body = await asgi.read_body(receive)
+            body = await asgi.read_body(receive, encoding=headers.get("content-encoding", "").encode("latin-1"))
         except ApiError as failure:
             await asgi.respond_error(send, failure)
             return
@@ -288,7 +298,7 @@ class _Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = asgi.header_dict(scope["headers"])
         try:
-            body = await asgi.read_body(receive)
+            body = await asgi.read_body(receive, encoding=headers.get("content-encoding", "").encode("latin-1"))
         except ApiError as failure:
             await asgi.respond_error(send, failure)
             return
@@ -318,7 +328,12 @@ class _Generate:
         held = pieces[-1].hand_over
         extra: dict[str, object] = {"kv_transfer_params": held} if held else {}
         counts = _usage(request, len(token_ids))
-        choice = whole_choice(pieces, self._chat)
+        if request.hold:
+            # Another engine goes on with it: as the beginning of a stream.
+            assert len(pieces) == 1, "a held prefill computes one token"
+            choice = chunk_choice(pieces[0], self._chat, first=not request.resume)
+        else:
+            choice = whole_choice(pieces, self._chat)
         await asgi.respond(send, 200, request.envelope.body([choice], counts, extra, token_ids), _timed(request))
 
     async def _stream(self, request: GenerationRequest, send: Send) -> None:
@@ -330,7 +345,8 @@ class _Generate:
                     await asgi.start_stream(send, _timed(request))
                 count += len(piece.token_ids)
                 first = not started and not request.resume
-                event = request.envelope.event(0, chunk_choice(piece, self._chat, first), piece.token_ids)
+                counts = _usage(request, count) if request.counts_each else None
+                event = request.envelope.event(0, chunk_choice(piece, self._chat, first), piece.token_ids, counts)
                 started = True
                 last = piece.finish_reason is not None
                 await asgi.send_part(send, event + (_tail(request, count) if last else b""), last)

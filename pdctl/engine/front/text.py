@@ -63,6 +63,33 @@ class TextCodec:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
 
+    def shown(self, token_ids: list[int]) -> str:
+        """The text of token ids as an answer shows it, without special ones."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def offsets(self, token_ids: list[int]) -> list[int]:
+        """Where the text of each token begins in what `shown` gives, in characters."""
+        text, found = OutputText(self.tokenizer, [], []), []
+        for token_id in token_ids:
+            found.append(text.length)
+            text.push(token_id)
+        return found
+
+    def knows(self, token_id: int) -> bool:
+        """Whether the tokenizer has such a token; models may have rows to spare."""
+        return self.tokenizer.id_to_token(token_id) is not None
+
+    def forbidden(self, words: list[str]) -> list[list[int]]:
+        """Token sequences that write these words: at the beginning of a text, and after a blank, as vLLM has it."""
+        found: list[list[int]] = []
+        for word in words:
+            plain, spaced = (self.encode(blank + word.lstrip(), special=False) for blank in ("", " "))
+            found += [plain] if plain else []
+            if spaced and plain and spaced[0] != plain[0] and len(spaced) == len(plain):
+                found.append(spaced)
+        return found
+
     def encode_chat(
         self,
         messages: Messages,
@@ -70,10 +97,12 @@ class TextCodec:
         tools: Messages | None = None,
         max_tokens: int | None = None,
         variables: dict[str, object] | None = None,
+        continue_final: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins; `at`: the template's clock.
 
-        Raises NoChatTemplate, or ValueError with the template's own complaint, or as `encode` does.
+        `continue_final`: the last message is left open, and the answer goes on with it. Raises NoChatTemplate, or
+        ValueError with the template's own complaint, or as `encode` does.
         """
         if self._template is None:
             raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
@@ -81,7 +110,19 @@ class TextCodec:
             # Before the template: it may take long over messages that are refused afterwards.
             self.check_length(_characters(messages) + _characters(tools or []), max_tokens)
         text = render_chat(self._template, messages, self._specials, at, tools, variables)
+        if continue_final:
+            text = _left_open(text, str(messages[-1].get("content") or ""))
         return self.encode(text, max_tokens, special=False)
+
+
+def _left_open(text: str, final: str) -> str:
+    """A rendered conversation up to the end of its last message (transformers' continue_final_message)."""
+    at = text.rfind(final.strip())
+    if not final.strip() or at < 0:
+        raise ValueError("continue_final_message: the chat template does not show the last message as it is")
+    begun = final.lstrip()
+    # Some templates strip messages.
+    return text[: at + len(begun)] if text.startswith(begun, at) else text[: at + len(begun.rstrip())]
 
 
 def _characters(value: object) -> int:

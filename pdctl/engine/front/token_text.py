@@ -2,7 +2,8 @@
 
 A token may be a part of a character, or begin with a blank that a tokenizer drops when it decodes the token alone. So
 the bytes come from the vocabulary's own piece, read as the tokenizer's decoder reads it: byte-level BPE (GPT-2, Qwen,
-Llama 3) or SentencePiece (Llama 2, Mistral, Gemma: a mark for the blank, <0xE2> for a byte).
+Llama 3), SentencePiece (Llama 2, Mistral, Gemma: a mark for the blank, <0xE2> for a byte), BPE with a mark for the end
+of a word (GPT), or WordPiece (a mark for what goes on with a word).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class TokenText:
         self._bytes_of = _byte_alphabet() if "ByteLevel" in kinds else {}
         self._has_byte_pieces = "ByteFallback" in kinds
         self._blank = _blank_mark(steps)
+        self._end_of_word = _mark(steps, "BPEDecoder", "suffix", "</w>")
+        self._goes_on = _mark(steps, "WordPiece", "prefix", "##")
 
     def bytes_of(self, token_id: int) -> bytes:
         """A token's bytes; b"" for an id without a token."""
@@ -41,6 +44,10 @@ class TokenText:
             return bytes([int(found[1], 16)])
         if self._blank:
             return piece.replace(self._blank, " ").encode()
+        if self._end_of_word:
+            return piece.replace(self._end_of_word, " ").encode()
+        if self._goes_on:
+            return (piece.removeprefix(self._goes_on) if piece.startswith(self._goes_on) else f" {piece}").encode()
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text.encode()
 
@@ -73,6 +80,11 @@ def _blank_mark(steps: list[dict[str, object]]) -> str:
         if step.get("type") == "Replace" and step.get("content") == " " and isinstance(pattern, dict):
             return str(pattern.get("String", ""))
     return ""
+
+
+def _mark(steps: list[dict[str, object]], kind: str, name: str, usual: str) -> str:
+    """What a decoder of this kind marks words with; "" where there is none."""
+    return next((str(step.get(name, usual)) for step in steps if step.get("type") == kind), "")
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -1,11 +1,14 @@
-"""Tool calls in a chat's output text: found, cut out, and given as OpenAI words them."""
+"""Tool calls in a chat's output text: found, cut out, and given as OpenAI words them, arguments while they grow."""
 
 from __future__ import annotations
 
 import json
+import re
 from enum import Enum, auto
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+# What a call begins with, up to its arguments. One that is written otherwise is given when it is whole.
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
 ToolCall = dict[str, object]
 
@@ -19,60 +22,157 @@ class ToolFormat(Enum):
 
 
 class ToolText:
-    """Splits growing text into what is said and what is called. Depends on the text alone, so it can be replayed."""
+    """Splits growing text into what is said and what is called. Depends on the text alone, so it can be replayed.
+
+    Calls come in parts, as in a stream of OpenAI's: the first part of one has its id and name, later ones more of its
+    arguments.
+    """
 
     def __init__(self, request_id: str, form: ToolFormat) -> None:
         self.found = 0
         self._request_id = request_id
         self._form = form
         self._held = ""
+        self._inside = form is ToolFormat.FORCED
+        self._arguments: _Object | None = None
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Text to show, and calls that became whole."""
+        """Text to show, and parts of calls."""
         if self._form is ToolFormat.NONE:
             return text, []
         self._held += text
-        if self._form is ToolFormat.FORCED:
-            return "", []
         shown = ""
         calls: list[ToolCall] = []
-        while (start := self._held.find(_OPEN)) >= 0:
-            end = self._held.find(_CLOSE, start)
-            shown += self._held[:start]
-            if end < 0:
-                self._held = self._held[start:]
-                return shown, calls
-            inside = self._held[start + len(_OPEN) : end]
-            self._held = self._held[end + len(_CLOSE) :]
-            call = self._call(inside)
-            if call is None:
-                shown += f"{_OPEN}{inside}{_CLOSE}"
+        while True:
+            before = self._place
+            if self._inside:
+                shown += self._in_call(calls)
             else:
-                calls.append(call)
-        keep = next((n for n in range(len(_OPEN) - 1, 0, -1) if self._held.endswith(_OPEN[:n])), 0)
-        cut = len(self._held) - keep
-        shown, self._held = shown + self._held[:cut], self._held[cut:]
-        return shown, calls
+                shown += self._between_calls()
+            if before == self._place:
+                return shown, calls
+
+    @property
+    def _place(self) -> tuple[int, bool, bool]:
+        """Changes as long as there is more to be found."""
+        return len(self._held), self._inside, self._arguments is not None and self._arguments.ended
 
     def flush(self) -> tuple[str, list[ToolCall]]:
-        """What is left at the end: a call that was cut off is shown as text."""
+        """What is left at the end: a call that was cut off before its arguments is shown as text."""
         rest, self._held = self._held, ""
-        if self._form is ToolFormat.FORCED and (call := self._call(rest)) is not None:
-            return "", [call]
-        return rest, []
+        if self._arguments is not None or not self._inside:
+            return ("", []) if self._inside else (rest, [])
+        if self._form is ToolFormat.FORCED:
+            call = self._whole_call(rest)
+            return (rest, []) if call is None else ("", [call])
+        return _OPEN + rest, []
 
-    def _call(self, text: str) -> ToolCall | None:
+    def _between_calls(self) -> str:
+        """Text up to the next call; what may become a tag is held."""
+        start = self._held.find(_OPEN)
+        if start >= 0:
+            shown, self._held = self._held[:start], self._held[start + len(_OPEN) :]
+            self._inside = True
+            return shown
+        keep = next((n for n in range(len(_OPEN) - 1, 0, -1) if self._held.endswith(_OPEN[:n])), 0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def _in_call(self, calls: list[ToolCall]) -> str:
+        if self._arguments is None:
+            head = _HEAD.match(self._held)
+            if head is None:
+                return self._not_begun(calls)
+            self._held = self._held[head.end() :]
+            self._arguments = _Object()
+            calls.append(self._first_part(json.loads(head[1], strict=False), ""))
+        if not self._arguments.ended:
+            more, self._held = self._arguments.take(self._held)
+            if more:
+                calls.append({"index": self.found - 1, "function": {"arguments": more}})
+        elif (end := self._held.find(_CLOSE)) >= 0 and self._form is ToolFormat.TAGGED:
+            self._leave(end)
+        return ""
+
+    def _not_begun(self, calls: list[ToolCall]) -> str:
+        """A call whose arguments cannot be told from the rest yet: it is given when it is whole."""
+        end = self._held.find(_CLOSE) if self._form is ToolFormat.TAGGED else -1
+        if end < 0:
+            return ""
+        inside = self._held[:end]
+        self._leave(end)
+        call = self._whole_call(inside)
+        if call is None:
+            return f"{_OPEN}{inside}{_CLOSE}"
+        calls.append(call)
+        return ""
+
+    def _leave(self, end: int) -> None:
+        self._held = self._held[end + len(_CLOSE) :]
+        self._inside, self._arguments = False, None
+
+    def _whole_call(self, text: str) -> ToolCall | None:
         try:
             found = json.loads(text)
             name, arguments = found["name"], found.get("arguments", {})
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
+        return self._first_part(str(name), json.dumps(arguments, ensure_ascii=False))
+
+    def _first_part(self, name: str, arguments: str) -> ToolCall:
         call: ToolCall = {
             "index": self.found,
             # The same on every engine that a request visits.
             "id": f"call_{self._request_id}_{self.found}",
             "type": "function",
-            "function": {"name": str(name), "arguments": json.dumps(arguments, ensure_ascii=False)},
+            "function": {"name": name, "arguments": arguments},
         }
         self.found += 1
         return call
+
+
+class _Object:
+    """Finds the end of a JSON object in growing text."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def take(self, text: str) -> tuple[str, str]:
+        """What belongs to the object, and what comes after it."""
+        for at, letter in enumerate(text):
+            if self._in_string:
+                self._in_string = self._escaped or letter != '"'
+                self._escaped = letter == "\\" and not self._escaped
+            elif letter == "<":
+                # No JSON: the model closes the call before the object.
+                self.ended = True
+                return text[:at], text[at:]
+            elif letter == '"':
+                self._in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.ended = True
+                    return text[: at + 1], text[at + 1 :]
+        return text, ""
+
+
+def whole_calls(parts: list[ToolCall]) -> list[ToolCall]:
+    """Calls put together from their parts, as an unstreamed answer has them."""
+    found: dict[object, ToolCall] = {}
+    for part in parts:
+        function = part["function"]
+        assert isinstance(function, dict)
+        if (call := found.get(part["index"])) is None:
+            found[part["index"]] = {**{name: part[name] for name in part if name != "index"}, "function": {**function}}
+        else:
+            whole = call["function"]
+            assert isinstance(whole, dict)
+            whole["arguments"] += function["arguments"]
+    return list(found.values())

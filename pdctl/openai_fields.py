@@ -1,6 +1,11 @@
-"""The fields of OpenAI requests that this engine knows, and vLLM's beside them."""
+"""The fields of requests that the builtin engine knows: OpenAI's, and vLLM's beside them.
+
+The proxy looks at the names alone: a field that no engine of its pool knows is ignored with a warning, or refused.
+"""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import msgspec
 
@@ -8,9 +13,10 @@ from pdctl.wire import Port
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """`include_usage` adds a last chunk with the counts."""
+    """`include_usage` adds a last chunk with the counts; `continuous_usage_stats` puts them into every chunk."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class OfferTo(msgspec.Struct, frozen=True):
@@ -68,6 +74,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     return_hidden_states: bool | None = None
+    spaces_between_special_tokens: bool | None = None
 
     n: int | None = None
     presence_penalty: float | None = None
@@ -81,6 +88,9 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    echo: bool | None = None
+    prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     structured_outputs: Structured | None = None
     guided_json: dict[str, object] | str | None = None
@@ -95,7 +105,6 @@ class CompletionBody(_Common, kw_only=True):
     prompt: str | list[int | str | list[int]]
     max_tokens: int | None = None
     best_of: int | None = None
-    echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
 
@@ -114,3 +123,36 @@ class ChatBody(_Common, kw_only=True):
     function_call: str | None = None
     chat_template_kwargs: dict[str, object] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /tokenize: a prompt, or a chat's messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, object]] | None = None
+    add_special_tokens: bool | None = None
+    tools: list[dict[str, object]] | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /detokenize."""
+
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]
+    model: str | None = None
+
+
+KNOWN_FIELDS: dict[str, frozenset[str]] = {
+    path: frozenset(body.__struct_fields__)
+    for path, body in (
+        ("/v1/completions", CompletionBody),
+        ("/v1/chat/completions", ChatBody),
+        ("/tokenize", TokenizeBody),
+        ("/detokenize", DetokenizeBody),
+    )
+}

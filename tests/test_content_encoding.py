@@ -1,0 +1,43 @@
+"""Packed request bodies: unpacked within bounds, or refused by name."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdctl.content_encoding import decoded
+from pdctl.openai_api import ApiError
+
+
+@given(st.binary(max_size=2000))
+def test_what_was_packed_comes_back(body: bytes) -> None:
+    assert decoded(gzip.compress(body), b"gzip", 2000) == body
+    assert decoded(zlib.compress(body), b"deflate", 2000) == body
+    assert decoded(gzip.compress(zlib.compress(body)), b"Deflate, X-GZIP", 4000) == body
+    assert decoded(gzip.compress(body[:9]) + gzip.compress(body[9:]), b"gzip", 2000) == body
+    assert decoded(body, b"identity", 0) == body
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status"),
+    [
+        (b"x", b"br", 415),
+        (b"x", b"gzip, zstd", 415),
+        (b"x", b"\xff", 415),
+        (b"{}", b"gzip", 400),
+        (b"", b"gzip", 400),
+        (gzip.compress(b"x" * 100)[:-4], b"gzip", 400),
+        (gzip.compress(b"x") + b"junk", b"gzip", 400),
+        (gzip.compress(bytes(10**7)), b"gzip", 413),
+        (gzip.compress(gzip.compress(bytes(10**6))), b"gzip, gzip", 413),
+        (gzip.compress(b"x" * 600) + gzip.compress(b"x" * 600), b"gzip", 413),
+    ],
+)
+def test_what_cannot_be_unpacked_is_refused(body: bytes, encoding: bytes, status: int) -> None:
+    with pytest.raises(ApiError) as found:
+        decoded(body, encoding, 1000)
+    assert found.value.status == status
