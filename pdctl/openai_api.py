@@ -59,18 +59,20 @@ def decode_request(decode: Callable[[bytes], T], body: bytes) -> T:
 
     Raises ApiError 400 that names the field.
     """
-    for _ in range(_MOST_WHOLE):
-        try:
-            return decode(body)
-        except msgspec.ValidationError as failure:
-            rewritten = _with_whole_number(body, failure)
-            if rewritten is None:
-                raise ApiError(400, str(failure), param=field_of(failure)) from None
-            body = rewritten
-        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            raise ApiError(400, f"the body is not valid JSON: {failure}") from None
-        except RecursionError:
-            raise ApiError(400, "the body is nested too deeply") from None
+    try:
+        for _ in range(_MOST_WHOLE):
+            try:
+                return decode(body)
+            except msgspec.ValidationError as failure:
+                # Reads all of the body, and may find what the decoder, which ended at this field, had not yet met.
+                rewritten = _with_whole_number(body, failure)
+                if rewritten is None:
+                    raise ApiError(400, str(failure), param=field_of(failure)) from None
+                body = rewritten
+    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+        raise ApiError(400, f"the body is not valid JSON: {failure}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
     raise ApiError(400, "too many numbers that should be whole")
 
 

@@ -36,7 +36,27 @@ class Key:
 def text(pattern: str = r".+", what: str = "a non-empty string") -> Check:
     """A string that matches the whole pattern."""
     compiled = re.compile(pattern)
-    return lambda value: None if isinstance(value, str) and compiled.fullmatch(value) else f"must be {what}"
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, str) or not compiled.fullmatch(value):
+            return f"must be {what}"
+        return _unusable(value)
+
+    return check
+
+
+# What the kernel takes as a name, and as a path, bytes.
+_NAME_MAX, _PATH_MAX = 255, 4095
+
+
+def _unusable(value: str) -> str | None:
+    """Why no file, address or name can be written so: many of these become paths and environment variables."""
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        return "must have no control characters"
+    data = value.encode()
+    if len(data) > _PATH_MAX or max(map(len, data.split(b"/"))) > _NAME_MAX:
+        return f"must have at most {_PATH_MAX} bytes, {_NAME_MAX} between slashes"
+    return None
 
 
 def choice(*values: str) -> Check:
@@ -124,6 +144,8 @@ def texts(what: str) -> Check:
     def check(value: object) -> str | None:
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             return f"must be a list of {what} names"
+        if (reason := next(filter(None, map(_unusable, value)), None)) is not None:
+            return f"each name {reason}"
         return None if len(set(value)) == len(value) else f"names a {what} twice"
 
     return check

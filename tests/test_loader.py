@@ -268,3 +268,11 @@ def test_packages_that_engines_need_are_missed_before_anything_starts() -> None:
     [(line, key, message)] = problems(EXAMPLE, replace(host(), missing_packages=frozenset({"zmq", "torch"})))
     assert (line, key) == (line_of(EXAMPLE, "[[engines]]"), "engines[0]")
     assert message.endswith("not installed: torch, zmq")
+
+
+@pytest.mark.parametrize("value", [r"\u0000", "y" * 5000, "a/" + "y" * 256, r"a\nb"])
+@pytest.mark.parametrize(("table", "key"), [("service", "model"), ("proxy", "api_keys"), ("proxy", "access_log")])
+def test_texts_that_can_be_no_path_are_refused(table: str, key: str, value: str) -> None:
+    text = '[service]\nmodel = "m"\n[proxy]\n'
+    text = text.replace('model = "m"', f'model = "{value}"') if key == "model" else f'{text}{key} = "{value}"\n'
+    assert f"{table}.{key}" in [where for _, where, _ in problems(text)]

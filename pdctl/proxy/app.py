@@ -160,7 +160,8 @@ class Surface:
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, _: Request) -> Response:
-        return _json(200, description(self._config.model))
+        config = self._config
+        return _json(200, description(config.model, config.max_model_len, self._generator.unknown.refuse))
 
     def _refused(self, request: Request) -> Response | None:
         """The answer to somebody without an API key."""

@@ -9,8 +9,9 @@ Json = dict[str, object]
 _INT64 = {"minimum": -(2**63), "maximum": 2**63 - 1}
 
 
-def description(model: str) -> Json:
-    """OpenAPI 3.1."""
+def description(model: str, max_model_len: int, refuses_unknown: bool) -> Json:
+    """OpenAPI 3.1. What depends on more than a field by itself, such as a prompt's length in tokens, it cannot say."""
+    count: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": max_model_len}
     return {
         "openapi": "3.1.0",
         "info": {"title": "pdctl", "version": "1", "description": "OpenAI-compatible, over prefill and decode engines"},
@@ -22,39 +23,51 @@ def description(model: str) -> Json:
                 "get": {
                     **_operation("One model", {"200": "OK", "404": "No such model"}),
                     "parameters": [
-                        {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+                        {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
                     ],
                 }
             },
-            "/tokenize": {"post": _posted("Token ids of a text", "TokenizeRequest")},
+            "/tokenize": {"post": _linked(_posted("Token ids of a text", "TokenizeRequest"))},
             "/detokenize": {"post": _posted("The text of token ids", "DetokenizeRequest")},
             "/health": {"get": _open("Whether a request sent now would be answered", {"200": "Yes", "503": "No"})},
             "/ready": {"get": _open("Whether every engine can be used", {"200": "Yes", "503": "No"})},
             "/metrics": {"get": _text("Prometheus metrics")},
+            "/version": {"get": _open("pdctl's version", {"200": "OK"})},
             "/metrics/vllm": {"get": _text("Prometheus metrics under vLLM's names")},
         },
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             "schemas": {
                 "Error": _ERROR,
-                "CompletionRequest": _request(model, {"prompt": _PROMPT}, ["prompt"], {"max_tokens": _COUNT}),
-                "ChatRequest": _request(
-                    model, {"messages": _MESSAGES}, ["messages"],
-                    {"max_tokens": _COUNT, "max_completion_tokens": _COUNT},
-                ),
+                "CompletionRequest": {
+                    "type": "object", "required": ["prompt"], "additionalProperties": not refuses_unknown,
+                    "properties": {"prompt": _PROMPT, **_shared(model), **_COMPLETION, "max_tokens": count},
+                    "example": {"prompt": "Once upon a time", "max_tokens": 16},
+                },
+                "ChatRequest": {
+                    "type": "object", "required": ["messages"], "additionalProperties": not refuses_unknown,
+                    "properties": {
+                        "messages": _MESSAGES, **_shared(model), **_CHAT, "max_tokens": count,
+                        "max_completion_tokens": count,
+                    },
+                    "example": {"messages": [{"role": "user", "content": "Hello"}], "max_completion_tokens": 16},
+                },
                 "TokenizeRequest": {
-                    "type": "object", "required": ["prompt"], "properties": {"prompt": {"type": "string"}},
+                    "anyOf": [
+                        {"type": "object", "required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+                        {"type": "object", "required": ["messages"], "properties": {"messages": _MESSAGES}},
+                    ],
                 },
                 "DetokenizeRequest": {
                     "type": "object", "required": ["tokens"],
                     "properties": {"tokens": {"type": "array", "items": _TOKEN}},
+                    "example": {"tokens": [1, 2, 3]},
                 },
             },
         },
     }  # fmt: skip
 
 
-_COUNT: Json = {"type": ["integer", "null"], "minimum": 1}
 _TOKEN: Json = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _TOKENS: Json = {"type": "array", "minItems": 1, "items": _TOKEN}
 _PROMPT: Json = {
@@ -105,44 +118,74 @@ def _number(low: float, high: float) -> Json:
     return {"type": ["number", "null"], "minimum": low, "maximum": high}
 
 
-# What the builtin engine takes besides; engines of other kinds take more.
-_MORE: Json = {
+def _whole(low: int, high: int) -> Json:
+    return {"type": ["integer", "null"], "minimum": low, "maximum": high}
+
+
+_FLAG: Json = {"type": ["boolean", "null"]}
+_TEXT: Json = {"type": ["string", "null"]}
+_OBJECT: Json = {"type": ["object", "null"]}
+_SOME_TOKENS: Json = {"type": ["array", "null"], "items": _TOKEN, "minItems": 1}
+_TEXTS: Json = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
+_SCHEMA: Json = {"anyOf": [_OBJECT, {"type": "string"}]}
+
+# What the builtin engine takes at both paths; engines of other kinds take more.
+_BOTH: Json = {
+    "stream": _FLAG,
+    "stream_options": {
+        "type": ["object", "null"],
+        "properties": {"include_usage": _FLAG, "continuous_usage_stats": _FLAG},
+        "description": "for streams",
+    },
+    "n": _whole(1, MAX_LEGS),
+    "seed": {"type": ["integer", "null"], **_INT64},
+    "temperature": _number(0, 100),
+    "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
+    "top_k": _whole(-1, 2**31),
+    "min_p": _number(0, 1),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "repetition_penalty": _number(0.001, 100),
     "stop": {
         "oneOf": [
             {"type": ["string", "null"], "minLength": 1},
             {"type": "array", "maxItems": 16, "items": {"type": "string", "minLength": 1}},
         ]
     },
-    "presence_penalty": _number(-2, 2),
-    "frequency_penalty": _number(-2, 2),
-    "repetition_penalty": _number(0.001, 100),
-    "min_p": _number(0, 1),
-    "top_k": {"type": ["integer", "null"], "minimum": -1, "maximum": 2**31},
-    "ignore_eos": {"type": ["boolean", "null"]},
-    "return_token_ids": {"type": ["boolean", "null"]},
-    "user": {"type": ["string", "null"]},
+    "logit_bias": {"type": ["object", "null"], "description": "token ids to numbers from -100 to 100"},
+    "min_tokens": {**_whole(0, 2**31), "description": "not more than the tokens asked for"},
+    "ignore_eos": _FLAG,
+    "return_token_ids": _FLAG,
+    "echo": _FLAG,
+    "prompt_logprobs": {**_whole(0, 20), "description": "not in streams"},
+    "priority": {**_whole(-(2**31), 2**31), "description": "lower is served first"},
+    "user": _TEXT,
+    "stop_token_ids": {**_SOME_TOKENS, "description": "of the model's vocabulary"},
+    "allowed_token_ids": {**_SOME_TOKENS, "description": "of the model's vocabulary"},
+    "bad_words": {"type": ["array", "null"], "items": {"type": "string", "pattern": "\\S"}, "maxItems": 128},
+    "include_stop_str_in_output": _FLAG,
+    "truncate_prompt_tokens": {"type": ["integer", "null"], "anyOf": [{"const": -1}, {"minimum": 1}, {"const": None}]},
+    "response_format": {**_OBJECT, "description": "text, json_object, or json_schema"},
+    "structured_outputs": {**_OBJECT, "description": "one of json, regex, choice, grammar, json_object"},
+    "guided_json": _SCHEMA,
+    "guided_regex": _TEXT,
+    "guided_choice": {"anyOf": [_TEXTS, {"type": "null"}]},
+    "guided_grammar": _TEXT,
+}
+_COMPLETION: Json = {"logprobs": _whole(0, 20)}
+_CHAT: Json = {
+    "logprobs": _FLAG,
+    "top_logprobs": {**_whole(0, 20), "description": "with logprobs"},
+    "tools": {"type": ["array", "null"], "items": {"type": "object"}},
+    "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required", None]}, {"type": "object"}]},
+    "chat_template_kwargs": _OBJECT,
+    "add_generation_prompt": _FLAG,
+    "continue_final_message": _FLAG,
 }
 
 
-def _request(model: str, input_field: Json, required: list[str], limits: Json) -> Json:
-    properties: Json = {
-        **input_field,
-        "model": {"type": ["string", "null"], "enum": [model, None]},
-        "stream": {"type": ["boolean", "null"]},
-        "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_LEGS},
-        "seed": {"type": ["integer", "null"], **_INT64},
-        "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 100},
-        "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
-        "priority": {
-            "type": ["integer", "null"],
-            "minimum": -(2**31),
-            "maximum": 2**31,
-            "description": "lower is served first",
-        },
-        **_MORE,
-        **limits,
-    }
-    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+def _shared(model: str) -> Json:
+    return {"model": {"type": ["string", "null"], "enum": [model, None]}, **_BOTH}
 
 
 def _error(about: str) -> Json:
@@ -177,13 +220,33 @@ def _body(schema: str) -> Json:
 
 
 def _posted(summary: str, schema: str) -> Json:
-    statuses = {"200": "OK", "400": "Malformed", "413": "Too large", "503": "No engine is ready"}
+    statuses = {
+        "200": "OK",
+        "400": "Malformed",
+        "413": "Too large",
+        "415": "Packed in an unknown way",
+        "503": "No engine is ready",
+    }
     return {**_operation(summary, statuses), "requestBody": _body(schema)}
+
+
+def _linked(operation: Json) -> Json:
+    """What comes out goes back in."""
+    responses = operation["responses"]
+    assert isinstance(responses, dict)
+    responses["200"]["links"] = {
+        "detokenize": {
+            "operationRef": "#/paths/~1detokenize/post",
+            "requestBody": {"tokens": "$response.body#/tokens"},
+        }
+    }
+    return operation
 
 
 def _generation(schema: str) -> Json:
     statuses = {
         "200": "OK", "400": "Malformed, or more than the model can do", "404": "No such model", "413": "Too large",
+        "415": "Packed in an unknown way",
         "422": "In quarantine: engines died of this request", "429": "Too busy: see Retry-After",
         "502": "Engines failed it again and again", "503": "No engine is ready",
     }  # fmt: skip

@@ -58,6 +58,18 @@ def test_of_a_name_that_comes_twice_a_bad_last_one_is_refused(last: str) -> None
             read()
 
 
+@pytest.mark.parametrize("rest", ['"\\ud800"', "%", "[" * 5000, '"\xff"', "01", "tru"])
+def test_what_follows_a_number_that_is_rewritten_is_read_as_well(rest: str) -> None:
+    raw = f'{{"prompt": "x", "seed": 5.0, "user": {rest}'.encode("latin-1")
+    for read in (
+        lambda: openai.parse_body(raw, chat=False),
+        lambda: requests.parse(raw, "/v1/completions", False, "r", "m"),
+    ):
+        with pytest.raises(ApiError) as found:
+            read()
+        assert found.value.status == 400
+
+
 @pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("number", ["1.5", "1e300", '"5"', "9" * 23, "9" * 309, "9" * 5000, "-" + "9" * 30, "true"])
 def test_what_is_no_such_number_is_refused_by_name(name: str, number: str) -> None:
