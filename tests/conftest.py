@@ -19,6 +19,20 @@ from tests.service import Run
 os.environ.pop("PDCTL_FILE", None)
 
 
+# Files that take minutes, the longest first: begun last, one of them would run alone at the end.
+_LONG = (
+    "test_supervision", "test_bench", "test_kv", "test_cli", "test_chaos", "test_death", "test_clients", "test_parity",
+    "test_locked_service", "test_planted_faults", "test_lost_files", "test_http", "test_proxy", "test_loading",
+    "test_schemas",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; xdist hands files out in this order."""
+    place = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
+
+
 def _descriptors() -> dict[int, str]:
     found = {}
     for entry in Path("/proc/self/fd").iterdir():
