@@ -75,7 +75,10 @@ def _rdma(topology: Topology, host: Host, pci: str) -> tuple[tuple[str, ...], st
     active = [device.name for device in host.rdma if device.is_active]
     known = {name: host.layout.classes.get((pci, name), "?") for name in active}
     near = [name for name in active if known[name] in CLASSES]
+    by = f" (of those that {host.rdma_by} leaves us)" if host.rdma_by else ""
     if not near:
+        if by and active:
+            return tuple(active), f"all{by}"
         return (), "left to the transport: no GPU, or no active device of known place" if active else ""
     best = min(near, key=lambda name: CLASSES.index(known[name]))
-    return (best,), f"{known[best]} from its GPU; " + ", ".join(f"{name} {known[name]}" for name in active)
+    return (best,), f"{known[best]} from its GPU; " + ", ".join(f"{name} {known[name]}" for name in active) + by

@@ -73,6 +73,14 @@ def test_a_nic_that_is_down_is_passed_over(tmp_path: Path) -> None:
     assert found.processes[2].why["rdma"].startswith("NODE from its GPU")
 
 
+def test_nics_that_the_environment_names_are_all_there_are(tmp_path: Path) -> None:
+    on = host(tmp_path)
+    on = replace(on, rdma=on.rdma[:1], rdma_by="MC_TE_FILTERS=mlx5_0")
+    found = plan(tmp_path, on=on)
+    assert {engine.rdma for engine in found.processes if engine.kind != "proxy"} == {("mlx5_0",)}
+    assert "of those that MC_TE_FILTERS=mlx5_0 leaves us" in found.processes[2].why["rdma"]
+
+
 def test_only_cpus_that_are_allowed(tmp_path: Path) -> None:
     found = plan(tmp_path, on=host(tmp_path, cpus=(2, 3, 4)))
     assert pins(found)["prefill-0"][1] == (2, 3)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from pdctl.host.allotment import allotted
+from pdctl.host.allotment import allotted, allotted_rdma
 from pdctl.host.gpu import Gpu, gpu_holders, read_gpus
 from pdctl.host.memory import read_memory
 from pdctl.host.pci import Layout, read_layout
@@ -53,8 +53,8 @@ class Holder:
 class Host:
     """What the plan needs to know. `cpus` are those this process may run on, ascending; `memory` in bytes.
 
-    `gpus` are those that the environment leaves to us (`gpus_by` says what does), in its order; `gpu_holders`: by UUID,
-    who computes there now.
+    `gpus` and `rdma` are what the environment leaves to us (`gpus_by` and `rdma_by` say what does); `gpu_holders`:
+    by UUID, who computes there now.
     """
 
     cpus: tuple[int, ...]
@@ -69,6 +69,7 @@ class Host:
     layout: Layout = field(default_factory=Layout, hash=False)
     missing_packages: frozenset[str] = frozenset()
     gpus_by: str = ""
+    rdma_by: str = ""
     gpu_holders: dict[str, tuple[Holder, ...]] = field(default_factory=dict, hash=False)
 
     def gpu_named(self, name: int | str) -> Gpu | None:
@@ -89,7 +90,7 @@ class Host:
 
 def read_host(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) -> Host:
     """Read the facts afresh; a few milliseconds, tens where a GPU driver answers."""
-    rdma = read_rdma(sysfs_root)
+    rdma, rdma_by = allotted_rdma(read_rdma(sysfs_root), os.environ)
     gpus, gpus_by = allotted(read_gpus(), os.environ)
     return Host(
         cpus=tuple(sorted(os.sched_getaffinity(0))),
@@ -102,6 +103,7 @@ def read_host(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) 
         state_root=state_root(),
         rdma=rdma,
         gpus_by=gpus_by,
+        rdma_by=rdma_by,
         gpu_holders=_holders_of(gpus, proc_root) if gpus else {},
         missing_packages=frozenset(n for n in (*ENGINE_PACKAGES, *OTLP_PACKAGES) if find_spec(n) is None),
         layout=read_layout([gpu.pci for gpu in gpus], {device.name: device.pci for device in rdma}, sysfs_root),

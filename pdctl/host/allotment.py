@@ -1,7 +1,8 @@
-"""Which GPUs the environment leaves to us: a scheduler or container runtime that names some keeps the rest for others.
+"""Which GPUs and RDMA devices the environment leaves to us: who names some keeps the rest for others.
 
-CUDA's own variable comes first, by CUDA's rules (an entry that is none ends the list; UUIDs may be cut short); then the
-container runtime's and Slurm's.
+Of GPUs CUDA's own variable comes first, by CUDA's rules (an entry that is none ends the list; UUIDs may be cut short);
+then the container runtime's and Slurm's. RDMA devices are named in the variables of the libraries that use them, and a
+container may be without a device's node.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pdctl.host.gpu import Gpu
+from pdctl.host.rdma import RdmaDevice
 
 _CUDA = "CUDA_VISIBLE_DEVICES"
 # Checked where CUDA's is not set: they name devices by index or UUID as well.
@@ -30,6 +32,30 @@ def allotted(gpus: Sequence[Gpu], environ: Mapping[str, str]) -> tuple[tuple[Gpu
         if value not in _ALL and not is_done:
             return _listed(gpus, value), f"{name}={value}"
     return tuple(gpus), ""
+
+
+# Mooncake's, UCX's (nixl) and NCCL's lists of devices. NCCL takes names for beginnings, unless the list begins with =.
+_RDMA = ("MC_MS_FILTERS", "MC_TE_FILTERS", "UCX_NET_DEVICES", "NCCL_IB_HCA")
+
+
+def allotted_rdma(devices: Sequence[RdmaDevice], environ: Mapping[str, str]) -> tuple[tuple[RdmaDevice, ...], str]:
+    """Those that we may use, and what says so ("" where nothing does)."""
+    ours = tuple(device for device in devices if device.has_node)
+    hidden = "/dev/infiniband" if len(ours) < len(devices) else ""
+    for variable in _RDMA:
+        given = environ.get(variable, "")
+        words = [word.partition(":")[0].strip() for word in given.lstrip("^=").split(",")]
+        if words in ([""], ["all"]):
+            continue
+        begins = variable == "NCCL_IB_HCA" and not given.lstrip("^").startswith("=")
+        wanted = not given.startswith("^")
+        found = tuple(device for device in ours if _is_named(device.name, words, begins) == wanted)
+        return found, f"{variable}={given}"
+    return ours, hidden
+
+
+def _is_named(device: str, words: Sequence[str], begins: bool) -> bool:
+    return any(word and (device == word or (begins and device.startswith(word))) for word in words)
 
 
 def _listed(gpus: Sequence[Gpu], value: str) -> tuple[Gpu, ...]:

@@ -31,11 +31,12 @@ class Support(StrEnum):
 @dataclass(frozen=True, slots=True)
 class RdmaDevice:
     """The little that a plan needs. `pci`: its address, or "" for one that is no PCI function; `is_active`: a port of
-    it is up."""
+    it is up; `has_node`: programs can open it (a container may show a device in /sys that it was not given)."""
 
     name: str
     pci: str
     is_active: bool
+    has_node: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +154,17 @@ def read_tree(sysfs_root: Path = Path("/sys"), dev_root: Path = Path("/dev"), re
     return RdmaTree(Support.DEVICES if devices else Support.NO_DEVICE, tuple(devices), tuple(vanished))
 
 
-def read_rdma(sysfs_root: Path = Path("/sys")) -> tuple[RdmaDevice, ...]:
+def read_rdma(sysfs_root: Path = Path("/sys"), dev_root: Path = Path("/dev")) -> tuple[RdmaDevice, ...]:
     """All devices, in order of name, as a plan needs them; none on a machine without RDMA."""
     folder, reader = sysfs_root / "class/infiniband", Reader()
-    return tuple(
-        RdmaDevice(name, _address(folder / name), _is_up(folder / name, reader)) for name in sorted(_listed(folder))
-    )
+    nodes = _char_devices(sysfs_root, dev_root, reader)
+
+    def device(name: str) -> RdmaDevice:
+        node = nodes.get(name, "")
+        has_node = not node or os.access(node, os.R_OK | os.W_OK)
+        return RdmaDevice(name, _address(folder / name), _is_up(folder / name, reader), has_node)
+
+    return tuple(map(device, sorted(_listed(folder))))
 
 
 def active_devices(sysfs_root: Path = Path("/sys")) -> list[str]:
