@@ -323,7 +323,7 @@ def test_close_leaves_nothing(name: str) -> None:
             assert not _mapped("pdctl-kv-e5"), "a dead peer's memory is let go of"
         del ours
         # Its threads end in their own time; the sockets must be gone.
-        wait_until(lambda: listening() <= ports, 10, "listening ports to close")
+        wait_until(lambda: listening() <= ports, what="listening ports to close")
 
 
 def _mapped(label: str) -> bool:

@@ -159,7 +159,7 @@ def test_a_second_ctrl_c_forces(run: Run) -> None:
             break
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    wait_until(lambda: not run.processes(), 20, "every process to end")
+    wait_until(lambda: not run.processes(), what="every process to end")
 
 
 def test_status_logs_ask(run: Run) -> None:

@@ -146,7 +146,7 @@ def test_a_dead_holders_leases_are_freed_by_witness(service: Service, prefill: E
         assert prefill.lease("claim", prefill.hold(f"hello {number}"), decode.holder)["ok"]
     assert len(prefill.state()["leases"]) == 4
     os.kill(decode.pid, signal.SIGKILL)
-    wait_until(lambda: not prefill.state()["leases"], 5, "the leases to end")
+    wait_until(lambda: not prefill.state()["leases"], what="the leases to end")
     metrics = prefill.http.get("/metrics").text
     assert 'pdctl_engine_leases_ended_total{how="holder_died"} 4.0' in metrics
     assert 'pdctl_engine_block_seconds_total{what="leaked"}' in metrics
@@ -163,7 +163,7 @@ def test_a_dead_proxys_leases_are_freed_by_witness(service: Service, prefill: En
     prefill.hold("hello there", router=f"proxy@{proxy['epoch']}")
     assert len(prefill.state()["leases"]) == 1
     os.kill(proxy["pid"], signal.SIGKILL)
-    wait_until(lambda: not prefill.state()["leases"], 5, "the lease to end")
+    wait_until(lambda: not prefill.state()["leases"], what="the lease to end")
     assert died() == before + 1
     service.healthy()
 
@@ -216,7 +216,7 @@ def test_prefill_waits_at_the_ceiling_instead_of_filling_up(run: Run) -> None:
         got: list[dict[str, Any]] = []
         late = threading.Thread(target=lambda: got.append(prefill.hold("hello there, this is prompt number five 00")))
         late.start()
-        wait_until(lambda: prefill.state()["held_back"] == 1, 20, "back-pressure")
+        wait_until(lambda: prefill.state()["held_back"] == 1, what="back-pressure")
         assert prefill.state()["blocks_leased"] <= 0.2 * total
         assert not got
         assert run.cli("kv", "--revoke", held[0]).returncode == 0

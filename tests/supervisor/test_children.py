@@ -513,7 +513,7 @@ def test_a_kill_in_the_middle_of_an_apply_is_told_as_it_was(tmp_path: Path) -> N
         found.start()
         now = found.until("a", lambda now: now["state"] == "ready" and now["pid"] != a["pid"], "what is wanted")
         # Ready as soon as it runs: the shell may not have become what it is to be.
-        wait_until(lambda: psutil.Process(now["pid"]).cmdline() == ["sleep", "700"], 20, "what it is to be")
+        wait_until(lambda: psutil.Process(now["pid"]).cmdline() == ["sleep", "700"], what="what it is to be")
         assert found.ready("b")["pid"] == b["pid"]
 
 
