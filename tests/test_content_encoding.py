@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -13,12 +14,16 @@ from pdctl.content_encoding import decoded
 from pdctl.openai_api import ApiError
 
 
+# Without the time, which would be in a test's name, and differ between the processes that run tests.
+packed = partial(gzip.compress, mtime=0)
+
+
 @given(st.binary(max_size=2000))
 def test_what_was_packed_comes_back(body: bytes) -> None:
-    assert decoded(gzip.compress(body), b"gzip", 2000) == body
+    assert decoded(packed(body), b"gzip", 2000) == body
     assert decoded(zlib.compress(body), b"deflate", 2000) == body
-    assert decoded(gzip.compress(zlib.compress(body)), b"Deflate, X-GZIP", 4000) == body
-    assert decoded(gzip.compress(body[:9]) + gzip.compress(body[9:]), b"gzip", 2000) == body
+    assert decoded(packed(zlib.compress(body)), b"Deflate, X-GZIP", 4000) == body
+    assert decoded(packed(body[:9]) + packed(body[9:]), b"gzip", 2000) == body
     assert decoded(body, b"identity", 0) == body
 
 
@@ -30,11 +35,11 @@ def test_what_was_packed_comes_back(body: bytes) -> None:
         (b"x", b"\xff", 415),
         (b"{}", b"gzip", 400),
         (b"", b"gzip", 400),
-        (gzip.compress(b"x" * 100)[:-4], b"gzip", 400),
-        (gzip.compress(b"x") + b"junk", b"gzip", 400),
-        (gzip.compress(bytes(10**7)), b"gzip", 413),
-        (gzip.compress(gzip.compress(bytes(10**6))), b"gzip, gzip", 413),
-        (gzip.compress(b"x" * 600) + gzip.compress(b"x" * 600), b"gzip", 413),
+        (packed(b"x" * 100)[:-4], b"gzip", 400),
+        (packed(b"x") + b"junk", b"gzip", 400),
+        (packed(bytes(10**7)), b"gzip", 413),
+        (packed(packed(bytes(10**6))), b"gzip, gzip", 413),
+        (packed(b"x" * 600) + packed(b"x" * 600), b"gzip", 413),
     ],
 )
 def test_what_cannot_be_unpacked_is_refused(body: bytes, encoding: bytes, status: int) -> None:
