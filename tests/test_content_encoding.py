@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pdctl.content_encoding import decoded
 from pdctl.openai_api import ApiError
 
-
 # Without the time, which would be in a test's name, and differ between the processes that run tests.
 packed = partial(gzip.compress, mtime=0)
 
