@@ -39,7 +39,7 @@ class Run:
         return {**os.environ, **extra}
 
     def cli(
-        self, *words: str, timeout: float = 170, check: bool = False, extra: dict[str, str] | None = None
+        self, *words: str, timeout: float = 600, check: bool = False, extra: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [*CLI, *words],
@@ -78,7 +78,7 @@ class Service:
         self.run = run
         status = self.status()
         self.url, self.name = status["proxy_url"], status["service"]
-        self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+        self.client = httpx.Client(base_url=self.url, timeout=300, trust_env=False)
 
     def status(self) -> dict[str, Any]:
         return dict(json.loads(self.run.cli("status", "--json", check=True).stdout))
@@ -126,7 +126,7 @@ class Service:
             assert done, "no [DONE]"
         return {"text": text, "token_ids": ids, "finish_reason": reason}
 
-    def wait(self, condition: Any, timeout: float = 60.0, what: str = "") -> Any:
+    def wait(self, condition: Any, timeout: float = 300.0, what: str = "") -> Any:
         """Poll until `condition()` is true; a deadline, not a sleep, decides."""
         return wait_until(condition, timeout, what)
 
@@ -161,7 +161,7 @@ class Engine:
         secret = psutil.Process(process["pid"]).environ()["PDCTL_SECRET"]
         url = f"http://127.0.0.1:{process['ports']['http']}"
         self.http = httpx.Client(
-            base_url=url, trust_env=False, timeout=60, headers={"authorization": f"Bearer {secret}"}
+            base_url=url, trust_env=False, timeout=300, headers={"authorization": f"Bearer {secret}"}
         )
 
     @property
@@ -187,7 +187,7 @@ class Engine:
         return dict(self.http.get("/pdctl/v1/state").json())
 
 
-def wait_until(condition: Any, timeout: float = 60.0, what: str = "") -> Any:
+def wait_until(condition: Any, timeout: float = 300.0, what: str = "") -> Any:
     deadline = time.monotonic() + timeout
     while True:
         if found := condition():

@@ -202,7 +202,7 @@ def test_a_frozen_peer_does_not_freeze_us_and_nothing_lands_after_it_is_settled(
             ours.read(found.address, [Span(0, 0, BIG)], timeout_s=0.5)
         except TransferUncertain as late:
             os.kill(found.process.pid, signal.SIGCONT)
-            wait_until(late.settled, 30, "the late read to be over")
+            wait_until(late.settled, what="the late read to be over")
             landed = ours.view.copy()
             ours.read(found.address, [Span(5, 5, 64)])  # another round trip: time for stray bytes
             landed[5:69] = ours.view[5:69]

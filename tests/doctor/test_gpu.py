@@ -53,7 +53,7 @@ def doctor(library: Path, cwd: Path, topology: str = "", health: str = "", **env
     stub = {"LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "2", "PDCTL_STUB_HEALTH": str(cwd / "health")}
     done = subprocess.run(
         [sys.executable, "-m", "pdctl", "doctor", *words],
-        env={**os.environ, **stub, **env}, cwd=cwd, capture_output=True, text=True, timeout=60,
+        env={**os.environ, **stub, **env}, cwd=cwd, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     found = json.loads(done.stdout)["findings"]
     return {finding["id"]: finding for finding in reversed(found)}

@@ -332,7 +332,7 @@ def test_chaos_that_is_interrupted_breaks_nothing_more(run: Run) -> None:
                 if line.startswith("kill decode"):
                     break
             process.send_signal(signal.SIGINT)
-            out, said = process.communicate(timeout=60)
+            out, said = process.communicate(timeout=300)
         assert "interrupted; this is what was seen until then" in said
         found = json.loads(out)
         assert found["faults"] == 1

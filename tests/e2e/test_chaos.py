@@ -10,7 +10,7 @@ import pytest
 
 from tests.service import REPOSITORY
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 
 def chaos(*words: str) -> subprocess.CompletedProcess[str]:

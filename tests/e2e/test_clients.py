@@ -16,7 +16,7 @@ import pytest
 
 from tests.service import Run, Service, running, topology
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.e2e
 
 SCHEMA = {
     "type": "object",
@@ -203,7 +203,7 @@ def test_a_death_in_mid_answer_changes_nothing(
     assert reason == quiet.finish_reason
     if quiet.logprobs:
         assert logprobs == pytest.approx(quiet.logprobs.token_logprobs, abs=1e-3)
-    service.wait(lambda: service.process("decode-0")["pid"] not in (pid, None), 60, "decode-0 to be restarted")
+    service.wait(lambda: service.process("decode-0")["pid"] not in (pid, None), what="decode-0 to be restarted")
     service.healthy()
 
 

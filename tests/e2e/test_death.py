@@ -16,7 +16,7 @@ import pytest
 
 from tests.service import Run, Service, events, running, topology, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.e2e
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 8
 LONG = 400
@@ -115,7 +115,7 @@ def test_no_connection_is_refused_while_the_proxy_is_dead(service: Service) -> N
     before = service.process("proxy")
     kill(before["pid"])
     # The listening socket is the supervisor's: this waits in its backlog for the new proxy.
-    with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=service.url, timeout=300, trust_env=False) as client:
         body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
         assert client.post("/v1/completions", json=body).status_code == 200
     restarted(service, "proxy", before)

@@ -9,11 +9,14 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
+import msgspec
 import pytest
 
-from tests.service import Run, Service, events, running, topology
+from pdctl.proxy.gather import Gathered
+from tests.service import Engine, Run, Service, events, running, topology
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.e2e
 
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
 CHOICES = ["yes.", "no (not now)", "a|b"]
@@ -254,6 +257,53 @@ def test_arguments_of_a_tool_call_come_while_they_grow(service: Service) -> None
     assert [part["function"].get("name") for part in parts] == ["f", *[None] * (len(parts) - 1)]
     assert "".join(part["function"]["arguments"] for part in parts) == whole_call["function"]["arguments"]
     assert 30 <= len(json.loads(whole_call["function"]["arguments"])["a"]) <= 40
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}  # fmt: skip
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"prompt": "x", "logprobs": 3}),
+        ("/v1/completions", {"prompt": "x", "stop": "<3", "logprobs": 0, "echo": True}),
+        ("/v1/completions", {"prompt": [5, 6, 7], "guided_regex": "[ab]{5}", "include_stop_str_in_output": True}),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
+        ("/v1/chat/completions", {**CHAT, "tools": [TOOL], "tool_choice": "required"}),
+        ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}),
+    ],
+    ids=str,
+)
+def test_every_way_to_an_answer_gives_the_same_fields(service: Service, path: str, fields: dict[str, Any]) -> None:
+    """One engine by itself; the proxy's answer in one piece, gathered from parts, and as a stream's parts."""
+    body = {**fields, "max_tokens": 100, "temperature": 0, "seed": 5}
+    named = {"x-request-id": "same"}
+    engine = Engine(service, "decode-0")
+
+    def choice(client: httpx.Client, **more: Any) -> dict[str, Any]:
+        answer = client.post(path, json={**body, **more}, headers=named)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json()["choices"][0])
+
+    alone, in_one_piece = choice(engine.http), choice(service.client)
+    from_parts = choice(service.client, return_token_ids=True)
+    gathered = Gathered("chat" in path, with_token_ids=True)
+    with service.client.stream(
+        "POST", path, json={**body, "stream": True, "return_token_ids": True}, headers=named
+    ) as answer:
+        for event in events(answer):
+            for part in event["choices"] if event else []:
+                ids = part.pop("token_ids")
+                del part["index"]
+                gathered.add({name: msgspec.Raw(json.dumps(value).encode()) for name, value in part.items()}, ids)
+    streamed_parts = {name: json.loads(bytes(value)) for name, value in gathered.choice().items()}
+    assert in_one_piece == alone
+    assert streamed_parts.pop("token_ids") == from_parts.pop("token_ids")
+    assert from_parts == alone
+    assert {"index": 0, **streamed_parts} == alone
+    engine.http.close()
 
 
 def test_packed_bodies_are_unpacked(service: Service) -> None:

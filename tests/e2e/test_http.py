@@ -14,7 +14,7 @@ import pytest
 
 from tests.service import Run, Service, running, topology, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 BODY = json.dumps({"prompt": "x", "max_tokens": 3, "temperature": 0}).encode()
 
@@ -46,7 +46,7 @@ def head(service: Service, path: str, *lines: str, length: int = len(BODY)) -> b
 
 
 def connected(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=60)
+    return socket.create_connection(("127.0.0.1", port), timeout=300)
 
 
 def answer(client: socket.socket) -> tuple[int, dict[str, str], bytes]:
@@ -195,7 +195,7 @@ def test_keep_alive_clients_meet_no_closed_connection_at_a_restart(service: Serv
     counts = [0] * 6
 
     def ask(number: int) -> None:
-        with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=service.url, timeout=300, trust_env=False) as client:
             while not stop.is_set():
                 body = {"prompt": "x", "max_tokens": 2 + number, "stream": number % 2 == 1}
                 try:

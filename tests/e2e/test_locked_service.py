@@ -11,7 +11,7 @@ import pytest
 
 from tests.service import Run, Service, free_port, running, topology
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")

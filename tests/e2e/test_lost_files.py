@@ -11,7 +11,7 @@ import pytest
 
 from tests.service import Run, Service, running, topology, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.e2e
 
 
 def one() -> str:
@@ -91,7 +91,7 @@ def test_down_after_a_killed_supervisor_that_took_its_engines_along(run: Run) ->
     run.write(one())
     run.cli("up", "-d", check=True)
     os.kill(int((run.folder / "r" / "t" / "lock").read_text()), signal.SIGKILL)
-    wait_until(lambda: not run.processes(), 30, "the end of the engines")
+    wait_until(lambda: not run.processes(), what="the end of the engines")
     assert "hint: start it with: pdctl up" in run.cli("status").stderr
     done = run.cli("down")
     assert (done.returncode, done.stdout) == (0, "t is down\n")

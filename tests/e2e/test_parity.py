@@ -10,7 +10,7 @@ from pdctl.host.users import cache_root
 from tests.e2e import parity
 from tests.service import Run, running, topology
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 TOKENS = 24
 

@@ -69,7 +69,7 @@ class Bench:
         done = subprocess.run(
             [*self.wrapper, "sh", "-c", "\n".join([*self.shell, doctor])],
             cwd=self.folder, env={**env, **self.env, "PDCTL_STATE": str(self.folder / "state")},
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.stdout, done.stderr
         found = json.loads(done.stdout)["findings"]
@@ -322,7 +322,7 @@ def test_transfers_between_the_places_of_a_plan(bench: Bench) -> None:
     bench.topology(BASE.split("[transfer]")[0] + pair)
     words = ["doctor", "transfer", "--transport", "shm", "--mib", "4", "--json"]
     done = subprocess.run([sys.executable, "-m", "pdctl", *words], cwd=bench.folder, capture_output=True, text=True,
-                          timeout=90)  # fmt: skip
+                          timeout=300)  # fmt: skip
     [found] = json.loads(done.stdout)["transfer"]
     assert found["pair"] == "prefill-0 to decode-0"
     assert found["bytes_right"] is True
@@ -404,6 +404,6 @@ def test_what_may_still_work_is_told_and_not_refused(run: Run) -> None:
 
 def test_a_topology_that_is_refused_is_told_of_in_every_area(bench: Bench) -> None:
     done = subprocess.run([sys.executable, "-m", "pdctl", "doctor", "net", "--against", "nowhere.toml"],
-                          cwd=bench.folder, capture_output=True, text=True, timeout=60)  # fmt: skip
+                          cwd=bench.folder, capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 2
     assert "nowhere.toml does not exist" in done.stdout

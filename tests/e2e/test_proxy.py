@@ -24,7 +24,7 @@ import pytest
 
 from tests.service import Run, Service, events, free_port, running, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 WORKER = Path(__file__).parent.parent / "fakes" / "vllm_worker.py"
 
@@ -207,7 +207,7 @@ def test_bodies_that_are_too_large_or_broken(quiet: tuple[Service, list[Worker]]
 
 def raw(service: Service, data: bytes, shut: bool = False) -> bytes:
     host, _, port = service.url.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
         connection.sendall(data)
         if shut:
             connection.shutdown(socket.SHUT_WR)
@@ -344,7 +344,7 @@ def test_an_engine_that_fails_everything_is_left_out(run: Run) -> None:
         answer = complete(service, "busy")
         assert answer.status_code == 502
         assert "busy" in answer.json()["error"]["message"]
-        wait_until(lambda: complete(service).status_code == 200, 40, "the trial that closes the circuit")
+        wait_until(lambda: complete(service).status_code == 200, what="the trial that closes the circuit")
 
 
 def test_overload_is_refused_with_the_time_to_come_back(run: Run) -> None:
@@ -371,7 +371,7 @@ def test_several_workers_are_one_service(run: Run) -> None:
         assert [p["name"] for p in proxies] == ["proxy-0", "proxy-1"]
 
         def once(_: int) -> bool:
-            with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
+            with httpx.Client(base_url=service.url, trust_env=False, timeout=300) as client:
                 return client.post("/v1/completions", json={"prompt": "x", "max_tokens": 4}).status_code == 200
 
         with ThreadPoolExecutor(8) as pool:
@@ -388,7 +388,7 @@ def test_several_workers_are_one_service(run: Run) -> None:
         os.kill(proxies[0]["pid"], signal.SIGKILL)
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(once, range(20))), "the other one takes over, and nobody is refused"
-        service.wait(lambda: service.process("proxy-0")["pid"] not in (None, proxies[0]["pid"]), 30, "proxy-0 again")
+        service.wait(lambda: service.process("proxy-0")["pid"] not in (None, proxies[0]["pid"]), what="proxy-0 again")
 
 
 def test_tls_and_cors(run: Run) -> None:

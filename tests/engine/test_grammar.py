@@ -42,7 +42,7 @@ def ours(model: Path) -> Iterator[Grammars]:
 def prepared(ours: Grammars, grammar: str) -> tuple[object, str]:
     said: queue.Queue[tuple[object, str]] = queue.Queue()
     ours.prepare(grammar, "", lambda: True, lambda compiled, reason: said.put((compiled, reason)))
-    return said.get(timeout=60)
+    return said.get(timeout=300)
 
 
 def guided(ours: Grammars, grammar: str, token_ids: list[int], prompt_len: int) -> Sequence:

@@ -58,7 +58,7 @@ class Rig:
 
     def next(self, kind: type) -> object:
         while True:
-            found = self.said.get(timeout=10)
+            found = self.said.get(timeout=300)
             if isinstance(found, kind):
                 return found
 

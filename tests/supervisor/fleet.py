@@ -21,7 +21,7 @@ from pdctl.supervisor.journal import EVENTS, EXITS, read_entries
 from pdctl.topology import Proxy, Supervision
 from tests.service import free_port
 
-PATIENCE_S = 30.0
+PATIENCE_S = 300.0
 SUPERVISION = Supervision(
     grace_s=0.3, stop_signals=("SIGTERM",), drain_s=1.0, max_restarts=5, within_s=60.0, startup_s=20.0, stable_s=60.0,
     liveness_s=0.1, liveness_failures=3, progress_s=0.3, functional_s=0.0, on_supervisor_death="terminate", log_mb=64.0,

@@ -284,7 +284,7 @@ def test_a_supervisor_that_is_killed_takes_its_children_with_it(tmp_path: Path, 
         found.ready("b")
         found.process.kill()
         found.process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 300
         while found.stamped() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not found.stamped()
@@ -456,7 +456,7 @@ def test_groups_of_supervisors_that_were_killed_are_removed_by_the_next(tmp_path
         group = found_group(found)
         found.process.kill()
         found.process.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 300
         while found.stamped() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert group.exists()
@@ -564,7 +564,7 @@ def test_an_apply_is_not_crossed_by_a_start_of_what_it_stops(tmp_path: Path) -> 
         for verb in ("start", "restart", "drain"):
             with pytest.raises(PdctlError, match="an apply is under way: removing a"):
                 found.ask("a", verb)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while (found.status()["apply"] or {}).get("state") != "done":
             assert time.monotonic() < deadline
             time.sleep(0.01)
