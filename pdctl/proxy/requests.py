@@ -113,7 +113,7 @@ def parse(
         stream=bool(known.stream),
         include_usage=bool(known.stream_options and known.stream_options.include_usage),
         counts_each=bool(known.stream_options and known.stream_options.continuous_usage_stats),
-        tells_prompt=known.prompt_logprobs is not None or (bool(known.echo) and known.logprobs not in (None, False)),
+        tells_prompt=_tells_prompt(known),
         max_tokens=_max_tokens(known, chat),
         priority=known.priority or 0,
         ignored=ignored,
@@ -150,6 +150,12 @@ def _check(known: _Known, fields: dict[str, msgspec.Raw], served_model: str) -> 
             raise ApiError(400, message, param=name)
     if known.best_of is not None and known.best_of != (known.n or 1):
         raise ApiError(400, "best_of other than n is not supported", param="best_of")
+
+
+def _tells_prompt(known: _Known) -> bool:
+    # 0 is a number of log probabilities, and false is none: they are equal to Python.
+    wants_logprobs = known.logprobs is not None and known.logprobs is not False
+    return known.prompt_logprobs is not None or (bool(known.echo) and wants_logprobs)
 
 
 def _max_tokens(known: _Known, chat: bool) -> int | None:

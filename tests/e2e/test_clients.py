@@ -118,11 +118,12 @@ def test_tools_are_called(client: openai.OpenAI, choice: Any, max_tokens: int) -
     assert json.loads(call.function.arguments)["kind"] in ("cat", "dog")
     assert answer.choices[0].finish_reason == "tool_calls"
     chunks = list(client.chat.completions.create(**asked, stream=True))
-    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-    assert [(c.id, c.function.name, c.function.arguments) for c in calls] == [
-        (call.id.replace(answer.id.removeprefix("chatcmpl-"), chunks[0].id.removeprefix("chatcmpl-")),
-         call.function.name, call.function.arguments)
-    ]  # fmt: skip
+    first, *more = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    same = call.id.replace(answer.id.removeprefix("chatcmpl-"), chunks[0].id.removeprefix("chatcmpl-"))
+    assert (first.index, first.id, first.function.name) == (0, same, call.function.name)
+    assert [(part.index, part.id, part.function.name) for part in more] == [(0, None, None)] * len(more)
+    parts = [part.function.arguments for part in (first, *more)]
+    assert "".join(parts) == call.function.arguments
 
 
 @pytest.mark.parametrize("max_tokens", [8, 200])

@@ -280,14 +280,15 @@ def test_every_way_to_an_answer_gives_the_same_fields(service: Service, path: st
     """One engine by itself; the proxy's answer in one piece, gathered from parts, and as a stream's parts."""
     body = {**fields, "max_tokens": 100, "temperature": 0, "seed": 5}
     named = {"x-request-id": "same"}
-    engine = Engine(service, "decode-0")
 
     def choice(client: httpx.Client, **more: Any) -> dict[str, Any]:
         answer = client.post(path, json={**body, **more}, headers=named)
         assert answer.status_code == 200, answer.text
         return dict(answer.json()["choices"][0])
 
-    alone, in_one_piece = choice(engine.http), choice(service.client)
+    with Engine(service, "decode-0").http as engine:
+        alone = choice(engine)
+    in_one_piece = choice(service.client)
     from_parts = choice(service.client, return_token_ids=True)
     gathered = Gathered("chat" in path, with_token_ids=True)
     with service.client.stream(
@@ -303,7 +304,6 @@ def test_every_way_to_an_answer_gives_the_same_fields(service: Service, path: st
     assert streamed_parts.pop("token_ids") == from_parts.pop("token_ids")
     assert from_parts == alone
     assert {"index": 0, **streamed_parts} == alone
-    engine.http.close()
 
 
 def test_packed_bodies_are_unpacked(service: Service) -> None:

@@ -205,7 +205,7 @@ def test_a_restarted_engine_is_linked_again(service: Service) -> None:
 
 
 def test_prefill_waits_at_the_ceiling_instead_of_filling_up(run: Run) -> None:
-    text = topology(kv_cache_gb=0.004).replace("[transfer]", "[transfer]\nleased_max = 0.2")
+    text = topology(kv_cache_gb=0.004, lease_s=600).replace("[transfer]", "[transfer]\nleased_max = 0.2")
     with running(run, text) as service:
         prefill = Engine(service, "prefill-0")
         total = prefill.state()["blocks_total"]

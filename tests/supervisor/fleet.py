@@ -52,7 +52,7 @@ def python(name: str, script: str, **more: object) -> ProcessSpec:
 
 def plan_of(folder: Path, *processes: ProcessSpec, **supervision: object) -> Plan:
     """A plan of these processes alone."""
-    proxy = Proxy("127.0.0.1", 1, "round_robin", (), 1, "queue", 8, 1.0, "", "", "", (), "", "")
+    proxy = Proxy("127.0.0.1", 1, "round_robin", (), 1, "queue", 8, 1.0, "warn", "", "", "", (), "", "")
     return Plan(
         service="fleet", model="none", model_path="none", model_ready=True, served_model_name="none", max_model_len=16,
         proxy=proxy, ttft_ms=1.0, tpot_ms=1.0, proxy_url="http://127.0.0.1:1", run_dir=str(folder / "run" / "fleet"),
