@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.engine.front.tools import ToolCall, ToolFormat, ToolText, whole_calls
+from pdctl.engine.front.tools import ToolCall, ToolFormat, ToolText, joined, whole_calls
 
 
 def split(text: str, cuts: list[int], form: ToolFormat = ToolFormat.TAGGED) -> tuple[str, list[ToolCall]]:
@@ -70,6 +70,7 @@ def test_arguments_come_while_they_grow() -> None:
     _, (first, second) = parser.push('ments": {"a')
     assert first["function"] == {"name": "f", "arguments": ""}
     assert second == {"index": 0, "function": {"arguments": '{"a'}}
+    assert joined([first, second])[0]["function"] == {"name": "f", "arguments": '{"a'}
     assert parser.push('": 1}}') == ("", [{"index": 0, "function": {"arguments": '": 1}'}}])
     assert parser.flush() == ("", [])
 

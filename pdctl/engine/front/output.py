@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pdctl.engine.front.openai import GenerationRequest
 from pdctl.engine.front.text import OutputText, TextCodec
 from pdctl.engine.front.token_text import text_of
-from pdctl.engine.front.tools import ToolCall, ToolText, whole_calls
+from pdctl.engine.front.tools import ToolCall, ToolText, joined, whole_calls
 from pdctl.engine.messages import Logprobs, PromptToken
 from pdctl.wire import HandOver
 
@@ -82,7 +82,7 @@ class Output:
             if self._tools.found and reason == "stop":
                 reason = "tool_calls"
         shown, self._echo = self._echo + shown, ""
-        return Piece(token_ids, shown, reason, None, calls, entries)
+        return Piece(token_ids, shown, reason, None, joined(calls), entries)
 
     def _with_prompt(self, piece: Piece, told: list[PromptToken]) -> Piece:
         body, ids = self._request, self._request.token_ids

@@ -165,12 +165,17 @@ class _Object:
 
 def whole_calls(parts: list[ToolCall]) -> list[ToolCall]:
     """Calls put together from their parts, as an unstreamed answer has them."""
+    return [{name: call[name] for name in call if name != "index"} for call in joined(parts)]
+
+
+def joined(parts: list[ToolCall]) -> list[ToolCall]:
+    """One part of each call: clients take two parts of a call in one event for two calls."""
     found: dict[object, ToolCall] = {}
     for part in parts:
         function = part["function"]
         assert isinstance(function, dict)
         if (call := found.get(part["index"])) is None:
-            found[part["index"]] = {**{name: part[name] for name in part if name != "index"}, "function": {**function}}
+            found[part["index"]] = {**part, "function": {**function}}
         else:
             whole = call["function"]
             assert isinstance(whole, dict)
