@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pdctl.content_encoding import decoded
+from pdctl.content_encoding import unpacked
 from pdctl.openai_api import ApiError
 
 # ASGI's own message type: https://asgi.readthedocs.io/en/latest/specs/main.html
@@ -48,7 +48,7 @@ async def read_body(receive: Receive, limit: int = MAX_BODY, encoding: bytes = b
             raise ApiError(413, f"the body is larger than {limit} bytes")
         if not message.get("more_body"):
             body = parts[0] if len(parts) == 1 else b"".join(parts)
-            return decoded(body, encoding, limit) if encoding else body
+            return await unpacked(body, encoding, limit) if encoding else body
 
 
 def header_dict(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pdctl.wire import Port
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """`include_usage` adds a last chunk with the counts; `continuous_usage_stats` puts them into every chunk."""
+    """`include_usage` adds a last chunk with the counts, `continuous_usage_stats` counts so far to every other one."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.service import Run
+from tests.service import Run, temporary_run
 
 # scripts/demo tells its user to export it: tests have services of their own.
 os.environ.pop("PDCTL_FILE", None)
@@ -100,29 +97,17 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not (left := _left(*before)), f"leaked {left}"
 
 
-@contextmanager
-def _run() -> Iterator[Run]:
-    # Short: a unix socket path has 107 bytes, and pytest's own folders are long.
-    made = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
-    yield made
-    left = made.processes()
-    for process in left:
-        process.kill()
-    shutil.rmtree(made.folder, ignore_errors=True)
-    assert not left, f"left running: {left}"
-
-
 @pytest.fixture
 def run() -> Iterator[Run]:
     """A directory for one test's service; whatever still runs at the end is a failure."""
-    with _run() as made:
+    with temporary_run() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def module_run() -> Iterator[Run]:
     """The same for a whole module."""
-    with _run() as made:
+    with temporary_run() as made:
         yield made
 
 

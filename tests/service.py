@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +71,21 @@ class Run:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return found
+
+
+@contextmanager
+def temporary_run() -> Iterator[Run]:
+    """A directory for one service, removed at the end; whatever still runs then is ended, and a failure."""
+    # Short: a unix socket path has 107 bytes, and pytest's own folders are long.
+    made = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
+    try:
+        yield made
+    finally:
+        left = made.processes()
+        for process in left:
+            process.kill()
+        shutil.rmtree(made.folder, ignore_errors=True)
+    assert not left, f"left running: {left}"
 
 
 class Service:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import zlib
 from functools import partial
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.content_encoding import decoded
+from pdctl.content_encoding import decoded, unpacked
 from pdctl.openai_api import ApiError
 
 # Without the time, which would be in a test's name, and differ between the processes that run tests.
@@ -26,6 +27,17 @@ def test_what_was_packed_comes_back(body: bytes) -> None:
     assert decoded(body, b"identity", 0) == body
 
 
+def test_large_bodies_are_unpacked_in_a_thread() -> None:
+    body = bytes(range(256)) * 64
+
+    async def found() -> tuple[bytes, bytes]:
+        return await unpacked(packed(body), b"gzip", 20_000), await unpacked(body, b"identity", 20_000)
+
+    assert asyncio.run(found()) == (body, body)
+    with pytest.raises(ApiError):
+        asyncio.run(unpacked(packed(body), b"gzip", 10))
+
+
 @pytest.mark.parametrize(
     ("body", "encoding", "status"),
     [
@@ -39,6 +51,10 @@ def test_what_was_packed_comes_back(body: bytes) -> None:
         (packed(bytes(10**7)), b"gzip", 413),
         (packed(packed(bytes(10**6))), b"gzip, gzip", 413),
         (packed(b"x" * 600) + packed(b"x" * 600), b"gzip", 413),
+        (packed(b"") * 17, b"gzip", 400),
+        (packed(b"") * 500_000, b"gzip", 400),
+        (packed(packed(packed(b"x"))), b"gzip, gzip, gzip", 415),
+        (b"x", b"gzip," * 10_000, 415),
     ],
 )
 def test_what_cannot_be_unpacked_is_refused(body: bytes, encoding: bytes, status: int) -> None:

@@ -228,7 +228,7 @@ def dialect(kind: str) -> Dialect:
 
 
 def stream_fields(turn: Turn) -> Fields:
-    """What a stream is asked for with: token ids, without which it could not go on elsewhere, and counts."""
+    """Fields that every stream is requested with: token ids, which a failover needs, and counts."""
     options = {"include_usage": True, **({"continuous_usage_stats": True} if turn.counts_each else {})}
     return {"return_token_ids": True, "stream_options": options}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import resource
 import signal
 import sys
@@ -39,8 +38,9 @@ _MAX_BLANKS = 16
 _MAX_MEMORY = 4 << 30
 
 
-# The rule for a letter of a string with a length, as xgrammar prints it.
-_ANY_LETTER = re.compile(r'^(\w+ ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$', re.MULTILINE)
+# A letter of a string with a length, as xgrammar prints it, and what JSON allows there. Neither can stand in a quoted
+# part of a printed grammar: that is JSON text, whose own backslashes are doubled.
+_ANY_LETTER, _JSON_LETTER = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]"
 
 
 @dataclass(slots=True)
@@ -189,7 +189,7 @@ def json_grammar(schema: object) -> xgrammar.Grammar:
     text = json.dumps(schema if strict else {"type": "object"})
     found = xgrammar.Grammar.from_json_schema(text, strict_mode=strict, max_whitespace_cnt=_MAX_BLANKS)
     rules = str(found)
-    mended = _ANY_LETTER.sub(r"\1(([^\\0-\\x1f\"\\\\\\r\\n]))", rules)
+    mended = rules.replace(_ANY_LETTER, _JSON_LETTER)
     return found if mended == rules else xgrammar.Grammar.from_ebnf(mended)
 
 

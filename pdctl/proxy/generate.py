@@ -90,7 +90,7 @@ class Generator:
             connection.on_left = None
 
     def note_ignored(self, names: list[str]) -> None:
-        """Count fields that a request was relieved of."""
+        """Count fields that were left out of a request."""
         for name in names:
             self.shared.metrics.ignored(self.unknown.label(name))
 

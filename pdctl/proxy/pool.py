@@ -158,6 +158,7 @@ class EnginePool:
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[Engine, asyncio.Task[None]] = {}
         self._only = _only_pair(engines)
+        self._known_fields: dict[str, frozenset[str] | None] = {}
         self._room: tuple[float, int | None, int | None] = (0.0, None, None)
 
     @classmethod
@@ -191,6 +192,7 @@ class EnginePool:
             if self._tasks is not None and engine not in self._watches:
                 self._watches[engine] = self._tasks.create_task(self._watch(engine))
         self._only = _only_pair(wanted)
+        self._known_fields.clear()
         self.changed.set()
 
     def _drop(self, engine: Engine) -> None:
@@ -229,9 +231,11 @@ class EnginePool:
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """The fields that every engine takes, of those that say so; None where none does."""
-        kinds = {engine.address.kind: engine.dialect for engine in self.engines}
-        known = [found for one in kinds.values() if (found := one.known_fields(path)) is not None]
-        return frozenset.intersection(*known) if known else None
+        if path not in self._known_fields:
+            kinds = {engine.address.kind: engine.dialect for engine in self.engines}
+            known = [found for one in kinds.values() if (found := one.known_fields(path)) is not None]
+            self._known_fields[path] = frozenset.intersection(*known) if known else None
+        return self._known_fields[path]
 
     def only_pair(self) -> Choice | None:
         """The pair that every policy would choose, where there is just one."""

@@ -105,14 +105,15 @@ def parse(
             f"stream_options.{name}" for name in unknown.of(_decode_fields(fields["stream_options"]), _STREAM_OPTIONS)
         ]
     legs = _legs(fields, known, chat)
+    counts = bool(known.stream_options and known.stream_options.include_usage)
     return ClientRequest(
         envelope=Envelope(request_id, chat, served_model, bool(known.return_token_ids)),
         legs=legs,
         size=len(body),
         path=path,
         stream=bool(known.stream),
-        include_usage=bool(known.stream_options and known.stream_options.include_usage),
-        counts_each=bool(known.stream_options and known.stream_options.continuous_usage_stats),
+        include_usage=counts,
+        counts_each=counts and bool(known.stream_options and known.stream_options.continuous_usage_stats),
         tells_prompt=_tells_prompt(known),
         max_tokens=_max_tokens(known, chat),
         priority=known.priority or 0,

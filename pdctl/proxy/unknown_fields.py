@@ -9,7 +9,7 @@ import msgspec
 
 from pdctl.openai_api import ApiError
 
-# Of names that clients made up: so many are told, and counted apart.
+# How many names one answer's header lists, and how many have a counter of their own: clients make names up.
 _TOLD = 16
 _COUNTED = 64
 _SHOWABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -249,7 +249,7 @@ def crashes(run: Run) -> list[str]:
 async def quiet_answers(url: str, asked: list[Any]) -> dict[Any, list[int]]:
     """Every question once, with nothing going wrong; twice, so that the answers are known to be stable."""
     expected = {}
-    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
         for question in asked:
             answers = [await http.post("/v1/completions", json=question.body(False)) for _ in range(2)]
             assert all(answer.status_code == 200 for answer in answers), answers[0].text
@@ -281,7 +281,7 @@ def chaos(options: argparse.Namespace, weights: dict[str, float]) -> list[str]:
             asyncio.run(made.run(options.faults, options.clients))
             left = load.violations + watch.violations
             if not left:
-                service.wait(lambda: all(p["state"] == "ready" for p in service.status()["processes"]), what="recovery")
+                service.wait(lambda: all(p["state"] == "ready" for p in service.status()["processes"]), 60, "recovery")
                 service.idle()
             left = left or crashes(run)
             _report(made, started)

@@ -8,17 +8,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from tests.service import Run, running, topology
+from tests.service import Run, running, temporary_run, topology
 
 CLIENTS = ("openai_client", "langchain_client", "litellm_client", "llamaindex_client", "instructor_client")
 
 
 def main(python: str) -> int:
     """0 when every client did what it came for."""
-    run = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
+    with temporary_run() as run:
+        return _drive(run, python)
+
+
+def _drive(run: Run, python: str) -> int:
     key = run.cli("key", "clients", "--file", str(run.folder / "keys.txt"), check=True).stdout.split()[0]
     failed = []
     with running(run, topology("sample:tiny-chat", extra='api_keys = "keys.txt"')) as service:

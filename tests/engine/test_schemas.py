@@ -37,7 +37,9 @@ KEPT: list[dict[str, Any]] = [
     {"type": "array", "prefixItems": [INTEGER], "items": STRING, "minItems": 2},
     {"type": "array", "uniqueItems": False, "items": {"enum": [1, 2]}},
     {"type": "string", "minLength": 2, "maxLength": 3}, {"type": "string", "maxLength": 0},
-    {"type": "string", "minLength": 3}, {"type": "string", "maxLength": 8}, {"type": "string", "pattern": "^[^a]+$"},
+    {"type": "string", "minLength": 3}, {"type": "string", "maxLength": 8}, {"type": "string", "maxLength": 1},
+    {"type": "string", "minLength": 1, "maxLength": 1}, {"type": "string", "minLength": 0},
+    {"type": "string", "pattern": "^[^a]+$"},
     {"type": "string", "pattern": "^.{2,4}$"}, {"type": "string", "pattern": "^\\S{2}\\W\\D$"},
     {"type": "string", "pattern": "^a(b[0-9]+)?$"},
     {"type": "string", "pattern": "^a+b?$"}, {"type": "string", "pattern": "(?:x|y)[0-9]{2}"},
@@ -182,6 +184,50 @@ def test_what_answers_might_break_is_refused(schema: object, place: str, message
 def test_a_schema_that_demands_itself_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="no answer of finite length"):
         check_schema(schema, "response_format")
+
+
+LENGTHS = [{"minLength": low, "maxLength": high} for low in (0, 1, 2) for high in (1, 2, 9) if low <= high]
+LENGTHS += [{"minLength": 0}, {"minLength": 1}, {"minLength": 5}, {"maxLength": 0}]
+
+
+@pytest.mark.parametrize("bounds", LENGTHS, ids=str)
+@pytest.mark.parametrize("around", ["{}", "[{}]", '{{"a": {}}}'])
+def test_strings_with_a_length_have_no_raw_control_characters(bounds: dict[str, int], around: str) -> None:
+    node: dict[str, Any] = {**STRING, **bounds}
+    schema = {"[": {"type": "array", "items": node}, "{": {"type": "object", "properties": {"a": node}}}.get(around[0])
+    if around == "{}":
+        schema = node
+    grammar = grammar_of(schema)
+    letters = max(1, bounds.get("minLength", 0))
+    for code in (*range(32), 34, 92):
+        text = around.format('"' + chr(code) * letters + '"')
+        assert not _is_grammar_accept_string(grammar, text), repr(text)
+    assert _is_grammar_accept_string(grammar, around.format('"' + "\u00e9" * letters + '"')) == (
+        letters <= bounds.get("maxLength", 9)
+    )
+
+
+def test_what_stands_beside_a_length_keeps_its_meaning() -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "length": {**STRING, "minLength": 1, "maxLength": 3}, "any": {**STRING, "pattern": "^.$"},
+            "pattern": {**STRING, "pattern": r"^\d{2,}[^x]$"}, "format": {**STRING, "format": "email"},
+            "enum": {"enum": ['[^"\\\r\n]', 2]}, "number": {"type": "number", "minimum": 1.5},
+            "nested": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+        },
+        "required": ["length", "any", "pattern", "format", "enum", "number", "nested"],
+        "$defs": {
+            "node": {"type": "object", "properties": {"n": {"$ref": "#/$defs/node"}, "s": {"maxLength": 2, **STRING}}},
+        },
+    }  # fmt: skip
+    grammar = grammar_of(schema)
+    good = {"length": "ab", "any": "q", "pattern": "12y", "format": "a@b.co", "enum": '[^"\\\r\n]', "number": 2.5,
+            "nested": [{"n": {"s": "a"}}]}  # fmt: skip
+    assert _is_grammar_accept_string(grammar, json.dumps(good))
+    for name, bad in {"length": "abcd", "any": "qq", "pattern": "1y", "format": "no", "enum": "x", "number": 1,
+                      "nested": [{"s": "abc"}]}.items():  # fmt: skip
+        assert not _is_grammar_accept_string(grammar, json.dumps({**good, name: bad})), name
 
 
 def test_a_name_cannot_come_twice_in_another_spelling() -> None:

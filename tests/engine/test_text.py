@@ -95,7 +95,7 @@ def test_a_templates_clock_is_the_requests() -> None:
 CLOSING = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
 
 
-@pytest.mark.parametrize("final", ["So it", " So it", "So it ", "user"])
+@pytest.mark.parametrize("final", ["So it", " So it", "So it ", "user", "s", ">", "</s>", "assistant"])
 def test_a_conversation_can_be_left_open(tmp_path: Path, codec: TextCodec, final: str) -> None:
     codec.tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text(CLOSING)

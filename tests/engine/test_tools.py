@@ -37,7 +37,12 @@ def test_text_without_calls_is_only_text(text: str, cuts: list[int]) -> None:
     assert split(text, cuts) == (text, [])
 
 
-@pytest.mark.parametrize("inside", ["no json", '{"arguments": {}}', "[1]", "7"])
+@pytest.mark.parametrize(
+    "inside",
+    ["no json", '{"arguments": {}}', "[1]", "7", r'{"name": "\q", "arguments": {}}',
+     '{"name": "a\tb", "arguments": {}}',
+     r'{"name": "\ud800", "arguments": {}}', r'{"arguments": {}, "name": "\ud800"}', '{"name": 5, "arguments": {}}'],
+)  # fmt: skip
 def test_what_is_no_call_is_shown(inside: str) -> None:
     text = f"<tool_call>{inside}</tool_call>"
     assert split(text, [3, 14]) == (text, [])
@@ -88,3 +93,10 @@ def test_a_call_cut_off_within_its_arguments_keeps_what_there_is(cuts: list[int]
     assert (shown, call["function"]) == ("x", {"name": "f", "arguments": '{"a": '})
     shown, (call,) = split('x<tool_call>{"name": "f", "arguments": {"a": </tool_call>y', cuts)
     assert (shown, call["function"]) == ("xy", {"name": "f", "arguments": '{"a": '})
+
+
+def test_half_a_surrogate_pair_in_arguments_stays_written_as_it_was() -> None:
+    text = r'<tool_call>{"arguments": {"a": "\ud800"}, "name": "f"}</tool_call>'
+    _, (call,) = split(text, [])
+    assert call["function"] == {"name": "f", "arguments": r'{"a": "\ud800"}'}
+    json.dumps(call, ensure_ascii=False).encode()

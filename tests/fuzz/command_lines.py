@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 import re
 import subprocess
-import tempfile
 import time
-from pathlib import Path
 
-from tests.service import CLI, Run
+from tests.service import CLI, Run, temporary_run
 
 _VERBS = [
     ["status"], ["plan"], ["logs"], ["events"], ["why"], ["restart"], ["stop"], ["start"], ["drain"], ["scale"],
@@ -31,8 +29,11 @@ _LONGEST_S = 60
 
 def walk(seed: int, seconds: float) -> list[str]:
     """Findings: a command line and what came of it."""
-    chance = random.Random(seed)
-    run = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
+    with temporary_run() as run:
+        return _walk(run, random.Random(seed), seconds)
+
+
+def _walk(run: Run, chance: random.Random, seconds: float) -> list[str]:
     run.write('[service]\nmodel = "sample:tiny-qwen3"\n', "small.toml")
     run.write("[service\n", "broken.toml")
     run.write("\x00\x01", "bytes.toml")

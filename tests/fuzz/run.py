@@ -9,12 +9,11 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.fuzz import command_lines, hostile_http, topologies
-from tests.service import Run, Service, running, topology
+from tests.service import Service, running, temporary_run, topology
 
 # A server's answer to valid data depends on more than a field by itself (a prompt's length in tokens, two fields that
 # exclude each other): 400 with a reason is as good as 200.
@@ -41,8 +40,7 @@ def main() -> int:
         if name in parts:
             found += _told(name, walk(options.seed, options.seconds))
     if {"http", "api"} & set(parts):
-        run = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
-        with running(run, topology("sample:tiny-chat", max_model_len=512)) as service:
+        with temporary_run() as run, running(run, topology("sample:tiny-chat", max_model_len=512)) as service:
             before = {engine["name"]: engine["epoch"] for engine in service.engines()}
             if "http" in parts:
                 found += _told("http", hostile_http.walk(service, options.seed, options.seconds))
@@ -72,10 +70,13 @@ def _schemathesis(st: Path, service: Service, options: argparse.Namespace) -> li
         "--max-examples", str(options.examples), "--seed", str(options.seed), "--request-timeout", "60",
         "--no-color",
     ]  # fmt: skip
-    done = subprocess.run(
-        argv, cwd=folder, capture_output=True, text=True, timeout=_API_S, check=False, stdin=subprocess.DEVNULL,
-        env={**os.environ, "SCHEMATHESIS_HOOKS": ""},
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            argv, cwd=folder, capture_output=True, text=True, timeout=_API_S, check=False, stdin=subprocess.DEVNULL,
+            env={**os.environ, "SCHEMATHESIS_HOOKS": ""},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return [f"schemathesis has not ended within {_API_S} s"]
     sys.stdout.write(done.stdout[-6000:])
     return [] if done.returncode == 0 else [f"schemathesis ended with {done.returncode}: {done.stderr[-2000:]}"]
 

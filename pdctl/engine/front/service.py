@@ -85,6 +85,7 @@ class EngineService:
         if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
             raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
         assert not (hold and hand_over)
+        options = parsed.stream_options
         forbidden = self.codec.forbidden(openai.bad_words(parsed))
         sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
@@ -96,13 +97,14 @@ class EngineService:
             sampling=sampling,
             stops=openai.stop_strings(parsed),
             stream=bool(parsed.stream) and hold is None,
-            include_usage=bool(parsed.stream_options and parsed.stream_options.include_usage),
+            include_usage=bool(options and options.include_usage),
             resume=parsed.resume_token_ids or [],
             hold=hold is not None,
             hand_over=hand_over,
             include_stop=bool(parsed.include_stop_str_in_output),
             echo=self._echo(parsed, token_ids),
-            counts_each=bool(parsed.stream_options and parsed.stream_options.continuous_usage_stats),
+            # As vLLM: beside include_usage alone.
+            counts_each=bool(options and options.include_usage and options.continuous_usage_stats),
             tells_prompt=parsed.prompt_logprobs is not None,
             offer_to=hold.offer_to if hold and self.options.chunked else None,
             router=headers.get(ROUTER_HEADER, "router"),

@@ -109,20 +109,32 @@ class TextCodec:
         if max_tokens is not None:
             # Before the template: it may take long over messages that are refused afterwards.
             self.check_length(_characters(messages) + _characters(tools or []), max_tokens)
-        text = render_chat(self._template, messages, self._specials, at, tools, variables)
+        shown = _marked(messages) if continue_final else messages
+        text = render_chat(self._template, shown, self._specials, at, tools, variables)
         if continue_final:
-            text = _left_open(text, str(messages[-1].get("content") or ""))
+            text = _left_open(text)
         return self.encode(text, max_tokens, special=False)
 
 
-def _left_open(text: str, final: str) -> str:
-    """A rendered conversation up to the end of its last message (transformers' continue_final_message)."""
-    at = text.rfind(final.strip())
-    if not final.strip() or at < 0:
-        raise ValueError("continue_final_message: the chat template does not show the last message as it is")
-    begun = final.lstrip()
-    # Some templates strip messages.
-    return text[: at + len(begun)] if text.startswith(begun, at) else text[: at + len(begun.rstrip())]
+# Marks where the last message ends, as transformers does it: its text may stand elsewhere in what a template writes.
+# With a blank, so that a template which strips messages is noticed.
+_MARK = "PDCTL_END_OF_THE_LAST_MESSAGE "
+
+
+def _marked(messages: Messages) -> Messages:
+    """The messages, the last one with the mark at its end. Raises ValueError where it has no text."""
+    final = messages[-1].get("content")
+    if not isinstance(final, str) or not final.strip():
+        raise ValueError("continue_final_message: the last message has no text to go on with")
+    return [*messages[:-1], {**messages[-1], "content": final + _MARK}]
+
+
+def _left_open(text: str) -> str:
+    """A rendered conversation up to the end of its last message. Raises ValueError where the template left it out."""
+    at = text.rfind(_MARK.strip())
+    if at < 0:
+        raise ValueError("continue_final_message: the chat template does not show the last message")
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
 
 
 def _characters(value: object) -> int:

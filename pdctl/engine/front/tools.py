@@ -82,11 +82,12 @@ class ToolText:
     def _in_call(self, calls: list[ToolCall]) -> str:
         if self._arguments is None:
             head = _HEAD.match(self._held)
-            if head is None:
+            name = None if head is None else _text_of(head[1])
+            if head is None or name is None:
                 return self._not_begun(calls)
             self._held = self._held[head.end() :]
             self._arguments = _Object()
-            calls.append(self._first_part(json.loads(head[1], strict=False), ""))
+            calls.append(self._first_part(name, ""))
         if not self._arguments.ended:
             more, self._held = self._arguments.take(self._held)
             if more:
@@ -116,9 +117,12 @@ class ToolText:
         try:
             found = json.loads(text)
             name, arguments = found["name"], found.get("arguments", {})
+            name.encode()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        return self._first_part(str(name), json.dumps(arguments, ensure_ascii=False))
+        # Escaped where it is no text: half a surrogate pair can be written in JSON, and not be sent.
+        written = json.dumps(arguments, ensure_ascii=False)
+        return self._first_part(name, written if _is_text(written) else json.dumps(arguments))
 
     def _first_part(self, name: str, arguments: str) -> ToolCall:
         call: ToolCall = {
@@ -130,6 +134,23 @@ class ToolText:
         }
         self.found += 1
         return call
+
+
+def _text_of(literal: str) -> str | None:
+    """The text of a JSON string; None where it is none."""
+    try:
+        text = str(json.loads(literal))
+    except ValueError:
+        return None
+    return text if _is_text(text) else None
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Object:
