@@ -55,7 +55,7 @@ Logprobs = list[tuple[int, float]]
 
 
 class PromptToken(msgspec.Struct, frozen=True, array_like=True):
-    """What the model thought of a prompt's token: its rank among all (1: the most likely), and log probabilities."""
+    """A token of a prompt, as the model would have chosen it: its rank (1: the most likely), and log probabilities."""
 
     rank: int
     logprobs: Logprobs
@@ -157,14 +157,14 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Token(msgspec.Struct, frozen=True, array_like=True):
     """One new token; `finish_reason` "stop" or "length" with the last.
 
-    `prompt`: of the prompt's tokens but the first, with the first new one, where that was asked for.
+    `prompt_logprobs`: with the first new token, one entry for each prompt token but the first, where requested.
     """
 
     request_id: str
     token_id: int
     finish_reason: str | None
     logprobs: Logprobs | None = None
-    prompt: list[PromptToken] | None = None
+    prompt_logprobs: list[PromptToken] | None = None
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
@@ -175,7 +175,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     block_ids: list[int]
     num_tokens: int
     logprobs: Logprobs | None = None
-    prompt: list[PromptToken] | None = None
+    prompt_logprobs: list[PromptToken] | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):

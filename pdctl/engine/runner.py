@@ -23,7 +23,7 @@ _PAD_TO = 128
 
 
 class _PromptPart(NamedTuple):
-    """Rows of a batch whose logits say what the model thought of a prompt's next tokens, `token_ids`."""
+    """Rows of a batch whose logits are those of a prompt's next tokens, `token_ids`."""
 
     sequence: Sequence
     rows: range
@@ -31,12 +31,12 @@ class _PromptPart(NamedTuple):
 
 
 def _prompt_parts(batch: list[Slice]) -> list[_PromptPart]:
-    """Of every sequence that tells of its prompt; what was told before it lost its blocks is not told again."""
+    """Of every sequence that lacks its prompt's log probabilities; those computed before a preemption are kept."""
     found, row = [], 0
     for piece in batch:
         sequence = piece.sequence
-        if sequence.tells_prompt:
-            first = max(piece.start, len(sequence.prompt_told))
+        if sequence.lacks_prompt_logprobs:
+            first = max(piece.start, len(sequence.prompt_logprobs))
             end = min(piece.start + piece.count, sequence.prompt_len - 1)
             if first < end:
                 rows = range(row + first - piece.start, row + end - piece.start)
@@ -74,7 +74,7 @@ class ModelRunner:
         sequences = [piece.sequence for piece in batch if piece.samples]
         at = len(sequences)
         for part in prompts:
-            part.sequence.prompt_told += prompt_tokens(
+            part.sequence.prompt_logprobs += prompt_tokens(
                 logits[at : at + len(part.rows)], part.token_ids, part.sequence.sampling.prompt_logprobs
             )
             at += len(part.rows)

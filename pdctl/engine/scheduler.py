@@ -286,7 +286,7 @@ class Scheduler:
         return Slice(sequence, sequence.num_computed, count, count == sequence.num_missing)
 
     def _append(self, sequence: Sequence, token_id: int, told: Logprobs | None, outcome: Outcome) -> None:
-        prompt = sequence.take_prompt_told()
+        prompt = sequence.take_prompt_logprobs()
         sequence.token_ids.append(token_id)
         reason = self._finish_reason(sequence, token_id)
         if sequence.hold and reason is None:

@@ -39,7 +39,7 @@ class Sequence:
     preempted: bool = False
     block_ids: list[int] = field(default_factory=list)
     guide: object = None  # the runner's: where its grammar stands
-    prompt_told: list[PromptToken] = field(default_factory=list)
+    prompt_logprobs: list[PromptToken] = field(default_factory=list)
 
     @property
     def num_missing(self) -> int:
@@ -47,20 +47,20 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def tells_prompt(self) -> bool:
-        """Whether the model's thoughts about the prompt's tokens are still to be told."""
-        return self.sampling.prompt_logprobs >= 0 and len(self.prompt_told) < self.prompt_len - 1
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt's tokens are requested and not all computed."""
+        return self.sampling.prompt_logprobs >= 0 and len(self.prompt_logprobs) < self.prompt_len - 1
 
-    def take_prompt_told(self) -> list[PromptToken] | None:
-        """What was told of the prompt, to go with the first new token; None with later ones, or where nobody asked."""
+    def take_prompt_logprobs(self) -> list[PromptToken] | None:
+        """The prompt's log probabilities, for the first new token; None with later ones, or where not requested."""
         if self.sampling.prompt_logprobs < 0 or self.num_output:
             return None
-        return self.prompt_told
+        return self.prompt_logprobs
 
     @property
     def max_chunk(self) -> int:
         """Missing tokens that one step may compute."""
-        return min(self.num_missing, _MAX_PROMPT_ROWS) if self.tells_prompt else self.num_missing
+        return min(self.num_missing, _MAX_PROMPT_ROWS) if self.lacks_prompt_logprobs else self.num_missing
 
     @property
     def num_output(self) -> int:

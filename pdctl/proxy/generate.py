@@ -91,8 +91,8 @@ class Generator:
 
     def note_ignored(self, names: list[str]) -> None:
         """Count fields that were left out of a request."""
-        for name in names:
-            self.shared.metrics.ignored(self.unknown.label(name))
+        for label in self.unknown.labels(names):
+            self.shared.metrics.ignored(label)
 
     def engine_headers(self, job: _Job, started: int) -> bytes:
         """What an engine is told beside the body."""

@@ -67,8 +67,8 @@ _decode_known = msgspec.json.Decoder(_Known).decode
 class ClientRequest:
     """A request to relay: one leg per answer. `size`: bytes of body; `priority`: lower goes first.
 
-    `counts_each`: every event of a stream carries the counts so far; `tells_prompt`: the engine that prefills tells of
-    the prompt's tokens; `ignored`: fields that were left out.
+    `counts_each`: every event of a stream carries the counts so far; `wants_prompt_logprobs`: with
+    those of the prompt's tokens; `ignored`: fields that were left out.
     """
 
     envelope: Envelope
@@ -78,7 +78,7 @@ class ClientRequest:
     stream: bool
     include_usage: bool
     counts_each: bool
-    tells_prompt: bool
+    wants_prompt_logprobs: bool
     max_tokens: int | None
     priority: int
     ignored: list[str] = field(default_factory=list)
@@ -114,7 +114,7 @@ def parse(
         stream=bool(known.stream),
         include_usage=counts,
         counts_each=counts and bool(known.stream_options and known.stream_options.continuous_usage_stats),
-        tells_prompt=_tells_prompt(known),
+        wants_prompt_logprobs=_wants_prompt_logprobs(known),
         max_tokens=_max_tokens(known, chat),
         priority=known.priority or 0,
         ignored=ignored,
@@ -153,7 +153,7 @@ def _check(known: _Known, fields: dict[str, msgspec.Raw], served_model: str) -> 
         raise ApiError(400, "best_of other than n is not supported", param="best_of")
 
 
-def _tells_prompt(known: _Known) -> bool:
+def _wants_prompt_logprobs(known: _Known) -> bool:
     # 0 is a number of log probabilities, and false is none: they are equal to Python.
     wants_logprobs = known.logprobs is not None and known.logprobs is not False
     return known.prompt_logprobs is not None or (bool(known.echo) and wants_logprobs)

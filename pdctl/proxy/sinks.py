@@ -165,8 +165,8 @@ class WholeSink:
     hides_token_ids = False
 
     def __init__(self, request: ClientRequest) -> None:
-        # What the engine that prefills tells of the prompt is not in the other one's body.
-        self.takes_whole = not request.envelope.with_token_ids and not request.tells_prompt
+        # The prompt's come from the engine that prefills, and are not in the body of the one that decodes.
+        self.takes_whole = not request.envelope.with_token_ids and not request.wants_prompt_logprobs
         self.prompt_tokens = 0
         self.shows_token_ids = request.envelope.with_token_ids
         self._envelope = request.envelope

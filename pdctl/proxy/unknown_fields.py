@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -35,6 +35,10 @@ class UnknownFields:
             raise ApiError(400, f"unknown field {shown_name(found[0])}", param=shown_name(found[0]))
         return found
 
+    def labels(self, names: Sequence[str]) -> list[str]:
+        """What fields are counted as. Of a request with very many, the first ones."""
+        return [self.label(name) for name in names[:_COUNTED]]
+
     def label(self, name: str) -> str:
         """What a field is counted as: clients must not make up counters without end."""
         if name not in self._counted:
@@ -51,6 +55,6 @@ def shown_name(name: str) -> str:
 
 def header(names: list[str]) -> tuple[bytes, bytes]:
     """Tells a client what was left out."""
-    told = sorted({shown_name(name) for name in names})
-    more = [f"and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
-    return IGNORED_HEADER, ", ".join([*told[:_TOLD], *more]).encode()
+    told = sorted({shown_name(name) for name in names[:_TOLD]})
+    more = [f"and {len(names) - _TOLD} more"] if len(names) > _TOLD else []
+    return IGNORED_HEADER, ", ".join([*told, *more]).encode()

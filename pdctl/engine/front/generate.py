@@ -96,11 +96,11 @@ class Generator:
     def _piece(self, token: Token, text: Output) -> Piece:
         if token.finish_reason is not None:
             self._core.keep(token.request_id)
-        return text.token(token.token_id, token.finish_reason, token.logprobs, token.prompt)
+        return text.token(token.token_id, token.finish_reason, token.logprobs, token.prompt_logprobs)
 
     def _held(self, submit: Submit, held: Held, text: Output, offering: Offering) -> Piece:
         request_id = submit.request_id
-        piece = text.token(held.token_id, None, held.logprobs, held.prompt)
+        piece = text.token(held.token_id, None, held.logprobs, held.prompt_logprobs)
         if piece.finish_reason is not None:
             # A stop string: it ends here after all; leaving the request's context frees the blocks.
             return piece
@@ -156,7 +156,7 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         request_id=request.request_id,
         token_ids=token_ids,
         prompt_len=len(request.token_ids),
-        # The first engine of a hand-over tells of the prompt.
+        # The engine that prefilled has given the prompt's.
         sampling=structs.replace(request.sampling, prompt_logprobs=-1) if hand_over is not None else request.sampling,
         hold=request.hold,
         offer=request.offer_to is not None,

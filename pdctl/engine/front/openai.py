@@ -43,7 +43,7 @@ class GenerationRequest:
     """One checked request. `token_ids` is the prompt; `resume` are output tokens the client has already.
 
     `echo`: what the answer begins with; `counts_each`: each event of its stream carries the counts so far;
-    `tells_prompt`: vLLM's prompt_logprobs.
+    `shows_prompt_logprobs`: vLLM's prompt_logprobs.
     `stages`: seconds its hand-over took so far, by part, for whoever asks where the time went.
     """
 
@@ -66,7 +66,7 @@ class GenerationRequest:
     tenant: str = ""
     echo: str = ""
     counts_each: bool = False
-    tells_prompt: bool = False
+    shows_prompt_logprobs: bool = False
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -167,7 +167,7 @@ def bad_words(body: CompletionBody | ChatBody) -> list[str]:
 
 
 def prompt_logprobs(body: CompletionBody | ChatBody) -> int:
-    """How many likely tokens are told beside each of the prompt's; -1 where nothing is."""
+    """How many likely tokens are given beside each token of the prompt; -1 for no log probabilities of the prompt."""
     if body.prompt_logprobs is not None:
         return body.prompt_logprobs
     if isinstance(body, CompletionBody) and body.echo and body.logprobs is not None:
@@ -207,7 +207,7 @@ def sampling_of(
         stop_token_ids=_token_ids(body.stop_token_ids, vocab_size, "stop_token_ids"),
         allowed_token_ids=_token_ids(body.allowed_token_ids, vocab_size, "allowed_token_ids"),
         bad_words=forbidden or [],
-        # The client has what was told of the prompt when it has a first token.
+        # Given with the first token: a client that has one has these.
         prompt_logprobs=-1 if body.resume_token_ids else prompt_logprobs(body),
     )
 

@@ -59,7 +59,7 @@ class Output:
         told: Logprobs | None = None,
         prompt: list[PromptToken] | None = None,
     ) -> Piece:
-        """The next token, and what was told of the prompt; it has a finish_reason if the output ends with it."""
+        """The next token, with the first one the prompt's; the piece has a finish_reason if the output ends with it."""
         offset = len(self._request.echo) + self._text.length
         shown, stopped = self._text.push(token_id)
         if stopped:
@@ -95,7 +95,7 @@ class Output:
             ]
             entries = [{**first, "text_offset": offsets[0]}, *others, *entries]
         found: list[Json | None] | None = None
-        if body.tells_prompt:
+        if body.shows_prompt_logprobs:
             found = [None, *(self._vllm_entry(one) for one in told)]
         return replace(piece, logprobs=entries, prompt_logprobs=found)
 
@@ -139,7 +139,7 @@ def for_completion(entries: list[Json] | None) -> Json | None:
     tops: list[Json | None] = []
     for entry in entries:
         top = entry["top_logprobs"]
-        # Nothing is told of a prompt's first token.
+        # A prompt's first token has none.
         tops.append({other["token"]: other["logprob"] for other in (*top, entry)} if isinstance(top, list) else None)
     return {
         "tokens": [entry["token"] for entry in entries],

@@ -105,7 +105,7 @@ class EngineService:
             echo=self._echo(parsed, token_ids),
             # As vLLM: beside include_usage alone.
             counts_each=bool(options and options.include_usage and options.continuous_usage_stats),
-            tells_prompt=parsed.prompt_logprobs is not None,
+            shows_prompt_logprobs=parsed.prompt_logprobs is not None,
             offer_to=hold.offer_to if hold and self.options.chunked else None,
             router=headers.get(ROUTER_HEADER, "router"),
             attempt=headers.get(ATTEMPT_HEADER, ""),
