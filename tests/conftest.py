@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from tests.service import Run, temporary_run
 
@@ -22,6 +23,11 @@ _LONG = (
     "test_locked_service", "test_planted_faults", "test_lost_files", "test_http", "test_proxy", "test_loading",
     "test_schemas",
 )  # fmt: skip
+
+
+# How long an example takes is a matter of the machine and its load.
+settings.register_profile("pdctl", deadline=None)
+settings.load_profile("pdctl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -89,7 +95,7 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails the test that leaks a child process, a socket or memory file, or a listening port."""
     before = (_children(), _descriptors(), _listening())
     yield
-    if {"service", "ours", "quiet"} & set(request.fixturenames):
+    if {"service", "fragile", "ours", "quiet"} & set(request.fixturenames):
         return  # what a module shares is checked when the module ends: services by `running`, transports by a test
     if _left(*before):
         # Not yet collected is no leak; to collect after every test would take most of the suite's time.

@@ -70,7 +70,7 @@ def test_there_are_enough_trees() -> None:
 TEXT = st.one_of(st.none(), st.text(st.characters(min_codepoint=9, max_codepoint=126), max_size=24))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.text("abcxyz0189_-.", min_size=1, max_size=9).filter(lambda name: not name.startswith((".", "-"))),

@@ -220,7 +220,7 @@ def test_no_tree_makes_it_stumble(root: Path, name: str) -> None:
 TEXT = st.one_of(st.none(), st.text(st.characters(min_codepoint=9, max_codepoint=0x2FF), max_size=20))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.builds(
         Port,

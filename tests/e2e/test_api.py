@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.service import Run, Service, events, running, topology
+from tests.service import Run, Service, events, running, single, topology
 
 pytestmark = pytest.mark.e2e
 
@@ -154,7 +154,7 @@ def test_engines_keep_their_internal_doors_shut(service: Service) -> None:
 
 
 def test_an_open_engine_serves_everybody_but_for_its_internal_doors(run: Run) -> None:
-    with running(run, topology(prefills=0, decodes=0, hybrids=1, engine_extra="open = true")) as service:
+    with running(run, single(engine_extra="open = true")) as service:
         port = service.process("hybrid-0")["ports"]["http"]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as engine:
             assert engine.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200

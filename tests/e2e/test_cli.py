@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.service import CLI, Run, running, topology, wait_until
+from tests.service import CLI, Run, Service, running, single, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -106,7 +106,7 @@ def test_a_model_that_cannot_be_hooked_is_refused_with_the_reason(run: Run) -> N
     )
     model = run.folder / "bloom"
     subprocess.run([sys.executable, "-c", make, str(model)], check=True, capture_output=True)
-    run.write(topology(model=str(model)))
+    run.write(single(model=str(model)))
     message = refused(run, "up", "-d")
     assert "BloomForCausalLM" in message
     assert "layers call the attention hook" in message
@@ -114,12 +114,12 @@ def test_a_model_that_cannot_be_hooked_is_refused_with_the_reason(run: Run) -> N
 
 
 def test_a_pool_too_small_for_a_block_is_refused(run: Run) -> None:
-    run.write(topology(kv_cache_gb=0.00001))
+    run.write(single(kv_cache_gb=0.00001))
     assert "at least, for 8 blocks" in refused(run, "up", "-d")
 
 
 def test_foreground_shows_logs_and_stops_on_ctrl_c(run: Run) -> None:
-    run.write(topology())
+    run.write(single())
     process = subprocess.Popen(
         [*CLI, "up"], env=run.env, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -129,7 +129,7 @@ def test_foreground_shows_logs_and_stops_on_ctrl_c(run: Run) -> None:
         lines.append(line)
         if "is ready at" in line:
             break
-    assert any("prefill-0: started" in line for line in lines)
+    assert any("hybrid-0: started" in line for line in lines)
     second = run.cli("up")
     assert second.returncode == 1
     assert "already running" in second.stderr
@@ -142,7 +142,7 @@ def test_foreground_shows_logs_and_stops_on_ctrl_c(run: Run) -> None:
 
 
 def test_a_second_ctrl_c_forces(run: Run) -> None:
-    run.write(topology().replace("grace_s = 10", "grace_s = 600"))
+    run.write(single().replace("grace_s = 10", "grace_s = 600"))
     process = subprocess.Popen(
         [*CLI, "up"], env=run.env, cwd=run.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -162,9 +162,9 @@ def test_a_second_ctrl_c_forces(run: Run) -> None:
     wait_until(lambda: not run.processes(), what="every process to end")
 
 
-def test_status_logs_ask(run: Run) -> None:
+def test_status_logs_ask_and_a_light_supervisor(run: Run) -> None:
     with running(run, topology()) as service:
-        status = service.status()
+        status = json.loads(run.cli("status", "--json", check=True).stdout)
         assert {"service", "state", "proxy_url", "processes"} <= status.keys()
         keys = {
             "name",
@@ -182,6 +182,11 @@ def test_status_logs_ask(run: Run) -> None:
         assert status["state"] == "ready"
         for process in status["processes"]:
             assert psutil.Process(process["pid"]).cpu_affinity() == process["cpus"], "pinned as planned"
+        supervisor = psutil.Process(status["supervisor_pid"])
+        assert supervisor.memory_info().rss < 60 * 2**20
+        maps = Path(f"/proc/{supervisor.pid}/maps").read_text()
+        assert "torch" not in maps
+        assert "numpy" not in maps
         text = run.cli("status", check=True).stdout
         assert "service t: ready" in text
         answer = run.cli("ask", "hello", "--max-tokens", "8", check=True).stdout
@@ -227,15 +232,6 @@ def test_kv_and_doctor_say_what_is_wrong(run: Run) -> None:
     assert run.cli("doctor", "nonsense").returncode == 1
 
 
-def test_the_supervisor_is_light(run: Run) -> None:
-    with running(run, topology()) as service:
-        supervisor = psutil.Process(service.status()["supervisor_pid"])
-        assert supervisor.memory_info().rss < 60 * 2**20
-        maps = Path(f"/proc/{supervisor.pid}/maps").read_text()
-        assert "torch" not in maps
-        assert "numpy" not in maps
-
-
 @pytest.mark.parametrize("words", [["--help"], ["status"]])
 def test_the_command_line_imports_nothing_heavy(run: Run, words: list[str]) -> None:
     done = subprocess.run(
@@ -262,7 +258,7 @@ def test_the_command_line_imports_nothing_heavy(run: Run, words: list[str]) -> N
 
 
 def test_a_full_disk_under_its_log_does_not_end_the_service(run: Run) -> None:
-    run.write(topology())
+    run.write(single())
     plan = run.cli("plan", "--json", check=True).stdout
     with open("/dev/full", "w") as full:  # noqa: PTH123 - a device, every write to which fails with ENOSPC
         supervisor = subprocess.Popen(
@@ -271,15 +267,14 @@ def test_a_full_disk_under_its_log_does_not_end_the_service(run: Run) -> None:
         assert supervisor.stdin is not None
         supervisor.stdin.write(plan)
         supervisor.stdin.close()
-        wait_until(lambda: run.cli("ask", "hello", "--max-tokens", "4").returncode == 0, what="an answer")
-        before = json.loads(run.cli("status", "--json", check=True).stdout)["processes"][1]
+        wait_until(lambda: list((run.folder / "r").glob("*/control.sock")), what="the supervisor")
+        service = Service(run)
+        service.wait(lambda: service.status()["state"] == "ready", what="the start")
+        assert run.cli("ask", "hello", "--max-tokens", "4").returncode == 0
+        service.client.close()
+        before = service.process("hybrid-0")
         os.kill(before["pid"], signal.SIGKILL)
-
-        def restarted() -> bool:
-            now = json.loads(run.cli("status", "--json", check=True).stdout)["processes"][1]
-            return now["state"] == "ready" and now["restarts"] == 1
-
-        wait_until(restarted, what="the restart")
+        assert service.restarted(before)["restarts"] == 1
         run.cli("down", check=True)
         assert supervisor.wait(20) == 0
 
@@ -343,7 +338,7 @@ def test_a_missing_package_is_said_once(run: Run) -> None:
     """An installation without the engine's packages: the child says what is missing, and is not started again."""
     (run.folder / "hidden").mkdir()
     (run.folder / "hidden" / "zmq.py").write_text("raise ModuleNotFoundError('No module named zmq', name='zmq')")
-    run.write(topology(prefills=0, decodes=0, hybrids=1))
+    run.write(single())
     done = run.cli("up", "-d", extra={"PYTHONPATH": str(run.folder / "hidden")})
     assert done.returncode == 1
     assert "hybrid-0 exited with code 78: the package zmq is not installed; a restart would not help" in done.stderr

@@ -169,7 +169,9 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options", [OPTIONS[0], *(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[1:3]), OPTIONS[3]]
+)
 @pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_death_in_mid_answer_changes_nothing(
     client: openai.OpenAI, service: Service, options: dict[str, Any], stream: bool
@@ -181,7 +183,8 @@ def test_a_death_in_mid_answer_changes_nothing(
     asked["extra_body"] = extra
     quiet = client.completions.create(**asked).choices[0]
     service.healthy()
-    pid = service.process("decode-0")["pid"]
+    before = service.process("decode-0")
+    pid = before["pid"]
     if stream:
         text, logprobs, reason, victim = "", [], None, pid
         for chunk in client.completions.create(**asked, stream=True):
@@ -204,7 +207,7 @@ def test_a_death_in_mid_answer_changes_nothing(
     assert reason == quiet.finish_reason
     if quiet.logprobs:
         assert logprobs == pytest.approx(quiet.logprobs.token_logprobs, abs=1e-3)
-    service.wait(lambda: service.process("decode-0")["pid"] not in (pid, None), what="decode-0 to be restarted")
+    service.restarted(before)
     service.healthy()
 
 

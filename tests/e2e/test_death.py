@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.service import Run, Service, events, running, topology, wait_until
+from tests.service import Run, Service, events, running, single, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -38,20 +38,12 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def restarted(service: Service, name: str, before: dict[str, Any]) -> dict[str, Any]:
-    def back() -> dict[str, Any] | None:
-        now = service.process(name)
-        return now if now["state"] == "ready" and now["pid"] != before["pid"] else None
-
-    return dict(service.wait(back, 90, f"{name} to be restarted"))
-
-
 @pytest.mark.parametrize("name", ["decode-0", "prefill-0", "proxy"])
 def test_idle_process_is_restarted_and_says_why(service: Service, quiet: dict[str, Any], name: str) -> None:
     service.healthy()
     before = service.process(name)
     kill(before["pid"])
-    after = restarted(service, name, before)
+    after = service.restarted(before)
     assert after["restarts"] == before["restarts"] + 1
     assert after["last_exit"]["signal"] == "SIGKILL"
     assert after["last_exit"]["reason"] == "killed by SIGKILL"
@@ -90,7 +82,7 @@ def test_stream_survives_the_death_of_an_engine(
                 killed, before = before, None
     assert ids == quiet["token_ids"]
     assert text == quiet["text"]
-    restarted(service, victim, killed)
+    service.restarted(killed)
     service.healthy()
     service.idle()
 
@@ -106,7 +98,7 @@ def test_seeded_stream_survives_too(service: Service) -> None:
     timer.join()
     assert got["token_ids"] == quiet["token_ids"]
     assert got["text"] == quiet["text"]
-    restarted(service, "decode-0", before)
+    service.restarted(before)
     service.healthy()
     service.idle()
 
@@ -118,7 +110,7 @@ def test_no_connection_is_refused_while_the_proxy_is_dead(service: Service) -> N
     with httpx.Client(base_url=service.url, timeout=300, trust_env=False) as client:
         body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
         assert client.post("/v1/completions", json=body).status_code == 200
-    restarted(service, "proxy", before)
+    service.restarted(before)
 
 
 def test_a_frozen_holder_loses_its_lease_in_time(run: Run) -> None:
@@ -215,8 +207,8 @@ def test_stream_survives_the_death_of_both_engines_at_once(service: Service, qui
             kill(process["pid"])
 
     assert stream_with(service, 20, kill_both) == quiet["token_ids"]
-    for name, process in before.items():
-        restarted(service, name, process)
+    for process in before.values():
+        service.restarted(process)
     service.healthy()
     service.idle()
 
@@ -249,17 +241,17 @@ def test_a_frozen_orphan_of_another_topology_is_ended_by_the_next_start(run: Run
 
 
 def test_an_engine_that_dies_while_the_service_stops_stays_down(run: Run) -> None:
-    run.write(topology())
+    run.write(single())
     run.cli("up", "-d", check=True)
     service = Service(run)
     service.client.close()
-    proxy, decode = service.process("proxy")["pid"], service.process("decode-0")["pid"]
+    proxy, decode = service.process("proxy")["pid"], service.process("hybrid-0")["pid"]
     os.kill(proxy, signal.SIGSTOP)  # holds up the stop
     stopper = threading.Thread(target=run.cli, args=("down",))
     stopper.start()
     wait_until(lambda: service.status()["state"] == "stopping", what="the stop to begin")
     kill(decode)
-    wait_until(lambda: service.process("decode-0")["state"] == "stopped", what="decode to be down for good")
+    wait_until(lambda: service.process("hybrid-0")["state"] == "stopped", what="decode to be down for good")
     os.kill(proxy, signal.SIGCONT)
     stopper.join()
     assert not run.processes()
@@ -267,13 +259,13 @@ def test_an_engine_that_dies_while_the_service_stops_stays_down(run: Run) -> Non
 
 def test_a_frozen_core_behind_a_front_that_answers_is_found_and_replaced(run: Run) -> None:
     """Its front says 200 to everything; the progress probe sees that the step loop does not turn."""
-    text = topology(kv_cache_gb=0.1).replace("[supervisor]", "[supervisor]\nprogress_s = 3\nliveness_s = 0.5")
+    text = single(kv_cache_gb=0.1).replace("[supervisor]", "[supervisor]\nprogress_s = 3\nliveness_s = 0.5")
     with running(run, text) as service:
-        before = service.process("decode-0")
+        before = service.process("hybrid-0")
         core = psutil.Process(before["pid"]).children()[0]
         core.suspend()
-        after = restarted(service, "decode-0", before)
+        after = service.restarted(before)
         assert after["restarts"] == 1
-        told = run.cli("why", "decode-0", check=True).stdout
+        told = run.cli("why", "hybrid-0", check=True).stdout
         assert "hung: its core has not answered for" in told
         assert service.complete(PROMPT, max_tokens=4)["token_ids"]

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service import Run, Service, running, topology, wait_until
+from tests.service import Run, Service, running, single, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -21,7 +21,7 @@ BODY = json.dumps({"prompt": "x", "max_tokens": 3, "temperature": 0}).encode()
 
 @pytest.fixture(scope="module")
 def service(module_run: Run) -> Iterator[Service]:
-    with running(module_run, topology(prefills=0, decodes=0, hybrids=1)) as found:
+    with running(module_run, single()) as found:
         yield found
 
 
@@ -231,8 +231,8 @@ def test_lists_of_one_key_do_not_hold_up_another_key(run: Run) -> None:
     for name in ("flood", "single"):
         made = run.cli("key", name, "--file", str(run.folder / "keys.txt"), check=True)
         keys[name] = {"authorization": f"Bearer {made.stdout.split()[0]}"}
-    with running(run, topology(prefills=0, decodes=0, hybrids=1, extra='api_keys = "keys.txt"')) as found:
-        body = {"prompt": [[5 + n] for n in range(100)], "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    with running(run, single(extra='api_keys = "keys.txt"')) as found:
+        body = {"prompt": [[5 + n] for n in range(100)], "max_tokens": 60, "ignore_eos": True, "temperature": 0}
         ends: list[str] = []
 
         def flood() -> None:

@@ -61,9 +61,9 @@ def test_bench_without_a_key_says_so(service: Service) -> None:
 
 
 def test_the_other_bench_verbs(service: Service) -> None:
-    verb(service, "bench", "sweep", "--rate", "2", "--seconds", "2", "--input", "16", "--output", "4",
-         "--goodput", "ttft:60000")  # fmt: skip
-    verb(service, "bench", "chaos", "--for", "3", "--every", "1", "--streams", "2", "--prompts", "2", "--input", "16",
+    verb(service, "bench", "sweep", "--rate", "5", "--seconds", "1", "--input", "16", "--output", "2",
+         "--attainment", "0.5", "--goodput", "ttft:3000")  # fmt: skip
+    verb(service, "bench", "chaos", "--for", "3", "--every", "2", "--streams", "2", "--prompts", "2", "--input", "16",
          "--output", "8", "--fault", "kill:decode")  # fmt: skip
 
 

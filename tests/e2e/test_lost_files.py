@@ -9,18 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.service import Run, Service, running, topology, wait_until
+from tests.service import Run, Service, running, single, wait_until
 
 pytestmark = pytest.mark.e2e
 
 
-def one() -> str:
-    return topology(prefills=0, decodes=0, hybrids=1)
-
-
 @pytest.fixture(scope="module")
 def service(module_run: Run) -> Iterator[Service]:
-    with running(module_run, one()) as found:
+    with running(module_run, single()) as found:
         yield found
 
 
@@ -65,15 +61,15 @@ def test_why_knows_exits_that_could_not_be_written(service: Service) -> None:
     exits.symlink_to("nowhere/exits.jsonl")  # as on a full disk, nothing can be written there
     before = service.process("hybrid-0")
     os.kill(before["pid"], signal.SIGKILL)
-    service.wait(lambda: service.process("hybrid-0")["pid"] not in (None, before["pid"]), what="restarted")
+    service.restarted(before)
     told = service.wait(lambda: (found := service.run.cli("why", "hybrid-0").stdout) and found, what="the exit")
     assert "killed by SIGKILL" in told
     exits.unlink()
 
 
-@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("removed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_down_ends_what_does_not_answer(run: Run, removed: bool) -> None:
-    run.write(one())
+    run.write(single())
     run.cli("up", "-d", check=True)
     pid = int((run.folder / "r" / "t" / "lock").read_text())
     os.kill(pid, signal.SIGSTOP)
@@ -88,7 +84,7 @@ def test_down_ends_what_does_not_answer(run: Run, removed: bool) -> None:
 
 
 def test_down_after_a_killed_supervisor_that_took_its_engines_along(run: Run) -> None:
-    run.write(one())
+    run.write(single())
     run.cli("up", "-d", check=True)
     os.kill(int((run.folder / "r" / "t" / "lock").read_text()), signal.SIGKILL)
     wait_until(lambda: not run.processes(), what="the end of the engines")
@@ -99,7 +95,7 @@ def test_down_after_a_killed_supervisor_that_took_its_engines_along(run: Run) ->
 
 
 def test_relative_directories_mean_the_same_to_every_process(run: Run) -> None:
-    run.write(one())
+    run.write(single())
     relative = {
         "PDCTL_RUN": "r",
         "PDCTL_STATE": "s",
@@ -119,7 +115,7 @@ def test_relative_directories_mean_the_same_to_every_process(run: Run) -> None:
 
 
 def test_a_detached_start_says_why_it_failed(run: Run) -> None:
-    run.write(one())
+    run.write(single())
     done = run.cli("up", "-d", extra={"PDCTL_RUN": f"/tmp/{'x' * 100}"})
     assert done.returncode == 1
     assert "is too long for a unix socket" in done.stderr

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.service import Run, Service, free_port, running, topology, wait_until
+from tests.service import Run, Service, free_port, running, single, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -28,7 +28,7 @@ TOKENS = 60
 class Load:
     """Clients that make a connection for each request, and compare every answer with a quiet run's."""
 
-    def __init__(self, url: str, quiet: list[list[int]], clients: int = 3) -> None:
+    def __init__(self, url: str, quiet: list[list[int]], clients: int = 2) -> None:
         self.answers = 0
         self.failures: list[str] = []
         self._url, self._quiet = url, quiet
@@ -51,6 +51,8 @@ class Load:
                     self.answers += 1
             except httpx.HTTPError as failure:
                 self.failures.append(repr(failure))
+            # Without a rest two engines take both of a small machine's cores, and one that starts takes a minute.
+            self._ending.wait(0.2)
 
     def more(self, count: int = 5) -> None:
         """Return when so many more requests have been answered."""
@@ -120,19 +122,15 @@ def test_four_kills_of_the_proxy_refuse_nobody(service: Service) -> None:
     for thread in threads:
         thread.start()
     for _ in range(4):
+        reached = done + 25
+        wait_until(lambda reached=reached: done >= reached or refused, what="requests between the kills")
         before = service.process("proxy")
         os.kill(before["pid"], signal.SIGKILL)
-        service.wait(
-            lambda before=before: (
-                service.process("proxy")["state"] == "ready" and service.process("proxy")["epoch"] != before["epoch"]
-            ),
-            what="the proxy again",
-        )
+        service.restarted(before)
     ending.set()
     for thread in threads:
         thread.join(60)
     assert not refused
-    assert done > 100
     # At most what was inside in the moment of a kill: one request of each client.
     assert cut <= 16
 
@@ -373,11 +371,7 @@ def test_an_added_engine_that_cannot_start_leaves_the_rest_alone(service: Servic
 def test_why_and_events_tell_what_happened(service: Service) -> None:
     before = service.process("decode-0")
     os.kill(before["pid"], signal.SIGKILL)
-    service.wait(
-        lambda: (
-            service.process("decode-0")["state"] == "ready" and service.process("decode-0")["epoch"] != before["epoch"]
-        )
-    )
+    service.restarted(before)
     told = json.loads(service.run.cli("why", "decode-0", "-n", "1", "--json", check=True).stdout)[0]
     assert (told["signal"], told["pid"], told["epoch"]) == ("SIGKILL", before["pid"], before["epoch"])
     assert told["by"] == "somebody else: pdctl did not send it"
@@ -441,7 +435,8 @@ def test_only_what_is_ready_can_be_drained(service: Service) -> None:
 
 
 def test_the_supervisors_death_is_survived_and_adoption_tells_the_truth(run: Run) -> None:
-    text = two_of_each().replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"')
+    text = topology(decodes=2, kv_cache_gb=0.1)
+    text = text.replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"')
     with running(run, text) as service:
         os.kill(service.process("decode-1")["pid"], signal.SIGKILL)
         service.wait(lambda: service.process("decode-1")["restarts"] == 1 and service.status()["state"] == "ready")
@@ -473,11 +468,11 @@ def test_the_supervisors_death_is_survived_and_adoption_tells_the_truth(run: Run
             service.wait(
                 lambda: (service.status()["apply"] or {}).get("state") == "done", what="the edit to be applied"
             )
-        assert service.process("decode-0")["pid"] == before["processes"][2]["pid"]
+        assert service.process("decode-0")["pid"] == before["processes"][1]["pid"]
         # A proxy restarted by the new supervisor serves on the same socket.
         proxy = service.process("proxy")
         os.kill(proxy["pid"], signal.SIGKILL)
-        service.wait(lambda: service.process("proxy")["epoch"] != proxy["epoch"])
+        service.restarted(proxy)
         assert service.complete("x", max_tokens=2)
 
 
@@ -489,7 +484,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 def test_down_ends_what_a_killed_supervisor_left(run: Run) -> None:
-    run.write(topology(kv_cache_gb=0.1).replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"'))
+    run.write(single(kv_cache_gb=0.1).replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"'))
     run.cli("up", "-d", check=True)
     service = Service(run)
     os.kill(service.status()["supervisor_pid"], signal.SIGKILL)
@@ -507,7 +502,7 @@ def test_a_stale_run_directory_of_another_boot_is_no_obstacle(run: Run) -> None:
     (folder / "adopt.json").write_text('{"host_id": "other", "processes": []}')
     (folder / "plan.json").write_text("{}")
     (folder / "control.sock").write_text("")
-    with running(run, topology(kv_cache_gb=0.1)) as service:
+    with running(run, single(kv_cache_gb=0.1)) as service:
         assert service.complete("x", max_tokens=2)
 
 
@@ -523,7 +518,7 @@ def test_a_unit_for_systemd(run: Run) -> None:
         path = run.write(unit, "pdctl.service")
         env = {**os.environ, "XDG_RUNTIME_DIR": str(run.folder)}
         subprocess.run(["systemd-analyze", "verify", "--user", path], check=True, env=env)
-    run.write(topology(kv_cache_gb=0.1))
+    run.write(single(kv_cache_gb=0.1))
     address = str(run.folder / "notify.sock")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(address)
@@ -570,10 +565,10 @@ def test_two_services_of_one_name_do_not_meet(run: Run, tmp_path: Path) -> None:
 def test_another_users_service_is_left_alone(run: Run) -> None:
     if os.getuid() != 0 or not Path("/usr/bin/setpriv").exists():
         pytest.skip("needs root, to become somebody else")
-    with running(run, topology(kv_cache_gb=0.1)) as service:
+    with running(run, single(kv_cache_gb=0.1)) as service:
         before = pids(service)
         argv = ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-m", "pdctl"]
-        for words in (["status", "-s", "t"], ["down", "-s", "t"], ["restart", "decode", "-s", "t"]):
+        for words in (["status", "-s", "t"], ["down", "-s", "t"], ["restart", "hybrid", "-s", "t"]):
             done = subprocess.run(
                 [*argv, *words], env=run.env, cwd="/", capture_output=True, text=True, check=False, timeout=300
             )

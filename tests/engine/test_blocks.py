@@ -54,7 +54,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocator = AllocatorMachine.TestCase
-TestAllocator.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAllocator.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 @given(st.integers(1, 40))

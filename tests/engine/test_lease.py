@@ -245,4 +245,4 @@ class LeaseMachine(RuleBasedStateMachine):
 
 
 TestLeases = LeaseMachine.TestCase
-TestLeases.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestLeases.settings = settings(max_examples=100, stateful_step_count=50)

@@ -55,7 +55,7 @@ def drain(scheduler: Scheduler, most: int = 2000) -> dict[str, list[int]]:
     raise AssertionError("requests starve")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=10),
     st.integers(12, 40), st.integers(1, 5), st.integers(4, 40), st.randoms(use_true_random=False),
@@ -83,7 +83,7 @@ def test_every_request_finishes_with_the_same_tokens(
     assert scheduler.allocator.num_free == blocks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(
     ["add", "hold", "await", "pull", "pulled", "uncertain", "settled", "start", "abort", "step"]), max_size=80),
        st.randoms(use_true_random=False))  # fmt: skip

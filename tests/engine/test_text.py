@@ -25,7 +25,7 @@ def pieces(codec: TextCodec, ids: list[int], stops: list[str]) -> tuple[list[str
     return [*shown, out.flush()], False
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=40))
 def test_pieces_make_up_the_text_and_never_half_a_character(codec: TextCodec, text: str) -> None:
     ids = codec.encode(text)
@@ -50,7 +50,7 @@ def test_stop_strings_never_show(codec: TextCodec, text: str, stops: list[str], 
     assert ("".join(shown), ended) == (expected, stopped)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=st.text(min_size=2, max_size=30), cut=st.integers(1, 29), stop=st.sampled_from([[], ["ab"], ["é"]]))
 def test_a_resumed_text_goes_on_where_it_was(codec: TextCodec, text: str, cut: int, stop: list[str]) -> None:
     """What another engine shows after priming with the first tokens is what this one would have shown."""
@@ -126,7 +126,7 @@ def test_a_template_cannot_reach_python() -> None:
         render_chat("{{ ''.__class__.__mro__[1].__subclasses__() }}", [], {}, 0.0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tail=st.lists(st.integers(0, 383), max_size=8), ids=st.lists(st.integers(0, 383), max_size=24))
 def test_any_bytes_at_all_make_text(codec: TextCodec, tail: list[int], ids: list[int]) -> None:
     out = OutputText(codec.tokenizer, tail, [])

@@ -310,7 +310,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 @given(st.lists(st.floats(0, 30), min_size=12, max_size=12), st.floats(0, 0.99))

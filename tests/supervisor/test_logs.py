@@ -19,7 +19,7 @@ def text_of(path: Path) -> bytes:
         return file.read().lstrip(b"\0")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=6), st.integers(8, 64))
 def test_no_line_is_lost_when_a_log_in_use_is_cut(
     tmp_path_factory: pytest.TempPathFactory, writes: list[int], kib: int
