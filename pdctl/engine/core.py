@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -295,6 +296,9 @@ def main(options: EngineOptions) -> int:
         outbox.put(Refused(str(failure)))
         outbox.close()
         return EXIT_CONFIG
+    # The model stays too: no collection between two steps looks through it.
+    gc.collect()
+    gc.freeze()
     inbound = context.socket(zmq.PULL)
     inbound.set_hwm(link.HIGH_WATER)
     inbound.connect(link.to_core(options.run_dir, options.name))

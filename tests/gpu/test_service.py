@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pdctl.host.gpu import gpu_use, read_gpus
-from tests.e2e.test_death import restarted, stream_with
+from tests.e2e.test_death import stream_with
 from tests.service import Run, Service, running, topology, wait_until
 
 pytestmark = [
@@ -63,7 +63,7 @@ def test_a_stream_goes_on_when_an_engine_is_killed(pair: Service, victim: str) -
     ids = stream_with(pair, 8, lambda: os.kill(before["pid"], signal.SIGKILL))
     assert len(ids) == len(quiet)
     assert ids[:9] == quiet[:9]
-    restarted(pair, victim, before)
+    pair.restarted(before)
     pair.healthy()
     pair.idle()
 
