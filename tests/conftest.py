@@ -19,9 +19,9 @@ os.environ.pop("PDCTL_FILE", None)
 
 # Files that take minutes, the longest first: begun last, one of them would run alone at the end.
 _LONG = (
-    "test_supervision", "test_bench", "test_kv", "test_cli", "test_chaos", "test_death", "test_clients", "test_parity",
-    "test_locked_service", "test_planted_faults", "test_lost_files", "test_http", "test_proxy", "test_loading",
-    "test_schemas",
+    "test_supervision", "test_bench", "test_kv", "test_cli", "test_parity", "test_death", "test_chaos",
+    "test_lost_files", "test_locked_service", "test_children", "test_clients", "test_transfer", "test_proxy",
+    "test_planted_faults", "test_fields", "test_schemas", "test_http", "test_api",
 )  # fmt: skip
 
 

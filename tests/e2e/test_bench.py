@@ -208,7 +208,7 @@ def test_chaos_that_is_interrupted_breaks_nothing_more(fragile: Service) -> None
 
 def test_a_sweep_ends_at_a_rate(service: Service) -> None:
     words = ["bench", "sweep", "--seconds", "1", "--output", "2"]
-    done = service.run.cli(*words, "--goodput", "ttft:3000", "--rate", "5", "--input", "8", "--attainment", "0.5",
+    done = service.run.cli(*words, "--goodput", "ttft:1000", "--rate", "5", "--input", "8", "--attainment", "0.5",
                            "--json", "--html", "s.html", "--png", "drawn")  # fmt: skip
     found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
@@ -220,7 +220,7 @@ def test_a_sweep_ends_at_a_rate(service: Service) -> None:
     assert found["highest_rate"] == max(held)
     assert found["engines"] == 2
     assert len(held) < len(found["tried"]), "it ends above a rate that broke"
-    missed = service.run.cli(*words, "--goodput", "ttft:0.01", "--rate", "64")
+    missed = service.run.cli(*words, "--goodput", "ttft:0.01", "--rate", "200")
     assert missed.returncode == 1
     assert "at no rate did 90% meet their targets" in missed.stderr
 
@@ -271,8 +271,8 @@ def topology_named(name: str, text: str) -> str:
 
 
 def test_two_topologies_are_compared_in_turn(run: Run, tmp_path: Path) -> None:
-    run.write(topology_named("pd", topology()), "pd.toml")
-    run.write(topology_named("one", single()), "one.toml")
+    for name in ("pd", "one"):
+        run.write(topology_named(name, single()), f"{name}.toml")
     words = ["bench", "compare", "pd.toml", "one.toml", "--rounds", "2", "-n", "6", "--concurrency", "2", "--input",
              "40", "--output", "8", "--goodput", "ttft:60000"]  # fmt: skip
     done = run.cli(*words, "--html", "c.html", "--out", "kept")

@@ -19,7 +19,7 @@ def chaos(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_promise_holds_under_chaos() -> None:
-    done = chaos("--faults", "30", "--seed", "3")
+    done = chaos("--faults", "15", "--seed", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 violations" in done.stdout
 

@@ -212,21 +212,21 @@ def test_prefill_waits_at_the_ceiling_instead_of_filling_up(run: Run) -> None:
     with running(run, text) as service:
         prefill = Engine(service, "prefill-0")
         total = prefill.state()["blocks_total"]
-        held = [prefill.hold("hello there, this is prompt number one hundred")["lease_id"]]
+        held = [prefill.hold("hello there, this is prompt number one hundred")]
         size = prefill.state()["blocks_leased"]
         fit = int(0.2 * total) // size
-        held += [prefill.hold(f"hello there, this is prompt number {100 + n}")["lease_id"] for n in range(1, fit)]
+        held += [prefill.hold(f"hello there, this is prompt number {100 + n}") for n in range(1, fit)]
         got: list[dict[str, Any]] = []
         late = threading.Thread(target=lambda: got.append(prefill.hold("hello there, this is prompt number five 00")))
         late.start()
         wait_until(lambda: prefill.state()["held_back"] == 1, what="back-pressure")
         assert prefill.state()["blocks_leased"] <= 0.2 * total
         assert not got
-        assert run.cli("kv", "--revoke", held[0]).returncode == 0
+        assert run.cli("kv", "--revoke", held[0]["lease_id"]).returncode == 0
         late.join(30)
         assert got, "a lease that ended lets the next prefill in"
-        for lease in [*held[1:], got[0]["lease_id"]]:
-            run.cli("kv", "--revoke", lease, check=True)
+        for hand_over in [*held[1:], *got]:
+            assert prefill.lease("release", hand_over, "router")["ok"]
         prefill.http.close()
         service.idle()
 

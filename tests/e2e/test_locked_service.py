@@ -61,8 +61,13 @@ def test_bench_without_a_key_says_so(service: Service) -> None:
 
 
 def test_the_other_bench_verbs(service: Service) -> None:
-    verb(service, "bench", "sweep", "--rate", "5", "--seconds", "1", "--input", "16", "--output", "2",
-         "--attainment", "0.5", "--goodput", "ttft:3000")  # fmt: skip
+    missed = service.run.cli(
+        "bench", "sweep", "--rate", "200", "--seconds", "1", "--input", "16", "--output", "2", "--goodput", "ttft:0.01",
+        extra={"PDCTL_API_KEY": service.run.key},
+    )  # fmt: skip
+    rates = [line for line in missed.stderr.splitlines() if "met their targets, 0 failed" in line]
+    assert len(rates) == 7, missed.stderr
+    assert "at no rate did 90% meet their targets" in missed.stderr
     verb(service, "bench", "chaos", "--for", "3", "--every", "2", "--streams", "2", "--prompts", "2", "--input", "16",
          "--output", "8", "--fault", "kill:decode")  # fmt: skip
 
