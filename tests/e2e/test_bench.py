@@ -208,7 +208,7 @@ def test_chaos_that_is_interrupted_breaks_nothing_more(fragile: Service) -> None
 
 def test_a_sweep_ends_at_a_rate(service: Service) -> None:
     words = ["bench", "sweep", "--seconds", "1", "--output", "2"]
-    done = service.run.cli(*words, "--goodput", "ttft:1000", "--rate", "5", "--input", "8", "--attainment", "0.5",
+    done = service.run.cli(*words, "--goodput", "ttft:1000", "--rate", "20", "--input", "8", "--attainment", "0.5",
                            "--json", "--html", "s.html", "--png", "drawn")  # fmt: skip
     found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
@@ -253,6 +253,7 @@ def test_transfers_by_size_and_number_of_blocks(run: Run) -> None:
     assert "mooncake, 1 MiB: FALLBACK to tcp: RDMA was asked for" in none.stderr
 
 
+@pytest.mark.slow
 def test_chaos_with_supervisors_that_die(run: Run) -> None:
     text = single().replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"')
     with running(run, text) as service:

@@ -170,7 +170,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    "options", [OPTIONS[0], *(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[1:3]), OPTIONS[3]]
+    "options", [*(pytest.param(options, marks=pytest.mark.slow) for options in OPTIONS[:3]), OPTIONS[3]]
 )
 @pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_death_in_mid_answer_changes_nothing(

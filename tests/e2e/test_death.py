@@ -38,7 +38,7 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name", ["decode-0", "prefill-0", "proxy"])
+@pytest.mark.parametrize("name", ["decode-0", pytest.param("prefill-0", marks=pytest.mark.slow), "proxy"])
 def test_idle_process_is_restarted_and_says_why(service: Service, quiet: dict[str, Any], name: str) -> None:
     service.healthy()
     before = service.process(name)

@@ -237,7 +237,7 @@ def expected(service: Service) -> list[int]:
     return list(service.complete(LONG, max_tokens=24, ignore_eos=True)["token_ids"])
 
 
-@pytest.mark.parametrize("backend", ["mooncake", "nixl"])
+@pytest.mark.parametrize("backend", ["mooncake", pytest.param("nixl", marks=pytest.mark.slow)])
 def test_network_transports_carry_the_same_tokens(run: Run, expected: list[int], backend: str) -> None:
     """RDMA is asked for and is not here: the fallback is loud, and the tokens are the same."""
     told = run.cli("doctor", "transfer", "--transport", backend, "--mib", "1", "--json").stdout
@@ -277,6 +277,7 @@ def test_block_sizes_may_differ(run: Run, expected: list[int], prefill: int, dec
         service.idle()
 
 
+@pytest.mark.slow
 def test_without_chunks_the_tokens_are_the_same(run: Run, expected: list[int]) -> None:
     text = topology(engine_extra="max_num_batched_tokens = 128").replace("[transfer]", "[transfer]\nchunked = false")
     with running(run, text) as service:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -45,8 +46,9 @@ def test_a_stopped_supervisor_is_named(service: Service) -> None:
     pid = service.status()["supervisor_pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        for verb in (("status",), ("restart", "hybrid-0")):
-            said = service.run.cli(*verb)
+        with ThreadPoolExecutor() as side_by_side:  # each waits ten seconds for an answer
+            found = list(side_by_side.map(lambda verb: service.run.cli(*verb), (("status",), ("restart", "hybrid-0"))))
+        for said in found:
             assert said.returncode == 1
             assert f"(pid {pid}) was stopped by a signal" in said.stderr
             assert f"kill -CONT {pid}" in said.stderr

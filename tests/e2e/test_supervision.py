@@ -141,8 +141,8 @@ def test_four_kills_of_the_proxy_refuse_nobody(service: Service) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(("restart", "decode-0", "--drain"), marks=pytest.mark.slow),
-        ("restart", "decode", "--drain"),
+        ("restart", "decode-0", "--drain"),
+        pytest.param(("restart", "decode", "--drain"), marks=pytest.mark.slow),
     ],
 )
 def test_restart_with_a_drain_under_load(service: Service, words: tuple[str, ...]) -> None:
