@@ -26,6 +26,8 @@ _HEALTHY_S, _DOWN_S = 0.5, 0.1
 _PROBE_TIMEOUT_S = 1.5
 # One slow answer of a busy machine is no death: this many unanswered probes in a row are.
 _MISSES = 4
+# A suspect's next engine has this long to show that it lives, seconds, and is looked at this often meanwhile.
+_PROOF_S, _PROOF_LOOK_S = 2.0, 0.02
 # How often calls are looked at for silence, seconds.
 _WATCH_S = 0.1
 # An engine whose streams all wait is stuck after this many times its usual gap between tokens, and these bounds.
@@ -53,7 +55,10 @@ class Ticket:
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One engine. Prompts are measured in bytes of request, hand-overs decoded in streams."""
+    """One engine. Prompts are measured in bytes of request, hand-overs decoded in streams.
+
+    `heard_at`: its last token; `answered_at`: when the last probe was sent that it answered.
+    """
 
     address: EngineAddress
     client: Pool
@@ -72,6 +77,7 @@ class Engine:
     pair_losses: dict[str, tuple[int, float]] = field(default_factory=dict)
     tickets: set[Ticket] = field(default_factory=set)
     heard_at: float = 0.0
+    answered_at: float = 0.0
     gap_s: float = 0.0
     misses: int = 0
     lives: int = 0
@@ -285,6 +291,17 @@ class EnginePool:
         """A call found the engine unreachable: ask it now. Calls that run there are left alone until it is sure."""
         engine.asked.set()
 
+    async def is_proven(self, engine: Engine, since: float) -> bool:
+        """Whether it answers a probe that is sent at `since` (monotonic) or later.
+
+        A process that was killed before does not, though its sockets may still take what is sent.
+        """
+        deadline = time.monotonic() + _PROOF_S
+        while engine.healthy and engine.answered_at < since and time.monotonic() < deadline:
+            engine.asked.set()
+            await asyncio.sleep(_PROOF_LOOK_S)
+        return engine.healthy and engine.answered_at >= since
+
     def lost(self, engine: Engine, reason: str) -> None:
         """It is down: nothing is sent there until it answers again, and nothing waits for it."""
         if engine.healthy:
@@ -336,6 +353,7 @@ class EnginePool:
             try:
                 path = engine.dialect.probe_path
                 answer = await engine.client.request("GET", path, engine.headers, timeout_s=_PROBE_TIMEOUT_S)
+                engine.answered_at = started
                 self._seen(engine, engine.dialect.parse_condition(answer.status, answer.body))
             except Unreachable as failure:
                 self._missed(engine, failure)

@@ -57,10 +57,12 @@ class Suspicion:
 
     quarantine: Quarantine
     present: list[tuple[Engine, int, bool]] = field(default_factory=list)
+    failed_at: float = 0.0
     holds_turn: bool = False
 
     def failed(self, engine: Engine) -> None:
         """An engine failed with the request in it."""
+        self.failed_at = time.monotonic()
         alone = self.holds_turn or engine.others_at_failure() == 0
         self.present.append((engine, engine.lives, alone))
 

@@ -203,6 +203,7 @@ class Relay:
         return done.hand_over
 
     async def _prefilled(self, engine: Engine, call: Call, attempt: str) -> Prefilled:
+        await self._prove(engine)
         lines = b"%b%b: %b\r\n" % (self._lines(engine), _ATTEMPT, attempt.encode())
         exchange = engine.client.exchange("POST", call.path, lines, call.body)
         done = False
@@ -253,6 +254,7 @@ class Relay:
 
     async def _decode(self, engine: Engine, hand_over: bytes | None, prefill: str = "") -> None:
         """Have the rest computed by `engine`, which prefills by itself where there is no hand-over."""
+        await self._prove(engine)
         # Without a hand-over the engine computes the prompt as well: that is what its time depends on.
         meter, amount = (engine.streams, 1.0) if hand_over else (engine.prompts, self.size)
         meter.begin(amount, time.monotonic())
@@ -300,6 +302,15 @@ class Relay:
             self._paced(engine, reader)
 
     # -- parts ---------------------------------------------------------------------------------------------
+
+    async def _prove(self, engine: Engine) -> None:
+        """Raises _Failed for an engine that may have died already, when another has died with this request in it.
+
+        Two that are killed together would else seem to have died of it, one after the other.
+        """
+        suspicion = self.suspicion
+        if suspicion.present and not await self.shared.pool.is_proven(engine, suspicion.failed_at):
+            raise _Failed(engine, f"{engine.name} does not answer", inside=False)
 
     def _lines(self, engine: Engine) -> bytes:
         """Headers of a call to `engine`. Of two requests that clients gave one name some engines make one."""

@@ -213,6 +213,26 @@ def test_stream_survives_the_death_of_both_engines_at_once(service: Service, qui
     service.idle()
 
 
+def test_engines_killed_together_have_not_died_of_a_request(service: Service, quiet: dict[str, Any]) -> None:
+    """Prefill is as good as dead when decode dies, and takes what is sent to it: frozen here; on a busy machine killed
+    and not yet gone. It has not died of the request that goes on there."""
+    service.healthy()
+    before = {name: service.process(name) for name in ("prefill-0", "decode-0")}
+    late = threading.Timer(1.0, kill, [before["prefill-0"]["pid"]])
+
+    def kill_both() -> None:
+        os.kill(before["prefill-0"]["pid"], signal.SIGSTOP)
+        kill(before["decode-0"]["pid"])
+        late.start()
+
+    assert stream_with(service, 20, kill_both) == quiet["token_ids"]
+    late.join()
+    for process in before.values():
+        service.restarted(process)
+    service.healthy()
+    service.idle()
+
+
 def test_stream_leaves_a_frozen_engine(service: Service, quiet: dict[str, Any]) -> None:
     service.healthy()
     pid = service.process("decode-0")["pid"]
