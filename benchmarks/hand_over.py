@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pdctl.engine.cache.memory import Memory
 from pdctl.engine.samples.prepare import prepare, show_progress
-from pdctl.engine.transfer.memory import Memory
 from pdctl.host.models import locate_model
 from pdctl.host.users import cache_root
 from tests.e2e.parity import prompts

@@ -25,9 +25,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import httpx
 
+from pdctl.engine.cache.memory import Memory
 from pdctl.engine.samples.prepare import prepare, show_progress
 from pdctl.engine.transfer import Settings, transport_kind
-from pdctl.engine.transfer.memory import Memory
 from pdctl.host.models import locate_model
 from pdctl.host.users import cache_root
 from tests.e2e.parity import prompts

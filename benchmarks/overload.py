@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import uvloop
 
-from pdctl.lean_http import Pool
+from pdctl.net.http_client import ConnectionPool
 from tests.service import Run, Service, running, topology
 
 # Parts of what the first figure of a service's speed promises, tried one after the other.
@@ -54,7 +54,7 @@ class Outcome:
     refusals: list[float] = field(default_factory=list)
 
 
-async def one(client: Pool, load: Load, body: bytes, outcome: Outcome) -> None:
+async def one(client: ConnectionPool, load: Load, body: bytes, outcome: Outcome) -> None:
     started, first, last = time.monotonic(), 0.0, 0.0
     exchange = client.exchange("POST", "/v1/completions", b"content-type: application/json\r\n", body)
     try:
@@ -75,7 +75,7 @@ async def one(client: Pool, load: Load, body: bytes, outcome: Outcome) -> None:
         outcome.good.append(last)
 
 
-async def phase(client: Pool, load: Load, rate: float, seconds: float) -> Outcome:
+async def phase(client: ConnectionPool, load: Load, rate: float, seconds: float) -> Outcome:
     """Poisson arrivals at `rate` a second."""
     outcome, body = Outcome(), load.body()
     end = time.monotonic() + seconds
@@ -92,7 +92,7 @@ def proxy_rss(service: Service) -> float:
     return psutil.Process(service.process("proxy")["pid"]).memory_info().rss / 2**20
 
 
-async def saturated(client: Pool, load: Load) -> float:
+async def saturated(client: ConnectionPool, load: Load) -> float:
     """Requests a second with 32 clients that wait for each answer."""
     outcome, body, end = Outcome(), load.body(), time.monotonic() + 8
 
@@ -107,7 +107,7 @@ async def saturated(client: Pool, load: Load) -> float:
 
 
 async def measure(service: Service, load: Load, seconds: float) -> int:
-    client = Pool("127.0.0.1", int(service.url.rpartition(":")[2]), connect_s=10)
+    client = ConnectionPool("127.0.0.1", int(service.url.rpartition(":")[2]), connect_s=10)
     try:
         fastest = await saturated(client, load)
         ladder = {}

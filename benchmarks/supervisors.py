@@ -47,7 +47,7 @@ class Setting:
 
 
 @dataclass
-class Figures:
+class Measurements:
     """Milliseconds, MB and per cent of a core."""
 
     restarts: list[float] = field(default_factory=list)
@@ -240,7 +240,7 @@ def cpu_s(processes: list[psutil.Process]) -> float:
     return sum(found.user + found.system for found in times)
 
 
-def measure(make: Make, into: Figures, kills: int) -> None:
+def measure(make: Make, into: Measurements, kills: int) -> None:
     for count in (3, 50):
         with running(make, count) as (process, setting, took):
             into.start[count].append(took)
@@ -309,19 +309,19 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(MAKERS))
     arguments = parser.parse_args()
     names = arguments.only.split(",")
-    found = {name: Figures() for name in names}
+    found = {name: Measurements() for name in names}
     for number in range(arguments.rounds):
         for name in names:
             print(f"round {number + 1}: {name}", file=sys.stderr, flush=True)
             measure(MAKERS[name], found[name], arguments.kills)
     print("| supervisor | restart after SIGKILL, median (max) ms | 3 up, ms | 50 up, ms | MB 3 / 50 | idle % ", end="")
     print("| status ms | SIGKILL leaves |\n|---|---|---|---|---|---|---|---|")
-    for name, figures in found.items():
-        restarts = f"{statistics.median(figures.restarts):.1f} ({max(figures.restarts):.0f})"
-        start = [f"{statistics.median(figures.start[count]):.0f}" for count in (3, 50)]
-        rss = f"{figures.rss[3]:.1f} / {figures.rss[50]:.1f}"
-        status = f"{statistics.median(figures.status):.0f}"
-        cells = (name, restarts, *start, rss, f"{figures.idle:.2f}", status, figures.after_kill)
+    for name, measurements in found.items():
+        restarts = f"{statistics.median(measurements.restarts):.1f} ({max(measurements.restarts):.0f})"
+        start = [f"{statistics.median(measurements.start[count]):.0f}" for count in (3, 50)]
+        rss = f"{measurements.rss[3]:.1f} / {measurements.rss[50]:.1f}"
+        status = f"{statistics.median(measurements.status):.0f}"
+        cells = (name, restarts, *start, rss, f"{measurements.idle:.2f}", status, measurements.after_kill)
         print(f"| {' | '.join(cells)} |")
     if "pdctl" in names and arguments.fleet:
         fleet(arguments.fleet, 50)

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from pdctl.engine.layout import Span
+from pdctl.engine.cache.layout import Span
+from pdctl.engine.cache.memory import Memory
 from pdctl.engine.probe import Place, scattered, scratch_peer
 from pdctl.engine.transfer import Settings, transport_kind
-from pdctl.engine.transfer.memory import Memory
 
 SIZE = 64 * 2**20
 Way = Callable[[list[Span]], object]

@@ -11,21 +11,21 @@ import typer
 from typer.exceptions import TyperException
 
 from pdctl import __version__, console
-from pdctl.commands.apply import apply, scale
 from pdctl.commands.ask import ask
 from pdctl.commands.bench import app as bench
+from pdctl.commands.control.apply import apply, scale
+from pdctl.commands.control.down import down
+from pdctl.commands.control.process import drain, restart, start, stop
+from pdctl.commands.control.up import up
 from pdctl.commands.doctor import doctor
-from pdctl.commands.down import down
-from pdctl.commands.events import events
-from pdctl.commands.init import init
-from pdctl.commands.key import key
-from pdctl.commands.kv import kv
-from pdctl.commands.logs import logs
-from pdctl.commands.plan import plan
-from pdctl.commands.process import drain, restart, start, stop
-from pdctl.commands.status import status
-from pdctl.commands.up import up
-from pdctl.commands.why import why
+from pdctl.commands.inspect.events import events
+from pdctl.commands.inspect.kv import kv
+from pdctl.commands.inspect.logs import logs
+from pdctl.commands.inspect.status import status
+from pdctl.commands.inspect.why import why
+from pdctl.commands.setup.init import init
+from pdctl.commands.setup.key import key
+from pdctl.commands.setup.plan import plan
 from pdctl.errors import ConfigError, PdctlError, Verdict
 from pdctl.host.users import make_variables_absolute
 

@@ -96,10 +96,10 @@ def _run(step: Step, out: Path, end: float) -> dict[str, object]:
         except subprocess.TimeoutExpired:
             why = f"stopped after {left:.0f} s"
     return {"name": step.name, "ok": not why, "why": why, "seconds": round(time.monotonic() - started, 1),
-            "figures": _figures(out / f"{step.name}.log"), "last": _last(out / f"{step.name}.log")}  # fmt: skip
+            "figures": _measurements(out / f"{step.name}.log"), "last": _last(out / f"{step.name}.log")}  # fmt: skip
 
 
-def _figures(log: Path) -> dict[str, object]:
+def _measurements(log: Path) -> dict[str, object]:
     for line in reversed(log.read_text(errors="replace").splitlines()):
         if line.startswith('{"shape"'):
             return dict(json.loads(line))
@@ -116,18 +116,19 @@ def _summary(found: dict[str, object]) -> str:
     for step in found["steps"]:  # type: ignore[attr-defined]
         verdict = "passed" if step["ok"] else f"FAILED ({step['why']})"
         lines.append(f"{step['name']}: {verdict} in {step['seconds']:.0f} s")
-        figures = step.get("figures") or {}
-        if not figures:
+        measurements = step.get("figures") or {}
+        if not measurements:
             lines.append(f"  {step.get('last', '')}")
             continue
-        lines.append(f"  copy {figures['copy_gb_per_s']} GB/s, matrix product {figures['matrix_tflops']} TFLOP/s")
-        for row in figures["decode"]:
+        copy, matrix = measurements["copy_gb_per_s"], measurements["matrix_tflops"]
+        lines.append(f"  copy {copy} GB/s, matrix product {matrix} TFLOP/s")
+        for row in measurements["decode"]:
             lines.append(f"  decode batch {row['batch']}: {row['tokens_per_s']} tokens/s, {row['step_ms']} ms a step, "
                          f"{row['of_bandwidth']:.0%} of the bandwidth's limit")  # fmt: skip
-        for row in figures["prefill"]:
+        for row in measurements["prefill"]:
             lines.append(f"  prefill {row['tokens']}: {row['tokens_per_s']} tokens/s, "
                          f"{row['of_matrix_rate']:.0%} of the matrix rate's limit")  # fmt: skip
-        for row in figures["peer"]:
+        for row in measurements["peer"]:
             what = row.get("error") or f"{row['tokens_per_s']} tokens/s, {row['step_ms']} ms a step"
             lines.append(f"  generate_batch {row['batch']}: {what}")
     return "\n".join(lines) + "\n"

@@ -18,15 +18,15 @@ import torch
 
 from benchmarks.gpu.limits import copy_bytes_per_second, matrix_flops_per_second
 from benchmarks.gpu.models import SHAPES, Weights, make
-from pdctl.engine.blocks import BlockAllocator
-from pdctl.engine.kv_pool import KvPool
-from pdctl.engine.layout import block_bytes
-from pdctl.engine.loading import hook_model
-from pdctl.engine.messages import Sampling
-from pdctl.engine.runner import ModelRunner
-from pdctl.engine.scheduler import Limits, Scheduler
-from pdctl.engine.sequence import Sequence
-from pdctl.engine.transfer.memory import Memory
+from pdctl.engine.cache.blocks import BlockAllocator
+from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.cache.layout import block_bytes
+from pdctl.engine.cache.memory import Memory
+from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.model.loading import hook_model
+from pdctl.engine.model.runner import ModelRunner
+from pdctl.engine.schedule.scheduler import Limits, Scheduler
+from pdctl.engine.schedule.sequence import Sequence
 from pdctl.wire import Manifest
 
 _PROMPT = 128

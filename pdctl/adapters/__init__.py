@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, cast
 
 import msgspec
 
-from pdctl.topology import EngineGroup, Topology
+from pdctl.topology.spec import EngineGroup, Topology
 from pdctl.wire import EngineAddress
 
 KINDS = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
@@ -63,7 +63,7 @@ Choice = dict[str, msgspec.Raw]
 
 
 @dataclass(slots=True)
-class Turn:
+class RequestState:
     """What a dialect needs to know of a request at this moment. `emitted`: output tokens the client has.
 
     `prompt_ids`: the prompt as the engine tokenized it, where it said so; dialects that resume by tokens need it.
@@ -171,27 +171,27 @@ class Dialect(Protocol):
         """The fields it takes at a path; None where only the engine itself knows."""
         ...
 
-    def client_ready(self, turn: Turn) -> bool:
+    def client_ready(self, state: RequestState) -> bool:
         """Whether a stream's events may go to clients as they are, but for token ids."""
         ...
 
-    def prefill_call(self, turn: Turn, decode: EngineAddress) -> Call:
+    def prefill_call(self, state: RequestState, decode: EngineAddress) -> Call:
         """Ask for one token and the KV to be held; `decode` is the engine that will read it. Raises CannotResume."""
         ...
 
-    def decode_call(self, turn: Turn, hand_over: bytes | None, stream: bool) -> Call:
+    def decode_call(self, state: RequestState, hand_over: bytes | None, stream: bool) -> Call:
         """Ask for the rest, from `hand_over` where given. Raises CannotResume."""
         ...
 
-    def ending(self, turn: Turn) -> Choice | None:
+    def ending(self, state: RequestState) -> Choice | None:
         """The last choice where the client has all the tokens and only the end was lost; None to ask an engine."""
         ...
 
-    def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:
+    def parse_prefill(self, status: int, body: bytes, state: RequestState) -> Prefilled:
         """Raises EngineError for anything but a usable answer."""
         ...
 
-    def parse_event(self, data: bytes, turn: Turn) -> Delta:
+    def parse_event(self, data: bytes, state: RequestState) -> Delta:
         """One server-sent event's data. Raises EngineError for an error event."""
         ...
 
@@ -227,9 +227,9 @@ def dialect(kind: str) -> Dialect:
     return cast(Dialect, importlib.import_module(f"pdctl.adapters.{kind}").dialect())
 
 
-def stream_fields(turn: Turn) -> Fields:
+def stream_fields(state: RequestState) -> Fields:
     """Fields that every stream is requested with: token ids, which a failover needs, and counts."""
-    options = {"include_usage": True, **({"continuous_usage_stats": True} if turn.counts_each else {})}
+    options = {"include_usage": True, **({"continuous_usage_stats": True} if state.counts_each else {})}
     return {"return_token_ids": True, "stream_options": options}
 
 

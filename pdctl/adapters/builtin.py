@@ -13,12 +13,12 @@ from pdctl.adapters import (
     EngineError,
     Launch,
     Prefilled,
-    Turn,
+    RequestState,
     shown,
     stream_fields,
 )
-from pdctl.openai_fields import KNOWN_FIELDS
-from pdctl.topology import Device, Topology, Transfer
+from pdctl.net.openai_fields import KNOWN_FIELDS
+from pdctl.topology.spec import Device, Topology, Transfer
 from pdctl.wire import AttemptCall, EngineAddress, LeaseCall
 
 PROXY_HOLDER = "proxy"
@@ -140,38 +140,38 @@ class BuiltinDialect:
         """See Dialect.known_fields."""
         return KNOWN_FIELDS[path]
 
-    def client_ready(self, turn: Turn) -> bool:
+    def client_ready(self, state: RequestState) -> bool:
         """See Dialect.client_ready. Id and time of its events are those the proxy gives."""
         return True
 
-    def prefill_call(self, turn: Turn, decode: EngineAddress) -> Call:
+    def prefill_call(self, state: RequestState, decode: EngineAddress) -> Call:
         """See Dialect.prefill_call."""
         params: dict[str, object] = {"do_remote_decode": True}
         if decode.kind == "builtin":
             params["offer_to"] = {"host": decode.host, "port": decode.port}
         extra = {"stream": False, "return_token_ids": True, "kv_transfer_params": params}
-        return Call(turn.path, _encode({**turn.fields, **extra, **_resume(turn)}))
+        return Call(state.path, _encode({**state.fields, **extra, **_resume(state)}))
 
-    def decode_call(self, turn: Turn, hand_over: bytes | None, stream: bool) -> Call:
+    def decode_call(self, state: RequestState, hand_over: bytes | None, stream: bool) -> Call:
         """See Dialect.decode_call."""
         extra: dict[str, object] = {"stream": stream}
         if stream:
-            extra |= stream_fields(turn)
+            extra |= stream_fields(state)
         if hand_over is not None:
             extra["kv_transfer_params"] = msgspec.Raw(hand_over)
-        return Call(turn.path, _encode({**turn.fields, **extra, **_resume(turn)}))
+        return Call(state.path, _encode({**state.fields, **extra, **_resume(state)}))
 
-    def ending(self, turn: Turn) -> Choice | None:
+    def ending(self, state: RequestState) -> Choice | None:
         """See Dialect.ending. The engine does that itself, with the text it may have held back."""
         return None
 
-    def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:
+    def parse_prefill(self, status: int, body: bytes, state: RequestState) -> Prefilled:
         """See Dialect.parse_prefill."""
         answer = _parsed(status, body)
         if not answer.choices:
             raise EngineError(502, "the prefill engine answered without choices", "bad_upstream")
         known, fields = _decode_choice(answer.choices[0]), _decode_fields(answer.choices[0])
-        if turn.chat and "message" in fields:
+        if state.chat and "message" in fields:
             fields["delta"] = fields.pop("message")
         held = bytes(answer.kv_transfer_params)
         goes_on = held != b"null"
@@ -185,7 +185,7 @@ class BuiltinDialect:
             hand_over=held if goes_on else None,
         )
 
-    def parse_event(self, data: bytes, turn: Turn) -> Delta:
+    def parse_event(self, data: bytes, state: RequestState) -> Delta:
         """See Dialect.parse_event."""
         answer = _parsed(200, data)
         counts = (answer.usage.prompt_tokens, answer.usage.completion_tokens) if answer.usage else None
@@ -239,5 +239,5 @@ def _parsed(status: int, body: bytes) -> _Answer:
     return answer
 
 
-def _resume(turn: Turn) -> dict[str, object]:
-    return {"resume_token_ids": turn.emitted} if turn.emitted else {}
+def _resume(state: RequestState) -> dict[str, object]:
+    return {"resume_token_ids": state.emitted} if state.emitted else {}

@@ -21,7 +21,7 @@ from pdctl.adapters import (
     EngineError,
     Fields,
     Prefilled,
-    Turn,
+    RequestState,
     shown,
     stream_fields,
     without,
@@ -97,36 +97,36 @@ class VllmDialect:
         """See Dialect.known_fields. Each version of vLLM knows others, and says itself what it ignores."""
         return None
 
-    def client_ready(self, turn: Turn) -> bool:
+    def client_ready(self, state: RequestState) -> bool:
         """See Dialect.client_ready. A continuation is a completion to it, whatever the client asked."""
-        return not turn.emitted
+        return not state.emitted
 
-    def prefill_call(self, turn: Turn, decode: EngineAddress) -> Call:
+    def prefill_call(self, state: RequestState, decode: EngineAddress) -> Call:
         """See Dialect.prefill_call."""
-        path, fields = _continued(turn)
+        path, fields = _continued(state)
         hold = {**_HOLD, "max_completion_tokens": 1} if "max_completion_tokens" in fields else _HOLD
         return Call(path, _encode({**without(fields, "min_tokens"), **hold}))
 
-    def decode_call(self, turn: Turn, hand_over: bytes | None, stream: bool) -> Call:
+    def decode_call(self, state: RequestState, hand_over: bytes | None, stream: bool) -> Call:
         """See Dialect.decode_call."""
-        path, fields = _continued(turn)
+        path, fields = _continued(state)
         extra: Fields = {"stream": stream}
         if stream:
-            extra |= stream_fields(turn)
+            extra |= stream_fields(state)
         if hand_over is not None:
             extra["kv_transfer_params"] = msgspec.Raw(hand_over)
         return Call(path, _encode({**fields, **extra}))
 
-    def ending(self, turn: Turn) -> Choice | None:
+    def ending(self, state: RequestState) -> Choice | None:
         """See Dialect.ending."""
-        if len(turn.emitted) < (_limit(turn) or len(turn.emitted) + 1):
+        if len(state.emitted) < (_limit(state) or len(state.emitted) + 1):
             return None
         reason = msgspec.Raw(b'"length"')
-        return {"delta": msgspec.Raw(b"{}"), "finish_reason": reason} if turn.chat else {
+        return {"delta": msgspec.Raw(b"{}"), "finish_reason": reason} if state.chat else {
             "text": msgspec.Raw(b'""'), "logprobs": msgspec.Raw(b"null"), "finish_reason": reason,
         }  # fmt: skip
 
-    def parse_prefill(self, status: int, body: bytes, turn: Turn) -> Prefilled:
+    def parse_prefill(self, status: int, body: bytes, state: RequestState) -> Prefilled:
         """See Dialect.parse_prefill. Its token is thrown away: decode samples it again from the same logits."""
         answer = _parsed(status, body)
         held = bytes(answer.kv_transfer_params)
@@ -134,14 +134,14 @@ class VllmDialect:
             raise EngineError(502, "the prefill engine held no KV: has it a kv_transfer_config?", "bad_upstream")
         return Prefilled([], {}, None, answer.usage.prompt_tokens if answer.usage else 0, held)
 
-    def parse_event(self, data: bytes, turn: Turn) -> Delta:
+    def parse_event(self, data: bytes, state: RequestState) -> Delta:
         """See Dialect.parse_event."""
         answer = _parsed(200, data)
         counts = (answer.usage.prompt_tokens, answer.usage.completion_tokens) if answer.usage else None
         if not answer.choices:
             return Delta([], None, None, counts)
         known, fields = _decode_choice(answer.choices[0]), shown(_decode_fields(answer.choices[0]), *_HIDDEN)
-        if turn.chat and "delta" not in fields:
+        if state.chat and "delta" not in fields:
             # A chat that goes on as a completion.
             fields = _as_chat(fields, known.text or "")
         prompt = known.prompt_token_ids or answer.prompt_token_ids
@@ -178,23 +178,23 @@ def _as_chat(fields: Choice, text: str) -> Choice:
     return {**{name: value for name, value in fields.items() if name not in ("text", "logprobs")}, "delta": delta}
 
 
-def _continued(turn: Turn) -> tuple[str, Fields]:
+def _continued(state: RequestState) -> tuple[str, Fields]:
     """The request as it is, or what is left of it after the tokens the client has."""
-    if not turn.emitted:
-        return turn.path, turn.fields
-    if not turn.prompt_ids:
+    if not state.emitted:
+        return state.path, state.fields
+    if not state.prompt_ids:
         raise CannotResume("the engine did not tell its prompt's token ids: vLLM 0.10.2 or later does")
-    if found := next((name for name in _NOT_CONTINUED if _says(turn.fields, name)), None):
+    if found := next((name for name in _NOT_CONTINUED if _says(state.fields, name)), None):
         raise CannotResume(f"a vLLM request with {found} cannot go on after its engine failed")
-    assert not turn.held, "taken back before it goes on"
-    fields = {name: turn.fields[name] for name in _SAMPLING if name in turn.fields}
-    count, limit, least = len(turn.emitted), _limit(turn), _number(turn.fields, "min_tokens")
+    assert not state.held, "taken back before it goes on"
+    fields = {name: state.fields[name] for name in _SAMPLING if name in state.fields}
+    count, limit, least = len(state.emitted), _limit(state), _number(state.fields, "min_tokens")
     if limit:
         assert limit > count, "an answer that is whole asks for nothing more"
         fields["max_tokens"] = limit - count
     if least:
         fields["min_tokens"] = max(0, least - count)
-    return "/v1/completions", {**fields, "prompt": [*turn.prompt_ids, *turn.emitted]}
+    return "/v1/completions", {**fields, "prompt": [*state.prompt_ids, *state.emitted]}
 
 
 def _says(fields: Fields, name: str) -> bool:
@@ -205,10 +205,10 @@ def _says(fields: Fields, name: str) -> bool:
     return said not in _SAYS_NOTHING and not (said == b"0" and name.endswith("penalty"))
 
 
-def _limit(turn: Turn) -> int | None:
+def _limit(state: RequestState) -> int | None:
     """Output tokens at most; completions have OpenAI's default of 16."""
-    found = _number(turn.fields, "max_completion_tokens") or _number(turn.fields, "max_tokens")
-    return found or (None if turn.chat else 16)
+    found = _number(state.fields, "max_completion_tokens") or _number(state.fields, "max_tokens")
+    return found or (None if state.chat else 16)
 
 
 def _number(fields: Fields, name: str) -> int | None:

@@ -15,7 +15,7 @@ import msgspec
 
 from pdctl.bench import Asked, Record
 from pdctl.errors import PdctlError
-from pdctl.lean_http import Exchange, Pool, Unreachable
+from pdctl.net.http_client import ConnectionPool, Exchange, Unreachable
 from pdctl.wire import TIMING_HEADER
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Endpoint:
     certificate: str = ""
     chat: bool = False
 
-    def pool(self) -> Pool:
+    def pool(self) -> ConnectionPool:
         """Connections to it. Raises PdctlError for an address that is none."""
         try:
             parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
@@ -72,7 +72,7 @@ class Endpoint:
             hint = "such as http://127.0.0.1:8000 or https://example.org/v1"
             raise PdctlError(f"{self.url!r} is no address of a service", hint)
         tls = self._tls() if parts.scheme == "https" else None
-        return Pool(host, port or (443 if tls else 80), connect_s=_CONNECT_S, tls=tls)
+        return ConnectionPool(host, port or (443 if tls else 80), connect_s=_CONNECT_S, tls=tls)
 
     def _tls(self) -> ssl.SSLContext:
         import ssl
@@ -233,14 +233,14 @@ def _head(endpoint: Endpoint) -> bytes:
     return b"%bcontent-type: application/json\r\n" % endpoint.headers
 
 
-async def ask_once(endpoint: Endpoint, pool: Pool, request: Asked) -> Record:
+async def ask_once(endpoint: Endpoint, pool: ConnectionPool, request: Asked) -> Record:
     """One request, now."""
     record = Record(planned_at=time.monotonic())
     await _ask(endpoint, pool, request, record)
     return record
 
 
-async def _ask(endpoint: Endpoint, pool: Pool, request: Asked, record: Record) -> None:
+async def _ask(endpoint: Endpoint, pool: ConnectionPool, request: Asked, record: Record) -> None:
     body = msgspec.json.encode(endpoint.body(request))
     lines = b"%b%b: 1\r\n" % (_head(endpoint), TIMING_HEADER.encode())
     exchange = pool.exchange("POST", endpoint.path, lines, body)

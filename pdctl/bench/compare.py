@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdctl.bench.metrics import Figures, Targets, half_width
+from pdctl.bench.metrics import Measurements, Targets, half_width
 from pdctl.errors import PdctlError
 from pdctl.user_files import read_user_text
 
@@ -69,7 +69,7 @@ class Ratio:
         return (self.ratio > 1) is self.more_is_better
 
 
-def read(path: Path) -> Figures:
+def read(path: Path) -> Measurements:
     """A result file, ours or one of vLLM's `bench serve --save-detailed`. Raises PdctlError."""
     try:
         found = json.loads(read_user_text(path))
@@ -85,7 +85,7 @@ def read(path: Path) -> Figures:
     return found
 
 
-def _misshapen(found: Figures) -> str:
+def _misshapen(found: Measurements) -> str:
     """Why samples cannot be those of one run; "" where they can."""
     names = [name for name in ("ttfts", "itls", "output_lens", "errors") if name in found]
     lists = {name: _rows(found, name) for name in names}
@@ -99,10 +99,10 @@ def _misshapen(found: Figures) -> str:
     return ""
 
 
-def with_goodput(figures: Figures, targets: Targets) -> Figures:
+def with_goodput(measurements: Measurements, targets: Targets) -> Measurements:
     """The same with goodput by these targets, from its samples and its duration."""
-    ttfts, itls, outputs = (_rows(figures, name) for name in ("ttfts", "itls", "output_lens"))
-    errors = _rows(figures, "errors") or [""] * len(ttfts)
+    ttfts, itls, outputs = (_rows(measurements, name) for name in ("ttfts", "itls", "output_lens"))
+    errors = _rows(measurements, "errors") or [""] * len(ttfts)
     met: list[int] = []
     for ttft, gaps, count, error in zip(ttfts, itls, outputs, errors, strict=True):
         whole = ttft + sum(gaps)
@@ -110,17 +110,17 @@ def with_goodput(figures: Figures, targets: Targets) -> Figures:
         wanted = ((targets.ttft, ttft), (targets.tpot, tpot), (targets.e2el, whole))
         is_met = bool(count) and not error and all(limit is None or value * 1000 <= limit for limit, value in wanted)
         met.append(int(is_met))
-    duration = figures.get("duration")
+    duration = measurements.get("duration")
     seconds = float(duration) if isinstance(duration, int | float) and duration else 1.0
-    ours = figures.get("pdctl")
+    ours = measurements.get("pdctl")
     known = ours if isinstance(ours, dict) else {}
-    return figures | {"request_goodput": sum(met) / seconds, "pdctl": {**known, "met": met}}
+    return measurements | {"request_goodput": sum(met) / seconds, "pdctl": {**known, "met": met}}
 
 
-def samples(figures: Figures) -> dict[str, Clusters]:
+def samples(measurements: Measurements) -> dict[str, Clusters]:
     """Milliseconds of each metric, by request, of answers without an error."""
-    ttfts, itls, outputs = (_rows(figures, name) for name in ("ttfts", "itls", "output_lens"))
-    errors = _rows(figures, "errors") or [""] * len(ttfts)
+    ttfts, itls, outputs = (_rows(measurements, name) for name in ("ttfts", "itls", "output_lens"))
+    errors = _rows(measurements, "errors") or [""] * len(ttfts)
     good = [n for n in range(len(ttfts)) if not errors[n] and outputs[n]]
     return {
         "ttft": [[ttfts[n] * 1000] for n in good],
@@ -130,12 +130,12 @@ def samples(figures: Figures) -> dict[str, Clusters]:
     }
 
 
-def _rows(figures: Figures, name: str) -> list:  # type: ignore[type-arg]  # of what the file holds
-    value = figures.get(name)
+def _rows(measurements: Measurements, name: str) -> list:  # type: ignore[type-arg]  # of what the file holds
+    value = measurements.get(name)
     return value if isinstance(value, list) else []
 
 
-def compare(first: Figures, second: Figures) -> list[Ratio]:
+def compare(first: Measurements, second: Measurements) -> list[Ratio]:
     """Every figure that both have. Rates have an interval where both were repeated."""
     ours, theirs = samples(first), samples(second)
     found = []
@@ -160,10 +160,10 @@ def compare(first: Figures, second: Figures) -> list[Ratio]:
     return found
 
 
-def _of_met(first: Figures, second: Figures, ratio: float) -> tuple[float, float] | None:
+def _of_met(first: Measurements, second: Measurements, ratio: float) -> tuple[float, float] | None:
     """Of goodput, by drawing requests again, each of which met its targets or did not. That tells nothing of how long
     runs take: the interval reaches to where both had taken as long."""
-    ours, theirs = (_listed_met(figures) for figures in (first, second))
+    ours, theirs = (_listed_met(measurements) for measurements in (first, second))
     if not ours or not theirs or not sum(ours) or not sum(theirs):
         return None
     rng = random.Random(1)  # noqa: S311 - resampling
@@ -178,8 +178,8 @@ def _of_met(first: Figures, second: Figures, ratio: float) -> tuple[float, float
     return min(low, faster * low), max(high, faster * high)
 
 
-def _listed_met(figures: Figures) -> list[int]:
-    ours = figures.get("pdctl")
+def _listed_met(measurements: Measurements) -> list[int]:
+    ours = measurements.get("pdctl")
     met = ours.get("met") if isinstance(ours, dict) else None
     return [int(bool(one)) for one in met] if isinstance(met, list) else []
 
@@ -191,9 +191,9 @@ def _widened(ratio: Ratio, rounds: tuple[float, float] | None) -> Ratio:
     return replace(ratio, low=min(ratio.low, rounds[0]), high=max(ratio.high, rounds[1]))
 
 
-def _over_rounds(first: Figures, second: Figures, name: str, least: int = 2) -> tuple[float, float] | None:
+def _over_rounds(first: Measurements, second: Measurements, name: str, least: int = 2) -> tuple[float, float] | None:
     """Of the rounds' ratios, whose logarithms are taken for normal (Student's t); None for fewer than `least`."""
-    ours, theirs = (_of_rounds(figures, name) for figures in (first, second))
+    ours, theirs = (_of_rounds(measurements, name) for measurements in (first, second))
     if len(ours) != len(theirs) or len(ours) < least or not all(ours) or not all(theirs):
         return None
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
@@ -202,8 +202,8 @@ def _over_rounds(first: Figures, second: Figures, name: str, least: int = 2) -> 
     return math.exp(max(-_MOST_LOG, middle - half)), math.exp(min(_MOST_LOG, middle + half))
 
 
-def _of_rounds(figures: Figures, name: str) -> list[float]:
-    ours = figures.get("pdctl")
+def _of_rounds(measurements: Measurements, name: str) -> list[float]:
+    ours = measurements.get("pdctl")
     repeats = ours.get("repeats") if isinstance(ours, dict) else None
     runs = repeats.get("runs") if isinstance(repeats, dict) else None
     values = runs.get(name) if isinstance(runs, dict) else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pdctl.bench import Record
 from pdctl.bench.client import Run
 
-Figures = dict[str, object]
+Measurements = dict[str, object]
 QUANTILES = (50, 90, 99)
 _METRICS = ("ttft", "tpot", "itl", "e2el")
 
@@ -61,12 +61,12 @@ def samples(records: Sequence[Record]) -> dict[str, list[float]]:
     }
 
 
-def figures(run: Run, targets: Targets, quantiles: Sequence[int] = QUANTILES) -> Figures:
+def measurements(run: Run, targets: Targets, quantiles: Sequence[int] = QUANTILES) -> Measurements:
     """One run's, warm-up left out by the caller."""
     records, seconds = run.records, max(1e-9, run.ended_at - run.started_at)
     good = [record for record in records if record.is_good]
     inputs, outputs = sum(r.input_tokens for r in good), sum(r.output_tokens for r in good)
-    found: Figures = {
+    found: Measurements = {
         "duration": seconds,
         "completed": len(good),
         "failed": sum(bool(record.error) for record in records),
@@ -92,8 +92,8 @@ def figures(run: Run, targets: Targets, quantiles: Sequence[int] = QUANTILES) ->
     return found | {"pdctl": _ours(run, targets)}
 
 
-def _statistics(name: str, values: list[float], quantiles: Sequence[int]) -> Figures:
-    found: Figures = {
+def _statistics(name: str, values: list[float], quantiles: Sequence[int]) -> Measurements:
+    found: Measurements = {
         f"mean_{name}_ms": statistics.fmean(values) if values else 0.0,
         f"median_{name}_ms": percentile(values, 50),
         f"std_{name}_ms": statistics.pstdev(values) if values else 0.0,
@@ -101,7 +101,7 @@ def _statistics(name: str, values: list[float], quantiles: Sequence[int]) -> Fig
     return found | {f"p{part}_{name}_ms": percentile(values, part) for part in quantiles}
 
 
-def _ours(run: Run, targets: Targets) -> Figures:
+def _ours(run: Run, targets: Targets) -> Measurements:
     """What vLLM's tool does not say."""
     records = run.records
     late = [record.sent_at - record.planned_at for record in records if record.sent_at]
@@ -163,7 +163,7 @@ def pooled(runs: Sequence[Run]) -> Run:
     return whole
 
 
-def over_runs(found: Sequence[Figures]) -> Figures:
+def over_runs(found: Sequence[Measurements]) -> Measurements:
     """Of each figure its values in these runs, their mean, and its 95% interval (Student's t)."""
     runs: dict[str, list[float]] = {}
     for figures_ in found:

@@ -17,8 +17,8 @@ from pdctl.host.users import run_root
 from pdctl.user_files import read_user_text
 
 FILE_ENV = "PDCTL_FILE"
-# The status without figures, for whoever waits for a state.
-STATE = "/v1/status?figures=0"
+# The status without measurements, for whoever waits for a state.
+STATE = "/v1/status?measurements=0"
 DEFAULT_FILE = "pdctl.toml"
 # One call to a supervisor, seconds.
 _CALL_S = 10.0
@@ -65,7 +65,7 @@ def find_service(service: str | None, file: Path | None) -> str:
 
 def running_services() -> list[str]:
     """Names of this user's services whose supervisor lives, also of one that does not answer."""
-    from pdctl.supervisor.presence import living_services
+    from pdctl.supervisor.rundir.presence import living_services
 
     return living_services(run_root())
 
@@ -79,7 +79,7 @@ def _left_behind() -> list[str]:
 
 def left_running(run_dir: Path) -> list[int]:
     """Pids of a service's processes, by their stamp: its supervisor is not among them."""
-    from pdctl.supervisor.tree import stamped
+    from pdctl.supervisor.process.tree import stamped
     from pdctl.wire import UNIT_ENV
 
     return stamped(f"{UNIT_ENV}={run_dir}:")
@@ -96,7 +96,7 @@ def call(service: str, method: str, path: str, body: str | None = None) -> Statu
             raise PdctlError(f"service {service!r} belongs to another user ({run_dir})", "ask as that user") from None
         except (FileNotFoundError, ConnectionRefusedError):
             # No answer is no proof of no process. A supervisor puts a socket that was removed back.
-            from pdctl.supervisor.presence import supervisor_of
+            from pdctl.supervisor.rundir.presence import supervisor_of
 
             pid = supervisor_of(run_dir)
             if pid is None:
@@ -118,7 +118,7 @@ def _call_once(run_dir: Path, method: str, path: str, body: str | None) -> Statu
 
 
 def _gone_or_silent(service: str) -> PdctlError:
-    from pdctl.supervisor.presence import supervisor_of
+    from pdctl.supervisor.rundir.presence import supervisor_of
 
     pid = supervisor_of(run_root() / service)
     return not_answering(service, pid) if pid is not None else _not_running(service)
@@ -126,7 +126,7 @@ def _gone_or_silent(service: str) -> PdctlError:
 
 def not_answering(service: str, pid: int) -> NotAnswering:
     """What to say of a supervisor that lives and is silent."""
-    from pdctl.supervisor.presence import is_stopped
+    from pdctl.supervisor.rundir.presence import is_stopped
 
     end = f"end the service with: pdctl down --now -s {service}"
     if is_stopped(pid):

@@ -19,7 +19,7 @@ from pdctl.errors import PdctlError, Verdict
 
 if TYPE_CHECKING:
     from pdctl.doctor import Finding
-    from pdctl.doctor.look import Look, Where
+    from pdctl.doctor.inspection import Inspection, Where
     from pdctl.doctor.transfer import Result
 
 
@@ -90,20 +90,20 @@ def doctor(
         _ibstatus(port, sysfs_root)
     if listed:
         return _list(as_json)
-    look = _look(against, sysfs_root, kmsg)
+    inspection = _inspect(against, sysfs_root, kmsg)
     if devinfo:
-        return _devinfo(look, port)
+        return _devinfo(inspection, port)
     if matrix:
-        return _matrix(look)
+        return _matrix(inspection)
     if watch:
-        return _watch(look, interval, count, as_json)
+        return _watch(inspection, interval, count, as_json)
     chosen = tuple(areas or [area for area in Area if area is not Area.TRANSFER])
-    moved = _transfer(look, only, protocol, mib) if Area.TRANSFER in chosen else None
-    found = look.findings(chosen) if chosen != (Area.TRANSFER,) else None
+    moved = _transfer(inspection, only, protocol, mib) if Area.TRANSFER in chosen else None
+    found = inspection.findings(chosen) if chosen != (Area.TRANSFER,) else None
     _tell(found, moved, as_json)
     if bundle is not None:
-        _bundle(bundle, look, found or [])
-    raise Verdict(_judged(look, found, moved))
+        _bundle(bundle, inspection, found or [])
+    raise Verdict(_judged(inspection, found, moved))
 
 
 def _areas_and_devices(words: list[str], takes_devices: bool) -> tuple[list[Area], list[str]]:
@@ -169,24 +169,24 @@ def _written(mode: str) -> str:
     return {"transfer": "the area transfer", "listed": "--list"}.get(mode, f"--{mode}")
 
 
-def _look(against: Path | None, sysfs_root: Path, kmsg: Path) -> Look:
-    from pdctl.doctor.look import Look, Where
+def _inspect(against: Path | None, sysfs_root: Path, kmsg: Path) -> Inspection:
+    from pdctl.doctor.inspection import Inspection, Where
 
-    look = Look(Where(against or topology_file(None), sysfs_root=sysfs_root, kernel_log=kmsg))
-    look.where = _with_what_runs(look)
-    return look
+    inspection = Inspection(Where(against or topology_file(None), sysfs_root=sysfs_root, kernel_log=kmsg))
+    inspection.where = _with_what_runs(inspection)
+    return inspection
 
 
-def _with_what_runs(look: Look) -> Where:
+def _with_what_runs(inspection: Inspection) -> Where:
     from dataclasses import replace
 
-    from pdctl.supervisor.adoption import read_estate
-    from pdctl.supervisor.presence import supervisor_of
+    from pdctl.supervisor.rundir.adoption import read_adoptable
+    from pdctl.supervisor.rundir.presence import supervisor_of
 
-    run_dir = Path(look.plan.run_dir) if look.plan else None
+    run_dir = Path(inspection.plan.run_dir) if inspection.plan else None
     # What outlived its supervisor still has its ports and its memory.
-    running = run_dir is not None and (supervisor_of(run_dir) is not None or read_estate(run_dir) is not None)
-    return replace(look.where, is_running=running)
+    running = run_dir is not None and (supervisor_of(run_dir) is not None or read_adoptable(run_dir) is not None)
+    return replace(inspection.where, is_running=running)
 
 
 def _tell(found: list[Finding] | None, moved: list[Result] | None, as_json: bool) -> None:
@@ -207,19 +207,19 @@ def _tell(found: list[Finding] | None, moved: list[Result] | None, as_json: bool
         console.note(summary(found))
 
 
-def _judged(look: Look, found: list[Finding] | None, moved: list[Result] | None) -> int:
+def _judged(inspection: Inspection, found: list[Finding] | None, moved: list[Result] | None) -> int:
     from pdctl.doctor import exit_code, transfer
 
-    needed = look.topology.transfer.backend if look.topology else ""
+    needed = inspection.topology.transfer.backend if inspection.topology else ""
     codes = [] if found is None else [exit_code(found)]
     return _worst(codes if moved is None else [*codes, transfer.exit_code(moved, needed)])
 
 
-def _bundle(path: Path, look: Look, found: list[Finding]) -> None:
+def _bundle(path: Path, inspection: Inspection, found: list[Finding]) -> None:
     from pdctl.doctor.bundle import write
 
     try:
-        names = write(path, look, found)
+        names = write(path, inspection, found)
     except OSError as failure:
         raise PdctlError(f"{path} cannot be written: {failure.strerror}", "name a file in a folder of yours") from None
     console.note(f"{path} has {', '.join(names)}. Secrets and prompts were removed; look at it before you send it.")
@@ -241,24 +241,24 @@ def _ibstatus(ports: list[str], sysfs_root: Path) -> None:
     raise Verdict(code)
 
 
-def _devinfo(look: Look, ports: list[str]) -> None:
+def _devinfo(inspection: Inspection, ports: list[str]) -> None:
     from pdctl.doctor.devinfo import devinfo
     from pdctl.doctor.verbs import read_verbs
 
     # The library looks at this machine, whatever tree we are to read.
-    wanted = {device.name: [port.number for port in device.ports] for device in look.tree.devices}
-    known = read_verbs(wanted) if wanted and look.where.sysfs_root == Path("/sys") else {}
-    console.out(devinfo(look.tree, known, ports), end="")
+    wanted = {device.name: [port.number for port in device.ports] for device in inspection.tree.devices}
+    known = read_verbs(wanted) if wanted and inspection.where.sysfs_root == Path("/sys") else {}
+    console.out(devinfo(inspection.tree, known, ports), end="")
 
 
-def _matrix(look: Look) -> None:
-    from pdctl.doctor.affinity import matrix
+def _matrix(inspection: Inspection) -> None:
+    from pdctl.doctor.areas.affinity import matrix
 
-    scene = look.affinity()
-    if not scene.gpus or not scene.devices:
-        missing = "no GPU" if not scene.gpus else "no RDMA device that is up"
+    facts = inspection.affinity()
+    if not facts.gpus or not facts.devices:
+        missing = "no GPU" if not facts.gpus else "no RDMA device that is up"
         raise PdctlError(f"there is nothing to pair: {missing} on this machine")
-    console.out(matrix(scene))
+    console.out(matrix(facts))
 
 
 def _list(as_json: bool) -> None:
@@ -271,18 +271,18 @@ def _list(as_json: bool) -> None:
         console.out(console.table(["CHECK", "AREA", "SEVERITY", "FIRES WHEN"], rows))
 
 
-def _watch(look: Look, interval: float, count: int, as_json: bool) -> None:
+def _watch(inspection: Inspection, interval: float, count: int, as_json: bool) -> None:
     """Each look against the one before; Ctrl-C ends it."""
     from pdctl.doctor import exit_code
     from pdctl.doctor.counters import compare, traffic
 
-    if not look.tree.devices:
+    if not inspection.tree.devices:
         raise PdctlError("there is no RDMA device to watch", "look for one with: pdctl doctor rdma")
-    before, worst, number = look.sample(), 0, 0
+    before, worst, number = inspection.sample(), 0, 0
     while not count or number < count:
         time.sleep(interval)
         number += 1
-        now = look.sample()
+        now = inspection.sample()
         found, moved = compare(before, now), traffic(before, now)
         if as_json:
             ports = {name: {"received_gbs": r, "sent_gbs": s} for name, (r, s) in moved.items()}
@@ -301,17 +301,17 @@ def _watch(look: Look, interval: float, count: int, as_json: bool) -> None:
 # -- transfer ----------------------------------------------------------------------------------------------
 
 
-def _transfer(look: Look, only: Backend | None, protocol: Protocol, mib: int) -> list[Result]:
+def _transfer(inspection: Inspection, only: Backend | None, protocol: Protocol, mib: int) -> list[Result]:
     from pdctl.doctor import transfer
 
     found = []
-    settings = look.topology.transfer if look.topology else None
+    settings = inspection.topology.transfer if inspection.topology else None
     # What the service will ask for, unless something else is asked for here.
     asked = settings.protocol if settings and protocol is Protocol.AUTO else protocol.value
-    for probe in transfer.probes(look.plan, only.value if only else None, asked, mib):
+    for probe in transfer.probes(inspection.plan, only.value if only else None, asked, mib):
         where = f", {probe.pair}" if probe.pair else ""
         console.note(f"{probe.transport}{where}: moving {mib} MiB between two processes ...")
-        found.append(transfer.run(probe, look.tree))
+        found.append(transfer.run(probe, inspection.tree))
     return found
 
 

@@ -17,7 +17,7 @@ import tomli
 
 from pdctl import __version__
 from pdctl.doctor import Finding
-from pdctl.doctor.look import Look
+from pdctl.doctor.inspection import Inspection
 from pdctl.host import state_root
 
 _MOST_LOG_BYTES = 256 * 1024
@@ -78,14 +78,14 @@ def _clean_line(line: str) -> str:
     return _PROMPTS.sub(rf"\1 {_HIDDEN}", text) + line[len(line.rstrip("\r\n")) :]
 
 
-def write(path: Path, look: Look, findings: list[Finding]) -> list[str]:
+def write(path: Path, inspection: Inspection, findings: list[Finding]) -> list[str]:
     """Write the file, readable by its owner only; the names of what is in it. Raises OSError."""
     names = []
     new = path.with_name(f".{path.name}.{os.getpid()}")
     # A new file, whoever may read the one that it takes the place of.
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, text in _parts(look, findings):
+        for name, text in _parts(inspection, findings):
             data = text.encode()
             entry = tarfile.TarInfo(f"pdctl-doctor/{name}")
             entry.size, entry.mtime, entry.mode = len(data), int(time.time()), 0o600
@@ -95,17 +95,20 @@ def write(path: Path, look: Look, findings: list[Finding]) -> list[str]:
     return names
 
 
-def _parts(look: Look, findings: list[Finding]) -> Iterator[tuple[str, str]]:
+def _parts(inspection: Inspection, findings: list[Finding]) -> Iterator[tuple[str, str]]:
     yield "findings.json", _json([finding.to_dict() for finding in findings])
-    yield "facts.json", _json(_facts(look))
+    yield "facts.json", _json(_facts(inspection))
     yield "versions.json", _json(_versions())
-    yield "environment.json", _json(_environment(look.where.env))
-    if look.plan is not None:
-        yield "plan.json", _json(look.plan.to_dict())
-    if look.topology is not None and look.topology.source:
+    yield "environment.json", _json(_environment(inspection.where.env))
+    if inspection.plan is not None:
+        yield "plan.json", _json(inspection.plan.to_dict())
+    if inspection.topology is not None and inspection.topology.source:
         # By what it says, not line by line: a value may go over several.
-        yield "topology.json", _json(tomli.loads(look.topology.text or Path(look.topology.source).read_text()))
-    name = look.plan.service if look.plan else ""
+        yield (
+            "topology.json",
+            _json(tomli.loads(inspection.topology.text or Path(inspection.topology.source).read_text())),
+        )
+    name = inspection.plan.service if inspection.plan else ""
     folder = state_root() / name / "logs"
     for log in sorted([*folder.glob("*.log"), *folder.glob("*.jsonl")]) if name else ():
         yield f"logs/{log.name}", _records(_tail(log)) if log.suffix == ".jsonl" else clean(_tail(log))
@@ -149,16 +152,16 @@ def _hidden_or_not(name: str, value: object) -> object:
     return _scrubbed(value)
 
 
-def _facts(look: Look) -> dict[str, object]:
-    host = look.host
+def _facts(inspection: Inspection) -> dict[str, object]:
+    host = inspection.host
     return {
         "kernel": platform.release(),
         "system": platform.platform(),
         "cpus": host.cpus,
         "memory_bytes": host.memory,
-        "gpus": [gpu.__repr__() for gpu in look.gpus.gpus],
-        "gpu_driver": look.gpus.driver or look.gpus.absence,
-        "rdma": look.tree.support.value,
+        "gpus": [gpu.__repr__() for gpu in inspection.gpus.gpus],
+        "gpu_driver": inspection.gpus.driver or inspection.gpus.absence,
+        "rdma": inspection.tree.support.value,
         "rdma_devices": [
             {
                 "name": device.name,
@@ -175,7 +178,7 @@ def _facts(look: Look) -> dict[str, object]:
                     for port in device.ports
                 ],
             }
-            for device in look.tree.devices
+            for device in inspection.tree.devices
         ],
         "classes": {f"{gpu} {device}": found for (gpu, device), found in host.layout.classes.items()},
     }

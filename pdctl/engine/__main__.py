@@ -23,7 +23,7 @@ def main() -> int:
         gc.disable()
         import transformers.modeling_utils  # noqa: F401 - most of the time, and it would be imported while loading
 
-        from pdctl.engine.core import main as core
+        from pdctl.engine.core.loop import main as core
 
         gc.freeze()
         gc.enable()
@@ -37,7 +37,7 @@ def main() -> int:
 
         return probe(argv)
     if verb == "grammars":
-        from pdctl.engine.grammar import main as grammars
+        from pdctl.engine.model.grammar import main as grammars
 
         return grammars(argv)
     sys.stderr.write("usage: python -m pdctl.engine serve|core|prepare|probe|grammars ...\n")

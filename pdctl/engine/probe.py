@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pdctl.engine.layout import Span
+from pdctl.engine.cache.layout import Span
+from pdctl.engine.cache.memory import Memory, NoMemory
 from pdctl.engine.transfer import TRANSPORTS, Settings, TransferError, Transport, transport_kind
-from pdctl.engine.transfer.memory import Memory, NoMemory
 
 _BLOCK = 64 * 1024
 _READ_S = 30.0
@@ -112,7 +112,7 @@ def probe(place: Place, peer: Place, peer_cpus: set[int], pieces: Sequence[int] 
             memory.bytes[:] = 0
             read(spans)()
             right &= all((memory.bytes[t : t + n] == content[s : s + n]).all() for s, t, n in spans)
-            cut.append(_figures(spans, *_against(read(spans), _copy(content, memory, spans))))
+            cut.append(_measurements(spans, *_against(read(spans), _copy(content, memory, spans))))
         small = statistics.median(_timed(read([Span(64, 0, 64)])) for _ in range(50))
     _close(transport, memory)
     return {
@@ -132,7 +132,7 @@ def probe(place: Place, peer: Place, peer_cpus: set[int], pieces: Sequence[int] 
     }
 
 
-def _figures(spans: Sequence[Span], seconds: float, copy: float) -> dict[str, float]:
+def _measurements(spans: Sequence[Span], seconds: float, copy: float) -> dict[str, float]:
     num_bytes = sum(length for _, _, length in spans)
     return {
         "count": len(spans),

@@ -51,7 +51,7 @@ class GpuHealth:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuFacts:
+class GpuReport:
     """`absence`: why there are none, "" where there are. `cuda`: what the driver supports at most, such as 12.4.
     `lost`: GPUs that the driver counts and does not tell of, and why."""
 
@@ -62,16 +62,16 @@ class GpuFacts:
     lost: tuple[str, ...] = ()
 
 
-def read_gpu_facts() -> GpuFacts:
+def read_gpu_facts() -> GpuReport:
     """Ask NVML. Tens of milliseconds where there is a driver, one where there is none."""
     try:
         import pynvml
     except ImportError:
-        return GpuFacts(absence=NO_BINDING)
+        return GpuReport(absence=NO_BINDING)
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as failure:
-        return GpuFacts(absence=_absence(pynvml, failure))
+        return GpuReport(absence=_absence(pynvml, failure))
     try:
         driver = _asked(pynvml, lambda: str(_text(pynvml.nvmlSystemGetDriverVersion()))) or ""
         version = _asked(pynvml, lambda: int(pynvml.nvmlSystemGetCudaDriverVersion_v2()))
@@ -83,10 +83,10 @@ def read_gpu_facts() -> GpuFacts:
             except pynvml.NVMLError as failure:
                 lost.append(f"GPU {index}: {failure}")
     except pynvml.NVMLError as failure:
-        return GpuFacts(absence=f"NVML fails: {failure}")
+        return GpuReport(absence=f"NVML fails: {failure}")
     finally:
         pynvml.nvmlShutdown()
-    return GpuFacts(tuple(gpus), "" if gpus else "the driver lists no GPU", driver, cuda, tuple(lost))
+    return GpuReport(tuple(gpus), "" if gpus else "the driver lists no GPU", driver, cuda, tuple(lost))
 
 
 def _absence(pynvml: ModuleType, failure: Exception) -> str:

@@ -19,24 +19,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from pdctl.errors import PdctlError
-from pdctl.proxy.access_log import AccessLog
-from pdctl.proxy.app import ProxyApp
-from pdctl.proxy.connections import BoundedProtocol, reap_forever
-from pdctl.proxy.gate import Gate
-from pdctl.proxy.generate import Generator
-from pdctl.proxy.give_back import giving_back
-from pdctl.proxy.keys import Keys
-from pdctl.proxy.meters import SharedLoads
-from pdctl.proxy.metrics import SAVE_S, Metrics
-from pdctl.proxy.pool import EnginePool
-from pdctl.proxy.quarantine import Quarantine
-from pdctl.proxy.relay import Shared
-from pdctl.proxy.releases import Releases
-from pdctl.proxy.reload import Reloader, admission_of
-from pdctl.proxy.routing import POLICIES
-from pdctl.proxy.spans import NO_SPANS, OtlpSpans, Spans
-from pdctl.proxy.unknown_fields import UnknownFields
-from pdctl.serving import LOG_FORMAT, Server, listen_tcp
+from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
+from pdctl.proxy.client.connections import BoundedProtocol, reap_forever
+from pdctl.proxy.client.keys import Keys
+from pdctl.proxy.client.unknown_fields import UnknownFields
+from pdctl.proxy.engines.load import SharedLoads
+from pdctl.proxy.engines.pool import EnginePool
+from pdctl.proxy.engines.releases import Releases
+from pdctl.proxy.engines.routing import POLICIES
+from pdctl.proxy.request.door import AdmissionDoor
+from pdctl.proxy.request.generate import Completions
+from pdctl.proxy.request.quarantine import Quarantine
+from pdctl.proxy.request.relay import Shared
+from pdctl.proxy.surface.app import ProxyApp
+from pdctl.proxy.surface.reload import Reloader, admission_of
+from pdctl.proxy.surface.return_listener import giving_back
+from pdctl.proxy.telemetry.access_log import AccessLog
+from pdctl.proxy.telemetry.metrics import SAVE_S, Metrics
+from pdctl.proxy.telemetry.spans import NO_SPANS, OtlpSpans, Spans
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig, listener_path
 
 # Running answers may end by themselves for at least this long after TERM, seconds.
@@ -79,17 +79,17 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
     control_port: int = arguments.control_port
     loop = asyncio.get_running_loop()
     async with asyncio.TaskGroup() as tasks:
-        generator = _generator(config, arguments.worker)
-        shared = generator.shared
-        app = _app(config, generator, arguments.config)
+        completions = _completions(config, arguments.worker)
+        shared = completions.shared
+        app = _app(config, completions, arguments.config)
         server = Server(_uvicorn(config, app))
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, _stop, server)
         tasks.create_task(shared.pool.watch_forever())
         tasks.create_task(shared.releases.run_forever())
-        tasks.create_task(generator.gate.run_forever())
-        tasks.create_task(generator.log.run_forever())
-        tasks.create_task(_keep_house(generator))
+        tasks.create_task(completions.door.run_forever())
+        tasks.create_task(completions.log.run_forever())
+        tasks.create_task(_keep_house(completions))
         tasks.create_task(reap_forever(server.server_state.connections))
         if control_port:
             tasks.create_task(_serve_control(app, control_port))
@@ -99,12 +99,12 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
             await server.serve(sockets=[listener.dup()])
         shared.pool.close()
         shared.metrics.save()
-        generator.log.flush()
-        generator.spans.close()
+        completions.log.flush()
+        completions.spans.close()
         raise _Stopped
 
 
-def _generator(config: ProxyConfig, worker: int) -> Generator:
+def _completions(config: ProxyConfig, worker: int) -> Completions:
     """Raises PdctlError for files that the configuration names and that are not as they should be."""
     several = config.workers > 1
     run_dir = Path(config.run_dir)
@@ -129,9 +129,9 @@ def _generator(config: ProxyConfig, worker: int) -> Generator:
         tpot_s=tpot_s,
         wants_prefixes=config.routing == "prefix_aware",
     )
-    return Generator(
+    return Completions(
         shared=shared,
-        gate=Gate(admission_of(config), pool.outlook, metrics),
+        door=AdmissionDoor(admission_of(config), pool.outlook, metrics),
         keys=Keys(config.api_keys),
         log=AccessLog(config.access_log),
         model=config.model,
@@ -147,9 +147,9 @@ def _name(config: ProxyConfig, worker: int) -> str:
     return f"proxy-{worker}" if config.workers > 1 else "proxy"
 
 
-def _app(config: ProxyConfig, generator: Generator, path: Path) -> ASGIApp:
-    reloader = Reloader(path, config, generator, os.environ.get(SECRET_ENV, ""))
-    app: ASGIApp = ProxyApp.of(config, generator, reloader.routes())
+def _app(config: ProxyConfig, completions: Completions, path: Path) -> ASGIApp:
+    reloader = Reloader(path, config, completions, os.environ.get(SECRET_ENV, ""))
+    app: ASGIApp = ProxyApp.of(config, completions, reloader.routes())
     if config.cors_origins:
         app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
@@ -191,11 +191,11 @@ async def _serve_control(app: ASGIApp, port: int) -> None:
     ).serve(sockets=[listener])
 
 
-async def _keep_house(generator: Generator) -> None:
+async def _keep_house(completions: Completions) -> None:
     while True:
         await asyncio.sleep(SAVE_S)
-        generator.shared.metrics.save()
-        generator.keys.reload()
+        completions.shared.metrics.save()
+        completions.keys.reload()
 
 
 def _stop(server: uvicorn.Server) -> None:

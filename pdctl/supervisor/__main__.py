@@ -15,7 +15,7 @@ import msgspec
 
 from pdctl.errors import PdctlError
 from pdctl.plan import Plan
-from pdctl.supervisor.service import Service
+from pdctl.supervisor.service.service import Service
 
 
 def main() -> int:

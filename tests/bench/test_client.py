@@ -9,8 +9,8 @@ import pytest
 
 from pdctl.bench import Asked, Record
 from pdctl.bench.client import Endpoint, Run, _Reader, drive, models, timing_parts, tokenized
-from pdctl.bench.metrics import Targets, bottleneck, figures
-from pdctl.bench.seen import on_engines, spans
+from pdctl.bench.metrics import Targets, bottleneck, measurements
+from pdctl.bench.report.observations import on_engines, spans
 from pdctl.errors import PdctlError
 from tests.bench.fake import Fake, listening
 
@@ -26,7 +26,7 @@ def run(fake: Fake, asked: list[Asked], times: list[float] | None = None, most_a
 def test_known_delays_give_the_known_answers() -> None:
     fake = Fake(first_s=0.1, gap_s=0.03)
     done = run(fake, [Asked([1] * 7, 11) for _ in range(5)], most_at_once=1)
-    found = figures(done, Targets(ttft=500, tpot=500))
+    found = measurements(done, Targets(ttft=500, tpot=500))
     assert (found["completed"], found["failed"]) == (5, 0)
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (35, 55)
     # Sleeps are never shorter; how much longer they are is the machine's affair. What is told fits together.
@@ -48,7 +48,7 @@ def test_known_delays_give_the_known_answers() -> None:
 
 
 def test_targets_that_are_missed() -> None:
-    found = figures(run(Fake(first_s=0.1), [Asked([1], 3)]), Targets(ttft=50))
+    found = measurements(run(Fake(first_s=0.1), [Asked([1], 3)]), Targets(ttft=50))
     assert found["request_goodput"] == 0.0
     assert found["completed"] == 1
 
@@ -79,7 +79,7 @@ def test_requests_leave_when_they_should() -> None:
     ],
 )
 def test_failures_are_counted_and_not_measured(fake: Fake, error: str, timeout_s: float) -> None:
-    found = figures(run(fake, [Asked([1], 5)], timeout_s=timeout_s), Targets())
+    found = measurements(run(fake, [Asked([1], 5)], timeout_s=timeout_s), Targets())
     assert (found["completed"], found["failed"]) == (0, 1)
     assert error in found["errors"][0]  # type: ignore[index]
     assert found["mean_ttft_ms"] == 0.0
@@ -110,12 +110,12 @@ def test_an_interruption_keeps_what_there_is() -> None:
     done = asyncio.run(main())
     assert done.was_interrupted
     assert 1 <= len(done.records) < 50
-    assert figures(done, Targets())["pdctl"]["interrupted"] is True  # type: ignore[index]
+    assert measurements(done, Targets())["pdctl"]["interrupted"] is True  # type: ignore[index]
 
 
 def test_where_each_request_was() -> None:
     done = run(Fake(first_s=0.05), [Asked([1], 4) for _ in range(3)])
-    found = figures(done, Targets())
+    found = measurements(done, Targets())
     assert found["pdctl"]["placed"] == [["p0", "d1", 0.0015]] * 3  # type: ignore[index]
     there = on_engines(found)
     assert list(there) == ["p0", "d1"]
@@ -183,14 +183,14 @@ def test_line_ends_of_other_servers(end: bytes, done: bytes) -> None:
 def test_without_usage_events_are_counted() -> None:
     done = run(Fake(usage=False), [Asked([1, 2], 5)])
     assert not done.records[0].has_usage
-    found = figures(done, Targets())
+    found = measurements(done, Targets())
     assert (found["completed"], found["total_output_tokens"]) == (1, 5)
     assert found["p50_tpot_ms"] > 0  # type: ignore[operator]
 
 
 def test_an_answer_without_a_token_is_none() -> None:
     done = run(Fake(), [Asked([1], 0)])
-    found = figures(done, Targets(ttft=1000))
+    found = measurements(done, Targets(ttft=1000))
     assert (found["completed"], found["failed"], found["request_goodput"]) == (0, 1, 0.0)
     assert done.records[0].error == "an answer without a token"
 

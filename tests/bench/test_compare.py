@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pdctl.bench import Record
 from pdctl.bench.client import Run
 from pdctl.bench.compare import Ratio, Resampled, compare, with_goodput
-from pdctl.bench.metrics import Figures, Targets, figures, over_runs, pooled
-from pdctl.commands.bench_compare import _titles, verdicts
+from pdctl.bench.metrics import Measurements, Targets, measurements, over_runs, pooled
+from pdctl.commands.bench.compare import _titles, verdicts
 
 
 @given(st.lists(st.lists(st.floats(0.1, 100), min_size=1, max_size=5), min_size=1, max_size=20), st.integers(0, 9))
@@ -42,11 +42,11 @@ def run(seed: int, slow: float = 1.0, count: int = 40) -> Run:
     return made
 
 
-def result(*runs: Run) -> Figures:
-    whole = figures(pooled(runs), Targets())
+def result(*runs: Run) -> Measurements:
+    whole = measurements(pooled(runs), Targets())
     ours = whole["pdctl"]
     assert isinstance(ours, dict)
-    ours["repeats"] = over_runs([figures(one, Targets()) for one in runs])
+    ours["repeats"] = over_runs([measurements(one, Targets()) for one in runs])
     return whole
 
 
@@ -71,7 +71,7 @@ def test_rates_have_intervals_over_rounds() -> None:
     # Two rounds, one for each side: nothing is shown.
     found = {r.name: r for r in compare(result(run(1), run(2, 2.5)), result(run(3, 2.0), run(4, 2.0)))}
     assert found["request throughput"].verdict == "no difference shown"
-    alone = {r.name: r for r in compare(figures(run(1), Targets()), figures(run(3, 2.0), Targets()))}
+    alone = {r.name: r for r in compare(measurements(run(1), Targets()), measurements(run(3, 2.0), Targets()))}
     assert alone["request throughput"].low is None
     assert alone["request throughput"].verdict == "one run each: not known"
 
@@ -80,14 +80,14 @@ def test_goodput_from_samples_is_that_of_the_run() -> None:
     targets = Targets(ttft=300, tpot=20)
     made = run(5)
     made.records[0].error = "gone"
-    known = figures(made, targets)
-    again = with_goodput(figures(made, Targets()), targets)
+    known = measurements(made, targets)
+    again = with_goodput(measurements(made, Targets()), targets)
     assert known["request_goodput"] == again["request_goodput"] != 0
 
 
 def test_goodput_has_an_interval() -> None:
     targets = Targets(ttft=300, tpot=20)
-    found = {r.name: r for r in compare(figures(run(1), targets), figures(run(2), targets))}
+    found = {r.name: r for r in compare(measurements(run(1), targets), measurements(run(2), targets))}
     good = found["request goodput"]
     assert good.low is not None
     assert good.high is not None
@@ -95,24 +95,24 @@ def test_goodput_has_an_interval() -> None:
     # The same answers in half the time: twice the goodput, but of one run each nobody knows whether time differs.
     fast = run(1)
     fast.ended_at = 5.0
-    twice = {r.name: r for r in compare(figures(fast, targets), figures(run(2), targets))}["request goodput"]
+    twice = {r.name: r for r in compare(measurements(fast, targets), measurements(run(2), targets))}["request goodput"]
     assert twice.ratio == pytest.approx(2 * good.ratio)
     assert (twice.low, twice.high) == (pytest.approx(good.low), pytest.approx(2 * good.high))
     all_met = Targets(ttft=1e6)
-    same = {r.name: r for r in compare(figures(fast, all_met), figures(run(2), all_met))}["request goodput"]
+    same = {r.name: r for r in compare(measurements(fast, all_met), measurements(run(2), all_met))}["request goodput"]
     assert same.verdict == "no difference shown"
-    none = {r.name: r for r in compare(figures(run(1), Targets(ttft=1)), figures(run(2), targets))}
+    none = {r.name: r for r in compare(measurements(run(1), Targets(ttft=1)), measurements(run(2), targets))}
     assert none["request goodput"].low is None
 
 
 def test_runs_together() -> None:
-    both = figures(pooled([run(1), run(2, 3.0)]), Targets())
+    both = measurements(pooled([run(1), run(2, 3.0)]), Targets())
     assert (both["completed"], both["duration"]) == (80, 40.0)
     assert both["request_throughput"] == 2.0
 
 
 def test_students_interval() -> None:
-    made: list[Figures] = [{"mean_ttft_ms": value, "completed": 1} for value in (10.0, 12.0, 14.0)]
+    made: list[Measurements] = [{"mean_ttft_ms": value, "completed": 1} for value in (10.0, 12.0, 14.0)]
     found = over_runs(made)
     assert found["mean"] == {"mean_ttft_ms": 12.0}
     # t(0.975, 2) = 4.303

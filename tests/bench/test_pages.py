@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pdctl.bench.metrics import Figures
-from pdctl.bench.report import comparison, curves, page
-from pdctl.bench.seen import Curves
+from pdctl.bench.metrics import Measurements
+from pdctl.bench.report.observations import Curves
+from pdctl.bench.report.page import comparison, curves, page
 from tests.bench.test_report import result
 from tests.chromium import BINARY, Browser, browser
 
@@ -23,7 +23,7 @@ def chromium() -> Iterator[Browser]:
         yield found
 
 
-def watched(gap: float) -> Figures:
+def watched(gap: float) -> Measurements:
     """A result with what engines did, one of them away for a while."""
     found, rng = result(gap), random.Random(3)
     engines = {

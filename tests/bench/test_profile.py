@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pdctl.bench import Record
 from pdctl.bench.profile import DECODE, PREFILL, Line, Point, Profile, _coefficients, fit, load, path_of, save
-from pdctl.commands.bench_profile import _batches, _lengths, _step, summary
+from pdctl.commands.bench.profile import _batches, _lengths, _step, summary
 
 COEFFICIENTS = st.tuples(st.floats(1e-3, 0.1), st.floats(1e-5, 1e-3), st.floats(1e-8, 1e-6))
 

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from pdctl.bench import Record
 from pdctl.bench.client import Run
 from pdctl.bench.compare import compare, read
-from pdctl.bench.metrics import Figures, Targets, figures, percentile
-from pdctl.bench.plots import curve, lanes
-from pdctl.bench.report import curves, page, text
-from pdctl.bench.seen import Curves, in_rows, on_engines, series
+from pdctl.bench.metrics import Measurements, Targets, measurements, percentile
+from pdctl.bench.report.observations import Curves, in_rows, on_engines, series
+from pdctl.bench.report.page import curves, page, text
+from pdctl.bench.report.plots import curve, lanes
 from pdctl.errors import PdctlError
 
 
-def result(gap: float, count: int = 60, failed: int = 0) -> Figures:
+def result(gap: float, count: int = 60, failed: int = 0) -> Measurements:
     rng = random.Random(1)
     run = Run(started_at=0.0, ended_at=10.0)
     for number in range(count):
@@ -33,7 +33,7 @@ def result(gap: float, count: int = 60, failed: int = 0) -> Figures:
         record.ended_at = record.first_at + sum(gaps)
         record.error = "gone" if number < failed else ""
         run.records.append(record)
-    return figures(run, Targets(tpot=1000 * gap * 1.05))
+    return measurements(run, Targets(tpot=1000 * gap * 1.05))
 
 
 @pytest.mark.parametrize("part", [0, 25, 50, 90, 99, 100])
@@ -118,7 +118,7 @@ def test_a_page_is_whole_and_fetches_nothing() -> None:
     for x, y in re.findall(r"(\d+\.\d),(\d+\.\d)", made):
         assert 0 <= float(x) <= 640
         assert 0 <= float(y) <= 260
-    empty = page(figures(Run(started_at=0, ended_at=1), Targets()), "empty", (50,))
+    empty = page(measurements(Run(started_at=0, ended_at=1), Targets()), "empty", (50,))
     Checker().feed(empty)
 
 
@@ -193,7 +193,7 @@ def test_many_requests_are_drawn_in_as_many_rows_as_few() -> None:
 
 
 def test_what_a_picture_shows_lies_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = pytest.importorskip("pdctl.bench.pictures")
+    pictures = pytest.importorskip("pdctl.bench.report.pictures")
     seen = {}
     saved = pictures._saved
 

@@ -14,7 +14,7 @@ from pdctl.bench import Asked, Record
 from pdctl.bench.chaos import Difference, Fault, Seen, _note, carry_out, difference, expected, pick
 from pdctl.bench.client import Endpoint
 from pdctl.bench.sweep import Search
-from pdctl.commands.bench_sweep import _curves, _row
+from pdctl.commands.bench.sweep import _curves, _row
 from tests.bench.fake import Fake, listening
 
 

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdctl.engine.layout import Span
+from pdctl.engine.cache.layout import Span
+from pdctl.engine.cache.memory import Memory
 from pdctl.engine.transfer import TRANSPORTS, Settings, TransferError, TransferUncertain, Transport, transport_kind
-from pdctl.engine.transfer.memory import Memory
 from tests.service import wait_until
 
 SIZE = 4 * 2**20
@@ -30,7 +30,7 @@ BIG = 192 * 2**20
 _PEER = """
 import sys, numpy as np
 from pdctl.engine.transfer import Settings, transport_kind
-from pdctl.engine.transfer.memory import Memory
+from pdctl.engine.cache.memory import Memory
 name, epoch, size, ports = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 memory = Memory(size, epoch)
 memory.bytes[:] = np.random.default_rng(int(epoch, 16)).integers(0, 256, size, dtype=np.uint8)

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pdctl.doctor.areas.kernel import PATTERNS
 from pdctl.doctor.catalogue import CHECKS, markdown
 from pdctl.doctor.counters import RULES
-from pdctl.doctor.kernel import PATTERNS
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs" / "doctor.md"
@@ -21,7 +21,7 @@ SOURCES = ROOT / "pdctl" / "doctor"
 def emitted() -> set[str]:
     """Ids that the code gives findings."""
     found = {rule.id for rule in RULES} | {pattern.id for pattern in PATTERNS}
-    for path in SOURCES.glob("*.py"):
+    for path in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding" and node.args:
                 first = node.args[0]

@@ -15,7 +15,7 @@ from pdctl.errors import PdctlError
 from pdctl.host.rdma import read_tree
 from tests.doctor.trees import TREES, Port, Tree, roce
 
-SHIM = Path(__file__).parent.parent / "fakes" / "verbs_shim.c"
+SHIM = Path(__file__).parents[1] / "fakes" / "verbs_shim.c"
 # The tree as /sys, and as many verbs nodes as it has in a /dev of its own.
 _SCRIPT = (
     'mount --rbind "$1" /sys && mkdir -p "$2/infiniband" && '

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from pdctl.doctor import Finding, Severity, exit_code
-from pdctl.doctor.environment import EnvironmentScene
-from pdctl.doctor.environment import check as check_environment
-from pdctl.doctor.host import HostScene, check
+from pdctl.doctor.areas.environment import EnvironmentFacts
+from pdctl.doctor.areas.environment import check as check_environment
+from pdctl.doctor.areas.host import HostFacts, check
+from pdctl.doctor.areas.runtime import RuntimeFacts
+from pdctl.doctor.areas.runtime import check as check_runtime
 from pdctl.doctor.report import summary, text
-from pdctl.doctor.runtime import RuntimeScene
-from pdctl.doctor.runtime import check as check_runtime
 from tests.doctor.trees import TREES
 
 
@@ -87,7 +87,7 @@ def test_faults_of_a_topology_are_found_with_their_fix(tmp_path: Path) -> None:
 
 def test_environment_that_contradicts() -> None:
     env = {"MC_FORCE_TCP": "1", "UCX_TLS": "tcp", "NCCL_IB_DISABLE": "0", "UCX_NET_DEVICES": "mlx5_7:1"}
-    found = check_environment(EnvironmentScene(env, rdma=True, devices={"mlx5_0": True}))
+    found = check_environment(EnvironmentFacts(env, rdma=True, devices={"mlx5_0": True}))
     assert {(f.id, f.severity.value) for f in found} == {
         ("env.switch", "critical"),
         ("env.ucx_tls", "critical"),
@@ -95,7 +95,7 @@ def test_environment_that_contradicts() -> None:
     }
     assert next(f.fix for f in found if f.id == "env.devices") == "export UCX_NET_DEVICES=mlx5_0:1"
     calm = {"UCX_TLS": "rc,cuda", "NCCL_IB_HCA": "mlx5", "UCX_NET_DEVICES": "all", "MC_MS_FILTERS": "mlx5_0"}
-    assert not check_environment(EnvironmentScene(calm, rdma=True, devices={"mlx5_0": True, "mlx5_1": False}))
+    assert not check_environment(EnvironmentFacts(calm, rdma=True, devices={"mlx5_0": True, "mlx5_1": False}))
 
 
 @pytest.mark.parametrize(
@@ -109,19 +109,19 @@ def test_environment_that_contradicts() -> None:
     ],
 )
 def test_devices_named_in_the_environment(name: str, value: str, fires: bool) -> None:
-    found = check_environment(EnvironmentScene({name: value}, devices={"mlx5_0": True, "mlx5_1": False}))
+    found = check_environment(EnvironmentFacts({name: value}, devices={"mlx5_0": True, "mlx5_1": False}))
     assert [f.id for f in found] == ["env.devices"] * fires
 
 
 def test_what_is_installed() -> None:
-    def scene(versions: dict[str, str], cuda: bool = False) -> RuntimeScene:
-        return RuntimeScene({}, cuda=cuda, version=versions.get, library=lambda _: True, folder=lambda _: None,
+    def facts(versions: dict[str, str], cuda: bool = False) -> RuntimeFacts:
+        return RuntimeFacts({}, cuda=cuda, version=versions.get, library=lambda _: True, folder=lambda _: None,
                             exactly=versions.__contains__)  # fmt: skip
 
     good = {"torch": "2.13.0", "tokenizers": "1", "transformers": "5.24.0", "mooncake-transfer-engine": "0.3.13",
             "nixl": "1", "nvidia-nccl-cu12": "2.30.4"}  # fmt: skip
-    assert {f.severity for f in check_runtime(scene(good, cuda=True))} == {Severity.OK}
-    assert "nccl.install" in {f.id for f in check_runtime(scene(good))}
+    assert {f.severity for f in check_runtime(facts(good, cuda=True))} == {Severity.OK}
+    assert "nccl.install" in {f.id for f in check_runtime(facts(good))}
     for versions, cuda, subject in (
         ({"torch": "2.13.0+cpu"}, True, "torch"),
         ({"transformers": "4.57.1"}, False, "transformers"),
@@ -129,22 +129,22 @@ def test_what_is_installed() -> None:
         ({"mooncake-transfer-engine": "", "mooncake-transfer-engine-non-cuda": "1"}, True, "mooncake"),
     ):
         bad = {name: value for name, value in {**good, **versions}.items() if value}
-        found = [f for f in check_runtime(scene(bad, cuda)) if f.id == "runtime.versions"]
+        found = [f for f in check_runtime(facts(bad, cuda)) if f.id == "runtime.versions"]
         assert [f.subject for f in found] == [subject]
         assert found[0].fix.startswith("pip ")
 
 
 def test_the_library_that_mooncake_needs() -> None:
-    scene = RuntimeScene({}, rdma=True, version=lambda _: "1", library=lambda _: False)
-    found = {f.id: f for f in check_runtime(scene)}
+    facts = RuntimeFacts({}, rdma=True, version=lambda _: "1", library=lambda _: False)
+    found = {f.id: f for f in check_runtime(facts)}
     assert found["runtime.libibverbs"].severity is Severity.CRITICAL
     assert "apt-get install libibverbs1" in found["runtime.libibverbs"].fix
 
 
 def test_nvshmem_that_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "lib").mkdir()
-    scene = RuntimeScene({"NVSHMEM_DIR": str(tmp_path)}, version=lambda _: "3.3.9")
-    assert {f.id: f.severity for f in check_runtime(scene)}["nvshmem.install"] is Severity.WARNING
+    facts = RuntimeFacts({"NVSHMEM_DIR": str(tmp_path)}, version=lambda _: "3.3.9")
+    assert {f.id: f.severity for f in check_runtime(facts)}["nvshmem.install"] is Severity.WARNING
     (tmp_path / "driver/nvidia").mkdir(parents=True)
     params = tmp_path / "driver/nvidia/params"
     for text_, fires in (
@@ -153,15 +153,15 @@ def test_nvshmem_that_is_not_whole(tmp_path: Path) -> None:
     ):
         params.write_text(text_)
         env = {"NVSHMEM_DIR": str(tmp_path)}
-        planted_ = RuntimeScene(env, version=lambda _: "3.3.9", proc_root=tmp_path, sysfs_root=tmp_path)
+        planted_ = RuntimeFacts(env, version=lambda _: "3.3.9", proc_root=tmp_path, sysfs_root=tmp_path)
         assert ("nvshmem.ibgda" in {f.id for f in check_runtime(planted_)}) == fires
     for name in ("libnvshmem_host.so.3", "nvshmem_bootstrap_uid.so.3"):
         (tmp_path / "lib" / name).touch()
-    assert {f.id: f.severity for f in check_runtime(scene)}["nvshmem.install"] is Severity.OK
+    assert {f.id: f.severity for f in check_runtime(facts)}["nvshmem.install"] is Severity.OK
 
 
 def test_packages_that_are_missing(tmp_path: Path) -> None:
-    found = check_runtime(RuntimeScene({}, version=lambda name: None, folder=lambda name: None))
+    found = check_runtime(RuntimeFacts({}, version=lambda name: None, folder=lambda name: None))
     assert {f.id for f in found} == {"runtime.package"}
     assert {f.subject: f.severity for f in found} == {
         "torch": Severity.WARNING,
@@ -176,14 +176,14 @@ def test_limits_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "self/status").write_text("CapEff:\t0000000000000000\n")
     (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 500 kB\n")
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 1024))
-    scene = HostScene(tmp_path, shm=tmp_path / "nowhere", pinned_bytes=1 << 30, shared_bytes=1 << 30)
-    found = {f.id: f.severity.value for f in check(scene)}
+    facts = HostFacts(tmp_path, shm=tmp_path / "nowhere", pinned_bytes=1 << 30, shared_bytes=1 << 30)
+    found = {f.id: f.severity.value for f in check(facts)}
     assert found["limit.files"] == "warning"
     assert found["limit.memlock"] == "critical"
     assert found["shm.size"] == "unknown"
     assert found["memory.free"] == "warning"
     (tmp_path / "self/status").write_text("CapEff:\t0000000000004000\n")
-    assert {f.id: f.severity.value for f in check(scene)}["limit.memlock"] == "ok", "CAP_IPC_LOCK: it does not count"
+    assert {f.id: f.severity.value for f in check(facts)}["limit.memlock"] == "ok", "CAP_IPC_LOCK: it does not count"
 
 
 def test_the_report_is_by_subject_worst_first() -> None:
@@ -219,8 +219,8 @@ def test_the_rest_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / ".dockerenv").touch()
     most = 1 << 60  # more than any limit that is one
     monkeypatch.setattr("resource.getrlimit", lambda _: (65536, 65536))
-    scene = HostScene(proc, tmp_path / "sys", tmp_path, {"MC_STORE_USE_HUGEPAGE": "1"}, tmp_path, pinned_bytes=most)
-    found = {f.id: f for f in check(scene)}
+    facts = HostFacts(proc, tmp_path / "sys", tmp_path, {"MC_STORE_USE_HUGEPAGE": "1"}, tmp_path, pinned_bytes=most)
+    found = {f.id: f for f in check(facts)}
     assert found["host.hugepages"].severity is Severity.CRITICAL
     assert found["host.map_count"].severity is Severity.INFO
     assert found["host.numa_balancing"].severity is Severity.INFO
@@ -228,12 +228,12 @@ def test_the_rest_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "dev/infiniband").mkdir(parents=True)
     calm = planted(tmp_path, sys__vm__max_map_count="16777216", sys__kernel__numa_balancing="0",
                    self__status="CapEff:\t0000000000004000\n")  # fmt: skip
-    scene = HostScene(calm, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=4096)
-    quiet = {f.id: f.severity for f in check(scene)}
+    facts = HostFacts(calm, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=4096)
+    quiet = {f.id: f.severity for f in check(facts)}
     assert quiet["host.container"] is Severity.OK
     assert not {"host.hugepages", "host.map_count", "host.numa_balancing"} & set(quiet)
-    scene = HostScene(calm, tmp_path / "sys", tmp_path / "elsewhere", {}, tmp_path)
-    assert "host.container" not in {f.id for f in check(scene)}
+    facts = HostFacts(calm, tmp_path / "sys", tmp_path / "elsewhere", {}, tmp_path)
+    assert "host.container" not in {f.id for f in check(facts)}
 
 
 def test_what_runs_has_its_own_limit(tmp_path: Path) -> None:
@@ -243,17 +243,17 @@ def test_what_runs_has_its_own_limit(tmp_path: Path) -> None:
                      "42__limits": limits.format("unlimited"), "43__limits": limits.format(1 << 20),
                      "43__status": "CapEff:\t0000000000004000\n"},
     )  # fmt: skip
-    scene = HostScene(proc, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=1 << 30, children=(41, 42, 43, 44))
-    found = {f.id: f for f in check(scene)}["limit.memlock"]
+    facts = HostFacts(proc, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=1 << 30, children=(41, 42, 43, 44))
+    found = {f.id: f for f in check(facts)}["limit.memlock"]
     assert (found.subject, found.severity, found.observed) == ("pid 41", Severity.CRITICAL, "locked memory: 1 MiB")
-    scene = HostScene(proc, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=1 << 30, children=(42, 43, 44))
-    assert {f.id: f for f in check(scene)}["limit.memlock"].severity is Severity.OK
+    facts = HostFacts(proc, tmp_path / "sys", tmp_path, {}, tmp_path, pinned_bytes=1 << 30, children=(42, 43, 44))
+    assert {f.id: f for f in check(facts)}["limit.memlock"].severity is Severity.OK
 
 
 def test_processes_that_are_stuck(tmp_path: Path) -> None:
     proc = planted(tmp_path, **{"41__stat": "41 (a) b) D 1 41", "42__stat": "42 (c) S 1 42", "43__stat": "43 (d) R 1"})
-    scene = HostScene(proc, tmp_path / "sys", tmp_path, {}, tmp_path, children=(41, 42, 43, 44))
-    assert [(f.subject, f.severity) for f in check(scene) if f.id == "host.stuck"] == [("pid 41", Severity.CRITICAL)]
+    facts = HostFacts(proc, tmp_path / "sys", tmp_path, {}, tmp_path, children=(41, 42, 43, 44))
+    assert [(f.subject, f.severity) for f in check(facts) if f.id == "host.stuck"] == [("pid 41", Severity.CRITICAL)]
 
 
 def test_a_limit_of_the_control_group(tmp_path: Path) -> None:
@@ -262,8 +262,8 @@ def test_a_limit_of_the_control_group(tmp_path: Path) -> None:
     group.mkdir(parents=True)
     for name, text_ in (("max", str(1 << 30)), ("current", "0"), ("stat", "inactive_file 0\n")):
         (group / f"memory.{name}").write_text(text_)
-    scene = HostScene(proc, tmp_path / "sys", tmp_path, {}, tmp_path, shared_bytes=2 << 30)
-    found = {f.id: f for f in check(scene)}["memory.free"]
+    facts = HostFacts(proc, tmp_path / "sys", tmp_path, {}, tmp_path, shared_bytes=2 << 30)
+    found = {f.id: f for f in check(facts)}["memory.free"]
     assert found.severity is Severity.WARNING
     assert found.observed == "1.0 GiB are left of what this control group may have"
 

@@ -13,7 +13,7 @@ import httpx
 import msgspec
 import pytest
 
-from pdctl.proxy.gather import Gathered
+from pdctl.proxy.answers.gather import Gathered
 from tests.service import Engine, Run, Service, events, running, topology
 
 pytestmark = pytest.mark.e2e

@@ -21,7 +21,7 @@ import pytest
 from tests.doctor.trees import Port, Tree, roce
 from tests.service import Run, free_port
 
-STUB = Path(__file__).parent.parent / "fakes" / "nvml_stub.c"
+STUB = Path(__file__).parents[1] / "fakes" / "nvml_stub.c"
 BASE = """[service]
 name = "f"
 model = "sample:tiny-qwen3"

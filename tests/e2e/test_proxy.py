@@ -26,7 +26,7 @@ from tests.service import Run, Service, events, free_port, running, wait_until
 
 pytestmark = pytest.mark.e2e
 
-WORKER = Path(__file__).parent.parent / "fakes" / "vllm_worker.py"
+WORKER = Path(__file__).parents[1] / "fakes" / "vllm_worker.py"
 
 
 class Worker:

@@ -6,11 +6,11 @@ import random
 import time
 from pathlib import Path
 
-from pdctl.commands.default import default_text
+from pdctl.commands.setup.default import default_text
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import Gpu, Host
-from pdctl.loader import load_text
 from pdctl.plan import make_plan
+from pdctl.topology.loader import load_text
 from tests.service import REPOSITORY
 
 _VALUES = [

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdctl.engine.kv_pool import KvPool
-from pdctl.engine.layout import block_bytes
-from pdctl.engine.loading import load_model
-from pdctl.engine.runner import ModelRunner
-from pdctl.engine.transfer.memory import Memory
+from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.cache.layout import block_bytes
+from pdctl.engine.cache.memory import Memory
+from pdctl.engine.model.loading import load_model
+from pdctl.engine.model.runner import ModelRunner
 from pdctl.wire import Manifest
-from tests.engine.test_loading import paged, reference
+from tests.engine.model.test_loading import paged, reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-STUB = Path(__file__).parent.parent / "fakes" / "nvml_stub.c"
+STUB = Path(__file__).parents[1] / "fakes" / "nvml_stub.c"
 READ = (
     "import json; from pdctl.host.gpu import read_gpus;"
     "print(json.dumps([[g.index, g.uuid, g.name, g.memory] for g in read_gpus()]))"

@@ -17,8 +17,8 @@ import psutil
 
 from pdctl.commands import common
 from pdctl.plan import Plan, Probe, ProcessSpec
-from pdctl.supervisor.journal import EVENTS, EXITS, read_entries
-from pdctl.topology import Proxy, Supervision
+from pdctl.supervisor.rundir.journal import EVENTS, EXITS, read_entries
+from pdctl.topology.spec import Proxy, Supervision
 from tests.service import free_port
 
 PATIENCE_S = 300.0

@@ -19,7 +19,7 @@ import pytest
 
 from pdctl.errors import PdctlError
 from pdctl.plan import Probe
-from pdctl.supervisor.tree import Trees
+from pdctl.supervisor.process.tree import Trees
 from tests.service import wait_until
 from tests.supervisor.fleet import AT_ONCE, Fleet, fleet, python, shell
 
@@ -385,7 +385,7 @@ def test_pid_1_reaps_and_ends_by_a_signal(tmp_path: Path) -> None:
 @pytest.fixture
 def gpu_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The real pynvml over a stub driver with one GPU; the file says who uses it."""
-    stub = Path(__file__).parent.parent / "fakes" / "nvml_stub.c"
+    stub = Path(__file__).parents[1] / "fakes" / "nvml_stub.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libnvidia-ml.so.1", stub], check=True)
     use = tmp_path / "use"
     use.write_text("")

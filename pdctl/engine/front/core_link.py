@@ -17,8 +17,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from pdctl.engine import link
-from pdctl.engine.messages import (
+from pdctl.engine.handover.migration import MigrationEvent
+from pdctl.engine.ipc import link
+from pdctl.engine.ipc.messages import (
     Abort,
     Books,
     Failed,
@@ -29,16 +30,15 @@ from pdctl.engine.messages import (
     Progress,
     Pulled,
     Ready,
-    Refused,
     Reserved,
     Shutdown,
+    StartRefused,
     StepDone,
     Submit,
     ToCore,
     Token,
     Withdrawn,
 )
-from pdctl.engine.migration import Event
 from pdctl.engine.options import EngineOptions
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ _POKE_S = 1.0
 class Note(NamedTuple):
     """What a migration's own calls found out, in one queue with what the core says: one reader, one order."""
 
-    event: Event
+    event: MigrationEvent
     tokens: int = 0
     detail: str = ""
 
@@ -130,7 +130,7 @@ class CoreLink:
                     self.books = Books(blocks_free=message.num_blocks)
                 case Linked():
                     self.on_linked(message)
-                case Refused(reason):
+                case StartRefused(reason):
                     raise CoreRefused(reason)
 
     async def poke_forever(self) -> None:

@@ -13,22 +13,22 @@ from pathlib import Path
 
 import uvicorn
 
-from pdctl.engine.front.control import Control
+from pdctl.engine.front.api.control import Control
+from pdctl.engine.front.api.generate import Generator
+from pdctl.engine.front.api.service import EngineService
+from pdctl.engine.front.api.text import TextCodec
 from pdctl.engine.front.core_link import CoreGone, CoreLink, CoreRefused
-from pdctl.engine.front.generate import Generator
-from pdctl.engine.front.leases import LeaseDesk
-from pdctl.engine.front.links import LinkBook
-from pdctl.engine.front.migrate import Migrator
-from pdctl.engine.front.offers import Identity, OfferDesk
-from pdctl.engine.front.peers import Peers
-from pdctl.engine.front.service import EngineService
-from pdctl.engine.front.text import TextCodec
-from pdctl.engine.front.trace import Trace
-from pdctl.engine.lease import LeaseTable
+from pdctl.engine.front.handover.leases import LeaseDesk
+from pdctl.engine.front.handover.links import LinkBook
+from pdctl.engine.front.handover.migrate import Migrator
+from pdctl.engine.front.handover.offers import Identity, OfferDesk
+from pdctl.engine.front.handover.peers import Peers
+from pdctl.engine.front.handover.trace import Trace
+from pdctl.engine.handover.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
 from pdctl.host.boot import new_epoch
-from pdctl.http_protocol import HttpProtocol
-from pdctl.serving import LOG_FORMAT, Server, listen_tcp
+from pdctl.net.http_protocol import HttpProtocol
+from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
 
 # Running streams may end by themselves for this long after TERM, seconds.

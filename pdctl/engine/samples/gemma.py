@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pdctl.engine.samples.prepare import CannotPrepare, Progress
+from pdctl.engine.samples import CannotPrepare, Progress
 
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 

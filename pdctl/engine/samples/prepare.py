@@ -10,16 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Says how far a conversion is: a word and a fraction from 0 to 1.
-Progress = Callable[[str, float], None]
-
-
-class CannotPrepare(Exception):
-    """The model cannot be made ready, with a sentence and a hint."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+from pdctl.engine.samples import CannotPrepare, Progress
 
 
 def main(argv: list[str]) -> int:

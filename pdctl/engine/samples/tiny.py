@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pdctl.engine.samples.prepare import Progress
+from pdctl.engine.samples import Progress
 
 _VOCAB = 384
 _SEED = 2

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from pdctl.engine.layout import Span
-from pdctl.engine.transfer.memory import Memory
+from pdctl.engine.cache.layout import Span
+from pdctl.engine.cache.memory import Memory
 from pdctl.host.rdma import active_devices
 
 TRANSPORTS = ("shm", "mooncake", "nixl")

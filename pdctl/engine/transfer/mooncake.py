@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pdctl.engine.layout import Span
+from pdctl.engine.cache.layout import Span
+from pdctl.engine.cache.memory import Memory
 from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, carrier, check_spans
-from pdctl.engine.transfer.memory import Memory
 
 if TYPE_CHECKING:
     from mooncake.engine import TransferEngine

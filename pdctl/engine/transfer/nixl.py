@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol, cast
 
-from pdctl.engine.layout import Span
+from pdctl.engine.cache.layout import Span
+from pdctl.engine.cache.memory import Memory
 from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, carrier, check_spans
-from pdctl.engine.transfer.memory import Memory
 
 _POLL_S = 0.0003
 _PACKAGES = ("nixl_cu12", "nixl_cu13")

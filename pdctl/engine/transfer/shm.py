@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pdctl.engine.layout import Span
+from pdctl.engine.cache.layout import Span
+from pdctl.engine.cache.memory import LABEL, Bytes, Memory
 from pdctl.engine.transfer import Settings, TransferError, check_spans
-from pdctl.engine.transfer.memory import LABEL, Bytes, Memory
 
 
 def open_transport(memory: Memory, settings: Settings) -> ShmTransport:

@@ -172,11 +172,11 @@ def _patch_kv(module):
 
 
 _PATCHES = {
-    "pdctl.engine.front.peers": _patch_peers,
-    "pdctl.engine.front.leases": _patch_leases,
-    "pdctl.engine.front.migrate": _patch_migrate,
-    "pdctl.engine.puller": _patch_puller,
-    "pdctl.supervisor.kv": _patch_kv,
+    "pdctl.engine.front.handover.peers": _patch_peers,
+    "pdctl.engine.front.handover.leases": _patch_leases,
+    "pdctl.engine.front.handover.migrate": _patch_migrate,
+    "pdctl.engine.handover.puller": _patch_puller,
+    "pdctl.supervisor.service.kv": _patch_kv,
 }
 
 

@@ -1,0 +1,274 @@
+"""`pdctl bench compare`: two results, or two topologies that are started in turn under one load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from pdctl import console
+from pdctl.commands.bench.keep import draw, drawing, write
+from pdctl.commands.bench.load import Load, endpoint_of, takes_load, vocabulary
+from pdctl.commands.common import STATE, call, find_service, given_options, running_services
+from pdctl.errors import PdctlError
+from pdctl.host.users import run_root
+
+if TYPE_CHECKING:
+    from pdctl.bench.client import Run
+    from pdctl.bench.compare import Ratio
+    from pdctl.bench.metrics import Measurements, Targets
+
+# Weights are loaded, a model may be made ready first.
+_START_S, _STOP_S = 1800.0, 180.0
+# What a start that was interrupted gets to end by itself, before it is stopped.
+_HURRIED_S, _LOOK_S = 60.0, 0.1
+
+
+@takes_load
+def compare(
+    context: typer.Context,
+    load: Load,
+    first: Path = typer.Argument(..., help="A topology (.toml), or a result of bench serve --out."),
+    second: Path = typer.Argument(..., help="The one that it is compared with, of the same kind."),
+    rounds: int = typer.Option(3, "--rounds", min=1, max=30, help="Topologies: each is started so often, in turn."),
+    out: Path | None = typer.Option(None, "--out", help="Topologies: write both results into this folder."),
+    page: Path | None = typer.Option(None, "--html", help="Write a page with plots of both."),
+    pictures: Path | None = typer.Option(None, "--png", help="Write plots of both into this folder."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON on stdout."),
+) -> None:
+    """Ratios of two results, first over second, with 95% intervals. Of two topologies, each is started in turn, gets
+    the same load, and is stopped. Their services must not be running."""
+    if pictures is not None:
+        drawing()
+    targets, given = load.targets, given_options(context)
+    kinds = {one.suffix == ".toml" for one in (first, second)}
+    if len(kinds) > 1:
+        raise PdctlError(f"{first} and {second} are not of one kind", "two topologies (.toml), or two results")
+    names = _titles(first, second)
+    if kinds == {False}:
+        _refuse_load_options(given)
+        from pdctl.bench.compare import read, with_goodput
+
+        results = (read(first), read(second))
+        if targets.are_any:
+            results = (with_goodput(results[0], targets), with_goodput(results[1], targets))
+    else:
+        load.check(given)
+        results = _measured((first, second), load, rounds)
+    _tell(results, names, as_json)
+    _keep(results, names, out, page, pictures)
+
+
+def _titles(first: Path, second: Path) -> tuple[str, str]:
+    """Short, and different."""
+    if first.stem != second.stem:
+        return first.stem, second.stem
+    named = [f"{path.parent.name}-{path.stem}".lstrip("-") for path in (first, second)]
+    return (named[0], named[1]) if named[0] != named[1] else (f"{named[0]}-1", f"{named[1]}-2")
+
+
+_OF_RESULTS = {"first", "second", "goodput", "page", "pictures", "as_json"}
+
+
+def _refuse_load_options(given: dict[str, str]) -> None:
+    """Two results have been measured: nothing is asked again. Raises PdctlError."""
+    for name, written in given.items():
+        if name not in _OF_RESULTS:
+            raise PdctlError(f"{written} is for topologies; these are results", "leave it out")
+
+
+# -- topologies --------------------------------------------------------------------------------------------
+
+
+def _measured(files: tuple[Path, Path], load: Load, rounds: int) -> tuple[Measurements, Measurements]:
+    """Each in turn, the order changing from round to round, so that a machine that grows slow is slow for both.
+    Interrupted, it goes by the rounds that are whole."""
+    for file in files:
+        _refuse_running(file, find_service(None, file))
+    whole: list[tuple[Run, Run]] = []
+    try:
+        for number in range(rounds):
+            runs: dict[int, Run] = {}
+            for side in (0, 1) if number % 2 == 0 else (1, 0):
+                console.note(f"round {number + 1} of {rounds}: {files[side]}")
+                runs[side] = _one(files[side], load)
+            whole.append((runs[0], runs[1]))
+    except KeyboardInterrupt:
+        if not whole:
+            raise
+        mark = console.paint("warning:", "yellow", sys.stderr)
+        console.note(f"{mark} interrupted: {len(whole)} of {rounds} rounds are whole, and these are told of")
+    first, second = zip(*whole, strict=True)
+    return _result(first, load.targets), _result(second, load.targets)
+
+
+def _result(runs: Sequence[Run], targets: Targets) -> Measurements:
+    """Of all rounds together, with each one's figures."""
+    from pdctl.bench.metrics import measurements, over_runs, pooled
+
+    found = measurements(pooled(runs), targets)
+    ours = found["pdctl"]
+    assert isinstance(ours, dict)
+    ours["repeats"] = over_runs([measurements(run, targets) for run in runs])
+    return found
+
+
+def _refuse_running(file: Path, name: str) -> None:
+    """What runs already is somebody's, and not ours to stop. Raises PdctlError."""
+    from pdctl.supervisor.rundir.adoption import read_adoptable
+    from pdctl.supervisor.rundir.presence import supervisor_of
+
+    run_dir = run_root() / name
+    if name in running_services() or supervisor_of(run_dir) is not None or read_adoptable(run_dir) is not None:
+        raise PdctlError(f"service {name!r} of {file} is running", f"end it first: pdctl down -s {name}")
+
+
+def _one(file: Path, load: Load) -> Run:
+    """Raises KeyboardInterrupt for one that was interrupted, when its service is down."""
+    with _service(file) as url:
+        endpoint = endpoint_of(url, "", "", load.ignore_eos, load.timeout, load.chat)
+        asked, times = load.requests(vocabulary(endpoint))
+        run = load.run(endpoint, asked, times)
+    if run.was_interrupted:
+        raise KeyboardInterrupt
+    return run
+
+
+@contextmanager
+def _service(file: Path) -> Iterator[str]:
+    """Its proxy's address, while it is up. Raises PdctlError with `up`'s own words."""
+    name = find_service(None, file)
+    _refuse_running(file, name)
+    is_up = False
+    try:
+        _pdctl(["up", "-d", "-f", str(file)], _START_S)
+        is_up = True
+        yield str(call(name, "GET", STATE)["proxy_url"])
+    finally:
+        # What was interrupted in starting must not stay either; what refused to start has said why.
+        with contextlib.nullcontext() if is_up else contextlib.suppress(PdctlError):
+            _pdctl(["down", "-s", name], _STOP_S)
+
+
+def _pdctl(words: list[str], within_s: float) -> None:
+    """One verb, to its end. Ctrl-C is heard when it is over, or a while later: half a service must not be left.
+
+    Raises PdctlError, KeyboardInterrupt.
+    """
+    argv = [sys.executable, "-m", "pdctl", *words]
+    # In a session of its own: a terminal sends Ctrl-C to all of one.
+    with (
+        _held_back() as interrupted,
+        subprocess.Popen(
+            argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process,
+    ):
+        said = _until_done(process, time.monotonic() + within_s, interrupted)
+        if said is None:
+            process.kill()
+    if said is None:
+        raise PdctlError(f"pdctl {' '.join(words)}: not done within {within_s:.0f} s")
+    if process.returncode:
+        raise PdctlError(f"pdctl {' '.join(words)} failed:\n{said.strip()}")
+
+
+def _until_done(process: subprocess.Popen[str], deadline: float, interrupted: threading.Event) -> str | None:
+    """What it said; None where it is not done in time, which is soon after an interrupt."""
+    is_hurried = False
+    while time.monotonic() < deadline:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=_LOOK_S)[1]
+        if interrupted.is_set() and not is_hurried:
+            is_hurried, deadline = True, min(deadline, time.monotonic() + _HURRIED_S)
+            console.note("interrupted: ending what was begun ...")
+    return None
+
+
+@contextmanager
+def _held_back() -> Iterator[threading.Event]:
+    """Whether there was a Ctrl-C meanwhile; it is raised at the end. An exception could come between the start of a
+    process and the line that knows of it."""
+    interrupted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+# -- both --------------------------------------------------------------------------------------------------
+
+
+def _keep(
+    results: tuple[Measurements, Measurements],
+    names: tuple[str, str],
+    out: Path | None,
+    page: Path | None,
+    pictures: Path | None,
+) -> None:
+    from pdctl.bench.report import page as report
+
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise PdctlError(f"{out} cannot be made: {failure.strerror}") from None
+        for name, measurements in zip(names, results, strict=True):
+            write(out / f"{name}.json", json.dumps(measurements))
+    both = dict(zip(names, results, strict=True))
+    if page is not None:
+        write(page, report.comparison(both, _rows(results), " against ".join(names)))
+    if pictures is not None:
+        draw(pictures, both)
+
+
+def _rows(results: tuple[Measurements, Measurements]) -> list[list[str]]:
+    from pdctl.bench.compare import compare as ratios
+
+    return [
+        [r.name, f"{r.first:.4g}", f"{r.second:.4g}", f"{r.ratio:.3f}", r.interval, r.verdict] for r in ratios(*results)
+    ]
+
+
+def _tell(results: tuple[Measurements, Measurements], names: tuple[str, str], as_json: bool) -> None:
+    from pdctl.bench.compare import compare as ratios
+
+    found = ratios(*results)
+    if not found:
+        raise PdctlError("the two results have nothing in common that could be compared")
+    if as_json:
+        console.out(json.dumps([{**asdict(ratio), "verdict": ratio.verdict} for ratio in found], indent=2))
+        return
+    console.out(console.table(["", names[0].upper(), names[1].upper(), "RATIO", "95%", ""], _rows(results)))
+    console.out("")
+    for line in verdicts(found, names[0]):
+        console.out(line)
+
+
+def verdicts(found: list[Ratio], name: str) -> list[str]:
+    """Where the first is better, where it is worse, where nothing was shown."""
+    told = {
+        f"{name} is better in": [r for r in found if r.is_shown and r.is_better],
+        f"{name} is worse in": [r for r in found if r.is_shown and not r.is_better],
+        "no difference shown in": [r for r in found if not r.is_shown],
+    }
+    return [
+        f"{words}: {', '.join(f'{r.name} ({r.ratio:.2f}x)' for r in ratios)}"
+        for words, ratios in told.items()
+        if ratios
+    ]

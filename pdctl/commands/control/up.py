@@ -1,0 +1,201 @@
+"""`pdctl up`: start a service, in the foreground or detached."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import typer
+
+from pdctl import console
+from pdctl.commands.common import STATE, FileOption, Status, call, is_interactive
+from pdctl.commands.setup.plan import load_plan, warn_of_shared_gpus
+from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
+
+if TYPE_CHECKING:
+    from pdctl.plan import Plan
+
+_POLL_S = 0.1
+_LAST_LINES = 12
+
+
+def up(
+    file: Path | None = FileOption,
+    detach: bool = typer.Option(
+        False, "-d", "--detach", help="Return when the service is ready, or with the reason it is not."
+    ),
+    force: bool = typer.Option(False, "--force", help="Start in spite of what the doctor calls critical."),
+    wait_s: float = typer.Option(1800.0, "--wait", help="With -d: give up after this many seconds."),
+) -> None:
+    """Start the service, or take over what a killed supervisor left running. Ctrl-C stops it, a second one forces."""
+    from pdctl.commands.setup.precheck import refuse_what_cannot_work
+    from pdctl.commands.setup.prepare import with_model
+    from pdctl.supervisor.rundir.adoption import read_adoptable
+    from pdctl.supervisor.rundir.presence import supervisor_of
+
+    planned = load_plan(file)
+    if supervisor_of(Path(planned.run_dir)) is not None:
+        hint = f"look at it with: pdctl status -s {planned.service}    stop it with: pdctl down -s {planned.service}"
+        raise AlreadyRunning(f"service {planned.service!r} is already running", hint)
+    adoptable = read_adoptable(Path(planned.run_dir))
+    if adoptable is None:
+        planned = load_plan(file, check_port=True)
+        refuse_what_cannot_work(file, force)
+    else:
+        console.note(f"taking over {', '.join(record.spec.name for record in adoptable.processes)}, which still run")
+        planned = load_plan(file, running=adoptable.plan)
+    warn_of_shared_gpus(planned)
+    planned = with_model(planned)
+    if detach:
+        _detached(planned, wait_s)
+    else:
+        _foreground(planned)
+
+
+# -- foreground --------------------------------------------------------------------------------------------
+
+
+def _foreground(planned: Plan) -> None:
+    import asyncio
+
+    from pdctl.commands.inspect.follow import Follower
+    from pdctl.supervisor.service.service import Service
+
+    names = [spec.name for spec in planned.processes]
+    follower = Follower({name: Path(planned.log_dir) / f"{name}.log" for name in names})
+    log_dir = Path(planned.log_dir)
+
+    def say(name: str, message: str) -> None:
+        if name != "pdctl":
+            # Processes that were added since are shown too.
+            follower.watch(name, log_dir / f"{name}.log")
+        follower.say(name, message)
+
+    service = Service(planned, say)
+
+    async def run() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            shown = tasks.create_task(follower.follow_forever())
+            try:
+                await service.run()
+            finally:
+                follower.show_new()
+                shown.cancel()
+
+    try:
+        asyncio.run(run())
+    except* PdctlError as failures:
+        raise failures.exceptions[0] from None
+    if service.failure is not None:
+        raise ServiceFailed(f"the service did not start: {service.failure}", _log_hint(planned.service))
+
+
+# -- detached ----------------------------------------------------------------------------------------------
+
+
+def _detached(planned: Plan, wait_s: float) -> None:
+    # What the supervisor says of its own failure comes through a pipe: its log may lie on a full disk.
+    reason, told = os.pipe()
+    with os.fdopen(reason) as reason_file:
+        child = _spawn(planned, told)
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its reason follows
+            child.stdin.write(json.dumps(planned.to_dict()).encode())
+            child.stdin.close()
+        status = _await_ready(planned, Detached(child, reason_file), time.monotonic() + wait_s)
+    console.out(f"{planned.service} is ready at {status['proxy_url']}")
+    name = planned.service
+    console.note(f'ask it with: pdctl ask -s {name} "Once upon a time"    stop it with: pdctl down -s {name}')
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """A supervisor that was just started, and what it says when it cannot go on."""
+
+    process: subprocess.Popen[bytes]
+    reason: TextIO
+
+
+def _spawn(planned: Plan, told: int) -> subprocess.Popen[bytes]:
+    """Raises PdctlError where its log cannot be made."""
+    log = Path(planned.log_dir) / "supervisor.log"
+    argv = [sys.executable, "-m", "pdctl.supervisor", "--reason-fd", str(told)]
+    try:
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
+            return subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True, cwd="/", pass_fds=[told]
+            )
+    except OSError as failure:
+        raise PdctlError(f"{log} cannot be written: {failure.strerror}", "free space, or set PDCTL_STATE") from failure
+    finally:
+        os.close(told)
+
+
+def _await_ready(planned: Plan, started: Detached, deadline: float) -> Status:
+    shown = ""
+    child = started.process
+    while time.monotonic() < deadline:
+        code = child.poll()
+        if code is not None:
+            raise _not_started(planned, code, started.reason.read())
+        try:
+            status = call(planned.service, "GET", STATE)
+        except (NotRunning, NotAnswering):
+            time.sleep(_POLL_S)
+            continue
+        shown = _show_progress(status, shown)
+        if status["state"] == "ready":
+            return status
+        time.sleep(_POLL_S)
+    try:
+        call(planned.service, "POST", "/v1/stop")
+    except (NotRunning, NotAnswering):
+        child.terminate()
+    raise ServiceFailed("the service was not ready in time and was stopped", _log_hint(planned.service))
+
+
+def _show_progress(status: Status, shown: str) -> str:
+    """One line a change: which processes are where."""
+    line = "  ".join(_where(process) for process in status["processes"])
+    if line != shown:
+        console.note(f"\r\x1b[K{line}" if is_interactive() else line, end="" if is_interactive() else "\n")
+        if is_interactive() and status["state"] == "ready":
+            console.note("")
+    return line
+
+
+def _where(process: Status) -> str:
+    again = f" (restart {process['restarts']}: {process['last_exit']['reason']})" if process["restarts"] else ""
+    return f"{process['name']}: {process['state']}{again}"
+
+
+def _not_started(planned: Plan, code: int, told: str) -> PdctlError:
+    """The reason, from the supervisor's own last words and the failed process's log."""
+    if is_interactive():
+        console.note("")
+    reason, hint = json.loads(told) if told else (f"the supervisor ended with {code}", "")
+    failed = next((name.name for name in planned.processes if f"{name.name} " in reason), None)
+    if failed:
+        console.note(f"last lines of {failed}:")
+        for line in _tail(Path(planned.log_dir) / f"{failed}.log"):
+            console.note(f"  {line}")
+    return ServiceFailed(reason, hint or _log_hint(planned.service))
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+    except OSError:
+        return []
+
+
+def _log_hint(service: str) -> str:
+    return f"read the logs with: pdctl logs -s {service}"

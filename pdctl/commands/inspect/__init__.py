@@ -1,0 +1,1 @@
+"""Verbs that show what a service is and was doing."""

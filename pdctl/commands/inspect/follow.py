@@ -1,0 +1,139 @@
+"""Log files of several processes as one stream of lines with coloured names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+
+from pdctl import console
+from pdctl.supervisor.process.logs import KEPT, archive_of, first_byte
+
+_POLL_S = 0.1
+_CHUNK = 1 << 16
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?(?:Z|[+-]\d\d:?\d\d)?")
+
+
+class Follower:
+    """Shows what is appended to the files from now on; survives rotation."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self._files = files
+        self._width = max((len(name) for name in (*files, "pdctl")), default=5)
+        self._colours = {name: console.name_colour(index) for index, name in enumerate(files)}
+        self._places = {name: _place(path) for name, path in files.items()}
+        self._partial: dict[str, str] = dict.fromkeys(files, "")
+
+    def watch(self, name: str, path: Path) -> None:
+        """Show one more file, from its start."""
+        if name not in self._files:
+            self._files[name], self._places[name], self._partial[name] = path, (0, 0), ""
+            self._colours[name] = console.name_colour(len(self._colours))
+
+    def show(self, name: str, line: str) -> None:
+        """A line of a process."""
+        self._line(name, line, self._colours[name])
+
+    async def follow_forever(self) -> None:
+        """Show new lines until cancelled."""
+        while True:
+            self.show_new()
+            await asyncio.sleep(_POLL_S)
+
+    def say(self, name: str, message: str) -> None:
+        """A line of the supervisor's about a process."""
+        stamp = datetime.now().astimezone().strftime("%H:%M:%S")
+        self._line("pdctl", f"{stamp} {message}" if name == "pdctl" else f"{stamp} {name}: {message}", "dim")
+
+    def show_new(self) -> None:
+        """Show what has been appended since."""
+        for name, path in self._files.items():
+            for line in self._new_lines(name, path):
+                self._line(name, line, self._colours[name])
+
+    def _line(self, name: str, line: str, colour: str) -> None:
+        # Whoever read us has left, or the disk is full: the service goes on.
+        with contextlib.suppress(OSError):
+            console.out(f"{console.paint(name.ljust(self._width), colour, sys.stdout)} | {line}")
+
+    def _rest_of(self, name: str, path: Path, inode: int, offset: int) -> None:
+        """What an incarnation wrote last before another took its file's name."""
+        for number in range(1, KEPT + 1):
+            before = path.with_name(f"{path.name}.{number}")
+            if _place(before)[0] == inode:
+                with before.open("rb") as file:
+                    file.seek(offset)
+                    text = self._partial[name] + file.read().decode(errors="replace")
+                self._partial[name] = ""
+                for line in text.splitlines():
+                    self._line(name, line, self._colours[name])
+                return
+
+    def _new_lines(self, name: str, path: Path) -> list[str]:
+        inode, offset = self._places[name]
+        here, size = _place(path)
+        if here != inode and inode:
+            self._rest_of(name, path, inode, offset)
+        if here != inode or size < offset:
+            offset = 0
+        if size <= offset:
+            self._places[name] = (here, offset)
+            return []
+        with path.open("rb") as file:
+            # Where a log was cut there is nothing to read.
+            offset = max(offset, min(first_byte(file.fileno()), size))
+            file.seek(offset)
+            data = file.read(_CHUNK if size - offset > _CHUNK else size - offset)
+        self._places[name] = (here, offset + len(data))
+        *lines, self._partial[name] = (self._partial[name] + data.decode(errors="replace")).split("\n")
+        return lines
+
+
+def merged(files: dict[str, Path], follower: Follower, after: float, previous: bool) -> None:
+    """Everything that was written, in the order of time; a line without a time belongs to the one before it."""
+    entries = []
+    for index, (name, path) in enumerate(files.items()):
+        at, number = 0.0, 0
+        for part in _parts(path, previous):
+            for line in _text(part).splitlines():
+                at = _time_of(line) or at
+                number += 1
+                if at >= after:
+                    entries.append((at, index, number, name, line))
+    for _, _, _, name, line in sorted(entries, key=lambda entry: entry[:3]):
+        follower.show(name, line)
+
+
+def _parts(path: Path, previous: bool) -> list[Path]:
+    """A log's files, oldest first: earlier incarnations, what was cut from this one, this one."""
+    earlier = [path.with_name(f"{path.name}.{number}") for number in range(KEPT, 0, -1)] if previous else []
+    return [part for part in (*earlier, archive_of(path), path) if part.exists()]
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(first_byte(file.fileno()))
+        return file.read().decode(errors="replace")
+
+
+def _time_of(line: str) -> float:
+    """Seconds since 1970 of the time a line begins with; 0 for none."""
+    found = _TIME.match(line)
+    if found is None:
+        return 0.0
+    try:
+        return datetime.fromisoformat(found[0].replace(",", ".").replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Inode and size; zeros for a file that is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_ino, found.st_size)

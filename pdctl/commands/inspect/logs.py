@@ -1,0 +1,71 @@
+"""`pdctl logs`: what the processes wrote, of a running service or of the last run."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+
+import typer
+
+from pdctl.commands.common import ServiceOption, find_service
+from pdctl.errors import NotRunning, PdctlError
+from pdctl.host.users import state_root
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def logs(
+    name: str | None = typer.Argument(None, help="One process, such as decode-0. Default: all."),
+    follow: bool = typer.Option(False, "-f", "--follow", help="Go on as lines are written."),
+    since: str | None = typer.Option(None, "--since", help="Only lines from then on: 10m, 2h, or 2026-11-23T21:00."),
+    previous: bool = typer.Option(False, "-p", "--previous", help="Also what earlier incarnations wrote."),
+    file: Path | None = typer.Option(None, "--file", envvar="PDCTL_FILE", help="The topology file."),
+    service: str | None = ServiceOption,
+) -> None:
+    """Show logs, all processes merged by time or one."""
+    import asyncio
+    import contextlib
+
+    from pdctl.commands.inspect.follow import Follower, merged
+
+    files = _files(service_meant(service, file), name)
+    follower = Follower(files)
+    merged(files, follower, age(since), previous)
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(follower.follow_forever())
+
+
+def service_meant(service: str | None, file: Path | None) -> str:
+    """Logs outlive a run: without a running service the default name is meant."""
+    try:
+        return find_service(service, file)
+    except NotRunning:
+        return "pdctl"
+
+
+def age(since: str | None) -> float:
+    """Seconds since 1970 of `--since`; 0 for none. Raises PdctlError."""
+    if since is None:
+        return 0.0
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", since):
+        return time.time() - float(found[1]) * _UNITS[found[2]]
+    try:
+        return datetime.fromisoformat(since).timestamp()
+    except ValueError:
+        hint = "write a span, such as 90s, 10m, 2h, 1d, or a time, such as 2026-11-23T21:00"
+        raise PdctlError(f"--since {since!r} is no time", hint) from None
+
+
+def _files(service: str, name: str | None) -> dict[str, Path]:
+    folder = state_root() / service / "logs"
+    found = {path.stem: path for path in sorted(folder.glob("*.log"))}
+    if not found:
+        raise PdctlError(f"service {service!r} has no logs in {folder}", "start it with: pdctl up")
+    if name is None:
+        return found
+    if name not in found:
+        raise PdctlError(f"no process {name!r} in service {service!r}", f"known: {', '.join(found)}")
+    return {name: found[name]}

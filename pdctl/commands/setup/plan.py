@@ -1,0 +1,101 @@
+"""`pdctl plan`: what `up` would start, and where. Starts nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdctl import console
+from pdctl.commands.common import FileOption, JsonOption, topology_file
+from pdctl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pdctl.plan import Plan
+
+
+def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
+    """Show the processes, roles, devices, CPU pins and ports of a topology. Starts nothing."""
+    from pdctl.supervisor.rundir.presence import supervisor_of
+
+    planned = load_plan(file)
+    if supervisor_of(Path(planned.run_dir)) is not None:
+        console.note(f"{planned.service} is running; this is what a new start would be. What runs: pdctl status")
+    else:
+        # While the service runs, its own proxy holds the port.
+        planned = load_plan(file, check_port=True)
+    if as_json:
+        console.out(json.dumps(planned.to_dict(), indent=2))
+        return
+    console.out(f"service {planned.service}: {planned.model} at {planned.proxy_url}\n")
+    rows = [
+        [
+            spec.name,
+            spec.role,
+            spec.kind,
+            spec.device if not spec.gpus else ",".join(spec.gpus),
+            ",".join(map(str, spec.cpus)),
+            ",".join(spec.rdma) or "-",
+            ",".join(map(str, spec.ports.values())),
+            ",".join(spec.depends_on) or "-",
+        ]
+        for spec in planned.processes
+    ]
+    rows += [
+        [spec.name, spec.role, spec.kind, "attached", "-", "-", f"{spec.host}:{spec.port}", "-"]
+        for spec in planned.attached
+    ]
+    console.out(console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "RDMA", "PORT", "AFTER"], rows))
+    console.out("")
+    for spec in planned.processes:
+        for what, reason in spec.why.items():
+            console.out(f"{spec.name}: {what} {_shown(getattr(spec, what))}: {reason}")
+    warn_of_shared_gpus(planned)
+    _expected(planned)
+    if not planned.model_ready:
+        where = f"made ready, in {planned.model_path}" if planned.model_path.startswith("/") else "fetched from the Hub"
+        console.note(f"\non the first `pdctl up` the model is {where}")
+
+
+def warn_of_shared_gpus(planned: Plan) -> None:
+    """Tell which engines were given GPUs that others compute on."""
+    from pdctl.plan.pins import IN_USE
+
+    for spec in planned.processes:
+        _, in_use, who = spec.why.get("gpus", "").partition(IN_USE)
+        if in_use:
+            mark = console.paint("warning:", "yellow", sys.stderr)
+            console.note(f"{mark} {spec.name}: GPU {','.join(spec.gpus)} is in use by {who}")
+
+
+def _expected(planned: Plan) -> None:
+    """By the service's profile, where one was measured of this model."""
+    from pdctl.bench.profile import load, path_of
+    from pdctl.commands.bench.profile import summary
+    from pdctl.host.users import state_root
+
+    found = load(path_of(state_root(), planned.service))
+    if found is not None and found.model == planned.served_model_name:
+        console.out(f"\nby the profile of {found.date}, on an idle service:")
+        for line in summary(found):
+            console.out(f"  {line}")
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) and value else "left open"
+
+
+def load_plan(file: Path | None, check_port: bool = False, running: Plan | None = None) -> Plan:
+    """The plan of the topology meant; what `running` has keeps its place. Raises ConfigError with all that is wrong."""
+    from pdctl.commands.setup.default import default_text
+    from pdctl.host import read_host
+    from pdctl.plan import make_plan
+    from pdctl.topology.loader import load_file, load_text, port_problems
+
+    host = read_host()
+    path = topology_file(file)
+    topology = load_file(path, host) if path else load_text(default_text(host), "the built-in default", host)
+    if check_port and (problems := port_problems(topology, host)):
+        raise ConfigError(topology.source or "the topology", problems)
+    return make_plan(topology, host, running)

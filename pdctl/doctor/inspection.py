@@ -1,0 +1,307 @@
+"""From this machine and a topology to findings: reads the facts that each area wants, and hands them to its checks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdctl.doctor import Area, Finding
+from pdctl.errors import ConfigError, PdctlError
+from pdctl.host import Host, read_host, state_root
+from pdctl.host.boot import boot_id
+from pdctl.host.gpu_health import GpuReport, read_gpu_facts
+from pdctl.host.models import read_shape
+from pdctl.host.rdma import RdmaTree, read_tree
+from pdctl.host.sysfs import Reader
+from pdctl.plan import Plan, make_plan
+from pdctl.topology.loader import load_file
+from pdctl.topology.spec import Device, EngineGroup, Expect, Topology
+from pdctl.wire import UNIT_ENV
+
+if TYPE_CHECKING:
+    from pdctl.doctor.areas.affinity import AffinityFacts
+    from pdctl.doctor.counters import Sample
+
+_SYS = Path("/sys")
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The machine to look at, and what of it. `file`: a topology, None for none; `is_running`: its service is up."""
+
+    file: Path | None = None
+    is_running: bool = False
+    sysfs_root: Path = _SYS
+    kernel_log: Path = Path("/dev/kmsg")
+    env: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    remembers: bool = True
+
+
+class Inspection:
+    """One look at a machine. Facts are read when the first area wants them, and once."""
+
+    def __init__(self, where: Where) -> None:
+        self.where = where
+        self.reader = Reader()
+        self.host: Host = read_host(sysfs_root=where.sysfs_root)
+        self.topology: Topology | None = None
+        self.plan: Plan | None = None
+        self.refusals: list[Finding] = []
+        # A topology that was refused for its GPUs wants some.
+        self._lacks_gpus = False
+        self._tree: RdmaTree | None = None
+        self._gpus: GpuReport | None = None
+        if where.file is not None:
+            self._load(where.file)
+
+    def _load(self, file: Path) -> None:
+        from pdctl.doctor import Severity
+        from pdctl.doctor.areas.topology import problems
+
+        try:
+            self.topology = load_file(file, self.host)
+            self.plan = make_plan(self.topology, self.host)
+        except ConfigError as failure:
+            self.refusals = problems(failure.source, failure.problems)
+            self._lacks_gpus = any("GPU" in found.message and "CPU" not in found.message for found in failure.problems)
+        except PdctlError as failure:
+            # A topology that is right by itself, and does not fit this machine.
+            self.refusals = [
+                Finding("topology.invalid", Severity.CRITICAL, str(file), failure.message, fix=failure.hint or "")
+            ]
+
+    def findings(self, areas: tuple[Area, ...]) -> list[Finding]:
+        """Of these areas, in their order."""
+        looks = {
+            Area.TOPOLOGY: self._topology, Area.RDMA: self._rdma, Area.GPU: self._gpu, Area.HOST: self._host,
+            Area.NET: self._net, Area.RUNTIME: self._runtime,
+        }  # fmt: skip
+        # A topology that was refused is told of whatever is looked into: nothing was judged by it.
+        found = [*self.refusals, *(finding for area, look in looks.items() if area in areas for finding in look())]
+        return list(dict.fromkeys(found))
+
+    # -- facts ---------------------------------------------------------------------------------------------
+
+    @property
+    def tree(self) -> RdmaTree:
+        """RDMA devices."""
+        if self._tree is None:
+            self._tree = read_tree(self.where.sysfs_root, reader=self.reader)
+        return self._tree
+
+    @property
+    def gpus(self) -> GpuReport:
+        """GPUs and how they are."""
+        if self._gpus is None:
+            self._gpus = read_gpu_facts()
+        return self._gpus
+
+    @property
+    def started(self) -> list[EngineGroup]:
+        """Engines that pdctl would start."""
+        return [group for group in self.topology.engines if not group.is_attached] if self.topology else []
+
+    @property
+    def wants_rdma(self) -> bool:
+        """Whether the topology asks for it: TCP would be a fallback."""
+        found = self.topology
+        asks = found is not None and (found.transfer.protocol == "rdma" or bool(found.transfer.devices))
+        # Engines that run elsewhere have their own transports.
+        return asks and bool(self.started)
+
+    def _environments(self) -> list[dict[str, str]]:
+        """What engines will have: ours, and each group's own on top."""
+        own = [{**self.where.env, **dict(group.env)} for group in self.started]
+        return own or [self.where.env]
+
+    def _placed(self) -> dict[int, dict[str, int]]:
+        """Engines on each GPU, by group, as the plan has them."""
+        index = {gpu.uuid: gpu.index for gpu in self.host.gpus}
+        found: dict[int, dict[str, int]] = {}
+        for spec in self.plan.processes if self.plan else ():
+            for uuid in spec.gpus:
+                groups = found.setdefault(index.get(uuid, -1), {})
+                groups[spec.group] = groups.get(spec.group, 0) + 1
+        return found
+
+    def _backend(self) -> str:
+        return self.topology.transfer.backend if self.topology else ""
+
+    def _model(self) -> Path | None:
+        folder = Path(self.plan.model_path) if self.plan and self.plan.model_ready else None
+        return folder if folder and folder.is_dir() else None
+
+    # -- areas ---------------------------------------------------------------------------------------------
+
+    def _topology(self) -> Iterator[Finding]:
+        from pdctl.doctor.areas.topology import TopologyFacts, check
+
+        if self.topology is not None:
+            yield from check(TopologyFacts(self.topology, self.host, self._model(), self._placed()))
+
+    def _rdma(self) -> Iterator[Finding]:
+        from pdctl.doctor.areas import kernel, rdma
+        from pdctl.host.kernel_log import read_kernel_log
+
+        devices = self.topology.transfer.devices if self.topology else ()
+        expect = self.topology.expect if self.topology else Expect()
+        for env in self._environments():
+            wanted = rdma.Wanted(devices, self.wants_rdma, expect)
+            root = self.where.sysfs_root
+            facts = rdma.RdmaFacts(self.tree, wanted, env, root, self.reader, has_nodes=root == _SYS)
+            yield from rdma.check(facts)
+        if self.tree.devices:
+            yield from self._since_last_time()
+            yield from self._pcie()
+        is_named = self.where.kernel_log != Path("/dev/kmsg")
+        # Another machine's tree has another kernel's log.
+        if is_named or (self.where.sysfs_root == _SYS and (self.tree.devices or self.gpus.gpus)):
+            log = read_kernel_log(self.where.kernel_log)
+            yield from kernel.check(log, log.taken_at, self._unused())
+
+    def _unused(self) -> frozenset[str]:
+        """PCI addresses of devices and GPUs that a topology leaves alone."""
+        names = set(self.topology.transfer.devices) if self.topology else set()
+        placed = self._placed()
+        devices = {d.pci for d in self.tree.devices if d.pci and names and d.name not in names}
+        gpus = {found.gpu.pci for found in self.gpus.gpus if placed and found.gpu.index not in placed}
+        return frozenset(address.lower() for address in devices | gpus)
+
+    def sample(self) -> Sample:
+        """What the ports have counted by now; the devices are read afresh."""
+        from pdctl.doctor.counters import sample
+
+        self._tree = None
+        at = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return sample(self.tree, boot_id(), at, self.where.sysfs_root, self.reader)
+
+    def _since_last_time(self) -> Iterator[Finding]:
+        from pdctl.doctor.counters import Kept, compare
+
+        kept = Kept(state_root() / "doctor", self.where.sysfs_root)
+        now, before = self.sample(), kept.last()
+        if before is not None:
+            names = set(self.topology.transfer.devices) if self.topology else set()
+            yield from (f for f in compare(before, now) if not names or f.subject.partition(":")[0] in names)
+        if self.where.remembers:
+            kept.keep(now)
+
+    def _pcie(self) -> Iterator[Finding]:
+        from pdctl.doctor.areas.pcie import PcieFacts, check
+
+        names = set(self.topology.transfer.devices) if self.topology else set()
+        functions = {d.name: d.pci for d in self.tree.devices if d.pci and (not names or d.name in names)}
+        unused = self._unused()
+        functions |= {
+            f"GPU {found.gpu.index}": found.gpu.pci
+            for found in self.gpus.gpus
+            if found.gpu.pci and found.gpu.pci.lower() not in unused
+        }
+        cuda = any(group.device is Device.CUDA for group in self.started)
+        mooncake = self.topology is not None and self.topology.transfer.backend == "mooncake"
+        yield from check(
+            PcieFacts(functions, self.wants_rdma and cuda, self.where.env, mooncake, self.where.sysfs_root,
+                      reader=self.reader)
+        )  # fmt: skip
+
+    def _gpu(self) -> Iterator[Finding]:
+        from pdctl.doctor.areas import affinity
+        from pdctl.doctor.areas.gpu import GpuFacts, check
+        from pdctl.doctor.areas.runtime import cuda_of_torch
+
+        report = self.gpus
+        ours = frozenset(self._children()) if any(g.users for g in report.gpus) else frozenset()
+        runtime = cuda_of_torch() if report.gpus else None
+        placed = self._placed()
+        facts = GpuFacts(
+            report,
+            frozenset(placed) if placed else None,
+            bool(placed) or self._lacks_gpus,
+            frozenset(gpu for gpu, groups in placed.items() if sum(groups.values()) > 1),
+            ours,
+            {gpu: self._wanted(groups) for gpu, groups in placed.items()},
+            runtime,
+        )
+        yield from check(facts)
+        yield from affinity.check(self.affinity())
+
+    def _wanted(self, groups: dict[str, int]) -> int:
+        """Bytes of KV and weights of the engines on one GPU."""
+        model = self._model()
+        shape = read_shape(model) if model else None
+        weights = shape.weight_bytes if shape else 0
+        size = {group.name: int(group.kv_cache_gb * 2**30) for group in self.started}
+        return sum((size[name] + weights) * count for name, count in groups.items())
+
+    def affinity(self) -> AffinityFacts:
+        """Where GPUs and RDMA devices sit to each other."""
+        from pdctl.doctor.areas.affinity import AffinityFacts
+
+        gpus = tuple((f"GPU {gpu.index}", gpu.pci, gpu.uuid) for gpu in self.host.gpus)
+        return AffinityFacts(
+            gpus, tuple(device.name for device in self.host.rdma if device.is_active), self.host.layout, self.plan
+        )
+
+    def _host(self) -> Iterator[Finding]:
+        from pdctl.doctor.areas.host import HostFacts, check
+
+        on_cpu = [group for group in self.started if group.device is Device.CPU]
+        model = self._model()
+        shape = read_shape(model) if model else None
+        # float32 on the CPU: twice what the shape says, for each engine.
+        weights = 2 * shape.weight_bytes * sum(group.replicas for group in on_cpu) if shape else 0
+        idle = 0 if self.where.is_running else 1
+        yield from check(
+            HostFacts(
+                sysfs_root=self.where.sysfs_root,
+                env=self.where.env,
+                pinned_bytes=max((int(g.kv_cache_gb * 2**30) for g in self.started), default=0) * self.wants_rdma,
+                shared_bytes=_pools(self.started) * idle,
+                weight_bytes=weights * idle,
+                children=self._children(),
+            )
+        )
+
+    def _children(self) -> tuple[int, ...]:
+        """Pids of the topology's running service."""
+        return tuple(our_processes(self.plan.run_dir)) if self.plan and self.where.is_running else ()
+
+    def _net(self) -> Iterator[Finding]:
+        from pdctl.doctor.areas.net import NetFacts, check
+
+        yield from check(NetFacts(self.topology, self.host, self.where.env, self.where.is_running))
+
+    def _runtime(self) -> Iterator[Finding]:
+        from pdctl.doctor.areas import environment, runtime
+
+        cuda = any(group.device is Device.CUDA for group in self.started)
+        builtin = self.topology is None or any(group.kind == "builtin" for group in self.started)
+        mooncake = self.topology is not None and self.topology.transfer.backend == "mooncake"
+        yield from runtime.check(runtime.RuntimeFacts(self.where.env, self.wants_rdma and mooncake, cuda, builtin))
+        up = {device.name: device.is_active for device in self.host.rdma}
+        for env in self._environments():
+            yield from environment.check(environment.EnvironmentFacts(env, self.wants_rdma, up, self._backend()))
+
+
+def _pools(groups: list[EngineGroup]) -> int:
+    """Bytes of KV of all these engines."""
+    return int(sum(group.kv_cache_gb * group.replicas for group in groups) * 2**30)
+
+
+def our_processes(run_dir: str, proc_root: Path = Path("/proc")) -> list[int]:
+    """Processes that the supervisor of this run directory started, by the stamp in their environment."""
+    stamp = f"{UNIT_ENV}={run_dir}:".encode()
+    found = []
+    for folder in proc_root.iterdir():
+        if not folder.name.isdecimal():
+            continue
+        try:
+            if stamp in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,1 @@
+"""The KV cache: blocks, the memory they live in, where each lies."""

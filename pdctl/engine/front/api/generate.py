@@ -1,0 +1,185 @@
+"""One request through the engine: submit, bring its KV where it is elsewhere, turn tokens into text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from msgspec import structs
+
+from pdctl.engine.front.api.openai import GenerationRequest
+from pdctl.engine.front.api.output import Output, Piece
+from pdctl.engine.front.api.text import TextCodec
+from pdctl.engine.front.core_link import CoreLink, Inbox, Note
+from pdctl.engine.front.handover.migrate import KvLost, Migrator
+from pdctl.engine.front.handover.offers import OfferDesk, Offering
+from pdctl.engine.front.handover.peers import Peers, of_hand_over
+from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Token, Withdrawn
+from pdctl.net.openai_api import ApiError
+from pdctl.wire import HandOver, token_digest
+
+
+class Generator:
+    """Runs requests on one engine."""
+
+    def __init__(self, codec: TextCodec, core: CoreLink, desk: OfferDesk, peers: Peers, migrator: Migrator) -> None:
+        self._identity = desk.identity
+        self._codec = codec
+        self._core = core
+        self._desk = desk
+        self._peers = peers
+        self._migrator = migrator
+
+    async def run(self, request: GenerationRequest) -> AsyncIterator[Piece]:
+        """Pieces until one carries a finish_reason or a hand-over. Raises ApiError and KvLost.
+
+        Leaving early, or being cancelled, frees everything the request holds in this engine.
+        """
+        text = Output(self._codec, request)
+        if len(request.resume) >= request.sampling.max_tokens:
+            # The engine before this one died between its last token and saying that it was the last.
+            self._let_go(request)
+            yield text.end()
+            return
+        submit, first = _submission(request)
+        if first is not None:
+            piece = _first_piece(request, text, first)
+            if piece.finish_reason is not None:
+                self._let_go(request)
+                yield piece
+                return
+        if request.hand_over is None:
+            async with self._core.request(submit) as events:
+                async for piece in self._pieces(request, submit, events, text):
+                    yield piece
+            return
+        deadline = max(60.0, 4 * self._identity.lease_s)
+        async with self._migrator.decoding(submit, request.hand_over, deadline, request.stages) as (core_id, events):
+            if first is not None:
+                yield piece
+            submit = structs.replace(submit, request_id=core_id)
+            brought = time.monotonic()
+            async for piece in self._pieces(request, submit, events, text):
+                request.stages.setdefault("first_step", time.monotonic() - brought)
+                yield piece
+
+    async def _pieces(
+        self, request: GenerationRequest, submit: Submit, events: Inbox, text: Output
+    ) -> AsyncIterator[Piece]:
+        offering = Offering(
+            self._desk, submit.request_id, len(submit.token_ids), request.router, request.attempt, request.offer_to
+        )
+        last = False
+        try:
+            while not last:
+                match event := await events.get():
+                    case Token():
+                        piece = self._piece(event, text)
+                        last = piece.finish_reason is not None
+                        yield piece
+                    case Progress():
+                        offering.progress(event)
+                    case Withdrawn():
+                        offering.withdraw()
+                    case Held():
+                        last = True
+                        yield self._held(submit, event, text, offering)
+                    case Failed(request_id, reason):
+                        self._core.keep(request_id)
+                        raise ApiError(400, reason)
+                    case Note():
+                        pass  # what the migration's calls had still to say when it was decided
+                    case _:
+                        raise AssertionError(f"unexpected {event}")
+        finally:
+            offering.withdraw()
+
+    def _piece(self, token: Token, text: Output) -> Piece:
+        if token.finish_reason is not None:
+            self._core.keep(token.request_id)
+        return text.token(token.token_id, token.finish_reason, token.logprobs, token.prompt_logprobs)
+
+    def _held(self, submit: Submit, held: Held, text: Output, offering: Offering) -> Piece:
+        request_id = submit.request_id
+        piece = text.token(held.token_id, None, held.logprobs, held.prompt_logprobs)
+        if piece.finish_reason is not None:
+            # A stop string: it ends here after all; leaving the request's context frees the blocks.
+            return piece
+        ready = self._core.ready
+        assert ready is not None
+        lease = offering.held(held)
+        if lease is None:
+            # Leaving the request's context frees the blocks.
+            raise ApiError(409, "the router gave this request up", "gone")
+        self._core.keep(request_id)
+        me = self._identity
+        hand_over = HandOver(
+            remote_engine_id=me.name,
+            remote_request_id=request_id,
+            remote_host=me.host,
+            remote_port=me.port,
+            remote_block_ids=held.block_ids,
+            remote_num_tokens=held.num_tokens,
+            token_digest=token_digest(submit.token_ids[: held.num_tokens]),
+            lease_id=lease.lease_id,
+            epoch=me.epoch,
+            lease_s=me.lease_s,
+            first_token_id=held.token_id,
+            endpoint=ready.endpoint,
+            first_logprobs=held.logprobs,
+        )
+        return replace(piece, hand_over=hand_over)
+
+    def _let_go(self, request: GenerationRequest) -> None:
+        """Release a hand-over that will not be read."""
+        if request.hand_over is not None:
+            self._peers.release_later(of_hand_over(request.hand_over))
+
+
+def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
+    """What the core gets, and the first token when it came with the hand-over and the client lacks it.
+
+    Raises KvLost when the hand-over is not for these tokens, ApiError when it is malformed.
+    """
+    token_ids = [*request.token_ids, *request.resume]
+    hand_over = request.hand_over
+    first = None
+    if hand_over is not None:
+        _check_shape(hand_over)
+        if len(token_ids) == hand_over.remote_num_tokens:
+            first = hand_over.first_token_id
+            token_ids.append(first)
+        known = token_ids[:-1]
+        same = len(known) == hand_over.remote_num_tokens and token_digest(known) == hand_over.token_digest
+        if token_ids[-1:] != [hand_over.first_token_id] or not same:
+            raise KvLost("the hand-over's KV was computed from other tokens than this request's")
+    submit = Submit(
+        request_id=request.request_id,
+        token_ids=token_ids,
+        prompt_len=len(request.token_ids),
+        # The engine that prefilled has given the prompt's.
+        sampling=structs.replace(request.sampling, prompt_logprobs=-1) if hand_over is not None else request.sampling,
+        hold=request.hold,
+        offer=request.offer_to is not None,
+        await_kv=hand_over is not None,
+        kv_tokens=hand_over.remote_num_tokens if hand_over else 0,
+        tenant=request.tenant,
+    )
+    return submit, first
+
+
+def _check_shape(hand_over: HandOver) -> None:
+    """Raises ApiError when the blocks cannot be those of its tokens."""
+    size, tokens = hand_over.endpoint.manifest.block_size, hand_over.remote_num_tokens
+    needed, given = -(-tokens // size), len(hand_over.remote_block_ids)
+    if not needed <= given <= needed + 1:
+        message = f"kv_transfer_params: {given} blocks for {tokens} tokens of {size} a block"
+        raise ApiError(400, message, param="kv_transfer_params")
+
+
+def _first_piece(request: GenerationRequest, text: Output, token_id: int) -> Piece:
+    """The piece of the prefill's token; it has a finish_reason if the output ends with it."""
+    assert request.hand_over is not None
+    last = len(request.resume) + 1 >= request.sampling.max_tokens
+    return text.token(token_id, "length" if last else None, request.hand_over.first_logprobs)

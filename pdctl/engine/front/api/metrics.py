@@ -1,0 +1,65 @@
+"""The engine's Prometheus text."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
+
+from pdctl.engine.front.handover.leases import LeaseDesk
+from pdctl.wire import EngineState
+
+# Creation times of counters that are made at each scrape would say nothing.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the package is typed but for this
+
+
+def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: float) -> bytes:
+    """All metrics, made from the books at the moment of asking: nothing to keep in step."""
+    registry = CollectorRegistry()
+    gauges = {
+        "pdctl_engine_blocks": ("KV blocks in the pool", state.blocks_total),
+        "pdctl_engine_blocks_free": ("KV blocks free", state.blocks_free),
+        "pdctl_engine_blocks_leased": ("KV blocks held for decode engines", state.blocks_leased),
+        "pdctl_engine_blocks_quarantined": (
+            "KV blocks that a late transfer may still write to",
+            state.blocks_quarantined,
+        ),
+        "pdctl_engine_requests_held_back": (
+            "Prefills waiting for leased blocks to come free",
+            state.held_back,
+        ),
+        "pdctl_engine_blocks_reserved": (
+            "KV blocks set aside for KV that is being pulled",
+            state.blocks_reserved,
+        ),
+        "pdctl_engine_requests_running": ("Requests being computed", state.running),
+        "pdctl_engine_requests_waiting": ("Requests waiting for blocks or budget", state.waiting),
+    }
+    for name, (what, value) in gauges.items():
+        Gauge(name, what, registry=registry).set(value)
+    counters: dict[str, tuple[str, float]] = {
+        "pdctl_engine_tokens": ("Tokens generated", state.tokens_total),
+        "pdctl_engine_hand_overs": ("Hand-overs certified", state.transfers["hand_overs"]),
+        "pdctl_engine_pulls": ("KV pulls completed", state.transfers["pulls"]),
+        "pdctl_engine_pulls_lost": ("Hand-overs lost and prefilled again", state.transfers["lost"]),
+        "pdctl_engine_pulls_early": ("Hand-overs read while their prefill still computed", state.transfers["early"]),
+        "pdctl_engine_pulled_bytes": ("KV bytes pulled", state.transfers["bytes"]),
+        "pdctl_engine_pulled_seconds": ("Seconds spent copying KV", state.transfers["seconds"]),
+        "pdctl_engine_hand_over_seconds": (
+            "Seconds from a hand-over's arrival to its certified KV",
+            state.transfers["hand_over_seconds"],
+        ),
+    }
+    for name, (what, amount) in counters.items():
+        Counter(name, what, registry=registry).inc(amount)
+    leased, leaked = leases.block_seconds()
+    block_seconds = Counter(
+        "pdctl_engine_block_seconds",
+        "KV blocks times seconds: leased, of these leaked (held for a holder that was gone), and quarantined",
+        ["what"],
+        registry=registry,
+    )
+    for what, amount in (("leased", leased), ("leaked", leaked), ("quarantined", quarantined_block_s)):
+        block_seconds.labels(what).inc(amount)
+    ended = Counter("pdctl_engine_leases_ended", "Leases ended, by how", ["how"], registry=registry)
+    for how, count in leases.table.ended.items():
+        ended.labels(how.value).inc(count)
+    return generate_latest(registry)

@@ -1,0 +1,178 @@
+"""A request's output as it grows: token ids in; text, tool calls and log probabilities out, in OpenAI's words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from pdctl.engine.front.api.openai import GenerationRequest
+from pdctl.engine.front.api.text import OutputText, TextCodec
+from pdctl.engine.front.api.token_text import text_of
+from pdctl.engine.front.api.tools import ToolCall, ToolText, joined, whole_calls
+from pdctl.engine.ipc.messages import Logprobs, PromptToken
+from pdctl.wire import HandOver
+
+# Enough context for the detokenizer to join a first output token to the prompt's end.
+_PROMPT_TAIL = 8
+# JSON has no infinity: what cannot be is as unlikely as a number can say.
+_LEAST_LOGPROB = -9999.0
+
+Json = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added: token ids, the text that became safe to show, and why the output ended, if it did.
+
+    `logprobs`: an entry for each token id, where they were asked for, with its text and where that begins; with an echo
+    the prompt's tokens come before them. `prompt_logprobs`: vLLM's, with the first piece.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None
+    hand_over: HandOver | None = None
+    calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[Json] | None = None
+    prompt_logprobs: list[Json | None] | None = None
+
+
+class Output:
+    """One request's output. Tokens that the client has already are replayed, so that it goes on where it was."""
+
+    def __init__(self, codec: TextCodec, request: GenerationRequest) -> None:
+        self._codec = codec
+        self._request = request
+        self._token_text = codec.token_text
+        self._chat = request.envelope.chat
+        self._text = OutputText(codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops, request.include_stop)
+        self._tools = ToolText(request.envelope.request_id, request.tool_calls)
+        self._wants_logprobs = request.logprobs >= 0
+        self._echo = "" if request.resume else request.echo
+        for token_id in request.resume:
+            shown, _ = self._text.push(token_id)
+            self._tools.push(shown)
+
+    def token(
+        self,
+        token_id: int,
+        finish_reason: str | None,
+        told: Logprobs | None = None,
+        prompt: list[PromptToken] | None = None,
+    ) -> Piece:
+        """The next token, with the first one the prompt's; the piece has a finish_reason if the output ends with it."""
+        offset = len(self._request.echo) + self._text.length
+        shown, stopped = self._text.push(token_id)
+        if stopped:
+            finish_reason = "stop"
+        elif finish_reason is not None:
+            shown += self._text.flush()
+        entries = [self._entry(token_id, told, offset)] if self._wants_logprobs and told else None
+        piece = self._piece([token_id], shown, finish_reason, entries)
+        return piece if prompt is None else self._with_prompt(piece, prompt)
+
+    def end(self) -> Piece:
+        """It ends without another token."""
+        return self._piece([], self._text.flush(), "length", None)
+
+    def _piece(self, token_ids: list[int], text: str, reason: str | None, entries: list[Json] | None) -> Piece:
+        shown, calls = self._tools.push(text)
+        if reason is not None:
+            rest, more = self._tools.flush()
+            shown, calls = shown + rest, calls + more
+            if self._tools.found and reason == "stop":
+                reason = "tool_calls"
+        shown, self._echo = self._echo + shown, ""
+        return Piece(token_ids, shown, reason, None, joined(calls), entries)
+
+    def _with_prompt(self, piece: Piece, told: list[PromptToken]) -> Piece:
+        body, ids = self._request, self._request.token_ids
+        entries = piece.logprobs
+        if entries is not None and body.echo and not self._chat:
+            offsets = self._codec.offsets(ids)
+            first: Json = {"token": self._named(ids[0], 0.0)["token"], "logprob": None, "top_logprobs": None}
+            others = [
+                self._entry(token, one.logprobs, at) for token, one, at in zip(ids[1:], told, offsets[1:], strict=True)
+            ]
+            entries = [{**first, "text_offset": offsets[0]}, *others, *entries]
+        found: list[Json | None] | None = None
+        if body.shows_prompt_logprobs:
+            found = [None, *(self._vllm_entry(one) for one in told)]
+        return replace(piece, logprobs=entries, prompt_logprobs=found)
+
+    def _vllm_entry(self, one: PromptToken) -> Json:
+        """vLLM's words: token ids as keys, the prompt's own token first."""
+        (own, logprob), *top = one.logprobs
+        found = {str(own): self._ranked(own, logprob, one.rank)}
+        for rank, (token_id, likely) in enumerate(top, 1):
+            found.setdefault(str(token_id), self._ranked(token_id, likely, rank))
+        return dict(found)
+
+    def _ranked(self, token_id: int, logprob: float, rank: int) -> Json:
+        text = self._token_text.bytes_of(token_id).decode(errors="replace")
+        return {"logprob": max(logprob, _LEAST_LOGPROB), "rank": rank, "decoded_token": text}
+
+    def _entry(self, token_id: int, told: Logprobs, offset: int) -> Json:
+        chosen, *top = told
+        assert chosen[0] == token_id
+        return {
+            **self._named(*chosen),
+            "top_logprobs": [self._named(*entry) for entry in top],
+            "text_offset": offset,
+        }
+
+    def _named(self, token_id: int, logprob: float) -> Json:
+        data = self._token_text.bytes_of(token_id)
+        return {"token": text_of(data, self._chat), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(data)}
+
+
+def for_chat(entries: list[Json] | None) -> Json | None:
+    """OpenAI's `logprobs` of a chat's choice."""
+    if entries is None:
+        return None
+    return {"content": [{name: entry[name] for name in entry if name != "text_offset"} for entry in entries]}
+
+
+def for_completion(entries: list[Json] | None) -> Json | None:
+    """OpenAI's `logprobs` of a completion's choice."""
+    if entries is None:
+        return None
+    tops: list[Json | None] = []
+    for entry in entries:
+        top = entry["top_logprobs"]
+        # A prompt's first token has none.
+        tops.append({other["token"]: other["logprob"] for other in (*top, entry)} if isinstance(top, list) else None)
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": tops,
+        "text_offset": [entry["text_offset"] for entry in entries],
+    }
+
+
+def chunk_choice(piece: Piece, chat: bool, first: bool) -> Json:
+    """A piece as a choice of a stream's event; the first one names the role."""
+    told: Json = {} if piece.prompt_logprobs is None else {"prompt_logprobs": piece.prompt_logprobs}
+    if not chat:
+        logprobs = for_completion(piece.logprobs)
+        return {"logprobs": logprobs, "finish_reason": piece.finish_reason, **told, "text": piece.text}
+    delta: Json = {"role": "assistant"} if first else {}
+    if piece.text or not piece.calls:
+        delta["content"] = piece.text
+    if piece.calls:
+        delta["tool_calls"] = piece.calls
+    return {"logprobs": for_chat(piece.logprobs), "finish_reason": piece.finish_reason, **told, "delta": delta}
+
+
+def whole_choice(pieces: list[Piece], chat: bool) -> Json:
+    """All pieces as the choice of an unstreamed answer."""
+    text = "".join(piece.text for piece in pieces)
+    entries = [entry for piece in pieces for entry in piece.logprobs or []] or None
+    reason = pieces[-1].finish_reason or "length"
+    told: Json = {"prompt_logprobs": found} if (found := pieces[0].prompt_logprobs) is not None else {}
+    if not chat:
+        return {"logprobs": for_completion(entries), "finish_reason": reason, **told, "text": text}
+    calls = whole_calls([call for piece in pieces for call in piece.calls])
+    message: Json = {"role": "assistant", "content": None if calls and not text else text}
+    if calls:
+        message["tool_calls"] = calls
+    return {"logprobs": for_chat(entries), "finish_reason": reason, **told, "message": message}

@@ -1,0 +1,384 @@
+"""HTTP surface of an engine: OpenAI endpoints, leases and state for peers, health and metrics for everyone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+from uuid import uuid4
+
+import anyio
+import anyio.to_thread
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from pdctl import __version__
+from pdctl.engine.front.api import guided, openai
+from pdctl.engine.front.api.control import Control
+from pdctl.engine.front.api.generate import Generator
+from pdctl.engine.front.api.openai import GenerationRequest
+from pdctl.engine.front.api.output import Piece, chunk_choice, whole_choice
+from pdctl.engine.front.api.text import NoChatTemplate, TextCodec
+from pdctl.engine.front.core_link import CoreLink
+from pdctl.engine.front.handover.migrate import KvLost
+from pdctl.engine.ipc.messages import Ready
+from pdctl.engine.options import EngineOptions
+from pdctl.net import asgi
+from pdctl.net.openai_api import DONE, ApiError, Envelope, decode_request, usage
+from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, HoldRequest, TokenizeBody
+from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER, HandOver
+
+_T = TypeVar("_T")
+
+# Bodies of this many bytes take several milliseconds to be read and encoded; so many of them at once.
+_LARGE_BODY = 65_536
+_LARGE_AT_ONCE = 2
+
+
+class EngineService:
+    """Everything the endpoints need."""
+
+    def __init__(
+        self, options: EngineOptions, codec: TextCodec, core: CoreLink, control: Control, generator: Generator
+    ) -> None:
+        self.options = options
+        self.codec = codec
+        self.core = core
+        self.control = control
+        self.generator = generator
+        self._aside = anyio.CapacityLimiter(_LARGE_AT_ONCE)
+        self._created = int(time.time())
+
+    def app(self) -> ASGIApp:
+        """The ASGI application."""
+        app = self._endpoints()
+        return app if self.options.open or not self.control.has_secret else _Locked(app, self.control)
+
+    def _endpoints(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/v1/completions", _Generate(self, chat=False), methods=["POST"]),
+                Route("/v1/chat/completions", _Generate(self, chat=True), methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/version", _version),
+                Route("/tokenize", _Small(self, self.tokens_of), methods=["POST"]),
+                Route("/detokenize", _Small(self, self.text_of), methods=["POST"]),
+                *self.control.routes(),
+            ],
+            exception_handlers=asgi.OPENAI_ERRORS,
+        )
+
+    def accept(self, body: bytes, chat: bool, headers: dict[str, str]) -> GenerationRequest:
+        """Check a request and tokenize its prompt. Raises ApiError."""
+        ready = self._ready()
+        parsed = openai.parse_body(body, chat)
+        served = self.options.served_model_name
+        self._check_model(parsed.model)
+        began = self._clock(headers)
+        token_ids = self._prompt_ids(parsed, ready, began)
+        hold, hand_over = self._internal_fields(parsed, headers)
+        given = [*(parsed.resume_token_ids or []), *([hand_over.first_token_id] if hand_over else [])]
+        if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
+            raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
+        assert not (hold and hand_over)
+        options = parsed.stream_options
+        forbidden = self.codec.forbidden(openai.bad_words(parsed))
+        sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
+        request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
+        return GenerationRequest(
+            # The same client request may reach one engine twice, so the id inside is its own.
+            request_id=f"{request_id}.{uuid4().hex[:8]}",
+            envelope=Envelope(request_id, chat, served, bool(parsed.return_token_ids), int(began)),
+            token_ids=token_ids,
+            sampling=sampling,
+            stops=openai.stop_strings(parsed),
+            stream=bool(parsed.stream) and hold is None,
+            include_usage=bool(options and options.include_usage),
+            resume=parsed.resume_token_ids or [],
+            hold=hold is not None,
+            hand_over=hand_over,
+            include_stop=bool(parsed.include_stop_str_in_output),
+            echo=self._echo(parsed, token_ids),
+            # As vLLM: beside include_usage alone.
+            counts_each=bool(options and options.include_usage and options.continuous_usage_stats),
+            shows_prompt_logprobs=parsed.prompt_logprobs is not None,
+            offer_to=hold.offer_to if hold and self.options.chunked else None,
+            router=headers.get(ROUTER_HEADER, "router"),
+            attempt=headers.get(ATTEMPT_HEADER, ""),
+            logprobs=sampling.logprobs,
+            tool_calls=guided.tool_format(parsed),
+            tenant=headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else "",
+        )
+
+    def _clock(self, headers: dict[str, str]) -> float:
+        """When the request began: the proxy says, so that all engines agree."""
+        given = headers.get(STARTED_HEADER, "")
+        internal = self.control.is_internal(headers.get("authorization", ""))
+        return float(given) if internal and given.isdecimal() else float(int(time.time()))
+
+    def _prompt_ids(self, body: CompletionBody | ChatBody, ready: Ready, at: float) -> list[int]:
+        name = "messages" if isinstance(body, ChatBody) else "prompt"
+        try:
+            ids = self._encode(body, at, ready.max_model_len)
+        except (NoChatTemplate, ValueError) as failure:
+            raise ApiError(400, str(failure), param=name) from None
+        if not ids:
+            raise ApiError(400, "the prompt is empty", param=name)
+        if (kept := body.truncate_prompt_tokens) is not None:
+            # As vLLM: the last ones; -1 for as many as the context holds.
+            if kept == 0:
+                message = "truncate_prompt_tokens must be at least 1, or -1"
+                raise ApiError(400, message, param="truncate_prompt_tokens")
+            ids = ids[-(ready.max_model_len - 1 if kept == -1 else kept) :]
+        if min(ids) < 0 or max(ids) >= ready.vocab_size:
+            raise ApiError(400, f"prompt token ids must be from 0 to {ready.vocab_size - 1}", param=name)
+        return ids
+
+    def _encode(self, body: CompletionBody | ChatBody, at: float, max_tokens: int) -> list[int]:
+        if isinstance(body, ChatBody):
+            tools = body.tools if body.tool_choice != "none" else None
+            messages = openai.messages_of(body.messages)
+            going_on = bool(body.continue_final_message)
+            return self.codec.encode_chat(messages, at, tools, max_tokens, openai.template_variables(body), going_on)
+        prompt = body.prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            return self._encode(msgspec.structs.replace(body, prompt=prompt[0]), at, max_tokens)
+        if isinstance(prompt, str):
+            return self.codec.encode(prompt, max_tokens)
+        if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
+            return [int(item) for item in prompt if isinstance(item, int)]
+        raise ApiError(400, "send one prompt per request: a string or a list of token ids", param="prompt")
+
+    def _echo(self, body: CompletionBody | ChatBody, token_ids: list[int]) -> str:
+        """What the answer begins with where the client wants that: the prompt, or the message that it goes on with."""
+        if not body.echo:
+            return ""
+        if isinstance(body, ChatBody):
+            last = openai.messages_of(body.messages)[-1]
+            return str(last.get("content") or "") if last["role"] == "assistant" else ""
+        whole = isinstance(body.prompt, str) and body.truncate_prompt_tokens is None
+        return str(body.prompt) if whole else self.codec.shown(token_ids)
+
+    def _internal_fields(
+        self, body: CompletionBody | ChatBody, headers: dict[str, str]
+    ) -> tuple[HoldRequest | None, HandOver | None]:
+        no_transfer = bytes(body.kv_transfer_params) == b"null"
+        if no_transfer and not body.resume_token_ids:
+            return None, None
+        if not self.control.is_internal(headers.get("authorization", "")):
+            raise ApiError(403, "kv_transfer_params and resume_token_ids are for this service's own processes")
+        if no_transfer:
+            return None, None
+        try:
+            asked = msgspec.json.decode(body.kv_transfer_params, type=HoldRequest)
+            if asked.do_remote_decode:
+                return asked, None
+            return None, msgspec.json.decode(body.kv_transfer_params, type=HandOver)
+        except msgspec.DecodeError as failure:
+            raise ApiError(400, f"kv_transfer_params are malformed: {failure}", param="kv_transfer_params") from None
+
+    async def _models(self, _: Request) -> Response:
+        card = {"id": self.options.served_model_name, "object": "model", "created": self._created, "owned_by": "pdctl"}
+        if self.core.ready:
+            card["max_model_len"] = self.core.ready.max_model_len
+        body = msgspec.json.encode({"object": "list", "data": [card]})
+        return Response(body, media_type="application/json")
+
+    def tokens_of(self, body: bytes) -> dict[str, object]:
+        """The answer to /tokenize. Raises ApiError."""
+        asked = _decoded(body, TokenizeBody)
+        self._check_model(asked.model)
+        most = self._ready().max_model_len
+        try:
+            if asked.messages is not None:
+                messages = openai.messages_of(asked.messages)
+                variables = openai.template_variables(asked)
+                going_on = bool(asked.continue_final_message)
+                ids = self.codec.encode_chat(messages, time.time(), asked.tools, most, variables, going_on)
+            elif asked.prompt is not None:
+                ids = self.codec.encode(asked.prompt, most, special=asked.add_special_tokens is not False)
+            else:
+                raise ApiError(400, "send a prompt, or messages", param="prompt")
+        except (NoChatTemplate, ValueError) as failure:
+            raise ApiError(400, str(failure), param="prompt" if asked.messages is None else "messages") from None
+        found: dict[str, object] = {"count": len(ids), "max_model_len": most, "tokens": ids}
+        if asked.return_token_strs:
+            found["token_strs"] = [self.codec.tokenizer.id_to_token(token_id) for token_id in ids]
+        return found
+
+    def text_of(self, body: bytes) -> dict[str, object]:
+        """The answer to /detokenize. Raises ApiError."""
+        asked = _decoded(body, DetokenizeBody)
+        self._check_model(asked.model)
+        ready = self._ready()
+        if len(asked.tokens) > (most := max(ready.max_model_len, _LARGE_BODY)):
+            raise ApiError(400, f"{len(asked.tokens)} tokens; {most} is the most", param="tokens")
+        if asked.tokens and max(asked.tokens) >= ready.vocab_size:
+            raise ApiError(400, f"token ids must be from 0 to {ready.vocab_size - 1}", param="tokens")
+        if (unknown := next((one for one in asked.tokens if not self.codec.knows(one)), None)) is not None:
+            raise ApiError(400, f"the tokenizer has no token {unknown}", param="tokens")
+        return {"prompt": self.codec.decode(asked.tokens)}
+
+    def _ready(self) -> Ready:
+        if self.core.ready is None:
+            raise ApiError(503, "the model is still loading", "service_unavailable")
+        return self.core.ready
+
+    def _check_model(self, model: str | None) -> None:
+        served = self.options.served_model_name
+        if model not in (None, served):
+            raise ApiError(404, f"the model {model!r} does not exist; this engine serves {served!r}", param="model")
+
+    async def aside(self, size: int, work: Callable[[], _T]) -> _T:
+        """Do what takes long for a large request in a thread, so that other requests' tokens go on meanwhile."""
+        if size < _LARGE_BODY:
+            return work()
+        return await anyio.to_thread.run_sync(work, limiter=self._aside)
+
+
+async def _version(_: Request) -> Response:
+    return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
+
+
+class _Locked:
+    """Serves this service's own processes alone. Health is everybody's: load balancers ask for it."""
+
+    def __init__(self, app: ASGIApp, control: Control) -> None:
+        self._app = app
+        self._control = control
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            if not self._control.is_internal(key):
+                message = "this engine serves its own service: ask the proxy, or set open = true under [[engines]]"
+                await asgi.respond_error(send, ApiError(401, message, "authentication_error"))
+                return
+        await self._app(scope, receive, send)
+
+
+def _decoded(body: bytes, kind: type[_T]) -> _T:
+    return decode_request(msgspec.json.Decoder(kind).decode, body)
+
+
+class _Small:
+    """POST /tokenize or /detokenize. As for answers, a client that leaves takes its place in the queue along."""
+
+    def __init__(self, service: EngineService, work: Callable[[bytes], dict[str, object]]) -> None:
+        self._service = service
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = asgi.header_dict(scope["headers"])
+        try:
+            body = await asgi.read_body(receive, encoding=headers.get("content-encoding", "").encode("latin-1"))
+        except ApiError as failure:
+            await asgi.respond_error(send, failure)
+            return
+        await asgi.while_connected(receive, lambda: self._answer(body, send))
+
+    async def _answer(self, body: bytes, send: Send) -> None:
+        try:
+            found = await self._service.aside(len(body), partial(self._work, body))
+        except ApiError as failure:
+            await asgi.respond_error(send, failure)
+            return
+        await asgi.respond(send, 200, msgspec.json.encode(found))
+
+
+class _Generate:
+    """POST /v1/completions or /v1/chat/completions as a raw ASGI endpoint: a client that leaves cancels its request."""
+
+    def __init__(self, service: EngineService, chat: bool) -> None:
+        self._service = service
+        self._chat = chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = asgi.header_dict(scope["headers"])
+        try:
+            body = await asgi.read_body(receive, encoding=headers.get("content-encoding", "").encode("latin-1"))
+        except ApiError as failure:
+            await asgi.respond_error(send, failure)
+            return
+        await asgi.while_connected(receive, lambda: self._answer(body, headers, send))
+
+    async def _answer(self, body: bytes, headers: dict[str, str], send: Send) -> None:
+        try:
+            request = await self._service.aside(len(body), partial(self._service.accept, body, self._chat, headers))
+        except ApiError as failure:
+            await asgi.respond_error(send, failure)
+            return
+        except (RecursionError, ValueError, OverflowError) as failure:
+            # Of the client's making, as all of it is: not for another engine to try.
+            await asgi.respond_error(send, ApiError(400, f"the request cannot be read: {failure}"))
+            return
+        await (self._stream if request.stream else self._whole)(request, send)
+
+    async def _whole(self, request: GenerationRequest, send: Send) -> None:
+        pieces: list[Piece] = []
+        try:
+            async for piece in self._service.generator.run(request):
+                pieces.append(piece)
+        except (ApiError, KvLost) as failure:
+            await asgi.respond_error(send, _api_error(failure))
+            return
+        token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
+        held = pieces[-1].hand_over
+        extra: dict[str, object] = {"kv_transfer_params": held} if held else {}
+        counts = _usage(request, len(token_ids))
+        if request.hold:
+            # Another engine goes on with it: as the beginning of a stream.
+            assert len(pieces) == 1, "a held prefill computes one token"
+            choice = chunk_choice(pieces[0], self._chat, first=not request.resume)
+        else:
+            choice = whole_choice(pieces, self._chat)
+        await asgi.respond(send, 200, request.envelope.body([choice], counts, extra, token_ids), _timed(request))
+
+    async def _stream(self, request: GenerationRequest, send: Send) -> None:
+        started = False
+        count = 0
+        try:
+            async for piece in self._service.generator.run(request):
+                if not started:
+                    await asgi.start_stream(send, _timed(request))
+                count += len(piece.token_ids)
+                first = not started and not request.resume
+                counts = _usage(request, count) if request.counts_each else None
+                event = request.envelope.event(0, chunk_choice(piece, self._chat, first), piece.token_ids, counts)
+                started = True
+                last = piece.finish_reason is not None
+                await asgi.send_part(send, event + (_tail(request, count) if last else b""), last)
+        except (ApiError, KvLost) as failure:
+            error = _api_error(failure)
+            if started:
+                await asgi.send_part(send, b"data: " + error.body() + b"\n\n", last=True)
+            else:
+                await asgi.respond_error(send, error)
+
+
+def _timed(request: GenerationRequest) -> list[tuple[bytes, bytes]]:
+    """What bringing the KV took, as a header for the proxy."""
+    if not request.stages:
+        return []
+    said = ",".join(f"{name}={value:.6g}" for name, value in request.stages.items())
+    return [(TIMING_HEADER.encode(), said.encode())]
+
+
+def _tail(request: GenerationRequest, count: int) -> bytes:
+    """What follows the last event, in the same write."""
+    counts = request.envelope.usage_chunk(_usage(request, count)) if request.include_usage else b""
+    return counts + DONE
+
+
+def _usage(request: GenerationRequest, new_tokens: int) -> dict[str, int]:
+    """Counts of the whole request, resumed tokens included."""
+    return usage(len(request.token_ids), new_tokens + len(request.resume))
+
+
+def _api_error(failure: ApiError | KvLost) -> ApiError:
+    return ApiError(409, str(failure), "kv_lost") if isinstance(failure, KvLost) else failure

@@ -1,0 +1,277 @@
+"""Between text and token ids: the tokenizer, the chat template, and output text that grows token by token."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from pdctl.engine.front.api.token_text import TokenText
+
+Messages = list[dict[str, object]]
+
+# Texts of fewer characters are encoded, however short the context: it takes a few milliseconds.
+_LEAST_REFUSED = 65_536
+# No text has this many characters in each token on average, however long single tokens are; encoding a million
+# characters takes about a second.
+_MOST_PER_TOKEN, _MOST_ANYWAY = 16, 1 << 20
+
+
+class NoChatTemplate(Exception):
+    """The model is a base model: it completes text."""
+
+
+class TextCodec:
+    """A model directory's tokenizer and, where it has one, its chat template."""
+
+    def __init__(self, model: Path) -> None:
+        self.tokenizer: Tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        self.token_text = TokenText(self.tokenizer)
+        self._template = _chat_template(model)
+        self._specials = _special_tokens(model)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In characters."""
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
+
+    def encode(self, text: str, max_tokens: int | None = None, special: bool = True) -> list[int]:
+        """Token ids with the special tokens that the tokenizer adds, such as <bos>.
+
+        Raises ValueError for a text that cannot be as few as `max_tokens`, without encoding it.
+        """
+        if max_tokens is not None:
+            self.check_length(len(text), max_tokens)
+        # A batch, because that lets other threads run meanwhile.
+        ids: list[int] = self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
+        return ids
+
+    def check_length(self, characters: int, max_tokens: int) -> None:
+        """Raise ValueError for so many characters that no tokenizer needs to be asked: they are too many tokens."""
+        longest = max_tokens * self._longest_token
+        likely = max(max_tokens * _MOST_PER_TOKEN, _MOST_ANYWAY)
+        if characters > max(min(longest, likely), _LEAST_REFUSED):
+            message = f"this model's context is {max_tokens} tokens, prompt and output together; the prompt alone has "
+            raise ValueError(f"{message}{max_tokens + 1} or more ({characters} characters)")
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def shown(self, token_ids: list[int]) -> str:
+        """The text of token ids as an answer shows it, without special ones."""
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def offsets(self, token_ids: list[int]) -> list[int]:
+        """Where the text of each token begins in what `shown` gives, in characters."""
+        text, found = OutputText(self.tokenizer, [], []), []
+        for token_id in token_ids:
+            found.append(text.length)
+            text.push(token_id)
+        return found
+
+    def knows(self, token_id: int) -> bool:
+        """Whether the tokenizer has such a token; models may have rows to spare."""
+        return self.tokenizer.id_to_token(token_id) is not None
+
+    def forbidden(self, words: list[str]) -> list[list[int]]:
+        """Token sequences that write these words: at the beginning of a text, and after a blank, as vLLM has it."""
+        found: list[list[int]] = []
+        for word in words:
+            plain, spaced = (self.encode(blank + word.lstrip(), special=False) for blank in ("", " "))
+            found += [plain] if plain else []
+            if spaced and plain and spaced[0] != plain[0] and len(spaced) == len(plain):
+                found.append(spaced)
+        return found
+
+    def encode_chat(
+        self,
+        messages: Messages,
+        at: float,
+        tools: Messages | None = None,
+        max_tokens: int | None = None,
+        variables: dict[str, object] | None = None,
+        continue_final: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins; `at`: the template's clock.
+
+        `continue_final`: the last message is left open, and the answer goes on with it. Raises NoChatTemplate, or
+        ValueError with the template's own complaint, or as `encode` does.
+        """
+        if self._template is None:
+            raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
+        if max_tokens is not None:
+            # Before the template: it may take long over messages that are refused afterwards.
+            self.check_length(_characters(messages) + _characters(tools or []), max_tokens)
+        shown = _marked(messages) if continue_final else messages
+        text = render_chat(self._template, shown, self._specials, at, tools, variables)
+        if continue_final:
+            text = _left_open(text)
+        return self.encode(text, max_tokens, special=False)
+
+
+# Marks where the last message ends, as transformers does it: its text may stand elsewhere in what a template writes.
+# With a blank, so that a template which strips messages is noticed.
+_MARK = "PDCTL_END_OF_THE_LAST_MESSAGE "
+
+
+def _marked(messages: Messages) -> Messages:
+    """The messages, the last one with the mark at its end. Raises ValueError where it has no text."""
+    final = messages[-1].get("content")
+    if not isinstance(final, str) or not final.strip():
+        raise ValueError("continue_final_message: the last message has no text to go on with")
+    return [*messages[:-1], {**messages[-1], "content": final + _MARK}]
+
+
+def _left_open(text: str) -> str:
+    """A rendered conversation up to the end of its last message. Raises ValueError where the template left it out."""
+    at = text.rfind(_MARK.strip())
+    if at < 0:
+        raise ValueError("continue_final_message: the chat template does not show the last message")
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
+
+
+def _characters(value: object) -> int:
+    """Of all strings within a JSON value."""
+    waiting, found = [value], 0
+    while waiting:
+        match waiting.pop():
+            case str() as text:
+                found += len(text)
+            case list() as items:
+                waiting += items
+            case dict() as members:
+                waiting += [*members.keys(), *members.values()]
+    return found
+
+
+def render_chat(
+    template: str,
+    messages: Messages,
+    specials: dict[str, str],
+    at: float,
+    tools: Messages | None = None,
+    variables: dict[str, object] | None = None,
+) -> str:
+    """Render a Hugging Face chat template, with the helpers such templates expect.
+
+    `at` is what the template takes for now, in seconds since 1970: every engine that a request visits must render the
+    same prompt.
+    """
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: object, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.fromtimestamp(at).astimezone().strftime(pattern)
+    try:
+        given = {**specials, "add_generation_prompt": True, **(variables or {}), "messages": messages, "tools": tools}
+        return environment.from_string(template).render(given)
+    except (TemplateError, TypeError) as failure:
+        raise ValueError(f"the model's chat template refuses these messages: {failure}") from failure
+
+
+class OutputText:
+    """Output text as tokens come: never half a character, never past a stop string.
+
+    Text that might become a stop string is held back until it cannot.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_tail: list[int], stops: list[str], include_stop: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._include_stop = include_stop
+        self._stream = DecodeStream(ids=prompt_tail, skip_special_tokens=True)
+        self._pending: list[int] = []
+        self._held = ""
+        self.length = 0  # characters so far, those held back included
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """New text that is safe to show, and whether a stop string was reached."""
+        self._pending.append(token_id)
+        piece = self._decoded(token_id)
+        if piece is None:
+            return "", False
+        self._pending.clear()
+        self.length += len(piece)
+        return self._show(piece)
+
+    def _decoded(self, token_id: int) -> str | None:
+        try:
+            piece: str | None = self._stream.step(self._tokenizer, token_id)
+            return piece
+        except Exception as failure:
+            # The library raises Exception itself, when more bytes change the text it gave before: a prompt that ends
+            # within a character, bytes that are no UTF-8. What is pending is decoded without what came before.
+            if type(failure) is not Exception:
+                raise
+        self._stream = DecodeStream(ids=[], skip_special_tokens=True)
+        rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        return rest
+
+    def flush(self) -> str:
+        """What is left when the output ends without a stop string."""
+        rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True) if self._pending else ""
+        text, self._held = self._held + rest, ""
+        self._pending.clear()
+        return text
+
+    def _show(self, piece: str) -> tuple[str, bool]:
+        if not self._stops:
+            return piece, False
+        text = self._held + piece
+        found = [(at, len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            at, length = min(found)
+            return text[: at + length if self._include_stop else at], True
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _chat_template(model: Path) -> str | None:
+    separate = model / "chat_template.jinja"
+    if separate.is_file():
+        return separate.read_text(encoding="utf-8")
+    found = _tokenizer_config(model).get("chat_template")
+    return found if isinstance(found, str) else None
+
+
+def _special_tokens(model: Path) -> dict[str, str]:
+    """bos_token and its like; each is a string or an object with `content`."""
+    specials = {}
+    for name, value in _tokenizer_config(model).items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            specials[name] = content
+    return specials
+
+
+def _tokenizer_config(model: Path) -> dict[str, object]:
+    path = model / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}

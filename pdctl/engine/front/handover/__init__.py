@@ -1,0 +1,1 @@
+"""Leases, offers and migrations at work."""

@@ -1,0 +1,105 @@
+"""Who this engine can read KV from, by which transport, and how fast that has been."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+
+from pdctl.engine.cache.layout import mismatch
+from pdctl.engine.front.core_link import CoreLink
+from pdctl.engine.front.handover.peers import Peers
+from pdctl.engine.ipc.messages import Connect, Linked
+from pdctl.net.http_client import Unreachable
+from pdctl.wire import LinkCall, LinkInfo, LinkReply, PeerAddress
+
+# Transfers that the shown speed is taken over, and links made at once.
+_RECENT = 16
+_AT_ONCE = 16
+_LINK_S = 10.0
+
+
+@dataclass(slots=True)
+class _Link:
+    info: LinkInfo
+    pulls: int = 0
+    bytes: int = 0
+    recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class LinkBook:
+    """One link per peer. They are made by the supervisor's word, and by themselves with the first pull."""
+
+    def __init__(self, peers: Peers, core: CoreLink) -> None:
+        self._peers = peers
+        self._core = core
+        self._links: dict[str, _Link] = {}
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        core.on_linked = self._linked
+
+    async def make(self, call: LinkCall) -> LinkReply:
+        """Link to every peer named, side by side; each is linked, refused or unreachable when this returns."""
+        async with asyncio.TaskGroup() as tasks:
+            made = [tasks.create_task(self._make(peer)) for peer in call.peers]
+        return LinkReply([task.result() for task in made])
+
+    def pulled(self, peer: str, num_bytes: int, seconds: float) -> None:
+        """Count a finished pull."""
+        link = self._links.get(peer)
+        if link is not None:
+            link.pulls += 1
+            link.bytes += num_bytes
+            link.recent.append((num_bytes, seconds))
+
+    def infos(self) -> list[LinkInfo]:
+        """All links, for people."""
+        return [_described(link) for link in self._links.values()]
+
+    async def _make(self, peer: PeerAddress) -> LinkInfo:
+        async with self._slots:
+            link = self._link(peer.name, peer.epoch)
+            try:
+                async with asyncio.timeout(_LINK_S):
+                    await self._connect(peer, link)
+            except TimeoutError:
+                link.info = LinkInfo(peer.name, peer.epoch, error=f"no link within {_LINK_S:g} s")
+            except Unreachable as failure:
+                link.info = LinkInfo(peer.name, peer.epoch, error=str(failure))
+            return _described(link)
+
+    async def _connect(self, peer: PeerAddress, link: _Link) -> None:
+        found = await self._peers.endpoint(peer.host, peer.port)
+        ready = self._core.ready
+        if ready is None or found.epoch != peer.epoch:
+            link.info = LinkInfo(peer.name, peer.epoch, error=f"it runs epoch {found.epoch} by now")
+            return
+        if reason := mismatch(ready.endpoint.manifest, found.endpoint.manifest):
+            link.info = LinkInfo(peer.name, peer.epoch, error=f"its KV does not fit: {reason}", refused=True)
+            return
+        link.decided.clear()
+        await self._core.send(Connect(peer.name, peer.epoch, found.endpoint))
+        await link.decided.wait()
+
+    def _link(self, peer: str, epoch: str) -> _Link:
+        """The peer's link in this epoch; a restarted peer is linked anew and keeps its counts."""
+        old = self._links.get(peer)
+        if old is None or old.info.epoch != epoch:
+            new = _Link(LinkInfo(peer, epoch))
+            if old is not None:
+                new.pulls, new.bytes, new.recent = old.pulls, old.bytes, old.recent
+            self._links[peer] = new
+        return self._links[peer]
+
+    def _linked(self, message: Linked) -> None:
+        link = self._link(message.link.peer, message.link.epoch)
+        link.info = message.link
+        link.decided.set()
+
+
+def _described(link: _Link) -> LinkInfo:
+    moved, seconds = sum(b for b, _ in link.recent), sum(s for _, s in link.recent)
+    gbps = round(moved / seconds / 1e9, 3) if seconds else 0.0
+    return msgspec.structs.replace(link.info, pulls=link.pulls, bytes=link.bytes, gbps=gbps)

@@ -1,0 +1,121 @@
+"""The prefill side of reading early: leases over prompts still being computed, and telling the decode engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from pdctl.engine.front.core_link import CoreLink
+from pdctl.engine.front.handover.leases import LeaseDesk
+from pdctl.engine.front.handover.peers import Peers
+from pdctl.engine.handover.lease import Lease
+from pdctl.engine.ipc.messages import Held, Progress
+from pdctl.net.http_client import Unreachable
+from pdctl.net.openai_fields import OfferTo
+from pdctl.wire import Offer, RevokeCall
+
+_log = logging.getLogger(__name__)
+
+# Offers under way at once; more are not sent, and their KV is read when the prefill is done.
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this engine is to its peers."""
+
+    name: str
+    epoch: str
+    host: str
+    port: int
+    lease_s: float
+
+
+class OfferDesk:
+    """Makes and sends offers."""
+
+    def __init__(
+        self, identity: Identity, core: CoreLink, leases: LeaseDesk, peers: Peers, tasks: asyncio.TaskGroup
+    ) -> None:
+        self.identity = identity
+        self.leases = leases
+        self._core = core
+        self._peers = peers
+        self._tasks = tasks
+        self._sending = 0
+
+    def send(self, to: OfferTo, offer: Offer) -> None:
+        """Without waiting: an offer that is lost costs time, not correctness."""
+        if self._sending < _AT_ONCE:
+            self._sending += 1
+            self._tasks.create_task(self._send(to, offer))
+
+    def make(self, lease: Lease, num_tokens: int, readable: int, block_ids: list[int], withdrawn: bool) -> Offer:
+        """An offer of this engine."""
+        ready, me = self._core.ready, self.identity
+        assert ready is not None
+        return Offer(
+            me.name, me.host, me.port, lease.lease_id, me.epoch, me.lease_s, num_tokens, readable, block_ids,
+            ready.endpoint, withdrawn,
+        )  # fmt: skip
+
+    async def _send(self, to: OfferTo, offer: Offer) -> None:
+        try:
+            await self._peers.offer(to.host, to.port, offer)
+        except Unreachable as failure:
+            _log.info("the offer of lease %s did not arrive: %s", offer.lease_id, failure)
+        finally:
+            self._sending -= 1
+
+
+class Offering:
+    """The leases of one prefill: an early one if it is offered, a final one in any case.
+
+    `router` and `attempt`: whose call it is; `to`: the decode engine that may read early, where there is one.
+    """
+
+    def __init__(
+        self, desk: OfferDesk, request_id: str, num_tokens: int, router: str, attempt: str, to: OfferTo | None
+    ) -> None:
+        self._desk = desk
+        self._request_id = request_id
+        self._num_tokens = num_tokens
+        self._router = router
+        self._attempt = attempt
+        self._to = to
+        self._lease: Lease | None = None
+        self._block_ids: list[int] = []
+
+    def progress(self, done: Progress) -> None:
+        """A chunk is computed: its KV may be read."""
+        self._block_ids = done.block_ids
+        if self._lease is None:
+            self._lease = self._grant(len(done.block_ids), sealed=False)
+        if self._lease is not None:
+            self._tell(self._lease, done.num_computed)
+
+    def held(self, held: Held) -> Lease | None:
+        """All of it is computed: the lease that the hand-over goes by. None when the router has given up the call."""
+        leases, early = self._desk.leases, self._lease
+        self._lease = None
+        sealed = leases.seal(early.lease_id, len(held.block_ids)) if early else None
+        if sealed is not None:
+            self._tell(sealed, held.num_tokens)
+            return sealed
+        return self._grant(len(held.block_ids))
+
+    def withdraw(self) -> None:
+        """What was offered will not come, or not in these blocks. Idempotent."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            self._desk.leases.revoke(RevokeCall(lease.lease_id))
+            self._tell(lease, 0, withdrawn=True)
+
+    def _grant(self, num_blocks: int, sealed: bool = True) -> Lease | None:
+        return self._desk.leases.grant(self._request_id, num_blocks, self._router, self._attempt, sealed)
+
+    def _tell(self, lease: Lease, readable: int, withdrawn: bool = False) -> None:
+        if self._to is not None:
+            offer = self._desk.make(lease, self._num_tokens, readable, self._block_ids, withdrawn)
+            self._desk.send(self._to, offer)

@@ -1,0 +1,122 @@
+"""Calls to other engines' fronts: leases, offers, endpoints. Each has a deadline; releases have a bounded queue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+
+import msgspec
+
+from pdctl.net.http_client import ConnectionPool, Unreachable
+from pdctl.net.internal_calls import Caller, CallRefused
+from pdctl.wire import EndpointReply, HandOver, LeaseCall, LeaseReply, Offer, PoolEndpoint, RenewCall, RenewReply
+
+_log = logging.getLogger(__name__)
+
+# A call that takes longer than this will be made again or given up, seconds.
+_CALL_S = 5.0
+_MAX_PEERS = 256
+_MAX_RELEASES = 1024
+_RELEASES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRef:
+    """A lease at a prefill engine, and where its blocks can be read."""
+
+    engine: str
+    host: str
+    port: int
+    epoch: str
+    lease_id: str
+    lease_s: float
+    block_ids: list[int]
+    endpoint: PoolEndpoint
+
+
+def of_hand_over(given: HandOver) -> LeaseRef:
+    """The lease of a finished prefill."""
+    return LeaseRef(
+        given.remote_engine_id, given.remote_host, given.remote_port, given.epoch, given.lease_id, given.lease_s,
+        given.remote_block_ids, given.endpoint,
+    )  # fmt: skip
+
+
+def of_offer(given: Offer) -> LeaseRef:
+    """The lease of a prefill that still computes."""
+    return LeaseRef(
+        given.engine, given.host, given.port, given.epoch, given.lease_id, given.lease_s, given.block_ids,
+        given.endpoint,
+    )  # fmt: skip
+
+
+class Peers:
+    """Connections to other engines, kept; `holder` is who we are to them."""
+
+    def __init__(self, holder: str, secret: str) -> None:
+        self.holder = holder
+        self._caller = Caller(secret)
+        self._pools: dict[tuple[str, int], ConnectionPool] = {}
+        self._slots: dict[tuple[str, int], asyncio.Semaphore] = {}
+        self._releasing = 0
+        self._releases: asyncio.Queue[LeaseRef] = asyncio.Queue(_MAX_RELEASES)
+
+    async def lease_call(self, lease: LeaseRef, verb: str) -> LeaseReply:
+        """Claim, commit or release. Raises Unreachable."""
+        call = LeaseCall(lease.lease_id, lease.epoch, self.holder)
+        return await self._post(lease.host, lease.port, f"/pdctl/v1/leases/{verb}", call)
+
+    async def renew(self, host: str, port: int, call: RenewCall) -> list[str]:
+        """The leases that are gone. Raises Unreachable."""
+        pool = self._pool(host, port)
+        return (await self._caller.post(pool, "/pdctl/v1/leases/renew", call, RenewReply, _CALL_S)).gone
+
+    async def offer(self, host: str, port: int, offer: Offer) -> LeaseReply:
+        """Tell a decode engine what it may read. Raises Unreachable."""
+        return await self._post(host, port, "/pdctl/v1/offers", offer)
+
+    async def endpoint(self, host: str, port: int) -> EndpointReply:
+        """Where a peer's pool can be read. Raises Unreachable."""
+        return await self._caller.get(self._pool(host, port), "/pdctl/v1/endpoint", EndpointReply, _CALL_S)
+
+    def release_later(self, lease: LeaseRef) -> None:
+        """Release without waiting; works while being cancelled. A full queue leaves it to the deadline."""
+        with suppress(asyncio.QueueFull):
+            self._releases.put_nowait(lease)
+
+    async def release_forever(self) -> None:
+        """Carry out what `release_later` was asked for; a peer that does not answer delays only its own."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                lease = await self._releases.get()
+                slots = self._slots.setdefault((lease.host, lease.port), asyncio.Semaphore(_RELEASES_AT_ONCE))
+                if self._releasing < _MAX_RELEASES:
+                    self._releasing += 1
+                    tasks.create_task(self._release(lease, slots))
+
+    async def _release(self, lease: LeaseRef, slots: asyncio.Semaphore) -> None:
+        try:
+            async with slots:
+                await self.lease_call(lease, "release")
+        except Unreachable as failure:
+            _log.info("lease %s is left to its deadline: %s", lease.lease_id, failure)
+        finally:
+            self._releasing -= 1
+
+    def close(self) -> None:
+        """Close every connection."""
+        for pool in self._pools.values():
+            pool.close()
+
+    async def _post(self, host: str, port: int, path: str, message: msgspec.Struct) -> LeaseReply:
+        try:
+            return await self._caller.post(self._pool(host, port), path, message, LeaseReply, _CALL_S)
+        except CallRefused as failure:
+            return LeaseReply(False, str(failure))
+
+    def _pool(self, host: str, port: int) -> ConnectionPool:
+        if (host, port) not in self._pools and len(self._pools) >= _MAX_PEERS:
+            self._pools.pop(next(iter(self._pools))).close()
+        return self._pools.setdefault((host, port), ConnectionPool(host, port))

@@ -1,0 +1,195 @@
+"""Brings KV from peers: threads that copy while the step loop steps, links to peers, late reads until they are over."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdctl.engine.cache.layout import Half, block_bytes, mismatch, spans
+from pdctl.engine.handover.pull_queue import PullQueue
+from pdctl.engine.ipc.messages import Connect, Linked, Pull, Pulled
+from pdctl.engine.lifeline import vital
+from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
+from pdctl.engine.transfer.choice import Chosen, choose
+from pdctl.wire import LinkInfo, Manifest, PoolEndpoint
+
+_log = logging.getLogger(__name__)
+
+# Threads at most: one for each peer that has a pull under way, and PullQueue's extra ones.
+_MAX_THREADS = 64
+# How often an idle puller lets go of dead peers' memory, and how often late reads are asked after, seconds.
+_PRUNE_S = 2.0
+_SETTLE_S = 0.05
+_CLOSE_S = 1.0
+# On top of `read_s`, a read may take as long as its bytes take at this rate, bytes per second.
+_SLOWEST = 50e6
+
+
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """Our side of every transfer."""
+
+    manifest: Manifest
+    num_blocks: int
+    host_id: str
+    backend: str
+    read_s: float
+
+
+class Puller:
+    """`report` is called from any thread with Pulled and Linked; `settled` with the id of a quarantined request."""
+
+    def __init__(
+        self,
+        pool: PoolShape,
+        transports: dict[str, Transport],
+        report: Callable[[Pulled | Linked], None],
+        settled: Callable[[str], None],
+    ) -> None:
+        self._pool = pool
+        self._transports = transports
+        self._report = report
+        self._settled = settled
+        # A copy of mapped memory is never late, and two at once only take turns at the memory.
+        self._queue: PullQueue[Pull | Connect] = PullQueue(per_peer=1 if set(transports) == {"shm"} else 2)
+        self._links: dict[tuple[str, str], Chosen] = {}
+        self._late: dict[str, TransferUncertain] = {}
+        self._condition = threading.Condition()
+        self._wake_keeper = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._closing = False
+        self._keeper = threading.Thread(target=vital(self._keep_house), name="puller", daemon=True)
+        self._keeper.start()
+
+    def submit(self, work: Pull | Connect) -> None:
+        """Queue work; never waits."""
+        with self._condition:
+            self._queue.push(work.peer, work)
+            if self._idle < len(self._queue) and len(self._threads) < _MAX_THREADS:
+                thread = threading.Thread(target=vital(self._work), name=f"transfer-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._condition.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a pull that has not begun; one that has goes on to its end."""
+        with self._condition:
+            dropped = self._queue.drop(lambda work: isinstance(work, Pull) and work.request_id == request_id)
+        if dropped:
+            self._report(Pulled(request_id, "the request is gone", 0.0, 0))
+
+    def close(self) -> None:
+        """Stop taking work and close the transports."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        self._wake_keeper.set()
+        deadline = time.monotonic() + _CLOSE_S
+        for thread in (self._keeper, *self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for transport in self._transports.values():
+            transport.close()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._idle += 1
+                while (taken := self._queue.take()) is None and not self._closing:
+                    self._condition.wait()
+                self._idle -= 1
+                if taken is None:
+                    return
+            peer, work = taken
+            try:
+                if isinstance(work, Connect):
+                    self._report(self._connect(work))
+                else:
+                    self._pull(work)
+            finally:
+                with self._condition:
+                    self._queue.done(peer)
+                    self._condition.notify()
+
+    def _connect(self, work: Connect) -> Linked:
+        try:
+            chosen, _ = self._chosen(work.peer, work.epoch, work.endpoint)
+            self._transports[chosen.transport].connect(chosen.address, _bytes(work.endpoint))
+        except (TransferError, ValueError) as failure:
+            return Linked(LinkInfo(work.peer, work.epoch, error=str(failure)))
+        return _linked(work.peer, work.epoch, chosen)
+
+    def _pull(self, pull: Pull) -> None:
+        started = time.perf_counter()
+        error, moved, late = "", 0, None
+        try:
+            moved = self._read(pull)
+        except TransferUncertain as failure:
+            error, late = str(failure), failure
+        except (TransferError, ValueError) as failure:
+            error = str(failure)
+        seconds = time.perf_counter() - started
+        self._report(Pulled(pull.request_id, error, seconds, moved, late is not None))
+        if late is not None:
+            # After the report: the blocks must be in quarantine before they can be let out of it.
+            with self._condition:
+                self._late[pull.request_id] = late
+            self._wake_keeper.set()
+
+    def _read(self, pull: Pull) -> int:
+        ours, peer = self._pool, pull.endpoint
+        source = Half(peer.manifest, peer.num_blocks, pull.source_blocks)
+        todo = spans(source, Half(ours.manifest, ours.num_blocks, pull.target_blocks), pull.first, pull.count)
+        chosen, is_new = self._chosen(pull.peer, pull.epoch, peer)
+        if is_new:
+            self._report(_linked(pull.peer, pull.epoch, chosen))
+        seconds = self._pool.read_s + sum(span.length for span in todo) / _SLOWEST
+        return self._transports[chosen.transport].read(chosen.address, _bytes(peer), todo, seconds)
+
+    def _chosen(self, peer: str, epoch: str, endpoint: PoolEndpoint) -> tuple[Chosen, bool]:
+        """The transport for a peer, chosen once per epoch, and whether that was now. Raises ValueError for none."""
+        with self._condition:
+            if known := self._links.get((peer, epoch)):
+                return known, False
+        if reason := mismatch(self._pool.manifest, endpoint.manifest):
+            raise ValueError(reason)
+        ours = {name: transport.protocol for name, transport in self._transports.items()}
+        fallbacks = {name: transport.fallback for name, transport in self._transports.items()}
+        chosen = choose(self._pool.backend, self._pool.host_id, ours, fallbacks, endpoint)
+        with self._condition:
+            replaced = [link for key, link in self._links.items() if key[0] == peer]
+            self._links = {key: link for key, link in self._links.items() if key[0] != peer}
+            self._links[peer, epoch] = chosen
+        for link in replaced:
+            if link.address != chosen.address:
+                self._transports[link.transport].forget(link.address)
+        return chosen, True
+
+    def _keep_house(self) -> None:
+        """Ask after late reads; let go of dead peers."""
+        pruned = time.monotonic()
+        while not self._closing:
+            self._wake_keeper.wait(_SETTLE_S if self._late else _PRUNE_S)
+            self._wake_keeper.clear()
+            with self._condition:
+                late = dict(self._late)
+            for request_id, read in late.items():
+                if read.settled():
+                    with self._condition:
+                        del self._late[request_id]
+                    self._settled(request_id)
+            if time.monotonic() - pruned >= _PRUNE_S:
+                pruned = time.monotonic()
+                for transport in self._transports.values():
+                    transport.prune()
+
+
+def _linked(peer: str, epoch: str, chosen: Chosen) -> Linked:
+    return Linked(LinkInfo(peer, epoch, chosen.transport, chosen.protocol, chosen.reason, chosen.fallback))
+
+
+def _bytes(endpoint: PoolEndpoint) -> int:
+    return block_bytes(endpoint.manifest) * endpoint.num_blocks

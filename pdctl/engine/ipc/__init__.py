@@ -1,0 +1,1 @@
+"""What front and core say to each other."""

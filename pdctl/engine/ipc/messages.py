@@ -1,0 +1,251 @@
+"""What front and core say to each other, as msgpack over two one-way sockets."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pdctl.wire import LinkInfo, PoolEndpoint
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How to choose tokens. Temperature 0 is greedy. `max_tokens` and `min_tokens` count resumed tokens as well.
+
+    `logprobs`: how many of the most likely tokens to report beside the chosen one; -1 for no report at all.
+    `stop_token_ids` end the output as the model's own end does; of `allowed_token_ids`, if any, all tokens are.
+    `grammar`: what the output must match, as `pdctl.engine.model.grammar` words it; "" for anything.
+    `bad_words`: token sequences that the output must not contain. `prompt_logprobs`: as `logprobs`, for the prompt.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    ignore_eos: bool = False
+    min_p: float = 0.0
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int = -1
+    grammar: str = ""
+    stop_token_ids: list[int] = []
+    allowed_token_ids: list[int] = []
+    bad_words: list[list[int]] = []
+    prompt_logprobs: int = -1
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_tokens
+            or self.grammar
+            or self.allowed_token_ids
+            or self.bad_words
+        )
+
+
+# (token id, natural log of its probability): the chosen token first, then the most likely ones in order.
+Logprobs = list[tuple[int, float]]
+
+
+class PromptToken(msgspec.Struct, frozen=True, array_like=True):
+    """A token of a prompt, as the model would have chosen it: its rank (1: the most likely), and log probabilities."""
+
+    rank: int
+    logprobs: Logprobs
+
+
+# -- front to core -----------------------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A new request. `token_ids` is the prompt, then tokens already given to the client.
+
+    `hold`: stop after one token and keep the KV for a decode engine; `offer`: report its chunks as they come.
+    `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
+    Reserve with the same id becomes this request. `tenant`: in whose name its grammar is compiled.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    prompt_len: int
+    sampling: Sampling
+    hold: bool = False
+    offer: bool = False
+    await_kv: bool = False
+    kv_tokens: int = 0
+    tenant: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Forget a request in any state and free what it has."""
+
+    request_id: str
+
+
+class Poke(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Say something: the front wants to know whether the step loop still turns."""
+
+
+class Reserve(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Set blocks aside for `kv_tokens` tokens whose request will follow."""
+
+    request_id: str
+    kv_tokens: int
+
+
+class Connect(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Make ready to read from a peer."""
+
+    peer: str
+    epoch: str
+    endpoint: PoolEndpoint
+
+
+class Pull(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Copy KV of tokens `first` to `first + count` from a peer's blocks into those reserved for `request_id`."""
+
+    request_id: str
+    peer: str
+    epoch: str
+    endpoint: PoolEndpoint
+    source_blocks: list[int]
+    target_blocks: list[int]
+    first: int
+    count: int
+
+
+class Start(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The pulled KV was committed: decode."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Leave the step loop and exit."""
+
+
+ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Shutdown
+
+
+# -- core to front -----------------------------------------------------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The model is loaded, checked and has computed a token."""
+
+    endpoint: PoolEndpoint
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    max_model_len: int
+    vocab_size: int
+
+
+class StartRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The core cannot serve and a restart will not help."""
+
+    reason: str
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One new token; `finish_reason` "stop" or "length" with the last.
+
+    `prompt_logprobs`: with the first new token, one entry for each prompt token but the first, where requested.
+    """
+
+    request_id: str
+    token_id: int
+    finish_reason: str | None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[PromptToken] | None = None
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """A prefill is done and its blocks are kept until the front frees them with Abort."""
+
+    request_id: str
+    token_id: int
+    block_ids: list[int]
+    num_tokens: int
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[PromptToken] | None = None
+
+
+class Progress(msgspec.Struct, frozen=True, array_like=True):
+    """The first `num_computed` tokens of an offered prefill have their KV."""
+
+    request_id: str
+    block_ids: list[int]
+    num_computed: int
+
+
+class Withdrawn(msgspec.Struct, frozen=True, array_like=True):
+    """An offered prefill lost its blocks and starts over: what was read of it is void."""
+
+    request_id: str
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True):
+    """A request cannot be served here at all."""
+
+    request_id: str
+    reason: str
+
+
+class Books(msgspec.Struct, frozen=True, array_like=True):
+    """The core's counts after a step. Free, referenced, leased and quarantined blocks make up the pool; `reserved` ones
+    (for KV that is being pulled) are referenced. `held_back`: prefills that wait for leased blocks to come free."""
+
+    blocks_free: int = 0
+    blocks_referenced: int = 0
+    blocks_leased: int = 0
+    blocks_quarantined: int = 0
+    blocks_reserved: int = 0
+    held_back: int = 0
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+
+
+class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What one step changed."""
+
+    tokens: list[Token]
+    held: list[Held]
+    failed: list[Failed]
+    books: Books
+    progress: list[Progress] = []
+    withdrawn: list[Withdrawn] = []
+
+
+class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Blocks for an awaited KV are set aside."""
+
+    request_id: str
+    block_ids: list[int]
+
+
+class Pulled(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A pull ended; `error` empty when every byte was copied. `uncertain`: bytes may still land in its blocks."""
+
+    request_id: str
+    error: str
+    seconds: float
+    bytes: int
+    uncertain: bool = False
+
+
+class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A peer can be read from as described, or cannot (`error`)."""
+
+    link: LinkInfo
+
+
+FromCore = Ready | StartRefused | StepDone | Reserved | Pulled | Linked

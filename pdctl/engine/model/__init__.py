@@ -1,0 +1,1 @@
+"""The arithmetic of a step: models, attention, sampling, grammars."""

@@ -1,0 +1,211 @@
+"""Output that must match a grammar: xgrammar compiles it, here it is kept in step with the tokens.
+
+A grammar is worded as JSON: {"json": SCHEMA} (true for any JSON object), {"regex": PATTERN} or {"ebnf": GRAMMAR}. Where
+a sequence's grammar stands is derived from its output tokens, so a request that moved to another engine goes on where
+it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from pdctl.engine.lifeline import die_with_parent
+from pdctl.engine.model.compilers import BadGrammar, Compilers, serve
+from pdctl.engine.schedule.sequence import Sequence
+
+if TYPE_CHECKING:
+    import xgrammar
+
+# Compiled grammars kept, the least recently used one goes first.
+_MAX_GRAMMARS = 64
+# Blanks and line breaks in a row between two parts of a JSON answer.
+_MAX_BLANKS = 16
+# Memory that a compiling process may take, bytes.
+_MAX_MEMORY = 4 << 30
+
+
+# A letter of a string with a length, as xgrammar prints it, and what JSON allows there. Neither can stand in a quoted
+# part of a printed grammar: that is JSON text, whose own backslashes are doubled.
+_ANY_LETTER, _JSON_LETTER = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]"
+
+
+@dataclass(slots=True)
+class _Guide:
+    matcher: xgrammar.GrammarMatcher
+    accepted: int
+
+
+class Grammars:
+    """Compiled in other processes: no step waits for a compilation, and those that are known begin at once.
+
+    `model`: a folder with tokenizer.json; None for an engine that guides nothing.
+    """
+
+    def __init__(self, model: Path | None, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokens = _Tokens(model, vocab_size, tuple(sorted(eos_token_ids)))
+        self._compiled: OrderedDict[str, xgrammar.CompiledGrammar] = OrderedDict()
+        self._bitmask: torch.Tensor | None = None
+        self._lock = threading.Lock()
+        self._compilers = Compilers(self._tokens.argv)
+
+    def prepare(
+        self,
+        grammar: str,
+        tenant: str,
+        is_wanted: Callable[[], bool],
+        then: Callable[[xgrammar.CompiledGrammar | None, str], None],
+    ) -> None:
+        """Call `then` with the compiled grammar, at once where it is known, or with None and the reason why not."""
+        if (known := self._known(grammar)) is not None:
+            then(known, "")
+            return
+
+        def done(data: bytes, reason: str) -> None:
+            then(None if reason else self._keep(grammar, data), reason)
+
+        self._compilers.submit(grammar, tenant, is_wanted, done)
+
+    def begin(self, sequence: Sequence, compiled: xgrammar.CompiledGrammar) -> None:
+        """Guide a sequence from the end of its output so far."""
+        import xgrammar
+
+        sequence.guide = _Guide(xgrammar.GrammarMatcher(compiled), 0)
+
+    def mask(self, row: torch.Tensor, sequence: Sequence) -> None:
+        """Rule out in `row` [vocab] what would break the sequence's grammar."""
+        import xgrammar
+
+        guide = self._guide(sequence)
+        if self._bitmask is None:
+            self._bitmask = xgrammar.allocate_token_bitmask(1, self._tokens.vocab_size)
+        if not guide.matcher.is_terminated() and guide.matcher.fill_next_token_bitmask(self._bitmask):
+            xgrammar.apply_token_bitmask_inplace(row[None], self._bitmask.to(row.device))
+
+    def accept(self, sequence: Sequence, token_id: int) -> None:
+        """The sequence's next token was chosen."""
+        guide = self._guide(sequence)
+        guide.accepted += 1
+        if not guide.matcher.is_terminated():
+            guide.matcher.accept_token(token_id)
+
+    def close(self) -> None:
+        """End the compiling processes."""
+        self._compilers.close()
+
+    def _guide(self, sequence: Sequence) -> _Guide:
+        """Where the grammar stands after the sequence's output so far."""
+        guide = sequence.guide
+        assert isinstance(guide, _Guide), "a guided sequence was added without its grammar"
+        for token_id in sequence.token_ids[sequence.prompt_len + guide.accepted :]:
+            guide.accepted += 1
+            if not guide.matcher.is_terminated():
+                guide.matcher.accept_token(token_id)
+        return guide
+
+    def _known(self, grammar: str) -> xgrammar.CompiledGrammar | None:
+        with self._lock:
+            if (found := self._compiled.get(grammar)) is not None:
+                self._compiled.move_to_end(grammar)
+            return found
+
+    def _keep(self, grammar: str, data: bytes) -> xgrammar.CompiledGrammar:
+        import xgrammar
+
+        compiled = xgrammar.CompiledGrammar.deserialize_json(data.decode(), self._tokens.info)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            while len(self._compiled) > _MAX_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return compiled
+
+
+@dataclass
+class _Tokens:
+    """The vocabulary that grammars are compiled for."""
+
+    model: Path | None
+    vocab_size: int
+    stops: tuple[int, ...]
+
+    @property
+    def argv(self) -> list[str]:
+        """The command of a process that compiles for it."""
+        words = ["--model", str(self.model or ""), "--vocab-size", str(self.vocab_size)]
+        words += ["--stops", ",".join(map(str, self.stops)), "--parent", str(os.getpid())]
+        return [sys.executable, "-m", "pdctl.engine", "grammars", *words]
+
+    @cached_property
+    def info(self) -> xgrammar.TokenizerInfo:
+        """Raises BadGrammar for a model whose output could not end."""
+        import xgrammar
+        from transformers import PreTrainedTokenizerFast
+
+        if self.model is None or not self.stops:
+            raise BadGrammar("this model has no end token, without which a guided output cannot end")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(self.model / "tokenizer.json"))
+        return xgrammar.TokenizerInfo.from_huggingface(
+            tokenizer, vocab_size=self.vocab_size, stop_token_ids=list(self.stops)
+        )
+
+
+def main(argv: list[str]) -> int:
+    """`python -m pdctl.engine grammars`: a compiling process of an engine's core."""
+    parser = argparse.ArgumentParser(prog="python -m pdctl.engine grammars")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--stops", required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    options = parser.parse_args(argv)
+    die_with_parent(signal.SIGKILL, options.parent)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MAX_MEMORY, _MAX_MEMORY))
+    stops = tuple(int(word) for word in options.stops.split(",") if word)
+    tokens = _Tokens(Path(options.model) if options.model else None, options.vocab_size, stops)
+    serve(lambda grammar: compiled(tokens, grammar))
+    return 0
+
+
+def json_grammar(schema: object) -> xgrammar.Grammar:
+    """The grammar of a checked and narrowed JSON Schema; True for any object.
+
+    Strings with a length may have no raw control characters, which JSON forbids: xgrammar 0.2.8 lets them through.
+    """
+    import xgrammar
+
+    strict = schema is not True
+    text = json.dumps(schema if strict else {"type": "object"})
+    found = xgrammar.Grammar.from_json_schema(text, strict_mode=strict, max_whitespace_cnt=_MAX_BLANKS)
+    rules = str(found)
+    mended = rules.replace(_ANY_LETTER, _JSON_LETTER)
+    return found if mended == rules else xgrammar.Grammar.from_ebnf(mended)
+
+
+def compiled(tokens: _Tokens, grammar: str) -> bytes:
+    """Raises BadGrammar."""
+    import xgrammar
+
+    wanted = json.loads(grammar)
+    compiler = xgrammar.GrammarCompiler(tokens.info, max_threads=1, cache_enabled=False)
+    try:
+        if "regex" in wanted:
+            found = compiler.compile_regex(wanted["regex"])
+        elif "ebnf" in wanted:
+            found = compiler.compile_grammar(wanted["ebnf"])
+        else:
+            found = compiler.compile_grammar(json_grammar(wanted["json"]))
+    except (RuntimeError, ValueError) as failure:
+        raise BadGrammar(str(failure).strip().splitlines()[0][:300]) from failure
+    return found.serialize_json().encode()

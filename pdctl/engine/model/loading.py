@@ -1,0 +1,177 @@
+"""Load a Hugging Face model for paged attention, and refuse one that would not compute right.
+
+The check: every layer must have called the attention hook exactly once with the same shape of call, and the paged
+logits of 32 tokens must agree with the model's own dense ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pdctl.engine.model import attention
+from pdctl.engine.model.linear import speed_up
+from pdctl.wire import LayerShape
+
+_CHECK_TOKENS = 32
+# Relative to the largest logit. fp32 sums in another order differ by about 1e-6; a wrong mask by 1e-1 and more.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# In half precision deep models differ more than that between two correct orders of summing (0.07 with 8B random weights
+# on an H200), so the model's own two dense attentions show what is normal: this many times that, up to a bound.
+_NOISE_FACTOR = 3.0
+_MOST_NOISE = 0.25
+
+
+class ModelRefused(Exception):
+    """The model cannot be served, with a sentence that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model whose layers attend through our hook. `shapes` in layer order; `fingerprint` names the weights."""
+
+    module: torch.nn.Module
+    shapes: list[LayerShape]
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    max_positions: int
+    fingerprint: str
+    dtype: str
+
+
+def load_model(path: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Load weights from a local directory onto `device`. Raises ModelRefused."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelRefused(f"{path} is an encoder-decoder model; only decoder-only models can be served")
+        module = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as failure:
+        raise ModelRefused(f"transformers cannot load {path}: {failure}") from failure
+    return hook_model(module.to(device), path, _eos_token_ids(Path(path), config), fingerprint(Path(path)))
+
+
+def hook_model(module: torch.nn.Module, name: str, eos_token_ids: frozenset[int], digest: str) -> LoadedModel:
+    """Make a transformers model attend through our hook. `name` is for messages. Raises ModelRefused."""
+    attention.register()
+    module = module.eval().requires_grad_(False)
+    speed_up(module)
+    config = module.config
+    text_config = config.get_text_config()  # type: ignore[union-attr, operator]
+    return LoadedModel(
+        module=module,
+        shapes=_hooked_shapes(module, config, name),
+        eos_token_ids=eos_token_ids,
+        vocab_size=int(text_config.vocab_size),
+        max_positions=int(getattr(text_config, "max_position_embeddings", 0) or 2**31),
+        fingerprint=digest,
+        dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
+    )
+
+
+def _hooked_shapes(module: torch.nn.Module, config: object, path: str) -> list[LayerShape]:
+    """Switch to the hook, run three tokens, and read off what each layer asked for."""
+    layers = int(copy.copy(config).get_text_config().num_hidden_layers)  # type: ignore[attr-defined]
+    log = attention.HookLog()
+    family = type(module).__name__
+    try:
+        module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+        attention.set_context(log)
+        forward(module, torch.tensor([1, 2, 3]), torch.arange(3), torch.tensor([2]))
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError) as failure:
+        raise ModelRefused(f"{family} ({path}) does not run through the attention hook: {failure}") from failure
+    finally:
+        attention.set_context(None)
+    called = sorted(layer for layer, *_ in log.calls)
+    if called != list(range(layers)):
+        raise ModelRefused(
+            f"{family} ({path}) cannot be served: {len(set(called))} of its {layers} layers call the attention hook "
+            f"({len(called)} calls). Models whose attention does not go through transformers' AttentionInterface, "
+            "or with linear-attention layers, are not supported"
+        )
+    return [LayerShape(heads, key, value) for _, heads, key, value in sorted(log.calls)]
+
+
+def forward(module: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Packed ids and positions [T]; logits [len(keep), vocab] of the rows `keep`."""
+    device = next(module.parameters()).device
+    with torch.inference_mode():
+        result = module(
+            input_ids=ids[None].to(device),
+            position_ids=positions[None].to(device),
+            use_cache=False,
+            logits_to_keep=keep.to(device),
+        )
+    logits: torch.Tensor = result.logits[0]
+    return logits
+
+
+def dense_logits(loaded: LoadedModel, ids: torch.Tensor, implementation: str = "eager") -> torch.Tensor:
+    """[T, vocab] by the model's own dense attention. Raises ValueError for one that the model does not have."""
+    module = loaded.module
+    try:
+        module.set_attn_implementation(implementation)  # type: ignore[operator]
+        return forward(module, ids, torch.arange(len(ids)), torch.arange(len(ids)))
+    finally:
+        module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+
+
+def rounding_noise(loaded: LoadedModel, ids: torch.Tensor, dense: torch.Tensor) -> float:
+    """How far two correct dense attentions of this model differ, relative to the largest logit. 0 in fp32, where they
+    agree, and for a model that has only one."""
+    if dense.dtype is torch.float32:
+        return 0.0
+    try:
+        other = dense_logits(loaded, ids, "sdpa")
+    except (ValueError, ImportError):
+        return 0.0
+    found = float((other - dense).abs().max()) / max(float(dense.abs().max()), 1e-6)
+    return found if found == found else 0.0  # not a number proves nothing
+
+
+def check_agreement(paged: torch.Tensor, dense: torch.Tensor, family: str, noise: float = 0.0) -> None:
+    """Raise ModelRefused unless both are finite and close. `noise`: see rounding_noise."""
+    scale = float(dense.abs().max())
+    worst = float((paged - dense).abs().max())
+    allowed = max(_TOLERANCE[dense.dtype], min(_NOISE_FACTOR * noise, _MOST_NOISE)) * max(scale, 1e-6)
+    if not worst <= allowed:
+        raise ModelRefused(
+            f"{family} cannot be served: paged and dense logits differ by {worst:.3g} where {allowed:.3g} is allowed"
+        )
+
+
+def check_token_ids(vocab_size: int) -> torch.Tensor:
+    """The tokens of the check at load: spread over the vocabulary, the same each time."""
+    return torch.tensor([(index * 7919 + 11) % vocab_size for index in range(_CHECK_TOKENS)])
+
+
+def _eos_token_ids(path: Path, config: object) -> frozenset[int]:
+    value: object = getattr(config, "eos_token_id", None)
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        value = json.loads(generation.read_text()).get("eos_token_id", value)
+    if isinstance(value, int):
+        return frozenset({value})
+    return frozenset(int(token) for token in value) if isinstance(value, list | tuple) else frozenset()
+
+
+def fingerprint(path: Path) -> str:
+    """A digest that tells models apart: the config, and of each weight file its size and three samples of it."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for position in (0, size // 2, max(0, size - 65536)):
+                stream.seek(position)
+                digest.update(stream.read(65536))
+    return digest.hexdigest()[:32]

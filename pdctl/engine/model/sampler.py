@@ -1,0 +1,124 @@
+"""From logits to token ids. Random choices depend on (seed, position) alone, so a request that moved to another
+engine, or was computed anew, draws what it would have drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pdctl.engine.ipc.messages import Logprobs, PromptToken, Sampling
+
+
+def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[int]:
+    """logits [n, vocab]; for each row its sampling and the position of the token to be chosen."""
+    chosen: list[int] = logits.argmax(-1).tolist()
+    for row, (sampling, position) in enumerate(requests):
+        if sampling.temperature > 0:
+            chosen[row] = _draw(logits[row], sampling, position)
+    return chosen
+
+
+def shape(
+    row: torch.Tensor, sampling: Sampling, token_ids: list[int], prompt_len: int, eos_token_ids: frozenset[int]
+) -> None:
+    """Penalties, biases, bad words and the least length, into `row` [vocab] in place.
+
+    Presence and frequency look at the output alone (OpenAI's definition), repetition at prompt and output (CTRL, Keskar
+    et al. 2019: positive logits are divided, negative ones multiplied).
+    """
+    output = token_ids[prompt_len:]
+    if sampling.repetition_penalty != 1.0 and token_ids:
+        seen = torch.tensor(sorted(set(token_ids)), device=row.device)
+        before, factor = row[seen], sampling.repetition_penalty
+        row[seen] = torch.where(before > 0, before / factor, before * factor)
+    if output and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = torch.bincount(torch.tensor(output, device=row.device), minlength=row.numel())
+        row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
+    if sampling.allowed_token_ids:
+        allowed = torch.tensor(sampling.allowed_token_ids, device=row.device)
+        kept = row[allowed].clone()
+        row.fill_(float("-inf"))
+        row[allowed] = kept
+    if sampling.logit_bias:
+        where = torch.tensor(list(sampling.logit_bias), device=row.device)
+        row.index_add_(0, where, torch.tensor(list(sampling.logit_bias.values()), dtype=row.dtype, device=row.device))
+    forbidden = {word[-1] for word in sampling.bad_words if output[len(output) - len(word) + 1 :] == word[:-1]}
+    if len(output) < sampling.min_tokens:
+        forbidden |= eos_token_ids | set(sampling.stop_token_ids)
+    if forbidden:
+        _forbid(row, sorted(forbidden))
+
+
+def _forbid(row: torch.Tensor, token_ids: list[int]) -> None:
+    where = torch.tensor(token_ids, device=row.device)
+    before = row[where]
+    row[where] = float("-inf")
+    if not row.isfinite().any():
+        # A grammar allows nothing else: it comes first.
+        row[where] = before
+
+
+def most_likely(row: torch.Tensor, token_id: int, count: int) -> Logprobs:
+    """The chosen token and the `count` most likely ones of `row` [vocab], with their log probabilities."""
+    logs = row.float().log_softmax(-1)
+    found = [(token_id, float(logs[token_id]))]
+    if count:
+        values, indices = logs.topk(min(count, logs.numel()))
+        found += list(zip(indices.tolist(), values.tolist(), strict=True))
+    return found
+
+
+def prompt_tokens(rows: torch.Tensor, token_ids: list[int], count: int) -> list[PromptToken]:
+    """For each of `rows` [n, vocab] the token that the prompt goes on with, as `most_likely`, and its rank."""
+    logs = rows.float().log_softmax(-1)
+    chosen = torch.tensor(token_ids, device=rows.device)[:, None]
+    own = logs.gather(1, chosen)
+    ranks = (logs > own).sum(-1) + 1
+    values, indices = logs.topk(min(count, logs.shape[-1]))
+    return [
+        PromptToken(rank, [(token_id, one), *zip(tops, logprobs, strict=True)])
+        for rank, token_id, one, tops, logprobs in zip(
+            ranks.tolist(), token_ids, own[:, 0].tolist(), indices.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) of this seed at this position: Philox4x64 (Salmon et al., SC'11), keyed."""
+    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=position))
+    return float(generator.random())
+
+
+def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """Inverse transform sampling in order of token id: an ulp in the logits moves the outcome only at a border."""
+    probabilities = kept_probabilities(logits, sampling)
+    cumulative = probabilities.cumsum(-1)
+    point = uniform(sampling.seed, position) * float(cumulative[-1])
+    wanted = torch.tensor(point, dtype=cumulative.dtype, device=cumulative.device)
+    index = int(torch.searchsorted(cumulative, wanted, right=True))
+    index = min(index, cumulative.numel() - 1)
+    # A border hit may land on a token that was filtered out; the kept one before it is meant.
+    while probabilities[index] == 0:
+        index -= 1
+    return index
+
+
+def kept_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """[vocab] float64: softmax(logits / temperature), zero outside top-k and the top-p nucleus, not renormalised.
+
+    Top-k is applied first, then top-p over what is left, as transformers' logits warpers do; then min-p.
+    """
+    # The largest is 0 after this: the division overflows to -inf at most, however small the temperature.
+    scaled = logits.double()
+    scaled = (scaled - scaled.max()) / sampling.temperature
+    if 0 < sampling.top_k < scaled.numel():
+        threshold = scaled.topk(sampling.top_k).values[-1]
+        scaled = scaled.masked_fill(scaled < threshold, float("-inf"))
+    probabilities = scaled.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
+        probabilities[order[outside]] = 0
+    if sampling.min_p > 0:
+        probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
+    return probabilities

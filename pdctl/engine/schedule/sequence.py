@@ -1,0 +1,68 @@
+"""One request as the scheduler sees it: ids and counts, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from pdctl.engine.ipc.messages import PromptToken, Sampling
+
+# Rows of logits that one sequence may ask for in a step: each is as wide as the vocabulary.
+_MAX_PROMPT_ROWS = 256
+
+
+class Status(Enum):
+    """Where a sequence stands. Only RUNNING ones are computed."""
+
+    WAITING = auto()  # for blocks or budget
+    RUNNING = auto()
+    AWAITING_BLOCKS = auto()  # a hand-over is coming; its blocks are not reserved yet
+    AWAITING_KV = auto()  # blocks reserved, KV being pulled
+    HELD = auto()  # prefilled, blocks kept for a peer
+
+
+@dataclass(slots=True)
+class Sequence:
+    """`token_ids` holds prompt and output; KV exists for the first `num_computed` of them."""
+
+    request_id: str
+    token_ids: list[int]
+    prompt_len: int
+    sampling: Sampling
+    hold: bool = False
+    offer: bool = False  # its first chunks may be read before the last one is computed
+    offered: bool = False
+    kv_tokens: int = 0
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    arrival: int = 0
+    preempted: bool = False
+    block_ids: list[int] = field(default_factory=list)
+    guide: object = None  # the runner's: where its grammar stands
+    prompt_logprobs: list[PromptToken] = field(default_factory=list)
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt's tokens are requested and not all computed."""
+        return self.sampling.prompt_logprobs >= 0 and len(self.prompt_logprobs) < self.prompt_len - 1
+
+    def take_prompt_logprobs(self) -> list[PromptToken] | None:
+        """The prompt's log probabilities, for the first new token; None with later ones, or where not requested."""
+        if self.sampling.prompt_logprobs < 0 or self.num_output:
+            return None
+        return self.prompt_logprobs
+
+    @property
+    def max_chunk(self) -> int:
+        """Missing tokens that one step may compute."""
+        return min(self.num_missing, _MAX_PROMPT_ROWS) if self.lacks_prompt_logprobs else self.num_missing
+
+    @property
+    def num_output(self) -> int:
+        """Tokens after the prompt, resumed ones included."""
+        return len(self.token_ids) - self.prompt_len

@@ -1,0 +1,221 @@
+"""Where answers go: event by event to a streaming client, or gathered into one body.
+
+An answer is one client request's; it has a sink for each leg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from pdctl.adapters import Choice, shown
+from pdctl.net import asgi
+from pdctl.net.openai_api import DONE, ApiError, usage
+from pdctl.proxy.answers.gather import Gathered
+from pdctl.proxy.answers.writer import AnswerHeaders, writer
+from pdctl.proxy.client.requests import ClientRequest
+from pdctl.proxy.telemetry.timing import Timing
+from pdctl.wire import TIMING_HEADER
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Sink(Protocol):
+    """Takes one leg's output in order.
+
+    `passes`: an engine's events may come as bytes, each beginning with `event_head`; `hides_token_ids`: without token
+    ids then; `shows_token_ids`: the client gets them; `takes_whole`: nobody waits for the parts, and a body in one
+    piece will do. `prompt_tokens`: as far as they are known.
+    """
+
+    passes: bool
+    event_head: bytes
+    hides_token_ids: bool
+    shows_token_ids: bool
+    takes_whole: bool
+    prompt_tokens: int
+
+    async def add(self, choice: Choice, token_ids: list[int]) -> None:
+        """The next part; the last one has a finish_reason."""
+        ...
+
+    async def pass_on(self, data: bytes) -> None:
+        """Whole events, as they are."""
+        ...
+
+    @property
+    def part_now(self) -> Callable[[bytes], bool]:
+        """Sends more of a stream that has begun, without waiting; False when that cannot be, and nothing was sent."""
+        ...
+
+
+class StreamAnswer:
+    """Server-sent events. `started` once the client has seen anything."""
+
+    def __init__(
+        self, request: ClientRequest, send: asgi.Send, headers: AnswerHeaders, timing: Timing | None = None
+    ) -> None:
+        self.started = False
+        self.request = request
+        self.headers = headers
+        self._send = send
+        self.writer = writer(send)
+        self._timing = timing
+        self.sinks: list[StreamSink] = [
+            StreamSink(self, index, alone=len(request.legs) == 1) for index in range(len(request.legs))
+        ]
+
+    async def write(self, data: bytes) -> None:
+        """Send events, after the head. Waits while the client is slower than we are."""
+        if not self.started:
+            self.started = True
+            await self.writer.start(_timed(self.headers, self._timing))
+        await self.writer.part(data)
+
+    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+        """Every leg is whole; parts of a stream were sent as they came. What the head's timing lacked is a comment."""
+        assert not any(wholes)
+        counts = usage(prompt_tokens, completion_tokens)
+        tail = self.request.envelope.usage_chunk(counts) if self.request.include_usage else b""
+        if self._timing is not None:
+            tail += f": {TIMING_HEADER} {self._timing.header()}\n\n".encode()
+        await self.writer.last(tail + DONE)
+
+    async def fail(self, failure: ApiError) -> None:
+        """It cannot be completed. An error event instead of [DONE]: never a stream that just stops."""
+        if self.started:
+            await self.writer.last(b"data: " + failure.body() + b"\n\n")
+        else:
+            await asgi.respond_error(self._send, failure, self.headers)
+
+
+class StreamSink:
+    """See Sink. One choice of a stream."""
+
+    takes_whole = False
+
+    def __init__(self, answer: StreamAnswer, index: int, alone: bool) -> None:
+        envelope = answer.request.envelope
+        self._counts_each = answer.request.counts_each
+        self.passes = alone and not self._counts_each
+        self.prompt_tokens = 0
+        self._tokens = 0
+        self.event_head = envelope.event_head()
+        self.hides_token_ids = not envelope.with_token_ids
+        self.shows_token_ids = envelope.with_token_ids
+        self._answer = answer
+        self._index = index
+        self._envelope = envelope
+        self._first = True
+
+    async def add(self, choice: Choice, token_ids: list[int]) -> None:
+        """See Sink.add."""
+        if self._first:
+            self._first = False
+            choice = _with_role(choice)
+        self._tokens += len(token_ids)
+        counts = usage(self.prompt_tokens, self._tokens) if self._counts_each else None
+        await self._answer.write(self._envelope.event(self._index, choice, token_ids, counts))
+
+    async def pass_on(self, data: bytes) -> None:
+        """See Sink.pass_on."""
+        self._first = False
+        await self._answer.write(data)
+
+    @property
+    def part_now(self) -> Callable[[bytes], bool]:
+        """See Sink.part_now."""
+        return self._answer.writer.part_now
+
+
+class WholeAnswer:
+    """One JSON body at the end."""
+
+    started = False
+
+    def __init__(
+        self, request: ClientRequest, send: asgi.Send, headers: AnswerHeaders, timing: Timing | None = None
+    ) -> None:
+        self.request = request
+        self.headers = headers
+        self._send = send
+        self._timing = timing
+        self.sinks: list[WholeSink] = [WholeSink(request) for _ in request.legs]
+
+    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+        """Every leg is whole: as an engine's body each, or as its sink has gathered it."""
+        if len(wholes) == 1 and wholes[0] is not None:
+            body = wholes[0]
+        else:
+            choices = [
+                _choice_of(whole) if whole is not None else sink.gathered.choice()
+                for whole, sink in zip(wholes, self.sinks, strict=True)
+            ]
+            body = self.request.envelope.body(choices, usage(prompt_tokens, completion_tokens))
+        await writer(self._send).whole(body, _timed(self.headers, self._timing))
+
+    async def fail(self, failure: ApiError) -> None:
+        """It cannot be completed."""
+        await asgi.respond_error(self._send, failure, self.headers)
+
+
+class WholeSink:
+    """See Sink. Gathers one choice."""
+
+    passes = False
+    event_head = b""
+    hides_token_ids = False
+
+    def __init__(self, request: ClientRequest) -> None:
+        # The prompt's come from the engine that prefills, and are not in the body of the one that decodes.
+        self.takes_whole = not request.envelope.with_token_ids and not request.wants_prompt_logprobs
+        self.prompt_tokens = 0
+        self.shows_token_ids = request.envelope.with_token_ids
+        self._envelope = request.envelope
+        self._gathered: Gathered | None = None
+
+    @property
+    def gathered(self) -> Gathered:
+        """What has come; made when the first part does."""
+        if self._gathered is None:
+            self._gathered = Gathered(self._envelope.chat, self._envelope.with_token_ids)
+        return self._gathered
+
+    async def add(self, choice: Choice, token_ids: list[int]) -> None:
+        """See Sink.add."""
+        self.gathered.add(choice, token_ids)
+
+    async def pass_on(self, data: bytes) -> None:
+        """Never called: it gathers parts."""
+        raise AssertionError(f"{len(data)} bytes were passed to a sink that gathers")
+
+    @property
+    def part_now(self) -> Callable[[bytes], bool]:
+        """See Sink.part_now. It gathers parts."""
+        return lambda _: False
+
+
+class _Body(msgspec.Struct):
+    choices: list[Choice]
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_delta = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def _timed(headers: AnswerHeaders, timing: Timing | None) -> AnswerHeaders:
+    return headers if timing is None else [*headers, (TIMING_HEADER.encode(), timing.header().encode())]
+
+
+def _choice_of(whole: bytes) -> Choice:
+    return shown(_decode_body(whole).choices[0])
+
+
+def _with_role(choice: Choice) -> Choice:
+    """OpenAI names the role in the first event of a chat."""
+    if "delta" not in choice:
+        return choice
+    delta = {"role": msgspec.Raw(b'"assistant"'), **_decode_delta(choice["delta"])}
+    return {**choice, "delta": msgspec.Raw(_encode(delta))}

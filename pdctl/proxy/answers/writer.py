@@ -1,0 +1,131 @@
+"""How an answer's bytes leave: straight to the connection where there is nothing in between, else through ASGI."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from pdctl.net import asgi
+
+AnswerHeaders = list[tuple[bytes, bytes]]
+
+
+class Writer(Protocol):
+    """Writes one answer. Waits while the client is slower than we are; a client that left takes everything."""
+
+    async def whole(self, body: bytes, headers: AnswerHeaders) -> None:
+        """A JSON body, status 200."""
+        ...
+
+    async def start(self, headers: AnswerHeaders) -> None:
+        """The head of an event stream; sent with its first part."""
+        ...
+
+    async def part(self, data: bytes) -> None:
+        """Some events."""
+        ...
+
+    async def last(self, data: bytes) -> None:
+        """The last events."""
+        ...
+
+    def part_now(self, data: bytes) -> bool:
+        """As `part`, without waiting; False when that cannot be, and nothing was sent."""
+        ...
+
+
+def writer(send: asgi.Send) -> Writer:
+    """The quickest that is right: middleware, such as CORS, wants to see what is sent."""
+    cycle = getattr(send, "__self__", None)
+    return _Direct(cycle) if isinstance(cycle, RequestResponseCycle) else _Asgi(send)
+
+
+class _Asgi:
+    def __init__(self, send: asgi.Send) -> None:
+        self._send = send
+
+    async def whole(self, body: bytes, headers: AnswerHeaders) -> None:
+        await asgi.respond(self._send, 200, body, headers)
+
+    async def start(self, headers: AnswerHeaders) -> None:
+        await asgi.start_stream(self._send, headers)
+
+    async def part(self, data: bytes) -> None:
+        await asgi.send_part(self._send, data)
+
+    async def last(self, data: bytes) -> None:
+        await asgi.send_part(self._send, data, last=True)
+
+    def part_now(self, data: bytes) -> bool:
+        return False
+
+
+class _Direct:
+    """What uvicorn's own `send` does for answers of these few shapes, without looking at each header and part again.
+
+    Saves a packet (head and body leave together) and about 10 microseconds an answer, 3 a part.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+        self._write = cycle.transport.write
+        self._unsent: tuple[bytes, AnswerHeaders] | None = None
+        # Clients of HTTP/1.0 know no chunks: their stream ends with its connection.
+        self._chunked = cycle.scope["http_version"] != "1.0"
+
+    async def whole(self, body: bytes, headers: AnswerHeaders) -> None:
+        if self._flow.write_paused:
+            await self._flow.drain()
+        if self._cycle.disconnected:
+            return
+        about = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+        self._write(self._start(about, headers) + body)
+        self._complete()
+
+    async def start(self, headers: AnswerHeaders) -> None:
+        about = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+        self._unsent = about + (b"transfer-encoding: chunked\r\n" if self._chunked else b""), headers
+
+    async def part(self, data: bytes) -> None:
+        if self._flow.write_paused:
+            await self._flow.drain()
+        if not self._cycle.disconnected:
+            self._write(self._framed(data))
+
+    async def last(self, data: bytes) -> None:
+        if self._flow.write_paused:
+            await self._flow.drain()
+        if not self._cycle.disconnected:
+            self._write(self._framed(data) + (b"0\r\n\r\n" if self._chunked else b""))
+            self._complete()
+
+    def part_now(self, data: bytes) -> bool:
+        if self._flow.write_paused or self._unsent or self._cycle.disconnected:
+            return False
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return True
+
+    def _framed(self, data: bytes) -> bytes:
+        head = b""
+        if self._unsent is not None:
+            # Only now: until its head is sent, an answer may still become another one, or the last on its connection.
+            head, self._unsent = self._start(*self._unsent), None
+        return b"%b%x\r\n%b\r\n" % (head, len(data), data) if self._chunked else head + data
+
+    def _start(self, about: bytes, headers: AnswerHeaders) -> bytes:
+        cycle = self._cycle
+        cycle.response_started = True
+        cycle.waiting_for_100_continue = False
+        lines = [b"%b: %b\r\n" % pair for pair in (*cycle.default_headers, *headers)]
+        close = b"" if cycle.keep_alive and self._chunked else b"connection: close\r\n"
+        return b"".join((b"HTTP/1.1 200 OK\r\n", *lines, about, close, b"\r\n"))
+
+    def _complete(self) -> None:
+        cycle = self._cycle
+        cycle.response_complete = True
+        cycle.message_event.set()
+        if not (cycle.keep_alive and self._chunked):
+            cycle.transport.close()
+        cycle.on_response()

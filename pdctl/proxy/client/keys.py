@@ -1,0 +1,61 @@
+"""API keys: a file with a name and a hash on each line. The keys themselves are nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+from pathlib import Path
+
+from pdctl.errors import PdctlError
+from pdctl.net.openai_api import ApiError
+from pdctl.user_files import read_api_keys
+
+_log = logging.getLogger(__name__)
+
+ANYONE = "-"
+
+
+class Keys:
+    """Who may ask. Without a file everybody may, and is called `-`."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path) if path else None
+        self._stamp: tuple[int, int] | None = None
+        self._names: dict[bytes, str] = {}
+        if self._path is not None:
+            self._names = read_api_keys(self._path)
+            self._stamp = _stamp(self._path)
+
+    def name_of(self, authorization: bytes) -> str:
+        """The key's name. Raises ApiError 401."""
+        if self._path is None:
+            return ANYONE
+        scheme, _, key = authorization.partition(b" ")
+        if scheme.lower() != b"bearer" or not key:
+            raise ApiError(401, "send an API key: Authorization: Bearer KEY", "authentication_error")
+        given = hashlib.sha256(key.strip()).digest()
+        # Each is compared, and each in constant time: how long it takes tells nothing of the keys.
+        found = [name for known, name in self._names.items() if hmac.compare_digest(known, given)]
+        if not found:
+            raise ApiError(401, "this API key is not known", "authentication_error")
+        return found[0]
+
+    def reload(self) -> None:
+        """Read the file again if it has changed; one that cannot be read leaves the keys as they are."""
+        if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._names = read_api_keys(self._path)
+            _log.info("%d API keys are known now", len(self._names))
+        except PdctlError as failure:
+            _log.warning("%s; the keys known before stay", failure)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino

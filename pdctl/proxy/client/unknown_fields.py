@@ -1,0 +1,60 @@
+"""Fields of a request that no engine of the pool knows: left out with a word to the client, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from pdctl.net.openai_api import ApiError
+
+# How many names one answer's header lists, and how many have a counter of their own: clients make names up.
+_TOLD = 16
+_COUNTED = 64
+_SHOWABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+OTHER = "other"
+IGNORED_HEADER = b"x-pdctl-ignored-fields"
+
+Fields = Mapping[str, msgspec.Raw]
+
+
+class UnknownFields:
+    """`refuse`: answer 400 instead of leaving them out."""
+
+    def __init__(self, refuse: bool = False) -> None:
+        self.refuse = refuse
+        self._counted: set[str] = set()
+
+    def of(self, fields: Iterable[str], known: frozenset[str] | None) -> list[str]:
+        """The unknown ones, where the engines say which they know. Raises ApiError 400 where those are refused."""
+        if known is None or known.issuperset(fields):
+            return []
+        found = [name for name in fields if name not in known]
+        if self.refuse:
+            raise ApiError(400, f"unknown field {shown_name(found[0])}", param=shown_name(found[0]))
+        return found
+
+    def labels(self, names: Sequence[str]) -> list[str]:
+        """What fields are counted as. Of a request with very many, the first ones."""
+        return [self.label(name) for name in names[:_COUNTED]]
+
+    def label(self, name: str) -> str:
+        """What a field is counted as: clients must not make up counters without end."""
+        if name not in self._counted:
+            if len(self._counted) >= _COUNTED or not _SHOWABLE.fullmatch(name):
+                return OTHER
+            self._counted.add(name)
+        return name
+
+
+def shown_name(name: str) -> str:
+    """A name that a client made up, for headers and messages."""
+    return name if _SHOWABLE.fullmatch(name) else OTHER
+
+
+def header(names: list[str]) -> tuple[bytes, bytes]:
+    """Tells a client what was left out."""
+    told = sorted({shown_name(name) for name in names[:_TOLD]})
+    more = [f"and {len(names) - _TOLD} more"] if len(names) > _TOLD else []
+    return IGNORED_HEADER, ", ".join([*told, *more]).encode()

@@ -1,0 +1,156 @@
+"""How much an engine has to do, how fast it has been, what it has seen. Pure but for the shared table's memory."""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pdctl.proxy.engines.routing import Load, Recent
+
+# Weight of the newest sample in the running speed, and the busy seconds a sample is taken over.
+_ALPHA = 0.3
+_SAMPLE_S = 0.25
+# What an error counts as in the recent window, seconds: slower than any answer that would be kept.
+_ERROR_S = 30.0
+_WINDOW = 32
+# Prompt prefixes are compared in pieces of this many bytes, and so many pieces are remembered for each engine.
+_PIECE = 256
+_MAX_PIECES = 65536
+_MAX_PIECES_EACH = 64
+
+
+@dataclass(slots=True)
+class LoadMeter:
+    """One kind of work: how much is pending, and how much gets done per second of having any (0: not known yet)."""
+
+    pending: float = 0.0
+    speed: float = 0.0
+    active: int = 0
+    _mark: float = 0.0
+    _busy: float = 0.0
+    _done: float = 0.0
+
+    def begin(self, amount: float, now: float) -> None:
+        """Work was given."""
+        if self.active:
+            self._busy += now - self._mark
+        self._mark = now
+        self.active += 1
+        self.pending += amount
+
+    def end(self, amount: float, now: float, done: bool) -> None:
+        """It was done, or given up."""
+        self._busy += now - self._mark
+        self._mark = now
+        self.active -= 1
+        self.pending = self.pending - amount if self.active else 0.0
+        if done:
+            self._done += amount
+            if self._busy >= _SAMPLE_S or not self.speed:
+                sample = self._done / max(self._busy, 1e-6)
+                self.speed = sample if not self.speed else (1 - _ALPHA) * self.speed + _ALPHA * sample
+                self._busy = self._done = 0.0
+
+
+@dataclass(slots=True)
+class Window:
+    """The last few durations of one kind of work, errors among them as slow ones."""
+
+    _samples: deque[float] = field(default_factory=deque)
+    _sum: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more; the oldest makes room."""
+        if len(self._samples) == _WINDOW:
+            self._sum -= self._samples.popleft()
+        self._samples.append(seconds)
+        self._sum += seconds
+
+    def failed(self) -> None:
+        """An error."""
+        self.add(_ERROR_S)
+
+    def clear(self) -> None:
+        """The engine is a new one."""
+        self._samples.clear()
+        self._sum = 0.0
+
+    def recent(self) -> Recent:
+        """How many, and their mean."""
+        count = len(self._samples)
+        return Recent(count, self._sum / count if count else 0.0)
+
+
+class PrefixSet:
+    """Prompt prefixes an engine has computed lately, so probably still has KV of."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[int, None] = OrderedDict()
+
+    def add(self, pieces: Sequence[int]) -> None:
+        """Remember a prompt; the least recently used are forgotten."""
+        for piece in pieces:
+            self._seen[piece] = None
+            self._seen.move_to_end(piece)
+        while len(self._seen) > _MAX_PIECES:
+            self._seen.popitem(last=False)
+
+    def matched(self, pieces: Sequence[int]) -> float:
+        """Bytes of the prompt's beginning that were seen."""
+        count = next((number for number, piece in enumerate(pieces) if piece not in self._seen), len(pieces))
+        return float(count * _PIECE)
+
+    def clear(self) -> None:
+        """The engine is a new one."""
+        self._seen.clear()
+
+
+def pieces_of(prompt: bytes) -> list[int]:
+    """A prompt's pieces, each named by everything up to its end."""
+    found, name = [], 0
+    for start in range(0, min(len(prompt), _PIECE * _MAX_PIECES_EACH) - _PIECE + 1, _PIECE):
+        name = hash((name, prompt[start : start + _PIECE]))
+        found.append(name)
+    return found
+
+
+class SharedLoads:
+    """What each of several proxy workers has pending at each engine, in memory that all of them map.
+
+    A row for each worker: four numbers for each engine. Each writes its own row only and reads all; a number that is
+    just being written is seen before or after, which is all that routing needs.
+    """
+
+    _NUMBERS = 4
+
+    def __init__(self, path: Path, workers: int, engines: int, worker: int) -> None:
+        self._width = engines * self._NUMBERS
+        self._worker = worker
+        self._workers = workers
+        size = max(1, workers * self._width) * 8
+        with path.open("a+b") as file:
+            file.truncate(size)
+            self._memory = mmap.mmap(file.fileno(), size)
+        self._table = memoryview(self._memory).cast("d")
+        # What an earlier life of this worker had pending went with it.
+        for number in range(self._width):
+            self._table[worker * self._width + number] = 0.0
+
+    def publish(self, engine: int, prompts: LoadMeter, streams: LoadMeter) -> None:
+        """Our own numbers of one engine."""
+        at = self._worker * self._width + engine * self._NUMBERS
+        table = self._table
+        table[at], table[at + 1] = prompts.pending, prompts.speed
+        table[at + 2], table[at + 3] = streams.pending, streams.speed
+
+    def loads(self, engine: int) -> tuple[Load, Load]:
+        """All workers' together: prompts and streams."""
+        table, at = self._table, engine * self._NUMBERS
+        rows = range(at, self._workers * self._width, self._width)
+        return (
+            Load(sum(table[row] for row in rows), sum(table[row + 1] for row in rows)),
+            Load(sum(table[row + 2] for row in rows), sum(table[row + 3] for row in rows)),
+        )

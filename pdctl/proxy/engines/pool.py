@@ -1,0 +1,411 @@
+"""The engines as the proxy sees them: reachable or not, how much each has to do, how fast it has been."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pdctl.adapters import Condition, Dialect, dialect
+from pdctl.errors import PdctlError
+from pdctl.net.http_client import ConnectionPool, Exchange, Unreachable, header_lines
+from pdctl.proxy.engines.breaker import Breaker
+from pdctl.proxy.engines.load import LoadMeter, PrefixSet, SharedLoads, Window
+from pdctl.proxy.engines.outlook import Outlook
+from pdctl.proxy.engines.routing import EnginePair, Load, View
+from pdctl.user_files import read_user_text
+from pdctl.wire import EngineAddress
+
+_log = logging.getLogger(__name__)
+
+# A healthy engine is asked this often, one that is down more often: a restarted engine is used within moments.
+_HEALTHY_S, _DOWN_S = 0.5, 0.1
+_PROBE_TIMEOUT_S = 1.5
+# One slow answer of a busy machine is no death: this many unanswered probes in a row are.
+_MISSES = 4
+# A suspect's next engine has this long to show that it lives, seconds, and is looked at this often meanwhile.
+_PROOF_S, _PROOF_LOOK_S = 2.0, 0.02
+# How often calls are looked at for silence, seconds.
+_WATCH_S = 0.1
+# An engine whose streams all wait is stuck after this many times its usual gap between tokens, and these bounds.
+_STALL_GAPS = 50
+_STALL_S = (5.0, 60.0)
+# Calls that fail within this time failed together, seconds.
+_ONE_FAILURE_S = 1.0
+# Hand-overs lost in a row after which a pair is not used for a while, seconds.
+_PAIR_LOSSES = 3
+_PAIR_PAUSE_S = 5.0
+# Seats and room change with engines' probes, which are less frequent than this, seconds.
+_ROOM_S = 0.02
+# Bytes of a request for each token of its prompt, for a guess at the KV it will need.
+_BYTES_PER_TOKEN = 3.0
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One call at an engine. `patience_s`: how long it may owe us something; `streaming`: tokens have come."""
+
+    exchange: Exchange
+    patience_s: float
+    streaming: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One engine. Prompts are measured in bytes of request, hand-overs decoded in streams.
+
+    `heard_at`: its last token; `answered_at`: when the last probe was sent that it answered.
+    """
+
+    address: EngineAddress
+    client: ConnectionPool
+    dialect: Dialect
+    index: int
+    headers: bytes
+    healthy: bool = False
+    draining: bool = False
+    condition: Condition = field(default_factory=lambda: Condition(usable=False))
+    breaker: Breaker = field(default_factory=Breaker)
+    prompts: LoadMeter = field(default_factory=LoadMeter)
+    streams: LoadMeter = field(default_factory=LoadMeter)
+    prefill_s: Window = field(default_factory=Window)
+    token_s: Window = field(default_factory=Window)
+    prefixes: PrefixSet = field(default_factory=PrefixSet)
+    pair_losses: dict[str, tuple[int, float]] = field(default_factory=dict)
+    tickets: set[Ticket] = field(default_factory=set)
+    heard_at: float = 0.0
+    answered_at: float = 0.0
+    gap_s: float = 0.0
+    misses: int = 0
+    lives: int = 0
+    crowd: tuple[float, int] = (0.0, 0)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        """Its name in the topology."""
+        return self.address.name
+
+    def usable(self, now: float) -> bool:
+        """Whether a new request may be sent here."""
+        return self.healthy and not self.draining and self.breaker.allows(now)
+
+    def lost_peers(self, now: float) -> frozenset[str]:
+        """Prefill engines whose KV does not get here: it says so, or it was seen."""
+        if not self.pair_losses:
+            return self.condition.lost_peers
+        seen = {
+            name
+            for name, (count, at) in self.pair_losses.items()
+            if count >= _PAIR_LOSSES and now - at < _PAIR_PAUSE_S * (count - _PAIR_LOSSES + 1)
+        }
+        return self.condition.lost_peers | seen
+
+    def handed_over(self, prefill: str, now: float, good: bool) -> None:
+        """A hand-over from `prefill` arrived, or was lost."""
+        if good:
+            self.pair_losses.pop(prefill, None)
+        else:
+            self.pair_losses[prefill] = (self.pair_losses.get(prefill, (0, 0.0))[0] + 1, now)
+
+    def paced(self, gap_s: float) -> None:
+        """A stream's mean gap between tokens."""
+        self.gap_s += 0.1 * (gap_s - self.gap_s)
+
+    def renewed(self) -> None:
+        """It is a new process, or back after being lost: what was known of its speed and faults is not."""
+        self.lives += 1
+        self.breaker.reset()
+        self.prefill_s.clear()
+        self.token_s.clear()
+        self.prefixes.clear()
+        self.pair_losses.clear()
+
+    def others_at_failure(self) -> int:
+        """Other calls that were here when the process failed, as the first one to have ended saw it."""
+        now = time.monotonic()
+        if now - self.crowd[0] > _ONE_FAILURE_S:
+            self.crowd = (now, len(self.tickets))
+        return self.crowd[1]
+
+    def has_died_since(self, life: int) -> bool:
+        """Whether the process that had this number of lives is no more, or does not answer."""
+        return self.lives != life or not self.healthy
+
+    def cut(self, reason: str) -> None:
+        """End every call under way."""
+        for ticket in tuple(self.tickets):
+            ticket.exchange.cut(reason)
+
+    def stuck_s(self, now: float) -> float | None:
+        """Seconds without a token from any of its streams, when that is too long."""
+        limit = min(max(_STALL_S[0], _STALL_GAPS * self.gap_s), _STALL_S[1])
+        since = [ticket.exchange.waiting_since for ticket in self.tickets if ticket.streaming]
+        waiting = [at for at in since if at]
+        if not waiting:
+            return None
+        silent = now - max(self.heard_at, min(waiting))
+        return silent if silent > limit else None
+
+
+class EnginePool:
+    """All engines, and the event that one of them came back."""
+
+    def __init__(self, engines: list[Engine], shared: SharedLoads | None = None, predicts: bool = False) -> None:
+        self._predicts = predicts
+        self.engines = engines
+        self.by_name = {engine.name: engine for engine in engines}
+        self.changed = asyncio.Event()
+        self._shared = shared
+        self._secret = ""
+        self._tasks: asyncio.TaskGroup | None = None
+        self._watches: dict[Engine, asyncio.Task[None]] = {}
+        self._only = _only_pair(engines)
+        self._known_fields: dict[str, frozenset[str] | None] = {}
+        self._room: tuple[float, int | None, int | None] = (0.0, None, None)
+
+    @classmethod
+    def of(
+        cls,
+        addresses: Sequence[EngineAddress],
+        secret: str = "",
+        shared: SharedLoads | None = None,
+        predicts: bool = False,
+    ) -> EnginePool:
+        """A pool in which nobody is known to be healthy yet; `predicts`: outlooks tell the time to a first token.
+
+        Raises PdctlError for a secret that cannot be read.
+        """
+        found = cls([_engine(address, secret) for address in addresses], shared, predicts)
+        found._secret = secret
+        return found
+
+    def follow(self, addresses: Sequence[EngineAddress], draining: Sequence[str], predicts: bool) -> None:
+        """Have these engines from now on; calls at engines that are no more are cut. Raises PdctlError before that."""
+        known = {engine.address: engine for engine in self.engines}
+        wanted = [known.get(address) or _engine(address, self._secret) for address in addresses]
+        for engine in self.engines:
+            if engine not in wanted:
+                self._drop(engine)
+        self.engines, self._predicts = wanted, predicts
+        self.by_name = {engine.name: engine for engine in wanted}
+        for engine in wanted:
+            engine.draining = engine.name in draining
+            self.publish(engine)
+            if self._tasks is not None and engine not in self._watches:
+                self._watches[engine] = self._tasks.create_task(self._watch(engine))
+        self._only = _only_pair(wanted)
+        self._known_fields.clear()
+        self.changed.set()
+
+    def _drop(self, engine: Engine) -> None:
+        if (watch := self._watches.pop(engine, None)) is not None:
+            watch.cancel()
+        engine.healthy = False
+        engine.cut(f"{engine.name} is no longer part of the service")
+        engine.client.close()
+
+    def views(self, pieces: Sequence[int] = ()) -> list[View]:
+        """What routing needs to know, now."""
+        now = time.monotonic()
+        found = []
+        for engine in self.engines:
+            if self._shared is None:
+                prompts = Load(engine.prompts.pending, engine.prompts.speed)
+                streams = Load(engine.streams.pending, engine.streams.speed)
+            else:
+                prompts, streams = self._shared.loads(engine.index)
+            address = engine.address
+            found.append(
+                View(
+                    address.name,
+                    address.role,
+                    address.kind,
+                    engine.usable(now),
+                    prompts,
+                    streams,
+                    engine.prefill_s.recent(),
+                    engine.token_s.recent(),
+                    engine.prefixes.matched(pieces) if pieces else 0.0,
+                    engine.lost_peers(now),
+                )
+            )
+        return found
+
+    def known_fields(self, path: str) -> frozenset[str] | None:
+        """The fields that every engine takes, of those that say so; None where none does."""
+        if path not in self._known_fields:
+            kinds = {engine.address.kind: engine.dialect for engine in self.engines}
+            known = [found for one in kinds.values() if (found := one.known_fields(path)) is not None]
+            self._known_fields[path] = frozenset.intersection(*known) if known else None
+        return self._known_fields[path]
+
+    def only_pair(self) -> EnginePair | None:
+        """The pair that every policy would choose, where there is just one."""
+        if len(self.engines) > 2:
+            return None
+        now = time.monotonic()
+        if not all(engine.usable(now) and not engine.lost_peers(now) for engine in self.engines):
+            return None
+        return self._only
+
+    def outlook(self, size: float, max_tokens: int | None) -> Outlook:
+        """What a request of `size` bytes would meet now."""
+        now = time.monotonic()
+        if now - self._room[0] > _ROOM_S:
+            self._room = (now, *self._seats_and_room(now))
+        _, seats, room = self._room
+        wanted = size / _BYTES_PER_TOKEN + (max_tokens or 0)
+        ttft_s = 0.0
+        if self._predicts:
+            prefills = [engine for engine in self.engines if engine.address.role != "decode" and engine.healthy]
+            ttft_s = min([self._ttft(engine, size) for engine in prefills], default=0.0)
+        return Outlook(seats, ttft_s, room is None or room >= wanted)
+
+    def _seats_and_room(self, now: float) -> tuple[int | None, int | None]:
+        """Seats of all decoding engines together, and tokens of KV that fit into the emptiest; None if unknown."""
+        usable = [engine for engine in self.engines if engine.usable(now)]
+        decodes = [engine for engine in usable if engine.address.role != "prefill"] or usable
+        seats = [engine.condition.seats for engine in decodes]
+        known = sum(seat or 0 for seat in seats) if seats and all(seats) else None
+        if known is not None and self._shared is not None:
+            # The other workers' requests sit there as well.
+            theirs = sum(self._shared.loads(e.index)[1].pending - e.streams.pending for e in decodes)
+            known = max(1, known - int(theirs))
+        rooms = [engine.condition.kv_tokens_free for engine in decodes]
+        return known, None if None in rooms else max((room or 0 for room in rooms), default=None)
+
+    def _ttft(self, engine: Engine, size: float) -> float:
+        prompts = self._shared.loads(engine.index)[0] if self._shared is not None else engine.prompts
+        return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
+
+    def publish(self, engine: Engine) -> None:
+        """Its meters have changed. One that was dropped may still end calls: its slot may be another's by now."""
+        if self._shared is not None and self.by_name.get(engine.name) is engine:
+            self._shared.publish(engine.index, engine.prompts, engine.streams)
+
+    def suspect(self, engine: Engine) -> None:
+        """A call found the engine unreachable: ask it now. Calls that run there are left alone until it is sure."""
+        engine.asked.set()
+
+    async def is_proven(self, engine: Engine, since: float) -> bool:
+        """Whether it answers a probe that is sent at `since` (monotonic) or later.
+
+        A process that was killed before does not, though its sockets may still take what is sent.
+        """
+        deadline = time.monotonic() + _PROOF_S
+        while engine.healthy and engine.answered_at < since and time.monotonic() < deadline:
+            engine.asked.set()
+            await asyncio.sleep(_PROOF_LOOK_S)
+        return engine.healthy and engine.answered_at >= since
+
+    def lost(self, engine: Engine, reason: str) -> None:
+        """It is down: nothing is sent there until it answers again, and nothing waits for it."""
+        if engine.healthy:
+            _log.info("%s is down: %s", engine.name, reason)
+        engine.healthy = False
+        engine.cut(f"{engine.name} is down: {reason}")
+
+    async def watch_forever(self) -> None:
+        """Probe every engine, and look after calls that got stuck, for as long as we run."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            tasks.create_task(self._watch_calls())
+            for engine in self.engines:
+                self._watches[engine] = tasks.create_task(self._watch(engine))
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return when an engine came back, or after `timeout_s`."""
+        self.changed.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.changed.wait()
+        except TimeoutError:
+            return
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        for engine in self.engines:
+            engine.client.close()
+
+    async def _watch_calls(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            now = time.monotonic()
+            for engine in self.engines:
+                for ticket in tuple(engine.tickets):
+                    since = ticket.exchange.waiting_since
+                    if since and now - since > ticket.patience_s:
+                        ticket.exchange.cut(f"{engine.name} gave nothing for {now - since:.1f} s")
+                silent = engine.stuck_s(now)
+                if silent is not None:
+                    _log.warning("%s gave no token to any stream for %.1f s", engine.name, silent)
+                    engine.breaker.failed(now, sure=True)
+                    engine.cut(f"{engine.name} gave no token for {silent:.1f} s")
+
+    async def _watch(self, engine: Engine) -> None:
+        while True:
+            started = time.monotonic()
+            engine.asked.clear()
+            try:
+                path = engine.dialect.probe_path
+                answer = await engine.client.request("GET", path, engine.headers, timeout_s=_PROBE_TIMEOUT_S)
+                engine.answered_at = started
+                self._seen(engine, engine.dialect.parse_condition(answer.status, answer.body))
+            except Unreachable as failure:
+                self._missed(engine, failure)
+            pause = _HEALTHY_S if engine.healthy else _DOWN_S
+            left = pause - (time.monotonic() - started)
+            try:
+                # Asked early by calls that failed, but never more often than an engine that is down.
+                async with asyncio.timeout(max(0.0, left)):
+                    await engine.asked.wait()
+                await asyncio.sleep(0.02)
+            except TimeoutError:
+                continue
+
+    def _seen(self, engine: Engine, condition: Condition) -> None:
+        engine.misses = 0
+        engine.condition = condition
+        if condition.usable and not engine.healthy:
+            _log.info("%s can be used", engine.name)
+            engine.renewed()
+            engine.healthy = True
+            self.changed.set()
+        elif engine.healthy and not condition.usable:
+            self.lost(engine, "its probe says so")
+
+    def _missed(self, engine: Engine, failure: Unreachable) -> None:
+        engine.misses += 1
+        # A refused connection is an answer; silence is one only when it lasts.
+        if not failure.sent or engine.misses >= _MISSES:
+            self.lost(engine, str(failure))
+
+
+def _engine(address: EngineAddress, secret: str) -> Engine:
+    client = ConnectionPool(address.host, address.port)
+    return Engine(address, client, dialect(address.kind), address.slot, _authorization(address, secret))
+
+
+def _authorization(address: EngineAddress, secret: str) -> bytes:
+    """The header that makes us one of the engine's own: the run's secret, or an attached engine's."""
+    if address.secret_file:
+        try:
+            secret = read_user_text(Path(address.secret_file)).strip()
+        except OSError as failure:
+            hint = "secret_file must hold the engine's secret or API key, and be readable"
+            raise PdctlError(f"{address.secret_file} cannot be read: {failure.strerror}", hint) from failure
+    return header_lines({"authorization": f"Bearer {secret}"}) if secret else b""
+
+
+def _only_pair(engines: list[Engine]) -> EnginePair | None:
+    """One prefill and one decode of a kind, or one engine."""
+    if len(engines) == 1:
+        return EnginePair(engines[0].name, engines[0].name)
+    by_role = {engine.address.role: engine for engine in engines}
+    if len(engines) == 2 and set(by_role) == {"prefill", "decode"} and len({e.address.kind for e in engines}) == 1:
+        return EnginePair(by_role["prefill"].name, by_role["decode"].name)
+    return None

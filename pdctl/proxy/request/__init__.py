@@ -1,0 +1,1 @@
+"""One client request's life: admission, legs, failover."""

@@ -1,0 +1,94 @@
+"""The door to the engines: carries out what `admission` decides."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from pdctl.net.openai_api import ApiError
+from pdctl.proxy.engines.outlook import Outlook
+from pdctl.proxy.request.admission import Admission, Refusal, Waiter
+from pdctl.proxy.telemetry.metrics import Metrics
+
+_REASONS = {
+    "ttft": "the engines are busy: the first token would come later than the service promises",
+    "queue": "too many requests are waiting",
+    "wait": "too many requests are waiting: the first token would come later than the service promises",
+    "patience": "no engine had room in time",
+}
+# A queue that nobody's end moves on is looked at this often, seconds: engines come back, KV comes free.
+_LOOK_S = 0.25
+# The later sequences of a request wait for its own earlier ones too, seconds.
+_PATIENCE_OF_MORE_S = 1800.0
+
+
+class AdmissionDoor:
+    """Seats for requests. `outlook` tells the pool's state for (bytes of prompt, output tokens at most)."""
+
+    def __init__(self, admission: Admission, outlook: Callable[[float, int | None], Outlook], metrics: Metrics) -> None:
+        self.admission = admission
+        self._outlook = outlook
+        self._metrics = metrics
+        self._turns: dict[Waiter, asyncio.Future[None]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self.admission.waiting
+
+    async def enter(self, key: str, priority: int, size: float, max_tokens: int | None, is_more: bool = False) -> None:
+        """Return when a sequence may go on; `leave` must follow. `is_more`: of a request that was let in before.
+
+        Raises ApiError 429.
+        """
+        outlook = self._outlook(size, max_tokens)
+        asked = self.admission.ask(key, priority, outlook, time.monotonic(), size, is_more)
+        if isinstance(asked, Refusal):
+            raise self._refused(asked)
+        if not asked.granted:
+            await self._wait(asked)
+
+    def leave(self, key: str, tpot_s: float | None) -> None:
+        """A sequence has ended; `tpot_s` if its request was answered."""
+        self.admission.done(time.monotonic(), tpot_s, key)
+        if self.admission.has_waiters:
+            self._move_on()
+
+    def measured(self, tpot_s: float) -> None:
+        """An answer's time per token, seconds."""
+        self.admission.measured(time.monotonic(), tpot_s)
+
+    async def run_forever(self) -> None:
+        """Move the queue on when nobody's end does."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self.admission.has_waiters:
+                self._move_on()
+
+    async def _wait(self, waiter: Waiter) -> None:
+        seat = self._turns[waiter] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(_PATIENCE_OF_MORE_S if waiter.is_more else self.admission.patience_s):
+                await seat
+        except TimeoutError:
+            if not waiter.granted:
+                raise self._refused(Refusal("patience", 1)) from None
+        except asyncio.CancelledError:
+            if waiter.granted:
+                self.leave(waiter.key, None)
+            raise
+        finally:
+            self.admission.leave(waiter)
+            del self._turns[waiter]
+
+    def _move_on(self) -> None:
+        while (waiter := self.admission.next(self._outlook(0.0, None), time.monotonic())) is not None:
+            seat = self._turns[waiter]
+            if not seat.done():
+                seat.set_result(None)
+
+    def _refused(self, refusal: Refusal) -> ApiError:
+        self._metrics.shed(refusal.reason)
+        message = f"{_REASONS[refusal.reason]}; try again in {refusal.retry_after_s} s"
+        return ApiError(429, message, "rate_limit_exceeded", retry_after=refusal.retry_after_s)

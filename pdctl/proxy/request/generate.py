@@ -1,0 +1,277 @@
+"""One client request from admission to its last byte: its legs, its answer, its place in the books."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2s
+
+import msgspec
+
+from pdctl.adapters import RequestState
+from pdctl.net import asgi
+from pdctl.net.openai_api import ApiError
+from pdctl.proxy.answers.sinks import Sink, StreamAnswer, WholeAnswer
+from pdctl.proxy.client import requests
+from pdctl.proxy.client.connections import BoundedProtocol
+from pdctl.proxy.client.keys import Keys
+from pdctl.proxy.client.requests import ClientRequest
+from pdctl.proxy.client.unknown_fields import UnknownFields, header
+from pdctl.proxy.engines.load import pieces_of
+from pdctl.proxy.request.door import AdmissionDoor
+from pdctl.proxy.request.relay import Relay, Shared
+from pdctl.proxy.telemetry.access_log import AccessLog
+from pdctl.proxy.telemetry.spans import NO_SPANS, Spans
+from pdctl.proxy.telemetry.timing import Timing
+from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
+
+# nginx's word for a client that left before its answer; only the log sees it.
+_CLIENT_LEFT = 499
+_TIMING = TIMING_HEADER.encode()
+
+# Names in lower case; of one name the last.
+RequestHeaders = dict[bytes, bytes]
+
+
+@dataclass(slots=True)
+class Completions:
+    """What all requests that generate share."""
+
+    shared: Shared
+    door: AdmissionDoor
+    keys: Keys
+    log: AccessLog
+    model: str
+    holder: str
+    max_body: int
+    unknown: UnknownFields = field(default_factory=UnknownFields)
+    spans: Spans = NO_SPANS
+    _static: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._static = f"content-type: application/json\r\n{ROUTER_HEADER}: {self.holder}\r\n".encode()
+
+    async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send, chat: bool) -> None:
+        """Answer one request."""
+        headers: RequestHeaders = dict(scope["headers"])
+        request_id = asgi.request_id(headers)
+        job = _Job(self, scope["path"], chat, headers, request_id)
+        try:
+            if scope["method"] != "POST":
+                raise ApiError(405, f"{scope['path']} takes POST", allow="POST")
+            job.key = self.keys.name_of(headers.get(b"authorization", b""))
+            request = await job.read(receive)
+        except ApiError as failure:
+            await job.refuse(send, failure)
+            return
+        await self._while_connected(job, request, scope, send)
+
+    async def _while_connected(self, job: _Job, request: ClientRequest, scope: asgi.Message, send: asgi.Send) -> None:
+        """Do the job; end it when the client leaves."""
+        task = asyncio.current_task()
+        assert task is not None
+        connection: BoundedProtocol = scope["pdctl.connection"]
+        connection.on_left = lambda: job.leave(task)
+        if not connection.pipeline:
+            # A large body paused reading, and without reading nobody learns that the client left.
+            connection.flow.resume_reading()
+        try:
+            await job.run(request, send)
+        except asyncio.CancelledError:
+            if not job.left:
+                raise
+            # Ours, not the server's: the client is gone, and there is nobody to answer.
+            task.uncancel()
+            self.shared.metrics.client_left()
+        finally:
+            connection.on_left = None
+
+    def note_ignored(self, names: list[str]) -> None:
+        """Count fields that were left out of a request."""
+        for label in self.unknown.labels(names):
+            self.shared.metrics.ignored(label)
+
+    def engine_headers(self, job: _Job, started: int) -> bytes:
+        """What an engine is told beside the body."""
+        trace = self.spans.header(job.trace, job.headers) if job.trace else job.passed_on
+        return b"%b%b: %d\r\n%b%b" % (self._static, STARTED_HEADER.encode(), started, _tenant_line(job.key), trace)
+
+
+@lru_cache(maxsize=1024)
+def _tenant_line(key: str) -> bytes:
+    """Engines learn that two requests are of one tenant, and not of which."""
+    return f"{TENANT_HEADER}: {blake2s(key.encode(), digest_size=8).hexdigest()}\r\n".encode()
+
+
+@dataclass(slots=True)
+class _Job:
+    completions: Completions
+    path: str
+    chat: bool
+    headers: RequestHeaders
+    request_id: str
+    key: str = "-"
+    left: bool = False
+    over: bool = False
+    timing: Timing = field(default_factory=Timing)
+    trace: object = None
+
+    @property
+    def passed_on(self) -> bytes:
+        """W3C trace context as it came."""
+        if b"traceparent" not in self.headers:
+            return b""
+        names = (b"traceparent", b"tracestate")
+        return b"".join(b"%b: %b\r\n" % (name, self.headers[name]) for name in names if name in self.headers)
+
+    async def read(self, receive: asgi.Receive) -> ClientRequest:
+        """The request. Raises ApiError."""
+        limit = self.completions.max_body
+        length = self.headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes")
+        body = await asgi.read_body(receive, limit, self.headers.get(b"content-encoding", b""))
+        completions = self.completions
+        completions.shared.quarantine.check(body)
+        known = completions.shared.pool.known_fields(self.path)
+        request = requests.parse(
+            body, self.path, self.chat, self.request_id, completions.model, completions.unknown, known
+        )
+        request.body = body
+        completions.note_ignored(request.ignored)
+        return request
+
+    def leave(self, task: asyncio.Task[object]) -> None:
+        """The client has gone: `task` ends."""
+        if not self.over:
+            self.left = True
+            task.cancel()
+
+    async def refuse(self, send: asgi.Send, failure: ApiError) -> None:
+        """Answer with an error before anything was begun."""
+        self.completions.shared.metrics.failed(failure.status)
+        self._note(failure.status, [])
+        extra = [(b"x-request-id", self.request_id.encode())]
+        await asgi.respond_error(send, failure, extra)
+
+    async def run(self, request: ClientRequest, send: asgi.Send) -> None:
+        """Wait for a seat, relay every leg, answer."""
+        completions, timing = self.completions, self.timing
+        answer = self._answer(request, send)
+        relays: list[Relay] = []
+        status, tpot = _CLIENT_LEFT, None
+        entered = False
+        self.trace = completions.spans.begin(self.headers) if completions.spans else None
+        try:
+            size = float(request.size) / len(request.legs)
+            await completions.door.enter(self.key, request.priority, size, request.max_tokens)
+            entered = True
+            timing.admitted_at = time.monotonic()
+            relays = self._relays(request, answer)
+            if len(relays) == 1:
+                await relays[0].run()
+            else:
+                entered = False  # each leg gives its own seat back
+                await self._run_all(relays, request)
+            prompt, tokens = _counts(relays)
+            await answer.finish([relay.whole for relay in relays], prompt, tokens)
+            self.over = True
+            status = 200
+            if timing.first_token_at:
+                tpot = (time.monotonic() - timing.first_token_at) / max(1, tokens - 1)
+            completions.shared.metrics.finished(timing, prompt, tokens)
+            if not entered and tpot is not None:
+                completions.door.measured(tpot)
+        except ApiError as failure:
+            status = failure.status
+            completions.shared.metrics.failed(status)
+            await answer.fail(failure)
+            self.over = True
+        finally:
+            if entered:
+                completions.door.leave(self.key, tpot)
+            self._note(status, relays)
+
+    async def _run_all(self, relays: Sequence[Relay], request: ClientRequest) -> None:
+        """The first leg has a seat, the others wait for theirs. Raises the first ApiError; other legs end then."""
+        door = self.completions.door
+        has_begun = False
+
+        async def run(relay: Relay, is_more: bool) -> None:
+            nonlocal has_begun
+            if is_more:
+                await door.enter(self.key, request.priority, relay.size, request.max_tokens, is_more=True)
+            has_begun = True
+            try:
+                await relay.run()
+            finally:
+                door.leave(self.key, None)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, relay in enumerate(relays):
+                    group.create_task(run(relay, number > 0))
+        except* ApiError as failures:
+            raise failures.exceptions[0] from None
+        finally:
+            if not has_begun:
+                # Cancelled before the first leg ran: it did not give its seat back.
+                door.leave(self.key, None)
+
+    def _answer(self, request: ClientRequest, send: asgi.Send) -> StreamAnswer | WholeAnswer:
+        extra = [(b"x-request-id", self.request_id.encode())]
+        if request.ignored:
+            extra.append(header(request.ignored))
+        timing = self.timing if _TIMING in self.headers else None
+        return (StreamAnswer if request.stream else WholeAnswer)(request, send, extra, timing)
+
+    def _relays(self, request: ClientRequest, answer: StreamAnswer | WholeAnswer) -> list[Relay]:
+        shared, started = self.completions.shared, request.envelope.created
+        shared.budget.request()
+        size = float(request.size) / len(request.legs)
+        relays = []
+        sinks: Sequence[Sink] = answer.sinks
+        for number, (fields, sink) in enumerate(zip(request.legs, sinks, strict=True)):
+            relays.append(
+                Relay(
+                    shared,
+                    RequestState(request.path, request.envelope.chat, fields, counts_each=request.counts_each),
+                    sink,
+                    # A name of its own for each leg: engines that key requests by it would take two for one.
+                    f"{self.request_id}-{number}" if number else self.request_id,
+                    self.completions.engine_headers(self, started),
+                    size,
+                    request.max_tokens,
+                    request.body,
+                    _pieces(fields) if shared.wants_prefixes else [],
+                    Timing(self.timing.received_at, self.timing.admitted_at) if number else self.timing,
+                )
+            )
+        return relays
+
+    def _note(self, status: int, relays: Sequence[Relay]) -> None:
+        completions = self.completions
+        if not completions.log and self.trace is None:
+            return
+        counts = _counts(relays) if relays else (0, 0)
+        if completions.log:
+            failures = sum(relay.failures_in_all for relay in relays)
+            completions.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
+        if self.trace is not None:
+            completions.spans.end(self.trace, self.request_id, self.path, status, counts, self.timing)
+
+
+def _counts(relays: Sequence[Relay]) -> tuple[int, int]:
+    """Prompt tokens, those of n answers to one prompt counted once, and output tokens."""
+    if len(relays) == 1:
+        return relays[0].prompt_tokens, relays[0].completion_tokens or len(relays[0].state.emitted)
+    prompts = {id(relay.state.fields.get("prompt")): relay.prompt_tokens for relay in relays}
+    return sum(prompts.values()), sum(relay.completion_tokens or len(relay.state.emitted) for relay in relays)
+
+
+def _pieces(fields: dict[str, object]) -> list[int]:
+    prompt = fields.get("prompt", fields.get("messages"))
+    return pieces_of(bytes(prompt)) if isinstance(prompt, msgspec.Raw) else []

@@ -1,0 +1,100 @@
+"""The proxy's settings, while it runs: read anew when the supervisor says so."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from pathlib import Path
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from pdctl.errors import PdctlError
+from pdctl.proxy.client.keys import Keys
+from pdctl.proxy.engines.routing import POLICIES
+from pdctl.proxy.request.admission import Admission
+from pdctl.proxy.request.generate import Completions
+from pdctl.wire import EngineLoad, PoolReply, ProxyConfig
+
+_log = logging.getLogger(__name__)
+
+# Longest wait in the admission queue where no target for the first token is enforced, seconds.
+_PATIENCE_S = 60.0
+# Where one is, the part of it that may be spent in the queue.
+_TTFT_PART = 0.7
+
+
+def admission_of(config: ProxyConfig) -> Admission:
+    """The rules of the queue."""
+    by_slo = config.admission == "slo"
+    ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
+    patience_s = _TTFT_PART * ttft_s if by_slo else _PATIENCE_S
+    return Admission(config.max_queue, patience_s, ttft_s, tpot_s, by_slo)
+
+
+class Reloader:
+    """Follows the configuration file. Raises PdctlError for what cannot be followed; then everything is as before."""
+
+    def __init__(self, path: Path, config: ProxyConfig, completions: Completions, secret: str) -> None:
+        self.config = config
+        self._path = path
+        self._completions = completions
+        self._bearer = f"Bearer {secret}" if secret else ""
+
+    def reload(self) -> None:
+        """Take on what the file says now."""
+        try:
+            wanted = msgspec.json.decode(self._path.read_bytes(), type=ProxyConfig)
+        except (OSError, msgspec.DecodeError) as failure:
+            raise PdctlError(f"{self._path} cannot be read: {failure}") from failure
+        # What a process is started with stays as it is until it is started anew.
+        wanted = msgspec.structs.replace(wanted, **{name: getattr(self.config, name) for name in ProxyConfig.FIXED})
+        completions, shared = self._completions, self._completions.shared
+        keys = Keys(wanted.api_keys) if wanted.api_keys != self.config.api_keys else completions.keys
+        shared.pool.follow(wanted.engines, wanted.draining, wanted.admission == "slo")
+        completions.log.move_to(wanted.access_log)
+        shared.policy = POLICIES[wanted.routing]
+        shared.wants_prefixes = wanted.routing == "prefix_aware"
+        shared.ttft_s, shared.tpot_s = wanted.ttft_ms / 1000, wanted.tpot_ms / 1000
+        shared.metrics.ttft_slo_s, shared.metrics.tpot_slo_s = shared.ttft_s, shared.tpot_s
+        completions.door.admission.follow(admission_of(wanted))
+        completions.keys, completions.max_body = keys, int(wanted.max_body_mb * 2**20)
+        completions.unknown.refuse = wanted.unknown_fields == "refuse"
+        self.config = wanted
+        _log.info("settings read anew: %d engines, %d of them draining", len(wanted.engines), len(wanted.draining))
+
+    def routes(self) -> list[Route]:
+        """For the supervisor alone."""
+        return [
+            Route("/pdctl/v1/reload", self._on_reload, methods=["POST"]),
+            Route("/pdctl/v1/pool", self._on_pool),
+        ]
+
+    async def _on_reload(self, request: Request) -> Response:
+        if not self._is_internal(request):
+            return _refused(403, "this is for the service's own supervisor")
+        try:
+            self.reload()
+        except PdctlError as failure:
+            return _refused(409, str(failure))
+        return self._pool()
+
+    async def _on_pool(self, request: Request) -> Response:
+        if not self._is_internal(request):
+            return _refused(403, "this is for the service's own supervisor")
+        return self._pool()
+
+    def _pool(self) -> Response:
+        pool = self._completions.shared.pool
+        loads = {engine.name: EngineLoad(len(engine.tickets), engine.healthy) for engine in pool.engines}
+        return Response(msgspec.json.encode(PoolReply(loads)), media_type="application/json")
+
+    def _is_internal(self, request: Request) -> bool:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        return bool(self._bearer) and hmac.compare_digest(given, self._bearer.encode())
+
+
+def _refused(status: int, reason: str) -> Response:
+    return Response(msgspec.json.encode({"error": {"message": reason}}), status, media_type="application/json")

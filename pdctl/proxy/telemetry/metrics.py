@@ -1,0 +1,229 @@
+"""What the proxy counts, and how Prometheus is told. Times in seconds.
+
+docs/metrics.md lists every name. Dashboards made for vLLM find its names, where the meaning is the same, at an address
+of their own: Prometheus' linter refuses their colons.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pdctl.proxy.engines.pool import Engine, EnginePool
+from pdctl.proxy.telemetry.counters import Counters, Histogram, Key
+from pdctl.proxy.telemetry.timing import Timing
+
+_LONG = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+_SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# A worker's counts are as old as this at most when another one is asked for all, seconds.
+SAVE_S = 1.0
+
+_HISTOGRAMS = {
+    "ttft": ("pdctl_proxy_ttft_seconds", "Time to first token", _LONG),
+    "tpot": ("pdctl_proxy_tpot_seconds", "Mean time per output token after the first", _SHORT),
+    "itl": ("pdctl_proxy_itl_seconds", "Time between tokens of a stream", _SHORT),
+    "e2e": ("pdctl_proxy_request_seconds", "Time from request to end of answer", _LONG),
+    "queue": ("pdctl_proxy_queue_seconds", "Time a request waited for admission", _LONG),
+}
+_COUNTERS = {
+    "requests": ("pdctl_proxy_requests", "Requests by HTTP status", ("status",)),
+    "tokens": ("pdctl_proxy_tokens", "Output tokens relayed", ()),
+    "prompt_tokens": ("pdctl_proxy_prompt_tokens", "Prompt tokens of answered requests", ()),
+    "slo_met": ("pdctl_proxy_slo_met", "Requests that met a target", ("target",)),
+    "failovers": ("pdctl_proxy_failovers", "Times a request went on after this engine failed it", ("engine",)),
+    "hand_overs": ("pdctl_proxy_hand_overs", "Requests decoded from handed-over KV", ("prefill", "decode")),
+    "hand_over_seconds": (
+        "pdctl_proxy_hand_over_seconds", "Seconds in which decode engines brought KV", ("prefill", "decode"),
+    ),
+    "hand_over_bytes": ("pdctl_proxy_hand_over_bytes", "Bytes of KV handed over", ("prefill", "decode")),
+    "sheds": ("pdctl_proxy_sheds", "Requests refused with 429", ("reason",)),
+    "ignored_fields": ("pdctl_proxy_ignored_fields", "Fields of requests that no engine knows, left out", ("field",)),
+    "left": ("pdctl_proxy_clients_left", "Requests whose client left before the end", ()),
+    "quarantined": ("pdctl_proxy_quarantined", "Requests put in quarantine", ()),
+    "release_failures": (
+        "pdctl_proxy_release_failures", "Leases that could not be released and end by deadline", (),
+    ),
+}  # fmt: skip
+# vLLM's names for what means the same, with its label.
+_AS_VLLM = {
+    "ttft": "vllm:time_to_first_token_seconds",
+    "itl": "vllm:inter_token_latency_seconds",
+    "tpot": "vllm:request_time_per_output_token_seconds",
+    "e2e": "vllm:e2e_request_latency_seconds",
+    "queue": "vllm:request_queue_time_seconds",
+    "tokens": "vllm:generation_tokens",
+    "prompt_tokens": "vllm:prompt_tokens",
+}
+
+# Keys of what every request counts.
+_ANSWERED: Key = ("requests", ("200",))
+_TOKENS: Key = ("tokens", ())
+_PROMPT_TOKENS: Key = ("prompt_tokens", ())
+_TTFT_MET: Key = ("slo_met", ("ttft",))
+_TPOT_MET: Key = ("slo_met", ("tpot",))
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Counted by relays, rendered on request. `folder`: where workers leave their counts, None for a single one."""
+
+    model: str
+    ttft_slo_s: float
+    tpot_slo_s: float
+    folder: Path | None = None
+    worker: str = "proxy"
+    counters: Counters = None  # type: ignore[assignment]  # made below
+
+    def __post_init__(self) -> None:
+        self.counters = Counters({name: Histogram(bounds) for name, (_, _, bounds) in _HISTOGRAMS.items()})
+
+    @property
+    def gaps(self) -> Histogram:
+        """Time between tokens."""
+        return self.counters.histograms["itl"]
+
+    def finished(self, timing: Timing, prompt_tokens: int, tokens: int) -> None:
+        """A request was answered whole."""
+        now, counters, histograms = time.monotonic(), self.counters.values, self.counters.histograms
+        counters[_ANSWERED] += 1
+        counters[_TOKENS] += tokens
+        counters[_PROMPT_TOKENS] += prompt_tokens
+        first = timing.first_token_at or now
+        ttft, tpot = first - timing.received_at, (now - first) / max(1, tokens - 1)
+        histograms["ttft"].add(ttft)
+        histograms["tpot"].add(tpot)
+        histograms["e2e"].add(now - timing.received_at)
+        histograms["queue"].add(timing.admitted_at - timing.received_at)
+        counters[_TTFT_MET] += ttft <= self.ttft_slo_s
+        counters[_TPOT_MET] += tpot <= self.tpot_slo_s
+
+    def failed(self, status: int) -> None:
+        """A request was answered with an error."""
+        self.counters.count("requests", str(status))
+
+    def failed_over(self, engine: str) -> None:
+        """A request goes on elsewhere."""
+        self.counters.count("failovers", engine)
+
+    def shed(self, reason: str) -> None:
+        """A request was refused to keep the others fast."""
+        self.counters.count("sheds", reason)
+
+    def ignored(self, field: str) -> None:
+        """A request had a field that no engine knows."""
+        self.counters.count("ignored_fields", field)
+
+    def client_left(self) -> None:
+        """Nobody waits for this answer any more."""
+        self.counters.count("left")
+
+    def handed_over(self, prefill: str, decode: str, timing: Timing) -> None:
+        """A request was decoded from handed-over KV."""
+        self.counters.count("hand_overs", prefill, decode)
+        if timing.stages:
+            self.counters.count("hand_over_seconds", prefill, decode, by=timing.stages.get("hand_over", 0.0))
+            self.counters.count("hand_over_bytes", prefill, decode, by=timing.stages.get("bytes", 0.0))
+
+    def save(self) -> None:
+        """Leave our counts where the other workers find them."""
+        if self.folder is not None:
+            self.counters.save(self.folder / f"{self.worker}.json")
+
+    def render(
+        self, pool: EnginePool, waiting: int, quarantined: int, release_failures: int, as_vllm: bool = False
+    ) -> bytes:
+        """Prometheus text, of all workers together where there are several; `as_vllm`: under vLLM's names."""
+        self.counters.values["quarantined", ()] = float(quarantined)
+        self.counters.values["release_failures", ()] = float(release_failures)
+        counters = self.counters
+        if self.folder is not None:
+            ours = self.folder / f"{self.worker}.json"
+            counters = counters.with_others(path for path in self.folder.glob("*.json") if path != ours)
+        registry = CollectorRegistry()
+        registry.register(_AsVllm(self.model, counters, pool, waiting) if as_vllm else _Native(counters, pool, waiting))
+        return generate_latest(registry)
+
+
+class _Native(Collector):
+    """One scrape under our own names."""
+
+    def __init__(self, counters: Counters, pool: EnginePool, waiting: int) -> None:
+        self._counters = counters
+        self._pool = pool
+        self._waiting = waiting
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything."""
+        for short, (name, about, labels) in _COUNTERS.items():
+            family = CounterMetricFamily(name, about, labels=labels)
+            for key, value in sorted(_values(self._counters, short, bool(labels)).items()):
+                family.add_metric(key, value)
+            yield family
+        for short, (name, about, _) in _HISTOGRAMS.items():
+            yield _family(name, about, [], [], self._counters.histograms[short])
+        yield from self._engines()
+        yield GaugeMetricFamily("pdctl_proxy_waiting", "Requests that wait for admission", value=self._waiting)
+
+    def _engines(self) -> Iterator[Metric]:
+        gauges: dict[str, tuple[str, Callable[[Engine], float]]] = {
+            "pdctl_proxy_engine_healthy": ("1 when the engine can be used", lambda e: float(e.healthy)),
+            "pdctl_proxy_engine_requests": ("Calls under way at the engine", lambda e: float(len(e.tickets))),
+            "pdctl_proxy_engine_breaker_open": (
+                "1 when its circuit is open: left out for a while", lambda e: float(e.breaker.state != "closed"),
+            ),
+            "pdctl_proxy_engine_draining": ("1 when it gets no new requests", lambda e: float(e.draining)),
+        }  # fmt: skip
+        for name, (about, value_of) in gauges.items():
+            family = GaugeMetricFamily(name, about, labels=["engine"])
+            for engine in self._pool.engines:
+                family.add_metric([engine.name], value_of(engine))
+            yield family
+
+
+class _AsVllm(Collector):
+    """One scrape under vLLM's names, with its label."""
+
+    def __init__(self, model: str, counters: Counters, pool: EnginePool, waiting: int) -> None:
+        self._model = model
+        self._counters = counters
+        self._running = sum(len(engine.tickets) for engine in pool.engines)
+        self._waiting = waiting
+
+    def collect(self) -> Iterator[Metric]:
+        """What means the same there."""
+        labels, values = ["model_name"], [self._model]
+        for short, name in _AS_VLLM.items():
+            if short in _HISTOGRAMS:
+                yield _family(name, _HISTOGRAMS[short][1], labels, values, self._counters.histograms[short])
+            else:
+                family = CounterMetricFamily(name, _COUNTERS[short][1], labels=labels)
+                family.add_metric(values, _values(self._counters, short, labelled=False)[()])
+                yield family
+        for name, about, value in (
+            ("vllm:num_requests_running", "Requests at engines", self._running),
+            ("vllm:num_requests_waiting", "Requests that wait for admission", self._waiting),
+        ):
+            gauge = GaugeMetricFamily(name, about, labels=labels)
+            gauge.add_metric(values, value)
+            yield gauge
+
+
+def _values(counters: Counters, counter: str, labelled: bool) -> dict[tuple[str, ...], float]:
+    found = {labels: value for (name, labels), value in counters.values.items() if name == counter}
+    return found if labelled else {(): 0.0, **found}
+
+
+def _family(name: str, about: str, labels: list[str], values: list[str], histogram: Histogram) -> Metric:
+    buckets, seen = [], 0
+    for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
+        seen += count
+        buckets.append((bound, float(seen)))
+    family = HistogramMetricFamily(name, about, labels=labels)
+    family.add_metric(values, buckets, histogram.total)
+    return family

@@ -1,0 +1,1 @@
+"""Processes themselves: started, looked at, logged, ended with their trees."""

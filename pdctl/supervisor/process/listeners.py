@@ -1,0 +1,54 @@
+"""The sockets clients connect to: bound by us and handed down, so that a restart of a proxy refuses nobody."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from pathlib import Path
+
+from pdctl.errors import PdctlError
+from pdctl.host.ports import listening_ports
+from pdctl.net.serving import listen_tcp
+from pdctl.supervisor.rundir.adoption import listener_from
+
+Address = tuple[str, int]
+
+
+class Listeners:
+    """One for each address."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._sockets: dict[Address, socket.socket] = {}
+
+    def __contains__(self, address: Address) -> bool:
+        return address in self._sockets
+
+    def open(self, address: Address, survivors: list[str]) -> None:
+        """Bind it, or take it back from one of the processes that an earlier supervisor left. Raises PdctlError."""
+        found = listener_from(self._run_dir, survivors) if survivors else None
+        self._sockets[address] = found or _listen(address)
+
+    def of(self, address: Address) -> socket.socket:
+        """The socket of an address, bound now if it is a new one. Raises PdctlError."""
+        if address not in self._sockets:
+            self._sockets[address] = _listen(address)
+        return self._sockets[address]
+
+    def close(self) -> None:
+        """Stop listening."""
+        for listener in self._sockets.values():
+            listener.close()
+
+
+def _listen(address: Address) -> socket.socket:
+    host, port = address
+    try:
+        return listen_tcp(host, port)
+    except OSError as failure:
+        holder = listening_ports().get(port)
+        who = f" by {holder.describe()}" if holder else ""
+        hint = "stop that process or choose another port under [proxy]"
+        if failure.errno == errno.EADDRNOTAVAIL:
+            hint = "proxy.host must be an address of this machine, or 0.0.0.0 for all of them"
+        raise PdctlError(f"port {port} on {host} cannot be bound: {failure.strerror}{who}", hint) from failure

@@ -1,0 +1,113 @@
+"""From the plan that runs to another one, one step after the other, while clients are served.
+
+Additions come first and are waited for; then the proxies learn of them; what changed is drained and restarted one by
+one; what is gone is drained and stopped last. A step that fails ends it there: what ran before still runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from pdctl.plan import Plan, ProcessSpec
+from pdctl.plan.changes import Changes, diff
+from pdctl.supervisor.unit.lifecycle import ENDED, Goal, Kind, LifecycleEvent, Phase
+from pdctl.supervisor.unit.unit import Unit
+
+
+class ApplyFailed(Exception):
+    """A step did not work, with the sentence for people."""
+
+
+class Managed(Protocol):
+    """What applying needs of a service."""
+
+    plan: Plan
+
+    def unit(self, name: str) -> Unit | None: ...
+    def open_sockets(self, specs: list[ProcessSpec]) -> None: ...
+    def add(self, spec: ProcessSpec) -> Unit: ...
+    def remove(self, unit: Unit) -> None: ...
+    async def take_on(self, plan: Plan) -> str: ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """As `pdctl status --json` shows it."""
+
+    state: str
+    step: str = ""
+    error: str = ""
+
+
+async def apply(service: Managed, wanted: Plan, say: Callable[[str], None]) -> None:
+    """Raises ApplyFailed, PdctlError. Cancelling it leaves what was reached."""
+    changes = diff(service.plan, wanted)
+    specs = {spec.name: spec for spec in wanted.processes}
+    service.open_sockets([specs[name] for name in (*changes.added, *changes.restarted)])
+    engines, proxies = _split(changes.added, specs)
+    for name in engines:
+        say(f"adding {name}")
+        service.add(specs[name])
+    for name in engines:
+        await _until_ready(service, name)
+    # From here on requests may go to the new ones; those that leave are still there.
+    staying = [spec for spec in service.plan.processes if spec.name in changes.removed]
+    say("telling the proxies")
+    _raise(await service.take_on(_with(wanted, staying)))
+    engines, restarted_proxies = _split(changes.restarted, specs)
+    for name in (*engines, *restarted_proxies):
+        say(f"restarting {name}: {changes.restarted[name]}")
+        await _replace(service, specs[name])
+    for name in proxies:
+        say(f"adding {name}")
+        service.add(specs[name])
+        await _until_ready(service, name)
+    await _remove(service, changes, say)
+    _raise(await service.take_on(wanted))
+
+
+async def _remove(service: Managed, changes: Changes, say: Callable[[str], None]) -> None:
+    for name in changes.removed:
+        unit = service.unit(name)
+        if unit is None:
+            continue
+        say(f"removing {name}")
+        unit.feed(LifecycleEvent(Kind.DRAIN, goal=Goal.STOP))
+        await unit.until(ENDED)
+        service.remove(unit)
+
+
+async def _replace(service: Managed, spec: ProcessSpec) -> None:
+    """Drain, stop, and start again as it is wanted now."""
+    unit = service.unit(spec.name)
+    assert unit is not None
+    unit.feed(LifecycleEvent(Kind.DRAIN, goal=Goal.STOP))
+    await unit.until(ENDED)
+    service.remove(unit)
+    service.add(spec)
+    await _until_ready(service, spec.name)
+
+
+async def _until_ready(service: Managed, name: str) -> None:
+    unit = service.unit(name)
+    assert unit is not None
+    await unit.until(ENDED | {Phase.READY})
+    if unit.life.phase in ENDED:
+        raise ApplyFailed(f"{name} {unit.life.reason or unit.life.phase.value}")
+
+
+def _split(names: Iterable[str], specs: dict[str, ProcessSpec]) -> tuple[list[str], list[str]]:
+    """Engines and proxies."""
+    known = list(names)
+    return [n for n in known if specs[n].kind != "proxy"], [n for n in known if specs[n].kind == "proxy"]
+
+
+def _with(plan: Plan, staying: list[ProcessSpec]) -> Plan:
+    return replace(plan, processes=(*plan.processes, *staying))
+
+
+def _raise(reason: str) -> None:
+    if reason:
+        raise ApplyFailed(f"not every proxy follows: {reason}")

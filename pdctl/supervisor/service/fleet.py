@@ -1,0 +1,136 @@
+"""All units of a service: their order, who there is, who starts and stops when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from pdctl.plan import Plan, ProcessSpec
+from pdctl.supervisor.process.listeners import Listeners
+from pdctl.supervisor.rundir.adoption import Record
+from pdctl.supervisor.service.kv import Member
+from pdctl.supervisor.unit.lifecycle import ENDED, LIVE, Goal, Kind, LifecycleEvent, Phase
+from pdctl.supervisor.unit.unit import Unit, UnitContext
+
+_ANSWERING = frozenset({Phase.READY, Phase.DRAINING, Phase.DRAINED})
+_DRAINED = frozenset({Phase.DRAINING, Phase.DRAINED})
+
+
+class Fleet:
+    """Units by name, in the plan's order. `stamp`: what their environments carry, but for the name."""
+
+    def __init__(self, stamp: str, listeners: Listeners) -> None:
+        self._stamp = stamp
+        self._listeners = listeners
+        self._units: dict[str, Unit] = {}
+
+    def __iter__(self) -> Iterator[Unit]:
+        return iter(list(self._units.values()))
+
+    def get(self, name: str) -> Unit | None:
+        """The unit of that name."""
+        return self._units.get(name)
+
+    def add(self, spec: ProcessSpec, around: UnitContext) -> Unit:
+        """One more; raises PdctlError when its socket cannot be bound."""
+        unit = Unit(spec, around, f"{self._stamp}:{spec.name}")
+        if spec.listen is not None:
+            unit.listen_fd = self._listeners.of(spec.listen).fileno()
+        self._units[spec.name] = unit
+        return unit
+
+    def remove(self, unit: Unit) -> None:
+        """Forget one that has ended."""
+        assert unit.life.phase in ENDED
+        del self._units[unit.name]
+
+    def follow(self, plan: Plan) -> None:
+        """Take on the plan's order, and its specs where no process needs to be touched for them."""
+        order = {spec.name: number for number, spec in enumerate(plan.processes)}
+        self._units = dict(sorted(self._units.items(), key=lambda item: order.get(item[0], len(order))))
+        for spec in plan.processes:
+            unit = self._units.get(spec.name)
+            if unit is not None and unit.spec.digest() == spec.digest():
+                unit.spec = spec
+
+    # -- order ---------------------------------------------------------------------------------------------
+
+    def start_what_may(self, was_ready: bool) -> None:
+        """Whatever waits for nobody. A service that has been ready gets its parts back as they can."""
+        for unit in self:
+            needed = [self._units[name] for name in unit.spec.depends_on if name in self._units]
+            may = was_ready or all(other.life.phase is Phase.READY for other in needed)
+            if unit.life.phase is Phase.PENDING and may:
+                unit.feed(LifecycleEvent(Kind.START, time.monotonic()))
+
+    def stop_what_may(self) -> None:
+        """Whoever nobody depends on any more."""
+        for unit in self:
+            life = unit.life
+            if life.phase in ENDED or (life.phase in (Phase.STOPPING, Phase.CLEARING) and life.goal is Goal.STOP):
+                continue
+            dependants = [other for other in self if unit.name in other.spec.depends_on]
+            # What does not run need not be waited for, and must not start again.
+            if life.phase not in LIVE or all(other.life.phase in ENDED for other in dependants):
+                unit.feed(LifecycleEvent(Kind.STOP, time.monotonic()))
+
+    def restart_companions(self, dead: Unit) -> list[Unit]:
+        """Those that do not survive the loss of `dead`."""
+        found = [u for u in self if dead.name in u.spec.restart_with and u.life.phase in LIVE]
+        for unit in found:
+            unit.feed(LifecycleEvent(Kind.RESTART))
+        return found
+
+    def force(self) -> None:
+        """Kill everything, now."""
+        for unit in self:
+            unit.force()
+
+    # -- who there is --------------------------------------------------------------------------------------
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Of all units."""
+        return [unit.life.phase for unit in self]
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing runs, and every exit is written up."""
+        return all(unit.life.phase in ENDED and not unit.reports for unit in self)
+
+    def failed(self) -> Unit | None:
+        """One that has failed."""
+        return next((unit for unit in self if unit.life.phase is Phase.FAILED), None)
+
+    def drained(self) -> frozenset[str]:
+        """Names of those that get nothing new."""
+        return frozenset(unit.name for unit in self if unit.life.phase in _DRAINED)
+
+    def members(self) -> list[Member]:
+        """Engines that answer."""
+        return [
+            Member(unit.name, unit.spec.role, unit.spec.ports["http"], unit.epoch)
+            for unit in self
+            if unit.spec.kind != "proxy" and unit.life.phase in _ANSWERING and unit.alive
+        ]
+
+    def serving(self) -> list[ProcessSpec]:
+        """Proxies that answer."""
+        return [unit.spec for unit in self if unit.spec.kind == "proxy" and unit.life.phase is Phase.READY]
+
+    def holders(self) -> set[str]:
+        """Who may hold leases."""
+        return {f"{unit.name}@{unit.epoch}" for unit in self if unit.alive}
+
+    def pids(self) -> set[int]:
+        """Ours, the leaders' included."""
+        found = {unit.pid for unit in self if unit.pid is not None}
+        return found | {unit.leader for unit in self if unit.leader is not None}
+
+    def records(self) -> list[Record]:
+        """What a later supervisor needs."""
+        return [record for unit in self if (record := unit.record()) is not None]
+
+    def specs(self) -> tuple[ProcessSpec, ...]:
+        """As they are now."""
+        return tuple(unit.spec for unit in self)

@@ -1,0 +1,147 @@
+"""What the service's proxies are told, while they run: engines that come and go, that drain, settings that change."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import astuple
+from pathlib import Path
+
+import msgspec
+
+from pdctl.net.http_client import ConnectionPool, Unreachable
+from pdctl.net.internal_calls import Caller
+from pdctl.plan import Plan, ProcessSpec
+from pdctl.supervisor.rundir.rundir import RunDir
+from pdctl.wire import EngineAddress, PoolReply, ProxyConfig
+
+_RELOAD_S = 5.0
+_TRIES = 3
+
+
+class Nothing(msgspec.Struct, frozen=True):
+    """An empty body."""
+
+
+class Slots:
+    """Numbers for engines, kept while an engine is known: workers of a proxy share memory by them."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+
+    def of(self, names: Iterable[str]) -> dict[str, int]:
+        """Every name's number; names that are not among these give theirs back."""
+        wanted = list(names)
+        self._taken = {name: slot for name, slot in self._taken.items() if name in wanted}
+        for name in wanted:
+            if name not in self._taken:
+                used = set(self._taken.values())
+                self._taken[name] = next(number for number in range(len(wanted) + 1) if number not in used)
+        return self._taken
+
+
+class Proxies:
+    """`serving` tells the proxies that answer now."""
+
+    def __init__(self, run_dir: RunDir, secret: str, serving: Callable[[], list[ProcessSpec]]) -> None:
+        self.draining: set[str] = set()
+        self._run_dir = run_dir
+        self._serving = serving
+        self._caller = Caller(secret)
+        self._slots = Slots()
+        self._lock = asyncio.Lock()
+
+    def write(self, plan: Plan) -> None:
+        """The file that proxies start with."""
+        self._run_dir.write_json("proxy.json", msgspec.to_builtins(self._config(plan)))
+
+    async def tell(self, plan: Plan) -> str:
+        """Have every running proxy follow the plan and who drains; the reason where one does not."""
+        async with self._lock:
+            try:
+                self.write(plan)
+            except OSError as failure:
+                return f"proxy.json cannot be written: {failure}"
+            said = await asyncio.gather(*(self._reload(spec) for spec in self._serving()))
+        return "; ".join(filter(None, said))
+
+    async def calls_at(self, engine: str) -> int:
+        """Calls under way at an engine, of all proxies together; a proxy that does not answer has none any more."""
+        replies = await asyncio.gather(*(self._pool(spec) for spec in self._serving()))
+        return sum(reply.engines[engine].calls for reply in replies if reply and engine in reply.engines)
+
+    async def _reload(self, spec: ProcessSpec) -> str:
+        deadline, reason = time.monotonic() + _RELOAD_S, ""
+        for _ in range(_TRIES):
+            try:
+                pool = _at(spec)
+                try:
+                    await self._caller.post(pool, "/pdctl/v1/reload", Nothing(), PoolReply, _RELOAD_S)
+                finally:
+                    pool.close()
+            except Unreachable as failure:
+                reason = f"{spec.name}: {failure}"
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.1)
+                continue
+            return ""
+        return reason
+
+    async def _pool(self, spec: ProcessSpec) -> PoolReply | None:
+        pool = _at(spec)
+        try:
+            return await self._caller.get(pool, "/pdctl/v1/pool", PoolReply, _RELOAD_S)
+        except Unreachable:
+            return None
+        finally:
+            pool.close()
+
+    def _config(self, plan: Plan) -> ProxyConfig:
+        engines = [
+            EngineAddress(spec.name, spec.role, spec.kind, "127.0.0.1", spec.ports["http"])
+            for spec in plan.processes
+            if spec.kind != "proxy"
+        ]
+        engines += [EngineAddress(*astuple(attached)) for attached in plan.attached]
+        slots = self._slots.of(engine.name for engine in engines)
+        proxy = plan.proxy
+        return ProxyConfig(
+            service=plan.service,
+            model=plan.served_model_name,
+            routing=proxy.routing,
+            ttft_ms=plan.ttft_ms,
+            tpot_ms=plan.tpot_ms,
+            max_model_len=plan.max_model_len,
+            engines=[msgspec.structs.replace(engine, slot=slots[engine.name]) for engine in engines],
+            workers=proxy.workers,
+            run_dir=plan.run_dir,
+            admission=proxy.admission,
+            max_queue=proxy.max_queue,
+            max_body_mb=proxy.max_body_mb,
+            unknown_fields=proxy.unknown_fields,
+            api_keys=proxy.api_keys,
+            tls_cert=proxy.tls_cert,
+            tls_key=proxy.tls_key,
+            cors_origins=list(proxy.cors_origins),
+            access_log=proxy.access_log,
+            otlp_endpoint=proxy.otlp_endpoint,
+            draining=sorted(self.draining),
+            # Running answers may end by themselves for most of the time before the next signal.
+            drain_s=min(plan.supervision.drain_s, plan.supervision.grace_s * 0.9),
+        )
+
+
+def config_path(plan: Plan) -> Path:
+    """Where proxies find their settings."""
+    return Path(plan.run_dir) / "proxy.json"
+
+
+def _at(spec: ProcessSpec) -> ConnectionPool:
+    """The control port where there is one, else the address that clients use."""
+    if "control" in spec.ports:
+        return ConnectionPool("127.0.0.1", spec.ports["control"])
+    assert spec.listen is not None
+    host, port = spec.listen
+    return ConnectionPool({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

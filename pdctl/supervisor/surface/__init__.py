@@ -1,0 +1,1 @@
+"""How the supervisor is asked, and what it tells systemd."""

@@ -1,0 +1,324 @@
+"""The life of one process as a pure function: state, event -> state, actions. No I/O, no clock, no chance.
+
+pending -> starting -> ready -> draining -> drained
+              |          |         |           |
+              +----------+---------+-----------+--> stopping
+              |                                        |
+              +--exit--> clearing <-------------exit---+
+                            |
+                            +--> backoff -> starting ..., pending (again), stopped, or failed
+
+Clearing lasts until nothing of the old process is left: its tree, its ports, its GPU memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, StrEnum
+
+from pdctl.wire import EXIT_CONFIG
+
+# Exit codes that say "start me differently": usage errors (argparse, sysexits.h EX_USAGE) and EX_CONFIG.
+INCURABLE = frozenset({2, 64, EXIT_CONFIG})
+_FIRST_DELAY_S = 0.5
+_LONGEST_DELAY_S = 60.0
+
+
+class Phase(StrEnum):
+    """What people see as a process's state."""
+
+    PENDING = "pending"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    STOPPING = "stopping"
+    CLEARING = "clearing"
+    BACKOFF = "backoff"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+# A process of ours exists in these, and may end at any moment.
+LIVE = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING, Phase.DRAINED, Phase.STOPPING})
+# Nothing happens in these until somebody asks for it.
+ENDED = frozenset({Phase.STOPPED, Phase.FAILED})
+_SERVING = frozenset({Phase.READY, Phase.DRAINING, Phase.DRAINED})
+
+
+class Goal(StrEnum):
+    """What is meant to follow."""
+
+    RUN = "run"
+    HOLD = "hold"  # stay drained
+    STOP = "stop"
+    AGAIN = "again"  # stop, then start
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """When to give up: more than `max_restarts` exits within `within_s` seconds. `signals` are sent before the last
+    word, which is SIGKILL to the whole tree."""
+
+    max_restarts: int
+    within_s: float
+    signals: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended: a code or a signal number; neither where nobody was there to see it."""
+
+    code: int | None
+    signal: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """`exits`: monotonic times of recent unexpected exits; `streak`: how many of them without a stable time between.
+
+    `came_from`: the phase in which the process ended whose remains are being cleared, `exit` how, and `last_words` the
+    reason that it gave itself.
+    """
+
+    phase: Phase = Phase.PENDING
+    starts: int = 0
+    exits: tuple[float, ...] = ()
+    streak: int = 0
+    reason: str = ""
+    goal: Goal = Goal.RUN
+    signals_sent: int = 0
+    came_from: Phase = Phase.PENDING
+    exit: Exit | None = None
+    last_words: str = ""
+
+    @property
+    def restarts(self) -> int:
+        """Starts after the first."""
+        return max(0, self.starts - 1)
+
+
+class Kind(Enum):
+    """What can happen."""
+
+    START = "start"  # dependencies are ready, or the back-off is over
+    PROBE_OK = "probe_ok"
+    STABLE = "stable"  # it has been ready for a good while
+    STARTUP_TIMEOUT = "startup_timeout"
+    NOT_ALIVE = "not_alive"  # a liveness probe gave it up
+    CANNOT_SPAWN = "cannot_spawn"
+    EXITED = "exited"
+    CLEARED = "cleared"  # nothing of it is left
+    DRAIN = "drain"
+    DRAINED = "drained"  # nothing runs in it any more, or it was not given more time
+    STOP = "stop"
+    RESTART = "restart"
+    RESUME = "resume"  # somebody wants it to run: after a stop, a failure, a drain
+    GRACE_OVER = "grace_over"
+
+
+@dataclass(frozen=True, slots=True)
+class LifecycleEvent:
+    """`now` in monotonic seconds; `chance` from [0, 1) spreads restarts; `exit` with EXITED; `goal` with DRAIN."""
+
+    kind: Kind
+    now: float = 0.0
+    chance: float = 0.0
+    exit: Exit | None = None
+    detail: str = ""
+    goal: Goal = Goal.HOLD
+
+
+class Do(Enum):
+    """What the shell must carry out."""
+
+    SPAWN = "spawn"
+    DRAIN = "drain"  # have nothing sent there; DRAINED when it is empty
+    SIGNAL = "signal"  # the stop signal `number` to the leader, and a timer for GRACE_OVER
+    KILL_TREE = "kill_tree"
+    CLEAR = "clear"  # CLEARED when nothing is left
+    ARM_BACKOFF = "arm_backoff"  # START after `seconds`
+    ARM_STABLE = "arm_stable"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """`seconds` with ARM_BACKOFF, `number` with SIGNAL."""
+
+    do: Do
+    seconds: float = 0.0
+    number: int = 0
+
+
+Step = tuple[Life, tuple[Action, ...]]
+
+
+def advance(life: Life, event: LifecycleEvent, policy: RestartPolicy) -> Step:
+    """The next state and what to do. An event that does not fit the state changes nothing."""
+    match event.kind:
+        case Kind.EXITED | Kind.CLEARED:
+            return _ended(life, event, policy)
+        case Kind.DRAIN | Kind.DRAINED | Kind.STOP | Kind.RESTART | Kind.RESUME | Kind.GRACE_OVER:
+            return _asked(life, event, policy)
+    return _grown(life, event)
+
+
+def _grown(life: Life, event: LifecycleEvent) -> Step:
+    """From the plan to a process that serves."""
+    match event.kind:
+        case Kind.START if life.phase in (Phase.PENDING, Phase.BACKOFF):
+            return _started(life)
+        case Kind.PROBE_OK if life.phase is Phase.STARTING:
+            return replace(life, phase=Phase.READY), (Action(Do.ARM_STABLE),)
+        case Kind.STABLE if life.phase in _SERVING:
+            return replace(life, streak=0), ()
+        case Kind.STARTUP_TIMEOUT if life.phase is Phase.STARTING:
+            # Its exit, which follows, counts as a failed start.
+            return replace(life, reason="not ready in time"), (Action(Do.KILL_TREE),)
+        case Kind.NOT_ALIVE if life.phase in _SERVING:
+            return replace(life, reason=event.detail), (Action(Do.KILL_TREE),)
+        case Kind.CANNOT_SPAWN if life.phase is Phase.STARTING:
+            return replace(life, phase=Phase.FAILED, reason=event.detail), ()
+    return life, ()
+
+
+def _started(life: Life) -> Step:
+    started = replace(life, phase=Phase.STARTING, starts=life.starts + 1, reason="", goal=Goal.RUN)
+    return started, (Action(Do.SPAWN),)
+
+
+# -- what people ask for -----------------------------------------------------------------------------------
+
+
+def _asked(life: Life, event: LifecycleEvent, policy: RestartPolicy) -> Step:
+    match event.kind:
+        case Kind.DRAIN:
+            return _drain(life, event.goal, policy)
+        case Kind.DRAINED if life.phase is Phase.DRAINING:
+            if life.goal is Goal.HOLD:
+                return replace(life, phase=Phase.DRAINED), ()
+            return _stopping(life, life.goal, policy)
+        case Kind.STOP:
+            return _stop(life, policy)
+        case Kind.RESTART:
+            return _restart(life, policy)
+        case Kind.RESUME:
+            return _resume(life)
+        case Kind.GRACE_OVER if life.phase is Phase.STOPPING:
+            return _next_signal(life, policy)
+    return life, ()
+
+
+def _drain(life: Life, goal: Goal, policy: RestartPolicy) -> Step:
+    assert goal is not Goal.RUN
+    if life.phase is Phase.READY:
+        return replace(life, phase=Phase.DRAINING, goal=goal), (Action(Do.DRAIN),)
+    if life.phase is Phase.DRAINING:
+        return replace(life, goal=goal), ()
+    if goal is Goal.HOLD:
+        return life, ()
+    # Nothing runs in it: there is nothing to wait for.
+    return _stop(life, policy) if goal is Goal.STOP else _restart(life, policy)
+
+
+def _stop(life: Life, policy: RestartPolicy) -> Step:
+    if life.phase in (Phase.PENDING, Phase.BACKOFF):
+        return replace(life, phase=Phase.STOPPED, goal=Goal.STOP), ()
+    if life.phase in (Phase.STOPPING, Phase.CLEARING):
+        return replace(life, goal=Goal.STOP), ()
+    return _stopping(life, Goal.STOP, policy) if life.phase in LIVE else (life, ())
+
+
+def _restart(life: Life, policy: RestartPolicy) -> Step:
+    if life.phase in ENDED or life.phase is Phase.BACKOFF:
+        return _resume(life)
+    if life.phase in (Phase.STOPPING, Phase.CLEARING):
+        return replace(life, goal=Goal.AGAIN), ()
+    return _stopping(life, Goal.AGAIN, policy) if life.phase in LIVE else (life, ())
+
+
+def _resume(life: Life) -> Step:
+    if life.phase in ENDED:
+        # What happened before somebody looked at it does not count against it.
+        return replace(life, phase=Phase.PENDING, goal=Goal.RUN, exits=(), streak=0, reason=""), ()
+    if life.phase is Phase.BACKOFF:
+        return _started(life)
+    if life.phase in (Phase.DRAINING, Phase.DRAINED):
+        return replace(life, phase=Phase.READY, goal=Goal.RUN), ()
+    if life.phase in (Phase.STOPPING, Phase.CLEARING) and life.goal is Goal.STOP:
+        return replace(life, goal=Goal.AGAIN), ()
+    return life, ()
+
+
+def _stopping(life: Life, goal: Goal, policy: RestartPolicy) -> Step:
+    return _next_signal(replace(life, phase=Phase.STOPPING, goal=goal, signals_sent=0), policy)
+
+
+def _next_signal(life: Life, policy: RestartPolicy) -> Step:
+    """The next of the stop signals, then the end of the whole tree."""
+    if life.signals_sent >= policy.signals:
+        return life, (Action(Do.KILL_TREE),)
+    return replace(life, signals_sent=life.signals_sent + 1), (Action(Do.SIGNAL, number=life.signals_sent),)
+
+
+# -- the end of a process ----------------------------------------------------------------------------------
+
+
+def _ended(life: Life, event: LifecycleEvent, policy: RestartPolicy) -> Step:
+    if event.kind is Kind.EXITED and life.phase in LIVE:
+        assert event.exit is not None
+        ended = replace(life, phase=Phase.CLEARING, came_from=life.phase, exit=event.exit, last_words=event.detail)
+        return ended, (Action(Do.CLEAR),)
+    if event.kind is Kind.CLEARED and life.phase is Phase.CLEARING:
+        return _cleared(replace(life, exit=None), life.exit, event, policy)
+    return life, ()
+
+
+def _cleared(life: Life, ended: Exit | None, event: LifecycleEvent, policy: RestartPolicy) -> Step:
+    assert ended is not None
+    if life.goal is Goal.STOP:
+        return replace(life, phase=Phase.STOPPED, reason=""), ()
+    if life.came_from is Phase.STOPPING or life.goal is Goal.AGAIN:
+        return replace(life, phase=Phase.PENDING, goal=Goal.RUN, reason=""), ()
+    # Failed starts count however slow they are: a start that takes a minute to fail would never use up the budget.
+    starting = life.came_from is Phase.STARTING
+    exits = (*(at for at in life.exits if starting or event.now - at < policy.within_s), event.now)
+    streak = life.streak + 1
+    reason = life.reason or describe_exit(ended)
+    ended_life = replace(life, exits=exits, streak=streak, reason=reason, goal=Goal.RUN)
+    if ended.code in INCURABLE:
+        said = f": {life.last_words};" if life.last_words else ":"
+        return replace(ended_life, phase=Phase.FAILED, reason=f"{reason}{said} a restart would not help"), ()
+    if len(exits) > policy.max_restarts:
+        said = f": {life.last_words}" if life.last_words else ""
+        within = "failed starts" if starting else f"exits within {policy.within_s:g} s"
+        return replace(ended_life, phase=Phase.FAILED, reason=f"{reason}{said}; {len(exits)} {within}"), ()
+    delay = backoff_s(streak, event.chance)
+    return replace(ended_life, phase=Phase.BACKOFF), (Action(Do.ARM_BACKOFF, delay),)
+
+
+def backoff_s(streak: int, chance: float) -> float:
+    """At once after a first exit, then exponential with full jitter (AWS Architecture Blog, 2015)."""
+    if streak <= 1:
+        return 0.0
+    ceiling: float = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** min(streak - 2, 16))
+    return ceiling * chance
+
+
+_SIGNALS = {1: "SIGHUP", 2: "SIGINT", 3: "SIGQUIT", 4: "SIGILL", 5: "SIGTRAP", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE",
+            9: "SIGKILL", 10: "SIGUSR1", 11: "SIGSEGV", 12: "SIGUSR2", 13: "SIGPIPE", 14: "SIGALRM",
+            15: "SIGTERM", 24: "SIGXCPU", 25: "SIGXFSZ", 31: "SIGSYS"}  # fmt: skip
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9, and so on."""
+    return _SIGNALS.get(number, f"signal {number}")
+
+
+def describe_exit(exit_: Exit) -> str:
+    """In a person's words."""
+    if exit_.signal is not None:
+        return f"killed by {signal_name(exit_.signal)}"
+    if exit_.code is None:
+        return "ended while no supervisor was there to see how"
+    return f"exited with code {exit_.code}"

@@ -1,0 +1,408 @@
+"""One supervised process: carries out what its lifecycle decides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pdctl.host.boot import new_epoch
+from pdctl.plan import ProcessSpec
+from pdctl.supervisor.process import logs
+from pdctl.supervisor.process.probes import Cadence, Prober
+from pdctl.supervisor.process.spawn import Start, spawn
+from pdctl.supervisor.process.tree import Tree, Trees, kill_quietly
+from pdctl.supervisor.rundir.adoption import Record, recorded_exit, recorded_pid, start_ticks
+from pdctl.supervisor.rundir.journal import Journal, now_text
+from pdctl.supervisor.unit.clearing import Baseline, Remains, baseline_of, clear, in_the_way
+from pdctl.supervisor.unit.exits import Ended, KernelLog, report, told_of
+from pdctl.supervisor.unit.lifecycle import (
+    LIVE,
+    Action,
+    Do,
+    Exit,
+    Kind,
+    Life,
+    LifecycleEvent,
+    Phase,
+    RestartPolicy,
+    advance,
+)
+
+# How long clearing up waits for the peers of a dead process to be told, seconds.
+_TELL_S = 0.1
+_REPORT_AFTER_S = 0.05
+
+
+@dataclass(slots=True)
+class ProcessPolicy:
+    """How all processes of a service are treated; `apply` changes it while they run."""
+
+    restarts: RestartPolicy
+    cadence: Cadence
+    stop_signals: tuple[signal.Signals, ...]
+    grace_s: float
+    stable_s: float
+    log_bytes: int
+    survives: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnitContext:
+    """What a unit needs of its service. `changed` is called after every change of state, `died` the moment the
+    process ends, before what it left is cleared away; `drain` returns when nothing runs in it any more."""
+
+    policy: ProcessPolicy
+    log_dir: Path
+    run_dir: Path
+    env: dict[str, str]
+    secret: str
+    trees: Trees
+    tasks: asyncio.TaskGroup
+    journal: Journal
+    kernel: KernelLog
+    changed: Callable[[Unit], None]
+    ready: Callable[[Unit], None]
+    died: Callable[[Unit], asyncio.Task[None]]
+    drain: Callable[[Unit], Coroutine[None, None, None]]
+    our_pids: Callable[[], set[int]]
+
+
+@dataclass(slots=True)
+class Unit:
+    """Feed it events; it spawns, probes, signals and reports.
+
+    `blocked`: what delays its next start; `reports`: exits that are still to be written up.
+    """
+
+    spec: ProcessSpec
+    around: UnitContext
+    stamp: str
+    listen_fd: int | None = None
+    life: Life = field(default_factory=Life)
+    pid: int | None = None
+    epoch: str = ""
+    alive: bool = False
+    adopted: bool = False
+    ready_since: str | None = None
+    started_at: float = 0.0
+    last_exit: dict[str, object] | None = None
+    blocked: str = ""
+    reports: int = 0
+    tree: Tree | None = None
+    baseline: Baseline = field(default_factory=dict)
+    _record: Path | None = None
+    _leader: int | None = None
+    _log_inode: int = 0
+    _by_us: str = ""
+    _moved: asyncio.Event = field(default_factory=asyncio.Event)
+    _timers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its name in the plan."""
+        return self.spec.name
+
+    @property
+    def log_path(self) -> Path:
+        """Where its output goes."""
+        return self.around.log_dir / f"{self.name}.log"
+
+    @property
+    def leader(self) -> int | None:
+        """The pid of the command itself; where it shall outlive us, ours is that of the shell which waits for it."""
+        if self._record is not None and self._leader is None:
+            self._leader = recorded_pid(self._record)
+        return self._leader or self.pid
+
+    def feed(self, event: LifecycleEvent) -> None:
+        """One event through the lifecycle, its actions begun."""
+        before = self.life.phase
+        self.life, actions = advance(self.life, event, self.around.policy.restarts)
+        if self.life.phase is not before:
+            self._phase_changed(before)
+        for action in actions:
+            self._do(action)
+        self.around.changed(self)
+
+    async def until(self, phases: frozenset[Phase]) -> None:
+        """Return when it is in one of these."""
+        while self.life.phase not in phases:
+            self._moved.clear()
+            await self._moved.wait()
+
+    def status(self) -> dict[str, object]:
+        """As `pdctl status --json` shows it, but for what is measured."""
+        return {
+            "name": self.name,
+            "kind": self.spec.kind,
+            "role": self.spec.role,
+            "group": self.spec.group,
+            "state": self.life.phase.value,
+            "reason": self.blocked or self.life.reason,
+            "pid": self.leader if self.alive else None,
+            "restarts": self.life.restarts,
+            "last_exit": self.last_exit,
+            "device": self.spec.device,
+            "cpus": list(self.spec.cpus),
+            "gpus": list(self.spec.gpus),
+            "rdma": list(self.spec.rdma),
+            "ports": self.spec.ports,
+            "ready_since": self.ready_since,
+            "epoch": self.epoch,
+            "adopted": self.adopted,
+            "log": str(self.log_path),
+        }
+
+    def record(self) -> Record | None:
+        """What a later supervisor needs to know it by."""
+        if not self.alive or self.pid is None:
+            return None
+        return Record(
+            spec=self.spec,
+            pid=self.pid,
+            start_ticks=start_ticks(self.pid),
+            epoch=self.epoch,
+            starts=self.life.starts,
+            phase=self.life.phase.value,
+            record=str(self._record or ""),
+            group=str(self.tree.join.parent) if self.tree is not None and self.tree.join is not None else "",
+            started_at=self.started_at,
+            ready_since=self.ready_since,
+            last_exit=self.last_exit,
+        )
+
+    # -- actions -------------------------------------------------------------------------------------------
+
+    def _do(self, action: Action) -> None:
+        policy = self.around.policy
+        match action.do:
+            case Do.SPAWN:
+                self._spawn()
+            case Do.DRAIN:
+                self._arm("drain", self._drain())
+            case Do.SIGNAL:
+                self._by_us = f"pdctl, with {policy.stop_signals[action.number].name}"
+                self._signal(policy.stop_signals[action.number])
+                self._arm("grace", self._later(policy.grace_s, Kind.GRACE_OVER))
+            case Do.KILL_TREE:
+                self.force()
+            case Do.CLEAR:
+                pass  # begun where the exit was seen, which knows how to wait for peers first
+            case Do.ARM_BACKOFF:
+                if action.seconds:
+                    self._arm("backoff", self._later(action.seconds, Kind.START))
+                else:
+                    self.feed(LifecycleEvent(Kind.START, time.monotonic()))
+            case Do.ARM_STABLE:
+                self._arm("stable", self._later(policy.stable_s, Kind.STABLE))
+
+    def _spawn(self) -> None:
+        assert not self.alive, f"{self.name}: two lives at once"
+        self.epoch, self._by_us, self.blocked = new_epoch(), "", ""
+        if reason := in_the_way(self.spec, {}, self.around.our_pids()):
+            self.feed(LifecycleEvent(Kind.CANNOT_SPAWN, detail=f"cannot be started: {reason}"))
+            return
+        self.baseline = self.baseline or baseline_of(self.spec)
+        self.tree = self.around.trees.of(self.name)
+        exits = self.around.run_dir / "exits"
+        self._record = exits / f"{self.name}.{self.epoch}" if self.around.policy.survives else None
+        try:
+            if self._record is not None:
+                exits.mkdir(exist_ok=True)
+            start = Start(
+                self.spec, self.around.env, self.stamp, self.epoch, self.listen_fd, self.tree.join, self._record
+            )
+            log = self._open_log()
+            try:
+                pid = spawn(start, log)
+            finally:
+                os.close(log)
+        except OSError as failure:
+            self.feed(LifecycleEvent(Kind.CANNOT_SPAWN, detail=f"cannot be started: {failure}"))
+            return
+        self._is_alive(pid, time.monotonic())
+        self.around.journal.say(
+            self.name, f"started, pid {self.pid}", "started", pid=self.pid, epoch=self.epoch, start=self.life.starts
+        )
+
+    def _open_log(self) -> int:
+        """Where its output goes. A disk that takes no new file costs the output, not the process."""
+        try:
+            log = logs.open_new(self.log_path)
+        except OSError as failure:
+            self.around.journal.say(self.name, f"its log cannot be opened, its output is lost: {failure}", "no_log")
+            log = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        self._log_inode = os.fstat(log).st_ino
+        return log
+
+    def adopt(self, record: Record) -> None:
+        """Take charge of a process that an earlier supervisor started and that has gone on since."""
+        self.life = Life(Phase.STARTING, record.starts)
+        self.spec = record.spec
+        self.epoch, self.adopted, self.last_exit = record.epoch, True, record.last_exit
+        self._record = Path(record.record) if record.record else None
+        self.tree = self.around.trees.adopted(self.name, record.group)
+        self.ready_since = record.ready_since
+        self._is_alive(record.pid, record.started_at)
+        self.around.journal.say(self.name, f"adopted, pid {record.pid}", "adopted", pid=record.pid, epoch=self.epoch)
+        self.around.changed(self)
+
+    def _is_alive(self, pid: int, at: float) -> None:
+        self.pid, self.alive, self.started_at, self._leader = pid, True, at, None
+        self._watch(pid)
+        self._arm("probe", self._probe())
+
+    def _watch(self, pid: int) -> None:
+        """Notice the exit the moment it happens, by pidfd."""
+        loop = asyncio.get_running_loop()
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            # One that we adopted, and that ended in that moment; a child of ours stays until we wait for it.
+            loop.call_soon(self._ended, pid)
+            return
+
+        def ended() -> None:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            self._ended(pid)
+
+        loop.add_reader(pidfd, ended)
+
+    def _ended(self, pid: int) -> None:
+        ended = self._how(pid)
+        self.alive = False
+        self.last_exit = told_of(ended)
+        self.around.journal.say(self.name, str(self.last_exit["reason"]), "exited", **self.last_exit)
+        told = self.around.died(self)
+        self.around.tasks.create_task(self._clear_up(ended, told))
+
+    def _how(self, pid: int) -> Ended:
+        """How it ended: from the kernel, for a child of ours, else from what its shell wrote down."""
+        status, usage = None, None
+        with contextlib.suppress(ChildProcessError):
+            _, status, usage = os.wait4(pid, 0)
+        code = None if status is None else os.waitstatus_to_exitcode(status)
+        if self._record is not None:
+            code = recorded_exit(self._record) if code is None else (code if code < 0 else _from_shell(code))
+        exit_ = Exit(None, None) if code is None else Exit(None, -code) if code < 0 else Exit(code, None)
+        expected = self.life.phase is Phase.STOPPING
+        dumped = status is not None and os.WIFSIGNALED(status) and os.WCOREDUMP(status)
+        leader = self.leader or pid
+        return Ended(self.name, leader, self.epoch, self.started_at, exit_, usage, self._by_us, expected, dumped)
+
+    async def _clear_up(self, ended: Ended, told: asyncio.Task[None]) -> None:
+        """Report the exit; a replacement never meets its predecessor."""
+        self._cancel_timers()
+        if self._record is not None:
+            self._record.with_name(f"{self._record.name}.pid").unlink(missing_ok=True)
+            self._record.unlink(missing_ok=True)
+        words = logs.last_error(self.log_path) if ended.exit.code else ""
+        self.feed(LifecycleEvent(Kind.EXITED, time.monotonic(), exit=ended.exit, detail=words))
+        assert self.tree is not None
+        # Clearing up may hold the loop for milliseconds: peers hear of the death before that.
+        await asyncio.wait({told}, timeout=_TELL_S)
+        remains = Remains(self.spec, self.tree, self.baseline, self.around.our_pids)
+        await clear(remains, self._is_blocked)
+        self.pid = self._leader = None
+        group = self.tree.join.parent if self.tree.join is not None else None
+        inode = self._log_inode
+        self.feed(LifecycleEvent(Kind.CLEARED, time.monotonic(), random.random()))  # noqa: S311 - jitter, no secret
+        self.reports += 1
+        try:
+            # What others wait for goes first.
+            await asyncio.sleep(_REPORT_AFTER_S)
+            self._note_exit(ended, group, inode)
+        finally:
+            self.reports -= 1
+            self.around.changed(self)
+
+    def _is_blocked(self, reason: str) -> None:
+        self.blocked = reason
+        if reason:
+            self.around.journal.say(self.name, f"not started again yet: {reason}", "blocked")
+        self.around.changed(self)
+
+    def _note_exit(self, ended: Ended, group: Path | None, inode: int) -> None:
+        """After its replacement was begun, whose log has the name by then: reading logs takes longer than that."""
+        log = logs.by_inode(self.log_path, inode)
+        found = report(ended, log, group, self.around.kernel)
+        if self.last_exit is not None and found["oom"]:
+            self.last_exit |= {name: found[name] for name in ("reason", "by", "oom")}
+            self.around.changed(self)
+        self.around.journal.exit(found)
+
+    def force(self) -> None:
+        """Kill the whole tree, now. One pass: clearing up waits for the rest."""
+        if self.alive:
+            self._by_us = f"pdctl, with SIGKILL ({self.life.reason or self.life.phase.value})"
+            if self.pid is not None and self._record is None:
+                kill_quietly(self.pid, signal.SIGKILL)
+            assert self.tree is not None
+            self.tree.kill()
+
+    def _signal(self, sign: signal.Signals) -> None:
+        if self.alive and self.leader is not None:
+            kill_quietly(self.leader, sign)
+
+    # -- timers --------------------------------------------------------------------------------------------
+
+    def _arm(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """At most one of a name; every one ends with the incarnation."""
+        if name in self._timers:
+            self._timers[name].cancel()
+        self._timers[name] = self.around.tasks.create_task(work)
+
+    async def _later(self, seconds: float, kind: Kind) -> None:
+        await asyncio.sleep(seconds)
+        self.feed(LifecycleEvent(kind, time.monotonic()))
+
+    async def _drain(self) -> None:
+        await self.around.drain(self)
+        self.feed(LifecycleEvent(Kind.DRAINED))
+
+    async def _probe(self) -> None:
+        prober = Prober(self.spec.probe, self.log_path, self.around.secret)
+        if not await prober.until_ready():
+            self.feed(LifecycleEvent(Kind.STARTUP_TIMEOUT, time.monotonic()))
+            return
+        self.feed(LifecycleEvent(Kind.PROBE_OK, time.monotonic()))
+        reason = await prober.until_dead(lambda: self.around.policy.cadence)
+        self.around.journal.say(self.name, reason, "not_alive")
+        self.feed(LifecycleEvent(Kind.NOT_ALIVE, time.monotonic(), detail=reason))
+
+    def _phase_changed(self, before: Phase) -> None:
+        phase, journal = self.life.phase, self.around.journal
+        self._moved.set()
+        if phase is Phase.READY and before is Phase.STARTING:
+            # One that was adopted has been ready for longer than we know it.
+            self.ready_since = self.ready_since or now_text()
+            journal.say(self.name, "ready", "ready", after_s=round(time.monotonic() - self.started_at, 3))
+            self.around.ready(self)
+        elif phase is Phase.FAILED:
+            journal.say(self.name, f"failed: {self.life.reason}", "failed")
+        elif phase in (Phase.DRAINING, Phase.DRAINED, Phase.STOPPED):
+            journal.say(self.name, phase.value, phase.value)
+        if phase not in LIVE:
+            self.ready_since = None
+        if phase is not Phase.BACKOFF and (timer := self._timers.pop("backoff", None)):
+            timer.cancel()
+        if before is Phase.DRAINING and (timer := self._timers.pop("drain", None)) and phase is not Phase.DRAINED:
+            timer.cancel()
+
+    def _cancel_timers(self) -> None:
+        for task in self._timers.values():
+            task.cancel()
+        self._timers.clear()
+
+
+def _from_shell(code: int) -> int:
+    """POSIX shells answer with 128 and the number for a command that a signal ended."""
+    return 128 - code if 128 < code <= 128 + 64 else code

@@ -1,0 +1,254 @@
+"""The keys a topology file may hold, what each may be, and its default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdctl.adapters import KINDS
+from pdctl.topology.spec import Device, Role
+
+ROUTINGS = (
+    "min_expected_latency", "min_observed_latency", "prefix_aware", "random", "round_robin", "slo",
+)  # fmt: skip
+ADMISSIONS = ("queue", "slo")
+UNKNOWN_FIELDS = ("warn", "refuse")
+TRANSFER_BACKENDS = ("auto", "shm", "mooncake", "nixl")
+STOP_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+LINK_LAYERS = ("any", "infiniband", "ethernet")
+ON_DEATH = ("terminate", "survive")
+TRANSFER_PROTOCOLS = ("auto", "tcp", "rdma")
+
+# Says what is wrong with a value ("must be ..."), or None.
+Check = Callable[[object], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key. `default` None with `required` False means that the loader derives it."""
+
+    check: Check
+    default: object = None
+    required: bool = False
+
+
+def text(pattern: str = r".+", what: str = "a non-empty string") -> Check:
+    """A string that matches the whole pattern."""
+    compiled = re.compile(pattern)
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, str) or not compiled.fullmatch(value):
+            return f"must be {what}"
+        return _unusable(value)
+
+    return check
+
+
+# What the kernel takes as a name, and as a path, bytes.
+_NAME_MAX, _PATH_MAX = 255, 4095
+
+
+def _unusable(value: str) -> str | None:
+    """Why no file, address or name can be written so: many of these become paths and environment variables."""
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        return "must have no control characters"
+    data = value.encode()
+    if len(data) > _PATH_MAX or max(map(len, data.split(b"/"))) > _NAME_MAX:
+        return f"must have at most {_PATH_MAX} bytes, {_NAME_MAX} between slashes"
+    return None
+
+
+def choice(*values: str) -> Check:
+    """One of a few words."""
+    listed = ", ".join(values)
+    return lambda value: None if isinstance(value, str) and value in values else f"must be one of: {listed}"
+
+
+def integer(low: int, high: int = 2**31) -> Check:
+    """A whole number within bounds; TOML's true and false are not numbers."""
+    what = f"must be a whole number from {low} to {high}" if high < 2**31 else f"must be a whole number, at least {low}"
+    return lambda value: None if type(value) is int and low <= value <= high else what
+
+
+def choices(*values: str) -> Check:
+    """A list of one or more of a few words."""
+    listed = ", ".join(values)
+
+    def check(value: object) -> str | None:
+        good = isinstance(value, list) and value and all(isinstance(item, str) and item in values for item in value)
+        return None if good else f"must be a list of one or more of: {listed}"
+
+    return check
+
+
+def strings() -> Check:
+    """A table of strings, as an environment is."""
+
+    def check(value: object) -> str | None:
+        good = isinstance(value, dict) and all(isinstance(item, str) and "\0" not in item for item in value.values())
+        if not good or not isinstance(value, dict):
+            return 'must be a table of strings, such as { NCCL_DEBUG = "WARN" }'
+        taken = next((name for name in value if not _ENV_NAME.fullmatch(name)), None)
+        if taken is not None:
+            return f"sets {taken!r}, which is no name of a variable"
+        taken = next((name for name in value if name.startswith("PDCTL_")), None)
+        return None if taken is None else f"sets {taken!r}, which is not for topologies to set"
+
+    return check
+
+
+def number(above: float, most: float = 1e9) -> Check:
+    """A number above `above`."""
+    what = f"must be a number above {above:g}" if above >= 0 else "must be a number, at least 0"
+    what += f" and at most {most:g}" if most < 1e9 else ""
+    low = above if above >= 0 else -5e-324
+    return lambda value: None if type(value) in (int, float) and low < float(str(value)) <= most else what
+
+
+def boolean() -> Check:
+    """true or false."""
+    return lambda value: None if isinstance(value, bool) else "must be true or false"
+
+
+def indices(what: str) -> Check:
+    """A list of distinct device numbers."""
+
+    def check(value: object) -> str | None:
+        good = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        if not good or not isinstance(value, list):
+            return f"must be a list of {what} numbers, such as [0, 1]"
+        return None if len(set(value)) == len(value) else f"names a {what} twice"
+
+    return check
+
+
+def gpu_names() -> Check:
+    """A list of distinct GPUs: driver indices, UUIDs (or their beginnings), MIG slices."""
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, list) or not all(_is_gpu(item) for item in value):
+            return 'must be a list of GPUs: indices, such as 0, or names, such as "GPU-8932f937" or "MIG-..."'
+        return None if len(set(value)) == len(value) else "names a GPU twice"
+
+    return check
+
+
+def _is_gpu(item: object) -> bool:
+    return (type(item) is int and item >= 0) or (isinstance(item, str) and item.startswith(("GPU-", "MIG-")))
+
+
+def texts(what: str) -> Check:
+    """A list of distinct names."""
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            return f"must be a list of {what} names"
+        if (reason := next(filter(None, map(_unusable, value)), None)) is not None:
+            return f"each name {reason}"
+        return None if len(set(value)) == len(value) else f"names a {what} twice"
+
+    return check
+
+
+def port_range(least: int) -> Check:
+    """[first, last], at least so many ports; an empty list for any port."""
+
+    def check(value: object) -> str | None:
+        if value == []:
+            return None
+        good = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
+        if not good or not isinstance(value, list) or not 1024 <= value[0] <= value[1] - least + 1 <= 65536 - least:
+            return f"must be [first, last] from 1024 to 65535, at least {least} ports"
+        return None
+
+    return check
+
+
+_ENV_NAME = re.compile(r"[^=\0]+")
+_HTTP = r"https?://[A-Za-z0-9.\[\]:-]+(/\S*)?"
+_URL = r"http://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}/?"
+_NAME = r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"
+_NAME_WORDS = "lower-case letters, digits and inner dashes, at most 40"
+
+TABLES: dict[str, dict[str, Key]] = {
+    "service": {
+        "name": Key(text(_NAME, _NAME_WORDS), "pdctl"),
+        "model": Key(text(), required=True),
+        "served_model_name": Key(text()),
+        "max_model_len": Key(integer(16, 1_048_576), 2048),
+        "engine_ports": Key(port_range(1), []),
+    },
+    "proxy": {
+        "host": Key(text(r"[A-Za-z0-9.:-]+", "an address or host name"), "127.0.0.1"),
+        "port": Key(integer(1, 65535), 8000),
+        "routing": Key(choice(*ROUTINGS), "min_expected_latency"),
+        "cpus": Key(indices("CPU"), []),
+        "workers": Key(integer(1, 64), 1),
+        "admission": Key(choice(*ADMISSIONS), "queue"),
+        "max_queue": Key(integer(0, 65536), 256),
+        "max_body_mb": Key(number(0, 1024), 16.0),
+        "unknown_fields": Key(choice(*UNKNOWN_FIELDS), "warn"),
+        "api_keys": Key(text()),
+        "tls_cert": Key(text()),
+        "tls_key": Key(text()),
+        "cors_origins": Key(texts("origin"), []),
+        "access_log": Key(text()),
+        "otlp_endpoint": Key(text(_HTTP, "an address such as http://127.0.0.1:4318")),
+    },
+    "slo": {"ttft_ms": Key(number(0), 2000.0), "tpot_ms": Key(number(0), 200.0)},
+    "transfer": {
+        "backend": Key(choice(*TRANSFER_BACKENDS), "auto"),
+        "protocol": Key(choice(*TRANSFER_PROTOCOLS), "auto"),
+        "devices": Key(texts("RDMA device"), []),
+        "ports": Key(port_range(100), []),
+        "lease_s": Key(number(0.5, 3600), 30.0),
+        "read_s": Key(number(0, 3600), 5.0),
+        "leased_max": Key(number(0, 1), 0.75),
+        "chunked": Key(boolean(), True),
+    },
+    "expect": {
+        "rate_gbps": Key(number(-1, 10_000), 0.0),
+        "link_layer": Key(choice(*LINK_LAYERS), "any"),
+        "mtu": Key(integer(0, 4096), 0),
+        "gid_index": Key(integer(-1, 65535), -1),
+    },
+    "supervisor": {
+        "grace_s": Key(number(0, 3600), 30.0),
+        "stop_signals": Key(choices(*STOP_SIGNALS), ["SIGTERM"]),
+        "drain_s": Key(number(-1, 86400), 60.0),
+        "max_restarts": Key(integer(0, 1000), 5),
+        "within_s": Key(number(0, 86400), 120.0),
+        "startup_s": Key(number(0, 86400), 1800.0),
+        "stable_s": Key(number(0, 86400), 60.0),
+        "liveness_s": Key(number(-1, 3600), 5.0),
+        "liveness_failures": Key(integer(1, 100), 3),
+        "progress_s": Key(number(-1, 86400), 60.0),
+        "functional_s": Key(number(-1, 86400), 0.0),
+        "on_supervisor_death": Key(choice(*ON_DEATH), "terminate"),
+        "log_mb": Key(number(0, 1_048_576), 64.0),
+    },
+}
+
+ENGINE: dict[str, Key] = {
+    "name": Key(text(_NAME, _NAME_WORDS), required=True),
+    "role": Key(choice(*(role.value for role in Role)), required=True),
+    "kind": Key(choice(*KINDS), "builtin"),
+    "url": Key(text(_URL, "an address such as http://10.0.0.7:8100")),
+    "secret_file": Key(text()),
+    "replicas": Key(integer(1, 256), 1),
+    "device": Key(choice(*(device.value for device in Device)), "cpu"),
+    "gpus": Key(gpu_names(), []),
+    "share_gpu": Key(boolean(), False),
+    "open": Key(boolean(), False),
+    "cpus": Key(indices("CPU"), []),
+    "max_num_seqs": Key(integer(1, 4096), 16),
+    "max_num_batched_tokens": Key(integer(16, 1_048_576), 512),
+    "kv_cache_gb": Key(number(0, 4096), 1.0),
+    "block_size": Key(integer(1, 1024), 16),
+    "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
+    "restart_with": Key(texts("group"), []),
+    "env": Key(strings(), {}),
+}
+# What an attached engine may have: it is not ours to start, so nothing else would do anything.
+ATTACHED = ("name", "role", "kind", "url", "secret_file")

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from pdctl.adapters import CannotResume, RequestState
+from pdctl.adapters.vllm import dialect
+
+
+def state(emitted: list[int], chat: bool = False, held: int = 0, **fields: object) -> RequestState:
+    raw: dict[str, object] = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields.items()}
+    return RequestState("/v1/chat/completions" if chat else "/v1/completions", chat, raw, emitted, [7, 8], held)
+
+
+def continued(found: RequestState) -> dict[str, object]:
+    call = dialect().decode_call(found, None, stream=True)
+    assert call.path == "/v1/completions"
+    body: dict[str, object] = msgspec.json.decode(call.body)
+    return body
+
+
+def test_goes_on_from_tokens_with_what_is_left() -> None:
+    body = continued(state([1, 2, 3], prompt="x", max_tokens=10, min_tokens=2, temperature=0, user="u"))
+    assert body["prompt"] == [7, 8, 1, 2, 3]
+    assert (body["max_tokens"], body["min_tokens"], body["temperature"]) == (7, 0, 0)
+    assert "user" not in body
+    assert continued(state([1], chat=True, messages=[], max_completion_tokens=4))["max_tokens"] == 3
+    assert continued(state([1], prompt="x"))["max_tokens"] == 15, "the default is the first request's"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"stop": "END"}, {"stop": ["a"]}, {"presence_penalty": 0.5}, {"frequency_penalty": -1}, {"echo": True},
+     {"logprobs": 0}, {"logprobs": True}, {"response_format": {"type": "json_object"}}, {"tools": [{}]}],
+)  # fmt: skip
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_would_not_be_the_same_is_refused(field: dict[str, object], chat: bool) -> None:
+    with pytest.raises(CannotResume, match=next(iter(field))):
+        dialect().decode_call(state([1], chat, prompt="x", **field), None, stream=True)
+
+
+@pytest.mark.parametrize("field", [{"stop": []}, {"stop": None}, {"presence_penalty": 0}, {"logprobs": None}])
+def test_fields_that_say_nothing_do_not_matter(field: dict[str, object]) -> None:
+    assert continued(state([1], prompt="x", **field))
+
+
+def test_half_a_character_goes_on_from_before_it() -> None:
+    found = state([1, 2, 3], held=2, prompt="x", max_tokens=10)
+    found.take_back()
+    assert (found.emitted, found.again, found.held) == ([1], [2, 3], 0)
+    body = continued(found)
+    assert (body["prompt"], body["max_tokens"]) == ([7, 8, 1], 9)
+
+
+def test_only_the_end_was_lost() -> None:
+    found = dialect().ending(state([1, 2], prompt="x", max_tokens=2))
+    assert found is not None
+    assert bytes(found["finish_reason"]) == b'"length"'
+    assert dialect().ending(state([1], prompt="x", max_tokens=2)) is None
+    chat = dialect().ending(state([1, 2], chat=True, messages=[], max_tokens=2))
+    assert chat is not None
+    assert "delta" in chat
+    assert dialect().ending(state([1, 2], chat=True, messages=[])) is None

@@ -1,0 +1,152 @@
+"""The loop and its threads: what is done while a step computes, and what must wait for its end."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdctl.engine.cache.blocks import BlockAllocator
+from pdctl.engine.core.inbox import Inbox
+from pdctl.engine.core.loop import Core, Outbox
+from pdctl.engine.handover.puller import Puller
+from pdctl.engine.ipc.messages import Abort, Reserve, Reserved, Sampling, Shutdown, StepDone, Submit
+from pdctl.engine.model.runner import ModelRunner
+from pdctl.engine.schedule.scheduler import Limits, Scheduler, Slice
+
+WAIT_S = 20.0
+
+
+class SlowRunner:
+    """Computes for as long as the test wants; tokens are all 7."""
+
+    def __init__(self) -> None:
+        self.began, self.may_end = threading.Semaphore(0), threading.Semaphore(0)
+        self.blocks: list[set[int]] = []
+        self.pool = self
+
+    def publish(self, block_ids: list[int]) -> None:
+        pass
+
+    def execute(self, batch: list[Slice]) -> tuple[list[int], list[None]]:
+        self.blocks.append({block for piece in batch for block in piece.sequence.block_ids})
+        self.began.release()
+        assert self.may_end.acquire(timeout=WAIT_S)
+        count = sum(piece.samples for piece in batch)
+        return [7] * count, [None] * count
+
+
+class Puller_:
+    def cancel(self, request_id: str) -> None:
+        pass
+
+
+class Said:
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def put(self, message: object) -> None:
+        self.queue.put(message)
+
+    def next(self) -> object:
+        return self.queue.get(timeout=WAIT_S)
+
+
+@contextmanager
+def running(num_blocks: int = 16) -> Iterator[tuple[Core, SlowRunner, Said]]:
+    runner, said = SlowRunner(), Said()
+    limits = Limits(max_num_seqs=4, max_num_batched_tokens=64, block_size=4, max_model_len=64,
+                    eos_token_ids=frozenset())  # fmt: skip
+    core = Core(Scheduler(limits, BlockAllocator(num_blocks)), cast(ModelRunner, runner), cast(Outbox, said))
+    core.puller = cast(Puller, Puller_())
+    loop = threading.Thread(target=core.run)
+    loop.start()
+    try:
+        yield core, runner, said
+    finally:
+        core.receive(Shutdown())
+        for _ in range(200):
+            runner.may_end.release()
+        loop.join(WAIT_S)
+        assert not loop.is_alive()
+        core.scheduler.audit()
+
+
+def submit(name: str, tokens: int, kv_tokens: int = 0) -> Submit:
+    sampling = Sampling(max_tokens=2)
+    return Submit(name, list(range(tokens)), tokens, sampling, kv_tokens=kv_tokens, await_kv=kv_tokens > 0)
+
+
+def test_a_hand_over_gets_its_blocks_while_a_step_computes() -> None:
+    with running() as (core, runner, said):
+        core.receive(submit("a", 6))
+        assert runner.began.acquire(timeout=WAIT_S)
+        core.receive(submit("b", 9, kv_tokens=8))
+        core.receive(Reserve("c", 5))
+        # The step has not ended: nothing but these is said.
+        reserved = [said.next(), said.next()]
+        assert [(type(r), r.request_id) for r in reserved] == [(Reserved, "b"), (Reserved, "c")]  # type: ignore[attr-defined]
+        for found in reserved:
+            assert isinstance(found, Reserved)
+            assert not runner.blocks[0] & set(found.block_ids), "blocks of the running batch are nobody else's"
+
+
+def test_nothing_overtakes_and_nothing_is_freed_in_mid_step() -> None:
+    with running(num_blocks=4) as (core, runner, said):
+        core.receive(submit("a", 12))
+        assert runner.began.acquire(timeout=WAIT_S)
+        # The blocks of `a` are in use by the step: they are not free before it ends, whatever is said meanwhile.
+        core.receive(Abort("a"))
+        core.receive(submit("b", 9, kv_tokens=8))
+        with pytest.raises(queue.Empty):
+            said.queue.get(timeout=0.1)
+        runner.may_end.release()
+        first, second = said.next(), said.next()
+        assert isinstance(first, StepDone)
+        assert isinstance(second, Reserved)
+        assert second.request_id == "b"
+
+
+def test_what_does_not_fit_waits_for_the_step() -> None:
+    with running(num_blocks=4) as (core, runner, said):
+        core.receive(submit("a", 12))
+        assert runner.began.acquire(timeout=WAIT_S)
+        core.receive(submit("b", 9, kv_tokens=8))
+        with pytest.raises(queue.Empty):
+            said.queue.get(timeout=0.1)
+        core.receive(Abort("a"))
+        runner.may_end.release()
+        assert isinstance(said.next(), StepDone)
+        assert isinstance(said.next(), Reserved)
+
+
+@given(st.lists(st.integers(0, 9), max_size=30))
+def test_the_inbox_keeps_order(numbers: list[int]) -> None:
+    inbox: Inbox[int] = Inbox()
+    for number in numbers:
+        inbox.put(number)
+    found = []
+    while True:
+        small = inbox.take_if(lambda number: number < 5)
+        if small is not None:
+            found.append(small)
+            continue
+        try:
+            found.append(inbox.get())
+        except queue.Empty:
+            break
+    assert found == numbers
+
+
+def test_the_inbox_wakes_who_waits() -> None:
+    inbox: Inbox[int] = Inbox()
+    threading.Timer(0.02, inbox.put, (3,)).start()
+    assert inbox.get(timeout=WAIT_S) == 3
+    with pytest.raises(queue.Empty):
+        inbox.get(timeout=0.01)

@@ -1,0 +1,259 @@
+"""Every interleaving of one hand-over, over the real lease table and the real migration machine.
+
+The world around them is adversarial: messages are lost, repeated and late, the deadline may pass at any moment, freed
+blocks are reused at any moment on either side, the prefill may be preempted while its first chunk is being read, a
+read may be given up with its bytes still under way, and either engine may die and come back. Checked: no state decodes
+KV that was overwritten, or not yet computed, when it was read; no late write meets another request's blocks; and from
+every state the blocks of both sides can still come free.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from pdctl.engine.handover.lease import LeaseTable
+from pdctl.engine.handover.migration import Action, Migration, MigrationEvent, Phase, advance
+
+EPOCHS = ("e0", "e1")
+HOLDER = "d"
+TOTAL = 2  # pieces of KV: the first can be read before the second is computed
+
+
+@dataclass(frozen=True)
+class World:
+    """`dirty`: something was read that was overwritten, or not computed, at some moment of its reading."""
+
+    table: tuple[object, ...]
+    epoch: int = 0
+    p_alive: bool = True
+    owned: bool = True  # the prefill's blocks are pinned for this request
+    reused: bool = False
+    computed: int = 1
+    d_alive: bool = True
+    state: Migration = field(default_factory=Migration)
+    reading: bool = False
+    dirty: bool = False
+    net: frozenset[tuple[str, int | bool]] = frozenset({("offer", 1)})
+    faults: int = 0
+    late: bool = False  # the clock is past the deadline
+    landing: bool = False  # a read that was given up may still write
+    target_held: bool = True  # our blocks are ours, in use or in quarantine
+    spoiled: bool = False  # a late write met somebody else's blocks
+
+
+class Model:
+    """Successors of a world. Without commit it decodes right after the read; without quarantine blocks are free the
+    moment that their request is lost. Both as other systems do."""
+
+    def __init__(self, with_commit: bool, with_quarantine: bool) -> None:
+        self.with_commit = with_commit
+        self.with_quarantine = with_quarantine
+        self.tables: dict[tuple[object, ...], LeaseTable] = {}
+
+    def key(self, table: LeaseTable) -> tuple[object, ...]:
+        """What can be told apart from outside, as a hashable."""
+        live = tuple((x.lease_id, x.state, x.holder, x.deadline, x.sealed) for x in table.live())
+        tombs = tuple((k, v.state, v.holder) for k, v in table._tombstones.items())
+        found = (table.epoch, live, tombs)
+        self.tables.setdefault(found, table)
+        return found
+
+    def first(self) -> World:
+        table = LeaseTable(EPOCHS[0], 10)
+        table.grant("r", 1, "proxy", 0, sealed=False)
+        return World(self.key(table))
+
+    def successors(self, world: World) -> Iterator[World]:
+        yield from self._environment(world)
+        if world.p_alive and world.epoch == 0 and world.computed < TOTAL:
+            yield from self._prefill(world)
+        for message in world.net:
+            # It stays in the net: it may be delivered again, and one that never is was lost.
+            yield from self._delivered(world, *message)
+        if world.d_alive:
+            yield from self._decode_side(world)
+
+    # -- the prefill engine --
+
+    def _prefill(self, world: World) -> Iterator[World]:
+        table = copy.deepcopy(self.tables[world.table])
+        sealed = table.seal(f"{EPOCHS[0]}.1", 1, self._now(world))
+        done = replace(world, computed=TOTAL)
+        if sealed:
+            yield replace(done, table=self.key(table), net=world.net | {("offer", TOTAL), ("ticket", 0)})
+        else:
+            yield replace(done, owned=False)  # it goes on under another lease; this one's blocks are not promised
+        if world.owned:
+            table = copy.deepcopy(self.tables[world.table])
+            table.revoke(f"{EPOCHS[0]}.1", self._now(world))
+            preempted = replace(world, table=self.key(table), owned=False, computed=TOTAL)
+            yield replace(preempted, net=world.net | {("withdrawn", 0)})
+
+    # -- the adversary --
+
+    def _environment(self, world: World) -> Iterator[World]:
+        table = self.tables[world.table]
+        if not world.late:
+            yield replace(world, late=True)
+        if world.p_alive and world.late and table.live():
+            moved = copy.deepcopy(table)
+            freed = any(verdict.freed for verdict in moved.expire(self._now(world)))
+            yield self._after_table(world, moved, freed)
+        if not world.owned and not world.reused:
+            yield replace(world, reused=True, dirty=world.dirty or world.reading)
+        if world.faults == 0 and world.p_alive:
+            yield replace(world, p_alive=False, owned=False, faults=1, dirty=world.dirty or world.reading)
+        if not world.p_alive:
+            fresh = LeaseTable(EPOCHS[1], 10)
+            yield replace(world, p_alive=True, epoch=1, table=self.key(fresh), reused=True)
+        if world.faults == 0 and world.d_alive:
+            died = replace(world, d_alive=False, faults=1, reading=False, landing=False, target_held=False)
+            yield died
+            # the supervisor saw it
+            moved = copy.deepcopy(table)
+            freed = any(verdict.freed for verdict in moved.release_holder(HOLDER, self._now(world)))
+            yield self._after_table(died, moved, freed)
+        if world.landing:
+            spoiled = world.spoiled or not world.target_held
+            yield replace(world, landing=False, spoiled=spoiled)
+
+    # -- messages --
+
+    def _delivered(self, world: World, kind: str, value: int | bool) -> Iterator[World]:
+        if kind in ("claim", "commit", "release") and world.p_alive:
+            yield self._called(world, kind, int(value))
+        elif not world.d_alive:
+            return
+        elif kind == "claim_answer":
+            yield self._advance(world, MigrationEvent.CLAIM_OK if value else MigrationEvent.CLAIM_REFUSED)
+        elif kind == "commit_answer":
+            yield self._advance(world, MigrationEvent.COMMIT_OK if value else MigrationEvent.COMMIT_REFUSED)
+        elif kind == "offer":
+            yield self._advance(self._begun(world), MigrationEvent.OFFERED, int(value))
+        elif kind == "ticket":
+            yield self._advance(self._begun(world), MigrationEvent.SEALED, TOTAL)
+        elif kind == "withdrawn" and world.state != Migration():
+            yield self._advance(world, MigrationEvent.LEASE_GONE)
+
+    def _called(self, world: World, kind: str, epoch: int) -> World:
+        table = copy.deepcopy(self.tables[world.table])
+        lease, name, now = f"{EPOCHS[0]}.1", EPOCHS[epoch], self._now(world)
+        if kind == "release":
+            return self._after_table(world, table, table.release(lease, name, now).freed is not None)
+        call = table.claim if kind == "claim" else table.commit
+        verdict = call(lease, name, HOLDER, now)
+        after = self._after_table(world, table, verdict.freed is not None)
+        return replace(after, net=after.net | {(f"{kind}_answer", verdict.ok)})
+
+    def _begun(self, world: World) -> World:
+        """The first word of a hand-over makes decode claim."""
+        return replace(world, net=world.net | {("claim", 0)}) if world.state == Migration() else world
+
+    # -- the decode engine --
+
+    def _decode_side(self, world: World) -> Iterator[World]:
+        phase = world.state.phase
+        if phase is Phase.QUEUED:
+            if not world.state.reserved:
+                yield self._advance(world, MigrationEvent.RESERVED)
+            yield self._advance(world, MigrationEvent.DEADLINE)
+        if phase in (Phase.QUEUED, Phase.READING, Phase.COMMITTING):
+            yield self._advance(world, MigrationEvent.CANCELLED)
+        if world.reading:
+            done = replace(world, reading=False)
+            yield self._advance(done, MigrationEvent.READ_OK)
+            yield self._advance(done, MigrationEvent.READ_FAILED)
+            if world.faults == 0:
+                given_up = replace(done, landing=True, faults=1)
+                yield self._advance(given_up, MigrationEvent.READ_FAILED)
+        if phase is Phase.COMMITTING:
+            yield self._advance(world, MigrationEvent.COMMIT_UNANSWERED)
+        # Blocks of a lost request that are being read into come free when the read ends.
+        busy = world.reading or (self.with_quarantine and world.landing)
+        if phase is Phase.LOST and world.target_held and not busy:
+            yield replace(world, target_held=False)
+
+    def _advance(self, world: World, event: MigrationEvent, pieces: int = 0) -> World:
+        state, actions = advance(world.state, event, pieces)
+        world = replace(world, state=replace(state, reason=""))
+        for action in actions:
+            if action is Action.READ:
+                stale = not (world.owned and world.epoch == 0 and world.p_alive) and world.reused
+                ahead = state.asked > world.computed
+                world = replace(world, reading=True, dirty=world.dirty or stale or ahead)
+            elif action is Action.COMMIT and not self.with_commit:
+                world = replace(world, state=replace(state, phase=Phase.DECODING))
+            elif action is Action.COMMIT:
+                world = replace(world, net=world.net | {("commit", 0)})
+            elif action is Action.RELEASE_LEASE:
+                world = replace(world, net=world.net | {("release", 0)})
+        return world
+
+    def _after_table(self, world: World, table: LeaseTable, freed: bool) -> World:
+        return replace(world, table=self.key(table), owned=world.owned and not freed)
+
+    def _now(self, world: World) -> float:
+        return 11.0 if world.late else 1.0
+
+
+@dataclass
+class Found:
+    states: int
+    corrupt: list[World]
+    spoiled: list[World]
+    leaking: list[World]
+
+
+def explore(with_commit: bool = True, with_quarantine: bool = True) -> Found:
+    """All reachable worlds: how many, which decode bad KV, which let a late write spoil another request, and from which
+    the prefill's blocks or ours can never come free."""
+    model = Model(with_commit, with_quarantine)
+    first = model.first()
+    seen = {first}
+    parents: dict[World, list[World]] = {}
+    queue = deque([first])
+    while queue:
+        world = queue.popleft()
+        for after in model.successors(world):
+            parents.setdefault(after, []).append(world)
+            if after not in seen:
+                seen.add(after)
+                queue.append(after)
+        assert len(seen) < 2_000_000
+    corrupt = [w for w in seen if w.state.phase is Phase.DECODING and w.dirty]
+    free = {w for w in seen if not w.owned and (not w.target_held or w.state.phase is Phase.DECODING)}
+    stack = list(free)
+    while stack:
+        for before in parents.get(stack.pop(), ()):
+            if before not in free:
+                free.add(before)
+                stack.append(before)
+    return Found(len(seen), corrupt, [w for w in seen if w.spoiled], [w for w in seen if w not in free])
+
+
+def test_no_interleaving_decodes_bad_kv_or_spoils_or_leaks() -> None:
+    found = explore()
+    assert found.states > 3000, "the model explores too little to mean anything"
+    assert found.corrupt == []
+    assert found.spoiled == []
+    assert found.leaking == []
+
+
+def test_the_check_catches_a_protocol_without_commit() -> None:
+    assert explore(with_commit=False).corrupt, "a model that cannot fail checks nothing"
+
+
+def test_the_check_catches_a_protocol_without_quarantine() -> None:
+    assert explore(with_quarantine=False).spoiled, "a model that cannot fail checks nothing"
+
+
+if __name__ == "__main__":
+    for options in ({}, {"with_commit": False}, {"with_quarantine": False}):
+        result = explore(**options)
+        print(
+            f"{options or 'the protocol'}: {result.states} states, {len(result.corrupt)} decode bad KV, "
+            f"{len(result.spoiled)} spoil another request, {len(result.leaking)} leak"
+        )

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.model.grammar import Grammars
+from pdctl.engine.samples.tiny import build
+from pdctl.engine.schedule.sequence import Sequence
+
+VOCAB, END = 384, 383
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    build(folder, lambda *_: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(model: Path) -> Iterator[Grammars]:
+    found = Grammars(model, VOCAB, frozenset({END}))
+    yield found
+    found.close()
+    for process in psutil.Process().children():
+        process.wait(60)
+
+
+def prepared(ours: Grammars, grammar: str) -> tuple[object, str]:
+    said: queue.Queue[tuple[object, str]] = queue.Queue()
+    ours.prepare(grammar, "", lambda: True, lambda compiled, reason: said.put((compiled, reason)))
+    return said.get(timeout=300)
+
+
+def guided(ours: Grammars, grammar: str, token_ids: list[int], prompt_len: int) -> Sequence:
+    compiled, reason = prepared(ours, grammar)
+    assert reason == ""
+    sequence = Sequence("r", token_ids, prompt_len, Sampling(80, grammar=grammar))
+    ours.begin(sequence, compiled)
+    return sequence
+
+
+def generate(ours: Grammars, sequence: Sequence, seed: int, most: int = 80) -> None:
+    """Random logits: only the grammar decides what is left."""
+    generator = torch.Generator().manual_seed(seed)
+    while len(sequence.token_ids) - sequence.prompt_len < most:
+        row = torch.randn(VOCAB, generator=generator)
+        ours.mask(row, sequence)
+        token_id = int(row.argmax())
+        ours.accept(sequence, token_id)
+        sequence.token_ids.append(token_id)
+        if token_id == END:
+            return
+
+
+def text_of(model: Path, ids: list[int]) -> str:
+    from tokenizers import Tokenizer
+
+    return str(Tokenizer.from_file(str(model / "tokenizer.json")).decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_model_says_the_output_matches(model: Path, ours: Grammars, seed: int) -> None:
+    sequence = guided(ours, json.dumps({"json": SCHEMA}), [1, 2, 3], 3)
+    generate(ours, sequence, seed)
+    assert sequence.token_ids[-1] == END
+    assert json.loads(text_of(model, sequence.token_ids[3:]))["ok"] in (True, False)
+
+
+def test_a_moved_sequence_goes_on_where_it_was(model: Path, ours: Grammars) -> None:
+    grammar = json.dumps({"regex": "[a-f]{12}"})
+    whole = guided(ours, grammar, [1], 1)
+    generate(ours, whole, 5)
+    for cut in range(1, len(whole.token_ids)):
+        sequence = guided(ours, grammar, whole.token_ids[:cut], 1)
+        row = torch.zeros(VOCAB)
+        ours.mask(row, sequence)
+        assert row[whole.token_ids[cut]] == 0, "what was allowed there is allowed here"
+        assert (row == float("-inf")).sum() > 300
+
+
+@pytest.mark.parametrize("grammar", [{"json": {"type": "nonsense"}}, {"regex": "(["}, {"ebnf": "root ::= x"}])
+def test_what_cannot_be_compiled_says_why(ours: Grammars, grammar: dict[str, object]) -> None:
+    assert "cannot be compiled" in prepared(ours, json.dumps(grammar))[1]
+
+
+def test_a_model_without_an_end_guides_nothing(model: Path) -> None:
+    before = set(psutil.Process().children())
+    endless = Grammars(model, VOCAB, frozenset())
+    assert "end token" in prepared(endless, '{"json": true}')[1]
+    endless.close()
+    for process in set(psutil.Process().children()) - before:
+        process.wait(60)
+
+
+def test_what_is_compiled_begins_at_once(ours: Grammars) -> None:
+    """Whatever else is being compiled: no queue, no process, and the answer before `prepare` returns."""
+    grammar = json.dumps({"regex": "x+"})
+    assert prepared(ours, grammar)[1] == ""
+    said: list[str] = []
+    ours.prepare(grammar, "", lambda: False, lambda compiled, reason: said.append(reason))
+    assert said == [""]

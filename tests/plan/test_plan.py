@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdctl.errors import ConfigError, PdctlError
+from pdctl.host import Holder, Host, PortHolder
+from pdctl.plan import Plan, make_plan
+from pdctl.topology.loader import load_text
+from tests.topology.test_loader import EXAMPLE, GPUS, cuda, host
+
+SNAPSHOT = Path(__file__).parent / "plan_snapshot.json"
+
+
+def shown(plan: Plan) -> dict[str, object]:
+    """Without the topology's own text, which is the example."""
+    return {name: value for name, value in plan.to_dict().items() if name != "text"}
+
+
+def test_the_examples_plan_is_what_it_was() -> None:
+    """After a wanted change: python -m tests.plan.test_plan writes the snapshot anew; read its diff."""
+    plan = make_plan(load_text(EXAMPLE, "/x/pdctl.toml", host()), host())
+    assert json.loads(json.dumps(shown(plan))) == json.loads(SNAPSHOT.read_text())
+
+
+def test_a_plan_is_pure() -> None:
+    topology = load_text(EXAMPLE, "/x/pdctl.toml", host())
+    assert make_plan(topology, host()) == make_plan(topology, host())
+
+
+def test_engines_avoid_ports_that_are_taken() -> None:
+    topology = load_text(EXAMPLE, "x", host())
+    first = make_plan(topology, host()).processes[0].ports["http"]
+    busy = replace(host(), listening={first: PortHolder(1, "x")})
+    ports = [spec.ports["http"] for spec in make_plan(topology, busy).processes]
+    assert first not in ports
+    assert len(set(ports)) == 3
+
+
+def test_gpus_are_pinned_by_uuid_and_free_ones_are_chosen_in_order() -> None:
+    on = host(GPUS)
+    plan = make_plan(load_text(cuda("gpus = [1]", ""), "x", on), on)
+    assert [spec.gpus for spec in plan.processes] == [("GPU-1",), ("GPU-0",), ()]
+    assert plan.processes[0].env["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    with pytest.raises(PdctlError, match="no GPU is left for d-1"):
+        make_plan(load_text(cuda("gpus = [1]", "replicas = 2"), "x", on), on)
+
+
+def test_cpu_engines_see_no_gpu_and_use_one_thread() -> None:
+    plan = make_plan(load_text(EXAMPLE, "x", host(GPUS)), host(GPUS))
+    for spec in plan.processes[:2]:
+        assert spec.env["CUDA_VISIBLE_DEVICES"] == ""
+        assert spec.env["OMP_NUM_THREADS"] == "1"
+
+
+def test_replicas_share_their_groups_cpus_evenly() -> None:
+    on = host(cpus=tuple(range(8)))
+    text = EXAMPLE.replace("cpus = [1]", "cpus = [4, 5, 6, 7]\n").replace(
+        'role = "decode"\nreplicas = 1', 'role = "decode"\nreplicas = 2'
+    )
+    plan = make_plan(load_text(text, "x", on), on)
+    assert [spec.cpus for spec in plan.processes if spec.role == "decode"] == [(4, 5), (6, 7)]
+
+
+def test_the_proxy_waits_for_every_engine_and_owns_no_socket_of_its_own() -> None:
+    plan = make_plan(load_text(EXAMPLE, "x", host()), host())
+    proxy = plan.processes[-1]
+    assert proxy.depends_on == ("prefill-0", "decode-0")
+    assert proxy.listen == ("127.0.0.1", 8000)
+    assert all(spec.listen is None for spec in plan.processes[:-1])
+
+
+def test_no_secret_in_a_plan() -> None:
+    assert "secret" not in json.dumps(shown(make_plan(load_text(EXAMPLE, "x", host()), host()))).lower()
+
+
+def on_gpus(**more: object) -> Host:
+    return replace(host(gpus=GPUS), **more)  # type: ignore[arg-type]
+
+
+def gpus_of(plan: Plan) -> list[tuple[str, ...]]:
+    return [spec.gpus for spec in plan.processes if spec.kind != "proxy"]
+
+
+TWO = cuda("", "")
+
+
+def test_idle_gpus_first_and_the_reason_is_told() -> None:
+    busy = on_gpus(gpu_holders={"GPU-0": (Holder(77, "python train.py"),)})
+    text = TWO.partition("[[engines]]")
+    one = text[0] + '[[engines]]\nname = "h"\nrole = "hybrid"\ndevice = "cuda"\n'
+    plan = make_plan(load_text(one, "x", busy), busy)
+    assert gpus_of(plan) == [("GPU-1",)]
+    assert plan.processes[0].why["gpus"] == "the first idle one"
+    both = make_plan(load_text(TWO, "x", busy), busy)
+    assert gpus_of(both) == [("GPU-1",), ("GPU-0",)]
+    assert both.processes[1].why["gpus"] == "the first that was free; in use by pid 77 (python train.py)"
+
+
+def test_a_named_busy_gpu_is_used_and_says_who() -> None:
+    busy = on_gpus(gpu_holders={"GPU-0": (Holder(77, "vllm", "/run/pdctl/other"),)})
+    text = cuda("gpus = [0]", 'gpus = ["GPU-1"]')
+    plan = make_plan(load_text(text, "x", busy), busy)
+    assert gpus_of(plan) == [("GPU-0",), ("GPU-1",)]
+    reason = "named in the topology; in use by pid 77 (vllm, of the pdctl service 'other')"
+    assert plan.processes[0].why["gpus"] == reason
+
+
+def test_our_own_engines_do_not_make_a_gpu_busy() -> None:
+    first = make_plan(load_text(TWO, "x", on_gpus()), on_gpus())
+    ours = on_gpus(gpu_holders={"GPU-0": (Holder(77, "python", first.run_dir),)})
+    assert gpus_of(make_plan(load_text(TWO, "x", ours), ours)) == [("GPU-0",), ("GPU-1",)]
+
+
+def test_only_what_the_environment_leaves_us_is_used() -> None:
+    given = replace(host(gpus=(GPUS[1],)), gpus_by="CUDA_VISIBLE_DEVICES=GPU-1")
+    with pytest.raises(PdctlError, match="CUDA_VISIBLE_DEVICES=GPU-1 leaves us 1"):
+        make_plan(load_text(TWO, "x", given), given)
+    with pytest.raises(ConfigError) as found:
+        load_text(cuda("gpus = [0]", "gpus = [1]"), "x", given)
+    [problem] = found.value.problems
+    assert problem.message == "GPU 0 is not ours"
+    assert problem.hint == "CUDA_VISIBLE_DEVICES=GPU-1 leaves us: 1"
+    none = replace(host(), gpus_by="CUDA_VISIBLE_DEVICES=-1")
+    with pytest.raises(ConfigError) as found:
+        load_text(TWO, "x", none)
+    assert {problem.message for problem in found.value.problems} == {"the environment leaves us no GPU"}
+
+
+def test_engines_listen_within_the_topologys_ports() -> None:
+    text = EXAMPLE.replace('name = "demo"', 'name = "demo"\nengine_ports = [31000, 31001]')
+    plan = make_plan(load_text(text, "/x/pdctl.toml", host()), host())
+    assert [spec.ports["http"] for spec in plan.processes if spec.kind != "proxy"] == [31000, 31001]
+    narrow = text.replace("31001", "31000")
+    with pytest.raises(PdctlError, match="no free port from 31000 to 31000"):
+        make_plan(load_text(narrow, "/x/pdctl.toml", host()), host())
+
+
+if __name__ == "__main__":
+    made = make_plan(load_text(EXAMPLE, "/x/pdctl.toml", host()), host())
+    SNAPSHOT.write_text(json.dumps(shown(made), indent=1) + "\n")

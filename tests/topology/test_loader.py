@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdctl.commands.setup.default import default_text
+from pdctl.errors import ConfigError, PdctlError
+from pdctl.host import Gpu, Host, PortHolder
+from pdctl.topology.loader import load_file, load_text, port_problems
+from pdctl.topology.spec import Device, Role
+
+EXAMPLE = (Path(__file__).parents[2] / "pdctl.toml.example").read_text()
+GPUS = tuple(Gpu(n, f"GPU-{n}", "H200", 141 << 30) for n in range(2))
+
+
+def host(gpus: tuple[Gpu, ...] = (), cpus: tuple[int, ...] = (0, 1)) -> Host:
+    root = Path("/nowhere")
+    return Host(cpus, gpus, 24 << 30, {}, "/usr/bin/python3", root / "c", root / "r", root / "s")
+
+
+def problems(text: str, on: Host | None = None) -> list[tuple[int, str, str]]:
+    with pytest.raises(ConfigError) as found:
+        load_text(text, "x.toml", on or host())
+    return [(problem.line, problem.key, problem.message) for problem in found.value.problems]
+
+
+def line_of(text: str, needle: str) -> int:
+    return next(number for number, line in enumerate(text.splitlines(), 1) if line.startswith(needle))
+
+
+def test_the_example_is_a_topology_and_says_what_the_issue_says() -> None:
+    topology = load_text(EXAMPLE, "pdctl.toml.example", host())
+    assert topology.service.name == "demo"
+    assert topology.proxy.port == 8000
+    assert [(g.name, g.role, g.cpus, g.max_num_seqs) for g in topology.engines] == [
+        ("prefill", Role.PREFILL, (0,), 8),
+        ("decode", Role.DECODE, (1,), 32),
+    ]
+    assert topology.engines[1].kv_cache_gb == 1.0, "defaults are filled in"
+
+
+@pytest.mark.parametrize("gpus", [(), GPUS[:1], GPUS])
+@pytest.mark.parametrize("cpus", [(0,), (0, 1), tuple(range(16))])
+def test_the_default_fits_every_machine(gpus: tuple[Gpu, ...], cpus: tuple[int, ...]) -> None:
+    on = host(gpus, cpus)
+    topology = load_text(default_text(on), "default", on)
+    wanted = Device.CUDA if gpus else Device.CPU
+    assert {group.device for group in topology.engines} == {wanted}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line_start", "key", "message"),
+    [
+        ("port = 8000", "prot = 8000", "prot", "proxy.prot", "unknown key 'prot'"),
+        ('backend = "auto"', 'backend = "rdma"', "backend", "transfer.backend", "must be one of: auto, shm"),
+        ('protocol = "auto"', 'protocol = "rdma"', "protocol", "transfer.protocol", "means nothing to backend 'auto'"),
+        ('protocol = "auto"', 'devices = ["mlx5_0"]', "devices", "transfer.devices", "means nothing to backend 'auto'"),
+        ('protocol = "auto"', "devices = [5]", "devices", "transfer.devices", "RDMA device names"),
+        ('protocol = "auto"', "ports = [16000, 16199]", "ports", "transfer.ports", "means nothing to backend 'auto'"),
+        ('protocol = "auto"', "ports = [16000, 16010]", "ports", "transfer.ports", "at least 100 ports"),
+        ("lease_s = 30", "lease_s = 0.1", "lease_s", "transfer.lease_s", "above 0.5"),
+        ("leased_max = 0.75", "leased_max = 2", "leased_max", "transfer.leased_max", "at most 1"),
+        ("chunked = true", 'chunked = "yes"', "chunked", "transfer.chunked", "true or false"),
+        ("port = 8000", 'port = "8000"', "port", "proxy.port", "whole number"),
+        ("port = 8000", "port = true", "port", "proxy.port", "whole number"),
+        ("port = 8000", "port = 70000", "port", "proxy.port", "from 1 to 65535"),
+        ("[slo]", "[sla]", "[sla]", "sla", "unknown table"),
+        ("ttft_ms = 2000", "ttft_ms = -1", "ttft_ms", "slo.ttft_ms", "above 0"),
+        (
+            'role = "decode"',
+            'role = "decoder"',
+            'role = "decoder"',
+            "engines[1].role",
+            "one of: prefill, decode",
+        ),
+        ('kind = "builtin"', 'kind = "vlllm"', "kind", "engines[0].kind", "one of: builtin"),
+        ('name = "decode"', 'name = "prefill"', 'name = "prefill"', "engines[1].name", "taken by"),
+        ('name = "decode"', 'name = "De code"', 'name = "De', "engines[1].name", "lower-case"),
+        ("cpus = [1]", "cpus = [9]", "cpus = [9]", "engines[1].cpus", "CPU 9 does not exist"),
+        ("cpus = [1]", "cpus = [1, 1]", "cpus = [1, 1]", "engines[1].cpus", "twice"),
+        ('model = "sample:gemma-3-270m"', 'model = "./nowhere"', "model", "service.model", "was not found"),
+        ('model = "sample:gemma-3-270m"', 'model = "sample:zzz"', "model", "service.model", "unknown sample"),
+        (
+            "max_num_seqs = 32",
+            "max_num_seqs = 0",
+            "max_num_seqs = 0",
+            "engines[1].max_num_seqs",
+            "from 1 to 4096",
+        ),
+    ],
+)
+def test_each_mistake_has_its_line_and_key(old: str, new: str, line_start: str, key: str, message: str) -> None:
+    text = EXAMPLE.replace(old, new, 1)
+    assert text != EXAMPLE
+    found = problems(text)
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if line.startswith(line_start)]
+    assert len(found) == 1
+    assert found[0][0] in lines
+    assert found[0][1] == key
+    assert message in found[0][2]
+
+
+def test_all_mistakes_come_in_one_run() -> None:
+    text = (
+        EXAMPLE.replace("port = 8000", "prot = 1").replace("lease_s = 30", "lease_s = 0").replace('role = "decode"', "")
+    )
+    assert [key for _, key, _ in problems(text)] == ["proxy.prot", "transfer.lease_s", "engines[1]"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("# only a comment\n", "the file is empty"),
+        ('[service]\nmodel = "sample:tiny-qwen3"\n', "no engine at all"),
+        ('[service]\nmodel = "sample:tiny-qwen3"\nengines = 3\n', "unknown key 'engines'"),
+        ('engines = []\n[service]\nmodel = "sample:tiny-qwen3"\n', "no engine at all"),
+        ("[service\n", "not TOML"),
+        ("service = 3\n", "must be a table"),
+    ],
+)
+def test_files_that_are_no_topology(text: str, message: str) -> None:
+    assert any(message in found for _, _, found in problems(text))
+
+
+@pytest.mark.parametrize(("role", "other"), [("prefill", "decode"), ("decode", "prefill")])
+def test_one_role_without_the_other(role: str, other: str) -> None:
+    text = f'[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "a"\nrole = "{role}"\n'
+    assert problems(text) == [(3, "engines", f"{role} without {other}")]
+    load_text(text.replace(f'"{role}"', '"hybrid"'), "x", host())
+
+
+def cuda(first: str, second: str) -> str:
+    return f"""
+[service]
+model = "sample:tiny-qwen3"
+[[engines]]
+name = "p"
+role = "prefill"
+device = "cuda"
+{first}
+[[engines]]
+name = "d"
+role = "decode"
+device = "cuda"
+{second}
+"""
+
+
+def test_gpus_are_checked_against_the_machine() -> None:
+    on = host(GPUS)
+    assert "GPU 0 is given to p-0 and d-0" in problems(cuda("gpus = [0]", "gpus = [0]"), on)[0][2]
+    assert "GPU 7 does not exist" in problems(cuda("gpus = [0]", "gpus = [7]"), on)[0][2]
+    assert "2 gpus for 1 replicas" in problems(cuda("gpus = [0, 1]", ""), on)[0][2]
+    assert "given to" in problems(cuda("gpus = [0]\nshare_gpu = true", "gpus = [0]"), on)[0][2], "both must agree"
+    load_text(cuda("gpus = [0]\nshare_gpu = true", "gpus = [0]\nshare_gpu = true"), "x", on)
+    load_text(cuda("gpus = [1]", "gpus = [0]"), "x", on)
+
+
+def test_gpus_that_are_not_there_and_devices_that_do_not_mix() -> None:
+    everywhere = EXAMPLE.replace('device = "cpu"', 'device = "cuda"')
+    assert [key for _, key, message in problems(everywhere) if "no GPU was found" in message] == [
+        "engines[0].device",
+        "engines[1].device",
+    ]
+    mixed = EXAMPLE.replace('device = "cpu"', 'device = "cuda"', 1)
+    assert "cannot hand KV to each other" in problems(mixed, host(GPUS))[0][2]
+
+
+def test_kv_that_does_not_fit_the_machine() -> None:
+    found = problems(EXAMPLE.replace("kv_cache_gb = 1.0", "kv_cache_gb = 400.0"))
+    assert [key for _, key, _ in found] == ["engines[0].kv_cache_gb"]
+    assert "401 GiB together and this machine has 24 GiB" in found[0][2]
+
+
+def test_a_port_in_use_names_its_holder(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text(EXAMPLE)
+    on = replace(host(), listening={8000: PortHolder(41, "python -m http.server")})
+    found = port_problems(load_file(file, on), on)
+    assert [(p.line, p.key) for p in found] == [(line_of(EXAMPLE, "port = 8000"), "proxy.port")]
+    assert "pid 41 (python -m http.server)" in found[0].message
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(PdctlError, match="does not exist"):
+        load_file(tmp_path / "no.toml", host())
+    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PdctlError, match="cannot be read"):
+        load_file(tmp_path / "bad.toml", host())
+
+
+def test_every_key_of_the_schema_is_in_the_example() -> None:
+    from pdctl.topology.schema import ENGINE, TABLES
+
+    for keys in (*TABLES.values(), ENGINE):
+        for name in keys:
+            assert re.search(rf"^(# )?{name} = ", EXAMPLE, re.MULTILINE), f"{name} is not shown in pdctl.toml.example"
+
+
+def pem(folder: Path, name: str) -> tuple[Path, Path]:
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*words, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return cert, key
+
+
+def with_proxy(tmp_path: Path, lines: str) -> list[tuple[int, str, str]]:
+    """The problems of the example with these lines under [proxy]."""
+    path = tmp_path / "pdctl.toml"
+    path.write_text(EXAMPLE.replace("port = 8000", f"port = 8000\n{lines}"))
+    with pytest.raises(ConfigError) as found:
+        load_file(path, host())
+    return [(problem.line, problem.key, problem.message) for problem in found.value.problems]
+
+
+def test_tls_files_are_read_before_anything_starts(tmp_path: Path) -> None:
+    cert, key = pem(tmp_path, "a")
+    other, _ = pem(tmp_path, "b")
+    garbage = tmp_path / "garbage"
+    garbage.write_text("not PEM")
+    locked = tmp_path / "locked"
+    subprocess.run(["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", key, "-out", locked], check=True)
+    for tls_cert, tls_key, wrong, message in (
+        (other, key, "tls_key", f"{key} is not the key of {other}"),
+        (garbage, key, "tls_cert", "is no PEM certificate"),
+        (cert, garbage, "tls_key", "is no PEM key"),
+        (cert, locked, "tls_key", "without a password"),
+    ):
+        [(line, found_key, said)] = with_proxy(tmp_path, f'tls_cert = "{tls_cert}"\ntls_key = "{tls_key}"')
+        text = (tmp_path / "pdctl.toml").read_text()
+        assert (line, found_key) == (line_of(text, wrong), f"proxy.{wrong}")
+        assert message in said
+    (tmp_path / "pdctl.toml").write_text(
+        EXAMPLE.replace("port = 8000", f'port = 8000\ntls_cert = "{cert}"\ntls_key = "{key}"')
+    )
+    load_file(tmp_path / "pdctl.toml", host())
+
+
+def test_api_keys_are_read_before_anything_starts(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text(f"# ours\nalice sha256:{'0' * 64}\nbob md5:1\n")
+    [(_, key, message)] = with_proxy(tmp_path, 'api_keys = "keys.txt"')
+    assert key == "proxy.api_keys"
+    assert message == f"{keys}:3: not NAME sha256:HASH"
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(f"alice sha256:{'0' * 64}\n", encoding="utf-8-sig")
+    path = tmp_path / "pdctl.toml"
+    path.write_text(EXAMPLE.replace("port = 8000", 'port = 8000\napi_keys = "keys.txt"'), encoding="utf-8-sig")
+    assert load_file(path, host()).proxy.api_keys == str(tmp_path / "keys.txt")
+
+
+@pytest.mark.parametrize("name", ["", "A=B", "A\\u0000B"])
+def test_an_environment_has_names_that_the_kernel_takes(name: str) -> None:
+    text = EXAMPLE.replace('name = "prefill"', f'name = "prefill"\nenv = {{ "{name}" = "x" }}', 1)
+    [(_, key, message)] = problems(text)
+    assert key == "engines[0].env"
+    assert "which is no name of a variable" in message
+
+
+def test_packages_that_engines_need_are_missed_before_anything_starts() -> None:
+    [(line, key, message)] = problems(EXAMPLE, replace(host(), missing_packages=frozenset({"zmq", "torch"})))
+    assert (line, key) == (line_of(EXAMPLE, "[[engines]]"), "engines[0]")
+    assert message.endswith("not installed: torch, zmq")
+
+
+@pytest.mark.parametrize("value", [r"\u0000", "y" * 5000, "a/" + "y" * 256, r"a\nb"])
+@pytest.mark.parametrize(("table", "key"), [("service", "model"), ("proxy", "api_keys"), ("proxy", "access_log")])
+def test_texts_that_can_be_no_path_are_refused(table: str, key: str, value: str) -> None:
+    text = '[service]\nmodel = "m"\n[proxy]\n'
+    text = text.replace('model = "m"', f'model = "{value}"') if key == "model" else f'{text}{key} = "{value}"\n'
+    assert f"{table}.{key}" in [where for _, where, _ in problems(text)]
