@@ -53,7 +53,7 @@ port = 8000
 routing = "min_expected_latency"   # docs/proxy.md names the others
 
 [transfer]
-backend = "auto"                   # how KV moves between engines: auto | shm
+backend = "auto"                   # how KV moves between engines: auto | shm | mooncake | nixl
 lease_s = 30                       # KV nobody fetches is freed after this
 
 [[engines]]

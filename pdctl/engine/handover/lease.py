@@ -182,10 +182,6 @@ class LeaseTable:
         late = [lease for lease in self._live.values() if lease.deadline <= now]
         return [self._end(lease, LeaseState.EXPIRED, now) for lease in late]
 
-    def next_deadline(self) -> float | None:
-        """When `expire` will next have something to do."""
-        return min((lease.deadline for lease in self._live.values()), default=None)
-
     def is_quiet(self, lease: Lease, now: float) -> bool:
         """Whether a live lease has shown no sign of life for longer than any living holder leaves it."""
         return now - lease.touched_at > max(1.5, _QUIET_PART * self.lease_s)

@@ -91,11 +91,15 @@ def recorded_pid(record: Path) -> int | None:
     return None
 
 
+def from_shell(code: int) -> int:
+    """A shell's exit code as ours. POSIX shells answer with 128 and the number for a command that a signal ended."""
+    return 128 - code if 128 < code <= 128 + 64 else code
+
+
 def recorded_exit(record: Path) -> int | None:
     """How it ended: a code, or the negative number of a signal; None where that was not written down."""
     with contextlib.suppress(OSError, ValueError):
-        code = int(record.read_text())
-        return 128 - code if 128 < code <= 128 + 64 else code
+        return from_shell(int(record.read_text()))
     return None
 
 

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import astuple
-from pathlib import Path
 
 import msgspec
 
@@ -131,11 +130,6 @@ class Proxies:
             # Running answers may end by themselves for most of the time before the next signal.
             drain_s=min(plan.supervision.drain_s, plan.supervision.grace_s * 0.9),
         )
-
-
-def config_path(plan: Plan) -> Path:
-    """Where proxies find their settings."""
-    return Path(plan.run_dir) / "proxy.json"
 
 
 def _at(spec: ProcessSpec) -> ConnectionPool:

@@ -18,7 +18,7 @@ from pdctl.supervisor.process import logs
 from pdctl.supervisor.process.probes import Cadence, Prober
 from pdctl.supervisor.process.spawn import Start, spawn
 from pdctl.supervisor.process.tree import Tree, Trees, kill_quietly
-from pdctl.supervisor.rundir.adoption import Record, recorded_exit, recorded_pid, start_ticks
+from pdctl.supervisor.rundir.adoption import Record, from_shell, recorded_exit, recorded_pid, start_ticks
 from pdctl.supervisor.rundir.journal import Journal, now_text
 from pdctl.supervisor.unit.clearing import Baseline, Remains, baseline_of, clear, in_the_way
 from pdctl.supervisor.unit.exits import Ended, KernelLog, report, told_of
@@ -291,7 +291,7 @@ class Unit:
             _, status, usage = os.wait4(pid, 0)
         code = None if status is None else os.waitstatus_to_exitcode(status)
         if self._record is not None:
-            code = recorded_exit(self._record) if code is None else (code if code < 0 else _from_shell(code))
+            code = recorded_exit(self._record) if code is None else (code if code < 0 else from_shell(code))
         exit_ = Exit(None, None) if code is None else Exit(None, -code) if code < 0 else Exit(code, None)
         expected = self.life.phase is Phase.STOPPING
         dumped = status is not None and os.WIFSIGNALED(status) and os.WCOREDUMP(status)
@@ -401,8 +401,3 @@ class Unit:
         for task in self._timers.values():
             task.cancel()
         self._timers.clear()
-
-
-def _from_shell(code: int) -> int:
-    """POSIX shells answer with 128 and the number for a command that a signal ended."""
-    return 128 - code if 128 < code <= 128 + 64 else code
