@@ -142,7 +142,7 @@ def _patch_migrate(module):
             """Decode what was read without asking whether it was still there; then let go, as other systems do."""
             self._peers.release_later(run.lease)
             self._trace.write("commit", run.lease.lease_id, holder=self._peers.holder, ok=True)
-            return module.Event.COMMIT_OK, ""
+            return module.MigrationEvent.COMMIT_OK, ""
 
         module.Migrator._commit = trusting
 
