@@ -26,8 +26,9 @@ _HEALTHY_S, _DOWN_S = 0.5, 0.1
 _PROBE_TIMEOUT_S = 1.5
 # One slow answer of a busy machine is no death: this many unanswered probes in a row are.
 _MISSES = 4
-# A suspect's next engine has this long to show that it lives, seconds, and is looked at this often meanwhile.
-_PROOF_S, _PROOF_LOOK_S = 2.0, 0.02
+# How often an engine that must show that it lives is looked at, seconds. It has time for the probe that is under way,
+# which proves nothing, and for the next one.
+_PROOF_LOOK_S, _PROOF_PROBES = 0.02, 2.5
 # How often calls are looked at for silence, seconds.
 _WATCH_S = 0.1
 # An engine whose streams all wait is stuck after this many times its usual gap between tokens, and these bounds.
@@ -283,7 +284,7 @@ class EnginePool:
         return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
 
     def publish(self, engine: Engine) -> None:
-        """Its meters have changed. One that was dropped may still end calls: its slot may be another's by now."""
+        """Its load has changed. One that was dropped may still end calls: its slot may be another's by now."""
         if self._shared is not None and self.by_name.get(engine.name) is engine:
             self._shared.publish(engine.index, engine.prompts, engine.streams)
 
@@ -296,7 +297,7 @@ class EnginePool:
 
         A process that was killed before does not, though its sockets may still take what is sent.
         """
-        deadline = time.monotonic() + _PROOF_S
+        deadline = time.monotonic() + _PROOF_PROBES * _PROBE_TIMEOUT_S
         while engine.healthy and engine.answered_at < since and time.monotonic() < deadline:
             engine.asked.set()
             await asyncio.sleep(_PROOF_LOOK_S)

@@ -40,7 +40,7 @@ _NOTHING = Recent(0, 0.0)
 
 
 class View(NamedTuple):
-    """One engine at the moment of choosing. See proxy.pool.Engine for the units.
+    """One engine at the moment of choosing. See proxy.engines.pool.Engine for the units.
 
     `prefill_s`: recent prefills; `token_s`: recent seconds per token; `matched`: bytes of this request's prompt whose
     KV it probably has. `lost`: prefill engines it cannot read from.

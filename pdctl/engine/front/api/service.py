@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -266,37 +267,8 @@ def _decoded(body: bytes, kind: type[_T]) -> _T:
     return decode_request(msgspec.json.Decoder(kind).decode, body)
 
 
-class _Small:
-    """POST /tokenize or /detokenize. As for answers, a client that leaves takes its place in the queue along."""
-
-    def __init__(self, service: EngineService, work: Callable[[bytes], dict[str, object]]) -> None:
-        self._service = service
-        self._work = work
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = asgi.header_dict(scope["headers"])
-        try:
-            body = await asgi.read_body(receive, encoding=headers.get("content-encoding", "").encode("latin-1"))
-        except ApiError as failure:
-            await asgi.respond_error(send, failure)
-            return
-        await asgi.while_connected(receive, lambda: self._answer(body, send))
-
-    async def _answer(self, body: bytes, send: Send) -> None:
-        try:
-            found = await self._service.aside(len(body), partial(self._work, body))
-        except ApiError as failure:
-            await asgi.respond_error(send, failure)
-            return
-        await asgi.respond(send, 200, msgspec.json.encode(found))
-
-
-class _Generate:
-    """POST /v1/completions or /v1/chat/completions as a raw ASGI endpoint: a client that leaves cancels its request."""
-
-    def __init__(self, service: EngineService, chat: bool) -> None:
-        self._service = service
-        self._chat = chat
+class _Post(ABC):
+    """A raw ASGI endpoint that reads a body: a client that leaves cancels its request, also one that waits."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = asgi.header_dict(scope["headers"])
@@ -306,6 +278,33 @@ class _Generate:
             await asgi.respond_error(send, failure)
             return
         await asgi.while_connected(receive, lambda: self._answer(body, headers, send))
+
+    @abstractmethod
+    async def _answer(self, body: bytes, headers: dict[str, str], send: Send) -> None: ...
+
+
+class _Small(_Post):
+    """POST /tokenize or /detokenize."""
+
+    def __init__(self, service: EngineService, work: Callable[[bytes], dict[str, object]]) -> None:
+        self._service = service
+        self._work = work
+
+    async def _answer(self, body: bytes, headers: dict[str, str], send: Send) -> None:
+        try:
+            found = await self._service.aside(len(body), partial(self._work, body))
+        except ApiError as failure:
+            await asgi.respond_error(send, failure)
+            return
+        await asgi.respond(send, 200, msgspec.json.encode(found))
+
+
+class _Generate(_Post):
+    """POST /v1/completions or /v1/chat/completions."""
+
+    def __init__(self, service: EngineService, chat: bool) -> None:
+        self._service = service
+        self._chat = chat
 
     async def _answer(self, body: bytes, headers: dict[str, str], send: Send) -> None:
         try:
