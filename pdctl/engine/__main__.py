@@ -18,7 +18,7 @@ def main() -> int:
 
         return serve(parse(argv))
     if verb == "core":
-        # What these packages make while they are imported stays. To look through it again and again takes a sixth of
+        # What these packages make while they are imported stays. To look through it again and again takes a fifth of
         # an engine's start.
         gc.disable()
         import transformers.modeling_utils  # noqa: F401 - most of the time, and it would be imported while loading
