@@ -1,9 +1,10 @@
-"""Decode through pdctl against transformers on the same weights, one thread, one run.
+"""Decode speed of pdctl and of transformers, with the same weights, one thread, in one run.
 
     python benchmarks/decode_speed.py [--model gemma-3-270m|tiny-qwen3] [--tokens 48] [--rounds 3]
 
-Compared in alternating rounds, each in a process of its own: `generate` one prompt at a time, `generate_batch`
-(transformers' own continuous batching) over 12 prompts, and a pdctl hybrid engine over HTTP, one stream and 12.
+Three methods are compared in alternating rounds, each in its own process: `generate` with one prompt at a time,
+`generate_batch` (transformers' continuous batching) with 12 prompts, and a pdctl hybrid engine over HTTP with one
+stream and with 12.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def main() -> None:
     few = wanted[:3]
     rows: dict[str, list[float]] = {}
     outputs: dict[str, object] = {}
-    # The hybrid engine and every transformers process on CPU 0 alone; the client and the proxy elsewhere.
+    # The hybrid engine and every transformers process run on CPU 0 only; the client and the proxy run elsewhere.
     text = topology(f"sample:{options.model}", 0, 0, 1, engine_extra="cpus = [0]", extra="cpus = [1]")
     for _ in range(options.rounds):
         for name, how, some in (("generate, 1 at a time", "serial", few), ("generate_batch, 12", "batch", wanted)):

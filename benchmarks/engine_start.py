@@ -1,8 +1,8 @@
-"""CPU time of an engine's core until it is ready, against a bare import of what it needs, in one run.
+"""CPU time of an engine's core until it is ready, compared with importing its packages, in one run.
 
     python -m benchmarks.engine_start [--rounds 4]
 
-Rounds alternate. CPU time, since other work on the machine moves wall time.
+Rounds alternate. CPU time is measured because other work on the machine changes wall time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def bare() -> float:
 def core() -> float:
     """CPU seconds of a core that has just become ready."""
     with temporary_run() as run, running(run, single(kv_cache_gb=0.1)) as service:
-        (child,) = psutil.Process(service.process("hybrid-0")["pid"]).children()
+        (child,) = psutil.Process(service.process("hybrid-0").pid).children()
         used = child.cpu_times()
         return float(used.user + used.system)
 

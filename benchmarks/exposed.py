@@ -1,9 +1,10 @@
-"""What a client sees of a hand-over: prefill done to second token, less one ordinary step.
+"""The delay of a hand-over for a client: from the end of prefill to the second token, minus one ordinary step.
 
     python benchmarks/exposed.py [--rounds 12] [--model gemma-3-270m] [--backend auto]
 
-Two services side by side, one with and one without chunk-wise pull, asked in turn; the idle one costs nothing. Times
-are a streaming client's: second token after the first (the first is prefill's), less the median gap of the ones after.
+Two services run side by side, one with and one without chunk-wise pull. Requests alternate; the idle service uses no
+CPU. A streaming client measures the time from the first token (from prefill) to the second, minus the median gap
+between later tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What clients see while engines are killed and frozen under load: every stream compared with a quiet run.
+"""Streams of clients while engines are killed and frozen under load, each compared with a run without faults.
 
     python -m benchmarks.failover [--model tiny-qwen3|gemma-3-270m] [--streams 32] [--kills 20] [--router vllm-router]
 
@@ -6,7 +6,7 @@
 decode engine is killed `--kills` times, a prefill engine as often, an engine is frozen 5 times and prefill and decode
 are killed together 5 times, each when all engines are back. Exit code 1 if a request failed or a token differed.
 
-With `--router` the same load goes through vllm-router or sglang-router over the same engines instead of our proxy.
+With `--router`, the same load goes through vllm-router or sglang-router instead of pdctl's proxy, to the same engines.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ import httpx
 import psutil
 
 from benchmarks.proxy.peers import installed
+from pdctl.control_api import MeasuredProcess
 from pdctl.host import read_host
 from pdctl.host.models import locate_model
 from tests.e2e.parity import prompts
-from tests.service import Engine, Run, Service, free_port, running, topology
+from tests.service import Engine, Run, Service, free_port, pid_of, running, topology
 
 FREEZE_S = 6.0
 
 
 @dataclass
 class Seen:
-    """What the clients saw."""
+    """The clients' observations."""
 
     done: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -55,7 +56,7 @@ class Seen:
 
 @dataclass
 class Load:
-    """Clients against one address. `expected`: the quiet run's text of each request."""
+    """Clients of one address. `expected`: the text of each request in the run without faults."""
 
     url: str
     headers: dict[str, str]
@@ -76,8 +77,9 @@ class Load:
         return httpx.AsyncClient(base_url=self.url, timeout=600, trust_env=False, headers=self.headers)
 
     async def stream(self, client: httpx.AsyncClient, number: int) -> tuple[str, str | None, list[float]]:
-        """Text, why it failed, and when its parts came."""
-        text, times, done = "", [], False
+        """The text, the reason if it failed, and the arrival times of its parts."""
+        times: list[float] = []
+        text, done = "", False
         try:
             async with client.stream("POST", "/v1/completions", json=self.requests[number]) as answer:
                 if answer.status_code != 200:
@@ -120,7 +122,7 @@ class Load:
         gaps = list(itertools.pairwise(times))
         for fault in self.faults:
             if times[0] < fault < times[-1]:
-                # The longest silence that began after the fault, or was under way at it.
+                # The longest pause that began after the fault or was in progress when it happened.
                 seen.pauses.append(max(end - start for start, end in gaps if end > fault))
                 return
         seen.quiet_gaps += [end - start for start, end in gaps[1:]]
@@ -140,17 +142,17 @@ def requests(sample: str, max_tokens: int) -> list[dict[str, object]]:
     return found
 
 
-def kill(process: dict[str, object]) -> None:
+def kill(process: MeasuredProcess) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        leader = psutil.Process(int(str(process["pid"])))
-        # The core at times, its front at others: either takes the other with it.
+        leader = psutil.Process(pid_of(process))
+        # Sometimes the core, sometimes its front: either ends the other.
         victim = random.choice([leader, *leader.children()])
         victim.send_signal(signal.SIGKILL)
 
 
-def freeze(process: dict[str, object], sign: signal.Signals) -> None:
+def freeze(process: MeasuredProcess, sign: signal.Signals) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        leader = psutil.Process(int(str(process["pid"])))
+        leader = psutil.Process(pid_of(process))
         for found in (leader, *leader.children(recursive=True)):
             found.send_signal(sign)
 
@@ -162,7 +164,7 @@ async def faults(service: Service, load: Load, kills: int) -> None:
     for number, fault in enumerate(schedule):
         await asyncio.to_thread(service.healthy)
         await asyncio.sleep(random.uniform(0.2, 2.0))
-        by_role = {role: [p for p in service.engines() if p["role"] == role] for role in ("prefill", "decode")}
+        by_role = {role: [p for p in service.engines() if p.role == role] for role in ("prefill", "decode")}
         load.faults.append(time.monotonic())
         if fault == "freeze":
             frozen = random.choice(by_role[random.choice(["prefill", "decode"])])
@@ -181,10 +183,10 @@ async def faults(service: Service, load: Load, kills: int) -> None:
 
 @contextlib.contextmanager
 def router(name: str, service: Service, folder: Path, secret: str) -> Iterator[str]:
-    """A peer over the same engines; it gets their secret the way it gets an API key."""
+    """Another router for the same engines; it gets their secret as an API key."""
     bin_ = installed(folder / name, f"{name}=={'0.1.17' if name == 'vllm-router' else '0.3.2'}")
     port = free_port()
-    urls = {role: [f"http://127.0.0.1:{p['ports']['http']}" for p in service.engines() if p["role"] == role]
+    urls = {role: [f"http://127.0.0.1:{p.ports['http']}" for p in service.engines() if p.role == role]
             for role in ("prefill", "decode")}  # fmt: skip
     argv = [str(bin_ / "vllm-router"), "--vllm-pd-disaggregation"]
     for role, found in urls.items():

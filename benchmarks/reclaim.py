@@ -1,9 +1,9 @@
-"""From SIGKILL of a decode engine to its leased blocks being reusable.
+"""Time from SIGKILL of a decode engine until its leased blocks are free.
 
     python benchmarks/reclaim.py [--kills 50] [--leases 8]
 
 Each round: `--leases` requests are prefilled and claimed in the decode engine's name, the engine is killed, and the
-prefill engine is asked until its last block is free again. The clock starts before the kill.
+prefill engine is polled until its last block is free again. The clock starts before the kill.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def one(service: Service, leases: int, before: int) -> tuple[float, int]:
 
     def back() -> bool:
         now = service.process("decode-0")
-        return bool(now["state"] == "ready" and now["pid"] != before)
+        return bool(now.state == "ready" and now.pid != before)
 
     service.wait(back, 60, "decode to be back")
     prefill, decode = Engine(service, "prefill-0"), Engine(service, "decode-0")

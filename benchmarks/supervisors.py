@@ -1,11 +1,11 @@
-"""Ours against supervisord, circus, runit and s6 over the same children, in one run.
+"""pdctl's supervisor, supervisord, circus, runit and s6 with the same children, in one run.
 
     python -m benchmarks.supervisors [--rounds 3] [--kills 8] [--fleet 200] [--only pdctl,runit]
 
 Peers are installed from PyPI (supervisor, circus) and from Debian (s6 installed, runit only unpacked). A child is a
-shell that writes down when it began and becomes `sleep`. For each supervisor, in turns: time from SIGKILL of a child to
-its replacement running, 3 and 50 children up, resident memory, CPU when idle, the status command's time, and what a
-SIGKILL of the supervisor leaves. Then ours alone over `--fleet` children: CPU when idle, and while 50 crash at once.
+shell that writes its start time and becomes `sleep`. For each supervisor, in turn: time from SIGKILL of a child until
+its replacement runs, start time of 3 and 50 children, resident memory, idle CPU, duration of the status command, and
+what a SIGKILL of the supervisor leaves. Then only pdctl with `--fleet` children: CPU when idle, and while 50 crash.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CHILD = '#!/bin/sh\necho "$1 $$ $(date +%s%N)" >> "$2"\nexec sleep 100000\n'
 
 @dataclass
 class Setting:
-    """A supervisor's configuration for some children. `log`: where children write that they began."""
+    """A supervisor's configuration for some children. `log`: where children write their start times."""
 
     argv: list[str]
     status: list[str]
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass
 class Measurements:
-    """Milliseconds, MB and per cent of a core."""
+    """Milliseconds, MB and percent of a core."""
 
     restarts: list[float] = field(default_factory=list)
     start: dict[int, list[float]] = field(default_factory=lambda: {3: [], 50: []})
@@ -70,7 +70,7 @@ def begun(log: Path) -> list[tuple[str, int, int]]:
 
 
 def wait(reached: Callable[[], bool]) -> bool:
-    """Polled every other millisecond: what is measured was written down by the child itself."""
+    """Poll every two milliseconds: the measured times are those that the child wrote."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if reached():
@@ -141,14 +141,14 @@ def runit(folder: Path, count: int) -> Setting:
 
 def s6(folder: Path, count: int) -> Setting:
     if shutil.which("s6-svscan") is None:
-        # Its programs look for each other in /usr/bin: it must be installed, which starts nothing.
+        # Its programs expect each other in /usr/bin, so it must be installed; that starts nothing.
         subprocess.run(["apt-get", "install", "-y", "-qq", "s6"], check=True, stdout=subprocess.DEVNULL)
     scan, log = services(folder, count)
     return Setting(["s6-svscan", str(scan)], ["s6-svstat", f"{scan}/c0"], log)
 
 
 def services(folder: Path, count: int) -> tuple[Path, Path]:
-    """A scan directory as runit and s6 take it."""
+    """A scan directory for runit and s6."""
     log, script, scan = folder / "starts.log", child(folder), folder / "scan"
     for number in range(count):
         run = scan / f"c{number}" / "run"
@@ -159,7 +159,7 @@ def services(folder: Path, count: int) -> tuple[Path, Path]:
 
 
 def unpacked(*packages: str) -> Path:
-    """Debian packages unpacked into a folder: nothing of them is activated here."""
+    """Unpack Debian packages into a folder, without installing them."""
     root = cache() / packages[0]
     if not (root / "done").exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ MAKERS: dict[str, Make] = {"pdctl": ours, "runit": runit, "s6": s6, "supervisord
 
 @contextmanager
 def running(make: Make, count: int) -> Iterator[tuple[subprocess.Popen[bytes], Setting, float]]:
-    """A supervisor with all children begun, and how long that took, ms."""
+    """A supervisor with all children started, and how long that took, ms."""
     folder = Path(tempfile.mkdtemp(prefix="bs-", dir="/tmp"))
     setting = make(folder, count)
     with (folder / "out").open("wb") as out:
@@ -204,7 +204,7 @@ def running(make: Make, count: int) -> Iterator[tuple[subprocess.Popen[bytes], S
 
 
 def end(process: subprocess.Popen[bytes], setting: Setting) -> None:
-    """Whatever it leaves is ended by pid."""
+    """End the supervisor, and by pid all processes that it leaves."""
     family: list[psutil.Process] = []
     with suppress(psutil.Error):
         family = psutil.Process(process.pid).children(recursive=True)
@@ -225,7 +225,7 @@ def overseers(pid: int) -> list[psutil.Process]:
 
 
 def restart_ms(setting: Setting, name: str) -> float:
-    """From SIGKILL to the replacement's own note of its start."""
+    """Time from SIGKILL to the start time that the replacement wrote."""
     before = begun(setting.log)
     pid = next(pid for found, pid, _ in reversed(before) if found == name)
     at = time.time_ns()
@@ -250,7 +250,7 @@ def measure(make: Make, into: Measurements, kills: int) -> None:
             if count == 3:
                 for number in range(kills):
                     into.restarts.append(restart_ms(setting, f"c{number % 3}"))
-                    # Not in step with anybody's polling.
+                    # Not synchronous with any supervisor's polling.
                     time.sleep(1.5 + 0.137 * number % 1)
                 before = cpu_s(above)
                 time.sleep(IDLE_S)
@@ -278,7 +278,7 @@ def after_kill(make: Make) -> str:
 
 
 def fleet(count: int, crashes: int) -> None:
-    """Ours alone: many children, idle and in trouble."""
+    """Only pdctl: many children, idle and while some crash."""
     with running(ours, count) as (process, setting, took):
         time.sleep(3.0)
         above = [psutil.Process(process.pid)]

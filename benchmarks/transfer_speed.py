@@ -1,9 +1,9 @@
-"""How fast each transport moves KV, against a plain memory copy and against the best raw use of its own library.
+"""Speed of KV transfer with each transport, compared with a memory copy and with the transport's library alone.
 
     python benchmarks/transfer_speed.py [--rounds 40]
 
-64 MiB in one span, and 1,000 blocks of 64 KiB in an order that cannot be merged. Ways take turns, in any order;
-the ratios are of medians. CPU is this (reading) process's own, seconds per GiB.
+64 MiB in one span, and 1,000 blocks of 64 KiB in an order that cannot be merged. The methods alternate in random order;
+ratios compare medians. CPU is the CPU time of this (reading) process, in seconds per GiB.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Way = Callable[[list[Span]], object]
 
 
 def copying(target: Memory) -> Way:
-    """numpy, from a pool of this process into the same target: where memory lies moves a copy by a quarter."""
+    """numpy, from a pool of this process into the same target: the memory's place changes the speed by a quarter."""
     source = Memory(SIZE, "source")
     source.bytes[:] = np.random.default_rng(2).integers(0, 256, SIZE, dtype=np.uint8)
 
@@ -49,7 +49,7 @@ def ours(name: str, address: str, memory: Memory) -> Way:
 
 
 def raw_mooncake(address: str, memory: Memory) -> dict[str, Way]:
-    """The library's own calls, as its users make them."""
+    """The library's own API, used directly."""
     from mooncake.engine import TransferEngine
 
     engine = TransferEngine()
@@ -80,7 +80,7 @@ def raw_mooncake(address: str, memory: Memory) -> dict[str, Way]:
 
 
 def measure(ways: dict[str, Way], spans: list[Span], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median seconds and CPU seconds per GiB of each, taken in turn."""
+    """Median seconds and CPU seconds per GiB of each method; the methods alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     cpu: dict[str, float] = dict.fromkeys(ways, 0.0)
     moved = sum(n for *_, n in spans) * rounds / 2**30
@@ -111,7 +111,7 @@ def main() -> None:
                 way(spans)
             found[title] |= measure(ways, spans, rounds)
 
-    # Each library's threads go on working in its process: shared memory is measured before they exist.
+    # Each library's threads stay active in this process: shared memory is measured before they exist.
     with scratch_peer(Place("shm", "auto", SIZE), set()) as shm:
         run({"numpy copy": copying(memory), "shm": ours("shm", shm, memory)})
     with scratch_peer(Place("mooncake", "tcp", SIZE), set()) as mooncake:

@@ -1,4 +1,4 @@
-"""The command line. Each verb imports what it needs inside itself, so that `--help` and `status` stay quick."""
+"""The command line. Each verb imports what it needs inside its function, so that `--help` and `status` stay fast."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ for verb in (
 app.add_typer(bench, name="bench")
 
 
-# What writing to a stdout that is full, closed or gone ends with.
+# Errors of writing to a stdout that is full, closed or gone.
 _FULL = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 
 
@@ -58,13 +58,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
 ) -> None:
     """Run prefill/decode-disaggregated LLM serving with one command."""
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 ok, 1 the user can fix it, 2 unexpected."""
+    """Entry point. Exit codes: 0 success, 1 an error that the user can fix, 2 an unexpected error."""
     console.prepare()
     make_variables_absolute()
     try:
@@ -72,7 +74,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our stdout left (| head); nothing more to say, and nowhere to say it.
+        # The reader of stdout has exited (`| head`): nothing more can be printed.
         console.drop_stdout()
         sys.exit(0)
     except OSError as failure:
@@ -86,9 +88,9 @@ def main() -> None:
 
 
 def _run() -> int:
-    """One command, to its exit code; what the user can mend is told."""
+    """Run one command and return its exit code. Errors that the user can fix are printed."""
     try:
-        # Not click's own ending: its messages pass on the words of libraries below it, and it ends with 2.
+        # Not click's standalone mode: it prints messages of lower libraries unchanged and exits with 2.
         return int(app(standalone_mode=False) or 0)
     except TyperException as failure:
         _usage_error(failure)
@@ -104,7 +106,7 @@ def _run() -> int:
 
 
 def _usage_error(failure: TyperException) -> None:
-    """Click's message with its usage line, in our words."""
+    """Print click's message and its usage line, without the prefixes of lower libraries."""
     if isinstance(message := getattr(failure, "message", None), str):
         failure.message = message.replace("Value error, ", "")
     failure.show()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What people see: data on stdout, everything else on stderr, colour only where it is read by eyes."""
+"""Output: data on stdout, messages on stderr, colours only on terminals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def paint(text: str, colour: str, stream: TextIO) -> str:
-    """`text` in `colour` where `stream` shows colours."""
+    """`text` in `colour`, if `stream` shows colours."""
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if wants_colour(stream) else text
 
 
@@ -31,9 +31,9 @@ def name_colour(index: int) -> str:
 
 
 def prepare() -> None:
-    """Make both streams usable whatever the environment says. A stream that was closed takes everything and keeps
-    nothing; a character that its encoding lacks is written as an escape."""
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives as long as we do
+    """Make both streams usable in any environment. A closed stream discards everything; a character that the encoding
+    lacks is written as an escape."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process exits
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -41,12 +41,12 @@ def prepare() -> None:
 
 
 def out(text: str = "", end: str = "\n") -> None:
-    """Data for stdout. Raises PdctlError where it cannot be written, BrokenPipeError where its reader left."""
+    """Write data to stdout. Raises PdctlError if it cannot be written, BrokenPipeError if the reader has exited."""
     out_bytes((text + end).encode(sys.stdout.encoding or "utf-8", "backslashreplace"))
 
 
 def out_bytes(data: bytes) -> None:
-    """The same, byte for byte."""
+    """Write bytes to stdout; errors as in `out`."""
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)
@@ -58,34 +58,34 @@ def out_bytes(data: bytes) -> None:
 
 
 def cannot_print(failure: OSError) -> PdctlError:
-    """What to say of a stdout that takes nothing; what it still holds is dropped."""
+    """The error for a stdout that cannot be written; its buffered data is dropped."""
     drop_stdout()
-    return PdctlError(f"stdout cannot be written: {failure.strerror}", "free space where it goes, or send it elsewhere")
+    return PdctlError(f"stdout cannot be written: {failure.strerror}", "free space at its target, or redirect it")
 
 
 def drop_stdout() -> None:
-    """Let what is still to be written go nowhere: nothing complains about it when we end."""
+    """Redirect stdout to /dev/null, so that flushing its buffer at exit cannot fail."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
 
 
 def note(text: str, end: str = "\n") -> None:
-    """A message for stderr. Nobody can be told that nobody can be told."""
+    """Write a message to stderr. Errors are ignored: there is no other place to report them."""
     with contextlib.suppress(OSError):
         sys.stderr.write(text + end)
         sys.stderr.flush()
 
 
 def error(message: str, hint: str | None = None) -> None:
-    """An error and its hint on stderr."""
+    """Write an error and its hint to stderr."""
     note(f"{paint('error:', 'red', sys.stderr)} {message}")
     if hint:
         note(f"{paint('hint:', 'cyan', sys.stderr)} {hint}")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], colours: dict[str, str] | None = None) -> str:
-    """A plain aligned table. A cell whose whole text is a key of `colours` is painted."""
+    """A plain aligned table. A cell that equals a key of `colours` is coloured."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [paint("  ".join(h.ljust(w) for h, w in zip(header, widths, strict=True)).rstrip(), "bold", sys.stdout)]
     for row in rows:
@@ -99,7 +99,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], colours: dict[st
 
 
 def duration(seconds: float) -> str:
-    """A span of time at a glance: 340ms, 12s, 4m10s, 3h02m."""
+    """A short form of a duration: 340ms, 12s, 4m10s, 3h02m."""
     if seconds < 1:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""The errors a person may see. Each says what, where and (as a hint) what to do."""
+"""Errors shown to users. Each says what is wrong, where, and (as a hint) what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class PdctlError(Exception):
-    """Something the user can fix: message, hint, exit code 1."""
+    """An error that the user can fix: message, hint, exit code 1."""
 
     exit_code = 1
 
@@ -18,7 +18,7 @@ class PdctlError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong in a topology file. `line` is 1-based; 0 when the whole file is meant."""
+    """One problem in a topology file. `line` is 1-based; 0 for the file as a whole."""
 
     line: int
     key: str
@@ -27,7 +27,7 @@ class Problem:
 
 
 class ConfigError(PdctlError):
-    """Every problem of one topology file, found in one run."""
+    """All problems of one topology file."""
 
     def __init__(self, source: str, problems: list[Problem]) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -37,23 +37,23 @@ class ConfigError(PdctlError):
 
 
 class NotRunning(PdctlError):
-    """A verb needs a running service and there is none."""
+    """A verb needs a running service, but there is none."""
 
 
 class NotAnswering(PdctlError):
-    """The service's supervisor lives and does not answer."""
+    """The service's supervisor is alive but does not answer."""
 
 
 class AlreadyRunning(PdctlError):
-    """A second `up` of the same service."""
+    """`up` was called for a service that is already running."""
 
 
 class ServiceFailed(PdctlError):
-    """The service did not become ready; the message carries the reason."""
+    """The service did not become ready; the message gives the reason."""
 
 
 class Verdict(Exception):
-    """A verb has judged, and its exit code says how; `code` means what the verb documents."""
+    """The result of a verb as an exit code; the verb documents the meaning of `code`."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)

@@ -1,4 +1,4 @@
-"""Files that users write and name: read with or without a byte order mark, and judged before anything starts."""
+"""Files that users provide: read with or without a byte order mark, and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _KEY_LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\s+sha256:(?P<hash>[0-9a-
 
 
 def read_user_text(path: Path) -> str:
-    """UTF-8; editors of other systems put a byte order mark before it. Raises OSError, UnicodeDecodeError."""
+    """Read UTF-8 text, with or without a byte order mark. Raises OSError, UnicodeDecodeError."""
     return path.read_text(encoding="utf-8-sig")
 
 
 def read_api_keys(path: Path) -> dict[bytes, str]:
-    """SHA-256 of a key -> its name. Raises PdctlError with the line that is wrong."""
+    """SHA-256 of a key to its name. Raises PdctlError with the malformed line."""
     try:
         text = read_user_text(path)
     except (OSError, UnicodeDecodeError) as failure:
-        raise PdctlError(f"API keys {path} cannot be read: {failure}", "make one with: pdctl key NAME") from failure
+        raise PdctlError(f"API keys {path} cannot be read: {failure}", "create it with: pdctl key NAME") from failure
     found: dict[bytes, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].strip()
@@ -28,31 +28,31 @@ def read_api_keys(path: Path) -> dict[bytes, str]:
             continue
         match = _KEY_LINE.fullmatch(words)
         if match is None:
-            raise PdctlError(f"{path}:{number}: not NAME sha256:HASH", "make a line with: pdctl key NAME")
+            raise PdctlError(f"{path}:{number}: not NAME sha256:HASH", "create a line with: pdctl key NAME")
         found[bytes.fromhex(match["hash"])] = match["name"]
     return found
 
 
 def tls_problem(cert: str, key: str) -> tuple[str, str]:
-    """Which of `tls_cert` and `tls_key` cannot be served with, and why; ("", "") where both can."""
+    """Which of `tls_cert` and `tls_key` is unusable, and why; ("", "") if both are fine."""
     import ssl  # only topologies with TLS pay for it
 
     try:
         ssl.create_default_context(cafile=cert)
     except (ssl.SSLError, OSError, ValueError) as failure:
-        return "tls_cert", f"{cert} is no PEM certificate ({_first_words(failure)})"
+        return "tls_cert", f"{cert} is not a PEM certificate ({_first_words(failure)})"
     try:
-        # An encrypted key would ask for its password on the terminal; nobody sits at a service's.
+        # An encrypted key would prompt for its password on a terminal, which a service does not have.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=_no_password)
     except (ssl.SSLError, OSError, ValueError) as failure:
         if "KEY_VALUES_MISMATCH" in str(failure):
             return "tls_key", f"{key} is not the key of {cert}"
-        return "tls_key", f"{key} is no PEM key without a password ({_first_words(failure)})"
+        return "tls_key", f"{key} is not a PEM key without a password ({_first_words(failure)})"
     return "", ""
 
 
 def _no_password() -> str:
-    raise ValueError("it is encrypted")
+    raise ValueError("the key is encrypted")
 
 
 def _first_words(failure: Exception) -> str:

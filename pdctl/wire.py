@@ -1,4 +1,4 @@
-"""The few messages that cross process borders: hand-overs, leases, health."""
+"""The messages between processes: hand-overs, leases, health."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ SECRET_ENV = "PDCTL_SECRET"  # noqa: S105 - the variable's name, not a secret
 UNIT_ENV = "PDCTL_UNIT"
 EPOCH_ENV = "PDCTL_EPOCH"
 LISTEN_FD_ENV = "PDCTL_LISTEN_FD"
-# When the client's request began, in whole seconds since 1970: what a chat template takes for now.
+# When the client's request began, in whole seconds since 1970: the current time for chat templates.
 STARTED_HEADER = "x-pdctl-started"
-# Which router asks: it answers for the leases it is granted until a reader claims them.
+# The calling router: it holds the leases it is granted until a reader claims them.
 ROUTER_HEADER = "x-pdctl-router"
-# Names one prefill call. A router that gives the call up ends what it left by this name, answered or not.
+# Identifies one prefill call. A router that abandons the call ends its lease by this id, answered or not.
 ATTEMPT_HEADER = "x-pdctl-attempt"
 
-# In whose name a request came: an opaque word for an API key, so that one tenant's costs do not delay another's.
+# The tenant of a request: an opaque id of its API key, so that one tenant's load does not delay another's.
 TENANT_HEADER = "x-pdctl-tenant"
 
-# Asks for, or carries, where a request's time went.
+# In a request: asks for the durations of its stages. In an answer: carries them.
 TIMING_HEADER = "x-pdctl-timing"
 
-# An engine that cannot be cured by a restart (bad arguments, a refused model) exits with this; sysexits.h EX_CONFIG.
+# Exit code of an engine that a restart cannot fix (bad arguments, an unsupported model); sysexits.h EX_CONFIG.
 EXIT_CONFIG = 78
 
 
-# What peers send is checked where it is decoded: a port that no socket takes, a lease too short to renew.
+# Peers' messages are validated when decoded: for example an impossible port, or a lease too short to renew.
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.05, le=3600)]
@@ -45,7 +45,7 @@ class LayerShape(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What two KV pools must agree on before bytes may move between them, and their block sizes, which may differ."""
+    """What must match between two KV pools before they may exchange bytes. Only `block_size` may differ."""
 
     model: str
     dtype: str
@@ -54,7 +54,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Served(msgspec.Struct, frozen=True):
-    """One way to read a pool. `address` means what the transport says; `fallback`: why `protocol` is not as asked."""
+    """One way to read a pool. The transport defines `address`; `fallback`: why `protocol` is not the configured one."""
 
     transport: str
     address: str
@@ -63,7 +63,7 @@ class Served(msgspec.Struct, frozen=True):
 
 
 class PoolEndpoint(msgspec.Struct, frozen=True):
-    """Where a pool can be read. `host_id` is the same for processes that can map each other's memory."""
+    """Where one pool can be read. `host_id` is the same for processes that can map each other's memory."""
 
     host_id: str
     served: list[Served]
@@ -71,10 +71,21 @@ class PoolEndpoint(msgspec.Struct, frozen=True):
     manifest: Manifest
 
 
+class KvEndpoint(msgspec.Struct, frozen=True):
+    """Where an engine's KV can be read: a pool for each of its devices. One today, which decoding checks."""
+
+    shards: Annotated[tuple[PoolEndpoint, ...], msgspec.Meta(min_length=1, max_length=1)]
+
+    @property
+    def pool(self) -> PoolEndpoint:
+        """The only shard."""
+        return self.shards[0]
+
+
 class HandOver(msgspec.Struct, frozen=True):
     """`kv_transfer_params` of a prefill's answer, in vLLM's shape plus lease, epoch and first token.
 
-    `token_digest` names the tokens that the KV was computed from: another prompt's KV is refused, not decoded.
+    `token_digest` identifies the tokens that the KV was computed from, so that another prompt's KV is rejected.
     """
 
     remote_engine_id: str
@@ -88,16 +99,16 @@ class HandOver(msgspec.Struct, frozen=True):
     epoch: str
     lease_s: LeaseSeconds
     first_token_id: int
-    endpoint: PoolEndpoint
+    endpoint: KvEndpoint
     first_logprobs: list[tuple[int, float]] | None = None
     do_remote_prefill: bool = True
     do_remote_decode: bool = False
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """A prefill that still computes lets `num_tokens` of KV be read as they come: the first `readable` now.
+    """A prefill in progress offers `num_tokens` of KV to be read as they are computed; `readable`: ready now.
 
-    `withdrawn`: they will not come after all, and what was read is void.
+    `withdrawn`: the prefill was abandoned, and what was read is invalid.
     """
 
     engine: str
@@ -109,7 +120,7 @@ class Offer(msgspec.Struct, frozen=True):
     num_tokens: Count
     readable: int
     block_ids: list[int]
-    endpoint: PoolEndpoint
+    endpoint: KvEndpoint
     withdrawn: bool = False
 
 
@@ -130,26 +141,26 @@ class RenewCall(msgspec.Struct, frozen=True):
 
 
 class LeaseReply(msgspec.Struct, frozen=True):
-    """`ok`, or the reason why not."""
+    """`ok`, or else the `reason`."""
 
     ok: bool
     reason: str = ""
 
 
 class RenewReply(msgspec.Struct, frozen=True):
-    """The leases that are gone; every other one was renewed."""
+    """The leases that no longer exist; all others were renewed."""
 
     gone: list[str]
 
 
 class HolderCall(msgspec.Struct, frozen=True):
-    """Release everything `holder` claimed: it is known to be dead."""
+    """Release everything that `holder` claimed, because it is known to be dead."""
 
     holder: str
 
 
 class AttemptCall(msgspec.Struct, frozen=True):
-    """A router gave up a prefill call: its lease ends, and one that is still to come is not granted."""
+    """A router abandoned a prefill call: its lease ends, or is not granted if the call has not finished."""
 
     attempt: str
 
@@ -160,8 +171,14 @@ class HolderReply(msgspec.Struct, frozen=True):
     released: int
 
 
+class RoleCall(msgspec.Struct, frozen=True):
+    """What an engine is from now on; the answer says what it is."""
+
+    role: Annotated[str, msgspec.Meta(pattern="^(prefill|decode|hybrid)$")]
+
+
 class RevokeCall(msgspec.Struct, frozen=True):
-    """Take a lease back, whoever holds it."""
+    """Revoke a lease, whoever holds it."""
 
     lease_id: str
 
@@ -176,22 +193,22 @@ class PeerAddress(msgspec.Struct, frozen=True):
 
 
 class LinkCall(msgspec.Struct, frozen=True):
-    """Make ready to read from these."""
+    """Prepare to read from these peers."""
 
     peers: list[PeerAddress]
 
 
 class EndpointReply(msgspec.Struct, frozen=True):
-    """Where an engine's pool can be read, in this epoch."""
+    """Where an engine's KV can be read, in this epoch."""
 
     epoch: str
-    endpoint: PoolEndpoint
+    endpoint: KvEndpoint
 
 
 class LinkInfo(msgspec.Struct, frozen=True):
-    """How KV gets here from one peer. `gbps`: 10^9 bytes per second over the last transfers, 0 before the first.
+    """How KV is read from one peer. `gbps`: 10^9 bytes per second over the last transfers, 0 before the first.
 
-    `refused`: it never will (their KV does not fit ours), as opposed to an `error` that may pass.
+    `refused`: a permanent error (the KV layouts do not match), unlike an `error`, which may be temporary.
     """
 
     peer: str
@@ -208,15 +225,15 @@ class LinkInfo(msgspec.Struct, frozen=True):
 
 
 class LinkReply(msgspec.Struct, frozen=True):
-    """One entry for each peer asked for."""
+    """One entry for each peer of the call."""
 
     links: list[LinkInfo]
 
 
 class LeaseInfo(msgspec.Struct, frozen=True):
-    """One live lease as shown to people. `age_s`, `quiet_s` (since the last sign of life) in seconds, `bytes` of KV.
+    """One live lease as shown to users. `quiet_s`: seconds since the last grant, claim or renewal; `bytes` of KV.
 
-    `leak`: why it is past its purpose, or "".
+    `leak`: why the lease counts as leaked, or "".
     """
 
     id: str
@@ -231,12 +248,12 @@ class LeaseInfo(msgspec.Struct, frozen=True):
 
 
 class EngineState(msgspec.Struct, frozen=True):
-    """An engine's state, as its /pdctl/v1/state answers.
+    """An engine's state, as /pdctl/v1/state returns it.
 
-    `max_num_seqs`: sequences it runs at once; `block_size` in tokens. `silent_s`: for how long its core has owed an
-    answer, which the longest step takes; more is a hang.
-    Free, cached, referenced, leased and quarantined blocks make up the total; `blocks_reserved` of the referenced ones
-    wait for KV. Cached ones are 0: there is no prefix cache yet.
+    `max_num_seqs`: sequences it runs at once; `block_size` in tokens. `silent_s`: how long its core has not answered;
+    longer than the longest step is a hang.
+    Free, cached, referenced, leased and quarantined blocks add up to the total; `blocks_reserved` of the referenced
+    ones wait for KV. `blocks_cached` is 0: there is no prefix cache yet.
     """
 
     name: str
@@ -263,7 +280,10 @@ class EngineState(msgspec.Struct, frozen=True):
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
-    """One engine as the proxy is told of it. `slot`: its number in what several workers share."""
+    """One engine as the proxy is told of it.
+
+    `slot`: its number in what several workers share; `ports`: what it opens beside its API, by purpose.
+    """
 
     name: str
     role: str
@@ -272,13 +292,19 @@ class EngineAddress(msgspec.Struct, frozen=True):
     port: int
     secret_file: str = ""
     slot: int = 0
+    ports: dict[str, int] = {}
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Two addresses of one identity are the same engine, whatever role it has now."""
+        return (self.name, self.kind, self.host, self.port, self.secret_file, self.slot, *sorted(self.ports.items()))
 
 
 class ProxyConfig(msgspec.Struct, frozen=True):
-    """The proxy's settings, handed over in a file of the run directory.
+    """The proxy's settings, passed in a file of the run directory.
 
-    It reads the file anew when told to, and follows everything but what is in FIXED. `draining`: engines that get
-    nothing new.
+    A reload reads the file again and applies everything except the fields in FIXED. `draining`: engines that get no
+    new requests.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (
@@ -310,23 +336,23 @@ class ProxyConfig(msgspec.Struct, frozen=True):
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
-    """What a proxy has at one engine: calls under way, and whether it may get more."""
+    """A proxy's view of one engine: calls in progress, and whether it may get more."""
 
     calls: int
     usable: bool
 
 
 class PoolReply(msgspec.Struct, frozen=True):
-    """A proxy's engines, by name, as its /pdctl/v1/pool and /pdctl/v1/reload answer."""
+    """A proxy's engines, by name, as /pdctl/v1/pool and /pdctl/v1/reload return them."""
 
     engines: dict[str, EngineLoad]
 
 
 def listener_path(run_dir: Path, name: str) -> Path:
-    """Where a proxy gives its listening socket back."""
+    """The socket on which a proxy gives its listening socket back."""
     return run_dir / "ipc" / f"{name}.listen"
 
 
 def token_digest(token_ids: list[int]) -> str:
-    """Names a sequence of token ids."""
+    """A digest that identifies a sequence of token ids."""
     return hashlib.blake2b(array("I", token_ids).tobytes(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Pages in a real browser, headless, driven over its debugging pipe: what it fetched, complained of and laid out.
+"""Pages in a headless browser, controlled over its debugging pipe: what it fetches, reports and lays out.
 
     python -m tests.chromium PAGE.html PICTURE.png [WIDTH]
 """
@@ -30,7 +30,7 @@ _ANSWER_S = 60.0
 
 
 class Browser:
-    """One page. `fetched`: addresses it asked for; `complaints`: errors of scripts, console and network."""
+    """One page. `fetched`: requested URLs; `complaints`: errors of scripts, console and network."""
 
     def __init__(self, to: int, out: int) -> None:
         self._to, self._out = to, out
@@ -39,15 +39,14 @@ class Browser:
         self.fetched: list[str] = []
         self.complaints: list[str] = []
         self._loaded = False
+        self._session: str | None = None
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        self._session: str | None = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log"):
             self._call(f"{domain}.enable")
 
-    _session = None
-
     def open(self, page: Path, width: int, height: int = 900) -> None:
-        """Load it at a window's size."""
+        """Load the page at a window size."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                    mobile=width < 600)  # fmt: skip
         self.fetched, self.complaints, self._loaded = [], [], False
@@ -57,13 +56,13 @@ class Browser:
             self._next(deadline)
 
     def evaluate(self, script: str) -> Any:
-        """A value."""
+        """Evaluate an expression in the page."""
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def picture(self) -> bytes:
-        """The whole page, as PNG."""
+        """The complete page as PNG."""
         answer = self._call("Page.captureScreenshot", captureBeyondViewport=True)
         return base64.b64decode(answer["data"])
 
@@ -105,7 +104,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser with a profile of its own."""
+    """A browser with its own profile."""
     assert BINARY, "no chromium here"
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
     # The debugging pipe is descriptor 3 for commands, 4 for answers.
@@ -125,7 +124,7 @@ def browser() -> Iterator[Browser]:
                     process.wait(20)
                 except subprocess.TimeoutExpired:
                     process.kill()
-                # Helpers of it that end a little later than itself.
+                # Its helper processes exit a little later.
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 os.close(ours_in)

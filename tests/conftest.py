@@ -1,4 +1,4 @@
-"""Every test leaves the machine as it found it: processes, descriptors, ports."""
+"""Checks that every test leaves no processes, descriptors or ports behind."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hypothesis import settings
 
 from tests.service import Run, temporary_run
 
-# scripts/demo tells its user to export it: tests have services of their own.
+# scripts/demo tells users to export this, but tests have their own services.
 os.environ.pop("PDCTL_FILE", None)
 
 
-# Files that take minutes, the longest first: begun last, one of them would run alone at the end.
+# Files that take minutes, longest first: if started last, one of them would run alone at the end.
 _LONG = (
     "test_supervision", "test_bench", "test_kv", "test_cli", "test_parity", "test_death", "test_chaos",
     "test_lost_files", "test_locked_service", "test_children", "test_clients", "test_transfer", "test_proxy",
@@ -25,13 +25,13 @@ _LONG = (
 )  # fmt: skip
 
 
-# How long an example takes is a matter of the machine and its load.
+# The duration of an example depends on the machine and its load.
 settings.register_profile("pdctl", deadline=None)
 settings.load_profile("pdctl")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first; xdist hands files out in this order."""
+    """Order long files first; xdist distributes files in this order."""
     place = {name: number for number, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
 
@@ -47,7 +47,7 @@ def _descriptors() -> dict[int, str]:
 
 
 def _children() -> set[int]:
-    """Process ids of all descendants. The kernel's own lists: to look through every process takes 20 ms a test."""
+    """Pids of all descendants, from the kernel's child lists: scanning all processes takes 20 ms per test."""
     found: set[int] = set()
     waiting = [os.getpid()]
     while waiting:
@@ -69,7 +69,7 @@ def _running(pid: int) -> bool:
 
 
 def _listening() -> set[str]:
-    """Our sockets that listen, by their inodes."""
+    """Inodes of this process's listening sockets."""
     listening = {
         f"socket:[{words[9]}]"
         for table in ("tcp", "tcp6")
@@ -81,7 +81,7 @@ def _listening() -> set[str]:
 
 
 def _left(children: set[int], descriptors: dict[int, str], listening: set[str]) -> str:
-    """What there is now and was not before, in words."""
+    """A description of what exists now but did not before."""
     new = {pid for pid in _children() - children if _running(pid)}
     kinds = ("socket:", "/memfd:pdctl", "anon_inode:[pidfd]")
     leaked = {fd: name for fd, name in _descriptors().items() if fd not in descriptors and name.startswith(kinds)}
@@ -92,34 +92,34 @@ def _left(children: set[int], descriptors: dict[int, str], listening: set[str]) 
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails the test that leaks a child process, a socket or memory file, or a listening port."""
+    """Fail a test that leaks a child process, a socket, a memory file or a listening port."""
     before = (_children(), _descriptors(), _listening())
     yield
     if {"service", "fragile", "ours", "quiet"} & set(request.fixturenames):
         return  # what a module shares is checked when the module ends: services by `running`, transports by a test
     if _left(*before):
-        # Not yet collected is no leak; to collect after every test would take most of the suite's time.
+        # Uncollected garbage is not a leak; collecting after every test would take most of the suite's time.
         gc.collect()
     assert not (left := _left(*before)), f"leaked {left}"
 
 
 @pytest.fixture
 def run() -> Iterator[Run]:
-    """A directory for one test's service; whatever still runs at the end is a failure."""
+    """A directory for one test's service; a process that is still running at the end is a failure."""
     with temporary_run() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def module_run() -> Iterator[Run]:
-    """The same for a whole module."""
+    """The same for a module."""
     with temporary_run() as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
-    """The tiny sample's directory, made if it is missing."""
+    """The tiny sample's directory, created if it is missing."""
     from pdctl.engine.samples.prepare import prepare
     from pdctl.host.models import locate_model
     from pdctl.host.users import cache_root

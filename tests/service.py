@@ -1,8 +1,7 @@
-"""A real pdctl service for tests: started with the command line, asked over HTTP, and proven gone afterwards."""
+"""A real pdctl service for tests: started by the command line, called over HTTP, and checked to be gone afterwards."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import shutil
@@ -20,17 +19,19 @@ from typing import Any
 import httpx
 import psutil
 
+from pdctl.control_api import SOCKET, ControlClient, LastExit, MeasuredProcess, MeasuredStatus, ProcessStatus
+
 REPOSITORY = Path(__file__).parent.parent
 CLI = [sys.executable, "-m", "pdctl"]
 
 
 @dataclass
 class Run:
-    """A directory of its own for run files, state and topology. Model caches are shared."""
+    """A separate directory for run files, state and topology. Model caches are shared."""
 
     folder: Path
-    key: str = ""  # an API key of the service, where it has some
-    poison: bool = True  # freed KV is filled with NaN; off where time is measured
+    key: str = ""  # an API key of the service, if it has any
+    poison: bool = True  # freed KV is filled with NaN; off for time measurements
 
     @property
     def env(self) -> dict[str, str]:
@@ -63,7 +64,7 @@ class Run:
         return path
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of this run, supervisor included."""
+        """Every living process of this run, including the supervisor."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -77,8 +78,9 @@ class Run:
 
 @contextmanager
 def temporary_run() -> Iterator[Run]:
-    """A directory for one service, removed at the end; whatever still runs then is ended, and a failure."""
-    # Short: a unix socket path has 107 bytes, and pytest's own folders are long.
+    """A directory for one service, removed at the end. A process that still runs then is killed and counts as a
+    failure."""
+    # Short, because a unix socket path is limited to 107 bytes and pytest's folders are long.
     made = Run(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
     try:
         yield made
@@ -95,44 +97,35 @@ class Service:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        (self._socket,) = (run.folder / "r").glob("*/control.sock")
+        (run_dir,) = (path.parent for path in (run.folder / "r").glob(f"*/{SOCKET}"))
+        self.control = ControlClient(run_dir)
         status = self.status()
-        self.url, self.name = status["proxy_url"], status["service"]
+        self.url, self.name = status.proxy_url, status.service
         self.client = httpx.Client(base_url=self.url, timeout=300, trust_env=False)
 
-    def status(self) -> dict[str, Any]:
-        """What `pdctl status --json` prints. Asked of the socket itself where that answers: tests look many times a
-        second, and each command costs as much as a second of an engine's start."""
-        with socket.socket(socket.AF_UNIX) as connected:
-            connected.settimeout(5)
-            try:
-                connected.connect(str(self._socket))
-                supervisor = http.client.HTTPConnection("supervisor")
-                supervisor.sock = connected
-                supervisor.request("GET", "/v1/status")
-                return dict(json.loads(supervisor.getresponse().read()))
-            except (OSError, http.client.HTTPException):
-                pass
-        return dict(json.loads(self.run.cli("status", "--json", check=True).stdout))
+    def status(self) -> MeasuredStatus:
+        """Asked of the supervisor itself: tests look many times a second, and each command costs as much as a second of
+        an engine's start."""
+        return self.control.status()
 
-    def process(self, name: str) -> dict[str, Any]:
-        return next(p for p in self.status()["processes"] if p["name"] == name)
+    def process(self, name: str) -> MeasuredProcess:
+        return next(p for p in self.status().processes if p.name == name)
 
-    def engines(self) -> list[dict[str, Any]]:
-        return [p for p in self.status()["processes"] if p["kind"] != "proxy"]
+    def engines(self) -> list[MeasuredProcess]:
+        return [p for p in self.status().processes if p.kind != "proxy"]
 
     def engine_state(self, name: str) -> dict[str, Any]:
-        port = self.process(name)["ports"]["http"]
+        port = self.process(name).ports["http"]
         url = f"http://127.0.0.1:{port}/pdctl/v1/state"
         return dict(httpx.get(url, headers=self.internal, trust_env=False).json())
 
     @property
     def internal(self) -> dict[str, str]:
-        """The header that the service's own processes carry."""
+        """The authorization header of the service's own processes."""
         return {"authorization": f"Bearer {(self.run.folder / 'r' / self.name / 'secret').read_text()}"}
 
     def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
-        """A whole answer's choice, usage beside it."""
+        """An unstreamed answer's choice, with its usage."""
         body = {"prompt": prompt, "temperature": 0, "return_token_ids": True, **options}
         answer = self.client.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
@@ -140,7 +133,7 @@ class Service:
         return {**found["choices"][0], "usage": found["usage"]}
 
     def stream(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
-        """The same, gathered from a stream."""
+        """The same answer, gathered from a stream."""
         body = {"prompt": prompt, "temperature": 0, "return_token_ids": True, "stream": True, **options}
         text, ids, reason = "", [], None
         with self.client.stream("POST", "/v1/completions", json=body) as answer:
@@ -159,24 +152,26 @@ class Service:
         return {"text": text, "token_ids": ids, "finish_reason": reason}
 
     def wait(self, condition: Any, timeout: float = 300.0, what: str = "") -> Any:
-        """Poll until `condition()` is true; a deadline, not a sleep, decides."""
+        """Poll until `condition()` is true or the deadline has passed."""
         return wait_until(condition, timeout, what)
 
-    def restarted(self, before: dict[str, Any]) -> dict[str, Any]:
-        """The process that takes the place of `before`, once it is ready."""
+    def restarted(self, before: MeasuredProcess) -> MeasuredProcess:
+        """Wait for the process that replaces `before` to be ready, and return it."""
 
-        def back() -> dict[str, Any] | None:
-            now = self.process(before["name"])
-            return now if now["state"] == "ready" and now["pid"] != before["pid"] else None
+        def back() -> MeasuredProcess | None:
+            now = self.process(before.name)
+            return now if now.state == "ready" and now.pid != before.pid else None
 
-        return dict(self.wait(back, what=f"{before['name']} to be restarted"))
+        found = self.wait(back, what=f"{before.name} to be restarted")
+        assert isinstance(found, MeasuredProcess)
+        return found
 
     def idle(self) -> None:
-        """Every engine has all its blocks back and no lease."""
+        """Wait until every engine has all its blocks free and no lease."""
 
         def all_idle() -> bool:
             try:
-                states = [self.engine_state(p["name"]) for p in self.engines()]
+                states = [self.engine_state(p.name) for p in self.engines()]
             except httpx.TransportError:
                 return False  # one is starting
             return all(s["blocks_free"] == s["blocks_total"] and not s["leases"] for s in states)
@@ -184,7 +179,7 @@ class Service:
         self.wait(all_idle, what="idle block counts")
 
     def healthy(self) -> None:
-        """The proxy counts every engine as usable."""
+        """Wait until every engine is available to the proxy."""
 
         def good() -> bool:
             try:
@@ -197,13 +192,13 @@ class Service:
 
 
 class Engine:
-    """One engine of a service, asked directly with the run's secret, as its peers do."""
+    """One engine of a service, called directly with the run's secret, like its peers."""
 
     def __init__(self, service: Service, name: str) -> None:
         process = service.process(name)
-        self.name, self.epoch, self.pid = name, process["epoch"], process["pid"]
-        secret = psutil.Process(process["pid"]).environ()["PDCTL_SECRET"]
-        url = f"http://127.0.0.1:{process['ports']['http']}"
+        self.name, self.epoch, self.pid = name, process.epoch, pid_of(process)
+        secret = psutil.Process(self.pid).environ()["PDCTL_SECRET"]
+        url = f"http://127.0.0.1:{process.ports['http']}"
         self.http = httpx.Client(
             base_url=url, trust_env=False, timeout=300, headers={"authorization": f"Bearer {secret}"}
         )
@@ -213,7 +208,7 @@ class Engine:
         return f"{self.name}@{self.epoch}"
 
     def hold(self, prompt: str, router: str = "router") -> dict[str, Any]:
-        """Prefill and keep the KV; the hand-over."""
+        """Prefill and keep the KV; returns the hand-over."""
         body = {"prompt": prompt, "temperature": 0, "max_tokens": 4, "kv_transfer_params": {"do_remote_decode": True}}
         answer = self.http.post("/v1/completions", json=body, headers={"x-pdctl-router": router})
         assert answer.status_code == 200, answer.text
@@ -229,6 +224,18 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         return dict(self.http.get("/pdctl/v1/state").json())
+
+
+def pid_of(process: ProcessStatus) -> int:
+    """Of one that runs."""
+    assert process.pid is not None, f"{process.name} does not run"
+    return process.pid
+
+
+def last_exit_of(process: ProcessStatus) -> LastExit:
+    """Of one that has ended before."""
+    assert process.last_exit is not None, f"{process.name} never ended"
+    return process.last_exit
 
 
 def wait_until(condition: Any, timeout: float = 300.0, what: str = "") -> Any:
@@ -296,13 +303,13 @@ stable_s = 1
 
 
 def single(**options: Any) -> str:
-    """One engine that does both: half a start, where how many there are proves nothing."""
+    """One hybrid engine, for faster starts in tests where the number of engines does not matter."""
     return topology(prefills=0, decodes=0, hybrids=1, **options)
 
 
 @contextmanager
 def running(run: Run, text: str) -> Iterator[Service]:
-    """The service of a topology, up; afterwards down, with nothing left."""
+    """Start the service of a topology; afterwards stop it and check that nothing is left."""
     run.write(text)
     run.cli("up", "-d", check=True)
     service = Service(run)

@@ -1,4 +1,4 @@
-"""The checker of traces catches each fault it is for."""
+"""The trace checker detects each kind of violation."""
 
 from __future__ import annotations
 

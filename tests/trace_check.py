@@ -1,9 +1,9 @@
-"""The hand-over protocol's rules, checked over the events that real engines wrote.
+"""The hand-over protocol's rules, checked on the events of real engines.
 
 1. A lease is granted once and ends at most once.
-2. A migration decodes only after its commit was answered ok by the engine that granted the lease.
-3. A commit is answered ok only while the lease is live: granted, claimed by the same holder, not ended before.
-4. Nothing happens to a migration after it was lost or began to decode.
+2. A reception decodes only after a successful commit at the engine that granted the lease.
+3. A commit succeeds only while the lease is live: granted, claimed by the same holder, not ended before.
+4. Nothing happens to a reception after it was lost or started to decode.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Event = dict[str, Any]
 
 
 def check(events: list[Event]) -> int:
-    """Raises AssertionError with the event that breaks a rule; returns how many events were read."""
+    """Raise AssertionError with the event that breaks a rule; returns the number of events read."""
     events = sorted(events, key=lambda event: event["at"])
     granted: dict[str, str] = {}
     claimed: dict[str, str] = {}

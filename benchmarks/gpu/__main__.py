@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [--out out] [--minutes 8] [--only STEP ...]
 
-Each step is a process of its own with a deadline; a step that fails is told of, and the next one runs. Writes
-OUT/gpu.json, OUT/gpu.txt and a log for each step. Exit code 0 when every step passed, or no GPU is here ("skipped").
+Each step is a separate process with a deadline. A failed step is reported, and the next one runs. Writes OUT/gpu.json,
+OUT/gpu.txt and a log for each step. Exit code 0 if every step passed, or if the machine has no GPU ("skipped").
 """
 
 from __future__ import annotations
@@ -15,17 +15,36 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command, and the seconds it may take."""
+    """A command and its time limit in seconds."""
 
     name: str
     argv: tuple[str, ...]
     limit_s: float
+
+
+class StepFound(TypedDict):
+    """How a step went; `measured`: the JSON line that it wrote, `last`: its log's last line."""
+
+    name: str
+    ok: bool
+    why: str
+    seconds: float
+    measured: NotRequired[dict[str, Any]]
+    last: NotRequired[str]
+
+
+class Found(TypedDict):
+    """What gpu.json holds."""
+
+    versions: dict[str, str]
+    steps: list[StepFound]
 
 
 _PYTHON = sys.executable
@@ -39,7 +58,7 @@ STEPS = (
 
 
 def main() -> int:
-    """Run the steps and write what they found."""
+    """Run the steps and write their results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--minutes", type=float, default=8.0)
@@ -51,7 +70,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.minutes * 60
     steps = [step for step in STEPS if not options.only or step.name in options.only]
-    found = {"versions": _versions(), "steps": [_run(step, options.out, end) for step in steps]}
+    found: Found = {"versions": _versions(), "steps": [_run(step, options.out, end) for step in steps]}
     (options.out / "gpu.json").write_text(json.dumps(found, indent=2) + "\n")
     text = _summary(found)
     (options.out / "gpu.txt").write_text(text)
@@ -82,7 +101,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _run(step: Step, out: Path, end: float) -> dict[str, object]:
+def _run(step: Step, out: Path, end: float) -> StepFound:
     started = time.monotonic()
     left = min(step.limit_s, end - started)
     if left < 5:
@@ -96,10 +115,10 @@ def _run(step: Step, out: Path, end: float) -> dict[str, object]:
         except subprocess.TimeoutExpired:
             why = f"stopped after {left:.0f} s"
     return {"name": step.name, "ok": not why, "why": why, "seconds": round(time.monotonic() - started, 1),
-            "figures": _measurements(out / f"{step.name}.log"), "last": _last(out / f"{step.name}.log")}  # fmt: skip
+            "measured": _measurements(out / f"{step.name}.log"), "last": _last(out / f"{step.name}.log")}  # fmt: skip
 
 
-def _measurements(log: Path) -> dict[str, object]:
+def _measurements(log: Path) -> dict[str, Any]:
     for line in reversed(log.read_text(errors="replace").splitlines()):
         if line.startswith('{"shape"'):
             return dict(json.loads(line))
@@ -111,12 +130,12 @@ def _last(log: Path) -> str:
     return lines[-1][:200] if lines else ""
 
 
-def _summary(found: dict[str, object]) -> str:
-    lines = [", ".join(f"{name} {value}" for name, value in found["versions"].items())]  # type: ignore[attr-defined]
-    for step in found["steps"]:  # type: ignore[attr-defined]
+def _summary(found: Found) -> str:
+    lines = [", ".join(f"{name} {value}" for name, value in found["versions"].items())]
+    for step in found["steps"]:
         verdict = "passed" if step["ok"] else f"FAILED ({step['why']})"
         lines.append(f"{step['name']}: {verdict} in {step['seconds']:.0f} s")
-        measurements = step.get("figures") or {}
+        measurements = step.get("measured") or {}
         if not measurements:
             lines.append(f"  {step.get('last', '')}")
             continue

@@ -1,4 +1,4 @@
-"""What the device can do at best, measured: bytes read a second, bf16 operations a second."""
+"""The device's measured limits: bytes read per second, bf16 operations per second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def seconds(act: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
-    """Median seconds of one call, the device's queue empty before and after."""
+    """Median seconds of one call, with an empty device queue before and after."""
     found = []
     for _ in range(rounds + 3):
         _settle(device)
@@ -22,7 +22,7 @@ def seconds(act: Callable[[], object], device: torch.device, rounds: int = 10) -
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
-    """A large copy within the device, bytes read and written together."""
+    """A large copy within the device; bytes read and written are added."""
     size = 2**32 if device.type == "cuda" else 2**26
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Models of known shapes with random weights, made on the device: nothing is downloaded, nothing is written."""
+"""Models of known shapes with random weights, created on the device: nothing is downloaded or written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 131072,
         },
     ),
-    # For a try on a CPU.
+    # For a trial on a CPU.
     "tiny": (
         "qwen3",
         {
@@ -38,7 +38,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model and what its arithmetic costs: `bytes_read` by a decode step, `matrix_params` used for each token."""
+    """A model and its cost: `bytes_read` by a decode step, `matrix_params` used for each token."""
 
     module: torch.nn.Module
     bytes_read: int
@@ -48,7 +48,7 @@ class Weights:
 
 
 def make(shape: str, device: torch.device, dtype: torch.dtype) -> Weights:
-    """A random model on `device`. The sums count each matrix product once for a token (the head once for a step)."""
+    """A random model on `device`. The cost counts each matrix product once per token (the head once per step)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, options = SHAPES[shape]

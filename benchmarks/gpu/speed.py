@@ -1,8 +1,8 @@
-"""Prefill and decode of the engine's scheduler and runner on one shape, as parts of the device's limits; one JSON line.
+"""Prefill and decode speed of the engine's scheduler and runner on one shape, as fractions of the device's limits.
 
     python -m benchmarks.gpu.speed --shape 8B [--device cuda] [--peer]
 
-`--peer`: transformers' `generate_batch` on the same weights, after ours.
+Prints one JSON line. `--peer`: also transformers' `generate_batch` on the same weights, after the engine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -38,7 +40,7 @@ _BLOCK = 16
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One model over one pool, and the device's limits."""
+    """One model with one pool, and the device's limits."""
 
     weights: Weights
     runner: ModelRunner
@@ -104,7 +106,7 @@ def _step(bench: Bench, scheduler: Scheduler) -> float:
 
 
 def decode(bench: Bench, batch: int) -> dict[str, float]:
-    """Tokens a second with `batch` streams, and the part of the memory bandwidth's limit that this is."""
+    """Tokens per second with `batch` streams, and this as a fraction of the memory bandwidth limit."""
     scheduler = _scheduler(bench)
     _add(scheduler, batch, _PROMPT, 2 * _STEPS, bench.runner.loaded.vocab_size)
     while any(s.num_missing > 1 for s in scheduler.sequences.values()):
@@ -121,7 +123,7 @@ def decode(bench: Bench, batch: int) -> dict[str, float]:
 
 
 def prefill(bench: Bench, length: int) -> dict[str, float]:
-    """Tokens a second of one prompt computed in one step, and the part of the matrix rate's limit that this is."""
+    """Tokens per second of one prompt computed in one step, and this as a fraction of the matrix rate limit."""
     times = []
     for _ in range(5):
         scheduler = _scheduler(bench)
@@ -138,17 +140,18 @@ def prefill(bench: Bench, length: int) -> dict[str, float]:
 
 
 def _peer(weights: Weights, batch: int, device: torch.device) -> dict[str, float | str]:
-    """transformers' continuous batching: the seconds that more tokens take, of two lengths of answers."""
+    """transformers' continuous batching: the seconds for additional tokens, from answers of two lengths."""
     from transformers import GenerationConfig
 
     generator = torch.Generator().manual_seed(batch)
-    vocab = weights.module.config.vocab_size  # type: ignore[union-attr]
-    prompts = [torch.randint(5, int(vocab), (_PROMPT,), generator=generator).tolist() for _ in range(batch)]
+    vocab = cast(int, weights.module.config.vocab_size)  # type: ignore[union-attr]  # of transformers, untyped
+    prompts = [torch.randint(5, vocab, (_PROMPT,), generator=generator).tolist() for _ in range(batch)]
 
     def run(tokens: int) -> float:
         config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
         started = time.perf_counter()
-        found = weights.module.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)  # type: ignore[operator]
+        generate = cast(Callable[..., dict[str, Any]], weights.module.generate_batch)
+        found = generate(inputs=prompts, generation_config=config, progress_bar=False)
         took = time.perf_counter() - started
         if sum(len(answer.generated_tokens) for answer in found.values()) != batch * tokens:
             raise RuntimeError("generate_batch did not answer every prompt in full")

@@ -1,9 +1,9 @@
-"""Our proxy against vllm-router, sglang-router and LMDeploy's: the same mock workers, the same core, in alternation.
+"""pdctl's proxy, vllm-router, sglang-router and LMDeploy's proxy with the same mock workers and core, in turn.
 
     python -m benchmarks.proxy [--rounds 3] [--only pdctl,vllm-router] [--cases ...]
 
-The proxy has CPU 0 for itself, workers and clients share CPU 1. Figures are medians over rounds; ratios compare
-medians. CPU is the proxy's own, per request or per thousand chunks.
+The proxy has CPU 0 to itself; workers and clients share CPU 1. Results are medians over rounds; ratios compare
+medians. CPU is the proxy's CPU time, per request or per thousand chunks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def main() -> None:
             stack.callback(child.kill)
         await_mocks()
         proxies = [stack.enter_context(PEERS[name](0, found.folder)) for name in names]
-        results = {case: {proxy.name: [] for proxy in proxies} for case in cases}
+        results: dict[str, dict[str, list[dict[str, float]]]] = {
+            case: {proxy.name: [] for proxy in proxies} for case in cases
+        }
         for case in cases:
             for number in range(found.rounds):
                 for proxy in proxies if number % 2 else proxies[::-1]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.proxy.load --port P --clients 64 --requests 2000 [--stream]
 
-Prints one JSON line: requests and chunks a second, latency and time to first chunk (ms), gaps between chunks, errors.
+Prints one JSON line: requests and chunks per second, latency and time to first chunk (ms), gaps between chunks, errors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass, field
+from typing import cast
 
 import uvloop
 
@@ -31,10 +32,10 @@ class Client(asyncio.Protocol):
 
     def __init__(self, request: bytes, expect: int, score: Score, finished: asyncio.Event, left: list[int]) -> None:
         self.request, self.expect, self.score, self.finished, self.left = request, expect, score, finished, left
-        self.recording = True
+        self.missing: int | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         self.next()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,6 +1,6 @@
 """A mock worker, as fast as this machine allows: prefill answers with kv_transfer_params, decode streams.
 
-It speaks vLLM's dialect, and as much of LMDeploy's DistServe as that one's proxy asks for.
+It supports vLLM's API, and as much of LMDeploy's DistServe as LMDeploy's proxy needs.
 
     python -m benchmarks.proxy.mock --port P [--chunks 64]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from typing import cast
 
 import httptools
 import uvloop
@@ -21,7 +22,7 @@ KV = {
     "remote_engine_id": "mock", "remote_request_id": "r", "remote_host": "127.0.0.1", "remote_port": 5600, "tp_size": 1,
 }  # fmt: skip
 
-# DistServe: what LMDeploy's engines say of themselves, and to whom they connect.
+# DistServe: what LMDeploy's engines report about themselves and their connections.
 ENGINE_INFO = {"tp_size": 1, "ep_size": 1, "dp_size": 1, "pp_size": None, "dp_rank": 0, "block_size": 64,
                "num_cpu_blocks": 0, "num_gpu_blocks": 1024}  # fmt: skip
 LINK = {
@@ -36,7 +37,7 @@ def compact(value: object) -> bytes:
 
 
 class Answers:
-    """Every answer, made once."""
+    """All answers, created once."""
 
     def __init__(self, chunks: int) -> None:
         self.pace_s = 0.0
@@ -63,7 +64,7 @@ class Answers:
         self.burst = self.head + b"".join(self.chunks) + self.tail
 
     def cached(self) -> bytes:
-        """LMDeploy's prefill answer; its proxy fails where two of them have one id."""
+        """LMDeploy's prefill answer; its proxy fails if two answers have the same id."""
         self._sessions += 1
         return self._cached.replace(b"session0", b"%08d" % self._sessions)
 
@@ -87,7 +88,7 @@ class Worker(asyncio.Protocol):
         self.streaming: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
         self.parser = httptools.HttpRequestParser(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -99,7 +100,7 @@ class Worker(asyncio.Protocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
-            # sglang-router asks with an HTTP/2 preface first.
+            # sglang-router first sends an HTTP/2 preface.
             self.transport.close()
 
     def on_message_begin(self) -> None:
@@ -118,7 +119,7 @@ class Worker(asyncio.Protocol):
             self.answers.pace_s = json.loads(self.body)["ms"] / 1000
             self.transport.write(self.answers._whole({"ok": True}))
         elif self.url.startswith(b"/distserve/engine_info"):
-            # A string that holds JSON: so do theirs.
+            # A string that contains JSON, as in LMDeploy.
             self.transport.write(self.answers._whole(json.dumps(ENGINE_INFO)))
         elif self.url.startswith(b"/distserve/"):
             self.transport.write(self.answers._whole(LINK))
@@ -134,7 +135,7 @@ class Worker(asyncio.Protocol):
         elif b'"with_cache":true' in self.body.replace(b" ", b""):
             self.transport.write(answers.cached())
         elif b'"stream":true' not in self.body and b'"stream": true' not in self.body:
-            # sglang-router's prefill gets a stream as well, and throws its answer away.
+            # sglang-router also asks prefill for a stream, and discards the answer.
             self.transport.write(answers.held if b'"max_tokens":1,' in self.body else answers.whole)
         else:
             answers.stats["streams"] += 1

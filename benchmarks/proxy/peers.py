@@ -9,7 +9,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +24,20 @@ PREFILL, DECODE = 19101, 19201
 
 @dataclass
 class Proxy:
-    """A running one."""
+    """A running proxy."""
 
     name: str
     port: int
     pid: int
 
     def cpu_s(self) -> float:
-        """CPU seconds of the process and all below it, so far."""
+        """CPU seconds so far of the process and its descendants."""
         leader = psutil.Process(self.pid)
         times = [process.cpu_times() for process in (leader, *leader.children(recursive=True))]
         return sum(found.user + found.system for found in times)
 
     def rss_mb(self) -> float:
-        """Resident memory of the process and all below it."""
+        """Resident memory of the process and its descendants."""
         leader = psutil.Process(self.pid)
         return sum(process.memory_info().rss for process in (leader, *leader.children(recursive=True))) / 2**20
 
@@ -60,7 +60,7 @@ def pinned(cpu: int, *argv: object) -> list[str]:
 def process(
     name: str, argv: list[str], port: int, folder: Path, ready: Callable[[], None] = lambda: None
 ) -> Iterator[Proxy]:
-    """Started, answering on its port, and ended afterwards. `ready`: what it wants before it answers."""
+    """Start a proxy, wait until it answers, and stop it afterwards. `ready`: called before it can answer."""
     log = (folder / f"{name}.log").open("w")
     child = subprocess.Popen(argv, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
@@ -68,8 +68,9 @@ def process(
         await_port(port, child)
         yield Proxy(name, port, child.pid)
     finally:
-        for found in (*psutil.Process(child.pid).children(recursive=True), child):
+        for found in psutil.Process(child.pid).children(recursive=True):
             found.kill()
+        child.kill()
         child.wait()
 
 
@@ -116,7 +117,7 @@ def sglang_router(cpu: int, folder: Path) -> Iterator[Proxy]:
         yield found
 
 
-# What its proxy imports: the package's own list asks for gigabytes of CUDA.
+# Only what the proxy imports: the package's own requirements include gigabytes of CUDA.
 _LMDEPLOY = (
     "torch==2.13.0", "fastapi", "uvicorn", "aiohttp", "requests", "numpy", "pydantic", "pyzmq", "mmengine-lite", "fire",
     "shortuuid", "pillow", "pybase64", "openai", "openai_harmony", "partial_json_parser", "transformers>=4.56,<5",
@@ -138,7 +139,7 @@ def lmdeploy(cpu: int, folder: Path) -> Iterator[Proxy]:
 
 
 def _lmdeploy_knows_its_engines(port: int) -> None:
-    """Told again until it listens."""
+    """Register the engines; retried until the proxy listens."""
     deadline = time.monotonic() + 60
     roles = {PREFILL: 2, DECODE: 3}
     while roles:
@@ -157,7 +158,7 @@ def _lmdeploy_knows_its_engines(port: int) -> None:
 def pdctl(
     cpu: int, folder: Path, decodes: tuple[int, ...] = (DECODE,), more: str = "", cpus: tuple[int, ...] = ()
 ) -> Iterator[Proxy]:
-    """With everything on: metrics, failover, admission. `more`: keys of [proxy]; `cpus`: instead of one."""
+    """pdctl with all features: metrics, failover, admission. `more`: keys of [proxy]; `cpus`: instead of one."""
     port = free_port()
     folder = folder / f"pdctl-{port}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +190,7 @@ cpus = {list(cpus or (cpu,))}
         subprocess.run([*cli, "down"], cwd=folder, env=env, check=True, capture_output=True)
 
 
-PEERS: dict[str, Callable[[int, Path], object]] = {
+PEERS: dict[str, Callable[[int, Path], AbstractContextManager[Proxy]]] = {
     "pdctl": pdctl,
     "vllm-router": vllm_router,
     "sglang-router": sglang_router,

@@ -1,8 +1,8 @@
-"""What an open stream costs our proxy while little comes: memory and CPU from 100 to 2,000 of them.
+"""The cost of slow open streams in a proxy: memory and CPU with 100 to 2,000 of them.
 
     python -m benchmarks.proxy.streams [--only pdctl,vllm-router]
 
-Each stream brings a chunk every 2 s.
+Each stream gets a chunk every 2 s.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ BODY = json.dumps({"model": "mock", "prompt": "x" * 200, "max_tokens": 64, "stre
 
 
 async def one(port: int) -> float:
-    """Seconds of a whole stream, on a connection of its own."""
+    """Seconds of a whole stream, on its own connection."""
     started = time.monotonic()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -86,7 +86,9 @@ def main() -> None:
                     p50, p99 = took[len(took) // 2], took[int(0.99 * len(took))]
                     rows[workers].append((REQUESTS / seconds, p50, p99, parts))
         for workers, each in rows.items():
-            rate, p50, p99 = (statistics.median(row[n] for row in each) for n in range(3))
+            rate = statistics.median(row[0] for row in each)
+            p50 = statistics.median(row[1] for row in each)
+            p99 = statistics.median(row[2] for row in each)
             shares = [statistics.median(row[3][n] for row in each) for n in range(len(DECODES))]
             print(f"{workers} workers: {rate:.0f} requests/s, p50 {p50 * 1000:.0f} ms, p99 {p99 * 1000:.0f} ms; "
                   f"shares of the fast and slow decodes {' '.join(f'{share:.2f}' for share in shares)}")  # fmt: skip

@@ -1,8 +1,8 @@
-"""Measures a service as its clients see it: what is asked, when, and what came back.
+"""Measure a service as its clients experience it: the requests, their send times, and the answers.
 
-A workload (`workload`, `trace`) is a list of `Asked`; `arrivals` says when each is sent; `client` sends them and writes
-down a `Record` for each; `metrics` makes figures of records, by the definitions of vLLM's `bench serve`; `report` shows
-them.
+A workload (`workload`, `trace`) is a list of `Asked`; `arrivals` gives the send times; `client` sends the requests and
+makes a `Record` of each; `metrics` computes measurements from records, by the definitions of vLLM's `bench serve`;
+`report` shows them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request to be: token ids or text, and the most tokens of its answer. `at`: seconds after the start, None for
-    when arrivals say."""
+    """One request to send: token ids or text, and the maximum number of output tokens. `at`: send time in seconds after
+    the start; None if `arrivals` decides."""
 
     prompt: list[int] | str
     max_tokens: int
@@ -22,11 +22,11 @@ class Asked:
 
 @dataclass(slots=True)
 class Record:
-    """What became of a request. Times in seconds of the monotonic clock; `gaps` between events that brought text.
+    """The result of a request. Times are seconds of the monotonic clock; `gaps`: between events with a choice.
 
-    `planned_at`: when it should have been sent, `sent_at` when it was. `error`: why it failed; "" for an answer that
-    ended as it should. `is_truncated`: a stream that broke off without an error. `has_usage`: the service told how many
-    tokens there were. `parts`: seconds by name, as the service says.
+    `planned_at`: when it should have been sent; `sent_at`: when it was sent. `error`: why it failed; "" for a complete
+    answer. `is_truncated`: the stream was cut off without an error. `has_usage`: the service reported token counts.
+    `parts`: seconds by phase, as the service reports them.
     """
 
     planned_at: float
@@ -45,7 +45,7 @@ class Record:
 
     @property
     def is_good(self) -> bool:
-        """Whether it was answered to its end."""
+        """Whether the answer is complete."""
         return not self.error and not self.is_truncated
 
     @property
@@ -55,10 +55,10 @@ class Record:
 
     @property
     def latency(self) -> float:
-        """Seconds to the last."""
+        """Seconds to the last token (E2E)."""
         return self.ended_at - self.sent_at
 
     @property
     def tpot(self) -> float:
-        """Seconds for each token after the first (vLLM's definition); 0 for an answer of one token."""
+        """Seconds per token after the first (vLLM's definition); 0 for an answer of one token."""
         return (self.latency - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0

@@ -1,7 +1,7 @@
-"""Load on a service while its processes are killed and frozen: what clients see, compared with what they saw in quiet.
+"""Load on a service while its processes are killed and frozen, compared with the same load without faults.
 
-Every stream is greedy and has been answered before anything was broken, under the same load; afterwards the same
-request must get the same text. A request fails that gets an error, breaks off, or is late beyond its deadline.
+Every request is greedy and was answered before the first fault, under the same load (the "quiet" answer). Later answers
+to it must have the same text. A request fails if it gets an error or exceeds its deadline.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from itertools import zip_longest
 from pdctl.bench import Asked, Record
 from pdctl.bench.client import Endpoint, ask_once
 
-# In quiet each client asks, and each request is asked, so often at least: gaps between tokens are to be those of the
-# load that will be broken, and answers those that come whatever runs beside them.
+# Before the first fault, each client sends at least this many requests, and each request is sent at least this many
+# times: the gaps between tokens must be those of the same load, and answers must not depend on the rest of the batch.
 _QUIET_ROUNDS = 2
-# Wrong answers that are looked at more closely.
+# Limit of wrong answers that are kept for a comparison of tokens.
 _MOST_KEPT = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`pids`: processes of one unit, its leader first; `what`: kill or freeze."""
+    """A fault. `pids`: the processes of one unit, its main process first; `what`: kill or freeze."""
 
     what: str
     name: str
@@ -36,12 +36,12 @@ class Fault:
 
 
 @dataclass(slots=True)
-class Seen:
-    """What clients saw. `unsteady`: requests that are not answered alike each time in quiet, where the engines promise
-    that they are. `compared`: answers whose request is answered alike each time in quiet; `wrong`: those that are not
-    the quiet one, `differing`: the first of them, quiet text and answer. `pauses`: seconds of the longest silence of
-    each stream that met a fault; `recovered`: from each fault until its process was ready again; None where it was not
-    in time."""
+class Observations:
+    """What clients observed. `unsteady`: requests that got different answers before any fault, although the engines
+    promise equal ones. `compared`: answers to requests with a stable quiet answer; `wrong`: those that differ from it;
+    `differing`: the first of these, as quiet text and answer. `pauses`: for each stream during a fault, its longest
+    pause in seconds. `recovered`: for each fault, the seconds until its process was ready again; None if it was not in
+    time."""
 
     answered: int = 0
     failed: dict[str, int] = field(default_factory=dict)
@@ -58,43 +58,43 @@ class Seen:
 
     @property
     def broken(self) -> list[str]:
-        """Promises that were not kept."""
+        """Broken promises."""
         found = []
         if not self.faults:
-            found.append("nothing was broken: nothing is shown")
+            found.append("no fault was injected: nothing was tested")
         if not self.answered:
-            found.append("nothing was answered")
+            found.append("no request was answered")
         elif not self.compared:
-            found.append("no answer could be compared: in quiet already they differ from time to time")
+            found.append("no answer could be compared: answers already differed before any fault was injected")
         if self.failed:
             found.append(f"{sum(self.failed.values())} requests failed")
         if self.truncated:
-            found.append(f"{self.truncated} streams were cut")
+            found.append(f"{self.truncated} streams were cut off")
         if self.unsteady:
-            found.append(f"{self.unsteady} greedy requests are not answered alike each time in quiet")
+            found.append(f"{self.unsteady} greedy requests gave different answers before any fault was injected")
         if self.wrong:
-            found.append(f"{self.wrong} answers differ from the quiet ones")
+            found.append(f"{self.wrong} answers differ from those before the first fault")
         if None in self.recovered:
-            found.append(f"{self.recovered.count(None)} processes did not come back in time")
+            found.append(f"{self.recovered.count(None)} processes were not ready again in time")
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Tokens of an answer that the quiet one does not have, or the other way round."""
+    """Number of tokens by which an answer differs from the quiet one."""
 
     lost: int = 0
     repeated: int = 0
     other: int = 0
 
     def __add__(self, more: Difference) -> Difference:
-        """Of both."""
+        """The sum of both."""
         return Difference(self.lost + more.lost, self.repeated + more.repeated, self.other + more.other)
 
 
 def difference(quiet: Sequence[int | str], answer: Sequence[int | str]) -> Difference:
-    """What must be taken away and put in to make one of the other: between what both begin and end with, by difflib's
-    longest matching blocks. What was put in is repeated where the answer has the same before or behind it."""
+    """The edits that turn the quiet answer into the other one, by difflib, between their common beginning and end.
+    Inserted tokens count as repeated if the answer has the same tokens directly before or after them."""
     shorter = min(len(quiet), len(answer))
     head = next((at for at in range(shorter) if quiet[at] != answer[at]), shorter)
     tail = next((at for at in range(shorter - head) if quiet[-1 - at] != answer[-1 - at]), shorter - head)
@@ -114,9 +114,8 @@ def difference(quiet: Sequence[int | str], answer: Sequence[int | str]) -> Diffe
 
 
 async def expected(endpoint: Endpoint, asked: Sequence[Asked], streams: int) -> tuple[list[str | None], list[float]]:
-    """The quiet answers, and the gaps between their tokens, under as many clients as there will be. None for a request
-    that is not answered alike each time: nothing can be compared with it. Raises ValueError for one that cannot be
-    answered."""
+    """The quiet answers and the gaps between their tokens, with the same number of clients as later. None for a request
+    that got different answers: nothing can be compared with it. Raises ValueError if a request fails."""
     pool, seats = endpoint.pool(), asyncio.Semaphore(streams)
     repeats = max(_QUIET_ROUNDS, math.ceil(_QUIET_ROUNDS * streams / len(asked)))
 
@@ -126,7 +125,7 @@ async def expected(endpoint: Endpoint, asked: Sequence[Asked], streams: int) -> 
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            # Each time beside others: what runs together must not matter.
+            # A different batch each time: it must not change the answer.
             order = random.Random(0)  # noqa: S311 - a workload, not a secret
             turns = [order.sample(range(len(asked)), len(asked)) for _ in range(repeats)]
             running = [(which, tasks.create_task(one(asked[which]))) for turn in turns for which in turn]
@@ -137,7 +136,7 @@ async def expected(endpoint: Endpoint, asked: Sequence[Asked], streams: int) -> 
     for which, task in running:
         record = task.result()
         if not record.is_good:
-            raise ValueError(record.error or "the answer broke off")
+            raise ValueError(record.error or "the answer was cut off")
         texts[which].add(record.text)
         gaps += record.gaps
     return [text.pop() if len(text) == 1 else None for text in texts], gaps
@@ -148,10 +147,10 @@ async def load(
     asked: Sequence[Asked],
     texts: Sequence[str | None],
     streams: int,
-    seen: Seen,
+    observed: Observations,
     is_over: Callable[[], bool],
 ) -> None:
-    """`streams` clients, each asking again as soon as it is answered, until `is_over`."""
+    """Run `streams` clients until `is_over`. Each sends its next request as soon as the last one is answered."""
     pool = endpoint.pool()
 
     async def client(number: int) -> None:
@@ -159,9 +158,9 @@ async def load(
         while not is_over():
             which = at % len(asked)
             at += streams
-            _note(seen, await ask_once(endpoint, pool, asked[which]), texts[which])
-            if seen.failed:
-                await asyncio.sleep(0.05)  # a service that refuses at once must not be drowned
+            _note(observed, await ask_once(endpoint, pool, asked[which]), texts[which])
+            if observed.failed:
+                await asyncio.sleep(0.05)  # do not flood a service that refuses at once
 
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -171,34 +170,34 @@ async def load(
         pool.close()
 
 
-def _note(seen: Seen, record: Record, text: str | None) -> None:
+def _note(observed: Observations, record: Record, text: str | None) -> None:
     if record.error:
-        seen.failed[record.error[:120]] = seen.failed.get(record.error[:120], 0) + 1
+        observed.failed[record.error[:120]] = observed.failed.get(record.error[:120], 0) + 1
         return
     if record.is_truncated:
-        seen.truncated += 1
+        observed.truncated += 1
         return
-    seen.answered += 1
-    seen.compared += text is not None
+    observed.answered += 1
+    observed.compared += text is not None
     if text is not None and record.text != text:
-        seen.wrong += 1
-        if len(seen.differing) < _MOST_KEPT:
-            seen.differing.append((text, record.text))
-    if any(began <= record.ended_at and record.sent_at <= until for began, until in _spans(seen)):
-        seen.pauses.append(max([record.ttft, *record.gaps]))
+        observed.wrong += 1
+        if len(observed.differing) < _MOST_KEPT:
+            observed.differing.append((text, record.text))
+    if any(began <= record.ended_at and record.sent_at <= until for began, until in _spans(observed)):
+        observed.pauses.append(max([record.ttft, *record.gaps]))
 
 
-def _spans(seen: Seen) -> list[tuple[float, float]]:
-    """From each fault until its process was ready again, or until now."""
+def _spans(observed: Observations) -> list[tuple[float, float]]:
+    """The time of each fault: until its process was ready again, or open-ended if it is not."""
     return [
         (began, began + seconds if seconds is not None else math.inf)
-        for began, seconds in zip_longest(seen.fault_times, seen.recovered)
+        for began, seconds in zip_longest(observed.fault_times, observed.recovered)
     ]
 
 
 def carry_out(fault: Fault, frozen_s: float, wait: Callable[[float], object]) -> None:
-    """Kill the leader, or stop all of them for a while. A process that ended by itself meanwhile is left alone. `wait`
-    waits so many seconds, or until nothing more is to be broken."""
+    """Kill the main process, or freeze all processes for a while. A process that has already exited is skipped. `wait`
+    waits the given seconds, or until the schedule is over."""
     if fault.what == "kill":
         _send(fault.pids[:1], signal.SIGKILL)
         return
@@ -218,7 +217,7 @@ def _send(pids: Sequence[int], sign: signal.Signals) -> None:
 
 
 def pick(names: Sequence[str], weights: Sequence[str], rng: random.Random) -> tuple[str, str] | None:
-    """What to break next: one of `weights` (such as kill:decode or freeze:prefill), and a process of that group."""
+    """Choose the next fault: one of `weights` (such as kill:decode or freeze:prefill) and a process of its group."""
     choices = [
         (what, name) for what, _, group in (word.partition(":") for word in weights)
         for name in names if name == group or name.rpartition("-")[0] == group

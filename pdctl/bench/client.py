@@ -1,5 +1,5 @@
-"""Sends requests and writes down when what came. One process, one event loop; it measures its own delay as well, so
-that nobody takes a slow client for a slow service."""
+"""Send requests and record the times of their answers. One process, one event loop. It also measures its own delay, so
+that a slow client is not mistaken for a slow service."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to ask, and how. `headers`: ready-made lines; `certificate`: a service's own, to be trusted under any name
-    ("" for the system's authorities); `chat`: ask for chats instead of completions."""
+    """Where and how to send requests. `headers`: complete header lines; `certificate`: a service's own certificate,
+    trusted under any host name ("" for the system's CAs); `chat`: send chat requests instead of completions."""
 
     url: str
     model: str = ""
@@ -61,16 +61,16 @@ class Endpoint:
     chat: bool = False
 
     def pool(self) -> ConnectionPool:
-        """Connections to it. Raises PdctlError for an address that is none."""
+        """A connection pool to the endpoint. Raises PdctlError for a malformed URL."""
         try:
             parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
             host, port, path = parts.hostname, parts.port, parts.path.strip("/")
         except ValueError:
             host, port, path = None, None, ""
-        # Other clients want the version at the end of an address; it is in our paths.
+        # Other clients expect /v1 at the end of the URL; here it is part of the paths.
         if host is None or parts.scheme not in ("http", "https") or path not in ("", "v1"):
             hint = "such as http://127.0.0.1:8000 or https://example.org/v1"
-            raise PdctlError(f"{self.url!r} is no address of a service", hint)
+            raise PdctlError(f"{self.url!r} is not the URL of a service", hint)
         tls = self._tls() if parts.scheme == "https" else None
         return ConnectionPool(host, port or (443 if tls else 80), connect_s=_CONNECT_S, tls=tls)
 
@@ -82,7 +82,7 @@ class Endpoint:
         return context
 
     def body(self, request: Asked) -> dict[str, object]:
-        """The request as this endpoint takes it. Raises PdctlError for token ids where text is needed."""
+        """The request body for this endpoint. Raises PdctlError for token ids if text is needed."""
         common = {
             "model": self.model, "max_tokens": request.max_tokens, "stream": True,
             "stream_options": {"include_usage": True}, "temperature": 0.0, **self.fields,
@@ -90,32 +90,34 @@ class Endpoint:
         if not self.chat:
             return {**common, "prompt": request.prompt}
         if not isinstance(request.prompt, str):
-            raise PdctlError("chats are made of text, and the workload has token ids", "leave --chat out, or send text")
+            raise PdctlError(
+                "--chat needs text, but the workload has token ids", "leave out --chat, or use a workload of text"
+            )
         return {**common, "messages": [{"role": "user", "content": request.prompt}]}
 
     @property
     def path(self) -> str:
-        """Where requests go."""
+        """The path of requests."""
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
 
 @dataclass(slots=True)
 class Headroom:
-    """What the client itself needed: `cpu` of a core; `delays` of its own event loop, seconds."""
+    """Resource use of the client itself: `cpu` as a fraction of a core; `delays` of its event loop in seconds."""
 
     cpu: float = 0.0
     delays: list[float] = field(default_factory=list)
 
     @property
     def delay_p99(self) -> float:
-        """Of a hundred wake-ups the slowest one's delay."""
+        """99th percentile of the event loop's delays."""
         ordered = sorted(self.delays)
         return ordered[int(0.99 * len(ordered))] if ordered else 0.0
 
 
 @dataclass(slots=True)
 class Run:
-    """All records, in order of the workload; those that were never sent are missing."""
+    """All records in the order of the workload. Requests that were never sent are missing."""
 
     records: list[Record] = field(default_factory=list)
     started_at: float = 0.0
@@ -126,14 +128,14 @@ class Run:
 
 
 async def tokenized(endpoint: Endpoint, text: str) -> list[int]:
-    """Token ids of a text, by the service; none where it does not tokenize. Raises PdctlError where nobody answers."""
+    """The service's token ids of a text; empty if it does not tokenize. Raises PdctlError if it cannot be reached."""
     pool = endpoint.pool()
     body = msgspec.json.encode({"model": endpoint.model, "prompt": text})
     try:
         answer = await pool.request("POST", "/tokenize", _head(endpoint), body, timeout_s=_TOKENIZE_S)
         found = msgspec.json.decode(answer.body, type=dict[str, object]) if answer.status == 200 else {}
     except Unreachable as failure:
-        raise PdctlError(f"nobody answers at {endpoint.url}: {failure}", "start a service with: pdctl up") from None
+        raise PdctlError(f"cannot reach {endpoint.url}: {failure}", "start a service with: pdctl up") from None
     except msgspec.DecodeError:
         found = {}
     finally:
@@ -143,7 +145,7 @@ async def tokenized(endpoint: Endpoint, text: str) -> list[int]:
 
 
 async def models(endpoint: Endpoint) -> list[str]:
-    """Names of the models it serves. Raises PdctlError."""
+    """Names of the models that the service lists. Raises PdctlError."""
     pool = endpoint.pool()
     try:
         answer = await pool.request("GET", "/v1/models", endpoint.headers, timeout_s=_TOKENIZE_S)
@@ -151,23 +153,23 @@ async def models(endpoint: Endpoint) -> list[str]:
         data = found.get("data")
         names = [str(card["id"]) for card in data] if isinstance(data, list) else []
     except Unreachable as failure:
-        raise PdctlError(f"nobody answers at {endpoint.url}: {failure}", "start a service with: pdctl up") from None
+        raise PdctlError(f"cannot reach {endpoint.url}: {failure}", "start a service with: pdctl up") from None
     except (msgspec.DecodeError, KeyError, TypeError):
         names = []
     finally:
         pool.close()
     if not names:
-        raise PdctlError(f"{endpoint.url} lists no model at /v1/models", "name the model with --model")
+        raise PdctlError(f"{endpoint.url} lists no model at /v1/models", "set the model with --model")
     return names
 
 
 async def drive(
     endpoint: Endpoint, asked: list[Asked], times: list[float], most_at_once: int, progress: Callable[[Run], None]
 ) -> Run:
-    """Send each request at its time (seconds from now), `most_at_once` together at most (0: no limit), and wait for
+    """Send each request at its time (seconds from now), at most `most_at_once` concurrently (0: no limit), and wait for
     all.
 
-    Cancelled, it ends what runs and gives what there is, marked as interrupted.
+    If cancelled, it ends the running requests and returns the records so far, marked as interrupted.
     """
     run, pool = Run(started_at=time.monotonic()), endpoint.pool()
     seats = asyncio.Semaphore(most_at_once) if most_at_once else None
@@ -192,7 +194,7 @@ async def drive(
                 await asyncio.sleep(wait)
             if seats is not None:
                 await seats.acquire()
-                # A seat that was waited for is the service's delay, not this client's.
+                # Waiting for the concurrency limit is the service's delay, not the client's.
                 planned = max(planned, time.monotonic())
             record = Record(planned_at=planned)
             run.records.append(record)
@@ -217,7 +219,7 @@ async def drive(
 
 
 async def _watch(run: Run, progress: Callable[[Run], None]) -> None:
-    """How late this loop wakes up, and something to look at meanwhile."""
+    """Measure how late this event loop wakes up, and show progress."""
     shown_at = time.monotonic()
     while True:
         before = time.monotonic()
@@ -234,7 +236,7 @@ def _head(endpoint: Endpoint) -> bytes:
 
 
 async def ask_once(endpoint: Endpoint, pool: ConnectionPool, request: Asked) -> Record:
-    """One request, now."""
+    """Send one request now."""
     record = Record(planned_at=time.monotonic())
     await _ask(endpoint, pool, request, record)
     return record
@@ -251,7 +253,7 @@ async def _ask(endpoint: Endpoint, pool: ConnectionPool, request: Asked, record:
     except Unreachable as failure:
         record.error = str(failure)
     except TimeoutError:
-        record.error = f"no whole answer in {endpoint.timeout_s:g} s"
+        record.error = f"no complete answer within {endpoint.timeout_s:g} s"
     except asyncio.CancelledError:
         record.error = "interrupted"
         raise
@@ -270,15 +272,15 @@ async def _read(exchange: Exchange, record: Record) -> None:
     record.is_truncated = not reader.is_done and not record.error
     record.text = "".join(reader.texts)
     if not record.first_at and not record.error and not record.is_truncated:
-        record.error = "an answer without a token"
+        record.error = "the answer had no token"
     record.has_usage = reader.has_usage
     if not reader.has_usage and record.first_at:
-        # As many as there were events: less than the truth where one brings several.
+        # One token per event: too few if an event carries several.
         record.output_tokens = len(record.gaps) + 1
 
 
 class _Reader:
-    """Events of one stream, as they come."""
+    """Parses the events of one stream as they arrive."""
 
     def __init__(self, record: Record) -> None:
         self.is_done = False
@@ -289,10 +291,10 @@ class _Reader:
         self._last_at = 0.0
 
     def take(self, data: bytes, now: float) -> None:
-        """A read; what it has of a next event is kept."""
+        """Take the data of one read. An incomplete event at its end is kept for the next read."""
         whole = self._rest + data
         if b"\r" in whole:
-            # Half a line end may be at the end: it stays for the next read.
+            # A \r at the end may be half a line end: it stays for the next read.
             whole = whole.replace(b"\r\n", b"\n")
         *events, self._rest = whole.split(_END)
         for event in events:
@@ -311,16 +313,16 @@ class _Reader:
         try:
             event = _decode(payload)
         except msgspec.DecodeError as failure:
-            record.error = f"an event that is none: {failure}"
+            record.error = f"malformed event: {failure}"
             return
         if event.error is not None:
-            record.error = f"in mid-stream: {event.error}"[:300]
+            record.error = f"error in the stream: {event.error}"[:300]
         if event.usage is not None:
             self.has_usage = True
             record.input_tokens, record.output_tokens = event.usage.prompt_tokens, event.usage.completion_tokens
         if event.choices:
             self.texts.append(event.choices[0].text or str(event.choices[0].delta.get("content") or ""))
-            # As vLLM's tool has it: the first event with a choice is the first token, whatever it says.
+            # As in vLLM's tool: the first event with a choice counts as the first token, even with empty text.
             if record.first_at:
                 record.gaps.append(now - self._last_at)
             else:
@@ -329,7 +331,7 @@ class _Reader:
 
 
 def timing_parts(said: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds, and engines, by name, of `name;dur=MILLISECONDS;desc=ENGINE` with commas; anything else is left out."""
+    """Seconds and engines by name, parsed from `name;dur=MILLISECONDS;desc=ENGINE, ...`. The rest is ignored."""
     seconds, engines = {}, {}
     for part in said.split(","):
         name, *told = part.strip().split(";")

@@ -1,6 +1,6 @@
-"""Two results side by side: ratios with bootstrap intervals, from the samples that each file keeps.
+"""Compare two results: ratios with bootstrap intervals, from the samples in each file.
 
-Whole requests are resampled, not single gaps: those of one answer are much alike, and would make intervals too narrow
+Requests are resampled, not single gaps: the gaps of one answer are correlated, and would make the intervals too narrow
 (cluster bootstrap; Davison and Hinkley, 1997, section 3.8).
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pdctl.bench.metrics import Measurements, Targets, half_width
+from pdctl.bench.measurements import Measurements, Targets, half_width
 from pdctl.errors import PdctlError
 from pdctl.user_files import read_user_text
 
-# Of samples: (title, metric, percentile).
+# Percentiles to compare: (title, metric, percentile).
 _FIGURES = (
     ("TTFT p50", "ttft", 50), ("TTFT p99", "ttft", 99), ("TPOT p50", "tpot", 50), ("TPOT p99", "tpot", 99),
     ("ITL p50", "itl", 50), ("ITL p99", "itl", 99), ("E2E p50", "e2el", 50), ("E2E p99", "e2el", 99),
@@ -27,13 +27,13 @@ _RATES = ("request_throughput", "request_goodput", "output_throughput")
 _RESAMPLED = 400
 _MOST_LOG = 20.0
 
-# Of each request, its values of one metric.
+# For each request, its values of one metric.
 Clusters = list[list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """`first` over `second`; low and high are its 95% interval, None where one run each cannot give one.
+    """`first` over `second`. `low` and `high`: the 95% interval, None if a single run each cannot give one.
     `more_is_better`: a rate, not a time."""
 
     name: str
@@ -46,51 +46,51 @@ class Ratio:
 
     @property
     def is_shown(self) -> bool:
-        """Whether the interval leaves 1 out."""
+        """Whether the interval excludes 1."""
         return self.low is not None and self.high is not None and not self.low <= 1.0 <= self.high
 
     @property
     def interval(self) -> str:
-        """As people read it."""
+        """The interval as text."""
         return "-" if self.low is None or self.high is None else f"{self.low:.3f} to {self.high:.3f}"
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The verdict as text."""
         if self.low is None:
-            return "one run each: not known"
+            return "unknown: only one run each"
         if not self.is_shown:
             return "no difference shown"
         return f"first is {'lower' if self.ratio < 1 else 'higher'}: {'better' if self.is_better else 'worse'}"
 
     @property
     def is_better(self) -> bool:
-        """Whether the first one is, if there is a difference at all."""
+        """Whether the first is better, if there is a difference."""
         return (self.ratio > 1) is self.more_is_better
 
 
 def read(path: Path) -> Measurements:
-    """A result file, ours or one of vLLM's `bench serve --save-detailed`. Raises PdctlError."""
+    """Read a result file, from pdctl or from vLLM's `bench serve --save-detailed`. Raises PdctlError."""
     try:
         found = json.loads(read_user_text(path))
     except OSError as failure:
         raise PdctlError(f"{path} cannot be read: {failure.strerror}") from None
     except ValueError as failure:
-        raise PdctlError(f"{path} is no JSON: {failure}", "a result of: pdctl bench serve --out FILE") from None
+        raise PdctlError(f"{path} is not JSON: {failure}", "use a result of: pdctl bench serve --out FILE") from None
     if not isinstance(found, dict) or not {"ttfts", "itls", "output_lens"} <= set(found):
-        hint = "a result of: pdctl bench serve --out FILE, or vllm bench serve --save-result --save-detailed"
-        raise PdctlError(f"{path} holds no samples (ttfts, itls, output_lens)", hint)
+        hint = "use a result of: pdctl bench serve --out FILE, or vllm bench serve --save-result --save-detailed"
+        raise PdctlError(f"{path} contains no samples (ttfts, itls, output_lens)", hint)
     if reason := _misshapen(found):
-        raise PdctlError(f"{path} is no result that can be read: {reason}", "was it edited, or cut off in writing?")
+        raise PdctlError(f"{path} is not a valid result: {reason}", "check whether it was edited or truncated")
     return found
 
 
 def _misshapen(found: Measurements) -> str:
-    """Why samples cannot be those of one run; "" where they can."""
+    """Why the samples cannot belong to one run; "" if they can."""
     names = [name for name in ("ttfts", "itls", "output_lens", "errors") if name in found]
     lists = {name: _rows(found, name) for name in names}
     if len({len(values) for values in lists.values()}) > 1:
-        return f"{', '.join(names)} are not of one length"
+        return f"{', '.join(names)} have different lengths"
     for name in ("ttfts", "output_lens"):
         if not all(isinstance(value, int | float) for value in lists[name]):
             return f"{name} are not all numbers"
@@ -100,7 +100,7 @@ def _misshapen(found: Measurements) -> str:
 
 
 def with_goodput(measurements: Measurements, targets: Targets) -> Measurements:
-    """The same with goodput by these targets, from its samples and its duration."""
+    """The result with goodput for these targets, computed from its samples and its duration."""
     ttfts, itls, outputs = (_rows(measurements, name) for name in ("ttfts", "itls", "output_lens"))
     errors = _rows(measurements, "errors") or [""] * len(ttfts)
     met: list[int] = []
@@ -118,7 +118,7 @@ def with_goodput(measurements: Measurements, targets: Targets) -> Measurements:
 
 
 def samples(measurements: Measurements) -> dict[str, Clusters]:
-    """Milliseconds of each metric, by request, of answers without an error."""
+    """Samples of each metric in milliseconds, by request, of answers without an error."""
     ttfts, itls, outputs = (_rows(measurements, name) for name in ("ttfts", "itls", "output_lens"))
     errors = _rows(measurements, "errors") or [""] * len(ttfts)
     good = [n for n in range(len(ttfts)) if not errors[n] and outputs[n]]
@@ -130,13 +130,13 @@ def samples(measurements: Measurements) -> dict[str, Clusters]:
     }
 
 
-def _rows(measurements: Measurements, name: str) -> list:  # type: ignore[type-arg]  # of what the file holds
+def _rows(measurements: Measurements, name: str) -> list:  # type: ignore[type-arg]  # any JSON values from the file
     value = measurements.get(name)
     return value if isinstance(value, list) else []
 
 
 def compare(first: Measurements, second: Measurements) -> list[Ratio]:
-    """Every figure that both have. Rates have an interval where both were repeated."""
+    """Ratios of every measurement that both have. Rates have an interval if both were repeated."""
     ours, theirs = samples(first), samples(second)
     found = []
     for metric in ("ttft", "tpot", "itl", "e2el"):
@@ -161,8 +161,8 @@ def compare(first: Measurements, second: Measurements) -> list[Ratio]:
 
 
 def _of_met(first: Measurements, second: Measurements, ratio: float) -> tuple[float, float] | None:
-    """Of goodput, by drawing requests again, each of which met its targets or did not. That tells nothing of how long
-    runs take: the interval reaches to where both had taken as long."""
+    """The interval of goodput, from resampled requests that each met their targets or not. Resampling says nothing
+    about the runs' durations, so the interval is extended to cover equal durations."""
     ours, theirs = (_listed_met(measurements) for measurements in (first, second))
     if not ours or not theirs or not sum(ours) or not sum(theirs):
         return None
@@ -185,20 +185,20 @@ def _listed_met(measurements: Measurements) -> list[int]:
 
 
 def _widened(ratio: Ratio, rounds: tuple[float, float] | None) -> Ratio:
-    """Requests of one start share its luck: where rounds differ by more than their requests, that is what counts."""
+    """Widen the interval to that of the rounds: requests of one round are correlated."""
     if rounds is None or ratio.low is None or ratio.high is None:
         return ratio
     return replace(ratio, low=min(ratio.low, rounds[0]), high=max(ratio.high, rounds[1]))
 
 
 def _over_rounds(first: Measurements, second: Measurements, name: str, least: int = 2) -> tuple[float, float] | None:
-    """Of the rounds' ratios, whose logarithms are taken for normal (Student's t); None for fewer than `least`."""
+    """The interval of the rounds' ratios, from Student's t of their logarithms; None for fewer than `least` rounds."""
     ours, theirs = (_of_rounds(measurements, name) for measurements in (first, second))
     if len(ours) != len(theirs) or len(ours) < least or not all(ours) or not all(theirs):
         return None
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
     middle, half = statistics.fmean(logs), half_width(logs)
-    # Two rounds that are alike by chance tell little; what exp() can hold is wide enough.
+    # Two rounds can give a huge interval; limit it to what exp() can represent.
     return math.exp(max(-_MOST_LOG, middle - half)), math.exp(min(_MOST_LOG, middle + half))
 
 
@@ -228,7 +228,7 @@ def _ratios(ours: Clusters, theirs: Clusters, parts: list[tuple[str, int]]) -> l
 
 
 class Resampled:
-    """Percentiles of values that come in clusters, as they are and with clusters drawn again. Sorted once."""
+    """Percentiles of clustered values, as they are and with resampled clusters. The values are sorted once."""
 
     def __init__(self, clusters: Sequence[Sequence[float]]) -> None:
         ordered = sorted((value, owner) for owner, values in enumerate(clusters) for value in values)
@@ -237,23 +237,23 @@ class Resampled:
         self._sizes = [len(values) for values in clusters]
 
     def percentile(self, part: float) -> float:
-        """Of the values as they are; 0 for none."""
-        from pdctl.bench.metrics import percentile
+        """A percentile of the original values; 0 if there are none."""
+        from pdctl.bench.measurements import percentile
 
         return percentile(self._values, part)
 
     def draw(self, rng: random.Random, parts: Sequence[int]) -> list[float]:
-        """Percentiles, ascending, of as many clusters as there are, drawn with replacement."""
+        """Percentiles (ascending) of a resample: the same number of clusters, drawn with replacement."""
         count = len(self._sizes)
         weights = [0] * count
         for owner in rng.choices(range(count), k=count):
             weights[owner] += 1
         total = sum(weight * size for weight, size in zip(weights, self._sizes, strict=True))
         found: list[float] = []
-        seen, wanted = 0, [part / 100 * total for part in parts]
+        observed, wanted = 0, [part / 100 * total for part in parts]
         for value, owner in zip(self._values, self._owners, strict=True):
-            seen += weights[owner]
-            while len(found) < len(wanted) and seen >= wanted[len(found)] and seen:
+            observed += weights[owner]
+            while len(found) < len(wanted) and observed >= wanted[len(found)] and observed:
                 found.append(value)
             if len(found) == len(wanted):
                 break

@@ -1,8 +1,8 @@
-"""The latency model of a service: how long a prefill takes by its length, a decode step by its batch and contexts.
+"""The latency model of a service: prefill time by prompt length, decode step time by batch size and context lengths.
 
 Prefill: a + b*l + c*l^2. Decode: a + b*(sum of contexts) + c*batch (DistServe's simulator; Zhong et al., OSDI 2024).
-Fitted by least squares of the *relative* error, which is what counts when steps differ by an order of magnitude, with
-no coefficient below zero. Its error is told on measurements that were held out.
+Fitted by least squares of the *relative* error, because steps differ by orders of magnitude, with non-negative
+coefficients. Its error is measured on held-out points.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
-from pdctl.bench.metrics import percentile
+from pdctl.bench.measurements import percentile
 
 _HELD_OUT = 0.4
 PREFILL, DECODE = "prefill", "decode"
@@ -23,7 +23,7 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measurement: prompt tokens, or the sum of contexts and the batch; seconds that it took."""
+    """One measurement: prompt tokens, or the sum of contexts and the batch size, and the seconds it took."""
 
     kind: str
     tokens: float
@@ -32,15 +32,15 @@ class Point:
 
     @property
     def row(self) -> tuple[float, float, float]:
-        """What its kind's coefficients are multiplied with."""
+        """The factors of the coefficients."""
         last = self.tokens * self.tokens if self.kind == PREFILL else float(self.batch)
         return (1.0, self.tokens, last)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Coefficients of one kind, and what it is worth: mean and 90th percentile of the relative error on points that
-    were not fitted; `points`: fitted and held out."""
+    """The coefficients for one kind of step, with the mean and 90th percentile of the relative error on held-out
+    points; `points`: numbers of fitted and held-out points."""
 
     coefficients: tuple[float, float, float]
     error: float
@@ -48,13 +48,13 @@ class Line:
     points: tuple[int, int]
 
     def seconds(self, row: Sequence[float]) -> float:
-        """Predicted."""
+        """The predicted seconds."""
         return sum(a * x for a, x in zip(self.coefficients, row, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Both lines of one service. `longest`: tokens of the longest prompt that was measured; `widest`: the batch."""
+    """Both lines of one service. `longest`: tokens of the longest measured prompt; `widest`: the largest batch."""
 
     model: str
     date: str
@@ -64,18 +64,18 @@ class Profile:
     widest: int
 
     def ttft_s(self, tokens: int) -> float:
-        """Of a prompt, on an idle service."""
+        """Predicted TTFT of a prompt on an idle service."""
         return self.prefill.seconds(Point(PREFILL, tokens, 1, 0.0).row)
 
     def tpot_s(self, batch: int, context: int) -> float:
-        """With `batch` streams of `context` tokens each."""
+        """Predicted TPOT with `batch` streams of `context` tokens each."""
         return self.decode.seconds(Point(DECODE, batch * context, batch, 0.0).row)
 
 
 def fit(points: Sequence[Point], seed: int = 0) -> Line:
-    """A line through some of them, judged by the rest. Raises ValueError for fewer points than it needs."""
+    """Fit a line to some of the points and measure its error on the rest. Raises ValueError for too few points."""
     if len(points) < 8:
-        raise ValueError(f"{len(points)} measurements are too few for a line")
+        raise ValueError(f"{len(points)} measurements are too few to fit a line")
     mixed = list(points)
     random.Random(seed).shuffle(mixed)  # noqa: S311 - which are held out
     cut = round(len(mixed) * (1 - _HELD_OUT))
@@ -86,11 +86,11 @@ def fit(points: Sequence[Point], seed: int = 0) -> Line:
 
 
 def _coefficients(points: Sequence[Point]) -> tuple[float, float, float]:
-    """Of all choices of columns whose coefficients are not negative, that of the least error: with three columns all
-    can be tried."""
+    """Non-negative least squares: of all subsets of the three columns with non-negative coefficients, the one with the
+    least error."""
     best, least = (0.0, 0.0, 0.0), float(len(points)) + 1.0
     for columns in (c for size in (1, 2, 3) for c in combinations(range(3), size)):
-        # Divided by what was measured, each row wants 1.
+        # Divided by the measured time, the target of each row is 1.
         rows = [[point.row[column] / point.seconds for column in columns] for point in points]
         found = _least_squares(rows)
         error = sum((sum(x * value for x, value in zip(found, row, strict=True)) - 1) ** 2 for row in rows)
@@ -101,7 +101,7 @@ def _coefficients(points: Sequence[Point]) -> tuple[float, float, float]:
 
 
 def _least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
-    """x of the least |rows x - 1|, by the normal equations, columns scaled first; 0 for a column without any say."""
+    """The x that minimizes |rows x - 1|, by the normal equations with scaled columns; 0 for a redundant column."""
     size = len(rows[0])
     scale = [max(abs(row[column]) for row in rows) or 1.0 for column in range(size)]
     scaled = [[value / scale[column] for column, value in enumerate(row)] for row in rows]
@@ -125,12 +125,12 @@ def _least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
 
 
 def path_of(state_root: Path, service: str) -> Path:
-    """Where a service's profile is kept."""
+    """The path of a service's profile."""
     return state_root / service / "profile.json"
 
 
 def save(path: Path, profile: Profile) -> None:
-    """Raises OSError."""
+    """Write a profile atomically. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps({"schema": 1, **asdict(profile)}, indent=2))
@@ -138,7 +138,7 @@ def save(path: Path, profile: Profile) -> None:
 
 
 def load(path: Path) -> Profile | None:
-    """None where there is none, or none that can be read."""
+    """Read a profile; None if it is missing or unreadable."""
     try:
         found = json.loads(path.read_text())
         return Profile(

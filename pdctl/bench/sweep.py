@@ -1,18 +1,18 @@
-"""Looks for the highest rate at which enough answers still meet their targets: doubles until they do not, then tries
-the geometric middle between the best rate that held and the lowest that did not. Pure: rates out, attainments in."""
+"""Search for the highest rate at which enough requests meet their targets. It doubles the rate until too few do, then
+bisects (geometrically) between the highest good and the lowest bad rate. Pure: rates out, attainments in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# The search ends when what held and what did not are this near.
+# The search ends when the lowest bad rate is within this factor of the highest good one.
 _NEAR = 1.1
 _MOST_STEPS = 16
 
 
 @dataclass(slots=True)
 class Search:
-    """`wanted`: the part of what was asked that must meet its targets. `tried`: (rate, attainment), in order."""
+    """`wanted`: the fraction of requests that must meet their targets. `tried`: (rate, attainment), in order."""
 
     first: float
     wanted: float = 0.9
@@ -20,16 +20,16 @@ class Search:
 
     @property
     def held(self) -> float:
-        """The highest rate that held; 0 where none did."""
+        """The highest good rate; 0 if there is none."""
         return max((rate for rate, part in self.tried if part >= self.wanted), default=0.0)
 
     @property
     def broke(self) -> float | None:
-        """The lowest rate above it that did not."""
+        """The lowest bad rate above `held`; None if there is none."""
         return min((rate for rate, part in self.tried if part < self.wanted and rate > self.held), default=None)
 
     def next(self) -> float | None:
-        """The rate to try now; None when the answer is known well enough."""
+        """The next rate to try; None when the search is done."""
         if len(self.tried) >= _MOST_STEPS:
             return None
         if not self.tried:

@@ -1,5 +1,5 @@
-"""Public request traces: Azure's (CSV: time, input and output tokens) and Mooncake's (JSON lines, with the hashes of
-the 512-token blocks of each prompt, so that prompts which shared a beginning share it again)."""
+"""Public request traces: Azure (CSV: time, input and output tokens) and Mooncake (JSON lines, with the hashes of each
+prompt's 512-token blocks, so that prompts with a common prefix get a common prefix again)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """`speed`: so many times as fast; `length`: tokens are so many times as many; `count`: requests at most, 0 for all;
-    `skip`: requests left out at the beginning; `longest`: tokens of a prompt and its answer at most, 0 for no limit."""
+    """How to scale a trace. `speed`: replay speed (2 = twice as fast); `length`: factor for all lengths; `count`:
+    maximum number of requests, 0 for all; `skip`: requests to skip at the start; `longest`: limit of prompt plus answer
+    tokens, 0 for none."""
 
     speed: float = 1.0
     length: float = 1.0
@@ -38,7 +39,7 @@ class _Row:
 
 
 def read_trace(path: Path, scale: Scale, words: Vocabulary, seed: int) -> list[Asked]:
-    """By what the file is. Raises PdctlError that names broken lines."""
+    """Read a trace; the format is detected from the content. Raises PdctlError that lists malformed lines."""
     lines = read_lines(path)
     rows = _mooncake(path, lines) if lines and lines[0].lstrip().startswith("{") else _azure(path, lines)
     chosen = rows[scale.skip :][: scale.count or None]
@@ -60,7 +61,7 @@ def _asked(row: _Row, start: float, scale: Scale, words: Vocabulary, rng: random
 
 
 def _of_blocks(row: _Row, inputs: int, scale: Scale, words: Vocabulary) -> list[int] | str:
-    """Each hash stands for the same tokens wherever it comes."""
+    """Build a prompt from its blocks: the same hash always gives the same tokens."""
     size = max(1, round(_MOONCAKE_BLOCK * scale.length))
     prompt: list[int] | str | None = None
     left = inputs
@@ -81,12 +82,12 @@ def _azure(path: Path, lines: list[str]) -> list[_Row]:
             continue
         try:
             when, inputs, outputs = fields
-            # Seven digits of a second, where Python reads six.
+            # Azure writes seven decimals of a second; Python reads six.
             at = datetime.fromisoformat(when[:26]).timestamp()
             found.append(_row(at, int(inputs), int(outputs)))
         except ValueError:
             broken.append(number)
-    refuse_broken(path, broken, f"each line is {','.join(_AZURE)}, or a JSON object of Mooncake's")
+    refuse_broken(path, broken, f"each line must be {','.join(_AZURE)}, or a JSON object as in Mooncake traces")
     return found
 
 
@@ -101,7 +102,7 @@ def _mooncake(path: Path, lines: list[str]) -> list[_Row]:
             )
         except (ValueError, KeyError, TypeError):
             broken.append(number)
-    hint = 'each line is such as {"timestamp": 0, "input_length": 9, "output_length": 5, "hash_ids": [0]}'
+    hint = 'each line must be like {"timestamp": 0, "input_length": 9, "output_length": 5, "hash_ids": [0]}'
     refuse_broken(path, broken, hint)
     return found
 

@@ -1,5 +1,5 @@
-"""What is asked: synthetic lengths, shared prefixes, prompts from a file. Prompts are token ids wherever the service
-tokenizes for us, so that lengths are exact."""
+"""Workloads: synthetic prompts, shared prefixes, prompts from a file. If the service can tokenize, prompts are token
+ids, so that their lengths are exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pdctl.bench import Asked
 from pdctl.errors import PdctlError
 from pdctl.user_files import read_user_text
 
-# Words that every tokenizer knows; which they are does not matter.
+# Words that are likely single tokens; which ones does not matter.
 _WORDS = [
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state",
     "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week", "company", "system",
@@ -27,44 +27,44 @@ _LENGTHS = re.compile(
 )
 _LONGEST = 1_048_576
 
-# A length drawn.
+# Draws a length.
 Lengths = Callable[[random.Random], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Token ids that a prompt may be made of; none where the service does not tokenize, and prompts are words."""
+    """Token ids to make prompts of. Empty if the service does not tokenize; then prompts are made of words."""
 
     ids: tuple[int, ...] = ()
 
     def prompt(self, length: int, rng: random.Random) -> list[int] | str:
-        """One of `length` tokens; of about so many where it must be words."""
+        """A prompt of `length` tokens, or of `length` words if there are no token ids."""
         if self.ids:
             return rng.choices(self.ids, k=length)
         return " ".join(rng.choices(_WORDS, k=length))
 
 
 def sentence(words: int = 400) -> str:
-    """A text to be tokenized, for a vocabulary."""
+    """A text that the service tokenizes to get a vocabulary."""
     return " ".join(_WORDS[number % len(_WORDS)] for number in range(words))
 
 
 def lengths(text: str, option: str) -> Lengths:
-    """`512`, `100-900` (evenly), `normal:500:100` or `lognormal:500:0.8` (median, sigma). Raises PdctlError."""
+    """Parse `512`, `100-900` (uniform), `normal:500:100` or `lognormal:500:0.8` (median, sigma). Raises PdctlError."""
     found = _LENGTHS.fullmatch(text.strip())
     hint = "such as 512, 100-900, normal:500:100 or lognormal:500:0.8"
     if found is None:
-        raise PdctlError(f"{option} {text!r} is no length", hint)
+        raise PdctlError(f"{option} {text!r} is not a length", hint)
     if found["kind"]:
         mean, spread = int(found["mean"]), float(found["spread"])
         if not mean:
-            raise PdctlError(f"{option} {text!r}: lengths are at least 1", hint)
+            raise PdctlError(f"{option} {text!r}: lengths must be at least 1", hint)
         if found["kind"] == "normal":
             return lambda rng: _within(rng.gauss(mean, spread))
         return lambda rng: _within(mean * rng.lognormvariate(0.0, spread))
     low, high = int(found["low"]), int(found["high"] or found["low"])
     if not 0 < low <= high <= _LONGEST:
-        raise PdctlError(f"{option} {text!r}: lengths go from 1 to {_LONGEST}, the lower one first", hint)
+        raise PdctlError(f"{option} {text!r}: lengths must be from 1 to {_LONGEST}, the lower one first", hint)
     return lambda rng: rng.randint(low, high)
 
 
@@ -73,30 +73,29 @@ def _within(value: float) -> int:
 
 
 def synthetic(count: int, inputs: Lengths, outputs: Lengths, words: Vocabulary, rng: random.Random) -> list[Asked]:
-    """Independent prompts."""
+    """Requests with independent prompts."""
     return [Asked(words.prompt(inputs(rng), rng), outputs(rng)) for _ in range(count)]
 
 
 def shared_prefix(
     count: int, prefixes: int, prefix: int, inputs: Lengths, outputs: Lengths, words: Vocabulary, rng: random.Random
 ) -> list[Asked]:
-    """Prompts that begin with one of `prefixes` common texts of `prefix` tokens."""
+    """Requests that begin with one of `prefixes` common prefixes of `prefix` tokens each."""
     common = [words.prompt(prefix, rng) for _ in range(prefixes)]
     return [Asked(joined(rng.choice(common), words.prompt(inputs(rng), rng)), outputs(rng)) for _ in range(count)]
 
 
 def joined(first: list[int] | str, second: list[int] | str) -> list[int] | str:
-    """Two pieces of one kind."""
+    """Join two prompts of the same type."""
     if isinstance(first, list) and isinstance(second, list):
         return first + second
     return f"{first} {second}"
 
 
 def from_file(path: Path, outputs: Lengths, rng: random.Random) -> list[Asked]:
-    """JSON lines with `prompt` (text or token ids), and `max_tokens` or `output_tokens` where they have one of their
-    own.
+    """Read JSON lines with `prompt` (text or token ids) and, optionally, `max_tokens` or `output_tokens`.
 
-    Raises PdctlError that names the first lines which are none."""
+    Raises PdctlError that lists the first malformed lines."""
     found, broken = [], []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
@@ -110,12 +109,12 @@ def from_file(path: Path, outputs: Lengths, rng: random.Random) -> list[Asked]:
             found.append(Asked(prompt, int(most) if most is not None else outputs(rng)))
         except (ValueError, KeyError, TypeError, AttributeError):
             broken.append(number)
-    refuse_broken(path, broken, 'each line is such as {"prompt": "Once upon a time", "max_tokens": 32}')
+    refuse_broken(path, broken, 'each line must be like {"prompt": "Once upon a time", "max_tokens": 32}')
     return found
 
 
 def read_lines(path: Path) -> list[str]:
-    """Raises PdctlError."""
+    """The lines of a file. Raises PdctlError."""
     try:
         return read_user_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as failure:
@@ -123,7 +122,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def refuse_broken(path: Path, broken: list[int], hint: str) -> None:
-    """Raises PdctlError where there are broken lines."""
+    """Raise PdctlError if there are malformed lines."""
     if broken:
         shown = ", ".join(map(str, broken[:5])) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
-        raise PdctlError(f"{path}: broken in line{'s' if len(broken) > 1 else ''} {shown}", hint)
+        raise PdctlError(f"{path}: malformed line{'s' if len(broken) > 1 else ''} {shown}", hint)

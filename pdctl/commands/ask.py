@@ -1,4 +1,4 @@
-"""`pdctl ask`: one prompt through the proxy, its answer streamed to stdout."""
+"""`pdctl ask`: send one prompt through the proxy and stream the answer to stdout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, ServiceOption, call, find_service
+from pdctl.commands.common import FileOption, ServiceOption, control, find_service
 from pdctl.errors import PdctlError
 
 if TYPE_CHECKING:
@@ -21,21 +21,21 @@ _TIMEOUT_S = 600
 
 
 def ask(
-    prompt: str = typer.Argument(..., help="The text to complete."),
-    max_tokens: int = typer.Option(64, "--max-tokens", min=1, help="Tokens at most."),
-    temperature: float = typer.Option(0.0, "--temperature", min=0.0, help="0 is greedy."),
+    prompt: str = typer.Argument(..., help="Text to complete."),
+    max_tokens: int = typer.Option(64, "--max-tokens", min=1, help="Maximum number of tokens to generate."),
+    temperature: float = typer.Option(0.0, "--temperature", min=0.0, help="Sampling temperature; 0 is greedy."),
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
     api_key: str | None = typer.Option(
-        None, envvar="PDCTL_API_KEY", help="For a service with API keys.", show_envvar=True
+        None, envvar="PDCTL_API_KEY", help="API key, if the service requires one.", show_envvar=True
     ),
 ) -> None:
-    """Complete a text through the proxy."""
+    """Complete a text through the proxy and print the answer as it arrives."""
     import httpx
 
-    status = call(find_service(service, file), "GET", "/v1/status")
+    status = control(find_service(service, file)).status()
     body = {
-        "model": status["served_model_name"],
+        "model": status.served_model_name,
         "prompt": prompt,
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -45,23 +45,21 @@ def ask(
     try:
         with httpx.stream(
             "POST",
-            f"{status['proxy_url']}/v1/completions",
+            f"{status.proxy_url}/v1/completions",
             json=body,
             headers=headers,
             timeout=_TIMEOUT_S,
             trust_env=False,
-            verify=_verification(status["tls_cert"]),
+            verify=_verification(status.tls_cert),
         ) as answer:
             _show(answer)
     except httpx.TransportError as failure:
         console.note("")
-        raise PdctlError(
-            f"the answer of {status['proxy_url']} was cut off: {failure}", "see: pdctl status"
-        ) from failure
+        raise PdctlError(f"the answer of {status.proxy_url} was cut off: {failure}", "see: pdctl status") from failure
 
 
 def _verification(certificate: str) -> ssl.SSLContext | bool:
-    """Trust the service's own certificate: it is on this machine, under an address the certificate need not name."""
+    """Trust the service's own certificate, and skip the host name check: the local address need not be in it."""
     if not certificate:
         return True
     import ssl

@@ -1,4 +1,4 @@
-"""`pdctl doctor`: what is wrong with this machine, before the first request finds out."""
+"""`pdctl doctor`: find what is wrong with this machine before the first request does."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pdctl import console
 from pdctl.commands.common import FILE_ENV, JsonOption, given_options, topology_file
 from pdctl.doctor import Area
 from pdctl.errors import PdctlError, Verdict
+from pdctl.transports import TRANSPORTS
 
 if TYPE_CHECKING:
     from pdctl.doctor import Finding
@@ -23,66 +24,84 @@ if TYPE_CHECKING:
     from pdctl.doctor.transfer import Result
 
 
-class Backend(StrEnum):
-    """Transports by name."""
-
-    SHM = "shm"
-    MOONCAKE = "mooncake"
-    NIXL = "nixl"
+def _known_transport(name: str) -> str:
+    if name and name not in TRANSPORTS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(TRANSPORTS)}")
+    return name
 
 
 class Protocol(StrEnum):
-    """What should carry the bytes."""
+    """Network protocol of a transfer."""
 
     AUTO = "auto"
     TCP = "tcp"
     RDMA = "rdma"
 
 
-_MODES = "Instead of findings"
+_MODES = "Print something else instead of findings"
+
+
+_WordsArgument = typer.Argument(
+    None,
+    metavar="[AREA]...",
+    help=f"Areas to check: {', '.join(Area)}. Default: all but transfer. "
+    "With --ibstatus and --devinfo: DEVICE or DEVICE:PORT.",
+)
+_AgainstOption = typer.Option(
+    None,
+    "--against",
+    envvar=FILE_ENV,
+    help="Check only what this topology uses and needs. Default: ./pdctl.toml if it exists.",
+)
+_PortOption = typer.Option(
+    [], "--port", help="With --ibstatus and --devinfo: DEVICE or DEVICE:PORT. Repeatable.", rich_help_panel=_MODES
+)
+_MatrixOption = typer.Option(
+    False, "--matrix", help="Print the distance between GPUs and RDMA devices.", rich_help_panel=_MODES
+)
+_WatchOption = typer.Option(
+    False, "--watch", help="Print RDMA traffic and errors at intervals.", rich_help_panel=_MODES
+)
+_IntervalOption = typer.Option(1.0, "--interval", min=0.05, max=3600, help="With --watch: seconds between samples.")
+_BundleOption = typer.Option(
+    None, "--bundle", help="Write findings, host facts and logs to a .tar.gz for a bug report. Secrets are removed."
+)
+_KmsgOption = typer.Option(
+    Path("/dev/kmsg"), "--kmsg", help="Kernel log to read: a device, or a file with the output of dmesg."
+)
+_SysfsRootOption = typer.Option(
+    Path("/sys"), "--sysfs-root", help="Read this sysfs tree instead, such as one from a bug report."
+)
+_OnlyOption = typer.Option(
+    "",
+    "--transport",
+    callback=_known_transport,
+    help=f"Area transfer: test only this transport: {', '.join(TRANSPORTS)}.",
+)
 
 
 def doctor(
     context: typer.Context,
-    words: list[str] = typer.Argument(
-        None,
-        metavar="[AREA]...",
-        help=f"{', '.join(Area)}; default: all but transfer. With --ibstatus and --devinfo: DEVICE or DEVICE:PORT.",
-    ),
-    against: Path | None = typer.Option(
-        None,
-        "--against",
-        envvar=FILE_ENV,
-        help="Judge only what this topology uses, and what it needs. Default: ./pdctl.toml if any.",
-    ),
+    words: list[str] = _WordsArgument,
+    against: Path | None = _AgainstOption,
     as_json: bool = JsonOption,
-    ibstatus: bool = typer.Option(False, "--ibstatus", help="Print what ibstatus prints.", rich_help_panel=_MODES),
-    devinfo: bool = typer.Option(False, "--devinfo", help="Print what ibv_devinfo prints.", rich_help_panel=_MODES),
-    port: list[str] = typer.Option(
-        [], "--port", help="With these two: DEVICE or DEVICE:PORT; several times.", rich_help_panel=_MODES
-    ),
-    matrix: bool = typer.Option(
-        False, "--matrix", help="Print how near GPUs and RDMA devices are.", rich_help_panel=_MODES
-    ),
-    listed: bool = typer.Option(False, "--list", help="Print every check there is.", rich_help_panel=_MODES),
-    watch: bool = typer.Option(
-        False, "--watch", help="Print RDMA traffic and errors again and again.", rich_help_panel=_MODES
-    ),
-    interval: float = typer.Option(1.0, "--interval", min=0.05, max=3600, help="Seconds between two looks of --watch."),
-    count: int = typer.Option(0, "--count", min=0, help="Looks of --watch; 0: until Ctrl-C."),
-    bundle: Path | None = typer.Option(
-        None, "--bundle", help="Write findings, facts and logs to a .tar.gz for a bug report, without secrets."
-    ),
-    kmsg: Path = typer.Option(Path("/dev/kmsg"), "--kmsg", help="The kernel's log, or what dmesg wrote."),
-    sysfs_root: Path = typer.Option(
-        Path("/sys"), "--sysfs-root", help="Read another tree, such as one from a bug report."
-    ),
-    only: Backend | None = typer.Option(None, "--transport", help="transfer: only this one."),
-    protocol: Protocol = typer.Option(Protocol.AUTO, "--protocol", help="transfer: what should carry the bytes."),
-    mib: int = typer.Option(64, "--mib", min=1, max=16384, help="transfer: bytes to move, in MiB."),
+    ibstatus: bool = typer.Option(False, "--ibstatus", help="Print the output of ibstatus.", rich_help_panel=_MODES),
+    devinfo: bool = typer.Option(False, "--devinfo", help="Print the output of ibv_devinfo.", rich_help_panel=_MODES),
+    port: list[str] = _PortOption,
+    matrix: bool = _MatrixOption,
+    listed: bool = typer.Option(False, "--list", help="List all checks.", rich_help_panel=_MODES),
+    watch: bool = _WatchOption,
+    interval: float = _IntervalOption,
+    count: int = typer.Option(0, "--count", min=0, help="With --watch: number of samples; 0 = until Ctrl-C."),
+    bundle: Path | None = _BundleOption,
+    kmsg: Path = _KmsgOption,
+    sysfs_root: Path = _SysfsRootOption,
+    only: str = _OnlyOption,
+    protocol: Protocol = typer.Option(Protocol.AUTO, "--protocol", help="Area transfer: network protocol to use."),
+    mib: int = typer.Option(64, "--mib", min=1, max=16384, help="Area transfer: size of the transfer in MiB."),
 ) -> None:
-    """Check this machine. Exit codes: 0 good, 1 a warning, 2 critical, 3 could not tell. The area transfer moves bytes
-    over each transport and times it; it is looked into only when it is named."""
+    """Check this machine. Exit codes: 0 ok, 1 warning, 2 critical, 3 unknown. The area transfer moves bytes over each
+    transport and times it; it runs only when named."""
     areas, devices = _areas_and_devices(words or [], takes_devices=ibstatus or devinfo)
     port = [*devices, *port]
     _refuse_what_would_be_ignored(given_options(context), areas)
@@ -107,7 +126,7 @@ def doctor(
 
 
 def _areas_and_devices(words: list[str], takes_devices: bool) -> tuple[list[Area], list[str]]:
-    """What the arguments name; devices as ibstatus takes them. Raises PdctlError."""
+    """Split the arguments into areas and devices (as ibstatus takes them). Raises PdctlError."""
     areas, devices = [], []
     for word in words:
         if word in list(Area):
@@ -117,11 +136,11 @@ def _areas_and_devices(words: list[str], takes_devices: bool) -> tuple[list[Area
         else:
             close = difflib.get_close_matches(word, list(Area), 1)
             hint = f"did you mean '{Area(close[0]).value}'?" if close else f"areas: {', '.join(Area)}"
-            raise PdctlError(f"{word!r} is no area of the doctor", hint)
+            raise PdctlError(f"the doctor has no area {word!r}", hint)
     return areas, devices
 
 
-# Options that only some uses heed: "" is that of findings, "transfer" the area's.
+# Options by mode. "" is the normal mode, which prints findings; "transfer" holds for the area transfer.
 _HEEDED = {
     "ibstatus": {"port", "sysfs_root"},
     "devinfo": {"port", "sysfs_root"},
@@ -135,16 +154,16 @@ _CHOICES = ("ibstatus", "devinfo", "matrix", "listed", "watch")
 
 
 def _refuse_what_would_be_ignored(given: dict[str, str], areas: list[Area]) -> None:
-    """Raises PdctlError."""
+    """Raise PdctlError for an option that has no effect in the chosen mode."""
     modes = [name for name in _CHOICES if name in given]
     if len(modes) > 1:
-        raise PdctlError(f"{given[modes[0]]} and {given[modes[1]]} print different things", "one of them at a time")
+        raise PdctlError(f"{given[modes[0]]} and {given[modes[1]]} cannot be combined", "use one of them")
     mode = modes[0] if modes else ""
     heeded = _HEEDED[mode] | (_HEEDED["transfer"] if Area.TRANSFER in areas and not mode else set())
     if areas == [Area.TRANSFER]:
         heeded -= {"bundle"}
     if areas and Area.RDMA not in areas:
-        # The area that reads the kernel's log.
+        # Only the area rdma reads the kernel log.
         heeded -= {"kmsg"}
     ignored = [written for name, written in given.items() if name not in {*heeded, "words", mode}]
     if ignored:
@@ -155,10 +174,10 @@ def _refuse_what_would_be_ignored(given: dict[str, str], areas: list[Area]) -> N
             if name and _key(given, ignored[0]) in names and name != mode
         ]
         raise PdctlError(
-            f"{ignored[0]} does nothing {where}", f"it goes {' or '.join(hints)}" if hints else "leave it out"
+            f"{ignored[0]} does nothing {where}", f"use it {' or '.join(hints)}" if hints else "leave it out"
         )
     if mode and (others := [area for area in areas if area is not Area.RDMA]):
-        raise PdctlError(f"{given[mode]} does not look into {others[0].value}", f"pdctl doctor {given[mode]}")
+        raise PdctlError(f"{given[mode]} does not check {others[0].value}", f"use: pdctl doctor {given[mode]}")
 
 
 def _key(given: dict[str, str], option: str) -> str:
@@ -180,17 +199,17 @@ def _inspect(against: Path | None, sysfs_root: Path, kmsg: Path) -> Inspection:
 def _with_what_runs(inspection: Inspection) -> Where:
     from dataclasses import replace
 
+    from pdctl.host.processes.presence import supervisor_of
     from pdctl.supervisor.rundir.adoption import read_adoptable
-    from pdctl.supervisor.rundir.presence import supervisor_of
 
     run_dir = Path(inspection.plan.run_dir) if inspection.plan else None
-    # What outlived its supervisor still has its ports and its memory.
+    # Processes that outlived their supervisor still hold their ports and memory.
     running = run_dir is not None and (supervisor_of(run_dir) is not None or read_adoptable(run_dir) is not None)
     return replace(inspection.where, is_running=running)
 
 
 def _tell(found: list[Finding] | None, moved: list[Result] | None, as_json: bool) -> None:
-    """One JSON document, or tables."""
+    """Print one JSON document, or tables."""
     from pdctl.doctor.report import summary, text
 
     if as_json:
@@ -221,16 +240,18 @@ def _bundle(path: Path, inspection: Inspection, found: list[Finding]) -> None:
     try:
         names = write(path, inspection, found)
     except OSError as failure:
-        raise PdctlError(f"{path} cannot be written: {failure.strerror}", "name a file in a folder of yours") from None
-    console.note(f"{path} has {', '.join(names)}. Secrets and prompts were removed; look at it before you send it.")
+        raise PdctlError(
+            f"{path} cannot be written: {failure.strerror}", "choose a file in a folder that you can write to"
+        ) from None
+    console.note(f"{path} contains {', '.join(names)}. Secrets and prompts were removed; check it before you send it.")
 
 
 def _worst(codes: list[int]) -> int:
-    """Critical before a warning before what could not be told."""
+    """The worst exit code: critical (2), then warning (1), then unknown (3)."""
     return next((code for code in (2, 1, 3) if code in codes), 0)
 
 
-# -- instead of findings -----------------------------------------------------------------------------------
+# -- other modes -------------------------------------------------------------------------------------------
 
 
 def _ibstatus(ports: list[str], sysfs_root: Path) -> None:
@@ -245,7 +266,7 @@ def _devinfo(inspection: Inspection, ports: list[str]) -> None:
     from pdctl.doctor.devinfo import devinfo
     from pdctl.doctor.verbs import read_verbs
 
-    # The library looks at this machine, whatever tree we are to read.
+    # The verbs library always reads this machine, so it is used only for this machine's own sysfs tree.
     wanted = {device.name: [port.number for port in device.ports] for device in inspection.tree.devices}
     known = read_verbs(wanted) if wanted and inspection.where.sysfs_root == Path("/sys") else {}
     console.out(devinfo(inspection.tree, known, ports), end="")
@@ -272,12 +293,12 @@ def _list(as_json: bool) -> None:
 
 
 def _watch(inspection: Inspection, interval: float, count: int, as_json: bool) -> None:
-    """Each look against the one before; Ctrl-C ends it."""
+    """Compare each sample with the one before, until Ctrl-C."""
     from pdctl.doctor import exit_code
     from pdctl.doctor.counters import compare, traffic
 
     if not inspection.tree.devices:
-        raise PdctlError("there is no RDMA device to watch", "look for one with: pdctl doctor rdma")
+        raise PdctlError("there is no RDMA device to watch", "find out why with: pdctl doctor rdma")
     before, worst, number = inspection.sample(), 0, 0
     while not count or number < count:
         time.sleep(interval)
@@ -301,14 +322,14 @@ def _watch(inspection: Inspection, interval: float, count: int, as_json: bool) -
 # -- transfer ----------------------------------------------------------------------------------------------
 
 
-def _transfer(inspection: Inspection, only: Backend | None, protocol: Protocol, mib: int) -> list[Result]:
+def _transfer(inspection: Inspection, only: str, protocol: Protocol, mib: int) -> list[Result]:
     from pdctl.doctor import transfer
 
     found = []
     settings = inspection.topology.transfer if inspection.topology else None
-    # What the service will ask for, unless something else is asked for here.
+    # The topology's protocol, unless --protocol was given.
     asked = settings.protocol if settings and protocol is Protocol.AUTO else protocol.value
-    for probe in transfer.probes(inspection.plan, only.value if only else None, asked, mib):
+    for probe in transfer.probes(inspection.plan, only or None, asked, mib):
         where = f", {probe.pair}" if probe.pair else ""
         console.note(f"{probe.transport}{where}: moving {mib} MiB between two processes ...")
         found.append(transfer.run(probe, inspection.tree))

@@ -1,7 +1,7 @@
-"""What is wrong with this machine for serving. One file for each area; an area turns facts into findings.
+"""Find what is wrong with this machine for serving. One file per area; an area turns facts into findings.
 
-A finding says what was seen, what was expected, what it means and what to do. What could not be found out is
-`unknown`, never ok.
+A finding says what was observed, what was expected, what it means and how to fix it. A check that could not be made is
+`unknown`, never `ok`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class Area(StrEnum):
-    """What can be looked into."""
+    """The areas of checks."""
 
     RDMA = "rdma"
     GPU = "gpu"
@@ -23,7 +23,7 @@ class Area(StrEnum):
 
 
 class Severity(StrEnum):
-    """Worst first."""
+    """Severities, worst first."""
 
     CRITICAL = "critical"
     WARNING = "warning"
@@ -37,8 +37,8 @@ ORDER = tuple(Severity)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`id`: the check's name, such as port.state; `subject`: what it is about, such as mlx5_0:1; `evidence`: where it
-    was read; `cause`, `fix` and `reference` are empty where there is nothing to say."""
+    """The result of a check. `id`: the check's name, such as port.state; `subject`: what it is about, such as mlx5_0:1;
+    `evidence`: where it was read. `cause`, `fix` and `reference` may be empty."""
 
     id: str
     severity: Severity
@@ -51,12 +51,12 @@ class Finding:
     reference: str = ""
 
     def to_dict(self) -> dict[str, object]:
-        """For `--json`."""
+        """The finding for `--json`."""
         return asdict(self)
 
 
 def exit_code(findings: list[Finding]) -> int:
-    """0 ok, 1 warnings, 2 critical, 3 could not tell."""
+    """0 ok, 1 warning, 2 critical, 3 unknown."""
     found = {finding.severity for finding in findings}
     if Severity.CRITICAL in found:
         return 2

@@ -1,4 +1,4 @@
-"""One file to attach to a bug report: findings, facts, plan, versions, the last of the logs; no secrets, no prompts."""
+"""One file for a bug report: findings, facts, plan, versions, the end of the logs; no secrets, no prompts."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ from pdctl.host import state_root
 
 _MOST_LOG_BYTES = 256 * 1024
 _HIDDEN = "[removed]"
-# Names whose values nobody else should read; "tokens", of which there are counts everywhere, is none.
+# Names with secret values. "tokens" is not one: it names counts everywhere.
 _TELLTALE = r"(?:key|pass(?!es\b)|token(?!s)|secret|credential|auth|cookie|session)"
 _HIDDEN_NAME = re.compile(rf"{_TELLTALE}|^text$|^prompt$|^messages$|^content$", re.I)
 _SECRETS = (
     re.compile(r"(?i)\b(?:bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"),
     re.compile(r"\b(?:sk|hf|ghp|gho|xox[bp]|AKIA|pdctl)[-_][-_A-Za-z0-9]{8,}|\bAKIA[A-Z0-9]{8,}"),
-    # To the last @ of the word: passwords may have one, and slashes.
+    # Up to the last @ of the word: passwords may contain @ and slashes.
     re.compile(r"(?<=://)[^\s\"'@]{0,256}@(?:[^\s\"'@]{0,256}@)*"),
-    # The inside of a key file, wherever it was cut.
+    # A line from the middle of a key file.
     re.compile(r"^[A-Za-z0-9+/=]{60,}$"),
 )
-# Headers: whatever follows.
+# Headers with secrets: the rest of the line.
 _HEADER = re.compile(r"(?i)((?:proxy-)?authorization|(?:set-)?cookie|x-api-key)([\"']?\s*[:=]).*$")
-# An option of a command line, and what it is given.
+# An option of a command line with its value.
 _OPTION = re.compile(
     rf"(?i)((?<![\w-])--?[\w-]{{0,40}}{_TELLTALE}[\w-]{{0,40}}[\"',]{{0,3}}[ =]+)(\"[^\"]*\"|'[^']*'|\S+)"
 )
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,20}PRIVATE KEY-----|\Z)", re.S
 )
-# `name = value`, `"name": "value"` and NAME=value, where the name says that it is one.
+# `name = value`, `"name": "value"` and NAME=value with a name that suggests a secret.
 _NAMED_SECRET = re.compile(
     rf"""(?i)(?<![\w.-])(["']?[\w.-]{{0,64}}?{_TELLTALE}[\w.-]{{0,64}}["']?\s*[=:]\s*)"""
     r"""("(?:[^"\\]|\\.)*"|'[^']*'|[^\s,}\]]+)"""
 )
-# What clients wrote, as JSON, as JSON within JSON, or as Python shows it: everything to the line's end.
+# Client text as JSON, as JSON within JSON, or as a Python repr: the rest of the line.
 _PROMPTS = re.compile(r"""(\\?["'](?:prompt|content|text|messages|input)\\?["']\s*:).*$""")
-# What is longer is no message of ours, and would take the patterns long.
+# Longer lines are not log messages, and the patterns would be slow on them.
 _LONGEST_LINE = 64 * 1024
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "xgrammar", "pyzmq", "mooncake-transfer-engine",
              "mooncake-transfer-engine-non-cuda", "nixl", "nixl-cu12", "vllm", "sglang", "lmdeploy", "uvicorn",
              "uvloop",
              "httptools", "starlette", "httpx", "nvidia-ml-py", "nvidia-nccl-cu12", "nvidia-nvshmem-cu12")  # fmt: skip
-# Environment that says something about serving.
+# Environment variables that matter for serving.
 _TELLING = ("PDCTL_", "MC_", "NCCL_", "UCX_", "NIXL_", "NVSHMEM_", "CUDA_", "OMP_", "VLLM_", "SGLANG_", "http",
 "no_proxy",
             "HTTP", "NO_PROXY", "LD_LIBRARY_PATH", "WITH_NVIDIA_PEERMEM")  # fmt: skip
 
 
 def clean(text: str) -> str:
-    """Without secrets, and without what clients wrote."""
+    """The text without secrets and without client text."""
     return "".join(map(_clean_line, _PRIVATE_KEY.sub(_HIDDEN, text).splitlines(keepends=True)))
 
 
@@ -79,10 +79,10 @@ def _clean_line(line: str) -> str:
 
 
 def write(path: Path, inspection: Inspection, findings: list[Finding]) -> list[str]:
-    """Write the file, readable by its owner only; the names of what is in it. Raises OSError."""
+    """Write the file, readable only by its owner, and return the names of its members. Raises OSError."""
     names = []
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    # A new file, whoever may read the one that it takes the place of.
+    # A new file: the one it replaces may be readable by others.
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for name, text in _parts(inspection, findings):
@@ -103,7 +103,7 @@ def _parts(inspection: Inspection, findings: list[Finding]) -> Iterator[tuple[st
     if inspection.plan is not None:
         yield "plan.json", _json(inspection.plan.to_dict())
     if inspection.topology is not None and inspection.topology.source:
-        # By what it says, not line by line: a value may go over several.
+        # Clean parsed values, not lines: a value may span several lines.
         yield (
             "topology.json",
             _json(tomli.loads(inspection.topology.text or Path(inspection.topology.source).read_text())),
@@ -115,7 +115,7 @@ def _parts(inspection: Inspection, findings: list[Finding]) -> Iterator[tuple[st
 
 
 def _records(text: str) -> str:
-    """JSON lines, each cleaned by its values."""
+    """Clean JSON lines value by value."""
     found = []
     for line in text.splitlines():
         try:
@@ -130,14 +130,14 @@ def _json(value: object) -> str:
 
 
 def _scrubbed(value: object) -> object:
-    """Without values whose names are those of secrets or of what clients write; every other text cleaned."""
+    """Remove values named like secrets or client text, and clean all other strings."""
     if isinstance(value, dict):
         return {str(name): _hidden_or_not(str(name), inner) for name, inner in value.items()}
     if isinstance(value, str):
         return clean(value)
     if not isinstance(value, list | tuple):
         return value
-    # What follows an option that takes a secret is one.
+    # The word after an option that takes a secret is the secret.
     hides = [False, *(isinstance(one, str) and one.startswith("-") and "=" not in one and
                       bool(_HIDDEN_NAME.search(one)) for one in value)]  # fmt: skip
     return [_HIDDEN if hide else _scrubbed(inner) for hide, inner in zip(hides, value, strict=False)]
@@ -145,7 +145,7 @@ def _scrubbed(value: object) -> object:
 
 def _hidden_or_not(name: str, value: object) -> object:
     if name == "env" and isinstance(value, dict):
-        # Variables may be called anything: only those that say something about serving are shown.
+        # Variables may have any name, so only those known to matter for serving are shown.
         return {key: _scrubbed(inner) if key.startswith(_TELLING) else _HIDDEN for key, inner in value.items()}
     if _HIDDEN_NAME.search(name) and isinstance(value, str | int | list) and not isinstance(value, bool) and value:
         return _HIDDEN
@@ -204,7 +204,7 @@ def _tail(path: Path) -> str:
             before = max(0, path.stat().st_size - _MOST_LOG_BYTES)
             file.seek(before)
             text = file.read(_MOST_LOG_BYTES).decode(errors="replace")
-            # What was cut in the middle is not known for what it is.
+            # Drop the first, partial line: the patterns cannot recognize what it contains.
             return text.partition("\n")[2] if before else text
     except OSError as failure:
         return f"{path}: {failure.strerror}\n"

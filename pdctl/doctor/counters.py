@@ -1,7 +1,7 @@
-"""What RDMA ports counted between two looks: errors that grow, not what they were for a lifetime.
+"""RDMA port counters between two samples: how fast errors grow, not their lifetime totals.
 
-Thresholds: NVSentinel's where the table names none other; symbol errors by IBTA's bit error rate of 1e-12, which is 120
-an hour on a 4X link; the one for packets out of sequence is the project's own proposal.
+Thresholds are NVSentinel's unless noted otherwise. Symbol errors: IBTA's bit error rate of 1e-12, which is 120 per hour
+on a 4X link. Packets out of sequence: pdctl's own threshold.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
-from pdctl.host.rdma import RdmaTree
-from pdctl.host.sysfs import Reader
+from pdctl.host.devices.rdma import RdmaTree
+from pdctl.host.devices.sysfs import Reader
 
 _HOUR = 3600.0
 _WORD_BYTES = 4
@@ -22,7 +22,7 @@ _WORD_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`at`: seconds of the boot clock; `ports`: counts by port, then by name."""
+    """One sample. `at`: seconds of the boot clock; `ports`: counters by port, then by name."""
 
     boot: str
     at: float
@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """More than `least` in all and more than `per_s` a second is `severity`."""
+    """A growth of more than `least` in total and more than `per_s` per second has this `severity`."""
 
     id: str
     names: tuple[str, ...]
@@ -42,26 +42,28 @@ class Rule:
     least: int = 0
 
 
-_CABLE = "clean, reseat or replace cable and transceiver"
+_CABLE = "clean, reseat or replace the cable and the transceiver"
 RULES = (
     Rule("link.flap", ("link_downed",), Severity.CRITICAL, 0, "the link went down", _CABLE),
-    Rule("link.flap", ("carrier_changes",), Severity.WARNING, 0, "the netdev lost and found its carrier", _CABLE, 2),
+    Rule("link.flap", ("carrier_changes",), Severity.WARNING, 0, "the netdev lost and regained its carrier", _CABLE, 2),
     Rule("err.symbol", ("symbol_error",), Severity.CRITICAL, 120 / _HOUR, "bit errors on the wire", _CABLE, 9),
-    Rule("err.recovery", ("link_error_recovery",), Severity.WARNING, 5 / 60, "the link recovers again and again",
+    Rule("err.recovery", ("link_error_recovery",), Severity.WARNING, 5 / 60, "the link recovers repeatedly",
     _CABLE),
     Rule("err.integrity", ("local_link_integrity_errors", "excessive_buffer_overrun_errors"), Severity.CRITICAL, 0,
-         "packets were lost on the link", f"{_CABLE}; look at flow control"),
-    Rule("err.rcv", ("port_rcv_errors",), Severity.WARNING, 10, "packets arrive broken", _CABLE),
+         "packets were lost on the link", f"{_CABLE}; check flow control"),
+    Rule("err.rcv", ("port_rcv_errors",), Severity.WARNING, 10, "corrupt packets arrive", _CABLE),
     Rule("err.discards", ("port_xmit_discards",), Severity.WARNING, 100, "packets could not be sent and were dropped",
-         "congestion or a peer that is down: look at the switch"),
+         "congestion, or a peer is down: check the switch"),
     Rule("tx.retry", ("req_transport_retries_exceeded", "req_rnr_retries_exceeded"), Severity.CRITICAL, 0,
-         "connections were given up", "a peer died, or its path is lost: pdctl status, then the switch"),
+         "connections were abandoned", "a peer died or cannot be reached: check pdctl status, then the switch"),
     Rule("tx.retry", ("local_ack_timeout_err",), Severity.WARNING, 1, "acknowledgements are late",
-    "the path to a peer"),
-    Rule("tx.retry", ("rnr_nak_retry_err",), Severity.WARNING, 0, "peers were not ready to receive", "busy peers"),
-    Rule("roce.slow_restart", ("roce_slow_restart",), Severity.WARNING, 10, "senders start over after loss",
-         "priority flow control and ECN: mlnx_qos, the switch"),
-    Rule("roce.congestion", ("np_cnp_sent", "rp_cnp_handled"), Severity.INFO, 0, "ECN at work: the network is busy",
+    "check the path to the peer"),
+    Rule("tx.retry", ("rnr_nak_retry_err",), Severity.WARNING, 0, "peers were not ready to receive",
+         "check whether peers are overloaded"),
+    Rule("roce.slow_restart", ("roce_slow_restart",), Severity.WARNING, 10, "senders restart slowly after packet loss",
+         "check priority flow control and ECN: mlnx_qos, the switch"),
+    Rule("roce.congestion", ("np_cnp_sent", "rp_cnp_handled"), Severity.INFO, 0,
+         "ECN is active: the network is congested",
     ""),
     Rule("pcie.aer", ("aer_fatal", "aer_nonfatal"), Severity.CRITICAL, 0, "errors on the PCIe link",
          "reseat the card; check riser and slot: dmesg | grep -i aer"),
@@ -72,7 +74,7 @@ _SEQUENCE = ("out_of_sequence", "packet_seq_err", "implied_nak_seq_err", "duplic
 
 
 def sample(tree: RdmaTree, boot: str, at: float, sysfs_root: Path, reader: Reader) -> Sample:
-    """What a snapshot of the devices has counted."""
+    """The counters in a snapshot of the devices."""
     ports = {}
     for device in tree.devices:
         shared = _aer(sysfs_root / "class/infiniband" / device.name / "device", reader)
@@ -86,7 +88,7 @@ def sample(tree: RdmaTree, boot: str, at: float, sysfs_root: Path, reader: Reade
 
 
 def _aer(function: Path, reader: Reader) -> dict[str, int]:
-    """Totals of PCIe errors: the last line of each file, `TOTAL_ERR_FATAL 0`."""
+    """Totals of PCIe errors, from the last line of each file: `TOTAL_ERR_FATAL 0`."""
     found = {}
     for kind in ("fatal", "nonfatal", "correctable"):
         words = reader.read(function / f"aer_dev_{kind}").text.split()
@@ -96,7 +98,7 @@ def _aer(function: Path, reader: Reader) -> dict[str, int]:
 
 
 def compare(before: Sample, after: Sample) -> list[Finding]:
-    """What grew in between. Samples of different boots have nothing in common."""
+    """Findings for counters that grew between the samples; none for samples of different boots."""
     seconds = after.at - before.at
     if before.boot != after.boot or seconds <= 0:
         return []
@@ -114,7 +116,7 @@ def _port(subject: str, before: dict[str, int], after: dict[str, int], seconds: 
     if lower:
         yield Finding(
             "err.reset", Severity.INFO, subject, f"{', '.join(lower[:3])} went down", "", "counters",
-            "they were reset, or the driver was loaded again",
+            "they were reset, or the driver was reloaded",
         )  # fmt: skip
     for rule in RULES:
         for name in rule.names:
@@ -128,21 +130,21 @@ def _port(subject: str, before: dict[str, int], after: dict[str, int], seconds: 
 
 
 def _sequence(subject: str, grown: dict[str, int], seconds: float) -> Iterator[Finding]:
-    """Packets out of order, as a part of all; normal where the network has several paths."""
+    """Packets out of sequence as a fraction of all. Some are normal in a multipath network."""
     all_packets = grown.get("rx_write_requests", 0) + grown.get("port_rcv_packets", 0)
     wrong = sum(max(0, grown.get(name, 0)) for name in _SEQUENCE)
     part = wrong / all_packets if all_packets > 0 else 0.0
     if part > 1e-6:
         yield Finding(
             "tx.oos", Severity.CRITICAL if part > 1e-4 else Severity.WARNING, subject,
-            f"{wrong} of {all_packets} packets out of sequence in {_span(seconds)}", "1 of a million",
-            "hw_counters/out_of_sequence and others", "loss, or a network of several paths",
-            "flow control, cables; adaptive routing on the switch",
+            f"{wrong} of {all_packets} packets out of sequence in {_span(seconds)}", "1 in a million",
+            "hw_counters/out_of_sequence and others", "packet loss, or a multipath network",
+            "check flow control, cables and adaptive routing on the switch",
         )  # fmt: skip
 
 
 def traffic(before: Sample, after: Sample) -> dict[str, tuple[float, float]]:
-    """GB/s received and sent by each port. The kernel counts words of four bytes."""
+    """GB/s received and sent per port. The kernel counts words of four bytes."""
     seconds = after.at - before.at
     found = {}
     for subject, counts in after.ports.items():
@@ -156,13 +158,13 @@ def traffic(before: Sample, after: Sample) -> dict[str, tuple[float, float]]:
 
 
 class Kept:
-    """The last sample of each sysfs root, for the next run to compare with."""
+    """Stores the last sample of each sysfs root, for the next run to compare with."""
 
     def __init__(self, folder: Path, sysfs_root: Path) -> None:
         self._path = folder / f"counters-{zlib.crc32(str(sysfs_root.absolute()).encode()):08x}.json"
 
     def last(self) -> Sample | None:
-        """None where there is none, or none that can be read."""
+        """The stored sample; None if it is missing or unreadable."""
         try:
             found = json.loads(self._path.read_text())
             return Sample(str(found["boot"]), float(found["at"]), dict(found["ports"]))
@@ -170,7 +172,7 @@ class Kept:
             return None
 
     def keep(self, found: Sample) -> None:
-        """Replace it. A folder that cannot be written is no fault of the machine's."""
+        """Store a sample. Errors are ignored: an unwritable folder is not what the doctor checks."""
         new = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

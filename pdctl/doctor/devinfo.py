@@ -1,7 +1,7 @@
-"""What `ibv_devinfo` (rdma-core) prints, as far as sysfs and, where there is one, the verbs library tell.
+"""The output of `ibv_devinfo` (rdma-core), from sysfs and, if installed, the verbs library.
 
-The real tool asks the library for everything but the board. sysfs has no MTU and no IEEE vendor number: without the
-library these say that they are not known.
+The real tool gets everything but the board from the library. sysfs has no MTU and no IEEE vendor number: without the
+library these are printed as not available.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from pdctl.doctor.verbs import DeviceVerbs
 from pdctl.errors import PdctlError
-from pdctl.host.rdma import Device, Port, RdmaTree
+from pdctl.host.devices.rdma import Device, Port, RdmaTree
 
 UNKNOWN = "n/a (needs libibverbs)"
 _TRANSPORTS = {1: "InfiniBand (0)", 2: "InfiniBand (0)", 3: "InfiniBand (0)", 4: "iWARP (1)", 5: "usNIC (2)",
@@ -20,15 +20,15 @@ _MTUS = {256: 1, 512: 2, 1024: 3, 2048: 4, 4096: 5}
 
 
 def devinfo(tree: RdmaTree, verbs: dict[str, DeviceVerbs], wanted: Sequence[str] = ()) -> str:
-    """All devices, or those named as DEVICE or DEVICE:PORT. Raises PdctlError for one that is not there."""
+    """All devices, or those given as DEVICE or DEVICE:PORT. Raises PdctlError for one that does not exist."""
     chosen = {word.partition(":")[0]: word.partition(":")[2] for word in wanted}
     known = [device.name for device in tree.devices]
     for name, number in chosen.items():
         device = next((device for device in tree.devices if device.name == name), None)
         if device is None:
-            raise PdctlError(f"there is no RDMA device {name!r}", f"devices here: {', '.join(known) or 'none'}")
+            raise PdctlError(f"there is no RDMA device {name!r}", f"devices: {', '.join(known) or 'none'}")
         if number and number not in {str(port.number) for port in device.ports}:
-            raise PdctlError(f"{name} has no port {number!r}", f"its ports: {len(device.ports)}")
+            raise PdctlError(f"{name} has no port {number!r}", f"number of ports: {len(device.ports)}")
     parts = [
         "".join(_device(device, verbs.get(device.name), chosen.get(device.name, "")))
         for device in tree.devices

@@ -1,9 +1,9 @@
-"""What Debian's `ibstatus` (infiniband-diags) prints, byte for byte and exit code for exit code, over any sysfs root.
+"""The output and exit code of Debian's `ibstatus` (infiniband-diags), byte for byte, for any sysfs root.
 
-That is a shell script: a file is printed through an unquoted command substitution, which splits it at white space and
-expands what is left as file names, and an unreadable one gives a word instead. Its oddities are kept: fatal errors go
-to stdout with code 255, an unknown port prints `unknown` and succeeds, an empty class directory is taken for a device
-named `*`. Devices stand in the order of the C locale.
+The original is a shell script: it prints files through an unquoted command substitution, which splits them at white
+space and expands the words as file names; an unreadable file gives a fixed word. Its oddities are kept: fatal errors go
+to stdout with exit code 255, an unknown port prints `unknown` and succeeds, an empty class directory is treated as a
+device named `*`. Devices are in the order of the C locale.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _USAGE = """Usage:  ibstatus  [-h] [devname[:portnum]]
 
 
 class _Fatal(Exception):
-    """Ends the output."""
+    """Ends the output with an error."""
 
 
 def ibstatus(arguments: Sequence[str], sysfs_root: Path = Path("/sys")) -> tuple[bytes, int]:
@@ -57,17 +57,17 @@ def _parts(arguments: Sequence[str], base: Path) -> Iterator[bytes]:
         if not os.access(base, os.X_OK) or not base.is_dir():
             raise _Fatal("No devices")
         for name in _names(base) or ["*"]:
-            # The script has changed into the class directory by then: that is where patterns match.
+            # The script has changed into the class directory by then, so patterns match there.
             yield from _device(base, name, "+", base)
         return
     for argument in arguments:
         if not argument:
             return
-        # `echo -n` says nothing.
+        # `echo -n` prints nothing.
         name, colon, _ = ("" if argument == "-n" else argument).partition(":")
         port = argument.rpartition(":")[2] if colon else "+"
-        # A port that is called like its device means all ports; an empty device name is no word, and the port takes its
-        # place.
+        # A port named like its device means all ports. An empty device name disappears as a word, and the port takes
+        # its place.
         port = "+" if port == name else port
         yield from _device(base, *((name, port) if name else (port, "")), Path())
 
@@ -89,20 +89,20 @@ def _port(base: Path, name: str, port: str, here: Path) -> bytes:
 
 
 def _words(path: Path, otherwise: bytes, here: Path) -> list[bytes]:
-    """A file's words, as an unquoted `cat` gives them to `echo`."""
+    """A file's words, as an unquoted `cat` passes them to `echo`."""
     if not os.access(path, os.R_OK):
         return [otherwise]
     try:
         data = path.read_bytes()
     except OSError:
-        # cat complains and fails; echo says the word.
+        # cat fails; echo prints the fixed word.
         return [otherwise]
     words = [word for word in re.split(rb"[ \t\n]+", data.replace(b"\0", b"")) if word]
     return [found for word in words for found in _matching(word, here)]
 
 
 def _matching(word: bytes, here: Path) -> list[bytes]:
-    """A word with `*`, `?` or `[` stands for the files that match it, or for itself where none does."""
+    """Expand a word with `*`, `?` or `[` to the matching files, or to itself if there are none."""
     if not re.search(rb"[*?\[]", word) or b"/" in word:
         return [word]
     pattern = os.fsdecode(word)
@@ -110,7 +110,7 @@ def _matching(word: bytes, here: Path) -> list[bytes]:
 
 
 def _echoed(line: bytes) -> bytes:
-    """What dash's `echo` makes of backslashes; `\\c` ends the line, and its newline."""
+    """Expand backslashes as dash's `echo` does; `\\c` ends the output without a newline."""
     cut = re.search(rb"(?<!\\)(?:\\\\)*\\c", line)
     text = line[: cut.end() - 2] if cut else line
     text = re.sub(rb"\\(0[0-7]{0,3}|[1-7][0-7]{0,2}|[abefnrtv\\])", lambda found: _escape(found[1]), text)
@@ -134,5 +134,5 @@ def _escape(name: bytes) -> bytes:
 
 
 def _names(folder: Path) -> list[str]:
-    """As the shell's `*` has it."""
+    """File names in the order of the shell's `*`."""
     return sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=os.fsencode)  # noqa: PTH208

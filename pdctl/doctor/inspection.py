@@ -1,4 +1,4 @@
-"""From this machine and a topology to findings: reads the facts that each area wants, and hands them to its checks."""
+"""From a machine and a topology to findings: read the facts that each area needs and pass them to its checks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pdctl.adapters import launcher
 from pdctl.doctor import Area, Finding
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import Host, read_host, state_root
 from pdctl.host.boot import boot_id
-from pdctl.host.gpu_health import GpuReport, read_gpu_facts
+from pdctl.host.devices.gpu_health import GpuReport, read_gpu_facts
+from pdctl.host.devices.rdma import RdmaTree, read_tree
+from pdctl.host.devices.sysfs import Reader
 from pdctl.host.models import read_shape
-from pdctl.host.rdma import RdmaTree, read_tree
-from pdctl.host.sysfs import Reader
 from pdctl.plan import Plan, make_plan
 from pdctl.topology.loader import load_file
 from pdctl.topology.spec import Device, EngineGroup, Expect, Topology
@@ -31,7 +32,8 @@ _SYS = Path("/sys")
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The machine to look at, and what of it. `file`: a topology, None for none; `is_running`: its service is up."""
+    """What to inspect. `file`: the topology, None for none; `is_running`: its service is up; `remembers`: store
+    counters for the next run."""
 
     file: Path | None = None
     is_running: bool = False
@@ -42,7 +44,7 @@ class Where:
 
 
 class Inspection:
-    """One look at a machine. Facts are read when the first area wants them, and once."""
+    """One inspection of a machine. Each fact is read once, when the first area needs it."""
 
     def __init__(self, where: Where) -> None:
         self.where = where
@@ -51,7 +53,7 @@ class Inspection:
         self.topology: Topology | None = None
         self.plan: Plan | None = None
         self.refusals: list[Finding] = []
-        # A topology that was refused for its GPUs wants some.
+        # Set if the topology was refused for its GPUs: then GPUs are needed.
         self._lacks_gpus = False
         self._tree: RdmaTree | None = None
         self._gpus: GpuReport | None = None
@@ -69,18 +71,18 @@ class Inspection:
             self.refusals = problems(failure.source, failure.problems)
             self._lacks_gpus = any("GPU" in found.message and "CPU" not in found.message for found in failure.problems)
         except PdctlError as failure:
-            # A topology that is right by itself, and does not fit this machine.
+            # The topology is valid but does not fit this machine.
             self.refusals = [
                 Finding("topology.invalid", Severity.CRITICAL, str(file), failure.message, fix=failure.hint or "")
             ]
 
     def findings(self, areas: tuple[Area, ...]) -> list[Finding]:
-        """Of these areas, in their order."""
+        """The findings of these areas, in order."""
         looks = {
             Area.TOPOLOGY: self._topology, Area.RDMA: self._rdma, Area.GPU: self._gpu, Area.HOST: self._host,
             Area.NET: self._net, Area.RUNTIME: self._runtime,
         }  # fmt: skip
-        # A topology that was refused is told of whatever is looked into: nothing was judged by it.
+        # A refused topology is always reported, because the areas could not take it into account.
         found = [*self.refusals, *(finding for area, look in looks.items() if area in areas for finding in look())]
         return list(dict.fromkeys(found))
 
@@ -88,38 +90,38 @@ class Inspection:
 
     @property
     def tree(self) -> RdmaTree:
-        """RDMA devices."""
+        """The RDMA devices."""
         if self._tree is None:
             self._tree = read_tree(self.where.sysfs_root, reader=self.reader)
         return self._tree
 
     @property
     def gpus(self) -> GpuReport:
-        """GPUs and how they are."""
+        """The GPUs and their health."""
         if self._gpus is None:
             self._gpus = read_gpu_facts()
         return self._gpus
 
     @property
     def started(self) -> list[EngineGroup]:
-        """Engines that pdctl would start."""
+        """Engine groups that pdctl would start."""
         return [group for group in self.topology.engines if not group.is_attached] if self.topology else []
 
     @property
     def wants_rdma(self) -> bool:
-        """Whether the topology asks for it: TCP would be a fallback."""
+        """Whether the topology requires RDMA, so that TCP would be a fallback."""
         found = self.topology
         asks = found is not None and (found.transfer.protocol == "rdma" or bool(found.transfer.devices))
-        # Engines that run elsewhere have their own transports.
+        # Attached engines have their own transports.
         return asks and bool(self.started)
 
     def _environments(self) -> list[dict[str, str]]:
-        """What engines will have: ours, and each group's own on top."""
+        """The environment of each group: pdctl's own plus the group's variables."""
         own = [{**self.where.env, **dict(group.env)} for group in self.started]
         return own or [self.where.env]
 
     def _placed(self) -> dict[int, dict[str, int]]:
-        """Engines on each GPU, by group, as the plan has them."""
+        """The number of engines per GPU and group in the plan."""
         index = {gpu.uuid: gpu.index for gpu in self.host.gpus}
         found: dict[int, dict[str, int]] = {}
         for spec in self.plan.processes if self.plan else ():
@@ -158,13 +160,13 @@ class Inspection:
             yield from self._since_last_time()
             yield from self._pcie()
         is_named = self.where.kernel_log != Path("/dev/kmsg")
-        # Another machine's tree has another kernel's log.
+        # This kernel log does not belong to another machine's sysfs tree.
         if is_named or (self.where.sysfs_root == _SYS and (self.tree.devices or self.gpus.gpus)):
             log = read_kernel_log(self.where.kernel_log)
             yield from kernel.check(log, log.taken_at, self._unused())
 
     def _unused(self) -> frozenset[str]:
-        """PCI addresses of devices and GPUs that a topology leaves alone."""
+        """PCI addresses of devices and GPUs that the topology does not use."""
         names = set(self.topology.transfer.devices) if self.topology else set()
         placed = self._placed()
         devices = {d.pci for d in self.tree.devices if d.pci and names and d.name not in names}
@@ -172,7 +174,7 @@ class Inspection:
         return frozenset(address.lower() for address in devices | gpus)
 
     def sample(self) -> Sample:
-        """What the ports have counted by now; the devices are read afresh."""
+        """A new sample of the port counters."""
         from pdctl.doctor.counters import sample
 
         self._tree = None
@@ -238,7 +240,7 @@ class Inspection:
         return sum((size[name] + weights) * count for name, count in groups.items())
 
     def affinity(self) -> AffinityFacts:
-        """Where GPUs and RDMA devices sit to each other."""
+        """The facts about the distances between GPUs and RDMA devices."""
         from pdctl.doctor.areas.affinity import AffinityFacts
 
         gpus = tuple((f"GPU {gpu.index}", gpu.pci, gpu.uuid) for gpu in self.host.gpus)
@@ -252,7 +254,7 @@ class Inspection:
         on_cpu = [group for group in self.started if group.device is Device.CPU]
         model = self._model()
         shape = read_shape(model) if model else None
-        # float32 on the CPU: twice what the shape says, for each engine.
+        # Weights are float32 on the CPU: twice the size in the files, for each engine.
         weights = 2 * shape.weight_bytes * sum(group.replicas for group in on_cpu) if shape else 0
         idle = 0 if self.where.is_running else 1
         yield from check(
@@ -267,7 +269,7 @@ class Inspection:
         )
 
     def _children(self) -> tuple[int, ...]:
-        """Pids of the topology's running service."""
+        """Pids of the topology's service if it is running."""
         return tuple(our_processes(self.plan.run_dir)) if self.plan and self.where.is_running else ()
 
     def _net(self) -> Iterator[Finding]:
@@ -279,7 +281,7 @@ class Inspection:
         from pdctl.doctor.areas import environment, runtime
 
         cuda = any(group.device is Device.CUDA for group in self.started)
-        builtin = self.topology is None or any(group.kind == "builtin" for group in self.started)
+        builtin = self.topology is None or any(launcher(group.kind).packages for group in self.started)
         mooncake = self.topology is not None and self.topology.transfer.backend == "mooncake"
         yield from runtime.check(runtime.RuntimeFacts(self.where.env, self.wants_rdma and mooncake, cuda, builtin))
         up = {device.name: device.is_active for device in self.host.rdma}
@@ -288,12 +290,12 @@ class Inspection:
 
 
 def _pools(groups: list[EngineGroup]) -> int:
-    """Bytes of KV of all these engines."""
+    """Total bytes of these engines' KV pools."""
     return int(sum(group.kv_cache_gb * group.replicas for group in groups) * 2**30)
 
 
 def our_processes(run_dir: str, proc_root: Path = Path("/proc")) -> list[int]:
-    """Processes that the supervisor of this run directory started, by the stamp in their environment."""
+    """Processes that the supervisor of this run directory started, found by the stamp in their environment."""
     stamp = f"{UNIT_ENV}={run_dir}:".encode()
     found = []
     for folder in proc_root.iterdir():

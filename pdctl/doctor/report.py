@@ -1,4 +1,4 @@
-"""Findings as people read them: by subject, worst first, the fix under each."""
+"""Findings as text: grouped by subject, worst first, each with its fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLOURS = {
 
 
 def text(findings: list[Finding]) -> str:
-    """One line each, what else there is to say indented below."""
+    """One line per finding, with cause and fix indented below."""
     by_subject: dict[str, list[Finding]] = {}
     for finding in findings:
         by_subject.setdefault(finding.subject, []).append(finding)
@@ -39,6 +39,6 @@ def _lines(finding: Finding, width: int) -> list[str]:
 
 
 def summary(findings: list[Finding]) -> str:
-    """How many of each."""
+    """The number of findings per severity."""
     counts = {severity: sum(finding.severity is severity for finding in findings) for severity in ORDER}
     return ", ".join(f"{count} {severity.value}" for severity, count in counts.items() if count)

@@ -1,8 +1,7 @@
-"""Moves bytes and times it: each transport between two scratch processes, placed where a plan's engines will be.
+"""Time each transport between two temporary processes, placed where a plan's engines will be.
 
-Each probe is a process of its own, which loads the transport's library; nothing of a running service is touched, but
-memory and the network are used.
-"""
+Each probe runs in its own process, which loads the transport's library. It does not touch a running service, but it
+uses memory and the network."""
 
 from __future__ import annotations
 
@@ -13,25 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdctl.errors import PdctlError
-from pdctl.host.rdma import RdmaTree
+from pdctl.host.devices.rdma import RdmaTree
 from pdctl.plan import Plan, ProcessSpec
+from pdctl.transports import TRANSPORTS
 
-BACKENDS = ("shm", "mooncake", "nixl")
 PROTOCOLS = ("auto", "tcp", "rdma")
-# Starting two processes, loading a transport's library and moving the bytes takes seconds; then something hangs.
+# Starting two processes, loading a library and moving the bytes takes seconds; after this time, something hangs.
 _PROBE_S = 120.0
-# Some twenty times the bytes, at 200 MB/s.
+# Allows for moving the bytes about twenty times at 200 MB/s.
 _PER_MIB_S = 0.1
 _MOST_SAID = 2000
 
-# A probe's answer, as JSON gives it.
+# A probe's result, as parsed JSON.
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One transport between two places. `pair`: "" where there is no plan; CPUs empty for any. `pieces`: besides the
-    usual measurements, all bytes in so many pieces."""
+    """One transport between two locations. `pair`: the engines' names, "" without a plan; empty `cpus` mean any.
+    `pieces`: additional measurements with all bytes split into this many pieces."""
 
     transport: str
     protocol: str
@@ -44,7 +43,7 @@ class Probe:
     pieces: tuple[int, ...] = ()
 
     def argv(self) -> list[str]:
-        """What runs it."""
+        """The command line of the probe."""
         words = ["probe", "--transport", self.transport, "--protocol", self.protocol, "--mib", str(self.mib)]
         for name, values in (
             ("--cpus", self.cpus), ("--peer-cpus", self.peer_cpus), ("--devices", self.devices),
@@ -55,8 +54,8 @@ class Probe:
 
 
 def probes(plan: Plan | None, only: str | None, protocol: str, mib: int) -> list[Probe]:
-    """One for each transport, and for each pair of places that a plan hands KV between."""
-    names = [only] if only else list(BACKENDS)
+    """One probe per transport and per pair of locations between which the plan hands over KV."""
+    names = [only] if only else list(TRANSPORTS)
     if plan is None:
         return [Probe(name, protocol, mib) for name in names]
     places: dict[tuple[object, ...], Probe] = {}
@@ -67,18 +66,18 @@ def probes(plan: Plan | None, only: str | None, protocol: str, mib: int) -> list
             for name in names:
                 probe = Probe(name, protocol, mib, f"{prefill.name} to {decode.name}", decode.cpus, prefill.cpus,
                               decode.rdma, prefill.rdma)  # fmt: skip
-                # Replicas in the same places tell nothing new.
+                # Replicas in the same location need no further probe.
                 places.setdefault((name, probe.cpus, probe.peer_cpus, probe.devices, probe.peer_devices), probe)
     return list(places.values()) or [Probe(name, protocol, mib) for name in names]
 
 
 def _with_role(plan: Plan, other: str) -> list[ProcessSpec]:
-    """Engines that are not of only the `other` role."""
+    """Engines that do not have the `other` role."""
     return [spec for spec in plan.processes if spec.kind != "proxy" and spec.role != other]
 
 
 def run(probe: Probe, tree: RdmaTree | None = None) -> Result:
-    """Its figures, or `error`. Raises PdctlError where the engine's packages are not installed."""
+    """The probe's measurements, or `error`. Raises PdctlError if the engine's packages are not installed."""
     limit = (_PROBE_S + probe.mib * _PER_MIB_S) * (1 + len(probe.pieces) / 2)
     try:
         done = subprocess.run(probe.argv(), capture_output=True, text=True, timeout=limit, check=False)
@@ -94,7 +93,7 @@ def run(probe: Probe, tree: RdmaTree | None = None) -> Result:
         return _about(probe, {"error": lines[-1]})
     assert isinstance(found, dict)
     if "error" in found and (said := done.stderr.strip()):
-        # The peer's own words, and those of libraries that only write to their standard error.
+        # Messages of the peer, and of libraries that only write to stderr.
         found["said"] = said[-_MOST_SAID:]
     link = _link_gbps(probe, found, tree)
     return _about(probe, {**found, "link_gbps": link, "of_link": round(found["gbps"] / link, 3) if link else None})
@@ -105,7 +104,7 @@ def _about(probe: Probe, found: Result) -> Result:
 
 
 def _link_gbps(probe: Probe, found: Result, tree: RdmaTree | None) -> float | None:
-    """GB/s that the slowest of its RDMA devices can carry; None over anything else."""
+    """GB/s of the slowest RDMA link used; None for other protocols."""
     if tree is None or found.get("protocol") != "rdma":
         return None
     names = {*probe.devices, *probe.peer_devices}
@@ -115,7 +114,7 @@ def _link_gbps(probe: Probe, found: Result, tree: RdmaTree | None) -> float | No
 
 
 def exit_code(found: list[Result], needed: str = "") -> int:
-    """0 all that work are right; 1 one fell back; 2 wrong bytes, none works, or the one that is `needed` does not."""
+    """0: all bytes correct; 1: a fallback was used; 2: wrong bytes, no transport works, or the `needed` one fails."""
     if any(entry["transport"] == needed and "error" in entry for entry in found):
         return 2
     works = [entry for entry in found if "error" not in entry]

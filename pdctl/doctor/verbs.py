@@ -1,6 +1,6 @@
-"""What only the verbs library tells of a device: asked through libibverbs, where that is installed and can open it.
+"""Device attributes that only libibverbs knows, if it is installed and can open the device.
 
-Structures are those of infiniband/verbs.h, ABI 1.1 (rdma-core), as far as they are read.
+The structures are those of infiniband/verbs.h, ABI 1.1 (rdma-core), as far as they are read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _PortAttributes(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class PortVerbs:
-    """MTUs in bytes."""
+    """The MTUs of a port in bytes."""
 
     max_mtu: int
     active_mtu: int
@@ -44,7 +44,7 @@ class PortVerbs:
 
 @dataclass(frozen=True, slots=True)
 class DeviceVerbs:
-    """`vendor_id` is IEEE's, not PCI's."""
+    """Attributes of a device. `vendor_id` is the IEEE number, not the PCI one."""
 
     vendor_id: int
     vendor_part_id: int
@@ -53,12 +53,12 @@ class DeviceVerbs:
 
 
 def read_verbs(ports: dict[str, list[int]]) -> dict[str, DeviceVerbs]:
-    """Of these devices and ports what the library tells; nothing where it is missing or opens no device."""
+    """Attributes of these devices and ports; empty if the library is missing or cannot open a device."""
     try:
         ctypes.CDLL("libibverbs.so.1", mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return {}
-    # By the process's own names, as a program that is linked against it: what was preloaded comes first.
+    # Resolve symbols in the process itself, as in a linked program, so that a preloaded library comes first.
     library = ctypes.CDLL(None)
     library.ibv_get_device_list.restype = ctypes.POINTER(ctypes.c_void_p)
     library.ibv_get_device_name.restype = ctypes.c_char_p

@@ -1,4 +1,4 @@
 """The engine: a front process (HTTP, leases) and a core process (torch, the step loop).
 
-Nobody imports this package from outside; it is reached by `python -m pdctl.engine`.
+No other package imports this one; it is run with `python -m pdctl.engine`.
 """

@@ -1,5 +1,5 @@
-"""`python -m pdctl.engine serve|core|prepare|probe|grammars ...`: the front, its core, a model made ready, a transfer
-timed, grammars compiled."""
+"""`python -m pdctl.engine serve|core|prepare|probe|grammars ...`: the front, its core, model preparation, transfer
+timing, grammar compilation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pdctl.wire import EXIT_CONFIG
 
 
 def main() -> int:
-    """Dispatch; each part imports what it needs, so that a front has no torch."""
+    """Run one of the parts. Each part imports only what it needs, so that a front has no torch."""
     verb, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if verb == "serve":
         from pdctl.engine.front.main import main as serve
 
         return serve(parse(argv))
     if verb == "core":
-        # What these packages make while they are imported stays. To look through it again and again takes a fifth of
-        # an engine's start.
+        # Objects created by these imports are long-lived. Without this, the garbage collector scans them repeatedly,
+        # which takes a fifth of an engine's start time.
         gc.disable()
-        import transformers.modeling_utils  # noqa: F401 - most of the time, and it would be imported while loading
+        import transformers.modeling_utils  # noqa: F401 - the slowest import; otherwise it would happen during loading
 
-        from pdctl.engine.core.loop import main as core
+        from pdctl.engine.core.main import main as core
 
         gc.freeze()
         gc.enable()

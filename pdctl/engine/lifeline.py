@@ -1,4 +1,4 @@
-"""Processes that live and die together: the kernel signals a child when its parent ends."""
+"""Tie processes together: the kernel signals a child when its parent exits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(sign: signal.Signals, parent_pid: int) -> None:
-    """Ask for `sign` when the parent ends; take it at once if `parent_pid` is not our parent any more."""
+    """Request signal `sign` for when the parent exits; raise it at once if `parent_pid` is no longer the parent."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(sign), 0, 0, 0)
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), sign)
 
 
 def vital(work: Callable[[], None]) -> Callable[[], None]:
-    """For a thread without which its process only looks alive: an error that ends it ends the process."""
+    """Wrap an essential thread: an error in it ends the process, which otherwise would only look alive."""
 
     def run() -> None:
         try:

@@ -6,13 +6,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdctl.net import LOOPBACK
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What `python -m pdctl.engine serve` was told. Sizes in tokens, GiB and seconds as named."""
+    """The options of `python -m pdctl.engine serve`. Units are tokens, GiB and seconds, as named."""
 
     name: str
-    role: str
     model: str
     served_model_name: str
     host: str
@@ -55,13 +56,12 @@ def _boolean(word: str) -> bool:
 
 
 def parse(argv: list[str]) -> EngineOptions:
-    """Raises SystemExit(2) with usage, as argparse does."""
+    """Parse the options. Raises SystemExit(2) with usage, as argparse does."""
     parser = argparse.ArgumentParser(prog="python -m pdctl.engine serve")
     parser.add_argument("--name", required=True)
-    parser.add_argument("--role", choices=["prefill", "decode", "hybrid"], default="hybrid")
     parser.add_argument("--model", required=True, help="a local Hugging Face directory")
     parser.add_argument("--served-model-name", default="")
-    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--host", default=LOOPBACK)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--max-model-len", type=int, default=2048)
@@ -71,13 +71,19 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--transfer", default="auto")
     parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
-    parser.add_argument("--transfer-devices", default="", help="RDMA devices, with commas; default: all that are up")
-    parser.add_argument("--transfer-ports", default="", help="FIRST-LAST that transports may listen on")
+    parser.add_argument(
+        "--transfer-devices", default="", help="RDMA devices, comma-separated; default: all active ones"
+    )
+    parser.add_argument("--transfer-ports", default="", help="port range FIRST-LAST for transports to listen on")
     parser.add_argument("--lease-s", type=float, default=30.0)
-    parser.add_argument("--read-s", type=float, default=5.0, help="a read of KV that takes longer is given up")
-    parser.add_argument("--leased-max", type=float, default=0.75, help="part of the KV pool that may be held for peers")
-    parser.add_argument("--chunked", type=_boolean, default=True, help="let peers read a prompt's first chunks early")
-    parser.add_argument("--open", type=_boolean, default=False, help="serve callers without the run's secret too")
+    parser.add_argument("--read-s", type=float, default=5.0, help="seconds after which a KV read is aborted")
+    parser.add_argument(
+        "--leased-max", type=float, default=0.75, help="fraction of the KV pool that may be leased to peers"
+    )
+    parser.add_argument(
+        "--chunked", type=_boolean, default=True, help="let peers read KV chunk by chunk during prefill"
+    )
+    parser.add_argument("--open", type=_boolean, default=False, help="also serve callers without this run's secret")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--epoch", default="", help="set by the front for its core")
     parser.add_argument("--front-pid", type=int, default=0, help="set by the front for its core")

@@ -1,7 +1,7 @@
-"""`python -m pdctl.engine probe`: move bytes between two scratch processes over one transport, and time it.
+"""`python -m pdctl.engine probe`: time one transport between two temporary processes.
 
-Prints one JSON object as the last line of stdout. A plain memory copy of the same bytes, taken in turn with the
-transfers, is what they are compared with.
+Prints one JSON object as the last line of stdout. Transfers are compared with memory copies of the same bytes, measured
+in turn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 
 from pdctl.engine.cache.layout import Span
 from pdctl.engine.cache.memory import Memory, NoMemory
-from pdctl.engine.transfer import TRANSPORTS, Settings, TransferError, Transport, transport_kind
+from pdctl.engine.transfer import Settings, TransferError, Transport, transport_kind
+from pdctl.transports import TRANSPORTS
 
 _BLOCK = 64 * 1024
 _READ_S = 30.0
@@ -30,17 +31,21 @@ _SEED = 7
 
 
 def main(argv: list[str]) -> int:
-    """0 and figures, or 1 and `error`."""
+    """Run a probe. Returns 0 with measurements, or 1 with `error`."""
     parser = argparse.ArgumentParser(prog="python -m pdctl.engine probe")
-    parser.add_argument("--transport", choices=TRANSPORTS, required=True)
+    parser.add_argument("--transport", choices=sorted(TRANSPORTS), required=True)
     parser.add_argument("--protocol", choices=["auto", "tcp", "rdma"], default="auto")
     parser.add_argument("--mib", type=int, default=64)
-    parser.add_argument("--pieces", type=_counts, default=(), help="as well: all bytes in so many scattered pieces")
-    parser.add_argument("--serve", action="store_true", help="be the peer: print an address, serve until stdin closes")
+    parser.add_argument("--pieces", type=_counts, default=(), help="also read all bytes split into N scattered pieces")
+    parser.add_argument(
+        "--serve", action="store_true", help="act as the peer: print an address and serve until stdin closes"
+    )
     parser.add_argument("--cpus", type=_numbers, default=set(), help="CPUs of the reader; default: any")
-    parser.add_argument("--peer-cpus", type=_numbers, default=set(), help="CPUs of the process that serves")
+    parser.add_argument("--peer-cpus", type=_numbers, default=set(), help="CPUs of the serving process")
     parser.add_argument("--devices", type=_names, default=(), help="RDMA devices")
-    parser.add_argument("--peer-devices", type=_names, default=(), help="of the process that serves; default: the same")
+    parser.add_argument(
+        "--peer-devices", type=_names, default=(), help="RDMA devices of the serving process; default: as --devices"
+    )
     options = parser.parse_args(argv)
     if options.cpus:
         os.sched_setaffinity(0, options.cpus)
@@ -59,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """One transport's settings, the same at both ends."""
+    """The settings of one transport at one end."""
 
     transport: str
     protocol: str
@@ -67,12 +72,12 @@ class Place:
     devices: tuple[str, ...] = ()
 
     def open(self, memory: Memory, epoch: str, serving: bool = True) -> Transport:
-        """Raises TransferError where it cannot be used."""
+        """Open the transport. Raises TransferError if it cannot be used."""
         settings = Settings(epoch, protocol=self.protocol, devices=self.devices, serving=serving)
         return transport_kind(self.transport).open_transport(memory, settings)
 
     def words(self) -> list[str]:
-        """As arguments."""
+        """The settings as command-line arguments."""
         words = ["--transport", self.transport, "--protocol", self.protocol, "--mib", str(self.num_bytes // 2**20)]
         return [*words, *(["--devices", ",".join(self.devices)] if self.devices else [])]
 
@@ -90,7 +95,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def probe(place: Place, peer: Place, peer_cpus: set[int], pieces: Sequence[int] = ()) -> dict[str, object]:
-    """Figures of one transport between two places here. Raises TransferError where it cannot be used, NoMemory."""
+    """Measure one transport between two locations. Raises TransferError if it cannot be used, NoMemory."""
     name, num_bytes = place.transport, place.num_bytes
     epoch = f"probe-{os.getpid()}"
     memory = Memory(num_bytes, epoch)
@@ -145,14 +150,14 @@ def _measurements(spans: Sequence[Span], seconds: float, copy: float) -> dict[st
 
 
 def in_pieces(num_bytes: int, count: int) -> list[Span]:
-    """`count` pieces of one size in random order, in which next to none follows its neighbour."""
+    """`count` pieces of equal size in random order, so that almost none can be merged with its neighbour."""
     size = num_bytes // count
     order = np.random.default_rng(1).permutation(count)
     return [Span(int(source) * size, target * size, size) for target, source in enumerate(order)]
 
 
 def scattered(num_bytes: int) -> list[Span]:
-    """Up to 1,000 blocks in an order that cannot be merged."""
+    """Up to 1,000 blocks in an order in which none can be merged."""
     count = min(1000, num_bytes // _BLOCK)
     order = np.random.default_rng(1).permutation(num_bytes // _BLOCK)[:count]
     return [Span(int(source) * _BLOCK, target * _BLOCK, _BLOCK) for target, source in enumerate(order)]
@@ -167,7 +172,7 @@ def _copy(content: np.ndarray, memory: Memory, spans: list[Span]) -> Callable[[]
 
 
 def _against(transfer: Callable[[], object], copy: Callable[[], object]) -> tuple[float, float]:
-    """Median seconds of both, taken in turn."""
+    """Median seconds of both, measured in turn."""
     transfers, copies = [], []
     for _ in range(_ROUNDS):
         transfers.append(_timed(transfer))
@@ -183,7 +188,7 @@ def _timed(act: Callable[[], object]) -> float:
 
 @contextmanager
 def scratch_peer(place: Place, cpus: set[int]) -> Iterator[str]:
-    """The address of a scratch process that serves known bytes, on these CPUs if any."""
+    """The address of a temporary process that serves known bytes, on these CPUs if given."""
     words = [*place.words(), "--serve", *(["--cpus", ",".join(map(str, cpus))] if cpus else [])]
     argv = [sys.executable, "-m", "pdctl.engine", "probe", *words]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""Facts of this machine. Every reader takes its root folder as a parameter, so tests can plant a tree."""
+"""Facts of this host. Every reader takes its root folder as a parameter, so that tests can use a fake tree."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from pdctl.host.allotment import allotted, allotted_rdma
-from pdctl.host.gpu import Gpu, gpu_holders, read_gpus
+from pdctl.host.devices.allotment import allotted, allotted_rdma
+from pdctl.host.devices.gpu import Gpu, gpu_holders, read_gpus
+from pdctl.host.devices.pci import Layout, read_layout
+from pdctl.host.devices.rdma import RdmaDevice, read_rdma
 from pdctl.host.memory import read_memory
-from pdctl.host.pci import Layout, read_layout
-from pdctl.host.ports import PortHolder, listening_ports
-from pdctl.host.rdma import RdmaDevice, read_rdma
+from pdctl.host.processes.ports import PortHolder, listening_ports
 from pdctl.host.users import cache_root, run_root, state_root
+from pdctl.net import LOOPBACK
 
 __all__ = [
     "ENGINE_PACKAGES",
@@ -30,31 +31,31 @@ __all__ = [
     "state_root",
 ]
 
-# Modules without which the builtin engine, or the proxy's export of spans, cannot start.
+# Modules that the builtin engine, or the proxy's export of spans, needs to start.
 ENGINE_PACKAGES = ("torch", "transformers", "tokenizers", "zmq", "numpy", "jinja2")
 OTLP_PACKAGES = ("opentelemetry",)
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that computes on a GPU. `service`: the run directory of the pdctl service that it is part of, or ""."""
+    """A process that uses a GPU. `service`: the run directory of its pdctl service, or ""."""
 
     pid: int
     command: str
     service: str = ""
 
     def describe(self) -> str:
-        """For people."""
+        """A description for messages."""
         part = f", of the pdctl service {Path(self.service).name!r}" if self.service else ""
         return f"pid {self.pid} ({self.command or 'unknown'}{part})"
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What the plan needs to know. `cpus` are those this process may run on, ascending; `memory` in bytes.
+    """The facts that a plan needs. `cpus`: the CPUs that this process may use, ascending; `memory` in bytes.
 
     `gpus` and `rdma` are what the environment leaves to us (`gpus_by` and `rdma_by` say what does); `gpu_holders`:
-    by UUID, who computes there now.
+    by UUID, who computes there now. `address`: where other processes of the service reach those on this host.
     """
 
     cpus: tuple[int, ...]
@@ -70,26 +71,27 @@ class Host:
     missing_packages: frozenset[str] = frozenset()
     gpus_by: str = ""
     rdma_by: str = ""
+    address: str = LOOPBACK
     gpu_holders: dict[str, tuple[Holder, ...]] = field(default_factory=dict, hash=False)
 
     def gpu_named(self, name: int | str) -> Gpu | None:
-        """The GPU of ours that a topology means: a driver index, a UUID or its beginning, a MIG slice."""
+        """The available GPU with this name: a driver index, a UUID or a prefix of it, or a MIG slice."""
         if isinstance(name, int):
             return next((gpu for gpu in self.gpus if gpu.index == name), None)
         found = [gpu for gpu in self.gpus if gpu.uuid.startswith(name)]
         return found[0] if len(found) == 1 else None
 
     def strangers_on(self, uuid: str, run_dir: str) -> tuple[Holder, ...]:
-        """Who computes on a GPU and is no part of the service of this run directory."""
+        """Processes that use a GPU and do not belong to the service of this run directory."""
         return tuple(holder for holder in self.gpu_holders.get(uuid, ()) if holder.service != run_dir)
 
     def lacks(self, packages: tuple[str, ...]) -> list[str]:
-        """Those of these Python packages that are not installed."""
+        """The packages among these that are not installed."""
         return [name for name in packages if name in self.missing_packages]
 
 
 def read_host(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) -> Host:
-    """Read the facts afresh; a few milliseconds, tens where a GPU driver answers."""
+    """Read the facts. Takes a few milliseconds, or tens with a GPU driver."""
     rdma, rdma_by = allotted_rdma(read_rdma(sysfs_root), os.environ)
     gpus, gpus_by = allotted(read_gpus(), os.environ)
     return Host(
@@ -116,7 +118,7 @@ def _holders_of(gpus: tuple[Gpu, ...], proc_root: Path) -> dict[str, tuple[Holde
 
 
 def _holder(pid: int, proc_root: Path) -> Holder:
-    from pdctl.wire import UNIT_ENV  # here: the command line imports this package, and nothing heavy
+    from pdctl.wire import UNIT_ENV  # imported here to keep the command line's imports light
 
     folder, command, service = proc_root / str(pid), "", ""
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""This boot, and names for what starts during it."""
+"""Ids of the current boot, and of process starts during it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 def host_id(proc_root: Path = Path("/proc")) -> str:
-    """The same for processes that see each other's /proc entries, and so can map each other's memory."""
+    """An id that is equal for processes that see each other's /proc entries and so can map each other's memory."""
     return f"{boot_id(proc_root)}/{(proc_root / 'self/ns/pid').readlink()}"
 
 
 def new_epoch(proc_root: Path = Path("/proc")) -> str:
-    """A start's name: the boot's id and a counter that only grows within it."""
+    """The epoch of a start: the boot id and a counter that only grows during the boot."""
     return f"{boot_id(proc_root).replace('-', '')[:8]}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME):x}"
 
 
 @cache
 def boot_id(proc_root: Path = Path("/proc")) -> str:
-    """This boot's own name."""
+    """The kernel's id of this boot."""
     return (proc_root / "sys/kernel/random/boot_id").read_text().strip()

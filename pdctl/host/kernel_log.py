@@ -1,4 +1,4 @@
-"""The kernel's messages: from /dev/kmsg, or from a text that `dmesg` or `journalctl -k` wrote."""
+"""Kernel messages from /dev/kmsg, or from a text file with the output of `dmesg` or `journalctl -k`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 _MOST_BYTES = 8192
-# Kernel rings hold some thousands of messages; a text may be long.
+# The kernel's ring buffer holds some thousands of messages; a text file may be longer.
 _MOST_LINES = 50_000
 _MOST_TEXT = 16 * 2**20
-# `[ 1234.567890] text`, as dmesg writes it; journalctl has its own head before that.
+# `[ 1234.567890] text`, as dmesg writes it; journalctl puts its own prefix before it.
 _DMESG = re.compile(r"\[\s*(\d+\.\d+)\]\s?(.*)")
-# Wall clocks: `dmesg -T`, `dmesg --time-format iso` and `journalctl -o short-iso`, `journalctl -k`.
+# Wall-clock formats: `dmesg -T`, `dmesg --time-format iso`, `journalctl -o short-iso`, `journalctl -k`.
 _CTIME = re.compile(r"\[(\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4})\]\s?(.*)")
 _ISO = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)[.,]?\d*([+-]\d\d):?(\d\d)\s+(?:\S+ kernel: )?(.*)")
 _SHORT = re.compile(r"(\w{3} [ \d]\d \d\d:\d\d:\d\d) \S+ kernel: (.*)")
@@ -24,7 +24,7 @@ _SHORT = re.compile(r"(\w{3} [ \d]\d \d\d:\d\d:\d\d) \S+ kernel: (.*)")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """`at`: seconds since boot on the monotonic clock; None where the text does not say."""
+    """One message. `at`: seconds since boot on the monotonic clock; None if unknown."""
 
     at: float | None
     text: str
@@ -32,8 +32,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class KernelLog:
-    """`messages`, oldest first; `taken_at`: when the log was taken, on the clock of its messages; `unread`: why there
-    are none, "" where the log could be read."""
+    """A kernel log. `messages`: oldest first; `taken_at`: when the log was read or saved, on the clock of its messages;
+    `unread`: why it could not be read, else ""."""
 
     source: str
     messages: tuple[Message, ...] = ()
@@ -42,7 +42,7 @@ class KernelLog:
 
 
 def read_kernel_log(path: Path = Path("/dev/kmsg")) -> KernelLog:
-    """All that is kept there now. Never waits, never raises."""
+    """Read all messages. Never blocks and never raises."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as failure:
@@ -81,9 +81,9 @@ def _records(descriptor: int) -> list[Message]:
         except BlockingIOError:
             break
         except BrokenPipeError:
-            continue  # messages were overwritten before we read them
+            continue  # messages were overwritten before they were read
         if not record:
-            break  # no kernel's log: a container may have /dev/null in its place
+            break  # not a kernel log: a container may have /dev/null in its place
         message = parse_record(record)
         if message is not None:
             found.append(message)
@@ -91,7 +91,7 @@ def _records(descriptor: int) -> list[Message]:
 
 
 def _line(line: str) -> Message:
-    """Where it has a date, `at` is turned into seconds since this machine's boot, whoever's log it is."""
+    """Parse a line of text. A date is converted to seconds since this machine's boot, even in another machine's log."""
     if found := _DMESG.search(line):
         return Message(float(found[1]), found[2])
     try:
@@ -107,7 +107,7 @@ def _line(line: str) -> Message:
 
 
 def _without_year(text: str) -> datetime:
-    """The last such day: not in the future, but for clocks that differ."""
+    """Parse a date without a year as the most recent such day, allowing for one day of clock difference."""
     now = datetime.now()
     found = datetime.strptime(f"{now.year} {text}", "%Y %b %d %H:%M:%S")
     return found.replace(year=now.year - 1) if found > now + timedelta(days=1) else found
@@ -118,7 +118,7 @@ def _on_our_clock(when: datetime) -> float:
 
 
 def _taken_at(messages: tuple[Message, ...], written: float) -> float:
-    """When a text's newest message was news. A text of another boot has no other clock than its messages'."""
+    """When the text was saved. A log of another boot has only the clock of its messages, so its newest one is used."""
     now = time.clock_gettime(time.CLOCK_MONOTONIC)
     last = max((message.at for message in messages if message.at is not None), default=now)
     ours = now - (time.time() - written)

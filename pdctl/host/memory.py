@@ -1,4 +1,4 @@
-"""Main memory: /proc/meminfo, and the limit of the control group that this process is in."""
+"""Host memory: /proc/meminfo, and the limit of this process's cgroup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def read_memory(proc_root: Path = Path("/proc")) -> tuple[int, int]:
-    """(total, available) in bytes."""
+    """Total and available memory in bytes."""
     found = {}
     for line in (proc_root / "meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
@@ -16,16 +16,16 @@ def read_memory(proc_root: Path = Path("/proc")) -> tuple[int, int]:
 
 
 def read_group_room(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) -> int | None:
-    """Bytes that the narrowest control group above this process has left; None where none is limited.
+    """Bytes left in the tightest cgroup of this process and its parents; None if none has a limit.
 
-    Cache that the kernel would give back (inactive_file) does not count as taken.
+    Reclaimable cache (inactive_file) does not count as used.
     """
     rooms = [room for folder in _groups(proc_root, sysfs_root / "fs/cgroup") if (room := _room(folder)) is not None]
     return min(rooms, default=None)
 
 
 def _groups(proc_root: Path, mount: Path) -> Iterator[Path]:
-    """This process's group and all above it: `0::PATH` of version 2, the memory controller's of version 1."""
+    """This process's cgroup and its parents: `0::PATH` of version 2, the memory controller's of version 1."""
     try:
         lines = (proc_root / "self/cgroup").read_text().splitlines()
     except OSError:
@@ -37,7 +37,7 @@ def _groups(proc_root: Path, mount: Path) -> Iterator[Path]:
             continue
         root = mount / "memory" if controllers else mount
         folder = root / path.lstrip("/")
-        # In a container the path may be the host's, of which only the root is mounted.
+        # In a container the path may be the host's, but only its root is mounted.
         yield from dict.fromkeys([*(f for f in (folder, *folder.parents) if f.is_relative_to(root)), root])
 
 
@@ -48,7 +48,7 @@ def _room(group: Path) -> int | None:
             stat = (group / "memory.stat").read_text()
         except (OSError, ValueError):
             continue
-        # Version 1 writes the largest number of pages for no limit.
+        # Version 1 writes a huge number for "no limit".
         if not limit.isdecimal() or int(limit) >= 1 << 60:
             return None
         cache = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")), 0)

@@ -1,4 +1,4 @@
-"""Where a model named in a topology lies on this machine, without loading it."""
+"""Locate a topology's model on this host, without loading it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# The folder name carries the recipe's version: a changed conversion never reuses an old result.
+# The folder name contains the version of the conversion, so that a changed one never reuses an old result.
 SAMPLES = {"gemma-3-270m": "gemma-3-270m-r1", "tiny-qwen3": "tiny-qwen3-r1", "tiny-chat": "tiny-chat-r2"}
 SAMPLE_PREFIX = "sample:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True, slots=True)
 class ModelLocation:
-    """`path` is what an engine loads; `ready` says whether it is there already."""
+    """A model's location. `path`: what an engine loads; `ready`: whether it exists already."""
 
     spec: str
     path: str
@@ -23,13 +23,13 @@ class ModelLocation:
 
 
 class UnknownModel(ValueError):
-    """The spec names no sample, no directory and no Hub id."""
+    """The spec is neither a sample, nor a directory, nor a Hub id."""
 
 
 def locate_model(spec: str, cache_root: Path, base: Path = Path()) -> ModelLocation:
     """Resolve `sample:NAME`, a local Hugging Face directory, or a Hub id `owner/name`.
 
-    Relative directories count from `base`. Raises UnknownModel with a sentence that says what was tried.
+    Relative directories are relative to `base`. Raises UnknownModel with a message that says what was tried.
     """
     if spec.startswith(SAMPLE_PREFIX):
         return _sample(spec, cache_root)
@@ -53,8 +53,8 @@ def _sample(spec: str, cache_root: Path) -> ModelLocation:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a model takes, from its config.json and the sizes of its files. `kv_token_bytes`: K and V of one token over
-    all layers, at two bytes a number; `weight_bytes`: at two bytes a number; `positions`: 0 where it does not say."""
+    """Sizes of a model, from its config.json and its files. `kv_token_bytes`: K and V of one token in all layers, at
+    two bytes per element; `weight_bytes`: at two bytes per element; `positions`: maximum positions, 0 if unknown."""
 
     kv_token_bytes: int
     weight_bytes: int
@@ -62,7 +62,7 @@ class ModelShape:
 
 
 def read_shape(directory: Path) -> ModelShape | None:
-    """The shape of a local model; None where its config.json does not tell."""
+    """The shape of a local model; None if its config.json lacks the values."""
     try:
         config = json.loads((directory / "config.json").read_text())
         config = config.get("text_config") or config
@@ -79,8 +79,8 @@ def read_shape(directory: Path) -> ModelShape | None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Files that hold weights, in a format that engines load. Some repositories have the same weights twice: one whole
-    file counts, then what an index names, then whatever is there."""
+    """Files with weights. Some repositories have the same weights twice: a single file comes first, then the files in
+    the index, then any."""
     single = directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -91,7 +91,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def missing_shards(directory: Path) -> list[str]:
-    """Files that an index names and that are not there, where no whole file is."""
+    """Files in the index that do not exist, unless there is a single file with all weights."""
     if (directory / "model.safetensors").is_file():
         return []
     return [name for name in _named(directory) if not (directory / name).is_file()]

@@ -1,7 +1,7 @@
-"""Raw ASGI for the endpoints that generate: bodies in with a limit, answers out, and a client that leaves is noticed.
+"""Raw ASGI for the endpoints that generate: read bodies up to a limit, send answers, detect disconnected clients.
 
-Starlette's own responses notice a disconnect at the next write; a request that waits for its first token writes
-nothing for a long time.
+Starlette's own responses detect a disconnect only at the next write, but a request that waits for its first token
+writes nothing for a long time.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ EVENT_STREAM = b"text/event-stream; charset=utf-8"
 
 
 async def read_body(receive: Receive, limit: int = MAX_BODY, encoding: bytes = b"") -> bytes:
-    """The whole body, unpacked where `encoding` (the content-encoding header) says that it is packed.
+    """The complete body, decompressed according to `encoding` (the content-encoding header).
 
-    Raises ApiError 413 when it is too large, 415 or 400 when it cannot be unpacked, 400 when the client left.
+    Raises ApiError 413 if it is too large, 415 or 400 if it cannot be decompressed, 400 if the client disconnected.
     """
     parts: list[bytes] = []
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client left before its request was complete")
+            raise ApiError(400, "the client disconnected before its request was complete")
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit:
@@ -52,12 +52,12 @@ async def read_body(receive: Receive, limit: int = MAX_BODY, encoding: bytes = b
 
 
 def header_dict(headers: list[tuple[bytes, bytes]]) -> dict[str, str]:
-    """ASGI's header pairs; names are lower-case already."""
+    """ASGI's header pairs as a dict; names are already lower-case."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
 
 
 def request_id(headers: Mapping[bytes, bytes]) -> str:
-    """The client's x-request-id if it is sane, else a new one."""
+    """The client's x-request-id if it is valid, else a new one."""
     given = headers.get(b"x-request-id")
     return given.decode() if given is not None and _REQUEST_ID.fullmatch(given) else new_name()
 
@@ -67,12 +67,12 @@ _numbers = count(1)
 
 
 def new_name() -> str:
-    """A name nobody else gives: this process's own random prefix and a number. No secret."""
+    """A unique name: this process's random prefix and a number. Not a secret."""
     return f"{_PREFIX}{next(_numbers):012x}"
 
 
 async def respond(send: Send, status: int, body: bytes, extra: list[tuple[bytes, bytes]] | None = None) -> None:
-    """A whole JSON answer."""
+    """Send a complete JSON answer."""
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
@@ -83,18 +83,18 @@ async def respond(send: Send, status: int, body: bytes, extra: list[tuple[bytes,
 
 
 async def _refused(request: Request, failure: Exception) -> Response:
-    """Starlette's own refusals, in OpenAI's envelope."""
+    """Starlette's own errors in OpenAI's error format."""
     assert isinstance(failure, HTTPException)
     error = ApiError(failure.status_code, f"{request.method} {request.url.path}: {failure.detail}")
     return Response(error.body(), error.status, failure.headers, media_type="application/json")
 
 
-# For Starlette applications: no path answers outside OpenAI's envelope.
+# For Starlette applications: all errors have OpenAI's error format.
 OPENAI_ERRORS = {HTTPException: _refused}
 
 
 async def respond_error(send: Send, failure: ApiError, extra: list[tuple[bytes, bytes]] | None = None) -> None:
-    """An error in OpenAI's envelope."""
+    """Send an error in OpenAI's error format."""
     more = list(extra or [])
     if failure.retry_after is not None:
         more.append((b"retry-after", str(failure.retry_after).encode()))
@@ -104,18 +104,18 @@ async def respond_error(send: Send, failure: ApiError, extra: list[tuple[bytes, 
 
 
 async def start_stream(send: Send, extra: list[tuple[bytes, bytes]] | None = None) -> None:
-    """The head of an event stream."""
+    """Send the head of an event stream."""
     headers = [(b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache"), *(extra or [])]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
 async def send_part(send: Send, data: bytes, last: bool = False) -> None:
-    """A part of a stream."""
+    """Send a part of a stream."""
     await send({"type": "http.response.body", "body": data, "more_body": not last})
 
 
 async def while_connected(receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
-    """Do `work`; cancel it when the client leaves."""
+    """Run `work`; cancel it if the client disconnects."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_cancel_on_disconnect, receive, tasks.cancel_scope)
         await work()

@@ -1,6 +1,6 @@
-"""A lean pooled HTTP/1.1 client for the paths every token takes. httptools parses; asyncio moves the bytes.
+"""A lean pooled HTTP/1.1 client for the hot path of every token, made of httptools (parsing) and asyncio (transport).
 
-httpx costs milliseconds of CPU per call, which is fine for control calls and too much for a proxy or a lease.
+httpx costs milliseconds of CPU per call, which is fine for control calls but too much for a proxy or a lease.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import httptools
 if TYPE_CHECKING:
     import ssl
 
-# A reader slower than its engine stops the socket at this many buffered bytes.
+# Reading from the socket pauses at this many buffered bytes, if the reader is slower than the engine.
 _PAUSE_AT = 256 * 1024
-# A kept connection older than this may meet a server that is just closing it, seconds.
+# A connection idle for longer than this is not reused: the server may be about to close it. Seconds.
 _IDLE_S = 30.0
 _MAX_IDLE = 4096
 _MAX_HEADERS = 64 * 1024
 
 
 class Unreachable(Exception):
-    """No connection, or it ended before the answer did. `sent`: a part of the answer had come; `begun`: the request
-    was on its way."""
+    """No connection, or it ended before the answer did. `sent`: a part of the answer had arrived; `begun`: the request
+    had been sent."""
 
     def __init__(self, message: str, sent: bool = False, begun: bool = False) -> None:
         super().__init__(message)
@@ -75,7 +75,7 @@ class _Connection(asyncio.Protocol):
     # -- asyncio.Protocol --
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's.
+        # uvloop's transports are not subclasses of asyncio's.
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
@@ -119,7 +119,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self.complete = True
-        # Asked now: the parser forgets once it waits for the next message.
+        # Read it now: the parser resets it when it waits for the next message.
         self.keep_alive = self.parser.should_keep_alive()
 
     # -- for the pool --
@@ -127,19 +127,19 @@ class _Connection(asyncio.Protocol):
     def send(self, data: bytes) -> None:
         assert self.transport is not None
         if self.used:
-            # Only a connection whose last answer was whole is used again: its parser waits for the next one.
+            # A connection is only reused after a complete answer, so its parser is ready for the next one.
             self._begin()
         self.used = True
         self.transport.write(data)
 
     async def head(self) -> int:
-        """The status, once the headers are in."""
+        """Wait for the headers and return the status."""
         while not self.head_done:
             await self._wait()
         return int(self.parser.get_status_code())
 
     async def read(self) -> bytes | None:
-        """What has arrived since, at least a byte; None at the end."""
+        """Wait for data and return it, at least one byte; None at the end."""
         while not self._chunks:
             if self.complete:
                 return None
@@ -184,9 +184,9 @@ class _Connection(asyncio.Protocol):
 
 
 class Exchange:
-    """One request and its answer being read. Close it in every case; closing early tells the peer that we left.
+    """One request and its answer. Always close it; closing early aborts the request at the peer.
 
-    Usable by a watcher from the first moment: `waiting_since` (monotonic seconds, 0 while nobody waits) and `cut`.
+    A watcher may use `waiting_since` (monotonic seconds, 0 if not waiting) and `cut` from the start.
     """
 
     __slots__ = ("_connection", "_cut", "_headers", "_message", "_opened_at", "_pool", "status")
@@ -202,7 +202,7 @@ class Exchange:
 
     @property
     def waiting_since(self) -> float:
-        """Since when the peer has owed us something; 0.0 when it does not."""
+        """Since when the caller has been waiting for the peer; 0.0 if it is not."""
         return self._opened_at if self._connection is None else self._connection.waiting_since
 
     def header(self, wanted: bytes) -> str | None:
@@ -210,7 +210,7 @@ class Exchange:
         return next((value.decode("latin-1") for name, value in self._headers if name.lower() == wanted), None)
 
     async def head(self) -> int:
-        """Send, and wait for the head of the answer: its status. Raises Unreachable."""
+        """Send the request and wait for the head of the answer. Returns its status. Raises Unreachable."""
         begun = False
         while True:
             try:
@@ -230,7 +230,7 @@ class Exchange:
             except Unreachable as failure:
                 connection.abort()
                 begun = True
-                # A kept connection that the server closed while idle says nothing about the server.
+                # The server closed a reused connection while it was idle: retry on another one.
                 if not kept or failure.sent or self._cut is not None:
                     raise
             except BaseException:
@@ -238,41 +238,41 @@ class Exchange:
                 raise
 
     async def read(self) -> bytes | None:
-        """The next bytes; None at the end. Raises Unreachable when the peer dies in between."""
+        """The next bytes; None at the end. Raises Unreachable if the connection breaks."""
         assert self._connection is not None
         return await self._connection.read()
 
     def tap(self, take: Callable[[bytes], float]) -> None:
-        """While a `read` waits, offer what arrives to `take` first, there and then; what it declines is read.
+        """While a `read` waits, offer arriving data to `take` first, in the protocol callback. Declined data is read.
 
-        `take` returns the time (monotonic) at which it took the bytes, 0.0 to decline. Saves waking the reader for
-        each of many small parts.
+        `take` returns the time (monotonic) at which it took the bytes, or 0.0 to decline. This avoids waking the reader
+        for many small parts.
         """
         assert self._connection is not None
         self._connection.tap = take
 
     async def rest(self) -> bytes:
-        """All that is left."""
+        """Read the rest of the answer."""
         parts = []
         while (data := await self.read()) is not None:
             parts.append(data)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def cut(self, reason: str) -> None:
-        """End it now: whoever waits for it is told `reason` as Unreachable."""
+        """End it now. A waiting caller gets Unreachable with `reason`."""
         self._cut = reason
         if self._connection is not None:
             self._connection.fail(reason)
 
     def close(self) -> None:
-        """Give the connection back, or cut it when the answer was not read to its end."""
+        """Return the connection to the pool, or close it if the answer was not read to its end."""
         connection, self._connection = self._connection, None
         if connection is not None:
             self._pool.take_back(connection)
 
 
 class ConnectionPool:
-    """Connections to one address; `tls`: how to trust it, where it speaks TLS."""
+    """Connections to one address. `tls`: the context for a TLS server, else None."""
 
     def __init__(self, host: str, port: int, connect_s: float = 2.0, tls: ssl.SSLContext | None = None) -> None:
         self.host = host
@@ -285,14 +285,17 @@ class ConnectionPool:
     async def request(
         self, method: str, path: str, headers: bytes = b"", body: bytes = b"", timeout_s: float = 30.0
     ) -> Response:
-        """One call, its whole answer. `headers` are ready-made lines. Raises Unreachable; late counts as that."""
+        """Make one call and read the complete answer. `headers`: complete header lines. Raises Unreachable, also on a
+        timeout."""
         exchange = self.exchange(method, path, headers, body)
         try:
             async with asyncio.timeout(timeout_s):
                 await exchange.head()
                 data = await exchange.rest()
         except TimeoutError:
-            raise Unreachable(f"{self.host}:{self.port}{path} gave no answer in {timeout_s:g} s", sent=True) from None
+            raise Unreachable(
+                f"{self.host}:{self.port}{path} did not answer within {timeout_s:g} s", sent=True
+            ) from None
         finally:
             exchange.close()
         found = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange._headers}
@@ -305,13 +308,13 @@ class ConnectionPool:
         return exchange
 
     def exchange(self, method: str, path: str, headers: bytes = b"", body: bytes = b"") -> Exchange:
-        """A request that is sent when its head is asked for."""
+        """A request that is sent when `head` is called."""
         length = b"content-length: %d\r\n" % len(body) if body or method == "POST" else b""
         message = (method.encode(), b" ", path.encode(), self._head, headers, length, b"\r\n", body)
         return Exchange(self, b"".join(message))
 
     def take_back(self, connection: _Connection) -> None:
-        """Keep a connection whose answer was read to its end; cut any other."""
+        """Keep a connection if its answer was read to the end, else close it."""
         now = time.monotonic()
         connection.tap = None
         while self._idle and (self._idle[0].closed or now - self._idle[0].idle_since > _IDLE_S):
@@ -328,7 +331,7 @@ class ConnectionPool:
             self._idle.pop().abort()
 
     async def acquire(self) -> _Connection:
-        """A kept connection, or a new one. Raises Unreachable."""
+        """An idle connection, or a new one. Raises Unreachable."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed and time.monotonic() - connection.idle_since < _IDLE_S:
@@ -342,16 +345,16 @@ class ConnectionPool:
                     lambda: _Connection(peer), self.host, self.port, ssl=self._tls
                 )
         except (OSError, TimeoutError, ValueError, OverflowError) as failure:
-            # The last two: a host or port that cannot be one.
+            # ValueError and OverflowError: an invalid host or port.
             raise Unreachable(f"{peer} cannot be reached: {failure or 'no answer'}") from None
         return connection
 
 
 def header_lines(headers: dict[str, str]) -> bytes:
-    """Ready-made header lines. Raises ValueError for a value that would break out of its line."""
+    """Complete header lines. Raises ValueError for a value with a line break."""
     lines = []
     for name, value in headers.items():
         if "\r" in value or "\n" in value:
-            raise ValueError(f"header {name} holds a line break")
+            raise ValueError(f"header {name} contains a line break")
         lines.append(f"{name}: {value}\r\n")
     return "".join(lines).encode("latin-1")

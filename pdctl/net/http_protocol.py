@@ -1,9 +1,9 @@
-"""uvicorn's HTTP protocol with what it leaves open settled, for every server that clients may reach.
+"""uvicorn's HTTP protocol with fixes for edge cases, for every server that clients may reach.
 
-- An offered upgrade that is not taken is ignored (RFC 9110, 7.8): the request is answered as if nothing was offered.
-- What is no HTTP, what has too large a head, and our own faults are answered in OpenAI's error shape.
-- A client that shuts down its sending side is answered. One that closed looks the same at first: it is sent an interim
-  response, to which its kernel answers with a reset.
+- An unsupported upgrade is ignored (RFC 9110, 7.8): the request is answered as if no upgrade was offered.
+- Malformed HTTP, too large headers and internal errors are answered in OpenAI's error format.
+- A client that shuts down its sending side still gets its answer. A closed client looks the same at first: it is sent
+  an interim response, to which its kernel replies with a reset.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from pdctl.net.openai_api import ApiError
 
-# Bytes of request line and headers together.
+# Limit of request line and headers together, in bytes.
 MAX_HEADER_BYTES = 64 * 1024
 _UPGRADE_HEADERS = frozenset({b"upgrade", b"connection", b"http2-settings"})
-# After a client's end of sending: when it is looked whether its kernel has reset the connection, seconds.
+# Delays after a client's end of sending at which the connection is checked for a reset, seconds.
 _LOOK_AFTER_S = (0.02, 0.1, 0.5, 1.0, 2.0, 5.0)
 _TCP_CLOSE = 7  # linux/include/net/tcp_states.h
 _STILL_HERE = b"HTTP/1.1 102 Processing\r\n\r\n"
@@ -28,7 +28,7 @@ _REASONS = {400: b"Bad Request", 405: b"Method Not Allowed", 431: b"Request Head
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """See the module."""
+    """uvicorn's protocol with the fixes described in the module docstring."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A new connection."""
@@ -42,26 +42,26 @@ class HttpProtocol(HttpToolsProtocol):
     # -- requests ------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a request. After a refusal they are thrown away until the client has read it and leaves."""
+        """Receive bytes. After a refusal they are discarded until the client disconnects."""
         if self.refused:
             return
         self._has_begun = False
         self._feed(data)
         if self.in_head and not self.refused:
-            # A read that ends requests before it counts with what is known of this one's head, not whole.
+            # If this read also ended earlier requests, count only the bytes parsed of this request's head.
             self.header_bytes = max(1, self._head_size()) if self._has_begun else self.header_bytes + len(data)
             if self.header_bytes > MAX_HEADER_BYTES:
                 self._refuse_head()
 
     def _feed(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        # A loop, not a recursion: a client may pipeline thousands of offers in one read.
+        # A loop, not a recursion: a client may pipeline thousands of upgrade offers in one read.
         while data and not self.refused:
             try:
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as offered:
-                # The parser stops here: it takes what follows for another protocol's.
+                # The parser stops here: it treats the rest as another protocol.
                 data = self._head_without_upgrade() + data[offered.args[0] :]
                 self._declined = False
                 self.parser = httptools.HttpRequestParser(self)
@@ -77,14 +77,14 @@ class HttpProtocol(HttpToolsProtocol):
         self.in_head = self._has_begun = True
 
     def _head_size(self) -> int:
-        """Bytes of the head as far as it is parsed."""
+        """Bytes of the head parsed so far."""
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     def on_headers_complete(self) -> None:
-        """The head is whole."""
+        """The head is complete."""
         if self.parser.get_method() == b"CONNECT":
-            # To the parser an upgrade too, and one that no header takes back.
-            self._refuse(ApiError(405, "CONNECT: this server is no proxy for other hosts"))
+            # The parser treats CONNECT as an upgrade that cannot be declined by removing a header.
+            self._refuse(ApiError(405, "CONNECT is not supported: this server does not proxy to other hosts"))
             return
         if self.parser.should_upgrade():
             self._declined = True
@@ -103,7 +103,7 @@ class HttpProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
+        """The request is complete."""
         if not (self._declined or self.refused):
             super().on_message_complete()
 
@@ -118,19 +118,19 @@ class HttpProtocol(HttpToolsProtocol):
     # -- refusals ------------------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP."""
+        """The received bytes are not valid HTTP."""
         self._refuse(ApiError(400, msg))
 
     def _refuse_head(self) -> None:
         self._refuse(ApiError(431, f"the request's headers are larger than {MAX_HEADER_BYTES} bytes"))
 
     def _refuse(self, failure: ApiError) -> None:
-        """Answer, then let the client read: a connection closed over unread bytes is reset, and the answer lost."""
+        """Answer and keep reading: closing a connection with unread bytes resets it, and the answer would be lost."""
         self.refused = True
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            # An answer is under way, and its client is owed that one; nothing can follow it.
+            # An answer is in progress. The client gets this answer, and the connection closes after it.
             self.cycle.keep_alive = False
             return
         body = failure.body()
@@ -144,12 +144,12 @@ class HttpProtocol(HttpToolsProtocol):
     # -- the end of sending --------------------------------------------------------------------------------
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends nothing more: it has closed, or only its sending side. True keeps the connection open."""
+        """The client closed the connection, or only its sending side. Returning True keeps the connection open."""
         if self.refused or self.in_head or self.cycle is None or self.cycle.response_complete:
             return False
         last = self.pipeline[0][0] if self.pipeline else self.cycle
         if last.more_body or not self.transport.can_write_eof():
-            return False  # TLS knows no half-closed connections
+            return False  # TLS has no half-closed connections
         last.keep_alive = False
         if not self.cycle.response_started and self.scope["http_version"] == "1.1":
             self.transport.write(_STILL_HERE)
@@ -157,7 +157,7 @@ class HttpProtocol(HttpToolsProtocol):
         return True
 
     def _look(self, number: int) -> None:
-        """Close a connection that the client's kernel has reset."""
+        """Close the connection if the client's kernel has reset it, else check again later."""
         if self.transport.is_closing():
             return
         if self._is_reset():
@@ -176,7 +176,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 async def _send_500(cycle: RequestResponseCycle) -> None:
-    body = ApiError(500, "the server failed at this request", "server_error").body()
+    body = ApiError(500, "internal server error", "server_error").body()
     about = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await cycle.send({"type": "http.response.start", "status": 500, "headers": [*about, (b"connection", b"close")]})
     await cycle.send({"type": "http.response.body", "body": body})

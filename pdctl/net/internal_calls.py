@@ -1,4 +1,4 @@
-"""Calls between this service's own processes: the secret, one JSON message out, one in."""
+"""Calls between this service's own processes, with the secret: one JSON message out, one in."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Reply = TypeVar("Reply", bound=msgspec.Struct)
 
 
 class CallRefused(Unreachable):
-    """The peer answered, and not with what was asked for."""
+    """The peer answered with an error or an unexpected message."""
 
 
 class Caller:
-    """Makes calls with the run's secret. Raises Unreachable, or Refused for another answer than the agreed one."""
+    """Makes calls with the run's secret. Raises Unreachable, or CallRefused for an unexpected answer."""
 
     def __init__(self, secret: str) -> None:
         self._headers = header_lines({"authorization": f"Bearer {secret}", "content-type": "application/json"})
 
     async def get(self, pool: ConnectionPool, path: str, kind: type[Reply], timeout_s: float) -> Reply:
-        """Ask for a message."""
+        """GET a message."""
         return await self._call(pool, "GET", path, b"", kind, timeout_s)
 
     async def post(
         self, pool: ConnectionPool, path: str, message: msgspec.Struct, kind: type[Reply], timeout_s: float
     ) -> Reply:
-        """Send a message, for its reply."""
+        """POST a message and return the reply."""
         return await self._call(pool, "POST", path, msgspec.json.encode(message), kind, timeout_s)
 
     async def _call(
@@ -40,4 +40,4 @@ class Caller:
         try:
             return msgspec.json.decode(answer.body, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            raise CallRefused(f"the answer is no {kind.__name__}: {failure}") from failure
+            raise CallRefused(f"the answer is not a {kind.__name__}: {failure}") from failure

@@ -1,4 +1,4 @@
-"""Host names, within a deadline: a name server that does not answer must not hold anybody up."""
+"""Resolve host names within a deadline: a name server that does not answer must not block callers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ RESOLVE_S = 2.0
 
 
 def addresses(name: str, within_s: float = RESOLVE_S) -> tuple[str, ...]:
-    """Addresses of a host name, an address itself as it is; none where there is no such name, or no answer in time."""
+    """Addresses of a host name; an address is returned as it is. Empty if the name is unknown or not resolved in
+    time."""
     try:
         return (str(ip_address(name)),)
     except ValueError:
@@ -24,7 +25,7 @@ def addresses(name: str, within_s: float = RESOLVE_S) -> tuple[str, ...]:
             return
         found.extend(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
-    # getaddrinfo cannot be told to give up: what still waits is left behind, and ends by itself or with the process.
+    # getaddrinfo has no timeout: a thread that still waits is abandoned, and ends by itself or with the process.
     asking = threading.Thread(target=ask, name=f"resolve {name}", daemon=True)
     asking.start()
     asking.join(within_s)
@@ -32,7 +33,7 @@ def addresses(name: str, within_s: float = RESOLVE_S) -> tuple[str, ...]:
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is one of this machine's: one of ours can be bound, another's cannot."""
+    """Whether an address belongs to this machine: only such an address can be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:

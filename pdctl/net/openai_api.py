@@ -1,4 +1,4 @@
-"""OpenAI-shaped answers and errors, as engine and proxy both send them."""
+"""OpenAI-shaped answers and errors, used by engine and proxy."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pdctl import __version__
 
 T = TypeVar("T")
 
-# OpenAI's name for what computes answers: the same seed gives the same answer while it stays the same.
+# OpenAI's system_fingerprint: the same seed gives the same answer as long as this is the same.
 FINGERPRINT = f"pdctl-{__version__}"
 
-# Fields of a request that are whole numbers, at most.
+# Limit of rewritten whole-number fields per request.
 _MOST_WHOLE = 32
 _WANTED_INT = re.compile(r"Expected `[^`]*\bint\b[^`]*`, got `float` - at `\$\.(\w+)(?:\[[\d.]+\])*`$")
 
 
 class ApiError(Exception):
-    """An answer other than 200. `kind` is OpenAI's error type; `retry_after` in seconds; `allow`: methods, with 405."""
+    """An error answer. `kind`: OpenAI's error type; `retry_after`: seconds; `allow`: allowed methods, with 405."""
 
     def __init__(
         self,
@@ -43,19 +43,19 @@ class ApiError(Exception):
         self.allow = allow
 
     def body(self) -> bytes:
-        """OpenAI's error envelope."""
+        """The body in OpenAI's error format."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
         return msgspec.json.encode({"error": error})
 
 
 def field_of(failure: msgspec.ValidationError) -> str | None:
-    """The field that msgspec's message is about: it ends in a path such as $.max_tokens."""
+    """The field in msgspec's message, which ends in a path such as $.max_tokens."""
     found = re.search(r"`\$\.(\w+)", str(failure)) or re.search(r"field `(\w+)`", str(failure))
     return found[1] if found else None
 
 
 def decode_request(decode: Callable[[bytes], T], body: bytes) -> T:
-    """A client's JSON. Whole numbers may be written as 5.0 or 5e0, as JSON writers of some languages do.
+    """Decode a client's JSON. Whole numbers may be written as 5.0 or 5e0, as some JSON libraries do.
 
     Raises ApiError 400 that names the field.
     """
@@ -64,7 +64,7 @@ def decode_request(decode: Callable[[bytes], T], body: bytes) -> T:
             try:
                 return decode(body)
             except msgspec.ValidationError as failure:
-                # Reads all of the body, and may find what the decoder, which ended at this field, had not yet met.
+                # This parses the complete body and may find errors beyond the field at which the decoder stopped.
                 rewritten = _with_whole_number(body, failure)
                 if rewritten is None:
                     raise ApiError(400, str(failure), param=field_of(failure)) from None
@@ -77,9 +77,9 @@ def decode_request(decode: Callable[[bytes], T], body: bytes) -> T:
 
 
 def _with_whole_number(body: bytes, failure: msgspec.ValidationError) -> bytes | None:
-    """The body with the field that msgspec complains about written in whole numbers; None where it is not such a field.
+    """The body with the field in msgspec's error rewritten as whole numbers; None if this does not apply.
 
-    Of a name that comes twice msgspec may mean either, and the last one counts: the others are dropped.
+    If a name occurs twice, msgspec may mean either; the last one counts, and the others are dropped.
     """
     wanted = _WANTED_INT.match(str(failure))
     if wanted is None:
@@ -88,7 +88,7 @@ def _with_whole_number(body: bytes, failure: msgspec.ValidationError) -> bytes |
     try:
         before = msgspec.json.decode(fields[wanted[1]])
     except msgspec.DecodeError:
-        # A number beyond all floats.
+        # A number outside the range of floats.
         return None
     after = _whole(before)
     count = body.count(b'"%b"' % wanted[1].encode())
@@ -98,9 +98,9 @@ def _with_whole_number(body: bytes, failure: msgspec.ValidationError) -> bytes |
 
 
 def _whole(value: object) -> object:
-    """A value with whole floats as whole numbers, also within lists; the same object where there are none."""
+    """Convert whole floats to integers, also within lists; returns the same object if there are none."""
     if isinstance(value, float):
-        # Beyond 2^53 a float does not say which whole number is meant.
+        # Above 2^53 a float does not identify one whole number.
         return int(value) if value.is_integer() and abs(value) <= 2**53 else value
     if isinstance(value, list):
         found = [_whole(item) for item in value]
@@ -109,13 +109,13 @@ def _whole(value: object) -> object:
 
 
 def shown_number(value: float) -> str:
-    """For messages: a number of any size, at a length that people read."""
+    """A number of any size, shortened for messages."""
     return str(value) if abs(value) < 10**24 else f"a number of {len(str(int(value)))} digits"
 
 
 @dataclass(slots=True)
 class Envelope:
-    """What every part of one answer repeats."""
+    """The fields that every part of an answer repeats."""
 
     request_id: str
     chat: bool
@@ -126,13 +126,13 @@ class Envelope:
     def event(
         self, index: int, choice: Mapping[str, object], token_ids: list[int], counts: dict[str, int] | None = None
     ) -> bytes:
-        """One server-sent event of a stream, around one choice (without its index); `counts`: a usage so far."""
+        """One server-sent event with one choice (given without its index); `counts`: the usage so far."""
         body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
         body["choices"] = [self._with_ids({"index": index, **choice}, token_ids)]
         return _event(body | {"usage": counts} if counts else body)
 
     def event_head(self) -> bytes:
-        """What `event` writes before the choice."""
+        """The bytes of an event before the choice."""
         outer = self._outer("chat.completion.chunk" if self.chat else "text_completion")
         return b"data: " + msgspec.json.encode(outer)[:-1] + b',"choices":['
 
@@ -143,11 +143,11 @@ class Envelope:
         extra: dict[str, object] | None = None,
         token_ids: list[int] | None = None,
     ) -> bytes:
-        """The body of an unstreamed answer around choices, in order; `token_ids` of the only one."""
+        """The body of an unstreamed answer with choices in order; `token_ids`: those of a single choice."""
         numbered: list[dict[str, object]] = [{"index": index, **choice} for index, choice in enumerate(choices)]
         extra = {**(extra or {})}
         if self.chat and "message" in numbered[0]:
-            # vLLM's place for them in a chat: beside the choices.
+            # In a chat answer, vLLM puts them beside the choices.
             told = [choice.pop("prompt_logprobs", None) for choice in numbered]
             extra |= {"prompt_logprobs": told[0]} if told[0] is not None else {}
         if token_ids is not None:
@@ -156,7 +156,7 @@ class Envelope:
         return msgspec.json.encode(outer | {"choices": numbered, "usage": usage} | extra)
 
     def usage_chunk(self, usage: dict[str, int]) -> bytes:
-        """The event that carries the counts when `include_usage` asked for it."""
+        """The event with the token counts, for `include_usage`."""
         body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
         return _event(body | {"choices": [], "usage": usage})
 

@@ -1,6 +1,6 @@
-"""The fields of requests that the builtin engine knows: OpenAI's, and vLLM's beside them.
+"""The request fields that the builtin engine knows: OpenAI's and vLLM's.
 
-The proxy looks at the names alone: a field that no engine of its pool knows is ignored with a warning, or refused.
+The proxy uses only the names: a field that no engine in its pool knows is dropped with a warning, or refused.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from pdctl.wire import Port
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """`include_usage` adds a last chunk with the counts, `continuous_usage_stats` counts so far to every other one."""
+    """`include_usage` adds a last chunk with token counts; `continuous_usage_stats` adds the counts so far to every
+    chunk."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
 class OfferTo(msgspec.Struct, frozen=True):
-    """The decode engine that may read the first chunks while the last ones are computed."""
+    """The decode engine that may read the first chunks while the rest is computed."""
 
     host: str
     port: Port
 
 
 class HoldRequest(msgspec.Struct):
-    """`kv_transfer_params` sent to a prefill engine, in vLLM's words plus `offer_to`."""
+    """`kv_transfer_params` sent to a prefill engine: vLLM's fields plus `offer_to`."""
 
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
@@ -35,7 +36,7 @@ class HoldRequest(msgspec.Struct):
 
 
 class Structured(msgspec.Struct, forbid_unknown_fields=True):
-    """vLLM's `structured_outputs`: one of these."""
+    """vLLM's `structured_outputs`: exactly one field is set."""
 
     json: dict[str, object] | str | None = None
     regex: str | None = None
@@ -45,7 +46,7 @@ class Structured(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What completions and chat completions share."""
+    """The fields shared by completions and chat completions."""
 
     model: str | None = None
     temperature: float | None = None
@@ -70,7 +71,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     verbosity: str | None = None
     reasoning_effort: str | None = None
     modalities: list[str] | None = None
-    # What routers made for vLLM and SGLang add to every request.
+    # Fields that routers for vLLM and SGLang add to every request.
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     return_hidden_states: bool | None = None
@@ -84,7 +85,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
     response_format: dict[str, object] | None = None
-    # vLLM's.
+    # vLLM's fields.
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     allowed_token_ids: list[int] | None = None

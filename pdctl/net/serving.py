@@ -1,4 +1,4 @@
-"""How the servers here listen and serve."""
+"""Listening sockets and the HTTP server of pdctl's processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOG_FORMAT = "%(asctime)s %(message)s"
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handling: each process here has its own order of stopping."""
+    """uvicorn without its signal handling: each process has its own shutdown order."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -21,10 +21,10 @@ class Server(uvicorn.Server):
 
 
 def listen_tcp(host: str, port: int, backlog: int = 2048) -> socket.socket:
-    """Bound and listening. Raises OSError whose strerror says why not.
+    """A bound and listening socket. Raises OSError with the reason in strerror.
 
-    The protocol is named: asyncio turns Nagle's algorithm off only for sockets that say they are TCP, and
-    socket.create_server makes sockets that do not. Nagle and delayed acknowledgements cost 40 ms an answer.
+    The protocol is given explicitly: asyncio disables Nagle's algorithm only for sockets with protocol TCP, which
+    socket.create_server does not set. Nagle with delayed acknowledgements would cost 40 ms per answer.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -1,6 +1,6 @@
-"""(Topology, Host) to Plan: for every process its command, environment, ports, pins, order and probe.
+"""(Topology, Host) to Plan: the command, environment, ports, pins, start order and probe of every process.
 
-Pure: the same topology on the same host gives the same plan, and nothing is started or written.
+Pure: the same topology on the same host gives the same plan. Nothing is started or written.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pdctl.adapters import Assignment, Launch, launcher
+from pdctl.adapters import Assignment, Launch, control, launcher
 from pdctl.errors import PdctlError
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
+from pdctl.net import LOOPBACK
 from pdctl.plan.pins import Pins, pins_of
 from pdctl.topology.spec import Device, EngineGroup, Proxy, Supervision, Topology
 
-# Engines' ports: each service starts looking at its own place, so that two that start at once do not meet.
+# Ports of engines. Each service starts its search at a different offset, so that two services that start at the same
+# time do not choose the same port.
 _ENGINE_PORTS = range(18100, 26100)
 _PORTS_PER_SERVICE = 16
-# A proxy that needs longer than this to listen will never do so.
+# A proxy that does not listen after this long will never do so, seconds.
 _PROXY_STARTUP_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """When a process is ready, and whether it still lives. Seconds throughout.
+    """How to check that a process is ready and alive. All times are in seconds.
 
-    `ready`: tcp:HOST:PORT, http://..., log:PATTERN, or "" for at once. `alive`: an address to be asked from then on, or
-    "". `state`: where an engine tells its running requests and tokens, or "". `generate`: where one token can be had.
+    `ready`: tcp:HOST:PORT, http://..., log:PATTERN, or "" for ready at once. `alive`: URL to probe from then on, or "".
+    `state`: URL of an engine's counts of running requests and tokens, or "". `generate`: URL that generates one token.
     """
 
     ready: str
@@ -43,8 +45,10 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """One process to be. `env` is added to ours; `listen` is a socket the supervisor binds and hands down.
+    """One process to start. `env` is added to the supervisor's environment; `listen`: the socket that the supervisor
+    binds and passes to the process.
 
+    `host`: the address at which other processes reach its `ports`.
     `restart_with`: names whose exit restarts this one; `why`: the reason for each choice, by the key it answers.
     """
 
@@ -64,16 +68,18 @@ class ProcessSpec:
     restart_with: tuple[str, ...] = ()
     rdma: tuple[str, ...] = ()
     why: dict[str, str] = field(default_factory=dict, hash=False)
+    host: str = LOOPBACK
 
     def digest(self) -> str:
-        """Names everything that a running process cannot change. Two specs of one digest are one process."""
-        fixed = (self.argv, sorted(self.env.items()), self.cpus, self.gpus, sorted(self.ports.items()), self.listen)
+        """Hash of everything that cannot change while the process runs. Specs with equal digests need no restart."""
+        ports = sorted(self.ports.items())
+        fixed = (self.argv, sorted(self.env.items()), self.role, self.cpus, self.gpus, ports, self.listen)
         return hashlib.blake2b(repr(fixed).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """An engine that runs already, here or elsewhere: used, and not started."""
+    """An engine that is already running, here or on another host. pdctl uses it but does not start it."""
 
     name: str
     role: str
@@ -85,7 +91,7 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything `pdctl up` will start, and where it will put it."""
+    """Everything that `pdctl up` starts, and where."""
 
     service: str
     model: str
@@ -106,14 +112,14 @@ class Plan:
     text: str = ""
 
     def to_dict(self) -> dict[str, object]:
-        """For `--json` and for handing a plan to a detached supervisor."""
+        """The plan for `--json` and for a detached supervisor."""
         return asdict(self)
 
 
 def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Plan:
-    """Lay out every process of `topology` on `host`. Raises PdctlError when it does not fit.
+    """Place every process of `topology` on `host`. Raises PdctlError if it does not fit.
 
-    What `running` has of the same name keeps its ports and GPUs, so that it need not be restarted for them.
+    Processes with the same name in `running` keep their ports and GPUs, so that they need no restart for these.
     """
     base = Path(topology.source).parent if topology.source else Path()
     model = _model(topology, host, base)
@@ -143,7 +149,7 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
 
 
 def _model(topology: Topology, host: Host, base: Path) -> ModelLocation:
-    """Where the model lies. Where every engine runs already, only its name matters."""
+    """The model's location. If all engines are attached, only its name matters."""
     if all(group.is_attached for group in topology.engines):
         return ModelLocation(topology.service.model, topology.service.model, ready=True)
     return locate_model(topology.service.model, host.cache_root, base)
@@ -159,18 +165,24 @@ Kept = dict[str, ProcessSpec]
 
 def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path, kept: Kept) -> list[ProcessSpec]:
     taken = {topology.proxy.port, *host.listening, *(port for spec in kept.values() for port in spec.ports.values())}
-    gpu_of = _assign_gpus(topology, host, kept, run_dir)
+    gpus_of = _assign_gpus(topology, host, kept, run_dir)
     specs = []
     for group in topology.engines:
         for name in () if group.is_attached else group.replica_names():
-            port = (
-                kept[name].ports["http"] if name in kept else _free_port(taken, run_dir, topology.service.engine_ports)
+            ports = {}
+            for purpose in ("http", *launcher(group.kind).extra_ports):
+                before = kept[name].ports.get(purpose) if name in kept else None
+                ports[purpose] = before or _free_port(taken, run_dir, topology.service.engine_ports)
+                taken.add(ports[purpose])
+            gpus = gpus_of.get(name, ())
+            pins = pins_of(topology, host, group, name, gpus, str(run_dir))
+            specs.append(
+                _engine(
+                    topology,
+                    Assignment(name, group, host.address, ports, gpus, pins.rdma, model_path, run_dir, host.python),
+                    pins,
+                )
             )
-            taken.add(port)
-            gpu = gpu_of.get(name)
-            pins = pins_of(topology, host, group, name, gpu, str(run_dir))
-            assignment = Assignment(name, group, port, gpu, pins.rdma, model_path, run_dir, host.python)
-            specs.append(_engine(topology, assignment, pins))
     return specs
 
 
@@ -185,15 +197,16 @@ def _engine(topology: Topology, assignment: Assignment, pins: Pins) -> ProcessSp
         env={**launch.env, **dict(group.env)},
         device=group.device.value,
         cpus=pins.cpus,
-        gpus=(assignment.gpu_uuid,) if assignment.gpu_uuid else (),
-        ports={"http": assignment.port},
+        gpus=assignment.gpus,
+        ports=assignment.ports,
         depends_on=(),
-        probe=_engine_probe(topology, group, launch, f"127.0.0.1:{assignment.port}"),
+        probe=_engine_probe(topology, group, launch, f"{assignment.host}:{assignment.ports['http']}"),
         listen=None,
         group=group.name,
         restart_with=_peers(topology, group),
         rdma=pins.rdma,
         why=pins.why,
+        host=assignment.host,
     )
 
 
@@ -207,17 +220,17 @@ def _engine_probe(topology: Topology, group: EngineGroup, launch: Launch, addres
     return Probe(
         ready,
         alive=f"{base}{launch.ready_path}",
-        state=f"{base}{launch.state_path}" if launch.state_path else "",
+        state=f"{base}{progress_path}" if (progress_path := control(group.kind).progress_path) else "",
         generate=f"{base}{launch.generate_path}" if launch.generate_path else "",
         interval_s=0.1,
-        # A front that shares its cores with the engines may be late; one that is dead is late three times.
+        # A front that shares its cores with engines may answer late once; a dead one fails three times in a row.
         timeout_s=5.0,
         startup_s=topology.supervision.startup_s,
     )
 
 
 def _peers(topology: Topology, group: EngineGroup) -> tuple[str, ...]:
-    """Processes whose exit restarts this group's."""
+    """Processes that, when they exit, restart the processes of this group."""
     return tuple(
         name for other in topology.engines if other.name in group.restart_with for name in other.replica_names()
     )
@@ -226,7 +239,7 @@ def _peers(topology: Topology, group: EngineGroup) -> tuple[str, ...]:
 def _proxies(
     topology: Topology, host: Host, run_dir: Path, engines: list[ProcessSpec], kept: Kept
 ) -> list[ProcessSpec]:
-    """One process, or `workers` of them on one socket."""
+    """The proxy processes: one, or `workers` of them on one listening socket."""
     workers = topology.proxy.workers
     known = (*engines, *kept.values())
     taken = {topology.proxy.port, *host.listening, *(port for spec in known for port in spec.ports.values())}
@@ -235,7 +248,7 @@ def _proxies(
         name = "proxy" if workers == 1 else f"proxy-{worker}"
         ports = {"http": topology.proxy.port}
         if workers > 1 or topology.proxy.tls_cert:
-            # Who answers on the shared socket is chance, and TLS is for clients: this one is asked by itself.
+            # Any worker may answer on the shared socket, and it may use TLS: the supervisor needs a port per worker.
             before = kept[name].ports.get("control") if name in kept else None
             ports["control"] = before or _free_port(taken, run_dir, topology.service.engine_ports)
             taken.add(ports["control"])
@@ -250,8 +263,8 @@ def _proxy(
     base = f"http://{_reachable(topology.proxy.host)}:{topology.proxy.port}"
     if "control" in ports:
         argv += ["--worker", str(worker), "--control-port", str(ports["control"])]
-        base = f"http://127.0.0.1:{ports['control']}"
-    # Its health is the engines' too; what answers at all lives.
+        base = f"http://{host.address}:{ports['control']}"
+    # /health also depends on the engines, so liveness uses a path that answers whenever the proxy runs.
     url, alive = f"{base}/health", f"{base}/pdctl/v1/pool"
     return ProcessSpec(
         name="proxy" if topology.proxy.workers == 1 else f"proxy-{worker}",
@@ -267,6 +280,7 @@ def _proxy(
         probe=Probe(url, alive, "", "", interval_s=0.05, timeout_s=2.0, startup_s=_PROXY_STARTUP_S),
         listen=(topology.proxy.host, topology.proxy.port),
         group="proxy",
+        host=host.address,
     )
 
 
@@ -274,9 +288,9 @@ def _scheme(topology: Topology) -> str:
     return "https" if topology.proxy.tls_cert else "http"
 
 
-def _assign_gpus(topology: Topology, host: Host, kept: Kept, run_dir: Path) -> dict[str, str]:
-    """Engine name -> GPU UUID: named ones first, then those that an engine has, then free ones, idle ones before those
-    that others compute on, in the environment's order."""
+def _assign_gpus(topology: Topology, host: Host, kept: Kept, run_dir: Path) -> dict[str, tuple[str, ...]]:
+    """Engine name to GPU UUID. GPUs named in the topology come first, then those an engine already has, then free ones:
+    idle GPUs before those that other processes use, in the order of the environment."""
     cuda = [group for group in topology.engines if group.device is Device.CUDA and not group.is_attached]
     named = {gpu.uuid for group in cuda for name in group.gpus if (gpu := host.gpu_named(name)) is not None}
     free = [gpu.uuid for gpu in host.gpus if gpu.uuid not in named]
@@ -291,25 +305,26 @@ def _assign_gpus(topology: Topology, host: Host, kept: Kept, run_dir: Path) -> d
         for position, name in enumerate(group.replica_names()):
             if name not in chosen:
                 chosen[name] = _gpu_for(group, position, name, host, free)
-    return chosen
+    return {name: (uuid,) for name, uuid in chosen.items()}
 
 
 def _gpu_for(group: EngineGroup, position: int, name: str, host: Host, free: list[str]) -> str:
     if group.gpus:
         gpu = host.gpu_named(group.gpus[position % len(group.gpus)])
-        assert gpu is not None, "the loader has looked"
+        assert gpu is not None, "the loader has checked"
         return gpu.uuid
     if free:
         return free.pop(0)
     if group.share_gpu and host.gpus:
         return host.gpus[position % len(host.gpus)].uuid
-    hint = "lower replicas, or set share_gpu = true on engines that may share"
-    ours = f"; {host.gpus_by} leaves us {len(host.gpus)}" if host.gpus_by else f": the machine has {len(host.gpus)}"
+    hint = "lower replicas, or set share_gpu = true on engines that may share a GPU"
+    count = len(host.gpus)
+    ours = f"; {count} available through {host.gpus_by}" if host.gpus_by else f": this machine has {count}"
     raise PdctlError(f"no GPU is left for {name}{ours}", hint)
 
 
 def _free_port(taken: set[int], run_dir: Path, allowed: tuple[int, ...]) -> int:
-    """The first free one of the topology's range, or of our own, in which each service begins at its own place."""
+    """The first free port in the topology's range, or in the default range from the service's offset on."""
     ports = range(allowed[0], allowed[1] + 1) if allowed else _ENGINE_PORTS
     places = 1 if allowed else len(ports) // _PORTS_PER_SERVICE
     first = zlib.crc32(str(run_dir).encode()) % places * _PORTS_PER_SERVICE
@@ -322,5 +337,5 @@ def _free_port(taken: set[int], run_dir: Path, allowed: tuple[int, ...]) -> int:
 
 
 def _reachable(host: str) -> str:
-    """An address on this machine for a listener on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    """An address on this machine that reaches a listener on `host`."""
+    return {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)

@@ -1,4 +1,4 @@
-"""The difference between what runs and what is wanted: pure, so that `apply --dry-run` shows what `apply` does."""
+"""The difference between the running plan and the wanted one. Pure, so `apply --dry-run` shows what `apply` does."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pdctl.plan import Plan, ProcessSpec
 
 # What a running process cannot change, by ProcessSpec field.
-_FIXED = ("argv", "env", "cpus", "gpus", "ports", "listen")
+_FIXED = ("argv", "role", "env", "cpus", "gpus", "ports", "listen")
 # Settings of the proxy that its process is started with.
 _PROXY_FIXED = ("tls_cert", "tls_key", "cors_origins", "otlp_endpoint")
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Names of processes, in the plan's order; `restarted` with the reason, `live` with what changes while it runs."""
+    """Process names in the plan's order; `restarted` with the reason, `live` with what changes without a restart."""
 
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -28,12 +28,12 @@ class Changes:
         return not (self.added or self.removed or self.restarted or self.live)
 
     def to_dict(self) -> dict[str, object]:
-        """For `--json`."""
+        """The changes for `--json`."""
         return asdict(self)
 
 
 def diff(old: Plan, new: Plan) -> Changes:
-    """What has to be done to get from one to the other."""
+    """The changes that lead from one plan to the other."""
     before = {spec.name: spec for spec in old.processes}
     after = {spec.name: spec for spec in new.processes}
     restarted = {name: why for name, spec in after.items() if name in before and (why := _why(before[name], spec))}
@@ -53,7 +53,7 @@ def diff(old: Plan, new: Plan) -> Changes:
 
 
 def _why(old: ProcessSpec, new: ProcessSpec) -> str:
-    """Why a process must be restarted, or ""."""
+    """Why a process must be restarted; "" if it need not."""
     words = [_worded(old, new, name) for name in _FIXED if getattr(old, name) != getattr(new, name)]
     return "; ".join(words)
 
@@ -67,7 +67,7 @@ def _worded(old: ProcessSpec, new: ProcessSpec, name: str) -> str:
 
 
 def _live(old: Plan, new: Plan) -> dict[str, str]:
-    """Settings that running processes take on, by the process they are about; "pdctl" is the supervisor."""
+    """Settings that change without a restart, by process; "pdctl" is the supervisor."""
     found: dict[str, str] = {}
     proxies = [spec.name for spec in new.processes if spec.kind == "proxy"]
     changed = _differing(old.proxy, new.proxy, tuple(f.name for f in fields(old.proxy)))

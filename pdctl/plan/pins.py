@@ -1,43 +1,45 @@
-"""Which CPUs, GPU and RDMA devices an engine gets, and why: pure, over what the host has."""
+"""Choose an engine's CPUs and RDMA devices, and give the reasons. Pure: the input is the host's facts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pdctl.host import Holder, Host
-from pdctl.host.pci import CLASSES
+from pdctl.host.devices.pci import CLASSES
 from pdctl.topology.spec import EngineGroup, Topology
+from pdctl.transports import TRANSPORTS
 
-# How a reason says that others compute on a GPU; `plan` and `up` make a warning of it.
+# Marks a reason as "other processes use this GPU"; `plan` and `up` turn it into a warning.
 IN_USE = "; in use by "
 _MOST_HOLDERS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """`why`: the reason for each, by name of the field."""
+    """An engine's pins. `why`: the reason for each, by field name."""
 
     cpus: tuple[int, ...]
     rdma: tuple[str, ...]
     why: dict[str, str]
 
 
-def pins_of(topology: Topology, host: Host, group: EngineGroup, name: str, gpu_uuid: str | None, run_dir: str) -> Pins:
-    """One engine's."""
-    pci = next((gpu.pci for gpu in host.gpus if gpu.uuid == gpu_uuid), "")
+def pins_of(topology: Topology, host: Host, group: EngineGroup, name: str, gpus: tuple[str, ...], run_dir: str) -> Pins:
+    """The pins of one engine."""
+    first = gpus[0] if gpus else None
+    pci = next((gpu.pci for gpu in host.gpus if gpu.uuid == first), "")
     cpus, why_cpus = _cpus(host, group, name, pci)
     rdma, why_rdma = _rdma(topology, host, pci)
     why = {"cpus": why_cpus, "rdma": why_rdma}
-    if gpu_uuid:
-        why["gpus"] = _why_gpu(host, group, gpu_uuid, pci, run_dir)
+    if first is not None:
+        why["gpus"] = _why_gpu(host, group, first, pci, run_dir)
     return Pins(cpus, rdma, {key: reason for key, reason in why.items() if reason})
 
 
 def _why_gpu(host: Host, group: EngineGroup, uuid: str, pci: str, run_dir: str) -> str:
     strangers = host.strangers_on(uuid, run_dir)
-    named = "named in the topology" if group.gpus else "the first that was free" if strangers else "the first idle one"
+    named = "named in the topology" if group.gpus else "the first free GPU" if strangers else "the first idle GPU"
     place = f", at {pci}" if pci else ""
-    allotted = f", of those that {host.gpus_by} leaves us" if host.gpus_by else ""
+    allotted = f", available through {host.gpus_by}" if host.gpus_by else ""
     return f"{named}{place}{allotted}{IN_USE + _listed(strangers) if strangers else ''}"
 
 
@@ -50,17 +52,17 @@ def _listed(holders: tuple[Holder, ...]) -> str:
 def _cpus(host: Host, group: EngineGroup, name: str, pci: str) -> tuple[tuple[int, ...], str]:
     if group.cpus:
         share = _share(group, name)
-        part = "" if share == group.cpus else ", its share of the group's"
+        part = "" if share == group.cpus else ", this replica's share"
         return share, f"named in the topology{part}"
     node = host.layout.nodes.get(pci, -1)
     near = tuple(cpu for cpu in host.layout.cpus.get(node, ()) if cpu in host.cpus)
     if near:
-        return near, f"NUMA node {node}, where its GPU is"
-    return host.cpus, "all that we may use"
+        return near, f"NUMA node {node}, local to its GPU"
+    return host.cpus, "all available CPUs"
 
 
 def _share(group: EngineGroup, name: str) -> tuple[int, ...]:
-    """Each replica its own equal share where the group's CPUs divide evenly, else all of them."""
+    """A replica's equal share of the group's CPUs if they divide evenly, else all of them."""
     index = group.replica_names().index(name)
     share, rest = divmod(len(group.cpus), group.replicas)
     return group.cpus[index * share : (index + 1) * share] if share and not rest else group.cpus
@@ -68,17 +70,18 @@ def _share(group: EngineGroup, name: str) -> tuple[int, ...]:
 
 def _rdma(topology: Topology, host: Host, pci: str) -> tuple[tuple[str, ...], str]:
     transfer = topology.transfer
-    if transfer.backend in ("auto", "shm") or transfer.protocol == "tcp":
+    chosen = TRANSPORTS.get(transfer.backend)
+    if chosen is None or not chosen.crosses_hosts or transfer.protocol == "tcp":
         return (), ""
     if transfer.devices:
         return transfer.devices, "named in the topology"
     active = [device.name for device in host.rdma if device.is_active]
     known = {name: host.layout.classes.get((pci, name), "?") for name in active}
     near = [name for name in active if known[name] in CLASSES]
-    by = f" (of those that {host.rdma_by} leaves us)" if host.rdma_by else ""
+    by = f" (available through {host.rdma_by})" if host.rdma_by else ""
     if not near:
         if by and active:
             return tuple(active), f"all{by}"
-        return (), "left to the transport: no GPU, or no active device of known place" if active else ""
+        return (), "left to the transport: no GPU, or no active device with a known location" if active else ""
     best = min(near, key=lambda name: CLASSES.index(known[name]))
     return (best,), f"{known[best]} from its GPU; " + ", ".join(f"{name} {known[name]}" for name in active) + by

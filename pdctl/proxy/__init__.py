@@ -1,1 +1,1 @@
-"""The proxy: one address for clients, a prefill and a decode engine behind each request."""
+"""The proxy: one address for clients; it sends each request to a prefill and a decode engine."""

@@ -1,4 +1,4 @@
-"""`python -m pdctl.proxy --config FILE [--worker N]`: serve on the socket that the supervisor handed down."""
+"""`python -m pdctl.proxy --config FILE [--worker N]`: serve on the socket that the supervisor passed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from pdctl.errors import PdctlError
+from pdctl.net import LOOPBACK
 from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
 from pdctl.proxy.client.connections import BoundedProtocol, reap_forever
 from pdctl.proxy.client.keys import Keys
@@ -29,8 +30,8 @@ from pdctl.proxy.engines.releases import Releases
 from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.door import AdmissionDoor
 from pdctl.proxy.request.generate import Completions
+from pdctl.proxy.request.leg import Shared
 from pdctl.proxy.request.quarantine import Quarantine
-from pdctl.proxy.request.relay import Shared
 from pdctl.proxy.surface.app import ProxyApp
 from pdctl.proxy.surface.reload import Reloader, admission_of
 from pdctl.proxy.surface.return_listener import giving_back
@@ -39,24 +40,26 @@ from pdctl.proxy.telemetry.metrics import SAVE_S, Metrics
 from pdctl.proxy.telemetry.spans import NO_SPANS, OtlpSpans, Spans
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig, listener_path
 
-# Running answers may end by themselves for at least this long after TERM, seconds.
+# Running answers may finish for at least this long after SIGTERM, seconds.
 _LEAST_DRAIN_S = 1
-# Engines that several workers may share numbers about.
+# Number of engines for which workers can share load data.
 _SLOTS = 1024
 
 _log = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
-    """Ends the task group when the server has shut down."""
+    """Ends the task group after the server has shut down."""
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the proxy. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pdctl.proxy")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--worker", type=int, default=0)
-    parser.add_argument("--control-port", type=int, default=0, help="a loopback port of this worker's own")
+    parser.add_argument(
+        "--control-port", type=int, default=0, help="loopback port on which the supervisor reaches this worker"
+    )
     arguments = parser.parse_args()
     config = msgspec.json.decode(arguments.config.read_bytes(), type=ProxyConfig)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
@@ -94,7 +97,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         if control_port:
             tasks.create_task(_serve_control(app, control_port))
         _calm_collector()
-        # uvicorn closes the socket it is given when it is told to stop: this one may still be asked for.
+        # uvicorn closes its socket on shutdown, but a new supervisor may still ask for this one.
         with giving_back(listener_path(Path(config.run_dir), _name(config, arguments.worker)), listener, loop):
             await server.serve(sockets=[listener.dup()])
         shared.pool.close()
@@ -105,7 +108,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
 
 
 def _completions(config: ProxyConfig, worker: int) -> Completions:
-    """Raises PdctlError for files that the configuration names and that are not as they should be."""
+    """Build the request handler. Raises PdctlError for unusable files in the configuration."""
     several = config.workers > 1
     run_dir = Path(config.run_dir)
     loads = SharedLoads(run_dir / "loads", config.workers, _SLOTS, worker) if several else None
@@ -143,7 +146,7 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
 
 
 def _name(config: ProxyConfig, worker: int) -> str:
-    """As the plan calls it."""
+    """The worker's name in the plan."""
     return f"proxy-{worker}" if config.workers > 1 else "proxy"
 
 
@@ -174,16 +177,16 @@ def _uvicorn(config: ProxyConfig, app: ASGIApp) -> uvicorn.Config:
 
 
 def _calm_collector() -> None:
-    """What is there now stays, and requests make no cycles worth looking for often: collections cost a tenth of a
-    proxy's time at Python's defaults."""
+    """Freeze existing objects and collect garbage less often: requests create few cycles, and with Python's defaults
+    collections take a tenth of the proxy's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
 
 async def _serve_control(app: ASGIApp, port: int) -> None:
-    """The same application where only this worker answers, in the clear, on loopback."""
-    listener = listen_tcp("127.0.0.1", port)
+    """Serve the same application on a loopback port of this worker, without TLS."""
+    listener = listen_tcp(LOOPBACK, port)
     await Server(
         uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", loop="none", http=BoundedProtocol, ws="none"

@@ -1,1 +1,1 @@
-"""The supervisor: starts, watches, restarts and stops what a plan names. Never imports torch."""
+"""The supervisor: starts, watches, restarts and stops the processes of a plan. It never imports torch."""

@@ -19,9 +19,11 @@ from pdctl.supervisor.service.service import Service
 
 
 def main() -> int:
-    """Exit code 0 after a clean stop, 1 when the service could not start, 2 for a fault of ours."""
+    """Run the supervisor. Exit code: 0 after a clean stop, 1 if the service could not start, 2 for a bug in pdctl."""
     parser = argparse.ArgumentParser(prog="python -m pdctl.supervisor")
-    parser.add_argument("--reason-fd", type=int, default=-1, help="where to say why the service could not start")
+    parser.add_argument(
+        "--reason-fd", type=int, default=-1, help="file descriptor on which to report why the service could not start"
+    )
     reason_fd: int = parser.parse_args().reason_fd
     if reason_fd >= 0:
         os.set_inheritable(reason_fd, False)
@@ -48,16 +50,16 @@ def _say(name: str, message: str) -> None:
 
 
 def _fail(reason_fd: int, message: str, hint: str = "") -> int:
-    """For the log, and for the command that started us."""
+    """Report a failure to the log and to the command that started this supervisor."""
     _write(f"error: {message}\n")
     if reason_fd >= 0:
-        with contextlib.suppress(OSError):  # nobody waits any more
+        with contextlib.suppress(OSError):  # the reader is gone
             os.write(reason_fd, json.dumps([message, hint]).encode())
     return 1
 
 
 def _write(line: str) -> None:
-    """Straight to the descriptor. A full disk loses lines of the log; it must not end the service."""
+    """Write directly to the descriptor. A full disk may lose log lines; it must not stop the service."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode())
 

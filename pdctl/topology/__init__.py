@@ -1,1 +1,1 @@
-"""What the user asked for: dataclasses (spec), keys and defaults (schema), TOML to Topology (loader)."""
+"""The user's topology: dataclasses (spec), keys and defaults (schema), TOML to Topology (loader)."""

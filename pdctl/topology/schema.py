@@ -1,4 +1,4 @@
-"""The keys a topology file may hold, what each may be, and its default."""
+"""The keys of a topology file, with the check and the default of each."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pdctl.adapters import KINDS
+from pdctl.adapters import kinds
 from pdctl.topology.spec import Device, Role
+from pdctl.transports import TRANSPORTS
 
 ROUTINGS = (
     "min_expected_latency", "min_observed_latency", "prefix_aware", "random", "round_robin", "slo",
 )  # fmt: skip
 ADMISSIONS = ("queue", "slo")
 UNKNOWN_FIELDS = ("warn", "refuse")
-TRANSFER_BACKENDS = ("auto", "shm", "mooncake", "nixl")
 STOP_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 LINK_LAYERS = ("any", "infiniband", "ethernet")
 ON_DEATH = ("terminate", "survive")
 TRANSFER_PROTOCOLS = ("auto", "tcp", "rdma")
 
-# Says what is wrong with a value ("must be ..."), or None.
+# Returns what is wrong with a value ("must be ..."), or None.
 Check = Callable[[object], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key. `default` None with `required` False means that the loader derives it."""
+    """One key. If `default` is None and `required` is False, the loader derives the value."""
 
     check: Check
     default: object = None
@@ -34,7 +34,7 @@ class Key:
 
 
 def text(pattern: str = r".+", what: str = "a non-empty string") -> Check:
-    """A string that matches the whole pattern."""
+    """A string that matches the pattern completely."""
     compiled = re.compile(pattern)
 
     def check(value: object) -> str | None:
@@ -45,12 +45,12 @@ def text(pattern: str = r".+", what: str = "a non-empty string") -> Check:
     return check
 
 
-# What the kernel takes as a name, and as a path, bytes.
+# Limits of the kernel for a file name and for a path, in bytes.
 _NAME_MAX, _PATH_MAX = 255, 4095
 
 
 def _unusable(value: str) -> str | None:
-    """Why no file, address or name can be written so: many of these become paths and environment variables."""
+    """Why a string cannot be used, or None. Many strings become paths or environment variables."""
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
         return "must have no control characters"
     data = value.encode()
@@ -60,19 +60,20 @@ def _unusable(value: str) -> str | None:
 
 
 def choice(*values: str) -> Check:
-    """One of a few words."""
+    """One of the given words."""
     listed = ", ".join(values)
     return lambda value: None if isinstance(value, str) and value in values else f"must be one of: {listed}"
 
 
 def integer(low: int, high: int = 2**31) -> Check:
-    """A whole number within bounds; TOML's true and false are not numbers."""
+    """A whole number within bounds. TOML's true and false are not numbers."""
+    # `type() is int`, because bool is a subclass of int.
     what = f"must be a whole number from {low} to {high}" if high < 2**31 else f"must be a whole number, at least {low}"
     return lambda value: None if type(value) is int and low <= value <= high else what
 
 
 def choices(*values: str) -> Check:
-    """A list of one or more of a few words."""
+    """A list of one or more of the given words."""
     listed = ", ".join(values)
 
     def check(value: object) -> str | None:
@@ -83,7 +84,7 @@ def choices(*values: str) -> Check:
 
 
 def strings() -> Check:
-    """A table of strings, as an environment is."""
+    """A table of strings: environment variables."""
 
     def check(value: object) -> str | None:
         good = isinstance(value, dict) and all(isinstance(item, str) and "\0" not in item for item in value.values())
@@ -91,23 +92,24 @@ def strings() -> Check:
             return 'must be a table of strings, such as { NCCL_DEBUG = "WARN" }'
         taken = next((name for name in value if not _ENV_NAME.fullmatch(name)), None)
         if taken is not None:
-            return f"sets {taken!r}, which is no name of a variable"
+            return f"sets {taken!r}, which is not a valid variable name"
         taken = next((name for name in value if name.startswith("PDCTL_")), None)
-        return None if taken is None else f"sets {taken!r}, which is not for topologies to set"
+        return None if taken is None else f"sets {taken!r}, which is reserved for pdctl"
 
     return check
 
 
 def number(above: float, most: float = 1e9) -> Check:
-    """A number above `above`."""
-    what = f"must be a number above {above:g}" if above >= 0 else "must be a number, at least 0"
+    """A number greater than `above`, at most `most`. A negative `above` allows 0."""
+    what = f"must be a number greater than {above:g}" if above >= 0 else "must be a number, at least 0"
     what += f" and at most {most:g}" if most < 1e9 else ""
+    # The largest negative float: `low < value` then allows 0, but no negative number.
     low = above if above >= 0 else -5e-324
     return lambda value: None if type(value) in (int, float) and low < float(str(value)) <= most else what
 
 
 def boolean() -> Check:
-    """true or false."""
+    """A boolean."""
     return lambda value: None if isinstance(value, bool) else "must be true or false"
 
 
@@ -124,7 +126,7 @@ def indices(what: str) -> Check:
 
 
 def gpu_names() -> Check:
-    """A list of distinct GPUs: driver indices, UUIDs (or their beginnings), MIG slices."""
+    """A list of distinct GPUs: driver indices, UUIDs (or prefixes of them), MIG slices."""
 
     def check(value: object) -> str | None:
         if not isinstance(value, list) or not all(_is_gpu(item) for item in value):
@@ -152,7 +154,7 @@ def texts(what: str) -> Check:
 
 
 def port_range(least: int) -> Check:
-    """[first, last], at least so many ports; an empty list for any port."""
+    """[first, last] with at least `least` ports; an empty list for any port."""
 
     def check(value: object) -> str | None:
         if value == []:
@@ -198,7 +200,7 @@ TABLES: dict[str, dict[str, Key]] = {
     },
     "slo": {"ttft_ms": Key(number(0), 2000.0), "tpot_ms": Key(number(0), 200.0)},
     "transfer": {
-        "backend": Key(choice(*TRANSFER_BACKENDS), "auto"),
+        "backend": Key(choice("auto", *TRANSPORTS), "auto"),
         "protocol": Key(choice(*TRANSFER_PROTOCOLS), "auto"),
         "devices": Key(texts("RDMA device"), []),
         "ports": Key(port_range(100), []),
@@ -233,7 +235,7 @@ TABLES: dict[str, dict[str, Key]] = {
 ENGINE: dict[str, Key] = {
     "name": Key(text(_NAME, _NAME_WORDS), required=True),
     "role": Key(choice(*(role.value for role in Role)), required=True),
-    "kind": Key(choice(*KINDS), "builtin"),
+    "kind": Key(choice(*kinds()), "builtin"),
     "url": Key(text(_URL, "an address such as http://10.0.0.7:8100")),
     "secret_file": Key(text()),
     "replicas": Key(integer(1, 256), 1),
@@ -250,5 +252,5 @@ ENGINE: dict[str, Key] = {
     "restart_with": Key(texts("group"), []),
     "env": Key(strings(), {}),
 }
-# What an attached engine may have: it is not ours to start, so nothing else would do anything.
+# Keys of an attached engine. pdctl does not start it, so other keys would have no effect.
 ATTACHED = ("name", "role", "kind", "url", "secret_file")

@@ -1,4 +1,4 @@
-"""What the user asked for: frozen dataclasses, no defaults for what the loader must decide."""
+"""The user's topology as frozen dataclasses, without defaults for values that the loader must decide."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What an engine accepts: prefills, hand-overs to decode, or both."""
+    """The work that an engine accepts: prefills, hand-overs to decode, or both."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -15,7 +15,7 @@ class Role(StrEnum):
 
 
 class Device(StrEnum):
-    """Where an engine computes."""
+    """The device that an engine computes on."""
 
     CPU = "cpu"
     CUDA = "cuda"
@@ -23,8 +23,8 @@ class Device(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The service as a whole. `max_model_len` is in tokens, prompt and output together; `engine_ports`: first and last
-    port that engines may listen on, or none for pdctl's own range."""
+    """The service. `max_model_len` is in tokens, prompt and output together. `engine_ports`: first and last port that
+    engines may listen on; empty for pdctl's default range."""
 
     name: str
     model: str
@@ -35,10 +35,10 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """The one address clients know. Paths are absolute, or "" for none; `max_queue` in requests.
+    """The proxy, the one address that clients use. Paths are absolute, or "" for none; `max_queue` is in requests.
 
-    `admission`: "queue" waits for seats at the engines, "slo" also refuses what would miss the targets.
-    `unknown_fields`: "warn" leaves out fields of requests that no engine knows and says so, "refuse" answers 400.
+    `admission`: "queue" queues requests until an engine has room, "slo" also refuses requests that would miss the
+    targets. `unknown_fields`: "warn" drops request fields that no engine knows and reports them, "refuse" answers 400.
     """
 
     host: str
@@ -60,7 +60,7 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Targets in milliseconds that the proxy counts attainment against."""
+    """Latency targets in milliseconds. The proxy counts the requests that meet them."""
 
     ttft_ms: float
     tpot_ms: float
@@ -68,11 +68,12 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How KV moves.
+    """How KV moves between engines.
 
-    `lease_s`: seconds a hand-over may stay without sign of life before its blocks are freed. `read_s`: seconds after
-    which a read is given up, besides the time its bytes need. `leased_max`: part of a pool that may be held for peers.
-    `chunked`: decode reads a prompt's first chunks while prefill computes the last. `ports`: first and last, or none.
+    `lease_s`: seconds without a renewal after which a hand-over's blocks are freed. `read_s`: seconds after which a
+    read is given up, in addition to the time that its bytes need. `leased_max`: largest fraction of a pool that leases
+    may hold. `chunked`: decode reads a prompt's first chunks while prefill computes the rest. `ports`: first and last,
+    or empty.
     """
 
     backend: str
@@ -87,7 +88,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """What RDMA ports should be; `pdctl doctor` compares. 0, "any" and -1: nothing in particular."""
+    """Expected properties of RDMA ports, checked by `pdctl doctor`. 0, "any" and -1 mean no expectation."""
 
     rate_gbps: float = 0.0
     link_layer: str = "any"
@@ -97,12 +98,12 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
-    """`replicas` engines alike. `gpus` are indices as the driver counts them, UUIDs or their beginnings, or MIG slices;
-    empty means choose.
+    """A group of `replicas` identical engines. `gpus` are driver indices, UUIDs or prefixes of them, or MIG slices. If
+    it is empty, pdctl chooses.
 
-    `url`: it runs somewhere already, and is used without being started; `secret_file` holds what it wants as bearer.
-    `ready`: what readiness is, "" for the kind's own probe; `restart_with`: groups whose exit restarts this one; `env`:
-    on top of ours.
+    `url`: address of an engine that is already running; pdctl uses it but does not start it. `secret_file`: file with
+    its bearer token. `ready`: readiness probe, "" for the kind's default. `restart_with`: when one of these groups
+    exits, this one is restarted too. `env`: added to pdctl's environment.
     """
 
     name: str
@@ -126,24 +127,25 @@ class EngineGroup:
 
     @property
     def is_attached(self) -> bool:
-        """Whether it is somebody else's process."""
+        """Whether pdctl uses it without having started it."""
         return bool(self.url)
 
     def replica_names(self) -> tuple[str, ...]:
-        """`prefill-0`, `prefill-1` ...; an attached engine is one, and has its own name."""
+        """Process names: `prefill-0`, `prefill-1` and so on. An attached engine is one process with the group's
+        name."""
         return (self.name,) if self.url else tuple(f"{self.name}-{i}" for i in range(self.replicas))
 
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """How processes are watched and ended. Seconds throughout; 0 turns a probe off.
+    """How processes are watched and stopped. All times are in seconds; 0 turns a probe off.
 
-    `stop_signals`, each with `grace_s` to take effect, come before SIGKILL. `drain_s`: how long running requests may
-    take before a stop that drains. `startup_s`: until ready. `stable_s`: ready for so long, and earlier crashes do not
-    delay the next restart. `liveness_s`: between probes, of which `liveness_failures` in a row are a death.
-    `progress_s`: running requests without a token for so long are a hang. `functional_s`: between one-token requests to
-    an idle engine. `on_supervisor_death`: what engines do when we are killed. `log_mb`: size of each process's log.
-    """
+    `stop_signals` are sent in turn, each followed by a grace period of `grace_s`; then comes SIGKILL. `drain_s`: limit
+    for running requests to finish when draining. `startup_s`: limit until ready. `stable_s`: after being ready this
+    long, earlier crashes no longer delay a restart. `liveness_s`: interval of liveness probes; `liveness_failures`
+    consecutive failures mean that the process is dead. `progress_s`: an engine hangs if it runs requests but produces
+    no token for this long. `functional_s`: interval of one-token requests to an idle engine. `on_supervisor_death`:
+    what engines do when the supervisor is killed. `log_mb`: size limit of each process's log."""
 
     grace_s: float
     stop_signals: tuple[str, ...]
@@ -162,7 +164,7 @@ class Supervision:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """One service. `source` is the file it came from, or a name for the built-in default; `text`: what stood there."""
+    """One service. `source`: the file it came from, or a name for the built-in default; `text`: the file's content."""
 
     service: Service
     proxy: Proxy

@@ -1,7 +1,7 @@
 """Line numbers of the keys in a TOML file.
 
-tomli gives values without positions, so this walks the text once and records where each key stands. It only
-needs to be right about files that tomli has accepted.
+tomli returns values without positions, so this module scans the text once and records the line of each key. It only
+has to be right for files that tomli has accepted.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def key_lines(text: str) -> dict[Path, int]:
             name = found[1].strip()
             prefix = (name, counts.get(name, 0))
             counts[name] = counts.get(name, 0) + 1
+            # The list itself has the line of its first table.
             lines.setdefault((name,), number)
             lines[prefix] = number
         elif found := _TABLE.match(line):
@@ -45,7 +46,7 @@ def _split(dotted: str) -> tuple[str, ...]:
 
 
 class _OpenValue:
-    """Whether a value runs on over the next lines: an open bracket or a triple-quoted string."""
+    """Tracks whether a value continues on the next lines: an open bracket or a triple-quoted string."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -69,5 +70,6 @@ class _OpenValue:
         return False
 
     def _brackets(self, text: str) -> None:
+        # Brackets in strings and comments do not count.
         bare = _STRING.sub("", text).split("#")[0]
         self.depth = max(0, self.depth + bare.count("[") + bare.count("{") - bare.count("]") - bare.count("}"))

@@ -3,8 +3,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pdctl.adapters import CannotResume, RequestState
-from pdctl.adapters.vllm import dialect
+from pdctl.adapters import Attempt, RequestState, dialect
+from pdctl.wire import EngineAddress
+
+ENGINE = EngineAddress("d0", "decode", "vllm", "127.0.0.1", 1)
+ATTEMPT = Attempt("a1", ENGINE, ENGINE)
 
 
 def state(emitted: list[int], chat: bool = False, held: int = 0, **fields: object) -> RequestState:
@@ -13,7 +16,7 @@ def state(emitted: list[int], chat: bool = False, held: int = 0, **fields: objec
 
 
 def continued(found: RequestState) -> dict[str, object]:
-    call = dialect().decode_call(found, None, stream=True)
+    call = dialect("vllm").decode_call(found, ATTEMPT, None, stream=True)
     assert call.path == "/v1/completions"
     body: dict[str, object] = msgspec.json.decode(call.body)
     return body
@@ -35,13 +38,13 @@ def test_goes_on_from_tokens_with_what_is_left() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("chat", [False, True])
 def test_what_would_not_be_the_same_is_refused(field: dict[str, object], chat: bool) -> None:
-    with pytest.raises(CannotResume, match=next(iter(field))):
-        dialect().decode_call(state([1], chat, prompt="x", **field), None, stream=True)
+    assert next(iter(field)) in dialect("vllm").cannot_resume(state([1], chat, 0, prompt="x", **field))
 
 
 @pytest.mark.parametrize("field", [{"stop": []}, {"stop": None}, {"presence_penalty": 0}, {"logprobs": None}])
 def test_fields_that_say_nothing_do_not_matter(field: dict[str, object]) -> None:
-    assert continued(state([1], prompt="x", **field))
+    assert not dialect("vllm").cannot_resume(state([1], False, 0, prompt="x", **field))
+    assert continued(state([1], False, 0, prompt="x", **field))
 
 
 def test_half_a_character_goes_on_from_before_it() -> None:
@@ -53,11 +56,11 @@ def test_half_a_character_goes_on_from_before_it() -> None:
 
 
 def test_only_the_end_was_lost() -> None:
-    found = dialect().ending(state([1, 2], prompt="x", max_tokens=2))
+    found = dialect("vllm").ending(state([1, 2], prompt="x", max_tokens=2))
     assert found is not None
     assert bytes(found["finish_reason"]) == b'"length"'
-    assert dialect().ending(state([1], prompt="x", max_tokens=2)) is None
-    chat = dialect().ending(state([1, 2], chat=True, messages=[], max_tokens=2))
+    assert dialect("vllm").ending(state([1], prompt="x", max_tokens=2)) is None
+    chat = dialect("vllm").ending(state([1, 2], chat=True, messages=[], max_tokens=2))
     assert chat is not None
     assert "delta" in chat
-    assert dialect().ending(state([1, 2], chat=True, messages=[])) is None
+    assert dialect("vllm").ending(state([1, 2], chat=True, messages=[])) is None

@@ -1,4 +1,4 @@
-"""A completion server that answers after known delays, so that what the client measures can be checked."""
+"""A completion server that answers after known delays, so that the client's measurements can be checked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 @dataclass
 class Fake:
-    """`first_s`: until the first event; `gap_s`: between events. `ends`: how many of the events come before a stream
-    breaks off; `status`: other than 200 is an error; `words`: what tokens begin with, when a prompt is asked the first
-    time, the second, and so on."""
+    """`first_s`: delay until the first event; `gap_s`: between events. `ends`: number of events before a stream is cut
+    off; `status`: a status other than 200 is an error; `words`: how tokens begin when a prompt is sent the first time,
+    the second time, and so on."""
 
     first_s: float = 0.05
     gap_s: float = 0.02
@@ -93,7 +93,7 @@ class Fake:
 
 @asynccontextmanager
 async def listening(fake: Fake) -> AsyncIterator[str]:
-    """Its address."""
+    """The server's URL."""
     server = await asyncio.start_server(fake.serve, "127.0.0.1", 0)
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -1,14 +1,14 @@
-"""Report pages in Chromium: plots are drawn, nothing is fetched, nothing complains, a phone can show them."""
+"""Report pages in Chromium: plots are drawn, nothing is fetched, there are no errors, and they fit on a phone."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from pdctl.bench.metrics import Measurements
+from pdctl.bench.measurements import Measurements
 from pdctl.bench.report.observations import Curves
 from pdctl.bench.report.page import comparison, curves, page
 from tests.bench.test_report import result
@@ -24,7 +24,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def watched(gap: float) -> Measurements:
-    """A result with what engines did, one of them away for a while."""
+    """A result with engine samples, one engine missing for a while."""
     found, rng = result(gap), random.Random(3)
     engines = {
         name: {
@@ -41,7 +41,7 @@ def watched(gap: float) -> Measurements:
     return found
 
 
-PAGES = {
+PAGES: dict[str, tuple[Callable[[], str], int]] = {
     "one result": (lambda: page(watched(0.02), "pdctl bench serve", (50, 90, 99), "interrupted: 3 of 9"), 8),
     "two results": (
         lambda: comparison({"pd": result(0.02), "colocated": result(0.03)},

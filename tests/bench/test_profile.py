@@ -1,4 +1,4 @@
-"""The latency model: what was put in comes out, errors are those of what was held out."""
+"""The latency model: known coefficients are recovered, and errors are those of held-out points."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_noise_is_told_as_error(coefficients: tuple[float, float, float], seed: 
 
 
 def test_nothing_goes_below_zero() -> None:
-    # Longer prompts that cost less a token: the square would be negative.
+    # Longer prompts cost less per token: the quadratic coefficient would be negative.
     points = [Point(PREFILL, length, 1, 0.01 + 1e-3 * length**0.7) for length in (16, 64, 256, 1024, 4096)] * 3
     found = fit(points)
     assert min(found.coefficients) == 0.0
@@ -74,9 +74,9 @@ def test_it_is_kept_and_found_again(tmp_path: Path) -> None:
         assert load(path) is None
     assert load(tmp_path / "none") is None
     first, each = summary(made)
-    assert first == "first token of a prompt: 23 ms of 128 tokens, 64 ms of 512 tokens"
-    assert each.startswith("each further token, with 256 tokens of context: ")
-    assert "of 8 streams" in each
+    assert first == "first token, by prompt length: 23 ms for 128 tokens, 64 ms for 512 tokens"
+    assert each.startswith("each further token, with 256 context tokens: ")
+    assert "for 8 streams" in each
 
 
 def test_what_is_measured() -> None:

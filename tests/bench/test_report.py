@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pdctl.bench import Record
 from pdctl.bench.client import Run
 from pdctl.bench.compare import compare, read
-from pdctl.bench.metrics import Measurements, Targets, measurements, percentile
+from pdctl.bench.measurements import Measurements, Targets, measurements, percentile
 from pdctl.bench.report.observations import Curves, in_rows, on_engines, series
 from pdctl.bench.report.page import curves, page, text
 from pdctl.bench.report.plots import curve, lanes
@@ -54,11 +54,13 @@ def test_twice_as_slow_is_seen_as_that() -> None:
     assert found["ITL p50"].verdict == "first is higher: worse"
     assert found["TTFT p50"].verdict == "no difference shown"
     same = {ratio.name: ratio for ratio in compare(result(0.02), result(0.02))}
-    assert {ratio.verdict for ratio in same.values()} == {"no difference shown", "one run each: not known"}
+    assert {ratio.verdict for ratio in same.values()} == {"no difference shown", "unknown: only one run each"}
 
 
 def test_failed_answers_are_not_compared() -> None:
-    assert len(result(0.02, failed=5)["ttfts"]) == 60  # type: ignore[arg-type]
+    ttfts = result(0.02, failed=5)["ttfts"]
+    assert isinstance(ttfts, list)
+    assert len(ttfts) == 60
     assert result(0.02, failed=5)["completed"] == 55
     found = compare(result(0.02, failed=55), result(0.02))
     assert {ratio.name for ratio in found} >= {"ITL p50", "request throughput"}
@@ -68,13 +70,13 @@ def test_files(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(result(0.02)))
     assert read(path)["completed"] == 60
-    for content, why in (("{", "no JSON"), ("{}", "holds no samples"), ("[]", "holds no samples")):
+    for content, why in (("{", "is not JSON"), ("{}", "contains no samples"), ("[]", "contains no samples")):
         path.write_text(content)
         with pytest.raises(PdctlError, match=why):
             read(path)
     good = json.loads(json.dumps(result(0.02)))
     for change, why in (
-        ({"itls": good["itls"][1:]}, "not of one length"), ({"errors": []}, "not of one length"),
+        ({"itls": good["itls"][1:]}, "different lengths"), ({"errors": []}, "different lengths"),
         ({"ttfts": [None] * 60}, "ttfts are not all numbers"), ({"itls": [3] * 60}, "not all lists of numbers"),
     ):  # fmt: skip
         path.write_text(json.dumps(good | change))
@@ -87,7 +89,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 class Checker(HTMLParser):
-    """Whether each tag is closed, and what a page would fetch or run."""
+    """Checks that each tag is closed, and records what a page would fetch or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,14 +128,14 @@ def test_the_table() -> None:
     lines = text(result(0.02), Targets(tpot=21), (50, 99)).splitlines()
     assert lines[0] == "60 answered, 0 failed, 0 truncated in 10.0 s"
     assert lines[2].startswith("goodput ")
-    assert lines[3] == "this client needed 0.0% of a core and woke up 0.0 ms late at p99"
+    assert lines[3] == "this client used 0.0% of a core and woke up 0.0 ms late at p99"
     assert lines[5].split() == ["MS", "MEAN", "P50", "P99"]
     assert lines[6].split()[:3] == ["TTFT", "200.0", "200.0"]
 
 
 def test_failed_answers_are_not_drawn() -> None:
     found = series(result(0.02, failed=55))
-    assert {len(values) for name, values in found.items() if name != "Between tokens"} == {5}
+    assert {len(values) for name, values in found.items() if name != "Inter-token latency"} == {5}
     assert min(found["Time to first token"]) > 100
 
 
@@ -150,11 +152,12 @@ def test_rows_hold_all_without_overlap_and_are_no_more_than_needed(found: list[t
 
 def test_a_hybrid_is_one_place() -> None:
     found = result(0.02, count=2, failed=1)
-    ours = found["pdctl"]
+    ours, latencies = found["pdctl"], found["latencies"]
     assert isinstance(ours, dict)
+    assert isinstance(latencies, list)
     for placed, engines in (
-        ([["h", "h", 0.05], None], {"h": [(0.05, found["latencies"][0])]}),  # type: ignore[index]
-        ([["", "d", 0.0], None], {"d": [(0.0, found["latencies"][0])]}),  # type: ignore[index]
+        ([["h", "h", 0.05], None], {"h": [(0.05, latencies[0])]}),
+        ([["", "d", 0.0], None], {"d": [(0.0, latencies[0])]}),
         (None, {}),
         ([["h", "h", 0.05]], {}),
     ):  # fmt: skip
@@ -194,14 +197,14 @@ def test_many_requests_are_drawn_in_as_many_rows_as_few() -> None:
 
 def test_what_a_picture_shows_lies_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = pytest.importorskip("pdctl.bench.report.pictures")
-    seen = {}
+    observed = {}
     saved = pictures._saved
 
     def spied(figure: object, axes: Any, path: Path, *rest: Any) -> str:
         name = saved(figure, axes, path, *rest)
         low, high = sorted(axes.get_ylim())
-        seen[path.stem] = all(low <= y <= high for line in axes.get_lines() for y in line.get_ydata() if y == y)
-        seen[path.stem] &= all(low <= y <= high for y in axes.dataLim.intervaly) and low < high
+        observed[path.stem] = all(low <= y <= high for line in axes.get_lines() for y in line.get_ydata() if y == y)
+        observed[path.stem] &= all(low <= y <= high for y in axes.dataLim.intervaly) and low < high
         return str(name)
 
     monkeypatch.setattr(pictures, "_saved", spied)
@@ -213,4 +216,4 @@ def test_what_a_picture_shows_lies_within_it(tmp_path: Path, monkeypatch: pytest
         "running": [3.0, 9.0], "kv_used": [0.5, 1.0], "leases": [4.0, None], "waiting": [0.0, 0.0]}}}  # fmt: skip
     pictures.pictures(tmp_path, {"": found})
     pictures.curve_pictures(tmp_path, {"size": Curves("GB/s", "MiB", {"shm": [(1, 12.0), (64, 7.0)]})})
-    assert seen == dict.fromkeys(("ttft", "itl", "e2e", "requests", "running", "kv_used", "leases", "size"), True)
+    assert observed == dict.fromkeys(("ttft", "itl", "e2e", "requests", "running", "kv_used", "leases", "size"), True)

@@ -1,4 +1,4 @@
-"""The search for the highest rate, and the choice of what to break."""
+"""The search for the highest rate, and the choice of faults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.bench import Asked, Record
-from pdctl.bench.chaos import Difference, Fault, Seen, _note, carry_out, difference, expected, pick
+from pdctl.bench.chaos import Difference, Fault, Observations, _note, carry_out, difference, expected, pick
 from pdctl.bench.client import Endpoint
 from pdctl.bench.sweep import Search
 from pdctl.commands.bench.sweep import _curves, _row
@@ -50,18 +50,20 @@ def test_what_is_broken_next() -> None:
 
 def test_promises() -> None:
     fault = Fault("kill", "decode-0", (1,))
-    assert Seen(answered=5, compared=5, faults=[fault]).broken == []
-    assert Seen(answered=5, compared=5).broken == ["nothing was broken: nothing is shown"]
-    assert Seen(answered=5, faults=[fault]).broken == [
-        "no answer could be compared: in quiet already they differ from time to time"
+    assert Observations(answered=5, compared=5, faults=[fault]).broken == []
+    assert Observations(answered=5, compared=5).broken == ["no fault was injected: nothing was tested"]
+    assert Observations(answered=5, faults=[fault]).broken == [
+        "no answer could be compared: answers already differed before any fault was injected"
     ]
-    assert Seen(faults=[fault]).broken == ["nothing was answered"]
-    seen = Seen(1, {"x": 2, "y": 1}, 1, compared=1, unsteady=2, wrong=4, faults=[fault], recovered=[1.0, None])
-    assert seen.broken == [
-        "3 requests failed", "1 streams were cut",
-        "2 greedy requests are not answered alike each time in quiet",
-        "4 answers differ from the quiet ones",
-        "1 processes did not come back in time",
+    assert Observations(faults=[fault]).broken == ["no request was answered"]
+    observed = Observations(
+        1, {"x": 2, "y": 1}, 1, compared=1, unsteady=2, wrong=4, faults=[fault], recovered=[1.0, None]
+    )
+    assert observed.broken == [
+        "3 requests failed", "1 streams were cut off",
+        "2 greedy requests gave different answers before any fault was injected",
+        "4 answers differ from those before the first fault",
+        "1 processes were not ready again in time",
     ]  # fmt: skip
 
 
@@ -80,13 +82,13 @@ def test_the_quiet_run_is_as_busy_as_the_other() -> None:
 
 
 def test_what_cannot_be_compared_is_not_called_wrong() -> None:
-    seen = Seen()
+    observed = Observations()
     for text in ("x", None):
-        _note(seen, Record(0.0, 1.0, 1.5, 2.0, [0.25], text="y"), text)
-    assert (seen.answered, seen.compared, seen.wrong) == (2, 1, 1)
+        _note(observed, Record(0.0, 1.0, 1.5, 2.0, [0.25], text="y"), text)
+    assert (observed.answered, observed.compared, observed.wrong) == (2, 1, 1)
     for _ in range(500):
-        _note(seen, Record(0.0, 1.0, 1.5, 2.0, [0.25], text="y"), "x")
-    assert (seen.wrong, len(seen.differing)) == (501, 100), "all are counted, some are kept"
+        _note(observed, Record(0.0, 1.0, 1.5, 2.0, [0.25], text="y"), "x")
+    assert (observed.wrong, len(observed.differing)) == (501, 100), "all are counted, some are kept"
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.data())
@@ -111,10 +113,10 @@ def test_tokens_that_come_twice() -> None:
 
 
 def test_a_stream_that_was_sent_into_a_fault_has_met_it() -> None:
-    seen = Seen(fault_times=[10.0, 50.0], recovered=[5.0])
+    observed = Observations(fault_times=[10.0, 50.0], recovered=[5.0])
     for sent, ended in ((1.0, 9.0), (9.0, 11.0), (12.0, 20.0), (14.9, 30.0), (15.5, 49.0), (60.0, 61.0)):
-        _note(seen, Record(0.0, sent, sent + 0.5, ended, [0.25], text="x"), "x")
-    assert len(seen.pauses) == 4, "before the first, and between the two, nothing was met; the second is not over"
+        _note(observed, Record(0.0, sent, sent + 0.5, ended, [0.25], text="x"), "x")
+    assert len(observed.pauses) == 4, "before the first, and between the two, nothing was met; the second is not over"
 
 
 def test_a_freeze_ends_when_told() -> None:

@@ -60,7 +60,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     path.write_text(
         '{"prompt": "x"}\nnot json\n{"prompt": ""}\n{"prompt": [1, "a"]}\n{"prompt": "x", "max_tokens": -1}\n[1]'
     )
-    with pytest.raises(PdctlError, match="broken in lines 2, 3, 4, 5, 6") as caught:
+    with pytest.raises(PdctlError, match="malformed lines 2, 3, 4, 5, 6") as caught:
         from_file(path, lengths("9", ""), RNG(1))
     assert caught.value.hint
     with pytest.raises(PdctlError, match="cannot be read"):
@@ -78,7 +78,7 @@ def test_azure(tmp_path: Path) -> None:
     assert len(read_trace(path, Scale(count=1), IDS, 1)) == 1
     assert len(read_trace(path, Scale(longest=20), IDS, 1)[0].prompt) == 10
     path.write_text(AZURE + "2023-11-16 18:17:05.9,-8,3\nyesterday,1,1\n1,2\n")
-    with pytest.raises(PdctlError, match="broken in lines 4, 5, 6"):
+    with pytest.raises(PdctlError, match="malformed lines 4, 5, 6"):
         read_trace(path, Scale(), IDS, 1)
 
 
@@ -98,7 +98,7 @@ def test_mooncakes_blocks_are_shared_where_their_hashes_are(tmp_path: Path) -> N
     assert len(short[0].prompt) == 94
     assert short[0].prompt[:64] == short[1].prompt[:64]
     path.write_text('{"timestamp": 0}\n')
-    with pytest.raises(PdctlError, match="broken in line 1"):
+    with pytest.raises(PdctlError, match="malformed line 1"):
         read_trace(path, Scale(), IDS, 1)
 
 

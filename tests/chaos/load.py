@@ -1,4 +1,4 @@
-"""Clients under chaos: each answer is the quiet run's, token for token, or a clean error, or a violation."""
+"""Clients during fault injection: each answer must equal that of the run without faults, or be a clean error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-# A request may be carried over several restarts; past this it hangs.
+# A request may survive several restarts; after this time it counts as hanging.
 DEADLINE_S = 90.0
 
 _WORDS = "the quick brown fox jumps over a lazy dog while seven old wizards brew potent ale near my box".split()  # noqa: SIM905
@@ -30,7 +30,7 @@ class Question:
 
 
 def questions(seed: int, count: int = 24) -> list[Question]:
-    """Prompts of a few to several hundred tokens, some sampled with a seed."""
+    """Prompts of a few to several hundred tokens; some are sampled with a seed."""
     chance = random.Random(seed)
     found = []
     for index in range(count):
@@ -41,7 +41,7 @@ def questions(seed: int, count: int = 24) -> list[Question]:
 
 @dataclass
 class Load:
-    """`clients` loops over the questions until stopped. `expected` are the quiet run's answers."""
+    """`clients` loops over the prompts until stopped. `expected`: the answers of the run without faults."""
 
     url: str
     asked: list[Question]
@@ -79,7 +79,7 @@ class Load:
             return self._refusal(answer.status_code, answer.text)
         return self._compare(question, answer.json()["choices"][0]["token_ids"])
 
-    # A dead proxy cuts the streams it carried: the one process whose death a client sees.
+    # A dead proxy cuts its streams: it is the only process with a death that clients notice.
     proxy_may_die = False
 
     async def _stream(self, http: httpx.AsyncClient, question: Question) -> str:

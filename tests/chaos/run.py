@@ -1,10 +1,9 @@
-"""Breaks a running service on purpose, hundreds of times, and checks after each break that every promise held.
+"""Injects hundreds of faults into a running service and checks all promises after each.
 
     scripts/chaos [--seed 1] [--faults 500] [--transport shm] [--sabotage commit|quarantine|witness]
 
-Real processes, real kills. Failpoints are put into the engines from outside (tests/chaos/inject). With --sabotage one
-safeguard is switched off and the run must fail: that is what shows that the suite can.
-"""
+Real processes and real kills. Failpoints are injected into the engines from outside (tests/chaos/inject). With
+--sabotage one safeguard is disabled, and the run must fail: this shows that the suite works. """
 
 from __future__ import annotations
 
@@ -27,6 +26,7 @@ from typing import Any
 import httpx
 import psutil
 
+from pdctl.control_api import Lease, MeasuredProcess
 from tests.chaos.load import DEADLINE_S, Load, questions
 from tests.chaos.watch import Watch
 from tests.service import Run, Service, running, topology
@@ -35,14 +35,14 @@ LEASE_S = 2.0
 ENGINES = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 _INJECT = Path(__file__).parent / "inject"
 
-# Where each failpoint is, and what may happen there.
+# The failpoints and their possible actions.
 _CALLS = [f"{when}_{call}" for call in ("claim", "commit", "release", "renew", "offer") for when in ("before", "after")]
 _FRONT_POINTS = {"decode": _CALLS[:8], "prefill": ["after_grant", "before_free", "before_offer", "after_offer"]}
 _CORE_POINTS = ["before_read", "after_read"]
 
 
 class ChaosRun(Run):
-    """A service's directory whose processes load the failpoints."""
+    """The directory of a service with processes that load the failpoints."""
 
     sabotage = ""
 
@@ -53,7 +53,7 @@ class ChaosRun(Run):
 
 
 class Chaos:
-    """One run: load, faults by seed, checks after each."""
+    """One run: load, faults by seed, checks after each fault."""
 
     def __init__(self, service: Service, load: Load, watch: Watch, seed: int, weights: dict[str, float]) -> None:
         self.service = service
@@ -64,10 +64,6 @@ class Chaos:
         self.done: Counter[str] = Counter()
         self.http = httpx.AsyncClient(trust_env=False)
         self.weights = weights
-        self._control = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(service.run.folder / "r" / "t" / "control.sock")),
-            base_url="http://pdctl", timeout=10,
-        )  # fmt: skip
 
     async def run(self, faults: int, clients: int) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -119,7 +115,7 @@ class Chaos:
         return await self._armed(self._pick(role), point, action)
 
     async def _lost_lease(self) -> bool:
-        """Renewals vanish while a read is slow: the lease ends under the reader."""
+        """Renewals are lost while a read is slow: the lease ends during the read."""
         name = self._pick("decode")
         if not await self._armed(name, "before_read", f"delay {LEASE_S + 1}"):
             return False
@@ -154,7 +150,7 @@ class Chaos:
         return True
 
     async def _kill_unseen_by_the_proxy(self) -> bool:
-        """A decode dies with leases in hand while the proxy cannot help: only the supervisor frees them."""
+        """A decode engine dies with leases while the proxy cannot help: only the supervisor frees them."""
         name = self._pick("decode")
         holder = await self._holder(name)
         front, proxy = await self._process(name, False), await self._process("proxy", False)
@@ -179,22 +175,18 @@ class Chaos:
         return True
 
     async def _revoke(self) -> bool:
-        """An operator takes a lease back from whoever holds it."""
-        leases = (await self._control.get("/v1/kv")).json()["leases"]
-        if not leases:
-            return False
-        lease = self.chance.choice(leases)
-        return bool((await self._control.post("/v1/kv/revoke", params={"lease": lease["id"]})).json()["ok"])
+        """An operator revokes a lease."""
+        leases = await self._leases()
+        return bool(leases) and await self._revoked(self.chance.choice(leases))
 
     async def _revoke_while_read(self) -> bool:
-        """The blocks are freed, and poisoned, between a reader's claim and its reading."""
+        """The blocks are freed and poisoned between a reader's claim and its read."""
         name = self._pick("decode")
         if not await self._armed(name, "before_read", "delay 0.6"):
             return False
-        leases = (await self._control.get("/v1/kv")).json()["leases"]
-        held = [lease for lease in leases if lease["holder"].startswith(f"{name}@")]
+        held = [lease for lease in await self._leases() if lease.holder.startswith(f"{name}@")]
         for lease in held:
-            await self._control.post("/v1/kv/revoke", params={"lease": lease["id"]})
+            await self._revoked(lease)
         return bool(held)
 
     # -- parts ---------------------------------------------------------------------------------------------
@@ -203,7 +195,7 @@ class Chaos:
         return self.chance.choice([name for name in ENGINES if name.startswith(role)])
 
     async def _armed(self, name: str, point: str, action: str) -> bool:
-        """Arm a failpoint and wait until it fired; False (and disarmed) if nothing came by."""
+        """Arm a failpoint and wait until it fires; False (and disarmed) if it does not."""
         file = self.folder / f"{name}.{point}"
         file.write_text(action)
         ends = time.monotonic() + 1.5
@@ -217,27 +209,32 @@ class Chaos:
             return True
         return False
 
-    async def _status(self, name: str) -> dict[str, Any]:
-        processes = (await self._control.get("/v1/status")).json()["processes"]
-        return next(process for process in processes if process["name"] == name)
+    async def _leases(self) -> tuple[Lease, ...]:
+        return (await asyncio.to_thread(self.service.control.leases)).leases
+
+    async def _revoked(self, lease: Lease) -> bool:
+        return (await asyncio.to_thread(self.service.control.revoke, lease.id)).ok
+
+    async def _status(self, name: str) -> MeasuredProcess:
+        return await asyncio.to_thread(self.service.process, name)
 
     async def _holder(self, name: str) -> str | None:
         found = await self._status(name)
-        return f"{name}@{found['epoch']}" if found["state"] == "ready" else None
+        return f"{name}@{found.epoch}" if found.state == "ready" else None
 
     async def _process(self, name: str, core: bool) -> psutil.Process | None:
         found = await self._status(name)
-        if found["state"] != "ready" or not found["pid"]:
+        if found.state != "ready" or not found.pid:
             return None
         try:
-            process = psutil.Process(found["pid"])
+            process = psutil.Process(found.pid)
             return next((c for c in process.children() if "core" in c.cmdline()), None) if core else process
         except psutil.NoSuchProcess:
             return None
 
 
 def crashes(run: Run) -> list[str]:
-    """Engines that ended by themselves: an assertion, a NaN that was read after its block was freed."""
+    """Engines that exited by themselves: a failed assertion, or a NaN read from a freed block."""
     found = []
     for log in sorted((run.folder / "s" / "t" / "logs").glob("*")):
         for line in log.read_text(errors="replace").splitlines():
@@ -247,7 +244,7 @@ def crashes(run: Run) -> list[str]:
 
 
 async def quiet_answers(url: str, asked: list[Any]) -> dict[Any, list[int]]:
-    """Every question once, with nothing going wrong; twice, so that the answers are known to be stable."""
+    """Send every prompt twice without faults, to check that the answers are stable."""
     expected = {}
     async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as http:
         for question in asked:
@@ -260,7 +257,7 @@ async def quiet_answers(url: str, asked: list[Any]) -> dict[Any, list[int]]:
 
 
 def chaos(options: argparse.Namespace, weights: dict[str, float]) -> list[str]:
-    """One run; the violations."""
+    """Make one run; returns the violations."""
     run = ChaosRun(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
     run.sabotage = options.sabotage or ""
     (run.folder / "chaos").mkdir()
@@ -275,13 +272,13 @@ def chaos(options: argparse.Namespace, weights: dict[str, float]) -> list[str]:
         with running(run, text) as service:
             asked = questions(options.seed)
             expected = asyncio.run(quiet_answers(service.url, asked))
-            ports = {p["name"]: p["ports"]["http"] for p in service.engines()}
+            ports = {p.name: p.ports["http"] for p in service.engines()}
             load, watch = Load(service.url, asked, expected, options.seed), Watch(ports, LEASE_S, service.internal)
             made = Chaos(service, load, watch, options.seed, weights)
             asyncio.run(made.run(options.faults, options.clients))
             left = load.violations + watch.violations
             if not left:
-                service.wait(lambda: all(p["state"] == "ready" for p in service.status()["processes"]), 60, "recovery")
+                service.wait(lambda: all(p.state == "ready" for p in service.status().processes), 60, "recovery")
                 service.idle()
             left = left or crashes(run)
             _report(made, started)
@@ -306,7 +303,7 @@ def _report(made: Chaos, started: float) -> None:
         )
 
 
-# With a safeguard off, the faults that it guards against, more often.
+# With a disabled safeguard, the faults that it guards against are more frequent.
 _PROVOKE = {
     "commit": {"revoke while read": 9.0, "kill engine": 0.2, "kill proxy": 0.0},
     "quarantine": {"late read": 20.0, "kill engine": 0.2, "kill proxy": 0.0},
@@ -326,7 +323,7 @@ _USUAL = {
 
 
 def main() -> int:
-    """0 when every promise held (or, with a safeguard off, when that was noticed)."""
+    """Returns 0 if every promise was kept (or, with a disabled safeguard, if this was detected)."""
     parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=500)

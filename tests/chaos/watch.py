@@ -1,23 +1,22 @@
-"""What must hold whatever happens: the books balance, no lease outlives its purpose, nobody dies but by our hand."""
+"""Invariants during faults: block counts are consistent, no lease is leaked, no process dies without a fault."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-# Where the supervisor saw the death, and otherwise over the deadline (sweeps come four times a second).
+# Allowed time after the supervisor saw the death, and otherwise after the deadline (sweeps run four times per second).
 WITNESSED_S = 0.25
 SLACK_S = 1.0
 
 
 @dataclass
 class Watch:
-    """Polls engines directly; an engine that does not answer is not judged."""
+    """Polls engines directly; an engine that does not answer is skipped."""
 
     ports: dict[str, int]
     lease_s: float
@@ -35,7 +34,7 @@ class Watch:
         return dict(answer.json())
 
     async def check(self, http: httpx.AsyncClient) -> None:
-        """The books of every engine, and leases without a sign of life."""
+        """Check the counts of every engine, and leases without a sign of life."""
         for name in self.ports:
             state = await self.state(http, name)
             if state is None or not state["blocks_total"]:
@@ -52,7 +51,7 @@ class Watch:
                     )
 
     async def no_lease_of(self, http: httpx.AsyncClient, holder: str, died_at: float) -> None:
-        """Every prefill engine has freed what `holder` held, in time."""
+        """Check that every prefill engine has freed the leases of `holder` in time."""
         worst = 0.0
         for name in [name for name in self.ports if name.startswith("prefill")]:
             while True:
@@ -69,8 +68,3 @@ class Watch:
                 await asyncio.sleep(0.005)
             worst = max(worst, asked - died_at)
         self.reclaimed.append(worst)
-
-
-def exits(status: dict[str, Any]) -> Counter[str]:
-    """How often each process has been restarted."""
-    return Counter({process["name"]: process["restarts"] for process in status["processes"]})

@@ -1,4 +1,4 @@
-"""`scripts/clients`: a service on this machine, and each client's script run against it by another Python.
+"""`scripts/clients`: start a service on this machine and run each client's script against it with another Python.
 
     python -m tests.clients.run CLIENTS_PYTHON
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 
 from tests.service import Run, running, temporary_run, topology
 
+REPOSITORY = Path(__file__).parents[2]
 CLIENTS = ("openai_client", "langchain_client", "litellm_client", "llamaindex_client", "instructor_client")
 
 
 def main(python: str) -> int:
-    """0 when every client did what it came for."""
+    """Returns 0 if every client succeeded."""
     with temporary_run() as run:
         return _drive(run, python)
 
@@ -27,9 +28,10 @@ def _drive(run: Run, python: str) -> int:
     with running(run, topology("sample:tiny-chat", extra='api_keys = "keys.txt"')) as service:
         env = {**os.environ, "BASE_URL": f"{service.url}/v1", "API_KEY": key, "OPENAI_API_KEY": key}
         for name in CLIENTS:
-            script = Path(__file__).parent / "scripts" / f"{name}.py"
-            argv = [python, str(script)]
-            done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300, check=False)
+            argv = [python, "-m", f"tests.clients.scripts.{name}"]
+            done = subprocess.run(
+                argv, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300, check=False
+            )
             sys.stdout.write(f"{name}: {'passed' if done.returncode == 0 else 'FAILED'}\n{done.stdout}")
             if done.returncode != 0:
                 failed.append(name)

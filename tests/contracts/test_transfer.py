@@ -1,4 +1,4 @@
-"""What every transport must do, run over each of them with real peers in processes of their own."""
+"""The contract of transports, tested for each of them with real peers in separate processes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 
 from pdctl.engine.cache.layout import Span
 from pdctl.engine.cache.memory import Memory
-from pdctl.engine.transfer import TRANSPORTS, Settings, TransferError, TransferUncertain, Transport, transport_kind
+from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, Transport, transport_kind
+from pdctl.transports import TRANSPORTS
 from tests.service import wait_until
 
 SIZE = 4 * 2**20
 BIG = 192 * 2**20
 
-# A peer that serves random bytes. With a port range, a restarted one lands on the ports of its predecessor.
+# A peer that serves random bytes. With a port range, a restarted one gets the ports of its predecessor.
 _PEER = """
 import sys, numpy as np
 from pdctl.engine.transfer import Settings, transport_kind
@@ -76,9 +77,9 @@ def peer(transport: str, epoch: str = "a1", size: int = SIZE, ports: str = "") -
         process.stdout.close()
 
 
-@pytest.fixture(params=TRANSPORTS, scope="module")
+@pytest.fixture(params=tuple(TRANSPORTS), scope="module")
 def name(request: pytest.FixtureRequest) -> str:
-    """Each transport that can work here; one that cannot says why."""
+    """Each transport that works here; others are skipped with the reason."""
     memory = Memory(4096, "ff")
     try:
         transport_kind(request.param).open_transport(memory, Settings("ff")).close()
@@ -97,7 +98,7 @@ def shared_peer(name: str) -> Iterator[Peer]:
 
 @dataclass
 class Ours:
-    """Our side: memory, transport, and a read with the sizes filled in."""
+    """The reader's side: memory, transport, and a read with the sizes filled in."""
 
     view: np.ndarray
     transport: Transport
@@ -144,7 +145,7 @@ def test_bytes_arrive_as_they_were(ours: Ours, shared_peer: Peer, spans: list[tu
 
 
 def test_five_thousand_spans_in_one_read(ours: Ours, shared_peer: Peer) -> None:
-    """More than the queue limits that mooncake starts with."""
+    """More pieces than mooncake's default queue limits."""
     order = np.random.default_rng(3).permutation(5000)
     spans = [Span(int(s) * 512, t * 512, 512) for t, s in enumerate(order)]
     assert ours.read(shared_peer.address, spans) == 5000 * 512
@@ -170,7 +171,7 @@ def test_a_peer_killed_before_the_first_read(name: str) -> None:
 
 
 def test_a_peer_killed_between_reads_gives_old_bytes_or_an_error(name: str) -> None:
-    """Which of the two is the transport's affair: COMMIT decides whether bytes may be used."""
+    """Either outcome is allowed: COMMIT decides whether bytes may be used."""
     with opened(name) as ours, peer(name) as found:
         ours.read(found.address, [Span(0, 0, 64)])
         found.kill()
@@ -226,7 +227,7 @@ def test_one_frozen_peer_does_not_delay_another(name: str, shared_peer: Peer) ->
 
 
 def _in_thread(ours: Ours, found: Peer, timeout_s: float) -> tuple[threading.Thread, list[TransferError]]:
-    """A read of (nearly) everything in a thread, begun when this returns."""
+    """A read of (nearly) everything in a thread; it has started when this returns."""
     failure: list[TransferError] = []
     begun = threading.Event()
 
@@ -244,7 +245,7 @@ def _in_thread(ours: Ours, found: Peer, timeout_s: float) -> tuple[threading.Thr
 
 
 def test_a_restarted_peer_is_told_from_its_predecessor(name: str) -> None:
-    """On the same ports where the transport has any, four of them, so that some come again."""
+    """Restart on the same ports, if the transport has any, four times, so that some ports are reused."""
     ports = f"{_free_range()}" if name == "mooncake" else ""
     with opened(name) as ours:
         with peer(name, "b2", ports=ports) as first:
@@ -295,7 +296,7 @@ def test_four_threads_at_once(ours: Ours, shared_peer: Peer) -> None:
 
 
 def test_a_serving_engine_reads_too(name: str, shared_peer: Peer) -> None:
-    """A hybrid does both."""
+    """A hybrid engine serves and reads."""
     memory = Memory(SIZE, "0e")
     transport = transport_kind(name).open_transport(memory, Settings("0e"))
     try:
@@ -322,7 +323,7 @@ def test_close_leaves_nothing(name: str) -> None:
             ours.transport.prune()
             assert not _mapped("pdctl-kv-e5"), "a dead peer's memory is let go of"
         del ours
-        # Its threads end in their own time; the sockets must be gone.
+        # Its threads may end later, but the sockets must be gone.
         wait_until(lambda: listening() <= ports, what="listening ports to close")
 
 

@@ -1,4 +1,4 @@
-"""A bundle has what a bug report needs, and nothing that nobody else should read."""
+"""A bundle contains the data for a bug report, and no secrets."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
 
 @pytest.mark.parametrize("part", ["x", '"prompt": ["', "api_key", "-----BEGIN ", "://a:", '"text":"'])
 def test_no_text_takes_it_long(part: str) -> None:
-    """A pattern that looks at everything from everywhere takes minutes here."""
+    """A pattern with quadratic run time would take minutes here."""
     text = part * (60_000 // len(part))
     assert clean(text) is not None
     assert clean(f"{text}\n" * 4)
@@ -90,7 +90,7 @@ def test_the_file(tmp_path: Path) -> None:
         [sys.executable, "-m", "pdctl", "doctor", "--bundle", str(out)],
         cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert "out.tar.gz has findings.json, facts.json" in done.stderr, done.stderr
+    assert "out.tar.gz contains findings.json, facts.json" in done.stderr, done.stderr
     assert out.stat().st_mode & 0o777 == 0o600
     with tarfile.open(out) as archive:
         parts = {}

@@ -1,4 +1,4 @@
-"""The list of checks says what there is: no check without an entry, none without a test, and the docs hold the same."""
+"""The list of checks is complete: every check has an entry and a test, and the docs have the same table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCES = ROOT / "pdctl" / "doctor"
 
 
 def emitted() -> set[str]:
-    """Ids that the code gives findings."""
+    """Ids of findings in the code."""
     found = {rule.id for rule in RULES} | {pattern.id for pattern in PATTERNS}
     for path in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -40,7 +40,7 @@ def test_every_check_is_listed_once() -> None:
 
 def test_every_check_has_a_test() -> None:
     tests = "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py") if p.name != "test_catalogue.py")
-    # By a table over all rules, or by nature: what no test can make fire on any machine.
+    # Tested by a table over all rules, or impossible to trigger in a test on any machine.
     by_table = {rule.id for rule in RULES}
     missing = {check.id for check in CHECKS if f'"{check.id}"' not in tests} - by_table
     assert missing <= {"clock.sync"}, missing

@@ -1,4 +1,4 @@
-"""Counters between two looks: each rule fires above its threshold, and not at it."""
+"""Counters between two samples: each rule fires above its threshold, but not at it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 from pdctl.doctor import Severity
 from pdctl.doctor.counters import RULES, Kept, Sample, compare, sample, traffic
-from pdctl.host.rdma import read_tree
-from pdctl.host.sysfs import Reader
+from pdctl.host.devices.rdma import read_tree
+from pdctl.host.devices.sysfs import Reader
 from tests.doctor.trees import Port, Tree, roce
 
 
@@ -115,7 +115,7 @@ def test_watching(tmp_path: Path) -> None:
         count = 0
         while not grown.wait(0.02):
             count += 1
-            # As the kernel does: never a file that is empty for a moment.
+            # As in the kernel: a file is never empty for a moment.
             (tmp_path / "next").write_text(f"{count}\n")
             (tmp_path / "next").replace(errors)
 

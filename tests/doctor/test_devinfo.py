@@ -1,4 +1,4 @@
-"""Ours against Debian's own `ibv_devinfo`, over fake trees, both asking the real libibverbs through a shim."""
+"""pdctl's output compared with Debian's `ibv_devinfo`, over fake trees, both with the real libibverbs and a shim."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 from pdctl.doctor.devinfo import UNKNOWN, devinfo
 from pdctl.errors import PdctlError
-from pdctl.host.rdma import read_tree
+from pdctl.host.devices.rdma import read_tree
 from tests.doctor.trees import TREES, Port, Tree, roce
 
 SHIM = Path(__file__).parents[1] / "fakes" / "verbs_shim.c"
-# The tree as /sys, and as many verbs nodes as it has in a /dev of its own.
+# Mounts the tree as /sys, and a /dev with as many verbs nodes as it has.
 _SCRIPT = (
     'mount --rbind "$1" /sys && mkdir -p "$2/infiniband" && '
     "for node in null urandom; do : > $2/$node; mount --bind /dev/$node $2/$node; done && "
@@ -37,7 +37,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def over(tree: Tree, shim: Path, dev: Path, argv: str) -> str:
-    """What `argv` prints where the tree is /sys. Both tools see the same library."""
+    """The output of `argv` with the tree as /sys. Both tools use the same library."""
     script = _SCRIPT + f"LD_PRELOAD={shim} {argv}"
     whole = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", str(tree.root), str(dev)]
     env = {**os.environ, "PYTHONPATH": str(SHIM.parent.parent.parent)}
@@ -48,7 +48,7 @@ OURS = f"{sys.executable} -m pdctl doctor --devinfo"
 
 
 def states(root: Path) -> Tree:
-    """One of each."""
+    """A tree with one device of each kind."""
     tree = Tree(root)
     tree.hca("many0", {n + 1: Port(state=f"{n}: X") for n in range(7)})
     return tree

@@ -1,4 +1,4 @@
-"""The command, and the areas that are not RDMA."""
+"""The command, and the areas other than RDMA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.doctor.trees import TREES
 
 
 def doctor(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    # Libraries that other tests load set such variables for their process.
+    # Libraries loaded by other tests set such variables in this process.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MC_", "NCCL_", "UCX_"))}
     argv = [sys.executable, "-m", "pdctl", "doctor", *words]
     return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
@@ -31,7 +31,7 @@ def test_on_a_machine_without_rdma_it_is_calm(tmp_path: Path) -> None:
     TREES["no class"](tmp_path / "sys")
     done = doctor(tmp_path, "--sysfs-root", str(tmp_path / "sys"))
     assert done.returncode == 0, done.stdout
-    assert "none is needed on one machine" in done.stdout
+    assert "not needed on one machine" in done.stdout
     assert "critical" not in done.stdout + done.stderr
 
 
@@ -201,7 +201,7 @@ def test_the_report_is_by_subject_worst_first() -> None:
 
 
 def planted(tmp_path: Path, **files: str) -> Path:
-    """A /proc with these files, `__` for a slash."""
+    """A fake /proc with these files; `__` stands for a slash."""
     for name, text_ in {"meminfo": "MemTotal: 9 kB\nMemAvailable: 9 kB\n", **files}.items():
         path = tmp_path / "proc" / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ def test_a_limit_of_the_control_group(tmp_path: Path) -> None:
     facts = HostFacts(proc, tmp_path / "sys", tmp_path, {}, tmp_path, shared_bytes=2 << 30)
     found = {f.id: f for f in check(facts)}["memory.free"]
     assert found.severity is Severity.WARNING
-    assert found.observed == "1.0 GiB are left of what this control group may have"
+    assert found.observed == "1.0 GiB left within this cgroup's limit"
 
 
 @pytest.mark.parametrize(
@@ -277,8 +277,8 @@ def test_a_limit_of_the_control_group(tmp_path: Path) -> None:
         (["host", "--mib", "8"], "--mib does nothing here", "with the area transfer"),
         (["--count", "3"], "--count does nothing here", "with --watch"),
         (["net", "--kmsg", "x"], "--kmsg does nothing here", "leave it out"),
-        (["--watch", "--matrix"], "print different things", "one of them"),
-        (["host", "--watch"], "--watch does not look into host", "pdctl doctor --watch"),
+        (["--watch", "--matrix"], "--matrix and --watch cannot be combined", "one of them"),
+        (["host", "--watch"], "--watch does not check host", "pdctl doctor --watch"),
         (["transfer", "--bundle", "x.tar.gz"], "--bundle does nothing here", "leave it out"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Ours against Debian's own `ibstatus`, byte for byte and code for code, over trees in its place."""
+"""pdctl's output compared with Debian's `ibstatus`, byte for byte and with exit codes, over fake trees."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def real() -> str:
 
 
 def real_over(real: str, tree: Path, forms: list[list[str]], cwd: Path) -> list[tuple[bytes, int]]:
-    """The real tool's output and exit code for each form, in one namespace in which the tree is /sys."""
+    """The real tool's output and exit code for each form, in a namespace with the tree as /sys."""
     script = 'mount --rbind "$1" /sys && cd "$2" && shift 2 && exec "$@"'
     runner = (
         "import subprocess, sys, json\n"
@@ -56,7 +56,7 @@ def test_every_tree_in_every_form(real: str, tmp_path: Path, name: str, monkeypa
     tree, here = TREES[name](tmp_path / "sys"), tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    # How arguments are read does not depend on what stands in the files.
+    # Argument parsing does not depend on the content of the files.
     forms = FORMS if name in ("two devices", "dual port", "empty", "no class", "digits") else FORMS[:8]
     theirs = real_over(real, tree.root, forms, here)
     for form, expected in zip(forms, theirs, strict=True):

@@ -1,4 +1,4 @@
-"""Fake sysfs trees with RDMA devices: laid out as the kernel does, class links and all."""
+"""Fake sysfs trees with RDMA devices, laid out as in the kernel, including class links."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 ZERO_GID = ":".join(["0000"] * 8)
 COUNTERS = ("symbol_error", "link_downed", "link_error_recovery", "port_rcv_errors", "port_xmit_discards",
@@ -14,7 +15,7 @@ COUNTERS = ("symbol_error", "link_downed", "link_error_recovery", "port_rcv_erro
 
 @dataclass
 class Port:
-    """Files of a port; None for one that is not there. `gids`: (gid, type, netdev)."""
+    """Files of a port; None for a missing one. `gids`: (gid, type, netdev)."""
 
     state: str | None = "4: ACTIVE"
     phys_state: str | None = "5: LinkUp"
@@ -29,7 +30,21 @@ class Port:
     hw_counters: dict[str, str] = field(default_factory=dict)
 
 
-def roce(**more: object) -> Port:
+class PortFiles(TypedDict, total=False):
+    """Of a Port, where a test wants others."""
+
+    state: str | None
+    phys_state: str | None
+    rate: str | None
+    link_layer: str | None
+    lid: str | None
+    sm_lid: str | None
+    gids: list[tuple[str, str, str]]
+    counters: dict[str, str]
+    hw_counters: dict[str, str]
+
+
+def roce(**more: Unpack[PortFiles]) -> Port:
     """An Ethernet port with the usual four GIDs."""
     link, ip = "fe80:0000:0000:0000:0ac0:ebff:fe3d:ca54", "0000:0000:0000:0000:0000:ffff:0a6e:0021"
     gids = [
@@ -38,14 +53,32 @@ def roce(**more: object) -> Port:
         (ip, "IB/RoCE v1", "eth1"),
         (ip, "RoCE v2", "eth1"),
     ]
-    values: dict[str, object] = {
+    values: PortFiles = {
         "rate": "100 Gb/sec (4X EDR)", "link_layer": "Ethernet", "lid": "0x0", "sm_lid": "0x0", "gids": gids, **more,
     }  # fmt: skip
-    return Port(**values)  # type: ignore[arg-type]
+    return Port(**values)
+
+
+class PciAttributes(TypedDict, total=False):
+    """Files of a PCI function that a test sets."""
+
+    vendor: str
+    class_: str
+    current_link_width: str
+    max_link_width: str
+
+
+class HcaAttributes(TypedDict, total=False):
+    """Files of an RDMA device that a test sets."""
+
+    node_type: str
+    fw_ver: str
+    hw_rev: str
+    board_id: str
 
 
 class Tree:
-    """A /sys below `root`."""
+    """A fake /sys below `root`."""
 
     def __init__(self, root: Path, has_class: bool = True) -> None:
         self.root = root
@@ -58,26 +91,27 @@ class Tree:
             self.write("class/infiniband_verbs/abi_version", "6\n")
 
     def write(self, path: str, text: str | bytes) -> Path:
-        """A file; parents are made."""
+        """Create a file and its parent folders."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(text if isinstance(text, bytes) else text.encode())
         return target
 
     def link(self, target: Path, path: str) -> None:
-        """A relative link, as the kernel makes them."""
+        """Create a relative link, as the kernel does."""
         source = self.root / path
         source.parent.mkdir(parents=True, exist_ok=True)
         source.symlink_to(os.path.relpath(target, source.parent))
 
-    def pci(self, path: str, node: int = 0, **attributes: str) -> Path:
+    def pci(self, path: str, node: int = 0, **attributes: Unpack[PciAttributes]) -> Path:
         """A PCI function at `path` below devices, such as pci0000:00/0000:00:01.0/0000:01:00.0."""
         folder = self.root / "devices" / path
         folder.mkdir(parents=True, exist_ok=True)
         values = {
             "numa_node": str(node), "vendor": "0x15b3", "device": "0x1021", "class": "0x020700",
             "current_link_speed": "32.0 GT/s PCIe", "max_link_speed": "32.0 GT/s PCIe", "current_link_width": "16",
-            "max_link_width": "16", "subsystem_vendor": "0x15b3", "subsystem_device": "0x0041", **attributes,
+            "max_link_width": "16", "subsystem_vendor": "0x15b3", "subsystem_device": "0x0041",
+            **{name: str(value) for name, value in attributes.items()},
         }  # fmt: skip
         for name, value in values.items():
             (folder / name).write_text(f"{value}\n")
@@ -88,8 +122,10 @@ class Tree:
         self.link(folder, f"bus/pci/devices/{folder.name}")
         return folder
 
-    def hca(self, name: str, ports: dict[int, Port], bus: int = 1, node: int = 0, **attributes: str) -> Path:
-        """An RDMA device on a PCI function of its own."""
+    def hca(
+        self, name: str, ports: dict[int, Port], bus: int = 1, node: int = 0, **attributes: Unpack[HcaAttributes]
+    ) -> Path:
+        """An RDMA device on its own PCI function."""
         pci = self.pci(f"pci0000:{bus:02x}/0000:{bus:02x}:01.0/0000:{bus + 1:02x}:00.0", node)
         folder = pci / "infiniband" / name
         values = {
@@ -165,7 +201,7 @@ def _many(count: int) -> Make:
     return make
 
 
-def _one(name: str = "mlx5_0", ports: dict[int, Port] | None = None, **attributes: str) -> Make:
+def _one(name: str = "mlx5_0", ports: dict[int, Port] | None = None, **attributes: Unpack[HcaAttributes]) -> Make:
     def make(root: Path) -> Tree:
         tree = Tree(root)
         tree.hca(name, {1: Port()} if ports is None else ports, **attributes)

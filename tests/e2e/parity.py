@@ -1,4 +1,4 @@
-"""Greedy output through pdctl against transformers' `generate` on the same weights, token for token."""
+"""Greedy output of pdctl compared with transformers' `generate` on the same weights, token for token."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prompts(model_path: Path, lengths: tuple[int, ...] = LENGTHS) -> list[list[i
 
 
 def reference(model_path: Path, wanted: list[list[int]], tokens: int) -> list[list[int]]:
-    """What `generate` says, computed in a process of its own, once per model and question."""
+    """The output of `generate`, computed in a separate process, once per model and prompt."""
     done = subprocess.run(
         [sys.executable, "-c", _REFERENCE, str(model_path), str(tokens)],
         input=json.dumps(wanted),

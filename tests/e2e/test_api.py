@@ -1,4 +1,4 @@
-"""The proxy's surface over real engines: right answers, right errors."""
+"""The proxy's API with real engines: correct answers, correct errors."""
 
 from __future__ import annotations
 
@@ -108,15 +108,15 @@ def test_stream_usage_and_ids_are_the_same_all_through(service: Service) -> None
     }
     with service.client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        seen = [event for event in events(answer) if event is not None]
-    assert len({event["id"] for event in seen}) == 1
-    assert seen[-1]["usage"]["completion_tokens"] == 6
-    assert seen[-1]["choices"] == []
-    assert all("token_ids" not in choice for event in seen for choice in event["choices"])
+        observed = [event for event in events(answer) if event is not None]
+    assert len({event["id"] for event in observed}) == 1
+    assert observed[-1]["usage"]["completion_tokens"] == 6
+    assert observed[-1]["choices"] == []
+    assert all("token_ids" not in choice for event in observed for choice in event["choices"])
 
 
 def test_stop_strings_at_every_place(service: Service) -> None:
-    """The stop may complete on prefill's token, on the first of decode, or later, and across tokens."""
+    """A stop string may end on the prefill token, on decode's first token, or later, and may span tokens."""
     full = service.complete("hello", max_tokens=24)["text"]
     for start in (0, 1, 2, 5, 8):
         stop = full[start : start + 2]
@@ -136,7 +136,7 @@ def test_seeds_decide(service: Service) -> None:
 
 
 def test_engines_keep_their_internal_doors_shut(service: Service) -> None:
-    port = service.process("prefill-0")["ports"]["http"]
+    port = service.process("prefill-0").ports["http"]
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as engine:
         for headers in ({}, {"authorization": "Bearer"}, {"authorization": "Bearer wrong"}):
             lease = {"lease_id": "x", "epoch": "y", "holder": "z"}
@@ -155,7 +155,7 @@ def test_engines_keep_their_internal_doors_shut(service: Service) -> None:
 
 def test_an_open_engine_serves_everybody_but_for_its_internal_doors(run: Run) -> None:
     with running(run, single(engine_extra="open = true")) as service:
-        port = service.process("hybrid-0")["ports"]["http"]
+        port = service.process("hybrid-0").ports["http"]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as engine:
             assert engine.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
             assert engine.get("/metrics").status_code == 200
@@ -167,13 +167,13 @@ def test_an_open_engine_serves_everybody_but_for_its_internal_doors(run: Run) ->
 def secret_of(service: Service) -> dict[str, str]:
     import psutil
 
-    secret = psutil.Process(service.process("prefill-0")["pid"]).environ()["PDCTL_SECRET"]
+    secret = psutil.Process(service.process("prefill-0").pid).environ()["PDCTL_SECRET"]
     return {"authorization": f"Bearer {secret}"}
 
 
 def test_hand_overs_that_are_wrong_are_refused_and_harm_nobody(service: Service) -> None:
     headers = secret_of(service)
-    urls = {name: f"http://127.0.0.1:{service.process(name)['ports']['http']}" for name in ("prefill-0", "decode-0")}
+    urls = {name: f"http://127.0.0.1:{service.process(name).ports['http']}" for name in ("prefill-0", "decode-0")}
 
     def prefill(prompt: str) -> dict[str, object]:
         body = {
@@ -216,11 +216,11 @@ def test_hand_overs_that_are_wrong_are_refused_and_harm_nobody(service: Service)
 
 
 def test_a_request_whose_last_token_was_the_last_ends_there(service: Service) -> None:
-    """An engine may die between its last token and saying so; the next one must not add another."""
+    """An engine may die after its last token but before reporting the end; the next engine must not add a token."""
     headers = secret_of(service)
     whole = service.complete("hello")  # OpenAI's default of 16 tokens, which the proxy does not know
     for name in ("prefill-0", "decode-0"):
-        url = f"http://127.0.0.1:{service.process(name)['ports']['http']}/v1/completions"
+        url = f"http://127.0.0.1:{service.process(name).ports['http']}/v1/completions"
         for hold in ({}, {"kv_transfer_params": {"do_remote_decode": True}}):
             for given in (15, 16):
                 body = {"prompt": "hello", "temperature": 0, "return_token_ids": True, **hold,
@@ -234,7 +234,7 @@ def test_a_request_whose_last_token_was_the_last_ends_there(service: Service) ->
 
 def test_a_hand_over_is_read_by_one_request_at_a_time(service: Service) -> None:
     headers = secret_of(service)
-    urls = [f"http://127.0.0.1:{service.process(n)['ports']['http']}/v1/completions" for n in ("prefill-0", "decode-0")]
+    urls = [f"http://127.0.0.1:{service.process(n).ports['http']}/v1/completions" for n in ("prefill-0", "decode-0")]
     for _ in range(5):
         body = {"prompt": "hello there", "temperature": 0, "max_tokens": 4, "return_token_ids": True}
         held = {**body, "kv_transfer_params": {"do_remote_decode": True}}
@@ -274,6 +274,6 @@ def test_metrics_tell_what_happened(service: Service) -> None:
     assert 'pdctl_proxy_requests_total{status="200"}' in text
     assert 'pdctl_proxy_hand_overs_total{decode="decode-0",prefill="prefill-0"}' in text
     assert 'pdctl_proxy_engine_healthy{engine="decode-0"} 1.0' in text
-    port = service.process("prefill-0")["ports"]["http"]
+    port = service.process("prefill-0").ports["http"]
     engine = httpx.get(f"http://127.0.0.1:{port}/metrics", headers=service.internal, trust_env=False).text
     assert 'pdctl_engine_leases_ended_total{how="committed"}' in engine

@@ -1,4 +1,4 @@
-"""`pdctl bench` against a real service, by its command line."""
+"""`pdctl bench` with a real service, through its command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_lengths_are_what_was_asked_for(service: Service, tmp_path: Path) -> Non
     assert (found["completed"], found["num_prompts"], found["model_id"]) == (8, 8, "m")
     assert all(20 <= size <= 60 for size in found["input_lens"])
     assert all(5 <= size <= 9 for size in found["output_lens"])
-    # Prefill's token and the others, each an event of its own or with its neighbours.
+    # The prefill token and the others, each in its own event or merged with neighbours.
     assert all(len(gaps) < size for gaps, size in zip(found["itls"], found["output_lens"], strict=True))
     assert {"queue", "prefill", "ttft"} <= set(found["pdctl"]["parts_ms"])
     assert "<svg" in page.read_text()
@@ -68,7 +68,7 @@ def test_a_trace_and_a_comparison(service: Service, tmp_path: Path) -> None:
 def test_ctrl_c_keeps_what_there_is(service: Service, tmp_path: Path) -> None:
     out = tmp_path / "r.json"
     words = ["bench", "serve", "-n", "500", "--rate", "5", "--output", "4", "--warm-up", "0", "--out", str(out)]
-    # A shell's background jobs ignore interrupts, and pass that on.
+    # Background jobs of a shell ignore SIGINT, and their children inherit this.
     with subprocess.Popen([*CLI, *words], env=service.run.env, cwd=service.run.folder, text=True,
                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
@@ -103,22 +103,22 @@ def test_ctrl_c_in_a_sweep_tells_the_rates_that_were_tried(service: Service) -> 
     assert "interrupted" in said
     found = json.loads(told)
     assert found["tried"][0]["rate"] == 8
-    assert found["notes"][-1] == "interrupted: the search is not at its end"
+    assert found["notes"][-1] == "interrupted: the search is incomplete"
     service.idle()
 
 
 BAD = {
-    "rate": (["--rate", "0"], "--rate 0: must be more than 0"),
-    "length": (["--input", "-5"], "--input '-5' is no length"),
-    "target": (["--goodput", "ttft"], "--goodput 'ttft' is no target"),
+    "rate": (["--rate", "0"], "--rate 0: must be greater than 0"),
+    "length": (["--input", "-5"], "--input '-5' is not a length"),
+    "target": (["--goodput", "ttft"], "--goodput 'ttft' is not a target"),
     "no data": (["--workload", "trace"], "needs --data FILE"),
     "no file": (["--workload", "file", "--data", "/none"], "cannot be read"),
-    "nothing": (["-n", "0"], "there is nothing to ask"),
-    "ramp": (["--ramp-to", "5"], "needs a --rate"),
+    "nothing": (["-n", "0"], "there are no requests to send"),
+    "ramp": (["--ramp-to", "5"], "--ramp-to needs --rate"),
     "unheeded": (["--prefix", "9"], "--prefix does nothing with --workload synthetic"),
-    "steady": (["--burstiness", "2"], "--burstiness does nothing without a --rate"),
+    "steady": (["--burstiness", "2"], "--burstiness does nothing without --rate"),
     "bursts": (["--rate", "4", "--burstiness", "0.0001"], "--burstiness 0.0001: must be at least 0.01"),
-    "endless": (["--rate", "4", "--burstiness", "inf"], "--burstiness inf: must be a number"),
+    "endless": (["--rate", "4", "--burstiness", "inf"], "--burstiness inf: must be finite"),
     "model": (["--model", "other"], "no request was answered"),
     "place": (["-n", "1", "--output", "2", "--out", "/none/x.json"], "cannot be written"),
 }
@@ -135,13 +135,13 @@ def test_bad_input(service: Service, name: str) -> None:
 def test_nobody_there(run: Run) -> None:
     done = run.cli("bench", "serve", "http://127.0.0.1:9", "-n", "1")
     assert done.returncode == 1
-    assert "nobody answers at http://127.0.0.1:9" in done.stderr
+    assert "cannot reach http://127.0.0.1:9" in done.stderr
     assert "pdctl up" in done.stderr
 
 
 @pytest.fixture(scope="module")
 def fragile(module_run: Run) -> Iterator[Service]:
-    """Two decodes, each of which may die as often as it likes."""
+    """Two decode engines that may die any number of times."""
     run = Run(module_run.folder / "c")
     run.folder.mkdir()
     text = topology(prefills=1, decodes=2).replace("[supervisor]", "[supervisor]\nmax_restarts = 1000\nwithin_s = 1")
@@ -171,8 +171,8 @@ def test_chaos_keeps_its_promises(fragile: Service) -> None:
 def test_chaos_refuses_what_it_cannot_do(fragile: Service) -> None:
     for words, said in (
         (("--for", "5", "--every", "9"), "ends before the first fault"),
-        (("--fault", "kill:nobody"), "groups here: decode, prefill, proxy, supervisor"),
-        (("--fault", "kill:supervisor"), "this service ends with its supervisor"),
+        (("--fault", "kill:nobody"), "groups: decode, prefill, proxy, supervisor"),
+        (("--fault", "kill:supervisor"), "this service stops with its supervisor"),
     ):
         refused = fragile.run.cli("bench", "chaos", *words)
         assert refused.returncode == 1
@@ -180,7 +180,7 @@ def test_chaos_refuses_what_it_cannot_do(fragile: Service) -> None:
 
 
 def test_chaos_says_which_promise_broke(fragile: Service) -> None:
-    """A killed proxy cuts the streams that it carries: a promise that pdctl does not make, and that is told."""
+    """A killed proxy cuts its streams: pdctl does not promise otherwise, and the command reports it."""
     words = ["--for", "6", "--every", "3", "--output", "100", "--fault", "kill:proxy", "--prompts", "2"]
     cut = fragile.run.cli(*CHAOS, *words)
     assert cut.returncode == 1, cut.stdout
@@ -200,7 +200,7 @@ def test_chaos_that_is_interrupted_breaks_nothing_more(fragile: Service) -> None
                 break
         process.send_signal(signal.SIGINT)
         out, said = process.communicate(timeout=300)
-    assert "interrupted; this is what was seen until then" in said
+    assert "interrupted; these are the results so far" in said
     found = json.loads(out)
     assert found["faults"] == 1
     fragile.healthy()
@@ -250,21 +250,21 @@ def test_transfers_by_size_and_number_of_blocks(run: Run) -> None:
     assert "one of: shm, mooncake, nixl" in bad.stderr
     none = run.cli("bench", "transfer", "--transport", "mooncake", "--protocol", "rdma", "--mib", "1")
     assert none.returncode == 1, "there is no RDMA here"
-    assert "mooncake, 1 MiB: FALLBACK to tcp: RDMA was asked for" in none.stderr
+    assert "mooncake, 1 MiB: FALLBACK to tcp: RDMA is configured" in none.stderr
 
 
 @pytest.mark.slow
 def test_chaos_with_supervisors_that_die(run: Run) -> None:
     text = single().replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"')
     with running(run, text) as service:
-        before = {process["name"]: process["pid"] for process in service.engines()}
+        before = {process.name: process.pid for process in service.engines()}
         done = run.cli("bench", "chaos", "--for", "9", "--every", "4", "--streams", "2", "--prompts", "2", "--output",
                        "24", "--fault", "kill:supervisor", "--json")  # fmt: skip
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert set(found["by_fault"]) == {"kill supervisor"}
         assert (found["failed"], found["wrong"], found["broken"]) == ({}, 0, [])
-        assert {process["name"]: process["pid"] for process in service.engines()} == before, "engines lived on"
+        assert {process.name: process.pid for process in service.engines()} == before, "engines lived on"
 
 
 def topology_named(name: str, text: str) -> str:
@@ -286,7 +286,7 @@ def test_two_topologies_are_compared_in_turn(run: Run, tmp_path: Path) -> None:
     kept = json.loads((run.folder / "kept/pd.json").read_text())
     assert kept["completed"] == 12
     assert kept["pdctl"]["repeats"]["count"] == 2
-    assert "pd against one" in (run.folder / "c.html").read_text()
+    assert "pd vs. one" in (run.folder / "c.html").read_text()
     assert not run.processes()
     again = run.cli("bench", "compare", "kept/pd.json", "kept/one.json", "--json")
     assert {entry["name"] for entry in json.loads(again.stdout)} >= {"ITL p99", "TTFT p99", "request throughput"}
@@ -296,11 +296,11 @@ def test_comparisons_that_make_no_sense(run: Run) -> None:
     run.write("", "a.toml")
     run.write("{}", "b.json")
     for words, said in (
-        (["a.toml", "b.json"], "are not of one kind"),
-        (["b.json", "b.json", "--rate", "3"], "--rate is for topologies"),
+        (["a.toml", "b.json"], "are of different kinds"),
+        (["b.json", "b.json", "--rate", "3"], "--rate works only with topologies"),
         (["a.toml", "none.toml"], "does not exist"),
-        (["a.toml", "a.toml", "--rate", "-1"], "--rate -1: must be more than 0"),
-        (["b.json", "b.json"], "holds no samples"),
+        (["a.toml", "a.toml", "--rate", "-1"], "--rate -1: must be greater than 0"),
+        (["b.json", "b.json"], "contains no samples"),
     ):
         done = run.cli("bench", "compare", *words)
         assert done.returncode == 1
@@ -319,7 +319,7 @@ def test_a_comparison_that_is_interrupted_leaves_nothing(run: Run) -> None:
             for line in process.stderr:
                 if wanted in line:
                     break
-            # As a terminal does: to everything that was started from it.
+            # As a terminal does: to the whole process group.
             os.killpg(process.pid, signal.SIGINT)
             process.stderr.read()
             assert process.wait(60) == 130
@@ -350,8 +350,8 @@ def test_the_latency_model(service: Service) -> None:
     assert done.returncode == 0, done.stderr
     assert "held out" in done.stdout
     planned = run.cli("plan").stdout
-    assert "by the profile of" in planned
-    assert "first token of a prompt" in planned
+    assert "from the profile of" in planned
+    assert "first token, by prompt length" in planned
     found = json.loads((run.folder / "s/t/profile.json").read_text())
     assert found["prefill"]["points"] == [10, 6]
     assert all(value >= 0 for value in found["prefill"]["coefficients"] + found["decode"]["coefficients"])

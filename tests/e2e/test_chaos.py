@@ -1,4 +1,4 @@
-"""A short run of the chaos suite. `scripts/slow` proves that it notices missing safeguards."""
+"""A short run of the chaos suite. `scripts/slow` shows that it detects disabled safeguards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote, and what they use: chats, tools, structured output, log probabilities."""
+"""Third-party clients and the features they use: chats, tools, structured output, log probabilities."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from openai.types.shared_params import ResponseFormatJSONSchema
 
-from tests.service import Run, Service, running, topology
+from tests.service import Run, Service, pid_of, running, topology
 
 pytestmark = pytest.mark.e2e
 
-SCHEMA = {
+SCHEMA: dict[str, object] = {
     "type": "object",
     "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
     "required": ["kind", "legs"],
     "additionalProperties": False,
 }
 TOOLS = [{"type": "function", "function": {"name": "weigh", "description": "Weighs it", "parameters": SCHEMA}}]
-FORMAT = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA, "strict": True}}
-HELLO = [{"role": "user", "content": "hello"}]
+FORMAT: ResponseFormatJSONSchema = {
+    "type": "json_schema",
+    "json_schema": {"name": "animal", "schema": SCHEMA, "strict": True},
+}
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def service(module_run: Run) -> Iterator[Service]:
 
 @pytest.fixture(scope="module", autouse=True)
 def key(module_run: Run) -> str:
-    """Before the service starts: its topology names the file."""
+    """Called before the service starts, because its topology names the file."""
     done = module_run.cli("key", "tests", "--file", "keys.txt", check=True)
     return done.stdout.strip()
 
@@ -81,7 +86,7 @@ def test_the_official_client_async(service: Service, key: str) -> None:
 def test_keys_are_asked_for(service: Service) -> None:
     with (
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="wrong", max_retries=0) as client,
-        pytest.raises(openai.AuthenticationError, match="not known"),
+        pytest.raises(openai.AuthenticationError, match="unknown API key"),
     ):
         client.completions.create(model="m", prompt="x")
     assert service.client.get("/v1/models").status_code == 401
@@ -90,12 +95,12 @@ def test_keys_are_asked_for(service: Service) -> None:
 
 @pytest.mark.parametrize("max_tokens", [100, 200])
 def test_structured_output(client: openai.OpenAI, max_tokens: int) -> None:
-    """Short answers are asked for whole, long ones gathered from a stream."""
+    """Short answers are requested as a whole, long ones are gathered from a stream."""
     for seed in range(3):
         answer = client.chat.completions.create(
             model="m", messages=HELLO, response_format=FORMAT, max_tokens=max_tokens, seed=seed, temperature=1.0
-        )  # type: ignore[call-overload]
-        found = json.loads(answer.choices[0].message.content)
+        )
+        found = json.loads(answer.choices[0].message.content or "")
         assert found["kind"] in ("cat", "dog")
         assert 0 <= found["legs"] <= 9
         assert answer.choices[0].finish_reason == "stop"
@@ -128,7 +133,7 @@ def test_tools_are_called(client: openai.OpenAI, choice: Any, max_tokens: int) -
 
 @pytest.mark.parametrize("max_tokens", [8, 200])
 def test_log_probabilities(client: openai.OpenAI, max_tokens: int) -> None:
-    asked = {"model": "m", "prompt": "abc", "max_tokens": max_tokens, "temperature": 0, "logprobs": 3}
+    asked: dict[str, Any] = {"model": "m", "prompt": "abc", "max_tokens": max_tokens, "temperature": 0, "logprobs": 3}
     whole = client.completions.create(**asked, extra_body={"ignore_eos": True}).choices[0].logprobs
     assert len(whole.tokens) == len(whole.token_logprobs) == len(whole.top_logprobs) == max_tokens
     for token, logprob, top in zip(whole.tokens, whole.token_logprobs, whole.top_logprobs, strict=True):
@@ -142,7 +147,10 @@ def test_log_probabilities(client: openai.OpenAI, max_tokens: int) -> None:
         model="m", messages=HELLO, max_tokens=max_tokens, logprobs=True, top_logprobs=2, temperature=0,
         extra_body={"ignore_eos": True},
     )  # fmt: skip
-    entries = chat.choices[0].logprobs.content
+    told = chat.choices[0].logprobs
+    assert told is not None
+    entries = told.content
+    assert entries is not None
     assert len(entries) == max_tokens
     assert all(len(entry.top_logprobs) == 2 and entry.top_logprobs[0].logprob <= 0 for entry in entries)
 
@@ -184,9 +192,11 @@ def test_a_death_in_mid_answer_changes_nothing(
     quiet = client.completions.create(**asked).choices[0]
     service.healthy()
     before = service.process("decode-0")
-    pid = before["pid"]
+    pid = pid_of(before)
     if stream:
-        text, logprobs, reason, victim = "", [], None, pid
+        logprobs: list[float | None] = []
+        text, reason = "", None
+        victim: int | None = pid
         for chunk in client.completions.create(**asked, stream=True):
             choice = chunk.choices[0]
             text += choice.text

@@ -1,4 +1,4 @@
-"""kill -9 of anything: restarted by itself, clients keep their answers, no block stays leased, the cause is told."""
+"""kill -9 of any process: it is restarted, clients keep their answers, no block stays leased, the cause is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.service import Run, Service, events, running, single, topology, wait_until
+from tests.service import Run, Service, events, last_exit_of, pid_of, running, single, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -30,7 +30,7 @@ def service(module_run: Run) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def quiet(service: Service) -> dict[str, Any]:
-    """What an undisturbed run answers."""
+    """The answers of a run without faults."""
     return service.complete(PROMPT, max_tokens=LONG, ignore_eos=True)
 
 
@@ -42,11 +42,11 @@ def kill(pid: int) -> None:
 def test_idle_process_is_restarted_and_says_why(service: Service, quiet: dict[str, Any], name: str) -> None:
     service.healthy()
     before = service.process(name)
-    kill(before["pid"])
+    kill(pid_of(before))
     after = service.restarted(before)
-    assert after["restarts"] == before["restarts"] + 1
-    assert after["last_exit"]["signal"] == "SIGKILL"
-    assert after["last_exit"]["reason"] == "killed by SIGKILL"
+    assert after.restarts == before.restarts + 1
+    assert last_exit_of(after).signal == "SIGKILL"
+    assert last_exit_of(after).reason == "killed by SIGKILL"
     assert "killed by SIGKILL" in service.run.cli("status").stdout
     service.healthy()
     assert service.complete(PROMPT, max_tokens=LONG, ignore_eos=True)["token_ids"] == quiet["token_ids"]
@@ -60,7 +60,7 @@ def test_stream_survives_the_death_of_an_engine(
 ) -> None:
     service.healthy()
     before = service.process(victim)
-    text, ids = "", []
+    text, ids, killed = "", [], False
     body = {
         "prompt": PROMPT,
         "max_tokens": LONG,
@@ -76,13 +76,14 @@ def test_stream_survives_the_death_of_an_engine(
             assert "error" not in event, event
             text += event["choices"][0]["text"]
             ids += event["choices"][0]["token_ids"]
-            if before is not None and len(ids) > 10:
-                children = psutil.Process(before["pid"]).children()
-                kill(before["pid"] if part == "front" else children[0].pid)
-                killed, before = before, None
+            if not killed and len(ids) > 10:
+                children = psutil.Process(before.pid).children()
+                kill(pid_of(before) if part == "front" else children[0].pid)
+                killed = True
+    assert killed
     assert ids == quiet["token_ids"]
     assert text == quiet["text"]
-    service.restarted(killed)
+    service.restarted(before)
     service.healthy()
     service.idle()
 
@@ -92,7 +93,7 @@ def test_seeded_stream_survives_too(service: Service) -> None:
     quiet = service.complete(PROMPT, **options)
     assert len(set(quiet["token_ids"])) > 20
     before = service.process("decode-0")
-    timer = threading.Timer(0.3, kill, [before["pid"]])
+    timer = threading.Timer(0.3, kill, [pid_of(before)])
     timer.start()
     got = service.stream(PROMPT, **options)
     timer.join()
@@ -105,8 +106,8 @@ def test_seeded_stream_survives_too(service: Service) -> None:
 
 def test_no_connection_is_refused_while_the_proxy_is_dead(service: Service) -> None:
     before = service.process("proxy")
-    kill(before["pid"])
-    # The listening socket is the supervisor's: this waits in its backlog for the new proxy.
+    kill(pid_of(before))
+    # The supervisor holds the listening socket: this request waits in its backlog for the new proxy.
     with httpx.Client(base_url=service.url, timeout=300, trust_env=False) as client:
         body = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
         assert client.post("/v1/completions", json=body).status_code == 200
@@ -114,11 +115,11 @@ def test_no_connection_is_refused_while_the_proxy_is_dead(service: Service) -> N
 
 
 def test_a_frozen_holder_loses_its_lease_in_time(run: Run) -> None:
-    """SIGSTOP of decode while it holds leases: no supervisor sees a death, the deadline frees the blocks."""
+    """SIGSTOP of a decode engine with leases: the supervisor sees no death, so the deadline frees the blocks."""
     with running(run, topology(lease_s=2)) as service:
-        decode = service.process("decode-0")["pid"]
+        decode = pid_of(service.process("decode-0"))
         core = psutil.Process(decode).children()[0].pid
-        os.kill(core, signal.SIGSTOP)  # claims come from the front, which lives; blocks are never reserved
+        os.kill(core, signal.SIGSTOP)  # the front is alive and claims leases, but blocks are never reserved
         body = json.dumps({"prompt": PROMPT, "max_tokens": 8, "temperature": 0}).encode()
         host, _, port = service.url.removeprefix("http://").rpartition(":")
         with socket.create_connection((host, int(port))) as asker:
@@ -141,9 +142,9 @@ def test_no_orphan_survives_the_supervisor(run: Run) -> None:
     status = Service(run)
     status.client.close()
     assert len(run.processes()) >= 6, "supervisor, proxy, two fronts, two cores"
-    kill(status.status()["supervisor_pid"])
+    kill(status.status().supervisor_pid)
     wait_until(lambda: not run.processes(), what="every process to end")
-    # And the next `up` clears what the dead one left.
+    # The next `up` cleans up after the dead one.
     run.cli("up", "-d", check=True)
     assert run.cli("ask", "hello", "--max-tokens", "4").returncode == 0
     run.cli("down", check=True)
@@ -180,7 +181,7 @@ def test_disconnect_during_prefill_frees_it(service: Service) -> None:
 
 
 def stream_with(service: Service, at: int, act: Callable[[], None]) -> list[int]:
-    """The token ids of a long stream, in whose course something is done once."""
+    """The token ids of a long stream; an action runs once while it streams."""
     ids: list[int] = []
     body = {"prompt": PROMPT, "max_tokens": LONG, "temperature": 0, "stream": True, "return_token_ids": True,
             "ignore_eos": True}  # fmt: skip
@@ -204,7 +205,7 @@ def test_stream_survives_the_death_of_both_engines_at_once(service: Service, qui
 
     def kill_both() -> None:
         for process in before.values():
-            kill(process["pid"])
+            kill(pid_of(process))
 
     assert stream_with(service, 20, kill_both) == quiet["token_ids"]
     for process in before.values():
@@ -214,15 +215,15 @@ def test_stream_survives_the_death_of_both_engines_at_once(service: Service, qui
 
 
 def test_engines_killed_together_have_not_died_of_a_request(service: Service, quiet: dict[str, Any]) -> None:
-    """Prefill is as good as dead when decode dies, and takes what is sent to it: frozen here; on a busy machine killed
-    and not yet gone. It has not died of the request that goes on there."""
+    """Prefill is effectively dead when decode dies, but still accepts requests: frozen here; on a busy machine, killed
+    but not yet gone. Its death does not count against the request that continues there."""
     service.healthy()
     before = {name: service.process(name) for name in ("prefill-0", "decode-0")}
-    late = threading.Timer(1.0, kill, [before["prefill-0"]["pid"]])
+    late = threading.Timer(1.0, kill, [pid_of(before["prefill-0"])])
 
     def kill_both() -> None:
-        os.kill(before["prefill-0"]["pid"], signal.SIGSTOP)
-        kill(before["decode-0"]["pid"])
+        os.kill(pid_of(before["prefill-0"]), signal.SIGSTOP)
+        kill(pid_of(before["decode-0"]))
         late.start()
 
     assert stream_with(service, 20, kill_both) == quiet["token_ids"]
@@ -235,7 +236,7 @@ def test_engines_killed_together_have_not_died_of_a_request(service: Service, qu
 
 def test_stream_leaves_a_frozen_engine(service: Service, quiet: dict[str, Any]) -> None:
     service.healthy()
-    pid = service.process("decode-0")["pid"]
+    pid = pid_of(service.process("decode-0"))
     try:
         ids = stream_with(service, 20, lambda: os.kill(pid, signal.SIGSTOP))
     finally:
@@ -251,9 +252,9 @@ def test_a_frozen_orphan_of_another_topology_is_ended_by_the_next_start(run: Run
     run.cli("up", "-d", check=True)
     service = Service(run)
     service.client.close()
-    frozen = service.process("prefill-1")["pid"]
+    frozen = pid_of(service.process("prefill-1"))
     os.kill(frozen, signal.SIGSTOP)  # TERM from the kernel waits until it is continued
-    kill(service.status()["supervisor_pid"])
+    kill(service.status().supervisor_pid)
     wait_until(lambda: len(run.processes()) <= 2, what="all but the frozen engine to end")
     assert psutil.pid_exists(frozen)
     with running(run, topology()):
@@ -265,27 +266,27 @@ def test_an_engine_that_dies_while_the_service_stops_stays_down(run: Run) -> Non
     run.cli("up", "-d", check=True)
     service = Service(run)
     service.client.close()
-    proxy, decode = service.process("proxy")["pid"], service.process("hybrid-0")["pid"]
+    proxy, decode = pid_of(service.process("proxy")), pid_of(service.process("hybrid-0"))
     os.kill(proxy, signal.SIGSTOP)  # holds up the stop
     stopper = threading.Thread(target=run.cli, args=("down",))
     stopper.start()
-    wait_until(lambda: service.status()["state"] == "stopping", what="the stop to begin")
+    wait_until(lambda: service.status().state == "stopping", what="the stop to begin")
     kill(decode)
-    wait_until(lambda: service.process("hybrid-0")["state"] == "stopped", what="decode to be down for good")
+    wait_until(lambda: service.process("hybrid-0").state == "stopped", what="decode to be down for good")
     os.kill(proxy, signal.SIGCONT)
     stopper.join()
     assert not run.processes()
 
 
 def test_a_frozen_core_behind_a_front_that_answers_is_found_and_replaced(run: Run) -> None:
-    """Its front says 200 to everything; the progress probe sees that the step loop does not turn."""
+    """The front answers 200 to everything; the progress probe detects that the step loop does not run."""
     text = single(kv_cache_gb=0.1).replace("[supervisor]", "[supervisor]\nprogress_s = 3\nliveness_s = 0.5")
     with running(run, text) as service:
         before = service.process("hybrid-0")
-        core = psutil.Process(before["pid"]).children()[0]
+        core = psutil.Process(before.pid).children()[0]
         core.suspend()
         after = service.restarted(before)
-        assert after["restarts"] == 1
+        assert after.restarts == 1
         told = run.cli("why", "hybrid-0", check=True).stdout
         assert "hung: its core has not answered for" in told
         assert service.complete(PROMPT, max_tokens=4)["token_ids"]

@@ -1,4 +1,4 @@
-"""Fields of OpenAI's and vLLM's API, through a prefill and a decode engine: streamed, whole, and what is refused."""
+"""Fields of OpenAI's and vLLM's API, through a prefill and a decode engine: streamed, unstreamed, and refused ones."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def test_the_stop_string_stays_where_that_is_wanted(service: Service) -> None:
     ids=str,
 )
 def test_one_of_the_choices_comes(service: Service, fields: dict[str, Any]) -> None:
-    seen = {both(service, **fields, temperature=2.0, seed=seed) for seed in range(8)}
-    assert {text for text, _ in seen} <= set(CHOICES)
-    assert len(seen) > 1
-    assert {reason for _, reason in seen} == {"stop"}
+    observed = {both(service, **fields, temperature=2.0, seed=seed) for seed in range(8)}
+    assert {text for text, _ in observed} <= set(CHOICES)
+    assert len(observed) > 1
+    assert {reason for _, reason in observed} == {"stop"}
 
 
 @pytest.mark.parametrize(
@@ -235,11 +235,11 @@ def test_every_event_counts_where_that_is_wanted(service: Service) -> None:
         body = {**start, "max_tokens": 9, "ignore_eos": True, "stream": True, "stream_options": options, "n": 2}
         with service.client.stream("POST", path, json=body) as answer:
             found = [event for event in events(answer) if event]
-        seen: dict[int, list[int]] = {0: [], 1: []}
+        observed: dict[int, list[int]] = {0: [], 1: []}
         for event in found[:-1]:
-            seen[event["choices"][0]["index"]].append(event["usage"]["completion_tokens"])
+            observed[event["choices"][0]["index"]].append(event["usage"]["completion_tokens"])
             assert event["usage"]["prompt_tokens"] == found[-1]["usage"]["prompt_tokens"] > 0
-        assert all(counts == sorted(counts) and counts[-1] == 9 for counts in seen.values())
+        assert all(counts == sorted(counts) and counts[-1] == 9 for counts in observed.values())
         assert found[-1]["usage"]["completion_tokens"] == 18
 
 
@@ -278,7 +278,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
     ids=str,
 )
 def test_every_way_to_an_answer_gives_the_same_fields(service: Service, path: str, fields: dict[str, Any]) -> None:
-    """One engine by itself; the proxy's answer in one piece, gathered from parts, and as a stream's parts."""
+    """One engine alone; the proxy's answer as a whole, gathered from parts, and streamed."""
     body = {**fields, "max_tokens": 100, "temperature": 0, "seed": 5}
     named = {"x-request-id": "same"}
 

@@ -1,4 +1,4 @@
-"""HTTP as clients speak it, against the proxy and an engine's own port: upgrades, heads, ends of sending, refusals."""
+"""HTTP details on the proxy's and an engine's port: upgrades, large heads, half-closed connections, refusals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def service(module_run: Run) -> Iterator[Service]:
 @pytest.fixture(params=["proxy", "engine"])
 def port(request: pytest.FixtureRequest, service: Service) -> int:
     name = "proxy" if request.param == "proxy" else "hybrid-0"
-    return int(service.process(name)["ports"]["http"])
+    return int(service.process(name).ports["http"])
 
 
 def secret(service: Service) -> str:
@@ -50,7 +50,7 @@ def connected(port: int) -> socket.socket:
 
 
 def answer(client: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    """The next final answer; interim ones are passed over."""
+    """The next final answer; interim ones are skipped."""
     with client.makefile("rb") as file:
         while True:
             status = int(file.readline().split()[1])
@@ -76,7 +76,7 @@ def error_of(body: bytes) -> dict[str, Any]:
 def test_an_upgrade_that_is_not_taken_is_ignored(service: Service, port: int, lines: list[str], split: int) -> None:
     sent = head(service, "/v1/completions", *lines) + BODY
     with connected(port) as client:
-        for _ in range(2):  # and the connection is as good as before
+        for _ in range(2):  # and the connection still works
             if split:
                 client.sendall(sent[:-split])
             client.sendall(sent[-split:] if split else sent)
@@ -138,7 +138,7 @@ def test_pipelined_requests_before_the_end_of_sending_are_all_answered(service: 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_closes_is_noticed(service: Service, stream: bool) -> None:
-    port = int(service.process("proxy")["ports"]["http"])
+    port = int(service.process("proxy").ports["http"])
     before = service.engine_state("hybrid-0")["tokens_total"]
     body = json.dumps({"prompt": "x", "max_tokens": 1800, "ignore_eos": True, "stream": stream}).encode()
     with connected(port) as client:
@@ -189,7 +189,7 @@ def test_every_refusal_has_openais_shape(service: Service, port: int, method: st
 
 
 def test_keep_alive_clients_meet_no_closed_connection_at_a_restart(service: Service) -> None:
-    """Closed-loop clients, each with one connection that it uses again and again, while the proxy is restarted."""
+    """Closed-loop clients, each with one keep-alive connection, while the proxy is restarted."""
     failures: list[str] = []
     stop = threading.Event()
     counts = [0] * 6
@@ -226,7 +226,7 @@ def test_keep_alive_clients_meet_no_closed_connection_at_a_restart(service: Serv
 
 
 def test_lists_of_one_key_do_not_hold_up_another_key(run: Run) -> None:
-    """Two lists of 100 prompts fill every seat many times over; another key's request is answered meanwhile."""
+    """Two lists of 100 prompts need far more seats than there are; another key's request is still answered."""
     keys = {}
     for name in ("flood", "single"):
         made = run.cli("key", name, "--file", str(run.folder / "keys.txt"), check=True)

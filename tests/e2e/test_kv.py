@@ -1,4 +1,4 @@
-"""KV under lease, seen and handled as an operator would: lists, leaks, revocation, ceiling, links, transports."""
+"""KV leases from an operator's view: lists, leaks, revocation, limit, links, transports."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from tests.service import Engine, Run, Service, running, topology, wait_until
+from tests.service import Engine, Run, Service, pid_of, running, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -82,7 +83,7 @@ def test_a_lease_whose_holder_is_gone_is_a_leak_and_can_be_revoked(service: Serv
     again = service.run.cli("kv", "--revoke", hand_over["lease_id"])
     assert again.returncode == 1
     assert "has ended: revoked" in again.stderr
-    assert "no engine that runs now granted" in service.run.cli("kv", "--revoke", "nonsense").stderr
+    assert "no running engine granted" in service.run.cli("kv", "--revoke", "nonsense").stderr
     assert "no leaked leases" in service.run.cli("kv", "--leaks").stdout
     assert 'pdctl_engine_leases_ended_total{how="revoked"} 1.0' in prefill.http.get("/metrics").text
 
@@ -102,7 +103,7 @@ def test_every_wrong_call_is_refused_with_a_reason(service: Service, prefill: En
     assert not prefill.lease("commit", hand_over, "e")["ok"]
     assert not prefill.lease("claim", hand_over, "d")["ok"]
     with httpx.Client(base_url=prefill.http.base_url, trust_env=False) as stranger:
-        for path in ("leases/revoke", "attempts/release", "holders/release", "offers", "links"):
+        for path in ("leases/revoke", "attempts/release", "holders/release", "offers", "links", "role"):
             assert stranger.post(f"/pdctl/v1/{path}", json={}).status_code == 401
         assert stranger.get("/pdctl/v1/endpoint").status_code == 401
     for body in (b"", b"{", b"[]", b'{"lease_id": 5}', b"\xff\xfe"):
@@ -113,15 +114,16 @@ def test_every_wrong_call_is_refused_with_a_reason(service: Service, prefill: En
 
 def test_hand_overs_of_the_wrong_shape_are_refused(service: Service, prefill: Engine, decode: Engine) -> None:
     good = prefill.hold("hello there")
-    endpoint = good["endpoint"]
+    [pool] = good["endpoint"]["shards"]
     assert decode.decode("hello there", {**good, "remote_block_ids": list(range(10**5))}).status_code == 400
     assert decode.decode("hello there", {**good, "remote_block_ids": []}).status_code == 400
-    other = {**endpoint, "manifest": {**endpoint["manifest"], "dtype": "bfloat16"}}
-    refused = decode.decode("hello there", {**good, "remote_engine_id": "odd", "endpoint": other})
+    assert decode.decode("hello there", {**good, "endpoint": {"shards": [pool, pool]}}).status_code == 400
+    other = {**pool, "manifest": {**pool["manifest"], "dtype": "bfloat16"}}
+    refused = decode.decode("hello there", {**good, "remote_engine_id": "odd", "endpoint": {"shards": [other]}})
     assert refused.status_code == 409
     assert "KV is bfloat16 there" in refused.json()["error"]["message"]
     spoiled = prefill.hold("hello there")
-    nowhere = {**endpoint, "served": []}
+    nowhere = {"shards": [{**pool, "served": []}]}
     answer = decode.decode(
         "hello there", {**spoiled, "remote_engine_id": "odd", "epoch": spoiled["epoch"], "endpoint": nowhere}
     )
@@ -135,13 +137,13 @@ def test_hand_overs_of_the_wrong_shape_are_refused(service: Service, prefill: En
     assert lost.status_code == 409
     assert decode.http.post("/pdctl/v1/offers", json={"port": 70000}).status_code == 400
     for bad in (0, -1):
-        strange = {**endpoint, "manifest": {**endpoint["manifest"], "block_size": bad}}
+        strange = {"shards": [{**pool, "manifest": {**pool["manifest"], "block_size": bad}}]}
         assert decode.decode("hello there", {**good, "endpoint": strange}).status_code == 400
     assert decode.decode("hello there", prefill.hold("hello there")).status_code == 200, "nobody was harmed"
 
 
 def test_a_dead_holders_leases_are_freed_by_witness(service: Service, prefill: Engine, decode: Engine) -> None:
-    """SIGKILL of decode with claimed leases: gone long before any deadline."""
+    """SIGKILL of a decode engine with claimed leases: they end long before any deadline."""
     for number in range(4):
         assert prefill.lease("claim", prefill.hold(f"hello {number}"), decode.holder)["ok"]
     assert len(prefill.state()["leases"]) == 4
@@ -162,9 +164,9 @@ def test_a_dead_proxys_leases_are_freed_by_witness(service: Service, prefill: En
 
     proxy = service.process("proxy")
     before = died()
-    prefill.hold("hello there", router=f"proxy@{proxy['epoch']}")
+    prefill.hold("hello there", router=f"proxy@{proxy.epoch}")
     assert len(prefill.state()["leases"]) == 1
-    os.kill(proxy["pid"], signal.SIGKILL)
+    os.kill(pid_of(proxy), signal.SIGKILL)
     wait_until(lambda: not prefill.state()["leases"], what="the lease to end")
     assert died() == before + 1
     service.restarted(proxy)
@@ -183,25 +185,36 @@ def test_long_prompts_are_read_chunk_by_chunk(service: Service, prefill: Engine,
 
 def test_status_shows_how_kv_moves(service: Service) -> None:
     service.complete("hello", max_tokens=4)
-    (link,) = service.status()["links"]
-    assert (link["reader"], link["peer"], link["transport"], link["fallback"]) == ("decode-0", "prefill-0", "shm", "")
-    assert link["pulls"] > 0
-    assert link["gbps"] > 0
-    assert "this host" in link["reason"]
+    (link,) = service.status().links
+    assert (link.reader, link.peer, link.transport, link.fallback) == ("decode-0", "prefill-0", "shm", "")
+    assert link.pulls > 0
+    assert link.gbps > 0
+    assert "this host" in link.reason
     assert "shm" in service.run.cli("status").stdout
+
+
+def test_engines_learn_their_role_from_the_supervisor(service: Service, prefill: Engine, decode: Engine) -> None:
+    for engine, role in ((prefill, "prefill"), (decode, "decode")):
+        assert "--role" not in psutil.Process(engine.pid).cmdline(), "the supervisor tells it"
+        assert engine.http.post("/pdctl/v1/role", json={"role": "nonsense"}).status_code == 400
+        assert engine.state()["role"] == role
+    assert decode.http.post("/pdctl/v1/role", json={"role": "hybrid"}).json() == {"role": "hybrid"}
+    assert decode.state()["role"] == "hybrid"
+    assert decode.http.post("/pdctl/v1/role", json={"role": "decode"}).status_code == 200
 
 
 def test_a_restarted_engine_is_linked_again(service: Service) -> None:
     before = service.process("prefill-0")
-    os.kill(before["pid"], signal.SIGKILL)
+    os.kill(pid_of(before), signal.SIGKILL)
     service.restarted(before)
 
     def linked() -> bool:
-        (link,) = service.status()["links"]
-        return bool(link["epoch"] == service.process("prefill-0")["epoch"] and link["transport"] == "shm")
+        (link,) = service.status().links
+        return bool(link.epoch == service.process("prefill-0").epoch and link.transport == "shm")
 
     wait_until(linked, what="the new link")
-    assert service.process("prefill-0")["epoch"] != before["epoch"]
+    assert service.engine_state("prefill-0")["role"] == "prefill", "told again"
+    assert service.process("prefill-0").epoch != before.epoch
 
 
 # -- services of their own ---------------------------------------------------------------------------------
@@ -233,13 +246,13 @@ def test_prefill_waits_at_the_ceiling_instead_of_filling_up(run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def expected(service: Service) -> list[int]:
-    """What shared memory gives: the reference for every other way."""
+    """The answers with shared memory: the reference for other transports."""
     return list(service.complete(LONG, max_tokens=24, ignore_eos=True)["token_ids"])
 
 
 @pytest.mark.parametrize("backend", ["mooncake", pytest.param("nixl", marks=pytest.mark.slow)])
 def test_network_transports_carry_the_same_tokens(run: Run, expected: list[int], backend: str) -> None:
-    """RDMA is asked for and is not here: the fallback is loud, and the tokens are the same."""
+    """RDMA is required but not available: the fallback is reported, and the tokens are the same."""
     told = run.cli("doctor", "transfer", "--transport", backend, "--mib", "1", "--json").stdout
     (able,) = json.loads(told)["transfer"]
     if "error" in able:
@@ -248,18 +261,18 @@ def test_network_transports_carry_the_same_tokens(run: Run, expected: list[int],
     text = text.replace("[transfer]", f'[transfer]\nbackend = "{backend}"\nprotocol = "rdma"')
     with running(run, text) as service:
         assert service.complete(LONG, max_tokens=24, ignore_eos=True)["token_ids"] == expected
-        (link,) = service.status()["links"]
-        assert (link["transport"], link["protocol"]) == (backend, "tcp")
-        assert "RDMA was asked for" in link["fallback"]
+        (link,) = service.status().links
+        assert (link.transport, link.protocol) == (backend, "tcp")
+        assert "RDMA is configured" in link.fallback
         assert "FALLBACK" in run.cli("status").stdout
         for number in range(1, 20):
-            (link,) = service.status()["links"]
-            if link["pulls"] > number:
+            (link,) = service.status().links
+            if link.pulls > number:
                 break
-            # Another prompt: how many chunks come in one read is a matter of speed.
+            # Another prompt: the number of chunks per read depends on the speed.
             service.complete(f"{number:02} {LONG[3:]}", max_tokens=2, ignore_eos=True)
-        assert link["pulls"] >= 2, "chunk by chunk here too"
-        assert link["pulls"] > number, "more reads than requests"
+        assert link.pulls >= 2, "chunk by chunk here too"
+        assert link.pulls > number, "more reads than requests"
         service.idle()
 
 
@@ -286,7 +299,7 @@ def test_without_chunks_the_tokens_are_the_same(run: Run, expected: list[int]) -
 
 
 def test_pools_that_do_not_fit_are_refused_at_start(run: Run, tiny_model: Path) -> None:
-    """Decode is given other weights under the same name: refused before any request."""
+    """Decode gets other weights under the same name: refused before any request."""
     from safetensors.torch import load_file, save_file
 
     other = run.folder / "other"

@@ -1,4 +1,4 @@
-"""Every verb on a service as people lock it: TLS, API keys, the IPv6 loopback address, two workers."""
+"""Every verb on a secured service: TLS, API keys, the IPv6 loopback address, two workers."""
 
 from __future__ import annotations
 

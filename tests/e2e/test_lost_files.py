@@ -1,4 +1,4 @@
-"""No answer is no proof of no process: files removed under a running service, a supervisor stopped or killed."""
+"""A supervisor that does not answer may still be running: removed files, a stopped or killed supervisor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.service import Run, Service, running, single, wait_until
+from tests.service import Run, Service, pid_of, running, single, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -23,7 +23,7 @@ def service(module_run: Run) -> Iterator[Service]:
 
 def test_a_removed_socket_comes_back(service: Service) -> None:
     (service.run.folder / "r" / "t" / "control.sock").unlink()
-    assert service.status()["state"] == "ready"
+    assert service.status().state == "ready"
 
 
 def test_a_removed_run_directory_comes_back(service: Service) -> None:
@@ -32,18 +32,18 @@ def test_a_removed_run_directory_comes_back(service: Service) -> None:
     again = service.run.cli("up", "-d")
     assert again.returncode == 1
     assert "already running" in again.stderr
-    assert service.status()["state"] == "ready"
-    assert service.process("hybrid-0")["pid"] == before["pid"]
-    # What starts now finds its files.
+    assert service.status().state == "ready"
+    assert service.process("hybrid-0").pid == before.pid
+    # A process that starts now finds its files.
     service.run.cli("restart", "proxy", check=True)
     service.run.cli("restart", "hybrid-0", check=True)
-    service.wait(lambda: service.status()["state"] == "ready", what="ready again")
+    service.wait(lambda: service.status().state == "ready", what="ready again")
     service.healthy()
     assert service.complete("x", max_tokens=4)["token_ids"]
 
 
 def test_a_stopped_supervisor_is_named(service: Service) -> None:
-    pid = service.status()["supervisor_pid"]
+    pid = service.status().supervisor_pid
     os.kill(pid, signal.SIGSTOP)
     try:
         with ThreadPoolExecutor() as side_by_side:  # each waits ten seconds for an answer
@@ -54,15 +54,15 @@ def test_a_stopped_supervisor_is_named(service: Service) -> None:
             assert f"kill -CONT {pid}" in said.stderr
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert service.status()["state"] == "ready"
+    assert service.status().state == "ready"
 
 
 def test_why_knows_exits_that_could_not_be_written(service: Service) -> None:
     exits = service.run.folder / "s" / "t" / "logs" / "exits.jsonl"
     exits.unlink(missing_ok=True)
-    exits.symlink_to("nowhere/exits.jsonl")  # as on a full disk, nothing can be written there
+    exits.symlink_to("nowhere/exits.jsonl")  # nothing can be written there, as on a full disk
     before = service.process("hybrid-0")
-    os.kill(before["pid"], signal.SIGKILL)
+    os.kill(pid_of(before), signal.SIGKILL)
     service.restarted(before)
     told = service.wait(lambda: (found := service.run.cli("why", "hybrid-0").stdout) and found, what="the exit")
     assert "killed by SIGKILL" in told
@@ -121,4 +121,4 @@ def test_a_detached_start_says_why_it_failed(run: Run) -> None:
     done = run.cli("up", "-d", extra={"PDCTL_RUN": f"/tmp/{'x' * 100}"})
     assert done.returncode == 1
     assert "is too long for a unix socket" in done.stderr
-    assert "hint: set PDCTL_RUN to a shorter directory" in done.stderr
+    assert "hint: set PDCTL_RUN to a shorter path" in done.stderr

@@ -1,7 +1,7 @@
-"""Faults planted in a service: the doctor finds each, and its fix, followed to the letter, clears it.
+"""Faults injected into a service: the doctor finds each, and its fix, applied literally, removes it.
 
-A fix is followed by the machine where it can be read: `export`, `unset`, a line of the topology, a shell command. What
-only a person can do, such as moving an engine to another host, is done here by hand as the fix says it.
+A fix is applied automatically if it can be parsed: `export`, `unset`, a line of the topology, a shell command. Others,
+such as moving an engine to another host, are coded in the test.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from pdctl.plan import Plan
 from tests.doctor.trees import Port, Tree, roce
 from tests.service import Run, free_port
 
@@ -61,7 +62,7 @@ class Bench:
         self.file.write_text(text.replace(old, new))
 
     def findings(self) -> dict[str, dict[str, Any]]:
-        """Those that ask for something, by id."""
+        """Findings that require action, by id."""
         areas = "rdma gpu host net runtime topology"
         tree = f"--sysfs-root {self.sysfs}" if self.sysfs else ""
         doctor = f"{sys.executable} -m pdctl doctor {areas} --json {tree}"
@@ -76,8 +77,8 @@ class Bench:
         return {finding["id"]: finding for finding in found if finding["severity"] in ("critical", "warning")}
 
     def follow(self, fix: str) -> None:
-        """Its first way out."""
-        first = re.split(r"; |, or:? |, and ", fix)[0].removeprefix("end it: ")
+        """Apply the first alternative of a fix."""
+        first = re.split(r"; |, or:? |, and ", fix)[0].removeprefix("stop it: ")
         if setting := re.fullmatch(r"export (\w+)=(\S+)", first):
             self.env[setting[1]] = setting[2]
         elif setting := re.fullmatch(r"unset (\w+)", first):
@@ -89,18 +90,18 @@ class Bench:
         elif first.startswith("kill "):
             subprocess.run(first.split(), check=True)
         elif first.startswith("ulimit "):
-            # Where limits are set: a lower hard limit could not be raised again further down.
+            # Set limits here: a lower hard limit could not be raised again in a child.
             self.shell = [*(line for line in self.shell if not line.startswith("ulimit ")), first]
         elif first.startswith("mount "):
             self.shell.append(first)
-        elif first.startswith("make one with: pdctl "):
-            words = first.removeprefix("make one with: pdctl ").replace("NAME", "alice").split()
+        elif first.startswith("create it with: pdctl "):
+            words = first.removeprefix("create it with: pdctl ").replace("NAME", "alice").split()
             subprocess.run([sys.executable, "-m", "pdctl", *words], check=True, capture_output=True)
         else:
             raise AssertionError(f"nobody can follow this to the letter: {fix}")
 
     def _set(self, key: str, value: str, table: str) -> None:
-        """A line in every table of that name, in place of the one that is there."""
+        """Set a line in every table of that name, replacing an existing one."""
         lines, inside = [], False
         for line in self.file.read_text().splitlines():
             if line.startswith("["):
@@ -134,7 +135,7 @@ def stranger(*argv: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def with_roce(bench: Bench, **netdev: str) -> None:
-    """A machine with one RoCE card, and a topology that asks for it."""
+    """A machine with one RoCE card, and a topology that uses it."""
     tree = Tree(bench.folder / "sys")
     device = tree.hca("mlx5_0", {1: roce()})
     tree.netdev("eth1", device.resolve(), **{"mtu": "9000", **netdev})
@@ -253,7 +254,7 @@ def test_found_and_cleared(bench: Bench, name: str, tiny_model: Path) -> None:
     finding = bench.findings()[id_]
     bench.follow(finding["fix"])
     left = bench.findings().get(id_)
-    # What could not work at all may still be slow: an MTU of 1,024 is told of again, as a warning.
+    # After the fix it works but may be slow: an MTU of 1,024 is now reported as a warning.
     assert left is None or (finding["severity"], left["severity"]) == ("critical", "warning"), left
 
 
@@ -278,7 +279,7 @@ def test_gpu_memory_that_a_stranger_holds(bench: Bench) -> None:
         bench.edit('backend = "mooncake"\n', "")
         bench.follow(bench.findings()["gpu.mem_held"]["fix"])
         process.wait(10)
-        use.write_text("")  # as the driver gives memory back when its holder ends
+        use.write_text("")  # as the driver frees memory when its holder exits
         assert "gpu.mem_held" not in bench.findings()
 
 
@@ -289,7 +290,7 @@ def test_engines_elsewhere_that_would_read_from_loopback(bench: Bench) -> None:
     bench.topology(head + near + far.format("decode", 8101))
     found = bench.findings()["net.loopback"]
     assert found["severity"] == "critical"
-    assert "start all of them here" in found["fix"]
+    assert "start all engines here" in found["fix"]
     bench.topology(head + near + near.replace("prefill", "decode"))
     assert "net.loopback" not in bench.findings()
 
@@ -309,7 +310,7 @@ def test_up_refuses_what_is_critical_and_force_starts_it(run: Run) -> None:
     assert "is more than the model's 4096 positions" in forced.stderr, "and so says the engine"
     run.write(text)
     assert run.cli("up", "-d").returncode == 0
-    # Its own port and memory are no faults while it runs.
+    # Its own port and memory use are not problems while it is running.
     assert "net.ports" not in run.cli("doctor", "net", "topology").stdout
     assert "critical" not in run.cli("doctor").stdout
     run.cli("down", check=True)
@@ -341,7 +342,8 @@ def test_the_plan_of_a_wide_machine_is_not_asked_for_each_replica() -> None:
         for n in range(4)
     ]
     proxy = SimpleNamespace(name="proxy", kind="proxy", role="proxy", cpus=(), rdma=())
-    found = probes(SimpleNamespace(processes=(*specs, proxy)), None, "auto", 8)  # type: ignore[arg-type]
+    plan = cast(Plan, SimpleNamespace(processes=(*specs, proxy)))  # what `probes` looks at of one
+    found = probes(plan, None, "auto", 8)
     assert [(probe.transport, probe.pair) for probe in found] == [
         (name, "prefill-0 to decode-0") for name in ("shm", "mooncake", "nixl")
     ]
@@ -357,7 +359,8 @@ def test_each_end_of_a_transfer_gets_its_own_devices() -> None:
         SimpleNamespace(name=role, kind="builtin", role=role, cpus=(), rdma=(f"mlx5_{number}",))
         for number, role in enumerate(("prefill", "decode"))
     ]
-    [found] = probes(SimpleNamespace(processes=specs), "mooncake", "auto", 8)  # type: ignore[arg-type]
+    plan = cast(Plan, SimpleNamespace(processes=specs))  # what `probes` looks at of one
+    [found] = probes(plan, "mooncake", "auto", 8)
     assert found.argv()[-4:] == ["--devices", "mlx5_1", "--peer-devices", "mlx5_0"]
 
 
@@ -382,7 +385,7 @@ def test_the_backend_that_a_topology_needs_must_work() -> None:
 
 def test_rates_of_links(bench: Bench) -> None:
     from pdctl.doctor.transfer import Probe, _link_gbps
-    from pdctl.host.rdma import read_tree
+    from pdctl.host.devices.rdma import read_tree
 
     tree = Tree(bench.folder / "sys")
     tree.hca("mlx5_0", {1: Port()})
@@ -393,12 +396,12 @@ def test_rates_of_links(bench: Bench) -> None:
 
 
 def test_what_may_still_work_is_told_and_not_refused(run: Run) -> None:
-    """RDMA that is missing ends in TCP, and says so; a check that stumbles keeps nobody from starting."""
+    """Without RDMA the service starts with TCP and reports it; a failing check does not prevent a start."""
     text = BASE.format(port=free_port(), protocol="rdma")
     run.write(text)
     done = run.cli("up", "-d")
     assert done.returncode == 0, done.stderr
-    assert "warning: rdma: no RDMA support" in done.stderr
+    assert "warning: rdma: no RDMA modules are loaded" in done.stderr
     run.cli("down", check=True)
 
 

@@ -1,4 +1,4 @@
-"""The proxy by itself, over workers that do as they are told: limits, refusals, failures, and the view from outside."""
+"""The proxy alone, with scripted fake engines: limits, refusals, failures, logs and traces."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service import Run, Service, events, free_port, running, wait_until
+from tests.service import Run, Service, events, free_port, pid_of, running, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -30,7 +30,7 @@ WORKER = Path(__file__).parents[1] / "fakes" / "vllm_worker.py"
 
 
 class Worker:
-    """One fake engine, in a process of its own."""
+    """One fake engine in its own process."""
 
     def __init__(self, role: str, number: int) -> None:
         self.name, self.role, self.port = f"{role}{number}", role, free_port()
@@ -91,7 +91,7 @@ def streamed(service: Service, prompt: str, max_tokens: int = 8) -> str:
 
 
 def ended(workers: list[Worker]) -> int:
-    """Workers whose processes have ended. Their connections may close a moment before they have."""
+    """Workers with exited processes. Their connections may close a moment earlier."""
     return sum(worker.process.poll() is not None for worker in workers)
 
 
@@ -118,7 +118,7 @@ SPANS: list[str] = []
 
 @contextmanager
 def collector() -> Iterator[tuple[int, list[str]]]:
-    """An OpenTelemetry collector as far as the protocol goes: names of spans, as they arrive."""
+    """A minimal OpenTelemetry collector: records the names of spans as they arrive."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     class Handler(BaseHTTPRequestHandler):
@@ -259,7 +259,7 @@ def test_endless_headers_are_refused(quiet: tuple[Service, list[Worker]]) -> Non
 def test_whoever_leaves_frees_both_engines(quiet: tuple[Service, list[Worker]], stage: str) -> None:
     service, workers = quiet
     host, _, port = service.url.removeprefix("http://").rpartition(":")
-    # By itself the answer ends in 50 minutes: engines that are free before were told.
+    # The answer would take 50 minutes: engines that are free earlier were told to abort it.
     data = request("slow", stream=stage in ("stream", "half-closed"), max_tokens=100_000)
     cut = {"head": 20, "body": len(data) - 5}.get(stage, len(data))
     with socket.create_connection((host, int(port))) as connection:
@@ -291,10 +291,10 @@ def test_openapi_and_promtool(quiet: tuple[Service, list[Worker]]) -> None:
 
 def test_a_stalled_engine_is_left_before_tcp_notices(run: Run) -> None:
     with fleet(run, decodes=2) as (service, _):
-        # Whichever decode gets it stalls after three tokens; the continuation is another prompt, and does not.
+        # The decode engine that gets it stalls after three tokens; the continuation is another prompt and does not.
         assert streamed(service, "stall", 12) == counting(12)
-        # Seen by its silence towards all of its streams, long before a single call's patience ends.
-        assert "gave no token to any stream" in run.cli("logs", "proxy").stdout
+        # Detected because all its streams are silent, long before a single call's timeout.
+        assert "produced no token on any stream" in run.cli("logs", "proxy").stdout
         assert complete(service).status_code == 200
 
 
@@ -361,10 +361,10 @@ def test_overload_is_refused_with_the_time_to_come_back(run: Run) -> None:
         _,
     ):
         with ThreadPoolExecutor(64) as pool:
-            # 30 ms a token misses 20 ms: seats are taken away until few are left.
+            # 30 ms per token misses the target of 20 ms: seats are reduced until few are left.
             found = [pool.submit(complete, service, "slow") for _ in range(300)]
-            seen = Counter(answer.result().status_code for answer in found)
-        assert set(seen) == {200, 429}
+            observed = Counter(answer.result().status_code for answer in found)
+        assert set(observed) == {200, 429}
         refused = next(a.result() for a in found if a.result().status_code == 429)
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_exceeded"
@@ -375,8 +375,8 @@ def test_overload_is_refused_with_the_time_to_come_back(run: Run) -> None:
 
 def test_several_workers_are_one_service(run: Run) -> None:
     with fleet(run, decodes=2, proxy="workers = 2") as (service, _):
-        proxies = [p for p in service.status()["processes"] if p["kind"] == "proxy"]
-        assert [p["name"] for p in proxies] == ["proxy-0", "proxy-1"]
+        proxies = [p for p in service.status().processes if p.kind == "proxy"]
+        assert [p.name for p in proxies] == ["proxy-0", "proxy-1"]
 
         def once(_: int) -> bool:
             with httpx.Client(base_url=service.url, trust_env=False, timeout=300) as client:
@@ -393,10 +393,10 @@ def test_several_workers_are_one_service(run: Run) -> None:
         wait_until(lambda: counted() == 40, what="all workers' requests in one worker's metrics")
         import os
 
-        os.kill(proxies[0]["pid"], signal.SIGKILL)
+        os.kill(pid_of(proxies[0]), signal.SIGKILL)
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(once, range(20))), "the other one takes over, and nobody is refused"
-        service.wait(lambda: service.process("proxy-0")["pid"] not in (None, proxies[0]["pid"]), what="proxy-0 again")
+        service.wait(lambda: service.process("proxy-0").pid not in (None, proxies[0].pid), what="proxy-0 again")
 
 
 def test_tls_and_cors(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Restarts, drains, scaling, applying, and the supervisor's own death, under load: no client sees any of it."""
+"""Restarts, drains, scaling, apply, and the supervisor's death under load: no client notices any of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.service import Run, Service, free_port, running, single, topology, wait_until
+from tests.service import Run, Service, free_port, last_exit_of, pid_of, running, single, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +27,7 @@ TOKENS = 60
 
 
 class Load:
-    """Clients that make a connection for each request, and compare every answer with a quiet run's."""
+    """Clients with one connection per request that compare every answer with that of a run without faults."""
 
     def __init__(self, url: str, quiet: list[list[int]], clients: int = 2) -> None:
         self.answers = 0
@@ -51,11 +52,11 @@ class Load:
                     self.answers += 1
             except httpx.HTTPError as failure:
                 self.failures.append(repr(failure))
-            # Without a rest two engines take both of a small machine's cores, and one that starts takes a minute.
+            # Without a pause, two engines use both cores of a small machine, and another one takes a minute to start.
             self._ending.wait(0.2)
 
     def more(self, count: int = 5) -> None:
-        """Return when so many more requests have been answered."""
+        """Return when this many more requests have been answered."""
         reached = self.answers + count
         wait_until(lambda: self.answers >= reached or self.failures, 120, f"{count} more answers")
 
@@ -94,15 +95,15 @@ def service(module_run: Run) -> Iterator[Service]:
         yield found
 
 
-def pids(service: Service) -> dict[str, int]:
-    return {process["name"]: process["pid"] for process in service.status()["processes"]}
+def pids(service: Service) -> dict[str, int | None]:
+    return {process.name: process.pid for process in service.status().processes}
 
 
 # -- the proxy's socket ------------------------------------------------------------------------------------
 
 
 def test_four_kills_of_the_proxy_refuse_nobody(service: Service) -> None:
-    """Requests without keep-alive: none is refused. Those inside a proxy that dies are cut with it, and said so."""
+    """Requests without keep-alive: none is refused. Those in a proxy that dies are cut, and this is reported."""
     refused: list[str] = []
     done = cut = 0
     ending = threading.Event()
@@ -125,13 +126,13 @@ def test_four_kills_of_the_proxy_refuse_nobody(service: Service) -> None:
         reached = done + 25
         wait_until(lambda reached=reached: done >= reached or refused, what="requests between the kills")
         before = service.process("proxy")
-        os.kill(before["pid"], signal.SIGKILL)
+        os.kill(pid_of(before), signal.SIGKILL)
         service.restarted(before)
     ending.set()
     for thread in threads:
         thread.join(60)
     assert not refused
-    # At most what was inside in the moment of a kill: one request of each client.
+    # At most the requests in progress at the kill: one per client.
     assert cut <= 16
 
 
@@ -153,7 +154,7 @@ def test_restart_with_a_drain_under_load(service: Service, words: tuple[str, ...
     after = pids(service)
     touched = {name for name in before if before[name] != after[name]}
     assert touched == ({"decode-0"} if words[1] == "decode-0" else {"decode-0", "decode-1"})
-    assert service.process("decode-0")["last_exit"]["reason"] == "stopped by pdctl"
+    assert last_exit_of(service.process("decode-0")).reason == "stopped by pdctl"
 
 
 @pytest.mark.slow
@@ -166,8 +167,8 @@ def test_restart_without_a_drain_under_load(service: Service) -> None:
 def test_drain_sends_nothing_new_and_start_takes_it_back(service: Service) -> None:
     with load(service) as clients:
         service.run.cli("drain", "decode-1", check=True)
-        assert service.process("decode-1")["state"] == "drained"
-        assert service.status()["state"] == "degraded"
+        assert service.process("decode-1").state == "drained"
+        assert service.status().state == "degraded"
         before = service.engine_state("decode-1")["tokens_total"]
         clients.more(8)
         assert service.engine_state("decode-1")["tokens_total"] == before
@@ -176,7 +177,7 @@ def test_drain_sends_nothing_new_and_start_takes_it_back(service: Service) -> No
 
 
 def test_a_drain_waits_for_what_runs(service: Service) -> None:
-    """On a busy machine a stream may be over before the drain begins: that shows nothing, and another one is asked."""
+    """On a busy machine a stream may end before the drain begins; then another one is tried."""
     for _ in range(5):
         if _drained_while_streaming(service):
             return
@@ -184,7 +185,7 @@ def test_a_drain_waits_for_what_runs(service: Service) -> None:
 
 
 def _drained_while_streaming(service: Service) -> bool:
-    """Whether a drain began in mid-stream; if so, it has waited for the stream's end."""
+    """Whether a drain began during a stream; if so, it has waited for the stream's end."""
     wanted = {**body(0), "max_tokens": 1800, "ignore_eos": True, "stream": True}
     with service.client.stream("POST", "/v1/completions", json=wanted) as answer:
         lines = answer.iter_lines()
@@ -198,8 +199,8 @@ def _drained_while_streaming(service: Service) -> bool:
             [sys.executable, "-m", "pdctl", "drain", busy], env=service.run.env, cwd=service.run.folder,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        state = service.wait(lambda: (now := service.process(busy)["state"]) in ("draining", "drained") and now)
-        began_in_time = state == "draining" and service.engine_state(busy)["running"] > 0
+        state = service.wait(lambda: (now := service.process(busy).state) in ("draining", "drained") and now)
+        began_in_time: bool = state == "draining" and service.engine_state(busy)["running"] > 0
         ended_early = began_in_time and drain.poll() is not None and service.engine_state(busy)["running"] > 0
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
@@ -213,8 +214,8 @@ def _drained_while_streaming(service: Service) -> bool:
 def test_stop_and_start_under_load(service: Service) -> None:
     with load(service) as clients:
         service.run.cli("stop", "prefill-0", "--drain", check=True)
-        assert service.process("prefill-0")["state"] == "stopped"
-        assert service.process("prefill-0")["pid"] is None
+        assert service.process("prefill-0").state == "stopped"
+        assert service.process("prefill-0").pid is None
         clients.more(5)
         service.run.cli("start", "prefill-0", check=True)
     service.healthy()
@@ -231,7 +232,7 @@ def test_scale_under_load(service: Service) -> None:
         clients.more()
         service.run.cli("scale", "decode=2", check=True)
     assert pids(service) == before
-    assert not [link for link in service.status()["links"] if "decode-2" in (link["reader"], link["peer"])]
+    assert not [link for link in service.status().links if "decode-2" in (link.reader, link.peer)]
 
 
 def test_apply_under_load_touches_only_what_changed(service: Service) -> None:
@@ -289,15 +290,15 @@ def test_settings_that_need_another_proxy_process(service: Service) -> None:
 
 
 def test_a_request_that_crosses_the_proxys_end_is_answered(service: Service) -> None:
-    """A connection that is there, and a request that leaves just as the proxy is told to end."""
+    """An open connection, and a request that is sent just as the proxy is told to stop."""
     import socket
     from http.client import HTTPConnection
 
     port = int(service.url.rpartition(":")[2])
-    before = service.process("proxy")["pid"]
+    before = pid_of(service.process("proxy"))
     data = json.dumps(body(0)).encode()
     with socket.create_connection(("127.0.0.1", port)) as fresh, closing(HTTPConnection("127.0.0.1", port)) as kept:
-        # Connections are accepted in order: whoever is answered has nobody before him in the queue.
+        # Connections are accepted in order: when one is answered, none before it is waiting.
         kept.request("GET", "/health")
         assert kept.getresponse().read()
         os.kill(before, signal.SIGTERM)
@@ -309,7 +310,7 @@ def test_a_request_that_crosses_the_proxys_end_is_answered(service: Service) -> 
             answer += part
         assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
         assert b"connection: close" in answer.lower()
-    service.wait(lambda: service.process("proxy")["pid"] not in (None, before), what="another proxy")
+    service.wait(lambda: service.process("proxy").pid not in (None, before), what="another proxy")
     service.healthy()
 
 
@@ -360,7 +361,7 @@ def test_an_added_engine_that_cannot_start_leaves_the_rest_alone(service: Servic
     finally:
         path.write_text(old)
     assert {name: pid for name, pid in pids(service).items() if name != "bad-0"} == before
-    # Applied again without it, what failed is removed.
+    # Applied again without it, the failed process is removed.
     service.run.cli("apply", check=True)
     assert pids(service) == before
 
@@ -370,11 +371,11 @@ def test_an_added_engine_that_cannot_start_leaves_the_rest_alone(service: Servic
 
 def test_why_and_events_tell_what_happened(service: Service) -> None:
     before = service.process("decode-0")
-    os.kill(before["pid"], signal.SIGKILL)
+    os.kill(pid_of(before), signal.SIGKILL)
     service.restarted(before)
     told = json.loads(service.run.cli("why", "decode-0", "-n", "1", "--json", check=True).stdout)[0]
-    assert (told["signal"], told["pid"], told["epoch"]) == ("SIGKILL", before["pid"], before["epoch"])
-    assert told["by"] == "somebody else: pdctl did not send it"
+    assert (told["signal"], told["pid"], told["epoch"]) == ("SIGKILL", before.pid, before.epoch)
+    assert told["by"] == "another process: pdctl did not send the signal"
     assert told["rusage"]["max_rss_bytes"] > 10 << 20
     assert any("ready: epoch" in line for line in told["last_lines"])
     assert "killed by SIGKILL" in service.run.cli("why", "decode-0", check=True).stdout
@@ -388,12 +389,12 @@ def test_why_and_events_tell_what_happened(service: Service) -> None:
 
 def test_status_has_figures(service: Service) -> None:
     with load(service):
-        found = {process["name"]: process for process in service.status()["processes"]}
-    assert found["decode-0"]["cpu_percent"] is not None
-    assert found["decode-0"]["rss_bytes"] > 50 << 20
-    assert found["decode-0"]["kv_used"] is not None
-    assert found["proxy"]["running"] is None
-    assert sum(found[name]["tokens_per_s"] for name in ("decode-0", "decode-1")) > 0
+        found = {process.name: process for process in service.status().processes}
+    assert found["decode-0"].cpu_percent is not None
+    assert (found["decode-0"].rss_bytes or 0) > 50 << 20
+    assert found["decode-0"].kv_used is not None
+    assert found["proxy"].running is None
+    assert sum(found[name].tokens_per_s or 0.0 for name in ("decode-0", "decode-1")) > 0
 
 
 @pytest.mark.parametrize(
@@ -408,8 +409,8 @@ def test_status_has_figures(service: Service) -> None:
         (("scale", "decode"), "is not GROUP=N"),
         (("scale", "decode=0"), "is not GROUP=N with N from 1 to 256"),
         (("scale", "decode=-1"), "is not GROUP=N"),
-        (("scale", "nobody=2"), "no group 'nobody'"),
-        (("events", "--since", "yesterday-ish"), "is no time"),
+        (("scale", "nobody=2"), "no engine group 'nobody'"),
+        (("events", "--since", "yesterday-ish"), "is not a time"),
         (("restart", "decode-0", "-s", "other"), "service 'other' is not running"),
         (("apply", "-f", "/nowhere.toml"), "does not exist"),
     ],
@@ -427,7 +428,7 @@ def test_only_what_is_ready_can_be_drained(service: Service) -> None:
     service.run.cli("stop", "decode-1", check=True)
     done = service.run.cli("drain", "decode-1")
     assert done.returncode == 1
-    assert "decode-1 is stopped: only what is ready can be drained" in done.stderr
+    assert "decode-1 is stopped: only a ready process can be drained" in done.stderr
     service.run.cli("start", "decode-1", check=True)
 
 
@@ -438,11 +439,11 @@ def test_the_supervisors_death_is_survived_and_adoption_tells_the_truth(run: Run
     text = topology(decodes=2, kv_cache_gb=0.1)
     text = text.replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"')
     with running(run, text) as service:
-        os.kill(service.process("decode-1")["pid"], signal.SIGKILL)
-        service.wait(lambda: service.process("decode-1")["restarts"] == 1 and service.status()["state"] == "ready")
+        os.kill(pid_of(service.process("decode-1")), signal.SIGKILL)
+        service.wait(lambda: service.process("decode-1").restarts == 1 and service.status().state == "ready")
         before = service.status()
         with load(service) as clients:
-            os.kill(before["supervisor_pid"], signal.SIGKILL)
+            os.kill(before.supervisor_pid, signal.SIGKILL)
             clients.more(8)
             gone = run.cli("status")
             assert gone.returncode == 1
@@ -450,28 +451,29 @@ def test_the_supervisors_death_is_survived_and_adoption_tells_the_truth(run: Run
             run.cli("up", "-d", check=True)
             clients.more(8)
             after = service.status()
-            for old, new in zip(before["processes"], after["processes"], strict=True):
-                assert new["adopted"]
-                same = ("name", "pid", "epoch", "restarts", "ready_since", "ports", "last_exit")
-                assert [new[key] for key in same] == [old[key] for key in same]
-            # It is a real supervisor of them: a death is seen at once, with its code, and mended.
-            os.kill(after["processes"][0]["pid"], signal.SIGKILL)
-            service.wait(lambda: service.process("prefill-0")["restarts"] == 1)
-            assert service.process("prefill-0")["last_exit"]["signal"] == "SIGKILL"
-            # The next death too, and an edited file is applied on the way.
-            service.wait(lambda: service.status()["state"] == "ready")
-            os.kill(after["supervisor_pid"], signal.SIGKILL)
-            wait_until(lambda: not psutil.pid_exists(after["supervisor_pid"]) or _is_zombie(after["supervisor_pid"]))
+            for old, new in zip(before.processes, after.processes, strict=True):
+                assert new.adopted
+                same = attrgetter("name", "pid", "epoch", "restarts", "ready_since", "ports", "last_exit")
+                assert same(new) == same(old)
+            # It really supervises them: an exit is seen at once, with its code, and the process is restarted.
+            os.kill(pid_of(after.processes[0]), signal.SIGKILL)
+            service.wait(lambda: service.process("prefill-0").restarts == 1)
+            assert last_exit_of(service.process("prefill-0")).signal == "SIGKILL"
+            # The same for the next exit, and an edited file is applied during the takeover.
+            service.wait(lambda: service.status().state == "ready")
+            os.kill(after.supervisor_pid, signal.SIGKILL)
+            wait_until(lambda: not psutil.pid_exists(after.supervisor_pid) or _is_zombie(after.supervisor_pid))
             path = run.folder / "pdctl.toml"
             path.write_text(path.read_text().replace("[transfer]", 'routing = "round_robin"\n[transfer]'))
             run.cli("up", "-d", check=True)
             service.wait(
-                lambda: (service.status()["apply"] or {}).get("state") == "done", what="the edit to be applied"
+                lambda: (now := service.status().apply) is not None and now.state == "done",
+                what="the edit to be applied",
             )
-        assert service.process("decode-0")["pid"] == before["processes"][1]["pid"]
+        assert service.process("decode-0").pid == before.processes[1].pid
         # A proxy restarted by the new supervisor serves on the same socket.
         proxy = service.process("proxy")
-        os.kill(proxy["pid"], signal.SIGKILL)
+        os.kill(pid_of(proxy), signal.SIGKILL)
         service.restarted(proxy)
         assert service.complete("x", max_tokens=2)
 
@@ -487,10 +489,10 @@ def test_down_ends_what_a_killed_supervisor_left(run: Run) -> None:
     run.write(single(kv_cache_gb=0.1).replace("[supervisor]", '[supervisor]\non_supervisor_death = "survive"'))
     run.cli("up", "-d", check=True)
     service = Service(run)
-    os.kill(service.status()["supervisor_pid"], signal.SIGKILL)
+    os.kill(service.status().supervisor_pid, signal.SIGKILL)
     service.client.close()
     done = run.cli("down", check=True)
-    assert "its supervisor is gone; ending what it left" in done.stderr
+    assert "the supervisor is gone; stopping its processes" in done.stderr
     assert not run.processes()
     assert not (run.folder / "r" / "t").exists()
 
@@ -507,7 +509,7 @@ def test_a_stale_run_directory_of_another_boot_is_no_obstacle(run: Run) -> None:
 
 
 def test_a_unit_for_systemd(run: Run) -> None:
-    """Printed, checked by systemd's own tool where it is; readiness and watchdog over a real socket."""
+    """The printed unit is checked by systemd's own tool if installed; readiness and watchdog use a real socket."""
     import shutil
     import socket
 
@@ -546,7 +548,7 @@ def test_workers_share_one_socket_and_restart_one_by_one(run: Run) -> None:
     with running(run, topology(kv_cache_gb=0.1, extra="workers = 2")) as service:
         with load(service):
             service.run.cli("restart", "proxy", check=True)
-        assert {p["name"] for p in service.status()["processes"]} >= {"proxy-0", "proxy-1"}
+        assert {p.name for p in service.status().processes} >= {"proxy-0", "proxy-1"}
 
 
 @pytest.mark.slow

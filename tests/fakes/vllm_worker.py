@@ -1,11 +1,10 @@
-"""A vLLM worker to put behind a real proxy: real sockets, its own process, no model. The prompt says how it behaves.
+"""A fake vLLM worker for a real proxy: real sockets, its own process, no model. The prompt selects its behaviour.
 
     python vllm_worker.py PORT
 
-"poison": dies. "stall": three tokens, then silence. "slow": 30 ms a token. "busy": refuses. "half": every
-third token is half a character, and the process dies within the second one. Anything else: at once.
-Tokens are 0, 1, 2 ... by position, so that a continuation can be told from a repetition.
-"""
+"poison": dies. "stall": three tokens, then silence. "slow": 30 ms per token. "busy": refuses. "half": every third token
+is half a character, and the process dies within the second one. Others are answered at once. Tokens are 0, 1, 2 and so
+on by position, so that a continuation can be distinguished from a repetition. """
 
 from __future__ import annotations
 
@@ -13,10 +12,21 @@ import asyncio
 import json
 import os
 import sys
+from typing import TypedDict, cast
 
 # The first token of a prompt that is answered with half characters.
 HALVES = 8
-STATS = {"requests": 0, "open": 0, "headers": {}}
+
+
+class Stats(TypedDict):
+    """What GET /stats tells; `headers`: the last request's."""
+
+    requests: int
+    open: int
+    headers: dict[str, str]
+
+
+STATS: Stats = {"requests": 0, "open": 0, "headers": {}}
 
 
 def usage(prompt: int, tokens: int) -> dict[str, int]:
@@ -32,7 +42,8 @@ def choice(token: int, last: bool, halves: bool = False, **more: object) -> dict
 
 
 async def answer(body: dict[str, object], writer: asyncio.StreamWriter) -> None:
-    prompt, count = body["prompt"], int(str(body.get("max_tokens", 16)))
+    prompt = cast("str | list[int]", body["prompt"])
+    count = int(str(body.get("max_tokens", 16)))
     words = prompt if isinstance(prompt, str) else "resumed"
     if "poison" in words:
         os._exit(1)
@@ -106,7 +117,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
                 data = await watch
                 if not data:
                     return
-                reader._buffer[:0] = data
+                reader._buffer[:0] = data  # type: ignore[attr-defined]  # no public way to put a byte back
             else:
                 whole(writer, {"ok": True})
     except (asyncio.IncompleteReadError, ConnectionError):

@@ -1,4 +1,4 @@
-"""Command lines that are nearly right: exit code 0 or 1 and words that help; never a traceback, never silence."""
+"""Nearly valid command lines: exit code 0 or 1 with a useful message; never a traceback, never silence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LONGEST_S = 60
 
 
 def walk(seed: int, seconds: float) -> list[str]:
-    """Findings: a command line and what came of it."""
+    """Returns findings: a command line and its outcome."""
     with temporary_run() as run:
         return _walk(run, random.Random(seed), seconds)
 

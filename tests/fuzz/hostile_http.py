@@ -1,4 +1,4 @@
-"""Bodies and bytes that no client library sends: each is answered in OpenAI's shape, or its connection is closed."""
+"""Bodies and bytes that no client library sends: each is answered in OpenAI's format, or the connection is closed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _ANSWER_S = 60.0
 
 
 def walk(service: Service, seed: int, seconds: float) -> list[str]:
-    """Findings: what was sent and what came of it."""
+    """Returns findings: the sent bytes and the outcome."""
     chance = random.Random(seed)
     found: list[str] = []
     deadline = time.monotonic() + seconds
@@ -80,7 +80,7 @@ def _body(service: Service, chance: random.Random) -> tuple[bytes, str]:
 
 
 def _encoded(chance: random.Random, path: str) -> bytes:
-    """A good body with some fields changed, written by hand: JSON writers keep to rules."""
+    """A valid body with some fields changed, written by hand because JSON libraries follow the rules."""
     fields = [(name, json.dumps(value)) for name, value in _GOOD[path].items()]
     for _ in range(chance.choice((0, 1, 1, 1, 2, 2, 3, 6))):
         new = (chance.choice(_FIELDS), chance.choice(_VALUES))
@@ -96,7 +96,7 @@ def _encoded(chance: random.Random, path: str) -> bytes:
 
 
 def _wrong(status: int, text: str) -> str:
-    """What is wrong with an answer; "" for nothing."""
+    """What is wrong with an answer; "" if nothing."""
     if status >= 500 or status < 200:
         return f"status {status}: {text[:300]}"
     if status >= 400:
@@ -116,7 +116,7 @@ _GOOD_BODY = b'{"prompt": "x", "max_tokens": 2}'
 
 
 def _bytes(service: Service, chance: random.Random) -> tuple[bytes, str]:
-    """A request whose bytes are changed, in pieces, with or without an end of sending."""
+    """A request with changed bytes, sent in pieces, with or without closing the sending side."""
     data = _HEAD + b"content-length: %d\r\n\r\n" % len(_GOOD_BODY) + _GOOD_BODY
     if chance.random() < 0.3:
         data = _HEAD + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(_GOOD_BODY), _GOOD_BODY)
@@ -144,14 +144,14 @@ def _exchanged(service: Service, data: bytes, chance: random.Random) -> str:
             size = chance.choice((1, 7, 100, 10**6)) if len(data) < 2000 else 10**6
             for start in range(0, len(data), size):
                 link.sendall(data[start : start + size])
-            # What is not whole is not waited for: the end of sending makes it whole, or void.
+            # An incomplete request is not waited for: closing the sending side makes it complete or invalid.
             link.shutdown(socket.SHUT_WR)
             while more := link.recv(65536):
                 got += more
         except TimeoutError:
             return f"neither an answer nor an end within {_ANSWER_S:g} s: {got[-200:]!r}"
         except OSError:
-            pass  # it was refused before it was whole
+            pass  # it was refused before it was complete
     for part in got.split(b"HTTP/1.1 ")[1:]:
         status = int(part[:3])
         if status >= 500:

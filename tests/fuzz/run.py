@@ -1,4 +1,4 @@
-"""`scripts/fuzz`: generated requests, bytes, topologies and command lines. None may end in a crash, a 500 or silence.
+"""`scripts/fuzz`: generated requests, bytes, topologies and command lines. None may cause a crash, a 500 or silence.
 
     python -m tests.fuzz.run ST [--seed N] [--seconds N] [--parts api,http,toml,cli]
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 from tests.fuzz import command_lines, hostile_http, topologies
 from tests.service import Service, running, temporary_run, topology
 
-# A server's answer to valid data depends on more than a field by itself (a prompt's length in tokens, two fields that
-# exclude each other): 400 with a reason is as good as 200.
+# The answer to valid data depends on more than single fields (a prompt's length in tokens, two fields that exclude each
+# other): 400 with a reason is accepted like 200.
 _CONFIG = """\
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400"]
@@ -25,7 +25,7 @@ _API_S = 900
 
 
 def main() -> int:
-    """0 without a finding."""
+    """Returns 0 if there is no finding."""
     parser = argparse.ArgumentParser(prog="scripts/fuzz")
     parser.add_argument("schemathesis", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -41,12 +41,12 @@ def main() -> int:
             found += _told(name, walk(options.seed, options.seconds))
     if {"http", "api"} & set(parts):
         with temporary_run() as run, running(run, topology("sample:tiny-chat", max_model_len=512)) as service:
-            before = {engine["name"]: engine["epoch"] for engine in service.engines()}
+            before = {engine.name: engine.epoch for engine in service.engines()}
             if "http" in parts:
                 found += _told("http", hostile_http.walk(service, options.seed, options.seconds))
             if "api" in parts:
                 found += _told("api", _schemathesis(options.schemathesis.absolute(), service, options))
-            after = {engine["name"]: engine["epoch"] for engine in service.engines()}
+            after = {engine.name: engine.epoch for engine in service.engines()}
             if before != after:
                 found.append("engines died: see the logs above")
                 sys.stdout.write(run.cli("logs", "-p").stdout[-8000:])
@@ -62,7 +62,7 @@ def _told(part: str, found: list[str]) -> list[str]:
 
 
 def _schemathesis(st: Path, service: Service, options: argparse.Namespace) -> list[str]:
-    """All of its phases and checks."""
+    """Run schemathesis with all phases and checks."""
     folder = service.run.folder
     (folder / "schemathesis.toml").write_text(_CONFIG)
     argv = [

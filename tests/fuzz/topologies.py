@@ -1,4 +1,4 @@
-"""Topologies that are nearly right: each is a plan, or a list of problems with file and line. Nothing else."""
+"""Nearly valid topologies: each gives a plan, or a list of problems with file and line, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LINES = [
 
 
 def walk(seed: int, seconds: float) -> list[str]:
-    """Findings: a topology and what came of it."""
+    """Returns findings: a topology and its outcome."""
     chance = random.Random(seed)
     hosts = [_host(gpus) for gpus in (0, 2)]
     texts = [(REPOSITORY / "pdctl.toml.example").read_text(), *(default_text(host) for host in hosts)]
@@ -81,7 +81,7 @@ def _other_value(chance: random.Random, lines: list[str]) -> None:
 
 
 def _outcome(text: str, host: Host) -> str:
-    """What is wrong with what came of it; "" for nothing."""
+    """What is wrong with an outcome; "" if nothing."""
     try:
         make_plan(load_text(text, "x.toml", host), host)
     except ConfigError as failure:

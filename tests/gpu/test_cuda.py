@@ -1,4 +1,4 @@
-"""The engine on a GPU. Skips aloud where there is none: `pytest -rs` shows it."""
+"""The engine on a GPU. Skipped without a GPU; `pytest -rs` shows the reason."""
 
 from __future__ import annotations
 

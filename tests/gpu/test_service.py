@@ -1,4 +1,4 @@
-"""A real service whose engines share one GPU: equal answers, deaths, memory given back. Skips aloud without a GPU."""
+"""A real service with engines that share one GPU: equal answers, deaths, memory freed. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pdctl.host.gpu import gpu_use, read_gpus
+from pdctl.host.devices.gpu import gpu_use, read_gpus
 from tests.e2e.test_death import stream_with
-from tests.service import Run, Service, running, topology, wait_until
+from tests.service import Run, Service, pid_of, running, topology, wait_until
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,13 +34,13 @@ def pair(module_run: Run) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def alone(module_run: Run, pair: Service) -> list[dict[str, Any]]:
-    """What the pair answers while nothing else runs."""
+    """The pair's answers without other load."""
     return [pair.complete(prompt, max_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
 
 
 def test_the_status_names_the_gpu(pair: Service) -> None:
     uuid = read_gpus()[0].uuid
-    assert {tuple(engine["gpus"]) for engine in pair.engines()} == {(uuid,)}
+    assert {tuple(engine.gpus) for engine in pair.engines()} == {(uuid,)}
 
 
 def test_a_pair_on_one_gpu_answers_like_one_engine(run: Run, alone: list[dict[str, Any]]) -> None:
@@ -56,11 +56,11 @@ def test_streams_equal_whole_answers(pair: Service, alone: list[dict[str, Any]])
 
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
 def test_a_stream_goes_on_when_an_engine_is_killed(pair: Service, victim: str) -> None:
-    """What was computed before is kept. After it bfloat16 may decide a tie otherwise: docs/limits.md."""
+    """Tokens from before the failover are kept. After it, bfloat16 may decide a tie differently: docs/limits.md."""
     pair.healthy()
     quiet = stream_with(pair, 8, lambda: None)
     before = pair.process(victim)
-    ids = stream_with(pair, 8, lambda: os.kill(before["pid"], signal.SIGKILL))
+    ids = stream_with(pair, 8, lambda: os.kill(pid_of(before), signal.SIGKILL))
     assert len(ids) == len(quiet)
     assert ids[:9] == quiet[:9]
     pair.restarted(before)

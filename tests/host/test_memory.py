@@ -1,4 +1,4 @@
-"""Limits of control groups, both versions, over planted trees."""
+"""Memory limits of cgroups, versions 1 and 2, over fake trees."""
 
 from __future__ import annotations
 

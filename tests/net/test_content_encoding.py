@@ -1,4 +1,4 @@
-"""Packed request bodies: unpacked within bounds, or refused by name."""
+"""Compressed request bodies: decompressed within limits, or refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pdctl.net.content_encoding import decoded, unpacked
 from pdctl.net.openai_api import ApiError
 
-# Without the time, which would be in a test's name, and differ between the processes that run tests.
+# Without the time, which would appear in a test's name and differ between test processes.
 packed = partial(gzip.compress, mtime=0)
 
 

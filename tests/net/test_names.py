@@ -1,4 +1,4 @@
-"""Host names: found, unknown, and with a name server that does not answer."""
+"""Host names: known, unknown, and with a name server that does not answer."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pdctl.host import Gpu, Host
-from pdctl.host.pci import Layout
-from pdctl.host.rdma import RdmaDevice
+from pdctl.host.devices.pci import Layout
+from pdctl.host.devices.rdma import RdmaDevice
 from pdctl.plan import Plan, make_plan
 from pdctl.topology.loader import load_text
 
@@ -60,7 +60,7 @@ def test_each_engine_gets_the_cpus_and_the_nic_of_its_gpu(tmp_path: Path) -> Non
         "decode-0": (("GPU-3",), (4, 5, 6, 7), ("mlx5_3",)),
     }
     decode = found.processes[2]
-    assert decode.why["cpus"] == "NUMA node 1, where its GPU is"
+    assert decode.why["cpus"] == "NUMA node 1, local to its GPU"
     assert decode.why["rdma"].startswith("PIX from its GPU")
     assert decode.why["gpus"] == "named in the topology, at 0000:30:00.0"
     at = decode.argv.index("--transfer-devices")
@@ -78,7 +78,7 @@ def test_nics_that_the_environment_names_are_all_there_are(tmp_path: Path) -> No
     on = replace(on, rdma=on.rdma[:1], rdma_by="MC_TE_FILTERS=mlx5_0")
     found = plan(tmp_path, on=on)
     assert {engine.rdma for engine in found.processes if engine.kind != "proxy"} == {("mlx5_0",)}
-    assert "of those that MC_TE_FILTERS=mlx5_0 leaves us" in found.processes[2].why["rdma"]
+    assert "available through MC_TE_FILTERS=mlx5_0" in found.processes[2].why["rdma"]
 
 
 def test_only_cpus_that_are_allowed(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_what_runs_keeps_its_place(tmp_path: Path) -> None:
         name: port for name, port in ports.items() if name != "prefill-1"
     }
     assert len({spec.ports["http"] for spec in more.processes}) == len(more.processes)
-    # The first GPU of the order went, another engine's did not.
+    # The first GPU in the order is used by others, the other engine's is not.
     text = (
         TEXT.replace('name = "prefill"', 'name = "a"')
         + '[[engines]]\nname = "prefill"\nrole = "prefill"\ndevice = "cuda"\n'

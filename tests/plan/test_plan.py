@@ -16,12 +16,12 @@ SNAPSHOT = Path(__file__).parent / "plan_snapshot.json"
 
 
 def shown(plan: Plan) -> dict[str, object]:
-    """Without the topology's own text, which is the example."""
+    """The plan without the topology's text, which is the example file."""
     return {name: value for name, value in plan.to_dict().items() if name != "text"}
 
 
 def test_the_examples_plan_is_what_it_was() -> None:
-    """After a wanted change: python -m tests.plan.test_plan writes the snapshot anew; read its diff."""
+    """After an intended change, python -m tests.plan.test_plan rewrites the snapshot; check its diff."""
     plan = make_plan(load_text(EXAMPLE, "/x/pdctl.toml", host()), host())
     assert json.loads(json.dumps(shown(plan))) == json.loads(SNAPSHOT.read_text())
 
@@ -77,8 +77,8 @@ def test_no_secret_in_a_plan() -> None:
     assert "secret" not in json.dumps(shown(make_plan(load_text(EXAMPLE, "x", host()), host()))).lower()
 
 
-def on_gpus(**more: object) -> Host:
-    return replace(host(gpus=GPUS), **more)  # type: ignore[arg-type]
+def on_gpus(gpu_holders: dict[str, tuple[Holder, ...]] | None = None) -> Host:
+    return replace(host(gpus=GPUS), gpu_holders=gpu_holders or {})
 
 
 def gpus_of(plan: Plan) -> list[tuple[str, ...]]:
@@ -94,10 +94,10 @@ def test_idle_gpus_first_and_the_reason_is_told() -> None:
     one = text[0] + '[[engines]]\nname = "h"\nrole = "hybrid"\ndevice = "cuda"\n'
     plan = make_plan(load_text(one, "x", busy), busy)
     assert gpus_of(plan) == [("GPU-1",)]
-    assert plan.processes[0].why["gpus"] == "the first idle one"
+    assert plan.processes[0].why["gpus"] == "the first idle GPU"
     both = make_plan(load_text(TWO, "x", busy), busy)
     assert gpus_of(both) == [("GPU-1",), ("GPU-0",)]
-    assert both.processes[1].why["gpus"] == "the first that was free; in use by pid 77 (python train.py)"
+    assert both.processes[1].why["gpus"] == "the first free GPU; in use by pid 77 (python train.py)"
 
 
 def test_a_named_busy_gpu_is_used_and_says_who() -> None:
@@ -117,17 +117,17 @@ def test_our_own_engines_do_not_make_a_gpu_busy() -> None:
 
 def test_only_what_the_environment_leaves_us_is_used() -> None:
     given = replace(host(gpus=(GPUS[1],)), gpus_by="CUDA_VISIBLE_DEVICES=GPU-1")
-    with pytest.raises(PdctlError, match="CUDA_VISIBLE_DEVICES=GPU-1 leaves us 1"):
+    with pytest.raises(PdctlError, match="1 available through CUDA_VISIBLE_DEVICES=GPU-1"):
         make_plan(load_text(TWO, "x", given), given)
     with pytest.raises(ConfigError) as found:
         load_text(cuda("gpus = [0]", "gpus = [1]"), "x", given)
     [problem] = found.value.problems
-    assert problem.message == "GPU 0 is not ours"
-    assert problem.hint == "CUDA_VISIBLE_DEVICES=GPU-1 leaves us: 1"
+    assert problem.message == "GPU 0 is not available to pdctl"
+    assert problem.hint == "available through CUDA_VISIBLE_DEVICES=GPU-1: 1"
     none = replace(host(), gpus_by="CUDA_VISIBLE_DEVICES=-1")
     with pytest.raises(ConfigError) as found:
         load_text(TWO, "x", none)
-    assert {problem.message for problem in found.value.problems} == {"the environment leaves us no GPU"}
+    assert {problem.message for problem in found.value.problems} == {"the environment makes no GPU available"}
 
 
 def test_engines_listen_within_the_topologys_ports() -> None:

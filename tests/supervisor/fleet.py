@@ -1,4 +1,4 @@
-"""A real supervisor over children that a test writes: no engines, no proxy, the same code that runs those."""
+"""A real supervisor with scripted children: no engines and no proxy, but the same code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import psutil
 
-from pdctl.commands import common
+from pdctl.control_api import ControlClient, MeasuredProcess, MeasuredStatus, Verb
+from pdctl.errors import NotRunning
 from pdctl.plan import Plan, Probe, ProcessSpec
 from pdctl.supervisor.rundir.journal import EVENTS, EXITS, read_entries
 from pdctl.topology.spec import Proxy, Supervision
@@ -29,34 +31,62 @@ SUPERVISION = Supervision(
 AT_ONCE = Probe("", "", "", "", interval_s=0.02, timeout_s=2.0, startup_s=20.0)
 
 
-def child(name: str, *argv: str, probe: Probe = AT_ONCE, **more: object) -> ProcessSpec:
-    """A process that is no engine."""
+class Fields(TypedDict, total=False):
+    """Of a ProcessSpec, where a test wants others."""
+
+    kind: str
+    role: str
+    env: dict[str, str]
+    device: str
+    cpus: tuple[int, ...]
+    gpus: tuple[str, ...]
+    ports: dict[str, int]
+    listen: tuple[str, int]
+    restart_with: tuple[str, ...]
+    probe: Probe
+
+
+class Rules(TypedDict, total=False):
+    """Of the supervision, where a test wants others."""
+
+    grace_s: float
+    max_restarts: int
+    within_s: float
+    stable_s: float
+    progress_s: float
+    functional_s: float
+    on_supervisor_death: str
+    log_mb: float
+
+
+def child(name: str, *argv: str, **more: Unpack[Fields]) -> ProcessSpec:
+    """A process that is not an engine."""
     spec = ProcessSpec(
-        name=name, kind="child", role="other", argv=argv, env={}, device="cpu",
-        cpus=tuple(sorted(os.sched_getaffinity(0))), gpus=(), ports={"http": free_port()}, depends_on=(), probe=probe,
+        name=name, kind="builtin", role="other", argv=argv, env={}, device="cpu",
+        cpus=tuple(sorted(os.sched_getaffinity(0))), gpus=(), ports={"http": free_port()}, depends_on=(), probe=AT_ONCE,
         listen=None, group=name,
     )  # fmt: skip
-    return replace(spec, **more)  # type: ignore[arg-type]  # fields of any kind, given by tests
+    return replace(spec, **more)
 
 
-def shell(name: str, script: str, **more: object) -> ProcessSpec:
+def shell(name: str, script: str, **more: Unpack[Fields]) -> ProcessSpec:
     """A child that is a shell script."""
-    return child(name, "/bin/sh", "-c", script, **more)  # type: ignore[arg-type]
+    return child(name, "/bin/sh", "-c", script, **more)
 
 
-def python(name: str, script: str, **more: object) -> ProcessSpec:
+def python(name: str, script: str, **more: Unpack[Fields]) -> ProcessSpec:
     """A child that is a Python program; `PORT` is its port."""
-    spec = child(name, sys.executable, "-I", "-S", "-c", script, **more)  # type: ignore[arg-type]
+    spec = child(name, sys.executable, "-I", "-S", "-c", script, **more)
     return replace(spec, env={**spec.env, "PORT": str(spec.ports["http"])})
 
 
-def plan_of(folder: Path, *processes: ProcessSpec, **supervision: object) -> Plan:
-    """A plan of these processes alone."""
+def plan_of(folder: Path, *processes: ProcessSpec, **rules: Unpack[Rules]) -> Plan:
+    """A plan with only these processes."""
     proxy = Proxy("127.0.0.1", 1, "round_robin", (), 1, "queue", 8, 1.0, "warn", "", "", "", (), "", "")
     return Plan(
         service="fleet", model="none", model_path="none", model_ready=True, served_model_name="none", max_model_len=16,
         proxy=proxy, ttft_ms=1.0, tpot_ms=1.0, proxy_url="http://127.0.0.1:1", run_dir=str(folder / "run" / "fleet"),
-        log_dir=str(folder / "logs"), supervision=replace(SUPERVISION, **supervision),  # type: ignore[arg-type]
+        log_dir=str(folder / "logs"), supervision=replace(SUPERVISION, **rules),
         processes=processes, attached=(),
     )  # fmt: skip
 
@@ -81,36 +111,40 @@ class Fleet:
         self.process.stdin.write(json.dumps(self.plan.to_dict()).encode())
         self.process.stdin.close()
 
-    def status(self) -> common.Status:
-        return common.call("fleet", "GET", "/v1/status")
+    @property
+    def control(self) -> ControlClient:
+        return ControlClient(Path(self.plan.run_dir))
 
-    def of(self, name: str) -> common.Status:
-        return next(process for process in self.status()["processes"] if process["name"] == name)
+    def status(self) -> MeasuredStatus:
+        return self.control.status()
 
-    def ask(self, name: str, verb: str) -> None:
-        common.ask("fleet", f"/v1/processes/{name}/{verb}")
+    def of(self, name: str) -> MeasuredProcess:
+        return next(process for process in self.status().processes if process.name == name)
 
-    def until(self, name: str, reached: Callable[[common.Status], bool], what: str) -> common.Status:
-        """Wait for a process's state. Polled: the control API has no other way."""
+    def ask(self, name: str, verb: Verb) -> None:
+        self.control.act(name, verb)
+
+    def until(self, name: str, reached: Callable[[MeasuredProcess], bool], what: str) -> MeasuredProcess:
+        """Poll until a process has a state: the control API has no other way."""
         deadline = time.monotonic() + PATIENCE_S
-        found: common.Status = {}
+        found: MeasuredProcess | None = None
         while time.monotonic() < deadline:
-            with suppress(common.NotRunning):
+            with suppress(NotRunning):
                 found = self.of(name)
                 if reached(found):
                     return found
             time.sleep(0.01)
         raise AssertionError(f"{name} never was {what}: {found}\n{self.log()}")
 
-    def ready(self, name: str) -> common.Status:
-        return self.until(name, lambda now: now["state"] == "ready", "ready")
+    def ready(self, name: str) -> MeasuredProcess:
+        return self.until(name, lambda now: now.state == "ready", "ready")
 
-    def again(self, name: str, before: common.Status) -> common.Status:
-        return self.until(name, lambda now: now["state"] == "ready" and now["epoch"] != before["epoch"], "ready again")
+    def again(self, name: str, before: MeasuredProcess) -> MeasuredProcess:
+        return self.until(name, lambda now: now.state == "ready" and now.epoch != before.epoch, "ready again")
 
     def apply(self, plan: Plan) -> None:
-        """Begin to change over."""
-        common.ask("fleet", "/v1/apply", json.dumps(plan.to_dict()))
+        """Start an apply."""
+        self.control.apply(plan)
 
     def log(self) -> str:
         return (Path(self.plan.log_dir) / "supervisor.log").read_text()
@@ -119,7 +153,7 @@ class Fleet:
         return (Path(self.plan.log_dir) / f"{name}.log").read_text(errors="replace")
 
     def exits(self, name: str, count: int = 1) -> list[dict[str, object]]:
-        """At least `count` of them: they are written up a moment after the exit."""
+        """Wait for at least `count` exit reports: they are written shortly after the exit."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
             entries = read_entries(Path(self.plan.log_dir), EXITS)
@@ -133,7 +167,7 @@ class Fleet:
         return read_entries(Path(self.plan.log_dir), EVENTS)
 
     def stamped(self) -> list[psutil.Process]:
-        """Every process that carries this fleet's stamp."""
+        """Every process with this fleet's stamp."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -142,7 +176,7 @@ class Fleet:
         return found
 
     def down(self) -> None:
-        """Stop it, and prove that nothing is left."""
+        """Stop the supervisor and check that nothing is left."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         self.process.wait(PATIENCE_S)
@@ -152,12 +186,12 @@ class Fleet:
 
 @contextmanager
 def fleet(
-    folder: Path, *processes: ProcessSpec, prefix: tuple[str, ...] = (), **supervision: object
+    folder: Path, *processes: ProcessSpec, prefix: tuple[str, ...] = (), **rules: Unpack[Rules]
 ) -> Iterator[Fleet]:
-    """A supervisor over these, ended afterwards whatever happens."""
+    """A supervisor of these processes, always stopped afterwards."""
     before = os.environ.get("PDCTL_RUN")
     os.environ["PDCTL_RUN"] = str(folder / "run")
-    found = Fleet(plan_of(folder, *processes, **supervision), prefix)
+    found = Fleet(plan_of(folder, *processes, **rules), prefix)
     found.start()
     try:
         yield found

@@ -1,4 +1,4 @@
-"""Children that misbehave, under a real supervisor. Each is one way in which engines have been seen to fail."""
+"""Misbehaving children under a real supervisor. Each shows one observed failure of engines."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import pytest
 from pdctl.errors import PdctlError
 from pdctl.plan import Probe
 from pdctl.supervisor.process.tree import Trees
-from tests.service import wait_until
-from tests.supervisor.fleet import AT_ONCE, Fleet, fleet, python, shell
+from tests.service import last_exit_of, pid_of, wait_until
+from tests.supervisor.fleet import AT_ONCE, Fields, Fleet, fleet, python, shell
 
 SLEEP = "exec sleep 600"
 SERVER = """
@@ -49,7 +49,7 @@ def has_cgroups(folder: Path) -> bool:
 
 @pytest.fixture(params=["cgroup", "sweep"])
 def prefix(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, ...]:
-    """How to start a supervisor that has cgroups, or has none."""
+    """How to start a supervisor with or without cgroups."""
     if request.param == "cgroup":
         if not has_cgroups(tmp_path):
             pytest.skip("cgroup v2 is not writable here")
@@ -64,7 +64,7 @@ def test_the_method_is_as_the_machine_allows(tmp_path: Path, prefix: tuple[str, 
     with fleet(tmp_path, shell("a", SLEEP), prefix=prefix) as found:
         found.ready("a")
         wanted = "sweep" if prefix or not has_cgroups(tmp_path / "other") else "cgroup"
-        assert found.status()["trees"] == wanted
+        assert found.status().trees == wanted
 
 
 def test_one_that_ignores_term_is_killed_after_its_grace(tmp_path: Path, prefix: tuple[str, ...]) -> None:
@@ -74,7 +74,7 @@ def test_one_that_ignores_term_is_killed_after_its_grace(tmp_path: Path, prefix:
     ) as found:
         found.ready("deaf")
         found.ask("deaf", "stop")
-        found.until("deaf", lambda now: now["state"] == "stopped", "stopped")
+        found.until("deaf", lambda now: now.state == "stopped", "stopped")
         last = found.exits("deaf")[-1]
         assert last["signal"] == "SIGKILL"
         assert str(last["by"]).startswith("pdctl, with SIGKILL")
@@ -101,10 +101,10 @@ def test_a_whole_tree_dies_with_its_leader(tmp_path: Path, prefix: tuple[str, ..
 
         found.until("tree", lambda _: len(members()) > 1, "a tree")
         old = {process.pid for process in members()}
-        os.kill(before["pid"], signal.SIGKILL)
+        os.kill(pid_of(before), signal.SIGKILL)
         found.again("tree", before)
         assert not old & {process.pid for process in found.stamped()}
-        assert found.of("other")["pid"] == other["pid"], "nobody else was touched"
+        assert found.of("other").pid == other.pid, "nobody else was touched"
 
 
 def test_one_that_never_stops_talking_is_not_blocked_and_fills_no_disk(tmp_path: Path) -> None:
@@ -117,14 +117,14 @@ def test_one_that_never_stops_talking_is_not_blocked_and_fills_no_disk(tmp_path:
         size = log.stat().st_size
         found.until("talker", lambda _: log.stat().st_size > size, "writing on")
         assert log.stat().st_blocks * 512 < log.stat().st_size
-        # What was cut and what is left are one text: no line was lost at the seam.
+        # The truncated part and the rest form the complete text: no line is lost.
         with log.open("rb") as file:
             file.seek(os.lseek(file.fileno(), 0, os.SEEK_DATA))
             after = file.read(4096).lstrip(b"\0")
         seam = archive.read_bytes()[-40:] + after[:40]
         numbers = [int(word) for line in seam.split(b"\n")[1:-1] for word in line.split()[1:]]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        assert found.of("quiet")["state"] == "ready"
+        assert found.of("quiet").state == "ready"
 
 
 def test_one_that_is_never_ready_uses_up_its_restarts_and_takes_the_start_down(tmp_path: Path) -> None:
@@ -139,40 +139,40 @@ def test_one_that_is_never_ready_uses_up_its_restarts_and_takes_the_start_down(t
 def test_one_that_flaps_ends_in_failed_and_comes_back_when_asked(tmp_path: Path) -> None:
     flapping = shell("flapping", "sleep 0.05; exit 7")
     with fleet(tmp_path, flapping, shell("fine", SLEEP), max_restarts=2) as found:
-        found.until("flapping", lambda now: now["state"] == "failed", "failed")
-        assert "exited with code 7; 3 exits within 60 s" in found.of("flapping")["reason"]
-        assert found.of("fine")["state"] == "ready"
-        before = found.of("flapping")["restarts"]
+        found.until("flapping", lambda now: now.state == "failed", "failed")
+        assert "exited with code 7; 3 exits within 60 s" in found.of("flapping").reason
+        assert found.of("fine").state == "ready"
+        before = found.of("flapping").restarts
         found.ask("flapping", "start")
-        found.until("flapping", lambda now: now["restarts"] > before, "started again")
+        found.until("flapping", lambda now: now.restarts > before, "started again")
 
 
 @pytest.mark.parametrize("code", [2, 64, 78])
 def test_codes_that_a_restart_cannot_cure(tmp_path: Path, code: int) -> None:
     with fleet(tmp_path, shell("bad", f"sleep 0.1; exit {code}"), shell("fine", SLEEP)) as found:
-        found.until("bad", lambda now: now["state"] == "failed", "failed")
-        assert found.of("bad")["restarts"] == 0
-        assert found.of("bad")["reason"] == f"exited with code {code}: a restart would not help"
+        found.until("bad", lambda now: now.state == "failed", "failed")
+        assert found.of("bad").restarts == 0
+        assert found.of("bad").reason == f"exited with code {code}: a restart would not help"
 
 
 @pytest.mark.parametrize("code", [0, 1, 126, 127, 255])
 def test_other_codes_are_restarted(tmp_path: Path, code: int) -> None:
     with fleet(tmp_path, shell("bad", f"sleep 0.1; exit {code}"), max_restarts=100) as found:
-        now = found.until("bad", lambda now: now["restarts"] > 0, "restarted")
-        assert now["last_exit"]["code"] == code
-        assert now["last_exit"]["by"] == "itself"
+        now = found.until("bad", lambda now: now.restarts > 0, "restarted")
+        assert last_exit_of(now).code == code
+        assert last_exit_of(now).by == "itself"
 
 
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGKILL"])
 def test_signals_are_told_apart(tmp_path: Path, name: str) -> None:
     with fleet(tmp_path, shell("victim", SLEEP)) as found:
         before = found.ready("victim")
-        os.kill(before["pid"], signal.Signals[name])
+        os.kill(pid_of(before), signal.Signals[name])
         now = found.again("victim", before)
-        assert now["last_exit"]["signal"] == name
+        assert last_exit_of(now).signal == name
         crash = name in ("SIGSEGV", "SIGABRT")
-        assert ("a crash" in now["last_exit"]["by"]) == crash
-        assert ("pdctl did not send it" in now["last_exit"]["by"]) != crash
+        assert ("a crash" in last_exit_of(now).by) == crash
+        assert ("pdctl did not send the signal" in last_exit_of(now).by) != crash
 
 
 def test_one_that_hangs_but_answers_is_killed_for_its_silence(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_one_that_hangs_but_answers_is_killed_for_its_silence(tmp_path: Path) ->
         before = found.ready("hung")
         found.again("hung", before)
         reasons = [event["message"] for event in found.events() if event["event"] == "not_alive"]
-        assert str(reasons[0]).startswith("hung: 1 requests run, and no token for")
+        assert str(reasons[0]).startswith("hung: 1 requests are running, but no token for")
         assert "hung" in str(found.exits("hung")[0]["by"])
 
 
@@ -191,13 +191,13 @@ def test_one_that_stops_answering_is_killed(tmp_path: Path) -> None:
     server = python("server", SERVER, ports=server.ports, probe=http_probe(server.ports["http"]))
     with fleet(tmp_path, server) as found:
         before = found.ready("server")
-        os.kill(before["pid"], signal.SIGSTOP)
+        os.kill(pid_of(before), signal.SIGSTOP)
         found.again("server", before)
         assert "probes in a row failed" in found.log()
 
 
 def test_what_answers_with_a_token_is_asked_for_one(tmp_path: Path) -> None:
-    """The functional probe: GETs are answered, POSTs with an error."""
+    """The functional probe: GETs are answered, POSTs fail."""
     server = python("server", SERVER)
     url = f"http://127.0.0.1:{server.ports['http']}/"
     idle = SERVER.replace('"running": 1', '"running": 0')
@@ -215,10 +215,10 @@ def test_a_port_that_a_stranger_took_is_named_and_waited_for(tmp_path: Path) -> 
         with socket.socket() as stranger:
             stranger.bind(("127.0.0.1", spec.ports["http"]))
             stranger.listen()
-            os.kill(before["pid"], signal.SIGKILL)
-            now = found.until("victim", lambda now: "is held by" in now["reason"], "blocked")
-            assert now["state"] == "clearing"
-            assert f"its http port {spec.ports['http']} is held by pid {os.getpid()}" in now["reason"]
+            os.kill(pid_of(before), signal.SIGKILL)
+            now = found.until("victim", lambda now: "is held by" in now.reason, "blocked")
+            assert now.state == "clearing"
+            assert f"its http port {spec.ports['http']} is held by pid {os.getpid()}" in now.reason
         found.again("victim", before)
 
 
@@ -233,12 +233,12 @@ def test_a_leaked_port_dies_with_its_tree(tmp_path: Path, prefix: tuple[str, ...
     spec = python("leaky", leak, probe=Probe("log:^listening", "", "", "", 0.02, 1, 20))
     with fleet(tmp_path, spec, prefix=prefix) as found:
         before = found.ready("leaky")
-        os.kill(before["pid"], signal.SIGKILL)
+        os.kill(pid_of(before), signal.SIGKILL)
         found.again("leaky", before)
 
 
 def test_what_runs_out_of_memory_is_said_to(tmp_path: Path) -> None:
-    """In a memory cgroup of its own, by the kernel's own killer."""
+    """In its own memory cgroup, by the kernel's OOM killer."""
     group = next((path for path in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")) if _makes(path)), None)
     if group is None:
         pytest.skip("no memory cgroup can be made here")
@@ -253,11 +253,13 @@ def test_what_runs_out_of_memory_is_said_to(tmp_path: Path) -> None:
         eat = f"open('{mine}/cgroup.procs', 'w').write('0')\nb = [bytearray(1 << 20) for _ in range(400)]"
         with fleet(tmp_path, python("greedy", eat), shell("fine", SLEEP), max_restarts=0) as found:
             found.process.wait(30) if found.process.poll() is None and not _up(found) else None
-            found.until("greedy", lambda now: now["state"] == "failed", "failed")
+            found.until("greedy", lambda now: now.state == "failed", "failed")
             last = found.exits("greedy")[0]
             assert last["oom"] is True
             assert last["by"] == "the kernel, out of memory"
-            assert any("greedy" in line or "Killed process" in line or "oom" in line.lower() for line in last["kernel"])  # type: ignore[attr-defined]
+            lines = last["kernel"]
+            assert isinstance(lines, list)
+            assert any("greedy" in line or "Killed process" in line or "oom" in line.lower() for line in lines)
     finally:
         mine.rmdir()
 
@@ -303,7 +305,7 @@ def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
         with fleet(tmp_path, shell("talker", talk), shell("victim", SLEEP)) as found:
             before = found.ready("victim")
             found.until("victim", lambda _: shutil.disk_usage(small).free == 0, "on a full disk")
-            os.kill(before["pid"], signal.SIGKILL)
+            os.kill(pid_of(before), signal.SIGKILL)
             found.again("victim", before)
     finally:
         subprocess.run(["umount", small], check=True)
@@ -314,9 +316,9 @@ def test_fifty_children_crash_at_once(tmp_path: Path) -> None:
     with fleet(tmp_path, *(shell(name, SLEEP) for name in names)) as found:
         for name in names:
             found.ready(name)
-        before = {process["name"]: process for process in found.status()["processes"]}
+        before = {process.name: process for process in found.status().processes}
         for process in before.values():
-            os.kill(process["pid"], signal.SIGKILL)
+            os.kill(pid_of(process), signal.SIGKILL)
         for name in names:
             found.again(name, before[name])
 
@@ -324,18 +326,18 @@ def test_fifty_children_crash_at_once(tmp_path: Path) -> None:
 def test_restart_with_takes_the_peer_along(tmp_path: Path) -> None:
     with fleet(tmp_path, shell("first", SLEEP), shell("second", SLEEP, restart_with=("first",))) as found:
         first, second = found.ready("first"), found.ready("second")
-        os.kill(first["pid"], signal.SIGKILL)
+        os.kill(pid_of(first), signal.SIGKILL)
         found.again("first", first)
         found.again("second", second)
-        assert found.of("second")["last_exit"]["expected"]
+        assert last_exit_of(found.of("second")).expected
         now = found.of("first")
-        os.kill(found.of("second")["pid"], signal.SIGKILL)
-        found.until("second", lambda s: s["restarts"] == 2 and s["state"] == "ready", "ready again")
-        assert found.of("first")["pid"] == now["pid"], "one way only"
+        os.kill(pid_of(found.of("second")), signal.SIGKILL)
+        found.until("second", lambda s: s.restarts == 2 and s.state == "ready", "ready again")
+        assert found.of("first").pid == now.pid, "one way only"
 
 
 def test_children_get_what_the_plan_says(tmp_path: Path) -> None:
-    """Environment, affinity, limits, descriptors: dumped by the child itself, compared with the plan."""
+    """Environment, affinity, limits, descriptors: reported by the child and compared with the plan."""
     dump = (
         "import json, os, resource, sys\n"
         "print(json.dumps({'env': dict(os.environ), 'cpus': sorted(os.sched_getaffinity(0)),\n"
@@ -354,7 +356,7 @@ def test_children_get_what_the_plan_says(tmp_path: Path) -> None:
         told = json.loads(found.output("dump").splitlines()[0])
         assert told["cpus"] == [cpu]
         assert told["env"]["WANTED"] == "a b"
-        assert told["env"]["PDCTL_EPOCH"] == status["epoch"]
+        assert told["env"]["PDCTL_EPOCH"] == status.epoch
         assert told["env"]["PDCTL_UNIT"] == f"{found.plan.run_dir}:dump"
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         assert told["nofile"] == [hard, hard]
@@ -363,7 +365,7 @@ def test_children_get_what_the_plan_says(tmp_path: Path) -> None:
         assert told["fds"][:3] == ["0", "1", "2"]
         assert len(told["fds"]) == 4, "nothing inherited but input, output and the listing itself"
         assert told["session"]
-        if found.status()["trees"] == "cgroup":
+        if found.status().trees == "cgroup":
             assert "/dump" in told["cgroup"]
 
 
@@ -384,7 +386,7 @@ def test_pid_1_reaps_and_ends_by_a_signal(tmp_path: Path) -> None:
 
 @pytest.fixture
 def gpu_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The real pynvml over a stub driver with one GPU; the file says who uses it."""
+    """The real pynvml over a stub driver with one GPU; the file lists the processes that use it."""
     stub = Path(__file__).parents[1] / "fakes" / "nvml_stub.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libnvidia-ml.so.1", stub], check=True)
     use = tmp_path / "use"
@@ -396,41 +398,41 @@ def gpu_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_nothing_is_started_before_its_gpu_memory_is_back(tmp_path: Path, gpu_users: Path) -> None:
-    """Somebody else's process stays on the GPU for a while."""
+    """A foreign process stays on the GPU for a while."""
     with fleet(tmp_path, shell("engine", SLEEP, gpus=("GPU-stub-0",), device="cuda")) as found:
         before = found.ready("engine")
-        gpu_users.write_text(f"0 {before['pid']} {10 << 30}\n")
-        assert found.of("engine")["gpu_memory_bytes"] == 10 << 30
+        gpu_users.write_text(f"0 {before.pid} {10 << 30}\n")
+        assert found.of("engine").gpu_memory_bytes == 10 << 30
         gpu_users.write_text(f"0 {os.getpid()} {10 << 30}\n")
-        os.kill(before["pid"], signal.SIGKILL)
-        now = found.until("engine", lambda now: "GPU-stub-0" in now["reason"], "blocked")
-        assert now["state"] == "clearing"
-        assert f"has 10.0 GiB in use, 0.0 GiB before: held by pids [{os.getpid()}]" in now["reason"]
+        os.kill(pid_of(before), signal.SIGKILL)
+        now = found.until("engine", lambda now: "GPU-stub-0" in now.reason, "blocked")
+        assert now.state == "clearing"
+        assert f"has 10.0 GiB in use, 0.0 GiB before: held by pids [{os.getpid()}]" in now.reason
         gpu_users.write_text(f"0 {os.getpid()} {100 << 20}\n")
         found.again("engine", before)
 
 
 def test_gpu_memory_whose_holder_has_no_name_is_not_waited_for_for_ever(tmp_path: Path, gpu_users: Path) -> None:
-    """In virtual machines drivers name pids that do not exist here; the memory may be an engine's beside it."""
+    """In virtual machines drivers report pids that do not exist here; the memory may belong to another engine."""
     with fleet(tmp_path, shell("engine", SLEEP, gpus=("GPU-stub-0",), device="cuda")) as found:
         before = found.ready("engine")
         gpu_users.write_text(f"0 {2**22 + 1} {10 << 30}\n")
-        assert found.of("engine")["gpu_memory_bytes"] is None
-        os.kill(before["pid"], signal.SIGKILL)
-        found.until("engine", lambda now: "the driver has not let go of it yet" in now["reason"], "blocked")
+        assert found.of("engine").gpu_memory_bytes is None
+        os.kill(pid_of(before), signal.SIGKILL)
+        found.until("engine", lambda now: "the driver has not let go of it yet" in now.reason, "blocked")
         found.again("engine", before)
 
 
 def test_a_neighbours_child_on_the_same_gpu_is_no_stranger(tmp_path: Path, gpu_users: Path) -> None:
-    """Two engines share a GPU; what holds the memory is a child of the process that was started."""
+    """Two engines share a GPU; the memory is held by a child of the started process."""
     parent = "sleep 600 & wait"
-    shared = {"gpus": ("GPU-stub-0",), "device": "cuda"}
+    shared: Fields = {"gpus": ("GPU-stub-0",), "device": "cuda"}
     with fleet(tmp_path, shell("engine", SLEEP, **shared), shell("beside", parent, **shared)) as found:
         before, beside = found.ready("engine"), found.ready("beside")
-        children = psutil.Process(beside["pid"]).children
+        children = psutil.Process(beside.pid).children
         found.until("beside", lambda _: bool(children()), "a child")
         gpu_users.write_text(f"0 {children()[0].pid} {10 << 30}\n")
-        os.kill(before["pid"], signal.SIGKILL)
+        os.kill(pid_of(before), signal.SIGKILL)
         found.again("engine", before)
 
 
@@ -439,9 +441,9 @@ def test_the_logs_of_earlier_lives_are_kept(tmp_path: Path) -> None:
         epochs = []
         for _ in range(3):
             now = found.ready("a")
-            epochs.append(now["epoch"])
+            epochs.append(now.epoch)
             found.until("a", lambda _: "life of" in found.output("a"), "heard")
-            os.kill(now["pid"], signal.SIGKILL)
+            os.kill(pid_of(now), signal.SIGKILL)
             found.again("a", now)
         texts = [(Path(found.plan.log_dir) / f"a.log.{n}").read_text() for n in (3, 2, 1)]
         assert [text.split()[-1] for text in texts] == epochs
@@ -468,11 +470,17 @@ def test_groups_of_supervisors_that_were_killed_are_removed_by_the_next(tmp_path
 
 
 def written_down(found: Fleet, count: int) -> Path:
-    """What a later supervisor reads, once so many processes stand in it."""
+    """The file for a later supervisor, once it lists this many processes."""
     file = Path(found.plan.run_dir) / "adopt.json"
     name = found.plan.processes[0].name
     found.until(name, lambda _: file.exists() and len(json.loads(file.read_text())["processes"]) == count, "written")
     return file
+
+
+def has_applied(found: Fleet, how: str) -> bool:
+    """Whether the last change-over has ended like this."""
+    progress = found.status().apply
+    return progress is not None and progress.state == how
 
 
 def killed(found: Fleet) -> None:
@@ -481,7 +489,7 @@ def killed(found: Fleet) -> None:
 
 
 def test_what_nobody_wrote_down_is_ended_by_the_next_supervisor(tmp_path: Path) -> None:
-    """Started in the last moment before a kill: it is not adopted, and it does not hold its port either."""
+    """A process started just before the kill is not adopted, and does not keep its port."""
     with fleet(tmp_path, shell("a", SLEEP), shell("b", SLEEP), on_supervisor_death="survive") as found:
         a, b = found.ready("a"), found.ready("b")
         file = Path(found.plan.run_dir) / "adopt.json"
@@ -493,13 +501,13 @@ def test_what_nobody_wrote_down_is_ended_by_the_next_supervisor(tmp_path: Path) 
         kept["processes"] = [entry for entry in kept["processes"] if entry["spec"]["name"] == "a"]
         file.write_text(json.dumps(kept))
         found.start()
-        assert found.ready("a")["pid"] == a["pid"]
-        assert found.ready("b")["pid"] != b["pid"]
-        assert not psutil.pid_exists(b["pid"]) or psutil.Process(b["pid"]).status() == psutil.STATUS_ZOMBIE
+        assert found.ready("a").pid == a.pid
+        assert found.ready("b").pid != b.pid
+        assert not psutil.pid_exists(pid_of(b)) or psutil.Process(b.pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_kill_in_the_middle_of_an_apply_is_told_as_it_was(tmp_path: Path) -> None:
-    """The plan says one thing by then, the process is another: it is restarted to what is wanted."""
+    """The running process differs from the plan: it is restarted as planned."""
     with fleet(tmp_path, shell("a", SLEEP), shell("b", SLEEP), on_supervisor_death="survive") as found:
         a, b = found.ready("a"), found.ready("b")
         file = Path(found.plan.run_dir) / "adopt.json"
@@ -511,10 +519,10 @@ def test_a_kill_in_the_middle_of_an_apply_is_told_as_it_was(tmp_path: Path) -> N
         found.plan = replace(found.plan, processes=(replace(first, argv=("/bin/sh", "-c", "exec sleep 700")), second))
         (Path(found.plan.run_dir) / "plan.json").write_text(json.dumps(found.plan.to_dict()))
         found.start()
-        now = found.until("a", lambda now: now["state"] == "ready" and now["pid"] != a["pid"], "what is wanted")
-        # Ready as soon as it runs: the shell may not have become what it is to be.
-        wait_until(lambda: psutil.Process(now["pid"]).cmdline() == ["sleep", "700"], what="what it is to be")
-        assert found.ready("b")["pid"] == b["pid"]
+        now = found.until("a", lambda now: now.state == "ready" and now.pid != a.pid, "what is wanted")
+        # It is ready as soon as it runs: the shell may not have exec'ed the command yet.
+        wait_until(lambda: psutil.Process(now.pid).cmdline() == ["sleep", "700"], what="what it is to be")
+        assert found.ready("b").pid == b.pid
 
 
 def test_systemd_is_told_of_what_was_taken_over_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,7 +558,7 @@ def test_a_start_that_fails_leaves_the_survivors_to_the_next(tmp_path: Path) -> 
             assert "cannot be bound" in found.log()
         plan.write_text(before)
         found.start()
-        assert found.ready("a")["pid"] == a["pid"]
+        assert found.ready("a").pid == a.pid
 
 
 def test_an_apply_is_not_crossed_by_a_start_of_what_it_stops(tmp_path: Path) -> None:
@@ -560,15 +568,15 @@ def test_an_apply_is_not_crossed_by_a_start_of_what_it_stops(tmp_path: Path) -> 
         found.ready("a")
         found.ready("b")
         found.apply(replace(found.plan, processes=found.plan.processes[1:]))
-        found.until("a", lambda now: now["state"] == "stopping", "stopping")
+        found.until("a", lambda now: now.state == "stopping", "stopping")
         for verb in ("start", "restart", "drain"):
-            with pytest.raises(PdctlError, match="an apply is under way: removing a"):
+            with pytest.raises(PdctlError, match="an apply is in progress: removing a"):
                 found.ask("a", verb)
         deadline = time.monotonic() + 300
-        while (found.status()["apply"] or {}).get("state") != "done":
+        while not has_applied(found, "done"):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert [process["name"] for process in found.status()["processes"]] == ["b"]
+        assert [process.name for process in found.status().processes] == ["b"]
 
 
 def test_probes_that_are_turned_on_while_a_process_runs(tmp_path: Path) -> None:
@@ -579,7 +587,7 @@ def test_probes_that_are_turned_on_while_a_process_runs(tmp_path: Path) -> None:
         supervision = replace(found.plan.supervision, progress_s=0.3)
         found.apply(replace(found.plan, supervision=supervision))
         found.again("hung", before)
-        assert "hung: 1 requests run" in found.log()
+        assert "hung: 1 requests are running" in found.log()
 
 
 def test_a_command_that_appears_later_is_found(tmp_path: Path) -> None:
@@ -590,28 +598,28 @@ def test_a_command_that_appears_later_is_found(tmp_path: Path) -> None:
         one, two = found.plan.processes
         changed = replace(found.plan, processes=(one, replace(two, argv=(str(command),))))
         found.apply(changed)
-        found.until("late", lambda now: now["state"] == "failed", "failed")
-        assert "does not exist" in found.of("late")["reason"]
+        found.until("late", lambda now: now.state == "failed", "failed")
+        assert "does not exist" in found.of("late").reason
         command.write_text("#!/bin/sh\nexec sleep 600\n")
         command.chmod(0o755)
-        found.until("late", lambda _: (found.status()["apply"] or {}).get("state") == "failed", "given up")
+        found.until("late", lambda _: has_applied(found, "failed"), "given up")
         found.ask("late", "start")
         found.ready("late")
 
 
 def test_the_last_words_are_the_dead_ones_own(tmp_path: Path) -> None:
-    """Its log has another name by the time its exit is written up."""
+    """Its log has been renamed by the time its exit is reported."""
     with fleet(tmp_path, shell("a", "echo I am $PDCTL_EPOCH; exec sleep 600")) as found:
         before = found.ready("a")
         found.until("a", lambda _: "I am" in found.output("a"), "heard")
-        os.kill(before["pid"], signal.SIGKILL)
+        os.kill(pid_of(before), signal.SIGKILL)
         found.again("a", before)
-        assert found.exits("a")[0]["last_lines"] == [f"I am {before['epoch']}"]
+        assert found.exits("a")[0]["last_lines"] == [f"I am {before.epoch}"]
 
 
 def found_group(found: Fleet) -> Path:
-    """The service's group, by one of its processes."""
-    pid = found.status()["processes"][0]["pid"]
+    """The service's cgroup, from one of its processes."""
+    pid = found.status().processes[0].pid
     line = next(x for x in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if x.startswith("0::"))
     mounts = [words.split() for words in Path("/proc/self/mountinfo").read_text().splitlines()]
     mount = next(words[4] for words in mounts if words[words.index("-") + 1] == "cgroup2")

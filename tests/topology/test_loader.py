@@ -57,19 +57,19 @@ def test_the_default_fits_every_machine(gpus: tuple[Gpu, ...], cpus: tuple[int, 
     [
         ("port = 8000", "prot = 8000", "prot", "proxy.prot", "unknown key 'prot'"),
         ('backend = "auto"', 'backend = "rdma"', "backend", "transfer.backend", "must be one of: auto, shm"),
-        ('protocol = "auto"', 'protocol = "rdma"', "protocol", "transfer.protocol", "means nothing to backend 'auto'"),
-        ('protocol = "auto"', 'devices = ["mlx5_0"]', "devices", "transfer.devices", "means nothing to backend 'auto'"),
+        ('protocol = "auto"', 'protocol = "rdma"', "protocol", "transfer.protocol", "has no effect with backend"),
+        ('protocol = "auto"', 'devices = ["mlx5_0"]', "devices", "transfer.devices", "has no effect with backend"),
         ('protocol = "auto"', "devices = [5]", "devices", "transfer.devices", "RDMA device names"),
-        ('protocol = "auto"', "ports = [16000, 16199]", "ports", "transfer.ports", "means nothing to backend 'auto'"),
+        ('protocol = "auto"', "ports = [16000, 16199]", "ports", "transfer.ports", "has no effect with backend"),
         ('protocol = "auto"', "ports = [16000, 16010]", "ports", "transfer.ports", "at least 100 ports"),
-        ("lease_s = 30", "lease_s = 0.1", "lease_s", "transfer.lease_s", "above 0.5"),
+        ("lease_s = 30", "lease_s = 0.1", "lease_s", "transfer.lease_s", "greater than 0.5"),
         ("leased_max = 0.75", "leased_max = 2", "leased_max", "transfer.leased_max", "at most 1"),
         ("chunked = true", 'chunked = "yes"', "chunked", "transfer.chunked", "true or false"),
         ("port = 8000", 'port = "8000"', "port", "proxy.port", "whole number"),
         ("port = 8000", "port = true", "port", "proxy.port", "whole number"),
         ("port = 8000", "port = 70000", "port", "proxy.port", "from 1 to 65535"),
         ("[slo]", "[sla]", "[sla]", "sla", "unknown table"),
-        ("ttft_ms = 2000", "ttft_ms = -1", "ttft_ms", "slo.ttft_ms", "above 0"),
+        ("ttft_ms = 2000", "ttft_ms = -1", "ttft_ms", "slo.ttft_ms", "greater than 0"),
         (
             'role = "decode"',
             'role = "decoder"',
@@ -78,7 +78,7 @@ def test_the_default_fits_every_machine(gpus: tuple[Gpu, ...], cpus: tuple[int, 
             "one of: prefill, decode",
         ),
         ('kind = "builtin"', 'kind = "vlllm"', "kind", "engines[0].kind", "one of: builtin"),
-        ('name = "decode"', 'name = "prefill"', 'name = "prefill"', "engines[1].name", "taken by"),
+        ('name = "decode"', 'name = "prefill"', 'name = "prefill"', "engines[1].name", "already used by"),
         ('name = "decode"', 'name = "De code"', 'name = "De', "engines[1].name", "lower-case"),
         ("cpus = [1]", "cpus = [9]", "cpus = [9]", "engines[1].cpus", "CPU 9 does not exist"),
         ("cpus = [1]", "cpus = [1, 1]", "cpus = [1, 1]", "engines[1].cpus", "twice"),
@@ -116,9 +116,9 @@ def test_all_mistakes_come_in_one_run() -> None:
     [
         ("", "the file is empty"),
         ("# only a comment\n", "the file is empty"),
-        ('[service]\nmodel = "sample:tiny-qwen3"\n', "no engine at all"),
+        ('[service]\nmodel = "sample:tiny-qwen3"\n', "no engines"),
         ('[service]\nmodel = "sample:tiny-qwen3"\nengines = 3\n', "unknown key 'engines'"),
-        ('engines = []\n[service]\nmodel = "sample:tiny-qwen3"\n', "no engine at all"),
+        ('engines = []\n[service]\nmodel = "sample:tiny-qwen3"\n', "no engines"),
         ("[service\n", "not TOML"),
         ("service = 3\n", "must be a table"),
     ],
@@ -153,10 +153,11 @@ device = "cuda"
 
 def test_gpus_are_checked_against_the_machine() -> None:
     on = host(GPUS)
-    assert "GPU 0 is given to p-0 and d-0" in problems(cuda("gpus = [0]", "gpus = [0]"), on)[0][2]
+    assert "GPU 0 is assigned to both p-0 and d-0" in problems(cuda("gpus = [0]", "gpus = [0]"), on)[0][2]
     assert "GPU 7 does not exist" in problems(cuda("gpus = [0]", "gpus = [7]"), on)[0][2]
     assert "2 gpus for 1 replicas" in problems(cuda("gpus = [0, 1]", ""), on)[0][2]
-    assert "given to" in problems(cuda("gpus = [0]\nshare_gpu = true", "gpus = [0]"), on)[0][2], "both must agree"
+    both = cuda("gpus = [0]\nshare_gpu = true", "gpus = [0]")
+    assert "assigned to both" in problems(both, on)[0][2], "both must agree"
     load_text(cuda("gpus = [0]\nshare_gpu = true", "gpus = [0]\nshare_gpu = true"), "x", on)
     load_text(cuda("gpus = [1]", "gpus = [0]"), "x", on)
 
@@ -174,7 +175,7 @@ def test_gpus_that_are_not_there_and_devices_that_do_not_mix() -> None:
 def test_kv_that_does_not_fit_the_machine() -> None:
     found = problems(EXAMPLE.replace("kv_cache_gb = 1.0", "kv_cache_gb = 400.0"))
     assert [key for _, key, _ in found] == ["engines[0].kv_cache_gb"]
-    assert "401 GiB together and this machine has 24 GiB" in found[0][2]
+    assert "401 GiB in total, but this machine has 24 GiB" in found[0][2]
 
 
 def test_a_port_in_use_names_its_holder(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def pem(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def with_proxy(tmp_path: Path, lines: str) -> list[tuple[int, str, str]]:
-    """The problems of the example with these lines under [proxy]."""
+    """The problems of the example file with these lines under [proxy]."""
     path = tmp_path / "pdctl.toml"
     path.write_text(EXAMPLE.replace("port = 8000", f"port = 8000\n{lines}"))
     with pytest.raises(ConfigError) as found:
@@ -227,8 +228,8 @@ def test_tls_files_are_read_before_anything_starts(tmp_path: Path) -> None:
     subprocess.run(["openssl", "rsa", "-aes256", "-passout", "pass:x", "-in", key, "-out", locked], check=True)
     for tls_cert, tls_key, wrong, message in (
         (other, key, "tls_key", f"{key} is not the key of {other}"),
-        (garbage, key, "tls_cert", "is no PEM certificate"),
-        (cert, garbage, "tls_key", "is no PEM key"),
+        (garbage, key, "tls_cert", "is not a PEM certificate"),
+        (cert, garbage, "tls_key", "is not a PEM key"),
         (cert, locked, "tls_key", "without a password"),
     ):
         [(line, found_key, said)] = with_proxy(tmp_path, f'tls_cert = "{tls_cert}"\ntls_key = "{tls_key}"')
@@ -261,7 +262,7 @@ def test_an_environment_has_names_that_the_kernel_takes(name: str) -> None:
     text = EXAMPLE.replace('name = "prefill"', f'name = "prefill"\nenv = {{ "{name}" = "x" }}', 1)
     [(_, key, message)] = problems(text)
     assert key == "engines[0].env"
-    assert "which is no name of a variable" in message
+    assert "which is not a valid variable name" in message
 
 
 def test_packages_that_engines_need_are_missed_before_anything_starts() -> None:

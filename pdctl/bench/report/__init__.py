@@ -1,1 +1,1 @@
-"""What a result looks like: text, page, plots, pictures."""
+"""Presentation of results: text, HTML pages, plots, PNG files."""

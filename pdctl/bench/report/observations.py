@@ -1,20 +1,20 @@
-"""What plots show, taken from a result's figures: made by ourselves, or read from a file that somebody else wrote."""
+"""The data of plots, taken from a result: measured by pdctl, or read from a file that another tool wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdctl.bench.metrics import Measurements
+from pdctl.bench.measurements import Measurements
 
-# A stretch of time: from, to.
+# A time span: begin, end.
 Stretch = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """Lines through measured points. `title`: what is shown upwards, with its unit; `across`: what across. `lines`: by
-    name, points (across, up)."""
+    """Lines through measured points. `title`: label of the y axis with its unit; `across`: label of the x axis.
+    `lines`: points (x, y) by name."""
 
     title: str
     across: str
@@ -22,27 +22,27 @@ class Curves:
 
     @property
     def places(self) -> list[float]:
-        """All values across, in order."""
+        """All x values, in order."""
         return sorted({across for line in self.lines.values() for across, _ in line})
 
 
 def number(measurements: Measurements, name: str) -> float:
-    """A figure that is a number; 0 where it is missing."""
+    """A measurement that is a number; 0 if it is missing."""
     value = measurements.get(name, 0.0)
     return float(value) if isinstance(value, int | float) else 0.0
 
 
 def series(measurements: Measurements) -> dict[str, list[float]]:
-    """Milliseconds of what plots show."""
+    """The samples that plots show, in milliseconds."""
     ttfts, itls, latencies = (_good(measurements, name) for name in ("ttfts", "itls", "latencies"))
     gaps = [float(gap) for gaps in itls if isinstance(gaps, list) for gap in gaps]
     lists: tuple[Sequence[object], ...] = (ttfts, gaps, latencies)
-    named = zip(("Time to first token", "Between tokens", "Whole answer"), lists, strict=True)
+    named = zip(("Time to first token", "Inter-token latency", "End-to-end latency"), lists, strict=True)
     return {name: [value * 1000 for value in values if isinstance(value, float)] for name, values in named}
 
 
 def _good(measurements: Measurements, name: str) -> list[object]:
-    """Of answers that came: a refusal is quick, and no answer."""
+    """Values of answered requests. A refusal is fast but not an answer."""
     values, errors, ttfts = listed(measurements, name), listed(measurements, "errors"), listed(measurements, "ttfts")
     if len(errors) != len(values) or len(ttfts) != len(values):
         return values
@@ -50,8 +50,8 @@ def _good(measurements: Measurements, name: str) -> list[object]:
 
 
 def sampled(measurements: Measurements) -> tuple[list[float], dict[str, dict[str, list[float | None]]]]:
-    """What engines did meanwhile: seconds from the first request on, and by engine a list for each field. What was seen
-    before, in warming up, is left out."""
+    """The samples of engines: seconds since the first request, and per engine a list for each field. Samples of the
+    warm-up are left out."""
     ours = measurements.get("pdctl")
     found = ours.get("engines") if isinstance(ours, dict) else None
     if not isinstance(found, dict) or not found.get("at"):
@@ -66,13 +66,13 @@ def sampled(measurements: Measurements) -> tuple[list[float], dict[str, dict[str
 
 
 def listed(measurements: Measurements, name: str) -> list[object]:
-    """A list of the result; empty where it is missing."""
+    """A list in the result; empty if it is missing."""
     value = measurements.get(name)
     return value if isinstance(value, list) else []
 
 
 def spans(measurements: Measurements) -> list[tuple[float, float, float]]:
-    """Of each request: sent, first token, end; seconds of one clock."""
+    """For each request: sent, first token, end, in seconds of one clock."""
     starts, ttfts, latencies = (listed(measurements, name) for name in ("start_times", "ttfts", "latencies"))
     return [
         (float(start), float(start) + float(ttft), float(start) + float(latency))
@@ -82,8 +82,8 @@ def spans(measurements: Measurements) -> list[tuple[float, float, float]]:
 
 
 def on_engines(measurements: Measurements) -> dict[str, list[Stretch]]:
-    """By engine, when each request was there: at its prefill engine from the end of its queueing to the first token, at
-    its decode engine from then to its end. Empty where the service named no engines."""
+    """For each engine, the time spans of its requests: on the prefill engine from the end of queueing to the first
+    token, on the decode engine from then to the end. Empty if the service did not report engines."""
     ours = measurements.get("pdctl")
     placed = ours.get("placed") if isinstance(ours, dict) else None
     times = spans(measurements)
@@ -103,7 +103,7 @@ def on_engines(measurements: Measurements) -> dict[str, list[Stretch]]:
 
 
 def in_rows(stretches: Sequence[Stretch]) -> list[list[Stretch]]:
-    """As few rows as hold them without overlap: each goes into the first row that is free at its beginning."""
+    """Arrange spans in the fewest rows without overlap: each goes into the first row that is free at its begin."""
     rows: list[list[Stretch]] = []
     for stretch in sorted(stretches):
         row = next((row for row in rows if row[-1][1] <= stretch[0]), None)
@@ -115,7 +115,7 @@ def in_rows(stretches: Sequence[Stretch]) -> list[list[Stretch]]:
 
 
 def joined(row: Sequence[Stretch], least: float) -> list[Stretch]:
-    """A row's stretches, in order; one where between them, or of them, there is less than anybody sees."""
+    """A row's spans in order, with spans merged that are too short or too close to be distinguished."""
     found: list[Stretch] = []
     for begin, end in row:
         if found and end - found[-1][0] < least:

@@ -1,4 +1,4 @@
-"""A run as people look at it: a table, and a page of one file with its plots in it. No script, nothing fetched."""
+"""A run as a text table, and as a self-contained HTML page with plots: no scripts, no external files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from pdctl import console
-from pdctl.bench.metrics import Measurements, Targets
+from pdctl.bench.measurements import Measurements, Targets
 from pdctl.bench.report.observations import Curves, number, on_engines, sampled, series, spans
 from pdctl.bench.report.plots import cdf, curve, lanes, over_time, timeline
 
@@ -31,7 +31,7 @@ _STYLE = (
 
 
 def rows(measurements: Measurements, quantiles: Sequence[int]) -> list[list[str]]:
-    """Milliseconds of each metric."""
+    """Table rows with each metric in milliseconds."""
     return [
         [
             title,
@@ -43,7 +43,7 @@ def rows(measurements: Measurements, quantiles: Sequence[int]) -> list[list[str]
 
 
 def text(measurements: Measurements, targets: Targets, quantiles: Sequence[int]) -> str:
-    """For a terminal."""
+    """The result as text for a terminal."""
     ours = measurements["pdctl"]
     assert isinstance(ours, dict)
     counted = (
@@ -53,26 +53,26 @@ def text(measurements: Measurements, targets: Targets, quantiles: Sequence[int])
     rates = (
         f"{number(measurements, 'request_throughput'):.2f} requests/s, "
         f"{number(measurements, 'output_throughput'):.1f} output tokens/s, "
-        f"{number(measurements, 'total_token_throughput'):.1f} tokens/s in all"
+        f"{number(measurements, 'total_token_throughput'):.1f} tokens/s in total"
     )
     lines = [counted, rates]
     if targets.are_any:
         lines.append(
             f"goodput {number(measurements, 'request_goodput'):.2f} requests/s; "
-            f"{ours['attainment'] or 0:.1%} of what was asked met its targets"
+            f"{ours['attainment'] or 0:.1%} of requests met their targets"
         )
     used, late = ours["client"]["cpu_of_a_core"], ours["client"]["delay_p99_ms"]
-    lines.append(f"this client needed {used:.1%} of a core and woke up {late:.1f} ms late at p99")
+    lines.append(f"this client used {used:.1%} of a core and woke up {late:.1f} ms late at p99")
     table = console.table(["MS", "MEAN", *(f"P{part}" for part in quantiles)], rows(measurements, quantiles))
     parts = ours["parts_ms"]
     if parts:
         split = [[name, *(f"{values[f'p{part}']:.1f}" for part in (50, 90, 99))] for name, values in parts.items()]
-        table += "\n\n" + console.table(["WHERE THE TIME WENT, MS", "P50", "P90", "P99"], split)
+        table += "\n\n" + console.table(["TIME BY PHASE, MS", "P50", "P90", "P99"], split)
     return "\n".join([*lines, "", table, *_over_runs(ours)])
 
 
 def _over_runs(ours: dict[str, object]) -> list[str]:
-    """Means of repeats with their intervals."""
+    """Means over the repeats with their intervals."""
     repeats = ours.get("repeats")
     if not isinstance(repeats, dict):
         return []
@@ -85,7 +85,7 @@ def _over_runs(ours: dict[str, object]) -> list[str]:
 
 
 def page(measurements: Measurements, title: str, quantiles: Sequence[int], note: str = "") -> str:
-    """A whole HTML page of one result."""
+    """A complete HTML page of one result."""
     summary = (
         f"{measurements['completed']} answered, {measurements['failed']} failed; "
         f"{number(measurements, 'request_throughput'):.2f} requests/s, "
@@ -100,15 +100,15 @@ def page(measurements: Measurements, title: str, quantiles: Sequence[int], note:
 
 
 def comparison(results: dict[str, Measurements], ratios: list[list[str]], title: str) -> str:
-    """A whole HTML page of two results; `ratios`: rows of the table that the command prints."""
+    """A complete HTML page of two results; `ratios`: rows of the table that the command prints."""
     head = ["", *results, "ratio", "95%", "of the first"]
-    return _page(title, "", "Times in milliseconds; rates a second.", _table(head, ratios), cdfs(results))
+    return _page(title, "", "Times are in milliseconds, rates per second.", _table(head, ratios), cdfs(results))
 
 
 def curves(
     found: Sequence[Curves], title: str, summary: str, table: tuple[list[str], list[list[str]]], note: str = ""
 ) -> str:
-    """A whole HTML page of measured curves, with the table that the command prints."""
+    """A complete HTML page of measured curves, with the table that the command prints."""
     plots = {each.title: curve(each) for each in found if each.places}
     return _page(title, note, summary, _table(*table), plots)
 
@@ -118,7 +118,7 @@ def _page(title: str, note: str, summary: str, table: str, plots: dict[str, str]
     drawn = "".join(f"<h2>{html.escape(name)}</h2>{plot}" for name, plot in plots.items() if plot)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        # An icon of its own: browsers ask the server for one otherwise.
+        # An empty icon: browsers otherwise request one from the server.
         '<link rel="icon" href="data:,">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head><body>'
         f"<h1>{html.escape(title)}</h1>{marked}<p>{html.escape(summary)}</p>{table}{drawn}</body></html>\n"
@@ -132,10 +132,10 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def cdfs(results: dict[str, Measurements]) -> dict[str, str]:
-    """A plot for each of TTFT, ITL and E2E, with a line for each result."""
+    """One plot each for TTFT, ITL and E2E, with one line per result."""
     found = {name: series(measurements) for name, measurements in results.items()}
     plots = {}
-    for metric in ("Time to first token", "Between tokens", "Whole answer"):
+    for metric in ("Time to first token", "Inter-token latency", "End-to-end latency"):
         lines = {name: values[metric] for name, values in found.items() if values[metric]}
         if lines:
             plots[f"{metric}, cumulative"] = cdf(lines)

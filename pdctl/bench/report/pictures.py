@@ -1,4 +1,4 @@
-"""Plots as PNG files, by matplotlib: of one result, or of several beside each other."""
+"""Plots as PNG files, made with matplotlib, of one result or of several together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from pdctl.bench.metrics import Measurements, percentile
+from pdctl.bench.measurements import Measurements, percentile
 from pdctl.bench.report.observations import Curves, in_rows, on_engines, sampled, series, spans
 
 if TYPE_CHECKING:
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 _SIZE = (7.0, 3.2)
 _DPI = 130
-_FILES = {"Time to first token": "ttft", "Between tokens": "itl", "Whole answer": "e2e"}
-_OVER_TIME = {"running": "requests running", "kv_used": "part of KV in use", "leases": "leases on KV"}
+_FILES = {"Time to first token": "ttft", "Inter-token latency": "itl", "End-to-end latency": "e2e"}
+_OVER_TIME = {"running": "requests running", "kv_used": "fraction of KV in use", "leases": "leases on KV"}
 
 
 def pictures(folder: Path, results: dict[str, Measurements]) -> list[str]:
-    """Names of the files written. Raises OSError."""
+    """Write the plots and return their file names. Raises OSError."""
     found = []
     shown = {name: series(measurements) for name, measurements in results.items()}
     for metric, file in _FILES.items():
@@ -33,7 +33,7 @@ def pictures(folder: Path, results: dict[str, Measurements]) -> list[str]:
 
 
 def curve_pictures(folder: Path, found: dict[str, Curves]) -> list[str]:
-    """Measured curves by the name of their file; names of the files written. Raises OSError."""
+    """Write curves, given by file name, and return the names of the files. Raises OSError."""
     return [_curve(folder / f"{name}.png", curves) for name, curves in found.items() if curves.places]
 
 
@@ -56,7 +56,7 @@ def _lanes(path: Path, measurements: Measurements) -> list[str]:
     for number, (name, stretches) in enumerate(engines.items()):
         for place, row in enumerate(in_rows(stretches)):
             bars = [(begin - start, end - begin) for begin, end in row]
-            # Its name stands in the legend once.
+            # One legend entry per engine.
             axes.broken_barh(bars, (at, 0.8), facecolors=f"C{number}", label="_" if place else name)
             at += 1
     axes.set_yticks([])
@@ -64,7 +64,7 @@ def _lanes(path: Path, measurements: Measurements) -> list[str]:
 
 
 def _cdf(path: Path, title: str, lines: dict[str, list[float]]) -> str:
-    figure, axes = _axes(f"{title}, ms", "part of all")
+    figure, axes = _axes(f"{title}, ms", "fraction")
     most = max(percentile(values, 99.5) for values in lines.values())
     for name, values in lines.items():
         ordered = sorted(values)
@@ -97,7 +97,7 @@ def _axes(below: str, left: str) -> tuple[Figure, Axes]:
 def _saved(
     figure: Figure, axes: Axes, path: Path, is_named: bool, limits: tuple[float | None, float | None] = (0, None)
 ) -> str:
-    # After the lines are drawn: limits that are set before are kept, whatever comes.
+    # After drawing: limits set earlier would not adapt to the data.
     bottom, top = limits
     axes.set_ylim(bottom, top)
     if is_named:

@@ -1,4 +1,4 @@
-"""Plots as SVG, for pages that fetch nothing and run nothing."""
+"""Plots as SVG, for pages without scripts and external files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import html
 from collections.abc import Sequence
 from itertools import cycle
 
-from pdctl.bench.metrics import percentile
+from pdctl.bench.measurements import percentile
 from pdctl.bench.report.observations import Curves, Stretch, in_rows, joined
 
 _COLOURS = ("#0b6e99", "#c2571a", "#3d7a3d", "#7a3d7a", "#8a6d00", "#b0325f", "#4a5568", "#00806a")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 68, 28
-# More points than this are not seen in a plot.
+# More points than this cannot be distinguished in a plot.
 _MOST_POINTS = 400
-# More than these run into each other on a phone.
+# More labels than this would overlap on a phone.
 _MOST_TICKS = 7
 
 
 def over_time(times: list[float], lines: dict[str, list[float | None]], is_part: bool = False) -> str:
-    """A line for each engine; broken where nothing was known."""
+    """One line per engine, with gaps where values are unknown."""
     most = max((value for values in lines.values() for value in values if value is not None), default=0.0) or 1.0
     last = max(times[-1], 1e-9)
     drawn = []
@@ -42,7 +42,7 @@ def _pieces(times: list[float], values: list[float | None]) -> list[list[tuple[f
 
 
 def cdf(lines_of: dict[str, list[float]]) -> str:
-    """Part of all that took at most so many milliseconds; up to the 99.5th percentile of the slowest series."""
+    """Cumulative distribution in milliseconds, up to the 99.5th percentile of the slowest series."""
     most = max((percentile(values, 99.5) for values in lines_of.values() if values), default=0.0) or 1.0
     lines = []
     for colour, values in zip(cycle(_COLOURS), lines_of.values(), strict=False):
@@ -55,8 +55,7 @@ def cdf(lines_of: dict[str, list[float]]) -> str:
 
 
 def timeline(spans: Sequence[tuple[float, float, float]]) -> str:
-    """Each request a line from its sending to its end, darker from its first token on. `spans`: sent, first token,
-    end."""
+    """One bar per request from sending to its end, darker from the first token on. `spans`: sent, first token, end."""
     if not spans:
         return ""
     spans = spans[:: max(1, len(spans) // _MOST_POINTS)]
@@ -72,8 +71,8 @@ def timeline(spans: Sequence[tuple[float, float, float]]) -> str:
 
 
 def lanes(engines: dict[str, list[Stretch]], first: float) -> str:
-    """Each engine a band of rows in its colour, each request a bar in a row while it was there. `first`: when the first
-    request was sent."""
+    """One band of rows per engine, with one bar per request for its time on the engine. `first`: when the first request
+    was sent."""
     bands = [in_rows(stretches) for stretches in engines.values()]
     if not any(bands):
         return ""
@@ -89,7 +88,7 @@ def lanes(engines: dict[str, list[Stretch]], first: float) -> str:
             at += 1
         y = at * height
         bars.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - 8}" y2="{y:.1f}" stroke="#999"/>')
-    note = "answered requests, at the engines that ended them"
+    note = "answered requests, on the engines that finished them"
     return _framed("".join(bars), f"{width:.4g} s", "", list(engines), note)
 
 
@@ -102,7 +101,7 @@ def _bar(begin: float, end: float, y: float, height: float, colour: str) -> str:
 
 
 def curve(curves: Curves) -> str:
-    """Lines through measured points; across they stand evenly, in order of their values."""
+    """Lines through measured points. The x values are evenly spaced, in order."""
     values = curves.places
     most = max((up for line in curves.lines.values() for _, up in line), default=0.0) or 1.0
     drawn = []
@@ -154,7 +153,7 @@ def _framed(
 
 
 def _grid(floor: int) -> str:
-    """Quarters of both axes."""
+    """Grid lines at the quarters of both axes."""
     across = "".join(
         f'<line x1="{_LEFT}" y1="{floor * n / 4}" x2="{_WIDTH - 8}" y2="{floor * n / 4}"/>' for n in range(4)
     )
@@ -163,7 +162,7 @@ def _grid(floor: int) -> str:
 
 
 def _legend(names: Sequence[str]) -> str:
-    """Each name in its line's colour, with a mark before it."""
+    """The names, each in the colour of its line and with a marker."""
     return "".join(
         f'<span style="color:{colour}">\u25ac\u00a0{html.escape(name)}</span> '
         for name, colour in zip(names, cycle(_COLOURS), strict=False)

@@ -1,4 +1,4 @@
-"""`pdctl bench`: what a service does under load, as its clients see it."""
+"""`pdctl bench`: measure a service under load, as its clients experience it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from pdctl.errors import PdctlError
 
 if TYPE_CHECKING:
     from pdctl.bench.client import Endpoint, Run
-    from pdctl.bench.metrics import Measurements, Targets
+    from pdctl.bench.measurements import Measurements, Targets
 
-app = typer.Typer(help="Measure a service, and compare results.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Measure a service under load and compare results.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()
@@ -35,19 +35,24 @@ app = typer.Typer(help="Measure a service, and compare results.", no_args_is_hel
 def serve(
     context: typer.Context,
     load: Load,
-    url: str = typer.Argument(None, help="The service's address. Default: the running pdctl service's."),
-    model: str = typer.Option("", "--model", help="Default: the first that the service lists."),
+    url: str = typer.Argument(None, help="Service URL. Default: the running pdctl service."),
+    model: str = typer.Option("", "--model", help="Model name. Default: the first model that the service lists."),
     key: str = typer.Option(
-        "", "--key", envvar=["PDCTL_API_KEY", "OPENAI_API_KEY"], help="API key.", show_default=False
+        "", "--key", envvar=["PDCTL_API_KEY", "OPENAI_API_KEY"], help="API key for the service.", show_default=False
     ),
-    repeats: int = typer.Option(1, "--repeats", min=1, max=30, help="The same load so often, with 95% intervals."),
-    out: Path | None = typer.Option(None, "--out", help="Write the result as JSON, as vllm bench serve does."),
-    page: Path | None = typer.Option(None, "--html", help="Write a page with plots."),
-    pictures: Path | None = typer.Option(None, "--png", help="Write plots into this folder."),
+    repeats: int = typer.Option(
+        1, "--repeats", min=1, max=30, help="Repeat the load N times and report 95% intervals."
+    ),
+    out: Path | None = typer.Option(
+        None, "--out", help="Write the result to this JSON file, in the format of vllm bench serve."
+    ),
+    page: Path | None = typer.Option(None, "--html", help="Write an HTML page with plots to this file."),
+    pictures: Path | None = typer.Option(None, "--png", help="Write plots as PNG files into this folder."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON on stdout."),
 ) -> None:
-    """Put load on a service and measure it. Ctrl-C ends it and keeps what there is. Exit 1: nothing was answered."""
-    from pdctl.bench.metrics import measurements, over_runs, pooled
+    """Put load on a service and measure it. Ctrl-C ends the run and keeps the results so far. Exit code 1: no request
+    was answered."""
+    from pdctl.bench.measurements import measurements, over_runs, pooled
 
     targets = load.targets
     load.check(given_options(context))
@@ -71,7 +76,7 @@ def serve(
     _show(found, targets, run, len(asked) * repeats, as_json)
     _keep(found, run, len(asked) * repeats, out, page, pictures)
     if not found["completed"]:
-        raise PdctlError("no request was answered", "see the reasons above")
+        raise PdctlError("no request was answered", "see the errors above")
 
 
 def _labelled(found: Measurements, endpoint: Endpoint, load: Load, count: int) -> Measurements:
@@ -91,18 +96,18 @@ def _labelled(found: Measurements, endpoint: Endpoint, load: Load, count: int) -
 
 
 def _doubts(run: Run, count: int) -> str:
-    """What a reader of the figures must know."""
-    from pdctl.bench.metrics import bottleneck
+    """Caveats that a reader of the measurements must know."""
+    from pdctl.bench.measurements import bottleneck
 
     note = f"interrupted: {len(run.records)} of {count} requests were sent" if run.was_interrupted else ""
     doubt = bottleneck(run)
     without = sum(not record.has_usage for record in run.records if record.is_good)
-    counted = f"{without} answers told no usage: their tokens are counted as events" if without else ""
+    counted = f"{without} answers reported no usage: each event is counted as one token" if without else ""
     return "; ".join(filter(None, [note, f"the client was the bottleneck: {doubt}" if doubt else "", counted]))
 
 
 def _show(found: Measurements, targets: Targets, run: Run, count: int, as_json: bool) -> None:
-    from pdctl.bench.metrics import QUANTILES
+    from pdctl.bench.measurements import QUANTILES
     from pdctl.bench.report import page as report
 
     console.out(json.dumps(found) if as_json else report.text(found, targets, QUANTILES))
@@ -115,7 +120,7 @@ def _show(found: Measurements, targets: Targets, run: Run, count: int, as_json: 
 def _keep(
     found: Measurements, run: Run, count: int, out: Path | None, page: Path | None, pictures: Path | None
 ) -> None:
-    from pdctl.bench.metrics import QUANTILES
+    from pdctl.bench.measurements import QUANTILES
     from pdctl.bench.report import page as report
 
     if out is not None:

@@ -1,4 +1,4 @@
-"""`pdctl bench chaos`: load on the running service while its processes are killed and frozen."""
+"""`pdctl bench chaos`: put load on the running service while its processes are killed and frozen."""
 
 from __future__ import annotations
 
@@ -17,101 +17,114 @@ import typer
 from pdctl import console
 from pdctl.commands.bench.load import endpoint_of, vocabulary
 from pdctl.commands.bench.watch import Leaks
-from pdctl.commands.common import STATE, FileOption, JsonOption, ServiceOption, Status, call, find_service
+from pdctl.commands.common import FileOption, JsonOption, ServiceOption, control, find_service
 from pdctl.errors import NotAnswering, NotRunning, PdctlError, Verdict
 
 if TYPE_CHECKING:
     from pdctl.bench import Asked
-    from pdctl.bench.chaos import Difference, Seen
+    from pdctl.bench.chaos import Difference, Observations
     from pdctl.bench.client import Endpoint
+    from pdctl.control_api import ServiceStatus
 
 _FAULTS = ("kill", "freeze")
 _LOOK_S = 0.1
 _ANSWER_S = 600.0
-# Leases of the last requests end with them, give or take a message.
+# The leases of the last requests may outlive them by this long, seconds.
 _LEASES_S = 5.0
-# Not a process of the topology: the one that looks after them.
+# The supervisor is no process of the topology, but it can be killed too.
 SUPERVISOR = "supervisor"
 
 
 def chaos(
-    seconds: float = typer.Option(60.0, "--for", min=1.0, help="How long, seconds."),
+    seconds: float = typer.Option(60.0, "--for", min=1.0, help="Duration in seconds."),
     every: float = typer.Option(20.0, "--every", min=0.5, help="Seconds between faults."),
     faults: list[str] = typer.Option(
-        ["kill:prefill", "kill:decode"], "--fault", help="kill: or freeze: and a GROUP, proxy or supervisor; several."
+        ["kill:prefill", "kill:decode"],
+        "--fault",
+        help="Fault: kill:TARGET or freeze:TARGET; a target is an engine group, proxy or supervisor. Repeatable.",
     ),
-    frozen: float = typer.Option(3.0, "--frozen", min=0.1, help="Seconds that a frozen process stands still."),
-    streams: int = typer.Option(8, "--streams", min=1, help="Clients, each asking again when it is answered."),
-    prompts: int = typer.Option(16, "--prompts", min=1, help="Different requests."),
-    inputs: str = typer.Option("100", "--input", help="Tokens of a prompt."),
-    outputs: str = typer.Option("48", "--output", help="Tokens of an answer."),
-    back_within: float = typer.Option(120.0, "--back-within", min=1.0, help="Seconds a process has to be ready again."),
-    seed: int = typer.Option(0, "--seed", help="The same seed asks and breaks the same."),
+    frozen: float = typer.Option(3.0, "--frozen", min=0.1, help="Seconds that a frozen process stays frozen."),
+    streams: int = typer.Option(
+        8, "--streams", min=1, help="Concurrent clients; each sends its next request when the last one is answered."
+    ),
+    prompts: int = typer.Option(16, "--prompts", min=1, help="Number of different requests."),
+    inputs: str = typer.Option("100", "--input", help="Prompt length in tokens."),
+    outputs: str = typer.Option("48", "--output", help="Answer length in tokens."),
+    back_within: float = typer.Option(
+        120.0, "--back-within", min=1.0, help="Seconds within which a process must be ready again."
+    ),
+    seed: int = typer.Option(0, "--seed", help="Random seed: same seed, same requests and faults."),
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
     as_json: bool = JsonOption,
 ) -> None:
-    """Break the running service's processes under load, and check its promises: nothing failed, nothing wrong, nothing
-    leaked. Exit code 1 if one of them was not kept. Only for a service whose clients may notice."""
-    from pdctl.bench.chaos import Seen
+    """Kill and freeze the running service's processes under load, and check its promises: no failed request, no wrong
+    answer, no leaked lease. Exit code 1: a promise was broken. Do not use it on a service in production."""
+    from pdctl.adapters import dialect
+    from pdctl.bench.chaos import Observations
     from pdctl.bench.workload import lengths, synthetic
 
     name = find_service(service, file)
-    status = call(name, "GET", STATE)
-    names = [*(process["name"] for process in status["processes"]), SUPERVISOR]
+    status = control(name).status(measurements=False)
+    names = [*(process.name for process in status.processes), SUPERVISOR]
     rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
-    _check(faults, names, rng, Path(status["run_dir"]))
+    _check(faults, names, rng, Path(status.run_dir))
     if seconds <= every:
         raise PdctlError(f"--for {seconds:g} ends before the first fault", f"more than --every {every:g}")
-    endpoint = endpoint_of(str(status["proxy_url"]), "", "", ignore_eos=True, timeout=_ANSWER_S)
+    endpoint = endpoint_of(status.proxy_url, "", "", ignore_eos=True, timeout=_ANSWER_S)
     into, out = lengths(inputs, "--input"), lengths(outputs, "--output")
     asked = synthetic(prompts, into, out, vocabulary(endpoint), rng)
     texts, gaps = _in_quiet(endpoint, asked, streams)
     if unsteady := texts.count(None):
         mark = console.paint("warning:", "yellow", sys.stderr)
-        console.note(f"{mark} {unsteady} of {prompts} greedy requests are answered now so, now so, in quiet already; "
-                     "their answers are not compared")  # fmt: skip
-    seen, leaked = Seen(quiet_gaps=gaps), Leaks()
-    # The builtin engine promises what others do not: the same answer, whatever runs beside it.
-    if all(process["kind"] in ("builtin", "proxy") for process in status["processes"]):
-        seen.unsteady = unsteady
-    schedule = _Schedule(name, faults, seconds, every, frozen, back_within, rng, str(status["source"]))
+        console.note(f"{mark} {unsteady} of {prompts} greedy requests gave different answers before any fault was "
+                     "injected; their answers are not compared")  # fmt: skip
+    observed, leaked = Observations(quiet_gaps=gaps), Leaks()
+    engine_kinds = {process.kind for process in status.processes} - {"proxy"}
+    if all(dialect(kind).deterministic for kind in engine_kinds):
+        observed.unsteady = unsteady
+    schedule = _Schedule(name, faults, seconds, every, frozen, back_within, rng, status.source)
     try:
-        asyncio.run(_under_load(endpoint, asked, texts, streams, seen, schedule, leaked))
+        asyncio.run(_under_load(endpoint, asked, texts, streams, observed, schedule, leaked))
     except KeyboardInterrupt:
-        console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} interrupted; this is what was seen until then")
+        console.note(f"{console.paint('warning:', 'yellow', sys.stderr)} interrupted; these are the results so far")
     leaks = _leaks(name)
-    tokens = _differences(endpoint, seen)
+    tokens = _differences(endpoint, observed)
     if as_json:
-        console.out(json.dumps(_measurements(seen, tokens, leaked, leaks), indent=2))
+        console.out(json.dumps(_measurements(observed, tokens, leaked, leaks), indent=2))
     else:
-        _tell(seen, tokens, leaked, leaks)
-    raise Verdict(1 if seen.broken or leaks else 0)
+        _tell(observed, tokens, leaked, leaks)
+    raise Verdict(1 if observed.broken or leaks else 0)
 
 
 def _in_quiet(endpoint: Endpoint, asked: list[Asked], streams: int) -> tuple[list[str | None], list[float]]:
-    """What each is answered while nothing is broken (None: now this, now that), and the gaps between tokens. Raises
+    """The answer to each request before any fault (None: answers differed), and the gaps between tokens. Raises
     PdctlError."""
     from pdctl.bench.chaos import expected
 
-    console.note(f"asking {len(asked)} requests in quiet, {streams} at once ...")
+    console.note(f"sending {len(asked)} requests without faults, {streams} at once ...")
     try:
         return asyncio.run(expected(endpoint, asked, streams))
     except ValueError as failure:
-        raise PdctlError(f"in quiet already: {failure}", "pdctl status, pdctl logs") from None
+        raise PdctlError(f"failed before any fault was injected: {failure}", "see: pdctl status, pdctl logs") from None
 
 
 async def _under_load(
-    endpoint: Endpoint, asked: list[Asked], texts: list[str | None], streams: int, seen: Seen, schedule: _Schedule,
+    endpoint: Endpoint,
+    asked: list[Asked],
+    texts: list[str | None],
+    streams: int,
+    observed: Observations,
+    schedule: _Schedule,
     leaked: Leaks,
-) -> None:  # fmt: skip
-    """However it ends, nothing more is broken afterwards: threads do not end with their task."""
+) -> None:
+    """Run load, faults and the leak watch. However it ends, no fault follows: threads do not end with their task."""
     from pdctl.bench.chaos import load
 
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(load(endpoint, asked, texts, streams, seen, lambda: schedule.is_over))
-            tasks.create_task(asyncio.to_thread(schedule.carry_out, seen))
+            tasks.create_task(load(endpoint, asked, texts, streams, observed, lambda: schedule.is_over))
+            tasks.create_task(asyncio.to_thread(schedule.carry_out, observed))
             tasks.create_task(asyncio.to_thread(leaked.watch, schedule.service, schedule.wait))
     finally:
         schedule.stop()
@@ -124,15 +137,15 @@ def _check(faults: list[str], names: list[str], rng: random.Random, run_dir: Pat
     for word in faults:
         what = word.partition(":")[0]
         if what not in _FAULTS or pick(names, [word], rng) is None:
-            hint = f"such as kill:decode; groups here: {', '.join(sorted({n.rpartition('-')[0] or n for n in names}))}"
-            raise PdctlError(f"--fault {word!r} breaks nothing here", hint)
+            hint = f"such as kill:decode; groups: {', '.join(sorted({n.rpartition('-')[0] or n for n in names}))}"
+            raise PdctlError(f"--fault {word!r} does not match this service", hint)
         if word.endswith(f":{SUPERVISOR}") and (what != "kill" or read_adoptable(run_dir) is None):
-            hint = 'kill:supervisor, and on_supervisor_death = "survive" under [supervisor]'
-            raise PdctlError(f"--fault {word!r}: this service ends with its supervisor", hint)
+            hint = 'only kill:supervisor works, and only with on_supervisor_death = "survive" under [supervisor]'
+            raise PdctlError(f"--fault {word!r}: this service stops with its supervisor", hint)
 
 
 class _Schedule:
-    """One fault after another, each when the service is whole again. Runs in a thread of its own."""
+    """Injects one fault after another, each after the service has recovered. Runs in its own thread."""
 
     def __init__(
         self, service: str, faults: list[str], seconds: float, every: float, frozen: float, back_s: float,
@@ -146,60 +159,60 @@ class _Schedule:
 
     @property
     def is_over(self) -> bool:
-        """Whether the load may end."""
+        """Whether the load can stop."""
         return self._over.is_set()
 
     def wait(self, seconds: float) -> bool:
-        """So long, or until it is over; whether it is."""
+        """Wait that many seconds, or until the schedule is over. Returns whether it is over."""
         return self._over.wait(seconds)
 
     def stop(self) -> None:
-        """No further fault."""
+        """Inject no further fault."""
         self._over.set()
 
-    def carry_out(self, seen: Seen) -> None:
-        """Until the time is over; what was broken last is waited for."""
+    def carry_out(self, observed: Observations) -> None:
+        """Inject faults until the time is over, and wait for the last recovery."""
         try:
             next_at = time.monotonic() + self._every
             while next_at < self._end and not self.wait(max(0.0, next_at - time.monotonic())):
-                self._one(seen)
-                # Not in step with anything that happens every so many seconds.
+                self._one(observed)
+                # Jitter, so that faults do not coincide with anything periodic.
                 next_at = max(next_at + self._every * self._rng.uniform(0.9, 1.1), time.monotonic())
             self.wait(max(0.0, self._end - time.monotonic()))
         finally:
             self._over.set()
 
-    def _one(self, seen: Seen) -> None:
+    def _one(self, observed: Observations) -> None:
         from pdctl.bench.chaos import Fault, carry_out, pick
 
-        # One that was given up has no pid: nothing of it can be broken, and it has been told of.
+        # A process that the supervisor has given up has no pid, and cannot be broken again.
         status = self._status()
-        pids_of = {process["name"]: int(process["pid"]) for process in status["processes"] if process["pid"]}
+        pids_of = {process.name: process.pid for process in status.processes if process.pid} if status else {}
         chosen = pick([*sorted(pids_of), *([SUPERVISOR] if pids_of else [])], self._faults, self._rng)
-        if chosen is None:
+        if chosen is None or status is None:
             return
         what, name = chosen
-        pids = (int(status["supervisor_pid"]),) if name == SUPERVISOR else _tree(pids_of[name])
+        pids = (status.supervisor_pid,) if name == SUPERVISOR else _tree(pids_of[name])
         fault = Fault(what, name, pids)
         began = time.monotonic()
-        seen.faults.append(fault)
-        seen.fault_times.append(began)
-        console.note(f"{what} {name}; so far {seen.answered} answered, {sum(seen.failed.values())} failed, "
-                     f"{seen.wrong} wrong")  # fmt: skip
+        observed.faults.append(fault)
+        observed.fault_times.append(began)
+        console.note(f"{what} {name}; so far {observed.answered} answered, {sum(observed.failed.values())} failed, "
+                     f"{observed.wrong} wrong")  # fmt: skip
         carry_out(fault, self._frozen, self.wait)
         if name == SUPERVISOR:
             seconds = self._taken_over(began)
         else:
             seconds = self._ready_again(name, fault.pids[0] if what == "kill" else 0, began)
-        # Where we were told to stop, nobody knows whether it would have come back.
+        # If the wait was cut short by a stop, it is unknown whether the process would have recovered.
         if seconds is not None or not self._over.is_set():
-            seen.recovered.append(seconds)
+            observed.recovered.append(seconds)
 
     def _taken_over(self, began: float) -> float | None:
-        """Start pdctl again, as its user or systemd would."""
+        """Start pdctl again, as its user or systemd would. Returns the seconds since the fault, None on failure."""
         words = ["up", "-d", *(["-f", self._source] if Path(self._source).is_file() else [])]
         try:
-            # Out of the terminal's reach: a Ctrl-C must not leave the service without a supervisor.
+            # In its own session: Ctrl-C must not leave the service without a supervisor.
             done = subprocess.run(
                 [sys.executable, "-m", "pdctl", *words], capture_output=True, timeout=self._back_s, check=False,
                 start_new_session=True,
@@ -210,18 +223,19 @@ class _Schedule:
 
     def _ready_again(self, name: str, old_pid: int, began: float) -> float | None:
         while time.monotonic() - began < self._back_s and not self.is_over:
-            now = next((p for p in self._status()["processes"] if p["name"] == name), None)
-            if now is not None and now["state"] == "ready" and now["pid"] != old_pid:
+            status = self._status()
+            now = status.process(name) if status is not None else None
+            if now is not None and now.state == "ready" and now.pid != old_pid:
                 return time.monotonic() - began
             self.wait(_LOOK_S)
         return None
 
-    def _status(self) -> Status:
-        """Without processes where no supervisor answers."""
+    def _status(self) -> ServiceStatus | None:
+        """The service's status; without processes if no supervisor answers."""
         try:
-            return call(self.service, "GET", STATE)
+            return control(self.service).status(measurements=False)
         except (NotRunning, NotAnswering):
-            return {"processes": []}
+            return None
 
 
 def _tree(pid: int) -> tuple[int, ...]:
@@ -235,21 +249,21 @@ def _tree(pid: int) -> tuple[int, ...]:
 
 
 def _leaks(service: str) -> list[str]:
-    """Leases that are left a little after the last request has ended, or why that is not known."""
+    """Leases that remain shortly after the last request, or why that is unknown."""
     deadline = time.monotonic() + _LEASES_S
     while True:
         try:
-            found = call(service, "GET", "/v1/kv")
+            found = control(service).leases()
         except PdctlError as failure:
             return [f"not known: {failure.message}"]
-        left = [f"{lease['engine']}: {lease['id']}, {lease['blocks']} blocks" for lease in found["leases"]]
+        left = [f"{lease.engine}: {lease.id}, {lease.blocks} blocks" for lease in found.leases]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(_LOOK_S)
 
 
-def _differences(endpoint: Endpoint, seen: Seen) -> Difference:
-    """In tokens as the service cuts texts, or in words where it does not or no longer answers."""
+def _differences(endpoint: Endpoint, observed: Observations) -> Difference:
+    """Differences in tokens of the service, or in words if the service does not tokenize or no longer answers."""
     from pdctl.bench.chaos import Difference, difference
     from pdctl.bench.client import tokenized
 
@@ -264,76 +278,79 @@ def _differences(endpoint: Endpoint, seen: Seen) -> Difference:
             return []
 
     found = Difference()
-    for pair in seen.differing:
+    for pair in observed.differing:
         ids = [cut(text) for text in pair]
-        # Both in one way, or their numbers mean nothing.
+        # Cut both texts the same way: otherwise the counts mean nothing.
         whole = all(cut_ or not text for cut_, text in zip(ids, pair, strict=True))
         found += difference(*ids) if whole else difference(*(text.split() for text in pair))
     return found
 
 
-def _by_fault(seen: Seen) -> dict[str, list[float | None]]:
-    """Seconds to recover, by what was done to which group."""
+def _by_fault(observed: Observations) -> dict[str, list[float | None]]:
+    """Seconds to recover, by fault and group."""
     found: dict[str, list[float | None]] = {}
-    for fault, seconds in zip(seen.faults, seen.recovered, strict=False):
+    for fault, seconds in zip(observed.faults, observed.recovered, strict=False):
         group = fault.name.rpartition("-")[0] or fault.name
         found.setdefault(f"{fault.what} {group}", []).append(seconds)
     return found
 
 
-def _measurements(seen: Seen, tokens: Difference, leaked: Leaks, leaks: list[str]) -> dict[str, object]:
-    """As `--json` prints them. Times in seconds."""
-    from pdctl.bench.metrics import percentile
+def _measurements(observed: Observations, tokens: Difference, leaked: Leaks, leaks: list[str]) -> dict[str, object]:
+    """The results as `--json` prints them. Times are in seconds."""
+    from pdctl.bench.measurements import percentile
 
-    back = [seconds for seconds in seen.recovered if seconds is not None]
+    back = [seconds for seconds in observed.recovered if seconds is not None]
     return {
-        "faults": len(seen.faults),
-        "answered": seen.answered,
-        "failed": seen.failed,
-        "truncated": seen.truncated,
-        "unsteady": seen.unsteady,
-        "compared": seen.compared,
-        "wrong": seen.wrong,
+        "faults": len(observed.faults),
+        "answered": observed.answered,
+        "failed": observed.failed,
+        "truncated": observed.truncated,
+        "unsteady": observed.unsteady,
+        "compared": observed.compared,
+        "wrong": observed.wrong,
         "tokens": {"lost": tokens.lost, "repeated": tokens.repeated, "other": tokens.other},
         "leases_left": leaks,
         "leaked_block_s": leaked.block_seconds,
         "leaked_most_blocks": leaked.most_blocks,
         "leak_looks": leaked.looks,
-        "by_fault": {name: {"faults": len(all_), "ready_again_s": all_} for name, all_ in _by_fault(seen).items()},
-        "pause_s": {f"p{part}": percentile(seen.pauses, part) for part in (50, 99, 100)},
-        "quiet_gap_s": {f"p{part}": percentile(seen.quiet_gaps, part) for part in (50, 99, 100)},
+        "by_fault": {name: {"faults": len(all_), "ready_again_s": all_} for name, all_ in _by_fault(observed).items()},
+        "pause_s": {f"p{part}": percentile(observed.pauses, part) for part in (50, 99, 100)},
+        "quiet_gap_s": {f"p{part}": percentile(observed.quiet_gaps, part) for part in (50, 99, 100)},
         "ready_again_s": {f"p{part}": percentile(back, part) for part in (50, 100)},
-        "broken": _broken(seen, leaks),
+        "broken": _broken(observed, leaks),
     }
 
 
-def _broken(seen: Seen, leaks: list[str]) -> list[str]:
-    return [*seen.broken, *([f"{len(leaks)} leases are left"] if leaks else [])]
+def _broken(observed: Observations, leaks: list[str]) -> list[str]:
+    return [*observed.broken, *([f"{len(leaks)} leases were not released"] if leaks else [])]
 
 
-def _tell(seen: Seen, tokens: Difference, leaked: Leaks, leaks: list[str]) -> None:
-    """For people."""
-    console.out(f"{len(seen.faults)} faults: {seen.answered} answered, {sum(seen.failed.values())} failed, "
-                f"{seen.truncated} cut, {seen.wrong} wrong, {len(leaks)} leases left")  # fmt: skip
-    console.out(f"tokens: {tokens.lost} lost, {tokens.repeated} twice, {tokens.other} others, in {seen.compared} "
-                "answers that were compared")  # fmt: skip
-    console.out(f"KV of holders that were gone: {leaked.block_seconds:.1f} block-seconds, {leaked.most_blocks} blocks "
-                f"at most, in {leaked.looks} looks")  # fmt: skip
+def _tell(observed: Observations, tokens: Difference, leaked: Leaks, leaks: list[str]) -> None:
+    """Print the results as text."""
+    failed = sum(observed.failed.values())
+    console.out(
+        f"{len(observed.faults)} faults: {observed.answered} answered, {failed} failed, "
+        f"{observed.truncated} truncated, {observed.wrong} wrong, {len(leaks)} leases not released"
+    )
+    changed = f"{tokens.lost} lost, {tokens.repeated} repeated, {tokens.other} different"
+    console.out(f"tokens: {changed}, in {observed.compared} compared answers")
+    console.out(f"leaked KV: {leaked.block_seconds:.1f} block-seconds, at most {leaked.most_blocks} blocks, in "
+                f"{leaked.looks} samples")  # fmt: skip
     console.out(console.table(["", "P50", "P99", "WORST"], [
-        _row("between tokens, in quiet", seen.quiet_gaps),
-        _row("longest silence of a stream that met a fault", seen.pauses),
+        _row("gap between tokens, without faults", observed.quiet_gaps),
+        _row("longest pause of a stream during a fault", observed.pauses),
         *(
-            _row(f"ready again after: {name}, {len(all_)} times", [s for s in all_ if s is not None])
-            for name, all_ in sorted(_by_fault(seen).items())
+            _row(f"time to ready after {name} ({len(all_)} times)", [s for s in all_ if s is not None])
+            for name, all_ in sorted(_by_fault(observed).items())
         ),
     ]))  # fmt: skip
-    for reason, count in sorted(seen.failed.items(), key=lambda entry: -entry[1])[:5]:
+    for reason, count in sorted(observed.failed.items(), key=lambda entry: -entry[1])[:5]:
         console.note(f"failed {count} times: {reason}")
-    for promise in _broken(seen, leaks):
+    for promise in _broken(observed, leaks):
         console.note(f"BROKEN: {promise}")
 
 
 def _row(title: str, seconds: list[float]) -> list[str]:
-    from pdctl.bench.metrics import percentile
+    from pdctl.bench.measurements import percentile
 
     return [title, *(f"{percentile(seconds, part):.2f} s" if seconds else "-" for part in (50, 99, 100))]

@@ -1,4 +1,4 @@
-"""`pdctl bench compare`: two results, or two topologies that are started in turn under one load."""
+"""`pdctl bench compare`: compare two results, or two topologies that are started in turn under the same load."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ import typer
 from pdctl import console
 from pdctl.commands.bench.keep import draw, drawing, write
 from pdctl.commands.bench.load import Load, endpoint_of, takes_load, vocabulary
-from pdctl.commands.common import STATE, call, find_service, given_options, running_services
+from pdctl.commands.common import control, find_service, given_options, running_services
 from pdctl.errors import PdctlError
 from pdctl.host.users import run_root
 
 if TYPE_CHECKING:
     from pdctl.bench.client import Run
     from pdctl.bench.compare import Ratio
-    from pdctl.bench.metrics import Measurements, Targets
+    from pdctl.bench.measurements import Measurements, Targets
 
-# Weights are loaded, a model may be made ready first.
+# A start loads weights and may convert the model first.
 _START_S, _STOP_S = 1800.0, 180.0
-# What a start that was interrupted gets to end by itself, before it is stopped.
+# An interrupted start gets this long to finish before it is killed, seconds.
 _HURRIED_S, _LOOK_S = 60.0, 0.1
 
 
@@ -39,22 +39,24 @@ _HURRIED_S, _LOOK_S = 60.0, 0.1
 def compare(
     context: typer.Context,
     load: Load,
-    first: Path = typer.Argument(..., help="A topology (.toml), or a result of bench serve --out."),
-    second: Path = typer.Argument(..., help="The one that it is compared with, of the same kind."),
-    rounds: int = typer.Option(3, "--rounds", min=1, max=30, help="Topologies: each is started so often, in turn."),
-    out: Path | None = typer.Option(None, "--out", help="Topologies: write both results into this folder."),
-    page: Path | None = typer.Option(None, "--html", help="Write a page with plots of both."),
-    pictures: Path | None = typer.Option(None, "--png", help="Write plots of both into this folder."),
+    first: Path = typer.Argument(..., help="Topology (.toml) or result file of bench serve --out."),
+    second: Path = typer.Argument(..., help="Topology or result file to compare with; same kind as the first."),
+    rounds: int = typer.Option(
+        3, "--rounds", min=1, max=30, help="With topologies: how many times each is started and measured."
+    ),
+    out: Path | None = typer.Option(None, "--out", help="With topologies: write both results into this folder."),
+    page: Path | None = typer.Option(None, "--html", help="Write an HTML page with plots of both to this file."),
+    pictures: Path | None = typer.Option(None, "--png", help="Write plots of both as PNG files into this folder."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON on stdout."),
 ) -> None:
-    """Ratios of two results, first over second, with 95% intervals. Of two topologies, each is started in turn, gets
-    the same load, and is stopped. Their services must not be running."""
+    """Print the ratios of two results, first over second, with 95% intervals. Two topologies are measured first: each
+    is started in turn, gets the same load, and is stopped. Their services must not be running."""
     if pictures is not None:
         drawing()
     targets, given = load.targets, given_options(context)
     kinds = {one.suffix == ".toml" for one in (first, second)}
     if len(kinds) > 1:
-        raise PdctlError(f"{first} and {second} are not of one kind", "two topologies (.toml), or two results")
+        raise PdctlError(f"{first} and {second} are of different kinds", "give two topologies (.toml), or two results")
     names = _titles(first, second)
     if kinds == {False}:
         _refuse_load_options(given)
@@ -71,7 +73,7 @@ def compare(
 
 
 def _titles(first: Path, second: Path) -> tuple[str, str]:
-    """Short, and different."""
+    """Short, distinct titles of the two files."""
     if first.stem != second.stem:
         return first.stem, second.stem
     named = [f"{path.parent.name}-{path.stem}".lstrip("-") for path in (first, second)]
@@ -82,18 +84,18 @@ _OF_RESULTS = {"first", "second", "goodput", "page", "pictures", "as_json"}
 
 
 def _refuse_load_options(given: dict[str, str]) -> None:
-    """Two results have been measured: nothing is asked again. Raises PdctlError."""
+    """Raise PdctlError for load options: two results are already measured."""
     for name, written in given.items():
         if name not in _OF_RESULTS:
-            raise PdctlError(f"{written} is for topologies; these are results", "leave it out")
+            raise PdctlError(f"{written} works only with topologies; these are results", "leave it out")
 
 
 # -- topologies --------------------------------------------------------------------------------------------
 
 
 def _measured(files: tuple[Path, Path], load: Load, rounds: int) -> tuple[Measurements, Measurements]:
-    """Each in turn, the order changing from round to round, so that a machine that grows slow is slow for both.
-    Interrupted, it goes by the rounds that are whole."""
+    """Measure both topologies in turn. The order alternates between rounds, so that a machine that slows down affects
+    both. After an interrupt, only complete rounds count."""
     for file in files:
         _refuse_running(file, find_service(None, file))
     whole: list[tuple[Run, Run]] = []
@@ -108,14 +110,14 @@ def _measured(files: tuple[Path, Path], load: Load, rounds: int) -> tuple[Measur
         if not whole:
             raise
         mark = console.paint("warning:", "yellow", sys.stderr)
-        console.note(f"{mark} interrupted: {len(whole)} of {rounds} rounds are whole, and these are told of")
+        console.note(f"{mark} interrupted: {len(whole)} of {rounds} rounds are complete; the results are for these")
     first, second = zip(*whole, strict=True)
     return _result(first, load.targets), _result(second, load.targets)
 
 
 def _result(runs: Sequence[Run], targets: Targets) -> Measurements:
-    """Of all rounds together, with each one's figures."""
-    from pdctl.bench.metrics import measurements, over_runs, pooled
+    """The measurements of all rounds together, with those of each round."""
+    from pdctl.bench.measurements import measurements, over_runs, pooled
 
     found = measurements(pooled(runs), targets)
     ours = found["pdctl"]
@@ -125,17 +127,17 @@ def _result(runs: Sequence[Run], targets: Targets) -> Measurements:
 
 
 def _refuse_running(file: Path, name: str) -> None:
-    """What runs already is somebody's, and not ours to stop. Raises PdctlError."""
+    """Raise PdctlError if the service is already running: it is in use, and not ours to stop."""
+    from pdctl.host.processes.presence import supervisor_of
     from pdctl.supervisor.rundir.adoption import read_adoptable
-    from pdctl.supervisor.rundir.presence import supervisor_of
 
     run_dir = run_root() / name
     if name in running_services() or supervisor_of(run_dir) is not None or read_adoptable(run_dir) is not None:
-        raise PdctlError(f"service {name!r} of {file} is running", f"end it first: pdctl down -s {name}")
+        raise PdctlError(f"service {name!r} of {file} is running", f"stop it first: pdctl down -s {name}")
 
 
 def _one(file: Path, load: Load) -> Run:
-    """Raises KeyboardInterrupt for one that was interrupted, when its service is down."""
+    """Start, measure and stop one topology. Raises KeyboardInterrupt after an interrupt, when the service is down."""
     with _service(file) as url:
         endpoint = endpoint_of(url, "", "", load.ignore_eos, load.timeout, load.chat)
         asked, times = load.requests(vocabulary(endpoint))
@@ -147,27 +149,27 @@ def _one(file: Path, load: Load) -> Run:
 
 @contextmanager
 def _service(file: Path) -> Iterator[str]:
-    """Its proxy's address, while it is up. Raises PdctlError with `up`'s own words."""
+    """Start the service, yield its proxy's URL, and stop it. Raises PdctlError with the message of `up`."""
     name = find_service(None, file)
     _refuse_running(file, name)
     is_up = False
     try:
         _pdctl(["up", "-d", "-f", str(file)], _START_S)
         is_up = True
-        yield str(call(name, "GET", STATE)["proxy_url"])
+        yield control(name).status(measurements=False).proxy_url
     finally:
-        # What was interrupted in starting must not stay either; what refused to start has said why.
+        # Also stop a service whose start was interrupted. If it refused to start, keep that error.
         with contextlib.nullcontext() if is_up else contextlib.suppress(PdctlError):
             _pdctl(["down", "-s", name], _STOP_S)
 
 
 def _pdctl(words: list[str], within_s: float) -> None:
-    """One verb, to its end. Ctrl-C is heard when it is over, or a while later: half a service must not be left.
+    """Run one verb to its end. Ctrl-C is held back until then, or for a while: half a service must not be left.
 
     Raises PdctlError, KeyboardInterrupt.
     """
     argv = [sys.executable, "-m", "pdctl", *words]
-    # In a session of its own: a terminal sends Ctrl-C to all of one.
+    # In its own session: a terminal sends Ctrl-C to the whole foreground process group.
     with (
         _held_back() as interrupted,
         subprocess.Popen(
@@ -184,21 +186,21 @@ def _pdctl(words: list[str], within_s: float) -> None:
 
 
 def _until_done(process: subprocess.Popen[str], deadline: float, interrupted: threading.Event) -> str | None:
-    """What it said; None where it is not done in time, which is soon after an interrupt."""
+    """What it wrote to stderr; None if it is not done in time. An interrupt shortens the time."""
     is_hurried = False
     while time.monotonic() < deadline:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=_LOOK_S)[1]
         if interrupted.is_set() and not is_hurried:
             is_hurried, deadline = True, min(deadline, time.monotonic() + _HURRIED_S)
-            console.note("interrupted: ending what was begun ...")
+            console.note("interrupted: waiting for the current step ...")
     return None
 
 
 @contextmanager
 def _held_back() -> Iterator[threading.Event]:
-    """Whether there was a Ctrl-C meanwhile; it is raised at the end. An exception could come between the start of a
-    process and the line that knows of it."""
+    """Hold back Ctrl-C and raise it at the end; the event tells whether there was one. A KeyboardInterrupt could
+    otherwise come between the start of a process and the assignment of its handle."""
     interrupted = threading.Event()
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
@@ -232,7 +234,7 @@ def _keep(
             write(out / f"{name}.json", json.dumps(measurements))
     both = dict(zip(names, results, strict=True))
     if page is not None:
-        write(page, report.comparison(both, _rows(results), " against ".join(names)))
+        write(page, report.comparison(both, _rows(results), " vs. ".join(names)))
     if pictures is not None:
         draw(pictures, both)
 
@@ -250,7 +252,7 @@ def _tell(results: tuple[Measurements, Measurements], names: tuple[str, str], as
 
     found = ratios(*results)
     if not found:
-        raise PdctlError("the two results have nothing in common that could be compared")
+        raise PdctlError("the two results have no measurement in common")
     if as_json:
         console.out(json.dumps([{**asdict(ratio), "verdict": ratio.verdict} for ratio in found], indent=2))
         return
@@ -261,7 +263,7 @@ def _tell(results: tuple[Measurements, Measurements], names: tuple[str, str], as
 
 
 def verdicts(found: list[Ratio], name: str) -> list[str]:
-    """Where the first is better, where it is worse, where nothing was shown."""
+    """Lines that name where the first is better, where it is worse, and where no difference was shown."""
     told = {
         f"{name} is better in": [r for r in found if r.is_shown and r.is_better],
         f"{name} is worse in": [r for r in found if r.is_shown and not r.is_better],

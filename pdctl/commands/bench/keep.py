@@ -1,4 +1,4 @@
-"""Where results of `pdctl bench` go besides the terminal."""
+"""Write results of `pdctl bench` to files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pdctl import console
 from pdctl.errors import PdctlError
 
 if TYPE_CHECKING:
-    from pdctl.bench.metrics import Measurements
+    from pdctl.bench.measurements import Measurements
     from pdctl.bench.report.observations import Curves
 
 
 def write(path: Path, text: str) -> None:
-    """Raises PdctlError."""
+    """Write a file and report its name. Raises PdctlError."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as failure:
@@ -24,22 +24,22 @@ def write(path: Path, text: str) -> None:
 
 
 def drawing() -> None:
-    """Raises PdctlError where plots cannot be drawn; asked before a run that takes minutes."""
+    """Raise PdctlError if plots cannot be drawn. Called before a run that takes minutes."""
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise PdctlError("--png needs matplotlib", "pip install 'pdctl[plots]'; or --html, which needs nothing")
+        raise PdctlError("--png needs matplotlib", "pip install 'pdctl[plots]', or use --html, which does not need it")
 
 
 def draw(folder: Path, results: dict[str, Measurements]) -> None:
-    """Plots of one result, or of several by name. Raises PdctlError."""
+    """Write plots of one result, or of several by name. Raises PdctlError."""
     from pdctl.bench.report.pictures import pictures
 
     _into(folder, lambda: pictures(folder, results))
 
 
 def draw_curves(folder: Path, found: dict[str, Curves]) -> None:
-    """Plots of measured curves, by file name. Raises PdctlError."""
+    """Write plots of measured curves, by file name. Raises PdctlError."""
     from pdctl.bench.report.pictures import curve_pictures
 
     _into(folder, lambda: curve_pictures(folder, found))
@@ -58,7 +58,7 @@ def keep_curves(
     found: dict[str, Curves], title: str, summary: str, table: tuple[list[str], list[list[str]]], page: Path | None,
     pictures: Path | None, note: str = "",
 ) -> None:  # fmt: skip
-    """A page, pictures, or neither. Raises PdctlError."""
+    """Write a page, pictures, both or neither. Raises PdctlError."""
     if page is not None:
         from pdctl.bench.report.page import curves
 

@@ -1,4 +1,4 @@
-"""What load a `pdctl bench` verb puts on a service: its options, and how they become requests at times."""
+"""The load of a `pdctl bench` verb: its options, and how they become requests with send times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 import typer
 
 from pdctl import console
-from pdctl.commands.common import STATE, call, find_service, is_interactive
+from pdctl.commands.common import control, find_service, is_interactive
 from pdctl.errors import PdctlError
 
 if TYPE_CHECKING:
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
     from pdctl.bench import Asked
     from pdctl.bench.client import Endpoint, Run
-    from pdctl.bench.metrics import Targets
+    from pdctl.bench.measurements import Targets
     from pdctl.bench.workload import Vocabulary
 
-# Gaps of less would all but one be 0.
+# Below this, all gaps but one would be 0.
 _LEAST_BURSTINESS = 0.01
 TARGETS = ("ttft", "tpot", "e2el")
 
 
 class Workload(StrEnum):
-    """Where prompts come from."""
+    """Source of the prompts."""
 
     SYNTHETIC = "synthetic"
     SHARED_PREFIX = "shared-prefix"
@@ -40,7 +40,7 @@ class Workload(StrEnum):
     TRACE = "trace"
 
 
-# Options that one kind of load alone heeds; the others refuse them.
+# Options that only some workloads use; the others refuse them.
 _HEEDED_BY = {
     "path": (Workload.FILE, Workload.TRACE),
     "inputs": (Workload.SYNTHETIC, Workload.SHARED_PREFIX),
@@ -55,66 +55,90 @@ _HEEDED_BY = {
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One load. Its fields are the options of every verb that takes one (`takes_load`)."""
+    """One load. Its fields become options of every verb decorated with `takes_load`."""
 
-    workload: Annotated[Workload, typer.Option("--workload", help="Where prompts come from.")] = Workload.SYNTHETIC
+    workload: Annotated[Workload, typer.Option("--workload", help="Source of the prompts.")] = Workload.SYNTHETIC
     path: Annotated[
-        Path | None, typer.Option("--data", help="file: JSON lines; trace: Azure's CSV or Mooncake's JSONL.")
+        Path | None,
+        typer.Option(
+            "--data", help="Input file. Workload file: JSON lines; workload trace: Azure CSV or Mooncake JSONL."
+        ),
     ] = None
     count: Annotated[
-        int, typer.Option("-n", "--requests", min=0, help="Requests; trace: at most, 0 for all of it.")
+        int,
+        typer.Option("-n", "--requests", min=0, help="Number of requests. Workload trace: at most this many; 0 = all."),
     ] = 100
-    rate: Annotated[float, typer.Option("--rate", help="Requests a second; inf: all at once.")] = math.inf
-    ramp_to: Annotated[float | None, typer.Option("--ramp-to", help="Change evenly from --rate to this rate.")] = None
-    burstiness: Annotated[float, typer.Option("--burstiness", help="1: Poisson; less: bursts; more: steady.")] = 1.0
+    rate: Annotated[float, typer.Option("--rate", help="Requests per second; inf = all at once.")] = math.inf
+    ramp_to: Annotated[
+        float | None, typer.Option("--ramp-to", help="Change the rate linearly from --rate to this.")
+    ] = None
+    burstiness: Annotated[
+        float, typer.Option("--burstiness", help="Burstiness of arrivals: 1 = Poisson, less = bursts, more = steady.")
+    ] = 1.0
     concurrency: Annotated[
-        int, typer.Option("--concurrency", min=0, help="Requests at once, at most; 0: no limit.")
+        int, typer.Option("--concurrency", min=0, help="Maximum number of concurrent requests; 0 = no limit.")
     ] = 0
-    inputs: Annotated[str, typer.Option("--input", help="Tokens of a prompt: 512, 100-900, lognormal:500:0.8")] = "256"
-    outputs: Annotated[str, typer.Option("--output", help="Tokens of an answer, likewise.")] = "64"
-    prefixes: Annotated[int, typer.Option("--prefixes", min=1, help="shared-prefix: how many common beginnings.")] = 4
-    prefix: Annotated[int, typer.Option("--prefix", min=1, help="shared-prefix: tokens of each.")] = 256
-    speed: Annotated[float, typer.Option("--speed", help="trace: so many times as fast.")] = 1.0
-    length: Annotated[float, typer.Option("--length", help="trace: lengths times this.")] = 1.0
-    longest: Annotated[int, typer.Option("--longest", min=0, help="trace: tokens of prompt and answer at most.")] = 0
-    warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Requests sent first and not counted.")] = 4
-    goodput: Annotated[list[str], typer.Option("--goodput", help="Targets in ms: ttft:200 tpot:50; several.")] = field(
-        default_factory=list
-    )
-    seed: Annotated[int, typer.Option("--seed", help="The same seed asks the same.")] = 0
+    inputs: Annotated[
+        str, typer.Option("--input", help="Prompt length in tokens: 512, 100-900 or lognormal:500:0.8.")
+    ] = "256"
+    outputs: Annotated[str, typer.Option("--output", help="Answer length in tokens, in the same forms.")] = "64"
+    prefixes: Annotated[
+        int, typer.Option("--prefixes", min=1, help="Workload shared-prefix: number of different prefixes.")
+    ] = 4
+    prefix: Annotated[
+        int, typer.Option("--prefix", min=1, help="Workload shared-prefix: length of each prefix in tokens.")
+    ] = 256
+    speed: Annotated[float, typer.Option("--speed", help="Workload trace: replay speed; 2 = twice as fast.")] = 1.0
+    length: Annotated[float, typer.Option("--length", help="Workload trace: multiply all lengths by this.")] = 1.0
+    longest: Annotated[
+        int, typer.Option("--longest", min=0, help="Workload trace: limit of prompt plus answer tokens; 0 = none.")
+    ] = 0
+    warm_up: Annotated[
+        int, typer.Option("--warm-up", min=0, help="Number of requests sent before the measurement.")
+    ] = 4
+    goodput: Annotated[
+        list[str], typer.Option("--goodput", help="Goodput targets in ms, such as ttft:200 tpot:50. Repeatable.")
+    ] = field(default_factory=list)
+    seed: Annotated[int, typer.Option("--seed", help="Random seed: same seed, same requests.")] = 0
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos/--heed-eos", help="Answers as long as they were asked for.")
+        bool,
+        typer.Option(
+            "--ignore-eos/--heed-eos",
+            help="Ignore end-of-sequence tokens, so that answers have the full --output length.",
+        ),
     ] = True
-    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for one answer.")] = 600.0
-    chat: Annotated[bool, typer.Option("--chat", help="Send chats of one message instead of completions.")] = False
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Timeout of one request in seconds.")] = 600.0
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send chat requests with one message instead of completions.")
+    ] = False
 
     @property
     def targets(self) -> Targets:
-        """Of goodput. Raises PdctlError."""
+        """The goodput targets. Raises PdctlError."""
         return targets_of(self.goodput)
 
     def check(self, given: dict[str, str]) -> None:
-        """Raises PdctlError for what makes no sense, before anything is asked; `given`: options that were written."""
+        """Raise PdctlError for options that make no sense together. `given`: options on the command line."""
         check_rates(self.rate, self.ramp_to, self.burstiness, self.speed, self.length)
         for name, written in given.items():
             if self.workload not in _HEEDED_BY.get(name, (self.workload,)):
-                hint = f"it goes with --workload {' or '.join(_HEEDED_BY[name])}"
+                hint = f"use it with --workload {' or '.join(_HEEDED_BY[name])}"
                 raise PdctlError(f"{written} does nothing with --workload {self.workload}", hint)
         if "burstiness" in given and math.isinf(self.rate):
-            raise PdctlError("--burstiness does nothing without a --rate", "such as --rate 4")
+            raise PdctlError("--burstiness does nothing without --rate", "add one, such as --rate 4")
         if "speed" in given and not math.isinf(self.rate):
-            raise PdctlError("--speed does nothing with --rate, which replaces the trace's times", "one of them")
+            raise PdctlError("--speed does nothing with --rate, which replaces the trace's times", "use one of them")
 
     def requests(self, words: Vocabulary) -> tuple[list[Asked], list[float]]:
-        """What is asked, and when. Raises PdctlError."""
+        """The requests and their send times. Raises PdctlError."""
         rng = random.Random(self.seed)  # noqa: S311 - a workload, not a secret
         asked = self._asked(words, rng)
         if not asked:
-            raise PdctlError("there is nothing to ask", "--requests N, or a trace with lines")
+            raise PdctlError("there are no requests to send", "give --requests N, or a trace with entries")
         return asked, self._times(asked, rng)
 
     def run(self, endpoint: Endpoint, asked: list[Asked], times: list[float]) -> Run:
-        """Warm up, then send it all."""
+        """Warm up, then send all requests."""
         from pdctl.bench import client
 
         if self.warm_up:
@@ -147,7 +171,7 @@ class Load:
         return works.synthetic(self.count, into, out, words, rng)
 
     def _times(self, asked: list[Asked], rng: random.Random) -> list[float]:
-        """A trace has its own, unless a rate is given."""
+        """Send times. A trace has its own, unless a rate is given."""
         from pdctl.bench import arrivals
 
         own = [request.at for request in asked if request.at is not None]
@@ -159,7 +183,7 @@ class Load:
 
 
 def takes_load(command: Callable[..., None]) -> Callable[..., None]:
-    """A verb whose parameter `load` becomes the options of a Load, which it is called with."""
+    """Replace the verb's parameter `load` by the options of Load; the verb is called with the Load made of them."""
     hints = get_type_hints(Load, include_extras=True)
     options = [
         Parameter(
@@ -179,7 +203,7 @@ def takes_load(command: Callable[..., None]) -> Callable[..., None]:
 
     def called(**values: object) -> None:
         given = {option.name: values.pop(option.name) for option in options}
-        command(load=Load(**given), **values)  # type: ignore[arg-type]  # typer has converted them
+        command(load=Load(**given), **values)  # type: ignore[arg-type]  # typer has converted the values
 
     called.__name__, called.__doc__ = command.__name__, command.__doc__
     called.__annotations__ = {one.name: one.annotation for one in (*options, *others)}
@@ -190,9 +214,9 @@ def takes_load(command: Callable[..., None]) -> Callable[..., None]:
 def endpoint_of(
     url: str | None, model: str, key: str, ignore_eos: bool, timeout: float, chat: bool = False
 ) -> Endpoint:
-    """Where to ask; the running service, and the first model it lists, where none is named. Raises PdctlError.
+    """Where to send requests. Defaults: the running service, and the first model it lists. Raises PdctlError.
 
-    A service of this machine is trusted by its own certificate; a key that is not given comes from PDCTL_API_KEY.
+    A service on this machine is trusted by its own certificate. Without a key, PDCTL_API_KEY is used.
     """
     from pdctl.bench import client
     from pdctl.commands.bench.watch import certificate_at
@@ -207,13 +231,12 @@ def endpoint_of(
 
 
 def _running() -> str:
-    status = call(find_service(None, None), "GET", STATE)
-    return str(status["proxy_url"])
+    return control(find_service(None, None)).status(measurements=False).proxy_url
 
 
 def targets_of(words: list[str]) -> Targets:
-    """`ttft:200 tpot:50`. Raises PdctlError."""
-    from pdctl.bench.metrics import Targets
+    """Parse targets such as `ttft:200 tpot:50`. Raises PdctlError."""
+    from pdctl.bench.measurements import Targets
 
     found: dict[str, float] = {}
     for word in " ".join(words).split():
@@ -223,30 +246,30 @@ def targets_of(words: list[str]) -> Targets:
         except ValueError:
             found[name] = -1.0
         if name not in TARGETS or not found[name] > 0:
-            raise PdctlError(f"--goodput {word!r} is no target", f"such as ttft:200; names: {', '.join(TARGETS)}")
+            raise PdctlError(f"--goodput {word!r} is not a target", f"such as ttft:200; names: {', '.join(TARGETS)}")
     return Targets(**found)
 
 
 def check_rates(rate: float, ramp_to: float | None, burstiness: float, speed: float, length: float) -> None:
-    """Raises PdctlError."""
+    """Raise PdctlError for rates and factors that are out of range."""
     for option, value in (
         ("--rate", rate), ("--burstiness", burstiness), ("--speed", speed), ("--length", length),
         ("--ramp-to", 1.0 if ramp_to is None else ramp_to),
     ):  # fmt: skip
         if not value > 0:
-            raise PdctlError(f"{option} {value:g}: must be more than 0")
+            raise PdctlError(f"{option} {value:g}: must be greater than 0")
         if math.isinf(value) and option != "--rate":
-            raise PdctlError(f"{option} {value:g}: must be a number")
+            raise PdctlError(f"{option} {value:g}: must be finite")
     if burstiness < _LEAST_BURSTINESS:
         raise PdctlError(f"--burstiness {burstiness:g}: must be at least {_LEAST_BURSTINESS:g}")
     if ramp_to is not None and burstiness != 1.0:
         raise PdctlError("--burstiness does nothing with --ramp-to", "leave one of them out")
     if ramp_to is not None and math.isinf(rate):
-        raise PdctlError("--ramp-to needs a --rate to begin with", "such as --rate 1 --ramp-to 10")
+        raise PdctlError("--ramp-to needs --rate as the first rate", "such as --rate 1 --ramp-to 10")
 
 
 def vocabulary(endpoint: Endpoint) -> Vocabulary:
-    """Token ids that prompts for this service may be made of."""
+    """Token ids of the service's tokenizer, from which prompts are made."""
     from pdctl.bench.client import tokenized
     from pdctl.bench.workload import Vocabulary, sentence
 
@@ -254,8 +277,8 @@ def vocabulary(endpoint: Endpoint) -> Vocabulary:
         return Vocabulary(())  # messages are text
     ids = asyncio.run(tokenized(endpoint, sentence()))
     if not ids:
-        console.note("the service does not tokenize: prompts are words, and their lengths about right")
-    # A first token that only begins texts would be odd in the middle.
+        console.note("the service does not tokenize: prompts are made of words, and their lengths are approximate")
+    # Skip the first token: it may be a beginning-of-sequence token.
     return Vocabulary(tuple(sorted(set(ids[1:]))))
 
 

@@ -1,4 +1,4 @@
-"""`pdctl bench profile`: measures a running service and keeps its latency model, which `pdctl plan` then tells by."""
+"""`pdctl bench profile`: measure a running service and keep its latency model, which `pdctl plan` uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 
 from pdctl import console
 from pdctl.commands.bench.load import endpoint_of, vocabulary
-from pdctl.commands.common import STATE, FileOption, JsonOption, ServiceOption, call, find_service
+from pdctl.commands.common import FileOption, JsonOption, ServiceOption, control, find_service
 from pdctl.errors import PdctlError
 
 if TYPE_CHECKING:
@@ -25,34 +25,38 @@ if TYPE_CHECKING:
     from pdctl.bench.workload import Vocabulary
 
 _STEPS = 24
-# For streams that end before the last of their batch has begun.
+# Tries with longer answers, when streams end before the last one of their batch has begun.
 _TRIES = 4
 
 
 def profile(
-    longest: int = typer.Option(512, "--longest", min=64, help="Tokens of the longest prompt."),
-    widest: int = typer.Option(8, "--widest", min=2, max=256, help="The most streams at once."),
-    repeats: int = typer.Option(3, "--repeats", min=2, max=20, help="Measurements of each kind and size."),
-    out: Path | None = typer.Option(None, "--out", help="Default: in the service's state folder, where plan looks."),
-    seed: int = typer.Option(0, "--seed", help="The same seed asks the same."),
+    longest: int = typer.Option(512, "--longest", min=64, help="Length of the longest prompt in tokens."),
+    widest: int = typer.Option(8, "--widest", min=2, max=256, help="Largest number of concurrent streams."),
+    repeats: int = typer.Option(3, "--repeats", min=2, max=20, help="Number of measurements of each kind and size."),
+    out: Path | None = typer.Option(
+        None, "--out", help="File to write. Default: the one in the service's state folder that `pdctl plan` reads."
+    ),
+    seed: int = typer.Option(0, "--seed", help="Random seed: same seed, same requests."),
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
     as_json: bool = JsonOption,
 ) -> None:
-    """Measure how long prefills and decode steps of the running service take, fit its latency model, and keep it. The
-    service should have nothing else to do."""
+    """Measure prefill and decode steps of the running service, fit its latency model, and keep it. The service should
+    be otherwise idle."""
     from pdctl.bench.profile import DECODE, PREFILL, Profile, fit, path_of, save
     from pdctl.host.users import state_root
 
     name = find_service(service, file)
-    status = call(name, "GET", STATE)
-    endpoint = endpoint_of(str(status["proxy_url"]), "", "", ignore_eos=True, timeout=600.0)
+    status = control(name).status(measurements=False)
+    endpoint = endpoint_of(status.proxy_url, "", "", ignore_eos=True, timeout=600.0)
     words, rng = vocabulary(endpoint), random.Random(seed)  # noqa: S311 - a workload, not a secret
     points = asyncio.run(_measured(endpoint, words, rng, _lengths(longest), _batches(widest), repeats))
     try:
         lines = {kind: fit([point for point in points if point.kind == kind], seed) for kind in (PREFILL, DECODE)}
     except ValueError as failure:
-        raise PdctlError(f"{failure}: streams seldom ran together", "more --repeats, or a smaller --widest") from None
+        raise PdctlError(
+            f"{failure}: streams rarely ran concurrently", "use more --repeats, or a smaller --widest"
+        ) from None
     found = Profile(endpoint.model, time.strftime("%Y-%m-%d %H:%M"), lines[PREFILL], lines[DECODE], longest, widest)
     target = out or path_of(state_root(), name)
     try:
@@ -67,7 +71,7 @@ def profile(
 
 
 def _lengths(longest: int) -> list[int]:
-    """Eight, evenly spread in their logarithm from 16 on."""
+    """Up to eight prompt lengths from 16 to `longest`, evenly spaced on a logarithmic scale."""
     return sorted({round(16 * (longest / 16) ** (step / 7)) for step in range(8)})
 
 
@@ -81,13 +85,13 @@ def _batches(widest: int) -> list[int]:
 async def _measured(
     endpoint: Endpoint, words: Vocabulary, rng: random.Random, lengths: list[int], batches: list[int], repeats: int
 ) -> list[Point]:
-    """In random order, so that a machine that changes meanwhile changes all of them."""
+    """Measure in random order, so that a change in the machine affects all sizes alike."""
     from pdctl.bench import Asked
     from pdctl.bench.profile import DECODE, PREFILL, Point
 
     contexts = [lengths[2], lengths[-1] // 2]
     jobs = [(PREFILL, length, 1) for length in lengths] + [(DECODE, c, b) for c in contexts for b in batches]
-    # What one of these needs in any case.
+    # The largest number of tokens that any of these jobs needs.
     most = max(lengths[-1] + 1, contexts[-1] + _STEPS + 2 * batches[-1])
     jobs *= repeats
     rng.shuffle(jobs)
@@ -95,7 +99,7 @@ async def _measured(
     points = []
     for number, (kind, length, batch) in enumerate(jobs):
         if number % 10 == 0:
-            console.note(f"{number} of {len(jobs)} measurements")
+            console.note(f"{number} of {len(jobs)} measurements done")
         if kind == PREFILL:
             records = await _together(endpoint, [Asked(words.prompt(length, rng), 1)])
             points.append(Point(kind, length, 1, records[0].ttft))
@@ -107,13 +111,13 @@ async def _measured(
 async def _decoded(
     endpoint: Endpoint, words: Vocabulary, rng: random.Random, job: tuple[int, int], most: int
 ) -> list[Point]:
-    """One measurement; none where streams never ran together, though answers were made longer. `most`: tokens of prompt
-    and answer that the service is known to take."""
+    """One measurement; none if the streams never ran concurrently, even with longer answers. `most`: prompt plus answer
+    tokens that the service is known to accept."""
     from pdctl.bench import Asked
     from pdctl.bench.profile import DECODE, Point
 
     length, batch = job
-    # Prompts of a batch are computed one after another: the first stream must last until the last one has begun.
+    # Prompts of a batch are prefilled one after another: the first stream must last until the last one has begun.
     steps = _STEPS + 2 * batch
     for _ in range(_TRIES):
         records = await _together(endpoint, [Asked(words.prompt(length, rng), steps) for _ in range(batch)])
@@ -124,7 +128,7 @@ async def _decoded(
 
 
 def _step(records: list[Record]) -> float:
-    """Seconds a step took while all streams ran; 0 where they never did together."""
+    """Median seconds per step while all streams ran; 0 if they never ran concurrently."""
     begin, end = max(record.first_at for record in records), min(record.ended_at for record in records)
     gaps = []
     for record in records:
@@ -137,7 +141,7 @@ def _step(records: list[Record]) -> float:
 
 
 async def _together(endpoint: Endpoint, asked: list[Asked]) -> list[Record]:
-    """Raises PdctlError where one is not answered."""
+    """Send all requests at once. Raises PdctlError if one is not answered."""
     from pdctl.bench.client import drive
 
     run = await drive(endpoint, asked, [0.0] * len(asked), 0, lambda _: None)
@@ -145,14 +149,20 @@ async def _together(endpoint: Endpoint, asked: list[Asked]) -> list[Record]:
         raise KeyboardInterrupt
     for record in run.records:
         if not record.is_good:
-            raise PdctlError(f"a request was not answered: {record.error or 'its stream broke off'}", "pdctl status")
+            raise PdctlError(
+                f"a request was not answered: {record.error or 'its stream was cut off'}", "see: pdctl status"
+            )
     return run.records
 
 
 def _tell(found: Profile) -> None:
     rows = [
         ["prefill of a prompt of l tokens", _formula(found.prefill, ("", "l", "l^2")), *_worth(found.prefill)],
-        ["decode step of n streams, c tokens in all", _formula(found.decode, ("", "c", "n")), *_worth(found.decode)],
+        [
+            "decode step of n streams, c context tokens in total",
+            _formula(found.decode, ("", "c", "n")),
+            *_worth(found.decode),
+        ],
     ]
     console.out(console.table(["", "MILLISECONDS", "ERROR", "P90", "POINTS"], rows))
     console.out("")
@@ -170,13 +180,13 @@ def _worth(line: Line) -> list[str]:
 
 
 def summary(found: Profile) -> list[str]:
-    """What to expect, in words."""
+    """The expected latencies, as sentences."""
     lengths = [length for length in (128, 512, 2048, 8192) if length <= found.longest] or [found.longest]
     batches = [batch for batch in (1, 4, 16, 64) if batch < found.widest] + [found.widest]
     context = found.longest // 2
-    first = ", ".join(f"{found.ttft_s(length) * 1000:.0f} ms of {length} tokens" for length in lengths)
-    each = ", ".join(f"{found.tpot_s(batch, context) * 1000:.0f} ms of {batch} streams" for batch in batches)
+    first = ", ".join(f"{found.ttft_s(length) * 1000:.0f} ms for {length} tokens" for length in lengths)
+    each = ", ".join(f"{found.tpot_s(batch, context) * 1000:.0f} ms for {batch} streams" for batch in batches)
     return [
-        f"first token of a prompt: {first}",
-        f"each further token, with {context} tokens of context: {each}",
+        f"first token, by prompt length: {first}",
+        f"each further token, with {context} context tokens: {each}",
     ]

@@ -1,4 +1,4 @@
-"""`pdctl bench transfer`: each transport by size and by number of pieces, against a copy in memory and the link."""
+"""`pdctl bench transfer`: time each transport by size and number of blocks, against a memory copy and the link."""
 
 from __future__ import annotations
 
@@ -11,38 +11,46 @@ import typer
 from pdctl import console
 from pdctl.commands.bench.keep import drawing, keep_curves
 from pdctl.errors import PdctlError, Verdict
+from pdctl.transports import TRANSPORTS
 
 if TYPE_CHECKING:
     from pdctl.bench.report.observations import Curves
     from pdctl.doctor.transfer import Result
 
 _HEADER = ["TRANSPORT", "OVER", "MIB", "BLOCKS", "KIB EACH", "MS", "GB/S", "OF A COPY", "OF THE LINK", "64 BYTES"]
-_COPY = "copy in memory, block by block"
+_COPY = "memory copy, block by block"
 
 
 def transfer(
-    only: str = typer.Option("", "--transport", help="shm, mooncake or nixl. Default: all."),
-    protocol: str = typer.Option("auto", "--protocol", help="auto, tcp or rdma."),
-    mib: list[int] = typer.Option([1, 16, 64, 256], "--mib", min=1, max=16384, help="Sizes; several."),
-    blocks: list[int] = typer.Option(
-        [1, 16, 256, 4096], "--blocks", min=1, max=16384, help="Each size in so many scattered blocks; several."
+    only: str = typer.Option("", "--transport", help="Transport: shm, mooncake or nixl. Default: all."),
+    protocol: str = typer.Option("auto", "--protocol", help="Network protocol: auto, tcp or rdma."),
+    mib: list[int] = typer.Option(
+        [1, 16, 64, 256], "--mib", min=1, max=16384, help="Transfer size in MiB. Repeatable."
     ),
-    page: Path | None = typer.Option(None, "--html", help="Write a page with plots."),
-    pictures: Path | None = typer.Option(None, "--png", help="Write plots into this folder."),
+    blocks: list[int] = typer.Option(
+        [1, 16, 256, 4096],
+        "--blocks",
+        min=1,
+        max=16384,
+        help="Number of scattered blocks that each size is split into. Repeatable.",
+    ),
+    page: Path | None = typer.Option(None, "--html", help="Write an HTML page with plots to this file."),
+    pictures: Path | None = typer.Option(None, "--png", help="Write plots as PNG files into this folder."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON on stdout."),
 ) -> None:
-    """Time each transport by size and number of blocks, between two processes here; against a copy in memory and, over
-    RDMA, the link. Exit codes: 0 all that work are right, 1 one fell back, 2 wrong bytes or nothing works."""
+    """Time each transport by size and number of blocks, between two processes on this machine, and compare it with a
+    memory copy and, over RDMA, with the link. Exit codes: 0 all bytes correct, 1 a fallback was used, 2 wrong bytes or
+    no transport works."""
     from pdctl.doctor import transfer as moving
-    from pdctl.host.rdma import read_tree
+    from pdctl.host.devices.rdma import read_tree
 
-    for option, value, known in (("--transport", only, moving.BACKENDS), ("--protocol", protocol, moving.PROTOCOLS)):
+    for option, value, known in (("--transport", only, TRANSPORTS), ("--protocol", protocol, moving.PROTOCOLS)):
         if value and value not in known:
             raise PdctlError(f"{option} {value!r} is unknown", f"one of: {', '.join(known)}")
     if pictures is not None:
         drawing()
     sizes, counts, tree, found = sorted(set(mib)), tuple(sorted(set(blocks))), read_tree(), []
-    for name in [only] if only else moving.BACKENDS:
+    for name in [only] if only else TRANSPORTS:
         for size in sizes:
             console.note(f"{name}: moving {size} MiB between two processes ...")
             found.append(moving.run(moving.Probe(name, protocol, size, pieces=counts), tree) | {"mib": size})
@@ -51,22 +59,22 @@ def transfer(
     troubles = [f"{entry['transport']}, {entry['mib']} MiB: {why}" for entry in found if (why := _trouble(entry))]
     for trouble in troubles:
         console.note(trouble)
-    summary = "Medians; copies in memory, of the same blocks one by one, were taken in turn with the transfers."
+    summary = "Medians. Memory copies of the same blocks, one by one, were measured in turn with the transfers."
     keep_curves(_curves(found), "pdctl bench transfer", summary, table, page, pictures, "; ".join(troubles))
     raise Verdict(moving.exit_code(found))
 
 
 def _trouble(entry: Result) -> str:
-    """What is wrong with it; "" for nothing."""
+    """What is wrong with a result; "" if nothing."""
     if "error" in entry:
         return str(entry["error"])
     if not entry["bytes_right"]:
-        return "WRONG: other bytes arrived than were sent"
+        return "WRONG: the received bytes differ from the sent ones"
     return f"FALLBACK to {entry['protocol']}: {entry['fallback']}" if entry["fallback"] else ""
 
 
 def _rows(entry: Result) -> list[list[str]]:
-    """A line for each number of blocks; what does not depend on it stands in the first."""
+    """One row per number of blocks. Values that do not depend on it are only in the first row."""
     if "error" in entry:
         return [[entry["transport"], "-", str(entry["mib"]), "failed", *[""] * (len(_HEADER) - 4)]]
     link = entry["link_gbps"]
@@ -82,7 +90,7 @@ def _rows(entry: Result) -> list[list[str]]:
 
 
 def _curves(found: list[Result]) -> dict[str, Curves]:
-    """By file name: by size in the fewest blocks, and by number of blocks of the largest size."""
+    """Curves by file name: over the size with the fewest blocks, and over the number of blocks at the largest size."""
     from pdctl.bench.report.observations import Curves
 
     works = [entry for entry in found if "error" not in entry and entry["bytes_right"]]
@@ -97,7 +105,7 @@ def _curves(found: list[Result]) -> dict[str, Curves]:
         if entry["mib"] == largest:
             by_count[name] = [(cut["count"], cut["gbps"]) for cut in entry["pieces"]]
     if works:
-        # The copies of the transport that was measured first: its library's threads disturb them least.
+        # The copies measured with the first transport: its library's threads disturb them least.
         first = [entry for entry in works if entry["transport"] == works[0]["transport"]]
         by_size[_COPY] = [(entry["mib"], entry["pieces"][0]["copy_gbps"]) for entry in first]
         whole = next(entry for entry in works if entry["mib"] == largest)

@@ -1,4 +1,4 @@
-"""`pdctl down`: stop a service and leave nothing behind."""
+"""`pdctl down`: stop a service and remove everything it left."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ from pathlib import Path
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, ServiceOption, call, find_service, left_running, not_answering
+from pdctl.commands.common import FileOption, ServiceOption, control, find_service
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
+from pdctl.host.processes.presence import left_running, supervisor_of
 from pdctl.host.users import run_root
 
 _DEADLINE_S = 3600.0
-# A supervisor that does not answer has this long after TERM to end its service, seconds.
+# A supervisor that does not answer gets this long after SIGTERM to stop its service, seconds.
 _SILENT_S = 90.0
-# What a killed supervisor left gets this long after TERM, and then SIGKILL, seconds.
+# Processes of a killed supervisor get this long after SIGTERM, then after SIGKILL, seconds.
 _TERM_S, _KILL_S = 10.0, 10.0
 
 
 def down(
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
-    now: bool = typer.Option(False, "--now", help="Kill instead of stopping cleanly."),
+    now: bool = typer.Option(False, "--now", help="Kill the processes instead of stopping them cleanly."),
 ) -> None:
     """Stop the service: the proxy first, then the engines."""
     name = find_service(service, file)
     run_dir = run_root() / name
     try:
-        status = call(name, "GET", "/v1/status?measurements=0")
+        status = control(name).status(measurements=False)
     except NotAnswering:
         _end_silent(name, run_dir, now)
     except NotRunning:
         if not _end_leftovers(run_dir):
             raise
     else:
-        _stop(name, status["supervisor_pid"], [process["name"] for process in status["processes"]], now)
+        _stop(name, status.supervisor_pid, [process.name for process in status.processes], now)
     console.out(f"{name} is down")
 
 
 def _stop(name: str, supervisor_pid: int, processes: list[str], now: bool) -> None:
-    """Ask the supervisor, and wait for its end. Raises NotRunning, PdctlError."""
-    # By descriptor: the supervisor is gone when it has ended, not when it has let go of its files.
+    """Ask the supervisor to stop, and wait until it has exited. Raises NotRunning, PdctlError."""
+    # Wait on the pidfd: the supervisor is gone when it has exited, not when it has released its files.
     with _watched(name, supervisor_pid) as supervisor:
-        call(name, "POST", "/v1/stop")
+        supervised = control(name)
+        supervised.stop()
         if now:
-            call(name, "POST", "/v1/stop")
+            supervised.stop()
         console.note(f"stopping {name}: {', '.join(reversed(processes))}")
         if not _has_ended(supervisor, _DEADLINE_S):
-            raise PdctlError(f"service {name!r} is still stopping", f"look at it with: pdctl status -s {name}")
+            raise PdctlError(f"service {name!r} is still stopping", f"see: pdctl status -s {name}")
 
 
 def _end_silent(name: str, run_dir: Path, now: bool) -> None:
-    """End a service whose supervisor lives and does not answer, by its processes. Raises NotRunning, PdctlError."""
-    from pdctl.supervisor.rundir.presence import supervisor_of
+    """Stop a service by signals when its supervisor does not answer. Raises NotRunning, PdctlError."""
+    from pdctl.control_api import not_answering
 
     pid = supervisor_of(run_dir)
     if pid is not None:
-        console.note(f"its supervisor (pid {pid}) does not answer; {'killing' if now else 'stopping'} it by a signal")
+        console.note(f"the supervisor (pid {pid}) does not answer; sending it {'SIGKILL' if now else 'SIGTERM'}")
         with _watched(name, pid) as supervisor:
             signal.pidfd_send_signal(supervisor, signal.SIGKILL if now else signal.SIGTERM)
             signal.pidfd_send_signal(supervisor, signal.SIGCONT)
@@ -72,11 +74,11 @@ def _end_silent(name: str, run_dir: Path, now: bool) -> None:
 
 @contextlib.contextmanager
 def _watched(name: str, pid: int) -> Iterator[int]:
-    """A descriptor of the process. Raises NotRunning where it has ended."""
+    """A pidfd of the process. Raises NotRunning if it has exited."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
-        raise NotRunning(f"service {name!r} has just ended") from None
+        raise NotRunning(f"service {name!r} has just stopped") from None
     try:
         yield descriptor
     finally:
@@ -89,24 +91,25 @@ def _has_ended(descriptor: int, within_s: float) -> bool:
 
 
 def _end_leftovers(run_dir: Path) -> bool:
-    """End what a killed supervisor left running, and remove its files; whether there was anything."""
+    """Stop the processes that a killed supervisor left, and remove its files. Returns whether there was anything."""
     import asyncio
     import shutil
 
     from pdctl.supervisor.process.tree import SweptTree, end_tree
-    from pdctl.supervisor.rundir.presence import supervisor_of
     from pdctl.wire import UNIT_ENV
 
     if supervisor_of(run_dir) is not None:
         return False
     found = left_running(run_dir)
     if found:
-        console.note(f"its supervisor is gone; ending what it left: pids {', '.join(map(str, found))}")
+        console.note(f"the supervisor is gone; stopping its processes: pids {', '.join(map(str, found))}")
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     if left := asyncio.run(end_tree(SweptTree(f"{UNIT_ENV}={run_dir}:"), _TERM_S, _KILL_S)):
-        raise PdctlError(f"pids {left} do not die", "they are stuck in the kernel (state D); wait, or reboot")
+        raise PdctlError(
+            f"pids {left} did not exit after SIGKILL", "they are stuck in the kernel (state D); wait, or reboot"
+        )
     was_there = bool(found) or run_dir.is_dir()
     shutil.rmtree(run_dir, ignore_errors=True)
     return was_there

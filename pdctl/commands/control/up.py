@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 
 from pdctl import console
-from pdctl.commands.common import STATE, FileOption, Status, call, is_interactive
+from pdctl.commands.common import FileOption, control, is_interactive
 from pdctl.commands.setup.plan import load_plan, warn_of_shared_gpus
 from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
 
 if TYPE_CHECKING:
+    from pdctl.control_api import ProcessStatus, ServiceStatus
     from pdctl.plan import Plan
 
 _POLL_S = 0.1
@@ -29,27 +30,29 @@ _LAST_LINES = 12
 def up(
     file: Path | None = FileOption,
     detach: bool = typer.Option(
-        False, "-d", "--detach", help="Return when the service is ready, or with the reason it is not."
+        False, "-d", "--detach", help="Run in the background: return when the service is ready or has failed."
     ),
-    force: bool = typer.Option(False, "--force", help="Start in spite of what the doctor calls critical."),
-    wait_s: float = typer.Option(1800.0, "--wait", help="With -d: give up after this many seconds."),
+    force: bool = typer.Option(False, "--force", help="Start despite critical findings of the doctor."),
+    wait_s: float = typer.Option(
+        1800.0, "--wait", help="With -d: stop the service if it is not ready after this many seconds."
+    ),
 ) -> None:
-    """Start the service, or take over what a killed supervisor left running. Ctrl-C stops it, a second one forces."""
+    """Start the service, or take over the processes of a killed supervisor. Ctrl-C stops it; a second Ctrl-C kills."""
     from pdctl.commands.setup.precheck import refuse_what_cannot_work
     from pdctl.commands.setup.prepare import with_model
+    from pdctl.host.processes.presence import supervisor_of
     from pdctl.supervisor.rundir.adoption import read_adoptable
-    from pdctl.supervisor.rundir.presence import supervisor_of
 
     planned = load_plan(file)
     if supervisor_of(Path(planned.run_dir)) is not None:
-        hint = f"look at it with: pdctl status -s {planned.service}    stop it with: pdctl down -s {planned.service}"
+        hint = f"see it with: pdctl status -s {planned.service}    stop it with: pdctl down -s {planned.service}"
         raise AlreadyRunning(f"service {planned.service!r} is already running", hint)
     adoptable = read_adoptable(Path(planned.run_dir))
     if adoptable is None:
         planned = load_plan(file, check_port=True)
         refuse_what_cannot_work(file, force)
     else:
-        console.note(f"taking over {', '.join(record.spec.name for record in adoptable.processes)}, which still run")
+        console.note(f"taking over running processes: {', '.join(record.spec.name for record in adoptable.processes)}")
         planned = load_plan(file, running=adoptable.plan)
     warn_of_shared_gpus(planned)
     planned = with_model(planned)
@@ -74,7 +77,7 @@ def _foreground(planned: Plan) -> None:
 
     def say(name: str, message: str) -> None:
         if name != "pdctl":
-            # Processes that were added since are shown too.
+            # Also show processes that were added after the start.
             follower.watch(name, log_dir / f"{name}.log")
         follower.say(name, message)
 
@@ -101,30 +104,30 @@ def _foreground(planned: Plan) -> None:
 
 
 def _detached(planned: Plan, wait_s: float) -> None:
-    # What the supervisor says of its own failure comes through a pipe: its log may lie on a full disk.
+    # The supervisor reports why it failed through a pipe: its log may be on a full disk.
     reason, told = os.pipe()
     with os.fdopen(reason) as reason_file:
         child = _spawn(planned, told)
         assert child.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; its reason follows
+        with contextlib.suppress(BrokenPipeError):  # it has exited; the reason is read below
             child.stdin.write(json.dumps(planned.to_dict()).encode())
             child.stdin.close()
         status = _await_ready(planned, Detached(child, reason_file), time.monotonic() + wait_s)
-    console.out(f"{planned.service} is ready at {status['proxy_url']}")
+    console.out(f"{planned.service} is ready at {status.proxy_url}")
     name = planned.service
-    console.note(f'ask it with: pdctl ask -s {name} "Once upon a time"    stop it with: pdctl down -s {name}')
+    console.note(f'try it with: pdctl ask -s {name} "Once upon a time"    stop it with: pdctl down -s {name}')
 
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """A supervisor that was just started, and what it says when it cannot go on."""
+    """A supervisor that was just started, and the pipe through which it reports a failure."""
 
     process: subprocess.Popen[bytes]
     reason: TextIO
 
 
 def _spawn(planned: Plan, told: int) -> subprocess.Popen[bytes]:
-    """Raises PdctlError where its log cannot be made."""
+    """Start the supervisor. Raises PdctlError if its log file cannot be created."""
     log = Path(planned.log_dir) / "supervisor.log"
     argv = [sys.executable, "-m", "pdctl.supervisor", "--reason-fd", str(told)]
     try:
@@ -139,7 +142,7 @@ def _spawn(planned: Plan, told: int) -> subprocess.Popen[bytes]:
         os.close(told)
 
 
-def _await_ready(planned: Plan, started: Detached, deadline: float) -> Status:
+def _await_ready(planned: Plan, started: Detached, deadline: float) -> ServiceStatus:
     shown = ""
     child = started.process
     while time.monotonic() < deadline:
@@ -147,41 +150,42 @@ def _await_ready(planned: Plan, started: Detached, deadline: float) -> Status:
         if code is not None:
             raise _not_started(planned, code, started.reason.read())
         try:
-            status = call(planned.service, "GET", STATE)
+            status = control(planned.service).status(measurements=False)
         except (NotRunning, NotAnswering):
             time.sleep(_POLL_S)
             continue
         shown = _show_progress(status, shown)
-        if status["state"] == "ready":
+        if status.state == "ready":
             return status
         time.sleep(_POLL_S)
     try:
-        call(planned.service, "POST", "/v1/stop")
+        control(planned.service).stop()
     except (NotRunning, NotAnswering):
         child.terminate()
     raise ServiceFailed("the service was not ready in time and was stopped", _log_hint(planned.service))
 
 
-def _show_progress(status: Status, shown: str) -> str:
-    """One line a change: which processes are where."""
-    line = "  ".join(_where(process) for process in status["processes"])
+def _show_progress(status: ServiceStatus, shown: str) -> str:
+    """Print the states of all processes in one line, if they have changed."""
+    line = "  ".join(_where(process) for process in status.processes)
     if line != shown:
         console.note(f"\r\x1b[K{line}" if is_interactive() else line, end="" if is_interactive() else "\n")
-        if is_interactive() and status["state"] == "ready":
+        if is_interactive() and status.state == "ready":
             console.note("")
     return line
 
 
-def _where(process: Status) -> str:
-    again = f" (restart {process['restarts']}: {process['last_exit']['reason']})" if process["restarts"] else ""
-    return f"{process['name']}: {process['state']}{again}"
+def _where(process: ProcessStatus) -> str:
+    last = process.last_exit
+    again = f" (restart {process.restarts}: {last.reason})" if process.restarts and last is not None else ""
+    return f"{process.name}: {process.state}{again}"
 
 
 def _not_started(planned: Plan, code: int, told: str) -> PdctlError:
-    """The reason, from the supervisor's own last words and the failed process's log."""
+    """The error for a failed start, from the supervisor's report and the failed process's log."""
     if is_interactive():
         console.note("")
-    reason, hint = json.loads(told) if told else (f"the supervisor ended with {code}", "")
+    reason, hint = json.loads(told) if told else (f"the supervisor exited with code {code}", "")
     failed = next((name.name for name in planned.processes if f"{name.name} " in reason), None)
     if failed:
         console.note(f"last lines of {failed}:")

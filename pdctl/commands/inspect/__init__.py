@@ -1,1 +1,1 @@
-"""Verbs that show what a service is and was doing."""
+"""Verbs that show the state and the history of a service."""

@@ -1,12 +1,12 @@
-"""`pdctl events`: everything that happened to a service, oldest first."""
+"""`pdctl events`: the events of a service, oldest first."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -15,62 +15,40 @@ from pdctl.commands.common import ServiceOption
 from pdctl.commands.inspect.logs import age, service_meant
 from pdctl.errors import PdctlError
 from pdctl.host.users import state_root
-from pdctl.supervisor.rundir.journal import EVENTS, parsed, read_entries
 
 _POLL_S = 0.1
 
 
 def events(
-    follow: bool = typer.Option(False, "-f", "--follow", help="Go on as things happen."),
-    since: str | None = typer.Option(None, "--since", help="Only from then on: 10m, 2h, or 2026-11-23T21:00."),
-    name: str | None = typer.Option(None, "--process", help="Only those of one process."),
-    file: Path | None = typer.Option(None, "--file", envvar="PDCTL_FILE", help="The topology file."),
+    follow: bool = typer.Option(False, "-f", "--follow", help="Keep printing new events until Ctrl-C."),
+    since: str | None = typer.Option(None, "--since", help="Only events since then: 10m, 2h, or 2026-11-23T21:00."),
+    name: str | None = typer.Option(None, "--process", help="Only events of this process."),
+    file: Path | None = typer.Option(None, "--file", envvar="PDCTL_FILE", help="Topology file."),
     service: str | None = ServiceOption,
 ) -> None:
-    """Print JSON lines: starts, readiness, exits, drains, restarts, applies."""
+    """Print the service's events as JSON lines: starts, readiness, exits, drains, restarts, applies."""
+    from pdctl.supervisor.rundir.journal import EVENTS
+    from pdctl.supervisor.rundir.journal_reader import JournalReader
+
     folder = state_root() / service_meant(service, file) / "logs"
     if not (folder / EVENTS).exists() and not follow:
         raise PdctlError(f"no events in {folder}", "start the service with: pdctl up")
-    after = age(since)
-    for entry in read_entries(folder, EVENTS):
-        _show(entry, after, name)
-    if follow:
-        _follow(folder / EVENTS, after, name)
+    reader, after = JournalReader(folder, ""), age(since)
+    with contextlib.suppress(KeyboardInterrupt) if follow else contextlib.nullcontext():
+        while (entries := reader.read()) or follow:
+            for entry in entries:
+                _show(json.loads(entry.line), after, name)
+            if not entries:
+                time.sleep(_POLL_S)
 
 
-def _show(entry: dict[str, Any], after: float, name: str | None) -> None:
+def _show(entry: dict[str, object], after: float, name: str | None) -> None:
     if name in (None, entry.get("process")) and _at(entry) >= after:
         console.out(json.dumps(entry))
 
 
-def _at(entry: dict[str, Any]) -> float:
+def _at(entry: dict[str, object]) -> float:
     try:
         return datetime.fromisoformat(str(entry["at"])).timestamp()
     except (KeyError, ValueError):
         return 0.0
-
-
-def _follow(path: Path, after: float, name: str | None) -> None:
-    """Lines as they are written; a file that takes the old one's place is read from its start."""
-    inode, place, rest = 0, 0, b""
-    if path.exists():
-        inode, place = path.stat().st_ino, path.stat().st_size
-    try:
-        while True:
-            time.sleep(_POLL_S)
-            if not path.exists():
-                continue
-            found = path.stat()
-            if found.st_ino != inode:
-                inode, place, rest = found.st_ino, 0, b""
-            if found.st_size <= place:
-                continue
-            with path.open("rb") as file:
-                file.seek(place)
-                data = file.read()
-            place += len(data)
-            *lines, rest = (rest + data).split(b"\n")
-            for entry in parsed(lines):
-                _show(entry, after, name)
-    except KeyboardInterrupt:
-        return

@@ -1,4 +1,4 @@
-"""Log files of several processes as one stream of lines with coloured names."""
+"""Show the log files of several processes as one stream of lines with coloured names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?(?:Z|[+-]\
 
 
 class Follower:
-    """Shows what is appended to the files from now on; survives rotation."""
+    """Shows lines appended to the files from now on. Handles rotation."""
 
     def __init__(self, files: dict[str, Path]) -> None:
         self._files = files
@@ -34,7 +34,7 @@ class Follower:
             self._colours[name] = console.name_colour(len(self._colours))
 
     def show(self, name: str, line: str) -> None:
-        """A line of a process."""
+        """Show a log line of a process."""
         self._line(name, line, self._colours[name])
 
     async def follow_forever(self) -> None:
@@ -44,23 +44,23 @@ class Follower:
             await asyncio.sleep(_POLL_S)
 
     def say(self, name: str, message: str) -> None:
-        """A line of the supervisor's about a process."""
+        """Show a message of the supervisor about a process."""
         stamp = datetime.now().astimezone().strftime("%H:%M:%S")
         self._line("pdctl", f"{stamp} {message}" if name == "pdctl" else f"{stamp} {name}: {message}", "dim")
 
     def show_new(self) -> None:
-        """Show what has been appended since."""
+        """Show the lines appended since the last call."""
         for name, path in self._files.items():
             for line in self._new_lines(name, path):
                 self._line(name, line, self._colours[name])
 
     def _line(self, name: str, line: str, colour: str) -> None:
-        # Whoever read us has left, or the disk is full: the service goes on.
+        # The reader has exited or the disk is full: the service goes on.
         with contextlib.suppress(OSError):
             console.out(f"{console.paint(name.ljust(self._width), colour, sys.stdout)} | {line}")
 
     def _rest_of(self, name: str, path: Path, inode: int, offset: int) -> None:
-        """What an incarnation wrote last before another took its file's name."""
+        """Show the last lines of a log that has been rotated since the last call."""
         for number in range(1, KEPT + 1):
             before = path.with_name(f"{path.name}.{number}")
             if _place(before)[0] == inode:
@@ -83,7 +83,7 @@ class Follower:
             self._places[name] = (here, offset)
             return []
         with path.open("rb") as file:
-            # Where a log was cut there is nothing to read.
+            # The cut-off beginning of a log is a hole: skip it.
             offset = max(offset, min(first_byte(file.fileno()), size))
             file.seek(offset)
             data = file.read(_CHUNK if size - offset > _CHUNK else size - offset)
@@ -93,7 +93,7 @@ class Follower:
 
 
 def merged(files: dict[str, Path], follower: Follower, after: float, previous: bool) -> None:
-    """Everything that was written, in the order of time; a line without a time belongs to the one before it."""
+    """Show all lines in order of time. A line without a timestamp follows the line before it."""
     entries = []
     for index, (name, path) in enumerate(files.items()):
         at, number = 0.0, 0
@@ -108,7 +108,7 @@ def merged(files: dict[str, Path], follower: Follower, after: float, previous: b
 
 
 def _parts(path: Path, previous: bool) -> list[Path]:
-    """A log's files, oldest first: earlier incarnations, what was cut from this one, this one."""
+    """A log's files, oldest first: earlier starts of the process, the part cut from this log, this log."""
     earlier = [path.with_name(f"{path.name}.{number}") for number in range(KEPT, 0, -1)] if previous else []
     return [part for part in (*earlier, archive_of(path), path) if part.exists()]
 
@@ -120,7 +120,7 @@ def _text(path: Path) -> str:
 
 
 def _time_of(line: str) -> float:
-    """Seconds since 1970 of the time a line begins with; 0 for none."""
+    """The timestamp at the start of a line, in seconds since 1970; 0 if there is none."""
     found = _TIME.match(line)
     if found is None:
         return 0.0
@@ -131,7 +131,7 @@ def _time_of(line: str) -> float:
 
 
 def _place(path: Path) -> tuple[int, int]:
-    """Inode and size; zeros for a file that is not there."""
+    """Inode and size of a file; zeros if it does not exist."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""`pdctl logs`: what the processes wrote, of a running service or of the last run."""
+"""`pdctl logs`: the process logs of a running service or of its last run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def logs(
-    name: str | None = typer.Argument(None, help="One process, such as decode-0. Default: all."),
-    follow: bool = typer.Option(False, "-f", "--follow", help="Go on as lines are written."),
-    since: str | None = typer.Option(None, "--since", help="Only lines from then on: 10m, 2h, or 2026-11-23T21:00."),
-    previous: bool = typer.Option(False, "-p", "--previous", help="Also what earlier incarnations wrote."),
-    file: Path | None = typer.Option(None, "--file", envvar="PDCTL_FILE", help="The topology file."),
+    name: str | None = typer.Argument(None, help="Process, such as decode-0. Default: all."),
+    follow: bool = typer.Option(False, "-f", "--follow", help="Keep printing new lines until Ctrl-C."),
+    since: str | None = typer.Option(None, "--since", help="Only lines since then: 10m, 2h, or 2026-11-23T21:00."),
+    previous: bool = typer.Option(
+        False, "-p", "--previous", help="Also show the logs of earlier starts of the process."
+    ),
+    file: Path | None = typer.Option(None, "--file", envvar="PDCTL_FILE", help="Topology file."),
     service: str | None = ServiceOption,
 ) -> None:
-    """Show logs, all processes merged by time or one."""
+    """Show the logs of one process, or of all processes merged by time."""
     import asyncio
     import contextlib
 
@@ -39,7 +41,7 @@ def logs(
 
 
 def service_meant(service: str | None, file: Path | None) -> str:
-    """Logs outlive a run: without a running service the default name is meant."""
+    """The service to read logs of. Logs outlive a run, so the default name is used if no service is running."""
     try:
         return find_service(service, file)
     except NotRunning:
@@ -47,7 +49,7 @@ def service_meant(service: str | None, file: Path | None) -> str:
 
 
 def age(since: str | None) -> float:
-    """Seconds since 1970 of `--since`; 0 for none. Raises PdctlError."""
+    """`--since` in seconds since 1970; 0 if not given. Raises PdctlError."""
     if since is None:
         return 0.0
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", since):
@@ -55,8 +57,8 @@ def age(since: str | None) -> float:
     try:
         return datetime.fromisoformat(since).timestamp()
     except ValueError:
-        hint = "write a span, such as 90s, 10m, 2h, 1d, or a time, such as 2026-11-23T21:00"
-        raise PdctlError(f"--since {since!r} is no time", hint) from None
+        hint = "give a duration, such as 90s, 10m, 2h, 1d, or a time, such as 2026-11-23T21:00"
+        raise PdctlError(f"--since {since!r} is not a time", hint) from None
 
 
 def _files(service: str, name: str | None) -> dict[str, Path]:

@@ -1,19 +1,22 @@
-"""`pdctl status`: what runs, since when, and what happened to it."""
+"""`pdctl status`: the processes of a service, their state and restarts."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, JsonOption, ServiceOption, Status, call, find_service
+from pdctl.commands.common import FileOption, JsonOption, ServiceOption, as_json_text, control, find_service
+
+if TYPE_CHECKING:
+    from pdctl.control_api import AttachedStatus, Link, MeasuredProcess, MeasuredStatus
 
 _COLOURS = {
     "ready": "green",
@@ -27,7 +30,7 @@ _COLOURS = {
     "answers": "green",
     "silent": "red",
 }
-# Seconds between two looks of --watch.
+# Seconds between two refreshes of --watch.
 _WATCH_S = 1.0
 
 
@@ -35,17 +38,17 @@ def status(
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
     as_json: bool = JsonOption,
-    watch: bool = typer.Option(False, "-w", "--watch", help="Look again every second, until Ctrl-C."),
+    watch: bool = typer.Option(False, "-w", "--watch", help="Refresh every second until Ctrl-C."),
 ) -> None:
-    """Show the service's processes (state, restarts and their cause, use, load) and how KV moves between them."""
+    """Show the service's processes (state, restarts and their causes, resource use, load) and the KV transfers."""
     name = find_service(service, file)
     while True:
-        found = call(name, "GET", "/v1/status")
+        found = control(name).status()
         if watch and sys.stdout.isatty():
-            # Home, and what was there before is overwritten: no flicker.
+            # Move the cursor home and clear below it: no flicker.
             console.out("\x1b[H\x1b[J", end="")
         if as_json:
-            console.out(json.dumps(found, indent=None if watch else 2))
+            console.out(as_json_text(found, indent=None if watch else 2))
         else:
             show(found)
         if not watch:
@@ -53,55 +56,53 @@ def status(
         time.sleep(_WATCH_S)
 
 
-def show(found: Status) -> None:
-    """The table for people."""
-    console.out(f"service {found['service']}: {found['state']}, {found['served_model_name']} at {found['proxy_url']}")
-    if found["apply"] and found["apply"]["state"] == "running":
-        console.out(f"applying: {found['apply']['step']}")
+def show(found: MeasuredStatus) -> None:
+    """Print the status as tables."""
+    console.out(f"service {found.service}: {found.state}, {found.served_model_name} at {found.proxy_url}")
+    if found.apply is not None and found.apply.state == "running":
+        console.out(f"applying: {found.apply.step}")
     console.out("")
-    console.out(console.table(*_fitting(found["processes"]), _COLOURS))
-    if found["attached"]:
+    console.out(console.table(*_fitting(found.processes), _COLOURS))
+    if found.attached:
         header = ["ATTACHED", "ROLE", "KIND", "ADDRESS", "STATE"]
-        console.out("\n" + console.table(header, [_attached(engine) for engine in found["attached"]], _COLOURS))
-    if found["links"]:
+        console.out("\n" + console.table(header, [_attached(engine) for engine in found.attached], _COLOURS))
+    if found.links:
         header = ["KV FROM", "TO", "TRANSPORT", "OVER", "TRANSFERS", "MOVED", "GB/S", "WHY"]
-        console.out("\n" + console.table(header, [_link(link) for link in found["links"]], _COLOURS))
-        _shout(found["links"])
+        console.out("\n" + console.table(header, [_link(link) for link in found.links], _COLOURS))
+        _shout(found.links)
 
 
 # -- processes ---------------------------------------------------------------------------------------------
 
-Cell = Callable[[Status], str]
 
-
-def _columns() -> list[tuple[str, int, Cell]]:
-    """Header, rank, and what stands there. Where the screen is too narrow the highest ranks go first."""
+def _columns() -> list[tuple[str, int, Callable[[MeasuredProcess], str]]]:
+    """Header, rank and cell function per column. On a narrow screen the columns with the highest rank go first."""
     return [
-        ("PROCESS", 0, lambda p: str(p["name"])),
-        ("ROLE", 5, lambda p: str(p["role"])),
-        ("STATE", 0, lambda p: str(p["state"])),
-        ("SINCE", 2, lambda p: _since(p["ready_since"])),
-        ("RESTARTS", 1, lambda p: str(p["restarts"])),
-        ("PID", 2, lambda p: str(p["pid"] or "-")),
-        ("DEVICE", 7, lambda p: ",".join(p["gpus"]) if p["gpus"] else str(p["device"])),
-        ("CPUS", 9, lambda p: _ranges(p["cpus"])),
-        ("PORT", 8, lambda p: ",".join(map(str, p["ports"].values()))),
-        ("CPU", 5, lambda p: _number(p["cpu_percent"], "%.0f%%")),
-        ("MEMORY", 4, lambda p: _bytes(p["rss_bytes"])),
-        ("GPU MEM", 6, lambda p: _bytes(p["gpu_memory_bytes"])),
-        ("RUN", 3, lambda p: _number(p["running"])),
-        ("QUEUE", 3, lambda p: _number(p["waiting"])),
-        ("KV", 3, lambda p: "-" if p["kv_used"] is None else f"{100 * p['kv_used']:.0f}%"),
-        ("LEASES", 6, lambda p: _number(p["leases"])),
-        ("TOK/S", 4, lambda p: _number(p["tokens_per_s"], "%.0f")),
+        ("PROCESS", 0, lambda p: p.name),
+        ("ROLE", 5, lambda p: p.role),
+        ("STATE", 0, lambda p: p.state),
+        ("SINCE", 2, lambda p: _since(p.ready_since)),
+        ("RESTARTS", 1, lambda p: str(p.restarts)),
+        ("PID", 2, lambda p: str(p.pid or "-")),
+        ("DEVICE", 7, lambda p: ",".join(p.gpus) if p.gpus else p.device),
+        ("CPUS", 9, lambda p: _ranges(p.cpus)),
+        ("PORT", 8, lambda p: ",".join(map(str, p.ports.values()))),
+        ("CPU", 5, lambda p: _number(p.cpu_percent, "%.0f%%")),
+        ("MEMORY", 4, lambda p: _bytes(p.rss_bytes)),
+        ("GPU MEM", 6, lambda p: _bytes(p.gpu_memory_bytes)),
+        ("RUN", 3, lambda p: _number(p.running)),
+        ("QUEUE", 3, lambda p: _number(p.waiting)),
+        ("KV", 3, lambda p: "-" if p.kv_used is None else f"{100 * p.kv_used:.0f}%"),
+        ("LEASES", 6, lambda p: _number(p.leases)),
+        ("TOK/S", 4, lambda p: _number(p.tokens_per_s, "%.0f")),
         ("LAST EXIT", 1, _last_exit),
     ]
 
 
-def _fitting(processes: list[Status]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, as many columns as the screen is wide; all of them where nobody looks."""
+def _fitting(processes: Sequence[MeasuredProcess]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows with as many columns as fit the terminal; all columns if stdout is not a terminal."""
     columns = [(header, rank, [cell(process) for process in processes]) for header, rank, cell in _columns()]
-    # A column that says nothing of anybody takes no room.
+    # Drop columns that are empty for every process.
     columns = [c for c in columns if c[1] == 0 or c[0] in ("RESTARTS", "LAST EXIT") or set(c[2]) - {"-"}]
     room = shutil.get_terminal_size((10_000, 24)).columns if sys.stdout.isatty() else 10_000
     while len(columns) > 2 and sum(max(map(len, [header, *cells])) + 2 for header, _, cells in columns) - 2 > room:
@@ -110,15 +111,14 @@ def _fitting(processes: list[Status]) -> tuple[list[str], list[list[str]]]:
     return [header for header, _, _ in columns], rows
 
 
-def _last_exit(process: Status) -> str:
-    last = process["last_exit"]
-    reason = str(process["reason"] or "")
-    if reason and process["state"] not in ("ready", "starting"):
+def _last_exit(process: MeasuredProcess) -> str:
+    last, reason = process.last_exit, process.reason
+    if reason and process.state not in ("ready", "starting"):
         return reason
-    return f"{last['reason']} {_since(last['at'])} ago" if last else reason or "-"
+    return f"{last.reason} {_since(last.at)} ago" if last else reason or "-"
 
 
-def _ranges(numbers: list[int]) -> str:
+def _ranges(numbers: Sequence[int]) -> str:
     """0-3,8 for [0, 1, 2, 3, 8]."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
@@ -142,32 +142,32 @@ def _bytes(value: int | None) -> str:
 # -- the rest ----------------------------------------------------------------------------------------------
 
 
-def _attached(engine: Status) -> list[str]:
-    state = "answers" if engine["answers"] else "silent"
-    return [engine["name"], engine["role"], engine["kind"], f"{engine['host']}:{engine['port']}", state]
+def _attached(engine: AttachedStatus) -> list[str]:
+    state = "answers" if engine.answers else "silent"
+    return [engine.name, engine.role, engine.kind, f"{engine.host}:{engine.port}", state]
 
 
-def _link(link: Status) -> list[str]:
+def _link(link: Link) -> list[str]:
     return [
-        link["peer"],
-        link["reader"],
-        link["transport"] or "-",
-        link["protocol"] or "-",
-        str(link["pulls"]),
-        f"{link['bytes'] / 2**20:.0f}M",
-        f"{link['gbps']:.2f}" if link["gbps"] else "-",
-        link["error"] or link["reason"],
+        link.peer,
+        link.reader,
+        link.transport or "-",
+        link.protocol or "-",
+        str(link.pulls),
+        f"{link.bytes / 2**20:.0f}M",
+        f"{link.gbps:.2f}" if link.gbps else "-",
+        link.error or link.reason,
     ]
 
 
-def _shout(links: list[Status]) -> None:
+def _shout(links: Sequence[Link]) -> None:
     for link in links:
-        pair = f"{link['peer']} to {link['reader']}"
-        if link["fallback"]:
+        pair = f"{link.peer} to {link.reader}"
+        if link.fallback:
             mark = console.paint("FALLBACK", "red", sys.stdout)
-            console.out(f"{mark} from {pair}: {link['fallback']}; {link['protocol']} carries the KV")
-        elif link["error"]:
-            console.out(f"{console.paint('NO LINK', 'red', sys.stdout)} from {pair}: {link['error']}")
+            console.out(f"{mark} from {pair}: {link.fallback}; {link.protocol} carries the KV")
+        elif link.error:
+            console.out(f"{console.paint('NO LINK', 'red', sys.stdout)} from {pair}: {link.error}")
 
 
 def _since(at: str | None) -> str:

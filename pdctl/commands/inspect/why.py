@@ -1,72 +1,75 @@
-"""`pdctl why`: how a process ended, the last times it did."""
+"""`pdctl why`: how and why a process exited, for its last exits."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, JsonOption, ServiceOption, call
+from pdctl.commands.common import FileOption, JsonOption, ServiceOption, as_json_text, control
 from pdctl.commands.inspect.logs import service_meant
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.users import state_root
+
+if TYPE_CHECKING:
+    from pdctl.control_api import ExitReport
 
 _SHOWN_LINES = 15
 _KEPT = 20
 
 
 def why(
-    name: str = typer.Argument(..., help="A process, such as decode-0."),
-    count: int = typer.Option(3, "-n", "--count", min=1, max=_KEPT, help="How many of its last exits."),
-    lines: int = typer.Option(_SHOWN_LINES, "--lines", min=0, max=50, help="Log lines shown of each."),
+    name: str = typer.Argument(..., help="Process, such as decode-0."),
+    count: int = typer.Option(3, "-n", "--count", min=1, max=_KEPT, help="Number of exits to show, latest last."),
+    lines: int = typer.Option(_SHOWN_LINES, "--lines", min=0, max=50, help="Number of log lines to show per exit."),
     as_json: bool = JsonOption,
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
 ) -> None:
-    """Show how and why a process ended: signal or code, by whom, memory, its last words, what the kernel said."""
-    from pdctl.supervisor.rundir.journal import EXITS, read_entries
+    """Show how and why a process exited: signal or exit code, cause, memory use, last log lines, kernel messages."""
+    from pdctl.supervisor.rundir.journal import EXITS, read_exits
 
     meant = service_meant(service, file)
     folder = state_root() / meant / "logs"
-    entries = with_unwritten(read_entries(folder, EXITS), meant)
-    found = [entry for entry in entries if entry.get("process") == name][-_KEPT:]
+    reports = with_unwritten(read_exits(folder), meant)
+    found = [report for report in reports if report.process == name][-_KEPT:]
     if not found:
         known = sorted({path.name.removesuffix(".log") for path in folder.glob("*.log")} - {"supervisor"})
         if name not in known:
-            raise PdctlError(f"no process {name!r} is known in {folder}", f"known: {', '.join(known) or 'none'}")
-        console.note(f"no end of {name} is recorded in {folder / EXITS}")
+            raise PdctlError(f"no process {name!r} in {folder}", f"known: {', '.join(known) or 'none'}")
+        console.note(f"no exit of {name} is recorded in {folder / EXITS}")
     if as_json:
-        console.out(json.dumps(found[-count:], indent=2))
+        console.out(as_json_text(found[-count:]))
         return
-    for entry in found[-count:]:
-        _show(entry, lines)
+    for report in found[-count:]:
+        _show(report, lines)
 
 
-def with_unwritten(entries: list[dict[str, object]], service: str) -> list[dict[str, object]]:
-    """The entries of the file, and those that only a running supervisor knows: a full disk took none."""
+def with_unwritten(reports: Sequence[ExitReport], service: str) -> list[ExitReport]:
+    """The entries of the file, plus those that only the running supervisor has because the disk was full."""
     try:
-        known = call(service, "GET", "/v1/exits")["exits"]
+        known = control(service).exits().exits
     except (NotRunning, NotAnswering):
-        return entries
-    written = {(entry.get("process"), entry.get("epoch"), entry.get("at")) for entry in entries}
-    return [*entries, *(e for e in known if (e["process"], e["epoch"], e["at"]) not in written)]
+        return [*reports]
+    written = {(report.process, report.epoch, report.at) for report in reports}
+    return [*reports, *(r for r in known if (r.process, r.epoch, r.at) not in written)]
 
 
-def _show(entry: dict[str, Any], lines: int) -> None:
-    how = entry["signal"] or (f"code {entry['code']}" if entry["code"] is not None else "unknown")
-    console.out(f"{entry['at']}  {entry['process']} (pid {entry['pid']}): {entry['reason']}")
-    console.out(f"  exit      {how}{', core dumped' if entry['core_dumped'] else ''}")
-    console.out(f"  by        {entry['by']}")
-    console.out(f"  lived     {console.duration(entry['lived_s'])}")
-    if use := entry["rusage"]:
-        memory = f"{use['max_rss_bytes'] / 2**20:.0f} MB at most"
-        console.out(f"  used      {memory}, {use['user_s']:.1f} s user, {use['system_s']:.1f} s system")
-    for line in entry["kernel"]:
+def _show(report: ExitReport, lines: int) -> None:
+    how = report.signal or (f"code {report.code}" if report.code is not None else "unknown")
+    console.out(f"{report.at}  {report.process} (pid {report.pid}): {report.reason}")
+    console.out(f"  exit      {how}{', core dumped' if report.core_dumped else ''}")
+    console.out(f"  by        {report.by}")
+    console.out(f"  lived     {console.duration(report.lived_s)}")
+    if use := report.rusage:
+        memory = f"{use.max_rss_bytes / 2**20:.0f} MB at most"
+        console.out(f"  used      {memory}, {use.user_s:.1f} s user, {use.system_s:.1f} s system")
+    for line in report.kernel:
         console.out(f"  kernel    {line}")
-    console.out(f"  log       {entry['log']}")
-    for line in entry["last_lines"][-lines:] if lines else []:
+    console.out(f"  log       {report.log}")
+    for line in report.last_lines[-lines:] if lines else ():
         console.out(f"            {line}")
     console.out("")

@@ -1,1 +1,1 @@
-"""Verbs and helpers for what comes before a start: topology, plan, keys, models, checks."""
+"""Verbs and helpers used before a start: topology, plan, keys, models, checks."""

@@ -1,4 +1,4 @@
-"""The topology that fits this machine: what `init` writes and what `up` runs without a file."""
+"""The default topology for this machine: `init` writes it, and `up` runs it when there is no file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ MODEL = SAMPLE_PREFIX + "gemma-3-270m"
 
 
 def default_text(host: Host) -> str:
-    """A commented topology: one prefill, one decode, on the GPUs found, else on the CPU."""
+    """A commented topology with one prefill and one decode engine, on the GPUs if there are any, else on the CPU."""
     gpus = len(host.gpus)
     if gpus:
         found = f"{gpus} GPU" + ("s" if gpus > 1 else "") + f" ({host.gpus[0].name})"
-        # Idle ones first.
+        # Idle GPUs first.
         names = [_gpu_name(gpu) for gpu in sorted(host.gpus, key=lambda gpu: bool(host.gpu_holders.get(gpu.uuid)))]
         prefill, decode = _gpu_keys(names[0], gpus), _gpu_keys(names[1 % gpus], gpus)
     else:
@@ -29,7 +29,7 @@ def _cpu_keys(cpus: tuple[int, ...]) -> str:
 
 
 def _gpu_name(gpu: Gpu) -> str:
-    """As a topology names it."""
+    """The GPU's name in a topology."""
     return str(gpu.index) if gpu.index >= 0 else f'"{gpu.uuid}"'
 
 
@@ -39,8 +39,8 @@ def _gpu_keys(index: str, gpus: int) -> str:
 
 
 _TEMPLATE = """\
-# pdctl topology, written for this machine: {found}.
-# Start it with `pdctl up`; see what it would start with `pdctl plan`.
+# pdctl topology, generated for this machine: {found}.
+# `pdctl plan` shows what it would start; `pdctl up` starts it.
 
 [service]
 name = "pdctl"
@@ -48,13 +48,13 @@ model = "{model}"     # sample:NAME | a Hugging Face directory | a Hub id
 max_model_len = 2048               # tokens, prompt and output together
 
 [proxy]
-host = "127.0.0.1"                 # "0.0.0.0" serves other machines too
+host = "127.0.0.1"                 # "0.0.0.0" also accepts other machines
 port = 8000
-routing = "min_expected_latency"   # docs/proxy.md names the others
+routing = "min_expected_latency"   # docs/proxy.md lists the others
 
 [transfer]
 backend = "auto"                   # how KV moves between engines: auto | shm | mooncake | nixl
-lease_s = 30                       # KV nobody fetches is freed after this
+lease_s = 30                       # KV that no engine fetches is freed after this
 
 [[engines]]
 name = "prefill"
@@ -72,5 +72,5 @@ replicas = 1
 max_num_seqs = 32
 
 [supervisor]
-grace_s = 30                       # seconds between TERM and KILL
+grace_s = 30                       # seconds between SIGTERM and SIGKILL
 """

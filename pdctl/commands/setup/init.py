@@ -1,4 +1,4 @@
-"""`pdctl init`: write a topology that fits this machine."""
+"""`pdctl init`: write a topology for this machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pdctl.errors import PdctlError
 
 
 def init(
-    path: Path = typer.Argument(Path("pdctl.toml"), help="Where to write."),
-    force: bool = typer.Option(False, "--force", help="Replace an existing file."),
+    path: Path = typer.Argument(Path("pdctl.toml"), help="File to write."),
+    force: bool = typer.Option(False, "--force", help="Overwrite an existing file."),
     systemd: bool = typer.Option(False, "--systemd", help="Print a systemd unit that runs PATH instead."),
 ) -> None:
-    """Write a commented topology that fits this machine (its GPUs, else its CPUs)."""
+    """Write a commented topology for this machine: its GPUs, else its CPUs."""
     if systemd:
         console.out(_unit(path.absolute()), end="")
         hint = "save it as ~/.config/systemd/user/pdctl.service, then: systemctl --user enable --now pdctl"
@@ -28,7 +28,7 @@ def init(
     if path.is_dir():
         raise PdctlError(f"{path} is a directory", f"name a file, such as {path / 'pdctl.toml'}")
     if path.exists() and not force:
-        raise PdctlError(f"{path} exists already", "replace it with --force, or name another file")
+        raise PdctlError(f"{path} already exists", "overwrite it with --force, or choose another file")
     try:
         path.write_text(default_text(read_host()), encoding="utf-8")
     except OSError as failure:
@@ -39,7 +39,7 @@ def init(
 
 
 def _unit(path: Path) -> str:
-    """A unit that tells systemd when the service is ready, and that it lives."""
+    """A systemd unit: the service notifies systemd when it is ready, and feeds its watchdog."""
     command = f"{sys.executable} -m pdctl up --file {path}"
     return _UNIT.format(path=path, folder=path.parent, command=command)
 
@@ -55,15 +55,15 @@ Type=notify
 NotifyAccess=main
 ExecStart={command}
 WorkingDirectory={folder}
-# TERM to the supervisor alone: it drains and stops its processes in order. What is left after that is killed.
-# With on_supervisor_death = "survive": KillMode=process, or systemd ends what shall go on.
+# SIGTERM goes only to the supervisor, which drains and stops its processes in order. systemd kills what is left.
+# With on_supervisor_death = "survive", set KillMode=process: otherwise systemd kills the surviving processes.
 KillMode=mixed
 TimeoutStartSec=1800
 TimeoutStopSec=180
 WatchdogSec=30
 Restart=on-failure
 RestartPreventExitStatus=1
-# A cgroup of our own, in which each process gets one.
+# A cgroup for the service, in which each process gets its own.
 Delegate=yes
 LimitNOFILE=1048576
 LimitMEMLOCK=infinity

@@ -1,4 +1,4 @@
-"""`pdctl key`: make an API key for a service's clients."""
+"""`pdctl key`: create an API key for a client."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 def key(
-    name: str = typer.Argument(..., help="Whose key it is; shown in the access log."),
-    file: Path | None = typer.Option(None, "--file", help="Append the key's line to this file (proxy.api_keys)."),
+    name: str = typer.Argument(..., help="Name of the client; shown in the access log."),
+    file: Path | None = typer.Option(
+        None, "--file", help="Append the key's hash to this file (the one that proxy.api_keys names)."
+    ),
 ) -> None:
-    """Make an API key: the key on stdout, once; its hash, which is all that is kept, in the file or on stderr."""
+    """Create an API key. The key is printed on stdout once; only its hash is stored, in the file or on stderr."""
     import hashlib
     import os
     import secrets
 
     if not _NAME.fullmatch(name):
-        raise PdctlError(f"{name!r} is no name for a key", "letters, digits, dots, dashes and underscores, at most 64")
+        raise PdctlError(
+            f"{name!r} is not a valid key name", "use up to 64 letters, digits, dots, dashes and underscores"
+        )
     made = f"pdctl-{secrets.token_urlsafe(32)}"
     line = f"{name} sha256:{hashlib.sha256(made.encode()).hexdigest()}\n"
     if file is None:

@@ -1,4 +1,4 @@
-"""`pdctl plan`: what `up` would start, and where. Starts nothing."""
+"""`pdctl plan`: show what `up` would start, and where. Starts nothing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 
 def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
-    """Show the processes, roles, devices, CPU pins and ports of a topology. Starts nothing."""
-    from pdctl.supervisor.rundir.presence import supervisor_of
+    """Show the processes of a topology with roles, devices, CPU pins and ports. Starts nothing."""
+    from pdctl.host.processes.presence import supervisor_of
 
     planned = load_plan(file)
     if supervisor_of(Path(planned.run_dir)) is not None:
-        console.note(f"{planned.service} is running; this is what a new start would be. What runs: pdctl status")
+        console.note(
+            f"{planned.service} is running; this plan is for a new start. To see what is running: pdctl status"
+        )
     else:
-        # While the service runs, its own proxy holds the port.
+        # While the service is running, its own proxy holds the port.
         planned = load_plan(file, check_port=True)
     if as_json:
         console.out(json.dumps(planned.to_dict(), indent=2))
@@ -54,12 +56,13 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
     warn_of_shared_gpus(planned)
     _expected(planned)
     if not planned.model_ready:
-        where = f"made ready, in {planned.model_path}" if planned.model_path.startswith("/") else "fetched from the Hub"
-        console.note(f"\non the first `pdctl up` the model is {where}")
+        path = planned.model_path
+        where = f"converts the model into {path}" if path.startswith("/") else "downloads the model from the Hub"
+        console.note(f"\nthe first `pdctl up` {where}")
 
 
 def warn_of_shared_gpus(planned: Plan) -> None:
-    """Tell which engines were given GPUs that others compute on."""
+    """Warn about engines placed on GPUs that other processes use."""
     from pdctl.plan.pins import IN_USE
 
     for spec in planned.processes:
@@ -70,14 +73,14 @@ def warn_of_shared_gpus(planned: Plan) -> None:
 
 
 def _expected(planned: Plan) -> None:
-    """By the service's profile, where one was measured of this model."""
+    """Print the expected latency, if the service has a profile for this model."""
     from pdctl.bench.profile import load, path_of
     from pdctl.commands.bench.profile import summary
     from pdctl.host.users import state_root
 
     found = load(path_of(state_root(), planned.service))
     if found is not None and found.model == planned.served_model_name:
-        console.out(f"\nby the profile of {found.date}, on an idle service:")
+        console.out(f"\nexpected latency on an idle service, from the profile of {found.date}:")
         for line in summary(found):
             console.out(f"  {line}")
 
@@ -87,7 +90,7 @@ def _shown(value: object) -> str:
 
 
 def load_plan(file: Path | None, check_port: bool = False, running: Plan | None = None) -> Plan:
-    """The plan of the topology meant; what `running` has keeps its place. Raises ConfigError with all that is wrong."""
+    """The plan of the topology. Processes in `running` keep their placement. Raises ConfigError with every problem."""
     from pdctl.commands.setup.default import default_text
     from pdctl.host import read_host
     from pdctl.plan import make_plan

@@ -1,4 +1,4 @@
-"""What `pdctl up` asks the doctor before it starts anything: the cheap checks, for its own topology only."""
+"""The doctor checks that `pdctl up` runs before it starts anything: the cheap ones, for its own topology only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pdctl import console
 from pdctl.commands.common import topology_file
 from pdctl.errors import PdctlError
 
-# Critical findings with which a start is certainly in vain. Others are told: RDMA that is missing ends in TCP, and says
-# so; a GPU's error may be over; memory that somebody holds may be given back.
+# Critical findings that make a start certain to fail. Others are only printed: without RDMA the transfer falls back to
+# TCP and reports it; a GPU error may be over; memory in use may be freed.
 _IN_VAIN = frozenset(
     {
         "topology.context",
@@ -26,7 +26,7 @@ _IN_VAIN = frozenset(
 
 
 def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
-    """Raises PdctlError on critical findings; `force` only tells them. A built-in default fits its machine."""
+    """Raise PdctlError on critical findings; with `force` only print them. The built-in default is not checked."""
     from pdctl.doctor import Area, Severity
     from pdctl.doctor.inspection import Inspection, Where
     from pdctl.topology.spec import Device
@@ -43,7 +43,7 @@ def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
     try:
         found = inspection.findings(tuple(areas))
     except (OSError, ValueError, ArithmeticError, LookupError) as failure:
-        # The doctor's own stumbling is no reason to refuse a service.
+        # A failure of the doctor itself is no reason to refuse a service.
         console.note(f"the doctor could not finish its checks: {type(failure).__name__}: {failure}")
         return
     critical = [finding for finding in found if finding.severity is Severity.CRITICAL]
@@ -57,5 +57,5 @@ def refuse_what_cannot_work(file: Path | None, force: bool) -> None:
             console.error(message, finding.fix)
     if vain and not force:
         count = "1 critical finding" if len(vain) == 1 else f"{len(vain)} critical findings"
-        hint = "the whole picture: pdctl doctor    start nevertheless: pdctl up --force"
+        hint = "see all findings with: pdctl doctor    start anyway with: pdctl up --force"
         raise PdctlError(f"{count}, nothing was started", hint)

@@ -1,4 +1,4 @@
-"""Models are made ready before anything is started, in a process of its own: the command line never imports torch."""
+"""Prepare the model before anything starts, in a separate process, so that the command line never imports torch."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def with_model(planned: Plan) -> Plan:
-    """Convert or fetch the model where that was not done before. Raises PdctlError."""
+    """Convert or download the model unless that was done before. Raises PdctlError."""
     if planned.model_ready:
         return planned
     kept = (
-        f"(once; it stays in {Path(planned.model_path).parent})"
+        f"(once; it is kept in {Path(planned.model_path).parent})"
         if planned.model_path.startswith("/")
         else "from the Hub"
     )
-    console.note(f"making {planned.model} ready {kept}")
+    console.note(f"preparing {planned.model} {kept}")
     argv = [sys.executable, "-m", "pdctl.engine", "prepare", planned.model, planned.model_path]
     done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
     if done.returncode == 1:
-        raise PdctlError(f"model {planned.model} is not usable (see above)")
+        raise PdctlError(f"model {planned.model} cannot be used (see above)")
     if done.returncode != 0:
         raise PdctlError(
-            f"making the model ready ended with {done.returncode}",
+            f"preparing the model failed with exit code {done.returncode}",
             "is the engine installed? pip install 'pdctl[engine]'",
         )
     path = done.stdout.strip().splitlines()[-1]

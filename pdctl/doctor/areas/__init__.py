@@ -1,1 +1,1 @@
-"""One file for each area: facts in, findings out."""
+"""One file per area: facts in, findings out."""

@@ -1,4 +1,4 @@
-"""Which RDMA device is nearest to which GPU: the matrix of `nvidia-smi topo -m`, from sysfs, and the best pairing."""
+"""Distances between GPUs and RDMA devices: the matrix of `nvidia-smi topo -m`, from sysfs, and the best pairing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pdctl import console
 from pdctl.doctor import Finding, Severity
-from pdctl.host.pci import CLASSES, Layout
+from pdctl.host.devices.pci import CLASSES, Layout
 from pdctl.plan import Plan
 
 _WORST = len(CLASSES)
@@ -15,7 +15,7 @@ _WORST = len(CLASSES)
 
 @dataclass(frozen=True, slots=True)
 class AffinityFacts:
-    """`gpus`: (name, PCI address, UUID); `devices`: names of RDMA devices that are up."""
+    """Facts for affinity checks. `gpus`: (name, PCI address, UUID); `devices`: names of active RDMA devices."""
 
     gpus: tuple[tuple[str, str, str], ...]
     devices: tuple[str, ...]
@@ -23,17 +23,17 @@ class AffinityFacts:
     plan: Plan | None = None
 
     def class_of(self, pci: str, device: str) -> str:
-        """PIX to SYS; "?" where sysfs does not tell."""
+        """The distance class, PIX to SYS; "?" if sysfs does not have it."""
         return self.layout.classes.get((pci, device), "?")
 
 
 def rank(name: str) -> int:
-    """0 for the nearest; what is not known is far."""
+    """The order of distance classes: 0 for the nearest; unknown counts as farthest."""
     return CLASSES.index(name) if name in CLASSES else _WORST
 
 
 def pairing(facts: AffinityFacts) -> dict[str, str]:
-    """GPU to RDMA device: the nearest, and of equally near ones that which has the fewest GPUs already."""
+    """GPU to RDMA device: the nearest one; among equally near ones, the one with the fewest GPUs so far."""
     load = dict.fromkeys(facts.devices, 0)
     found = {}
     for name, pci, _ in facts.gpus:
@@ -46,7 +46,7 @@ def pairing(facts: AffinityFacts) -> dict[str, str]:
 
 
 def matrix(facts: AffinityFacts) -> str:
-    """As a table, the chosen pair marked."""
+    """The matrix as a table, with the chosen pairs marked."""
     chosen = pairing(facts)
     rows = []
     for name, pci, _ in facts.gpus:
@@ -55,14 +55,14 @@ def matrix(facts: AffinityFacts) -> str:
         rows.append([name, pci or "?", *cells, str(node) if node >= 0 else "?"])
     table = console.table(["", "PCI", *facts.devices, "NUMA"], rows)
     legend = (
-        "PIX: at most one PCIe bridge between; PXB: several; PHB: the host bridge; NODE: within a NUMA node;\n"
+        "PIX: at most one PCIe bridge between; PXB: several bridges; PHB: the host bridge; NODE: within a NUMA node;\n"
         "SYS: between NUMA nodes; *: the best pairing"
     )
     return f"{table}\n\n{legend}"
 
 
 def check(facts: AffinityFacts) -> list[Finding]:
-    """What a plan pairs worse than it could."""
+    """Findings for engines with an RDMA device that is not the nearest."""
     return list(_pairs(facts))
 
 
@@ -82,8 +82,8 @@ def _pairs(facts: AffinityFacts) -> Iterator[Finding]:
             yield Finding(
                 "pcie.affinity", Severity.CRITICAL if has == "SYS" else Severity.WARNING, spec.name,
                 f"{shown} is {has} from its GPU {pci}", f"{best}, which is {could}", "sysfs, bus/pci/devices",
-                "KV crosses more bridges, or the sockets' link, than it must",
-                "leave devices out of [transfer]: each engine gets its nearest",
+                "KV crosses more bridges than necessary, or the link between sockets",
+                "remove devices from [transfer]: each engine then gets its nearest one",
             )  # fmt: skip
         else:
             yield Finding("pcie.affinity", Severity.OK, spec.name, f"{shown} is {has} from its GPU")

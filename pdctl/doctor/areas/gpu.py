@@ -1,4 +1,4 @@
-"""Checks of NVIDIA GPUs: what NVML tells, who holds their memory, whether the driver fits what is installed."""
+"""Checks of NVIDIA GPUs: health from NVML, memory use by other processes, driver version."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
-from pdctl.host.gpu_health import MISMATCH, GpuHealth, GpuReport
+from pdctl.host.devices.gpu_health import MISMATCH, GpuHealth, GpuReport
 
-# What a driver and idle contexts take; more than this is somebody's model.
+# Memory that the driver and idle contexts use; more than this is a running workload.
 _BASELINE = 1 << 30
-# Clocks event reasons that say something is wrong (nvml.h): hardware slowdown, software and hardware thermal, brake.
+# Clock event reasons (nvml.h) that indicate a problem: hardware slowdown, software and hardware thermal, power brake.
 _THROTTLED = {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
-# Azure NHC, check_gpu_ecc: a card with so many remapped rows is to be replaced.
+# Azure NHC, check_gpu_ecc: replace a card with more remapped rows.
 _MOST_REMAPPED = 512
 _EXCLUSIVE_PROCESS, _PROHIBITED = 3, 2
 _PROC_GPUS = "driver/nvidia/gpus"
@@ -22,10 +22,10 @@ _PROC_GPUS = "driver/nvidia/gpus"
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """`indices`: GPUs that the topology uses; None for all there are. `ours`: pids of our own running services;
-    `wanted`: bytes that engines will take, by GPU.
+    """Facts for GPU checks. `indices`: GPUs that the topology uses; None for all. `ours`: pids of the running service;
+    `wanted`: bytes that engines will allocate, by GPU.
 
-    `shared`: GPUs that several engines get; `runtime_cuda`: what the engine's packages were built for.
+    `shared`: GPUs with several engines; `runtime_cuda`: the CUDA version that torch was built for.
     """
 
     report: GpuReport
@@ -38,41 +38,41 @@ class GpuFacts:
     proc_root: Path = Path("/proc")
 
     def judged(self) -> Iterator[GpuHealth]:
-        """GPUs whose faults matter."""
+        """GPUs that the topology uses."""
         return (found for found in self.report.gpus if self.indices is None or found.gpu.index in self.indices)
 
 
 def check(facts: GpuFacts) -> list[Finding]:
-    """All checks."""
+    """Run all checks."""
     return [finding for one in CHECKS for finding in one(facts)]
 
 
 def present(facts: GpuFacts) -> Iterator[Finding]:
-    """A machine without a GPU is no fault, unless one was asked for."""
+    """Whether there are GPUs. Their absence is a problem only if the topology needs one."""
     report = facts.report
     if report.absence == MISMATCH:
         yield Finding(
             "gpu.driver", Severity.CRITICAL, "gpu", report.absence, "one version", "NVML",
-            "the driver was updated while the old module is loaded", "reboot, or reload the nvidia modules",
+            "the driver was updated while the old module was loaded", "reboot, or reload the nvidia modules",
         )  # fmt: skip
     elif not report.gpus:
         severity = Severity.CRITICAL if facts.is_wanted else Severity.INFO
-        wish = 'a GPU: the topology has device = "cuda"' if facts.is_wanted else "none is needed: the CPU serves"
+        wish = 'a GPU: the topology has device = "cuda"' if facts.is_wanted else "not needed: engines run on the CPU"
         fix = 'check nvidia-smi; in a container: --gpus all; or set device = "cpu"' if facts.is_wanted else ""
         yield Finding("gpu.none", severity, "gpu", report.absence, wish, "NVML", "", fix)
     else:
         for found in report.gpus:
-            seen = f"{found.gpu.name}, {found.gpu.memory / 2**30:.0f} GiB, {found.gpu.uuid}"
-            yield Finding("gpu.present", Severity.OK, _name(found), seen)
+            observed = f"{found.gpu.name}, {found.gpu.memory / 2**30:.0f} GiB, {found.gpu.uuid}"
+            yield Finding("gpu.present", Severity.OK, _name(found), observed)
 
 
 def counted(facts: GpuFacts) -> Iterator[Finding]:
-    """What the driver knows and NVML does not list has fallen off the bus, or is hidden from this container."""
+    """GPUs that the driver knows but NVML does not list: fallen off the bus, or hidden from this container."""
     for said in facts.report.lost:
         yield Finding(
             "gpu.count", Severity.CRITICAL, said.partition(":")[0], said.partition(": ")[2], "a GPU that answers",
             "NVML",
-            "it fell off the bus (Xid 79), or this user may not see it", "dmesg | grep Xid; reset it or reboot",
+            "it fell off the bus (Xid 79), or this user has no access to it", "dmesg | grep Xid; reset it or reboot",
         )  # fmt: skip
     try:
         known = [name for name in os.listdir(facts.proc_root / _PROC_GPUS) if name.count(":") == 2]  # noqa: PTH208
@@ -83,55 +83,55 @@ def counted(facts: GpuFacts) -> Iterator[Finding]:
         if facts.report.gpus and address.lower() not in listed:
             yield Finding(
                 "gpu.count", Severity.CRITICAL if facts.is_wanted else Severity.WARNING, f"GPU at {address}",
-                "the driver knows it, and NVML does not list it", "both", f"/proc/{_PROC_GPUS}",
+                "the driver knows it, but NVML does not list it", "known to both", f"/proc/{_PROC_GPUS}",
                 "it fell off the bus (Xid 79), or is hidden from this container",
                 "dmesg | grep Xid; reset it or reboot",
             )  # fmt: skip
 
 
 def versions(facts: GpuFacts) -> Iterator[Finding]:
-    """A runtime of a newer major CUDA version than the driver supports does not start (CUDA compatibility guide)."""
+    """A CUDA runtime with a newer major version than the driver supports does not start (CUDA compatibility guide)."""
     runtime, driver = facts.runtime_cuda, facts.report.cuda
     if not facts.report.gpus or runtime is None or driver is None:
         return
-    seen = f"driver {facts.report.driver} supports CUDA {_dotted(driver)}; torch was built for {_dotted(runtime)}"
+    observed = f"driver {facts.report.driver} supports CUDA {_dotted(driver)}; torch was built for {_dotted(runtime)}"
     if runtime[0] > driver[0]:
         yield Finding(
-            "gpu.cuda", Severity.CRITICAL, "gpu", seen, f"CUDA {runtime[0]} or newer", "NVML, package metadata",
+            "gpu.cuda", Severity.CRITICAL, "gpu", observed, f"CUDA {runtime[0]} or newer", "NVML, package metadata",
             "torch will not find a GPU", f"update the driver, or install torch for CUDA {driver[0]}",
         )  # fmt: skip
     elif runtime > driver:
         yield Finding(
-            "gpu.cuda", Severity.WARNING, "gpu", seen, f"CUDA {_dotted(runtime)}", "NVML, package metadata",
-            "minor versions are compatible, but code that is compiled at run time (PTX) is not", "update the driver",
+            "gpu.cuda", Severity.WARNING, "gpu", observed, f"CUDA {_dotted(runtime)}", "NVML, package metadata",
+            "minor versions are compatible, except for code compiled at run time (PTX)", "update the driver",
         )  # fmt: skip
     else:
-        yield Finding("gpu.cuda", Severity.OK, "gpu", seen)
+        yield Finding("gpu.cuda", Severity.OK, "gpu", observed)
 
 
 def memory_errors(facts: GpuFacts) -> Iterator[Finding]:
-    """Uncorrected ECC errors, and rows that were or should be remapped."""
+    """Uncorrected ECC errors, and row remaps."""
     for found in facts.judged():
         if found.ecc_errors:
             yield Finding(
                 "gpu.ecc", Severity.CRITICAL, _name(found), f"{found.ecc_errors} uncorrected memory errors", "0",
-                "NVML, volatile ECC counts", "data was lost since the driver was loaded",
+                "NVML, volatile ECC counts", "memory was corrupted since the driver was loaded",
                 f"nvidia-smi --gpu-reset -i {found.gpu.index}; replace the card if they come back",
             )  # fmt: skip
         rows = found.rows
         if rows is None or not (rows.is_pending or rows.has_failed or rows.uncorrected > _MOST_REMAPPED):
             continue
-        seen = "a row remap failed" if rows.has_failed else "a row remap waits for a reset"
-        seen = seen if rows.has_failed or rows.is_pending else f"{rows.uncorrected} rows were remapped"
+        observed = "a row remap failed" if rows.has_failed else "a row remap is pending until a reset"
+        observed = observed if rows.has_failed or rows.is_pending else f"{rows.uncorrected} rows were remapped"
         yield Finding(
-            "gpu.rows", Severity.CRITICAL, _name(found), seen, f"none waiting or failed, at most {_MOST_REMAPPED}",
+            "gpu.rows", Severity.CRITICAL, _name(found), observed, f"none pending or failed, at most {_MOST_REMAPPED}",
             "NVML, remapped rows", "worn memory",
             "replace the card" if rows.has_failed else f"nvidia-smi --gpu-reset -i {found.gpu.index}", "Azure NHC",
         )  # fmt: skip
 
 
 def throttled(facts: GpuFacts) -> Iterator[Finding]:
-    """Slower than it could be, for reasons other than being idle or at its power cap."""
+    """Throttling for reasons other than idleness and the power cap."""
     for found in facts.judged():
         reasons = [name for bit, name in _THROTTLED.items() if (found.throttle or 0) & bit]
         if reasons:
@@ -143,7 +143,7 @@ def throttled(facts: GpuFacts) -> Iterator[Finding]:
 
 
 def links(facts: GpuFacts) -> Iterator[Finding]:
-    """NVLinks that are down beside others that are up (NVIDIA's own validation accepts none)."""
+    """NVLinks that are down while others are up (NVIDIA's validation accepts none)."""
     for found in facts.judged():
         down = [str(number) for number, is_up in enumerate(found.links) if not is_up]
         if down and len(down) < len(found.links):
@@ -155,7 +155,7 @@ def links(facts: GpuFacts) -> Iterator[Finding]:
 
 
 def lanes(facts: GpuFacts) -> Iterator[Finding]:
-    """In fewer PCIe lanes than it has. Speed is not judged: GPUs lower it when idle."""
+    """Fewer PCIe lanes than the card has. The speed is not checked: GPUs lower it when idle."""
     for found in facts.judged():
         if found.lanes and 0 < found.lanes[0] < found.lanes[1]:
             yield Finding(
@@ -165,28 +165,29 @@ def lanes(facts: GpuFacts) -> Iterator[Finding]:
 
 
 def held(facts: GpuFacts) -> Iterator[Finding]:
-    """Memory that is taken before we start. NVML counts pids of the host: in a container they may mean nothing here."""
+    """Memory in use before a start. NVML reports host pids, which may not exist in this container."""
     for found in facts.judged():
         strangers = {pid: size for pid, size in found.users.items() if pid not in facts.ours}
         used = found.used - sum(size for pid, size in found.users.items() if pid in facts.ours)
         if used <= _BASELINE:
             continue
         whose = (
-            ", ".join(f"pid {pid} {_command(facts.proc_root, pid)}" for pid in sorted(strangers)) or "nobody it names"
+            ", ".join(f"pid {pid} {_command(facts.proc_root, pid)}" for pid in sorted(strangers))
+            or "an unknown process"
         )
         alive = [pid for pid in strangers if (facts.proc_root / str(pid)).exists()]
-        fix = f"end it: kill {' '.join(map(str, sorted(alive)))}" if alive else (
-            f"nvidia-smi; fuser -v /dev/nvidia{found.gpu.index}; a container's processes are seen on its host"
+        fix = f"stop it: kill {' '.join(map(str, sorted(alive)))}" if alive else (
+            f"nvidia-smi; fuser -v /dev/nvidia{found.gpu.index}; processes of a container are visible only on its host"
         )  # fmt: skip
         yield Finding(
             "gpu.mem_held", _weight_of(facts, found, used), _name(found),
-            f"{used / 2**30:.1f} GiB are in use, by {whose}", f"at most {_BASELINE >> 30} GiB before a start", "NVML",
-            "engines will not get the memory that they are told to take", fix,
+            f"{used / 2**30:.1f} GiB are in use by {whose}", f"at most {_BASELINE >> 30} GiB before a start", "NVML",
+            "engines may not get the memory that they are configured for", fix,
         )  # fmt: skip
 
 
 def _weight_of(facts: GpuFacts, found: GpuHealth, used: int) -> Severity:
-    """A fault where what is left is less than what engines will take."""
+    """Critical if the remaining memory is less than the engines will allocate."""
     if not facts.is_wanted:
         return Severity.INFO
     left = found.gpu.memory - used
@@ -194,26 +195,26 @@ def _weight_of(facts: GpuFacts, found: GpuHealth, used: int) -> Severity:
 
 
 def modes(facts: GpuFacts) -> Iterator[Finding]:
-    """Modes that keep engines out."""
+    """Modes in which engines cannot use the GPU."""
     for found in facts.judged():
         index = found.gpu.index
         if found.mig and facts.is_wanted:
             yield Finding(
                 "gpu.mig", Severity.CRITICAL, _name(found), "MIG is on", "off", "NVML",
-                "engines are given the whole GPU's UUID, with which CUDA finds nothing then",
+                "engines get the UUID of the whole GPU, which CUDA cannot use while MIG is on",
                 f"nvidia-smi -i {index} -mig 0",
             )  # fmt: skip
         exclusive = found.compute_mode == _EXCLUSIVE_PROCESS and index in facts.shared
         if exclusive or (found.compute_mode == _PROHIBITED and facts.is_wanted):
-            seen = "EXCLUSIVE_PROCESS, and several engines share it" if exclusive else "PROHIBITED"
+            observed = "EXCLUSIVE_PROCESS, but several engines share the GPU" if exclusive else "PROHIBITED"
             yield Finding(
-                "gpu.mode", Severity.CRITICAL, _name(found), f"compute mode {seen}", "DEFAULT", "NVML",
-                "an engine is refused by CUDA", f"nvidia-smi -i {index} -c DEFAULT",
+                "gpu.mode", Severity.CRITICAL, _name(found), f"compute mode {observed}", "DEFAULT", "NVML",
+                "CUDA refuses engines", f"nvidia-smi -i {index} -c DEFAULT",
             )  # fmt: skip
         if found.persistence is False:
             yield Finding(
                 "gpu.persistence", Severity.INFO, _name(found), "persistence mode is off", "on", "NVML",
-                "the first process on it waits seconds for the driver", f"nvidia-smi -i {index} -pm 1",
+                "the first process on the GPU waits seconds for the driver", f"nvidia-smi -i {index} -pm 1",
             )  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def _command(proc_root: Path, pid: int) -> str:
     try:
         return f"({(proc_root / str(pid) / 'comm').read_text(errors='replace').strip()})"
     except OSError:
-        return "(not to be seen from here)"
+        return "(not visible from here)"
 
 
 CHECKS: tuple[Callable[[GpuFacts], Iterator[Finding]], ...] = (

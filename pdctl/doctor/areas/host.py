@@ -1,4 +1,4 @@
-"""Checks of the machine: limits, memory, shared memory, clock, containers. `proc_root` can be planted."""
+"""Checks of the host: limits, memory, shared memory, clock, containers. Tests can replace `proc_root`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from pathlib import Path
 from pdctl.doctor import Finding, Severity
 from pdctl.host.memory import read_group_room, read_memory
 
-# A proxy's connections and an engine's peers, with room; and what a few clients need. The project's own figures.
+# Enough for a busy proxy's connections and an engine's peers; and enough for a few clients. pdctl's own numbers.
 _GOOD_FILES, _LEAST_FILES = 65536, 4096
-# Docker gives 64 MiB; this is what NCCL and torch workers of one model come by with.
+# Docker's default is 64 MiB; NCCL and torch workers of one model need about this much.
 _LEAST_SHM = 1 << 30
-# For what transfer libraries lock beside the pools.
+# Memory that transfer libraries lock besides the pools.
 _MEMLOCK_SLACK_KIB = 1024
-# Mooncake's guide, for pools of hundreds of gigabytes.
+# From Mooncake's guide, for pools of hundreds of gigabytes.
 _GOOD_MAPS = 16_777_216
 _STA_UNSYNC = 0x0040  # linux/timex.h
 _CAP_IPC_LOCK = 14  # linux/capability.h
 _UNLIMITED = 1 << 64
-# Reading from a disk takes milliseconds: what waits at each of these looks is stuck.
+# A disk read takes milliseconds: a process that is waiting in each of these samples is stuck.
 _LOOKS, _LOOK_S = 5, 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """`pinned_bytes`: memory that RDMA would pin in one process; 0 where no RDMA is used. `shared_bytes`: KV pools in
-    main memory, those of engines on a GPU too, which mirror theirs; `weight_bytes`: what engines on the CPU load
-    besides; `children`: pids of what runs already."""
+    """Facts for host checks. `pinned_bytes`: memory that RDMA pins in one process; 0 without RDMA. `shared_bytes`: KV
+    pools in host memory, including mirrors of GPU pools; `weight_bytes`: weights of engines on the CPU; `children`:
+    pids of the running service."""
 
     proc_root: Path = Path("/proc")
     sysfs_root: Path = Path("/sys")
@@ -45,30 +45,30 @@ class HostFacts:
 
 
 def check(facts: HostFacts) -> list[Finding]:
-    """All checks."""
+    """Run all checks."""
     return [finding for one in CHECKS for finding in one(facts)]
 
 
 def files(_: HostFacts) -> Iterator[Finding]:
-    """Open files: what children get is the hard limit, which pdctl raises them to."""
+    """The limit of open files. pdctl raises the soft limit of its children to the hard limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < _GOOD_FILES:
         yield Finding(
             "limit.files",
             Severity.WARNING if hard < _LEAST_FILES else Severity.INFO,
             "host",
-            f"{hard} open files at most",
+            f"at most {hard} open files",
             f"{_GOOD_FILES}",
             "RLIMIT_NOFILE",
-            "a busy proxy runs out of descriptors",
+            "a busy proxy may run out of file descriptors",
             "systemd: LimitNOFILE=1048576; docker: --ulimit nofile=1048576",
         )
     else:
-        yield Finding("limit.files", Severity.OK, "host", f"{hard} open files at most")
+        yield Finding("limit.files", Severity.OK, "host", f"at most {hard} open files")
 
 
 def memlock(facts: HostFacts) -> Iterator[Finding]:
-    """RDMA pins its pools; with CAP_IPC_LOCK the limit does not count. What runs has the limit it was started with."""
+    """The limit of locked memory: RDMA pins the pools. CAP_IPC_LOCK lifts it. A running process keeps its own limit."""
     limits = {f"pid {pid}": _memlock_of(facts.proc_root / str(pid)) for pid in facts.children}
     subject, hard = min(limits.items(), key=lambda item: item[1], default=("host", _memlock_here(facts)))
     unlimited = hard == _UNLIMITED
@@ -81,7 +81,7 @@ def memlock(facts: HostFacts) -> Iterator[Finding]:
         Severity.CRITICAL,
         subject,
         f"locked memory: {shown}",
-        f"{facts.pinned_bytes >> 20} MiB, the KV pools",
+        f"at least {facts.pinned_bytes >> 20} MiB, the size of the KV pools",
         f"/proc/{subject.removeprefix('pid ')}/limits" if limits else "RLIMIT_MEMLOCK",
         "registering a pool with an RDMA device fails",
         f"ulimit -l {(facts.pinned_bytes >> 10) + _MEMLOCK_SLACK_KIB}; systemd: LimitMEMLOCK=infinity; "
@@ -91,7 +91,7 @@ def memlock(facts: HostFacts) -> Iterator[Finding]:
 
 
 def stuck(facts: HostFacts) -> Iterator[Finding]:
-    """Processes of ours that the kernel does not let go on: a driver that hangs shows so first."""
+    """Processes of the service in uninterruptible sleep: often the first sign of a hanging driver."""
     waiting = [pid for pid in facts.children if _state(facts.proc_root, pid) == "D"]
     for _ in range(_LOOKS if waiting else 0):
         time.sleep(_LOOK_S)
@@ -99,13 +99,14 @@ def stuck(facts: HostFacts) -> Iterator[Finding]:
     for pid in waiting:
         yield Finding(
             "host.stuck", Severity.CRITICAL, f"pid {pid}", f"in uninterruptible sleep for {_LOOKS * _LOOK_S:.1f} s",
-            "running, or asleep", f"/proc/{pid}/stat", "a driver or a file system does not answer; no signal ends it",
-            f"cat /proc/{pid}/stack; dmesg | tail; a reboot, if it stays",
+            "running or sleeping", f"/proc/{pid}/stat",
+            "a driver or a file system does not answer; signals have no effect",
+            f"cat /proc/{pid}/stack; dmesg | tail; reboot if it persists",
         )  # fmt: skip
 
 
 def _state(proc_root: Path, pid: int) -> str:
-    """One letter (proc(5)); "" for none."""
+    """The process state, one letter (proc(5)); "" if the process is gone."""
     try:
         return (proc_root / str(pid) / "stat").read_text(errors="replace").rpartition(") ")[2][:1]
     except OSError:
@@ -113,7 +114,7 @@ def _state(proc_root: Path, pid: int) -> str:
 
 
 def shared_memory(facts: HostFacts) -> Iterator[Finding]:
-    """Where it is small (docker gives 64 MiB), libraries that share memory between processes fail late."""
+    """The size of /dev/shm: if it is small (Docker: 64 MiB), libraries that share memory fail late."""
     try:
         found = os.statvfs(facts.shm)
     except OSError as failure:
@@ -136,13 +137,13 @@ def shared_memory(facts: HostFacts) -> Iterator[Finding]:
 
 
 def memory(facts: HostFacts) -> Iterator[Finding]:
-    """What a topology's KV pools and weights need beside what is free."""
+    """Whether the free memory is enough for the topology's KV pools and weights."""
     total, available = read_memory(facts.proc_root)
     shown, evidence = f"{available / 2**30:.1f} GiB of {total / 2**30:.1f} GiB free", "/proc/meminfo"
     room = read_group_room(facts.proc_root, facts.sysfs_root)
     if room is not None and room < available:
         available, evidence = room, "memory.max, memory.current"
-        shown = f"{room / 2**30:.1f} GiB are left of what this control group may have"
+        shown = f"{room / 2**30:.1f} GiB left within this cgroup's limit"
     wanted = facts.shared_bytes + facts.weight_bytes
     if wanted > available:
         yield Finding(
@@ -152,25 +153,27 @@ def memory(facts: HostFacts) -> Iterator[Finding]:
             shown,
             f"{wanted / 2**30:.1f} GiB for KV pools and weights",
             evidence,
-            "engines will be killed for their memory",
-            "lower kv_cache_gb or replicas, end other programs, or raise the container's limit",
+            "the kernel will kill engines (out of memory)",
+            "lower kv_cache_gb or replicas, stop other programs, or raise the container's limit",
         )
     else:
         yield Finding("memory.free", Severity.OK, "host", shown)
 
 
 def clock(_: HostFacts) -> Iterator[Finding]:
-    """Traces and TLS across hosts go by it."""
+    """Whether the clock is synchronised: traces and TLS across hosts depend on it."""
     status = _clock_status()
     if status is None:
-        yield Finding("clock.sync", Severity.UNKNOWN, "host", "the kernel does not tell", "", "adjtimex(2)")
+        yield Finding(
+            "clock.sync", Severity.UNKNOWN, "host", "the kernel does not report the clock's state", "", "adjtimex(2)"
+        )
     elif status & _STA_UNSYNC:
         yield Finding(
             "clock.sync",
             Severity.INFO,
             "host",
             "the clock is not synchronised",
-            "NTP, where several hosts serve",
+            "NTP, if several hosts serve",
             "adjtimex(2)",
             "",
             "systemctl enable --now systemd-timesyncd, or chrony",
@@ -180,42 +183,42 @@ def clock(_: HostFacts) -> Iterator[Finding]:
 
 
 def hugepages(facts: HostFacts) -> Iterator[Finding]:
-    """Only where Mooncake's store was told to use them."""
+    """Huge pages, if Mooncake's store is configured to use them."""
     if facts.env.get("MC_STORE_USE_HUGEPAGE", "0") in ("", "0"):
         return
     free = _meminfo(facts.proc_root, "HugePages_Free")
     if free == 0:
         yield Finding(
-            "host.hugepages", Severity.CRITICAL, "host", "MC_STORE_USE_HUGEPAGE is set, and no huge page is free",
+            "host.hugepages", Severity.CRITICAL, "host", "MC_STORE_USE_HUGEPAGE is set, but no huge page is free",
             "free huge pages", "/proc/meminfo", "allocating the store's memory fails",
             "sysctl vm.nr_hugepages=N, or: unset MC_STORE_USE_HUGEPAGE",
         )  # fmt: skip
 
 
 def map_count(facts: HostFacts) -> Iterator[Finding]:
-    """Pools registered block by block need many mappings (Mooncake troubleshooting guide)."""
+    """The limit of memory mappings: pools registered block by block need many (Mooncake troubleshooting guide)."""
     count = _number(facts.proc_root / "sys/vm/max_map_count")
     if facts.pinned_bytes and count is not None and count < _GOOD_MAPS:
         yield Finding(
             "host.map_count", Severity.INFO, "host", f"vm.max_map_count = {count}", f"{_GOOD_MAPS} for large pools",
-            "/proc/sys/vm/max_map_count", "registering much memory may fail", f"sysctl vm.max_map_count={_GOOD_MAPS}",
+            "/proc/sys/vm/max_map_count", "registering large pools may fail", f"sysctl vm.max_map_count={_GOOD_MAPS}",
             "Mooncake troubleshooting guide",
         )  # fmt: skip
 
 
 def numa_balancing(facts: HostFacts) -> Iterator[Finding]:
-    """The kernel moves pages between nodes that pdctl has pinned processes to."""
+    """Automatic NUMA balancing: it moves pages of processes that pdctl has pinned."""
     nodes = list((facts.sysfs_root / "devices/system/node").glob("node[0-9]*"))
     if len(nodes) > 1 and _number(facts.proc_root / "sys/kernel/numa_balancing"):
         yield Finding(
             "host.numa_balancing", Severity.INFO, "host", f"automatic NUMA balancing over {len(nodes)} nodes", "off",
-            "/proc/sys/kernel/numa_balancing", "page faults in engines whose CPUs are chosen already",
+            "/proc/sys/kernel/numa_balancing", "needless page faults in engines that are pinned already",
             "sysctl kernel.numa_balancing=0",
         )  # fmt: skip
 
 
 def container(facts: HostFacts) -> Iterator[Finding]:
-    """In a container much is decided outside."""
+    """Whether a container has the devices and capabilities that RDMA needs."""
     marks = [name for name in (".dockerenv", "run/.containerenv") if (facts.root / name).exists()]
     if not marks:
         return
@@ -224,12 +227,12 @@ def container(facts: HostFacts) -> Iterator[Finding]:
         lacks.append("--device=/dev/infiniband")
     if lacks:
         yield Finding(
-            "host.container", Severity.CRITICAL, "host", "a container without what RDMA needs", " ".join(lacks),
-            f"/{marks[0]}, CapEff", "devices cannot be opened, or memory not registered",
+            "host.container", Severity.CRITICAL, "host", "the container lacks options that RDMA needs", " ".join(lacks),
+            f"/{marks[0]}, CapEff", "devices cannot be opened, or memory cannot be registered",
             f"docker run {' '.join(lacks)} --ulimit memlock=-1",
         )  # fmt: skip
     else:
-        yield Finding("host.container", Severity.OK, "host", "a container")
+        yield Finding("host.container", Severity.OK, "host", "in a container")
 
 
 def _number(path: Path) -> int | None:
@@ -275,7 +278,7 @@ def _memlock_here(facts: HostFacts) -> int:
 
 
 def _memlock_of(process: Path) -> int:
-    """A running process's hard limit in bytes; no limit where it cannot be read any more."""
+    """A running process's hard limit in bytes; unlimited if it cannot be read any more."""
     try:
         lines = (process / "limits").read_text().splitlines()
     except OSError:

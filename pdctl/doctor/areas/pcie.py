@@ -1,4 +1,4 @@
-"""Checks of the way between cards: bridges, access control, the IOMMU, network cards' access to GPU memory."""
+"""Checks of PCIe: link widths of bridges, access control (ACS), IOMMU, access of network cards to GPU memory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
-from pdctl.host.pci import chain
-from pdctl.host.sysfs import Reader
+from pdctl.host.devices.pci import chain
+from pdctl.host.devices.sysfs import Reader
 
-# PCI Express base specification: the extended capability, its control register, and the bits that send peers' traffic
-# up to the root complex (P2P request redirect, P2P completion redirect).
+# PCI Express base specification: the extended capability, its control register, and the bits that redirect peer traffic
+# to the root complex (P2P request redirect, P2P completion redirect).
 _ACS, _ACS_CONTROL, _REDIRECT = 0x000D, 6, 0x4 | 0x8
 _EXTENDED = 0x100
-# Capabilities of one function, at most: a broken list may have a loop.
+# Limit of capabilities to read: a corrupt list may have a loop.
 _MOST_CAPABILITIES = 96
 _DMABUF_KERNEL = (5, 12)
 
 
 @dataclass(frozen=True, slots=True)
 class PcieFacts:
-    """`functions`: subject to PCI address of what is judged; `direct`: RDMA is to read GPU memory itself."""
+    """Facts for PCIe checks. `functions`: subject to PCI address; `direct`: RDMA should read GPU memory (GPUDirect)."""
 
     functions: dict[str, str]
     direct: bool = False
@@ -34,37 +34,37 @@ class PcieFacts:
     reader: Reader = field(default_factory=Reader)
 
     def width(self, address: str, which: str) -> int:
-        """`current` or `max` lanes; 0 where it is not told."""
+        """The `current` or `max` number of lanes; 0 if unknown."""
         found = self.reader.read(self.sysfs_root / "bus/pci/devices" / address / f"{which}_link_width").integer()
         return found or 0
 
 
 def check(facts: PcieFacts) -> list[Finding]:
-    """All checks; none where no card is judged."""
+    """Run all checks; none if there are no functions to check."""
     return [finding for one in CHECKS for finding in one(facts)] if facts.functions else []
 
 
 def path_width(facts: PcieFacts) -> Iterator[Finding]:
-    """A bridge above the card whose link is narrower than both of its ends can be."""
+    """Bridges above a card with a link that is narrower than both ends support."""
     told: set[str] = set()
     for subject, address in facts.functions.items():
         path = [part for part in chain(address, facts.sysfs_root) if part.count(":") == 2]
         for position, bridge in enumerate(path[:-1]):
             most = [facts.width(part, "max") for part in path[max(0, position - 1) : position + 2]]
             now = facts.width(bridge, "current")
-            # Which neighbour is the link's other end depends on the port's direction: less than any of them is a fault.
+            # The link's other end may be either neighbour; a width below all of them is a fault in any case.
             if bridge not in told and 0 < now < min((lanes for lanes in most if lanes), default=0):
                 told.add(bridge)
                 yield Finding(
-                    "pcie.path", Severity.CRITICAL, subject, f"{now} lanes at the bridge {bridge} above it",
+                    "pcie.path", Severity.CRITICAL, subject, f"{now} lanes at bridge {bridge} above it",
                     f"{min(lanes for lanes in most if lanes)}", f"/sys/bus/pci/devices/{bridge}/current_link_width",
-                    "a slot, riser, cable or BIOS setting",
+                    "a problem with the slot, riser, cable or BIOS setting",
                     "reseat it; lspci -vv shows LnkSta and LnkCap of the bridge",
                 )  # fmt: skip
 
 
 def access_control(facts: PcieFacts) -> Iterator[Finding]:
-    """ACS on a bridge sends traffic between a GPU and a network card up to the root complex (NCCL troubleshooting)."""
+    """ACS on bridges: it redirects traffic between a GPU and a network card to the root complex (NCCL guide)."""
     if not facts.direct:
         return
     bridges = {
@@ -80,21 +80,21 @@ def access_control(facts: PcieFacts) -> Iterator[Finding]:
         virtual = is_virtual_machine(facts.proc_root)
         yield Finding(
             "pcie.acs", Severity.INFO if virtual else Severity.WARNING, "pcie",
-            f"ACS redirects peers at {', '.join(on)}",
+            f"ACS redirects peer traffic at {', '.join(on)}",
             "must stay on in a virtual machine" if virtual else "off on bare metal", "PCI configuration space",
             "GPUDirect goes through the root complex",
-            "" if virtual else f"setpci -s {on[0]} ECAP_ACS+6.w=0, each boot",
+            "" if virtual else f"setpci -s {on[0]} ECAP_ACS+6.w=0, after each boot",
             "NCCL troubleshooting; NVIDIA AI Enterprise",
         )  # fmt: skip
     elif hidden:
         yield Finding(
-            "pcie.acs", Severity.UNKNOWN, "pcie", "bridges' configuration can be read by root only", "",
+            "pcie.acs", Severity.UNKNOWN, "pcie", "only root can read the bridges' configuration", "",
             "/sys/bus/pci/devices/*/config", "", "run as root: sudo pdctl doctor",
         )  # fmt: skip
 
 
 def iommu(facts: PcieFacts) -> Iterator[Finding]:
-    """Translation between cards costs; pass-through (`identity`) does not."""
+    """IOMMU translation: it slows down traffic between cards; pass-through (`identity`) does not."""
     if not facts.direct or is_virtual_machine(facts.proc_root):
         return
     kinds = set()
@@ -105,12 +105,12 @@ def iommu(facts: PcieFacts) -> Iterator[Finding]:
     if translated:
         yield Finding(
             "host.iommu", Severity.WARNING, "pcie", f"the IOMMU translates ({', '.join(translated)})", "identity",
-            "iommu_group/type", "GPUDirect is slower, or fails", "boot with iommu=pt", "NCCL troubleshooting",
+            "iommu_group/type", "GPUDirect is slow or fails", "boot with iommu=pt", "NCCL troubleshooting",
         )  # fmt: skip
 
 
 def direct_access(facts: PcieFacts) -> Iterator[Finding]:
-    """Network cards read GPU memory by nvidia-peermem, or by dma-buf with open kernel modules."""
+    """Access of network cards to GPU memory: through nvidia-peermem, or dma-buf with the open kernel modules."""
     if not facts.direct:
         return
     peermem = any((facts.sysfs_root / "module" / name).is_dir() for name in ("nvidia_peermem", "nv_peer_mem"))
@@ -120,22 +120,22 @@ def direct_access(facts: PcieFacts) -> Iterator[Finding]:
         yield Finding("gdr.access", Severity.OK, "gpu memory", "nvidia_peermem" if peermem else "dma-buf")
     elif dmabuf:
         yield Finding(
-            "gdr.access", Severity.INFO, "gpu memory", "Mooncake wants nvidia_peermem, which is not loaded",
+            "gdr.access", Severity.INFO, "gpu memory", "Mooncake needs nvidia_peermem, which is not loaded",
             "the module, or dma-buf", "/sys/module",
-            "cards cannot read GPU memory; our engine does without",
+            "network cards cannot read GPU memory; the builtin engine works without this",
             "modprobe nvidia_peermem, or: export WITH_NVIDIA_PEERMEM=0", "Mooncake, environ.cpp",
         )  # fmt: skip
     else:
         yield Finding(
             "gdr.access", Severity.INFO, "gpu memory", "neither nvidia_peermem nor dma-buf",
             "one of them", "/sys/module, /proc/driver/nvidia/version",
-            "cards cannot read GPU memory; our engine does without",
-            "modprobe nvidia_peermem; or a kernel from 5.12 on with NVIDIA's open modules",
+            "network cards cannot read GPU memory; the builtin engine works without this",
+            "modprobe nvidia_peermem, or use kernel 5.12 or newer with NVIDIA's open modules",
         )  # fmt: skip
 
 
 def is_virtual_machine(proc_root: Path = Path("/proc")) -> bool:
-    """Whether the processor says that a hypervisor is below (CPUID, as /proc/cpuinfo has it)."""
+    """Whether this is a virtual machine (the hypervisor bit of CPUID, from /proc/cpuinfo)."""
     try:
         return " hypervisor" in (proc_root / "cpuinfo").read_text(errors="replace")
     except OSError:
@@ -153,7 +153,7 @@ def _has_dmabuf(proc_root: Path) -> bool:
 
 
 def _acs_control(config: Path) -> int | None:
-    """The ACS control word; 0 for a bridge without it, None where only root may look."""
+    """The ACS control word; 0 for a bridge without ACS, None if only root can read it."""
     try:
         data = config.read_bytes()
     except OSError:

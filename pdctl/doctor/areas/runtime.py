@@ -1,4 +1,4 @@
-"""Checks of what is installed in the engines' interpreter: packages, transfer libraries, and what these load."""
+"""Checks of the engines' Python environment: packages, transfer libraries, and shared libraries that they load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
 
-# Package to what it is for and how to get it.
+# Package to its purpose and how to install it.
 _PACKAGES = {
     "torch": ("the builtin engine", "pip install 'pdctl[engine]'"),
     "tokenizers": ("the builtin engine", "pip install 'pdctl[engine]'"),
@@ -19,7 +19,7 @@ _PACKAGES = {
     "nixl": ("KV over NIXL", "pip install 'pdctl[nixl]'"),
 }
 _NEEDED = ("torch", "tokenizers")
-# Wheels of one library for several platforms.
+# Alternative wheels of the same library.
 _ALSO = {"mooncake-transfer-engine": "mooncake-transfer-engine-non-cuda", "nixl": "nixl-cu12"}
 
 
@@ -39,7 +39,7 @@ def _version(name: str) -> str | None:
 
 
 def _loads(name: str) -> bool:
-    """Whether the loader finds it as an engine's process would."""
+    """Whether the dynamic loader finds the library."""
     try:
         ctypes.CDLL(f"lib{name}.so.1")
     except OSError:
@@ -48,7 +48,7 @@ def _loads(name: str) -> bool:
 
 
 def _folder(name: str) -> Path | None:
-    """Where a namespace package such as nvidia.nvshmem lies."""
+    """The folder of a namespace package such as nvidia.nvshmem."""
     try:
         found = importlib.util.find_spec(name)
     except ModuleNotFoundError:
@@ -58,10 +58,10 @@ def _folder(name: str) -> Path | None:
 
 
 def cuda_of_torch() -> tuple[int, int] | None:
-    """What CUDA the installed torch was built for, by the runtime that came with it; None for a CPU build."""
+    """The CUDA version that torch was built for, from the runtime package that came with it; None for a CPU build."""
     names = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
     found = [words for name in names if len(words := (_version(name) or "").split(".")) > 1]
-    # Of several, nobody knows which one torch takes.
+    # With several runtimes, it is unknown which one torch uses.
     if len(found) != 1 or not (found[0][0].isdecimal() and found[0][1].isdecimal()):
         return None
     return int(found[0][0]), int(found[0][1])
@@ -69,9 +69,9 @@ def cuda_of_torch() -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeFacts:
-    """`version`: of an installed package, or None; `library`: whether the loader finds one; `folder`: where a package's
-    files lie; all can be planted. `cuda`: the topology has engines on GPUs; `builtin`: of our
-    own kind."""
+    """Facts for runtime checks. `version`: version of an installed package, or None; `library`: whether the loader
+    finds a library; `folder`: a package's folder; tests replace all three. `cuda`: the topology has engines on GPUs;
+    `builtin`: it has engines of the builtin kind."""
 
     env: dict[str, str]
     rdma: bool = False
@@ -86,12 +86,12 @@ class RuntimeFacts:
 
 
 def check(facts: RuntimeFacts) -> list[Finding]:
-    """All checks."""
+    """Run all checks."""
     return [finding for one in CHECKS for finding in one(facts)]
 
 
 def packages(facts: RuntimeFacts) -> Iterator[Finding]:
-    """What is needed is a fault when it is missing, the rest is told."""
+    """Packages: a missing required one is a warning, an optional one is info."""
     for name, (purpose, fix) in _PACKAGES.items():
         version = facts.version(name)
         if version is not None:
@@ -104,7 +104,7 @@ def packages(facts: RuntimeFacts) -> Iterator[Finding]:
 
 
 def verbs_library(facts: RuntimeFacts) -> Iterator[Finding]:
-    """Mooncake's wheel links against it, also for TCP."""
+    """libibverbs: Mooncake's wheel links against it, even for TCP."""
     if facts.version("mooncake-transfer-engine") is None:
         return
     if facts.library("ibverbs"):
@@ -116,7 +116,7 @@ def verbs_library(facts: RuntimeFacts) -> Iterator[Finding]:
             severity,
             "libibverbs.so.1",
             "not found",
-            "the loader finds it",
+            "found by the loader",
             "ldconfig -p",
             "Mooncake cannot be loaded, not even for TCP",
             "apt-get install libibverbs1 (Debian, Ubuntu); dnf install libibverbs",
@@ -124,11 +124,11 @@ def verbs_library(facts: RuntimeFacts) -> Iterator[Finding]:
 
 
 def combinations(facts: RuntimeFacts) -> Iterator[Finding]:
-    """Versions that are known not to go together."""
+    """Versions that are known not to work together."""
     torch, transformers = facts.version("torch") or "", facts.version("transformers")
     if facts.cuda and "+cpu" in torch:
         yield Finding(
-            "runtime.versions", Severity.CRITICAL, "torch", f"{torch}, and the topology has device = \"cuda\"",
+            "runtime.versions", Severity.CRITICAL, "torch", f"{torch}, but the topology has device = \"cuda\"",
             "a build with CUDA", "importlib.metadata", "engines will find no GPU",
             "pip install --force-reinstall torch",
         )  # fmt: skip
@@ -136,13 +136,13 @@ def combinations(facts: RuntimeFacts) -> Iterator[Finding]:
         yield Finding(
             "runtime.versions", Severity.CRITICAL, "transformers", transformers,
             f"{'.'.join(map(str, _OLDEST_TRANSFORMERS))} or newer", "importlib.metadata",
-            "it lacks the attention interface that the engine registers with", "pip install -U 'transformers>=5.17,<6'",
+            "it lacks the attention interface that the engine needs", "pip install -U 'transformers>=5.17,<6'",
         )  # fmt: skip
     both = [name for name in ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda") if facts.exactly(name)]
     if len(both) == 2:
         yield Finding(
             "runtime.versions", Severity.WARNING, "mooncake", f"{both[0]} and {both[1]} are both installed", "one",
-            "importlib.metadata", "they write to the same files: which one is loaded is chance",
+            "importlib.metadata", "they install the same files: it is undefined which one is loaded",
             f"pip uninstall -y {both[1] if facts.cuda else both[0]}; pip install --force-reinstall "
             f"{both[0] if facts.cuda else both[1]}",
         )  # fmt: skip
@@ -155,7 +155,7 @@ def combinations(facts: RuntimeFacts) -> Iterator[Finding]:
 
 
 def nvshmem(facts: RuntimeFacts) -> Iterator[Finding]:
-    """Where it is installed: whether it is whole. DeepEP's older kernels want 3.3.9; nothing of ours needs it."""
+    """NVSHMEM, if installed: whether it is complete. DeepEP's older kernels need 3.3.9; pdctl does not need it."""
     root = _nvshmem_root(facts)
     if root is None:
         return
@@ -164,8 +164,9 @@ def nvshmem(facts: RuntimeFacts) -> Iterator[Finding]:
     version = facts.version("nvidia-nvshmem-cu12") or facts.version("nvidia-nvshmem-cu13") or "of unknown version"
     if missing:
         yield Finding(
-            "nvshmem.install", Severity.WARNING, str(root), f"{', '.join(missing)} is missing", "a whole installation",
-            str(library), "what was built against it fails to load",
+            "nvshmem.install", Severity.WARNING, str(root), f"{', '.join(missing)} is missing",
+            "a complete installation",
+            str(library), "programs built against it fail to load",
             "pip install --force-reinstall nvidia-nvshmem-cu12", "DeepEP, find_pkgs",
         )  # fmt: skip
     else:
@@ -173,7 +174,7 @@ def nvshmem(facts: RuntimeFacts) -> Iterator[Finding]:
 
 
 def ibgda(facts: RuntimeFacts) -> Iterator[Finding]:
-    """Where NVSHMEM is: what its GPU-initiated transport wants of the driver (DeepEP's installation guide)."""
+    """NVSHMEM, if installed: the driver settings that IBGDA needs (DeepEP's installation guide)."""
     if _nvshmem_root(facts) is None:
         return
     try:
@@ -187,14 +188,14 @@ def ibgda(facts: RuntimeFacts) -> Iterator[Finding]:
         yield Finding(
             "nvshmem.ibgda", Severity.INFO, "nvshmem", "neither the driver's peer mapping nor gdrdrv",
             "one of them, for IBGDA", "/proc/driver/nvidia/params, /sys/module/gdrdrv",
-            "kernels that want it fail with `init failed for transport: IBGDA`",
+            "kernels that use it fail with `init failed for transport: IBGDA`",
             "modprobe gdrdrv; or NVreg_EnableStreamMemOPs=1, PeerMappingOverride=1 (it lowers a kernel check)",
             "DeepEP",
         )  # fmt: skip
 
 
 def nccl(facts: RuntimeFacts) -> Iterator[Finding]:
-    """Told where it is there: DeepEP's newer kernels want 2.30.4."""
+    """The NCCL version, if installed: DeepEP's newer kernels need 2.30.4."""
     found = facts.version("nvidia-nccl-cu12") or facts.version("nvidia-nccl-cu13")
     if found:
         yield Finding("nccl.install", Severity.OK, "nccl", found)

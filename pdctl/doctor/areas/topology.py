@@ -1,6 +1,6 @@
-"""Checks of a topology against this machine: everything that `pdctl up` would refuse, and what it would regret.
+"""Checks of a topology against this machine: problems for which `pdctl up` refuses it, and problems that appear later.
 
-Tensor-parallel sizes are not among them: no kind that pdctl starts has any.
+Tensor-parallel sizes are not checked: no kind that pdctl starts has any.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from pdctl.host import Host
 from pdctl.host.models import ModelShape, missing_shards, read_shape, weight_files
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
 
-# What CUDA's context, torch's kernels and activations take beside weights and KV, bytes. The project's own estimate.
+# Bytes for the CUDA context, torch's kernels and activations, besides weights and KV. pdctl's own estimate.
 _GPU_EXTRA = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class TopologyFacts:
-    """`model`: its folder, None where it is not on this machine yet; `placed`: engines by GPU and group."""
+    """Facts for topology checks. `model`: the model's folder, None if it is not on this machine yet; `placed`: number
+    of engines by GPU and group."""
 
     topology: Topology
     host: Host
@@ -31,16 +32,16 @@ class TopologyFacts:
     placed: dict[int, dict[str, int]] = field(default_factory=dict, hash=False)
 
     def started(self) -> list[EngineGroup]:
-        """Engines that pdctl starts."""
+        """Engine groups that pdctl starts."""
         return [group for group in self.topology.engines if not group.is_attached]
 
     def shape(self) -> ModelShape | None:
-        """What the model takes."""
+        """The model's shape, if known."""
         return read_shape(self.model) if self.model and self.started() else None
 
 
 def problems(source: str, found: list[Problem]) -> list[Finding]:
-    """What the loader refuses."""
+    """The loader's problems as findings."""
     return [
         Finding(
             "topology.invalid", Severity.CRITICAL, problem.key or source, problem.message, "",
@@ -51,44 +52,44 @@ def problems(source: str, found: list[Problem]) -> list[Finding]:
 
 
 def check(facts: TopologyFacts) -> list[Finding]:
-    """What a valid topology may still get wrong."""
+    """Run all checks of a valid topology."""
     found = [finding for one in CHECKS for finding in one(facts)]
     if all(finding.severity is Severity.INFO for finding in found):
         source = facts.topology.source or "topology"
-        found.append(Finding("topology.valid", Severity.OK, source, "nothing to be said against it"))
+        found.append(Finding("topology.valid", Severity.OK, source, "no problems found"))
     return found
 
 
 def weights(facts: TopologyFacts) -> Iterator[Finding]:
-    """A folder with a config and no weights."""
+    """Model folders without weights, or with some missing."""
     missing = missing_shards(facts.model) if facts.model and facts.started() else []
     if missing and facts.model:
         yield Finding(
             "model.weights", Severity.CRITICAL, str(facts.model), f"{len(missing)} files are missing: {missing[0]} ...",
-            "every file that the index names", f"{facts.model}/model.safetensors.index.json", "a download that was cut",
-            "fetch it again",
+            "every file in the index", f"{facts.model}/model.safetensors.index.json", "an incomplete download",
+            "download it again",
         )  # fmt: skip
     elif facts.model and facts.started() and not weight_files(facts.model) and not list(facts.model.glob("*.bin")):
         yield Finding(
             "model.weights", Severity.CRITICAL, str(facts.model), "no weights", "*.safetensors",
-            str(facts.model), "a download that was cut, or weights in another format",
-            "fetch it again, or convert it to safetensors",
+            str(facts.model), "an incomplete download, or weights in another format",
+            "download it again, or convert it to safetensors",
         )  # fmt: skip
 
 
 def context(facts: TopologyFacts) -> Iterator[Finding]:
-    """More tokens than the model has positions for."""
+    """A max_model_len above the model's maximum positions."""
     shape, wanted = facts.shape(), facts.topology.service.max_model_len
     if shape and shape.positions and wanted > shape.positions:
         yield Finding(
             "topology.context", Severity.CRITICAL, "service.max_model_len", f"{wanted} tokens",
-            f"at most {shape.positions}, the model's positions", f"{facts.model}/config.json",
+            f"at most {shape.positions}, the model's maximum positions", f"{facts.model}/config.json",
             "engines refuse to start", f"max_model_len = {shape.positions} under [service]",
         )  # fmt: skip
 
 
 def pools(facts: TopologyFacts) -> Iterator[Finding]:
-    """KV pools that cannot hold one request of the full length."""
+    """KV pools that cannot hold one request of full length."""
     shape, wanted = facts.shape(), facts.topology.service.max_model_len
     if shape is None or not shape.kv_token_bytes:
         return
@@ -106,7 +107,7 @@ def pools(facts: TopologyFacts) -> Iterator[Finding]:
 
 
 def gpu_memory(facts: TopologyFacts) -> Iterator[Finding]:
-    """Weights and KV pools of all engines on a GPU, against what it has."""
+    """Weights and KV pools of all engines on a GPU, compared with its memory."""
     shape = facts.shape()
     each = (shape.weight_bytes if shape else 0) + _GPU_EXTRA
     for gpu in facts.host.gpus:
@@ -117,20 +118,22 @@ def gpu_memory(facts: TopologyFacts) -> Iterator[Finding]:
             continue
         names = ", ".join(group.name if count == 1 else f"{count} of {group.name}" for group, count in here)
         engines = sum(count for _, count in here)
-        # Without what is only estimated, it is certain.
+        # Without the estimated part, it is certain.
         certain = wanted - _GPU_EXTRA * engines > gpu.memory
         fits = math.floor((gpu.memory - each * engines) / engines / 2**30 * 10) / 10
         yield Finding(
             "gpu.memory", Severity.CRITICAL if certain else Severity.WARNING, f"GPU {gpu.index}",
-            f"{names} want {wanted / 2**30:.1f} GiB: KV, weights, and {_GPU_EXTRA >> 30} GiB each for the rest",
+            f"{names} need {wanted / 2**30:.1f} GiB: KV, weights, and {_GPU_EXTRA >> 30} GiB each for the rest",
             f"at most {gpu.memory / 2**30:.0f} GiB", "kv_cache_gb, the model's files, NVML",
             "the last engine to start runs out of memory",
-            f"kv_cache_gb = {fits:g} for each, or a GPU for each" if fits > 0 else "a GPU for each, or a smaller model",
+            f"kv_cache_gb = {fits:g} for each, or one GPU per engine"
+            if fits > 0
+            else "one GPU per engine, or a smaller model",
         )  # fmt: skip
 
 
 def pairs(facts: TopologyFacts) -> Iterator[Finding]:
-    """Engines that cannot read each other's KV: of different kinds."""
+    """Prefill and decode engines of different kinds, which cannot read each other's KV."""
     groups = facts.topology.engines
     prefills = [group for group in groups if group.role is not Role.DECODE]
     decodes = [group for group in groups if group.role is not Role.PREFILL]
@@ -145,18 +148,18 @@ def pairs(facts: TopologyFacts) -> Iterator[Finding]:
 
 
 def blocks(facts: TopologyFacts) -> Iterator[Finding]:
-    """Block sizes that differ are copied token by token's worth, in more and smaller pieces."""
+    """Different block sizes: transfers then need more and smaller pieces."""
     sizes = {group.block_size: group.name for group in facts.started()}
     if len(sizes) > 1:
         shown = ", ".join(f"{name}: {size}" for size, name in sorted(sizes.items()))
         yield Finding(
             "topology.blocks", Severity.INFO, "block_size", shown, "one size", "[[engines]] block_size",
-            "hand-overs move more, smaller pieces", f"block_size = {max(sizes)} for all",
+            "hand-overs move more and smaller pieces", f"block_size = {max(sizes)} for all",
         )  # fmt: skip
 
 
 def secrets(facts: TopologyFacts) -> Iterator[Finding]:
-    """Attached engines whose secret cannot be read."""
+    """Attached engines with a secret file that cannot be read."""
     for group in facts.topology.engines:
         if group.secret_file and not _is_readable(Path(group.secret_file)):
             yield Finding(
@@ -167,12 +170,13 @@ def secrets(facts: TopologyFacts) -> Iterator[Finding]:
 
 
 def roles(facts: TopologyFacts) -> Iterator[Finding]:
-    """One of a role is a single point of waiting."""
+    """Roles with only one engine: requests wait while it restarts."""
     count = {role: sum(g.replicas for g in facts.topology.engines if g.role is role) for role in Role}
     for role in (Role.PREFILL, Role.DECODE):
         if count[role] == 1 and not count[Role.HYBRID]:
             yield Finding(
-                "topology.single", Severity.INFO, role.value, f"one {role.value} engine", "two, to go on at once", "",
+                "topology.single", Severity.INFO, role.value, f"one {role.value} engine",
+                "two, so that requests can continue on the other", "",
                 "while it restarts, requests wait for it", "replicas = 2",
             )  # fmt: skip
 

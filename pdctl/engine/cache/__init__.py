@@ -1,1 +1,1 @@
-"""The KV cache: blocks, the memory they live in, where each lies."""
+"""The KV cache: blocks, their memory and its layout."""

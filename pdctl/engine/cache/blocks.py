@@ -1,7 +1,7 @@
-"""Which block of the KV pool belongs to whom. Ids only.
+"""The allocator of KV blocks: which block belongs to which sequence. It handles only ids.
 
-Runs of neighbouring blocks are preferred: attention reads a contiguous run without gathering, and a transfer
-moves it as one span.
+Contiguous runs of blocks are preferred: attention reads a run without gathering, and a transfer moves it as one
+span.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 
 class BlockAllocator:
-    """Owns ids 0 .. num_blocks-1. Every block is free or has exactly one owner, or is quarantined.
+    """Manages ids 0 to num_blocks - 1. Every block is free, has exactly one owner, or is quarantined.
 
-    `on_free` is called with blocks that have just come free (the debug switch that poisons them).
+    `on_free` is called with blocks that have just been freed (used by the debug option that poisons them).
     """
 
     def __init__(self, num_blocks: int, on_free: Callable[[list[int]], None] | None = None) -> None:
@@ -31,11 +31,11 @@ class BlockAllocator:
         return sum(map(len, self._quarantine.values()))
 
     def owned(self, owner: str) -> list[int]:
-        """The owner's blocks in token order; empty for a stranger."""
+        """The owner's blocks in token order; empty for an unknown owner."""
         return self._owned.get(owner, [])
 
     def allocate(self, owner: str, count: int) -> list[int] | None:
-        """Give `count` more blocks to `owner`, or None (and nothing changes) when there are too few."""
+        """Allocate `count` more blocks for `owner`; None (and no change) if there are too few."""
         if count > self.num_free:
             return None
         mine = self._owned.setdefault(owner, [])
@@ -47,20 +47,20 @@ class BlockAllocator:
         return taken
 
     def free(self, owner: str) -> int:
-        """Take everything back from `owner`; returns how many blocks. A stranger has none."""
+        """Free all blocks of `owner` and return their number; 0 for an unknown owner."""
         return self._reclaim(self._owned.pop(owner, []))
 
     def quarantine(self, owner: str) -> None:
-        """Take everything from `owner` and give it to nobody until `settle`."""
+        """Quarantine all blocks of `owner` until `settle`."""
         assert owner not in self._quarantine
         self._quarantine[owner] = self._owned.pop(owner, [])
 
     def settle(self, owner: str) -> int:
-        """Nothing can write there any more: what was taken from `owner` is free."""
+        """Free the quarantined blocks of `owner`: nothing can write to them any more. Returns their number."""
         return self._reclaim(self._quarantine.pop(owner, []))
 
     def audit(self) -> None:
-        """Free, owned and quarantined blocks make up the pool, each exactly once."""
+        """Check that each block is exactly once free, owned or quarantined."""
         owned = [*self._owned.values(), *self._quarantine.values()]
         held = [block for blocks in owned for block in blocks]
         assert len(set(held)) == len(held), "a block has two owners"
@@ -84,7 +84,7 @@ class BlockAllocator:
         return list(range(start, start + count)) if fits else []
 
     def _run(self, count: int) -> list[int]:
-        """A free run. New owners are spread out (next fit), so that the one before has room to grow in place."""
+        """A free run of blocks. New owners are spread out (next fit), so that earlier ones can grow in place."""
         room = count + 8
         for length, start in ((count + room, self._cursor), (count + room, 0), (count, 0)):
             found = self._free.find(b"\1" * length, start)

@@ -1,6 +1,8 @@
-"""The KV cache as tensors over the blocks that the allocator hands out."""
+"""The KV cache as tensors, indexed by the allocator's blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -14,8 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class KvPool:
     """Per layer `keys[l]`: [slots, kv_heads, key_dim] and `values[l]`; slot = block * block_size + offset.
 
-    On the CPU the tensors lie in the memory itself. On a GPU the memory is a host mirror of the same layout, and
-    `publish` and `absorb` move blocks between the two.
+    On the CPU the tensors are views of the shared memory. On a GPU the memory is a host mirror with the same layout,
+    and `publish` and `absorb` copy blocks between the two.
     """
 
     def __init__(self, manifest: Manifest, num_blocks: int, memory: Memory, device: torch.device) -> None:
@@ -36,18 +38,18 @@ class KvPool:
             self.keys.append(self._plane(2 * index, shape.kv_heads, shape.key_dim))
             self.values.append(self._plane(2 * index + 1, shape.kv_heads, shape.value_dim))
 
-    def publish(self, block_ids: list[int]) -> None:
+    def publish(self, block_ids: Sequence[int]) -> None:
         """Make blocks readable by peers."""
         if self._mirror is not None:
             self._copy(self._store, self._mirror, block_ids)
 
-    def absorb(self, block_ids: list[int]) -> None:
-        """Take in blocks that a transfer has written."""
+    def absorb(self, block_ids: Sequence[int]) -> None:
+        """Copy blocks that a transfer has written into the pool."""
         if self._mirror is not None:
             self._copy(self._mirror, self._store, block_ids)
 
-    def poison(self, block_ids: list[int]) -> None:
-        """Fill blocks with NaN: whoever reads them after their release will show it."""
+    def poison(self, block_ids: Sequence[int]) -> None:
+        """Fill freed blocks with NaN, so that a use after free is detected."""
         for tensor in (*self.keys, *self.values):
             blocks = tensor.view(self.num_blocks, self.block_size, *tensor.shape[1:])
             blocks[torch.tensor(block_ids, device=tensor.device)] = torch.nan
@@ -58,7 +60,7 @@ class KvPool:
         raw = self._store[start : start + per_block * self.num_blocks]
         return raw.view(DTYPES[self.manifest.dtype]).view(self.num_blocks * self.block_size, heads, size)
 
-    def _copy(self, source: torch.Tensor, target: torch.Tensor, block_ids: list[int]) -> None:
+    def _copy(self, source: torch.Tensor, target: torch.Tensor, block_ids: Sequence[int]) -> None:
         for start, per_block in self._planes:
             for block in block_ids:
                 begin = start + block * per_block

@@ -1,7 +1,7 @@
-"""Where each block of a KV pool lies, in bytes.
+"""The layout of a KV pool in bytes.
 
-Layer-major: all K blocks of layer 0, all V blocks of layer 0, then layer 1 ... so that a contiguous run of blocks is
-contiguous memory per layer, for attention and for transfers alike.
+Layer-major: all K blocks of layer 0, all V blocks of layer 0, then layer 1 and so on. A contiguous run of blocks is
+contiguous memory per layer, for attention and for transfers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Half(NamedTuple):
 
 
 def mismatch(ours: Manifest, theirs: Manifest) -> str:
-    """Why KV of `theirs` cannot be used here, or "". Block sizes may differ: tokens are copied, not blocks."""
+    """Why KV of `theirs` cannot be used here, else "". Block sizes may differ: tokens are copied, not blocks."""
     if ours.model != theirs.model:
         return f"the models differ: {theirs.model[:12]} there, {ours.model[:12]} here"
     if ours.dtype != theirs.dtype:
@@ -60,7 +60,7 @@ def mismatch(ours: Manifest, theirs: Manifest) -> str:
 
 
 def spans(source: Half, target: Half, first: int, count: int) -> list[Span]:
-    """The copies that bring tokens `first` to `first + count` of a sequence from `source` to `target`, merged.
+    """The copies that move tokens `first` to `first + count` of a sequence from `source` to `target`, merged.
 
     Raises ValueError for manifests that do not fit together, block ids outside a pool, or too few blocks.
     """
@@ -89,7 +89,7 @@ def _rows(half: Half) -> list[tuple[int, int]]:
 
 
 def _runs(source: Half, target: Half, first: int, count: int) -> list[tuple[int, int, int]]:
-    """(source slot, target slot, tokens) of pieces that go on slot by slot on both sides."""
+    """(source slot, target slot, tokens) of pieces that are contiguous on both sides."""
     runs: list[tuple[int, int, int]] = []
     token, end = first, first + count
     while token < end:
@@ -105,6 +105,6 @@ def _runs(source: Half, target: Half, first: int, count: int) -> list[tuple[int,
 
 
 def _slot(half: Half, token: int) -> tuple[int, int]:
-    """A token's slot in the pool, and how many tokens its block still holds from there on."""
+    """A token's slot in the pool, and the number of tokens from there to the end of its block."""
     block, offset = divmod(token, half.manifest.block_size)
     return half.block_ids[block] * half.manifest.block_size + offset, half.manifest.block_size - offset

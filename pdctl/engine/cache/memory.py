@@ -1,6 +1,6 @@
-"""The memory a KV pool lives in: an anonymous memory file, so that peers on this host can map it.
+"""The memory of a KV pool: an anonymous memory file, so that peers on this host can map it.
 
-It has no name that could be left behind: it is gone with the last process that maps it.
+It has no name, so nothing can be left behind: it disappears with the last process that maps it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class NoMemory(Exception):
-    """The machine has too little memory for a pool."""
+    """The host has too little memory for a pool."""
 
 
 class Memory:
-    """`num_bytes` of zeroed shared memory, its pages present. The descriptor lives as long as this object."""
+    """`num_bytes` of zeroed shared memory with its pages populated. The descriptor is open as long as this object."""
 
     def __init__(self, num_bytes: int, epoch: str) -> None:
         self.num_bytes = num_bytes
@@ -43,8 +43,8 @@ class Memory:
         self._populate()
 
     def _populate(self) -> None:
-        """Make the pages now: zeroing them during the first transfers would triple their time."""
-        with contextlib.suppress(OSError):  # older kernels: pages come as they are touched
+        """Populate the pages now: zeroing them during the first transfers would triple the transfer time."""
+        with contextlib.suppress(OSError):  # older kernels populate pages when they are first used
             libc = ctypes.CDLL(None, use_errno=True)
             libc.madvise(
                 ctypes.c_void_p(self.base), ctypes.c_size_t(self.num_bytes), ctypes.c_int(_MADV_POPULATE_WRITE)

@@ -1,1 +1,1 @@
-"""The core process: the step loop and its queue of messages."""
+"""The core process: the step loop and its message queue."""

@@ -1,4 +1,4 @@
-"""The core's queue of messages: first in, first out, for several writers and whoever may read at the time."""
+"""The core's message queue: first in, first out, for several writers and readers."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Message = TypeVar("Message")
 
 
 class Inbox(Generic[Message]):
-    """Unbounded by itself: the front bounds what it sends."""
+    """A queue without its own limit: the front limits what it sends."""
 
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
         self._arrived = threading.Condition()
 
     def put(self, message: Message) -> None:
-        """Never waits."""
+        """Add a message. Never blocks."""
         with self._arrived:
             self._messages.append(message)
             self._arrived.notify()
 
     def get(self, timeout: float = 0.0) -> Message:
-        """The oldest. Raises queue.Empty when none comes within `timeout` seconds."""
+        """The oldest message. Raises queue.Empty if none arrives within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with self._arrived:
             while not self._messages:
@@ -37,7 +37,7 @@ class Inbox(Generic[Message]):
             return self._messages.popleft()
 
     def take_if(self, is_wanted: Callable[[Message], bool]) -> Message | None:
-        """The oldest, if it is wanted; nothing is taken out of order."""
+        """The oldest message if `is_wanted`, else None. Messages are never taken out of order."""
         with self._arrived:
             if self._messages and is_wanted(self._messages[0]):
                 return self._messages.popleft()

@@ -1,96 +1,80 @@
-"""The core process: loads the model, then steps. Threads move messages; the step loop touches no socket."""
+"""The step loop: takes messages, computes batches, sends outcomes. It uses no sockets; other threads move messages."""
 
 from __future__ import annotations
 
-import gc
-import logging
-import os
 import queue
-import signal
-import sys
 import threading
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-import torch
-import zmq
-
-from pdctl.engine.cache.blocks import BlockAllocator
-from pdctl.engine.cache.kv_pool import DTYPES, KvPool
-from pdctl.engine.cache.layout import block_bytes
-from pdctl.engine.cache.memory import Memory, NoMemory
 from pdctl.engine.core.inbox import Inbox
-from pdctl.engine.handover.puller import PoolShape, Puller
-from pdctl.engine.ipc import link
+from pdctl.engine.core.outbox import Outbox
+from pdctl.engine.executor import Computed, Executor
+from pdctl.engine.handover.puller import Puller
 from pdctl.engine.ipc.messages import (
     Abort,
     Connect,
     Failed,
-    FromCore,
     Linked,
-    Logprobs,
     Poke,
     Pull,
     Pulled,
-    Ready,
     Reserve,
     Reserved,
     Sampling,
     Shutdown,
     Start,
-    StartRefused,
     StepDone,
     Submit,
     ToCore,
 )
-from pdctl.engine.lifeline import die_with_parent, vital
 from pdctl.engine.model.grammar import Grammars
-from pdctl.engine.model.loading import LoadedModel, ModelRefused, load_model
-from pdctl.engine.model.runner import ModelRunner
-from pdctl.engine.options import EngineOptions
-from pdctl.engine.schedule.scheduler import Limits, Outcome, Scheduler, Slice
+from pdctl.engine.schedule.scheduler import Outcome, Scheduler, Slice
 from pdctl.engine.schedule.sequence import Sequence, Status
-from pdctl.engine.transfer import Settings, TransferError, Transport, transport_kind
-from pdctl.host.boot import host_id
-from pdctl.host.memory import read_memory
-from pdctl.net.serving import LOG_FORMAT
-from pdctl.wire import EXIT_CONFIG, Manifest, PoolEndpoint, Served
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
-# How long an idle loop waits before it looks around again, seconds.
+# Maximum wait of an idle loop, seconds.
 _IDLE_WAIT_S = 1.0
-# Debug switch: freed blocks are filled with NaN, and a NaN among the logits ends the engine.
-POISON_ENV = "PDCTL_POISON_FREED"
 
 
 class Settled(NamedTuple):
-    """Nothing writes into this request's quarantined blocks any more."""
+    """No transfer writes to this request's quarantined blocks any more."""
 
     request_id: str
 
 
 class Guided(NamedTuple):
-    """A request whose grammar is compiled."""
+    """A request with its compiled grammar."""
 
     submit: Submit
     compiled: CompiledGrammar
 
 
-class Core:
-    """Scheduler and runner of one engine, and the loop that drives them. The puller works beside it."""
+CoreEvent = ToCore | Pulled | Settled | Failed | Guided
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, outbox: Outbox) -> None:
+
+class Core:
+    """The scheduler of one engine, and the loop that drives it and the executor. The puller runs in its own threads."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        grammars: Grammars,
+        puller: Puller,
+        inbox: Inbox[CoreEvent],
+        outbox: Outbox,
+    ) -> None:
         self.scheduler = scheduler
-        self.runner = runner
+        self.executor = executor
+        self.grammars = grammars
+        self.puller = puller
+        self.inbox = inbox
         self.outbox = outbox
-        self.inbox: Inbox[_CoreEvent] = Inbox()
-        self.puller: Puller | None = None
-        # Whoever handles a message holds the lock: the loop between steps; while the runner computes, the receiving
-        # thread, for messages that only wait for blocks.
+        # Held while a message is handled: by the loop between steps and, while the runner computes, by the receiving
+        # thread for messages that only wait for blocks.
         self._lock = threading.Lock()
         self._is_computing = False
         self._steps = 0
@@ -101,18 +85,23 @@ class Core:
         self._empty_steps = 0
 
     def run(self) -> None:
-        """Step until told to shut down."""
+        """Run steps until shutdown."""
         while self._take_messages():
             self._step()
 
+    def close(self) -> None:
+        """After `run`: close the puller and the executor."""
+        self.puller.close()
+        self.executor.close()
+
     def receive(self, message: ToCore) -> None:
-        """Called by the receiving thread. Pulls go straight to the puller: no step delays them."""
-        assert self.puller is not None
+        """Handle a message in the receiving thread. Pulls go directly to the puller, so a running step does not delay
+        them."""
         if isinstance(message, Submit) and message.sampling.grammar:
             self._compiling.add(message.request_id)
             is_wanted = partial(self._compiling.__contains__, message.request_id)
             compiled = partial(self._compiled, message)
-            self.runner.grammars.prepare(message.sampling.grammar, message.tenant, is_wanted, compiled)
+            self.grammars.prepare(message.sampling.grammar, message.tenant, is_wanted, compiled)
         elif isinstance(message, Connect):
             self.puller.submit(message)
         elif not isinstance(message, Pull):
@@ -128,21 +117,15 @@ class Core:
             self.outbox.put(Pulled(message.request_id, "the request is gone", 0.0, 0))
 
     def _compiled(self, submit: Submit, compiled: CompiledGrammar | None, reason: str) -> None:
-        """Called by a grammar thread: its request may begin, or fails, or is gone by now."""
+        """Called by a grammar thread: the request of `submit` can start, fails, or is already gone."""
         with self._compiling_lock:
             if submit.request_id in self._compiling:
                 self._compiling.discard(submit.request_id)
                 self.inbox.put(Failed(submit.request_id, reason) if compiled is None else Guided(submit, compiled))
 
-    def report(self, message: Pulled | Linked) -> None:
-        """Called by the puller's threads."""
-        if isinstance(message, Pulled):
-            self.inbox.put(message)
-        self.outbox.put(message)
-
     def _reserve_meanwhile(self) -> None:
-        """While a step computes, hand-overs get their blocks at once: their KV is here when the step is over, instead
-        of beginning then and missing the next one as well. No block of the batch is free, so none is given away."""
+        """Reserve blocks for hand-overs while a step computes. Their KV then arrives by the end of the step, instead of
+        starting there and also missing the next step. Blocks of the running batch are not free, so they are safe."""
         with self._lock:
             if self._is_computing:
                 self._reserve_all()
@@ -154,8 +137,8 @@ class Core:
             self.outbox.put(Reserved(sequence.request_id, list(sequence.block_ids)))
 
     def _take_messages(self) -> bool:
-        """Handle what has arrived; wait a little when there is nothing to compute. False to end."""
-        # Work that twice could not be given blocks or a seat waits for whoever frees them: all of that arrives here.
+        """Handle arrived messages; wait if there is nothing to compute. Returns False on shutdown."""
+        # If two steps could not give waiting work any blocks or seats, wait for a message: only messages free them.
         stuck = self._empty_steps >= 2
         wait = (stuck or not self.scheduler.has_work) and not self._failed
         while True:
@@ -169,7 +152,7 @@ class Core:
                 self._handle(message)
             wait = False
 
-    def _handle(self, message: _CoreEvent) -> None:
+    def _handle(self, message: CoreEvent) -> None:
         match message:
             case Submit():
                 self._submit(message)
@@ -187,10 +170,10 @@ class Core:
             case Settled(request_id):
                 self.scheduler.pull_settled(request_id)
             case Start(request_id):
-                self.runner.pool.absorb(self.scheduler.allocator.owned(request_id))
+                self.executor.absorb(self.scheduler.allocator.owned(request_id))
                 self.scheduler.start(request_id)
             case Poke():
-                pass  # the books that follow are the answer
+                pass  # the counts sent below are the answer
             case _:
                 raise AssertionError(f"unexpected {message}")
         self._books_due = True
@@ -212,7 +195,7 @@ class Core:
             status=Status.AWAITING_BLOCKS if message.await_kv else Status.WAITING,
         )
         if compiled is not None:
-            self.runner.grammars.begin(sequence, compiled)
+            self.grammars.begin(sequence, compiled)
         if failed := self.scheduler.add(sequence):
             self._failed.append(failed)
 
@@ -222,20 +205,20 @@ class Core:
             batch = self.scheduler.schedule()
             self._is_computing = bool(batch)
         self._empty_steps = 0 if batch else self._empty_steps + 1
-        computed = self.runner.execute(batch) if batch else None
+        computed = self.executor.execute(batch) if batch else None
         with self._lock:
             self._is_computing = False
             if computed is not None or self._failed or self._books_due:
                 self._tell(batch, computed)
 
-    def _tell(self, batch: list[Slice], computed: tuple[list[int], list[Logprobs | None]] | None) -> None:
-        """The step's outcome and the books to the front."""
+    def _tell(self, batch: list[Slice], computed: Computed | None) -> None:
+        """Send the step's outcome and the counts to the front."""
         outcome = Outcome()
         if computed is not None:
             outcome = self.scheduler.update(batch, *computed)
             self._steps += 1
             for block_ids in [done.block_ids for done in outcome.progress] + [done.block_ids for done in outcome.held]:
-                self.runner.pool.publish(block_ids)
+                self.executor.publish(block_ids)
         books = self.scheduler.books(self._steps)
         self.outbox.put(
             StepDone(outcome.tokens, outcome.held, self._failed, books, outcome.progress, outcome.withdrawn)
@@ -246,156 +229,14 @@ class Core:
             self.scheduler.audit()
 
 
-def _only_waits(message: _CoreEvent) -> bool:
-    """Whether a message adds a sequence that only waits for blocks, and touches no other."""
+def _only_waits(message: CoreEvent) -> bool:
+    """Whether a message only adds a sequence that waits for blocks, and changes no other."""
     request = message.submit if isinstance(message, Guided) else message
     return isinstance(request, Reserve) or (isinstance(request, Submit) and request.await_kv)
 
 
-_CoreEvent = ToCore | Pulled | Settled | Failed | Guided
-
-
-class Outbox:
-    """Messages to the front; any thread may put, one thread sends."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-        self._queue: queue.SimpleQueue[FromCore | None] = queue.SimpleQueue()
-        self._socket = context.socket(zmq.PUSH)
-        self._socket.set_hwm(link.HIGH_WATER)
-        self._socket.connect(address)
-        self._thread = threading.Thread(target=vital(self._send), name="outbox", daemon=True)
-        self._thread.start()
-
-    def put(self, message: FromCore) -> None:
-        """Queue a message."""
-        self._queue.put(message)
-
-    def close(self) -> None:
-        """Send what is queued, then stop."""
-        self._queue.put(None)
-        self._thread.join(timeout=2)
-        self._socket.close(linger=500)
-
-    def _send(self) -> None:
-        encode = msgspec.msgpack.Encoder().encode
-        while (message := self._queue.get()) is not None:
-            self._socket.send(encode(message))
-
-
-def main(options: EngineOptions) -> int:
-    """Load, announce, step. Returns the exit code."""
-    die_with_parent(signal.SIGKILL, options.front_pid)
-    # The front decides when we end; a Ctrl-C of the terminal must not cut a step short.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    outbox = Outbox(context, link.from_core(options.run_dir, options.name))
-    try:
-        core, ready = _build(options, outbox)
-    except (ModelRefused, NoMemory, TransferError, torch.OutOfMemoryError) as failure:
-        outbox.put(StartRefused(str(failure)))
-        outbox.close()
-        return EXIT_CONFIG
-    # The model stays too: no collection between two steps looks through it.
-    gc.collect()
-    gc.freeze()
-    inbound = context.socket(zmq.PULL)
-    inbound.set_hwm(link.HIGH_WATER)
-    inbound.connect(link.to_core(options.run_dir, options.name))
-    threading.Thread(target=vital(lambda: _receive(inbound, core)), name="inbox", daemon=True).start()
-    outbox.put(ready)
-    core.run()
-    assert core.puller is not None
-    core.puller.close()
-    core.runner.grammars.close()
-    outbox.close()
-    # Threads may still sit in zmq; everything that matters has been said.
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def _receive(socket: zmq.Socket[bytes], core: Core) -> None:
-    decode = msgspec.msgpack.Decoder(ToCore).decode
-    while True:
-        core.receive(decode(socket.recv()))
-
-
-def _build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
-    """Everything that can be refused. Raises ModelRefused, NoMemory or TransferError."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    device = torch.device(options.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    loaded = load_model(options.model, device, dtype)
-    manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes)
-    assert loaded.dtype in DTYPES
-    num_blocks = int(options.kv_cache_gb * 2**30) // block_bytes(manifest)
-    if num_blocks < 8:
-        raise ModelRefused(
-            f"kv_cache_gb = {options.kv_cache_gb:g} holds {num_blocks} blocks of {block_bytes(manifest)} bytes; "
-            f"raise it to {8 * block_bytes(manifest) / 2**30:.3g} at least, for 8 blocks"
-        )
-    _, available = read_memory()
-    if num_blocks * block_bytes(manifest) > available:
-        raise ModelRefused(
-            f"kv_cache_gb = {options.kv_cache_gb:g} does not fit: {available / 2**30:.1f} GiB of memory are free"
-        )
-    memory = Memory(num_blocks * block_bytes(manifest), options.epoch)
-    transports = _open_transports(options, memory)
-    pool = KvPool(manifest, num_blocks, memory, device)
-    poison = pool.poison if os.environ.get(POISON_ENV) else None
-    grammars = Grammars(Path(options.model), loaded.vocab_size, loaded.eos_token_ids)
-    runner = ModelRunner(loaded, pool, device, poison is not None, grammars)
-    runner.self_check()
-    limits = _limits(options, loaded, num_blocks)
-    core = Core(Scheduler(limits, BlockAllocator(num_blocks, poison)), runner, outbox)
-    ours = PoolShape(manifest, num_blocks, host_id(), options.transfer, options.read_s)
-    core.puller = Puller(ours, transports, core.report, lambda request_id: core.inbox.put(Settled(request_id)))
-    served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
-    ready = Ready(
-        endpoint=PoolEndpoint(ours.host_id, served, num_blocks, manifest),
-        num_blocks=num_blocks,
-        block_size=options.block_size,
-        block_bytes=block_bytes(manifest),
-        max_model_len=limits.max_model_len,
-        vocab_size=loaded.vocab_size,
-    )
-    return core, ready
-
-
-def _open_transports(options: EngineOptions, memory: Memory) -> dict[str, Transport]:
-    """Those that the topology names; `auto` is shared memory, for all engines of a topology are on this host.
-
-    Raises TransferError.
-    """
-    settings = Settings(
-        epoch=options.epoch,
-        protocol=options.transfer_protocol,
-        devices=tuple(filter(None, options.transfer_devices.split(","))),
-        ports=options.port_range,
-        serving=options.role != "decode",
-    )
-    names = ["shm"] if options.transfer == "auto" else [options.transfer]
-    found = {}
-    for name in names:
-        transport = transport_kind(name).open_transport(memory, settings)
-        if transport.fallback:
-            logging.warning("%s: %s; %s is used", name, transport.fallback, transport.protocol)
-        if name == "mooncake":
-            logging.warning("mooncake listens on every interface and asks nobody who they are: firewall its ports")
-        found[name] = transport
-    return found
-
-
-def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Limits:
-    if options.max_model_len > loaded.max_positions:
-        raise ModelRefused(
-            f"max_model_len = {options.max_model_len} is more than the model's {loaded.max_positions} positions"
-        )
-    return Limits(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=options.max_model_len,
-        block_size=options.block_size,
-        eos_token_ids=loaded.eos_token_ids,
-        max_leased_blocks=int(options.leased_max * num_blocks),
-    )
+def report(inbox: Inbox[CoreEvent], outbox: Outbox, message: Pulled | Linked) -> None:
+    """Report a result of the puller's threads. The end of a pull goes to the loop as well as to the front."""
+    if isinstance(message, Pulled):
+        inbox.put(message)
+    outbox.put(message)

@@ -1,1 +1,1 @@
-"""The engine's front: OpenAI API, leases and hand-overs. No torch; a long step cannot starve it."""
+"""The engine's front: OpenAI API, leases and hand-overs. It has no torch, and a long step cannot starve it."""

@@ -1,4 +1,4 @@
-"""The front process: wires its parts together and runs them until told to stop or until the core ends."""
+"""The front process: connects its parts and runs them until it is stopped or the core exits."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pdctl.engine.front.api.control import Control
 from pdctl.engine.front.api.generate import Generator
 from pdctl.engine.front.api.service import EngineService
 from pdctl.engine.front.api.text import TextCodec
-from pdctl.engine.front.core_link import CoreGone, CoreLink, CoreRefused
-from pdctl.engine.front.handover.leases import LeaseDesk
+from pdctl.engine.front.core_client import CoreClient, CoreGone, CoreRefused
+from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
-from pdctl.engine.front.handover.migrate import Migrator
 from pdctl.engine.front.handover.offers import Identity, OfferDesk
 from pdctl.engine.front.handover.peers import Peers
+from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.front.handover.trace import Trace
 from pdctl.engine.handover.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
@@ -31,7 +31,7 @@ from pdctl.net.http_protocol import HttpProtocol
 from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
 
-# Running streams may end by themselves for this long after TERM, seconds.
+# Running streams may finish for this long after SIGTERM, seconds.
 _DRAIN_S = 5
 
 
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
-    """Ends the task group when the server has shut down."""
+    """Ends the task group after the server has shut down."""
 
 
 def main(options: EngineOptions) -> int:
@@ -74,28 +74,28 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
     listener = _listen(options.host, options.port)
     secret = os.environ.get(SECRET_ENV, "")
     trace = Trace(options.name, options.epoch)
-    core = CoreLink(options)
+    core = CoreClient(options)
     leases = LeaseDesk(LeaseTable(options.epoch, options.lease_s), core, trace)
     peers = Peers(f"{options.name}@{options.epoch}", secret)
     links = LinkBook(peers, core)
     async with asyncio.TaskGroup() as tasks:
-        migrator = Migrator(peers, core, links, trace, tasks)
+        receiver = Receiver(peers, core, links, trace, tasks)
         identity = Identity(options.name, options.epoch, options.host, options.port, options.lease_s)
         desk = OfferDesk(identity, core, leases, peers, tasks)
-        control = Control(options, secret, core, leases, links, migrator)
-        generator = Generator(codec, core, desk, peers, migrator)
+        control = Control(options, secret, core, leases, links, receiver)
+        generator = Generator(codec, core, desk, peers, receiver)
         server = _server(options, EngineService(options, codec, core, control, generator))
         core_task = tasks.create_task(core.run_core())
         tasks.create_task(core.receive())
         tasks.create_task(core.poke_forever())
         tasks.create_task(leases.expire_forever())
-        tasks.create_task(migrator.renew_forever())
+        tasks.create_task(receiver.renew_forever())
         tasks.create_task(peers.release_forever())
         await server.serve(sockets=[listener])
         await core.close()
         peers.close()
         trace.close()
-        # A core that is still loading hears nothing; it is killed when its task is cancelled.
+        # A core that is still loading cannot receive messages; it is killed when its task is cancelled.
         await asyncio.wait([core_task], timeout=_DRAIN_S if core.ready else 0)
         raise _Stopped
 
@@ -113,7 +113,7 @@ def _server(options: EngineOptions, service: EngineService) -> Server:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bound before the model loads: a taken port is known in milliseconds. Raises OSError."""
+    """Bind before the model loads, so that a port in use is detected at once. Raises OSError."""
     try:
         return listen_tcp(host, port)
     except OSError as failure:

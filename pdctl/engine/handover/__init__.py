@@ -1,1 +1,1 @@
-"""Both sides of a hand-over as pure machines, and the threads that pull."""
+"""Both sides of a hand-over as pure state machines, and the threads that pull KV."""

@@ -1,9 +1,8 @@
-"""The prefill side of a hand-over: who may read which blocks, until when. No I/O, no clock.
+"""The prefill side of a hand-over: which reader may read which blocks, until when. No I/O, no clock.
 
-A lease is granted when a prefill is done, or while it still computes later chunks, and ends in exactly one way; its
-end frees the blocks. COMMIT both validates and releases: it is answered `ok` only while the lease is live, so all that
-was read before is certified. Ended leases leave a tombstone, from which repeated calls are answered the same.
-"""
+A lease is granted when a prefill is done, or while it still computes later chunks. It ends in exactly one way, and its
+end frees the blocks. COMMIT validates and releases: it succeeds only while the lease is live, so everything read before
+is valid. Ended leases leave a tombstone, so that repeated calls get the same answer."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-# Remembered ends. A retry arrives within seconds; this bounds memory whatever happens.
+# Limit of tombstones. A retry arrives within seconds; the limit bounds the memory.
 _MAX_TOMBSTONES = 4096
 
 
@@ -28,18 +27,18 @@ class LeaseState(StrEnum):
 
 
 LIVE = (LeaseState.HELD, LeaseState.CLAIMED)
-# Ends that nobody asked for: the time since the last sign of life was leaked.
+# Ends without a call by the holder: the time since its last sign of life counts as leaked.
 _LEAKING = (LeaseState.EXPIRED, LeaseState.HOLDER_DIED)
-# A live lease without grant, claim or renewal for this part of its time is past its purpose. Holders renew four times
-# per lease time or once a second, whichever is sooner.
+# A live lease without a grant, claim or renewal for this fraction of its time counts as leaked. Holders renew four
+# times per lease time or once per second, whichever is sooner.
 _QUIET_PART = 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Times in seconds of the boot clock. `holder` answers for it: the router that asked, then the reader that claimed.
+    """One lease. Times are seconds of the boot clock. `holder`: first the router, then the reader that claimed it.
 
-    `sealed` False while the prefill still computes: blocks may be read, and nothing can be committed yet.
+    `sealed`: False while the prefill still computes; blocks may be read, but not committed yet.
     `touched_at`: the last sign of life (grant, seal, claim or renewal). `attempt`: the router's name for its call.
     """
 
@@ -58,7 +57,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer to a call. `freed` names the request whose blocks the core must free now, if any; `lease_id` the lease
+    """The answer to a call. `freed`: the request with blocks that the core must free now, if any; `lease_id`: the lease
     that ended."""
 
     ok: bool
@@ -68,7 +67,7 @@ class Verdict:
 
 
 class LeaseTable:
-    """All leases of one engine start (epoch). Every method takes `now`, boot-clock seconds."""
+    """All leases of one engine start (epoch). Every method takes `now` in seconds of the boot clock."""
 
     def __init__(self, epoch: str, lease_s: float) -> None:
         self.epoch = epoch
@@ -89,8 +88,8 @@ class LeaseTable:
     def grant(
         self, request_id: str, num_blocks: int, holder: str, now: float, sealed: bool = True, attempt: str = ""
     ) -> Lease | None:
-        """A new lease over a prefill's blocks; `holder` is the router it is granted to. None when that has given up the
-        `attempt` or is dead: nobody would ever end the lease."""
+        """Grant a lease on a prefill's blocks to the router `holder`. None if the router has given up the `attempt` or
+        is dead, because then no one would end the lease."""
         if attempt in self._given_up or holder in self._dead:
             return None
         self._granted += 1
@@ -102,14 +101,14 @@ class LeaseTable:
         return lease
 
     def seal(self, lease_id: str, num_blocks: int, now: float) -> Lease | None:
-        """The prefill is done: the lease can be committed from now on. None when it has ended meanwhile."""
+        """Seal a lease: the prefill is done and the lease can be committed. None if it has ended."""
         lease = self._live.get(lease_id)
         if lease is None or lease.deadline <= now:
             return None
         return self._touch(replace(lease, sealed=True, num_blocks=num_blocks), now)
 
     def claim(self, lease_id: str, epoch: str, holder: str, now: float) -> Verdict:
-        """`holder` will read. A repeated claim by the same holder is fine; a second holder is refused."""
+        """Claim a lease for reading. A repeated claim by the same holder is accepted; a second holder is refused."""
         lease = self._find(lease_id, epoch, now)
         if isinstance(lease, Verdict):
             return lease
@@ -121,7 +120,7 @@ class LeaseTable:
         return Verdict(True)
 
     def renew(self, lease_ids: list[str], epoch: str, holder: str, now: float) -> list[str]:
-        """Extend the leases that `holder` claimed; returns those that are not its live leases any more."""
+        """Extend the leases that `holder` claimed; returns those that are no longer its live leases."""
         gone = []
         for lease_id in lease_ids:
             lease = self._find(lease_id, epoch, now)
@@ -132,7 +131,7 @@ class LeaseTable:
         return gone
 
     def commit(self, lease_id: str, epoch: str, holder: str, now: float) -> Verdict:
-        """Certify what `holder` read, and release. Only a live lease claimed by `holder` is certified."""
+        """Confirm what `holder` read, and release. Succeeds only for a live lease claimed by `holder`."""
         tomb = self._tombstones.get(lease_id)
         if tomb and epoch == self.epoch and tomb.state is LeaseState.COMMITTED and tomb.holder == holder:
             return Verdict(True, "already committed")
@@ -146,14 +145,14 @@ class LeaseTable:
         return self._end(lease, LeaseState.COMMITTED, now)
 
     def release(self, lease_id: str, epoch: str, now: float) -> Verdict:
-        """Nobody will read this any more. Idempotent."""
+        """Release a lease that will not be read. Idempotent."""
         lease = self._find(lease_id, epoch, now)
         if isinstance(lease, Verdict):
             return Verdict(epoch == self.epoch and lease_id in self._tombstones, lease.reason)
         return self._end(lease, LeaseState.RELEASED, now)
 
     def revoke(self, lease_id: str, now: float) -> Verdict:
-        """Take it back, whoever holds it: a commit after this is refused."""
+        """Revoke a lease, whoever holds it. A later commit is refused."""
         lease = self._live.get(lease_id)
         if lease is None:
             tomb = self._tombstones.get(lease_id)
@@ -161,7 +160,7 @@ class LeaseTable:
         return self._end(lease, LeaseState.REVOKED, now)
 
     def give_up(self, attempt: str, now: float) -> list[Verdict]:
-        """The router gave up this call: end its leases, and grant none from now on."""
+        """The router gave up this call: end its leases and grant no more for it."""
         self._given_up[attempt] = None
         while len(self._given_up) > _MAX_TOMBSTONES:
             self._given_up.popitem(last=False)
@@ -169,8 +168,8 @@ class LeaseTable:
         return [self._end(lease, LeaseState.RELEASED, now) for lease in mine]
 
     def release_holder(self, holder: str, now: float) -> list[Verdict]:
-        """`holder` is known to be dead: end everything it claimed, or asked for as a router, now and whenever its last
-        words arrive."""
+        """`holder` is dead: end everything that it claimed, or requested as a router, including calls that still
+        arrive."""
         self._dead[holder] = None
         while len(self._dead) > _MAX_TOMBSTONES:
             self._dead.popitem(last=False)
@@ -183,18 +182,18 @@ class LeaseTable:
         return [self._end(lease, LeaseState.EXPIRED, now) for lease in late]
 
     def is_quiet(self, lease: Lease, now: float) -> bool:
-        """Whether a live lease has shown no sign of life for longer than any living holder leaves it."""
+        """Whether a live lease has had no sign of life for longer than with any living holder."""
         return now - lease.touched_at > max(1.5, _QUIET_PART * self.lease_s)
 
     def block_seconds(self, now: float) -> tuple[float, float]:
-        """Blocks times seconds: (all leased so far, of these leaked: held for a holder that was gone)."""
+        """Blocks times seconds so far: (leased, the leaked part of these with a holder that was gone)."""
         live = self._live.values()
         leased = self._leased_block_s + sum(lease.num_blocks * (now - lease.granted_at) for lease in live)
         quiet = [lease for lease in live if self.is_quiet(lease, now)]
         return leased, self._leaked_block_s + sum(lease.num_blocks * (now - lease.touched_at) for lease in quiet)
 
     def audit(self) -> None:
-        """Each granted lease is live or was counted as ended once; states fit where they are kept."""
+        """Check that each granted lease is live or was counted as ended once, and that states are consistent."""
         assert len(self._live) + sum(self.ended.values()) == self._granted, "a lease is lost or ended twice"
         assert not self._live.keys() & self._tombstones.keys(), "a lease is both live and ended"
         for lease in self._live.values():
@@ -202,8 +201,8 @@ class LeaseTable:
             assert lease.granted_at <= lease.touched_at < lease.deadline
 
     def _find(self, lease_id: str, epoch: str, now: float) -> Lease | Verdict:
-        """The live lease, or why there is none. A lease past its deadline is dead even before `expire` ran:
-        a process that was frozen must not certify what it can no longer vouch for."""
+        """The live lease, or why there is none. A lease past its deadline is dead even before `expire` runs: a process
+        that was frozen must not commit an expired lease."""
         if epoch != self.epoch:
             return Verdict(False, f"epoch {epoch} is over; this engine runs epoch {self.epoch}")
         lease = self._live.get(lease_id)
@@ -218,7 +217,7 @@ class LeaseTable:
         deadline = max(lease.deadline, now + self.lease_s)
         before = self._live[lease.lease_id]
         if self.is_quiet(before, now):
-            # What was shown as leaked stays counted: a counter never falls.
+            # Time that was reported as leaked stays counted: a counter never falls.
             self._leaked_block_s += before.num_blocks * (now - before.touched_at)
         touched = replace(lease, deadline=deadline, touched_at=now)
         self._live[lease.lease_id] = touched
@@ -233,5 +232,5 @@ class LeaseTable:
             self._leaked_block_s += lease.num_blocks * (now - lease.touched_at)
         while len(self._tombstones) > _MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
-        # An unsealed lease's blocks belong to a prefill that still runs: only the permission to read them ends.
+        # An unsealed lease's blocks belong to a running prefill: only the permission to read them ends.
         return Verdict(True, state.value, freed=lease.request_id if lease.sealed else None, lease_id=lease.lease_id)

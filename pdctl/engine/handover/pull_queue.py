@@ -1,7 +1,7 @@
-"""Which pull runs next. Policy only: no threads, no clock.
+"""The order of pulls. Only policy: no threads, no clock.
 
-Every peer may always have one pull under way, so a slow or dead one delays nobody else; more than one per peer only
-while few run at all.
+Every peer may always have one running pull, so a slow or dead peer delays no other. More than one per peer is allowed
+only while few pulls are running.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 class PullQueue(Generic[Item]):
-    """Items in order per peer, peers in turn. `per_peer` and `extra` bound what runs at once."""
+    """Items in order per peer, peers in turn. `per_peer` and `extra` limit concurrent items."""
 
     def __init__(self, per_peer: int = 2, extra: int = 8) -> None:
         self.per_peer = per_peer
@@ -23,11 +23,11 @@ class PullQueue(Generic[Item]):
         self._active: dict[str, int] = {}
 
     def push(self, peer: str, item: Item) -> None:
-        """Queue an item behind the peer's others."""
+        """Queue an item after the peer's other items."""
         self._waiting.setdefault(peer, deque()).append(item)
 
     def take(self) -> tuple[str, Item] | None:
-        """The next item that may run; its peer goes to the end of the turn."""
+        """The next item that may run; its peer moves to the end of the order."""
         running = sum(self._active.values())
         for peer, items in self._waiting.items():
             active = self._active.get(peer, 0)
@@ -41,13 +41,13 @@ class PullQueue(Generic[Item]):
         return None
 
     def done(self, peer: str) -> None:
-        """An item of this peer has ended."""
+        """Record that an item of this peer has ended."""
         self._active[peer] -= 1
         if not self._active[peer]:
             del self._active[peer]
 
     def drop(self, wanted: Callable[[Item], bool]) -> bool:
-        """Forget the first waiting item that is `wanted`; False if there is none."""
+        """Remove the first waiting item that matches; False if there is none."""
         for peer, items in self._waiting.items():
             for item in items:
                 if wanted(item):

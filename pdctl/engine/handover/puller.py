@@ -1,4 +1,4 @@
-"""Brings KV from peers: threads that copy while the step loop steps, links to peers, late reads until they are over."""
+"""Fetches KV from peers: threads that copy in parallel to the step loop, links to peers, and polling of late reads."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from pdctl.engine.ipc.messages import Connect, Linked, Pull, Pulled
 from pdctl.engine.lifeline import vital
 from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
 from pdctl.engine.transfer.choice import Chosen, choose
+from pdctl.transports import TRANSPORTS
 from pdctl.wire import LinkInfo, Manifest, PoolEndpoint
 
 _log = logging.getLogger(__name__)
 
-# Threads at most: one for each peer that has a pull under way, and PullQueue's extra ones.
+# Limit of threads: one per peer with a running pull, plus PullQueue's extra ones.
 _MAX_THREADS = 64
-# How often an idle puller lets go of dead peers' memory, and how often late reads are asked after, seconds.
+# Interval at which an idle puller releases dead peers' memory and polls late reads, seconds.
 _PRUNE_S = 2.0
 _SETTLE_S = 0.05
 _CLOSE_S = 1.0
-# On top of `read_s`, a read may take as long as its bytes take at this rate, bytes per second.
+# In addition to `read_s`, a read may take as long as its bytes take at this rate, bytes per second.
 _SLOWEST = 50e6
 
 
 @dataclass(frozen=True, slots=True)
 class PoolShape:
-    """Our side of every transfer."""
+    """This engine's side of every transfer."""
 
     manifest: Manifest
     num_blocks: int
@@ -53,8 +54,9 @@ class Puller:
         self._transports = transports
         self._report = report
         self._settled = settled
-        # A copy of mapped memory is never late, and two at once only take turns at the memory.
-        self._queue: PullQueue[Pull | Connect] = PullQueue(per_peer=1 if set(transports) == {"shm"} else 2)
+        # A copy of mapped memory is never late, and two at once only compete for memory bandwidth.
+        per_peer = max((TRANSPORTS[name].reads_per_peer for name in transports), default=1)
+        self._queue: PullQueue[Pull | Connect] = PullQueue(per_peer)
         self._links: dict[tuple[str, str], Chosen] = {}
         self._late: dict[str, TransferUncertain] = {}
         self._condition = threading.Condition()
@@ -66,7 +68,7 @@ class Puller:
         self._keeper.start()
 
     def submit(self, work: Pull | Connect) -> None:
-        """Queue work; never waits."""
+        """Queue work. Never blocks."""
         with self._condition:
             self._queue.push(work.peer, work)
             if self._idle < len(self._queue) and len(self._threads) < _MAX_THREADS:
@@ -76,7 +78,7 @@ class Puller:
             self._condition.notify()
 
     def cancel(self, request_id: str) -> None:
-        """Forget a pull that has not begun; one that has goes on to its end."""
+        """Cancel a pull that has not started; a running one continues to its end."""
         with self._condition:
             dropped = self._queue.drop(lambda work: isinstance(work, Pull) and work.request_id == request_id)
         if dropped:
@@ -134,7 +136,7 @@ class Puller:
         seconds = time.perf_counter() - started
         self._report(Pulled(pull.request_id, error, seconds, moved, late is not None))
         if late is not None:
-            # After the report: the blocks must be in quarantine before they can be let out of it.
+            # After the report: blocks must enter quarantine before they can leave it.
             with self._condition:
                 self._late[pull.request_id] = late
             self._wake_keeper.set()
@@ -150,7 +152,8 @@ class Puller:
         return self._transports[chosen.transport].read(chosen.address, _bytes(peer), todo, seconds)
 
     def _chosen(self, peer: str, epoch: str, endpoint: PoolEndpoint) -> tuple[Chosen, bool]:
-        """The transport for a peer, chosen once per epoch, and whether that was now. Raises ValueError for none."""
+        """The transport for a peer, chosen once per epoch, and whether it was chosen now. Raises ValueError if there is
+        none."""
         with self._condition:
             if known := self._links.get((peer, epoch)):
                 return known, False
@@ -169,7 +172,7 @@ class Puller:
         return chosen, True
 
     def _keep_house(self) -> None:
-        """Ask after late reads; let go of dead peers."""
+        """Poll late reads; release memory of dead peers."""
         pruned = time.monotonic()
         while not self._closing:
             self._wake_keeper.wait(_SETTLE_S if self._late else _PRUNE_S)

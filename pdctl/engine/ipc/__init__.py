@@ -1,1 +1,1 @@
-"""What front and core say to each other."""
+"""Messages between front and core."""

@@ -1,4 +1,4 @@
-"""What front and core say to each other, as msgpack over two one-way sockets."""
+"""Messages between front and core, as msgpack over two one-way sockets."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pdctl.wire import LinkInfo, PoolEndpoint
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How to choose tokens. Temperature 0 is greedy. `max_tokens` and `min_tokens` count resumed tokens as well.
 
-    `logprobs`: how many of the most likely tokens to report beside the chosen one; -1 for no report at all.
-    `stop_token_ids` end the output as the model's own end does; of `allowed_token_ids`, if any, all tokens are.
-    `grammar`: what the output must match, as `pdctl.engine.model.grammar` words it; "" for anything.
-    `bad_words`: token sequences that the output must not contain. `prompt_logprobs`: as `logprobs`, for the prompt.
-    """
+    `logprobs`: number of most likely tokens to report with the chosen one; -1 for no report. `stop_token_ids` end the
+    output like the model's own end token; if `allowed_token_ids` is set, only these are chosen. `grammar`: the grammar
+    of the output, in the format of `pdctl.engine.model.grammar`; "" for none. `bad_words`: token sequences that the
+    output must not contain. `prompt_logprobs`: as `logprobs`, for the prompt."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -55,7 +54,7 @@ Logprobs = list[tuple[int, float]]
 
 
 class PromptToken(msgspec.Struct, frozen=True, array_like=True):
-    """A token of a prompt, as the model would have chosen it: its rank (1: the most likely), and log probabilities."""
+    """A prompt token's rank under the model (1: the most likely), and log probabilities."""
 
     rank: int
     logprobs: Logprobs
@@ -65,11 +64,11 @@ class PromptToken(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A new request. `token_ids` is the prompt, then tokens already given to the client.
+    """A new request. `token_ids`: the prompt, then tokens that the client already has.
 
-    `hold`: stop after one token and keep the KV for a decode engine; `offer`: report its chunks as they come.
+    `hold`: stop after one token and keep the KV for a decode engine; `offer`: report chunks as they are computed.
     `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
-    Reserve with the same id becomes this request. `tenant`: in whose name its grammar is compiled.
+    Reserve with the same id becomes this request. `tenant`: the tenant for fair grammar compilation.
     """
 
     request_id: str
@@ -84,24 +83,24 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Forget a request in any state and free what it has."""
+    """Abort a request in any state and free what it has."""
 
     request_id: str
 
 
 class Poke(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Say something: the front wants to know whether the step loop still turns."""
+    """Request for an answer, to check that the step loop is running."""
 
 
 class Reserve(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Set blocks aside for `kv_tokens` tokens whose request will follow."""
+    """Reserve blocks for `kv_tokens` tokens of a request that will follow."""
 
     request_id: str
     kv_tokens: int
 
 
 class Connect(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Make ready to read from a peer."""
+    """Prepare to read from a peer."""
 
     peer: str
     epoch: str
@@ -122,7 +121,7 @@ class Pull(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Start(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The pulled KV was committed: decode."""
+    """The pulled KV was committed: start decoding."""
 
     request_id: str
 
@@ -138,7 +137,7 @@ ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Shutdown
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The model is loaded, checked and has computed a token."""
+    """The model is loaded and checked, and has computed a token."""
 
     endpoint: PoolEndpoint
     num_blocks: int
@@ -149,7 +148,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class StartRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The core cannot serve and a restart will not help."""
+    """The core cannot serve, and a restart would not help."""
 
     reason: str
 
@@ -157,7 +156,7 @@ class StartRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Token(msgspec.Struct, frozen=True, array_like=True):
     """One new token; `finish_reason` "stop" or "length" with the last.
 
-    `prompt_logprobs`: with the first new token, one entry for each prompt token but the first, where requested.
+    `prompt_logprobs`: if requested, with the first new token, one entry per prompt token except the first.
     """
 
     request_id: str
@@ -168,7 +167,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
-    """A prefill is done and its blocks are kept until the front frees them with Abort."""
+    """A prefill is done. Its blocks are kept until the front frees them with Abort."""
 
     request_id: str
     token_id: int
@@ -179,7 +178,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
-    """The first `num_computed` tokens of an offered prefill have their KV."""
+    """KV of the first `num_computed` tokens of an offered prefill is computed."""
 
     request_id: str
     block_ids: list[int]
@@ -187,21 +186,22 @@ class Progress(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Withdrawn(msgspec.Struct, frozen=True, array_like=True):
-    """An offered prefill lost its blocks and starts over: what was read of it is void."""
+    """An offered prefill lost its blocks and starts over: what was read of it is invalid."""
 
     request_id: str
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
-    """A request cannot be served here at all."""
+    """A request cannot be served by this engine."""
 
     request_id: str
     reason: str
 
 
 class Books(msgspec.Struct, frozen=True, array_like=True):
-    """The core's counts after a step. Free, referenced, leased and quarantined blocks make up the pool; `reserved` ones
-    (for KV that is being pulled) are referenced. `held_back`: prefills that wait for leased blocks to come free."""
+    """The core's counts after a step. Free, referenced, leased and quarantined blocks add up to the pool; `reserved`
+    blocks (for KV that is being pulled) are part of the referenced ones. `held_back`: prefills that wait for leased
+    blocks to be freed."""
 
     blocks_free: int = 0
     blocks_referenced: int = 0
@@ -215,7 +215,7 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """What one step changed."""
+    """The results of one step."""
 
     tokens: list[Token]
     held: list[Held]
@@ -226,14 +226,14 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Blocks for an awaited KV are set aside."""
+    """Blocks for a request's KV are reserved."""
 
     request_id: str
     block_ids: list[int]
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A pull ended; `error` empty when every byte was copied. `uncertain`: bytes may still land in its blocks."""
+    """A pull ended. `error`: empty if every byte was copied. `uncertain`: bytes may still arrive in its blocks."""
 
     request_id: str
     error: str
@@ -243,7 +243,7 @@ class Pulled(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A peer can be read from as described, or cannot (`error`)."""
+    """A peer is linked as described, or cannot be read from (`error`)."""
 
     link: LinkInfo
 

@@ -1,1 +1,1 @@
-"""The arithmetic of a step: models, attention, sampling, grammars."""
+"""The computation of a step: models, attention, sampling, grammars."""

@@ -1,7 +1,8 @@
 """Paged attention behind transformers' AttentionInterface.
 
-Model code calls `attend` with rotated q, k, v of all packed tokens; we write k and v to the pool and attend each
-sequence over its own blocks. Metadata travels in a module global, because some models drop keyword arguments.
+Model code calls `attend` with rotated q, k, v of all packed tokens. `attend` writes k and v to the pool and computes
+attention for each sequence over its own blocks. Metadata is passed in a module global, because some models drop keyword
+arguments.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ NAME = "pdctl"
 
 @dataclass(slots=True)
 class PackedSequence:
-    """Rows [start, start + count) of the batch belong to this sequence, whose KV is then `kv_len` long.
+    """Rows [start, start + count) of the batch belong to this sequence; its KV length is then `kv_len`.
 
-    `slots` holds the pool slot of each of its tokens; `first_slot` is set when they form one run.
+    `slots`: the pool slot of each of its tokens; `first_slot` is set if they form one contiguous run.
     """
 
     start: int
@@ -32,11 +33,10 @@ class PackedSequence:
 
 @dataclass(slots=True)
 class PaddedRows:
-    """Sequences with one new token each, attended together, as a GPU wants it: few large operations.
+    """Sequences with one new token each, computed together in a few large operations, for GPUs.
 
-    `rows`: [B], the batch row of each. `slots`: [B, L], the pool slots of its tokens, padded. `lengths`: [B], how many
-    of them count. `longest`: the largest of `lengths`, on the host.
-    """
+    `rows`: [B], the batch row of each. `slots`: [B, L], the pool slots of its tokens, padded. `lengths`: [B], the
+    number of valid slots. `longest`: the largest of `lengths`, on the host."""
 
     rows: torch.Tensor
     slots: torch.Tensor
@@ -47,7 +47,7 @@ class PaddedRows:
 
 @dataclass(slots=True)
 class BatchContext:
-    """One step. `write_slots`: [tokens], where each token's K and V go. A sequence is either packed or padded."""
+    """One step. `write_slots`: [tokens], the slot for each token's K and V. A sequence is either packed or padded."""
 
     pool: KvPool
     write_slots: torch.Tensor
@@ -57,7 +57,7 @@ class BatchContext:
 
 
 class HookLog:
-    """Records instead of attending: which layers call the hook, with which shapes. For the check at load."""
+    """Records which layers call the hook, with which shapes, instead of computing. For the check at load."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int, int, int]] = []
@@ -67,17 +67,17 @@ _current: BatchContext | HookLog | None = None
 
 
 def set_context(context: BatchContext | HookLog | None) -> None:
-    """What the next forward pass attends over."""
+    """Set the context of the next forward pass."""
     global _current
     _current = context
 
 
 def register() -> None:
-    """Make `attn_implementation="pdctl"` known. Models get no mask for it: they leave masking to us."""
+    """Register `attn_implementation="pdctl"`. Models make no mask for it; masking is done here."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
-    # cuDNN makes a plan for each new shape, and the KV length is another in each step: 4 ms a layer (H200, torch 2.11).
+    # cuDNN makes a plan for each new shape, and the KV length changes in each step: 4 ms per layer (H200, torch 2.11).
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -128,7 +128,7 @@ def _first_visible(packed: PackedSequence, window: int | None) -> int:
 
 
 def _gather(plane: torch.Tensor, packed: PackedSequence, first: int) -> torch.Tensor:
-    """[kv_len - first, Hk, D]: a view where the slots are one run, else a copy."""
+    """[kv_len - first, Hk, D]: a view if the slots are one run, else a copy."""
     if packed.first_slot is not None:
         return plane[packed.first_slot + first : packed.first_slot + packed.kv_len]
     return plane.index_select(0, packed.slots[first:])
@@ -161,7 +161,7 @@ def _sdpa(
 
 
 def _padded_mask(padded: PaddedRows, window: int | None) -> torch.Tensor:
-    """[B, 1, 1, L], True where the newest token may look."""
+    """[B, 1, 1, L], True where the newest token may attend."""
     key = 0 if window is None or padded.longest <= window else window
     if key not in padded.masks:
         columns = torch.arange(padded.slots.shape[1], device=padded.slots.device)[None]
@@ -197,14 +197,14 @@ def _attend_padded(
 
 
 def _weights(scores: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the last dimension; `extra` is an attention sink: it takes its part and gives nothing."""
+    """Softmax over the last dimension; `extra` is an attention sink, which takes weight but adds no value."""
     if extra is None:
         return scores.softmax(-1)
     return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
 
 
 def _mask(context: BatchContext, packed: PackedSequence, first: int, window: int | None) -> torch.Tensor:
-    """[count, kv_len - first], True where a row may look: causal, and within the window."""
+    """[count, kv_len - first], True where a row may attend: causal, and within the window."""
     key = (packed.count, packed.kv_len, window or 0)
     if key not in context.masks:
         device = context.write_slots.device
@@ -224,7 +224,7 @@ def _explicit(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention written out, for logit soft-capping and attention sinks. Shapes as in _sdpa."""
+    """Explicit attention, for logit soft-capping and attention sinks. Shapes as in _sdpa."""
     groups = q.shape[1] // k.shape[1]
     wide_k, wide_v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.einsum("qhd,khd->hqk", q, wide_k) * scale

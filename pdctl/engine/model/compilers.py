@@ -1,8 +1,7 @@
-"""Grammars are compiled in processes of their own, because a compilation can only be stopped with its process.
+"""Compile grammars in separate processes, because a compilation can only be stopped by killing its process.
 
-Fair by tenant: each has its own queue, and at most one compilation at a time. One schema that is hard to compile delays
-its tenant alone, and ends when its deadline passes or nobody wants it any more.
-"""
+Fair by tenant: each has its own queue and at most one compilation at a time. A schema that is slow to compile delays
+only its own tenant, and is stopped at its deadline or when no request needs it any more."""
 
 from __future__ import annotations
 
@@ -19,24 +18,24 @@ from dataclasses import dataclass, field
 _log = logging.getLogger(__name__)
 
 _DEADLINE_S = 20.0
-# A new process imports the compiler first, seconds.
+# Time limit for a new process to import the compiler, seconds.
 _START_S = 60.0
-# Processes at once, and seconds after which an idle one ends.
+# Number of concurrent processes, and seconds after which an idle one exits.
 _WORKERS = 2
 _IDLE_S = 120.0
-# Between two looks whether anybody still wants the result, seconds.
+# Interval of checks whether the result is still needed, seconds.
 _LOOK_S = 0.05
-# Requests that wait for a compilation, of a tenant and of all.
+# Limits of requests that wait for a compilation, per tenant and in total.
 _MAX_WAITING_EACH, _MAX_WAITING = 32, 256
 _MAX_REMEMBERED = 256
 _LENGTH_BYTES = 4
 
-# Called once with the compiled grammar and "", or nothing and the reason.
+# Called once with the compiled grammar and "", or with b"" and the reason.
 Then = Callable[[bytes, str], None]
 
 
 class BadGrammar(ValueError):
-    """What the client asked for cannot be compiled, with the reason."""
+    """The client's grammar cannot be compiled; the message gives the reason."""
 
 
 @dataclass(slots=True)
@@ -48,16 +47,16 @@ class _Job:
 
 
 class Compilers:
-    """Queues and the threads that drive compiling processes, started when the first grammar comes.
+    """Queues, and threads that drive compiler processes; started with the first grammar.
 
-    `argv`: the command of a compiling process (see `serve`).
+    `argv`: the command of a compiler process (see `serve`).
     """
 
     def __init__(self, argv: list[str], deadline_s: float = _DEADLINE_S, start_s: float = _START_S) -> None:
         self._argv = argv
         self._deadline_s = deadline_s
         self._start_s = start_s
-        # In the order of their turns.
+        # In round-robin order.
         self._queues: OrderedDict[str, deque[_Job]] = OrderedDict()
         self._busy: set[str] = set()
         self._refused: OrderedDict[str, str] = OrderedDict()
@@ -66,7 +65,7 @@ class Compilers:
         self._closed = False
 
     def submit(self, grammar: str, tenant: str, is_wanted: Callable[[], bool], then: Then) -> None:
-        """Compile when its turn comes. What took too long once is refused from then on."""
+        """Compile a grammar when its turn comes. A grammar that once took too long is refused from then on."""
         with self._changed:
             reason = self._refused.get(grammar, "") or self._full(tenant)
             if not reason:
@@ -79,14 +78,14 @@ class Compilers:
             then(b"", _worded(reason))
 
     def close(self) -> None:
-        """End the processes; what waits is dropped."""
+        """Stop the processes and drop waiting jobs."""
         with self._changed:
             self._closed = True
             self._queues.clear()
             self._changed.notify_all()
 
     def audit(self) -> None:
-        """No empty queue is kept; nobody is busy without a thread."""
+        """Check that no empty queue is kept and that every busy tenant has a thread."""
         with self._changed:
             assert all(self._queues.values())
             assert len(self._busy) <= self._threads <= _WORKERS
@@ -110,10 +109,10 @@ class Compilers:
             worker.end()
 
     def _next(self) -> _Job | None:
-        """The next job of the tenant whose turn it is; None to end this thread."""
+        """The next job in round-robin order; None to end this thread."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._whose_turn() is not None, _IDLE_S)
-            # Looked at under the lock: what was submitted as the time ran out is not left behind.
+            # Check under the lock, so that a job submitted at the timeout is not missed.
             tenant = self._whose_turn()
             if tenant is None:
                 self._threads -= 1
@@ -151,23 +150,23 @@ class Compilers:
 
 
 class _NotWanted(Exception):
-    """Nobody waits for the result any more."""
+    """The result is no longer needed."""
 
 
 class _Ended(Exception):
-    """The process ended, or was ended, over this grammar."""
+    """The process exited or was killed while compiling this grammar."""
 
 
 @dataclass(slots=True)
 class _Worker:
-    """One compiling process; a new one takes the place of one that was ended."""
+    """One compiler process, replaced by a new one if it was killed."""
 
     argv: list[str]
     start_s: float
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def compile(self, grammar: str, is_wanted: Callable[[], bool], deadline_s: float) -> bytes:
-        """Raises BadGrammar, _NotWanted, _Ended, OSError."""
+        """Compile one grammar. Raises BadGrammar, _NotWanted, _Ended, OSError."""
         try:
             if self.process is None or self.process.poll() is not None:
                 self.end()
@@ -203,7 +202,7 @@ class _Worker:
         return data[_LENGTH_BYTES:]
 
     def end(self) -> None:
-        """Kill it and wait for it."""
+        """Kill the process and wait for it."""
         if self.process is None:
             return
         with self.process as process:
@@ -212,12 +211,12 @@ class _Worker:
 
 
 def serve(compile_one: Callable[[str], bytes]) -> None:
-    """A compiling process: says that it is ready, then reads grammars from stdin and answers on stdout, until it ends.
+    """A compiler process: reports that it is ready, then reads grammars from stdin and answers on stdout until EOF.
 
-    A frame is its length, four bytes, and that many bytes. Answers begin with "1" (compiled) or "0" (why not).
-    """
+    A frame is a length of four bytes and that many bytes. Answers begin with "1" (compiled) or "0" (the reason why
+    not)."""
     source, target = 0, os.dup(1)
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     _write(target, b"1")
     while (head := _exactly(source, _LENGTH_BYTES)) is not None:
         grammar = _exactly(source, int.from_bytes(head, "big"))

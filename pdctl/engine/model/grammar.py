@@ -1,8 +1,8 @@
-"""Output that must match a grammar: xgrammar compiles it, here it is kept in step with the tokens.
+"""Output that must match a grammar: xgrammar compiles it, and this module advances it with the tokens.
 
-A grammar is worded as JSON: {"json": SCHEMA} (true for any JSON object), {"regex": PATTERN} or {"ebnf": GRAMMAR}. Where
-a sequence's grammar stands is derived from its output tokens, so a request that moved to another engine goes on where
-it was.
+A grammar is written as JSON: {"json": SCHEMA} (true for any JSON object), {"regex": PATTERN} or {"ebnf": GRAMMAR}. The
+state of a sequence's grammar is derived from its output tokens, so a request that moved to another engine continues
+correctly.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from pdctl.engine.schedule.sequence import Sequence
 if TYPE_CHECKING:
     import xgrammar
 
-# Compiled grammars kept, the least recently used one goes first.
+# Size of the LRU cache of compiled grammars.
 _MAX_GRAMMARS = 64
-# Blanks and line breaks in a row between two parts of a JSON answer.
+# Maximum consecutive white space between two parts of a JSON answer.
 _MAX_BLANKS = 16
-# Memory that a compiling process may take, bytes.
+# Memory limit of a compiler process, bytes.
 _MAX_MEMORY = 4 << 30
 
 
-# A letter of a string with a length, as xgrammar prints it, and what JSON allows there. Neither can stand in a quoted
-# part of a printed grammar: that is JSON text, whose own backslashes are doubled.
+# A character of a string with a length, as xgrammar prints it, and the characters that JSON allows there. Neither can
+# occur in a quoted part of a printed grammar: that is JSON text with doubled backslashes.
 _ANY_LETTER, _JSON_LETTER = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]"
 
 
@@ -50,9 +50,9 @@ class _Guide:
 
 
 class Grammars:
-    """Compiled in other processes: no step waits for a compilation, and those that are known begin at once.
+    """Grammars compiled in other processes: no step waits for a compilation, and cached ones start at once.
 
-    `model`: a folder with tokenizer.json; None for an engine that guides nothing.
+    `model`: a folder with tokenizer.json; None for an engine without guided output.
     """
 
     def __init__(self, model: Path | None, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
@@ -69,7 +69,7 @@ class Grammars:
         is_wanted: Callable[[], bool],
         then: Callable[[xgrammar.CompiledGrammar | None, str], None],
     ) -> None:
-        """Call `then` with the compiled grammar, at once where it is known, or with None and the reason why not."""
+        """Call `then` with the compiled grammar (at once if cached), or with None and the reason."""
         if (known := self._known(grammar)) is not None:
             then(known, "")
             return
@@ -80,13 +80,13 @@ class Grammars:
         self._compilers.submit(grammar, tenant, is_wanted, done)
 
     def begin(self, sequence: Sequence, compiled: xgrammar.CompiledGrammar) -> None:
-        """Guide a sequence from the end of its output so far."""
+        """Start guiding a sequence after its output so far."""
         import xgrammar
 
         sequence.guide = _Guide(xgrammar.GrammarMatcher(compiled), 0)
 
     def mask(self, row: torch.Tensor, sequence: Sequence) -> None:
-        """Rule out in `row` [vocab] what would break the sequence's grammar."""
+        """Mask in `row` [vocab] all tokens that violate the sequence's grammar."""
         import xgrammar
 
         guide = self._guide(sequence)
@@ -96,18 +96,18 @@ class Grammars:
             xgrammar.apply_token_bitmask_inplace(row[None], self._bitmask.to(row.device))
 
     def accept(self, sequence: Sequence, token_id: int) -> None:
-        """The sequence's next token was chosen."""
+        """Advance the grammar by the sequence's chosen token."""
         guide = self._guide(sequence)
         guide.accepted += 1
         if not guide.matcher.is_terminated():
             guide.matcher.accept_token(token_id)
 
     def close(self) -> None:
-        """End the compiling processes."""
+        """Stop the compiler processes."""
         self._compilers.close()
 
     def _guide(self, sequence: Sequence) -> _Guide:
-        """Where the grammar stands after the sequence's output so far."""
+        """The state of the grammar after the sequence's output so far."""
         guide = sequence.guide
         assert isinstance(guide, _Guide), "a guided sequence was added without its grammar"
         for token_id in sequence.token_ids[sequence.prompt_len + guide.accepted :]:
@@ -135,7 +135,7 @@ class Grammars:
 
 @dataclass
 class _Tokens:
-    """The vocabulary that grammars are compiled for."""
+    """The vocabulary for which grammars are compiled."""
 
     model: Path | None
     vocab_size: int
@@ -143,14 +143,14 @@ class _Tokens:
 
     @property
     def argv(self) -> list[str]:
-        """The command of a process that compiles for it."""
+        """The command of a compiler process for this vocabulary."""
         words = ["--model", str(self.model or ""), "--vocab-size", str(self.vocab_size)]
         words += ["--stops", ",".join(map(str, self.stops)), "--parent", str(os.getpid())]
         return [sys.executable, "-m", "pdctl.engine", "grammars", *words]
 
     @cached_property
     def info(self) -> xgrammar.TokenizerInfo:
-        """Raises BadGrammar for a model whose output could not end."""
+        """The tokenizer info for xgrammar. Raises BadGrammar if the model has no end token."""
         import xgrammar
         from transformers import PreTrainedTokenizerFast
 
@@ -163,7 +163,7 @@ class _Tokens:
 
 
 def main(argv: list[str]) -> int:
-    """`python -m pdctl.engine grammars`: a compiling process of an engine's core."""
+    """`python -m pdctl.engine grammars`: a compiler process of an engine's core."""
     parser = argparse.ArgumentParser(prog="python -m pdctl.engine grammars")
     parser.add_argument("--model", required=True)
     parser.add_argument("--vocab-size", type=int, required=True)
@@ -181,7 +181,7 @@ def main(argv: list[str]) -> int:
 def json_grammar(schema: object) -> xgrammar.Grammar:
     """The grammar of a checked and narrowed JSON Schema; True for any object.
 
-    Strings with a length may have no raw control characters, which JSON forbids: xgrammar 0.2.8 lets them through.
+    Strings with a length must not contain raw control characters, which JSON forbids but xgrammar 0.2.8 allows.
     """
     import xgrammar
 
@@ -194,7 +194,7 @@ def json_grammar(schema: object) -> xgrammar.Grammar:
 
 
 def compiled(tokens: _Tokens, grammar: str) -> bytes:
-    """Raises BadGrammar."""
+    """Compile a grammar. Raises BadGrammar."""
     import xgrammar
 
     wanted = json.loads(grammar)

@@ -1,8 +1,8 @@
-"""Matrix products with few rows, as decode has them, on the CPU.
+"""Matrix products with few rows, as in decode, on the CPU.
 
-MKL treats a weight [out, in] times a few rows in ways that differ by a factor of two to four; which way is best depends
-on the shape. The rules below were measured with one thread on an AVX2 machine (docs/performance.md). They are fixed
-rather than tuned at load, so that every engine computes the same bits.
+MKL's methods for a weight [out, in] times a few rows differ in speed by a factor of two to four; which one is fastest
+depends on the shape. The rules below were measured with one thread on an AVX2 machine (docs/performance.md). They are
+fixed rather than tuned at load, so that every engine computes the same bits.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-# Up to here, weight @ rows^T beats rows @ weight^T for weights at least as tall as wide ...
+# Up to this many rows, weight @ rows^T is faster than rows @ weight^T for weights at least as tall as wide ...
 _FEW_ROWS = 4
-# ... and up to here for a vocabulary projection. Above it, a piece at a time that fits the cache is better.
+# ... and up to this many for a vocabulary projection. Above it, pieces that fit into the cache are faster.
 _FEW_ROWS_TALL = 8
 _TALL = 32768
 _PIECE = 2048
@@ -22,7 +22,7 @@ _MOST_ROWS = 64
 
 
 def speed_up(module: torch.nn.Module) -> int:
-    """Give every suitable linear layer of an fp32 CPU model the quicker product; returns how many."""
+    """Use the faster product in every suitable linear layer of an fp32 CPU model; returns the number of layers."""
     changed = 0
     for layer in module.modules():
         weight = getattr(layer, "weight", None)
@@ -33,7 +33,7 @@ def speed_up(module: torch.nn.Module) -> int:
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """rows [..., in] times weight [out, in] transposed, plus bias: what torch.nn.functional.linear gives."""
+    """rows [..., in] times weight [out, in] transposed, plus bias: equals torch.nn.functional.linear."""
     count = rows.numel() // rows.shape[-1]
     tall = weight.shape[0] >= _TALL
     if count == 0 or count > _MOST_ROWS or (count > _FEW_ROWS and not tall):
@@ -50,7 +50,7 @@ def _suits(weight: torch.Tensor) -> bool:
 
 
 def _transposed(flat: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """One row alone would be a matrix-vector product, which uses half the memory bandwidth: it is doubled."""
+    """A single row is doubled: a matrix-vector product would use only half the memory bandwidth."""
     count = flat.shape[0]
     wide = torch.cat([flat, flat]) if count == 1 else flat
     return torch.mm(weight, wide.t())[:, :count].t().contiguous()

@@ -1,4 +1,4 @@
-"""Load a Hugging Face model for paged attention, and refuse one that would not compute right.
+"""Load a Hugging Face model for paged attention, and refuse one that would compute wrong results.
 
 The check: every layer must have called the attention hook exactly once with the same shape of call, and the paged
 logits of 32 tokens must agree with the model's own dense ones.
@@ -21,19 +21,21 @@ from pdctl.wire import LayerShape
 _CHECK_TOKENS = 32
 # Relative to the largest logit. fp32 sums in another order differ by about 1e-6; a wrong mask by 1e-1 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-# In half precision deep models differ more than that between two correct orders of summing (0.07 with 8B random weights
-# on an H200), so the model's own two dense attentions show what is normal: this many times that, up to a bound.
+# In half precision, deep models differ more than that between two correct orders of summing (0.07 with 8B random
+# weights on an H200). So the difference between the model's own two dense attentions is measured; this multiple of it
+# is allowed.
 _NOISE_FACTOR = 3.0
 _MOST_NOISE = 0.25
 
 
 class ModelRefused(Exception):
-    """The model cannot be served, with a sentence that says why."""
+    """The model cannot be served; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model whose layers attend through our hook. `shapes` in layer order; `fingerprint` names the weights."""
+    """A model with all layers using the attention hook. `shapes` in layer order; `fingerprint` identifies the
+    weights."""
 
     module: torch.nn.Module
     shapes: list[LayerShape]
@@ -61,7 +63,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype) -> LoadedMod
 
 
 def hook_model(module: torch.nn.Module, name: str, eos_token_ids: frozenset[int], digest: str) -> LoadedModel:
-    """Make a transformers model attend through our hook. `name` is for messages. Raises ModelRefused."""
+    """Make a transformers model use the attention hook. `name` is for messages. Raises ModelRefused."""
     attention.register()
     module = module.eval().requires_grad_(False)
     speed_up(module)
@@ -79,7 +81,7 @@ def hook_model(module: torch.nn.Module, name: str, eos_token_ids: frozenset[int]
 
 
 def _hooked_shapes(module: torch.nn.Module, config: object, path: str) -> list[LayerShape]:
-    """Switch to the hook, run three tokens, and read off what each layer asked for."""
+    """Switch to the hook, run three tokens, and record the shapes of each layer's call."""
     layers = int(copy.copy(config).get_text_config().num_hidden_layers)  # type: ignore[attr-defined]
     log = attention.HookLog()
     family = type(module).__name__
@@ -102,7 +104,7 @@ def _hooked_shapes(module: torch.nn.Module, config: object, path: str) -> list[L
 
 
 def forward(module: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Packed ids and positions [T]; logits [len(keep), vocab] of the rows `keep`."""
+    """Run packed ids and positions [T]; returns logits [len(keep), vocab] of the rows `keep`."""
     device = next(module.parameters()).device
     with torch.inference_mode():
         result = module(
@@ -116,7 +118,7 @@ def forward(module: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor,
 
 
 def dense_logits(loaded: LoadedModel, ids: torch.Tensor, implementation: str = "eager") -> torch.Tensor:
-    """[T, vocab] by the model's own dense attention. Raises ValueError for one that the model does not have."""
+    """Logits [T, vocab] by the model's own dense attention. Raises ValueError for an unknown implementation."""
     module = loaded.module
     try:
         module.set_attn_implementation(implementation)  # type: ignore[operator]
@@ -126,8 +128,8 @@ def dense_logits(loaded: LoadedModel, ids: torch.Tensor, implementation: str = "
 
 
 def rounding_noise(loaded: LoadedModel, ids: torch.Tensor, dense: torch.Tensor) -> float:
-    """How far two correct dense attentions of this model differ, relative to the largest logit. 0 in fp32, where they
-    agree, and for a model that has only one."""
+    """The difference of two correct dense attentions of this model, relative to the largest logit. 0 in fp32, where
+    they agree, and for a model with only one."""
     if dense.dtype is torch.float32:
         return 0.0
     try:
@@ -135,7 +137,7 @@ def rounding_noise(loaded: LoadedModel, ids: torch.Tensor, dense: torch.Tensor) 
     except (ValueError, ImportError):
         return 0.0
     found = float((other - dense).abs().max()) / max(float(dense.abs().max()), 1e-6)
-    return found if found == found else 0.0  # not a number proves nothing
+    return found if found == found else 0.0  # NaN is no evidence
 
 
 def check_agreement(paged: torch.Tensor, dense: torch.Tensor, family: str, noise: float = 0.0) -> None:
@@ -150,7 +152,7 @@ def check_agreement(paged: torch.Tensor, dense: torch.Tensor, family: str, noise
 
 
 def check_token_ids(vocab_size: int) -> torch.Tensor:
-    """The tokens of the check at load: spread over the vocabulary, the same each time."""
+    """The tokens of the check at load: spread over the vocabulary, always the same."""
     return torch.tensor([(index * 7919 + 11) % vocab_size for index in range(_CHECK_TOKENS)])
 
 
@@ -165,7 +167,7 @@ def _eos_token_ids(path: Path, config: object) -> frozenset[int]:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest that tells models apart: the config, and of each weight file its size and three samples of it."""
+    """A digest that identifies a model: its config, and for each weight file the size and three samples."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""One step's arithmetic: slices in, token ids out."""
+"""The computation of one step: slices in, token ids out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PAD_TO = 128
 
 
 class _PromptPart(NamedTuple):
-    """Rows of a batch whose logits are those of a prompt's next tokens, `token_ids`."""
+    """Rows of a batch with the logits for a prompt's next tokens, `token_ids`."""
 
     sequence: Sequence
     rows: range
@@ -38,7 +38,7 @@ class _PromptPart(NamedTuple):
 
 
 def _prompt_parts(batch: list[Slice]) -> list[_PromptPart]:
-    """Of every sequence that lacks its prompt's log probabilities; those computed before a preemption are kept."""
+    """For every sequence that lacks log probabilities of its prompt; those computed before a preemption are kept."""
     found, row = [], 0
     for piece in batch:
         sequence = piece.sequence
@@ -69,11 +69,12 @@ class ModelRunner:
         self.poisoned = poisoned
         self.grammars = grammars or Grammars(None, loaded.vocab_size, loaded.eos_token_ids)
         self._offsets = torch.arange(pool.block_size, device=device)
-        # Decodes one by one on a CPU, where a view of the pool costs nothing; together on a GPU, where launches cost.
+        # Decode one by one on the CPU, where a view of the pool is free; batched on a GPU, where launches are
+        # expensive.
         self.pads = device.type == "cuda"
 
     def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
-        """Compute every slice; for each sampling one, in order, a token id and what is told of it."""
+        """Compute every slice. Returns, in order, a token id and its log probabilities for each sampling slice."""
         prompts = _prompt_parts(batch)
         logits = self.logits(batch, rows=[row for part in prompts for row in part.rows])
         if self.poisoned and not torch.isfinite(logits).all():
@@ -96,7 +97,7 @@ class ModelRunner:
         for sequence, token_id in zip(sequences, chosen, strict=True):
             if sequence.sampling.grammar:
                 self.grammars.accept(sequence, token_id)
-        # Of the model's own distribution, before penalties and masks, as vLLM tells it.
+        # From the model's own distribution, before penalties and masks, as in vLLM.
         return chosen, [
             most_likely(told[row], token_id, sequences[row].sampling.logprobs) if row in told else None
             for row, token_id in enumerate(chosen)
@@ -109,7 +110,7 @@ class ModelRunner:
         shape(row, sequence.sampling, sequence.token_ids, sequence.prompt_len, self.loaded.eos_token_ids)
 
     def logits(self, batch: list[Slice], every_row: bool = False, rows: Iterable[int] = ()) -> torch.Tensor:
-        """[sampling slices, vocab], then those of `rows` of the batch; or every row of the batch."""
+        """Logits [sampling slices, vocab], then those of `rows` of the batch; or of every row."""
         ids: list[int] = []
         positions: list[int] = []
         writes: list[int] = []
@@ -128,7 +129,7 @@ class ModelRunner:
             writes += self._written(sequence, start, count)
             if piece.samples:
                 last_rows.append(len(ids) - 1)
-        # A batch of inner chunks samples nothing, and still needs one row: models project at least one.
+        # A batch of only inner chunks samples nothing, but models project at least one row.
         keep = torch.arange(len(ids)) if every_row else torch.tensor([*last_rows, *rows] or [len(ids) - 1])
         write_slots = torch.tensor(writes).to(self.device)
         attention.set_context(BatchContext(self.pool, write_slots, packed, self._padded(single)))
@@ -149,22 +150,22 @@ class ModelRunner:
         table = torch.from_numpy(blocks).to(self.device)
         rows = torch.tensor([row for row, _, _ in single]).to(self.device)
         lengths = torch.tensor([length for _, _, length in single]).to(self.device)
-        # Rounded up, so that few shapes occur: kernels are chosen, and memory is kept, by shape. Padding reads the
-        # first token again: what lies behind the last one may be anything, NaN too, which no mask would stop.
+        # Round up to have few shapes: kernels and cached memory depend on the shape. Padding repeats the first token,
+        # because slots after the last one may contain NaN, which a mask would not remove.
         columns = torch.arange(-(-longest // _PAD_TO) * _PAD_TO, device=self.device)[None]
         columns = torch.where(columns < lengths[:, None], columns, 0)
         slots = table.gather(1, columns // size) * size + columns % size
         return PaddedRows(rows, slots, lengths, longest)
 
     def _written(self, sequence: Sequence, start: int, count: int) -> list[int]:
-        """The pool slot of each of `count` tokens from `start` on."""
+        """The pool slots of `count` tokens from `start` on."""
         size, blocks = self.pool.block_size, sequence.block_ids
         return [blocks[at // size] * size + at % size for at in range(start, start + count)]
 
     def self_check(self) -> None:
-        """Paged logits of a few tokens, in two chunks over scattered blocks, against dense ones.
+        """Compare paged logits of a few tokens, in two chunks over scattered blocks, with dense ones.
 
-        Raises ModelRefused. Uses the first blocks of a pool that nobody owns yet, and leaves it zeroed.
+        Raises ModelRefused. Uses the first blocks of the still unused pool, and leaves them zeroed.
         """
         ids = check_token_ids(self.loaded.vocab_size)
         size = self.pool.block_size
@@ -181,7 +182,7 @@ class ModelRunner:
             plane[: 2 * needed * size].zero_()
 
     def _slots(self, sequence: Sequence, kv_len: int) -> tuple[torch.Tensor, int | None]:
-        """The pool slot of each of the first `kv_len` tokens, and the first one if they form a run."""
+        """The pool slots of the first `kv_len` tokens, and the first slot if they form a run."""
         size = self.pool.block_size
         blocks = sequence.block_ids[: -(-kv_len // size)]
         if blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[-1] + 1)):

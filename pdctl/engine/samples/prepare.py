@@ -1,4 +1,4 @@
-"""Make a model ready to load: convert a sample, or fetch a Hub snapshot. Prints the directory as the last line."""
+"""Prepare a model: convert a sample, or download a Hub snapshot. Prints the directory as the last line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 
 
 def prepare(spec: str, path: str, progress: Progress) -> str:
-    """The directory to load `spec` from; made now where it is missing. Raises CannotPrepare."""
+    """The directory to load `spec` from, created if it is missing. Raises CannotPrepare."""
     if spec == "sample:tiny-qwen3":
         from pdctl.engine.samples.tiny import build
 
@@ -46,7 +46,7 @@ def prepare(spec: str, path: str, progress: Progress) -> str:
 
 
 def show_progress(what: str, fraction: float) -> None:
-    """A bar that redraws itself on a terminal, and a line per tenth elsewhere."""
+    """Show a progress bar on a terminal, or one line per tenth elsewhere."""
     bar = "#" * int(fraction * 24)
     if sys.stderr.isatty():
         sys.stderr.write(f"\r  [{bar:<24}] {fraction:4.0%} {what:<32}" + ("\n" if fraction >= 1 else ""))
@@ -56,7 +56,7 @@ def show_progress(what: str, fraction: float) -> None:
 
 
 def _into_place(target: Path, build: Callable[[Path, Progress], None], progress: Progress) -> str:
-    """Build beside the target and rename: a half-made model is never seen, two makers do not meet."""
+    """Build in a temporary folder and rename it, so that no one sees a partial model and two builds do not conflict."""
     if (target / "config.json").is_file():
         return str(target)
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""sample:tiny-qwen3: a Qwen3 of one million random weights, the same on every machine. For tests."""
+"""sample:tiny-qwen3: a Qwen3 with one million random weights, equal on every machine. For tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdctl.engine.samples import Progress
 
 _VOCAB = 384
 _SEED = 2
-# Random weights as initialised give nearly flat logits; scaled, greedy output is varied and its margins are wide.
+# Initial random weights give nearly flat logits; scaled ones give varied greedy output with wide margins.
 _SCALE, _HEAD_SCALE = 6.0, 5.0
 
 
@@ -40,7 +40,7 @@ def build(folder: Path, progress: Progress) -> None:
         for name, weights in model.named_parameters():
             if weights.dim() > 1 and "embed" not in name:
                 weights.mul_(_HEAD_SCALE if "lm_head" in name else _SCALE)
-        # The end token never wins by chance: outputs have the length that tests ask for.
+        # The end token is never chosen by chance, so outputs have the length that tests request.
         model.lm_head.weight[_VOCAB - 1].zero_()
     torch.random.set_rng_state(state)
     model.save_pretrained(folder)
@@ -50,7 +50,7 @@ def build(folder: Path, progress: Progress) -> None:
 
 
 def build_chat(folder: Path, progress: Progress) -> None:
-    """The same with a chat template that knows tools."""
+    """The same model with a chat template that supports tools."""
     build(folder, progress)
     (folder / "chat_template.jinja").write_text(_TEMPLATE)
 
@@ -68,7 +68,7 @@ _TEMPLATE = """\
 
 
 def _tokenizer() -> Tokenizer:
-    """One token per byte, and words for the ids above: every id decodes to text."""
+    """One token per byte, and words for the ids above, so that every id decodes to text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: index for index, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -1,1 +1,1 @@
-"""Which tokens are computed next. Ids only."""
+"""Scheduling: which tokens are computed next. It handles only ids."""

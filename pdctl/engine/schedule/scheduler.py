@@ -1,4 +1,4 @@
-"""Which tokens are computed next. Policy over ids; the runner does the arithmetic.
+"""Scheduling: which tokens are computed next. It handles only ids; the runner computes.
 
 One iteration model (as in vLLM V1): a step gives each chosen sequence some of its missing tokens. Decode, chunked
 prefill, recomputation after preemption and a handed-over sequence are the same case.
@@ -19,7 +19,7 @@ from pdctl.engine.schedule.sequence import Sequence, Status
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Budgets of one engine. `max_leased_blocks`: prefills for peers wait while more would be held for them."""
+    """Budgets of one engine. `max_leased_blocks`: held prefills wait if they would exceed this."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -41,7 +41,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step changed, for the front."""
+    """The results of a step, for the front."""
 
     tokens: list[Token] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Outcome:
 
 
 class Scheduler:
-    """Admission, chunking, preemption and the books of one engine."""
+    """Admission, chunking, preemption and block counts of one engine."""
 
     def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
         self.limits = limits
@@ -61,8 +61,8 @@ class Scheduler:
         self._incoming: deque[Sequence] = deque()
         self._arrivals = 0
         self._awaiting_kv = 0
-        # Pulls begin in another thread than the one that learns of their end, and the next piece of a sequence may
-        # begin before the end of the last one is known here: they are counted.
+        # Number of running pulls per request. Pulls start in another thread than the one that handles their end, so
+        # the next pull of a sequence may start before the end of the last one is known here.
         self._pulling: dict[str, int] = {}
         self._pulling_lock = threading.Lock()
         self._doomed: set[str] = set()
@@ -71,7 +71,7 @@ class Scheduler:
     # -- events --------------------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> Failed | None:
-        """Queue a new sequence; Failed when it could never fit, however long it waited."""
+        """Queue a new sequence; Failed if it can never fit."""
         longest = min(sequence.prompt_len + sequence.sampling.max_tokens, self.limits.max_model_len)
         needed = self._blocks_for(max(longest, len(sequence.token_ids), sequence.kv_tokens))
         if needed > self.allocator.num_blocks:
@@ -88,7 +88,7 @@ class Scheduler:
         return None
 
     def _fill(self, reserved: Sequence, request: Sequence) -> None:
-        """The request that blocks were reserved for has come."""
+        """The request for reserved blocks has arrived."""
         assert reserved.status in (Status.AWAITING_BLOCKS, Status.AWAITING_KV)
         assert reserved.kv_tokens == request.kv_tokens
         reserved.token_ids = request.token_ids
@@ -97,10 +97,10 @@ class Scheduler:
         reserved.guide = request.guide
 
     def reserve(self) -> list[Sequence]:
-        """Set blocks aside for hand-overs, in order of arrival, while they fit."""
+        """Reserve blocks for hand-overs in order of arrival, as long as they fit."""
         reserved: list[Sequence] = []
         if self._waiting and self._waiting[0].preempted:
-            # It needs all its blocks at once and has waited before: newcomers must not take them one by one.
+            # It needs all its blocks at once and came first: later ones must not take them one by one.
             return reserved
         while self._incoming and self._has_seat and self._allocate(self._incoming[0], self._incoming[0].kv_tokens):
             sequence = self._incoming.popleft()
@@ -110,7 +110,7 @@ class Scheduler:
         return reserved
 
     def pull_started(self, request_id: str) -> bool:
-        """The network writes into this sequence's blocks from now on; False if it is gone already."""
+        """Record that a transfer writes to this sequence's blocks; False if the sequence is already gone."""
         with self._pulling_lock:
             sequence = self.sequences.get(request_id)
             if sequence is None or sequence.status is not Status.AWAITING_KV:
@@ -119,8 +119,8 @@ class Scheduler:
         return True
 
     def pull_ended(self, request_id: str, uncertain: bool = False) -> None:
-        """The pull is over; an abort that waited for this takes effect. `uncertain`: something may still write into
-        the blocks, so nobody gets them before `pull_settled`."""
+        """A pull is over; an abort that waited for this takes effect. `uncertain`: the transfer may still write to the
+        blocks, so they are not reused before `pull_settled`."""
         with self._pulling_lock:
             left = self._pulling.pop(request_id) - 1
             if left:
@@ -137,11 +137,11 @@ class Scheduler:
             self._forget(self.sequences[request_id])
 
     def pull_settled(self, request_id: str) -> None:
-        """Nothing writes into the quarantined blocks any more."""
+        """Free the quarantined blocks: nothing writes to them any more."""
         self.allocator.settle(request_id)
 
     def start(self, request_id: str) -> bool:
-        """The pulled KV is certified: the sequence decodes from here on."""
+        """The pulled KV is committed: the sequence starts decoding."""
         sequence = self.sequences.get(request_id)
         if sequence is None or sequence.status is not Status.AWAITING_KV or request_id in self._doomed:
             return False
@@ -154,7 +154,7 @@ class Scheduler:
         return True
 
     def abort(self, request_id: str) -> None:
-        """Forget a sequence in any state. Blocks being written to are freed when the pull has ended."""
+        """Abort a sequence in any state. Blocks being written to are freed when the pull has ended."""
         sequence = self.sequences.get(request_id)
         if sequence is None:
             return
@@ -171,7 +171,7 @@ class Scheduler:
         batch: list[Slice] = []
         budget = self.limits.max_num_batched_tokens
         preempted = False
-        # Decodes (one missing token) before the chunks of long prompts: running streams keep their pace.
+        # Decodes (one missing token) come before chunks of long prompts, so that running streams are not delayed.
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_missing > 1):
             if budget == 0 or sequence.status is not Status.RUNNING:
                 continue
@@ -193,7 +193,7 @@ class Scheduler:
     def update(
         self, batch: list[Slice], token_ids: list[int], logprobs: Iterable[Logprobs | None] = repeat(None)
     ) -> Outcome:
-        """Take the step's results: one token id for each sampling slice, in order, and what is told of it."""
+        """Apply the step's results: one token id per sampling slice, in order, with its log probabilities."""
         outcome = Outcome(withdrawn=self._withdrawn)
         self._withdrawn = []
         sampled = zip(token_ids, logprobs, strict=False)
@@ -209,7 +209,7 @@ class Scheduler:
         return outcome
 
     def books(self, steps: int) -> Books:
-        """The counts people and the front see."""
+        """The counts for the front and for display."""
         leased = reserved = 0
         for sequence in self.sequences.values():
             if sequence.status is Status.HELD:
@@ -235,7 +235,8 @@ class Scheduler:
         return bool(self.running or self._admissible())
 
     def audit(self) -> None:
-        """Every block is free or belongs to a known sequence; every sequence is in the one queue of its status."""
+        """Check that every block is free or belongs to a known sequence, and every sequence is in the queue of its
+        status."""
         self.allocator.audit()
         owned = sum(len(sequence.block_ids) for sequence in self.sequences.values())
         idle = self.allocator.num_free + self.allocator.num_quarantined
@@ -254,12 +255,12 @@ class Scheduler:
     # -- parts ---------------------------------------------------------------------------------------------
 
     def _admit(self, batch: list[Slice], budget: int) -> None:
-        """Waiting sequences in order. Those that peers' unread KV leaves no room for are stepped over."""
+        """Admit waiting sequences in order. Held prefills that would exceed the lease limit are skipped."""
         for sequence in self._admissible():
             if budget == 0 or not self._has_seat:
                 return
-            # All of its blocks at once: chunks of one prompt then lie side by side, and no two half-admitted
-            # prompts can starve each other.
+            # Allocate all blocks at once: the chunks of a prompt are then contiguous, and two partly admitted prompts
+            # cannot starve each other.
             if not self._allocate(sequence, len(sequence.token_ids)):
                 return
             self._waiting.remove(sequence)
@@ -270,8 +271,8 @@ class Scheduler:
             budget -= count
 
     def _admissible(self) -> list[Sequence]:
-        """Waiting sequences that could be admitted together without pinning more blocks for peers than may be leased.
-        One prefill alone always may."""
+        """Waiting sequences that can be admitted together without exceeding the limit of leased blocks. A single
+        prefill is always admissible."""
         pinned = sum(len(sequence.block_ids) for sequence in self.sequences.values() if sequence.hold)
         found = []
         for sequence in self._waiting:
@@ -306,7 +307,7 @@ class Scheduler:
         if token_id in sequence.sampling.stop_token_ids and sequence.num_output > sequence.sampling.min_tokens:
             return "stop"
         full = len(sequence.token_ids) >= self.limits.max_model_len
-        # A held prefill of a fresh prompt never ends by length: routers ask for one token, and decode goes on from it.
+        # A held prefill of a new prompt never ends by length: routers request one token, and decode continues from it.
         fresh_hold = sequence.hold and sequence.num_output == 1
         if full or (sequence.num_output >= sequence.sampling.max_tokens and not fresh_hold):
             return "length"

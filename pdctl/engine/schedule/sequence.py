@@ -1,4 +1,4 @@
-"""One request as the scheduler sees it: ids and counts, no tensors."""
+"""One request in the scheduler: ids and counts, no tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from enum import Enum, auto
 
 from pdctl.engine.ipc.messages import PromptToken, Sampling
 
-# Rows of logits that one sequence may ask for in a step: each is as wide as the vocabulary.
+# Limit of prompt logit rows per sequence and step: each row is as wide as the vocabulary.
 _MAX_PROMPT_ROWS = 256
 
 
 class Status(Enum):
-    """Where a sequence stands. Only RUNNING ones are computed."""
+    """The state of a sequence. Only RUNNING ones are computed."""
 
     WAITING = auto()  # for blocks or budget
     RUNNING = auto()
@@ -23,7 +23,7 @@ class Status(Enum):
 
 @dataclass(slots=True)
 class Sequence:
-    """`token_ids` holds prompt and output; KV exists for the first `num_computed` of them."""
+    """One sequence. `token_ids`: prompt and output; KV exists for the first `num_computed` of them."""
 
     request_id: str
     token_ids: list[int]
@@ -38,7 +38,7 @@ class Sequence:
     arrival: int = 0
     preempted: bool = False
     block_ids: list[int] = field(default_factory=list)
-    guide: object = None  # the runner's: where its grammar stands
+    guide: object = None  # set by the runner: the state of its grammar
     prompt_logprobs: list[PromptToken] = field(default_factory=list)
 
     @property
@@ -52,7 +52,7 @@ class Sequence:
         return self.sampling.prompt_logprobs >= 0 and len(self.prompt_logprobs) < self.prompt_len - 1
 
     def take_prompt_logprobs(self) -> list[PromptToken] | None:
-        """The prompt's log probabilities, for the first new token; None with later ones, or where not requested."""
+        """The prompt's log probabilities with the first new token; None with later ones, or if not requested."""
         if self.sampling.prompt_logprobs < 0 or self.num_output:
             return None
         return self.prompt_logprobs

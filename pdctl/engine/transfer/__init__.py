@@ -1,9 +1,8 @@
-"""How KV bytes get from a peer's pool into ours. One file per transport, all behind one protocol.
+"""Transfer of KV bytes from a peer's pool into this engine's. One file per transport, all behind one protocol.
 
-A transport serves one block of memory and reads from peers into it. A read either moved every byte, or moved what it
-moved and is known to be over (TransferError), or cannot be said to be over (TransferUncertain): then its target must
-not be used for anything else until `settled` says so.
-"""
+A transport serves one block of memory and reads from peers into it. A read has moved every byte, or has failed and is
+known to be over (TransferError), or may not be over (TransferUncertain): then its target must not be reused until
+`settled` returns true."""
 
 from __future__ import annotations
 
@@ -14,9 +13,8 @@ from typing import Protocol, cast
 
 from pdctl.engine.cache.layout import Span
 from pdctl.engine.cache.memory import Memory
-from pdctl.host.rdma import active_devices
-
-TRANSPORTS = ("shm", "mooncake", "nixl")
+from pdctl.host.devices.rdma import active_devices
+from pdctl.net import LOOPBACK
 
 
 class TransferError(Exception):
@@ -24,7 +22,7 @@ class TransferError(Exception):
 
 
 class TransferUncertain(TransferError):
-    """The bytes did not arrive in time and may still land. `settled` is asked until it says that they cannot."""
+    """The bytes did not arrive in time and may still arrive. `settled` is polled until it returns true."""
 
     def __init__(self, message: str, settled: Callable[[], bool]) -> None:
         super().__init__(message)
@@ -33,14 +31,14 @@ class TransferUncertain(TransferError):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a transport is opened with.
+    """The settings of a transport.
 
-    `host`: the address at which peers reach us. `protocol`: "tcp", "rdma", or "auto" for RDMA where a device is up.
+    `host`: this engine's address for peers. `protocol`: "tcp", "rdma", or "auto" for RDMA if a device is up.
     `devices`: RDMA devices to use, all when empty. `ports`: first and last port to listen on, any when None.
     """
 
     epoch: str
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     protocol: str = "auto"
     devices: tuple[str, ...] = ()
     ports: tuple[int, int] | None = None
@@ -48,10 +46,10 @@ class Settings:
 
 
 class Transport(Protocol):
-    """One backend at work on one memory. Reads may run in several threads at once.
+    """One backend on one memory. Reads may run in several threads at once.
 
-    `address`: where peers read our memory, "" when we do not serve. `protocol`: what carries the bytes.
-    `fallback`: why that is not what was asked for, or "".
+    `address`: where peers read this memory, "" if it is not served. `protocol`: the actual network protocol.
+    `fallback`: why it is not the requested one, or "".
     """
 
     name: str
@@ -60,22 +58,22 @@ class Transport(Protocol):
     fallback: str
 
     def connect(self, address: str, peer_bytes: int) -> None:
-        """Make ready to read from a peer's memory of `peer_bytes`. Raises TransferError."""
+        """Prepare to read from a peer's memory of `peer_bytes`. Raises TransferError."""
         ...
 
     def read(self, address: str, peer_bytes: int, spans: Sequence[Span], timeout_s: float) -> int:
         """Copy `spans` from the memory at `address`; returns bytes moved.
 
-        Raises TransferError, and TransferUncertain when `timeout_s` passed with bytes still under way.
+        Raises TransferError, and TransferUncertain if `timeout_s` has passed and bytes may still arrive.
         """
         ...
 
     def forget(self, address: str) -> None:
-        """Let go of a peer that has been replaced by another epoch of it."""
+        """Release a peer that has been replaced by a newer epoch."""
         ...
 
     def prune(self) -> None:
-        """Let go of what belongs to peers that have ended."""
+        """Release resources of peers that have exited."""
         ...
 
     def close(self) -> None:
@@ -84,29 +82,30 @@ class Transport(Protocol):
 
 
 class Kind(Protocol):
-    """What a transport's module offers."""
+    """The interface of a transport's module."""
 
     def open_transport(self, memory: Memory, settings: Settings) -> Transport:
-        """A transport over `memory`. Raises TransferError with a sentence when it cannot work here."""
+        """Open a transport over `memory`. Raises TransferError with the reason if it cannot work here."""
         ...
 
 
 def transport_kind(name: str) -> Kind:
-    """The module of a known transport, loaded now."""
+    """Import the module of a known transport."""
     return cast(Kind, importlib.import_module(f"pdctl.engine.transfer.{name}"))
 
 
 def carrier(settings: Settings, plain: str) -> tuple[str, str]:
-    """("rdma" or `plain`, why it is not what was asked for). Libraries fall back to TCP without a word."""
+    """("rdma" or `plain`, why it is not the requested one). Checked here because libraries silently fall back to
+    TCP."""
     devices = active_devices()
     missing = [name for name in settings.devices if name not in devices]
     if settings.protocol == "tcp":
         return "tcp", ""
     if missing:
-        return plain, f"RDMA was asked for over {', '.join(missing)}, which is not up here"
+        return plain, f"RDMA is configured over {', '.join(missing)}, which is not active on this machine"
     if not devices:
         asked = settings.protocol == "rdma"
-        return plain, "RDMA was asked for and no RDMA device is up here" if asked else ""
+        return plain, "RDMA is configured, but no RDMA device is active on this machine" if asked else ""
     return "rdma", ""
 
 

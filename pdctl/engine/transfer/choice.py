@@ -1,19 +1,16 @@
-"""Which transport carries a pair's KV, and why. Pure."""
+"""Choose the transport for a pair of engines, with the reason. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pdctl.transports import FAR, NEAR, TRANSPORTS
 from pdctl.wire import PoolEndpoint, Served
-
-# By cost of a byte on one host, and by bandwidth between hosts (figures in docs/performance.md).
-_SAME_HOST = ("shm", "nixl", "mooncake")
-_FAR = ("mooncake", "nixl")
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The transport, where it reads, why it was taken, and a fallback worth a loud mark ("" for none)."""
+    """The transport, its address, the reason for the choice, and a fallback to report ("" for none)."""
 
     transport: str
     address: str
@@ -23,15 +20,15 @@ class Chosen:
 
 
 def choose(backend: str, host_id: str, ours: dict[str, str], fallbacks: dict[str, str], peer: PoolEndpoint) -> Chosen:
-    """Pick for one peer. `ours`: transport -> protocol, of those open here. `backend`: what the topology asked for.
+    """Choose for one peer. `ours`: open transports here, with their protocols. `backend`: the topology's setting.
 
-    Raises ValueError with a sentence when the two sides have nothing in common.
+    Raises ValueError with the reason if the two sides have no transport in common.
     """
     near = peer.host_id == host_id
-    order = _SAME_HOST if near else _FAR
+    order = NEAR if near else FAR
     theirs = {served.transport: served for served in peer.served}
     common = [name for name in order if name in ours and name in theirs]
-    if backend in ("shm", *_FAR) and backend not in common:
+    if backend != "auto" and backend not in common:
         raise ValueError(_nothing(backend, near, ours, theirs))
     if not common:
         raise ValueError(_nothing("auto", near, ours, theirs))
@@ -43,7 +40,7 @@ def choose(backend: str, host_id: str, ours: dict[str, str], fallbacks: dict[str
 
 
 def _agreed(ours: str, theirs: Served) -> tuple[str, str]:
-    """The protocol both sides can carry, and what was lost by that."""
+    """The protocol that both sides support, and the reason for a fallback."""
     if ours == theirs.protocol:
         return ours, theirs.fallback
     if "rdma" in (ours, theirs.protocol):
@@ -53,6 +50,6 @@ def _agreed(ours: str, theirs: Served) -> tuple[str, str]:
 
 def _nothing(backend: str, near: bool, ours: dict[str, str], theirs: dict[str, Served]) -> str:
     wanted = "no transport is open on both sides" if backend == "auto" else f"{backend} is not open on both sides"
-    if backend == "shm" and not near:
-        wanted = "shm reaches this host only, and the peer is on another"
+    if not near and backend != "auto" and not TRANSPORTS[backend].crosses_hosts:
+        wanted = f"{backend} reaches this host only, and the peer is on another"
     return f"{wanted}: here {', '.join(ours) or 'none'}; there {', '.join(theirs) or 'none'}"

@@ -1,9 +1,9 @@
 """Mooncake's TransferEngine over TCP or RDMA, for peers on any host.
 
-Serving and reading use engines of their own, so that the reading one can be made anew while peers go on reading us.
-The library's blocking calls spin a core: reads are started as single-span batches and polled with sleeps, each batch
-being over, one way or the other, when its status says so (measured: nothing lands after a failed status).
-It listens on every interface and asks nobody who they are: see docs/transports.md.
+Serving and reading use separate engines, so that the reading one can be replaced while peers continue to read.
+The library's blocking calls spin on a core, so reads are started as single-span batches and polled with sleeps. A batch
+is over when its status says so (measured: nothing arrives after a failed status).
+It listens on every interface without authentication: see docs/transports.md.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.0003
 _DONE = 1
-# Under way, or given up by the library while its bytes may still land: neither has ended (transfer_engine_py.cpp frees
-# a batch's id for every other status).
+# Status "running", and "given up" while bytes may still arrive: neither is over (transfer_engine_py.cpp frees a batch's
+# id for every other status).
 _NOT_OVER = (0, -2)
-# One batch's size at most: large enough that its fixed cost vanishes, small enough that TCP's lanes share a big span
-# evenly (docs/performance.md, Transports). RDMA cuts for itself.
+# Maximum size of a batch: large enough that its fixed cost is negligible, small enough that TCP's lanes share a large
+# span evenly (docs/performance.md, Transports). RDMA splits by itself.
 _PIECE_BYTES = {"tcp": 256 * 2**10, "rdma": 4 * 2**20}
-# A large read gets larger pieces beyond so many: the library's queues have an end.
+# Limit of pieces per read, because the library's queues are limited. A larger read gets larger pieces.
 _MOST_PIECES = 8192
-# The last bytes of the memory a peer announces are its epoch: a reader checks them before it trusts an address.
+# The last bytes of a peer's announced memory are its epoch: a reader checks them before it trusts an address.
 _EPOCH_BYTES = 64
 _CONNECT_S = 5.0
 _PROBES = 1024
@@ -54,7 +54,7 @@ def open_transport(memory: Memory, settings: Settings) -> MooncakeTransport:
 
 
 class MooncakeTransport:
-    """`address` is HOST:PORT/BASE/LABEL/EPOCH: session, pool and epoch label as addresses in the peer."""
+    """`address` is HOST:PORT/BASE/LABEL/EPOCH: session, then pool and epoch label as addresses in the peer."""
 
     name = "mooncake"
 
@@ -73,16 +73,16 @@ class MooncakeTransport:
         self._server = self._serve() if settings.serving else None
 
     def connect(self, address: str, peer_bytes: int) -> None:
-        """See Transport.connect. Reads the peer's epoch: an address outlives the process it was made for."""
+        """See Transport.connect. Reads the peer's epoch, because an address may outlive its process."""
         session, _, label, epoch = _parts(address)
         with self._lock:
             if self._sessions.get(session) == epoch:
                 return
             if session in self._sessions:
-                # A restarted peer on an old port: the library keeps its first idea of a session for ever.
+                # A restarted peer on an old port: the library caches the first session forever.
                 self._reader, self._sessions = None, {}
             reader, known = self._reading(), self._sessions
-            # A probe that is late may still land: its place is not used again before all the others.
+            # A late probe may still be written: its slot is reused only after all others.
             probe = self._probes[self._probed % _PROBES]
             probe[:] = 0
             self._probed += 1
@@ -110,7 +110,7 @@ class MooncakeTransport:
         return total
 
     def forget(self, address: str) -> None:
-        """See Transport.forget. Nothing is held for a session but its name."""
+        """See Transport.forget. Only the name of a session is kept."""
 
     def prune(self) -> None:
         """See Transport.prune. Sessions hold no memory of their peers."""
@@ -136,7 +136,7 @@ class MooncakeTransport:
         return server
 
     def _reading(self) -> TransferEngine:
-        """The engine that reads; under the lock."""
+        """The reading engine. Called with the lock held."""
         if self._reader is None:
             self._reader = self._open()
             _register(self._reader, self._memory.base, self._memory.num_bytes)
@@ -156,7 +156,7 @@ class MooncakeTransport:
         return engine
 
     def _move(self, reader: TransferEngine, session: str, pieces: list[tuple[int, int, int]], timeout_s: float) -> None:
-        """Start every piece, then sleep and ask until all are over or the time is."""
+        """Start every piece, then poll with sleeps until all are over or the timeout has passed."""
         deadline = time.monotonic() + timeout_s
         started = [reader.batch_transfer_async_read(session, [ours], [theirs], [size]) for ours, theirs, size in pieces]
         batches = _Batches(reader, [batch for batch in started if batch])
@@ -170,7 +170,7 @@ class MooncakeTransport:
 
 
 class _Batches:
-    """Transfers under way. Keeps the engine alive until each is over."""
+    """Running transfers. Keeps the engine alive until all are over."""
 
     def __init__(self, reader: TransferEngine, pending: list[int]) -> None:
         self._reader = reader
@@ -178,8 +178,8 @@ class _Batches:
         self.failed = False
 
     def over(self) -> bool:
-        """Whether none is under way any more. Ids are freed by the status call that ends them, so each is asked once
-        after its end and never again. In order: later ones are seldom done before earlier ones."""
+        """Whether all are over. The status call that reports an end frees the id, so each is polled once after its end
+        and never again. They are polled in order, because later ones rarely end before earlier ones."""
         while self.pending:
             status = self._reader.transfer_check_status(self.pending[0])
             if status in _NOT_OVER:
@@ -212,7 +212,7 @@ def _parts(address: str) -> tuple[str, int, int, str]:
             raise ValueError("a part is out of range")
         return session, int(base), int(label), epoch
     except ValueError as failure:
-        raise TransferError(f"{address!r} is no mooncake address: {failure}") from failure
+        raise TransferError(f"{address!r} is not a mooncake address: {failure}") from failure
 
 
 def _import_hint(failure: str) -> str:

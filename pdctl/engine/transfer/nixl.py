@@ -1,8 +1,7 @@
 """NIXL over UCX: shared memory, TCP or RDMA, for peers on any host.
 
-A handle that is released early says DONE while its bytes are still landing (measured over TCP with a frozen peer), so
-a late read's handle is kept and asked until it is over by itself.
-"""
+A handle that is released early reports DONE while its bytes still arrive (measured over TCP with a frozen peer), so a
+late read's handle is kept and polled until it is over."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def open_transport(memory: Memory, settings: Settings) -> NixlTransport:
 
 
 class NixlTransport:
-    """`address` is BASE/EPOCH/METADATA. The agent's name carries the epoch, and peers are asked for theirs."""
+    """`address` is BASE/EPOCH/METADATA. The agent's name contains the epoch, and a peer's epoch is checked."""
 
     name = "nixl"
 
@@ -53,7 +52,7 @@ class NixlTransport:
         self._memory = memory
         self.protocol, self.fallback = carrier(settings, "tcp" if settings.protocol == "rdma" else "sm+tcp")
         _set_environment(settings, self.protocol)
-        # nixl's agent is not safe for several threads; its calls only start and look.
+        # nixl's agent is not thread-safe; its calls only start and poll transfers, so they are short.
         self._lock = threading.Lock()
         self._agent, self._errors = _new_agent(f"{settings.epoch}/{os.getpid()}/{id(self)}")
         try:
@@ -95,7 +94,7 @@ class NixlTransport:
             self._forget(address)
 
     def prune(self) -> None:
-        """See Transport.prune. Peers are forgotten when a transfer from them fails, or another epoch replaces them."""
+        """See Transport.prune. Peers are forgotten if a transfer fails or a newer epoch replaces them."""
 
     def close(self) -> None:
         """See Transport.close."""
@@ -109,7 +108,7 @@ class NixlTransport:
             self.address = ""
 
     def _peer(self, address: str) -> str:
-        """The agent's name behind an address; under the lock."""
+        """The agent's name behind an address. Called with the lock held."""
         if address not in self._peers:
             _, epoch, metadata = _parts(address)
             try:
@@ -123,7 +122,7 @@ class NixlTransport:
         return self._peers[address]
 
     def _forget(self, address: str) -> None:
-        """Under the lock."""
+        """Forget a peer. Called with the lock held."""
         if peer := self._peers.pop(address, None):
             with suppress(*self._errors):
                 self._agent.remove_remote_agent(peer)
@@ -151,7 +150,7 @@ class _Read:
                 self._end(str(failure))
 
     def over(self) -> bool:
-        """Whether nothing of it is under way any more."""
+        """Whether the transfer is over."""
         transport = self._transport
         with transport._lock:
             if self._over:
@@ -178,7 +177,7 @@ class _Read:
 
 
 def _new_agent(name: str) -> tuple[_Agent, tuple[type[Exception], ...]]:
-    """nixl's agent, and the exceptions its calls raise: each is a class of its own in its bindings."""
+    """nixl's agent, and the exceptions that its calls raise: each is a separate class in its bindings."""
     for package in _PACKAGES:
         try:
             api = importlib.import_module(f"{package}._api")
@@ -195,7 +194,7 @@ def _new_agent(name: str) -> tuple[_Agent, tuple[type[Exception], ...]]:
 
 
 def _set_environment(settings: Settings, protocol: str) -> None:
-    """UCX reads these when its first context is made. What the user set wins."""
+    """Set variables that UCX reads when its first context is created. The user's values take precedence."""
     layers = {"tcp": "tcp,self", "sm+tcp": "sm,tcp,self", "rdma": "rc,sm,tcp,self"}[protocol]
     os.environ.setdefault("UCX_TLS", layers)
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
@@ -210,4 +209,4 @@ def _parts(address: str) -> tuple[int, str, bytes]:
             raise ValueError("no such base")
         return int(base), epoch, base64.urlsafe_b64decode(metadata)
     except (ValueError, binascii.Error) as failure:
-        raise TransferError(f"{address[:60]!r} is no nixl address: {failure}") from failure
+        raise TransferError(f"{address[:60]!r} is not a nixl address: {failure}") from failure

@@ -1,6 +1,6 @@
-"""Same host: a peer's memory file is mapped, and copied from once.
+"""Same host: a peer's memory file is mapped, and bytes are copied once.
 
-The address names its owner's descriptor and the epoch is part of the file's label, so a number reused by another
+The address contains the owner's descriptor, and the file's label contains the epoch, so a number reused by another
 process or by a restarted engine is refused.
 """
 
@@ -42,7 +42,7 @@ class ShmTransport:
         self._mapped(address, peer_bytes)
 
     def read(self, address: str, peer_bytes: int, spans: Sequence[Span], timeout_s: float) -> int:
-        """See Transport.read. A copy of mapped memory needs nobody's help, so it cannot be late."""
+        """See Transport.read. A copy of mapped memory does not depend on the peer, so it cannot be late."""
         peer = self._mapped(address, peer_bytes)
         total = check_spans(spans, len(peer), len(self._target))
         for source, target, length in spans:
@@ -50,7 +50,7 @@ class ShmTransport:
         return total
 
     def prune(self) -> None:
-        """See Transport.prune. A mapping keeps the memory of a dead peer's whole pool."""
+        """See Transport.prune. A mapping keeps a dead peer's complete pool in memory."""
         with self._lock:
             self._drop_dead()
 
@@ -76,7 +76,7 @@ class ShmTransport:
 
 
 def _alive(address: str) -> bool:
-    """Whether the owner still has the very file: a reused pid has another one."""
+    """Whether the owner still has this file: a process with a reused pid has another one."""
     pid, fd, epoch = address.split("/")
     try:
         return f"{LABEL}{epoch}" in str(Path(f"/proc/{pid}/fd/{fd}").readlink())
@@ -101,5 +101,5 @@ def _map_peer(address: str, peer_bytes: int) -> Bytes:
         raise TransferError(f"the peer's memory {address!r} cannot be mapped: {failure}") from failure
     finally:
         os.close(source)
-    # Not populated: mapping a whole pool's pages takes 90 ms per GiB, and the kernel maps 16 at a fault anyway.
+    # Not populated: mapping all pages takes 90 ms per GiB, and the kernel maps 16 per page fault anyway.
     return np.frombuffer(mapped, dtype=np.uint8)

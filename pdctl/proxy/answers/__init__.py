@@ -1,1 +1,1 @@
-"""From an engine's event stream to the client: read, gathered, written."""
+"""From an engine's event stream to the client: reading, gathering, writing."""

@@ -1,4 +1,4 @@
-"""A stream's events put together into the choice of an unstreamed answer."""
+"""Join a stream's events into the choice of an unstreamed answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 from pdctl.adapters import Choice
 
-# What a delta's value of these means is "the same again", not "append".
+# Delta fields that repeat a value instead of appending to it.
 _NAMES = frozenset({"role", "id", "type", "name", "index", "function_name"})
 
 _encode = msgspec.json.Encoder().encode
@@ -16,7 +16,7 @@ Json = dict[str, object]
 
 
 class Gathered:
-    """One choice. Text and lists grow, `tool_calls` are matched by their index, everything else is the last word."""
+    """One choice. Text and lists grow, `tool_calls` are matched by index, other fields take the last value."""
 
     def __init__(self, chat: bool, with_token_ids: bool) -> None:
         self._chat = chat
@@ -26,7 +26,7 @@ class Gathered:
         self._token_ids: list[int] | None = [] if with_token_ids else None
 
     def add(self, choice: Choice, token_ids: list[int]) -> None:
-        """The next event's choice."""
+        """Add the next event's choice."""
         if self._token_ids is not None:
             self._token_ids += token_ids
         for name, raw in choice.items():
@@ -43,7 +43,7 @@ class Gathered:
                 self._fields[name] = value
 
     def choice(self) -> Choice:
-        """The whole choice, without its index."""
+        """The complete choice, without its index."""
         whole: Json = {**self._fields}
         if self._chat:
             calls = self._message.get("tool_calls")
@@ -90,7 +90,7 @@ def _merge_calls(into: Json, calls: list[object]) -> None:
 
 
 def _longer(known: Json, more: Json) -> Json:
-    """Log probabilities: lists over tokens, one after the other."""
+    """Join log probabilities: lists over tokens are concatenated."""
     merged = {**known}
     for name, value in more.items():
         before = merged.get(name)

@@ -1,6 +1,6 @@
-"""Where answers go: event by event to a streaming client, or gathered into one body.
+"""Sinks of answers: event by event to a streaming client, or gathered into one body.
 
-An answer is one client request's; it has a sink for each leg.
+An answer belongs to one client request; it has one sink per leg.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _encode = msgspec.json.Encoder().encode
 class Sink(Protocol):
     """Takes one leg's output in order.
 
-    `passes`: an engine's events may come as bytes, each beginning with `event_head`; `hides_token_ids`: without token
-    ids then; `shows_token_ids`: the client gets them; `takes_whole`: nobody waits for the parts, and a body in one
-    piece will do. `prompt_tokens`: as far as they are known.
+    `passes`: accepts an engine's events as bytes, each beginning with `event_head`; `hides_token_ids`: then without
+    token ids; `shows_token_ids`: the client gets token ids; `takes_whole`: accepts one complete body instead of parts.
+    `prompt_tokens`: if known.
     """
 
     passes: bool
@@ -38,21 +38,21 @@ class Sink(Protocol):
     prompt_tokens: int
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
-        """The next part; the last one has a finish_reason."""
+        """Take the next part; the last one has a finish_reason."""
         ...
 
     async def pass_on(self, data: bytes) -> None:
-        """Whole events, as they are."""
+        """Take complete events as bytes."""
         ...
 
     @property
     def part_now(self) -> Callable[[bytes], bool]:
-        """Sends more of a stream that has begun, without waiting; False when that cannot be, and nothing was sent."""
+        """A function that sends more of a started stream without waiting; it returns False if it sent nothing."""
         ...
 
 
 class StreamAnswer:
-    """Server-sent events. `started` once the client has seen anything."""
+    """Server-sent events. `started`: the client has received something."""
 
     def __init__(
         self, request: ClientRequest, send: asgi.Send, headers: AnswerHeaders, timing: Timing | None = None
@@ -68,14 +68,15 @@ class StreamAnswer:
         ]
 
     async def write(self, data: bytes) -> None:
-        """Send events, after the head. Waits while the client is slower than we are."""
+        """Send events, after the head. Waits while the client is slower than the proxy."""
         if not self.started:
             self.started = True
             await self.writer.start(_timed(self.headers, self._timing))
         await self.writer.part(data)
 
     async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
-        """Every leg is whole; parts of a stream were sent as they came. What the head's timing lacked is a comment."""
+        """Every leg is complete; its parts were sent as they came. Timing that was unknown at the head is sent as a
+        comment."""
         assert not any(wholes)
         counts = usage(prompt_tokens, completion_tokens)
         tail = self.request.envelope.usage_chunk(counts) if self.request.include_usage else b""
@@ -84,7 +85,7 @@ class StreamAnswer:
         await self.writer.last(tail + DONE)
 
     async def fail(self, failure: ApiError) -> None:
-        """It cannot be completed. An error event instead of [DONE]: never a stream that just stops."""
+        """The answer cannot be completed: send an error event instead of [DONE], never a stream that just stops."""
         if self.started:
             await self.writer.last(b"data: " + failure.body() + b"\n\n")
         else:
@@ -145,7 +146,7 @@ class WholeAnswer:
         self.sinks: list[WholeSink] = [WholeSink(request) for _ in request.legs]
 
     async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
-        """Every leg is whole: as an engine's body each, or as its sink has gathered it."""
+        """Every leg is complete, as an engine's body or as gathered by its sink."""
         if len(wholes) == 1 and wholes[0] is not None:
             body = wholes[0]
         else:
@@ -157,7 +158,7 @@ class WholeAnswer:
         await writer(self._send).whole(body, _timed(self.headers, self._timing))
 
     async def fail(self, failure: ApiError) -> None:
-        """It cannot be completed."""
+        """The answer cannot be completed: send an error."""
         await asgi.respond_error(self._send, failure, self.headers)
 
 
@@ -169,7 +170,7 @@ class WholeSink:
     hides_token_ids = False
 
     def __init__(self, request: ClientRequest) -> None:
-        # The prompt's come from the engine that prefills, and are not in the body of the one that decodes.
+        # The prompt's log probabilities come from the prefill engine and are not in the decode engine's body.
         self.takes_whole = not request.envelope.with_token_ids and not request.wants_prompt_logprobs
         self.prompt_tokens = 0
         self.shows_token_ids = request.envelope.with_token_ids
@@ -178,7 +179,7 @@ class WholeSink:
 
     @property
     def gathered(self) -> Gathered:
-        """What has come; made when the first part does."""
+        """The parts so far; created with the first part."""
         if self._gathered is None:
             self._gathered = Gathered(self._envelope.chat, self._envelope.with_token_ids)
         return self._gathered
@@ -188,12 +189,12 @@ class WholeSink:
         self.gathered.add(choice, token_ids)
 
     async def pass_on(self, data: bytes) -> None:
-        """Never called: it gathers parts."""
+        """Never called: this sink gathers parts."""
         raise AssertionError(f"{len(data)} bytes were passed to a sink that gathers")
 
     @property
     def part_now(self) -> Callable[[bytes], bool]:
-        """See Sink.part_now. It gathers parts."""
+        """See Sink.part_now. Not possible here, because parts are gathered."""
         return lambda _: False
 
 
@@ -214,7 +215,7 @@ def _choice_of(whole: bytes) -> Choice:
 
 
 def _with_role(choice: Choice) -> Choice:
-    """OpenAI names the role in the first event of a chat."""
+    """Add the role, which OpenAI sends in the first event of a chat."""
     if "delta" not in choice:
         return choice
     delta = {"role": msgspec.Raw(b'"assistant"'), **_decode_delta(choice["delta"])}

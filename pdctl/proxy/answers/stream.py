@@ -1,17 +1,17 @@
-"""Reading an engine's event stream: what is ordinary goes on as bytes, what is not is looked at event by event.
+"""Read an engine's event stream: ordinary events are forwarded as bytes, others are parsed one by one.
 
-A read usually brings events of a running stream: no end, no error, token ids in each. Those are passed on in one write
-without being parsed, token ids cut out where the client did not ask for them; their ids are decoded later, many at a
-time. Whether a read is ordinary is decided by counting: each event must have its `"finish_reason":null` and its
-`"token_ids":[`. Inside a JSON string a quote is escaped, so no text can imitate either; anything else, such as an
-engine that writes its JSON with blanks, only takes the slow way.
-"""
+A read usually has events of a running stream: no end, no error, token ids in each. They are forwarded in one write
+without being parsed, with token ids removed if the client did not request them; the ids are decoded later, many at a
+time. Whether a read is ordinary is decided by counting: each event must have one `"finish_reason":null` and one
+`"token_ids":[`. Quotes inside a JSON string are escaped, so no text can imitate these. Anything else, such as JSON with
+spaces, takes the slow path."""
 
 from __future__ import annotations
 
 import re
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 
 from pdctl.adapters import CannotResume, Choice, EngineError, RequestState
 from pdctl.net.http_client import Exchange
@@ -32,32 +32,41 @@ _IDS_OF = re.compile(rb'"token_ids":\[([\d,]*)\]')
 _HIDDEN = re.compile(rb',"(?:prompt_)?token_ids":(?:null|\[[\d,]*\])')
 # Reads whose token ids are kept as text before they are decoded.
 _KEPT = 32
-# Events at the end of a read that may be anything but ordinary: the last token, the counts, [DONE].
+# Events at the end of a read that may not be ordinary: the last token, the counts, [DONE].
 _TAIL = 3
-# One event at most, bytes: an engine that sends more without an end is not speaking our protocol.
+# Limit of one event, bytes: an engine that sends more without an end does not speak this protocol.
 _MAX_EVENT = 16 * 2**20
 
 
 class EventReader:
     """Reads one stream to its end. `seconds`: from its first tokens to its last."""
 
-    def __init__(self, engine: Engine, state: RequestState, sink: Sink, timing: Timing, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        state: RequestState,
+        sink: Sink,
+        timing: Timing,
+        metrics: Metrics,
+        on_first_token: Callable[[], None] | None = None,
+    ) -> None:
         self.tokens = 0
         self.prompt_tokens = 0
         self.finished = False
         self._engine = engine
-        self._turn = state
+        self._state = state
         self._sink = sink
         self._timing = timing
-        # Of events that were passed on: token ids as they stood there, and the events.
+        self._on_first_token = on_first_token
+        # For forwarded events: their token ids as text, and the events.
         self._ids: list[bytes] = []
         self._reads: list[bytes] = []
         self._tail = b""
         self._rest = b""
-        # What events begin with, up to the choice, where the engine's beginning is not the client's.
+        # The beginning of events up to the choice, if the engine's differs from the client's.
         self._ours = sink.event_head if engine.dialect.own_envelopes else b""
         self._theirs = b""
-        # Token ids that the client has already are cut out event by event.
+        # Token ids that the client already has are removed event by event.
         self._passes = sink.passes and engine.dialect.client_ready(state) and not state.again
         self._hides = sink.hides_token_ids
         self._first_at = self._last_at = 0.0
@@ -70,7 +79,7 @@ class EventReader:
         return self._last_at - self._first_at
 
     async def run(self, exchange: Exchange) -> None:
-        """Pass everything on. Raises Unreachable, EngineError."""
+        """Forward everything. Raises Unreachable, EngineError."""
         if self._passes:
             exchange.tap(self._take)
         while (data := await exchange.read()) is not None:
@@ -81,7 +90,7 @@ class EventReader:
                 self._rest = self._incomplete(data)
                 continue
             self._rest = data[end:]
-            # The prompt's ids come once, with the first token, and a continuation may need them.
+            # The prompt's ids come once, with the first token, and a failover may need them.
             ordinary = self._ordinary(data, end) if self._passes and _PROMPT_LIST not in data else 0
             if ordinary:
                 data, tail = data[:ordinary], data[ordinary:end]
@@ -93,11 +102,11 @@ class EventReader:
                     await self._event(event)
 
     def _take(self, data: bytes) -> float:
-        """Pass on a read of whole, ordinary events there and then, if the client takes it; 0.0 if not.
+        """Forward a read of complete, ordinary events at once, if the client takes it; 0.0 if not.
 
-        The path of nearly every token: a few microseconds, so in one piece.
+        Nearly every token takes this path. It needs a few microseconds, so it is one function.
         """
-        # Of what bytes can do, these calls cost least: they look from the end, or for one byte.
+        # These are the cheapest methods of bytes: they search from the end, or for one byte.
         head, found, rest = data.rpartition(_COMMA_IDS)
         ids, _, tail = rest.partition(b"]")
         if not found or _NEWLINE in head or head.rfind(_GOES_ON) < 0 or (tail != self._tail and not self._ends(tail)):
@@ -116,7 +125,7 @@ class EventReader:
         now = time.monotonic()
         if not self._part_now(shown):
             return 0.0
-        # Nothing can come between sending and keeping: there is no await here.
+        # There is no await here, so nothing can happen between sending and keeping.
         self._ids.append(ids)
         self._reads.append(data)
         gap = now - self._last_at
@@ -129,15 +138,15 @@ class EventReader:
         return now
 
     def _ends(self, tail: bytes) -> bool:
-        """Whether `tail` is the end of one event, with nothing behind it: the same for all of a stream's, nearly."""
-        # A tail of one byte has no end either: -1 is not its place.
+        """Whether `tail` is the end of one event, with nothing after it. It is nearly always the same in a stream."""
+        # A tail of one byte has no end either: exclude -1.
         if not tail.endswith(_END) or tail.find(_END) != len(tail) - 2:
             return False
         self._tail = tail
         return True
 
     def _take_several(self, data: bytes) -> float:
-        """As `_take`, for a read of more than one event, or of less."""
+        """Like `_take`, for a read of several events, or of a part of one."""
         count = data.count(_END)
         if not self._last_at or self._rest or not data.endswith(_END) or self._ordinary(data, len(data)) < len(data):
             return 0.0
@@ -148,38 +157,40 @@ class EventReader:
         return self._last_at
 
     def _keep(self, data: bytes) -> None:
-        """The token ids of ordinary events, for later."""
+        """Keep the token ids of ordinary events for later."""
         self._ids += _IDS_OF.findall(data)
         self._reads.append(data)
         if len(self._ids) >= _KEPT:
             self.settle()
 
     def _shown(self, data: bytes) -> bytes:
-        """Ordinary events as the client gets them."""
+        """Ordinary events in the client's form."""
         if self._hides:
             data = _HIDDEN.sub(b"", data)
         # Inside a JSON string a quote is escaped: no text can imitate the beginning of an event.
         return data.replace(self._theirs, self._ours) if self._ours else data
 
     def settle(self) -> None:
-        """Decode the token ids of what was passed on."""
+        """Decode the token ids of forwarded events."""
         if self._ids:
             kept, self._ids = b",".join(filter(None, self._ids)), []
             if self.tokens > 1:
                 self._engine.paced((self._last_at - self._first_at) / (self.tokens - 1))
             if kept:
-                self._turn.emitted.extend(map(int, kept.split(b",")))
+                self._state.emitted.extend(map(int, kept.split(b",")))
             reads, self._reads = self._reads, []
             held, said = _held(reads)
-            self._turn.held = held if said else self._turn.held + held
+            self._state.held = held if said else self._state.held + held
 
     def _incomplete(self, data: bytes) -> bytes:
         if len(data) > _MAX_EVENT:
-            raise EngineError(502, f"{self._engine.name} sent {len(data)} bytes without an event's end", "bad_upstream")
+            raise EngineError(
+                502, f"{self._engine.name} sent {len(data)} bytes without the end of an event", "bad_upstream"
+            )
         return data
 
     def _ordinary(self, data: bytes, end: int) -> int:
-        """Up to where `data`, whole events up to `end`, holds nothing but ordinary ones."""
+        """The position in `data` (complete events up to `end`) up to which all events are ordinary."""
         for _ in range(_TAIL + 1):
             count = data.count(_END, 0, end)
             begun = not self._ours or (self._theirs != b"" and data.count(self._theirs, 0, end) == count)
@@ -191,9 +202,9 @@ class EventReader:
         return 0
 
     def _noted(self, data: bytes, count: int) -> bytes:
-        """Ordinary events as the client gets them, their tokens in the books."""
+        """Ordinary events in the client's form; their tokens are recorded."""
         self._arrived(count)
-        # Kept before it is sent: a token that may have reached the client is never sent again.
+        # Record before sending: a token that may have reached the client is never sent again.
         self._keep(data)
         return self._shown(data)
 
@@ -201,31 +212,33 @@ class EventReader:
         payload = event.removeprefix(b"data:").strip()
         if not payload or payload == b"[DONE]" or event.startswith(b":"):
             return
-        # In order: what was passed on before comes before.
+        # Keep the order: earlier forwarded tokens come first.
         self.settle()
         if self._ours and (at := event.find(_CHOICES)) >= 0:
             self._theirs = event[: at + len(_CHOICES)]
-        delta = self._engine.dialect.parse_event(payload, self._turn)
+        delta = self._engine.dialect.parse_event(payload, self._state)
         if delta.usage is not None:
             self.prompt_tokens = self._sink.prompt_tokens = delta.usage[0]
         if delta.prompt_ids:
-            self._turn.prompt_ids = delta.prompt_ids
+            self._state.prompt_ids = delta.prompt_ids
         if delta.choice is None:
             return
         if delta.token_ids:
             self._arrived(len(delta.token_ids))
-        self._turn.emitted += delta.token_ids
-        self._turn.held = self._turn.held + len(delta.token_ids) if _is_silent(delta.choice) else 0
-        new = self._not_again(delta.token_ids) if self._turn.again else delta.token_ids
+        self._state.emitted += delta.token_ids
+        self._state.held = self._state.held + len(delta.token_ids) if _is_silent(delta.choice) else 0
+        new = self._not_again(delta.token_ids) if self._state.again else delta.token_ids
         self.finished = self.finished or delta.finish_reason is not None
         await self._sink.add(delta.choice, new)
 
     def _not_again(self, token_ids: list[int]) -> list[int]:
-        """Those of `token_ids` that the client has not got yet. Raises CannotResume where they differ from its own."""
-        again = self._turn.again
+        """The token ids that the client does not have yet. Raises CannotResume if they differ from those it has."""
+        again = self._state.again
         count = min(len(again), len(token_ids))
         if self._sink.shows_token_ids and again[:count] != token_ids[:count]:
-            raise CannotResume("the engine failed within a character, and the next one drew other tokens")
+            raise CannotResume(
+                "the engine failed in the middle of a character, and the next engine sampled other tokens"
+            )
         del again[:count]
         return token_ids[count:]
 
@@ -236,6 +249,8 @@ class EventReader:
         else:
             self._first_at = now
             self._timing.token(now)
+            if self._on_first_token is not None:
+                self._on_first_token()
         self._engine.heard_at = now
         self.tokens += tokens
         self._last_at = now
@@ -254,6 +269,6 @@ def _held(reads: list[bytes]) -> tuple[int, bool]:
 
 
 def _is_silent(choice: Choice) -> bool:
-    """Whether a choice brings no text."""
+    """Whether a choice has no text."""
     said = bytes(choice.get("text", choice.get("delta", b"{}")))
     return said in (b'""', b"{}") or b'"content":""' in said

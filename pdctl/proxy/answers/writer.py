@@ -1,4 +1,4 @@
-"""How an answer's bytes leave: straight to the connection where there is nothing in between, else through ASGI."""
+"""Write an answer's bytes: directly to the connection if there is no middleware, else through ASGI."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ AnswerHeaders = list[tuple[bytes, bytes]]
 
 
 class Writer(Protocol):
-    """Writes one answer. Waits while the client is slower than we are; a client that left takes everything."""
+    """Writes one answer. Waits while the client is slower than the proxy; a disconnected client discards everything."""
 
     async def whole(self, body: bytes, headers: AnswerHeaders) -> None:
-        """A JSON body, status 200."""
+        """Write a JSON body with status 200."""
         ...
 
     async def start(self, headers: AnswerHeaders) -> None:
-        """The head of an event stream; sent with its first part."""
+        """Set the head of an event stream; it is sent with the first part."""
         ...
 
     async def part(self, data: bytes) -> None:
-        """Some events."""
+        """Write some events."""
         ...
 
     async def last(self, data: bytes) -> None:
-        """The last events."""
+        """Write the last events."""
         ...
 
     def part_now(self, data: bytes) -> bool:
-        """As `part`, without waiting; False when that cannot be, and nothing was sent."""
+        """Like `part`, without waiting; returns False if nothing was sent."""
         ...
 
 
 def writer(send: asgi.Send) -> Writer:
-    """The quickest that is right: middleware, such as CORS, wants to see what is sent."""
+    """The fastest correct writer: middleware, such as CORS, must see what is sent."""
     cycle = getattr(send, "__self__", None)
     return _Direct(cycle) if isinstance(cycle, RequestResponseCycle) else _Asgi(send)
 
@@ -62,9 +62,9 @@ class _Asgi:
 
 
 class _Direct:
-    """What uvicorn's own `send` does for answers of these few shapes, without looking at each header and part again.
+    """Does what uvicorn's `send` does for these kinds of answers, without checking each header and part.
 
-    Saves a packet (head and body leave together) and about 10 microseconds an answer, 3 a part.
+    Saves a packet (head and body are sent together) and about 10 microseconds per answer, 3 per part.
     """
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
@@ -72,7 +72,7 @@ class _Direct:
         self._flow = cycle.flow
         self._write = cycle.transport.write
         self._unsent: tuple[bytes, AnswerHeaders] | None = None
-        # Clients of HTTP/1.0 know no chunks: their stream ends with its connection.
+        # HTTP/1.0 has no chunks: the stream ends with the connection.
         self._chunked = cycle.scope["http_version"] != "1.0"
 
     async def whole(self, body: bytes, headers: AnswerHeaders) -> None:
@@ -110,7 +110,7 @@ class _Direct:
     def _framed(self, data: bytes) -> bytes:
         head = b""
         if self._unsent is not None:
-            # Only now: until its head is sent, an answer may still become another one, or the last on its connection.
+            # Only now: before its head is sent, an answer may still be replaced, or become the last on its connection.
             head, self._unsent = self._start(*self._unsent), None
         return b"%b%x\r\n%b\r\n" % (head, len(data), data) if self._chunked else head + data
 

@@ -1,1 +1,1 @@
-"""What comes from clients: connections, keys, requests."""
+"""The client side: connections, keys, requests."""

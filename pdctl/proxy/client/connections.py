@@ -1,4 +1,4 @@
-"""Clients' connections: uvicorn's protocol with bounds on what a connection may cost before it is a request."""
+"""Clients' connections: uvicorn's protocol with limits on the cost of a connection without a request."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any, cast
 
 from pdctl.net.http_protocol import HttpProtocol
 
-# A connection may take this long to bring its first request, or the rest of one it began, seconds.
+# Time limit for a connection's first request, or for the rest of a started one, seconds.
 _HEAD_S = 15.0
 _BODY_S = 120.0
-# A connection kept without a request, seconds.
+# Time limit of an idle connection, seconds.
 _IDLE_S = 75.0
-# A client that has read nothing of what waits for it for this long has gone, seconds.
+# A client that has read no pending data for this long counts as gone, seconds.
 _STUCK_S = 60.0
 _LOOK_S = 1.0
-# When we end: how long a connection that has asked nothing yet, or nothing more, may still bring a request, seconds.
+# At shutdown: how long a connection without a request, new or idle, may still send one, seconds.
 _LAST_CALL_S, _LAST_CALL_IDLE_S = 0.5, 0.1
 
 
 class BoundedProtocol(HttpProtocol):
-    """Refuses endless headers, tells `reap_forever` how long its client dawdles, and whoever serves a request
-    (`scope["pdctl.connection"]`) when the client has left: `on_left` is called then."""
+    """Refuses endless headers, lets `reap_forever` find slow clients, and calls `on_left` of a request's handler
+    (`scope["pdctl.connection"]`) when the client disconnects."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A new connection: its first request is due."""
+        """A new connection: the time limit for its first request starts."""
         super().connection_made(transport)
         self.on_left: Callable[[], None] | None = None
         self.began_at = time.monotonic()
@@ -39,13 +39,13 @@ class BoundedProtocol(HttpProtocol):
         self.idle_since = self.began_at
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has left."""
+        """The client has disconnected."""
         super().connection_lost(exc)
         if self.on_left is not None:
             self.on_left()
 
     def on_response_complete(self) -> None:
-        """As uvicorn's, but without arming a timer for each request: `reap_forever` closes idle connections."""
+        """Like uvicorn's, but without a timer per request: `reap_forever` closes idle connections."""
         if self.pipeline or self.transport.is_closing():
             super().on_response_complete()
             return
@@ -58,36 +58,37 @@ class BoundedProtocol(HttpProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self.scope["pdctl.connection"] = self  # type: ignore[typeddict-unknown-key]  # ASGI leaves room for servers' own
+        self.scope["pdctl.connection"] = self  # type: ignore[typeddict-unknown-key]  # ASGI allows server-specific keys
         self.receiving = True
         self.began_at = time.monotonic()
 
     def on_headers_complete(self) -> None:
-        """The head is whole."""
+        """The head is complete."""
         super().on_headers_complete()
         if self.leaving and self.cycle is not None:
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
+        """The request is complete."""
         self.receiving = False
         super().on_message_complete()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than it is written to."""
+        """The client reads more slowly than the proxy writes."""
         super().pause_writing()
         self.stuck_since = time.monotonic()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """The client has caught up."""
         super().resume_writing()
         self.stuck_since = 0.0
 
     def shutdown(self) -> None:
-        """We end. A request may be on its way: a connection closed under it is a reset that its client sees."""
+        """Shut down. A request may be on its way: closing the connection now would be a reset for the client."""
         self.leaving = True
         if self.cycle is not None and not self.cycle.response_complete:
-            # An answer that has not begun says `connection: close`. After one that has, the client may ask again.
+            # An answer that has not started gets `connection: close`. After a started one, the client may send another
+            # request.
             if not self.cycle.response_started:
                 self.cycle.keep_alive = False
             return
@@ -106,7 +107,7 @@ class BoundedProtocol(HttpProtocol):
         self.transport.close()
 
     def _unread(self) -> bool:
-        """Whether bytes of the client wait in the kernel."""
+        """Whether unread bytes of the client are in the kernel."""
         descriptor = self.transport.get_extra_info("socket").fileno()
         if descriptor < 0:
             return False
@@ -114,7 +115,7 @@ class BoundedProtocol(HttpProtocol):
         return bool(count)
 
     def late(self, now: float) -> bool:
-        """Whether its client takes too long to say what it wants, or has wanted nothing for long."""
+        """Whether the client takes too long to send a request, or has been idle for too long."""
         if self.stuck_since and now - self.stuck_since > _STUCK_S:
             return True
         if self.receiving:
@@ -123,7 +124,7 @@ class BoundedProtocol(HttpProtocol):
 
 
 async def reap_forever(connections: set[Any]) -> None:
-    """Close connections whose clients dawdle (slow loris); `connections` is uvicorn's own set."""
+    """Close connections of slow clients (slow loris); `connections` is uvicorn's set."""
     while True:
         await asyncio.sleep(_LOOK_S)
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""API keys: a file with a name and a hash on each line. The keys themselves are nowhere."""
+"""API keys: a file with a name and a hash per line. The keys themselves are not stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANYONE = "-"
 
 
 class Keys:
-    """Who may ask. Without a file everybody may, and is called `-`."""
+    """The valid API keys. Without a file every client is accepted, with the name `-`."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path) if path else None
@@ -35,22 +35,22 @@ class Keys:
         if scheme.lower() != b"bearer" or not key:
             raise ApiError(401, "send an API key: Authorization: Bearer KEY", "authentication_error")
         given = hashlib.sha256(key.strip()).digest()
-        # Each is compared, and each in constant time: how long it takes tells nothing of the keys.
+        # Compare all keys, each in constant time, so that the time reveals nothing about them.
         found = [name for known, name in self._names.items() if hmac.compare_digest(known, given)]
         if not found:
-            raise ApiError(401, "this API key is not known", "authentication_error")
+            raise ApiError(401, "unknown API key", "authentication_error")
         return found[0]
 
     def reload(self) -> None:
-        """Read the file again if it has changed; one that cannot be read leaves the keys as they are."""
+        """Read the file again if it has changed. If it cannot be read, the keys stay as they are."""
         if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
             return
         self._stamp = stamp
         try:
             self._names = read_api_keys(self._path)
-            _log.info("%d API keys are known now", len(self._names))
+            _log.info("%d API keys loaded", len(self._names))
         except PdctlError as failure:
-            _log.warning("%s; the keys known before stay", failure)
+            _log.warning("%s; the previous keys stay valid", failure)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
-"""What the proxy reads of a client's request. It has no tokenizer and leaves the rest to the engines.
+"""The parts of a client's request that the proxy reads. It has no tokenizer and leaves the rest to the engines.
 
-A request may ask for several answers: `n` of one prompt, or one for each of a list of prompts. It is split into legs,
-each an ordinary request for one answer, which the engines see.
+A request may want several answers: `n` for one prompt, or one per prompt in a list. It is split into legs: ordinary
+requests for one answer each, which are sent to engines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_numbe
 from pdctl.proxy.client.unknown_fields import UnknownFields
 
 _INTERNAL = ("kv_transfer_params", "resume_token_ids")
-# Answers one request may ask for: OpenAI's bound on n.
+# Limit of answers per request: OpenAI's limit of n.
 MAX_LEGS = 128
 _LEG_FIELDS = ("stream", "stream_options", "return_token_ids", "n")
 
@@ -25,7 +25,7 @@ _IGNORING = UnknownFields()
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_prompts = msgspec.json.Decoder(list[msgspec.Raw]).decode
-# In a list of prompts: a list of anything but numbers, or something that is neither a string nor a list.
+# Invalid in a list of prompts: a list of anything but numbers, or something that is neither a string nor a list.
 _NOT_A_PROMPT = re.compile(rb'\[\s*[^\d\s\]-]|[^"\[]')
 
 
@@ -39,7 +39,7 @@ _STREAM_OPTIONS = frozenset(_StreamOptions.__struct_fields__)
 
 
 class _Known(msgspec.Struct):
-    """The fields that change what the proxy does."""
+    """The fields that the proxy uses."""
 
     model: str | None = None
     stream: bool | None = None
@@ -56,7 +56,7 @@ class _Known(msgspec.Struct):
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31)] | None = None
 
 
-# The least that a field may be; engines have bounds of their own above.
+# Minimum values of fields; engines check the maximum.
 _LEAST = {"max_tokens": 1, "max_completion_tokens": 1, "seed": -(2**63)}
 _BOUNDED = tuple(_LEAST)
 
@@ -65,11 +65,10 @@ _decode_known = msgspec.json.Decoder(_Known).decode
 
 @dataclass(slots=True)
 class ClientRequest:
-    """A request to relay: one leg per answer. `size`: bytes of body; `priority`: lower goes first.
+    """A request to relay, with one leg per answer. `size`: bytes of the body; `priority`: lower goes first.
 
-    `counts_each`: every event of a stream carries the counts so far; `wants_prompt_logprobs`: with
-    those of the prompt's tokens; `ignored`: fields that were left out.
-    """
+    `counts_each`: every event of a stream carries the counts so far; `wants_prompt_logprobs`: includes log
+    probabilities of the prompt; `ignored`: fields that were dropped."""
 
     envelope: Envelope
     legs: list[dict[str, object]]
@@ -94,7 +93,7 @@ def parse(
     unknown: UnknownFields = _IGNORING,
     engines_know: frozenset[str] | None = None,
 ) -> ClientRequest:
-    """Raises ApiError for what no engine needs to be asked about."""
+    """Parse a request. Raises ApiError for errors that can be detected without an engine."""
     known, fields = _decoded(body)
     _check(known, fields, served_model)
     ignored = unknown.of(fields, engines_know)
@@ -124,7 +123,7 @@ def parse(
 def _decoded(body: bytes) -> tuple[_Known, dict[str, msgspec.Raw]]:
     if not body.isascii():
         try:
-            # Raw fields are passed on unseen, and not every engine looks.
+            # Raw fields are forwarded without parsing, and not every engine checks their encoding.
             body.decode()
         except UnicodeDecodeError as failure:
             raise ApiError(400, f"the body is not valid JSON: {failure}") from None
@@ -134,14 +133,14 @@ def _decoded(body: bytes) -> tuple[_Known, dict[str, msgspec.Raw]]:
 def _check(known: _Known, fields: dict[str, msgspec.Raw], served_model: str) -> None:
     for name in _INTERNAL:
         if name in fields:
-            raise ApiError(400, f"{name} is for this service's own processes", param=name)
+            raise ApiError(400, f"{name} is reserved for this service's own processes", param=name)
     if known.model not in (None, served_model):
         message = f"the model {known.model!r} does not exist; this service serves {served_model!r}"
         raise ApiError(404, message, param="model")
     if known.stream_options is not None and not known.stream:
-        raise ApiError(400, "stream_options is for streams: set stream to true", param="stream_options")
+        raise ApiError(400, "stream_options needs stream = true", param="stream_options")
     if known.prompt_logprobs is not None and known.stream:
-        raise ApiError(400, "prompt_logprobs are not told in streams", param="prompt_logprobs")
+        raise ApiError(400, "prompt_logprobs is not supported with stream = true", param="prompt_logprobs")
     if known.n is not None and not 1 <= known.n <= MAX_LEGS:
         raise ApiError(400, f"n must be from 1 to {MAX_LEGS}; it is {shown_number(known.n)}", param="n")
     for name in _BOUNDED:
@@ -154,19 +153,19 @@ def _check(known: _Known, fields: dict[str, msgspec.Raw], served_model: str) -> 
 
 
 def _wants_prompt_logprobs(known: _Known) -> bool:
-    # 0 is a number of log probabilities, and false is none: they are equal to Python.
+    # 0 is a valid number of log probabilities and false means none, but they are equal in Python.
     wants_logprobs = known.logprobs is not None and known.logprobs is not False
     return known.prompt_logprobs is not None or (bool(known.echo) and wants_logprobs)
 
 
 def _max_tokens(known: _Known, chat: bool) -> int | None:
-    """Tokens of each answer at most, as far as the request says; completions have OpenAI's default of 16."""
+    """The maximum tokens per answer, if given; completions have OpenAI's default of 16."""
     return known.max_completion_tokens or known.max_tokens or (None if chat else 16)
 
 
 def _legs(fields: dict[str, msgspec.Raw], known: _Known, chat: bool) -> list[dict[str, object]]:
-    """In OpenAI's order: n answers to the first prompt, then to the second."""
-    # Drawn here where the client gave none, so that every engine this request ever visits draws the same tokens.
+    """The legs in OpenAI's order: n answers to the first prompt, then to the second, and so on."""
+    # Choose a seed here if the client gave none, so that every engine samples the same tokens for this request.
     seed = random.getrandbits(62) if known.seed is None else known.seed
     common: dict[str, object] = {**fields}
     for name in _LEG_FIELDS:
@@ -182,7 +181,7 @@ def _legs(fields: dict[str, msgspec.Raw], known: _Known, chat: bool) -> list[dic
     common.pop("best_of", None)
     each: list[dict[str, object]] = [{"prompt": prompt} for prompt in prompts] if prompts else [{}]
     legs = [{**common, **prompt} for prompt in each for _ in range(count)]
-    # A seed of its own for each choice: they are so many draws, not one draw again and again.
+    # A separate seed per choice: they are independent samples.
     for number, leg in enumerate(legs[1:], 1):
         leg["seed"] = (seed + number) % 2**63
     return legs

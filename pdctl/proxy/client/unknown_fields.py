@@ -1,4 +1,4 @@
-"""Fields of a request that no engine of the pool knows: left out with a word to the client, or refused."""
+"""Request fields that no engine of the pool knows: dropped and reported to the client, or refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from pdctl.net.openai_api import ApiError
 
-# How many names one answer's header lists, and how many have a counter of their own: clients make names up.
+# Limits of names in an answer's header, and of names with their own counter: clients can invent names.
 _TOLD = 16
 _COUNTED = 64
 _SHOWABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -20,14 +20,14 @@ Fields = Mapping[str, msgspec.Raw]
 
 
 class UnknownFields:
-    """`refuse`: answer 400 instead of leaving them out."""
+    """Finds unknown fields. `refuse`: answer 400 instead of dropping them."""
 
     def __init__(self, refuse: bool = False) -> None:
         self.refuse = refuse
         self._counted: set[str] = set()
 
     def of(self, fields: Iterable[str], known: frozenset[str] | None) -> list[str]:
-        """The unknown ones, where the engines say which they know. Raises ApiError 400 where those are refused."""
+        """The unknown fields, if the engines report which they know. Raises ApiError 400 if these are refused."""
         if known is None or known.issuperset(fields):
             return []
         found = [name for name in fields if name not in known]
@@ -36,11 +36,11 @@ class UnknownFields:
         return found
 
     def labels(self, names: Sequence[str]) -> list[str]:
-        """What fields are counted as. Of a request with very many, the first ones."""
+        """Counter labels of fields; for a request with very many, of the first ones."""
         return [self.label(name) for name in names[:_COUNTED]]
 
     def label(self, name: str) -> str:
-        """What a field is counted as: clients must not make up counters without end."""
+        """The counter label of a field. The number of labels is limited, because clients can invent names."""
         if name not in self._counted:
             if len(self._counted) >= _COUNTED or not _SHOWABLE.fullmatch(name):
                 return OTHER
@@ -49,12 +49,12 @@ class UnknownFields:
 
 
 def shown_name(name: str) -> str:
-    """A name that a client made up, for headers and messages."""
+    """A client's field name, made safe for headers and messages."""
     return name if _SHOWABLE.fullmatch(name) else OTHER
 
 
 def header(names: list[str]) -> tuple[bytes, bytes]:
-    """Tells a client what was left out."""
+    """The header that lists dropped fields."""
     told = sorted({shown_name(name) for name in names[:_TOLD]})
     more = [f"and {len(names) - _TOLD} more"] if len(names) > _TOLD else []
     return IGNORED_HEADER, ", ".join([*told, *more]).encode()

@@ -1,1 +1,1 @@
-"""The engines as the proxy sees them, and which one a request gets."""
+"""The proxy's view of the engines, and the choice of engines for a request."""

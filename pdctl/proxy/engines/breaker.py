@@ -1,10 +1,10 @@
-"""When to leave an engine alone, and how fast a fleet may retry. Pure: no clock, no I/O; monotonic seconds."""
+"""Circuit breaker and retry budget. Pure: no clock, no I/O; times are monotonic seconds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Failures in a row that open the circuit; how long it stays open at first and at most, seconds.
+# Consecutive failures that open the circuit; how long it stays open at first and at most, seconds.
 _THRESHOLD = 4
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
@@ -28,11 +28,11 @@ class Breaker:
             return True
         if now - self.opened_at < self.pause_s:
             return False
-        # A trial whose end nobody reported does not keep the circuit open for ever.
+        # A trial without a reported end must not keep the circuit open forever.
         return self.trial_at is None or now - self.trial_at >= _LONGEST_PAUSE_S
 
     def started(self, now: float) -> None:
-        """A request was sent; with an open circuit it is the trial."""
+        """A request was sent; if the circuit is open, it is the trial."""
         if self.opened_at is not None:
             self.trial_at = now
 
@@ -43,7 +43,7 @@ class Breaker:
             self.reset()
 
     def failed(self, now: float, sure: bool = False) -> None:
-        """A request failed by the engine's fault. `sure`: it is known to be stuck; one such failure is enough."""
+        """A request failed because of the engine. `sure`: it is known to be stuck; then one failure is enough."""
         self.failures += 1
         if self.trial_at is not None:
             self.pause_s = min(_LONGEST_PAUSE_S, self.pause_s * 2)
@@ -52,11 +52,11 @@ class Breaker:
         self.opened_at, self.trial_at = now, None
 
     def abandoned(self) -> None:
-        """A request ended without telling anything, such as by its client's leaving."""
+        """A request ended without a result, for example because its client disconnected."""
         self.trial_at = None
 
     def reset(self) -> None:
-        """The engine is a new one."""
+        """The engine was restarted: close the circuit."""
         self.failures, self.opened_at, self.trial_at, self.pause_s = 0, None, None, _FIRST_PAUSE_S
 
     @property
@@ -69,9 +69,9 @@ class Breaker:
 
 @dataclass(slots=True)
 class RetryBudget:
-    """A token bucket for the retries of all requests together.
+    """A token bucket for the retries of all requests.
 
-    Retries beyond it wait their turn instead of failing: a storm is spread out, and no client sees it as an error.
+    Retries beyond the budget wait instead of failing, so that a storm of retries is spread out without client errors.
     """
 
     capacity: float = 64.0
@@ -81,11 +81,11 @@ class RetryBudget:
     at: float = 0.0
 
     def request(self) -> None:
-        """A new request was taken in: it pays for a part of a retry."""
+        """A new request was accepted: it adds a fraction of a retry."""
         self.tokens = min(self.capacity, self.tokens + self.per_request)
 
     def wait_s(self, now: float) -> float:
-        """Take a retry; how long it has to wait before it may begin."""
+        """Take one retry; returns how long it must wait before it starts."""
         elapsed = max(0.0, now - self.at)
         self.tokens, self.at = min(self.capacity, self.tokens + elapsed * self.per_s) - 1, now
         return max(0.0, -self.tokens / self.per_s)

@@ -1,4 +1,4 @@
-"""How much an engine has to do, how fast it has been, what it has seen. Pure but for the shared table's memory."""
+"""An engine's pending work, measured speed and known prefixes. Pure except for the shared table's memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 from pdctl.proxy.engines.routing import Load, Recent
 
-# Weight of the newest sample in the running speed, and the busy seconds a sample is taken over.
+# Weight of the newest sample in the speed's moving average, and the busy seconds per sample.
 _ALPHA = 0.3
 _SAMPLE_S = 0.25
-# What an error counts as in the recent window, seconds: slower than any answer that would be kept.
+# Duration that an error counts as in the recent window, seconds: slower than any successful answer.
 _ERROR_S = 30.0
 _WINDOW = 32
-# Prompt prefixes are compared in pieces of this many bytes, and so many pieces are remembered for each engine.
+# Size of the pieces in which prompt prefixes are compared, bytes, and number of pieces kept per engine.
 _PIECE = 256
 _MAX_PIECES = 65536
 _MAX_PIECES_EACH = 64
@@ -24,7 +24,7 @@ _MAX_PIECES_EACH = 64
 
 @dataclass(slots=True)
 class LoadMeter:
-    """One kind of work: how much is pending, and how much gets done per second of having any (0: not known yet)."""
+    """One kind of work: the pending amount, and the amount done per busy second (0: unknown)."""
 
     pending: float = 0.0
     speed: float = 0.0
@@ -34,7 +34,7 @@ class LoadMeter:
     _done: float = 0.0
 
     def begin(self, amount: float, now: float) -> None:
-        """Work was given."""
+        """Work was added."""
         if self.active:
             self._busy += now - self._mark
         self._mark = now
@@ -42,7 +42,7 @@ class LoadMeter:
         self.pending += amount
 
     def end(self, amount: float, now: float, done: bool) -> None:
-        """It was done, or given up."""
+        """Work was done, or given up."""
         self._busy += now - self._mark
         self._mark = now
         self.active -= 1
@@ -57,13 +57,13 @@ class LoadMeter:
 
 @dataclass(slots=True)
 class Window:
-    """The last few durations of one kind of work, errors among them as slow ones."""
+    """The last few durations of one kind of work; errors count as slow ones."""
 
     _samples: deque[float] = field(default_factory=deque)
     _sum: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """One more; the oldest makes room."""
+        """Add a duration; the oldest is dropped."""
         if len(self._samples) == _WINDOW:
             self._sum -= self._samples.popleft()
         self._samples.append(seconds)
@@ -79,37 +79,37 @@ class Window:
         self._sum = 0.0
 
     def recent(self) -> Recent:
-        """How many, and their mean."""
+        """The number of samples and their mean."""
         count = len(self._samples)
         return Recent(count, self._sum / count if count else 0.0)
 
 
 class PrefixSet:
-    """Prompt prefixes an engine has computed lately, so probably still has KV of."""
+    """Prompt prefixes that an engine has computed recently, so it probably still has their KV."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[int, None] = OrderedDict()
+        self._observed: OrderedDict[int, None] = OrderedDict()
 
     def add(self, pieces: Sequence[int]) -> None:
-        """Remember a prompt; the least recently used are forgotten."""
+        """Add a prompt; the least recently used pieces are dropped."""
         for piece in pieces:
-            self._seen[piece] = None
-            self._seen.move_to_end(piece)
-        while len(self._seen) > _MAX_PIECES:
-            self._seen.popitem(last=False)
+            self._observed[piece] = None
+            self._observed.move_to_end(piece)
+        while len(self._observed) > _MAX_PIECES:
+            self._observed.popitem(last=False)
 
     def matched(self, pieces: Sequence[int]) -> float:
-        """Bytes of the prompt's beginning that were seen."""
-        count = next((number for number, piece in enumerate(pieces) if piece not in self._seen), len(pieces))
+        """Length in bytes of the prompt's known prefix."""
+        count = next((number for number, piece in enumerate(pieces) if piece not in self._observed), len(pieces))
         return float(count * _PIECE)
 
     def clear(self) -> None:
         """The engine is a new one."""
-        self._seen.clear()
+        self._observed.clear()
 
 
 def pieces_of(prompt: bytes) -> list[int]:
-    """A prompt's pieces, each named by everything up to its end."""
+    """A prompt's pieces; each is a hash of the prompt up to its end."""
     found, name = [], 0
     for start in range(0, min(len(prompt), _PIECE * _MAX_PIECES_EACH) - _PIECE + 1, _PIECE):
         name = hash((name, prompt[start : start + _PIECE]))
@@ -118,10 +118,10 @@ def pieces_of(prompt: bytes) -> list[int]:
 
 
 class SharedLoads:
-    """What each of several proxy workers has pending at each engine, in memory that all of them map.
+    """The pending work of each proxy worker at each engine, in memory shared by all workers.
 
-    A row for each worker: four numbers for each engine. Each writes its own row only and reads all; a number that is
-    just being written is seen before or after, which is all that routing needs.
+    One row per worker with four numbers per engine. Each worker writes only its own row and reads all. A number that is
+    being written is read either before or after the write, which is enough for routing.
     """
 
     _NUMBERS = 4
@@ -135,19 +135,19 @@ class SharedLoads:
             file.truncate(size)
             self._memory = mmap.mmap(file.fileno(), size)
         self._table = memoryview(self._memory).cast("d")
-        # What an earlier life of this worker had pending went with it.
+        # Clear the pending work of a previous start of this worker.
         for number in range(self._width):
             self._table[worker * self._width + number] = 0.0
 
     def publish(self, engine: int, prompts: LoadMeter, streams: LoadMeter) -> None:
-        """Our own numbers of one engine."""
+        """Write this worker's numbers for one engine."""
         at = self._worker * self._width + engine * self._NUMBERS
         table = self._table
         table[at], table[at + 1] = prompts.pending, prompts.speed
         table[at + 2], table[at + 3] = streams.pending, streams.speed
 
     def loads(self, engine: int) -> tuple[Load, Load]:
-        """All workers' together: prompts and streams."""
+        """The total load of all workers: prompts and streams."""
         table, at = self._table, engine * self._NUMBERS
         rows = range(at, self._workers * self._width, self._width)
         return (

@@ -1,4 +1,4 @@
-"""What admission is told about the engines."""
+"""Data about the engines for admission."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """The pool at this moment. `seats`: None when no engine says. `ttft_s`: predicted for this request, 0 if unknown.
+    """The current state of the pool. `seats`: None if unknown. `ttft_s`: predicted for this request, 0 if unknown.
 
-    `kv_room`: whether its KV would fit somewhere.
+    `kv_room`: whether the request's KV fits on some engine.
     """
 
     seats: int | None

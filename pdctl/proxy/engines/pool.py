@@ -1,4 +1,4 @@
-"""The engines as the proxy sees them: reachable or not, how much each has to do, how fast it has been."""
+"""The proxy's view of the engines: whether they are reachable, their pending work, and their speed."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ from pdctl.wire import EngineAddress
 
 _log = logging.getLogger(__name__)
 
-# A healthy engine is asked this often, one that is down more often: a restarted engine is used within moments.
+# Probe intervals of a healthy engine and of one that is down (shorter, so that a restarted engine is soon used),
+# seconds.
 _HEALTHY_S, _DOWN_S = 0.5, 0.1
 _PROBE_TIMEOUT_S = 1.5
-# One slow answer of a busy machine is no death: this many unanswered probes in a row are.
+# Consecutive unanswered probes after which an engine is down: one slow answer on a busy machine is not enough.
 _MISSES = 4
-# How often an engine that must show that it lives is looked at, seconds. It has time for the probe that is under way,
-# which proves nothing, and for the next one.
+# Polling interval for an engine's proof of life, seconds, and its time limit in probe timeouts: it has time for the
+# running probe, which proves nothing, and for the next one.
 _PROOF_LOOK_S, _PROOF_PROBES = 0.02, 2.5
-# How often calls are looked at for silence, seconds.
+# Interval of checks for silent calls, seconds.
 _WATCH_S = 0.1
-# An engine whose streams all wait is stuck after this many times its usual gap between tokens, and these bounds.
+# An engine is stuck if all its streams wait for this multiple of its usual gap between tokens, within these limits.
 _STALL_GAPS = 50
 _STALL_S = (5.0, 60.0)
-# Calls that fail within this time failed together, seconds.
+# Calls that fail within this time count as one failure, seconds.
 _ONE_FAILURE_S = 1.0
-# Hand-overs lost in a row after which a pair is not used for a while, seconds.
+# Consecutive lost hand-overs after which a pair is not used for a while, and that time in seconds.
 _PAIR_LOSSES = 3
 _PAIR_PAUSE_S = 5.0
-# Seats and room change with engines' probes, which are less frequent than this, seconds.
+# Seats and KV room are cached this long: they change only with probes, which are less frequent. Seconds.
 _ROOM_S = 0.02
-# Bytes of a request for each token of its prompt, for a guess at the KV it will need.
+# Request bytes per prompt token, to estimate the KV that a request needs.
 _BYTES_PER_TOKEN = 3.0
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One call at an engine. `patience_s`: how long it may owe us something; `streaming`: tokens have come."""
+    """One call to an engine. `patience_s`: its timeout without data; `streaming`: tokens have arrived."""
 
     exchange: Exchange
     patience_s: float
@@ -56,9 +57,9 @@ class Ticket:
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One engine. Prompts are measured in bytes of request, hand-overs decoded in streams.
+    """One engine. Prompts are measured in request bytes, decode work in streams.
 
-    `heard_at`: its last token; `answered_at`: when the last probe was sent that it answered.
+    `heard_at`: time of its last token; `answered_at`: when the last answered probe was sent.
     """
 
     address: EngineAddress
@@ -87,7 +88,7 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """Its name in the topology."""
+        """The engine's name in the topology."""
         return self.address.name
 
     def usable(self, now: float) -> bool:
@@ -95,29 +96,29 @@ class Engine:
         return self.healthy and not self.draining and self.breaker.allows(now)
 
     def lost_peers(self, now: float) -> frozenset[str]:
-        """Prefill engines whose KV does not get here: it says so, or it was seen."""
+        """Prefill engines from which this engine cannot read KV: it reports so, or hand-overs have failed."""
         if not self.pair_losses:
             return self.condition.lost_peers
-        seen = {
+        observed = {
             name
             for name, (count, at) in self.pair_losses.items()
             if count >= _PAIR_LOSSES and now - at < _PAIR_PAUSE_S * (count - _PAIR_LOSSES + 1)
         }
-        return self.condition.lost_peers | seen
+        return self.condition.lost_peers | observed
 
     def handed_over(self, prefill: str, now: float, good: bool) -> None:
-        """A hand-over from `prefill` arrived, or was lost."""
+        """A hand-over from `prefill` succeeded or was lost."""
         if good:
             self.pair_losses.pop(prefill, None)
         else:
             self.pair_losses[prefill] = (self.pair_losses.get(prefill, (0, 0.0))[0] + 1, now)
 
     def paced(self, gap_s: float) -> None:
-        """A stream's mean gap between tokens."""
+        """Record a stream's mean gap between tokens."""
         self.gap_s += 0.1 * (gap_s - self.gap_s)
 
     def renewed(self) -> None:
-        """It is a new process, or back after being lost: what was known of its speed and faults is not."""
+        """The process was restarted, or is back after being lost: reset its speed and failures."""
         self.lives += 1
         self.breaker.reset()
         self.prefill_s.clear()
@@ -126,23 +127,23 @@ class Engine:
         self.pair_losses.clear()
 
     def others_at_failure(self) -> int:
-        """Other calls that were here when the process failed, as the first one to have ended saw it."""
+        """The number of other calls when the process failed, as counted by the first call that ended."""
         now = time.monotonic()
         if now - self.crowd[0] > _ONE_FAILURE_S:
             self.crowd = (now, len(self.tickets))
         return self.crowd[1]
 
     def has_died_since(self, life: int) -> bool:
-        """Whether the process that had this number of lives is no more, or does not answer."""
+        """Whether the process with this life number is gone or does not answer."""
         return self.lives != life or not self.healthy
 
     def cut(self, reason: str) -> None:
-        """End every call under way."""
+        """End every running call."""
         for ticket in tuple(self.tickets):
             ticket.exchange.cut(reason)
 
     def stuck_s(self, now: float) -> float | None:
-        """Seconds without a token from any of its streams, when that is too long."""
+        """Seconds without a token on any of its streams, if that is too long; else None."""
         limit = min(max(_STALL_S[0], _STALL_GAPS * self.gap_s), _STALL_S[1])
         since = [ticket.exchange.waiting_since for ticket in self.tickets if ticket.streaming]
         waiting = [at for at in since if at]
@@ -153,7 +154,7 @@ class Engine:
 
 
 class EnginePool:
-    """All engines, and the event that one of them came back."""
+    """All engines, and the event that one has become available."""
 
     def __init__(self, engines: list[Engine], shared: SharedLoads | None = None, predicts: bool = False) -> None:
         self._predicts = predicts
@@ -176,24 +177,25 @@ class EnginePool:
         shared: SharedLoads | None = None,
         predicts: bool = False,
     ) -> EnginePool:
-        """A pool in which nobody is known to be healthy yet; `predicts`: outlooks tell the time to a first token.
+        """A pool without known healthy engines yet; `predicts`: outlooks include a predicted TTFT.
 
-        Raises PdctlError for a secret that cannot be read.
+        Raises PdctlError for an unreadable secret.
         """
         found = cls([_engine(address, secret) for address in addresses], shared, predicts)
         found._secret = secret
         return found
 
     def follow(self, addresses: Sequence[EngineAddress], draining: Sequence[str], predicts: bool) -> None:
-        """Have these engines from now on; calls at engines that are no more are cut. Raises PdctlError before that."""
-        known = {engine.address: engine for engine in self.engines}
-        wanted = [known.get(address) or _engine(address, self._secret) for address in addresses]
+        """Use these engines from now on and cut calls to removed ones. Raises PdctlError without any change."""
+        known = {engine.address.identity: engine for engine in self.engines}
+        wanted = [known.get(address.identity) or _engine(address, self._secret) for address in addresses]
         for engine in self.engines:
             if engine not in wanted:
                 self._drop(engine)
         self.engines, self._predicts = wanted, predicts
         self.by_name = {engine.name: engine for engine in wanted}
-        for engine in wanted:
+        for engine, address in zip(wanted, addresses, strict=True):
+            engine.address = address  # the same engine may have another role by now
             engine.draining = engine.name in draining
             self.publish(engine)
             if self._tasks is not None and engine not in self._watches:
@@ -210,7 +212,7 @@ class EnginePool:
         engine.client.close()
 
     def views(self, pieces: Sequence[int] = ()) -> list[View]:
-        """What routing needs to know, now."""
+        """The current data for routing."""
         now = time.monotonic()
         found = []
         for engine in self.engines:
@@ -237,7 +239,7 @@ class EnginePool:
         return found
 
     def known_fields(self, path: str) -> frozenset[str] | None:
-        """The fields that every engine takes, of those that say so; None where none does."""
+        """The fields known by all engines that report them; None if none does."""
         if path not in self._known_fields:
             kinds = {engine.address.kind: engine.dialect for engine in self.engines}
             known = [found for one in kinds.values() if (found := one.known_fields(path)) is not None]
@@ -245,7 +247,7 @@ class EnginePool:
         return self._known_fields[path]
 
     def only_pair(self) -> EnginePair | None:
-        """The pair that every policy would choose, where there is just one."""
+        """The only possible pair, if there is exactly one."""
         if len(self.engines) > 2:
             return None
         now = time.monotonic()
@@ -254,7 +256,7 @@ class EnginePool:
         return self._only
 
     def outlook(self, size: float, max_tokens: int | None) -> Outlook:
-        """What a request of `size` bytes would meet now."""
+        """The outlook for a request of `size` bytes."""
         now = time.monotonic()
         if now - self._room[0] > _ROOM_S:
             self._room = (now, *self._seats_and_room(now))
@@ -267,13 +269,13 @@ class EnginePool:
         return Outlook(seats, ttft_s, room is None or room >= wanted)
 
     def _seats_and_room(self, now: float) -> tuple[int | None, int | None]:
-        """Seats of all decoding engines together, and tokens of KV that fit into the emptiest; None if unknown."""
+        """Total seats of all decoding engines, and free KV tokens of the emptiest one; None if unknown."""
         usable = [engine for engine in self.engines if engine.usable(now)]
         decodes = [engine for engine in usable if engine.address.role != "prefill"] or usable
         seats = [engine.condition.seats for engine in decodes]
         known = sum(seat or 0 for seat in seats) if seats and all(seats) else None
         if known is not None and self._shared is not None:
-            # The other workers' requests sit there as well.
+            # The other workers' requests also take seats.
             theirs = sum(self._shared.loads(e.index)[1].pending - e.streams.pending for e in decodes)
             known = max(1, known - int(theirs))
         rooms = [engine.condition.kv_tokens_free for engine in decodes]
@@ -284,18 +286,18 @@ class EnginePool:
         return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
 
     def publish(self, engine: Engine) -> None:
-        """Its load has changed. One that was dropped may still end calls: its slot may be another's by now."""
+        """Publish an engine's load. A removed engine may still end calls, but its slot may belong to another by now."""
         if self._shared is not None and self.by_name.get(engine.name) is engine:
             self._shared.publish(engine.index, engine.prompts, engine.streams)
 
     def suspect(self, engine: Engine) -> None:
-        """A call found the engine unreachable: ask it now. Calls that run there are left alone until it is sure."""
+        """A call could not reach the engine: probe it now. Running calls continue until the result is known."""
         engine.asked.set()
 
     async def is_proven(self, engine: Engine, since: float) -> bool:
-        """Whether it answers a probe that is sent at `since` (monotonic) or later.
+        """Whether the engine answers a probe sent at `since` (monotonic) or later.
 
-        A process that was killed before does not, though its sockets may still take what is sent.
+        A process that was killed before does not, although its sockets may still accept data.
         """
         deadline = time.monotonic() + _PROOF_PROBES * _PROBE_TIMEOUT_S
         while engine.healthy and engine.answered_at < since and time.monotonic() < deadline:
@@ -304,14 +306,14 @@ class EnginePool:
         return engine.healthy and engine.answered_at >= since
 
     def lost(self, engine: Engine, reason: str) -> None:
-        """It is down: nothing is sent there until it answers again, and nothing waits for it."""
+        """The engine is down: no requests are sent until it answers again, and running calls are cut."""
         if engine.healthy:
             _log.info("%s is down: %s", engine.name, reason)
         engine.healthy = False
         engine.cut(f"{engine.name} is down: {reason}")
 
     async def watch_forever(self) -> None:
-        """Probe every engine, and look after calls that got stuck, for as long as we run."""
+        """Probe every engine and check for stuck calls, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             tasks.create_task(self._watch_calls())
@@ -319,7 +321,7 @@ class EnginePool:
                 self._watches[engine] = tasks.create_task(self._watch(engine))
 
     async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when an engine came back, or after `timeout_s`."""
+        """Return when an engine has become available, or after `timeout_s`."""
         self.changed.clear()
         try:
             async with asyncio.timeout(timeout_s):
@@ -340,12 +342,12 @@ class EnginePool:
                 for ticket in tuple(engine.tickets):
                     since = ticket.exchange.waiting_since
                     if since and now - since > ticket.patience_s:
-                        ticket.exchange.cut(f"{engine.name} gave nothing for {now - since:.1f} s")
+                        ticket.exchange.cut(f"{engine.name} sent nothing for {now - since:.1f} s")
                 silent = engine.stuck_s(now)
                 if silent is not None:
-                    _log.warning("%s gave no token to any stream for %.1f s", engine.name, silent)
+                    _log.warning("%s produced no token on any stream for %.1f s", engine.name, silent)
                     engine.breaker.failed(now, sure=True)
-                    engine.cut(f"{engine.name} gave no token for {silent:.1f} s")
+                    engine.cut(f"{engine.name} produced no token for {silent:.1f} s")
 
     async def _watch(self, engine: Engine) -> None:
         while True:
@@ -355,33 +357,33 @@ class EnginePool:
                 path = engine.dialect.probe_path
                 answer = await engine.client.request("GET", path, engine.headers, timeout_s=_PROBE_TIMEOUT_S)
                 engine.answered_at = started
-                self._seen(engine, engine.dialect.parse_condition(answer.status, answer.body))
+                self._observed(engine, engine.dialect.parse_condition(answer.status, answer.body))
             except Unreachable as failure:
                 self._missed(engine, failure)
             pause = _HEALTHY_S if engine.healthy else _DOWN_S
             left = pause - (time.monotonic() - started)
             try:
-                # Asked early by calls that failed, but never more often than an engine that is down.
+                # Failed calls trigger an early probe, but not more often than for an engine that is down.
                 async with asyncio.timeout(max(0.0, left)):
                     await engine.asked.wait()
                 await asyncio.sleep(0.02)
             except TimeoutError:
                 continue
 
-    def _seen(self, engine: Engine, condition: Condition) -> None:
+    def _observed(self, engine: Engine, condition: Condition) -> None:
         engine.misses = 0
         engine.condition = condition
         if condition.usable and not engine.healthy:
-            _log.info("%s can be used", engine.name)
+            _log.info("%s is available", engine.name)
             engine.renewed()
             engine.healthy = True
             self.changed.set()
         elif engine.healthy and not condition.usable:
-            self.lost(engine, "its probe says so")
+            self.lost(engine, "its probe failed")
 
     def _missed(self, engine: Engine, failure: Unreachable) -> None:
         engine.misses += 1
-        # A refused connection is an answer; silence is one only when it lasts.
+        # A refused connection is conclusive; silence only if it lasts.
         if not failure.sent or engine.misses >= _MISSES:
             self.lost(engine, str(failure))
 
@@ -392,18 +394,18 @@ def _engine(address: EngineAddress, secret: str) -> Engine:
 
 
 def _authorization(address: EngineAddress, secret: str) -> bytes:
-    """The header that makes us one of the engine's own: the run's secret, or an attached engine's."""
+    """The authorization header for an engine: with the run's secret, or an attached engine's."""
     if address.secret_file:
         try:
             secret = read_user_text(Path(address.secret_file)).strip()
         except OSError as failure:
-            hint = "secret_file must hold the engine's secret or API key, and be readable"
+            hint = "secret_file must be readable and contain the engine's secret or API key"
             raise PdctlError(f"{address.secret_file} cannot be read: {failure.strerror}", hint) from failure
     return header_lines({"authorization": f"Bearer {secret}"}) if secret else b""
 
 
 def _only_pair(engines: list[Engine]) -> EnginePair | None:
-    """One prefill and one decode of a kind, or one engine."""
+    """One prefill and one decode engine of the same kind, or a single engine."""
     if len(engines) == 1:
         return EnginePair(engines[0].name, engines[0].name)
     by_role = {engine.address.role: engine for engine in engines}

@@ -1,4 +1,4 @@
-"""Calls that end what a request left at an engine: made in the background, an engine's own queue for each."""
+"""Calls that release what a request left on an engine, made in the background with one queue per engine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pdctl.adapters import Call
 from pdctl.net.http_client import Unreachable, header_lines
 from pdctl.proxy.engines.pool import Engine
 
-# Releases that may wait for one engine; more are left to their leases' deadlines.
+# Limit of waiting releases per engine; for others the leases end at their deadline.
 _MAX_WAITING = 1024
 _CALL_S = 5.0
 _JSON = header_lines({"content-type": "application/json"})
 
 
 class Releases:
-    """`put` never waits and works while being cancelled; an engine that does not answer delays only its own."""
+    """`put` never blocks and works during cancellation. An engine that does not answer delays only its own queue."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -23,7 +23,7 @@ class Releases:
         self._new: asyncio.Queue[tuple[Engine, asyncio.Queue[Call]]] = asyncio.Queue()
 
     def put(self, engine: Engine, call: Call) -> None:
-        """Make this call soon. A full queue means that hundreds wait on a dead engine: they end by deadline."""
+        """Queue a call. If the queue is full, the engine is dead and its leases end at their deadline."""
         queue = self._queues.get(engine.name)
         if queue is None:
             queue = self._queues[engine.name] = asyncio.Queue(_MAX_WAITING)
@@ -46,5 +46,5 @@ class Releases:
             try:
                 await engine.client.request("POST", call.path, engine.headers + _JSON, call.body, timeout_s=_CALL_S)
             except Unreachable:
-                # The engine is down, and its leases with it; or the deadline will end them.
+                # If the engine is down, its leases are gone too; else their deadline ends them.
                 self.failed += 1

@@ -1,8 +1,7 @@
-"""Which prefill and which decode engine a request gets: pure functions over a snapshot of the pool.
+"""Routing: the choice of a prefill and a decode engine, as pure functions over a snapshot of the pool.
 
-A policy sees every pair that could serve the request and picks one; both halves are chosen together. An engine paired
-with itself does it all inline, and no KV moves.
-"""
+A policy gets every pair that could serve the request and chooses one; both engines are chosen together. An engine
+paired with itself serves the request alone, and no KV moves."""
 
 from __future__ import annotations
 
@@ -12,25 +11,25 @@ from typing import NamedTuple
 
 _PREFILLS = ("prefill", "hybrid")
 _DECODES = ("decode", "hybrid")
-# Within a tenth of the best there is nothing to choose but noise: equals take turns.
+# Differences within a tenth of the best are noise: such pairs take turns.
 _EQUAL = 1.1
-# An engine with fewer samples than this in its recent window is explored before it is judged, and looked at again
-# every so many requests.
+# An engine with fewer samples in its recent window is explored first; and the interval, in requests, at which others
+# are tried again.
 _MIN_SAMPLES = 3
 _EXPLORE_EVERY = 32
-# What prefix_aware takes a matched prefix to save, as a part of computing it.
+# The fraction of the prefill time that prefix_aware assumes a matched prefix to save.
 _PREFIX_GAIN = 0.9
 
 
 class Load(NamedTuple):
-    """Work pending, and work per second as measured; 0 until something was."""
+    """Pending work, and measured work per second (0: unknown)."""
 
     pending: float
     speed: float
 
 
 class Recent(NamedTuple):
-    """The recent window of one kind of work: samples in it, and their mean seconds with errors counted as slow."""
+    """The recent window of one kind of work: number of samples, and mean seconds with errors counted as slow."""
 
     samples: int
     seconds: float
@@ -40,11 +39,10 @@ _NOTHING = Recent(0, 0.0)
 
 
 class View(NamedTuple):
-    """One engine at the moment of choosing. See proxy.engines.pool.Engine for the units.
+    """One engine at the time of the choice. See proxy.engines.pool.Engine for the units.
 
-    `prefill_s`: recent prefills; `token_s`: recent seconds per token; `matched`: bytes of this request's prompt whose
-    KV it probably has. `lost`: prefill engines it cannot read from.
-    """
+    `prefill_s`: recent prefills; `token_s`: recent seconds per token; `matched`: bytes of this request's prompt for
+    which it probably has KV. `lost`: prefill engines from which it cannot read."""
 
     name: str
     role: str
@@ -59,7 +57,7 @@ class View(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A prefill and a decode engine; the same one twice does it all."""
+    """A prefill and a decode engine; may be the same engine."""
 
     prefill: View
     decode: View
@@ -71,7 +69,7 @@ class Candidate(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """A request as policies see it: bytes of prompt, how many requests came before, a random number in [0, 1)."""
+    """A request for policies: prompt bytes, number of earlier requests, a random number in [0, 1)."""
 
     size: float
     number: int
@@ -82,7 +80,7 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EnginePair:
-    """Engine names. The same name twice means that one engine does it all, and no KV moves."""
+    """Names of a prefill and a decode engine. If they are equal, one engine serves the request and no KV moves."""
 
     prefill: str
     decode: str
@@ -93,12 +91,12 @@ class EnginePair:
         return self.prefill == self.decode
 
 
-# Picks one of the pairs, of which there is at least one.
+# Chooses one of the pairs; there is at least one.
 RoutingPolicy = Callable[[Ask, Sequence[Candidate]], Candidate]
 
 
 def random(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
-    """Any."""
+    """A random pair."""
     return pairs[int(ask.draw * len(pairs))]
 
 
@@ -108,17 +106,17 @@ def round_robin(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
 
 
 def min_expected_latency(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
-    """The pair that would be done first: (pending + new work) / speed, of prefill and decode together.
+    """The pair expected to finish first: (pending + new work) / speed, for prefill plus decode.
 
-    An engine never measured counts as as fast as the fastest known.
+    An engine without measurements counts as fast as the fastest known one.
     """
     return _both_best(ask, pairs, _expected(ask, pairs))
 
 
 def min_observed_latency(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
-    """The pair that was fastest lately. Those hardly tried are explored first, the rest now and then.
+    """The pair that was fastest recently. Rarely tried pairs are explored first, and others from time to time.
 
-    Errors are in the window as slow answers: an engine that fails fast does not look fast.
+    Errors count as slow answers, so that an engine that fails fast does not look fast.
     """
     new = [pair for pair in pairs if min(pair.prefill.prefill_s.samples, pair.decode.token_s.samples) < _MIN_SAMPLES]
     if new:
@@ -127,13 +125,13 @@ def min_observed_latency(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
         return pairs[ask.number // _EXPLORE_EVERY % len(pairs)]
     slowest = max(pair.decode.token_s.seconds for pair in pairs) or 1.0
     longest = max(pair.prefill.prefill_s.seconds for pair in pairs) or 1.0
-    # Each half in parts of the worst one: seconds of a prefill and of a token are not of one size.
+    # Normalize each part by its worst value: seconds per prefill and per token have different scales.
     costs = [pair.prefill.prefill_s.seconds / longest + pair.decode.token_s.seconds / slowest for pair in pairs]
     return _least(ask, pairs, costs)
 
 
 def prefix_aware(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
-    """Expected latency, a prefix that an engine has seen counted as mostly computed: load still outweighs a match."""
+    """Expected latency, with known prefixes counted as mostly computed. A high load still outweighs a match."""
     costs = []
     for pair, (prefill_s, decode_s) in zip(pairs, _expected(ask, pairs), strict=True):
         work = pair.prefill.prompts.pending + ask.size
@@ -143,9 +141,9 @@ def prefix_aware(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
 
 
 def slo(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
-    """The pair predicted to miss the targets least; among those that meet them, the one done first.
+    """The pair predicted to miss the targets least; among those that meet them, the one expected to finish first.
 
-    An inline prefill is charged for the streams that wait meanwhile, a remote one for the second engine's queue.
+    An inline prefill costs the delay of running streams, a remote one the second engine's queue.
     """
     costs = []
     for pair, (prefill_s, decode_s) in zip(pairs, _expected(ask, pairs), strict=True):
@@ -171,10 +169,10 @@ POLICIES: dict[str, RoutingPolicy] = {
 def choose(
     policy: RoutingPolicy, views: Sequence[View], ask: Ask, avoid: frozenset[str] = frozenset()
 ) -> EnginePair | None:
-    """A pair for a request; None when no engine is usable.
+    """Choose a pair for a request; None if no engine is available.
 
-    `avoid` names engines that just failed this request: they are taken only if there is no other. Without both
-    roles, one engine of whatever role does prefill and decode by itself.
+    `avoid`: engines that have just failed this request; they are used only if there is no other. If a role is missing,
+    one engine of any role serves the request alone.
     """
     usable = [view for view in views if view.usable]
     fresh = [view for view in usable if view.name not in avoid] or usable if avoid else usable
@@ -186,7 +184,7 @@ def choose(
 
 
 def candidates(views: Sequence[View]) -> list[Candidate]:
-    """Every pair of these engines that can serve a request, neighbours sharing no engine where that can be."""
+    """All pairs of these engines that can serve a request, ordered so that neighbours share no engine if possible."""
     prefills = [view for view in views if view.role in _PREFILLS]
     decodes = [view for view in views if view.role in _DECODES]
     hybrids = [view for view in views if view.role == "hybrid"]
@@ -214,15 +212,15 @@ def _expected(ask: Ask, pairs: Sequence[Candidate]) -> list[tuple[float, float]]
     for pair in pairs:
         prompts, streams = pair.prefill.prompts, pair.decode.streams
         prefill_s = (prompts.pending + ask.size) / (prompts.speed or fastest)
-        # Streams of one engine run side by side: what counts is its share, relative to an idle one.
+        # Streams of an engine share its speed: the cost is the share relative to an idle engine.
         found.append((prefill_s, (streams.pending + 1) / (streams.speed or quickest)))
     return found
 
 
 def _both_best(ask: Ask, pairs: Sequence[Candidate], costs: Sequence[tuple[float, float]]) -> Candidate:
-    """The pair whose halves are each the best there is; where no pair has both, the least in sum.
+    """The pair with the best prefill and the best decode engine; if there is none, the pair with the least sum.
 
-    By halves, for a prefill's seconds would vanish beside those of a long answer's decode.
+    The parts are compared separately because the decode time of a long answer would dominate the prefill time.
     """
     limits = [min(cost[half] for cost in costs) * _EQUAL for half in (0, 1)]
     good = [pair for pair, cost in zip(pairs, costs, strict=True) if cost[0] <= limits[0] and cost[1] <= limits[1]]

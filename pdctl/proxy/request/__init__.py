@@ -1,1 +1,1 @@
-"""One client request's life: admission, legs, failover."""
+"""The path of one client request: admission, legs, failover."""

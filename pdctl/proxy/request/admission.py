@@ -1,15 +1,15 @@
-"""Who may go on to the engines now, who waits, who is refused. Pure books: times are given, nothing is awaited here.
+"""Admission: decides which requests are sent to engines now, which wait, and which are refused. Pure: the caller
+passes the times, and nothing is awaited here.
 
-A request asks for one sequence or several: answers to n, or to a list of prompts. Sequences are admitted while there
-are seats, and while the time to the first token is predicted to be within the target. Otherwise they wait in a bounded
-queue: lower `priority` first, then the API key that was given least so far, counted in sequences and prompt bytes
-(start-time fair queueing: Goyal, Vin and Cheng, 1996). While other keys are active, no key takes the last eighth of the
-seats, so that one key's flood does not delay another's single request. Whoever would wait too long is refused at once,
-with the time after which it is worth coming back.
+A request has one sequence or several: for `n`, or for a list of prompts. A sequence is admitted if there is a free seat
+and its predicted TTFT is within the target. Otherwise it waits in a bounded queue: lower `priority` first, then the API
+key that has received least so far, counted in sequences and prompt bytes (start-time fair queueing: Goyal, Vin and
+Cheng, 1996). While other keys are active, no key gets the last eighth of the seats. One key's flood then does not delay
+another key's single request. A request that would wait too long is refused at once, with a time for Retry-After.
 
-Seats are what engines say they run at once. With `by_slo` the number also follows what was measured: one less than it
-was when a stream missed the target for the time per token, one more when all is well (additive increase, multiplicative
-decrease: Chiu and Jain, 1989).
+The number of seats is the number of sequences that the engines run concurrently. With `by_slo`, a limit also follows
+the measured TPOT: it decreases when a stream comes close to the target, and increases while streams are well below it
+(additive increase, multiplicative decrease: Chiu and Jain, 1989).
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from dataclasses import dataclass, field
 
 from pdctl.proxy.engines.outlook import Outlook
 
-# Seats of an engine that does not say how many it has: none that would ever limit.
+# Seats of an engine that does not report a number: high enough never to limit.
 _UNKNOWN = 1 << 20
-# Requests sent on beyond the engines' seats, as a part: the next one is there when a seat comes free.
+# Sequences sent per seat. The excess waits in the engines, so the next one is there when a seat becomes free.
 _SLACK = 1.25
 _DECREASE = 0.9
-# Seats are taken away above this part of the target for the time per token, and given back below that: what is steered
-# to the target itself misses it half of the time. Predictions of the first token have the same margin.
+# Fractions of the TPOT target: the limit decreases above _HIGH and increases below _CALM. A controller that steers to
+# the target itself would miss it half of the time. _MARGIN is the same for predictions of the TTFT.
 _HIGH, _CALM, _MARGIN = 0.8, 0.65, 0.7
-# Between two decreases, seconds: the effect of one must be seen before the next.
+# Minimum time between two decreases, seconds: the effect of one must be measured before the next.
 _DECREASE_PAUSE_S = 1.0
 _LONGEST_RETRY_S = 60
-# A key counts as active for this long after it asked, seconds; so many keys are remembered.
+# A key counts as active for _ACTIVE_S seconds after its last request. At most _MAX_KEYS keys are kept.
 _ACTIVE_S, _MAX_KEYS = 30.0, 4096
-# The part of the seats that one key does not take from other active ones.
+# The fraction of the seats that one key cannot get while other keys are active.
 _RESERVED = 1 / 8
-# Bytes of prompt that count as much as one sequence.
+# Prompt bytes that cost as much as one sequence.
 _BYTES_PER_COST = 4096.0
 
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """One sequence in the queue. The shell sets `granted` aside and wakes it.
+    """One sequence in the queue. The caller wakes it when `granted` is set.
 
-    `is_more`: a further sequence of a request that was let in. `size`: bytes of its prompt.
+    `is_more`: a further sequence of a request that was admitted. `size`: bytes of its prompt.
     """
 
     key: str
@@ -55,13 +55,13 @@ class Waiter:
 
     @property
     def cost(self) -> float:
-        """What it counts against its key."""
+        """Its cost for its key."""
         return 1.0 + self.size / _BYTES_PER_COST
 
 
 @dataclass(slots=True)
 class _Key:
-    """What one API key has: sequences at the engines, what it was given, when it asked last."""
+    """The state of one API key: sequences at the engines, cost of all that it was granted, time of its last request."""
 
     running: int = 0
     given: float = 0.0
@@ -70,7 +70,7 @@ class _Key:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Not now. `retry_after_s`: whole seconds."""
+    """A request is refused for now. `retry_after_s`: whole seconds."""
 
     reason: str
     retry_after_s: int
@@ -78,7 +78,7 @@ class Refusal:
 
 @dataclass(slots=True)
 class Admission:
-    """The books of one proxy worker. `patience_s`: longest wait in the queue."""
+    """The admission state of one proxy worker. `patience_s`: longest wait in the queue."""
 
     max_queue: int
     patience_s: float
@@ -108,7 +108,7 @@ class Admission:
         return bool(self._queues)
 
     def follow(self, rules: Admission) -> None:
-        """Take on other rules; who runs and who waits stays."""
+        """Apply other rules. Running and waiting sequences are kept."""
         self.max_queue, self.patience_s = rules.max_queue, rules.patience_s
         self.ttft_s, self.tpot_s = rules.ttft_s, rules.tpot_s
         if rules.by_slo != self.by_slo:
@@ -117,7 +117,10 @@ class Admission:
     def ask(
         self, key: str, priority: int, outlook: Outlook, now: float, size: float = 0.0, is_more: bool = False
     ) -> Waiter | Refusal:
-        """A new request's first sequence, or a further one: granted at once, one that waits, or a refusal."""
+        """Ask for a seat for a request's first sequence, or for a further one.
+
+        Returns a waiter that is granted at once or waits, or a refusal.
+        """
         waiter = Waiter(key, priority, now, is_more=is_more, size=size)
         known = self._known(key, now)
         if not is_more and (refusal := self._hopeless(outlook)) is not None:
@@ -146,7 +149,7 @@ class Admission:
         return None
 
     def next(self, outlook: Outlook, now: float = 0.0) -> Waiter | None:
-        """Grant a seat to whoever is next, if there is one and somebody waits."""
+        """Grant a free seat to the next waiter, and return it; None if no seat is free or no sequence waits."""
         found = self._next_key(outlook, now)
         if found is None:
             return None
@@ -159,7 +162,7 @@ class Admission:
         return waiter
 
     def leave(self, waiter: Waiter) -> None:
-        """A waiter gave up, or its patience is over."""
+        """Remove a waiter that gave up or timed out."""
         if waiter.granted:
             return
         self._queues[waiter.priority][waiter.key].remove(waiter)
@@ -167,7 +170,7 @@ class Admission:
         self._count(waiter, -1)
 
     def done(self, now: float, tpot_s: float | None, key: str = "-") -> None:
-        """A granted sequence of `key` has ended; `tpot_s` if it was answered."""
+        """A granted sequence of `key` has ended. `tpot_s`: None if it was not answered."""
         self.running -= 1
         self._keys[key].running -= 1
         self._pace(now)
@@ -175,7 +178,7 @@ class Admission:
             self.measured(now, tpot_s)
 
     def measured(self, now: float, tpot_s: float) -> None:
-        """An answer's time per token, seconds."""
+        """Adapt the limit to the TPOT of an answer, seconds."""
         if not self.by_slo:
             return
         if tpot_s > _HIGH * self.tpot_s:
@@ -188,7 +191,7 @@ class Admission:
     # -- keys ----------------------------------------------------------------------------------------------
 
     def _known(self, key: str, now: float | None) -> _Key:
-        """A key's books. One that had nothing to do begins where the others are: idleness saves nothing up."""
+        """The state of a key. An idle key starts at the level of the others: it cannot save up credit."""
         found = self._keys.get(key)
         if found is None:
             self._forget_idle_keys()
@@ -215,7 +218,7 @@ class Admission:
         return not others or key.running < outlook.seats - math.ceil(_RESERVED * outlook.seats)
 
     def _next_key(self, outlook: Outlook, now: float) -> tuple[int, str] | None:
-        """(priority, key) of the next waiter that may go on."""
+        """(priority, key) of the next waiter that may get a seat."""
         for priority in sorted(self._queues):
             for key in sorted(self._queues[priority], key=lambda name: self._keys[name].given):
                 if self._may(self._keys[key], outlook, now):
@@ -243,12 +246,12 @@ class Admission:
             del self._queues[priority]
 
     def seats(self, outlook: Outlook) -> int:
-        """Sequences that may be at the engines together."""
+        """The maximum number of sequences at the engines."""
         said = _UNKNOWN if outlook.seats is None else math.ceil(outlook.seats * _SLACK)
         return max(1, min(said, int(self.limit)))
 
     def audit(self) -> None:
-        """The queue's counts are its content; nobody waits twice or is both waiting and granted; seats have owners."""
+        """Check that counts match the queue, no waiter is queued twice or already granted, and keys own all seats."""
         waiters = [waiter for keys in self._queues.values() for queue in keys.values() for waiter in queue]
         assert len(set(map(id, waiters))) == len(waiters)
         assert self._more == sum(waiter.is_more for waiter in waiters)
@@ -259,7 +262,7 @@ class Admission:
         assert all(key.running >= 0 for key in self._keys.values())
 
     def _queue_s(self) -> float:
-        """How long a newcomer would wait."""
+        """How long a new sequence would wait."""
         return (self._waiting + self._more + 1) / self.done_per_s if self.done_per_s else 0.0
 
     def _pace(self, now: float) -> None:

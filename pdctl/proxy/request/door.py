@@ -1,4 +1,4 @@
-"""The door to the engines: carries out what `admission` decides."""
+"""Executes the decisions of `admission`: requests wait here for their seats."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from pdctl.proxy.request.admission import Admission, Refusal, Waiter
 from pdctl.proxy.telemetry.metrics import Metrics
 
 _REASONS = {
-    "ttft": "the engines are busy: the first token would come later than the service promises",
+    "ttft": "the engines are busy: the first token would come later than the service's target",
     "queue": "too many requests are waiting",
-    "wait": "too many requests are waiting: the first token would come later than the service promises",
+    "wait": "too many requests are waiting: the first token would come later than the service's target",
     "patience": "no engine had room in time",
 }
-# A queue that nobody's end moves on is looked at this often, seconds: engines come back, KV comes free.
+# Interval of queue checks, seconds, for seats that become free without the end of a sequence: engines return, KV is
+# freed.
 _LOOK_S = 0.25
-# The later sequences of a request wait for its own earlier ones too, seconds.
+# Maximum wait of a request's later sequences, seconds. They also wait for the request's earlier ones.
 _PATIENCE_OF_MORE_S = 1800.0
 
 
 class AdmissionDoor:
-    """Seats for requests. `outlook` tells the pool's state for (bytes of prompt, output tokens at most)."""
+    """Gives seats to requests. `outlook` returns the pool's state for (bytes of prompt, maximum output tokens)."""
 
     def __init__(self, admission: Admission, outlook: Callable[[float, int | None], Outlook], metrics: Metrics) -> None:
         self.admission = admission
@@ -38,9 +39,9 @@ class AdmissionDoor:
         return self.admission.waiting
 
     async def enter(self, key: str, priority: int, size: float, max_tokens: int | None, is_more: bool = False) -> None:
-        """Return when a sequence may go on; `leave` must follow. `is_more`: of a request that was let in before.
+        """Return when a sequence has a seat; the caller must then call `leave`. `is_more`: of an admitted request.
 
-        Raises ApiError 429.
+        Raises ApiError 429 if the sequence is refused.
         """
         outlook = self._outlook(size, max_tokens)
         asked = self.admission.ask(key, priority, outlook, time.monotonic(), size, is_more)
@@ -50,17 +51,17 @@ class AdmissionDoor:
             await self._wait(asked)
 
     def leave(self, key: str, tpot_s: float | None) -> None:
-        """A sequence has ended; `tpot_s` if its request was answered."""
+        """A sequence has ended. `tpot_s`: None if its request was not answered."""
         self.admission.done(time.monotonic(), tpot_s, key)
         if self.admission.has_waiters:
             self._move_on()
 
     def measured(self, tpot_s: float) -> None:
-        """An answer's time per token, seconds."""
+        """Record the TPOT of an answer, seconds."""
         self.admission.measured(time.monotonic(), tpot_s)
 
     async def run_forever(self) -> None:
-        """Move the queue on when nobody's end does."""
+        """Grant seats that become free without the end of a sequence."""
         while True:
             await asyncio.sleep(_LOOK_S)
             if self.admission.has_waiters:

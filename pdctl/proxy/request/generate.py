@@ -1,4 +1,4 @@
-"""One client request from admission to its last byte: its legs, its answer, its place in the books."""
+"""One client request from admission to its last byte: its legs, its answer, and its entries in metrics and log."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from pdctl.proxy.client.requests import ClientRequest
 from pdctl.proxy.client.unknown_fields import UnknownFields, header
 from pdctl.proxy.engines.load import pieces_of
 from pdctl.proxy.request.door import AdmissionDoor
-from pdctl.proxy.request.relay import Relay, Shared
+from pdctl.proxy.request.leg import Leg, Shared
+from pdctl.proxy.request.relay import Relay
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.spans import NO_SPANS, Spans
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
 
-# nginx's word for a client that left before its answer; only the log sees it.
+# nginx's status for a client that closed the connection before its answer. It is only used in the log.
 _CLIENT_LEFT = 499
 _TIMING = TIMING_HEADER.encode()
 
-# Names in lower case; of one name the last.
+# Names in lower case. If a name occurs more than once, the last value counts.
 RequestHeaders = dict[bytes, bytes]
 
 
 @dataclass(slots=True)
 class Completions:
-    """What all requests that generate share."""
+    """State and settings that all generation requests share."""
 
     shared: Shared
     door: AdmissionDoor
@@ -70,20 +71,20 @@ class Completions:
         await self._while_connected(job, request, scope, send)
 
     async def _while_connected(self, job: _Job, request: ClientRequest, scope: asgi.Message, send: asgi.Send) -> None:
-        """Do the job; end it when the client leaves."""
+        """Run the job; cancel it when the client disconnects."""
         task = asyncio.current_task()
         assert task is not None
         connection: BoundedProtocol = scope["pdctl.connection"]
         connection.on_left = lambda: job.leave(task)
         if not connection.pipeline:
-            # A large body paused reading, and without reading nobody learns that the client left.
+            # A large body paused reading. Without reading, the proxy does not notice that the client disconnected.
             connection.flow.resume_reading()
         try:
             await job.run(request, send)
         except asyncio.CancelledError:
             if not job.left:
                 raise
-            # Ours, not the server's: the client is gone, and there is nobody to answer.
+            # This cancellation is ours, not the server's: the client is gone, so there is no answer to send.
             task.uncancel()
             self.shared.metrics.client_left()
         finally:
@@ -95,14 +96,14 @@ class Completions:
             self.shared.metrics.ignored(label)
 
     def engine_headers(self, job: _Job, started: int) -> bytes:
-        """What an engine is told beside the body."""
+        """Headers for the engines."""
         trace = self.spans.header(job.trace, job.headers) if job.trace else job.passed_on
         return b"%b%b: %d\r\n%b%b" % (self._static, STARTED_HEADER.encode(), started, _tenant_line(job.key), trace)
 
 
 @lru_cache(maxsize=1024)
 def _tenant_line(key: str) -> bytes:
-    """Engines learn that two requests are of one tenant, and not of which."""
+    """A hash of the key: engines can group requests by tenant, but do not learn the key's name."""
     return f"{TENANT_HEADER}: {blake2s(key.encode(), digest_size=8).hexdigest()}\r\n".encode()
 
 
@@ -121,14 +122,14 @@ class _Job:
 
     @property
     def passed_on(self) -> bytes:
-        """W3C trace context as it came."""
+        """The W3C trace context headers of the request, unchanged."""
         if b"traceparent" not in self.headers:
             return b""
         names = (b"traceparent", b"tracestate")
         return b"".join(b"%b: %b\r\n" % (name, self.headers[name]) for name in names if name in self.headers)
 
     async def read(self, receive: asgi.Receive) -> ClientRequest:
-        """The request. Raises ApiError."""
+        """Read and parse the request. Raises ApiError."""
         limit = self.completions.max_body
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > limit:
@@ -145,23 +146,23 @@ class _Job:
         return request
 
     def leave(self, task: asyncio.Task[object]) -> None:
-        """The client has gone: `task` ends."""
+        """The client disconnected: cancel `task`."""
         if not self.over:
             self.left = True
             task.cancel()
 
     async def refuse(self, send: asgi.Send, failure: ApiError) -> None:
-        """Answer with an error before anything was begun."""
+        """Answer with an error before any work has started."""
         self.completions.shared.metrics.failed(failure.status)
         self._note(failure.status, [])
         extra = [(b"x-request-id", self.request_id.encode())]
         await asgi.respond_error(send, failure, extra)
 
     async def run(self, request: ClientRequest, send: asgi.Send) -> None:
-        """Wait for a seat, relay every leg, answer."""
+        """Wait for a seat, relay every leg, send the answer."""
         completions, timing = self.completions, self.timing
         answer = self._answer(request, send)
-        relays: list[Relay] = []
+        legs: list[Leg] = []
         status, tpot = _CLIENT_LEFT, None
         entered = False
         self.trace = completions.spans.begin(self.headers) if completions.spans else None
@@ -170,14 +171,14 @@ class _Job:
             await completions.door.enter(self.key, request.priority, size, request.max_tokens)
             entered = True
             timing.admitted_at = time.monotonic()
-            relays = self._relays(request, answer)
-            if len(relays) == 1:
-                await relays[0].run()
+            legs = self._legs(request, answer)
+            if len(legs) == 1:
+                await Relay(legs[0]).run()
             else:
-                entered = False  # each leg gives its own seat back
-                await self._run_all(relays, request)
-            prompt, tokens = _counts(relays)
-            await answer.finish([relay.whole for relay in relays], prompt, tokens)
+                entered = False  # each leg releases its own seat
+                await self._run_all(legs, request)
+            prompt, tokens = _counts(legs)
+            await answer.finish([leg.whole for leg in legs], prompt, tokens)
             self.over = True
             status = 200
             if timing.first_token_at:
@@ -193,32 +194,33 @@ class _Job:
         finally:
             if entered:
                 completions.door.leave(self.key, tpot)
-            self._note(status, relays)
+            self._note(status, legs)
 
-    async def _run_all(self, relays: Sequence[Relay], request: ClientRequest) -> None:
-        """The first leg has a seat, the others wait for theirs. Raises the first ApiError; other legs end then."""
+    async def _run_all(self, legs: Sequence[Leg], request: ClientRequest) -> None:
+        """Run all legs. The first one has a seat, the others wait for theirs. Raises the first ApiError and cancels
+        the other legs."""
         door = self.completions.door
         has_begun = False
 
-        async def run(relay: Relay, is_more: bool) -> None:
+        async def run(leg: Leg, is_more: bool) -> None:
             nonlocal has_begun
             if is_more:
-                await door.enter(self.key, request.priority, relay.size, request.max_tokens, is_more=True)
+                await door.enter(self.key, request.priority, leg.size, request.max_tokens, is_more=True)
             has_begun = True
             try:
-                await relay.run()
+                await Relay(leg).run()
             finally:
                 door.leave(self.key, None)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for number, relay in enumerate(relays):
-                    group.create_task(run(relay, number > 0))
+                for number, leg in enumerate(legs):
+                    group.create_task(run(leg, number > 0))
         except* ApiError as failures:
             raise failures.exceptions[0] from None
         finally:
             if not has_begun:
-                # Cancelled before the first leg ran: it did not give its seat back.
+                # Cancelled before the first leg ran, so it did not release its seat.
                 door.leave(self.key, None)
 
     def _answer(self, request: ClientRequest, send: asgi.Send) -> StreamAnswer | WholeAnswer:
@@ -228,48 +230,47 @@ class _Job:
         timing = self.timing if _TIMING in self.headers else None
         return (StreamAnswer if request.stream else WholeAnswer)(request, send, extra, timing)
 
-    def _relays(self, request: ClientRequest, answer: StreamAnswer | WholeAnswer) -> list[Relay]:
+    def _legs(self, request: ClientRequest, answer: StreamAnswer | WholeAnswer) -> list[Leg]:
         shared, started = self.completions.shared, request.envelope.created
         shared.budget.request()
         size = float(request.size) / len(request.legs)
-        relays = []
+        legs = []
         sinks: Sequence[Sink] = answer.sinks
         for number, (fields, sink) in enumerate(zip(request.legs, sinks, strict=True)):
-            relays.append(
-                Relay(
-                    shared,
-                    RequestState(request.path, request.envelope.chat, fields, counts_each=request.counts_each),
-                    sink,
-                    # A name of its own for each leg: engines that key requests by it would take two for one.
-                    f"{self.request_id}-{number}" if number else self.request_id,
-                    self.completions.engine_headers(self, started),
-                    size,
-                    request.max_tokens,
-                    request.body,
-                    _pieces(fields) if shared.wants_prefixes else [],
-                    Timing(self.timing.received_at, self.timing.admitted_at) if number else self.timing,
-                )
+            leg = Leg(
+                shared,
+                RequestState(request.path, request.envelope.chat, fields, counts_each=request.counts_each),
+                sink,
+                # Each leg has a different name: engines that use it as a key would treat two legs as one request.
+                f"{self.request_id}-{number}" if number else self.request_id,
+                self.completions.engine_headers(self, started),
+                size,
+                request.max_tokens,
+                request.body,
+                _pieces(fields) if shared.wants_prefixes else [],
+                Timing(self.timing.received_at, self.timing.admitted_at) if number else self.timing,
             )
-        return relays
+            legs.append(leg)
+        return legs
 
-    def _note(self, status: int, relays: Sequence[Relay]) -> None:
+    def _note(self, status: int, legs: Sequence[Leg]) -> None:
         completions = self.completions
         if not completions.log and self.trace is None:
             return
-        counts = _counts(relays) if relays else (0, 0)
+        counts = _counts(legs) if legs else (0, 0)
         if completions.log:
-            failures = sum(relay.failures_in_all for relay in relays)
+            failures = sum(leg.failures for leg in legs)
             completions.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
         if self.trace is not None:
             completions.spans.end(self.trace, self.request_id, self.path, status, counts, self.timing)
 
 
-def _counts(relays: Sequence[Relay]) -> tuple[int, int]:
-    """Prompt tokens, those of n answers to one prompt counted once, and output tokens."""
-    if len(relays) == 1:
-        return relays[0].prompt_tokens, relays[0].completion_tokens or len(relays[0].state.emitted)
-    prompts = {id(relay.state.fields.get("prompt")): relay.prompt_tokens for relay in relays}
-    return sum(prompts.values()), sum(relay.completion_tokens or len(relay.state.emitted) for relay in relays)
+def _counts(legs: Sequence[Leg]) -> tuple[int, int]:
+    """Prompt tokens and output tokens. With `n`, a prompt counts once."""
+    if len(legs) == 1:
+        return legs[0].prompt_tokens, legs[0].completion_tokens or len(legs[0].state.emitted)
+    prompts = {id(leg.state.fields.get("prompt")): leg.prompt_tokens for leg in legs}
+    return sum(prompts.values()), sum(leg.completion_tokens or len(leg.state.emitted) for leg in legs)
 
 
 def _pieces(fields: dict[str, object]) -> list[int]:

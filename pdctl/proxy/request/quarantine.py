@@ -1,8 +1,8 @@
-"""Requests that engines die of, and are not to be sent to another.
+"""Finds requests that kill engines, and refuses to send them to another engine.
 
-Whoever was in an engine when it died may be the cause, and most are not. Two deaths without a token between make a
-request a suspect. Suspects go on one at a time: a death with no other suspect around, twice, is proof enough. One that
-was alone in both engines is caught at the second death already.
+Each request in an engine that died may be the cause, but most are not. Two deaths without a token between them make a
+request a suspect. Suspects run one at a time: two deaths with no other suspect present are proof. A request that was
+alone in both engines is already found at the second death.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pdctl.net.openai_api import ApiError
 from pdctl.proxy.engines.pool import Engine
 
 _DEATHS = 2
-# How long the same body is refused, seconds, and how many are remembered.
+# How long the same body is refused, in seconds, and the maximum number of bodies.
 _REMEMBERED_S = 600.0
 _MAX_REMEMBERED = 1024
-# Probes have found out within this time whether an engine is dead, seconds.
+# Within this time, probes show whether an engine is dead, seconds.
 _CERTAIN_S = 0.5
 _LOOK_S = 0.02
-# A suspect waits this long for its turn at most, seconds; then it goes on as it is. On a fleet that loses engine after
-# engine most suspects are bystanders, and none of them shall fail for that.
+# Maximum wait of a suspect for its turn, seconds; then it continues without one. If a fleet loses many engines, most
+# suspects are not the cause, and they must not fail.
 _TURN_S = 20.0
 
 
 class Quarantine:
-    """What all requests of a proxy share: the turn of suspects, and the bodies that are refused."""
+    """Shared by all requests of a proxy: the lock that runs suspects one at a time, and the refused bodies."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -37,23 +37,26 @@ class Quarantine:
         self._until: OrderedDict[bytes, float] = OrderedDict()
 
     def put(self, body: bytes) -> ApiError:
-        """Remember a body; the answer to its client."""
+        """Put a body in quarantine. Returns the error for its client."""
         self.count += 1
-        self._until[_digest(body)] = time.monotonic() + _REMEMBERED_S
+        name = _digest(body)
+        self._until[name] = time.monotonic() + _REMEMBERED_S
+        # A body that is added again becomes the newest, so it is removed last.
+        self._until.move_to_end(name)
         while len(self._until) > _MAX_REMEMBERED:
             self._until.popitem(last=False)
         return _refusal()
 
     def check(self, body: bytes) -> None:
-        """Raises ApiError for a body that is in quarantine."""
+        """Raises ApiError if the body is in quarantine."""
         if self._until and self._until.get(_digest(body), 0.0) > time.monotonic():
             raise _refusal()
 
 
 @dataclass(slots=True)
 class Suspicion:
-    """One request's. `present`: engines that failed with it inside since its last token: life, and whether it was the
-    only suspect there."""
+    """The suspicion against one request. `present`: the engines that failed with it since its last token, each with
+    its life number and whether the request was the only suspect there."""
 
     quarantine: Quarantine
     present: list[tuple[Engine, int, bool]] = field(default_factory=list)
@@ -61,20 +64,20 @@ class Suspicion:
     holds_turn: bool = False
 
     def failed(self, engine: Engine) -> None:
-        """An engine failed with the request in it."""
+        """An engine failed while it had the request."""
         self.failed_at = time.monotonic()
         alone = self.holds_turn or engine.others_at_failure() == 0
         self.present.append((engine, engine.lives, alone))
 
     def cleared(self) -> None:
-        """It got a token, or has ended: whatever happened was not its doing."""
+        """The request got a token or has ended: it was not the cause."""
         self.present.clear()
         if self.holds_turn:
             self.holds_turn = False
             self.quarantine.one_at_a_time.release()
 
     async def judge(self, body: bytes) -> None:
-        """Return when the request may be tried again. Raises ApiError when it may not."""
+        """Return when the request may be tried again. Raises ApiError if it must not be."""
         if len(self.present) < _DEATHS:
             return
         deadline = time.monotonic() + _CERTAIN_S
@@ -82,7 +85,7 @@ class Suspicion:
             dead = [alone for engine, life, alone in self.present if engine.has_died_since(life)]
             if sum(dead) >= _DEATHS:
                 raise self.quarantine.put(body)
-            # What looks like a death may be no more than a lost connection.
+            # An apparent death may only be a lost connection.
             if len(dead) == len(self.present) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(_LOOK_S)
@@ -104,8 +107,8 @@ def _digest(body: bytes) -> bytes:
 
 def _refusal() -> ApiError:
     message = (
-        f"{_DEATHS} engines died with this request in them and no other suspect: it is in quarantine, and the same "
+        f"{_DEATHS} engines died while they had this request and no other suspect: it is in quarantine, and the same "
         f"request is refused for {_REMEMBERED_S / 60:.0f} minutes"
     )
-    # Not a 5xx: clients repeat those by themselves.
+    # Not a 5xx: clients retry those automatically.
     return ApiError(422, message, "request_quarantined")

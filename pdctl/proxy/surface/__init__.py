@@ -1,1 +1,1 @@
-"""What clients and the supervisor reach: the application, its description, settings read anew, the listening socket."""
+"""The proxy's external interface: the application, its OpenAPI description, reloads, the listening socket."""

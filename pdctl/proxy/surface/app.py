@@ -41,12 +41,12 @@ class ProxyApp:
 
     @classmethod
     def of(cls, config: ProxyConfig, completions: Completions, more: Sequence[Route] = ()) -> ProxyApp:
-        """The application over a generator; `more`: what others than clients may ask."""
+        """The application; `more`: internal routes."""
         routes = [*Surface(config, completions).routes(), *more]
         return cls(completions, Starlette(routes=routes, exception_handlers=OPENAI_ERRORS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "http" and scope["path"] in _GENERATE:
             await self.completions(scope, receive, send, _GENERATE[scope["path"]])
         else:
@@ -54,7 +54,7 @@ class ProxyApp:
 
 
 class Surface:
-    """Every endpoint that does not generate."""
+    """All endpoints that do not generate."""
 
     def __init__(self, config: ProxyConfig, completions: Completions) -> None:
         self._config = config
@@ -63,7 +63,7 @@ class Surface:
         self._created = int(time.time())
 
     def routes(self) -> list[Route]:
-        """For Starlette."""
+        """The routes for Starlette."""
         return [
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
@@ -97,7 +97,7 @@ class Surface:
         }  # fmt: skip
 
     async def _tokenize(self, request: Request) -> Response:
-        """Any engine does: all have the same tokenizer."""
+        """Forward to any engine: all have the same tokenizer."""
         if refused := self._refused(request):
             return refused
         try:
@@ -139,7 +139,7 @@ class Surface:
         return _json(200, {"version": __version__})
 
     async def _health(self, _: Request) -> Response:
-        """200 when a request sent now would find an engine."""
+        """200 if a request sent now would find an engine."""
         ask = Ask(0.0, 0, 0.0, 1.0, 1.0)
         able = choose(round_robin, self._shared.pool.views(), ask) is not None
         return _json(
@@ -147,7 +147,7 @@ class Surface:
         )
 
     async def _ready(self, _: Request) -> Response:
-        """200 when every engine can be used: the service is as it was planned."""
+        """200 if every engine is available."""
         now = time.monotonic()
         missing = [engine.name for engine in self._shared.pool.engines if not engine.usable(now)]
         return _json(503 if missing else 200, {"ready": not missing, "missing": missing})
@@ -165,7 +165,7 @@ class Surface:
         return _json(200, description(config.model, config.max_model_len, self._completions.unknown.refuse))
 
     def _refused(self, request: Request) -> Response | None:
-        """The answer to somebody without an API key."""
+        """The error for a client without a valid API key; None if it has one."""
         try:
             self._completions.keys.name_of(request.headers.get("authorization", "").encode("latin-1"))
         except ApiError as failure:

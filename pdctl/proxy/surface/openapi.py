@@ -1,4 +1,4 @@
-"""The OpenAPI description at /openapi.json: what the proxy itself reads and promises. Engines take more fields."""
+"""The OpenAPI description at /openapi.json. Engines may accept more fields."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ _INT64 = {"minimum": -(2**63), "maximum": 2**63 - 1}
 
 
 def description(model: str, max_model_len: int, refuses_unknown: bool) -> Json:
-    """OpenAPI 3.1. What depends on more than a field by itself, such as a prompt's length in tokens, it cannot say."""
+    """The OpenAPI 3.1 document. It cannot express rules beyond single fields, such as a prompt's length in tokens."""
     count: Json = {"type": ["integer", "null"], "minimum": 1, "maximum": max_model_len}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "pdctl", "version": "1", "description": "OpenAI-compatible, over prefill and decode engines"},
+        "info": {"title": "pdctl", "version": "1",
+        "description": "OpenAI-compatible API over prefill and decode engines"},
         "paths": {
             "/v1/completions": {"post": _generation("CompletionRequest")},
             "/v1/chat/completions": {"post": _generation("ChatRequest")},
-            "/v1/models": {"get": _operation("The models", {"200": "OK"})},
+            "/v1/models": {"get": _operation("List the models", {"200": "OK"})},
             "/v1/models/{name}": {
                 "get": {
-                    **_operation("One model", {"200": "OK", "404": "No such model"}),
+                    **_operation("Get one model", {"200": "OK", "404": "No such model"}),
                     "parameters": [
                         {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
                     ],
                 }
             },
-            "/tokenize": {"post": _linked(_posted("Token ids of a text", "TokenizeRequest"))},
-            "/detokenize": {"post": _posted("The text of token ids", "DetokenizeRequest")},
-            "/health": {"get": _open("Whether a request sent now would be answered", {"200": "Yes", "503": "No"})},
-            "/ready": {"get": _open("Whether every engine can be used", {"200": "Yes", "503": "No"})},
+            "/tokenize": {"post": _linked(_posted("Tokenize a text", "TokenizeRequest"))},
+            "/detokenize": {"post": _posted("Detokenize token ids", "DetokenizeRequest")},
+            "/health": {"get": _open("Whether the service can answer requests", {"200": "Yes", "503": "No"})},
+            "/ready": {"get": _open("Whether every engine is available", {"200": "Yes", "503": "No"})},
             "/metrics": {"get": _text("Prometheus metrics")},
             "/version": {"get": _open("pdctl's version", {"200": "OK"})},
             "/metrics/vllm": {"get": _text("Prometheus metrics under vLLM's names")},
@@ -129,13 +130,13 @@ _SOME_TOKENS: Json = {"type": ["array", "null"], "items": _TOKEN, "minItems": 1}
 _TEXTS: Json = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
 _SCHEMA: Json = {"anyOf": [_OBJECT, {"type": "string"}]}
 
-# What the builtin engine takes at both paths; engines of other kinds take more.
+# Fields that the builtin engine accepts on both paths; other kinds accept more.
 _BOTH: Json = {
     "stream": _FLAG,
     "stream_options": {
         "type": ["object", "null"],
         "properties": {"include_usage": _FLAG, "continuous_usage_stats": _FLAG},
-        "description": "for streams",
+        "description": "only with stream = true",
     },
     "n": _whole(1, MAX_LEGS),
     "seed": {"type": ["integer", "null"], **_INT64},
@@ -153,15 +154,15 @@ _BOTH: Json = {
         ]
     },
     "logit_bias": {"type": ["object", "null"], "description": "token ids to numbers from -100 to 100"},
-    "min_tokens": {**_whole(0, 2**31), "description": "not more than the tokens asked for"},
+    "min_tokens": {**_whole(0, 2**31), "description": "at most max_tokens"},
     "ignore_eos": _FLAG,
     "return_token_ids": _FLAG,
     "echo": _FLAG,
-    "prompt_logprobs": {**_whole(0, 20), "description": "not in streams"},
+    "prompt_logprobs": {**_whole(0, 20), "description": "only without stream"},
     "priority": {**_whole(-(2**31), 2**31), "description": "lower is served first"},
     "user": _TEXT,
-    "stop_token_ids": {**_SOME_TOKENS, "description": "of the model's vocabulary"},
-    "allowed_token_ids": {**_SOME_TOKENS, "description": "of the model's vocabulary"},
+    "stop_token_ids": {**_SOME_TOKENS, "description": "token ids of the model's vocabulary"},
+    "allowed_token_ids": {**_SOME_TOKENS, "description": "token ids of the model's vocabulary"},
     "bad_words": {"type": ["array", "null"], "items": {"type": "string", "pattern": "\\S"}, "maxItems": 128},
     "include_stop_str_in_output": _FLAG,
     "truncate_prompt_tokens": {"type": ["integer", "null"], "anyOf": [{"const": -1}, {"minimum": 1}, {"const": None}]},
@@ -175,7 +176,7 @@ _BOTH: Json = {
 _COMPLETION: Json = {"logprobs": _whole(0, 20)}
 _CHAT: Json = {
     "logprobs": _FLAG,
-    "top_logprobs": {**_whole(0, 20), "description": "with logprobs"},
+    "top_logprobs": {**_whole(0, 20), "description": "only with logprobs"},
     "tools": {"type": ["array", "null"], "items": {"type": "object"}},
     "tool_choice": {"anyOf": [{"enum": ["none", "auto", "required", None]}, {"type": "object"}]},
     "chat_template_kwargs": _OBJECT,
@@ -224,14 +225,14 @@ def _posted(summary: str, schema: str) -> Json:
         "200": "OK",
         "400": "Malformed",
         "413": "Too large",
-        "415": "Packed in an unknown way",
+        "415": "Unsupported content-encoding",
         "503": "No engine is ready",
     }
     return {**_operation(summary, statuses), "requestBody": _body(schema)}
 
 
 def _linked(operation: Json) -> Json:
-    """What comes out goes back in."""
+    """Link the result of tokenization to the input of detokenization."""
     responses = operation["responses"]
     assert isinstance(responses, dict)
     responses["200"]["links"] = {
@@ -245,10 +246,10 @@ def _linked(operation: Json) -> Json:
 
 def _generation(schema: str) -> Json:
     statuses = {
-        "200": "OK", "400": "Malformed, or more than the model can do", "404": "No such model", "413": "Too large",
-        "415": "Packed in an unknown way",
-        "422": "In quarantine: engines died of this request", "429": "Too busy: see Retry-After",
-        "502": "Engines failed it again and again", "503": "No engine is ready",
+        "200": "OK", "400": "Malformed, or beyond the model's limits", "404": "No such model", "413": "Too large",
+        "415": "Unsupported content-encoding",
+        "422": "In quarantine: engines died while running this request", "429": "Too busy: see Retry-After",
+        "502": "Engines failed repeatedly", "503": "No engine is ready",
     }  # fmt: skip
     found = {**_operation("Generate", statuses), "requestBody": _body(schema)}
     responses = found["responses"]

@@ -1,4 +1,4 @@
-"""The proxy's settings, while it runs: read anew when the supervisor says so."""
+"""Reload the proxy's settings while it runs, on request of the supervisor."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pdctl.wire import EngineLoad, PoolReply, ProxyConfig
 
 _log = logging.getLogger(__name__)
 
-# Longest wait in the admission queue where no target for the first token is enforced, seconds.
+# Longest wait in the admission queue if no TTFT target is enforced, seconds.
 _PATIENCE_S = 60.0
-# Where one is, the part of it that may be spent in the queue.
+# If one is enforced, the fraction of it that may be spent in the queue.
 _TTFT_PART = 0.7
 
 
@@ -35,7 +35,7 @@ def admission_of(config: ProxyConfig) -> Admission:
 
 
 class Reloader:
-    """Follows the configuration file. Raises PdctlError for what cannot be followed; then everything is as before."""
+    """Applies changes of the configuration file. Raises PdctlError for invalid changes and then changes nothing."""
 
     def __init__(self, path: Path, config: ProxyConfig, completions: Completions, secret: str) -> None:
         self.config = config
@@ -44,12 +44,12 @@ class Reloader:
         self._bearer = f"Bearer {secret}" if secret else ""
 
     def reload(self) -> None:
-        """Take on what the file says now."""
+        """Apply the current content of the file."""
         try:
             wanted = msgspec.json.decode(self._path.read_bytes(), type=ProxyConfig)
         except (OSError, msgspec.DecodeError) as failure:
             raise PdctlError(f"{self._path} cannot be read: {failure}") from failure
-        # What a process is started with stays as it is until it is started anew.
+        # Settings fixed at start stay unchanged until the process is restarted.
         wanted = msgspec.structs.replace(wanted, **{name: getattr(self.config, name) for name in ProxyConfig.FIXED})
         completions, shared = self._completions, self._completions.shared
         keys = Keys(wanted.api_keys) if wanted.api_keys != self.config.api_keys else completions.keys
@@ -63,10 +63,10 @@ class Reloader:
         completions.keys, completions.max_body = keys, int(wanted.max_body_mb * 2**20)
         completions.unknown.refuse = wanted.unknown_fields == "refuse"
         self.config = wanted
-        _log.info("settings read anew: %d engines, %d of them draining", len(wanted.engines), len(wanted.draining))
+        _log.info("settings reloaded: %d engines, %d of them draining", len(wanted.engines), len(wanted.draining))
 
     def routes(self) -> list[Route]:
-        """For the supervisor alone."""
+        """Internal routes, only for the supervisor."""
         return [
             Route("/pdctl/v1/reload", self._on_reload, methods=["POST"]),
             Route("/pdctl/v1/pool", self._on_pool),
@@ -74,7 +74,7 @@ class Reloader:
 
     async def _on_reload(self, request: Request) -> Response:
         if not self._is_internal(request):
-            return _refused(403, "this is for the service's own supervisor")
+            return _refused(403, "this path is reserved for the service's own supervisor")
         try:
             self.reload()
         except PdctlError as failure:
@@ -83,7 +83,7 @@ class Reloader:
 
     async def _on_pool(self, request: Request) -> Response:
         if not self._is_internal(request):
-            return _refused(403, "this is for the service's own supervisor")
+            return _refused(403, "this path is reserved for the service's own supervisor")
         return self._pool()
 
     def _pool(self) -> Response:

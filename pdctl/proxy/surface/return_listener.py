@@ -1,4 +1,4 @@
-"""The listening socket, given back to a supervisor that comes after the one which handed it down."""
+"""Hand the listening socket back to a new supervisor after the old one was killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GIVE_S = 2.0
 
 @contextlib.contextmanager
 def giving_back(path: Path, listener: socket.socket, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """While inside: whoever of our user connects to `path` is sent the socket's descriptor."""
+    """While inside, send the socket's descriptor to any process of this user that connects to `path`."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:

@@ -1,1 +1,1 @@
-"""What is counted, timed, logged and traced."""
+"""Counters, timing, logs and traces."""

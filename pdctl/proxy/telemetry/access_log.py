@@ -1,4 +1,4 @@
-"""One JSON line for each request, written by the batch."""
+"""One JSON line per request, written in batches."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pdctl.proxy.telemetry.timing import Timing
 _log = logging.getLogger(__name__)
 
 _FLUSH_S = 0.5
-# Lines kept at most when the disk does not take them.
+# Limit of lines kept while the disk does not accept them.
 _MAX_LINES = 65536
 
 _encode = msgspec.json.Encoder().encode
 
 
 class AccessLog:
-    """Off without a path. Lines that cannot be written are dropped and counted, never waited for."""
+    """Disabled without a path. Lines that cannot be written are dropped and counted; nothing waits for them."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -37,7 +37,7 @@ class AccessLog:
     def add(
         self, request_id: str, key: str, path: str, status: int, counts: tuple[int, int], timing: Timing, failures: int
     ) -> None:
-        """A request has ended. `counts`: prompt and output tokens."""
+        """Log a finished request. `counts`: prompt and output tokens."""
         if len(self._lines) >= _MAX_LINES:
             self._dropped += 1
             return
@@ -51,7 +51,7 @@ class AccessLog:
         self._lines.append(_encode(line) + b"\n")
 
     def move_to(self, path: str) -> None:
-        """Write to another file from now on, or to none. Raises PdctlError, and then stays as it was."""
+        """Write to another file, or to none. Raises PdctlError and then changes nothing."""
         if path == self._path:
             return
         opened = _opened(path) if path else None
@@ -61,13 +61,13 @@ class AccessLog:
         self._path, self._file = path, opened
 
     async def run_forever(self) -> None:
-        """Write what has come together."""
+        """Write the collected lines at intervals."""
         while True:
             await asyncio.sleep(_FLUSH_S)
             self.flush()
 
     def flush(self) -> None:
-        """Write now. A file that was renamed away by a rotation is opened anew."""
+        """Write now. If the file was renamed by a rotation, a new one is opened."""
         if self._file is None or not self._lines:
             return
         lines, self._lines = self._lines, []
@@ -78,12 +78,12 @@ class AccessLog:
             os.write(self._file, b"".join(lines))
         except (OSError, PdctlError) as failure:
             self._dropped += len(lines)
-            _log.warning("access log: %s; %d lines are lost so far", failure, self._dropped)
+            _log.warning("access log: %s; %d lines lost so far", failure, self._dropped)
 
 
 def _opened(path: str) -> int:
     try:
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
     except OSError as failure:
-        hint = "proxy.access_log must be a file we may write"
+        hint = "proxy.access_log must be a writable file"
         raise PdctlError(f"access log {path} cannot be opened: {failure.strerror}", hint) from failure

@@ -1,4 +1,4 @@
-"""Counters and histograms that cost a dictionary update each, and can be added up over workers."""
+"""Counters and histograms that cost one dictionary update each and can be summed over workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Key = tuple[str, tuple[str, ...]]
 
 
 class Histogram:
-    """Counts by upper bound, the last one for what is above all."""
+    """Counts by upper bound; the last count is for larger values."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -23,7 +23,7 @@ class Histogram:
         self.total = 0.0
 
     def add(self, value: float, count: int = 1) -> None:
-        """`count` observations of `value`."""
+        """Add `count` observations of `value`."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.total += value * count
 
@@ -34,7 +34,7 @@ class _Saved(msgspec.Struct):
 
 
 class Counters:
-    """All of a worker's. Names and labels are given a meaning where they are exposed."""
+    """All counters of a worker. The exporter gives names and labels their meaning."""
 
     def __init__(self, histograms: dict[str, Histogram]) -> None:
         self.histograms = histograms
@@ -45,7 +45,7 @@ class Counters:
         self.values[name, labels] += by
 
     def save(self, path: Path) -> None:
-        """For the other workers to add to theirs."""
+        """Save the counters for the other workers."""
         saved = _Saved(
             [(name, list(labels), value) for (name, labels), value in self.values.items()],
             {name: (found.counts, found.total) for name, found in self.histograms.items()},
@@ -55,7 +55,7 @@ class Counters:
         new.replace(path)
 
     def with_others(self, paths: Iterable[Path]) -> Counters:
-        """Ours and what others saved, added up."""
+        """The sum of these counters and those saved by others."""
         found = Counters({name: _copy(histogram) for name, histogram in self.histograms.items()})
         found.values.update(self.values)
         for path in paths:

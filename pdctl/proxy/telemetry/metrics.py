@@ -1,8 +1,7 @@
-"""What the proxy counts, and how Prometheus is told. Times in seconds.
+"""The proxy's metrics and their Prometheus export. Times are in seconds.
 
-docs/metrics.md lists every name. Dashboards made for vLLM find its names, where the meaning is the same, at an address
-of their own: Prometheus' linter refuses their colons.
-"""
+docs/metrics.md lists every name. For dashboards made for vLLM, metrics with the same meaning are also exported under
+vLLM's names, at a separate path because Prometheus' linter refuses their colons."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from pdctl.proxy.telemetry.timing import Timing
 
 _LONG = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-# A worker's counts are as old as this at most when another one is asked for all, seconds.
+# Maximum age of other workers' counts in a scrape, seconds.
 SAVE_S = 1.0
 
 _HISTOGRAMS = {
@@ -36,21 +35,21 @@ _COUNTERS = {
     "tokens": ("pdctl_proxy_tokens", "Output tokens relayed", ()),
     "prompt_tokens": ("pdctl_proxy_prompt_tokens", "Prompt tokens of answered requests", ()),
     "slo_met": ("pdctl_proxy_slo_met", "Requests that met a target", ("target",)),
-    "failovers": ("pdctl_proxy_failovers", "Times a request went on after this engine failed it", ("engine",)),
+    "failovers": ("pdctl_proxy_failovers", "Requests that failed over from this engine", ("engine",)),
     "hand_overs": ("pdctl_proxy_hand_overs", "Requests decoded from handed-over KV", ("prefill", "decode")),
     "hand_over_seconds": (
-        "pdctl_proxy_hand_over_seconds", "Seconds in which decode engines brought KV", ("prefill", "decode"),
+        "pdctl_proxy_hand_over_seconds", "Time that decode engines spent fetching KV", ("prefill", "decode"),
     ),
     "hand_over_bytes": ("pdctl_proxy_hand_over_bytes", "Bytes of KV handed over", ("prefill", "decode")),
     "sheds": ("pdctl_proxy_sheds", "Requests refused with 429", ("reason",)),
-    "ignored_fields": ("pdctl_proxy_ignored_fields", "Fields of requests that no engine knows, left out", ("field",)),
+    "ignored_fields": ("pdctl_proxy_ignored_fields", "Request fields dropped because no engine knows them", ("field",)),
     "left": ("pdctl_proxy_clients_left", "Requests whose client left before the end", ()),
     "quarantined": ("pdctl_proxy_quarantined", "Requests put in quarantine", ()),
     "release_failures": (
-        "pdctl_proxy_release_failures", "Leases that could not be released and end by deadline", (),
+        "pdctl_proxy_release_failures", "Leases that could not be released and expire", (),
     ),
 }  # fmt: skip
-# vLLM's names for what means the same, with its label.
+# vLLM's names of metrics with the same meaning, with its label.
 _AS_VLLM = {
     "ttft": "vllm:time_to_first_token_seconds",
     "itl": "vllm:inter_token_latency_seconds",
@@ -61,7 +60,7 @@ _AS_VLLM = {
     "prompt_tokens": "vllm:prompt_tokens",
 }
 
-# Keys of what every request counts.
+# Keys of counters that every request updates.
 _ANSWERED: Key = ("requests", ("200",))
 _TOKENS: Key = ("tokens", ())
 _PROMPT_TOKENS: Key = ("prompt_tokens", ())
@@ -71,7 +70,7 @@ _TPOT_MET: Key = ("slo_met", ("tpot",))
 
 @dataclass(slots=True)
 class Metrics:
-    """Counted by relays, rendered on request. `folder`: where workers leave their counts, None for a single one."""
+    """Counted by relays, rendered on request. `folder`: where workers save their counts, None for a single worker."""
 
     model: str
     ttft_slo_s: float
@@ -89,7 +88,7 @@ class Metrics:
         return self.counters.histograms["itl"]
 
     def finished(self, timing: Timing, prompt_tokens: int, tokens: int) -> None:
-        """A request was answered whole."""
+        """A request was answered completely."""
         now, counters, histograms = time.monotonic(), self.counters.values, self.counters.histograms
         counters[_ANSWERED] += 1
         counters[_TOKENS] += tokens
@@ -108,11 +107,11 @@ class Metrics:
         self.counters.count("requests", str(status))
 
     def failed_over(self, engine: str) -> None:
-        """A request goes on elsewhere."""
+        """A request failed over from an engine."""
         self.counters.count("failovers", engine)
 
     def shed(self, reason: str) -> None:
-        """A request was refused to keep the others fast."""
+        """A request was refused with 429."""
         self.counters.count("sheds", reason)
 
     def ignored(self, field: str) -> None:
@@ -120,7 +119,7 @@ class Metrics:
         self.counters.count("ignored_fields", field)
 
     def client_left(self) -> None:
-        """Nobody waits for this answer any more."""
+        """A client disconnected before the end."""
         self.counters.count("left")
 
     def handed_over(self, prefill: str, decode: str, timing: Timing) -> None:
@@ -131,14 +130,14 @@ class Metrics:
             self.counters.count("hand_over_bytes", prefill, decode, by=timing.stages.get("bytes", 0.0))
 
     def save(self) -> None:
-        """Leave our counts where the other workers find them."""
+        """Save the counts for the other workers."""
         if self.folder is not None:
             self.counters.save(self.folder / f"{self.worker}.json")
 
     def render(
         self, pool: EnginePool, waiting: int, quarantined: int, release_failures: int, as_vllm: bool = False
     ) -> bytes:
-        """Prometheus text, of all workers together where there are several; `as_vllm`: under vLLM's names."""
+        """Prometheus text with the totals of all workers; `as_vllm`: under vLLM's names."""
         self.counters.values["quarantined", ()] = float(quarantined)
         self.counters.values["release_failures", ()] = float(release_failures)
         counters = self.counters
@@ -151,7 +150,7 @@ class Metrics:
 
 
 class _Native(Collector):
-    """One scrape under our own names."""
+    """One scrape under pdctl's names."""
 
     def __init__(self, counters: Counters, pool: EnginePool, waiting: int) -> None:
         self._counters = counters
@@ -159,7 +158,7 @@ class _Native(Collector):
         self._waiting = waiting
 
     def collect(self) -> Iterator[Metric]:
-        """Everything."""
+        """All metrics."""
         for short, (name, about, labels) in _COUNTERS.items():
             family = CounterMetricFamily(name, about, labels=labels)
             for key, value in sorted(_values(self._counters, short, bool(labels)).items()):
@@ -168,16 +167,17 @@ class _Native(Collector):
         for short, (name, about, _) in _HISTOGRAMS.items():
             yield _family(name, about, [], [], self._counters.histograms[short])
         yield from self._engines()
-        yield GaugeMetricFamily("pdctl_proxy_waiting", "Requests that wait for admission", value=self._waiting)
+        yield GaugeMetricFamily("pdctl_proxy_waiting", "Requests waiting for admission", value=self._waiting)
 
     def _engines(self) -> Iterator[Metric]:
         gauges: dict[str, tuple[str, Callable[[Engine], float]]] = {
-            "pdctl_proxy_engine_healthy": ("1 when the engine can be used", lambda e: float(e.healthy)),
-            "pdctl_proxy_engine_requests": ("Calls under way at the engine", lambda e: float(len(e.tickets))),
+            "pdctl_proxy_engine_healthy": ("1 if the engine is available", lambda e: float(e.healthy)),
+            "pdctl_proxy_engine_requests": ("Calls in progress at the engine", lambda e: float(len(e.tickets))),
             "pdctl_proxy_engine_breaker_open": (
-                "1 when its circuit is open: left out for a while", lambda e: float(e.breaker.state != "closed"),
+                "1 if the circuit breaker is open: the engine gets no requests for a while",
+                lambda e: float(e.breaker.state != "closed"),
             ),
-            "pdctl_proxy_engine_draining": ("1 when it gets no new requests", lambda e: float(e.draining)),
+            "pdctl_proxy_engine_draining": ("1 if the engine gets no new requests", lambda e: float(e.draining)),
         }  # fmt: skip
         for name, (about, value_of) in gauges.items():
             family = GaugeMetricFamily(name, about, labels=["engine"])
@@ -196,7 +196,7 @@ class _AsVllm(Collector):
         self._waiting = waiting
 
     def collect(self) -> Iterator[Metric]:
-        """What means the same there."""
+        """Metrics with the same meaning in vLLM."""
         labels, values = ["model_name"], [self._model]
         for short, name in _AS_VLLM.items():
             if short in _HISTOGRAMS:
@@ -206,8 +206,8 @@ class _AsVllm(Collector):
                 family.add_metric(values, _values(self._counters, short, labelled=False)[()])
                 yield family
         for name, about, value in (
-            ("vllm:num_requests_running", "Requests at engines", self._running),
-            ("vllm:num_requests_waiting", "Requests that wait for admission", self._waiting),
+            ("vllm:num_requests_running", "Requests running on engines", self._running),
+            ("vllm:num_requests_waiting", "Requests waiting for admission", self._waiting),
         ):
             gauge = GaugeMetricFamily(name, about, labels=labels)
             gauge.add_metric(values, value)
@@ -220,10 +220,10 @@ def _values(counters: Counters, counter: str, labelled: bool) -> dict[tuple[str,
 
 
 def _family(name: str, about: str, labels: list[str], values: list[str], histogram: Histogram) -> Metric:
-    buckets, seen = [], 0
+    buckets, observed = [], 0
     for bound, count in zip([*map(str, histogram.bounds), "+Inf"], histogram.counts, strict=True):
-        seen += count
-        buckets.append((bound, float(seen)))
+        observed += count
+        buckets.append((bound, float(observed)))
     family = HistogramMetricFamily(name, about, labels=labels)
     family.add_metric(values, buckets, histogram.total)
     return family

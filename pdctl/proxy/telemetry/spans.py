@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests, where `otlp_endpoint` asks for them. The SDK is loaded only then."""
+"""OpenTelemetry spans of requests, if `otlp_endpoint` is set. The SDK is loaded only then."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _CONTEXT = (b"traceparent", b"tracestate", b"baggage")
 
 
 class Spans(Protocol):
-    """Begins and ends a request's span. False when nothing is recorded."""
+    """Begins and ends a request's span. It is falsy if nothing is recorded."""
 
     def __bool__(self) -> bool:
         """Whether spans are recorded."""
         ...
 
     def begin(self, headers: dict[bytes, bytes]) -> object:
-        """A request came, perhaps with a trace context."""
+        """Begin the span of a request, which may have a trace context."""
         ...
 
     def header(self, trace: object, headers: dict[bytes, bytes]) -> bytes:
-        """Header lines that continue the trace at an engine."""
+        """Header lines that continue the trace on an engine."""
         ...
 
     def end(
         self, trace: object, request_id: str, path: str, status: int, counts: tuple[int, int], timing: Timing
     ) -> None:
-        """The request has ended: its span and those of its parts are exported, by a thread of the SDK's."""
+        """End the span of a request; a thread of the SDK exports it with the spans of its phases."""
         ...
 
     def close(self) -> None:
-        """Export what is left."""
+        """Export the remaining spans."""
         ...
 
 
@@ -129,7 +129,8 @@ class OtlpSpans:
 
 
 def _parts(timing: Timing) -> dict[str, tuple[float, float]]:
-    """Where each part lies, monotonic seconds. The engine's stages end one after the other at its first answer."""
+    """Begin and end of each phase in monotonic seconds. The engine's stages are consecutive and end at its first
+    answer."""
     admitted = timing.admitted_at or timing.received_at
     found = {"queue": (timing.received_at, admitted)}
     if timing.prefilled_at:

@@ -1,4 +1,4 @@
-"""Where a request's time went, as the proxy saw it and as the decode engine said."""
+"""A request's time by phase, as measured by the proxy and reported by the decode engine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Timing:
-    """Monotonic seconds; 0.0 for what has not happened. Of an attempt that failed only the first token stays.
+    """Times in monotonic seconds; 0.0 if not happened. After a failed attempt only the first token's time is kept.
 
-    `stages`: seconds the decode engine spent on hand_over, admission and first_step, and hand-over `bytes`.
+    `stages`: the decode engine's seconds for hand_over, admission and first_step, and hand-over `bytes`.
     """
 
     received_at: float = field(default_factory=time.monotonic)
@@ -22,22 +22,22 @@ class Timing:
     stages: dict[str, float] = field(default_factory=dict)
 
     def prefilled(self, now: float) -> None:
-        """Prefill has answered."""
+        """The prefill engine has answered."""
         self.prefilled_at = now
 
     def token(self, now: float) -> None:
-        """A token is here; the first one counts."""
+        """A token has arrived; only the first one is recorded."""
         if not self.first_token_at:
             self.first_token_at = now
 
     def engine_says(self, said: str | None) -> None:
-        """The head of the decode engine's answer is here, and with it perhaps its own stages."""
+        """Take the decode engine's stages from the head of its answer, if present."""
         self.decode_at = time.monotonic()
         if said:
             self.stages = parse_stages(said)
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each part that is known, in order."""
+        """Seconds of each known phase, in order."""
         admitted = self.admitted_at or self.received_at
         found = {"queue": admitted - self.received_at}
         if self.prefilled_at:
@@ -48,7 +48,8 @@ class Timing:
         return found
 
     def header(self) -> str:
-        """As Server-Timing words them: `name;dur=MILLISECONDS`, with commas; `desc` names the engine."""
+        """The phases in the format of Server-Timing: `name;dur=MILLISECONDS`, separated by commas; `desc`: the
+        engine."""
         told = {name: f"{name};dur={seconds * 1000:.3f}" for name, seconds in self.parts().items()}
         for name, engine in zip(("prefill", "decode"), self.engines, strict=True):
             if engine:
@@ -57,7 +58,7 @@ class Timing:
 
 
 def parse_stages(said: str) -> dict[str, float]:
-    """`name=number` with commas; anything else is left out."""
+    """Parse `name=number` separated by commas; anything else is ignored."""
     found = {}
     for part in said.split(","):
         name, _, value = part.strip().partition("=")

@@ -1,1 +1,1 @@
-"""Processes themselves: started, looked at, logged, ended with their trees."""
+"""Processes: start, probe and log them, and end them with all their descendants."""

@@ -1,4 +1,4 @@
-"""The sockets clients connect to: bound by us and handed down, so that a restart of a proxy refuses nobody."""
+"""The sockets that clients connect to, bound by the supervisor: no connection is refused while a proxy restarts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from pdctl.errors import PdctlError
-from pdctl.host.ports import listening_ports
+from pdctl.host.processes.ports import listening_ports
 from pdctl.net.serving import listen_tcp
 from pdctl.supervisor.rundir.adoption import listener_from
 
@@ -15,7 +15,7 @@ Address = tuple[str, int]
 
 
 class Listeners:
-    """One for each address."""
+    """One listening socket per address."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -25,12 +25,12 @@ class Listeners:
         return address in self._sockets
 
     def open(self, address: Address, survivors: list[str]) -> None:
-        """Bind it, or take it back from one of the processes that an earlier supervisor left. Raises PdctlError."""
+        """Bind the address, or take its socket from a process left by an earlier supervisor. Raises PdctlError."""
         found = listener_from(self._run_dir, survivors) if survivors else None
         self._sockets[address] = found or _listen(address)
 
     def of(self, address: Address) -> socket.socket:
-        """The socket of an address, bound now if it is a new one. Raises PdctlError."""
+        """The socket of an address; a new address is bound first. Raises PdctlError."""
         if address not in self._sockets:
             self._sockets[address] = _listen(address)
         return self._sockets[address]

@@ -1,8 +1,8 @@
-"""A file for each process and incarnation, given to the child itself: no pipe, so nobody's death or delay blocks it.
+"""Log files, one per process and incarnation. The child writes to it directly, so no slow or dead reader blocks it.
 
-What is too large is cut at its beginning, where the child no longer writes: those bytes are first kept in an archive
-beside it, then the file's blocks there are given back (a hole is punched). The child notices nothing, and no line is
-lost, which renaming or truncating a file in use cannot promise.
+A log that grows too large is cut at its start, where the child no longer writes: the bytes are copied to an archive
+beside the log, then their disk blocks are freed by punching a hole. The child is not affected and no line is lost;
+renaming or truncating a file in use cannot guarantee that.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# Logs of earlier incarnations that are kept.
+# Number of logs kept from earlier incarnations.
 KEPT = 5
 _PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
 _BLOCK = 4096
 _CHUNK = 1 << 20
-# How far back a process's own reason for its end is looked for, and how much of it is told.
+# Last lines searched for the error that a process logged before its exit, and characters reported of that error.
 _LAST_LINES, _LONGEST_REASON = 20, 500
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def open_new(path: Path) -> int:
-    """A descriptor for a new incarnation's output; the last one's becomes PATH.1, and so on. Raises OSError."""
+    """Open the log of a new incarnation; the previous log becomes PATH.1, and so on. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.exists():
         for number in range(KEPT, 0, -1):
@@ -38,7 +38,7 @@ def open_new(path: Path) -> int:
 
 
 def by_inode(path: Path, inode: int) -> Path:
-    """The file among a process's logs that has this inode; the newest where none has."""
+    """The file with this inode among a process's logs; the newest file if none has it."""
     for found in (path, *(path.with_name(f"{path.name}.{number}") for number in range(1, KEPT + 1))):
         with contextlib.suppress(OSError):
             if found.stat().st_ino == inode:
@@ -47,12 +47,12 @@ def by_inode(path: Path, inode: int) -> Path:
 
 
 def archive_of(path: Path) -> Path:
-    """Where the part that was cut from a log last is."""
+    """The file with the part that was last cut from a log."""
     return path.with_name(f"{path.name}.old")
 
 
 def first_byte(file: int) -> int:
-    """Where a log's text begins: after the hole."""
+    """The offset of the first byte of a log after its hole."""
     try:
         return os.lseek(file, 0, os.SEEK_DATA)
     except OSError:
@@ -60,7 +60,7 @@ def first_byte(file: int) -> int:
 
 
 def cap(path: Path, most: int) -> bool:
-    """Cut a log that takes more than `most` bytes of disk to half of that; whether that was done. Raises OSError."""
+    """Cut a log that uses more than `most` bytes of disk to half of that. Whether it was cut. Raises OSError."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -78,17 +78,17 @@ def cap(path: Path, most: int) -> bool:
 
 
 def cap_all(paths: Iterable[Path], most: int, say: Callable[[str, str], None]) -> None:
-    """Cut every log that is too large; `say` is told, by process."""
+    """Cut every log that is too large; `say(process, message)` reports each."""
     for path in paths:
         try:
             if cap(path, most):
-                say(path.stem, f"log cut; its older half is in {archive_of(path)}")
+                say(path.stem, f"log truncated; the older half is in {archive_of(path)}")
         except OSError as failure:
-            say(path.stem, f"its log cannot be cut: {failure.strerror}")
+            say(path.stem, f"the log cannot be truncated: {failure.strerror}")
 
 
 def _copy(source: int, start: int, end: int, target: Path) -> None:
-    """Bytes of a log into its archive, which holds the last cut only."""
+    """Copy bytes of a log into its archive. The archive holds the last cut only."""
     scratch = target.with_name(f"{target.name}.new")
     with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
         at = start
@@ -102,11 +102,13 @@ def _copy(source: int, start: int, end: int, target: Path) -> None:
 def _punch(file: int, end: int) -> None:
     if _libc.fallocate(file, _PUNCH, ctypes.c_long(0), ctypes.c_long(end)) != 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"this file system cannot cut logs: {os.strerror(code or errno.EOPNOTSUPP)}")
+        raise OSError(
+            code, f"this file system cannot truncate logs at the start: {os.strerror(code or errno.EOPNOTSUPP)}"
+        )
 
 
 def tail(path: Path, lines: int, most: int = 64 * 1024) -> list[str]:
-    """The last lines of a log; none of one that cannot be read."""
+    """The last lines of a log; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -117,6 +119,6 @@ def tail(path: Path, lines: int, most: int = 64 * 1024) -> list[str]:
 
 
 def last_error(path: Path) -> str:
-    """What a process said of its own failure: its last line that begins with "error: ", without that."""
+    """The error that a process logged: its last line that begins with "error: ", without that prefix."""
     lines = [line for line in tail(path, _LAST_LINES) if line.startswith("error: ")]
     return lines[-1].removeprefix("error: ")[:_LONGEST_REASON] if lines else ""

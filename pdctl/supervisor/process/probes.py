@@ -1,8 +1,9 @@
-"""Is it ready, is it alive, does it get on: one process asked from outside, within deadlines.
+"""Probes of one process: readiness, liveness, progress and function. Each probe has a deadline.
 
-Ready is what its kind or the topology says: a port that accepts, a path that answers 200, a line in its log. From then
-on it must answer (liveness), its tokens must advance while requests run (progress: a hung core behind a front that
-answers 200 is caught by this alone), and where asked for, a token must come out of an idle engine (functional).
+The engine kind or the topology defines when a process is ready: a port accepts, a path answers 200, or a line is in
+the log. From then on it must answer (liveness), and its token count must advance while requests run (progress: only
+this probe finds a hung core behind a front that answers 200). If configured, an idle engine must also generate a token
+(functional).
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from pathlib import Path
 
 import msgspec
 
+from pdctl.adapters import Progress
 from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
 from pdctl.plan import Probe
 
 _JSON = {"content-type": "application/json"}
 _ONE_TOKEN = msgspec.json.encode({"prompt": [1], "max_tokens": 1, "temperature": 0})
 _FUNCTIONAL_S = 60.0
-# How soon a probe that is turned off notices that it is not any more.
+# How often a disabled probe checks whether it was enabled, seconds.
 _OFF_S = 5.0
-# Bytes of a log looked at for its ready line.
+# Bytes at the end of a log that are searched for the ready line.
 _LOG_TAIL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """How often and how patiently. Seconds; 0 turns a probe off."""
+    """Intervals and limits of the probes, in seconds; 0 disables a probe. `failures`: failed probes in a row."""
 
     liveness_s: float
     failures: int
@@ -39,20 +41,12 @@ class Cadence:
     functional_s: float
 
 
-class _State(msgspec.Struct):
-    """What a progress probe needs of an engine's state; kinds leave out what they do not know."""
-
-    running: int = 0
-    tokens_total: int = 0
-    steps_total: int = 0
-    silent_s: float = 0.0
-
-
 class Prober:
-    """Asks one incarnation of one process."""
+    """Probes one incarnation of one process. `read_progress` parses what its state path answers; raises ValueError."""
 
-    def __init__(self, probe: Probe, log: Path, secret: str) -> None:
+    def __init__(self, probe: Probe, log: Path, secret: str, read_progress: Callable[[bytes], Progress]) -> None:
         self._probe = probe
+        self._read_progress = read_progress
         self._log = log
         self._headers = header_lines({"authorization": f"Bearer {secret}", **_JSON})
         self._pools: dict[str, ConnectionPool] = {}
@@ -62,7 +56,7 @@ class Prober:
     # -- readiness -----------------------------------------------------------------------------------------
 
     async def until_ready(self) -> bool:
-        """False when it took longer than it may."""
+        """Wait until the process is ready. False if the startup deadline passed."""
         kind, _, rest = self._probe.ready.partition(":")
         ask = {"tcp": self._accepts, "log": self._logged, "http": self._answers}.get(kind, _at_once)
         deadline = time.monotonic() + self._probe.startup_s
@@ -98,14 +92,14 @@ class Prober:
         try:
             return await self._get(url) is not None
         except Unreachable:
-            return False  # not listening yet; its exit, if it comes to that, is noticed elsewhere
+            return False  # not listening yet; an exit is detected elsewhere
 
-    # -- from then on --------------------------------------------------------------------------------------
+    # -- liveness ------------------------------------------------------------------------------------------
 
     async def until_dead(self, cadence: Callable[[], Cadence]) -> str:
-        """Return when it must be given up, with the reason; never, where nothing is to be asked.
+        """Return the reason when the process counts as dead. Never returns if there is nothing to probe.
 
-        `cadence` is asked before each probe: it may change while the process runs.
+        `cadence` is called before each probe: it may change while the process runs.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -121,11 +115,11 @@ class Prober:
             self._close()
 
     async def _liveness(self, cadence: Callable[[], Cadence]) -> str | None:
-        """None when there is nothing to ask."""
+        """The reason why the process counts as dead; None if there is nothing to probe."""
         if not self._probe.alive and not self._probe.state:
             return None
         missed = 0
-        # Spread, so that two hundred processes are not asked in one moment.
+        # Spread the probes, so that two hundred processes are not probed at the same moment.
         await asyncio.sleep(cadence().liveness_s * random.random())  # noqa: S311 - spreading, no secret
         while True:
             now = cadence()
@@ -151,8 +145,8 @@ class Prober:
         if not progress_s or not self._probe.state:
             return None
         try:
-            state = msgspec.json.decode(body, type=_State)
-        except msgspec.DecodeError:
+            state = self._read_progress(body)
+        except ValueError:
             return None
         if state.silent_s > progress_s:
             return f"hung: its core has not answered for {state.silent_s:.0f} s"
@@ -161,30 +155,38 @@ class Prober:
             self._done, self._stuck_since = done, now
             return None
         silent = now - self._stuck_since
-        return f"hung: {state.running} requests run, and no token for {silent:.0f} s" if silent > progress_s else None
+        return (
+            f"hung: {state.running} requests are running, but no token for {silent:.0f} s"
+            if silent > progress_s
+            else None
+        )
 
     async def _functional(self, cadence: Callable[[], Cadence]) -> str | None:
-        """A token through the engine; when it is busy, its progress says the same."""
+        """Generate one token in an idle engine; the progress probe covers a busy one."""
         while True:
             period = cadence().functional_s
             await asyncio.sleep((period or _OFF_S) * (0.5 + random.random() / 2))  # noqa: S311 - spreading
             if not period:
                 continue
             try:
-                busy = msgspec.json.decode(await self._get(self._probe.state) or b"{}", type=_State).running > 0
-                if busy:
+                if await self._is_busy():
                     continue
                 pool, path = self._at(self._probe.generate)
                 answer = await pool.request("POST", path, self._headers, _ONE_TOKEN, timeout_s=_FUNCTIONAL_S)
-            except (Unreachable, msgspec.DecodeError) as failure:
+            except (Unreachable, ValueError) as failure:
                 return f"not alive: a one-token request failed ({failure})"
             if answer.status >= 500:
                 return f"not alive: a one-token request was answered with {answer.status}"
 
     # -- parts ---------------------------------------------------------------------------------------------
 
+    async def _is_busy(self) -> bool:
+        """Whether requests run. Raises Unreachable, ValueError."""
+        body = await self._get(self._probe.state) if self._probe.state else None
+        return body is not None and self._read_progress(body).running > 0
+
     async def _get(self, url: str) -> bytes | None:
-        """The body of a 200, or None. Raises Unreachable."""
+        """The body of an answer with status 200, else None. Raises Unreachable."""
         pool, path = self._at(url)
         answer = await pool.request("GET", path, self._headers, timeout_s=self._probe.timeout_s)
         return answer.body if answer.status == 200 else None
@@ -207,7 +209,7 @@ async def _at_once(_: str) -> bool:
 
 
 async def _forever(asked: Awaitable[str | None]) -> str:
-    """A probe that has nothing to ask never ends."""
+    """Wait for a probe; one with nothing to probe never ends."""
     reason = await asked
     if reason is None:
         await asyncio.get_running_loop().create_future()

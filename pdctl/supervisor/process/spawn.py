@@ -1,8 +1,9 @@
-"""Between fork and exec: a child gets its cgroup, death signal, CPU set, limits and stamp.
+"""Start a child: between fork and exec it gets its cgroup, death signal, CPU set, limits and stamp.
 
-We have one thread, so a forked copy of us may run a few lines before it becomes the command; and `clone3` puts it into
-its cgroup as it is born, where a later move waits for the kernel's RCU (7 ms measured) and may come after its first own
-children. Where either does not hold, `sh` and util-linux's `setpriv` do the same a little slower.
+The supervisor has one thread, so a forked copy may run a few lines of Python before the exec. `clone3` creates the
+child inside its cgroup; a later move would wait for the kernel's RCU (7 ms measured) and might miss the child's first
+children. If the supervisor has more threads, or `clone3` cannot do this, `sh` and util-linux's `setpriv` do the same
+a little slower.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from pdctl.plan import ProcessSpec
 from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, UNIT_ENV
 
 _SHIM = Path(__file__).with_name("spawn_shim.py")
-# $0: our pid; $1: cgroup.procs or "". A supervisor that died before this line shall have no child.
+# $0: the supervisor's pid; $1: cgroup.procs or "". If the supervisor died before this line, the child exits.
 _JOIN = '[ "$PPID" = "$0" ] || exit 1; if [ -n "$1" ]; then echo 0 >"$1"; fi; shift; '
-# $0: where the exit code is left; $1: cgroup.procs or "". The leader's pid is written by the leader itself.
+# $0: the file for the exit code; $1: cgroup.procs or "". The leader writes its own pid.
 _RECORD = (
     'if [ -n "$1" ]; then echo 0 >"$1"; fi; shift; '
     """{die} sh -c 'echo $$ >"$0.pid"; exec "$@"' "$0" "$@"; """
@@ -39,13 +40,14 @@ _SYS_CLONE3 = 435  # the same on all architectures
 # cgroup.
 _CLONE_ARGS = struct.Struct("11Q")
 
-# Keeps the interpreter's lock: nothing else of us runs between the clone and the exec.
+# PyDLL keeps the interpreter's lock: no other code of the supervisor runs between clone and exec.
 _libc = ctypes.PyDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of a process. `record`: a file for its exit code and, beside it, its pid: it shall outlive us."""
+    """One start of a process. `record`: the file for its exit code and, beside it, its pid; None if it must not outlive
+    the supervisor."""
 
     spec: ProcessSpec
     env: dict[str, str]
@@ -57,16 +59,16 @@ class Start:
 
 
 def raise_limits() -> None:
-    """Open files and locked memory as far as we may: children inherit them. RDMA registration pins memory."""
+    """Raise the limits of open files and locked memory to their maximum. Children inherit them; RDMA pins memory."""
     for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK):
         _, hard = resource.getrlimit(limit)
         resource.setrlimit(limit, (hard, hard))
 
 
 def spawn(start: Start, log: int) -> int:
-    """Start it, output into descriptor `log`; its pid. Raises OSError.
+    """Start the process with its output in descriptor `log`. Returns its pid. Raises OSError.
 
-    In the main thread only: the death signal follows the thread.
+    Call it in the main thread only: the kernel sends the death signal when the parent thread ends.
     """
     env = {**os.environ, **start.spec.env, **start.env, EPOCH_ENV: start.epoch, "PYTHONUNBUFFERED": "1"}
     env[UNIT_ENV] = start.stamp.partition("=")[2]
@@ -83,7 +85,7 @@ def spawn(start: Start, log: int) -> int:
 
 
 def _forked(start: Start, env: dict[str, str], log: int) -> int | None:
-    """None where this kernel or its guards do not let us put a child into a cgroup as it is born."""
+    """The pid; None if the kernel or a sandbox does not allow creating a child inside a cgroup."""
     command = _recorded(start, "") if start.record is not None else list(start.spec.argv)
     path = _found(command[0], env.get("PATH", ""))
     assert path is not None
@@ -132,7 +134,7 @@ def _become(
             os.dup2(file, target)
         if start.listen_fd is not None:
             os.set_inheritable(start.listen_fd, True)
-        # Python ignores these two, and what is ignored stays so through exec.
+        # Python ignores these two signals, and ignored signals stay ignored after exec.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         if start.record is None:
@@ -147,7 +149,7 @@ def _become(
 
 
 def _is_alone() -> bool:
-    """Whether we have one thread: a copy of a process with several may hold locks that nobody will ever release."""
+    """Whether this process has one thread. A fork of a process with several may hold locks that are never released."""
     return len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208 - names are all that is needed
 
 
@@ -159,7 +161,7 @@ def _through_shell(start: Start, env: dict[str, str], log: int) -> int:
         _argv(start), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         pass_fds=() if start.listen_fd is None else (start.listen_fd,),
     )  # fmt: skip
-    # It is waited for by its pid, like all of them.
+    # The supervisor waits for the pid itself, as for all children.
     process.returncode = 0
     return process.pid
 
@@ -175,7 +177,7 @@ def _argv(start: Start) -> list[str]:
 
 
 def _recorded(start: Start, join: str) -> list[str]:
-    """Below a shell that writes down how it ended; if that dies, so does the command."""
+    """Run the command below a shell that records its exit code; if the shell dies, so does the command."""
     setpriv = _found("setpriv", os.environ.get("PATH", ""))
     die = f"{setpriv} --pdeathsig KILL --" if setpriv else ""
     return ["/bin/sh", "-c", _RECORD.format(die=die), str(start.record), join, *start.spec.argv]
@@ -185,7 +187,7 @@ _known: dict[tuple[str, str], str] = {}
 
 
 def _found(command: str, path: str) -> str | None:
-    """Where a command is. What is not there is looked for again: somebody may be about to install it."""
+    """The path of a command. A miss is not cached: the command may be installed later."""
     found = _known.get((command, path)) or shutil.which(command, path=path)
     if found is not None:
         _known[command, path] = found

@@ -1,4 +1,4 @@
-"""Runs between fork and exec where there is no setpriv. Standard library only. argv: parent, cgroup.procs, command."""
+"""Runs between fork and exec if setpriv is missing. Standard library only. argv: parent, cgroup.procs, command."""
 
 import ctypes
 import os

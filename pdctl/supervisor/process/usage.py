@@ -1,4 +1,4 @@
-"""What processes use, all of them in one look: CPU time, resident memory, and of whose tree each is."""
+"""CPU time and resident memory of process trees, measured for all of them in one pass over /proc."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Use:
 
 
 def read_uses(leaders: Iterable[int]) -> dict[int, Use]:
-    """By leader; leaders that are gone are left out."""
+    """Usage by leader; leaders that are gone are omitted."""
     parents, costs = _all()
     children: dict[int, list[int]] = {}
     for pid, parent in parents.items():
@@ -26,7 +26,7 @@ def read_uses(leaders: Iterable[int]) -> dict[int, Use]:
 
 
 def _all() -> tuple[dict[int, int], dict[int, tuple[float, int]]]:
-    # Here: the supervisor needs it when somebody looks, and importing it takes a tenth of a second.
+    # Imported here: the supervisor needs it only for a status call, and the import takes a tenth of a second.
     import psutil
 
     parents: dict[int, int] = {}
@@ -50,19 +50,19 @@ def _sum(leader: int, children: dict[int, list[int]], costs: dict[int, tuple[flo
 
 
 class CpuShares:
-    """CPU use between two looks."""
+    """CPU use between two measurements."""
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[float, float]] = {}
 
     def percent(self, pid: int, use: Use, started_at: float) -> float:
-        """Of one core, since the last look at this pid; since its start at the first. `started_at`: monotonic."""
+        """Percent of one core since the last measurement of this pid, or since its start. `started_at`: monotonic."""
         now = time.monotonic()
         at, seconds = self._before.get(pid, (started_at, 0.0))
         self._before[pid] = (now, use.cpu_s)
         return round(100 * max(0.0, use.cpu_s - seconds) / max(0.01, now - at), 1)
 
     def keep(self, pids: Iterable[int]) -> None:
-        """Forget all others."""
+        """Forget all other pids."""
         alive = set(pids)
         self._before = {pid: found for pid, found in self._before.items() if pid in alive}

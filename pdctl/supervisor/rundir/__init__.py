@@ -1,1 +1,1 @@
-"""What is kept in files: the run directory, the journal, what a later supervisor adopts."""
+"""State in files: the run directory, the journal, and the records that a later supervisor adopts."""

@@ -1,7 +1,7 @@
-"""A service that outlives its supervisor: what is written down, and how a later one finds its processes again.
+"""A service that outlives its supervisor: its records, and how a later supervisor finds its processes again.
 
-A pid alone is nobody: it is taken together with the process's start time and this boot's id. The exit code of a process
-that is not our child is known because the shell that waits for it writes it down.
+A pid alone does not identify a process; it is used together with the process's start time and the boot id. The exit
+code of a process that is not a child is known because the shell that waits for it writes it to a file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from pdctl.control_api import LastExit
 from pdctl.host.boot import host_id
 from pdctl.plan import Plan, ProcessSpec
 from pdctl.wire import listener_path
@@ -24,8 +25,8 @@ _ASK_S = 2.0
 class Record(msgspec.Struct, frozen=True):
     """One running process.
 
-    `spec`: what it was started as, whatever a plan says by now; `start_ticks`: proc(5)'s start time; `record`: where
-    its exit code will be; `group`: its cgroup, or ""; `started_at`: monotonic, which is one clock for a boot.
+    `spec`: as it was started, even if the plan has changed since; `start_ticks`: the start time of proc(5); `record`:
+    the file for its exit code; `group`: its cgroup, or ""; `started_at`: monotonic, a clock that is valid for one boot.
     """
 
     spec: ProcessSpec
@@ -38,18 +39,18 @@ class Record(msgspec.Struct, frozen=True):
     group: str
     started_at: float
     ready_since: str | None = None
-    last_exit: dict[str, object] | None = None
+    last_exit: LastExit | None = None
 
 
 class Records(msgspec.Struct, frozen=True):
-    """All of a service's."""
+    """All records of a service."""
 
     host_id: str
     processes: list[Record]
 
 
 class AdoptableState(msgspec.Struct, frozen=True):
-    """What an earlier supervisor left: its plan, its secret, and the processes that still run."""
+    """What an earlier supervisor left: its plan, its secret, and the processes that are still running."""
 
     plan: Plan
     secret: str
@@ -57,7 +58,7 @@ class AdoptableState(msgspec.Struct, frozen=True):
 
 
 def read_adoptable(run_dir: Path) -> AdoptableState | None:
-    """None where nothing of it runs, or it was not meant to be taken over."""
+    """The state to adopt; None if none of its processes run, or if the service does not outlive its supervisor."""
     try:
         plan = msgspec.json.decode((run_dir / PLAN).read_bytes(), type=Plan)
         records = msgspec.json.decode((run_dir / STATE).read_bytes(), type=Records)
@@ -69,14 +70,14 @@ def read_adoptable(run_dir: Path) -> AdoptableState | None:
     alive = [record for record in records.processes if start_ticks(record.pid) == record.start_ticks]
     if not alive:
         return None
-    # An apply may have been under way: what runs is what the records say.
+    # An apply may have been in progress: the records say what runs.
     running = {record.spec.name: record.spec for record in alive}
     known = [running.pop(spec.name, spec) for spec in plan.processes]
     return AdoptableState(replace(plan, processes=(*known, *running.values())), secret, alive)
 
 
 def start_ticks(pid: int, proc_root: Path = Path("/proc")) -> int:
-    """When a process started, in clock ticks since boot; 0 for one that is gone or a zombie."""
+    """When a process started, in clock ticks since boot; 0 if it is gone or a zombie."""
     try:
         words = (proc_root / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -85,26 +86,26 @@ def start_ticks(pid: int, proc_root: Path = Path("/proc")) -> int:
 
 
 def recorded_pid(record: Path) -> int | None:
-    """The leader's pid, as soon as it has one."""
+    """The leader's pid; None before the leader has written it."""
     with contextlib.suppress(OSError, ValueError):
         return int(record.with_name(f"{record.name}.pid").read_text())
     return None
 
 
 def from_shell(code: int) -> int:
-    """A shell's exit code as ours. POSIX shells answer with 128 and the number for a command that a signal ended."""
+    """Convert a shell's exit code. POSIX shells return 128 plus the signal number for a command killed by a signal."""
     return 128 - code if 128 < code <= 128 + 64 else code
 
 
 def recorded_exit(record: Path) -> int | None:
-    """How it ended: a code, or the negative number of a signal; None where that was not written down."""
+    """How it ended: an exit code, or a negative signal number; None if no record was written."""
     with contextlib.suppress(OSError, ValueError):
         return from_shell(int(record.read_text()))
     return None
 
 
 def listener_from(run_dir: Path, names: list[str]) -> socket.socket | None:
-    """The listening socket that a proxy was given, from the proxy: it must stay open while it changes hands."""
+    """Get a proxy's listening socket back from the proxy, so that the socket stays open during the takeover."""
     for name in names:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as ask:
             ask.settimeout(_ASK_S)

@@ -1,4 +1,4 @@
-"""The run directory of a service: lock, control socket, plan, state. Gone when the service is down."""
+"""The run directory of a service: lock, control socket, plan, state. It is removed when the service is down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from pdctl.errors import AlreadyRunning, PdctlError
-from pdctl.supervisor.rundir.presence import LOCK, supervisor_of
+from pdctl.host.processes.presence import LOCK, supervisor_of
 
 SPACE_HINT = "free space there, or set PDCTL_RUN to another directory"
 _LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.005
@@ -19,7 +19,7 @@ _LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
 
 
 class RunDir:
-    """Locked for as long as the supervisor lives; the kernel lets go of the lock when it dies."""
+    """Locked as long as the supervisor lives; the kernel releases the lock when it dies."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,27 +27,27 @@ class RunDir:
 
     @property
     def control_socket(self) -> Path:
-        """Where the supervisor answers."""
+        """The socket of the control API."""
         return self.path / "control.sock"
 
     def acquire(self) -> None:
         """Create and lock. Raises AlreadyRunning, PdctlError."""
         if len(str(self.control_socket)) > _LONGEST_SOCKET_PATH:
-            hint = "set PDCTL_RUN to a shorter directory, such as /tmp/pd"
+            hint = "set PDCTL_RUN to a shorter path, such as /tmp/pd"
             raise PdctlError(f"the run directory {self.path} is too long for a unix socket", hint)
         self._make_private(self.path.parent)
         self._make_private(self.path)
-        # Also one whose lock file was removed.
+        # Also finds a supervisor whose lock file was removed.
         holder = supervisor_of(self.path)
         if holder is not None or not self._take_lock():
             name = self.path.name
-            hint = f"look at it with: pdctl status -s {name}    stop it with: pdctl down -s {name}"
+            hint = f"see it with: pdctl status -s {name}    stop it with: pdctl down -s {name}"
             raise AlreadyRunning(f"service {name!r} is already running (supervisor pid {holder})", hint)
 
     def restore(self) -> bool:
-        """Put the directory and the lock back when somebody removed them; whether anything was missing.
+        """Restore the directory and the lock if they were removed. Returns whether anything was missing.
 
-        Raises PdctlError where they cannot be made, or another supervisor holds them now.
+        Raises PdctlError if they cannot be created, or if another supervisor holds them now.
         """
         assert self._lock is not None
         with contextlib.suppress(OSError):
@@ -78,7 +78,7 @@ class RunDir:
         return True
 
     def write_json(self, name: str, value: object) -> Path:
-        """Write a file of the directory in one piece."""
+        """Write a file of the directory atomically."""
         target = self.path / name
         scratch = target.with_suffix(".tmp")
         scratch.write_text(json.dumps(value, indent=1))
@@ -94,7 +94,7 @@ class RunDir:
             file.write(text)
 
     def release(self, keep: bool = False) -> None:
-        """Let go of the lock; remove the directory unless somebody still lives in it."""
+        """Release the lock; remove the directory, unless `keep`."""
         if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
@@ -102,7 +102,7 @@ class RunDir:
             self._lock = None
 
     def clear(self) -> None:
-        """Remove what a dead supervisor left, but for the lock."""
+        """Remove everything that a dead supervisor left, except the lock."""
         for entry in self.path.iterdir():
             if entry.name == LOCK:
                 continue
@@ -117,13 +117,13 @@ class RunDir:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             owner = path.stat().st_uid
         except OSError as failure:
-            raise PdctlError(f"the run directory {path} cannot be made: {failure}", "set PDCTL_RUN") from failure
+            raise PdctlError(f"the run directory {path} cannot be created: {failure}", "set PDCTL_RUN") from failure
         if owner != os.getuid():
             raise PdctlError(f"the run directory {path} belongs to another user (uid {owner})", "set PDCTL_RUN")
 
 
 def _lock_soon(descriptor: int) -> None:
-    """Lock it for us alone. Who only looks whether it is locked holds it for microseconds. Raises BlockingIOError."""
+    """Lock it exclusively. Retried, because a check holds the lock for microseconds. Raises BlockingIOError."""
     for _ in range(_LOCK_TRIES):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,1 +1,1 @@
-"""A whole service: its units in order, its plan as it changes, its KV, its end."""
+"""A whole service: the order of its units, changes of its plan, its KV, its shutdown."""

@@ -1,7 +1,8 @@
-"""From the plan that runs to another one, one step after the other, while clients are served.
+"""Changes a running service to another plan, step by step, while clients are served.
 
-Additions come first and are waited for; then the proxies learn of them; what changed is drained and restarted one by
-one; what is gone is drained and stopped last. A step that fails ends it there: what ran before still runs.
+New processes are started first. When they are ready, the proxies are notified. Then changed processes are drained and
+restarted one by one, and removed ones are drained and stopped last. If a step fails, the apply stops there; processes
+that were running before keep running.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from pdctl.control_api import ApplyProgress, ApplyState
 from pdctl.plan import Plan, ProcessSpec
 from pdctl.plan.changes import Changes, diff
 from pdctl.supervisor.unit.lifecycle import ENDED, Goal, Kind, LifecycleEvent, Phase
@@ -17,14 +19,14 @@ from pdctl.supervisor.unit.unit import Unit
 
 
 class ApplyFailed(Exception):
-    """A step did not work, with the sentence for people."""
+    """A step failed. The message is for the user."""
 
 
 class Managed(Protocol):
-    """What applying needs of a service."""
+    """The operations on a service that an apply needs."""
 
-    plan: Plan
-
+    @property
+    def plan(self) -> Plan: ...
     def unit(self, name: str) -> Unit | None: ...
     def open_sockets(self, specs: list[ProcessSpec]) -> None: ...
     def add(self, spec: ProcessSpec) -> Unit: ...
@@ -34,15 +36,19 @@ class Managed(Protocol):
 
 @dataclass(slots=True)
 class Progress:
-    """As `pdctl status --json` shows it."""
+    """The progress of an apply."""
 
-    state: str
+    state: ApplyState
     step: str = ""
     error: str = ""
 
+    def status(self) -> ApplyProgress:
+        """As `pdctl status --json` shows it."""
+        return ApplyProgress(state=self.state, step=self.step, error=self.error)
+
 
 async def apply(service: Managed, wanted: Plan, say: Callable[[str], None]) -> None:
-    """Raises ApplyFailed, PdctlError. Cancelling it leaves what was reached."""
+    """Apply `wanted`. Raises ApplyFailed, PdctlError. If it is cancelled, the steps done so far are kept."""
     changes = diff(service.plan, wanted)
     specs = {spec.name: spec for spec in wanted.processes}
     service.open_sockets([specs[name] for name in (*changes.added, *changes.restarted)])
@@ -52,9 +58,9 @@ async def apply(service: Managed, wanted: Plan, say: Callable[[str], None]) -> N
         service.add(specs[name])
     for name in engines:
         await _until_ready(service, name)
-    # From here on requests may go to the new ones; those that leave are still there.
+    # From here on, requests may go to the new engines. Engines to be removed are still in the plan.
     staying = [spec for spec in service.plan.processes if spec.name in changes.removed]
-    say("telling the proxies")
+    say("updating the proxies")
     _raise(await service.take_on(_with(wanted, staying)))
     engines, restarted_proxies = _split(changes.restarted, specs)
     for name in (*engines, *restarted_proxies):
@@ -80,7 +86,7 @@ async def _remove(service: Managed, changes: Changes, say: Callable[[str], None]
 
 
 async def _replace(service: Managed, spec: ProcessSpec) -> None:
-    """Drain, stop, and start again as it is wanted now."""
+    """Drain and stop the process, and start it with the new spec."""
     unit = service.unit(spec.name)
     assert unit is not None
     unit.feed(LifecycleEvent(Kind.DRAIN, goal=Goal.STOP))
@@ -99,7 +105,7 @@ async def _until_ready(service: Managed, name: str) -> None:
 
 
 def _split(names: Iterable[str], specs: dict[str, ProcessSpec]) -> tuple[list[str], list[str]]:
-    """Engines and proxies."""
+    """Split names into engines and proxies."""
     known = list(names)
     return [n for n in known if specs[n].kind != "proxy"], [n for n in known if specs[n].kind == "proxy"]
 
@@ -110,4 +116,4 @@ def _with(plan: Plan, staying: list[ProcessSpec]) -> Plan:
 
 def _raise(reason: str) -> None:
     if reason:
-        raise ApplyFailed(f"not every proxy follows: {reason}")
+        raise ApplyFailed(f"not every proxy applied the new settings: {reason}")

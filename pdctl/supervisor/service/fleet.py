@@ -1,4 +1,4 @@
-"""All units of a service: their order, who there is, who starts and stops when."""
+"""All units of a service: which exist, and in which order they start and stop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DRAINED = frozenset({Phase.DRAINING, Phase.DRAINED})
 
 
 class Fleet:
-    """Units by name, in the plan's order. `stamp`: what their environments carry, but for the name."""
+    """Units by name, in the plan's order. `stamp`: the common part of the stamps in their environments."""
 
     def __init__(self, stamp: str, listeners: Listeners) -> None:
         self._stamp = stamp
@@ -32,7 +32,7 @@ class Fleet:
         return self._units.get(name)
 
     def add(self, spec: ProcessSpec, around: UnitContext) -> Unit:
-        """One more; raises PdctlError when its socket cannot be bound."""
+        """Add a unit. Raises PdctlError if its socket cannot be bound."""
         unit = Unit(spec, around, f"{self._stamp}:{spec.name}")
         if spec.listen is not None:
             unit.listen_fd = self._listeners.of(spec.listen).fileno()
@@ -40,12 +40,12 @@ class Fleet:
         return unit
 
     def remove(self, unit: Unit) -> None:
-        """Forget one that has ended."""
+        """Remove a unit that has ended."""
         assert unit.life.phase in ENDED
         del self._units[unit.name]
 
     def follow(self, plan: Plan) -> None:
-        """Take on the plan's order, and its specs where no process needs to be touched for them."""
+        """Apply the plan's order, and those of its specs that do not require a restart."""
         order = {spec.name: number for number, spec in enumerate(plan.processes)}
         self._units = dict(sorted(self._units.items(), key=lambda item: order.get(item[0], len(order))))
         for spec in plan.processes:
@@ -56,7 +56,7 @@ class Fleet:
     # -- order ---------------------------------------------------------------------------------------------
 
     def start_what_may(self, was_ready: bool) -> None:
-        """Whatever waits for nobody. A service that has been ready gets its parts back as they can."""
+        """Start pending units whose dependencies are ready. Once the service has been ready, units do not wait."""
         for unit in self:
             needed = [self._units[name] for name in unit.spec.depends_on if name in self._units]
             may = was_ready or all(other.life.phase is Phase.READY for other in needed)
@@ -64,52 +64,52 @@ class Fleet:
                 unit.feed(LifecycleEvent(Kind.START, time.monotonic()))
 
     def stop_what_may(self) -> None:
-        """Whoever nobody depends on any more."""
+        """Stop units on which no running unit depends."""
         for unit in self:
             life = unit.life
             if life.phase in ENDED or (life.phase in (Phase.STOPPING, Phase.CLEARING) and life.goal is Goal.STOP):
                 continue
             dependants = [other for other in self if unit.name in other.spec.depends_on]
-            # What does not run need not be waited for, and must not start again.
+            # A unit that is not running needs no wait, and must not start again.
             if life.phase not in LIVE or all(other.life.phase in ENDED for other in dependants):
                 unit.feed(LifecycleEvent(Kind.STOP, time.monotonic()))
 
     def restart_companions(self, dead: Unit) -> list[Unit]:
-        """Those that do not survive the loss of `dead`."""
+        """Restart the units that have `dead` in their `restart_with`. Returns them."""
         found = [u for u in self if dead.name in u.spec.restart_with and u.life.phase in LIVE]
         for unit in found:
             unit.feed(LifecycleEvent(Kind.RESTART))
         return found
 
     def force(self) -> None:
-        """Kill everything, now."""
+        """Kill everything immediately."""
         for unit in self:
             unit.force()
 
-    # -- who there is --------------------------------------------------------------------------------------
+    # -- members -------------------------------------------------------------------------------------------
 
     @property
     def phases(self) -> list[Phase]:
-        """Of all units."""
+        """The phases of all units."""
         return [unit.life.phase for unit in self]
 
     @property
     def is_over(self) -> bool:
-        """Nothing runs, and every exit is written up."""
+        """Whether nothing runs and every exit report is written."""
         return all(unit.life.phase in ENDED and not unit.reports for unit in self)
 
     def failed(self) -> Unit | None:
-        """One that has failed."""
+        """A failed unit, or None."""
         return next((unit for unit in self if unit.life.phase is Phase.FAILED), None)
 
     def drained(self) -> frozenset[str]:
-        """Names of those that get nothing new."""
+        """Names of the units that get no new requests."""
         return frozenset(unit.name for unit in self if unit.life.phase in _DRAINED)
 
     def members(self) -> list[Member]:
         """Engines that answer."""
         return [
-            Member(unit.name, unit.spec.role, unit.spec.ports["http"], unit.epoch)
+            Member(unit.name, unit.spec.kind, unit.spec.role, unit.spec.host, unit.spec.ports["http"], unit.epoch)
             for unit in self
             if unit.spec.kind != "proxy" and unit.life.phase in _ANSWERING and unit.alive
         ]
@@ -119,18 +119,18 @@ class Fleet:
         return [unit.spec for unit in self if unit.spec.kind == "proxy" and unit.life.phase is Phase.READY]
 
     def holders(self) -> set[str]:
-        """Who may hold leases."""
+        """The names under which running processes may hold leases."""
         return {f"{unit.name}@{unit.epoch}" for unit in self if unit.alive}
 
     def pids(self) -> set[int]:
-        """Ours, the leaders' included."""
+        """The pids of all units and their leaders."""
         found = {unit.pid for unit in self if unit.pid is not None}
         return found | {unit.leader for unit in self if unit.leader is not None}
 
     def records(self) -> list[Record]:
-        """What a later supervisor needs."""
+        """The records that a later supervisor needs."""
         return [record for unit in self if (record := unit.record()) is not None]
 
     def specs(self) -> tuple[ProcessSpec, ...]:
-        """As they are now."""
+        """The current spec of every unit."""
         return tuple(unit.spec for unit in self)

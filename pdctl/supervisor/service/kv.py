@@ -1,57 +1,61 @@
-"""The service's KV as the supervisor sees it: links between engines, leases, and what the dead left behind."""
+"""The supervisor's view of the service's KV: links between engines, leases, and cleanup after dead processes."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import msgspec
 
+from pdctl.adapters import Ability, Control, Target, control
+from pdctl.control_api import EngineBlocks, KvStatus, Lease, Link
 from pdctl.net.http_client import ConnectionPool, Unreachable
-from pdctl.net.internal_calls import Caller, Reply
-from pdctl.wire import (
-    EngineState,
-    HolderCall,
-    HolderReply,
-    LeaseReply,
-    LinkCall,
-    LinkInfo,
-    LinkReply,
-    PeerAddress,
-    RevokeCall,
-)
+from pdctl.net.internal_calls import Caller
+from pdctl.wire import EngineState, LeaseInfo, LeaseReply, LinkInfo, PeerAddress
 
 _READERS = ("decode", "hybrid")
 _SERVERS = ("prefill", "hybrid")
+_ROLES = ("prefill", "decode", "hybrid")
 
 _RECLAIM_S = 2.0
 _RECLAIM_TRIES = 3
 _STATE_S = 1.0
-# An engine makes its links within 10 s each, side by side.
+# An engine needs up to 10 s per link, and makes its links concurrently.
 _LINK_S = 30.0
 _LINK_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One running engine: its name, role, control address and epoch."""
+    """One running engine: its name, kind, role, API address and epoch."""
 
     name: str
+    kind: str
     role: str
+    host: str
     port: int
     epoch: str
 
     @property
     def holder(self) -> str:
-        """Who it is to lease tables."""
+        """Its holder name in lease tables."""
         return f"{self.name}@{self.epoch}"
+
+    @property
+    def control(self) -> Control:
+        """The control interface of its kind."""
+        return control(self.kind)
+
+    @property
+    def peer(self) -> PeerAddress:
+        """Its address, for peers that read its KV."""
+        return PeerAddress(self.name, self.host, self.port, self.epoch)
 
 
 class KvWatch:
-    """Calls to the engines of one service. `members` tells the ready ones now, `holders` all that live."""
+    """Calls to the engines of one service. `members` returns the ready engines, `holders` the live holder names."""
 
     def __init__(
         self,
@@ -65,44 +69,53 @@ class KvWatch:
         self._holders = holders
         self._say = say
         self._caller = Caller(secret)
-        self._pools: dict[int, ConnectionPool] = {}
+        # By holder: a restarted engine counts as another one, whatever its port.
+        self._pools: dict[str, ConnectionPool] = {}
 
-    # -- the dead ------------------------------------------------------------------------------------------
+    # -- dead processes ------------------------------------------------------------------------------------
 
     async def reclaim(self, name: str, holder: str) -> None:
-        """We saw `holder` die: every prefill engine frees what it answered for, at once and side by side."""
+        """`holder` has died: have every prefill engine release its leases now. The calls run concurrently."""
         async with asyncio.TaskGroup() as tasks:
-            for member in self._with(_SERVERS):
+            for member in self._able(Ability.RELEASE_BY_HOLDER, _SERVERS):
                 if member.name != name:
                     tasks.create_task(self._reclaim_at(member, holder))
 
     async def _reclaim_at(self, member: Member, holder: str) -> None:
         for attempt in range(_RECLAIM_TRIES):
             try:
-                call = HolderCall(holder)
-                reply = await self._post(member, "/pdctl/v1/holders/release", call, HolderReply, _RECLAIM_S)
+                released = await member.control.release_holder(self._target(member), holder, _RECLAIM_S)
             except Unreachable as failure:
                 reason = failure
                 await asyncio.sleep(0.05 * 2**attempt * random.random())  # noqa: S311 - jitter, no secret
                 continue
-            if reply.released:
-                self._say(member.name, f"freed {reply.released} leases of {holder}")
+            if released:
+                self._say(member.name, f"released {released} leases of {holder}")
             return
-        self._say("pdctl", f"{member.name} was not told that {holder} died ({reason}); its leases end by deadline")
+        self._say("pdctl", f"could not release the leases of {holder} on {member.name} ({reason}); they will expire")
 
-    # -- links ---------------------------------------------------------------------------------------------
+    # -- roles and links -----------------------------------------------------------------------------------
+
+    async def tell_role(self, name: str) -> None:
+        """Set the role of an engine that has just become ready, if its kind supports that."""
+        for member in self._able(Ability.ROLE):
+            if member.name == name:
+                try:
+                    await member.control.set_role(self._target(member), member.role, _RECLAIM_S)
+                except Unreachable as failure:
+                    self._say(name, f"did not accept the role {member.role}: {failure}")
 
     def pairs_of(self, name: str) -> list[tuple[Member, Member]]:
-        """(reader, server) pairs of ready engines that this one is part of."""
+        """The (reader, server) pairs of ready engines that include this one."""
         return [
             (reader, server)
-            for reader in self._with(_READERS)
-            for server in self._with(_SERVERS)
-            if reader.name != server.name and name in (reader.name, server.name)
+            for reader in self._able(Ability.LINK, _READERS)
+            for server in self._able(Ability.LINK, _SERVERS)
+            if reader.kind == server.kind and reader.name != server.name and name in (reader.name, server.name)
         ]
 
     async def link(self, name: str) -> None:
-        """Make the links of an engine that has just become ready; `links` tells how it went."""
+        """Make the links of an engine that has just become ready. The results are in `links`."""
         by_reader: dict[Member, list[Member]] = {}
         for reader, server in self.pairs_of(name):
             by_reader.setdefault(reader, []).append(server)
@@ -111,17 +124,17 @@ class KvWatch:
                 tasks.create_task(self._link_from(reader, servers))
 
     def refused(self) -> str | None:
-        """A pair that can never work, in words."""
+        """A message about a pair that can never work, or None."""
         for (reader, server), link in self.links.items():
             if link.refused:
                 return f"{reader} cannot use the KV of {server}: {link.error}"
         return None
 
     async def _link_from(self, reader: Member, servers: list[Member]) -> None:
-        peers = [PeerAddress(server.name, "127.0.0.1", server.port, server.epoch) for server in servers]
+        peers = [server.peer for server in servers]
         for attempt in range(_LINK_TRIES):
             try:
-                made = (await self._post(reader, "/pdctl/v1/links", LinkCall(peers), LinkReply, _LINK_S)).links
+                made = await reader.control.link(self._target(reader), peers, _LINK_S)
             except Unreachable as failure:
                 made = [LinkInfo(peer.name, peer.epoch, error=str(failure)) for peer in peers]
             for link in made:
@@ -139,11 +152,11 @@ class KvWatch:
         elif link.fallback and (before is None or before.fallback != link.fallback):
             self._say(reader, f"link to {link.peer}: FALLBACK to {link.protocol}: {link.fallback}")
 
-    # -- what there is -------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------
 
     async def states(self) -> dict[str, EngineState | str]:
-        """Every ready engine's state, or why there is none."""
-        members = self._members()
+        """The state of every ready engine whose kind reports it, or the reason why it is missing."""
+        members = self._able(Ability.STATE)
         found = await asyncio.gather(*(self._state(member) for member in members))
         for member, state in zip(members, found, strict=True):
             if isinstance(state, EngineState):
@@ -151,80 +164,101 @@ class KvWatch:
                     self._note(member.name, _kept(link, self.links.get((member.name, link.peer))))
         return {member.name: state for member, state in zip(members, found, strict=True)}
 
-    async def leases(self) -> dict[str, object]:
-        """As `pdctl kv --json` shows them."""
+    async def leases(self) -> KvStatus:
+        """The answer of `pdctl kv --json`."""
         states = await self.states()
-        engines, leases = [], []
-        for name, state in states.items():
-            if isinstance(state, str):
-                continue
-            shown = msgspec.to_builtins(state)
-            engines.append({"name": name, **{key: shown[key] for key in shown if key.startswith("blocks_")}})
-            leases += [{**lease, "engine": name, "leak": self._leak(lease)} for lease in shown["leases"]]
-        unreachable = {name: state for name, state in states.items() if isinstance(state, str)}
-        return {"engines": engines, "leases": leases, "unreachable": unreachable}
+        return KvStatus(
+            engines=tuple(_blocks(name, state) for name, state in states.items() if isinstance(state, EngineState)),
+            leases=tuple(
+                self._lease(name, lease)
+                for name, state in states.items()
+                if isinstance(state, EngineState)
+                for lease in state.leases
+            ),
+            unreachable={name: state for name, state in states.items() if isinstance(state, str)},
+        )
 
     async def revoke(self, lease_id: str) -> LeaseReply:
-        """Take a lease back from whoever holds it."""
+        """Revoke a lease."""
         reasons = []
-        for member in self._with(_SERVERS):
+        for member in self._able(Ability.REVOKE, _SERVERS):
             if not lease_id.startswith(f"{member.epoch}."):
                 continue
             try:
-                call = RevokeCall(lease_id)
-                return await self._post(member, "/pdctl/v1/leases/revoke", call, LeaseReply, _RECLAIM_S)
+                return await member.control.revoke(self._target(member), lease_id, _RECLAIM_S)
             except Unreachable as failure:
                 reasons.append(str(failure))
-        return LeaseReply(False, "; ".join(reasons) or f"no engine that runs now granted lease {lease_id}")
+        return LeaseReply(False, "; ".join(reasons) or f"no running engine granted lease {lease_id}")
 
     async def state_of(self, name: str) -> EngineState | str:
-        """One engine's state, or why there is none."""
+        """One engine's state, or the reason why it is missing."""
         member = next((member for member in self._members() if member.name == name), None)
-        return await self._state(member) if member is not None else f"{name} does not run"
+        if member is None:
+            return f"{name} is not running"
+        if Ability.STATE not in member.control.abilities:
+            return f"engines of kind {member.kind!r} do not report their state"
+        return await self._state(member)
 
     def forget(self, name: str) -> None:
-        """An engine is no longer part of the service."""
+        """Remove the links of an engine that is no longer part of the service."""
         self.links = {pair: link for pair, link in self.links.items() if name not in pair}
 
     def close(self) -> None:
         """Close every connection."""
-        for pool in self._pools.values():
-            pool.close()
+        self._close_but(set())
 
     # -- parts ---------------------------------------------------------------------------------------------
 
-    def _leak(self, lease: dict[str, object]) -> str:
-        """Why a lease is past its purpose: we know who lives, the engine only who is silent."""
-        if lease["holder"] not in self._holders():
-            return "its holder is gone"
-        return str(lease["leak"])
+    def _lease(self, engine: str, lease: LeaseInfo) -> Lease:
+        """Convert a lease. `leak` is computed here: the supervisor knows which holders are alive, but the engine only
+        knows which ones are silent."""
+        leak = lease.leak if lease.holder in self._holders() else "its holder is gone"
+        return Lease(**(msgspec.structs.asdict(lease) | {"engine": engine, "leak": leak}))
 
-    def _with(self, roles: Iterable[str]) -> list[Member]:
-        return [member for member in self._members() if member.role in roles]
+    def _able(self, ability: Ability, roles: Iterable[str] = _ROLES) -> list[Member]:
+        """Ready engines of these roles whose kind has the ability."""
+        return [m for m in self._members() if m.role in roles and ability in m.control.abilities]
 
     async def _state(self, member: Member) -> EngineState | str:
         try:
-            return await self._caller.get(self._pool(member), "/pdctl/v1/state", EngineState, _STATE_S)
+            return await member.control.state(self._target(member), _STATE_S)
         except Unreachable as failure:
             return str(failure)
 
-    def _post(
-        self, member: Member, path: str, call: msgspec.Struct, kind: type[Reply], timeout_s: float
-    ) -> Awaitable[Reply]:
-        return self._caller.post(self._pool(member), path, call, kind, timeout_s)
+    def _target(self, member: Member) -> Target:
+        pool = self._pools.get(member.holder)
+        if pool is None:
+            self._close_but({member.holder for member in self._members()})
+            pool = self._pools[member.holder] = ConnectionPool(member.host, member.port)
+        return Target(pool, self._caller)
 
-    def _pool(self, member: Member) -> ConnectionPool:
-        return self._pools.setdefault(member.port, ConnectionPool("127.0.0.1", member.port))
+    def _close_but(self, kept: set[str]) -> None:
+        """Close connections to all engines except `kept`."""
+        for holder in self._pools.keys() - kept:
+            self._pools.pop(holder).close()
 
 
 def _kept(now: LinkInfo, before: LinkInfo | None) -> LinkInfo:
-    """An engine's own view of a link; a refusal that we know of stays."""
+    """The engine's own view of a link, except that a known refusal is kept."""
     return before if before is not None and before.refused and before.epoch == now.epoch else now
 
 
-def shown_links(links: dict[tuple[str, str], LinkInfo]) -> list[dict[str, object]]:
-    """As `pdctl status --json` shows them."""
-    return [
-        {"reader": reader, **cast(dict[str, object], msgspec.to_builtins(link))}
+def _blocks(name: str, state: EngineState) -> EngineBlocks:
+    return EngineBlocks(
+        name=name,
+        blocks_total=state.blocks_total,
+        blocks_free=state.blocks_free,
+        blocks_cached=state.blocks_cached,
+        blocks_referenced=state.blocks_referenced,
+        blocks_leased=state.blocks_leased,
+        blocks_quarantined=state.blocks_quarantined,
+        blocks_reserved=state.blocks_reserved,
+    )
+
+
+def shown_links(links: dict[tuple[str, str], LinkInfo]) -> tuple[Link, ...]:
+    """The links in the format of `pdctl status --json`."""
+    return tuple(
+        Link(reader=reader, **msgspec.structs.asdict(link))
         for (reader, _), link in sorted(links.items(), key=lambda item: item[0])
-    ]
+    )

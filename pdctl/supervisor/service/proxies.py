@@ -1,4 +1,4 @@
-"""What the service's proxies are told, while they run: engines that come and go, that drain, settings that change."""
+"""Updates of the running proxies: added, removed and draining engines, and changed settings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import astuple
 
 import msgspec
 
+from pdctl.net import LOOPBACK
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.plan import Plan, ProcessSpec
@@ -24,13 +25,13 @@ class Nothing(msgspec.Struct, frozen=True):
 
 
 class Slots:
-    """Numbers for engines, kept while an engine is known: workers of a proxy share memory by them."""
+    """Numbers of engines, constant while an engine is in the plan: a proxy's workers share memory by these numbers."""
 
     def __init__(self) -> None:
         self._taken: dict[str, int] = {}
 
     def of(self, names: Iterable[str]) -> dict[str, int]:
-        """Every name's number; names that are not among these give theirs back."""
+        """The number of each name. Numbers of all other names become free."""
         wanted = list(names)
         self._taken = {name: slot for name, slot in self._taken.items() if name in wanted}
         for name in wanted:
@@ -41,7 +42,7 @@ class Slots:
 
 
 class Proxies:
-    """`serving` tells the proxies that answer now."""
+    """Calls to the proxies. `serving` returns those that answer now."""
 
     def __init__(self, run_dir: RunDir, secret: str, serving: Callable[[], list[ProcessSpec]]) -> None:
         self.draining: set[str] = set()
@@ -52,11 +53,11 @@ class Proxies:
         self._lock = asyncio.Lock()
 
     def write(self, plan: Plan) -> None:
-        """The file that proxies start with."""
+        """Write the file that proxies read at their start."""
         self._run_dir.write_json("proxy.json", msgspec.to_builtins(self._config(plan)))
 
     async def tell(self, plan: Plan) -> str:
-        """Have every running proxy follow the plan and who drains; the reason where one does not."""
+        """Update every running proxy to the plan and the draining engines. Returns why one failed, or ""."""
         async with self._lock:
             try:
                 self.write(plan)
@@ -66,7 +67,7 @@ class Proxies:
         return "; ".join(filter(None, said))
 
     async def calls_at(self, engine: str) -> int:
-        """Calls under way at an engine, of all proxies together; a proxy that does not answer has none any more."""
+        """Current calls of all proxies to an engine. A proxy that does not answer counts as having none."""
         replies = await asyncio.gather(*(self._pool(spec) for spec in self._serving()))
         return sum(reply.engines[engine].calls for reply in replies if reply and engine in reply.engines)
 
@@ -98,11 +99,7 @@ class Proxies:
             pool.close()
 
     def _config(self, plan: Plan) -> ProxyConfig:
-        engines = [
-            EngineAddress(spec.name, spec.role, spec.kind, "127.0.0.1", spec.ports["http"])
-            for spec in plan.processes
-            if spec.kind != "proxy"
-        ]
+        engines = [_address(spec) for spec in plan.processes if spec.kind != "proxy"]
         engines += [EngineAddress(*astuple(attached)) for attached in plan.attached]
         slots = self._slots.of(engine.name for engine in engines)
         proxy = plan.proxy
@@ -127,15 +124,20 @@ class Proxies:
             access_log=proxy.access_log,
             otlp_endpoint=proxy.otlp_endpoint,
             draining=sorted(self.draining),
-            # Running answers may end by themselves for most of the time before the next signal.
+            # Running answers may finish during most of the time before the next signal.
             drain_s=min(plan.supervision.drain_s, plan.supervision.grace_s * 0.9),
         )
 
 
+def _address(spec: ProcessSpec) -> EngineAddress:
+    others = {purpose: port for purpose, port in spec.ports.items() if purpose != "http"}
+    return EngineAddress(spec.name, spec.role, spec.kind, spec.host, spec.ports["http"], ports=others)
+
+
 def _at(spec: ProcessSpec) -> ConnectionPool:
-    """The control port where there is one, else the address that clients use."""
+    """Connections to the control port if there is one, else to the address that clients use."""
     if "control" in spec.ports:
-        return ConnectionPool("127.0.0.1", spec.ports["control"])
+        return ConnectionPool(spec.host, spec.ports["control"])
     assert spec.listen is not None
     host, port = spec.listen
-    return ConnectionPool({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+    return ConnectionPool({"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), port)

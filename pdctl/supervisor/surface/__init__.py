@@ -1,1 +1,1 @@
-"""How the supervisor is asked, and what it tells systemd."""
+"""The supervisor's control API, and its notifications to systemd."""

@@ -8,28 +8,34 @@ import os
 import socket
 import struct
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
+from pdctl.control_api import ExitReport, Exits, KvStatus, MeasuredStatus, Reply, ServiceStatus, Stopping, Verb
 from pdctl.net.serving import Server
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
-from pdctl.supervisor.unit.verbs import VERBS
+from pdctl.supervisor.rundir.journal import Journal
+from pdctl.supervisor.rundir.journal_reader import BadCursor
+from pdctl.supervisor.surface.events import EventStream, EventStreams
 from pdctl.wire import LeaseReply
 
 _MOST_BYTES = 16 * 2**20
-# Between two looks whether the socket's file is there, seconds.
+# Interval between checks that the socket's file exists, seconds.
 _LOOK_S = 0.25
+# Whoever follows the events has this long to read the last of them, seconds.
+_END_S = 1.0
+_VERBS: dict[str, Verb] = {verb: verb for verb in get_args(Verb)}
 
 
 class _OwnUserSocket(socket.socket):
-    """A listening unix socket that turns away other users."""
+    """A listening unix socket that rejects other users."""
 
     def accept(self) -> tuple[socket.socket, object]:
         connection, address = super().accept()
@@ -37,36 +43,40 @@ class _OwnUserSocket(socket.socket):
         _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
         if uid not in (os.getuid(), 0):
             connection.close()
-            # asyncio takes this for a client that left while being accepted, and goes on.
-            raise ConnectionAbortedError(f"uid {uid} is not ours")
+            # asyncio treats this as a client that disconnected during accept, and continues.
+            raise ConnectionAbortedError(f"uid {uid} may not use this socket")
         return connection, address
 
 
 class Controlled(Protocol):
-    """What the control API is about."""
+    """What the control API needs of a service."""
 
-    plan: Plan
-
-    def status(self) -> dict[str, object]: ...
-    async def fresh_status(self) -> dict[str, object]: ...
-    def exits(self) -> list[dict[str, object]]: ...
-    async def leases(self) -> dict[str, object]: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def journal(self) -> Journal: ...
+    def status(self) -> ServiceStatus: ...
+    async def fresh_status(self) -> MeasuredStatus: ...
+    def exits(self) -> tuple[ExitReport, ...]: ...
+    async def leases(self) -> KvStatus: ...
     async def revoke(self, lease_id: str) -> LeaseReply: ...
-    def ask(self, name: str, verb: str, drain: bool) -> str: ...
+    def ask(self, name: str, verb: Verb, drain: bool) -> str: ...
     def changes(self, wanted: Plan) -> Changes: ...
     def apply(self, wanted: Plan) -> str: ...
     def stop(self) -> None: ...
 
 
 class _Api:
-    def __init__(self, service: Controlled) -> None:
+    def __init__(self, service: Controlled, streams: EventStreams) -> None:
         self._service = service
+        self._streams = streams
 
     def routes(self) -> list[Route]:
         return [
             Route("/v1/status", self.status),
             Route("/v1/plan", self.plan),
             Route("/v1/exits", self.exits),
+            Route("/v1/events", self.events),
             Route("/v1/kv", self.kv),
             Route("/v1/kv/revoke", self.revoke, methods=["POST"]),
             Route("/v1/processes/{name}/{verb}", self.ask, methods=["POST"]),
@@ -74,70 +84,83 @@ class _Api:
             Route("/v1/stop", self.stop, methods=["POST"]),
         ]
 
-    async def status(self, request: Request) -> JSONResponse:
-        # Whoever waits for a state asks often, and needs no measurements, for which every engine is asked.
+    async def status(self, request: Request) -> Response:
+        # A client that waits for a state polls often and needs no measurements, which cost a call to each engine.
         if request.query_params.get("measurements") == "0":
-            return JSONResponse(self._service.status())
-        return JSONResponse(await self._service.fresh_status())
+            return _encoded(self._service.status())
+        return _encoded(await self._service.fresh_status())
 
-    async def plan(self, _: Request) -> JSONResponse:
-        return JSONResponse(self._service.plan.to_dict())
+    async def plan(self, _: Request) -> Response:
+        return _encoded(self._service.plan)
 
-    async def exits(self, _: Request) -> JSONResponse:
-        return JSONResponse({"exits": self._service.exits()})
+    async def exits(self, _: Request) -> Response:
+        return _encoded(Exits(exits=self._service.exits()))
 
-    async def kv(self, _: Request) -> JSONResponse:
-        return JSONResponse(await self._service.leases())
+    async def events(self, request: Request) -> EventStream | Response:
+        # A browser that comes back asks as it did at first, and says in a header how far it got.
+        cursor = request.headers.get("last-event-id") or request.query_params.get("after", "")
+        try:
+            return self._streams.after(cursor)
+        except BadCursor as failure:
+            return _encoded(Reply(ok=False, reason=str(failure)), 400)
 
-    async def revoke(self, request: Request) -> JSONResponse:
+    async def kv(self, _: Request) -> Response:
+        return _encoded(await self._service.leases())
+
+    async def revoke(self, request: Request) -> Response:
         reply = await self._service.revoke(request.query_params.get("lease", ""))
-        return JSONResponse({"ok": reply.ok, "reason": reply.reason})
+        return _encoded(Reply(ok=reply.ok, reason=reply.reason))
 
-    async def ask(self, request: Request) -> JSONResponse:
-        name, verb = request.path_params["name"], request.path_params["verb"]
-        if verb not in VERBS:
-            return _answer(f"no verb {verb!r}")
+    async def ask(self, request: Request) -> Response:
+        name, verb = request.path_params["name"], _VERBS.get(request.path_params["verb"])
+        if verb is None:
+            return _answer(f"unknown verb {request.path_params['verb']!r}")
         return _answer(self._service.ask(name, verb, request.query_params.get("drain") == "1"))
 
-    async def apply(self, request: Request) -> JSONResponse:
+    async def apply(self, request: Request) -> Response:
         parts, size = [], 0
         async for part in request.stream():
             parts.append(part)
             size += len(part)
             if size > _MOST_BYTES:
-                return _answer(f"a plan of more than {_MOST_BYTES} bytes")
+                return _answer(f"the plan has more than {_MOST_BYTES} bytes")
         try:
             wanted = msgspec.json.decode(b"".join(parts), type=Plan)
         except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            return _answer(f"that is no plan: {failure}")
+            return _answer(f"not a valid plan: {failure}")
         if request.query_params.get("dry_run") == "1":
-            return JSONResponse(self._service.changes(wanted).to_dict())
+            return _encoded(self._service.changes(wanted))
         return _answer(self._service.apply(wanted))
 
-    async def stop(self, _: Request) -> JSONResponse:
+    async def stop(self, _: Request) -> Response:
         self._service.stop()
-        return JSONResponse({"stopping": True}, status_code=202)
+        return _encoded(Stopping(), 202)
 
 
-def _answer(reason: str) -> JSONResponse:
-    return JSONResponse({"ok": not reason, "reason": reason}, status_code=409 if reason else 200)
+def _answer(reason: str) -> Response:
+    return _encoded(Reply(ok=not reason, reason=reason), 409 if reason else 200)
 
 
-async def serve_control(path: Path, service: Controlled) -> None:
-    """Answer until cancelled: status, plan, KV, verbs for single processes, apply, stop; docs/status-json.md.
+def _encoded(answer: msgspec.Struct | Plan | Changes, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(answer), status, media_type="application/json")
 
-    A socket file that is removed meanwhile is made again.
+
+async def serve_control(path: Path, service: Controlled, streams: EventStreams | None = None) -> None:
+    """Answer until cancelled: status, plan, events, KV, verbs for single processes, apply, stop; docs/status-json.md.
+
+    A socket file that is removed meanwhile is created again.
     """
-    app = Starlette(routes=_Api(service).routes())
+    streams = streams or EventStreams(service.journal)
+    app = Starlette(routes=_Api(service, streams).routes())
     while True:
-        # Where its folder is missing too, the supervisor makes that first.
+        # If its folder is missing too, the supervisor creates that first.
         with contextlib.suppress(FileNotFoundError):
-            await _serve_until_removed(path, app)
+            await _serve_until_removed(path, app, streams)
         await asyncio.sleep(_LOOK_S)
 
 
-async def _serve_until_removed(path: Path, app: Starlette) -> None:
-    """Raises FileNotFoundError where the folder does not exist."""
+async def _serve_until_removed(path: Path, app: Starlette, streams: EventStreams) -> None:
+    """Serve until the socket file is removed. Raises FileNotFoundError if the folder does not exist."""
     _unlink(path)
     with _OwnUserSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
@@ -148,22 +171,39 @@ async def _serve_until_removed(path: Path, app: Starlette) -> None:
             timeout_graceful_shutdown=1,
         )  # fmt: skip
         server = Server(config)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_stop_when_removed(server, path))
-            await server.serve(sockets=[listener])
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_stop_when_removed(server, path, streams))
+                await server.serve(sockets=[listener])
+        finally:
+            await _let_go(server, streams)
 
 
-async def _stop_when_removed(server: Server, path: Path) -> None:
-    """Until then, and until the server ends by itself."""
+async def _stop_when_removed(server: Server, path: Path, streams: EventStreams) -> None:
+    """Stop the server when the socket file is removed. Returns when the server has ended."""
     ours = _inode(path)
     while not server.should_exit:
         await asyncio.sleep(_LOOK_S)
         if _inode(path) != ours:
+            await streams.end(_END_S)
             server.should_exit = True
 
 
+async def _let_go(server: Server, streams: EventStreams) -> None:
+    """Close what a server that was cancelled left open, when everybody who reads has been told the last events."""
+    await streams.end(_END_S)
+    for connection in list(server.server_state.connections):
+        connection.shutdown()
+    await asyncio.sleep(0)
+    # What is open still is not read.
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
+    await asyncio.sleep(0)
+    await streams.end(_END_S)
+
+
 def _inode(path: Path) -> int:
-    """0 where there is no such file."""
+    """The inode of a file; 0 if it does not exist."""
     try:
         return path.stat().st_ino
     except OSError:

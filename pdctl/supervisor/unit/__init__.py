@@ -1,1 +1,1 @@
-"""One supervised process: its life as a pure function, and the shell that carries it out."""
+"""One supervised process: its lifecycle as a pure function, and the unit that executes it."""

@@ -1,6 +1,6 @@
-"""Nothing is started in a dead process's place before its tree is empty, its ports are free and its GPU memory is back.
+"""Clearing up: no replacement starts until the dead process's tree is empty and its ports and GPU memory are free.
 
-What is in the way is named: a pid and its command, for as long as it stays.
+While something blocks the start, it is reported with its pid and command.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pdctl.host.gpu import GpuUse, gpu_use
-from pdctl.host.ports import listening_ports
+from pdctl.host.devices.gpu import GpuUse, gpu_use
+from pdctl.host.processes.ports import listening_ports
+from pdctl.net import LOOPBACK
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process.tree import Tree, kill_tree
 
-# A killed process that is there after this sits in the kernel; it is named and waited for, never doubled.
+# A killed process that still exists after this is stuck in the kernel: it is reported and waited for, not replaced.
 _KILL_DEADLINE_S = 10.0
 _LOOK_S = 0.05
 _LOOK_AGAIN_S = 1.0
-# GPU memory that may be above what it was before the process started: drivers keep a little.
+# GPU memory in use may exceed the use before the start by this much: drivers keep a little.
 _GPU_SLACK = 256 * 2**20
-# In virtual machines and containers drivers name no processes, or those of another pid namespace. Memory whose holder
-# cannot be named may belong to an engine of ours that shares the GPU, so a replacement waits this long for it, not for
-# ever.
+# In virtual machines and containers, drivers report no processes or those of another pid namespace. Memory with an
+# unknown holder may belong to an engine of this service that shares the GPU, so a replacement waits for it only this
+# long.
 _UNNAMED_HOLDER_S = 5.0
 
 # GPU UUID -> bytes used before the process was started.
@@ -33,7 +34,7 @@ Baseline = dict[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """What a dead process may have left. `ours`: pids of ours, never taken for strangers."""
+    """What a dead process may have left. `ours`: pids of this service, never treated as foreign processes."""
 
     spec: ProcessSpec
     tree: Tree
@@ -42,14 +43,14 @@ class Remains:
 
 
 async def clear(remains: Remains, blocked: Callable[[str], None]) -> None:
-    """Return when nothing is left. `blocked` is told what is in the way each time that changes, "" at the end."""
+    """Return when nothing is left. `blocked` is called with the obstacle each time it changes, and "" at the end."""
     said = ""
     started = time.monotonic()
     while True:
         left = await kill_tree(remains.tree, remains.ours(), _KILL_DEADLINE_S)
         is_patient = time.monotonic() - started < _UNNAMED_HOLDER_S
         reason = (
-            f"pids {left} do not die"
+            f"pids {left} did not exit after SIGKILL"
             if left
             else in_the_way(remains.spec, remains.baseline, remains.ours(), is_patient)
         )
@@ -62,17 +63,17 @@ async def clear(remains: Remains, blocked: Callable[[str], None]) -> None:
 
 
 def in_the_way(spec: ProcessSpec, baseline: Baseline, ours: set[int], is_patient: bool = True) -> str:
-    """What keeps `spec` from being started, or "". `is_patient`: also GPU memory whose holder cannot be named."""
+    """What prevents the start of `spec`, or "". `is_patient`: also wait for GPU memory with an unknown holder."""
     for name, port in spec.ports.items():
         if (spec.listen is None or spec.listen[1] != port) and not _is_free(port):
             holder = listening_ports().get(port)
             who = holder.describe() if holder else "a connection that is being closed"
-            return f"its {name} port {port} is held by {who}"
+            return f"its {name} port {port} is in use by {who}"
     return _gpu_memory(spec, baseline, ours, is_patient) if spec.gpus else ""
 
 
 def baseline_of(spec: ProcessSpec) -> Baseline:
-    """Memory in use on its GPUs now, where a driver tells."""
+    """Memory now in use on its GPUs, where a driver reports it."""
     return {uuid: use.used for uuid, use in gpu_use(spec.gpus).items()} if spec.gpus else {}
 
 
@@ -82,16 +83,17 @@ def _gpu_memory(spec: ProcessSpec, baseline: Baseline, ours: set[int], is_patien
         if before is None or use.used <= before + _GPU_SLACK:
             continue
         known, strangers = _holders_here(use.by_pid, ours)
-        # Engines of ours that share the GPU grow and shrink as they like.
+        # Engines of this service that share the GPU may change their memory use at any time.
         if strangers or (not known and is_patient):
-            return f"GPU {uuid} has {_gib(use)} in use, {before / 2**30:.1f} GiB before: {_holders(strangers)}"
+            held = f"{_gib(use)} in use, but {before / 2**30:.1f} GiB before the start"
+            return f"GPU {uuid} has {held}: {_holders(strangers)}"
     return ""
 
 
 def _holders_here(pids: Iterable[int], ours: set[int]) -> tuple[list[int], list[int]]:
-    """Those of the pids that live here, and those of them that neither are ours nor stand below one of ours: an
-    engine's memory is held by its core, a child of the process that we started."""
-    # Here: importing it takes a tenth of a second, and machines without a GPU never need it.
+    """The pids that exist in this pid namespace, and those among them that are foreign: neither in `ours` nor
+    descendants of one. An engine's memory is held by its core, a child of the process that the supervisor started."""
+    # Imported here: the import takes a tenth of a second, and machines without a GPU never need it.
     import psutil
 
     known, strangers = [], []
@@ -111,7 +113,7 @@ def _gib(use: GpuUse) -> str:
 
 
 def _holders(pids: list[int]) -> str:
-    return f"held by pids {pids}" if pids else "the driver has not let go of it yet"
+    return f"held by pids {pids}" if pids else "the driver has not freed it yet"
 
 
 def _is_free(port: int) -> bool:
@@ -119,7 +121,7 @@ def _is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((LOOPBACK, port))
         except OSError:
             return False
     return True

@@ -1,4 +1,4 @@
-"""Why a process ended: everything that can be known in that moment, kept for `pdctl why`."""
+"""Why a process ended: everything known at that moment, kept for `pdctl why`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdctl.control_api import ExitReport, LastExit, ResourceUse
 from pdctl.host.kernel_log import parse_record
 from pdctl.supervisor.process.logs import tail
 from pdctl.supervisor.rundir.journal import now_text
@@ -19,7 +20,7 @@ from pdctl.supervisor.unit.lifecycle import Exit, describe_exit, signal_name
 _LOG_LINES = 50
 _KERNEL_WINDOW_S = 10.0
 _KERNEL_LINES = 20
-# What the kernel says of processes that it ended, of GPUs and of RDMA devices.
+# Kernel messages about killed processes, GPUs and RDMA devices.
 _TELLING = re.compile(
     r"oom|out of memory|killed process|segfault|traps:|NVRM|Xid|mlx5|infiniband|general protection", re.I
 )
@@ -28,7 +29,7 @@ _MOST_KERNEL_BYTES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A process's end as it was seen. `by_us`: the signal that we sent last, and why."""
+    """A process's exit as observed. `by_us`: the signal that pdctl sent last, and why."""
 
     name: str
     pid: int
@@ -41,35 +42,42 @@ class Ended:
     core_dumped: bool = False
 
 
-def told_of(ended: Ended, oom: bool = False) -> dict[str, object]:
+def told_of(ended: Ended, oom: bool = False) -> LastExit:
     """The short form, as `status` shows it."""
-    return {
-        "at": now_text(),
-        "code": ended.exit.code,
-        "signal": signal_name(ended.exit.signal) if ended.exit.signal is not None else None,
-        "reason": _reason(ended, oom),
-        "expected": ended.expected,
-        "by": ended.by_us or ("the kernel, out of memory" if oom else _by_others(ended.exit)),
-        "oom": oom,
-    }
+    return LastExit(
+        at=now_text(),
+        code=ended.exit.code,
+        signal=signal_name(ended.exit.signal) if ended.exit.signal is not None else None,
+        reason=_reason(ended, oom),
+        expected=ended.expected,
+        by=ended.by_us or ("the kernel, out of memory" if oom else _by_others(ended.exit)),
+        oom=oom,
+    )
 
 
-def report(ended: Ended, log: Path, memory_group: Path | None, kernel_log: KernelLog) -> dict[str, object]:
+def report(ended: Ended, log: Path, memory_group: Path | None, kernel_log: KernelLog) -> ExitReport:
     """One entry of the exits' file."""
     kernel = kernel_log.lines()
     oom = was_out_of_memory(ended.pid, kernel) or _group_was(memory_group)
-    return {
-        "process": ended.name,
-        **told_of(ended, oom),
-        "pid": ended.pid,
-        "epoch": ended.epoch,
-        "lived_s": round(time.monotonic() - ended.started_at, 3),
-        "core_dumped": ended.core_dumped,
-        "rusage": _shown(ended.usage),
-        "log": str(log),
-        "last_lines": tail(log, _LOG_LINES),
-        "kernel": kernel,
-    }
+    told = told_of(ended, oom)
+    return ExitReport(
+        process=ended.name,
+        at=told.at,
+        code=told.code,
+        signal=told.signal,
+        reason=told.reason,
+        expected=told.expected,
+        by=told.by,
+        oom=oom,
+        pid=ended.pid,
+        epoch=ended.epoch,
+        lived_s=round(time.monotonic() - ended.started_at, 3),
+        core_dumped=ended.core_dumped,
+        rusage=_shown(ended.usage),
+        log=str(log),
+        last_lines=tuple(tail(log, _LOG_LINES)),
+        kernel=tuple(kernel),
+    )
 
 
 def _reason(ended: Ended, oom: bool) -> str:
@@ -83,30 +91,30 @@ def _reason(ended: Ended, oom: bool) -> str:
 def _by_others(exit_: Exit) -> str:
     if exit_.signal is None:
         return "itself" if exit_.code is not None else "unknown"
-    # Linux does not tell who sent a signal; what can be known is that we did not.
+    # Linux does not report the sender of a signal; it is only certain that pdctl did not send it.
     crashes = (4, 6, 7, 8, 11, 31)
-    return "itself (a crash)" if exit_.signal in crashes else "somebody else: pdctl did not send it"
+    return "itself (a crash)" if exit_.signal in crashes else "another process: pdctl did not send the signal"
 
 
-def _shown(usage: resource.struct_rusage | None) -> dict[str, object] | None:
+def _shown(usage: resource.struct_rusage | None) -> ResourceUse | None:
     if usage is None:
         return None
-    return {
-        "max_rss_bytes": usage.ru_maxrss * 1024,
-        "user_s": round(usage.ru_utime, 3),
-        "system_s": round(usage.ru_stime, 3),
-        "major_faults": usage.ru_majflt,
-    }
+    return ResourceUse(
+        max_rss_bytes=usage.ru_maxrss * 1024,
+        user_s=round(usage.ru_utime, 3),
+        system_s=round(usage.ru_stime, 3),
+        major_faults=usage.ru_majflt,
+    )
 
 
 def was_out_of_memory(pid: int, kernel: list[str]) -> bool:
-    """Whether the kernel says that it killed this process for its memory."""
+    """Whether the kernel log says that this process was killed for lack of memory."""
     killed = re.compile(rf"killed process {pid}\b|oom-kill:.*\bpid={pid}\b", re.I)
     return any(killed.search(line) for line in kernel)
 
 
 def _group_was(group: Path | None) -> bool:
-    """Whether a cgroup's own count says so; it starts at zero with each incarnation's."""
+    """Whether the cgroup counted an OOM kill. Each incarnation has a new cgroup, so the count starts at zero."""
     if group is None:
         return False
     with contextlib.suppress(OSError):
@@ -118,7 +126,7 @@ def _group_was(group: Path | None) -> bool:
 
 
 class KernelLog:
-    """The kernel's telling messages since we started; none where its log may not be read."""
+    """The relevant kernel messages since the supervisor started; none if the kernel log is not readable."""
 
     def __init__(self, path: Path = Path("/dev/kmsg")) -> None:
         self._recent: deque[tuple[float, str]] = deque(maxlen=256)
@@ -128,13 +136,13 @@ class KernelLog:
             os.lseek(self._file, 0, os.SEEK_END)
 
     def lines(self, window_s: float = _KERNEL_WINDOW_S) -> list[str]:
-        """Those of the last seconds, the newest ones if there are many."""
+        """The messages of the last `window_s` seconds; only the newest if there are many."""
         self._read()
         since = time.clock_gettime(time.CLOCK_MONOTONIC) - window_s
         return [text for at, text in self._recent if at >= since][-_KERNEL_LINES:]
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the kernel log."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

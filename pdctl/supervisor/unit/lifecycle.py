@@ -1,4 +1,4 @@
-"""The life of one process as a pure function: state, event -> state, actions. No I/O, no clock, no chance.
+"""The lifecycle of one process as a pure function: state, event -> state, actions. No I/O, no clock, no randomness.
 
 pending -> starting -> ready -> draining -> drained
               |          |         |           |
@@ -8,7 +8,7 @@ pending -> starting -> ready -> draining -> drained
                             |
                             +--> backoff -> starting ..., pending (again), stopped, or failed
 
-Clearing lasts until nothing of the old process is left: its tree, its ports, its GPU memory.
+Clearing lasts until nothing of the old process is left: no descendants, no ports, no GPU memory.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from enum import Enum, StrEnum
 
 from pdctl.wire import EXIT_CONFIG
 
-# Exit codes that say "start me differently": usage errors (argparse, sysexits.h EX_USAGE) and EX_CONFIG.
+# Exit codes that a restart cannot fix: usage errors (argparse, sysexits.h EX_USAGE) and EX_CONFIG.
 INCURABLE = frozenset({2, 64, EXIT_CONFIG})
 _FIRST_DELAY_S = 0.5
 _LONGEST_DELAY_S = 60.0
 
 
 class Phase(StrEnum):
-    """What people see as a process's state."""
+    """A process's state, as shown to users."""
 
     PENDING = "pending"
     STARTING = "starting"
@@ -39,15 +39,15 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
-# A process of ours exists in these, and may end at any moment.
+# In these phases the process exists and may exit at any moment.
 LIVE = frozenset({Phase.STARTING, Phase.READY, Phase.DRAINING, Phase.DRAINED, Phase.STOPPING})
-# Nothing happens in these until somebody asks for it.
+# In these phases nothing happens until a user requests it.
 ENDED = frozenset({Phase.STOPPED, Phase.FAILED})
 _SERVING = frozenset({Phase.READY, Phase.DRAINING, Phase.DRAINED})
 
 
 class Goal(StrEnum):
-    """What is meant to follow."""
+    """What is to happen next."""
 
     RUN = "run"
     HOLD = "hold"  # stay drained
@@ -57,8 +57,8 @@ class Goal(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """When to give up: more than `max_restarts` exits within `within_s` seconds. `signals` are sent before the last
-    word, which is SIGKILL to the whole tree."""
+    """When to give up: more than `max_restarts` exits within `within_s` seconds. `signals`: the number of stop signals
+    sent before SIGKILL to the whole tree."""
 
     max_restarts: int
     within_s: float
@@ -67,7 +67,7 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a process ended: a code or a signal number; neither where nobody was there to see it."""
+    """How a process ended: an exit code or a signal number; neither if no supervisor observed it."""
 
     code: int | None
     signal: int | None
@@ -75,10 +75,10 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """`exits`: monotonic times of recent unexpected exits; `streak`: how many of them without a stable time between.
+    """`exits`: monotonic times of recent unexpected exits; `streak`: exits in a row without a stable time in between.
 
-    `came_from`: the phase in which the process ended whose remains are being cleared, `exit` how, and `last_words` the
-    reason that it gave itself.
+    While clearing, `came_from` is the phase in which the process ended, `exit` how it ended, and `last_words` the error
+    that it logged.
     """
 
     phase: Phase = Phase.PENDING
@@ -99,27 +99,27 @@ class Life:
 
 
 class Kind(Enum):
-    """What can happen."""
+    """Kinds of events."""
 
     START = "start"  # dependencies are ready, or the back-off is over
     PROBE_OK = "probe_ok"
-    STABLE = "stable"  # it has been ready for a good while
+    STABLE = "stable"  # it has been ready long enough to reset the back-off
     STARTUP_TIMEOUT = "startup_timeout"
-    NOT_ALIVE = "not_alive"  # a liveness probe gave it up
+    NOT_ALIVE = "not_alive"  # a probe declared it dead
     CANNOT_SPAWN = "cannot_spawn"
     EXITED = "exited"
     CLEARED = "cleared"  # nothing of it is left
     DRAIN = "drain"
-    DRAINED = "drained"  # nothing runs in it any more, or it was not given more time
+    DRAINED = "drained"  # no requests run in it any more, or the drain timed out
     STOP = "stop"
     RESTART = "restart"
-    RESUME = "resume"  # somebody wants it to run: after a stop, a failure, a drain
+    RESUME = "resume"  # a user wants it to run again after a stop, a failure or a drain
     GRACE_OVER = "grace_over"
 
 
 @dataclass(frozen=True, slots=True)
 class LifecycleEvent:
-    """`now` in monotonic seconds; `chance` from [0, 1) spreads restarts; `exit` with EXITED; `goal` with DRAIN."""
+    """`now`: monotonic seconds; `chance`: random, in [0, 1), for jitter; `exit` with EXITED; `goal` with DRAIN."""
 
     kind: Kind
     now: float = 0.0
@@ -130,10 +130,10 @@ class LifecycleEvent:
 
 
 class Do(Enum):
-    """What the shell must carry out."""
+    """Actions that the unit must execute."""
 
     SPAWN = "spawn"
-    DRAIN = "drain"  # have nothing sent there; DRAINED when it is empty
+    DRAIN = "drain"  # send it no new requests; DRAINED when it is empty
     SIGNAL = "signal"  # the stop signal `number` to the leader, and a timer for GRACE_OVER
     KILL_TREE = "kill_tree"
     CLEAR = "clear"  # CLEARED when nothing is left
@@ -164,7 +164,7 @@ def advance(life: Life, event: LifecycleEvent, policy: RestartPolicy) -> Step:
 
 
 def _grown(life: Life, event: LifecycleEvent) -> Step:
-    """From the plan to a process that serves."""
+    """Events on the way from the plan to a serving process."""
     match event.kind:
         case Kind.START if life.phase in (Phase.PENDING, Phase.BACKOFF):
             return _started(life)
@@ -173,7 +173,7 @@ def _grown(life: Life, event: LifecycleEvent) -> Step:
         case Kind.STABLE if life.phase in _SERVING:
             return replace(life, streak=0), ()
         case Kind.STARTUP_TIMEOUT if life.phase is Phase.STARTING:
-            # Its exit, which follows, counts as a failed start.
+            # The exit that follows counts as a failed start.
             return replace(life, reason="not ready in time"), (Action(Do.KILL_TREE),)
         case Kind.NOT_ALIVE if life.phase in _SERVING:
             return replace(life, reason=event.detail), (Action(Do.KILL_TREE),)
@@ -187,7 +187,7 @@ def _started(life: Life) -> Step:
     return started, (Action(Do.SPAWN),)
 
 
-# -- what people ask for -----------------------------------------------------------------------------------
+# -- user requests -----------------------------------------------------------------------------------------
 
 
 def _asked(life: Life, event: LifecycleEvent, policy: RestartPolicy) -> Step:
@@ -217,7 +217,7 @@ def _drain(life: Life, goal: Goal, policy: RestartPolicy) -> Step:
         return replace(life, goal=goal), ()
     if goal is Goal.HOLD:
         return life, ()
-    # Nothing runs in it: there is nothing to wait for.
+    # No requests run in it: there is nothing to wait for.
     return _stop(life, policy) if goal is Goal.STOP else _restart(life, policy)
 
 
@@ -239,7 +239,7 @@ def _restart(life: Life, policy: RestartPolicy) -> Step:
 
 def _resume(life: Life) -> Step:
     if life.phase in ENDED:
-        # What happened before somebody looked at it does not count against it.
+        # Exits before a user's intervention no longer count.
         return replace(life, phase=Phase.PENDING, goal=Goal.RUN, exits=(), streak=0, reason=""), ()
     if life.phase is Phase.BACKOFF:
         return _started(life)
@@ -255,7 +255,7 @@ def _stopping(life: Life, goal: Goal, policy: RestartPolicy) -> Step:
 
 
 def _next_signal(life: Life, policy: RestartPolicy) -> Step:
-    """The next of the stop signals, then the end of the whole tree."""
+    """Send the next stop signal; after the last one, kill the whole tree."""
     if life.signals_sent >= policy.signals:
         return life, (Action(Do.KILL_TREE),)
     return replace(life, signals_sent=life.signals_sent + 1), (Action(Do.SIGNAL, number=life.signals_sent),)
@@ -280,7 +280,7 @@ def _cleared(life: Life, ended: Exit | None, event: LifecycleEvent, policy: Rest
         return replace(life, phase=Phase.STOPPED, reason=""), ()
     if life.came_from is Phase.STOPPING or life.goal is Goal.AGAIN:
         return replace(life, phase=Phase.PENDING, goal=Goal.RUN, reason=""), ()
-    # Failed starts count however slow they are: a start that takes a minute to fail would never use up the budget.
+    # Failed starts count without a time window: a start that takes a minute to fail would never use up the budget.
     starting = life.came_from is Phase.STARTING
     exits = (*(at for at in life.exits if starting or event.now - at < policy.within_s), event.now)
     streak = life.streak + 1
@@ -298,7 +298,7 @@ def _cleared(life: Life, ended: Exit | None, event: LifecycleEvent, policy: Rest
 
 
 def backoff_s(streak: int, chance: float) -> float:
-    """At once after a first exit, then exponential with full jitter (AWS Architecture Blog, 2015)."""
+    """Zero after the first exit, then exponential with full jitter (AWS Architecture Blog, 2015)."""
     if streak <= 1:
         return 0.0
     ceiling: float = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** min(streak - 2, 16))
@@ -316,9 +316,9 @@ def signal_name(number: int) -> str:
 
 
 def describe_exit(exit_: Exit) -> str:
-    """In a person's words."""
+    """The exit as text for users."""
     if exit_.signal is not None:
         return f"killed by {signal_name(exit_.signal)}"
     if exit_.code is None:
-        return "ended while no supervisor was there to see how"
+        return "exited while no supervisor was running"
     return f"exited with code {exit_.code}"

@@ -1,4 +1,4 @@
-"""A plan's `[supervisor]` table as the units take it."""
+"""A plan's `[supervisor]` table as a policy for the units."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdctl.supervisor.unit.unit import ProcessPolicy
 
 
 def policy_of(plan: Plan, into: ProcessPolicy | None = None) -> ProcessPolicy:
-    """A new one, or `into` changed: units look at it each time they need it."""
+    """A new policy, or `into` updated in place: units read it each time they need it."""
     given = plan.supervision
     signals = tuple(signal.Signals[name] for name in given.stop_signals)
     found = ProcessPolicy(

@@ -1,4 +1,4 @@
-"""One supervised process: carries out what its lifecycle decides."""
+"""One supervised process: executes what its lifecycle decides."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
+from pdctl.adapters import NoControl, control
+from pdctl.control_api import LastExit, ProcessStatus
 from pdctl.host.boot import new_epoch
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process import logs
@@ -35,14 +39,14 @@ from pdctl.supervisor.unit.lifecycle import (
     advance,
 )
 
-# How long clearing up waits for the peers of a dead process to be told, seconds.
+# How long clearing up waits until the peers of a dead process are informed, seconds.
 _TELL_S = 0.1
 _REPORT_AFTER_S = 0.05
 
 
 @dataclass(slots=True)
 class ProcessPolicy:
-    """How all processes of a service are treated; `apply` changes it while they run."""
+    """Settings for all processes of a service; `apply` changes them while the processes run."""
 
     restarts: RestartPolicy
     cadence: Cadence
@@ -76,9 +80,9 @@ class UnitContext:
 
 @dataclass(slots=True)
 class Unit:
-    """Feed it events; it spawns, probes, signals and reports.
+    """Takes events; spawns, probes, signals and reports the process.
 
-    `blocked`: what delays its next start; `reports`: exits that are still to be written up.
+    `blocked`: what delays the next start; `reports`: exit reports still being written.
     """
 
     spec: ProcessSpec
@@ -92,7 +96,7 @@ class Unit:
     adopted: bool = False
     ready_since: str | None = None
     started_at: float = 0.0
-    last_exit: dict[str, object] | None = None
+    last_exit: LastExit | None = None
     blocked: str = ""
     reports: int = 0
     tree: Tree | None = None
@@ -106,23 +110,23 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Its name in the plan."""
+        """The process's name in the plan."""
         return self.spec.name
 
     @property
     def log_path(self) -> Path:
-        """Where its output goes."""
+        """The file of its output."""
         return self.around.log_dir / f"{self.name}.log"
 
     @property
     def leader(self) -> int | None:
-        """The pid of the command itself; where it shall outlive us, ours is that of the shell which waits for it."""
+        """The pid of the command itself. If it may outlive the supervisor, `pid` is the shell that waits for it."""
         if self._record is not None and self._leader is None:
             self._leader = recorded_pid(self._record)
         return self._leader or self.pid
 
     def feed(self, event: LifecycleEvent) -> None:
-        """One event through the lifecycle, its actions begun."""
+        """Pass one event through the lifecycle and start the resulting actions."""
         before = self.life.phase
         self.life, actions = advance(self.life, event, self.around.policy.restarts)
         if self.life.phase is not before:
@@ -132,36 +136,36 @@ class Unit:
         self.around.changed(self)
 
     async def until(self, phases: frozenset[Phase]) -> None:
-        """Return when it is in one of these."""
+        """Return when the process is in one of these phases."""
         while self.life.phase not in phases:
             self._moved.clear()
             await self._moved.wait()
 
-    def status(self) -> dict[str, object]:
-        """As `pdctl status --json` shows it, but for what is measured."""
-        return {
-            "name": self.name,
-            "kind": self.spec.kind,
-            "role": self.spec.role,
-            "group": self.spec.group,
-            "state": self.life.phase.value,
-            "reason": self.blocked or self.life.reason,
-            "pid": self.leader if self.alive else None,
-            "restarts": self.life.restarts,
-            "last_exit": self.last_exit,
-            "device": self.spec.device,
-            "cpus": list(self.spec.cpus),
-            "gpus": list(self.spec.gpus),
-            "rdma": list(self.spec.rdma),
-            "ports": self.spec.ports,
-            "ready_since": self.ready_since,
-            "epoch": self.epoch,
-            "adopted": self.adopted,
-            "log": str(self.log_path),
-        }
+    def status(self) -> ProcessStatus:
+        """The process as in `pdctl status --json`, without the measurements."""
+        return ProcessStatus(
+            name=self.name,
+            kind=self.spec.kind,
+            role=self.spec.role,
+            group=self.spec.group,
+            state=self.life.phase.value,
+            reason=self.blocked or self.life.reason,
+            pid=self.leader if self.alive else None,
+            restarts=self.life.restarts,
+            last_exit=self.last_exit,
+            device=self.spec.device,
+            cpus=self.spec.cpus,
+            gpus=self.spec.gpus,
+            rdma=self.spec.rdma,
+            ports=self.spec.ports,
+            ready_since=self.ready_since,
+            epoch=self.epoch,
+            adopted=self.adopted,
+            log=str(self.log_path),
+        )
 
     def record(self) -> Record | None:
-        """What a later supervisor needs to know it by."""
+        """What a later supervisor needs to recognise the process."""
         if not self.alive or self.pid is None:
             return None
         return Record(
@@ -194,7 +198,7 @@ class Unit:
             case Do.KILL_TREE:
                 self.force()
             case Do.CLEAR:
-                pass  # begun where the exit was seen, which knows how to wait for peers first
+                pass  # started where the exit was detected: that code first waits for the peers
             case Do.ARM_BACKOFF:
                 if action.seconds:
                     self._arm("backoff", self._later(action.seconds, Kind.START))
@@ -204,7 +208,7 @@ class Unit:
                 self._arm("stable", self._later(policy.stable_s, Kind.STABLE))
 
     def _spawn(self) -> None:
-        assert not self.alive, f"{self.name}: two lives at once"
+        assert not self.alive, f"{self.name}: two incarnations at once"
         self.epoch, self._by_us, self.blocked = new_epoch(), "", ""
         if reason := in_the_way(self.spec, {}, self.around.our_pids()):
             self.feed(LifecycleEvent(Kind.CANNOT_SPAWN, detail=f"cannot be started: {reason}"))
@@ -233,17 +237,17 @@ class Unit:
         )
 
     def _open_log(self) -> int:
-        """Where its output goes. A disk that takes no new file costs the output, not the process."""
+        """Open the log. If the disk accepts no new file, the output is lost; the process still starts."""
         try:
             log = logs.open_new(self.log_path)
         except OSError as failure:
-            self.around.journal.say(self.name, f"its log cannot be opened, its output is lost: {failure}", "no_log")
+            self.around.journal.say(self.name, f"the log cannot be opened, output is lost: {failure}", "no_log")
             log = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._log_inode = os.fstat(log).st_ino
         return log
 
     def adopt(self, record: Record) -> None:
-        """Take charge of a process that an earlier supervisor started and that has gone on since."""
+        """Adopt a running process that an earlier supervisor started."""
         self.life = Life(Phase.STARTING, record.starts)
         self.spec = record.spec
         self.epoch, self.adopted, self.last_exit = record.epoch, True, record.last_exit
@@ -260,12 +264,12 @@ class Unit:
         self._arm("probe", self._probe())
 
     def _watch(self, pid: int) -> None:
-        """Notice the exit the moment it happens, by pidfd."""
+        """Detect the exit immediately, by pidfd."""
         loop = asyncio.get_running_loop()
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            # One that we adopted, and that ended in that moment; a child of ours stays until we wait for it.
+            # An adopted process that just ended. An own child remains as a zombie until it is waited for.
             loop.call_soon(self._ended, pid)
             return
 
@@ -280,12 +284,12 @@ class Unit:
         ended = self._how(pid)
         self.alive = False
         self.last_exit = told_of(ended)
-        self.around.journal.say(self.name, str(self.last_exit["reason"]), "exited", **self.last_exit)
+        self.around.journal.say(self.name, self.last_exit.reason, "exited", **msgspec.structs.asdict(self.last_exit))
         told = self.around.died(self)
         self.around.tasks.create_task(self._clear_up(ended, told))
 
     def _how(self, pid: int) -> Ended:
-        """How it ended: from the kernel, for a child of ours, else from what its shell wrote down."""
+        """How it ended: from the kernel for an own child, else from the record that its shell wrote."""
         status, usage = None, None
         with contextlib.suppress(ChildProcessError):
             _, status, usage = os.wait4(pid, 0)
@@ -299,7 +303,7 @@ class Unit:
         return Ended(self.name, leader, self.epoch, self.started_at, exit_, usage, self._by_us, expected, dumped)
 
     async def _clear_up(self, ended: Ended, told: asyncio.Task[None]) -> None:
-        """Report the exit; a replacement never meets its predecessor."""
+        """Report the exit, and clear what is left before a replacement starts."""
         self._cancel_timers()
         if self._record is not None:
             self._record.with_name(f"{self._record.name}.pid").unlink(missing_ok=True)
@@ -307,7 +311,7 @@ class Unit:
         words = logs.last_error(self.log_path) if ended.exit.code else ""
         self.feed(LifecycleEvent(Kind.EXITED, time.monotonic(), exit=ended.exit, detail=words))
         assert self.tree is not None
-        # Clearing up may hold the loop for milliseconds: peers hear of the death before that.
+        # Clearing up may block the event loop for milliseconds: inform peers of the exit first.
         await asyncio.wait({told}, timeout=_TELL_S)
         remains = Remains(self.spec, self.tree, self.baseline, self.around.our_pids)
         await clear(remains, self._is_blocked)
@@ -317,7 +321,7 @@ class Unit:
         self.feed(LifecycleEvent(Kind.CLEARED, time.monotonic(), random.random()))  # noqa: S311 - jitter, no secret
         self.reports += 1
         try:
-            # What others wait for goes first.
+            # Work that others wait for goes first.
             await asyncio.sleep(_REPORT_AFTER_S)
             self._note_exit(ended, group, inode)
         finally:
@@ -327,20 +331,24 @@ class Unit:
     def _is_blocked(self, reason: str) -> None:
         self.blocked = reason
         if reason:
-            self.around.journal.say(self.name, f"not started again yet: {reason}", "blocked")
+            self.around.journal.say(self.name, f"restart delayed: {reason}", "blocked")
         self.around.changed(self)
 
     def _note_exit(self, ended: Ended, group: Path | None, inode: int) -> None:
-        """After its replacement was begun, whose log has the name by then: reading logs takes longer than that."""
+        """Report the exit after the replacement has started, because reading logs takes longer than a start.
+
+        The inode finds the log: by then the replacement's log has its name.
+        """
         log = logs.by_inode(self.log_path, inode)
         found = report(ended, log, group, self.around.kernel)
-        if self.last_exit is not None and found["oom"]:
-            self.last_exit |= {name: found[name] for name in ("reason", "by", "oom")}
+        if self.last_exit is not None and found.oom:
+            told = msgspec.structs.replace(self.last_exit, reason=found.reason, by=found.by, oom=found.oom)
+            self.last_exit = told
             self.around.changed(self)
         self.around.journal.exit(found)
 
     def force(self) -> None:
-        """Kill the whole tree, now. One pass: clearing up waits for the rest."""
+        """Kill the whole tree now, in one pass; clearing up waits for the rest."""
         if self.alive:
             self._by_us = f"pdctl, with SIGKILL ({self.life.reason or self.life.phase.value})"
             if self.pid is not None and self._record is None:
@@ -355,7 +363,7 @@ class Unit:
     # -- timers --------------------------------------------------------------------------------------------
 
     def _arm(self, name: str, work: Coroutine[None, None, None]) -> None:
-        """At most one of a name; every one ends with the incarnation."""
+        """Start a task, at most one per name; all end with the incarnation."""
         if name in self._timers:
             self._timers[name].cancel()
         self._timers[name] = self.around.tasks.create_task(work)
@@ -369,7 +377,8 @@ class Unit:
         self.feed(LifecycleEvent(Kind.DRAINED))
 
     async def _probe(self) -> None:
-        prober = Prober(self.spec.probe, self.log_path, self.around.secret)
+        read_progress = control(self.spec.kind).progress if self.spec.probe.state else NoControl().progress
+        prober = Prober(self.spec.probe, self.log_path, self.around.secret, read_progress)
         if not await prober.until_ready():
             self.feed(LifecycleEvent(Kind.STARTUP_TIMEOUT, time.monotonic()))
             return
@@ -382,7 +391,7 @@ class Unit:
         phase, journal = self.life.phase, self.around.journal
         self._moved.set()
         if phase is Phase.READY and before is Phase.STARTING:
-            # One that was adopted has been ready for longer than we know it.
+            # An adopted process was ready before this supervisor started.
             self.ready_since = self.ready_since or now_text()
             journal.say(self.name, "ready", "ready", after_s=round(time.monotonic() - self.started_at, 3))
             self.around.ready(self)

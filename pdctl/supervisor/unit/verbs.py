@@ -1,4 +1,4 @@
-"""What people ask of a single process, as events of its life; and draining, which needs the whole service."""
+"""The verbs for a single process as lifecycle events; and draining, which needs the whole service."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from pdctl.control_api import Verb
 from pdctl.supervisor.unit.lifecycle import Goal, Kind, LifecycleEvent, Phase
 from pdctl.supervisor.unit.unit import Unit
 from pdctl.wire import EngineState
 
-VERBS = ("start", "stop", "restart", "drain")
 _DRAINABLE = (Phase.READY, Phase.DRAINING, Phase.DRAINED)
 _LOOK_S = 0.05
 
@@ -18,8 +18,8 @@ Calls = Callable[[str], Awaitable[int]]
 State = Callable[[str], Awaitable[EngineState | str]]
 
 
-def event_of(verb: str, drain: bool) -> LifecycleEvent:
-    """The event of one of VERBS."""
+def event_of(verb: Verb, drain: bool) -> LifecycleEvent:
+    """The event of a verb."""
     if drain and verb in ("stop", "restart"):
         return LifecycleEvent(Kind.DRAIN, goal=Goal.STOP if verb == "stop" else Goal.AGAIN)
     return {
@@ -30,18 +30,18 @@ def event_of(verb: str, drain: bool) -> LifecycleEvent:
     }[verb]
 
 
-def objection(unit: Unit, verb: str) -> str:
-    """Why a verb makes no sense now, or ""."""
+def objection(unit: Unit, verb: Verb) -> str:
+    """Why a verb is not possible now, or ""."""
     phase = unit.life.phase
     if verb == "drain" and phase not in _DRAINABLE:
-        return f"{unit.name} is {phase.value}: only what is ready can be drained"
+        return f"{unit.name} is {phase.value}: only a ready process can be drained"
     if verb == "drain" and unit.spec.kind == "proxy":
-        return f"{unit.name} drains by itself when it is stopped or restarted"
+        return f"{unit.name} is drained automatically when it is stopped or restarted"
     return ""
 
 
 async def drained(name: str, within_s: float, calls_at: Calls, state_of: State) -> bool:
-    """Return when nothing runs in an engine any more; False when its time is over."""
+    """Return True when no request runs in the engine any more; False when `within_s` has passed."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         calls, state = await asyncio.gather(calls_at(name), state_of(name))

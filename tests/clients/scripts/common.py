@@ -1,14 +1,17 @@
-"""What the clients' scripts share: where to ask, a schema and a tool."""
+"""Shared by the clients' scripts: the address, a schema and a tool."""
 
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionMessageParam
+
 BASE_URL, API_KEY, MODEL = os.environ["BASE_URL"], os.environ["API_KEY"], "m"
-HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
 
 class Animal(BaseModel):
@@ -19,5 +22,5 @@ class Animal(BaseModel):
 
 
 def done(what: str, value: object) -> None:
-    """Say what worked."""
+    """Report what worked."""
     print(f"  {what}: {str(value)[:80]!r}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import instructor
-from common import API_KEY, BASE_URL, HELLO, MODEL, Animal, done
 from openai import OpenAI
+
+from tests.clients.scripts.common import API_KEY, BASE_URL, HELLO, MODEL, Animal, done
 
 for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
     client = instructor.from_openai(OpenAI(base_url=BASE_URL, api_key=API_KEY, max_retries=0), mode=mode)

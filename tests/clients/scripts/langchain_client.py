@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from common import API_KEY, BASE_URL, MODEL, Animal, done
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+
+from tests.clients.scripts.common import API_KEY, BASE_URL, MODEL, Animal, done
 
 llm = ChatOpenAI(model=MODEL, base_url=BASE_URL, api_key=API_KEY, max_tokens=12, temperature=0, max_retries=0)
 answer = llm.invoke("hello")
@@ -14,7 +15,7 @@ assert "".join(chunk.content for chunk in llm.stream("hello")) == answer.content
 done("stream", "equal")
 
 
-@tool(args_schema=Animal)
+@tool(args_schema=Animal)  # type: ignore[untyped-decorator]  # LangChain is only in .venv-clients
 def weigh(kind: str, legs: int) -> str:
     """Weigh it."""
     return f"{kind} {legs}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # no look-up of prices in the network
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # no price look-up over the network
 import litellm
-from common import API_KEY, BASE_URL, HELLO, MODEL, Animal, done
+
+from tests.clients.scripts.common import API_KEY, BASE_URL, HELLO, MODEL, Animal, done
 
 COMMON = {"model": f"openai/{MODEL}", "api_base": BASE_URL, "api_key": API_KEY, "messages": HELLO, "num_retries": 0}
 answer = litellm.completion(**COMMON, max_tokens=12, temperature=0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from common import API_KEY, BASE_URL, MODEL, Animal, done
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
+
+from tests.clients.scripts.common import API_KEY, BASE_URL, MODEL, Animal, done
 
 COMMON = {"model": MODEL, "api_base": BASE_URL, "api_key": API_KEY, "is_chat_model": True, "max_retries": 0}
 llm = OpenAILike(**COMMON, max_tokens=12, temperature=0)

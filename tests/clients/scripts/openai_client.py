@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
-from common import API_KEY, BASE_URL, HELLO, MODEL, Animal, done
 from openai import OpenAI, pydantic_function_tool
+
+from tests.clients.scripts.common import API_KEY, BASE_URL, HELLO, MODEL, Animal, done
 
 client = OpenAI(base_url=BASE_URL, api_key=API_KEY, max_retries=0)
 chat = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=12, temperature=0)
+assert chat.usage
 assert chat.usage.completion_tokens == 12
 assert chat.system_fingerprint
 done("chat", chat.choices[0].message.content)
@@ -20,6 +22,7 @@ chunks = list(
 )
 assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == chat.choices[0].message.content
 assert len({(c.id, c.created) for c in chunks}) == 1
+assert chunks[-1].usage
 assert chunks[-1].usage.completion_tokens == 12
 done("stream", len(chunks))
 
@@ -32,8 +35,11 @@ called = client.chat.completions.create(
     model=MODEL, messages=HELLO, tools=[tool], tool_choice="required", max_tokens=200
 ).choices[0]
 assert called.finish_reason == "tool_calls"
-Animal.model_validate_json(called.message.tool_calls[0].function.arguments)
-done("tool", called.message.tool_calls[0].function)
+assert called.message.tool_calls
+call = called.message.tool_calls[0]
+assert call.type == "function"
+Animal.model_validate_json(call.function.arguments)
+done("tool", call.function)
 
 with client.chat.completions.stream(
     model=MODEL, messages=HELLO, tools=[tool], tool_choice="required", max_tokens=200
@@ -41,10 +47,14 @@ with client.chat.completions.stream(
     for _ in stream:
         pass
     final = stream.get_final_completion().choices[0]
+assert final.message.tool_calls
 assert json.loads(final.message.tool_calls[0].function.arguments)
 done("streamed tool", final.message.tool_calls[0].function.arguments)
 
 text = client.completions.create(model=MODEL, prompt=["a", "b"], n=2, max_tokens=4, logprobs=5)
 assert len(text.choices) == 4
-assert len(text.choices[0].logprobs.top_logprobs[0]) >= 5
+logprobs = text.choices[0].logprobs
+assert logprobs
+assert logprobs.top_logprobs
+assert len(logprobs.top_logprobs[0]) >= 5
 done("completions", [c.text for c in text.choices])

@@ -2,25 +2,25 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 import pytest
 
 from pdctl.commands.inspect import status
+from pdctl.control_api import MeasuredProcess
 
 
-def process(name: str, **more: Any) -> dict[str, Any]:
-    return {
-        "name": name, "role": "decode", "state": "ready", "ready_since": None, "restarts": 0, "pid": 1, "gpus": [],
-        "device": "cpu", "cpus": [0, 1, 2, 7], "ports": {"http": 18100}, "cpu_percent": 12.0, "rss_bytes": 1 << 20,
-        "gpu_memory_bytes": None, "running": 3, "waiting": 0, "kv_used": 0.25, "leases": 1, "tokens_per_s": 9.6,
-        "last_exit": None, "reason": "", **more,
-    }  # fmt: skip
+def process(name: str, restarts: int = 0) -> MeasuredProcess:
+    return MeasuredProcess(
+        name=name, kind="builtin", role="decode", group="decode", state="ready", reason="", pid=1, restarts=restarts,
+        last_exit=None, device="cpu", cpus=(0, 1, 2, 7), gpus=(), rdma=(), ports={"http": 18100}, ready_since=None,
+        epoch="0-1", adopted=False, log="/decode-0.log", rss_bytes=1 << 20, cpu_percent=12.0, gpu_memory_bytes=None,
+        running=3, waiting=0, kv_used=0.25, leases=1, tokens_per_s=9.6,
+    )  # fmt: skip
 
 
 def columns(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda _: os.terminal_size((width, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda fallback: os.terminal_size((width, 24)))
     header, rows = status._fitting([process("decode-0"), process("decode-1", restarts=2)])
     if len(header) > 2:
         assert sum(max(len(row[n]) for row in [header, *rows]) + 2 for n in range(len(header))) - 2 <= width

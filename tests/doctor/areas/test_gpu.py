@@ -1,4 +1,4 @@
-"""GPU checks through the real pynvml over a stub driver library, the command from end to end."""
+"""GPU checks with the real pynvml over a stub driver library, and the command end to end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,9 +18,10 @@ from pdctl.doctor.areas.affinity import AffinityFacts, check, matrix, pairing
 from pdctl.doctor.areas.gpu import GpuFacts
 from pdctl.doctor.areas.gpu import check as check_gpus
 from pdctl.doctor.inspection import our_processes
-from pdctl.host.gpu import Gpu
-from pdctl.host.gpu_health import GpuHealth, GpuReport
-from pdctl.host.pci import read_layout
+from pdctl.host.devices.gpu import Gpu
+from pdctl.host.devices.gpu_health import GpuHealth, GpuReport
+from pdctl.host.devices.pci import read_layout
+from pdctl.plan import Plan
 from tests.doctor.trees import Port, Tree
 
 STUB = Path(__file__).parents[2] / "fakes" / "nvml_stub.c"
@@ -96,7 +97,7 @@ def test_a_gpu_that_the_topology_leaves_alone_is_not_judged(library: Path, tmp_p
     ("env", "why"),
     [
         ({"PDCTL_STUB_INIT": "9"}, "the NVIDIA kernel driver is not loaded"),
-        ({"LD_LIBRARY_PATH": "/nowhere"}, "there is no NVIDIA driver library"),
+        ({"LD_LIBRARY_PATH": "/nowhere"}, "the NVIDIA driver library is not installed"),
         ({"PDCTL_STUB_GPUS": "0"}, "the driver lists no GPU"),
     ],
 )
@@ -123,10 +124,10 @@ def test_memory_that_somebody_holds(library: Path, tmp_path: Path) -> None:
         stranger.kill()
     assert found["severity"] == "critical"
     assert f"pid {stranger.pid} (sleep)" in found["observed"]
-    assert found["fix"] == f"end it: kill {stranger.pid}"
+    assert found["fix"] == f"stop it: kill {stranger.pid}"
     use.write_text(f"0 {4_000_000} {20 << 30}\n")
     found = doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))["gpu.mem_held"]
-    assert "not to be seen from here" in found["observed"]
+    assert "not visible from here" in found["observed"]
     use.write_text(f"0 {stranger.pid} {100 << 20}\n")
     assert "gpu.mem_held" not in doctor(library, tmp_path, TOPOLOGY, PDCTL_STUB_USE=str(use))
 
@@ -150,7 +151,7 @@ def test_two_engines_that_do_not_fit_together(library: Path, tmp_path: Path) -> 
     shared = TOPOLOGY.replace("gpus = [0]", "gpus = [0]\nreplicas = 2\nshare_gpu = true")
     found = doctor(library, tmp_path, shared.replace("kv_cache_gb = 1.0", "kv_cache_gb = 80.0"), "0 mode 3\n")
     assert found["gpu.memory"]["severity"] == "critical"
-    # Of 2 times 80 GiB, less 2 GiB and the model's weights for each, where the model has been made.
+    # Of twice 80 GiB, minus 2 GiB and the model's weights per engine, if the model exists.
     fits = re.search(r"kv_cache_gb = (\S+) for each", found["gpu.memory"]["fix"])
     assert fits is not None
     assert 68 < float(fits[1]) <= 68.5
@@ -170,14 +171,14 @@ def test_a_runtime_that_the_driver_is_too_old_for() -> None:
 
 
 def test_a_gpu_that_the_plan_does_not_use_is_not_judged(library: Path, tmp_path: Path) -> None:
-    """Left to pdctl, the one engine gets GPU 0; what is wrong with GPU 1 is nobody's affair."""
+    """pdctl gives the only engine GPU 0, so problems of GPU 1 do not matter."""
     chosen = TOPOLOGY.replace("gpus = [0]\n", "")
     assert set(doctor(library, tmp_path, chosen, "1 mig 1\n1 mode 2\n")) == {"gpu.present", "topology.valid"}
     assert doctor(library, tmp_path, chosen, "0 mig 1\n")["gpu.mig"]["severity"] == "critical"
 
 
 def test_a_gpu_that_is_lost(library: Path, tmp_path: Path) -> None:
-    """NVML counts it, and fails when asked for it (Xid 79)."""
+    """NVML counts the GPU but fails to open it (Xid 79)."""
     found = doctor(library, tmp_path, "", "1 lost 1\n")
     assert found["gpu.count"]["subject"] == "GPU 1"
     assert found["gpu.count"]["severity"] == "critical"
@@ -196,7 +197,7 @@ def test_a_gpu_that_fell_off_the_bus(tmp_path: Path) -> None:
 
 
 def board(root: Path) -> AffinityFacts:
-    """Two switches, a GPU and a card below each, and a card at the other socket."""
+    """Two switches with a GPU and a card each, and a card on the other socket."""
     tree = Tree(root)
     gpus = []
     for number, bus in enumerate((0x10, 0x20)):
@@ -223,8 +224,9 @@ def test_a_plan_that_pairs_worse_than_it_could(tmp_path: Path, device: str, seve
     from types import SimpleNamespace
 
     spec = SimpleNamespace(name="decode-0", gpus=("GPU-0",), rdma=(device,))
+    plan = cast(Plan, SimpleNamespace(processes=(spec,)))  # what the check looks at of one
     facts = board(tmp_path / "sys")
-    found = check(AffinityFacts(facts.gpus, facts.devices, facts.layout, SimpleNamespace(processes=(spec,))))  # type: ignore[arg-type]
+    found = check(AffinityFacts(facts.gpus, facts.devices, facts.layout, plan))
     assert [(f.id, f.severity.value) for f in found] == [("pcie.affinity", severity)]
     if severity != "ok":
-        assert "leave devices out" in found[0].fix
+        assert "remove devices" in found[0].fix

@@ -1,4 +1,4 @@
-"""The kernel's log: messages as others have published them, and this machine's own."""
+"""The kernel log: published messages, and this machine's own."""
 
 from __future__ import annotations
 

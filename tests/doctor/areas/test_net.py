@@ -21,13 +21,18 @@ def host() -> Host:
     return replace(read_host(), listening={})
 
 
-def found(tmp_path: Path, host: Host, text: str, env: dict[str, str] | None = None, **more: object) -> dict[str, str]:
+def found(
+    tmp_path: Path,
+    host: Host,
+    text: str,
+    env: dict[str, str] | None = None,
+    is_running: bool = False,
+    proc_root: Path | None = None,
+) -> dict[str, str]:
     path = tmp_path / "pdctl.toml"
     path.write_text(text)
-    proc = tmp_path / "proc"
-    if "proc_root" not in more:
-        more["proc_root"] = proc
-    facts = NetFacts(load_file(path, host), host, env or {}, connects=lambda *_: "", **more)  # type: ignore[arg-type]
+    proc = proc_root or tmp_path / "proc"
+    facts = NetFacts(load_file(path, host), host, env or {}, is_running, proc, connects=lambda *_: "")
     return {finding.id: f"{finding.severity.value} {finding.subject}: {finding.fix}" for finding in check(facts)}
 
 

@@ -1,19 +1,20 @@
-"""The way between cards, over fake trees."""
+"""PCIe checks over fake trees."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 
 from pdctl.doctor.areas.pcie import PcieFacts, check
-from tests.doctor.trees import Tree
+from tests.doctor.trees import PciAttributes, Tree
 
 CARD = "0000:03:00.0"
 
 
-def tree(root: Path, **bridge: str) -> Path:
+def tree(root: Path, **bridge: Unpack[PciAttributes]) -> Path:
     """A card below a switch below a root port; `bridge`: attributes of the switch's upper port."""
     made = Tree(root)
     made.pci("pci0000:00/0000:00:01.0", class_="0x060400")
@@ -51,7 +52,7 @@ def test_a_narrow_bridge(tmp_path: Path) -> None:
     quiet = proc(tmp_path)
     assert "pcie.path" not in found(tree(tmp_path / "a"), quiet)
     assert found(tree(tmp_path / "b", current_link_width="8"), quiet, direct=False) == {"pcie.path": "critical"}
-    # A slot of eight lanes: neither end could have more.
+    # A slot with eight lanes: neither end supports more.
     assert "pcie.path" not in found(tree(tmp_path / "c", current_link_width="8", max_link_width="8"), quiet)
     assert "pcie.path" not in found(tree(tmp_path / "d", current_link_width="0"), quiet)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,10 +19,10 @@ from hypothesis import strategies as st
 
 from pdctl.doctor import Finding, Severity, exit_code
 from pdctl.doctor.areas.rdma import RdmaFacts, Wanted, check
-from pdctl.host.rdma import natural, read_tree, roce_mtu
-from pdctl.host.sysfs import Answer, Reader
+from pdctl.host.devices.rdma import natural, read_tree, roce_mtu
+from pdctl.host.devices.sysfs import Answer, Reader
 from pdctl.topology.spec import Expect
-from tests.doctor.trees import TREES, Port, Tree, roce
+from tests.doctor.trees import TREES, Port, PortFiles, Tree, roce
 
 
 def findings(
@@ -32,7 +33,7 @@ def findings(
     nodes: bool = True,
     expect: Expect | None = None,
 ) -> list[Finding]:
-    """With character devices unless told otherwise."""
+    """Facts of a tree, by default with character devices."""
     dev = tree.root.parent / "dev"
     (dev / "infiniband").mkdir(parents=True, exist_ok=True)
     if nodes:
@@ -52,13 +53,13 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "sys"
 
 
-def one(root: Path, port: Port, **attributes: str) -> Tree:
+def one(root: Path, port: Port) -> Tree:
     tree = Tree(root)
-    tree.hca("mlx5_0", {1: port}, **attributes)
+    tree.hca("mlx5_0", {1: port})
     return tree
 
 
-def with_netdev(root: Path, mtu: str = "9000", **more: object) -> Tree:
+def with_netdev(root: Path, mtu: str = "9000", **more: Unpack[PortFiles]) -> Tree:
     tree = Tree(root)
     device = tree.hca("mlx5_0", {1: roce(**more)})
     tree.netdev("eth1", device.resolve(), mtu=mtu)
@@ -73,8 +74,18 @@ def test_a_good_port_is_ok_and_nothing_else(root: Path) -> None:
     assert not bad(findings(with_netdev(root.parent / "b")))
 
 
-ETHERNET = {"expect": Expect(link_layer="ethernet")}
-FIRES: dict[str, tuple[Callable[[Path], Tree], dict[str, object], tuple[str, str]]] = {
+class Options(TypedDict, total=False):
+    """Of `findings`."""
+
+    env: dict[str, str]
+    devices: tuple[str, ...]
+    required: bool
+    nodes: bool
+    expect: Expect
+
+
+ETHERNET: Options = {"expect": Expect(link_layer="ethernet")}
+FIRES: dict[str, tuple[Callable[[Path], Tree], Options, tuple[str, str]]] = {
     "down": (lambda r: one(r, Port(state="1: DOWN", phys_state="3: Disabled")), {}, ("port.state", "warning")),
     "down and wanted": (
         lambda r: one(r, Port(state="1: DOWN", phys_state="2: Polling")),
@@ -113,7 +124,7 @@ FIRES: dict[str, tuple[Callable[[Path], Tree], dict[str, object], tuple[str, str
 @pytest.mark.parametrize("name", FIRES)
 def test_fires(root: Path, name: str) -> None:
     make, options, expected = FIRES[name]
-    found = findings(make(root), **options)  # type: ignore[arg-type]
+    found = findings(make(root), **options)
     assert expected in bad(found)
     told = next(finding for finding in found if finding.id == expected[0])
     assert told.observed
@@ -121,7 +132,7 @@ def test_fires(root: Path, name: str) -> None:
         assert told.fix
 
 
-QUIET = {
+QUIET: dict[str, Callable[[Path], Tree]] = {
     "a down port's rate": lambda r: one(r, Port(state="1: DOWN", rate="10 Gb/sec (4X)")),
     "RoCE has no lid": with_netdev,
     "jumbo frames": lambda r: with_netdev(r, mtu="4200"),
@@ -166,7 +177,7 @@ def test_the_slow_one_of_several(root: Path) -> None:
         tree.hca(f"mlx5_{number}", {1: port}, bus=2 * number + 1)
     slow = [f for f in findings(tree) if f.id == "port.rate"]
     assert [(f.subject, f.severity, f.expected) for f in slow] == [
-        ("mlx5_2:1", Severity.CRITICAL, "400 Gb/s, as its peers")
+        ("mlx5_2:1", Severity.CRITICAL, "400 Gb/s, like its peers")
     ]
 
 
@@ -264,7 +275,7 @@ def test_reads_that_fail_are_told_apart(root: Path) -> None:
 def test_files_that_the_kernel_will_not_read(
     root: Path, code: int, answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each file of a port in turn: a finding or silence, never a traceback, and never a good state."""
+    """Break each file of a port in turn: a finding or none, but never a traceback and never a good state."""
     tree = with_netdev(root)
     real, failing = os.read, ""
 
@@ -287,18 +298,18 @@ def test_a_device_that_goes_away_while_it_is_read(root: Path, monkeypatch: pytes
     tree = Tree(root)
     tree.hca("mlx5_0", {1: Port()})
     gone = tree.hca("mlx5_1", {1: Port()}, bus=5).resolve()
-    real, seen = os.read, []
+    real, observed = os.read, []
 
     def read(descriptor: int, size: int) -> bytes:
         if "mlx5_1" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
-            seen.append(descriptor)
-            if len(seen) == 5:
+            observed.append(descriptor)
+            if len(observed) == 5:
                 shutil.rmtree(gone)
         return real(descriptor, size)
 
     monkeypatch.setattr(os, "read", read)
     found = findings(tree)
-    assert len(seen) >= 5
+    assert len(observed) >= 5
     assert any(f.subject.startswith("mlx5_1") and f.severity is not Severity.OK for f in found)
     assert any(f.subject == "mlx5_0:1" and f.severity is Severity.OK for f in found)
 
@@ -312,20 +323,20 @@ def test_a_read_that_hangs_is_given_up(root: Path) -> None:
     found = findings(tree)
     assert time.monotonic() - began < 10
     assert ("port.state", "unknown") in bad(found)
-    # Whoever is still in that read is let go.
+    # Release the thread that still hangs in this read.
     os.close(os.open(state, os.O_WRONLY | os.O_NONBLOCK))
 
 
 def test_another_root_is_the_only_one_read(root: Path) -> None:
-    """Every file that is opened, listed or looked at lies below the roots given."""
+    """Every file that is opened, listed or checked is below the given roots."""
     tree = TREES["dual port"](root)
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "import pdctl.doctor.areas.rdma, pdctl.host.rdma, pdctl.host.sysfs\n"
+        "import pdctl.doctor.areas.rdma, pdctl.host.devices.rdma, pdctl.host.devices.sysfs\n"
         "seen = []\n"
         "looks = ('open', 'os.listdir', 'os.scandir')\n"
         "sys.addaudithook(lambda event, args: seen.append(str(args[0])) if event in looks else None)\n"
-        f"pdctl.host.rdma.read_tree(Path({str(root)!r}), Path({str(root.parent)!r}))\n"
+        f"pdctl.host.devices.rdma.read_tree(Path({str(root)!r}), Path({str(root.parent)!r}))\n"
         f"out = [name for name in seen if not name.startswith({str(root)!r})]\n"
         "print(out)"
     )

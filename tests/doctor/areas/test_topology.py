@@ -1,4 +1,4 @@
-"""What a topology that loads may still get wrong."""
+"""Problems of a topology that loads without errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from pdctl.doctor.areas.topology import TopologyFacts, check
 from pdctl.host import Host, read_host
-from pdctl.host.gpu import Gpu
+from pdctl.host.devices.gpu import Gpu
 from pdctl.host.models import read_shape
 from pdctl.plan import make_plan
 from pdctl.topology.loader import load_file
@@ -51,6 +51,12 @@ def found(tmp_path: Path, host: Host, engines: str, service: str = "", where: Pa
     return {finding.id: f"{finding.severity.value}: {finding.fix}" for finding in check(facts)}
 
 
+def weight_bytes(folder: Path) -> int:
+    shape = read_shape(folder)
+    assert shape is not None
+    return shape.weight_bytes
+
+
 def test_what_a_model_takes(tmp_path: Path) -> None:
     shape = read_shape(model(tmp_path, 5000))
     assert shape is not None
@@ -74,18 +80,18 @@ def test_a_model_without_weights(tmp_path: Path, host: Host) -> None:
 def test_weights_that_are_there_twice_count_once(tmp_path: Path) -> None:
     folder = model(tmp_path, 5000)
     (folder / "consolidated.safetensors").write_bytes(b"x" * 5000)
-    assert read_shape(folder).weight_bytes == 5000  # type: ignore[union-attr]
+    assert weight_bytes(folder) == 5000
     (folder / "model.safetensors").unlink()
     for part in ("a", "b"):
         (folder / f"model-{part}.safetensors").write_bytes(b"x" * 700)
     stale = {"weight_map": {"x": "gone.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(stale))
     (folder / "model.safetensors").write_bytes(b"x" * 900)
-    assert read_shape(folder).weight_bytes == 900, "a whole file counts, whatever an old index says"  # type: ignore[union-attr]
+    assert weight_bytes(folder) == 900, "a whole file counts, whatever an old index says"
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"x": "model-a.safetensors", "y": "model-b.safetensors", "z": "model-b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert read_shape(folder).weight_bytes == 1400  # type: ignore[union-attr]
+    assert weight_bytes(folder) == 1400
 
 
 def test_shards_that_are_missing(tmp_path: Path, host: Host) -> None:
@@ -93,7 +99,7 @@ def test_shards_that_are_missing(tmp_path: Path, host: Host) -> None:
     (folder / "a.safetensors").write_bytes(b"x")
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert found(tmp_path, host, ENGINE, where=folder)["model.weights"] == "critical: fetch it again"
+    assert found(tmp_path, host, ENGINE, where=folder)["model.weights"] == "critical: download it again"
 
 
 @pytest.mark.parametrize("config", [{"num_attention_heads": 0, "head_dim": 0}, {"num_hidden_layers": "many"}])
@@ -101,7 +107,7 @@ def test_configurations_that_make_no_sense(tmp_path: Path, config: dict[str, obj
     assert read_shape(model(tmp_path, 10, **config)) is None
     (tmp_path / "model/model.safetensors").unlink()
     (tmp_path / "model/model.safetensors").symlink_to("nowhere")
-    assert read_shape(model(tmp_path, 0)).weight_bytes == 0  # type: ignore[union-attr]
+    assert weight_bytes(model(tmp_path, 0)) == 0
 
 
 def test_more_tokens_than_positions(tmp_path: Path, host: Host) -> None:
@@ -111,7 +117,7 @@ def test_more_tokens_than_positions(tmp_path: Path, host: Host) -> None:
 
 
 def test_a_pool_that_holds_no_full_request(tmp_path: Path, host: Host) -> None:
-    # 10,240 bytes a token on the CPU: 2,048 of them are 0.0195 GiB.
+    # 10,240 bytes per token on the CPU: 2,048 tokens need 0.0195 GiB.
     small = ENGINE + "kv_cache_gb = 0.01\n"
     fired = found(tmp_path, host, small)["topology.kv_pool"]
     assert fired == "warning: kv_cache_gb = 0.02, or max_model_len = 1048"
@@ -125,15 +131,15 @@ CUDA = '[[engines]]\nname = "e"\nrole = "hybrid"\ndevice = "cuda"\n'
     ("engines", "fix"),
     [
         (CUDA + "gpus = [0]\nkv_cache_gb = 60\n", ""),
-        (CUDA + "gpus = [0]\nkv_cache_gb = 69\n", "warning: kv_cache_gb = 68 for each, or a GPU for each"),
-        (CUDA + "gpus = [0]\nkv_cache_gb = 79\n", "critical: kv_cache_gb = 68 for each, or a GPU for each"),
+        (CUDA + "gpus = [0]\nkv_cache_gb = 69\n", "warning: kv_cache_gb = 68 for each, or one GPU per engine"),
+        (CUDA + "gpus = [0]\nkv_cache_gb = 79\n", "critical: kv_cache_gb = 68 for each, or one GPU per engine"),
         (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 2\nkv_cache_gb = 31\n",
-         "critical: kv_cache_gb = 28 for each, or a GPU for each"),
+         "critical: kv_cache_gb = 28 for each, or one GPU per engine"),
         (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 2\nkv_cache_gb = 28\n", ""),
         (CUDA + "share_gpu = true\nreplicas = 4\nkv_cache_gb = 31\n",
-         "critical: kv_cache_gb = 28 for each, or a GPU for each"),
+         "critical: kv_cache_gb = 28 for each, or one GPU per engine"),
         (CUDA + "gpus = [0]\nshare_gpu = true\nreplicas = 9\nkv_cache_gb = 1\n",
-         "critical: a GPU for each, or a smaller model"),
+         "critical: one GPU per engine, or a smaller model"),
     ],
 )  # fmt: skip
 def test_gpus_that_are_too_small(tmp_path: Path, host: Host, engines: str, fix: str) -> None:

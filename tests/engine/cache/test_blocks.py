@@ -8,7 +8,7 @@ from pdctl.engine.cache.blocks import BlockAllocator
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Any order of allocations and frees keeps the books."""
+    """The counts are consistent after any order of allocations and frees."""
 
     @initialize(size=st.integers(1, 60))
     def begin(self, size: int) -> None:

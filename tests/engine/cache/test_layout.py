@@ -28,7 +28,7 @@ def half(size: int, blocks: list[int], total: int = 16) -> Half:
 
 
 def row(half: Half, plane: int, token: int) -> slice:
-    """Where a token's K or V row lies, worked out the slow way."""
+    """The location of a token's K or V row, computed directly."""
     size = half.manifest.block_size
     start, per_block = plane_offsets(half.manifest, half.num_blocks)[plane]
     begin = start + half.block_ids[token // size] * per_block + token % size * (per_block // size)

@@ -1,10 +1,10 @@
-"""The loop and its threads: what is done while a step computes, and what must wait for its end."""
+"""The loop and its threads: what happens during a step, and what must wait for its end."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -14,27 +14,33 @@ from hypothesis import strategies as st
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.core.inbox import Inbox
-from pdctl.engine.core.loop import Core, Outbox
+from pdctl.engine.core.loop import Core, CoreEvent
+from pdctl.engine.core.outbox import Outbox
 from pdctl.engine.handover.puller import Puller
-from pdctl.engine.ipc.messages import Abort, Reserve, Reserved, Sampling, Shutdown, StepDone, Submit
-from pdctl.engine.model.runner import ModelRunner
+from pdctl.engine.ipc.messages import Abort, Logprobs, Reserve, Reserved, Sampling, Shutdown, StepDone, Submit
+from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.schedule.scheduler import Limits, Scheduler, Slice
 
 WAIT_S = 20.0
 
 
-class SlowRunner:
-    """Computes for as long as the test wants; tokens are all 7."""
+class SlowExecutor:
+    """Computes as long as the test wants; all tokens are 7."""
 
     def __init__(self) -> None:
         self.began, self.may_end = threading.Semaphore(0), threading.Semaphore(0)
         self.blocks: list[set[int]] = []
-        self.pool = self
 
-    def publish(self, block_ids: list[int]) -> None:
+    def publish(self, block_ids: Sequence[int]) -> None:
         pass
 
-    def execute(self, batch: list[Slice]) -> tuple[list[int], list[None]]:
+    def absorb(self, block_ids: Sequence[int]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
         self.blocks.append({block for piece in batch for block in piece.sequence.block_ids})
         self.began.release()
         assert self.may_end.acquire(timeout=WAIT_S)
@@ -59,12 +65,15 @@ class Said:
 
 
 @contextmanager
-def running(num_blocks: int = 16) -> Iterator[tuple[Core, SlowRunner, Said]]:
-    runner, said = SlowRunner(), Said()
+def running(num_blocks: int = 16) -> Iterator[tuple[Core, SlowExecutor, Said]]:
+    runner, said = SlowExecutor(), Said()
     limits = Limits(max_num_seqs=4, max_num_batched_tokens=64, block_size=4, max_model_len=64,
                     eos_token_ids=frozenset())  # fmt: skip
-    core = Core(Scheduler(limits, BlockAllocator(num_blocks)), cast(ModelRunner, runner), cast(Outbox, said))
-    core.puller = cast(Puller, Puller_())
+    inbox: Inbox[CoreEvent] = Inbox()
+    core = Core(
+        Scheduler(limits, BlockAllocator(num_blocks)), runner, Grammars(None, 8, frozenset()), cast(Puller, Puller_()),
+        inbox, cast(Outbox, said),
+    )  # fmt: skip
     loop = threading.Thread(target=core.run)
     loop.start()
     try:
@@ -89,7 +98,7 @@ def test_a_hand_over_gets_its_blocks_while_a_step_computes() -> None:
         assert runner.began.acquire(timeout=WAIT_S)
         core.receive(submit("b", 9, kv_tokens=8))
         core.receive(Reserve("c", 5))
-        # The step has not ended: nothing but these is said.
+        # The step has not ended: only these messages are sent.
         reserved = [said.next(), said.next()]
         assert [(type(r), r.request_id) for r in reserved] == [(Reserved, "b"), (Reserved, "c")]  # type: ignore[attr-defined]
         for found in reserved:
@@ -101,11 +110,11 @@ def test_nothing_overtakes_and_nothing_is_freed_in_mid_step() -> None:
     with running(num_blocks=4) as (core, runner, said):
         core.receive(submit("a", 12))
         assert runner.began.acquire(timeout=WAIT_S)
-        # The blocks of `a` are in use by the step: they are not free before it ends, whatever is said meanwhile.
+        # The step uses the blocks of `a`: they are not freed before it ends, whatever messages arrive.
         core.receive(Abort("a"))
         core.receive(submit("b", 9, kv_tokens=8))
         with pytest.raises(queue.Empty):
-            said.queue.get(timeout=0.1)
+            said.queue.get_nowait()  # messages are handled as they are received
         runner.may_end.release()
         first, second = said.next(), said.next()
         assert isinstance(first, StepDone)
@@ -119,7 +128,7 @@ def test_what_does_not_fit_waits_for_the_step() -> None:
         assert runner.began.acquire(timeout=WAIT_S)
         core.receive(submit("b", 9, kv_tokens=8))
         with pytest.raises(queue.Empty):
-            said.queue.get(timeout=0.1)
+            said.queue.get_nowait()  # messages are handled as they are received
         core.receive(Abort("a"))
         runner.may_end.release()
         assert isinstance(said.next(), StepDone)
@@ -146,7 +155,23 @@ def test_the_inbox_keeps_order(numbers: list[int]) -> None:
 
 def test_the_inbox_wakes_who_waits() -> None:
     inbox: Inbox[int] = Inbox()
-    threading.Timer(0.02, inbox.put, (3,)).start()
+    waits = threading.Event()
+
+    class Told(threading.Condition):
+        """Tells that somebody waits; the lock is theirs until they do."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.set()
+            return super().wait(timeout)
+
+    def put() -> None:
+        assert waits.wait(WAIT_S)
+        inbox.put(3)
+
+    inbox._arrived = Told()
+    writer = threading.Thread(target=put)
+    writer.start()
     assert inbox.get(timeout=WAIT_S) == 3
+    writer.join()
     with pytest.raises(queue.Empty):
         inbox.get(timeout=0.01)

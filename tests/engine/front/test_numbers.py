@@ -1,8 +1,9 @@
-"""Numbers as JSON writers write them: whole floats are whole numbers, and what is none is refused by name."""
+"""Numbers in JSON: whole floats count as whole numbers, and invalid ones are refused with the field's name."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_what_follows_a_number_that_is_rewritten_is_read_as_well(rest: str) -> N
 @pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("number", ["1.5", "1e300", '"5"', "9" * 23, "9" * 309, "9" * 5000, "-" + "9" * 30, "true"])
 def test_what_is_no_such_number_is_refused_by_name(name: str, number: str) -> None:
-    readers = [lambda raw: openai.parse_body(raw, chat=False)]
+    readers: list[Callable[[bytes], object]] = [lambda raw: openai.parse_body(raw, chat=False)]
     if name in ("max_tokens", "seed", "n"):
         readers.append(lambda raw: requests.parse(raw, "/v1/completions", False, "r", "m"))
     for read in readers:

@@ -1,4 +1,4 @@
-"""Every keyword of JSON Schema: answers keep it, or it is refused by name and place. None is passed over."""
+"""Every keyword of JSON Schema is either enforced or refused with name and location. None is ignored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRING, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "num
 A_AND_B = {"type": "object", "properties": {"a": INTEGER, "b": STRING}}
 LETTERS = [bytes([code]) for code in range(128)] + [b"\xc3", b"\xa9"]
 
-# What is accepted. Everything that the grammar lets through must be valid.
+# Accepted schemas. Everything that the grammar allows must be valid.
 KEPT: list[dict[str, Any]] = [
     STRING, INTEGER, NUMBER, {"type": "boolean"}, {"type": "null"}, {},
     {"type": ["integer", "null"]}, {"type": ["integer", "string"], "minimum": 3, "minLength": 2},
@@ -63,7 +63,7 @@ KEPT: list[dict[str, Any]] = [
       ("date", "date-time", "time", "duration", "uuid", "ipv4", "ipv6", "hostname", "email", "uri")),
 ]  # fmt: skip
 
-# What is refused: schema, place, what the message says.
+# Refused schemas: schema, location, part of the message.
 REFUSED: list[tuple[object, str, str]] = [
     ({"type": "object", "required": ["a"]}, "$.required", "'required' names \"a\""),
     ({**A_AND_B, "required": ["c"]}, "$.required", "'required' names \"c\""),
@@ -114,7 +114,7 @@ REFUSED: list[tuple[object, str, str]] = [
     ({"$ref": "http://example.com/x"}, "$.$ref", "must lead to a place"),
     ({"$ref": "#/$defs/missing"}, "$.$ref", "must lead to a place"),
     ({"$dynamicRef": "#a"}, "$.$dynamicRef", "not supported"),
-    ({"type": "date"}, "$.type", "no type of JSON Schema"),
+    ({"type": "date"}, "$.type", "not a JSON Schema type"),
     ({"type": "object", "properties": {"a": False}}, "$.properties.a", "must be a schema"),
     (False, "$", "must be a schema"),
     ([INTEGER], "$", "must be a schema"),
@@ -141,7 +141,7 @@ def grammar_of(schema: object) -> xgrammar.Grammar:
 
 
 def answers(schema: object, count: int) -> list[str]:
-    """Random walks through the grammar, as a model at any temperature could take them; those that ended."""
+    """Random walks through the grammar, as a model at any temperature could take; returns those that ended."""
     info = xgrammar.TokenizerInfo([*LETTERS, b"</s>"], vocab_size=len(LETTERS) + 1, stop_token_ids=[len(LETTERS)])
     compiled = xgrammar.GrammarCompiler(info, max_threads=1).compile_grammar(grammar_of(schema))
     found = []
@@ -151,7 +151,7 @@ def answers(schema: object, count: int) -> list[str]:
         while not matcher.is_terminated() and len(text) < 200:
             matcher.fill_next_token_bitmask(mask)
             allowed = [n for n in range(info.vocab_size) if int(mask[0, n // 32]) >> (n % 32) & 1]
-            # Ends are rare among letters: without this, walks hardly ever end.
+            # End tokens are rare among letters: without this, walks hardly ever end.
             ends = [n for n in allowed if n == len(LETTERS) or (n < len(LETTERS) and LETTERS[n] in b'"}],')]
             token = chance.choice(ends if ends and chance.random() < 0.4 else allowed)
             assert matcher.accept_token(token)

@@ -1,4 +1,4 @@
-"""Tokens as bytes over the families of tokenizers: joined, they are the text."""
+"""Tokens as bytes for all tokenizer families: joined, they are the text."""
 
 from __future__ import annotations
 
@@ -88,9 +88,11 @@ def test_every_token_of_a_vocabulary_has_a_text_of_its_own(tokenizer: Tokenizer)
     of = TokenText(tokenizer)
     known = [of.bytes_of(token_id) for token_id in tokenizer.get_vocab().values()]
     texts = {text_of(data, chat=False) for data in known}
-    # Only a byte piece and the letter of that byte are the same text.
+    # Only a byte piece and the letter with that byte have the same text.
     assert len(known) - len(texts) <= 30
-    assert of.bytes_of(tokenizer.token_to_id("<end>")) == b"<end>"
+    end = tokenizer.token_to_id("<end>")
+    assert end is not None
+    assert of.bytes_of(end) == b"<end>"
     assert of.bytes_of(10_000) == b""
 
 
@@ -113,7 +115,7 @@ def bpe_with_word_ends() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """BERT and what was made of it."""
+    """BERT and its derivatives."""
     made = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "play": 2, "##ing": 3, "dog": 4, "##s": 5}))
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece(prefix="##")

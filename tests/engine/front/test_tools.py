@@ -12,7 +12,8 @@ from pdctl.engine.front.api.tools import ToolCall, ToolFormat, ToolText, joined,
 
 def split(text: str, cuts: list[int], form: ToolFormat = ToolFormat.TAGGED) -> tuple[str, list[ToolCall]]:
     parser = ToolText("r", form)
-    shown, calls = "", []
+    shown = ""
+    calls: list[ToolCall] = []
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     for start, end in pairwise(edges):
         more, found = parser.push(text[start:end])

@@ -9,8 +9,16 @@ from pdctl.engine.handover.lease import Lease, LeaseState, LeaseTable
 EPOCH = "b-1"
 
 
+def granted(
+    table: LeaseTable, name: str = "r", blocks: int = 3, holder: str = "proxy", now: float = 0.0, sealed: bool = True
+) -> Lease:
+    lease = table.grant(name, blocks, holder, now, sealed)
+    assert lease is not None
+    return lease
+
+
 def claimed(table: LeaseTable, now: float = 0.0) -> Lease:
-    lease = table.grant("r", 3, "proxy", now)
+    lease = granted(table, now=now)
     assert table.claim(lease.lease_id, EPOCH, "d", now).ok
     return lease
 
@@ -37,7 +45,7 @@ def test_commit_after_the_deadline_is_refused_even_before_the_sweep() -> None:
 
 def test_commit_needs_a_claim_by_the_same_holder() -> None:
     table = LeaseTable(EPOCH, 10)
-    lease = table.grant("r", 3, "proxy", 0)
+    lease = granted(table)
     assert not table.commit(lease.lease_id, EPOCH, "d", 1).ok
     table.claim(lease.lease_id, EPOCH, "d", 1)
     assert not table.commit(lease.lease_id, EPOCH, "other", 1).ok
@@ -75,7 +83,7 @@ def test_renewal_extends_and_never_shortens() -> None:
 
 def test_release_is_idempotent_and_a_dead_holder_frees_only_its_own() -> None:
     table = LeaseTable(EPOCH, 10)
-    a, b = claimed(table), table.grant("q", 1, "proxy", 0)
+    a, b = claimed(table), granted(table, "q", 1)
     table.claim(b.lease_id, EPOCH, "e", 0)
     assert [v.freed for v in table.release_holder("d", 1)] == ["r"]
     assert table.release_holder("d", 1) == []
@@ -87,11 +95,11 @@ def test_release_is_idempotent_and_a_dead_holder_frees_only_its_own() -> None:
 
 
 def test_the_dead_leave_nothing_whatever_arrives_after_them() -> None:
-    """A router's leases end claimed or not: nobody is left to use them. Last words of the dead come late."""
+    """A dead router's leases end whether claimed or not. Its late calls are ignored."""
     table = LeaseTable(EPOCH, 10)
     claimed(table)
     table.grant("waiting", 1, "proxy", 0)
-    other = table.grant("other", 1, "another", 0)
+    other = granted(table, "other", 1, "another")
     assert sorted(str(v.freed) for v in table.release_holder("proxy", 1)) == ["r", "waiting"]
     assert table.grant("late", 1, "proxy", 2) is None
     table.release_holder("d", 2)
@@ -114,7 +122,7 @@ def test_a_call_that_its_router_gave_up_leaves_no_lease_before_or_after() -> Non
 
 def test_an_unsealed_lease_can_be_read_and_not_committed() -> None:
     table = LeaseTable(EPOCH, 10)
-    lease = table.grant("r", 3, "proxy", 0, sealed=False)
+    lease = granted(table, sealed=False)
     assert table.claim(lease.lease_id, EPOCH, "d", 1).ok
     refused = table.commit(lease.lease_id, EPOCH, "d", 2)
     assert not refused.ok
@@ -126,10 +134,10 @@ def test_an_unsealed_lease_can_be_read_and_not_committed() -> None:
 
 
 def test_the_end_of_an_unsealed_lease_frees_nothing_and_it_cannot_be_sealed() -> None:
-    """Its blocks belong to a prefill that still runs."""
+    """The blocks belong to a prefill that is still running."""
     table = LeaseTable(EPOCH, 10)
     for end in ("revoke", "release", "expire", "holder"):
-        lease = table.grant("r", 3, "d", 0, sealed=False)
+        lease = granted(table, holder="d", sealed=False)
         if end == "revoke":
             assert table.revoke(lease.lease_id, 1).freed is None
         elif end == "release":
@@ -184,7 +192,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @rule()
     def grant(self) -> None:
-        self.leases.append(self.table.grant(f"r{len(self.leases)}", 1, "proxy", self.now))
+        self.leases.append(granted(self.table, f"r{len(self.leases)}", 1, now=self.now))
 
     @rule(seconds=st.floats(0, 6))
     def wait(self, seconds: float) -> None:

@@ -1,11 +1,10 @@
-"""Every interleaving of one hand-over, over the real lease table and the real migration machine.
+"""Every interleaving of one hand-over, with the real lease table and the real reception machine.
 
-The world around them is adversarial: messages are lost, repeated and late, the deadline may pass at any moment, freed
-blocks are reused at any moment on either side, the prefill may be preempted while its first chunk is being read, a
-read may be given up with its bytes still under way, and either engine may die and come back. Checked: no state decodes
-KV that was overwritten, or not yet computed, when it was read; no late write meets another request's blocks; and from
-every state the blocks of both sides can still come free.
-"""
+The environment is adversarial: messages are lost, repeated and late, the deadline may pass at any moment, freed blocks
+are reused at any moment on either side, the prefill may be preempted while its first chunk is being read, a read may be
+given up while its bytes still arrive, and either engine may die and restart. Checked: no state decodes KV that was
+overwritten, or not yet computed, when it was read; no late write hits another request's blocks; and from every state
+the blocks of both sides can still be freed. """
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from pdctl.engine.handover.lease import LeaseTable
-from pdctl.engine.handover.migration import Action, Migration, MigrationEvent, Phase, advance
+from pdctl.engine.handover.reception import Action, Phase, Reception, ReceptionEvent, advance
 
 EPOCHS = ("e0", "e1")
 HOLDER = "d"
@@ -24,7 +23,7 @@ TOTAL = 2  # pieces of KV: the first can be read before the second is computed
 
 @dataclass(frozen=True)
 class World:
-    """`dirty`: something was read that was overwritten, or not computed, at some moment of its reading."""
+    """`dirty`: something was read that was overwritten or not computed during the read."""
 
     table: tuple[object, ...]
     epoch: int = 0
@@ -33,20 +32,20 @@ class World:
     reused: bool = False
     computed: int = 1
     d_alive: bool = True
-    state: Migration = field(default_factory=Migration)
+    state: Reception = field(default_factory=Reception)
     reading: bool = False
     dirty: bool = False
     net: frozenset[tuple[str, int | bool]] = frozenset({("offer", 1)})
     faults: int = 0
     late: bool = False  # the clock is past the deadline
     landing: bool = False  # a read that was given up may still write
-    target_held: bool = True  # our blocks are ours, in use or in quarantine
-    spoiled: bool = False  # a late write met somebody else's blocks
+    target_held: bool = True  # the reader's blocks are in use or in quarantine
+    spoiled: bool = False  # a late write hit another request's blocks
 
 
 class Model:
-    """Successors of a world. Without commit it decodes right after the read; without quarantine blocks are free the
-    moment that their request is lost. Both as other systems do."""
+    """Successors of a state. Without commit it decodes right after the read; without quarantine blocks are freed as
+    soon as their request is lost. Both as in other systems."""
 
     def __init__(self, with_commit: bool, with_quarantine: bool) -> None:
         self.with_commit = with_commit
@@ -54,7 +53,7 @@ class Model:
         self.tables: dict[tuple[object, ...], LeaseTable] = {}
 
     def key(self, table: LeaseTable) -> tuple[object, ...]:
-        """What can be told apart from outside, as a hashable."""
+        """The observable state, as a hashable."""
         live = tuple((x.lease_id, x.state, x.holder, x.deadline, x.sealed) for x in table.live())
         tombs = tuple((k, v.state, v.holder) for k, v in table._tombstones.items())
         found = (table.epoch, live, tombs)
@@ -71,7 +70,7 @@ class Model:
         if world.p_alive and world.epoch == 0 and world.computed < TOTAL:
             yield from self._prefill(world)
         for message in world.net:
-            # It stays in the net: it may be delivered again, and one that never is was lost.
+            # It stays in the network: it may be delivered again, or never (lost).
             yield from self._delivered(world, *message)
         if world.d_alive:
             yield from self._decode_side(world)
@@ -85,7 +84,7 @@ class Model:
         if sealed:
             yield replace(done, table=self.key(table), net=world.net | {("offer", TOTAL), ("ticket", 0)})
         else:
-            yield replace(done, owned=False)  # it goes on under another lease; this one's blocks are not promised
+            yield replace(done, owned=False)  # it continues under another lease; this one's blocks are not guaranteed
         if world.owned:
             table = copy.deepcopy(self.tables[world.table])
             table.revoke(f"{EPOCHS[0]}.1", self._now(world))
@@ -128,15 +127,15 @@ class Model:
         elif not world.d_alive:
             return
         elif kind == "claim_answer":
-            yield self._advance(world, MigrationEvent.CLAIM_OK if value else MigrationEvent.CLAIM_REFUSED)
+            yield self._advance(world, ReceptionEvent.CLAIM_OK if value else ReceptionEvent.CLAIM_REFUSED)
         elif kind == "commit_answer":
-            yield self._advance(world, MigrationEvent.COMMIT_OK if value else MigrationEvent.COMMIT_REFUSED)
+            yield self._advance(world, ReceptionEvent.COMMIT_OK if value else ReceptionEvent.COMMIT_REFUSED)
         elif kind == "offer":
-            yield self._advance(self._begun(world), MigrationEvent.OFFERED, int(value))
+            yield self._advance(self._begun(world), ReceptionEvent.OFFERED, int(value))
         elif kind == "ticket":
-            yield self._advance(self._begun(world), MigrationEvent.SEALED, TOTAL)
-        elif kind == "withdrawn" and world.state != Migration():
-            yield self._advance(world, MigrationEvent.LEASE_GONE)
+            yield self._advance(self._begun(world), ReceptionEvent.SEALED, TOTAL)
+        elif kind == "withdrawn" and world.state != Reception():
+            yield self._advance(world, ReceptionEvent.LEASE_GONE)
 
     def _called(self, world: World, kind: str, epoch: int) -> World:
         table = copy.deepcopy(self.tables[world.table])
@@ -149,8 +148,8 @@ class Model:
         return replace(after, net=after.net | {(f"{kind}_answer", verdict.ok)})
 
     def _begun(self, world: World) -> World:
-        """The first word of a hand-over makes decode claim."""
-        return replace(world, net=world.net | {("claim", 0)}) if world.state == Migration() else world
+        """The first message of a hand-over makes decode claim the lease."""
+        return replace(world, net=world.net | {("claim", 0)}) if world.state == Reception() else world
 
     # -- the decode engine --
 
@@ -158,25 +157,25 @@ class Model:
         phase = world.state.phase
         if phase is Phase.QUEUED:
             if not world.state.reserved:
-                yield self._advance(world, MigrationEvent.RESERVED)
-            yield self._advance(world, MigrationEvent.DEADLINE)
+                yield self._advance(world, ReceptionEvent.RESERVED)
+            yield self._advance(world, ReceptionEvent.DEADLINE)
         if phase in (Phase.QUEUED, Phase.READING, Phase.COMMITTING):
-            yield self._advance(world, MigrationEvent.CANCELLED)
+            yield self._advance(world, ReceptionEvent.CANCELLED)
         if world.reading:
             done = replace(world, reading=False)
-            yield self._advance(done, MigrationEvent.READ_OK)
-            yield self._advance(done, MigrationEvent.READ_FAILED)
+            yield self._advance(done, ReceptionEvent.READ_OK)
+            yield self._advance(done, ReceptionEvent.READ_FAILED)
             if world.faults == 0:
                 given_up = replace(done, landing=True, faults=1)
-                yield self._advance(given_up, MigrationEvent.READ_FAILED)
+                yield self._advance(given_up, ReceptionEvent.READ_FAILED)
         if phase is Phase.COMMITTING:
-            yield self._advance(world, MigrationEvent.COMMIT_UNANSWERED)
-        # Blocks of a lost request that are being read into come free when the read ends.
+            yield self._advance(world, ReceptionEvent.COMMIT_UNANSWERED)
+        # Blocks of a lost request that are being written are freed when the read ends.
         busy = world.reading or (self.with_quarantine and world.landing)
         if phase is Phase.LOST and world.target_held and not busy:
             yield replace(world, target_held=False)
 
-    def _advance(self, world: World, event: MigrationEvent, pieces: int = 0) -> World:
+    def _advance(self, world: World, event: ReceptionEvent, pieces: int = 0) -> World:
         state, actions = advance(world.state, event, pieces)
         world = replace(world, state=replace(state, reason=""))
         for action in actions:
@@ -208,30 +207,30 @@ class Found:
 
 
 def explore(with_commit: bool = True, with_quarantine: bool = True) -> Found:
-    """All reachable worlds: how many, which decode bad KV, which let a late write spoil another request, and from which
-    the prefill's blocks or ours can never come free."""
+    """All reachable states: how many, which decode bad KV, which let a late write corrupt another request, and from
+    which the blocks of either side can never be freed."""
     model = Model(with_commit, with_quarantine)
     first = model.first()
-    seen = {first}
+    observed = {first}
     parents: dict[World, list[World]] = {}
     queue = deque([first])
     while queue:
         world = queue.popleft()
         for after in model.successors(world):
             parents.setdefault(after, []).append(world)
-            if after not in seen:
-                seen.add(after)
+            if after not in observed:
+                observed.add(after)
                 queue.append(after)
-        assert len(seen) < 2_000_000
-    corrupt = [w for w in seen if w.state.phase is Phase.DECODING and w.dirty]
-    free = {w for w in seen if not w.owned and (not w.target_held or w.state.phase is Phase.DECODING)}
+        assert len(observed) < 2_000_000
+    corrupt = [w for w in observed if w.state.phase is Phase.DECODING and w.dirty]
+    free = {w for w in observed if not w.owned and (not w.target_held or w.state.phase is Phase.DECODING)}
     stack = list(free)
     while stack:
         for before in parents.get(stack.pop(), ()):
             if before not in free:
                 free.add(before)
                 stack.append(before)
-    return Found(len(seen), corrupt, [w for w in seen if w.spoiled], [w for w in seen if w not in free])
+    return Found(len(observed), corrupt, [w for w in observed if w.spoiled], [w for w in observed if w not in free])
 
 
 def test_no_interleaving_decodes_bad_kv_or_spoils_or_leaks() -> None:

@@ -20,7 +20,7 @@ def test_any_order_keeps_peers_apart_and_bounds_what_runs(events: list[tuple[str
             active[peer] -= 1
         elif event == "drop":
             target = waiting[peer][-1] if waiting[peer] else -1
-            assert queue.drop(lambda item, target=target: item == target) == (target in waiting[peer])
+            assert queue.drop(target.__eq__) == (target in waiting[peer])
             waiting[peer] = [item for item in waiting[peer] if item != target]
         elif event == "take":
             taken = queue.take()

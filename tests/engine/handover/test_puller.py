@@ -3,6 +3,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import pytest
 
@@ -16,7 +17,7 @@ MANIFEST = Manifest("m", "float32", 4, [LayerShape(1, 2, 2)])
 
 
 class Wire:
-    """A transport under the test's hand: reads from "stuck" wait, reads from "late" are given up, others succeed."""
+    """A scripted transport: reads from "stuck" wait, reads from "late" are given up, others succeed."""
 
     name = protocol = "shm"
     address = fallback = ""
@@ -45,6 +46,9 @@ class Wire:
         self.closed = True
 
 
+_Said = TypeVar("_Said", Pulled, Linked, str)
+
+
 class Rig:
     def __init__(self) -> None:
         self.wire = Wire()
@@ -52,11 +56,10 @@ class Rig:
         pool = PoolShape(MANIFEST, 8, "here", "auto", 1.0)
         self.puller = Puller(pool, {"shm": self.wire}, self.said.put, self.said.put)
 
-    def pull(self, request: str, peer: str, **changed: object) -> None:
-        values = {"source_blocks": [1], "target_blocks": [2], "first": 0, "count": 4, **changed}
-        self.puller.submit(Pull(request, peer, "e", endpoint(peer), **values))  # type: ignore[arg-type]
+    def pull(self, request: str, peer: str, source_blocks: Sequence[int] = (1,), count: int = 4) -> None:
+        self.puller.submit(Pull(request, peer, "e", endpoint(peer), list(source_blocks), [2], 0, count))
 
-    def next(self, kind: type) -> object:
+    def next(self, kind: type[_Said]) -> _Said:
         while True:
             found = self.said.get(timeout=300)
             if isinstance(found, kind):
@@ -78,24 +81,24 @@ def rig() -> Iterator[Rig]:
 
 def test_a_pull_moves_exactly_its_tokens(rig: Rig) -> None:
     rig.pull("r", "good", count=3)
-    assert rig.next(Linked).link.transport == "shm"  # type: ignore[attr-defined]
+    assert rig.next(Linked).link.transport == "shm"
     done = rig.next(Pulled)
-    assert (done.request_id, done.error, done.bytes) == ("r", "", 3 * 2 * 2 * 4)  # type: ignore[attr-defined]
+    assert (done.request_id, done.error, done.bytes) == ("r", "", 3 * 2 * 2 * 4)
 
 
 def test_a_stuck_peer_delays_nobody_else(rig: Rig) -> None:
     for number in range(5):
         rig.pull(f"s{number}", "stuck")
     rig.pull("r", "good")
-    assert rig.next(Pulled).request_id == "r"  # type: ignore[attr-defined]
+    assert rig.next(Pulled).request_id == "r"
     rig.wire.go.set()
-    assert {rig.next(Pulled).request_id for _ in range(5)} == {f"s{n}" for n in range(5)}  # type: ignore[attr-defined]
+    assert {rig.next(Pulled).request_id for _ in range(5)} == {f"s{n}" for n in range(5)}
 
 
 def test_an_uncertain_read_is_told_first_and_settled_when_it_is_over(rig: Rig) -> None:
     rig.pull("r", "late")
     done = rig.next(Pulled)
-    assert (done.uncertain, done.error) == (True, "too late")  # type: ignore[attr-defined]
+    assert (done.uncertain, done.error) == (True, "too late")
     assert rig.said.empty(), "not before it has landed"
     rig.wire.landed.set()
     assert rig.next(str) == "r"
@@ -106,22 +109,22 @@ def test_a_pull_that_waits_can_be_cancelled(rig: Rig) -> None:
         rig.pull(name, "stuck")
     rig.puller.cancel("waits")
     cancelled = rig.next(Pulled)
-    assert (cancelled.request_id, cancelled.error) == ("waits", "the request is gone")  # type: ignore[attr-defined]
+    assert (cancelled.request_id, cancelled.error) == ("waits", "the request is gone")
     rig.puller.cancel("a")  # under way: it ends by itself
     rig.wire.go.set()
-    assert rig.next(Pulled).request_id == "a"  # type: ignore[attr-defined]
+    assert rig.next(Pulled).request_id == "a"
 
 
 def test_links_tell_why_they_cannot_be_made(rig: Rig) -> None:
     other = Manifest("another model", "float32", 4, MANIFEST.layers)
     rig.puller.submit(Connect("dead", "e", endpoint("dead")))
     rig.puller.submit(Connect("odd", "e", endpoint("odd", other)))
-    errors = {said.link.error for said in (rig.next(Linked) for _ in range(2))}  # type: ignore[attr-defined]
+    errors = {said.link.error for said in (rig.next(Linked) for _ in range(2))}
     assert errors == {"nobody there", "the models differ: another mode there, m here"}
 
 
 def test_a_pull_outside_the_pools_is_refused(rig: Rig) -> None:
     rig.pull("r", "good", source_blocks=[8])
-    assert "outside" in rig.next(Pulled).error  # type: ignore[attr-defined]
+    assert "outside" in rig.next(Pulled).error
     rig.pull("q", "good", count=5)
-    assert "more than 1 blocks" in rig.next(Pulled).error  # type: ignore[attr-defined]
+    assert "more than 1 blocks" in rig.next(Pulled).error

@@ -1,4 +1,4 @@
-"""Compiling processes: real ones, with a compiler that is as slow as a test wants."""
+"""Real compiler processes, with a compiler that is as slow as a test wants."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from pdctl.engine.model.compilers import Compilers
 
 LONG_S = 60
-# Says what it is asked for; "hang NAME" makes a file of that name and never answers.
+# Returns its input; "hang NAME" creates a file of that name and never answers.
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
@@ -38,7 +38,7 @@ Outcome = tuple[bytes, str]
 
 
 class Asking:
-    """Requests, and what becomes of them in order of their ends."""
+    """Requests and their results, in the order in which they end."""
 
     def __init__(self, compilers: Compilers) -> None:
         self.compilers = compilers
@@ -105,7 +105,7 @@ def test_a_hard_one_delays_its_tenant_alone(asking: Asking, tmp_path: Path) -> N
 
 
 def test_turns_go_from_tenant_to_tenant(asking: Asking, tmp_path: Path) -> None:
-    """With one process taken for the whole time, so that the order of the ends is that of the turns."""
+    """With one process busy all the time, so that requests end in the order of their turns."""
     forever, wanted = threading.Event(), threading.Event()
     forever.set()
     wanted.set()

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import xgrammar
 
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.grammar import Grammars
@@ -39,8 +40,8 @@ def ours(model: Path) -> Iterator[Grammars]:
         process.wait(60)
 
 
-def prepared(ours: Grammars, grammar: str) -> tuple[object, str]:
-    said: queue.Queue[tuple[object, str]] = queue.Queue()
+def prepared(ours: Grammars, grammar: str) -> tuple[xgrammar.CompiledGrammar | None, str]:
+    said: queue.Queue[tuple[xgrammar.CompiledGrammar | None, str]] = queue.Queue()
     ours.prepare(grammar, "", lambda: True, lambda compiled, reason: said.put((compiled, reason)))
     return said.get(timeout=300)
 
@@ -48,13 +49,14 @@ def prepared(ours: Grammars, grammar: str) -> tuple[object, str]:
 def guided(ours: Grammars, grammar: str, token_ids: list[int], prompt_len: int) -> Sequence:
     compiled, reason = prepared(ours, grammar)
     assert reason == ""
+    assert compiled is not None
     sequence = Sequence("r", token_ids, prompt_len, Sampling(80, grammar=grammar))
     ours.begin(sequence, compiled)
     return sequence
 
 
 def generate(ours: Grammars, sequence: Sequence, seed: int, most: int = 80) -> None:
-    """Random logits: only the grammar decides what is left."""
+    """With random logits, only the grammar restricts the output."""
     generator = torch.Generator().manual_seed(seed)
     while len(sequence.token_ids) - sequence.prompt_len < most:
         row = torch.randn(VOCAB, generator=generator)
@@ -107,7 +109,7 @@ def test_a_model_without_an_end_guides_nothing(model: Path) -> None:
 
 
 def test_what_is_compiled_begins_at_once(ours: Grammars) -> None:
-    """Whatever else is being compiled: no queue, no process, and the answer before `prepare` returns."""
+    """Whatever else is being compiled: no queue, no process, and the result before `prepare` returns."""
     grammar = json.dumps({"regex": "x+"})
     assert prepared(ours, grammar)[1] == ""
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""Model families through the hook: paged, chunked and mixed batches against `generate`; and what is refused."""
+"""Model families through the hook: paged, chunked and mixed batches compared with `generate`; and refusals."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def runner_for(folder: Path, blocks: int = 64, block_size: int = 8) -> ModelRunn
 
 
 def paged(runner: ModelRunner, prompts: list[list[int]], tokens: int, fragment: bool) -> list[list[int]]:
-    """All prompts at once under a small budget: chunks and decodes share batches."""
+    """All prompts at once with a small budget, so that chunks and decodes share batches."""
     allocator = BlockAllocator(runner.pool.num_blocks)
     if fragment:
         for index in range(runner.pool.num_blocks):
@@ -101,7 +101,7 @@ def test_family_equals_generate(kind: str, tmp_path: Path) -> None:
     runner.self_check()
     assert paged(runner, prompts, tokens=11, fragment=False) == expected
     assert paged(runner, prompts, tokens=64, fragment=True) == expected
-    # As on a GPU: decodes attended together. Freed blocks are NaN, so reading beyond a sequence's end would show.
+    # As on a GPU: batched decode. Freed blocks are NaN, so reading beyond a sequence's end is detected.
     runner.pads = True
     runner.self_check()
     runner.pool.poison(list(range(runner.pool.num_blocks)))
@@ -156,7 +156,7 @@ def test_a_directory_that_is_no_model_is_refused(content: str | None, tmp_path: 
 
 
 def test_mirrored_pools_carry_blocks_between_device_and_host(tmp_path: Path) -> None:
-    """The path that a GPU pool takes, with a second CPU store in the device's place."""
+    """The code path of a GPU pool, with a second CPU store instead of the device."""
     save("llama", tmp_path, {})
     loaded = load_model(str(tmp_path), torch.device("cpu"), torch.float32)
     manifest = Manifest(loaded.fingerprint, loaded.dtype, 8, loaded.shapes)
@@ -190,7 +190,7 @@ def test_poisoned_blocks_are_nan_and_the_others_are_not(tmp_path: Path) -> None:
 
 
 def test_reading_freed_kv_ends_a_poisoned_engine(tmp_path: Path) -> None:
-    """What the debug switch is for: a use after free shows."""
+    """The debug option detects a use after free."""
     save("llama", tmp_path, {})
     runner = runner_for(tmp_path)
     runner.poisoned = True

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import TypedDict, Unpack
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.engine.schedule.scheduler import Limits, Scheduler, Slice
+from pdctl.engine.schedule.scheduler import Limits, Outcome, Scheduler, Slice
 from pdctl.engine.schedule.sequence import Sequence, Status
 
 EOS = 99
@@ -22,16 +23,25 @@ def make(
     return Scheduler(limits, BlockAllocator(blocks))
 
 
-def sequence(name: str, prompt: int, output: int = 4, **options: object) -> Sequence:
-    return Sequence(name, list(range(prompt)), prompt, Sampling(max_tokens=output), **options)  # type: ignore[arg-type]
+class Options(TypedDict, total=False):
+    """Fields of a Sequence that most tests leave as they are."""
+
+    hold: bool
+    offer: bool
+    status: Status
+    kv_tokens: int
+
+
+def sequence(name: str, prompt: int, output: int = 4, **options: Unpack[Options]) -> Sequence:
+    return Sequence(name, list(range(prompt)), prompt, Sampling(max_tokens=output), **options)
 
 
 def model(piece: Slice) -> int:
-    """A stand-in for the model: the next token depends on the tokens before it and on nothing else."""
+    """A stand-in for the model: the next token depends only on the tokens before it."""
     return hash(tuple(piece.sequence.token_ids)) % 97
 
 
-def step(scheduler: Scheduler) -> tuple[list[Slice], object]:
+def step(scheduler: Scheduler) -> tuple[list[Slice], Outcome]:
     batch = scheduler.schedule()
     assert sum(piece.count for piece in batch) <= scheduler.limits.max_num_batched_tokens
     assert len({id(piece.sequence) for piece in batch}) == len(batch)
@@ -44,13 +54,13 @@ def step(scheduler: Scheduler) -> tuple[list[Slice], object]:
 
 
 def drain(scheduler: Scheduler, most: int = 2000) -> dict[str, list[int]]:
-    """Step until nothing is left; the outputs by request."""
+    """Run steps until nothing is left; returns the outputs by request."""
     outputs: dict[str, list[int]] = {}
     for _ in range(most):
         if not scheduler.has_work:
             return outputs
         _, outcome = step(scheduler)
-        for token in outcome.tokens:  # type: ignore[attr-defined]
+        for token in outcome.tokens:
             outputs.setdefault(token.request_id, []).append(token.token_id)
     raise AssertionError("requests starve")
 
@@ -63,8 +73,8 @@ def drain(scheduler: Scheduler, most: int = 2000) -> dict[str, list[int]]:
 def test_every_request_finishes_with_the_same_tokens(
     wanted: list[tuple[int, int]], blocks: int, seqs: int, tokens: int, chance: random.Random
 ) -> None:
-    """Whatever the budgets, the arrivals and the preemptions, the tokens are those of an engine of one's own."""
-    expected = {}
+    """For any budgets, arrivals and preemptions, the tokens are those of an engine without other requests."""
+    expected: dict[str, list[int]] = {}
     for index, (prompt, output) in enumerate(wanted):
         alone = make(blocks=64, tokens=64)
         alone.add(sequence(str(index), prompt, output))
@@ -77,7 +87,7 @@ def test_every_request_finishes_with_the_same_tokens(
             index, (prompt, output) = queue.pop(0)
             assert scheduler.add(sequence(str(index), prompt, output)) is None
         _, outcome = step(scheduler)
-        for token in outcome.tokens:  # type: ignore[attr-defined]
+        for token in outcome.tokens:
             outputs.setdefault(token.request_id, []).append(token.token_id)
     assert outputs == expected
     assert scheduler.allocator.num_free == blocks
@@ -99,11 +109,10 @@ def test_any_order_of_events_keeps_the_books(events: list[str], chance: random.R
             name = str(number)
             names.append(name)
             prompt = chance.randint(1, 20)
-            waiting = (
-                {"status": Status.AWAITING_BLOCKS, "kv_tokens": prompt - 1} if event == "await" and prompt > 1 else {}
-            )
-            hold = event == "hold"
-            scheduler.add(sequence(name, prompt, 5, hold=hold, offer=hold and chance.random() < 0.5, **waiting))
+            options: Options = {"hold": event == "hold", "offer": event == "hold" and chance.random() < 0.5}
+            if event == "await" and prompt > 1:
+                options |= {"status": Status.AWAITING_BLOCKS, "kv_tokens": prompt - 1}
+            scheduler.add(sequence(name, prompt, 5, **options))
             scheduler.reserve()
         elif event == "pull" and scheduler.pull_started(name):
             pulling[name] += 1
@@ -161,7 +170,7 @@ def test_a_held_prefill_keeps_its_blocks_until_freed() -> None:
     scheduler.add(sequence("a", 10, output=1, hold=True))
     held = []
     for _ in range(3):
-        held += step(scheduler)[1].held  # type: ignore[attr-defined]
+        held += step(scheduler)[1].held
     assert [(h.request_id, h.num_tokens, len(h.block_ids)) for h in held] == [("a", 10, 3)]
     assert scheduler.books(1).blocks_leased == 3
     assert not scheduler.has_work
@@ -215,7 +224,7 @@ def test_the_newest_is_preempted_and_the_oldest_goes_on() -> None:
 def test_seats_are_never_exceeded(limit: int) -> None:
     scheduler = make(seqs=limit, tokens=64)
     for index in range(6):
-        waiting = {"status": Status.AWAITING_BLOCKS, "kv_tokens": 3} if index % 2 else {}
+        waiting: Options = {"status": Status.AWAITING_BLOCKS, "kv_tokens": 3} if index % 2 else {}
         scheduler.add(sequence(str(index), 4, **waiting))
     for sequence_ in scheduler.reserve():
         scheduler.pull_started(sequence_.request_id)
@@ -235,7 +244,8 @@ def test_prefills_for_peers_wait_at_the_ceiling_and_others_pass_them() -> None:
     assert [piece.sequence.request_id for piece in batch] == ["a", "b", "own"]
     assert scheduler.books(0).held_back == 1
     drain(scheduler)
-    assert not scheduler.has_work, "waiting for peers is no work"
+    idle = not scheduler.has_work
+    assert idle, "waiting for peers is no work"
     scheduler.abort("a")
     assert scheduler.has_work
     assert [piece.sequence.request_id for piece in step(scheduler)[0]] == ["c"]
@@ -250,11 +260,11 @@ def test_one_prefill_larger_than_the_ceiling_is_not_refused_for_ever() -> None:
 def test_chunks_of_an_offered_prefill_are_reported_as_they_are_computed() -> None:
     scheduler = make(tokens=8)
     scheduler.add(sequence("a", 20, hold=True, offer=True))
-    reports = [(p.num_computed, len(p.block_ids)) for _ in range(2) for p in step(scheduler)[1].progress]  # type: ignore[attr-defined]
+    reports = [(p.num_computed, len(p.block_ids)) for _ in range(2) for p in step(scheduler)[1].progress]
     assert reports == [(8, 5), (16, 5)]
     outcome = step(scheduler)[1]
-    assert outcome.progress == []  # type: ignore[attr-defined]
-    assert [held.num_tokens for held in outcome.held] == [20]  # type: ignore[attr-defined]
+    assert outcome.progress == []
+    assert [held.num_tokens for held in outcome.held] == [20]
 
 
 def test_a_preempted_offer_is_withdrawn() -> None:
@@ -266,8 +276,8 @@ def test_a_preempted_offer_is_withdrawn() -> None:
     withdrawn, progress = [], []
     for _ in range(20):
         outcome = step(scheduler)[1]
-        withdrawn += outcome.withdrawn  # type: ignore[attr-defined]
-        progress += outcome.progress  # type: ignore[attr-defined]
+        withdrawn += outcome.withdrawn
+        progress += outcome.progress
     assert progress, "nothing was offered"
     assert not scheduler.sequences["offered"].offer, "it is offered once"
 
@@ -285,7 +295,7 @@ def test_blocks_reserved_ahead_become_the_requests() -> None:
 
 
 def test_a_piece_that_began_before_the_last_ones_end_was_known_keeps_its_blocks() -> None:
-    """The front asks for the next piece the moment it hears of an end; a step may delay that word here."""
+    """The front requests the next piece as soon as one ends; a step may delay this message here."""
     scheduler = make()
     scheduler.add(sequence("a", 10, output=5, status=Status.AWAITING_BLOCKS, kv_tokens=9))
     scheduler.reserve()

@@ -48,7 +48,7 @@ def test_nothing_in_common_is_said(
 
 
 def test_a_fallback_on_either_side_is_carried_along() -> None:
-    asked = "RDMA was asked for and no RDMA device is up here"
+    asked = "RDMA is configured, but no RDMA device is active on this machine"
     assert choose("mooncake", "here", ALL, {"mooncake": asked}, peer(MC)).fallback == asked
     theirs = Served("mooncake", "b", "tcp", asked)
     assert choose("mooncake", "here", ALL, {}, peer(theirs)).fallback == asked

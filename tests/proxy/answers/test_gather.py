@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import msgspec
 
 from pdctl.proxy.answers.gather import Gathered
 
 
-def gathered(chat: bool, *events: dict[str, object], ids: bool = False) -> dict[str, object]:
+def gathered(chat: bool, *events: Mapping[str, object], ids: bool = False) -> dict[str, object]:
     found = Gathered(chat, ids)
     for number, event in enumerate(events):
         choice = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in event.items()}

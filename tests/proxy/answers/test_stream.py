@@ -1,4 +1,4 @@
-"""Reading an engine's events: however the network cuts them, clients get the same and the books say the same."""
+"""Reading an engine's events: clients' data and the counts do not depend on how the network splits the stream."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 import pytest
@@ -13,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.adapters import CannotResume, Choice, EngineError, RequestState, dialect
+from pdctl.net import http_client
+from pdctl.proxy.answers import sinks
 from pdctl.proxy.answers.stream import EventReader
+from pdctl.proxy.engines import pool
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.timing import Timing
 
@@ -21,7 +25,7 @@ HIDDEN = ("token_ids", "prompt_token_ids")
 
 
 class Engine:
-    """What the reader touches of one."""
+    """The part of an engine that the reader uses."""
 
     def __init__(self, kind: str) -> None:
         self.name = "decode-0"
@@ -33,7 +37,7 @@ class Engine:
 
 
 class Exchange:
-    """Reads as the network brought them, offered to the tap first, as a connection does."""
+    """Reads in order of arrival, offered to the tap first, like a connection."""
 
     def __init__(self, reads: list[bytes]) -> None:
         self._reads = reads
@@ -51,7 +55,7 @@ class Exchange:
 
 
 class Sink:
-    """A streaming client; `busy` says when it does not take parts at once."""
+    """A streaming client. While `busy()` is true, it does not accept parts at once."""
 
     takes_whole = False
     event_head = b'data: {"id":"ours","choices":['
@@ -60,7 +64,7 @@ class Sink:
         self.passes, self.hides_token_ids, self.shows_token_ids = passes, hides, not hides
         self.ids: set[str] = set()
         self.added: list[int] = []
-        self.seen: list[dict[str, object]] = []
+        self.observed: list[dict[str, object]] = []
         self._busy = busy
 
     def _saw(self, data: bytes) -> None:
@@ -71,7 +75,7 @@ class Sink:
             self.ids.add(body["id"])
             if self.hides_token_ids:
                 assert not set(HIDDEN) & set(choice), choice
-            self.seen.append({key: value for key, value in choice.items() if key not in HIDDEN})
+            self.observed.append({key: value for key, value in choice.items() if key not in HIDDEN})
 
     async def pass_on(self, data: bytes) -> None:
         self._saw(data)
@@ -84,10 +88,10 @@ class Sink:
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         self.added += token_ids
-        self.seen.append({key: json.loads(bytes(value)) for key, value in choice.items() if key not in HIDDEN})
+        self.observed.append({key: json.loads(bytes(value)) for key, value in choice.items() if key not in HIDDEN})
 
 
-# What a hostile prompt would put into a text to be taken for something else.
+# Text that a hostile prompt could use to imitate protocol data.
 TEXTS = st.one_of(
     st.text(max_size=8),
     st.sampled_from(['"token_ids":[7]', ',"token_ids":[', '"finish_reason":null', "\n\n", "data: [DONE]\n\n", "]", ""]),
@@ -110,6 +114,12 @@ def events(draw: st.DrawFn) -> list[dict[str, object]]:
     return found
 
 
+def ids_of(choice: dict[str, object]) -> list[int]:
+    found = choice["token_ids"]
+    assert isinstance(found, list)
+    return found
+
+
 def written(choices: list[dict[str, object]], compact: bool) -> bytes:
     separators = (",", ":") if compact else (", ", ": ")
     parts = [json.dumps({"id": "x", "choices": [c]}, separators=separators, ensure_ascii=False) for c in choices]
@@ -122,7 +132,7 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 
 
 def at_events(data: bytes, sizes: list[int]) -> list[bytes]:
-    """Cut between events only, some of them together: what an engine's writes look like."""
+    """Split only between events, with some events merged, like an engine's writes."""
     pieces = [piece + b"\n\n" for piece in data.split(b"\n\n")[:-1]]
     reads = []
     while pieces:
@@ -132,10 +142,19 @@ def at_events(data: bytes, sizes: list[int]) -> list[bytes]:
     return reads
 
 
+def reader_of(engine: Engine, state: RequestState, sink: Sink, metrics: Metrics) -> EventReader:
+    # Stand-ins that only have what the reader uses.
+    return EventReader(cast(pool.Engine, engine), state, cast(sinks.Sink, sink), Timing(), metrics)
+
+
+def run(reader: EventReader, exchange: Exchange) -> None:
+    asyncio.run(reader.run(cast(http_client.Exchange, exchange)))
+
+
 def read(kind: str, reads: list[bytes], sink: Sink) -> tuple[EventReader, RequestState, Metrics]:
     state, metrics = RequestState("/v1/completions", False, {}), Metrics("m", 1.0, 1.0)
-    reader = EventReader(Engine(kind), state, sink, Timing(), metrics)  # type: ignore[arg-type]
-    asyncio.run(reader.run(Exchange(reads)))  # type: ignore[arg-type]
+    reader = reader_of(Engine(kind), state, sink, metrics)
+    run(reader, Exchange(reads))
     reader.settle()
     return reader, state, metrics
 
@@ -151,13 +170,13 @@ def test_cuts_change_nothing(kind: str, choices: list[dict[str, object]], data: 
     busy = data.draw(st.lists(st.booleans(), max_size=30))
     sink = Sink(data.draw(st.booleans()), data.draw(st.booleans()), lambda: bool(busy and busy.pop()))
     reader, state, metrics = read(kind, reads, sink)
-    assert [choice["text"] for choice in sink.seen] == [choice["text"] for choice in choices]
-    assert [choice["finish_reason"] for choice in sink.seen] == [choice["finish_reason"] for choice in choices]
-    assert state.emitted == [token for choice in choices for token in choice["token_ids"]]  # type: ignore[attr-defined]
+    assert [choice["text"] for choice in sink.observed] == [choice["text"] for choice in choices]
+    assert [choice["finish_reason"] for choice in sink.observed] == [choice["finish_reason"] for choice in choices]
+    assert state.emitted == [token for choice in choices for token in ids_of(choice)]
     assert reader.finished
     silent = list(itertools.takewhile(lambda choice: choice["text"] == "", reversed(choices)))
-    assert state.held == sum(len(choice["token_ids"]) for choice in silent)  # type: ignore[arg-type]
-    # What engines call their answers is not what the client's answer is called.
+    assert state.held == sum(len(ids_of(choice)) for choice in silent)
+    # The engine's answer ids differ from the client's.
     assert sink.ids <= ({"ours"} if kind == "vllm" else {"x"})
     if kind == "vllm" and "prompt_token_ids" in choices[0]:
         assert state.prompt_ids == [1, 2, 3]
@@ -172,13 +191,13 @@ def test_an_event_cut_at_any_byte(kind: str) -> None:
     for place in range(whole, 3 * whole):
         sink = Sink(passes=True, hides=True, busy=lambda: False)
         _, state, _ = read(kind, [body[:whole], body[whole:place], body[place:]], sink)
-        assert [choice["text"] for choice in sink.seen] == ["a"] * 4, place
+        assert [choice["text"] for choice in sink.observed] == ["a"] * 4, place
         assert state.emitted == [6] * 4
 
 
 def test_an_engine_that_never_ends_its_event_is_given_up() -> None:
     sink = Sink(passes=True, hides=True, busy=lambda: False)
-    with pytest.raises(EngineError, match="without an event's end"):
+    with pytest.raises(EngineError, match="without the end of an event"):
         read("vllm", [b"data: " + b"x" * 2**20] * 17, sink)
 
 
@@ -189,7 +208,7 @@ def test_an_error_event_ends_the_stream_as_the_engines_failure() -> None:
     sink = Sink(passes=True, hides=True, busy=lambda: False)
     with pytest.raises(EngineError, match="out of memory"):
         read("vllm", reads, sink)
-    assert [choice["text"] for choice in sink.seen] == ["a", "a"]
+    assert [choice["text"] for choice in sink.observed] == ["a", "a"]
 
 
 def step(text: str, *token_ids: int, reason: str | None = None) -> dict[str, object]:
@@ -198,8 +217,8 @@ def step(text: str, *token_ids: int, reason: str | None = None) -> dict[str, obj
 
 def went_on(state: RequestState, sink: Sink, choices: list[dict[str, object]]) -> None:
     state.take_back()
-    reader = EventReader(Engine("vllm"), state, sink, Timing(), Metrics("m", 1.0, 1.0))  # type: ignore[arg-type]
-    asyncio.run(reader.run(Exchange(at_events(written(choices, True), []))))  # type: ignore[arg-type]
+    reader = reader_of(Engine("vllm"), state, sink, Metrics("m", 1.0, 1.0))
+    run(reader, Exchange(at_events(written(choices, True), [])))
     reader.settle()
 
 
@@ -209,14 +228,14 @@ def test_a_character_that_was_cut_is_computed_again(first: list[dict[str, object
     sink = Sink(passes=True, hides=hides, busy=lambda: False)
     _, state, _ = read("vllm", at_events(written([*first, step("", 2), step("", 3)], True), []), sink)
     assert state.held == 2
-    # Once more within the character, and then to the end.
+    # Fail once more within the character, then run to the end.
     went_on(state, sink, [step("", 2)])
     assert (state.held, state.again) == (1, [3])
     sink.added.clear()
     went_on(state, sink, [step("", 2), step("", 3), step("\u20ac", 4), step("!", 5, reason="length")])
-    assert "".join(str(choice["text"]) for choice in sink.seen) == "a" * len(first) + "\u20ac!"
+    assert "".join(str(choice["text"]) for choice in sink.observed) == "a" * len(first) + "\u20ac!"
     assert state.emitted == [1] * len(first) + [2, 3, 4, 5]
-    assert sink.added == [4, 5], "the client had the others"
+    assert sink.added == [4, 5], "the client already has the others"
 
 
 def test_other_tokens_than_the_client_has_are_an_error_only_where_it_sees_them() -> None:

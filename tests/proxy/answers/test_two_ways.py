@@ -1,4 +1,4 @@
-"""An answer that an engine gives whole, and the same one gathered from its stream: equal in every field."""
+"""An answer that an engine sends in one piece equals the one gathered from its stream, in every field."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENTRY = {"token": "a", "logprob": -0.5, "bytes": [97], "text_offset": 0,
          "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}]}  # fmt: skip
 PARTS = [{**CALL, "function": {"name": "f", "arguments": ""}},
          {"index": 0, "function": {"arguments": '{"a"'}}, {"index": 0, "function": {"arguments": ": 1}"}}]  # fmt: skip
-TOLD = [None, {"5": {"logprob": -1.0, "rank": 3, "decoded_token": "x"}}]
+TOLD: list[dict[str, object] | None] = [None, {"5": {"logprob": -1.0, "rank": 3, "decoded_token": "x"}}]
 ANSWERS: dict[str, list[Piece]] = {
     "text": [Piece([1], "a", None), Piece([2], "", None), Piece([3], "b", "stop")],
     "nothing": [Piece([1], "", "length")],
@@ -38,7 +38,7 @@ ANSWERS: dict[str, list[Piece]] = {
 }
 
 
-# Completions have no calls.
+# Completions have no tool calls.
 CASES = [(name, True) for name in ANSWERS]
 CASES += [(name, False) for name, pieces in ANSWERS.items() if not any(piece.calls for piece in pieces)]
 

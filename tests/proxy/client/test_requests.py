@@ -104,7 +104,7 @@ def test_output_limits_are_those_of_openai() -> None:
 )
 def test_what_no_engine_needs_to_be_asked(fields: dict[str, object], status: int, param: str) -> None:
     with pytest.raises(ApiError) as found:
-        parsed(**fields)
+        parsed(False, **fields)
     assert (found.value.status, found.value.param) == (status, param)
 
 

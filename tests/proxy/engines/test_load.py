@@ -13,7 +13,7 @@ from pdctl.proxy.engines.routing import Load
 def test_speed_is_work_per_busy_second_however_many_run_side_by_side() -> None:
     meter = LoadMeter()
     for start in range(20):
-        # Four at once, done together after a second; idle for nine.
+        # Four at once, done together after one second; idle for nine.
         for _ in range(4):
             meter.begin(25, start * 10)
         for _ in range(4):
@@ -41,14 +41,14 @@ def test_a_window_is_the_mean_of_its_last_samples(samples: list[float]) -> None:
 
 
 def test_prefixes_match_from_the_beginning_only() -> None:
-    seen = PrefixSet()
+    observed = PrefixSet()
     prompt = bytes(range(256)) * 4
-    seen.add(pieces_of(prompt))
-    assert seen.matched(pieces_of(prompt[:700] + b"x" * 300)) == 512
-    assert seen.matched(pieces_of(b"x" + prompt)) == 0
+    observed.add(pieces_of(prompt))
+    assert observed.matched(pieces_of(prompt[:700] + b"x" * 300)) == 512
+    assert observed.matched(pieces_of(b"x" + prompt)) == 0
     assert pieces_of(b"short") == []
-    seen.clear()
-    assert seen.matched(pieces_of(prompt)) == 0
+    observed.clear()
+    assert observed.matched(pieces_of(prompt)) == 0
 
 
 def test_workers_see_each_others_loads_and_a_new_life_begins_empty(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TypedDict, Unpack
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,19 @@ from pdctl.proxy.engines.routing import (
 )
 
 
-def view(name: str, role: str = "prefill", usable: bool = True, load: Load = Load(0, 0), **more: object) -> View:
+class ViewFields(TypedDict, total=False):
+    """Fields of a View that most tests leave as they are."""
+
+    kind: str
+    prefill_s: Recent
+    token_s: Recent
+    matched: float
+    lost: frozenset[str]
+
+
+def view(
+    name: str, role: str = "prefill", usable: bool = True, load: Load = Load(0, 0), **more: Unpack[ViewFields]
+) -> View:
     return View(name, role, "builtin", usable, load, load)._replace(**more)
 
 
@@ -105,7 +118,7 @@ def test_prefix_aware_follows_the_prefix_until_load_outweighs_it() -> None:
 
 
 def test_slo_takes_the_pair_that_misses_least_inline_or_not() -> None:
-    # 100 bytes at 50/s would be 2 s of prefill there: twice the target.
+    # 100 bytes at 50/s would take 2 s of prefill there: twice the target.
     slow_prefill = view("p0", load=Load(0, 50))
     hybrid = view("h0", "hybrid", load=Load(0, 500), token_s=Recent(5, 0.01))
     assert choose(slo, [slow_prefill, hybrid], ask(100)) == EnginePair("h0", "h0")

@@ -1,4 +1,4 @@
-"""Nothing that happened is lost to a full disk for good."""
+"""No event is lost permanently because of a full disk."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pdctl.supervisor.rundir.journal import EVENTS, EXITS, Journal, read_entries
+from pdctl.control_api import ExitReport
+from pdctl.supervisor.rundir.journal import EVENTS, EXITS, Journal, read_entries, read_exits
+
+KILLED = ExitReport(
+    process="a", at="now", code=None, signal="SIGKILL", reason="killed by SIGKILL", expected=False, by="somebody else",
+    oom=False, pid=7, epoch="0-1", lived_s=1.5, core_dumped=False, rusage=None, log="/a.log", last_lines=("bye",),
+    kernel=(),
+)  # fmt: skip
 
 
 @contextmanager
 def disk_of(num_bytes: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes, as on a disk that is full."""
+    """Limit the size of files, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -39,6 +46,13 @@ def test_what_a_full_disk_refused_is_written_later(tmp_path: Path) -> None:
 def test_exits_are_known_while_the_disk_is_full(tmp_path: Path) -> None:
     journal = Journal(tmp_path, lambda name, message: None)
     with disk_of(0):
-        journal.exit({"process": "a", "at": "now"})
+        journal.exit(KILLED)
         assert read_entries(tmp_path, EXITS) == []
-        assert journal.exits() == [{"process": "a", "at": "now"}]
+        assert journal.exits() == (KILLED,)
+
+
+def test_exits_are_read_as_they_were_written(tmp_path: Path) -> None:
+    Journal(tmp_path, lambda name, message: None).exit(KILLED)
+    with (tmp_path / EXITS).open("a") as file:
+        file.write(json.dumps({"process": "b", "of": "another pdctl"}) + "\n")
+    assert read_exits(tmp_path) == [KILLED]

@@ -28,7 +28,7 @@ KILLED = Exit(None, 9)
 
 
 def go(life: Life, *events: LifecycleEvent) -> tuple[Life, list[Do]]:
-    """Feed events; the actions of the last one."""
+    """Feed events; returns the actions of the last one."""
     actions: tuple[Action, ...] = ()
     for event in events:
         life, actions = advance(life, event, POLICY)
@@ -240,7 +240,7 @@ ANYTHING = st.sampled_from([kind for kind in Kind if kind not in (Kind.EXITED, K
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Events in any order, as a shell would deliver them: only what lives exits, only what ended is cleared."""
+    """Events in any order that is possible: only a living process exits, only an exited one is cleared."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class AnyOrder(RuleBasedStateMachine):
         dos = [action.do for action in actions]
         assert dos.count(Do.SPAWN) <= 1
         if Do.SPAWN in dos:
-            assert not self.alive, "two lives at once"
+            assert not self.alive, "two incarnations at once"
             assert not self.left, "something of the old one is left"
             self.alive = True
             if before.phase is Phase.BACKOFF and not by_people:

@@ -1,1 +1,1 @@
-"""The engine's HTTP surface: OpenAI endpoints, and those of its own service."""
+"""The engine's HTTP API: OpenAI endpoints, and internal endpoints for its own service."""

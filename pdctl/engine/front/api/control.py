@@ -1,4 +1,4 @@
-"""The engine's endpoints for its own service: leases, offers, links, state. Peers and the supervisor call them."""
+"""The engine's internal endpoints: leases, offers, links, state. Peers and the supervisor call them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pdctl.engine.front.api.metrics import render_metrics
-from pdctl.engine.front.core_link import CoreLink
-from pdctl.engine.front.handover.leases import LeaseDesk
+from pdctl.engine.front.core_client import CoreClient
+from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
-from pdctl.engine.front.handover.migrate import Migrator
+from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.options import EngineOptions
 from pdctl.net.openai_api import ApiError
 from pdctl.wire import (
@@ -29,35 +29,38 @@ from pdctl.wire import (
     Offer,
     RenewCall,
     RevokeCall,
+    RoleCall,
 )
 
-# Messages of peers are small: a hand-over of the longest prompt has a few thousand block ids.
+# Peers' messages are small: a hand-over of the longest prompt has a few thousand block ids.
 _MAX_BODY = 4 * 2**20
 
 Call = TypeVar("Call", bound=msgspec.Struct)
 
 
 class Control:
-    """What the endpoints answer from."""
+    """The data and actions behind the endpoints."""
 
     def __init__(
         self,
         options: EngineOptions,
         secret: str,
-        core: CoreLink,
+        core: CoreClient,
         leases: LeaseDesk,
         links: LinkBook,
-        migrator: Migrator,
+        receiver: Receiver,
     ) -> None:
         self._options = options
         self._secret = secret
         self._core = core
         self._leases = leases
         self._links = links
-        self._migrator = migrator
+        self._receiver = receiver
+        # The supervisor tells it once the engine is ready; until then it takes everything.
+        self._role = RoleCall("hybrid")
 
     def routes(self) -> list[Route]:
-        """Everything but generation."""
+        """All routes except generation."""
         leases = self._leases
         posts: dict[
             str,
@@ -73,6 +76,7 @@ class Control:
             "attempts/release": _Posted(self, AttemptCall, leases.give_up),
         }
         offers, links = _Posted(self, Offer, self._offer), _Posted(self, LinkCall, self._link)
+        role = _Posted(self, RoleCall, self._take_role)
         return [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
@@ -80,24 +84,25 @@ class Control:
             Route("/pdctl/v1/endpoint", self._endpoint),
             Route("/pdctl/v1/offers", offers.answer, methods=["POST"]),
             Route("/pdctl/v1/links", links.answer, methods=["POST"]),
+            Route("/pdctl/v1/role", role.answer, methods=["POST"]),
             *(Route(f"/pdctl/v1/{path}", post.answer, methods=["POST"]) for path, post in posts.items()),
         ]
 
     @property
     def has_secret(self) -> bool:
-        """Whether there is a service whose processes could be known by it."""
+        """Whether the engine belongs to a service with a secret."""
         return bool(self._secret)
 
     def is_internal(self, authorization: str) -> bool:
-        """Whether a call carries this run's secret. Without a secret nobody is internal."""
+        """Whether a call carries this run's secret. Without a secret no call is internal."""
         return bool(self._secret) and hmac.compare_digest(authorization.encode(), f"Bearer {self._secret}".encode())
 
     def state(self) -> EngineState:
-        """Counts and leases now."""
-        ready, books, totals = self._core.ready, self._core.books, self._migrator.totals
+        """The current counts and leases."""
+        ready, books, totals = self._core.ready, self._core.books, self._receiver.totals
         return EngineState(
             name=self._options.name,
-            role=self._options.role,
+            role=self._role.role,
             epoch=self._options.epoch,
             blocks_total=ready.num_blocks if ready else 0,
             blocks_free=books.blocks_free,
@@ -140,20 +145,24 @@ class Control:
     async def _endpoint(self, request: Request) -> Response:
         ready = self._core.ready
         if not self.is_internal(request.headers.get("authorization", "")):
-            return refusal(ApiError(403, "KV addresses are for this service's own processes"))
+            return refusal(ApiError(403, "only this service's own processes may read KV addresses"))
         if ready is None:
             return refusal(ApiError(503, "the model is still loading", "service_unavailable"))
-        return answer(200, EndpointReply(self._options.epoch, ready.endpoint))
+        return answer(200, EndpointReply(self._options.epoch, self._core.endpoint))
 
     async def _offer(self, offer: Offer) -> LeaseReply:
-        return self._migrator.offer(offer)
+        return self._receiver.offer(offer)
+
+    def _take_role(self, call: RoleCall) -> RoleCall:
+        self._role = call
+        return call
 
     async def _link(self, call: LinkCall) -> msgspec.Struct:
         return await self._links.make(call)
 
 
 class _Posted(Generic[Call]):
-    """One internal POST endpoint: the secret, the size, the message, the act."""
+    """One internal POST endpoint: check the secret and the size, decode the message, act on it."""
 
     def __init__(
         self, control: Control, kind: type[Call], act: Callable[[Call], msgspec.Struct | Awaitable[msgspec.Struct]]
@@ -164,7 +173,7 @@ class _Posted(Generic[Call]):
 
     async def answer(self, request: Request) -> Response:
         if not self._control.is_internal(request.headers.get("authorization", "")):
-            return refusal(ApiError(403, "leases are for this service's own processes"))
+            return refusal(ApiError(403, "only this service's own processes may use leases"))
         body = b""
         async for part in request.stream():
             body += part
@@ -184,5 +193,5 @@ def answer(status: int, body: msgspec.Struct) -> Response:
 
 
 def refusal(failure: ApiError) -> Response:
-    """An error in OpenAI's envelope."""
+    """An error in OpenAI's format."""
     return Response(failure.body(), failure.status, media_type="application/json")

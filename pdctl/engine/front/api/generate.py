@@ -1,4 +1,4 @@
-"""One request through the engine: submit, bring its KV where it is elsewhere, turn tokens into text."""
+"""Run one request: submit it, fetch its KV if it is on another engine, turn tokens into text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from msgspec import structs
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.output import Output, Piece
 from pdctl.engine.front.api.text import TextCodec
-from pdctl.engine.front.core_link import CoreLink, Inbox, Note
-from pdctl.engine.front.handover.migrate import KvLost, Migrator
+from pdctl.engine.front.core_client import CoreClient, Note, RequestEvents
 from pdctl.engine.front.handover.offers import OfferDesk, Offering
 from pdctl.engine.front.handover.peers import Peers, of_hand_over
+from pdctl.engine.front.handover.receiver import KvLost, Receiver
 from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Token, Withdrawn
 from pdctl.net.openai_api import ApiError
 from pdctl.wire import HandOver, token_digest
@@ -23,22 +23,22 @@ from pdctl.wire import HandOver, token_digest
 class Generator:
     """Runs requests on one engine."""
 
-    def __init__(self, codec: TextCodec, core: CoreLink, desk: OfferDesk, peers: Peers, migrator: Migrator) -> None:
+    def __init__(self, codec: TextCodec, core: CoreClient, desk: OfferDesk, peers: Peers, receiver: Receiver) -> None:
         self._identity = desk.identity
         self._codec = codec
         self._core = core
         self._desk = desk
         self._peers = peers
-        self._migrator = migrator
+        self._receiver = receiver
 
     async def run(self, request: GenerationRequest) -> AsyncIterator[Piece]:
         """Pieces until one carries a finish_reason or a hand-over. Raises ApiError and KvLost.
 
-        Leaving early, or being cancelled, frees everything the request holds in this engine.
+        Leaving the iterator early, or cancelling it, frees everything that the request holds in this engine.
         """
         text = Output(self._codec, request)
         if len(request.resume) >= request.sampling.max_tokens:
-            # The engine before this one died between its last token and saying that it was the last.
+            # The previous engine died after sending its last token, but before reporting the end.
             self._let_go(request)
             yield text.end()
             return
@@ -55,7 +55,7 @@ class Generator:
                     yield piece
             return
         deadline = max(60.0, 4 * self._identity.lease_s)
-        async with self._migrator.decoding(submit, request.hand_over, deadline, request.stages) as (core_id, events):
+        async with self._receiver.decoding(submit, request.hand_over, deadline, request.stages) as (core_id, events):
             if first is not None:
                 yield piece
             submit = structs.replace(submit, request_id=core_id)
@@ -65,7 +65,7 @@ class Generator:
                 yield piece
 
     async def _pieces(
-        self, request: GenerationRequest, submit: Submit, events: Inbox, text: Output
+        self, request: GenerationRequest, submit: Submit, events: RequestEvents, text: Output
     ) -> AsyncIterator[Piece]:
         offering = Offering(
             self._desk, submit.request_id, len(submit.token_ids), request.router, request.attempt, request.offer_to
@@ -89,7 +89,7 @@ class Generator:
                         self._core.keep(request_id)
                         raise ApiError(400, reason)
                     case Note():
-                        pass  # what the migration's calls had still to say when it was decided
+                        pass  # late results of the reception's calls
                     case _:
                         raise AssertionError(f"unexpected {event}")
         finally:
@@ -104,14 +104,12 @@ class Generator:
         request_id = submit.request_id
         piece = text.token(held.token_id, None, held.logprobs, held.prompt_logprobs)
         if piece.finish_reason is not None:
-            # A stop string: it ends here after all; leaving the request's context frees the blocks.
+            # A stop string ends the output; leaving the request's context frees the blocks.
             return piece
-        ready = self._core.ready
-        assert ready is not None
         lease = offering.held(held)
         if lease is None:
             # Leaving the request's context frees the blocks.
-            raise ApiError(409, "the router gave this request up", "gone")
+            raise ApiError(409, "the router has abandoned this request", "gone")
         self._core.keep(request_id)
         me = self._identity
         hand_over = HandOver(
@@ -126,7 +124,7 @@ class Generator:
             epoch=me.epoch,
             lease_s=me.lease_s,
             first_token_id=held.token_id,
-            endpoint=ready.endpoint,
+            endpoint=self._core.endpoint,
             first_logprobs=held.logprobs,
         )
         return replace(piece, hand_over=hand_over)
@@ -138,9 +136,9 @@ class Generator:
 
 
 def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
-    """What the core gets, and the first token when it came with the hand-over and the client lacks it.
+    """The message for the core, and the first token if it came with the hand-over and the client does not have it.
 
-    Raises KvLost when the hand-over is not for these tokens, ApiError when it is malformed.
+    Raises KvLost if the hand-over is not for these tokens, ApiError if it is malformed.
     """
     token_ids = [*request.token_ids, *request.resume]
     hand_over = request.hand_over
@@ -158,7 +156,7 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         request_id=request.request_id,
         token_ids=token_ids,
         prompt_len=len(request.token_ids),
-        # The engine that prefilled has given the prompt's.
+        # The prefill engine has already reported the prompt's log probabilities.
         sampling=structs.replace(request.sampling, prompt_logprobs=-1) if hand_over is not None else request.sampling,
         hold=request.hold,
         offer=request.offer_to is not None,
@@ -170,8 +168,8 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
 
 
 def _check_shape(hand_over: HandOver) -> None:
-    """Raises ApiError when the blocks cannot be those of its tokens."""
-    size, tokens = hand_over.endpoint.manifest.block_size, hand_over.remote_num_tokens
+    """Raise ApiError if the number of blocks does not match the tokens."""
+    size, tokens = hand_over.endpoint.pool.manifest.block_size, hand_over.remote_num_tokens
     needed, given = -(-tokens // size), len(hand_over.remote_block_ids)
     if not needed <= given <= needed + 1:
         message = f"kv_transfer_params: {given} blocks for {tokens} tokens of {size} a block"

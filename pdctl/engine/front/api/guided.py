@@ -1,4 +1,4 @@
-"""Guided output and tools: what a request says that its answer must match, as a grammar."""
+"""Guided output and tools: a request's rules for its answer, as a grammar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdctl.engine.front.api.tools import ToolFormat
 from pdctl.net.openai_api import ApiError
 from pdctl.net.openai_fields import ChatBody, CompletionBody, Structured
 
-# Characters of a schema, as JSON.
+# Maximum characters of a schema as JSON.
 _MAX_GRAMMAR = 65_536
 
 
@@ -30,19 +30,19 @@ def tool_format(body: CompletionBody | ChatBody) -> ToolFormat:
 
 
 def grammar_of(body: CompletionBody | ChatBody) -> str:
-    """What the output must match: a tool call where one is demanded, else what one of the fields for that says.
+    """The grammar of the output: a tool call if one is required, else the rule in one of the guiding fields.
 
-    Raises ApiError where several say something.
+    Raises ApiError if several fields give a rule.
     """
     found = [(name, text) for name, text in _guides(body) if text]
     if len(found) > 1:
-        message = f"{found[0][0]} and {found[1][0]} both say what the output must match: send one of them"
+        message = f"{found[0][0]} and {found[1][0]} both constrain the output: send only one of them"
         raise ApiError(400, message, param=found[1][0])
     return found[0][1] if found else ""
 
 
 def _guides(body: CompletionBody | ChatBody) -> Iterator[tuple[str, str]]:
-    """(field, grammar) of every field that may guide the output."""
+    """(field, grammar) of every field that guides the output."""
     if isinstance(body, ChatBody) and tool_format(body) is ToolFormat.FORCED:
         yield "tools", _bounded(json.dumps({"json": narrowed(_call_schema(body))}), "tools")
     yield "response_format", _format_grammar(body.response_format)
@@ -76,7 +76,7 @@ def _structured(given: Structured, param: str) -> Iterator[str]:
 
 
 def _schema_of(given: dict[str, object] | str, param: str) -> object:
-    """A schema as an object, or as JSON text."""
+    """The schema, given as an object or as JSON text."""
     if not isinstance(given, str):
         return given
     try:
@@ -86,7 +86,7 @@ def _schema_of(given: dict[str, object] | str, param: str) -> object:
 
 
 def _literal(text: str) -> str:
-    """A text as a pattern that matches it alone."""
+    """A pattern that matches exactly this text."""
     return "".join(f"\\{letter}" if letter in r"\^$.|?*+()[]{}/-" else letter for letter in text)
 
 
@@ -104,19 +104,21 @@ def _format_grammar(given: dict[str, object] | None) -> str:
 
 
 def schema_grammar(schema: object, param: str, where: str = "") -> str:
-    """The grammar of a JSON Schema. Raises ApiError for one that answers might break."""
+    """The grammar of a JSON Schema. Raises ApiError for a schema that cannot be enforced."""
     check_schema(schema, param, where)
     return _bounded(json.dumps({"json": narrowed(schema)}), param)
 
 
 def _bounded(grammar: str, param: str) -> str:
     if len(grammar) > _MAX_GRAMMAR:
-        raise ApiError(400, f"the schema is {len(grammar)} characters long; {_MAX_GRAMMAR} is the most", param=param)
+        raise ApiError(
+            400, f"the schema is {len(grammar)} characters long; at most {_MAX_GRAMMAR} are allowed", param=param
+        )
     return grammar
 
 
 def _call_schema(body: ChatBody) -> dict[str, object]:
-    """One call of one of the tools, or of the one that tool_choice names."""
+    """The schema of one call to one of the tools, or to the one in tool_choice."""
     functions = [_function(tool) for tool in body.tools or []]
     if isinstance(body.tool_choice, dict):
         named = _function(body.tool_choice).get("name")

@@ -1,18 +1,18 @@
-"""The engine's Prometheus text."""
+"""The engine's Prometheus metrics."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 
-from pdctl.engine.front.handover.leases import LeaseDesk
+from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.wire import EngineState
 
-# Creation times of counters that are made at each scrape would say nothing.
-disable_created_metrics()  # type: ignore[no-untyped-call]  # the package is typed but for this
+# Creation times are meaningless: the counters are created at each scrape.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the package has no type for this
 
 
 def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: float) -> bytes:
-    """All metrics, made from the books at the moment of asking: nothing to keep in step."""
+    """All metrics, built from the current counts at each scrape, so that nothing has to be kept in sync."""
     registry = CollectorRegistry()
     gauges = {
         "pdctl_engine_blocks": ("KV blocks in the pool", state.blocks_total),

@@ -15,7 +15,7 @@ from pdctl.net.openai_fields import ChatBody, CompletionBody, OfferTo, TokenizeB
 from pdctl.wire import HandOver
 
 _MAX_STOPS = 16
-# Each new token is looked for all of them.
+# Limits, because each new token is checked against all stop strings.
 _MAX_STOP_TEXT = 8192
 _MAX_BIASES = 1024
 _MAX_BAD_WORDS = 128
@@ -24,8 +24,8 @@ _MAX_BAD_WORDS = 128
 _decode_completion = msgspec.json.Decoder(CompletionBody).decode
 _decode_chat = msgspec.json.Decoder(ChatBody).decode
 
-# Fields that change the output and that this engine does not do: any value but these is refused, never ignored.
-# Several answers are made of several requests by the proxy.
+# Fields that change the output but are not supported: any other value is refused, never ignored. The proxy splits
+# requests for several answers.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
@@ -40,11 +40,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 @dataclass(slots=True)
 class GenerationRequest:
-    """One checked request. `token_ids` is the prompt; `resume` are output tokens the client has already.
+    """One checked request. `token_ids` is the prompt; `resume` are output tokens that the client already has.
 
-    `echo`: what the answer begins with; `counts_each`: each event of its stream carries the counts so far;
+    `echo`: text before the answer; `counts_each`: each event of the stream carries the counts so far;
     `shows_prompt_logprobs`: vLLM's prompt_logprobs.
-    `stages`: seconds its hand-over took so far, by part, for whoever asks where the time went.
+    `stages`: seconds of its hand-over so far, by phase, for x-pdctl-timing.
     """
 
     request_id: str
@@ -71,7 +71,7 @@ class GenerationRequest:
 
 
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
-    """Decode and check what can be checked without a tokenizer. Raises ApiError."""
+    """Decode a body and make all checks that need no tokenizer. Raises ApiError."""
     parsed: CompletionBody | ChatBody
     parsed = decode_request(_decode_chat, body) if chat else decode_request(_decode_completion, body)
     for name, neutral in _NEUTRAL.items():
@@ -83,7 +83,7 @@ def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
 
 
 def messages_of(messages: list[dict[str, object]]) -> list[dict[str, object]]:
-    """A chat's messages with their content as text, which is what templates take. Raises ApiError."""
+    """A chat's messages with their content as text, as templates need it. Raises ApiError."""
     if not messages:
         raise ApiError(400, "messages is empty", param="messages")
     found = []
@@ -95,7 +95,7 @@ def messages_of(messages: list[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def _text(content: object, number: int) -> str | None:
-    """A string, nothing (beside tool calls), or text parts put together."""
+    """The content as text: a string, None (with tool calls), or joined text parts."""
     if content is None or isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [None]
@@ -136,12 +136,12 @@ def _bound(value: float) -> str:
 
 
 def template_variables(body: ChatBody | TokenizeBody) -> dict[str, object]:
-    """What a chat template is given besides messages and tools. Raises ApiError."""
+    """The variables of a chat template besides messages and tools. Raises ApiError."""
     found = {**(body.chat_template_kwargs or {})}
     if isinstance(body, ChatBody) and body.reasoning_effort is not None:
         found.setdefault("reasoning_effort", body.reasoning_effort)
     if body.continue_final_message and body.add_generation_prompt:
-        message = "continue_final_message goes on with the last message: add_generation_prompt must be false"
+        message = "continue_final_message continues the last message: add_generation_prompt must be false"
         raise ApiError(400, message, param="add_generation_prompt")
     if body.continue_final_message or body.add_generation_prompt is not None:
         found["add_generation_prompt"] = bool(body.add_generation_prompt)
@@ -167,7 +167,7 @@ def bad_words(body: CompletionBody | ChatBody) -> list[str]:
 
 
 def prompt_logprobs(body: CompletionBody | ChatBody) -> int:
-    """How many likely tokens are given beside each token of the prompt; -1 for no log probabilities of the prompt."""
+    """Number of most likely tokens to report with each prompt token; -1 for no log probabilities of the prompt."""
     if body.prompt_logprobs is not None:
         return body.prompt_logprobs
     if isinstance(body, CompletionBody) and body.echo and body.logprobs is not None:
@@ -184,7 +184,7 @@ def sampling_of(
 ) -> Sampling:
     """Sampling with OpenAI's defaults; `forbidden`: the bad words' token ids.
 
-    Raises ApiError when prompt and output do not fit the context.
+    Raises ApiError if prompt and output do not fit into the context.
     """
     wanted = _max_tokens(body, prompt_len, max_model_len)
     if body.min_tokens is not None and body.min_tokens > wanted:
@@ -207,7 +207,7 @@ def sampling_of(
         stop_token_ids=_token_ids(body.stop_token_ids, vocab_size, "stop_token_ids"),
         allowed_token_ids=_token_ids(body.allowed_token_ids, vocab_size, "allowed_token_ids"),
         bad_words=forbidden or [],
-        # Given with the first token: a client that has one has these.
+        # These are sent with the first token: a client that has a token already has them.
         prompt_logprobs=-1 if body.resume_token_ids else prompt_logprobs(body),
     )
 

@@ -1,4 +1,4 @@
-"""A request's output as it grows: token ids in; text, tool calls and log probabilities out, in OpenAI's words."""
+"""A request's growing output: token ids in; text, tool calls and log probabilities out, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pdctl.engine.front.api.tools import ToolCall, ToolText, joined, whole_calls
 from pdctl.engine.ipc.messages import Logprobs, PromptToken
 from pdctl.wire import HandOver
 
-# Enough context for the detokenizer to join a first output token to the prompt's end.
+# Enough prompt tokens for the detokenizer to join the first output token to the prompt.
 _PROMPT_TAIL = 8
-# JSON has no infinity: what cannot be is as unlikely as a number can say.
+# JSON has no infinity: the log probability reported for impossible tokens.
 _LEAST_LOGPROB = -9999.0
 
 Json = dict[str, object]
@@ -21,10 +21,10 @@ Json = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step added: token ids, the text that became safe to show, and why the output ended, if it did.
+    """The output of one step: token ids, the text that can be shown, and the finish reason if the output ended.
 
-    `logprobs`: an entry for each token id, where they were asked for, with its text and where that begins; with an echo
-    the prompt's tokens come before them. `prompt_logprobs`: vLLM's, with the first piece.
+    `logprobs`: if requested, an entry per token id with its text and the text's offset; with an echo, the prompt's
+    tokens come first. `prompt_logprobs`: vLLM's, with the first piece.
     """
 
     token_ids: list[int]
@@ -37,7 +37,8 @@ class Piece:
 
 
 class Output:
-    """One request's output. Tokens that the client has already are replayed, so that it goes on where it was."""
+    """One request's output. Tokens that the client already has are replayed, so that the output continues after
+    them."""
 
     def __init__(self, codec: TextCodec, request: GenerationRequest) -> None:
         self._codec = codec
@@ -59,7 +60,8 @@ class Output:
         told: Logprobs | None = None,
         prompt: list[PromptToken] | None = None,
     ) -> Piece:
-        """The next token, with the first one the prompt's; the piece has a finish_reason if the output ends with it."""
+        """Add the next token; the first comes with the prompt's log probabilities. The piece has a finish_reason at the
+        end."""
         offset = len(self._request.echo) + self._text.length
         shown, stopped = self._text.push(token_id)
         if stopped:
@@ -71,7 +73,7 @@ class Output:
         return piece if prompt is None else self._with_prompt(piece, prompt)
 
     def end(self) -> Piece:
-        """It ends without another token."""
+        """End the output without another token."""
         return self._piece([], self._text.flush(), "length", None)
 
     def _piece(self, token_ids: list[int], text: str, reason: str | None, entries: list[Json] | None) -> Piece:
@@ -100,7 +102,7 @@ class Output:
         return replace(piece, logprobs=entries, prompt_logprobs=found)
 
     def _vllm_entry(self, one: PromptToken) -> Json:
-        """vLLM's words: token ids as keys, the prompt's own token first."""
+        """An entry in vLLM's format: token ids as keys, the prompt's own token first."""
         (own, logprob), *top = one.logprobs
         found = {str(own): self._ranked(own, logprob, one.rank)}
         for rank, (token_id, likely) in enumerate(top, 1):
@@ -139,7 +141,7 @@ def for_completion(entries: list[Json] | None) -> Json | None:
     tops: list[Json | None] = []
     for entry in entries:
         top = entry["top_logprobs"]
-        # A prompt's first token has none.
+        # A prompt's first token has no log probability.
         tops.append({other["token"]: other["logprob"] for other in (*top, entry)} if isinstance(top, list) else None)
     return {
         "tokens": [entry["token"] for entry in entries],
@@ -150,7 +152,7 @@ def for_completion(entries: list[Json] | None) -> Json | None:
 
 
 def chunk_choice(piece: Piece, chat: bool, first: bool) -> Json:
-    """A piece as a choice of a stream's event; the first one names the role."""
+    """A piece as a choice in a stream's event; the first one includes the role."""
     told: Json = {} if piece.prompt_logprobs is None else {"prompt_logprobs": piece.prompt_logprobs}
     if not chat:
         logprobs = for_completion(piece.logprobs)

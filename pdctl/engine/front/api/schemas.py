@@ -1,8 +1,8 @@
-"""Which JSON Schemas guided output can keep, and which it cannot.
+"""Checks which JSON Schemas guided output can enforce.
 
-The grammar compiler (xgrammar) passes over what it does not know, and answers would break the schema asked for. So each
-node is checked before it is compiled: a keyword is accepted only where answers were seen to keep it
-(tests/engine/test_schemas.py validates generated answers, keyword by keyword). Others are refused by name and place.
+The grammar compiler (xgrammar) ignores what it does not know, so answers could violate the requested schema. Therefore
+each node is checked before it is compiled: a keyword is accepted only if generated answers are known to satisfy it
+(tests/engine/test_schemas.py validates them, keyword by keyword). Others are refused with name and location.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterator
 
 from pdctl.net.openai_api import ApiError
 
-# A JSON Schema, or a part of one, as JSON gives it.
+# A JSON Schema, or a part of one, as parsed JSON.
 Schema = object
 
 _MAX_NODES, _MAX_DEPTH = 4096, 64
 
-# Keywords that say something about a schema and nothing about its values.
+# Annotations: keywords without rules for values.
 _NOTES = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
      "$defs", "definitions", "discriminator"}
 )  # fmt: skip
-# Keywords of one type, which say nothing where values of other types are meant.
+# Keywords by the type they apply to; they do not restrict values of other types.
 _OF_TYPE: dict[str, frozenset[str]] = {
     "object": frozenset(
         {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
@@ -35,7 +35,7 @@ _OF_TYPE: dict[str, frozenset[str]] = {
     "null": frozenset(),
 }  # fmt: skip
 _OF_TYPE["integer"] = _OF_TYPE["number"]
-# Keywords that tell the type by themselves.
+# Keywords that imply the type.
 _TELLING = {"properties": "object", "items": "array", "prefixItems": "array"}
 _DATE = (
     r"[1-9]\d{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)"
@@ -43,19 +43,19 @@ _DATE = (
 )
 _TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-# Formats, and our own patterns for those that the compiler keeps in part: it lets February have 31 days.
+# Formats, with pdctl's own patterns for those that the compiler enforces only partly: it allows February 31.
 _FORMATS: dict[str, str | None] = {
     "date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}", "ipv4": rf"{_OCTET}(?:\.{_OCTET}){{3}}",
     "duration": None, "uuid": None, "ipv6": None, "hostname": None, "email": None, "uri": None,
 }  # fmt: skip
-# Each of these stands alone in its node, notes and `type` aside.
+# Each of these must be alone in its node, except for annotations and `type`.
 _ALONE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
 
 
 def check_schema(schema: Schema, param: str, where: str = "") -> None:
-    """Raise ApiError 400 that names the first keyword whose rule answers might break, and its place.
+    """Raise ApiError 400 for the first keyword that cannot be enforced, with its location.
 
-    `param`: the request's field; `where`: the schema's place in it, such as `json_schema.schema`.
+    `param`: the request's field; `where`: the schema's location in it, such as `json_schema.schema`.
     """
     _Check(schema, param, where).node(schema, where or "$", 0)
     if not _Endings(schema).can_end(schema):
@@ -63,7 +63,7 @@ def check_schema(schema: Schema, param: str, where: str = "") -> None:
 
 
 class _Check:
-    """One schema, node by node."""
+    """Checks one schema, node by node."""
 
     def __init__(self, root: Schema, param: str, where: str) -> None:
         self._root = root
@@ -143,7 +143,7 @@ class _Check:
         types = _types(schema) or {_TELLING[name] for name in rules if name in _TELLING}
         for kind in types:
             if kind not in _OF_TYPE:
-                raise self._error(f"{path}.type", f"{kind!r} is no type of JSON Schema")
+                raise self._error(f"{path}.type", f"{kind!r} is not a JSON Schema type")
         known = set().union(*(_OF_TYPE[kind] for kind in types)) if types else set()
         for name in rules:
             if name != "type" and name not in known:
@@ -180,7 +180,7 @@ class _Check:
                 raise self._error(f"{path}.required", message)
 
     def _names(self, schema: dict[str, Schema], has_properties: bool, path: str, depth: int) -> None:
-        """Rules on the names and the number of properties: kept only where nothing else makes names."""
+        """Check rules on names and the number of properties: supported only without other sources of names."""
         patterns = schema.get("patternProperties")
         others = [n for n in ("properties", "additionalProperties", "propertyNames") if n in schema]
         if patterns is not None:
@@ -237,10 +237,10 @@ class _Check:
 
 
 def narrowed(schema: Schema) -> Schema:
-    """What is compiled in place of a checked schema; whatever fits it fits the schema.
+    """The schema to compile instead of a checked one. Every value that matches it also matches the original.
 
-    `additionalProperties: true` beside `properties` becomes false: a name could come twice, written with escapes the
-    second time, and readers take the last. Formats become patterns where the compiler keeps them in part.
+    `additionalProperties: true` beside `properties` becomes false: otherwise a name could occur again, written with
+    escapes, and parsers take the last one. Formats that the compiler enforces only partly become patterns.
     """
     if isinstance(schema, list):
         return [narrowed(item) for item in schema]
@@ -278,7 +278,7 @@ def without_optional_groups(pattern: str) -> str:
 
 
 def unsupported_pattern(pattern: str) -> str:
-    """What of a regular expression the compiler passes over, or ""; what it does not know it refuses by itself."""
+    """The part of a regular expression that the compiler would ignore, or "". It refuses other unknown parts itself."""
     escaped = False
     for at, letter in enumerate(pattern):
         if not escaped and letter == "(" and pattern[at + 1 : at + 2] == "?" and pattern[at + 2 : at + 3] != ":":
@@ -291,7 +291,7 @@ def unsupported_pattern(pattern: str) -> str:
 
 
 def _types(schema: dict[str, Schema]) -> set[str] | None:
-    """The types that a node names; None where it names none."""
+    """The types of a node; None if it has no `type`."""
     named = schema.get("type")
     if named is None:
         return None
@@ -308,7 +308,7 @@ def _is_of(value: Schema, kind: str) -> bool:
 
 
 def _follow(root: Schema, reference: Schema) -> Schema | None:
-    """Where a reference into the schema leads (RFC 6901); None where it leads nowhere."""
+    """The target of a reference into the schema (RFC 6901); None if there is none."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         return None
     found = root
@@ -321,7 +321,7 @@ def _follow(root: Schema, reference: Schema) -> Schema | None:
 
 
 def _are_disjoint(branches: list[Schema]) -> bool:
-    """Whether no value can fit two of them, as far as types and constants tell."""
+    """Whether no value can match two branches, judged by types and constants."""
     pairs = [(a, b) for number, a in enumerate(branches) for b in branches[:number]]
     return all(_differ(a, b) for a, b in pairs)
 
@@ -344,13 +344,13 @@ def _differ(a: Schema, b: Schema) -> bool:
 
 
 def _wide_types(schema: dict[str, Schema]) -> set[str]:
-    """Its types, an integer counted as a number."""
+    """A node's types, with integer counted as number."""
     types = _types(schema) or {_TELLING[name] for name in schema if name in _TELLING}
     return {"number" if kind == "integer" else kind for kind in types}
 
 
 def _told_apart_by(schema: dict[str, Schema]) -> Iterator[tuple[str, set[str]]]:
-    """Its required properties that may have a few values only."""
+    """Required properties with a limited set of values."""
     properties, required = schema.get("properties"), schema.get("required")
     if isinstance(properties, dict) and isinstance(required, list):
         for name in required:
@@ -367,7 +367,7 @@ def _constants(schema: dict[str, Schema]) -> set[str] | None:
 
 
 class _Endings:
-    """Whether values of a schema can be finite: one that demands itself again cannot."""
+    """Checks whether a schema has finite values: one that requires itself has none."""
 
     def __init__(self, root: Schema) -> None:
         self._root = root
@@ -387,7 +387,7 @@ class _Endings:
 
 
 def _demanded(schema: dict[str, Schema]) -> Iterator[Schema]:
-    """Schemas of the parts that every value has."""
+    """Schemas of the parts that every value must have."""
     types = _types(schema)
     if types is not None and len(types) > 1:
         return

@@ -1,4 +1,4 @@
-"""HTTP surface of an engine: OpenAI endpoints, leases and state for peers, health and metrics for everyone."""
+"""The HTTP API of an engine: OpenAI endpoints, leases and state for peers, health and metrics."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from pdctl.engine.front.api.generate import Generator
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.output import Piece, chunk_choice, whole_choice
 from pdctl.engine.front.api.text import NoChatTemplate, TextCodec
-from pdctl.engine.front.core_link import CoreLink
-from pdctl.engine.front.handover.migrate import KvLost
+from pdctl.engine.front.core_client import CoreClient
+from pdctl.engine.front.handover.receiver import KvLost
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
@@ -36,16 +36,16 @@ from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEA
 
 _T = TypeVar("_T")
 
-# Bodies of this many bytes take several milliseconds to be read and encoded; so many of them at once.
+# Bodies of this many bytes take several milliseconds to parse and tokenize; limit of such bodies processed at once.
 _LARGE_BODY = 65_536
 _LARGE_AT_ONCE = 2
 
 
 class EngineService:
-    """Everything the endpoints need."""
+    """The state behind the endpoints."""
 
     def __init__(
-        self, options: EngineOptions, codec: TextCodec, core: CoreLink, control: Control, generator: Generator
+        self, options: EngineOptions, codec: TextCodec, core: CoreClient, control: Control, generator: Generator
     ) -> None:
         self.options = options
         self.codec = codec
@@ -92,7 +92,7 @@ class EngineService:
         sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
         return GenerationRequest(
-            # The same client request may reach one engine twice, so the id inside is its own.
+            # A client request may reach one engine twice, so the internal id is unique.
             request_id=f"{request_id}.{uuid4().hex[:8]}",
             envelope=Envelope(request_id, chat, served, bool(parsed.return_token_ids), int(began)),
             token_ids=token_ids,
@@ -105,7 +105,7 @@ class EngineService:
             hand_over=hand_over,
             include_stop=bool(parsed.include_stop_str_in_output),
             echo=self._echo(parsed, token_ids),
-            # As vLLM: beside include_usage alone.
+            # As in vLLM: only together with include_usage.
             counts_each=bool(options and options.include_usage and options.continuous_usage_stats),
             shows_prompt_logprobs=parsed.prompt_logprobs is not None,
             offer_to=hold.offer_to if hold and self.options.chunked else None,
@@ -117,7 +117,7 @@ class EngineService:
         )
 
     def _clock(self, headers: dict[str, str]) -> float:
-        """When the request began: the proxy says, so that all engines agree."""
+        """When the request began, from the proxy's header, so that all engines agree."""
         given = headers.get(STARTED_HEADER, "")
         internal = self.control.is_internal(headers.get("authorization", ""))
         return float(given) if internal and given.isdecimal() else float(int(time.time()))
@@ -131,7 +131,7 @@ class EngineService:
         if not ids:
             raise ApiError(400, "the prompt is empty", param=name)
         if (kept := body.truncate_prompt_tokens) is not None:
-            # As vLLM: the last ones; -1 for as many as the context holds.
+            # As in vLLM: keep the last tokens; -1 for as many as fit into the context.
             if kept == 0:
                 message = "truncate_prompt_tokens must be at least 1, or -1"
                 raise ApiError(400, message, param="truncate_prompt_tokens")
@@ -156,7 +156,7 @@ class EngineService:
         raise ApiError(400, "send one prompt per request: a string or a list of token ids", param="prompt")
 
     def _echo(self, body: CompletionBody | ChatBody, token_ids: list[int]) -> str:
-        """What the answer begins with where the client wants that: the prompt, or the message that it goes on with."""
+        """The text that the answer begins with, if the client wants it: the prompt, or the message to continue."""
         if not body.echo:
             return ""
         if isinstance(body, ChatBody):
@@ -172,7 +172,7 @@ class EngineService:
         if no_transfer and not body.resume_token_ids:
             return None, None
         if not self.control.is_internal(headers.get("authorization", "")):
-            raise ApiError(403, "kv_transfer_params and resume_token_ids are for this service's own processes")
+            raise ApiError(403, "only this service's own processes may send kv_transfer_params and resume_token_ids")
         if no_transfer:
             return None, None
         try:
@@ -218,7 +218,7 @@ class EngineService:
         self._check_model(asked.model)
         ready = self._ready()
         if len(asked.tokens) > (most := max(ready.max_model_len, _LARGE_BODY)):
-            raise ApiError(400, f"{len(asked.tokens)} tokens; {most} is the most", param="tokens")
+            raise ApiError(400, f"{len(asked.tokens)} tokens; at most {most} are allowed", param="tokens")
         if asked.tokens and max(asked.tokens) >= ready.vocab_size:
             raise ApiError(400, f"token ids must be from 0 to {ready.vocab_size - 1}", param="tokens")
         if (unknown := next((one for one in asked.tokens if not self.codec.knows(one)), None)) is not None:
@@ -236,7 +236,7 @@ class EngineService:
             raise ApiError(404, f"the model {model!r} does not exist; this engine serves {served!r}", param="model")
 
     async def aside(self, size: int, work: Callable[[], _T]) -> _T:
-        """Do what takes long for a large request in a thread, so that other requests' tokens go on meanwhile."""
+        """Run `work` in a thread if the request is large, so that it does not block other requests' tokens."""
         if size < _LARGE_BODY:
             return work()
         return await anyio.to_thread.run_sync(work, limiter=self._aside)
@@ -247,7 +247,7 @@ async def _version(_: Request) -> Response:
 
 
 class _Locked:
-    """Serves this service's own processes alone. Health is everybody's: load balancers ask for it."""
+    """Serves only this service's own processes, except for health, which load balancers need."""
 
     def __init__(self, app: ASGIApp, control: Control) -> None:
         self._app = app
@@ -268,7 +268,7 @@ def _decoded(body: bytes, kind: type[_T]) -> _T:
 
 
 class _Post(ABC):
-    """A raw ASGI endpoint that reads a body: a client that leaves cancels its request, also one that waits."""
+    """A raw ASGI endpoint that reads a body. A client that disconnects cancels its request, even while it waits."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = asgi.header_dict(scope["headers"])
@@ -313,7 +313,7 @@ class _Generate(_Post):
             await asgi.respond_error(send, failure)
             return
         except (RecursionError, ValueError, OverflowError) as failure:
-            # Of the client's making, as all of it is: not for another engine to try.
+            # The client's request is at fault, so no other engine should retry it.
             await asgi.respond_error(send, ApiError(400, f"the request cannot be read: {failure}"))
             return
         await (self._stream if request.stream else self._whole)(request, send)
@@ -331,7 +331,7 @@ class _Generate(_Post):
         extra: dict[str, object] = {"kv_transfer_params": held} if held else {}
         counts = _usage(request, len(token_ids))
         if request.hold:
-            # Another engine goes on with it: as the beginning of a stream.
+            # Another engine continues it, so it is sent like the beginning of a stream.
             assert len(pieces) == 1, "a held prefill computes one token"
             choice = chunk_choice(pieces[0], self._chat, first=not request.resume)
         else:
@@ -361,7 +361,7 @@ class _Generate(_Post):
 
 
 def _timed(request: GenerationRequest) -> list[tuple[bytes, bytes]]:
-    """What bringing the KV took, as a header for the proxy."""
+    """The time of the KV transfer, as a header for the proxy."""
     if not request.stages:
         return []
     said = ",".join(f"{name}={value:.6g}" for name, value in request.stages.items())
@@ -369,13 +369,13 @@ def _timed(request: GenerationRequest) -> list[tuple[bytes, bytes]]:
 
 
 def _tail(request: GenerationRequest, count: int) -> bytes:
-    """What follows the last event, in the same write."""
+    """The bytes after the last event, sent in the same write."""
     counts = request.envelope.usage_chunk(_usage(request, count)) if request.include_usage else b""
     return counts + DONE
 
 
 def _usage(request: GenerationRequest, new_tokens: int) -> dict[str, int]:
-    """Counts of the whole request, resumed tokens included."""
+    """Token counts of the request, including resumed tokens."""
     return usage(len(request.token_ids), new_tokens + len(request.resume))
 
 

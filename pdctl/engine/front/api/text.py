@@ -1,4 +1,4 @@
-"""Between text and token ids: the tokenizer, the chat template, and output text that grows token by token."""
+"""Conversion between text and token ids: tokenizer, chat template, and output text that grows token by token."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pdctl.engine.front.api.token_text import TokenText
 
 Messages = list[dict[str, object]]
 
-# Texts of fewer characters are encoded, however short the context: it takes a few milliseconds.
+# Shorter texts are always encoded, even if the context is shorter: this takes a few milliseconds.
 _LEAST_REFUSED = 65_536
-# No text has this many characters in each token on average, however long single tokens are; encoding a million
+# No text has this many characters per token on average, although single tokens may be long. Encoding a million
 # characters takes about a second.
 _MOST_PER_TOKEN, _MOST_ANYWAY = 16, 1 << 20
 
 
 class NoChatTemplate(Exception):
-    """The model is a base model: it completes text."""
+    """The model has no chat template: it is a base model that completes text."""
 
 
 class TextCodec:
-    """A model directory's tokenizer and, where it has one, its chat template."""
+    """A model directory's tokenizer and, if it has one, its chat template."""
 
     def __init__(self, model: Path) -> None:
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -36,22 +36,22 @@ class TextCodec:
 
     @cached_property
     def _longest_token(self) -> int:
-        """In characters."""
+        """Length of the longest token in characters."""
         return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     def encode(self, text: str, max_tokens: int | None = None, special: bool = True) -> list[int]:
         """Token ids with the special tokens that the tokenizer adds, such as <bos>.
 
-        Raises ValueError for a text that cannot be as few as `max_tokens`, without encoding it.
+        Raises ValueError, without encoding, for a text that cannot fit into `max_tokens`.
         """
         if max_tokens is not None:
             self.check_length(len(text), max_tokens)
-        # A batch, because that lets other threads run meanwhile.
+        # encode_batch releases the GIL, so other threads can run.
         ids: list[int] = self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
         return ids
 
     def check_length(self, characters: int, max_tokens: int) -> None:
-        """Raise ValueError for so many characters that no tokenizer needs to be asked: they are too many tokens."""
+        """Raise ValueError if the text is too long for `max_tokens` whatever the tokenizer."""
         longest = max_tokens * self._longest_token
         likely = max(max_tokens * _MOST_PER_TOKEN, _MOST_ANYWAY)
         if characters > max(min(longest, likely), _LEAST_REFUSED):
@@ -64,12 +64,12 @@ class TextCodec:
         return text
 
     def shown(self, token_ids: list[int]) -> str:
-        """The text of token ids as an answer shows it, without special ones."""
+        """The text of token ids as in an answer, without special tokens."""
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
     def offsets(self, token_ids: list[int]) -> list[int]:
-        """Where the text of each token begins in what `shown` gives, in characters."""
+        """The character offset of each token in the text of `shown`."""
         text, found = OutputText(self.tokenizer, [], []), []
         for token_id in token_ids:
             found.append(text.length)
@@ -77,11 +77,11 @@ class TextCodec:
         return found
 
     def knows(self, token_id: int) -> bool:
-        """Whether the tokenizer has such a token; models may have rows to spare."""
+        """Whether the tokenizer has this token. Models may have more rows than tokens."""
         return self.tokenizer.id_to_token(token_id) is not None
 
     def forbidden(self, words: list[str]) -> list[list[int]]:
-        """Token sequences that write these words: at the beginning of a text, and after a blank, as vLLM has it."""
+        """Token sequences of these words, at the beginning of a text and after a space, as in vLLM."""
         found: list[list[int]] = []
         for word in words:
             plain, spaced = (self.encode(blank + word.lstrip(), special=False) for blank in ("", " "))
@@ -99,15 +99,15 @@ class TextCodec:
         variables: dict[str, object] | None = None,
         continue_final: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins; `at`: the template's clock.
+        """Token ids of a conversation up to the assistant's answer. `at`: the current time for the template.
 
-        `continue_final`: the last message is left open, and the answer goes on with it. Raises NoChatTemplate, or
-        ValueError with the template's own complaint, or as `encode` does.
+        `continue_final`: the last message stays open, and the answer continues it. Raises NoChatTemplate, ValueError
+        with the template's error message, or errors as in `encode`.
         """
         if self._template is None:
             raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
         if max_tokens is not None:
-            # Before the template: it may take long over messages that are refused afterwards.
+            # Check before rendering: the template may take long for messages that are then refused.
             self.check_length(_characters(messages) + _characters(tools or []), max_tokens)
         shown = _marked(messages) if continue_final else messages
         text = render_chat(self._template, shown, self._specials, at, tools, variables)
@@ -116,21 +116,21 @@ class TextCodec:
         return self.encode(text, max_tokens, special=False)
 
 
-# Marks where the last message ends, as transformers does it: its text may stand elsewhere in what a template writes.
-# With a blank, so that a template which strips messages is noticed.
+# Marks the end of the last message, as in transformers: the same text may occur elsewhere in the template's output.
+# The trailing space reveals a template that strips messages.
 _MARK = "PDCTL_END_OF_THE_LAST_MESSAGE "
 
 
 def _marked(messages: Messages) -> Messages:
-    """The messages, the last one with the mark at its end. Raises ValueError where it has no text."""
+    """The messages with the mark at the end of the last one. Raises ValueError if it has no text."""
     final = messages[-1].get("content")
     if not isinstance(final, str) or not final.strip():
-        raise ValueError("continue_final_message: the last message has no text to go on with")
+        raise ValueError("continue_final_message: the last message has no text to continue")
     return [*messages[:-1], {**messages[-1], "content": final + _MARK}]
 
 
 def _left_open(text: str) -> str:
-    """A rendered conversation up to the end of its last message. Raises ValueError where the template left it out."""
+    """A rendered conversation up to the end of its last message. Raises ValueError if the template omits it."""
     at = text.rfind(_MARK.strip())
     if at < 0:
         raise ValueError("continue_final_message: the chat template does not show the last message")
@@ -138,7 +138,7 @@ def _left_open(text: str) -> str:
 
 
 def _characters(value: object) -> int:
-    """Of all strings within a JSON value."""
+    """Total characters of all strings in a JSON value."""
     waiting, found = [value], 0
     while waiting:
         match waiting.pop():
@@ -161,8 +161,8 @@ def render_chat(
 ) -> str:
     """Render a Hugging Face chat template, with the helpers such templates expect.
 
-    `at` is what the template takes for now, in seconds since 1970: every engine that a request visits must render the
-    same prompt.
+    `at` is the template's current time in seconds since 1970: every engine that a request visits must render the same
+    prompt.
     """
     from jinja2 import TemplateError
     from jinja2.ext import loopcontrols
@@ -186,7 +186,7 @@ def render_chat(
 
 
 class OutputText:
-    """Output text as tokens come: never half a character, never past a stop string.
+    """Output text as tokens arrive: never a partial character, never past a stop string.
 
     Text that might become a stop string is held back until it cannot.
     """
@@ -200,10 +200,10 @@ class OutputText:
         self._stream = DecodeStream(ids=prompt_tail, skip_special_tokens=True)
         self._pending: list[int] = []
         self._held = ""
-        self.length = 0  # characters so far, those held back included
+        self.length = 0  # characters so far, including those held back
 
     def push(self, token_id: int) -> tuple[str, bool]:
-        """New text that is safe to show, and whether a stop string was reached."""
+        """New text that can be shown, and whether a stop string was reached."""
         self._pending.append(token_id)
         piece = self._decoded(token_id)
         if piece is None:
@@ -217,8 +217,8 @@ class OutputText:
             piece: str | None = self._stream.step(self._tokenizer, token_id)
             return piece
         except Exception as failure:
-            # The library raises Exception itself, when more bytes change the text it gave before: a prompt that ends
-            # within a character, bytes that are no UTF-8. What is pending is decoded without what came before.
+            # The library raises a bare Exception if more bytes change text that it returned before: the prompt ends
+            # within a character, or bytes are not UTF-8. Then the pending tokens are decoded without earlier ones.
             if type(failure) is not Exception:
                 raise
         self._stream = DecodeStream(ids=[], skip_special_tokens=True)
@@ -226,7 +226,7 @@ class OutputText:
         return rest
 
     def flush(self) -> str:
-        """What is left when the output ends without a stop string."""
+        """The remaining text when the output ends without a stop string."""
         rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True) if self._pending else ""
         text, self._held = self._held + rest, ""
         self._pending.clear()
@@ -247,7 +247,7 @@ class OutputText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -260,7 +260,7 @@ def _chat_template(model: Path) -> str | None:
 
 
 def _special_tokens(model: Path) -> dict[str, str]:
-    """bos_token and its like; each is a string or an object with `content`."""
+    """bos_token and similar ones; each is a string or an object with `content`."""
     specials = {}
     for name, value in _tokenizer_config(model).items():
         content = value.get("content") if isinstance(value, dict) else value

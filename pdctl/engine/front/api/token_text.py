@@ -1,9 +1,9 @@
-"""What single tokens are as bytes and as text, for log probabilities.
+"""Single tokens as bytes and as text, for log probabilities.
 
-A token may be a part of a character, or begin with a blank that a tokenizer drops when it decodes the token alone. So
-the bytes come from the vocabulary's own piece, read as the tokenizer's decoder reads it: byte-level BPE (GPT-2, Qwen,
-Llama 3), SentencePiece (Llama 2, Mistral, Gemma: a mark for the blank, <0xE2> for a byte), BPE with a mark for the end
-of a word (GPT), or WordPiece (a mark for what goes on with a word).
+A token may be part of a character, or begin with a space that the tokenizer drops when it decodes the token alone. So
+the bytes come from the vocabulary's piece, interpreted like the tokenizer's decoder: byte-level BPE (GPT-2, Qwen,
+Llama 3), SentencePiece (Llama 2, Mistral, Gemma: a mark for the space, <0xE2> for a byte), BPE with a mark for the end
+of a word (GPT), or WordPiece (a mark for the continuation of a word).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenText:
-    """Of one tokenizer."""
+    """Bytes and text of one tokenizer's tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -53,7 +53,7 @@ class TokenText:
 
 
 def text_of(data: bytes, chat: bool) -> str:
-    """A token's bytes as OpenAI writes them: text, or where that is no text, escapes (completions mark those)."""
+    """A token's bytes in OpenAI's format: text, or escapes if they are not valid text (marked in completions)."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -62,7 +62,7 @@ def text_of(data: bytes, chat: bool) -> str:
 
 
 def _steps(decoder: object) -> list[dict[str, object]]:
-    """A decoder's steps, sequences laid flat."""
+    """A decoder's steps, with sequences flattened."""
     if not isinstance(decoder, dict):
         return []
     inner = decoder.get("decoders")
@@ -72,7 +72,7 @@ def _steps(decoder: object) -> list[dict[str, object]]:
 
 
 def _blank_mark(steps: list[dict[str, object]]) -> str:
-    """The character that stands for a blank in the vocabulary, or ""."""
+    """The character that represents a space in the vocabulary, or ""."""
     for step in steps:
         if step.get("type") == "Metaspace":
             return str(step.get("replacement", "\u2581"))
@@ -83,12 +83,12 @@ def _blank_mark(steps: list[dict[str, object]]) -> str:
 
 
 def _mark(steps: list[dict[str, object]], kind: str, name: str, usual: str) -> str:
-    """What a decoder of this kind marks words with; "" where there is none."""
+    """The mark that a decoder of this kind uses for words; "" if there is none."""
     return next((str(step.get(name, usual)) for step in steps if step.get("type") == kind), "")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes with (GPT-2's bytes_to_unicode), and the bytes they mean."""
+    """The characters of byte-level BPE (GPT-2's bytes_to_unicode) and their bytes."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

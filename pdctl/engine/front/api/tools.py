@@ -1,4 +1,4 @@
-"""Tool calls in a chat's output text: found, cut out, and given as OpenAI words them, arguments while they grow."""
+"""Find tool calls in a chat's output text and return them in OpenAI's format, with arguments as they grow."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 from enum import Enum, auto
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-# What a call begins with, up to its arguments. One that is written otherwise is given when it is whole.
+# The beginning of a call up to its arguments. A call in another form is returned only when complete.
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
 ToolCall = dict[str, object]
 
 
 class ToolFormat(Enum):
-    """How a call looks in the output. Tagged: JSON between <tool_call> tags (Hermes, Qwen); forced: JSON alone."""
+    """The format of a call in the output. Tagged: JSON between <tool_call> tags (Hermes, Qwen); forced: only JSON."""
 
     NONE = auto()
     TAGGED = auto()
@@ -22,9 +22,9 @@ class ToolFormat(Enum):
 
 
 class ToolText:
-    """Splits growing text into what is said and what is called. Depends on the text alone, so it can be replayed.
+    """Splits growing text into plain text and tool calls. It depends only on the text, so it can be replayed.
 
-    Calls come in parts, as in a stream of OpenAI's: the first part of one has its id and name, later ones more of its
+    Calls come in parts, as in OpenAI's streams: the first part of a call has its id and name, later parts more of its
     arguments.
     """
 
@@ -37,7 +37,7 @@ class ToolText:
         self._arguments: _Object | None = None
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Text to show, and parts of calls."""
+        """Take new text; returns text to show and parts of calls."""
         if self._form is ToolFormat.NONE:
             return text, []
         self._held += text
@@ -58,7 +58,7 @@ class ToolText:
         return len(self._held), self._inside, self._arguments is not None and self._arguments.ended
 
     def flush(self) -> tuple[str, list[ToolCall]]:
-        """What is left at the end: a call that was cut off before its arguments is shown as text."""
+        """The rest at the end: a call that was cut off before its arguments is shown as text."""
         rest, self._held = self._held, ""
         if self._arguments is not None or not self._inside:
             return ("", []) if self._inside else (rest, [])
@@ -68,7 +68,7 @@ class ToolText:
         return _OPEN + rest, []
 
     def _between_calls(self) -> str:
-        """Text up to the next call; what may become a tag is held."""
+        """Text up to the next call. A possible beginning of a tag is held back."""
         start = self._held.find(_OPEN)
         if start >= 0:
             shown, self._held = self._held[:start], self._held[start + len(_OPEN) :]
@@ -97,7 +97,7 @@ class ToolText:
         return ""
 
     def _not_begun(self, calls: list[ToolCall]) -> str:
-        """A call whose arguments cannot be told from the rest yet: it is given when it is whole."""
+        """Handle a call before its arguments are recognized: it is returned when complete."""
         end = self._held.find(_CLOSE) if self._form is ToolFormat.TAGGED else -1
         if end < 0:
             return ""
@@ -120,14 +120,14 @@ class ToolText:
             name.encode()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        # Escaped where it is no text: half a surrogate pair can be written in JSON, and not be sent.
+        # Escape invalid text: JSON can contain half a surrogate pair, which cannot be sent.
         written = json.dumps(arguments, ensure_ascii=False)
         return self._first_part(name, written if _is_text(written) else json.dumps(arguments))
 
     def _first_part(self, name: str, arguments: str) -> ToolCall:
         call: ToolCall = {
             "index": self.found,
-            # The same on every engine that a request visits.
+            # Equal on every engine that a request visits.
             "id": f"call_{self._request_id}_{self.found}",
             "type": "function",
             "function": {"name": name, "arguments": arguments},
@@ -137,7 +137,7 @@ class ToolText:
 
 
 def _text_of(literal: str) -> str | None:
-    """The text of a JSON string; None where it is none."""
+    """The text of a JSON string; None if it is not one."""
     try:
         text = str(json.loads(literal))
     except ValueError:
@@ -163,13 +163,13 @@ class _Object:
         self._escaped = False
 
     def take(self, text: str) -> tuple[str, str]:
-        """What belongs to the object, and what comes after it."""
+        """Split text into the part that belongs to the object and the rest."""
         for at, letter in enumerate(text):
             if self._in_string:
                 self._in_string = self._escaped or letter != '"'
                 self._escaped = letter == "\\" and not self._escaped
             elif letter == "<":
-                # No JSON: the model closes the call before the object.
+                # Not valid JSON: the model closed the call before the object.
                 self.ended = True
                 return text[:at], text[at:]
             elif letter == '"':
@@ -185,12 +185,12 @@ class _Object:
 
 
 def whole_calls(parts: list[ToolCall]) -> list[ToolCall]:
-    """Calls put together from their parts, as an unstreamed answer has them."""
+    """Complete calls joined from their parts, for an unstreamed answer."""
     return [{name: call[name] for name in call if name != "index"} for call in joined(parts)]
 
 
 def joined(parts: list[ToolCall]) -> list[ToolCall]:
-    """One part of each call: clients take two parts of a call in one event for two calls."""
+    """Join the parts of each call: clients treat two parts of a call in one event as two calls."""
     found: dict[object, ToolCall] = {}
     for part in parts:
         function = part["function"]

@@ -1,1 +1,1 @@
-"""Leases, offers and migrations at work."""
+"""The front's handling of leases, offers and the reception of hand-overs."""

@@ -1,4 +1,4 @@
-"""Who this engine can read KV from, by which transport, and how fast that has been."""
+"""The links to peers: by which transport this engine reads their KV, and how fast."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from pdctl.engine.cache.layout import mismatch
-from pdctl.engine.front.core_link import CoreLink
+from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.ipc.messages import Connect, Linked
 from pdctl.net.http_client import Unreachable
 from pdctl.wire import LinkCall, LinkInfo, LinkReply, PeerAddress
 
-# Transfers that the shown speed is taken over, and links made at once.
+# Number of transfers that the speed is averaged over, and of links made at once.
 _RECENT = 16
 _AT_ONCE = 16
 _LINK_S = 10.0
@@ -31,9 +31,9 @@ class _Link:
 
 
 class LinkBook:
-    """One link per peer. They are made by the supervisor's word, and by themselves with the first pull."""
+    """One link per peer, made at the supervisor's request or with the first pull."""
 
-    def __init__(self, peers: Peers, core: CoreLink) -> None:
+    def __init__(self, peers: Peers, core: CoreClient) -> None:
         self._peers = peers
         self._core = core
         self._links: dict[str, _Link] = {}
@@ -41,7 +41,7 @@ class LinkBook:
         core.on_linked = self._linked
 
     async def make(self, call: LinkCall) -> LinkReply:
-        """Link to every peer named, side by side; each is linked, refused or unreachable when this returns."""
+        """Link to all given peers concurrently. On return, each is linked, refused or unreachable."""
         async with asyncio.TaskGroup() as tasks:
             made = [tasks.create_task(self._make(peer)) for peer in call.peers]
         return LinkReply([task.result() for task in made])
@@ -55,7 +55,7 @@ class LinkBook:
             link.recent.append((num_bytes, seconds))
 
     def infos(self) -> list[LinkInfo]:
-        """All links, for people."""
+        """All links, for display."""
         return [_described(link) for link in self._links.values()]
 
     async def _make(self, peer: PeerAddress) -> LinkInfo:
@@ -74,17 +74,17 @@ class LinkBook:
         found = await self._peers.endpoint(peer.host, peer.port)
         ready = self._core.ready
         if ready is None or found.epoch != peer.epoch:
-            link.info = LinkInfo(peer.name, peer.epoch, error=f"it runs epoch {found.epoch} by now")
+            link.info = LinkInfo(peer.name, peer.epoch, error=f"it now runs epoch {found.epoch}")
             return
-        if reason := mismatch(ready.endpoint.manifest, found.endpoint.manifest):
+        if reason := mismatch(ready.endpoint.manifest, found.endpoint.pool.manifest):
             link.info = LinkInfo(peer.name, peer.epoch, error=f"its KV does not fit: {reason}", refused=True)
             return
         link.decided.clear()
-        await self._core.send(Connect(peer.name, peer.epoch, found.endpoint))
+        await self._core.send(Connect(peer.name, peer.epoch, found.endpoint.pool))
         await link.decided.wait()
 
     def _link(self, peer: str, epoch: str) -> _Link:
-        """The peer's link in this epoch; a restarted peer is linked anew and keeps its counts."""
+        """The peer's link in this epoch. A restarted peer is linked again and keeps its counts."""
         old = self._links.get(peer)
         if old is None or old.info.epoch != epoch:
             new = _Link(LinkInfo(peer, epoch))

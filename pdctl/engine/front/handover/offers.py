@@ -1,4 +1,4 @@
-"""The prefill side of reading early: leases over prompts still being computed, and telling the decode engine."""
+"""The prefill side of reading early: leases on prompts that are still computed, and offers to the decode engine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from pdctl.engine.front.core_link import CoreLink
-from pdctl.engine.front.handover.leases import LeaseDesk
+from pdctl.engine.front.core_client import CoreClient
+from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.handover.lease import Lease
 from pdctl.engine.ipc.messages import Held, Progress
@@ -17,13 +17,13 @@ from pdctl.wire import Offer, RevokeCall
 
 _log = logging.getLogger(__name__)
 
-# Offers under way at once; more are not sent, and their KV is read when the prefill is done.
+# Limit of concurrent offers. Further offers are not sent; their KV is read when the prefill is done.
 _AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this engine is to its peers."""
+    """This engine's identity for its peers."""
 
     name: str
     epoch: str
@@ -33,10 +33,10 @@ class Identity:
 
 
 class OfferDesk:
-    """Makes and sends offers."""
+    """Creates and sends offers."""
 
     def __init__(
-        self, identity: Identity, core: CoreLink, leases: LeaseDesk, peers: Peers, tasks: asyncio.TaskGroup
+        self, identity: Identity, core: CoreClient, leases: LeaseDesk, peers: Peers, tasks: asyncio.TaskGroup
     ) -> None:
         self.identity = identity
         self.leases = leases
@@ -46,18 +46,17 @@ class OfferDesk:
         self._sending = 0
 
     def send(self, to: OfferTo, offer: Offer) -> None:
-        """Without waiting: an offer that is lost costs time, not correctness."""
+        """Send an offer without waiting. A lost offer costs time, not correctness."""
         if self._sending < _AT_ONCE:
             self._sending += 1
             self._tasks.create_task(self._send(to, offer))
 
     def make(self, lease: Lease, num_tokens: int, readable: int, block_ids: list[int], withdrawn: bool) -> Offer:
         """An offer of this engine."""
-        ready, me = self._core.ready, self.identity
-        assert ready is not None
+        me = self.identity
         return Offer(
             me.name, me.host, me.port, lease.lease_id, me.epoch, me.lease_s, num_tokens, readable, block_ids,
-            ready.endpoint, withdrawn,
+            self._core.endpoint, withdrawn,
         )  # fmt: skip
 
     async def _send(self, to: OfferTo, offer: Offer) -> None:
@@ -70,9 +69,9 @@ class OfferDesk:
 
 
 class Offering:
-    """The leases of one prefill: an early one if it is offered, a final one in any case.
+    """The leases of one prefill: an early one if it is offered, and always a final one.
 
-    `router` and `attempt`: whose call it is; `to`: the decode engine that may read early, where there is one.
+    `router` and `attempt`: the calling router and its name for the call; `to`: the decode engine that may read early.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Offering:
         self._block_ids: list[int] = []
 
     def progress(self, done: Progress) -> None:
-        """A chunk is computed: its KV may be read."""
+        """A chunk is computed: offer its KV."""
         self._block_ids = done.block_ids
         if self._lease is None:
             self._lease = self._grant(len(done.block_ids), sealed=False)
@@ -96,7 +95,7 @@ class Offering:
             self._tell(self._lease, done.num_computed)
 
     def held(self, held: Held) -> Lease | None:
-        """All of it is computed: the lease that the hand-over goes by. None when the router has given up the call."""
+        """The prefill is done: the lease of the hand-over. None if the router has given up the call."""
         leases, early = self._desk.leases, self._lease
         self._lease = None
         sealed = leases.seal(early.lease_id, len(held.block_ids)) if early else None
@@ -106,7 +105,7 @@ class Offering:
         return self._grant(len(held.block_ids))
 
     def withdraw(self) -> None:
-        """What was offered will not come, or not in these blocks. Idempotent."""
+        """Withdraw an offer: the KV will not come, or not in these blocks. Idempotent."""
         lease, self._lease = self._lease, None
         if lease is not None:
             self._desk.leases.revoke(RevokeCall(lease.lease_id))

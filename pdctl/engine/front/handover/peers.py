@@ -1,4 +1,4 @@
-"""Calls to other engines' fronts: leases, offers, endpoints. Each has a deadline; releases have a bounded queue."""
+"""Calls to other engines' fronts: leases, offers, endpoints. Each has a deadline; releases use a bounded queue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pdctl.wire import EndpointReply, HandOver, LeaseCall, LeaseReply, Offer, Po
 
 _log = logging.getLogger(__name__)
 
-# A call that takes longer than this will be made again or given up, seconds.
+# Timeout of a call, after which it is repeated or given up, seconds.
 _CALL_S = 5.0
 _MAX_PEERS = 256
 _MAX_RELEASES = 1024
@@ -24,7 +24,7 @@ _RELEASES_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class LeaseRef:
-    """A lease at a prefill engine, and where its blocks can be read."""
+    """A lease on a prefill engine, and where its blocks can be read."""
 
     engine: str
     host: str
@@ -40,20 +40,20 @@ def of_hand_over(given: HandOver) -> LeaseRef:
     """The lease of a finished prefill."""
     return LeaseRef(
         given.remote_engine_id, given.remote_host, given.remote_port, given.epoch, given.lease_id, given.lease_s,
-        given.remote_block_ids, given.endpoint,
+        given.remote_block_ids, given.endpoint.pool,
     )  # fmt: skip
 
 
 def of_offer(given: Offer) -> LeaseRef:
-    """The lease of a prefill that still computes."""
+    """The lease of a prefill that is still running."""
     return LeaseRef(
         given.engine, given.host, given.port, given.epoch, given.lease_id, given.lease_s, given.block_ids,
-        given.endpoint,
+        given.endpoint.pool,
     )  # fmt: skip
 
 
 class Peers:
-    """Connections to other engines, kept; `holder` is who we are to them."""
+    """Persistent connections to other engines; `holder`: this engine's name and epoch as a lease holder."""
 
     def __init__(self, holder: str, secret: str) -> None:
         self.holder = holder
@@ -74,7 +74,7 @@ class Peers:
         return (await self._caller.post(pool, "/pdctl/v1/leases/renew", call, RenewReply, _CALL_S)).gone
 
     async def offer(self, host: str, port: int, offer: Offer) -> LeaseReply:
-        """Tell a decode engine what it may read. Raises Unreachable."""
+        """Send an offer to a decode engine. Raises Unreachable."""
         return await self._post(host, port, "/pdctl/v1/offers", offer)
 
     async def endpoint(self, host: str, port: int) -> EndpointReply:
@@ -82,12 +82,12 @@ class Peers:
         return await self._caller.get(self._pool(host, port), "/pdctl/v1/endpoint", EndpointReply, _CALL_S)
 
     def release_later(self, lease: LeaseRef) -> None:
-        """Release without waiting; works while being cancelled. A full queue leaves it to the deadline."""
+        """Release without waiting; works during cancellation. If the queue is full, the lease ends at its deadline."""
         with suppress(asyncio.QueueFull):
             self._releases.put_nowait(lease)
 
     async def release_forever(self) -> None:
-        """Carry out what `release_later` was asked for; a peer that does not answer delays only its own."""
+        """Execute the calls of `release_later`. A peer that does not answer delays only its own releases."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 lease = await self._releases.get()

@@ -1,4 +1,4 @@
-"""The hand-over protocol's events as JSON lines, for the checker that tests run over them."""
+"""The hand-over protocol's events as JSON lines, for the trace checker in the tests."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ TRACE_ENV = "PDCTL_TRACE_DIR"
 
 
 class Trace:
-    """Writes events when PDCTL_TRACE_DIR is set, else nothing."""
+    """Writes events if PDCTL_TRACE_DIR is set."""
 
     def __init__(self, engine: str, epoch: str) -> None:
         self._file: TextIO | None = None
         self._who = {"engine": engine, "epoch": epoch}
         if folder := os.environ.get(TRACE_ENV):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            # One line per write, so that a kill -9 loses nothing that was written.
+            # Line buffered, so that a kill -9 loses no written line.
             self._file = (Path(folder) / f"{engine}-{epoch}.jsonl").open("a", buffering=1)
 
     def write(self, event: str, lease_id: str, **details: object) -> None:

@@ -1,0 +1,63 @@
+"""Command line and environment of the builtin engine."""
+
+from __future__ import annotations
+
+from pdctl.adapters import Assignment, Launch
+from pdctl.host import ENGINE_PACKAGES
+from pdctl.topology.spec import Device, Topology, Transfer
+
+
+class BuiltinLauncher:
+    """See Launcher. The supervisor sets an engine's role after the start: see control.py."""
+
+    extra_ports: tuple[str, ...] = ()
+    packages = ENGINE_PACKAGES
+
+    def launch(self, topology: Topology, assignment: Assignment) -> Launch:
+        """See Launcher.launch."""
+        group = assignment.group
+        argv = (
+            assignment.python, "-m", "pdctl.engine", "serve",
+            "--name", assignment.name,
+            "--model", assignment.model_path,
+            "--served-model-name", topology.service.served_model_name,
+            "--host", assignment.host,
+            "--port", str(assignment.ports["http"]),
+            "--device", group.device.value,
+            "--max-model-len", str(topology.service.max_model_len),
+            "--max-num-seqs", str(group.max_num_seqs),
+            "--max-num-batched-tokens", str(group.max_num_batched_tokens),
+            "--kv-cache-gb", f"{group.kv_cache_gb:g}",
+            "--block-size", str(group.block_size),
+            *_transfer_argv(topology.transfer, assignment.rdma),
+            "--open", str(group.open).lower(),
+            "--run-dir", str(assignment.run_dir),
+        )  # fmt: skip
+        env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if group.device is Device.CPU:
+            # One thread per engine: OpenMP barriers between engines that share cores cost 10x and more.
+            env |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        elif assignment.gpus:
+            env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(assignment.gpus)}
+        return Launch(
+            argv=argv,
+            env=env,
+            ready_path="/health",
+            generate_path="/v1/completions",
+        )
+
+
+def _transfer_argv(transfer: Transfer, devices: tuple[str, ...]) -> tuple[str, ...]:
+    return (
+        "--transfer", transfer.backend,
+        "--transfer-protocol", transfer.protocol,
+        "--transfer-devices", ",".join(devices),
+        "--transfer-ports", "-".join(map(str, transfer.ports)),
+        "--lease-s", f"{transfer.lease_s:g}",
+        "--read-s", f"{transfer.read_s:g}",
+        "--leased-max", f"{transfer.leased_max:g}",
+        "--chunked", str(transfer.chunked).lower(),
+    )  # fmt: skip
+
+
+LAUNCHER = BuiltinLauncher()

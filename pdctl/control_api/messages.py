@@ -1,0 +1,248 @@
+"""All answers of the control API, which `--json` also prints. docs/status-json.md is generated from this file.
+
+Fields are added, not renamed or removed. A new field must have a default: the supervisor may be older than the command
+that calls it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+# Maximum silence of an event stream, seconds: then it sends a comment.
+HEARTBEAT_S = 15.0
+# If a reader lags by more events than this, its stream ends. It can resume with its cursor.
+MOST_WAITING = 1000
+
+ServiceState = Literal["starting", "ready", "degraded", "failed", "stopping"]
+ProcessState = Literal[
+    "pending", "starting", "ready", "draining", "drained", "stopping", "clearing", "backoff", "stopped", "failed"
+]
+ApplyState = Literal["running", "done", "failed"]
+Verb = Literal["start", "stop", "restart", "drain"]
+
+
+def says(text: str) -> msgspec.Meta:
+    """The meaning of a field, for docs/status-json.md."""
+    return msgspec.Meta(description=text)
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the supervisor accepted a call."""
+
+    ok: Annotated[bool, says("whether the action is done or started")]
+    reason: Annotated[str, says("why not, else empty")] = ""
+
+
+class Stopping(msgspec.Struct, frozen=True, kw_only=True):
+    """The service stops. A second call kills the remaining processes."""
+
+    stopping: Annotated[bool, says("always true")] = True
+
+
+class LastExit(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process ended, as a summary."""
+
+    at: Annotated[str, says("time, ISO 8601")]
+    code: Annotated[int | None, says("exit code; null after a signal, or if unknown")]
+    signal: Annotated[str | None, says("such as `SIGKILL`; null after an exit code, or if unknown")]
+    reason: Annotated[str, says("the reason as text")]
+    expected: Annotated[bool, says("whether pdctl was stopping it")]
+    by: Annotated[str, says("what ended it: itself, pdctl, the kernel or another process")]
+    oom: Annotated[bool, says("whether the kernel killed it because memory was exhausted")]
+
+
+class ResourceUse(msgspec.Struct, frozen=True, kw_only=True):
+    """The resources that a process used in its lifetime, as counted by the kernel."""
+
+    max_rss_bytes: Annotated[int, says("peak resident memory")]
+    user_s: Annotated[float, says("CPU seconds in user mode")]
+    system_s: Annotated[float, says("CPU seconds in the kernel")]
+    major_faults: Annotated[int, says("page faults that read from disk")]
+
+
+class ExitReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything known about the end of a process."""
+
+    process: Annotated[str, says("its name")]
+    at: Annotated[str, says("time, ISO 8601")]
+    code: Annotated[int | None, says("exit code; null after a signal, or if unknown")]
+    signal: Annotated[str | None, says("such as `SIGKILL`; null after an exit code, or if unknown")]
+    reason: Annotated[str, says("the reason as text")]
+    expected: Annotated[bool, says("whether pdctl was stopping it")]
+    by: Annotated[str, says("what ended it: itself, pdctl, the kernel or another process")]
+    oom: Annotated[bool, says("whether the kernel killed it because memory was exhausted")]
+    pid: Annotated[int, says("its process id")]
+    epoch: Annotated[str, says("identifies this start of the process")]
+    lived_s: Annotated[float, says("seconds from its start to its end")]
+    core_dumped: Annotated[bool, says("whether it left a core dump")]
+    rusage: Annotated[ResourceUse | None, says("the resources it used; null if unknown")]
+    log: Annotated[str, says("its log file")]
+    last_lines: Annotated[tuple[str, ...], says("the end of its log, at most 50 lines")]
+    kernel: Annotated[tuple[str, ...], says("relevant lines of the kernel log within ten seconds")]
+
+
+class Exits(msgspec.Struct, frozen=True, kw_only=True):
+    """The last exits of this run, oldest first, at most 200."""
+
+    exits: Annotated[tuple[ExitReport, ...], says("oldest first")]
+
+
+class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One process, without measurements."""
+
+    name: Annotated[str, says("such as `prefill-0`")]
+    kind: Annotated[str, says("such as `builtin`; for the proxy, `proxy`")]
+    role: Annotated[str, says("`prefill`, `decode` or `hybrid`; for the proxy, `proxy`")]
+    group: Annotated[str, says("the `[[engines]]` entry it is a replica of; for the proxy, `proxy`")]
+    state: Annotated[ProcessState, says("its lifecycle state")]
+    reason: Annotated[str, says("why it is in `backoff`, `clearing` or `failed`, else empty")]
+    pid: Annotated[int | None, says("null if it is not running")]
+    restarts: Annotated[int, says("number of starts after the first")]
+    last_exit: Annotated[LastExit | None, says("how it last ended; null if it never did")]
+    device: Annotated[str, says("`cpu` or `cuda`")]
+    cpus: Annotated[tuple[int, ...], says("CPUs it is pinned to")]
+    gpus: Annotated[tuple[str, ...], says("UUIDs of the GPUs it is pinned to")]
+    rdma: Annotated[tuple[str, ...], says("RDMA devices it is pinned to")]
+    ports: Annotated[dict[str, int], says("ports by purpose")]
+    ready_since: Annotated[str | None, says("ISO 8601; null if it is not ready")]
+    epoch: Annotated[str, says("identifies this start of the process")]
+    adopted: Annotated[bool, says("whether an earlier supervisor started it")]
+    log: Annotated[str, says("its log file")]
+
+
+class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
+    """One process. Measurements are null if unknown."""
+
+    rss_bytes: Annotated[int | None, says("memory of the process and its descendants")]
+    cpu_percent: Annotated[float | None, says("their CPU use since the last measurement, 100 is one core")]
+    gpu_memory_bytes: Annotated[int | None, says("memory on its GPUs, if the driver reports it")]
+    running: Annotated[int | None, says("requests that the engine computes; null if it does not answer")]
+    waiting: Annotated[int | None, says("requests that wait in the engine")]
+    kv_used: Annotated[float | None, says("fraction of the engine's KV blocks in use, from 0 to 1")]
+    leases: Annotated[int | None, says("live leases that the engine has granted")]
+    tokens_per_s: Annotated[float | None, says("tokens per second since the last measurement")]
+
+
+class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine that pdctl uses but does not start."""
+
+    name: Annotated[str, says("the name of its `[[engines]]` entry")]
+    role: Annotated[str, says("`prefill`, `decode` or `hybrid`")]
+    kind: Annotated[str, says("such as `vllm`")]
+    host: Annotated[str, says("host on which it listens")]
+    port: Annotated[int, says("port on which it listens")]
+    secret_file: Annotated[str, says("the file with its key, or empty")]
+    answers: Annotated[bool | None, says("result of its last health check; null before the first one")]
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """A link: how KV moves from one engine to another."""
+
+    reader: Annotated[str, says("the engine that reads KV")]
+    peer: Annotated[str, says("the prefill engine that KV comes from")]
+    epoch: Annotated[str, says("the start of the peer that the link belongs to")]
+    transport: Annotated[str, says("such as `shm`; empty if there is no link")]
+    protocol: Annotated[str, says("the protocol that carries the bytes, such as `tcp`; empty if there is no link")]
+    reason: Annotated[str, says("why this transport, or empty")]
+    fallback: Annotated[str, says("why the configured protocol is not used, or empty")]
+    error: Annotated[str, says("why there is no link, or empty")]
+    refused: Annotated[bool, says("true if the peer's KV can never be used (another model or layout)")]
+    pulls: Annotated[int, says("transfers so far")]
+    bytes: Annotated[int, says("bytes moved so far")]
+    gbps: Annotated[float, says("10^9 bytes per second over the last 16 transfers; 0 before the first")]
+
+
+class ApplyProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """The last apply."""
+
+    state: Annotated[ApplyState, says("whether it is running, or how it ended")]
+    step: Annotated[str, says("the current step, or empty")]
+    error: Annotated[str, says("why it failed, or empty")]
+
+
+class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A service and its processes, without measurements."""
+
+    service: Annotated[str, says("its name")]
+    state: Annotated[ServiceState, says("`degraded`: it was ready, but a process is not now")]
+    failure: Annotated[str | None, says("why the start failed, or null")]
+    proxy_url: Annotated[str, says("the address for clients")]
+    model: Annotated[str, says("the model as written in the topology")]
+    served_model_name: Annotated[str, says("the model's name for clients")]
+    tls_cert: Annotated[str, says("the proxy's certificate file, or empty")]
+    supervisor_pid: Annotated[int, says("the supervisor's process id")]
+    run_dir: Annotated[str, says("its run directory")]
+    log_dir: Annotated[str, says("the directory of its logs and events")]
+    source: Annotated[str, says("the topology file, or empty for the built-in default")]
+    trees: Annotated[str, says("how process trees are ended: `cgroup` or `sweep`")]
+    apply: Annotated[ApplyProgress | None, says("the last apply; null if there was none")]
+    processes: Annotated[tuple[ProcessStatus, ...], says("in the order of the plan")]
+    attached: Annotated[tuple[AttachedStatus, ...], says("engines that pdctl uses but does not start")]
+    links: Annotated[tuple[Link, ...], says("how KV moves between engines")]
+
+    def process(self, name: str) -> ProcessStatus | None:
+        """The process of that name."""
+        return next((process for process in self.processes if process.name == name), None)
+
+
+class MeasuredStatus(ServiceStatus, frozen=True, kw_only=True):
+    """A service and its processes, with measurements."""
+
+    processes: Annotated[tuple[MeasuredProcess, ...], says("in the order of the plan")]
+
+    def process(self, name: str) -> MeasuredProcess | None:
+        """The process of that name."""
+        return next((process for process in self.processes if process.name == name), None)
+
+
+class EngineBlocks(msgspec.Struct, frozen=True, kw_only=True):
+    """The use of an engine's KV blocks. The total is the sum of free, cached, referenced, leased and quarantined."""
+
+    name: Annotated[str, says("the engine")]
+    blocks_total: Annotated[int, says("all")]
+    blocks_free: Annotated[int, says("free")]
+    blocks_cached: Annotated[int, says("in the prefix cache; always 0: not implemented yet")]
+    blocks_referenced: Annotated[int, says("in use by requests")]
+    blocks_leased: Annotated[int, says("kept for peers under a lease")]
+    blocks_quarantined: Annotated[int, says("a late transfer may still write there")]
+    blocks_reserved: Annotated[int, says("those in use that wait for KV to arrive")]
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """One live lease."""
+
+    id: Annotated[str, says("its id, for `pdctl kv --revoke`")]
+    request_id: Annotated[str, says("the request that it belongs to")]
+    holder: Annotated[str, says("the process that holds it: name and epoch")]
+    state: Annotated[str, says("`held` or `claimed`")]
+    age_s: Annotated[float, says("seconds since it was granted")]
+    quiet_s: Annotated[float, says("seconds since the holder's last sign of life")]
+    blocks: Annotated[int, says("KV blocks")]
+    bytes: Annotated[int, says("of KV")]
+    leak: Annotated[str, says("why it counts as a leak, or empty")]
+    engine: Annotated[str, says("the engine that granted it")]
+
+
+class KvStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV of a service: blocks per engine, and leases."""
+
+    engines: Annotated[tuple[EngineBlocks, ...], says("engines that answered")]
+    leases: Annotated[tuple[Lease, ...], says("all live leases")]
+    unreachable: Annotated[dict[str, str], says("engines that did not answer, each with the reason")]
+
+    def leaks_alone(self) -> KvStatus:
+        """The same, with only those leases that are leaks."""
+        return msgspec.structs.replace(self, leases=tuple(lease for lease in self.leases if lease.leak))
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One event. `detail`: fields that depend on the event, such as `pid`, or how a process ended."""
+
+    cursor: Annotated[str, says("its position in the journal")]
+    at: Annotated[str, says("time, ISO 8601")]
+    process: Annotated[str, says("the process, or `pdctl` for the service as a whole")]
+    event: Annotated[str, says("the kind of event")]
+    message: Annotated[str, says("the event as text")]
+    detail: Annotated[dict[str, object], says("fields that depend on the event")] = {}

@@ -1,0 +1,87 @@
+"""Builds a core from its options: executor, transports, scheduler, puller."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from pdctl.engine.cache.blocks import BlockAllocator
+from pdctl.engine.cache.layout import block_bytes
+from pdctl.engine.cache.memory import Memory
+from pdctl.engine.core.inbox import Inbox
+from pdctl.engine.core.loop import Core, CoreEvent, Settled, report
+from pdctl.engine.core.outbox import Outbox
+from pdctl.engine.executor.single import SingleExecutor
+from pdctl.engine.handover.puller import PoolShape, Puller
+from pdctl.engine.ipc.messages import Ready
+from pdctl.engine.model.loading import LoadedModel, ModelRefused
+from pdctl.engine.options import EngineOptions
+from pdctl.engine.schedule.scheduler import Limits, Scheduler
+from pdctl.engine.transfer import Settings, Transport, transport_kind
+from pdctl.host.boot import host_id
+from pdctl.transports import TRANSPORTS
+from pdctl.wire import PoolEndpoint, Served
+
+
+def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
+    """Build everything that may fail. Raises ModelRefused, NoMemory, TransferError, torch.OutOfMemoryError."""
+    executor = SingleExecutor.load(options)
+    transports = _open_transports(options, executor.memory)
+    manifest, num_blocks = executor.manifest, executor.num_blocks
+    limits = _limits(options, executor.loaded, num_blocks)
+    inbox: Inbox[CoreEvent] = Inbox()
+    ours = PoolShape(manifest, num_blocks, host_id(), options.transfer, options.read_s)
+    puller = Puller(ours, transports, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
+    scheduler = Scheduler(limits, BlockAllocator(num_blocks, executor.poison))
+    core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox)
+    served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
+    ready = Ready(
+        endpoint=PoolEndpoint(ours.host_id, served, num_blocks, manifest),
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        block_bytes=block_bytes(manifest),
+        max_model_len=limits.max_model_len,
+        vocab_size=executor.loaded.vocab_size,
+    )
+    return core, ready
+
+
+def _open_transports(options: EngineOptions, memory: Memory) -> dict[str, Transport]:
+    """Open the configured transports. `auto` means shared memory, because all engines of a topology are on this host.
+
+    Raises TransferError.
+    """
+    settings = Settings(
+        epoch=options.epoch,
+        host=options.host,
+        protocol=options.transfer_protocol,
+        devices=tuple(filter(None, options.transfer_devices.split(","))),
+        ports=options.port_range,
+    )
+    names = ["shm"] if options.transfer == "auto" else [options.transfer]
+    found = {}
+    for name in names:
+        transport = transport_kind(name).open_transport(memory, settings)
+        if transport.fallback:
+            logging.warning("%s: %s; using %s", name, transport.fallback, transport.protocol)
+        if TRANSPORTS[name].is_open_to_strangers:
+            logging.warning(
+                "%s listens on every interface without authentication: protect its ports with a firewall", name
+            )
+        found[name] = transport
+    return found
+
+
+def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Limits:
+    if options.max_model_len > loaded.max_positions:
+        raise ModelRefused(
+            f"max_model_len = {options.max_model_len} is more than the model's {loaded.max_positions} positions"
+        )
+    return Limits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=options.max_model_len,
+        block_size=options.block_size,
+        eos_token_ids=loaded.eos_token_ids,
+        max_leased_blocks=int(options.leased_max * num_blocks),
+    )

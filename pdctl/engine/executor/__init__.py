@@ -1,0 +1,36 @@
+"""Executors compute an engine's steps. One file per kind: `single` computes in this process, on one device.
+
+The core decides what a step computes. An executor computes it, and owns the KV of all devices. A block id refers to the
+same block on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pdctl.engine.ipc.messages import Logprobs
+from pdctl.engine.schedule.scheduler import Slice
+
+# For each sampling slice, in order: its token id, and its log probabilities if requested.
+Computed = tuple[list[int], list[Logprobs | None]]
+
+
+class Executor(Protocol):
+    """Computes batches over the KV pool."""
+
+    def execute(self, batch: list[Slice]) -> Computed:
+        """Compute every slice of a step."""
+        ...
+
+    def absorb(self, block_ids: Sequence[int]) -> None:
+        """Make KV that has arrived from a peer in these blocks visible to the next step."""
+        ...
+
+    def publish(self, block_ids: Sequence[int]) -> None:
+        """Make the computed KV of these blocks readable for peers."""
+        ...
+
+    def close(self) -> None:
+        """Free resources. No step may follow."""
+        ...

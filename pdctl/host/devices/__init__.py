@@ -1,0 +1,1 @@
+"""GPUs, RDMA devices and the PCI tree between them, from NVML and sysfs."""

@@ -1,0 +1,214 @@
+"""The calls of one leg to engines, prefill and decode, with the accounting and cleanup of each.
+
+A call that fails raises CallFailed with the consequence for the request. The engine's statistics are updated here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from pdctl.adapters import Attempt, Call, CannotResume, EngineError, Prefilled
+from pdctl.net.asgi import new_name
+from pdctl.net.http_client import Exchange, Unreachable
+from pdctl.proxy.answers.stream import EventReader
+from pdctl.proxy.engines.pool import Engine, Ticket
+from pdctl.proxy.request.failover import Cause, Failure, classify
+from pdctl.proxy.request.leg import Leg
+from pdctl.wire import ATTEMPT_HEADER, TIMING_HEADER
+
+_ATTEMPT, _TIMING = ATTEMPT_HEADER.encode(), TIMING_HEADER.encode()
+# Interval of the checks of a suspect's stream, seconds.
+_SUSPECT_LOOK_S = 0.1
+
+
+class CallFailed(Exception):
+    """A call to `engine` failed."""
+
+    def __init__(self, engine: Engine, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.engine = engine
+        self.failure = failure
+
+
+async def prefill(leg: Leg, engine: Engine, attempt: Attempt) -> Prefilled:
+    """Have an engine compute the prompt and keep its KV. Raises CallFailed."""
+    await _prove(leg, engine)
+    call = engine.dialect.prefill_call(leg.state, attempt)
+    lines = b"%b%b: %b\r\n" % (_lines(leg, engine), _ATTEMPT, attempt.name.encode())
+    exchange = engine.client.exchange("POST", call.path, lines, call.body)
+    started, done = time.monotonic(), False
+    engine.prompts.begin(leg.size, started)
+    ticket = _begin(leg, engine, exchange, _patience_s(leg, engine))
+    leg.shared.pool.publish(engine)
+    try:
+        status = await exchange.head()
+        body = await exchange.rest()
+        if status != 200:
+            raise engine.dialect.parse_error(status, body)
+        answer = engine.dialect.parse_prefill(body, leg.state)
+        done = True
+    except (Unreachable, EngineError) as failure:
+        if isinstance(failure, Unreachable):
+            later(leg, engine, engine.dialect.give_up_call(attempt.name))
+        raise _failed(leg, engine, failure) from failure
+    except asyncio.CancelledError:
+        # The answer may be on its way, with a lease that will not be used.
+        later(leg, engine, engine.dialect.give_up_call(attempt.name))
+        raise
+    finally:
+        engine.prompts.end(leg.size, time.monotonic(), done)
+        _end(leg, engine, ticket)
+    engine.prefill_s.add(time.monotonic() - started)
+    engine.breaker.succeeded()
+    leg.timing.prefilled(time.monotonic())
+    if leg.pieces:
+        engine.prefixes.add(leg.pieces)
+    return answer
+
+
+async def decode(
+    leg: Leg,
+    engine: Engine,
+    attempt: Attempt,
+    hand_over: bytes | None = None,
+    has_kv: bool = False,
+    on_first_token: Callable[[], None] | None = None,
+) -> None:
+    """Have an engine compute the rest, and send it to the client. Raises CallFailed.
+
+    `has_kv`: another engine computes the prompt. Otherwise this one does, and the time depends on the prompt.
+    """
+    await _prove(leg, engine)
+    meter, amount = (engine.streams, 1.0) if has_kv else (engine.prompts, leg.size)
+    meter.begin(amount, time.monotonic())
+    leg.shared.pool.publish(engine)
+    try:
+        call = engine.dialect.decode_call(leg.state, attempt, hand_over, not leg.in_one_piece)
+        exchange = engine.client.exchange("POST", call.path, _lines(leg, engine), call.body)
+        patience_s = leg.shared.failover.first_token_s if has_kv else _patience_s(leg, engine)
+        ticket = _begin(leg, engine, exchange, patience_s)
+        try:
+            await _read(leg, engine, exchange, ticket, on_first_token)
+        finally:
+            _end(leg, engine, ticket)
+    except (Unreachable, EngineError) as failure:
+        raise _failed(leg, engine, failure) from failure
+    finally:
+        meter.end(amount, time.monotonic(), leg.finished)
+        leg.shared.pool.publish(engine)
+    if not leg.finished:
+        raise CallFailed(engine, Failure(engine.name, Cause.BROKE, f"{engine.name} ended its stream early"))
+    engine.breaker.succeeded()
+
+
+def release(leg: Leg, prefill_engine: Engine, hand_over: bytes | None) -> None:
+    """Release, in the background, a hand-over that no engine will read."""
+    if hand_over is not None:
+        later(leg, prefill_engine, prefill_engine.dialect.release_call(hand_over))
+
+
+def later(leg: Leg, engine: Engine, call: Call | None) -> None:
+    """Make a release call to an engine in the background. Works during cancellation."""
+    if call is not None:
+        leg.shared.releases.put(engine, call)
+
+
+# -- one answer --------------------------------------------------------------------------------------------
+
+
+async def _read(
+    leg: Leg, engine: Engine, exchange: Exchange, ticket: Ticket, on_first_token: Callable[[], None] | None
+) -> None:
+    status = await exchange.head()
+    if status != 200:
+        raise engine.dialect.parse_error(status, await exchange.rest())
+    leg.timing.engine_says(exchange.header(_TIMING))
+    if leg.in_one_piece:
+        leg.whole = await exchange.rest()
+        leg.prompt_tokens, leg.completion_tokens = engine.dialect.parse_whole(leg.whole)
+        leg.timing.token(time.monotonic())
+        leg.finished = True
+        if on_first_token is not None:
+            on_first_token()
+        return
+    ticket.streaming, ticket.patience_s = True, leg.shared.failover.stall_s
+    reader = EventReader(engine, leg.state, leg.sink, leg.timing, leg.shared.metrics, on_first_token)
+    if leg.suspicion.holds_turn:
+        _watch_suspect(leg, reader, asyncio.get_running_loop())
+    try:
+        await reader.run(exchange)
+    finally:
+        reader.settle()
+        leg.finished = leg.finished or reader.finished
+        leg.prompt_tokens = reader.prompt_tokens or leg.prompt_tokens
+        if reader.tokens > 1:
+            engine.token_s.add(reader.seconds / (reader.tokens - 1))
+
+
+def _watch_suspect(leg: Leg, reader: EventReader, loop: asyncio.AbstractEventLoop) -> None:
+    """Clear a suspect once it streams normally. The next suspect then gets its turn before this stream ends."""
+    if reader.tokens > 1:
+        leg.suspicion.cleared()
+    elif leg.suspicion.holds_turn and not reader.finished:
+        loop.call_later(_SUSPECT_LOOK_S, _watch_suspect, leg, reader, loop)
+
+
+# -- around a call -----------------------------------------------------------------------------------------
+
+
+async def _prove(leg: Leg, engine: Engine) -> None:
+    """Raises CallFailed if another engine died with this request in it and this engine may be dead already, too.
+
+    Without this check, two engines that are killed together would seem to have died of the request one by one.
+    """
+    suspicion = leg.suspicion
+    if suspicion.present and not await leg.shared.pool.is_proven(engine, suspicion.failed_at):
+        raise CallFailed(engine, Failure(engine.name, Cause.NOT_REACHED, f"{engine.name} does not answer"))
+
+
+def _lines(leg: Leg, engine: Engine) -> bytes:
+    """Headers of a call to `engine`. Some engines treat two requests with the same id as one request."""
+    name = f"{leg.name}-{new_name()}" if engine.dialect.keys_by_request_id else leg.name
+    return b"%b%bx-request-id: %b\r\n" % (engine.headers, leg.headers, name.encode())
+
+
+def _patience_s(leg: Leg, engine: Engine) -> float:
+    """How long a prefill may take, including the work queued before it."""
+    meter = engine.prompts
+    # The prompts' speed does not include the decode time of an inline answer.
+    unknown = not meter.speed or leg.in_one_piece
+    return leg.shared.failover.patience_s(None if unknown else meter.pending / meter.speed)
+
+
+def _begin(leg: Leg, engine: Engine, exchange: Exchange, patience_s: float) -> Ticket:
+    ticket = Ticket(exchange, patience_s)
+    engine.tickets.add(ticket)
+    engine.breaker.started(time.monotonic())
+    return ticket
+
+
+def _end(leg: Leg, engine: Engine, ticket: Ticket) -> None:
+    engine.tickets.discard(ticket)
+    engine.breaker.abandoned()
+    ticket.exchange.close()
+    leg.shared.pool.publish(engine)
+
+
+def _failed(leg: Leg, engine: Engine, failure: Unreachable | EngineError) -> CallFailed:
+    """Record the failure for the engine, and return its consequence for the request."""
+    now = time.monotonic()
+    if isinstance(failure, Unreachable):
+        leg.shared.pool.suspect(engine)
+        engine.breaker.failed(now)
+        engine.prefill_s.failed()
+        engine.token_s.failed()
+        cause = Cause.BROKE if failure.begun else Cause.NOT_REACHED
+        return CallFailed(engine, Failure(engine.name, cause, str(failure)))
+    resumable = not isinstance(failure, CannotResume)
+    found = classify(engine.name, leg.shared.failover, failure, resumable)
+    if found.cause is Cause.BROKE:
+        engine.breaker.failed(now)
+        engine.token_s.failed()
+    return CallFailed(engine, found)

@@ -1,0 +1,118 @@
+"""Calls a pair of engines for one attempt, with the hand-shake of their kind (see HandShake)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from pdctl.adapters import Attempt, HandShake, Prefilled
+from pdctl.proxy.engines.pool import Engine
+from pdctl.proxy.request.calls import CallFailed, decode, prefill, release
+from pdctl.proxy.request.failover import Cause
+from pdctl.proxy.request.leg import Leg
+
+
+@dataclass(frozen=True, slots=True)
+class PairCall:
+    """One attempt of a leg with two engines."""
+
+    leg: Leg
+    attempt: Attempt
+    prefill: Engine
+    decode: Engine
+
+
+async def compute(call: PairCall) -> None:
+    """Execute one attempt. Raises CallFailed. Afterwards `call.leg.finished` is true if the answer is complete."""
+    await _HAND_SHAKES[call.prefill.dialect.hand_shake](call)
+
+
+async def _sequential(call: PairCall) -> None:
+    hand_over = await _prefilled(call)
+    if hand_over is not None:
+        await _handed_over(call, hand_over, None)
+
+
+async def _owned(call: PairCall) -> None:
+    hand_over = await _prefilled(call)
+    if hand_over is not None:
+        await _handed_over(call, hand_over, lambda: release(call.leg, call.prefill, hand_over))
+
+
+async def _concurrent(call: PairCall) -> None:
+    """Call both at once. If decode fails, or prefill fails before decode's first token, the other call is cancelled."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            prefilling = tasks.create_task(_prefill_beside(call, len(call.leg.state.emitted)))
+            await _decoded(call, None, None)
+            prefilling.cancel()
+    except* CallFailed as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _prefill_beside(call: PairCall, emitted: int) -> None:
+    try:
+        done = await prefill(call.leg, call.prefill, call.attempt)
+        call.leg.prompt_tokens = done.prompt_tokens or call.leg.prompt_tokens
+    except CallFailed:
+        # Once decode sends tokens, the KV has arrived.
+        if len(call.leg.state.emitted) == emitted:
+            raise
+
+
+async def _prefilled(call: PairCall) -> bytes | None:
+    """Prefill, and send the next token to the client. Returns the hand-over, or None if the answer ends there."""
+    leg = call.leg
+    done = await prefill(leg, call.prefill, call.attempt)
+    leg.prompt_tokens = leg.sink.prompt_tokens = done.prompt_tokens or leg.prompt_tokens
+    if leg.in_one_piece and done.hand_over is not None:
+        # The decode engine's answer will include this token. Only the time of the first token is recorded here.
+        leg.timing.token(time.monotonic())
+        return done.hand_over
+    try:
+        await _emit(leg, done)
+    except BaseException:
+        release(leg, call.prefill, done.hand_over)
+        raise
+    if done.hand_over is None:
+        leg.finished, leg.timing.engines = True, (call.prefill.name, call.prefill.name)
+    return done.hand_over
+
+
+async def _emit(leg: Leg, done: Prefilled) -> None:
+    leg.timing.token(time.monotonic())
+    # Counted before sending: a token that may have reached the client must never be sent again.
+    leg.state.emitted += done.token_ids
+    if done.choice:
+        await leg.sink.add(done.choice, done.token_ids)
+
+
+async def _handed_over(call: PairCall, hand_over: bytes, on_first_token: Callable[[], None] | None) -> None:
+    """Decode with the held KV. If decode ends without a token, the KV is released at prefill."""
+    leg, before = call.leg, len(call.leg.state.emitted)
+    try:
+        await _decoded(call, hand_over, on_first_token)
+    finally:
+        if len(leg.state.emitted) == before and not leg.finished:
+            release(leg, call.prefill, hand_over)
+
+
+async def _decoded(call: PairCall, hand_over: bytes | None, on_first_token: Callable[[], None] | None) -> None:
+    leg, name = call.leg, call.prefill.name
+    try:
+        await decode(leg, call.decode, call.attempt, hand_over, has_kv=True, on_first_token=on_first_token)
+    except CallFailed as failed:
+        if failed.failure.cause is Cause.KV_LOST:
+            call.decode.handed_over(name, time.monotonic(), good=False)
+        raise
+    call.decode.handed_over(name, time.monotonic(), good=True)
+    leg.shared.metrics.handed_over(name, call.decode.name, leg.timing)
+
+
+_HAND_SHAKES: dict[HandShake, Callable[[PairCall], Awaitable[None]]] = {
+    HandShake.SEQUENTIAL: _sequential,
+    HandShake.OWNED: _owned,
+    HandShake.CONCURRENT: _concurrent,
+}

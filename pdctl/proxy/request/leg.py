@@ -1,0 +1,90 @@
+"""One leg of a client's request: its input, its state, and what all legs of a proxy share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdctl.adapters import RequestState
+from pdctl.proxy.answers.sinks import Sink
+from pdctl.proxy.engines.breaker import RetryBudget
+from pdctl.proxy.engines.pool import EnginePool
+from pdctl.proxy.engines.releases import Releases
+from pdctl.proxy.engines.routing import RoutingPolicy
+from pdctl.proxy.request.failover import FailoverPolicy
+from pdctl.proxy.request.quarantine import Quarantine, Suspicion
+from pdctl.proxy.telemetry.metrics import Metrics
+from pdctl.proxy.telemetry.timing import Timing
+
+# An answer that is not streamed and has at most this many tokens is requested in one piece: computing it again after a
+# failure is cheaper than relaying it token by token.
+_WHOLE_TOKENS = 128
+
+
+@dataclass(slots=True)
+class Shared:
+    """State and settings that all requests of a proxy share."""
+
+    pool: EnginePool
+    policy: RoutingPolicy
+    metrics: Metrics
+    releases: Releases
+    quarantine: Quarantine
+    ttft_s: float
+    tpot_s: float
+    wants_prefixes: bool = False
+    failover: FailoverPolicy = field(default_factory=FailoverPolicy)
+    budget: RetryBudget = field(default_factory=RetryBudget)
+    request_number: int = 0
+
+
+class Leg:
+    """One choice of one prompt. `state.emitted`: ids of output tokens that the client has, or will get with a whole
+    answer.
+
+    `name`: the request id for engines; `headers`: header lines for engines; `size`: of the prompt, in bytes of the
+    request; `body`: the client's request, which identifies it in quarantine; `pieces`: the prompt's prefixes; `whole`:
+    the body of an answer in one piece, as sent to the client; `failures`: calls that failed.
+    """
+
+    # Class attributes: most requests never set these, and then they need no memory per request.
+    prompt_tokens = 0
+    completion_tokens = 0
+    whole: bytes | None = None
+    failures = 0
+    finished = False
+
+    def __init__(
+        self,
+        shared: Shared,
+        state: RequestState,
+        sink: Sink,
+        name: str,
+        headers: bytes,
+        size: float,
+        max_tokens: int | None,
+        body: bytes,
+        pieces: list[int],
+        timing: Timing,
+    ) -> None:
+        self.shared = shared
+        self.state = state
+        self.sink = sink
+        self.name = name
+        self.headers = headers
+        self.size = size
+        self.max_tokens = max_tokens
+        self.body = body
+        self.pieces = pieces
+        self.timing = timing
+        self.suspicion = Suspicion(shared.quarantine)
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether the answer is requested in one piece: the client does not stream it, and it is short."""
+        short = self.max_tokens is not None and self.max_tokens <= _WHOLE_TOKENS
+        return short and self.sink.takes_whole and not self.state.emitted
+
+    @property
+    def has_one_token_left(self) -> bool:
+        """Whether one prefill completes the answer."""
+        return self.max_tokens is not None and self.max_tokens - len(self.state.emitted) <= 1

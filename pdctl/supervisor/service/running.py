@@ -1,0 +1,200 @@
+"""A running service: its parts, each created once, and the operations of the control API (see surface/control.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdctl.control_api import ExitReport, KvStatus, MeasuredStatus, ServiceStatus, Verb
+from pdctl.errors import PdctlError
+from pdctl.plan import Plan
+from pdctl.plan.changes import Changes, diff
+from pdctl.supervisor.process import logs
+from pdctl.supervisor.process.listeners import Listeners
+from pdctl.supervisor.process.tree import Trees, reap_strangers
+from pdctl.supervisor.rundir.adoption import AdoptableState
+from pdctl.supervisor.rundir.journal import Journal
+from pdctl.supervisor.rundir.rundir import RunDir
+from pdctl.supervisor.service.change_over import ChangeOver
+from pdctl.supervisor.service.files import ServiceFiles
+from pdctl.supervisor.service.fleet import Fleet
+from pdctl.supervisor.service.kv import KvWatch
+from pdctl.supervisor.service.proxies import Proxies
+from pdctl.supervisor.service.reconcile import Reconciler
+from pdctl.supervisor.service.state import ServiceState
+from pdctl.supervisor.service.status import StatusReader
+from pdctl.supervisor.surface.notify import Notifier
+from pdctl.supervisor.unit.exits import KernelLog
+from pdctl.supervisor.unit.unit import UnitContext
+from pdctl.supervisor.unit.verbs import event_of, objection
+from pdctl.wire import SECRET_ENV, LeaseReply
+
+_HOUSEKEEPING_S = 1.0
+_LOGS_S = 5.0
+_LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Resources that exist before and after the service runs: files, sockets, process trees."""
+
+    rundir: RunDir
+    journal: Journal
+    notifier: Notifier
+    kernel: KernelLog
+    trees: Trees
+    listeners: Listeners
+    fleet: Fleet
+
+
+class RunningService:
+    """A service with its plan and the processes to take over. Raises PdctlError if a resource cannot be opened."""
+
+    def __init__(
+        self, resources: Resources, state: ServiceState, adoptable: AdoptableState | None, tasks: asyncio.TaskGroup
+    ) -> None:
+        secret = adoptable.secret if adoptable else secrets.token_hex(16)
+        fleet, self.journal = resources.fleet, resources.journal
+        self._state = state
+        self._fleet = fleet
+        self._notifier = resources.notifier
+        self._kv = KvWatch(secret, fleet.members, fleet.holders, self.journal.say)
+        proxies = Proxies(resources.rundir, secret, fleet.serving)
+        self._files = ServiceFiles(resources.rundir, secret, state, fleet, proxies, self.journal)
+        self._reconciler = Reconciler(state, fleet, self._kv, proxies, self.journal, resources.notifier, tasks)
+        context = UnitContext(
+            policy=state.policy,
+            log_dir=Path(state.plan.log_dir),
+            run_dir=resources.rundir.path,
+            env={SECRET_ENV: secret},
+            secret=secret,
+            trees=resources.trees,
+            tasks=tasks,
+            journal=self.journal,
+            kernel=resources.kernel,
+            changed=self._reconciler.unit_changed,
+            ready=self._reconciler.unit_ready,
+            died=self._reconciler.unit_died,
+            drain=self._reconciler.drain,
+            our_pids=fleet.pids,
+        )
+        self._change_over = ChangeOver(state, fleet, self._kv, proxies, self._files, resources.listeners, context)
+        self._status = StatusReader(state, fleet, self._kv, self._change_over, resources.trees.method)
+        self._open(resources, {record.spec.name for record in adoptable.processes} if adoptable else set())
+        for spec in state.plan.processes:
+            self._change_over.add(spec)
+        if adoptable is not None:
+            self._adopt(adoptable)
+
+    async def run(self) -> None:
+        """Run until everything is down."""
+        await self._reconciler.run()
+
+    async def save_forever(self) -> None:
+        """Keep the files for a later supervisor up to date."""
+        await self._files.save_forever()
+
+    async def keep_house_forever(self) -> None:
+        """Reap orphans, limit the size of logs, restore files, notify systemd's watchdog."""
+        log_due = watchdog_due = 0.0
+        while True:
+            await asyncio.sleep(min(_HOUSEKEEPING_S, self._notifier.watchdog_s or _HOUSEKEEPING_S))
+            now = time.monotonic()
+            reap_strangers(self._fleet.pids())
+            self._files.put_back()
+            if self._notifier.watchdog_s and now >= watchdog_due:
+                watchdog_due = now + self._notifier.watchdog_s
+                self._notifier.say("WATCHDOG=1")
+            if now >= log_due:
+                log_due = now + _LOGS_S
+                logs.cap_all([unit.log_path for unit in self._fleet], self._state.policy.log_bytes, self.journal.say)
+
+    def close(self) -> None:
+        """Close connections to engines."""
+        self._kv.close()
+
+    # -- the control API (see Controlled) ------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The running plan."""
+        return self._state.plan
+
+    def status(self) -> ServiceStatus:
+        """The status without measurements."""
+        return self._status.status()
+
+    async def fresh_status(self) -> MeasuredStatus:
+        """The answer of `pdctl status --json`: the status with measurements."""
+        return await self._status.measured()
+
+    def exits(self) -> tuple[ExitReport, ...]:
+        """Reports of the last exits, for `pdctl why`. They may be missing from the file."""
+        return self.journal.exits()
+
+    async def leases(self) -> KvStatus:
+        """The answer of `pdctl kv --json`."""
+        return await self._kv.leases()
+
+    async def revoke(self, lease_id: str) -> LeaseReply:
+        """Revoke a lease."""
+        return await self._kv.revoke(lease_id)
+
+    def ask(self, name: str, verb: Verb, drain: bool) -> str:
+        """Execute a verb on one process. Returns the reason if it is refused, else ""."""
+        unit = self._fleet.get(name)
+        if unit is None:
+            return f"no process {name!r}; known: {', '.join(unit.name for unit in self._fleet)}"
+        if self._state.is_stopping:
+            return "the service is stopping"
+        if self._change_over.is_under_way and verb != "stop":
+            # An apply waits for the processes that it stops. A start in between would keep it waiting.
+            return f"an apply is in progress: {self._change_over.step}"
+        if reason := objection(unit, verb):
+            return reason
+        self.journal.say(name, f"{verb} requested{', after a drain' if drain else ''}", "asked", verb=verb)
+        unit.feed(event_of(verb, drain))
+        return ""
+
+    def changes(self, wanted: Plan) -> Changes:
+        """The changes that `apply` would make."""
+        return diff(self.plan, wanted)
+
+    def apply(self, wanted: Plan) -> str:
+        """Start to apply a plan. Returns the reason if it is refused, else ""."""
+        return self._change_over.begin(wanted)
+
+    def stop(self) -> None:
+        """Stop the proxy, then the engines. A second call kills the remaining processes."""
+        if self._state.is_stopping:
+            self._fleet.force()
+        self._state.is_stopping = True
+        self._notifier.say("STOPPING=1")
+        self._change_over.cancel()
+        self._state.changed.set()
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def _open(self, resources: Resources, adopted: set[str]) -> None:
+        """Open the sockets and write the files that processes need."""
+        listeners, names = resources.listeners, [spec.name for spec in self.plan.processes]
+        for spec in self.plan.processes:
+            longest = f"{resources.rundir.path}/ipc/{spec.name}.listen"
+            if len(longest) > _LONGEST_SOCKET_PATH:
+                hint = "set PDCTL_RUN to a shorter directory, or shorten the names"
+                raise PdctlError(f"{longest} is too long for a unix socket", hint)
+            if spec.listen is not None and spec.listen not in listeners:
+                listeners.open(spec.listen, [name for name in names if name in adopted])
+        self._files.write()
+
+    def _adopt(self, adoptable: AdoptableState) -> None:
+        """Take over the running processes with their old plan, then apply the new plan."""
+        for record in adoptable.processes:
+            if (unit := self._fleet.get(record.spec.name)) is not None:
+                unit.adopt(record)
+        self._state.was_ready = True
+        if not diff(self.plan, self._state.wanted).is_empty:
+            self.apply(self._state.wanted)

@@ -1,0 +1,86 @@
+"""Builds the answer of `pdctl status`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import asdict
+
+import msgspec
+
+from pdctl.control_api import AttachedStatus, MeasuredStatus, ServiceStatus
+from pdctl.net.http_client import ConnectionPool, Unreachable
+from pdctl.plan import Attached
+from pdctl.supervisor.service.change_over import ChangeOver
+from pdctl.supervisor.service.fleet import Fleet
+from pdctl.supervisor.service.kv import KvWatch, shown_links
+from pdctl.supervisor.service.measurements import MeasurementReader
+from pdctl.supervisor.service.state import ServiceState
+
+# An attached engine that does not answer within this time is shown as not answering, seconds.
+_ASK_S = 1.0
+
+
+class StatusReader:
+    """Collects the status from the parts of the service. `trees`: how process trees are ended."""
+
+    def __init__(self, state: ServiceState, fleet: Fleet, kv: KvWatch, change_over: ChangeOver, trees: str) -> None:
+        self._state = state
+        self._fleet = fleet
+        self._kv = kv
+        self._change_over = change_over
+        self._trees = trees
+        self._attached = AttachedWatch()
+        self._measurements = MeasurementReader()
+
+    def status(self) -> ServiceStatus:
+        """The status without measurements."""
+        state, plan, progress = self._state, self._state.plan, self._change_over.progress
+        return ServiceStatus(
+            service=plan.service,
+            state=state.word(self._fleet.phases),
+            failure=state.failure,
+            proxy_url=plan.proxy_url,
+            model=plan.model,
+            served_model_name=plan.served_model_name,
+            tls_cert=plan.proxy.tls_cert,
+            supervisor_pid=os.getpid(),
+            run_dir=plan.run_dir,
+            log_dir=plan.log_dir,
+            source=plan.source,
+            trees=self._trees,
+            apply=progress.status() if progress else None,
+            processes=tuple(unit.status() for unit in self._fleet),
+            attached=tuple(self._attached.status(attached) for attached in plan.attached),
+            links=shown_links(self._kv.links),
+        )
+
+    async def measured(self) -> MeasuredStatus:
+        """The status with measurements. Calls every engine."""
+        async with asyncio.TaskGroup() as tasks:
+            asked = tasks.create_task(self._kv.states())
+            for attached in self._state.plan.attached:
+                tasks.create_task(self._attached.ask(attached))
+        processes = self._measurements.of(list(self._fleet), asked.result())
+        return MeasuredStatus(**(msgspec.structs.asdict(self.status()) | {"processes": processes}))
+
+
+class AttachedWatch:
+    """Health checks of the attached engines: keeps the last answer of each."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, bool] = {}
+
+    async def ask(self, attached: Attached) -> None:
+        """Check one engine now."""
+        pool = ConnectionPool(attached.host, attached.port, connect_s=_ASK_S)
+        try:
+            self._answers[attached.name] = (await pool.request("GET", "/health", timeout_s=_ASK_S)).status == 200
+        except Unreachable:
+            self._answers[attached.name] = False
+        finally:
+            pool.close()
+
+    def status(self, attached: Attached) -> AttachedStatus:
+        """The status of one engine, with its last answer."""
+        return AttachedStatus(**asdict(attached), answers=self._answers.get(attached.name))

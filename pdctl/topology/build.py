@@ -1,0 +1,113 @@
+"""Builds a Topology from checked values, with defaults for missing ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pdctl.topology.document import Table
+from pdctl.topology.schema import ENGINE, TABLES, Key
+from pdctl.topology.spec import Device, EngineGroup, Expect, Proxy, Role, Service, Slo, Supervision, Topology, Transfer
+
+
+def build(data: Table, source: str | None) -> Topology:
+    """Build the Topology. `data` must have passed `key_problems`; `source` is the file it came from."""
+    service = _filled(data.get("service", {}), TABLES["service"])
+    proxy = _filled(data.get("proxy", {}), TABLES["proxy"])
+    slo = _filled(data.get("slo", {}), TABLES["slo"])
+    transfer = _filled(data.get("transfer", {}), TABLES["transfer"])
+    supervision = _filled(data.get("supervisor", {}), TABLES["supervisor"])
+    served = service["served_model_name"] or _last_part(service["model"])
+    expect = _filled(data.get("expect", {}), TABLES["expect"])
+    return Topology(
+        service=Service(
+            service["name"], service["model"], served, service["max_model_len"], tuple(service["engine_ports"])
+        ),
+        proxy=_proxy(proxy, source),
+        slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),
+        transfer=_transfer(transfer),
+        engines=tuple(_group(entry, source) for entry in data["engines"]),
+        supervision=_supervision(supervision),
+        source=source,
+        expect=Expect(float(expect["rate_gbps"]), expect["link_layer"], expect["mtu"], expect["gid_index"]),
+    )
+
+
+def _supervision(values: Table) -> Supervision:
+    # All numbers are floats, because TOML users write whole seconds as integers; only the two counts stay integers.
+    found: Table = {name: float(value) if isinstance(value, int) else value for name, value in values.items()}
+    for name in ("max_restarts", "liveness_failures"):
+        found[name] = values[name]
+    return Supervision(**{**found, "stop_signals": tuple(values["stop_signals"])})
+
+
+def _proxy(values: Table, source: str | None) -> Proxy:
+    return Proxy(
+        host=values["host"],
+        port=values["port"],
+        routing=values["routing"],
+        cpus=tuple(values["cpus"]),
+        workers=values["workers"],
+        admission=values["admission"],
+        max_queue=values["max_queue"],
+        max_body_mb=float(values["max_body_mb"]),
+        unknown_fields=values["unknown_fields"],
+        api_keys=absolute(values["api_keys"], source),
+        tls_cert=absolute(values["tls_cert"], source),
+        tls_key=absolute(values["tls_key"], source),
+        cors_origins=tuple(values["cors_origins"]),
+        access_log=absolute(values["access_log"], source),
+        otlp_endpoint=values["otlp_endpoint"] or "",
+    )
+
+
+def absolute(path: str | None, source: str | None) -> str:
+    """A path made absolute, relative to the topology file's folder; "" for none."""
+    if not path:
+        return ""
+    return str((Path(source).parent if source else Path()).absolute() / Path(path).expanduser())
+
+
+def _transfer(values: Table) -> Transfer:
+    return Transfer(
+        backend=values["backend"],
+        protocol=values["protocol"],
+        devices=tuple(values["devices"]),
+        ports=tuple(values["ports"]),
+        lease_s=float(values["lease_s"]),
+        read_s=float(values["read_s"]),
+        leased_max=float(values["leased_max"]),
+        chunked=values["chunked"],
+    )
+
+
+def _filled(table: Table, keys: dict[str, Key]) -> Table:
+    return {name: table.get(name, key.default) for name, key in keys.items()}
+
+
+def _group(entry: Table, source: str | None) -> EngineGroup:
+    values = _filled(entry, ENGINE)
+    return EngineGroup(
+        name=values["name"],
+        role=Role(values["role"]),
+        kind=values["kind"],
+        replicas=values["replicas"],
+        device=Device(values["device"]),
+        gpus=tuple(values["gpus"]),
+        share_gpu=values["share_gpu"],
+        open=values["open"],
+        cpus=tuple(values["cpus"]),
+        max_num_seqs=values["max_num_seqs"],
+        max_num_batched_tokens=values["max_num_batched_tokens"],
+        kv_cache_gb=float(values["kv_cache_gb"]),
+        block_size=values["block_size"],
+        url=(values["url"] or "").rstrip("/"),
+        secret_file=absolute(values["secret_file"], source),
+        ready=values["ready"] or "",
+        restart_with=tuple(values["restart_with"]),
+        env=tuple(sorted(values["env"].items())),
+    )
+
+
+def _last_part(model: str) -> str:
+    # A model is `sample:NAME`, `ORGANIZATION/NAME` or a path.
+    return model.rstrip("/").replace(":", "/").split("/")[-1]

@@ -1,0 +1,124 @@
+"""Checks a topology against this machine: packages, model, CPUs, GPUs, memory."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pdctl.adapters import launcher
+from pdctl.errors import Problem
+from pdctl.host import OTLP_PACKAGES, Host
+from pdctl.host.models import UnknownModel, locate_model
+from pdctl.topology.document import Document
+from pdctl.topology.spec import Device, EngineGroup, Topology
+from pdctl.topology.toml_lines import Path as KeyPath
+
+
+def host_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    """Yield every requirement of the topology that this machine does not meet."""
+    yield from _package_problems(document, topology, host)
+    yield from _model_problems(document, topology, host)
+    yield from _cpu_problems(document, topology, host)
+    yield from _gpu_problems(document, topology, host)
+    yield from _memory_problems(document, topology, host)
+
+
+def _package_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    """Python packages that are needed but not installed."""
+    if topology.proxy.otlp_endpoint and host.lacks(OTLP_PACKAGES):
+        hint = "install it with: pip install 'pdctl[otlp]'"
+        yield document.problem(("proxy", "otlp_endpoint"), "the OpenTelemetry packages are not installed", hint)
+    for index, group in enumerate(topology.engines):
+        missing = [] if group.is_attached else host.lacks(launcher(group.kind).packages)
+        if missing:
+            extra = "cuda" if group.device is Device.CUDA else "engine"
+            hint = f"install them with: pip install 'pdctl[{extra}]'"
+            message = f"engines of kind {group.kind!r} need packages that are not installed: {', '.join(missing)}"
+            yield document.problem(("engines", index), message, hint)
+            # One report is enough: other groups usually miss the same packages.
+            return
+
+
+def _model_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    if all(group.is_attached for group in topology.engines):
+        return  # only the model's name is needed
+    base = Path(topology.source).parent if topology.source else Path()
+    try:
+        locate_model(topology.service.model, host.cache_root, base)
+    except UnknownModel as failure:
+        yield document.problem(("service", "model"), str(failure), _nearby_model(topology.service.model, base))
+
+
+def _nearby_model(spec: str, base: Path) -> str | None:
+    """A hint with a model directory of similar name in the same folder."""
+    wanted = base / Path(spec).expanduser()
+    try:
+        there = [folder.name for folder in wanted.parent.iterdir() if (folder / "config.json").is_file()]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(wanted.name, there, 1)
+    return f'did you mean model = "{Path(spec).parent / near[0]}"?' if near else None
+
+
+def _cpu_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    wanted: list[tuple[KeyPath, tuple[int, ...]]] = [(("proxy", "cpus"), topology.proxy.cpus)]
+    wanted += [(("engines", index, "cpus"), group.cpus) for index, group in enumerate(topology.engines)]
+    allowed = ", ".join(map(str, host.cpus))
+    for path, cpus in wanted:
+        for cpu in cpus:
+            if cpu not in host.cpus:
+                yield document.problem(
+                    path, f"CPU {cpu} does not exist or is not available to pdctl", f"available: {allowed}"
+                )
+
+
+def _memory_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    wanted = sum(
+        group.kv_cache_gb * group.replicas
+        for group in topology.engines
+        if group.device is Device.CPU and not group.is_attached
+    )
+    there = host.memory / 2**30
+    if wanted > there:
+        # The problem has no line of its own; report it at the group that needs most.
+        index, _ = max(enumerate(topology.engines), key=lambda entry: entry[1].kv_cache_gb * entry[1].replicas)
+        message = f"the engines' KV needs {wanted:g} GiB in total, but this machine has {there:.0f} GiB of memory"
+        yield document.problem(("engines", index, "kv_cache_gb"), message, "lower kv_cache_gb or replicas")
+
+
+def _gpu_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    holders: dict[int | str, tuple[str, bool]] = {}
+    known = ", ".join(str(gpu.index) if gpu.index >= 0 else gpu.uuid for gpu in host.gpus) or "none"
+    ours = f"available through {host.gpus_by}: {known}" if host.gpus_by else f"NVML lists: {known}"
+    for index, group in enumerate(topology.engines):
+        if group.device is not Device.CUDA:
+            continue
+        path: KeyPath = ("engines", index, "gpus" if group.gpus else "device")
+        if group.gpus and len(group.gpus) not in (1, group.replicas):
+            yield document.problem(
+                path, f"{len(group.gpus)} gpus for {group.replicas} replicas", "list one GPU per replica"
+            )
+        for gpu in group.gpus:
+            if host.gpu_named(gpu) is None:
+                what = "is not available to pdctl" if host.gpus_by else "does not exist, or the name is ambiguous"
+                yield document.problem(path, f"GPU {gpu} {what}", ours)
+        if not host.gpus:
+            if host.gpus_by:
+                yield document.problem(path, "the environment makes no GPU available", host.gpus_by)
+                continue
+            hint = "check nvidia-smi, and whether nvidia-ml-py is installed (pip install 'pdctl[cuda]')"
+            yield document.problem(path, "no GPU was found on this machine", hint)
+        yield from _sharing_problems(document, path, group, holders)
+
+
+def _sharing_problems(
+    document: Document, path: KeyPath, group: EngineGroup, holders: dict[int | str, tuple[str, bool]]
+) -> Iterator[Problem]:
+    # A single GPU is used by all replicas; several are used by one replica each.
+    spread = group.gpus * group.replicas if len(group.gpus) == 1 else group.gpus
+    for name, gpu in zip(group.replica_names(), spread, strict=False):
+        if gpu in holders and not (group.share_gpu and holders[gpu][1]):
+            message = f"GPU {gpu} is assigned to both {holders[gpu][0]} and {name}"
+            yield document.problem(path, message, "assign one GPU to each, or set share_gpu = true on both")
+        holders.setdefault(gpu, (name, group.share_gpu))

@@ -1,0 +1,83 @@
+"""Checks each key of a file separately: it must be known, and its value must have the right type and range."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import cast
+
+from pdctl.adapters import can_launch, kinds
+from pdctl.errors import Problem
+from pdctl.topology.document import Document, Table
+from pdctl.topology.schema import ATTACHED, ENGINE, TABLES, Key
+from pdctl.topology.toml_lines import Path as KeyPath
+
+
+def key_problems(document: Document) -> Iterator[Problem]:
+    """Yield every problem of a single key or table, and missing tables."""
+    if not document.data:
+        yield Problem(0, "", "the file is empty", "create a topology for this machine with: pdctl init")
+        return
+    known = [*TABLES, "engines"]
+    for name, table in document.data.items():
+        if name not in known:
+            yield document.problem((name,), f"unknown table or key {name!r}", _did_you_mean(name, known))
+        elif name == "engines":
+            yield from _engine_problems(document, table)
+        elif not isinstance(table, dict):
+            yield document.problem((name,), f"must be a table: [{name}]")
+        else:
+            yield from _table_problems(document, (name,), table, TABLES[name])
+    if "service" not in document.data:
+        yield Problem(
+            0, "service", "missing table [service]", 'add it with at least a model: model = "sample:gemma-3-270m"'
+        )
+    if "engines" not in document.data:
+        yield Problem(0, "engines", "no engines", "add [[engines]] with a name and a role")
+
+
+def _engine_problems(document: Document, engines: object) -> Iterator[Problem]:
+    if not isinstance(engines, list) or not all(isinstance(entry, dict) for entry in engines):
+        yield document.problem(("engines",), "must be a list of tables: [[engines]]")
+        return
+    if not engines:
+        yield document.problem(("engines",), "no engines", "add [[engines]] with a name and a role")
+    for index, entry in enumerate(cast(list[Table], engines)):
+        yield from _table_problems(document, ("engines", index), entry, ENGINE)
+        yield from _attached_problems(document, index, entry)
+
+
+def _attached_problems(document: Document, index: int, entry: Table) -> Iterator[Problem]:
+    kind = entry.get("kind", "builtin")
+    if "url" in entry:
+        for name in entry:
+            if name in ENGINE and name not in ATTACHED:
+                hint = "remove it: pdctl does not start this engine, so it cannot set this"
+                yield document.problem(("engines", index, name), f"{name} has no effect on an attached engine", hint)
+    elif "secret_file" in entry:
+        hint = "pdctl generates the secret of the engines that it starts"
+        yield document.problem(("engines", index, "secret_file"), "secret_file is for attached engines", hint)
+    if kind in kinds() and "url" not in entry and not can_launch(str(kind)):
+        hint = 'start it yourself and give its address: url = "http://HOST:PORT"'
+        yield document.problem(("engines", index, "kind"), f"pdctl does not start engines of kind {kind!r}", hint)
+
+
+def _table_problems(document: Document, path: KeyPath, table: Table, keys: dict[str, Key]) -> Iterator[Problem]:
+    for name, value in table.items():
+        if name not in keys:
+            yield document.problem((*path, name), f"unknown key {name!r}", _did_you_mean(name, list(keys)))
+        elif wrong := keys[name].check(value):
+            yield document.problem((*path, name), f"{wrong}; it is {_shown(value)}")
+    for name, key in keys.items():
+        if key.required and name not in table:
+            yield document.problem(path, f"missing key {name!r}")
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

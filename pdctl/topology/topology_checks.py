@@ -1,0 +1,103 @@
+"""Checks the consistency of a topology's keys with each other, and the files that it names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pdctl.errors import PdctlError, Problem
+from pdctl.topology.document import Document
+from pdctl.topology.spec import Device, Proxy, Role, Topology, Transfer
+from pdctl.transports import TRANSPORTS
+from pdctl.user_files import read_api_keys, tls_problem
+
+
+def topology_problems(document: Document, topology: Topology) -> Iterator[Problem]:
+    """Yield every problem that does not depend on this machine's hardware or packages."""
+    observed: dict[str, str] = {"proxy": "the proxy", "supervisor": "the supervisor"}
+    for index, group in enumerate(topology.engines):
+        # Group "a-0" would have the name of a replica of group "a".
+        taken = next((name for name in (group.name, *group.replica_names()) if name in observed), None)
+        if taken is not None:
+            yield document.problem(
+                ("engines", index, "name"), f"the name {taken!r} is already used by {observed[taken]}"
+            )
+        observed |= dict.fromkeys((group.name, *group.replica_names()), f"engines[{index}]")
+        if group.gpus and group.device is Device.CPU:
+            yield document.problem(("engines", index, "gpus"), "gpus is set on a CPU engine", 'set device = "cuda"')
+    yield from _restart_problems(document, topology)
+    yield from _transfer_problems(document, topology.transfer)
+    roles = {group.role for group in topology.engines}
+    yield from _proxy_problems(document, topology.proxy)
+    if len({group.device for group in topology.engines if not group.is_attached}) > 1 and roles != {Role.HYBRID}:
+        hint = "KV is float32 on the CPU and bfloat16 on GPUs: use the same device for engines that exchange KV"
+        yield document.problem(("engines",), "CPU and CUDA engines cannot hand KV to each other", hint)
+    if roles == {Role.PREFILL}:
+        yield document.problem(("engines",), "prefill without decode", 'add an engine with role = "decode" or "hybrid"')
+    if roles == {Role.DECODE}:
+        yield document.problem(
+            ("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"'
+        )
+
+
+def _restart_problems(document: Document, topology: Topology) -> Iterator[Problem]:
+    started = [group.name for group in topology.engines if not group.is_attached]
+    for index, group in enumerate(topology.engines):
+        for name in group.restart_with:
+            if name not in started or name == group.name:
+                hint = f"groups to choose from: {', '.join(n for n in started if n != group.name) or 'none'}"
+                message = f"{name!r} is not another group that pdctl starts"
+                yield document.problem(("engines", index, "restart_with"), message, hint)
+        if group.ready.startswith("log:"):
+            try:
+                re.compile(group.ready.removeprefix("log:"))
+            except re.error as failure:
+                yield document.problem(("engines", index, "ready"), f"not a regular expression: {failure}")
+
+
+def _proxy_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
+    if bool(proxy.tls_cert) != bool(proxy.tls_key):
+        given = "tls_cert" if proxy.tls_cert else "tls_key"
+        yield document.problem(("proxy", given), "tls_cert and tls_key must be set together", "set both or neither")
+    for key, path in (("api_keys", proxy.api_keys), ("tls_cert", proxy.tls_cert), ("tls_key", proxy.tls_key)):
+        if path and not os.access(path, os.R_OK):
+            hint = f"create it with: pdctl key NAME --file {path}" if key == "api_keys" else None
+            yield document.problem(("proxy", key), f"{path} does not exist or cannot be read", hint)
+    yield from _file_problems(document, proxy)
+    if proxy.access_log and not Path(proxy.access_log).parent.is_dir():
+        yield document.problem(("proxy", "access_log"), f"the folder of {proxy.access_log} does not exist")
+
+
+def _file_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
+    """Problems in the content of files that would prevent the proxy from starting."""
+    if proxy.api_keys and os.access(proxy.api_keys, os.R_OK):
+        try:
+            read_api_keys(Path(proxy.api_keys))
+        except PdctlError as failure:
+            yield document.problem(("proxy", "api_keys"), failure.message, failure.hint)
+    if proxy.tls_cert and proxy.tls_key and os.access(proxy.tls_cert, os.R_OK) and os.access(proxy.tls_key, os.R_OK):
+        key, reason = tls_problem(proxy.tls_cert, proxy.tls_key)
+        if key:
+            yield document.problem(("proxy", key), reason, "both must be PEM files, the key without a password")
+
+
+def _transfer_problems(document: Document, transfer: Transfer) -> Iterator[Problem]:
+    """Keys that would have no effect."""
+    chosen = TRANSPORTS.get(transfer.backend)
+    on_host = chosen is None or not chosen.crosses_hosts
+    hint = _set_backend(name for name, info in TRANSPORTS.items() if info.crosses_hosts)
+    if transfer.protocol != "auto" and on_host:
+        yield document.problem(("transfer", "protocol"), f"has no effect with backend {transfer.backend!r}", hint)
+    if transfer.devices and on_host:
+        yield document.problem(("transfer", "devices"), f"has no effect with backend {transfer.backend!r}", hint)
+    if transfer.devices and transfer.protocol == "tcp":
+        yield document.problem(("transfer", "devices"), "RDMA devices for protocol 'tcp'", 'set protocol = "rdma"')
+    if transfer.ports and not (chosen and chosen.takes_ports):
+        hint = _set_backend(name for name, info in TRANSPORTS.items() if info.takes_ports)
+        yield document.problem(("transfer", "ports"), f"has no effect with backend {transfer.backend!r}", hint)
+
+
+def _set_backend(names: Iterable[str]) -> str:
+    return "set backend = " + " or ".join(f'"{name}"' for name in names)

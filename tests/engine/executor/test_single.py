@@ -1,0 +1,62 @@
+"""The executor of one device: what it refuses, and that a block's KV counts from the moment it is absorbed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdctl.engine.executor.single import POISON_ENV, SingleExecutor
+from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.model.loading import ModelRefused
+from pdctl.engine.options import EngineOptions, parse
+from pdctl.engine.schedule.scheduler import Slice
+from pdctl.engine.schedule.sequence import Sequence
+
+PROMPT = [5, 9, 2, 7, 11, 3]
+
+
+def options(model: Path, folder: Path, kv_cache_gb: float = 0.001) -> EngineOptions:
+    return parse([
+        "--name", "e", "--model", str(model), "--port", "1", "--run-dir", str(folder), "--epoch", "e1",
+        "--block-size", "4", "--kv-cache-gb", str(kv_cache_gb),
+    ])  # fmt: skip
+
+
+def sequence(blocks: list[int]) -> Sequence:
+    return Sequence("r", list(PROMPT), len(PROMPT), Sampling(max_tokens=2), block_ids=blocks)
+
+
+def test_a_step_computes_the_same_wherever_its_blocks_lie(tiny_model: Path, tmp_path: Path) -> None:
+    executor = SingleExecutor.load(options(tiny_model, tmp_path))
+    assert executor.poison is None
+    found = [executor.execute([Slice(sequence(blocks), 0, len(PROMPT), True)]) for blocks in ([0, 1], [5, 2])]
+    assert found[0] == found[1]
+    [token], [logprobs] = found[0]
+    assert 0 <= token < executor.loaded.vocab_size
+    assert logprobs is None
+    executor.publish([0, 1])
+    executor.absorb([0, 1])
+    assert executor.execute([Slice(sequence([0, 1]), len(PROMPT) - 1, 1, True)])[0] == [token], "KV stays where it is"
+    executor.close()
+
+
+def test_freed_blocks_are_poisoned_only_on_demand(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(POISON_ENV, "1")
+    executor = SingleExecutor.load(options(tiny_model, tmp_path))
+    assert executor.poison is not None
+    executor.execute([Slice(sequence([0, 1]), 0, len(PROMPT), True)])
+    executor.poison([0])
+    with pytest.raises(AssertionError, match="after its blocks were freed"):
+        executor.execute([Slice(sequence([0, 1]), len(PROMPT) - 1, 1, True)])
+    executor.close()
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("size", "reason"), [(0.0, "for 8 blocks"), (10**6, "does not fit")])
+def test_a_pool_that_cannot_be_is_refused(tiny_model: Path, tmp_path: Path, size: float, reason: str) -> None:
+    with pytest.raises(ModelRefused, match=reason):
+        SingleExecutor.load(options(tiny_model, tmp_path, size))
