@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 from pdctl.adapters import Attempt, HandShake, Prefilled
 from pdctl.proxy.engines.pool import Engine
@@ -14,8 +14,7 @@ from pdctl.proxy.request.failover import Cause
 from pdctl.proxy.request.leg import Leg
 
 
-@dataclass(frozen=True, slots=True)
-class PairCall:
+class PairCall(NamedTuple):
     """One attempt of a leg with two engines."""
 
     leg: Leg
@@ -26,7 +25,13 @@ class PairCall:
 
 async def compute(call: PairCall) -> None:
     """Execute one attempt. Raises CallFailed. Afterwards `call.leg.finished` is true if the answer is complete."""
-    await _HAND_SHAKES[call.prefill.dialect.hand_shake](call)
+    hand_shake = call.prefill.dialect.hand_shake
+    if hand_shake is HandShake.SEQUENTIAL:
+        await _sequential(call)
+    elif hand_shake is HandShake.OWNED:
+        await _owned(call)
+    else:
+        await _concurrent(call)
 
 
 async def _sequential(call: PairCall) -> None:
@@ -109,10 +114,3 @@ async def _decoded(call: PairCall, hand_over: bytes | None, on_first_token: Call
         raise
     call.decode.handed_over(name, time.monotonic(), good=True)
     leg.shared.metrics.handed_over(name, call.decode.name, leg.timing)
-
-
-_HAND_SHAKES: dict[HandShake, Callable[[PairCall], Awaitable[None]]] = {
-    HandShake.SEQUENTIAL: _sequential,
-    HandShake.OWNED: _owned,
-    HandShake.CONCURRENT: _concurrent,
-}

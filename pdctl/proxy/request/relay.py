@@ -31,10 +31,13 @@ _LOOK_FOR_ENGINE_S = 0.25
 class Relay:
     """Relays one leg until it is complete."""
 
+    # Only a leg that fails changes these: a frozen record per request costs more than a microsecond.
+    _tries: Tries | None = None
+    _avoid: frozenset[str] = frozenset()
+    _alone = False
+
     def __init__(self, leg: Leg) -> None:
         self.leg = leg
-        self._tries = Tries(progress_at=leg.timing.received_at)
-        self._alone = False
 
     async def run(self) -> None:
         """Relay the complete answer. Raises ApiError if the request is given up."""
@@ -79,7 +82,7 @@ class Relay:
         return leg.finished
 
     async def _choose(self) -> EnginePair:
-        shared, avoid = self.leg.shared, self._tries.avoid
+        shared, avoid = self.leg.shared, self._avoid
         if not avoid and (only := shared.pool.only_pair()) is not None:
             return only
         deadline = time.monotonic() + shared.failover.wait_for_engine_s
@@ -98,7 +101,9 @@ class Relay:
         """Execute the decision of failover. Raises ApiError if the request is given up."""
         leg, shared = self.leg, self.leg.shared
         emitted, now, chance = len(leg.state.emitted), time.monotonic(), random.random()  # noqa: S311 - jitter
-        self._tries, action = decide(self._tries, failed.failure, emitted, now, shared.budget, chance, shared.failover)
+        tries = self._tries or Tries(progress_at=leg.timing.received_at)
+        self._tries, action = decide(tries, failed.failure, emitted, now, shared.budget, chance, shared.failover)
+        self._avoid = self._tries.avoid
         leg.failures = self._tries.failures_in_all
         if failed.failure.cause is not Cause.REFUSED:
             shared.metrics.failed_over(failed.engine.name)
