@@ -269,13 +269,13 @@ def test_whole_bodies_and_gathered_parts_become_one_answer(whole_at: int, direct
 
     async def script(answer: StreamAnswer | WholeAnswer) -> None:
         sink = answer.sinks[1 - whole_at]
-        await sink.add(text("ga"), [1])
-        await sink.add(text("thered", "stop"), [2])
+        await sink.add(text("col"), [1])
+        await sink.add(text("lected", "stop"), [2])
         await answer.finish([whole, None] if whole_at == 0 else [None, whole], 5, 4)
 
     found = json.loads(answered(asked(n=2), script, direct).body)
     assert found["choices"][whole_at] == {"index": whole_at, "text": "whole", "finish_reason": "length"}
-    assert found["choices"][1 - whole_at] == {"index": 1 - whole_at, "text": "gathered", "finish_reason": "stop"}
+    assert found["choices"][1 - whole_at] == {"index": 1 - whole_at, "text": "collected", "finish_reason": "stop"}
     assert found["usage"] == {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
     assert (found["id"], found["object"], found["model"]) == ("cmpl-r1", "text_completion", "m")
 
