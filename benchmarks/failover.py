@@ -43,7 +43,7 @@ FREEZE_S = 6.0
 
 
 @dataclass
-class Seen:
+class Observations:
     """The clients' observations."""
 
     done: int = 0
@@ -62,7 +62,7 @@ class Load:
     headers: dict[str, str]
     requests: list[dict[str, object]]
     expected: list[str] = field(default_factory=list)
-    seen: Seen = field(default_factory=Seen)
+    observed: Observations = field(default_factory=Observations)
     faults: list[float] = field(default_factory=list)
     ended: bool = False
 
@@ -111,21 +111,21 @@ class Load:
             self.note(number, text, reason, [started, *times])
 
     def note(self, number: int, text: str, reason: str | None, times: list[float]) -> None:
-        seen = self.seen
+        observed = self.observed
         if reason is not None:
-            seen.failures[reason] += 1
+            observed.failures[reason] += 1
             if reason.startswith("cut") or not reason.startswith("status"):
-                seen.cut += 1
+                observed.cut += 1
             return
-        seen.done += 1
-        seen.wrong += text != self.expected[number]
+        observed.done += 1
+        observed.wrong += text != self.expected[number]
         gaps = list(itertools.pairwise(times))
         for fault in self.faults:
             if times[0] < fault < times[-1]:
                 # The longest pause that began after the fault or was in progress when it happened.
-                seen.pauses.append(max(end - start for start, end in gaps if end > fault))
+                observed.pauses.append(max(end - start for start, end in gaps if end > fault))
                 return
-        seen.quiet_gaps += [end - start for start, end in gaps[1:]]
+        observed.quiet_gaps += [end - start for start, end in gaps[1:]]
 
 
 LENGTHS = (5, 20, 40, 60, 90, 130, 170, 220)
@@ -211,22 +211,24 @@ def router(name: str, service: Service, folder: Path, secret: str) -> Iterator[s
 
 
 def report(load: Load, seconds: float) -> int:
-    seen = load.seen
-    failed = sum(seen.failures.values())
+    observed = load.observed
+    failed = sum(observed.failures.values())
     print(
-        f"{len(load.faults)} faults in {seconds:.0f} s; {seen.done + failed} streams: {seen.done} done, {failed} failed"
+        f"{len(load.faults)} faults in {seconds:.0f} s; {observed.done + failed} streams: "
+        f"{observed.done} done, {failed} failed"
     )
-    print(f"  failed: {dict(seen.failures)}; of them cut in mid-stream: {seen.cut}; wrong tokens in {seen.wrong}")
+    print(f"  failed: {dict(observed.failures)}; of them cut in mid-stream: {observed.cut}")
+    print(f"  wrong tokens in {observed.wrong}")
     for name, values in (
-        ("gap between tokens, quiet", seen.quiet_gaps),
-        ("pause of a stream that met a fault", seen.pauses),
+        ("gap between tokens, quiet", observed.quiet_gaps),
+        ("pause of a stream that met a fault", observed.pauses),
     ):
         if values:
             ordered = sorted(values)
             p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
             worst = f"p99 {p99:.3f} s, worst {ordered[-1]:.3f} s ({len(ordered)})"
             print(f"  {name}: p50 {statistics.median(ordered):.3f} s, {worst}")
-    return 1 if failed or seen.wrong else 0
+    return 1 if failed or observed.wrong else 0
 
 
 async def measure(service: Service, url: str, headers: dict[str, str], found: argparse.Namespace) -> int:

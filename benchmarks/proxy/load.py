@@ -49,7 +49,7 @@ class Client(asyncio.Protocol):
             self.stop()
             return
         self.left[0] -= 1
-        self.head, self.missing, self.seen, self.last, self.tail = b"", None, 0, 0.0, b""
+        self.head, self.missing, self.received, self.last, self.tail = b"", None, 0, 0.0, b""
         self.started = time.perf_counter()
         self.transport.write(self.request)
 
@@ -76,7 +76,7 @@ class Client(asyncio.Protocol):
         elif len(self.score.gaps) < 1_000_000:
             self.score.gaps.append(now - self.last)
         self.last = now
-        self.seen += data.count(b'"text":')
+        self.received += data.count(b'"text":')
         if self.missing >= 0:
             self.missing -= len(data)
             done = self.missing <= 0
@@ -92,8 +92,8 @@ class Client(asyncio.Protocol):
             score.errors += 1
         else:
             score.latency.append(now - self.started)
-            score.chunks += self.seen
-            score.short += self.seen < self.expect
+            score.chunks += self.received
+            score.short += self.received < self.expect
         self.next()
 
 

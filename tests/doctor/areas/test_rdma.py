@@ -333,11 +333,11 @@ def test_another_root_is_the_only_one_read(root: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\n"
         "import pdctl.doctor.areas.rdma, pdctl.host.devices.rdma, pdctl.host.devices.sysfs\n"
-        "seen = []\n"
+        "opened = []\n"
         "looks = ('open', 'os.listdir', 'os.scandir')\n"
-        "sys.addaudithook(lambda event, args: seen.append(str(args[0])) if event in looks else None)\n"
+        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event in looks else None)\n"
         f"pdctl.host.devices.rdma.read_tree(Path({str(root)!r}), Path({str(root.parent)!r}))\n"
-        f"out = [name for name in seen if not name.startswith({str(root)!r})]\n"
+        f"out = [name for name in opened if not name.startswith({str(root)!r})]\n"
         "print(out)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

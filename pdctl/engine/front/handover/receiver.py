@@ -200,7 +200,7 @@ class Receiver:
                 self.totals.early += 1
 
     async def _step(self, run: _Run, item: RequestEvent) -> None:
-        """Turn a message of the core, or the result of a call, into a reception event."""
+        """Convert a message of the core, or the result of a call, into a reception event."""
         match item:
             case Note(event, tokens, detail):
                 run.detail = detail or run.detail
