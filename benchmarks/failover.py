@@ -175,8 +175,9 @@ async def faults(service: Service, load: Load, kills: int) -> None:
             for role in ("prefill", "decode") if fault == "pair" else (fault,):
                 kill(random.choice(by_role[role]))
         await asyncio.sleep(0.5)
-        print(f"  {number + 1}/{len(schedule)} {fault}: {load.observed.done} done, {sum(load.observed.failures.values())} "
-              f"failed, {load.observed.wrong} wrong, {time.monotonic() - started:.0f} s", file=sys.stderr)  # fmt: skip
+        failed, at = sum(load.observed.failures.values()), time.monotonic() - started
+        print(f"  {number + 1}/{len(schedule)} {fault}: {load.observed.done} done, {failed} failed, "
+              f"{load.observed.wrong} wrong, {at:.0f} s", file=sys.stderr)  # fmt: skip
     await asyncio.to_thread(service.healthy)
     load.ended = True
 
