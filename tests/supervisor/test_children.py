@@ -216,9 +216,9 @@ def test_a_port_that_a_stranger_took_is_named_and_waited_for(tmp_path: Path) -> 
             stranger.bind(("127.0.0.1", spec.ports["http"]))
             stranger.listen()
             os.kill(pid_of(before), signal.SIGKILL)
-            now = found.until("victim", lambda now: "is held by" in now.reason, "blocked")
+            now = found.until("victim", lambda now: "is in use by" in now.reason, "blocked")
             assert now.state == "clearing"
-            assert f"its http port {spec.ports['http']} is held by pid {os.getpid()}" in now.reason
+            assert f"its http port {spec.ports['http']} is in use by pid {os.getpid()}" in now.reason
         found.again("victim", before)
 
 
@@ -407,7 +407,7 @@ def test_nothing_is_started_before_its_gpu_memory_is_back(tmp_path: Path, gpu_us
         os.kill(pid_of(before), signal.SIGKILL)
         now = found.until("engine", lambda now: "GPU-stub-0" in now.reason, "blocked")
         assert now.state == "clearing"
-        assert f"has 10.0 GiB in use, 0.0 GiB before: held by pids [{os.getpid()}]" in now.reason
+        assert f"has 10.0 GiB in use, but 0.0 GiB before the start: held by pids [{os.getpid()}]" in now.reason
         gpu_users.write_text(f"0 {os.getpid()} {100 << 20}\n")
         found.again("engine", before)
 
@@ -419,7 +419,7 @@ def test_gpu_memory_whose_holder_has_no_name_is_not_waited_for_for_ever(tmp_path
         gpu_users.write_text(f"0 {2**22 + 1} {10 << 30}\n")
         assert found.of("engine").gpu_memory_bytes is None
         os.kill(pid_of(before), signal.SIGKILL)
-        found.until("engine", lambda now: "the driver has not let go of it yet" in now.reason, "blocked")
+        found.until("engine", lambda now: "the driver has not freed it yet" in now.reason, "blocked")
         found.again("engine", before)
 
 
