@@ -324,7 +324,7 @@ def main() -> int:
         cells = (name, restarts, *start, rss, f"{measurements.idle:.2f}", status, measurements.after_kill)
         print(f"| {' | '.join(cells)} |")
     if "pdctl" in names and arguments.fleet:
-        fleet(arguments.fleet, 50)
+        fleet(arguments.fleet, min(50, arguments.fleet))
     return 0
 
 

@@ -58,8 +58,20 @@ def _registry() -> dict[str, str]:
         if not name.isidentifier() or not package or name in found:
             hint = "write NAME=PACKAGE, such as mine=my_company.engines.mine, with a name that is not in use"
             raise PdctlError(f"{KINDS_ENV} has an entry that does not define a new engine kind: {entry!r}", hint)
+        for face in ("dialect", "control"):
+            if reason := _missing(f"{package}.{face}"):
+                hint = f"install the package, or set PYTHONPATH; it needs {package}.dialect and {package}.control"
+                raise PdctlError(f"{KINDS_ENV} names engine kind {name!r}, which cannot be loaded: {reason}", hint)
         found[name] = package
     return found
+
+
+def _missing(module: str) -> str:
+    """Why a module cannot be found; "" if it can. Executes the packages above it, but not the module."""
+    try:
+        return "" if importlib.util.find_spec(module) else f"no module named {module!r}"
+    except ImportError as failure:
+        return str(failure)
 
 
 def kinds() -> tuple[str, ...]:
@@ -69,8 +81,7 @@ def kinds() -> tuple[str, ...]:
 
 def can_launch(kind: str) -> bool:
     """Whether pdctl can start engines of this kind."""
-    # find_spec does not execute the module, which may import more than the caller needs.
-    return importlib.util.find_spec(f"{_registry()[kind]}.launcher") is not None
+    return not _missing(f"{_registry()[kind]}.launcher")
 
 
 def launcher(kind: str) -> Launcher:

@@ -26,7 +26,10 @@ class HandShake(Enum):
 
 
 class Attempt(NamedTuple):
-    """One try of a request. `name` is unique. Both engines are the same if one engine computes the request alone."""
+    """One try of a request. `name` is unique. Both engines are the same if one engine computes the request alone.
+
+    The plan chooses the addresses' `ports`; an attached engine has none.
+    """
 
     name: str
     prefill: EngineAddress

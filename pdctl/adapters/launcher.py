@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pdctl.topology.spec import EngineGroup, Topology
+from pdctl.topology.spec import Device, EngineGroup, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,10 @@ class Launcher(Protocol):
 
     extra_ports: tuple[str, ...]
     packages: tuple[str, ...]
+
+    def requirement(self, device: Device) -> str:
+        """The pip requirement that provides `packages`, for a hint."""
+        ...
 
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """The command line of one engine. Pure."""

@@ -62,17 +62,10 @@ class ResourceUse(msgspec.Struct, frozen=True, kw_only=True):
     major_faults: Annotated[int, says("page faults that read from disk")]
 
 
-class ExitReport(msgspec.Struct, frozen=True, kw_only=True):
+class ExitReport(LastExit, frozen=True, kw_only=True):
     """Everything known about the end of a process."""
 
     process: Annotated[str, says("its name")]
-    at: Annotated[str, says("time, ISO 8601")]
-    code: Annotated[int | None, says("exit code; null after a signal, or if unknown")]
-    signal: Annotated[str | None, says("such as `SIGKILL`; null after an exit code, or if unknown")]
-    reason: Annotated[str, says("the reason as text")]
-    expected: Annotated[bool, says("whether pdctl was stopping it")]
-    by: Annotated[str, says("what ended it: itself, pdctl, the kernel or another process")]
-    oom: Annotated[bool, says("whether the kernel killed it because memory was exhausted")]
     pid: Annotated[int, says("its process id")]
     epoch: Annotated[str, says("identifies this start of the process")]
     lived_s: Annotated[float, says("seconds from its start to its end")]

@@ -32,8 +32,7 @@ def _package_problems(document: Document, topology: Topology, host: Host) -> Ite
     for index, group in enumerate(topology.engines):
         missing = [] if group.is_attached else host.lacks(launcher(group.kind).packages)
         if missing:
-            extra = "cuda" if group.device is Device.CUDA else "engine"
-            hint = f"install them with: pip install 'pdctl[{extra}]'"
+            hint = f"install them with: pip install '{launcher(group.kind).requirement(group.device)}'"
             message = f"engines of kind {group.kind!r} need packages that are not installed: {', '.join(missing)}"
             yield document.problem(("engines", index), message, hint)
             # One report is enough: other groups usually miss the same packages.

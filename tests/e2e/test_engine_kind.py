@@ -120,7 +120,7 @@ def test_the_supervisor_asks_only_for_what_the_kind_can_do(service: Service) -> 
 def test_an_entry_that_names_no_kind_is_refused() -> None:
     with temporary_run() as run:
         run.write(topology())
-        for entry in ("echo", "builtin=tests.adapters.echo", "a b=c"):
+        for entry in ("echo", "builtin=tests.adapters.echo", "a b=c", "mine=no.such.package", "mine=json"):
             done = Run.cli(run, "plan", extra={KINDS_ENV: entry})
             assert done.returncode == 1
             assert KINDS_ENV in done.stderr

@@ -44,3 +44,11 @@ def test_the_supervisors_own_settings_touch_nobody(tmp_path: Path) -> None:
     found = diff(before, replace(before, supervision=replace(before.supervision, grace_s=9.0)))
     assert found.live == {"pdctl": "grace_s changed"}
     assert found.unchanged == ("a", "b", "proxy")
+
+
+def test_another_role_restarts_an_engine(tmp_path: Path) -> None:
+    before = plan(tmp_path)
+    a, b, proxy = before.processes
+    found = diff(before, replace(before, processes=(replace(a, role="decode"), b, proxy)))
+    assert found.restarted == {"a": "role: other to decode"}
+    assert a.digest() != replace(a, role="decode").digest()

@@ -13,6 +13,10 @@ class BuiltinLauncher:
     extra_ports: tuple[str, ...] = ()
     packages = ENGINE_PACKAGES
 
+    def requirement(self, device: Device) -> str:
+        """See Launcher.requirement."""
+        return "pdctl[cuda]" if device is Device.CUDA else "pdctl[engine]"
+
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """See Launcher.launch."""
         group = assignment.group

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
@@ -15,12 +16,15 @@ from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.wire import EngineState, LeaseInfo, LeaseReply, LinkInfo, PeerAddress
 
+Result = TypeVar("Result")
+
 _READERS = ("decode", "hybrid")
 _SERVERS = ("prefill", "hybrid")
 _ROLES = ("prefill", "decode", "hybrid")
 
-_RECLAIM_S = 2.0
-_RECLAIM_TRIES = 3
+# One call that changes something at an engine, seconds, and how often it is made.
+_CALL_S = 2.0
+_CALL_TRIES = 3
 _STATE_S = 1.0
 # An engine needs up to 10 s per link, and makes its links concurrently.
 _LINK_S = 30.0
@@ -82,17 +86,14 @@ class KvWatch:
                     tasks.create_task(self._reclaim_at(member, holder))
 
     async def _reclaim_at(self, member: Member, holder: str) -> None:
-        for attempt in range(_RECLAIM_TRIES):
-            try:
-                released = await member.control.release_holder(self._target(member), holder, _RECLAIM_S)
-            except Unreachable as failure:
-                reason = failure
-                await asyncio.sleep(0.05 * 2**attempt * random.random())  # noqa: S311 - jitter, no secret
-                continue
-            if released:
-                self._say(member.name, f"released {released} leases of {holder}")
+        try:
+            released = await _retried(lambda: member.control.release_holder(self._target(member), holder, _CALL_S))
+        except Unreachable as failure:
+            reason = f"could not release the leases of {holder} on {member.name} ({failure}); they will expire"
+            self._say("pdctl", reason)
             return
-        self._say("pdctl", f"could not release the leases of {holder} on {member.name} ({reason}); they will expire")
+        if released:
+            self._say(member.name, f"released {released} leases of {holder}")
 
     # -- roles and links -----------------------------------------------------------------------------------
 
@@ -100,10 +101,13 @@ class KvWatch:
         """Set the role of an engine that has just become ready, if its kind supports that."""
         for member in self._able(Ability.ROLE):
             if member.name == name:
-                try:
-                    await member.control.set_role(self._target(member), member.role, _RECLAIM_S)
-                except Unreachable as failure:
-                    self._say(name, f"did not accept the role {member.role}: {failure}")
+                await self._tell_role(member)
+
+    async def _tell_role(self, member: Member) -> None:
+        try:
+            await _retried(lambda: member.control.set_role(self._target(member), member.role, _CALL_S))
+        except Unreachable as failure:
+            self._say(member.name, f"did not accept the role {member.role}: {failure}")
 
     def pairs_of(self, name: str) -> list[tuple[Member, Member]]:
         """The (reader, server) pairs of ready engines that include this one."""
@@ -185,7 +189,7 @@ class KvWatch:
             if not lease_id.startswith(f"{member.epoch}."):
                 continue
             try:
-                return await member.control.revoke(self._target(member), lease_id, _RECLAIM_S)
+                return await member.control.revoke(self._target(member), lease_id, _CALL_S)
             except Unreachable as failure:
                 reasons.append(str(failure))
         return LeaseReply(False, "; ".join(reasons) or f"no running engine granted lease {lease_id}")
@@ -236,6 +240,16 @@ class KvWatch:
         """Close connections to all engines except `kept`."""
         for holder in self._pools.keys() - kept:
             self._pools.pop(holder).close()
+
+
+async def _retried(call: Callable[[], Awaitable[Result]]) -> Result:
+    """The result of an idempotent call, made again after a failure. Raises the last Unreachable."""
+    for attempt in range(_CALL_TRIES - 1):
+        try:
+            return await call()
+        except Unreachable:
+            await asyncio.sleep(0.05 * 2**attempt * random.random())  # noqa: S311 - jitter, no secret
+    return await call()
 
 
 def _kept(now: LinkInfo, before: LinkInfo | None) -> LinkInfo:

@@ -171,10 +171,9 @@ class RunningService:
         """Stop the proxy, then the engines. A second call kills the remaining processes."""
         if self._state.is_stopping:
             self._fleet.force()
-        self._state.is_stopping = True
+        self._state.stop()
         self._notifier.say("STOPPING=1")
         self._change_over.cancel()
-        self._state.changed.set()
 
     # -- parts ---------------------------------------------------------------------------------------------
 

@@ -71,10 +71,11 @@ class Service:
         become_subreaper()
         raise_limits()
         state = ServiceState.of(adoptable.plan if adoptable else self._plan, self._plan)
+        # Before the parts exist: a signal that comes while they are made must not kill the supervisor.
+        _on_signal(state.stop)
         async with asyncio.TaskGroup() as tasks:
             running = RunningService(resources, state, adoptable, tasks)
-            for sign in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(sign, running.stop)
+            _on_signal(running.stop)
             try:
                 tasks.create_task(serve_control(self._rundir.control_socket, running))
                 tasks.create_task(running.keep_house_forever())
@@ -84,3 +85,8 @@ class Service:
                 self.failure = state.failure
                 running.close()
             raise _Down
+
+
+def _on_signal(stop: Callable[[], None]) -> None:
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sign, stop)

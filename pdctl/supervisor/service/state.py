@@ -37,6 +37,11 @@ class ServiceState:
         """The state of a service at its start."""
         return cls(plan, wanted, policy_of(plan))
 
+    def stop(self) -> None:
+        """From now on the service is to be down."""
+        self.is_stopping = True
+        self.changed.set()
+
     def follow(self, plan: Plan) -> None:
         """Make `plan` the running plan."""
         self.plan = plan

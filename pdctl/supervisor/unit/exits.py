@@ -11,6 +11,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from pdctl.control_api import ExitReport, LastExit, ResourceUse
 from pdctl.host.kernel_log import parse_record
 from pdctl.supervisor.process.logs import tail
@@ -59,16 +61,9 @@ def report(ended: Ended, log: Path, memory_group: Path | None, kernel_log: Kerne
     """One entry of the exits' file."""
     kernel = kernel_log.lines()
     oom = was_out_of_memory(ended.pid, kernel) or _group_was(memory_group)
-    told = told_of(ended, oom)
     return ExitReport(
+        **msgspec.structs.asdict(told_of(ended, oom)),
         process=ended.name,
-        at=told.at,
-        code=told.code,
-        signal=told.signal,
-        reason=told.reason,
-        expected=told.expected,
-        by=told.by,
-        oom=oom,
         pid=ended.pid,
         epoch=ended.epoch,
         lived_s=round(time.monotonic() - ended.started_at, 3),

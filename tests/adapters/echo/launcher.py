@@ -1,7 +1,7 @@
 """Command line of an echo engine."""
 
 from pdctl.adapters import Assignment, Launch
-from pdctl.topology.spec import Topology
+from pdctl.topology.spec import Device, Topology
 
 
 class EchoLauncher:
@@ -9,6 +9,10 @@ class EchoLauncher:
 
     extra_ports = ("bootstrap",)
     packages: tuple[str, ...] = ()
+
+    def requirement(self, device: Device) -> str:
+        """See Launcher.requirement."""
+        return ""
 
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """See Launcher.launch."""
