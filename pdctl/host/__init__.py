@@ -54,8 +54,9 @@ class Holder:
 class Host:
     """The facts that a plan needs. `cpus`: the CPUs that this process may use, ascending; `memory` in bytes.
 
-    `gpus` and `rdma` are what the environment leaves to us (`gpus_by` and `rdma_by` say what does); `gpu_holders`:
-    by UUID, who computes there now. `address`: where other processes of the service reach those on this host.
+    `gpus` and `rdma`: the devices that the environment makes available (`gpus_by` and `rdma_by` name the variable that
+    limits them); `gpu_holders`: by UUID, the processes that use the GPU now. `address`: where other processes of the
+    service reach those on this host.
     """
 
     cpus: tuple[int, ...]

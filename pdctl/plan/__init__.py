@@ -49,7 +49,7 @@ class ProcessSpec:
     binds and passes to the process.
 
     `host`: the address at which other processes reach its `ports`.
-    `restart_with`: names whose exit restarts this one; `why`: the reason for each choice, by the key it answers.
+    `restart_with`: processes that, when they exit, restart this one too; `why`: the reason for each choice, by field.
     """
 
     name: str

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 
 from pdctl.plan import Plan, ProcessSpec
 
-# What a running process cannot change, by ProcessSpec field.
+# Fields of ProcessSpec that cannot change while the process runs.
 _FIXED = ("argv", "role", "env", "cpus", "gpus", "ports", "listen")
-# Settings of the proxy that its process is started with.
+# Settings of the proxy that need a restart.
 _PROXY_FIXED = ("tls_cert", "tls_key", "cors_origins", "otlp_endpoint")
 
 

@@ -58,8 +58,8 @@ def _attached_problems(document: Document, index: int, entry: Table) -> Iterator
         hint = "pdctl generates the secret of the engines that it starts"
         yield document.problem(("engines", index, "secret_file"), "secret_file is for attached engines", hint)
     if kind in kinds() and "url" not in entry and not can_launch(str(kind)):
-        hint = 'start it yourself and give its address: url = "http://HOST:PORT"'
-        yield document.problem(("engines", index, "kind"), f"pdctl does not start engines of kind {kind!r}", hint)
+        hint = 'start the engine yourself and set its address: url = "http://HOST:PORT"'
+        yield document.problem(("engines", index, "kind"), f"pdctl cannot start engines of kind {kind!r}", hint)
 
 
 def _table_problems(document: Document, path: KeyPath, table: Table, keys: dict[str, Key]) -> Iterator[Problem]:

@@ -93,7 +93,9 @@ def _transfer_problems(document: Document, transfer: Transfer) -> Iterator[Probl
     if transfer.devices and on_host:
         yield document.problem(("transfer", "devices"), f"has no effect with backend {transfer.backend!r}", hint)
     if transfer.devices and transfer.protocol == "tcp":
-        yield document.problem(("transfer", "devices"), "RDMA devices for protocol 'tcp'", 'set protocol = "rdma"')
+        yield document.problem(
+            ("transfer", "devices"), "RDMA devices have no effect with protocol 'tcp'", 'set protocol = "rdma"'
+        )
     if transfer.ports and not (chosen and chosen.takes_ports):
         hint = _set_backend(name for name, info in TRANSPORTS.items() if info.takes_ports)
         yield document.problem(("transfer", "ports"), f"has no effect with backend {transfer.backend!r}", hint)

@@ -253,7 +253,7 @@ def test_a_frozen_orphan_of_another_topology_is_ended_by_the_next_start(run: Run
     service = Service(run)
     service.client.close()
     frozen = pid_of(service.process("prefill-1"))
-    os.kill(frozen, signal.SIGSTOP)  # TERM from the kernel waits until it is continued
+    os.kill(frozen, signal.SIGSTOP)  # SIGTERM stays pending until the process is resumed
     kill(service.status().supervisor_pid)
     wait_until(lambda: len(run.processes()) <= 2, what="all but the frozen engine to end")
     assert psutil.pid_exists(frozen)
@@ -267,7 +267,7 @@ def test_an_engine_that_dies_while_the_service_stops_stays_down(run: Run) -> Non
     service = Service(run)
     service.client.close()
     proxy, decode = pid_of(service.process("proxy")), pid_of(service.process("hybrid-0"))
-    os.kill(proxy, signal.SIGSTOP)  # holds up the stop
+    os.kill(proxy, signal.SIGSTOP)  # delays the stop
     stopper = threading.Thread(target=run.cli, args=("down",))
     stopper.start()
     wait_until(lambda: service.status().state == "stopping", what="the stop to begin")

@@ -70,7 +70,7 @@ def chaos(
     rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
     _check(faults, names, rng, Path(status.run_dir))
     if seconds <= every:
-        raise PdctlError(f"--for {seconds:g} ends before the first fault", f"more than --every {every:g}")
+        raise PdctlError(f"--for {seconds:g} ends before the first fault", f"give more than --every {every:g}")
     endpoint = endpoint_of(status.proxy_url, "", "", ignore_eos=True, timeout=_ANSWER_S)
     into, out = lengths(inputs, "--input"), lengths(outputs, "--output")
     asked = synthetic(prompts, into, out, vocabulary(endpoint), rng)
@@ -255,7 +255,7 @@ def _leaks(service: str) -> list[str]:
         try:
             found = control(service).leases()
         except PdctlError as failure:
-            return [f"not known: {failure.message}"]
+            return [f"unknown: {failure.message}"]
         left = [f"{lease.engine}: {lease.id}, {lease.blocks} blocks" for lease in found.leases]
         if not left or time.monotonic() > deadline:
             return left

@@ -14,7 +14,7 @@ from pdctl.engine.lifeline import vital
 
 
 class Outbox:
-    """Messages to the front; any thread may put, one thread sends."""
+    """Messages to the front. Any thread may put; one thread sends."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self._queue: queue.SimpleQueue[FromCore | None] = queue.SimpleQueue()

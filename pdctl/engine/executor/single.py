@@ -20,7 +20,7 @@ from pdctl.engine.schedule.scheduler import Slice
 from pdctl.host.memory import read_memory
 from pdctl.wire import Manifest
 
-# Debug switch: freed blocks are filled with NaN, and a NaN among the logits ends the engine.
+# Debug option: freed blocks are filled with NaN, and a NaN in the logits ends the engine.
 POISON_ENV = "PDCTL_POISON_FREED"
 _FEWEST_BLOCKS = 8
 

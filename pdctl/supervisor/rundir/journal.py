@@ -67,7 +67,7 @@ class Journal:
             self._followers.discard(follower)
 
     def exit(self, report: ExitReport) -> None:
-        """A process ended: the whole report."""
+        """Record the full report of a process's exit."""
         self._exits.append(report)
         self._append(EXITS, msgspec.to_builtins(report))
 

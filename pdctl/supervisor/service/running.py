@@ -183,7 +183,7 @@ class RunningService:
         for spec in self.plan.processes:
             longest = f"{resources.rundir.path}/ipc/{spec.name}.listen"
             if len(longest) > _LONGEST_SOCKET_PATH:
-                hint = "set PDCTL_RUN to a shorter directory, or shorten the names"
+                hint = "set PDCTL_RUN to a shorter path, or use shorter names"
                 raise PdctlError(f"{longest} is too long for a unix socket", hint)
             if spec.listen is not None and spec.listen not in listeners:
                 listeners.open(spec.listen, [name for name in names if name in adopted])

@@ -110,7 +110,7 @@ def test_a_pull_that_waits_can_be_cancelled(rig: Rig) -> None:
     rig.puller.cancel("waits")
     cancelled = rig.next(Pulled)
     assert (cancelled.request_id, cancelled.error) == ("waits", "the request is gone")
-    rig.puller.cancel("a")  # under way: it ends by itself
+    rig.puller.cancel("a")  # running: it ends by itself
     rig.wire.go.set()
     assert rig.next(Pulled).request_id == "a"
 

@@ -66,7 +66,8 @@ class Receiver:
     async def decoding(
         self, submit: Submit, given: HandOver, deadline_s: float, stages: dict[str, float]
     ) -> AsyncIterator[tuple[str, RequestEvents]]:
-        """Enter when the KV is here, certified, and decoding has begun: the request's id in the core, and its events.
+        """Enter when the KV is here and committed and decoding has begun; gives the request's id in the core and its
+        events.
 
         `stages` receives the seconds for admission and for the transfer, and the bytes. Raises KvLost. Leaving frees
         what the request holds here.
