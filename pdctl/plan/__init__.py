@@ -14,7 +14,7 @@ from pdctl.adapters import Assignment, Launch, control, launcher
 from pdctl.errors import PdctlError
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
-from pdctl.net import LOOPBACK
+from pdctl.net import LOOPBACK, reachable
 from pdctl.plan.pins import Pins, pins_of
 from pdctl.topology.spec import Device, EngineGroup, Proxy, Supervision, Topology
 
@@ -137,7 +137,7 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
         proxy=topology.proxy,
         ttft_ms=topology.slo.ttft_ms,
         tpot_ms=topology.slo.tpot_ms,
-        proxy_url=f"{_scheme(topology)}://{_reachable(topology.proxy.host)}:{topology.proxy.port}",
+        proxy_url=f"{_scheme(topology)}://{_in_url(topology.proxy.host)}:{topology.proxy.port}",
         run_dir=str(run_dir),
         log_dir=str(host.state_root / topology.service.name / "logs"),
         supervision=topology.supervision,
@@ -260,7 +260,7 @@ def _proxy(
     topology: Topology, host: Host, run_dir: Path, worker: int, ports: dict[str, int], engines: tuple[str, ...]
 ) -> ProcessSpec:
     argv = [host.python, "-m", "pdctl.proxy", "--config", str(run_dir / "proxy.json")]
-    base = f"http://{_reachable(topology.proxy.host)}:{topology.proxy.port}"
+    base = f"http://{_in_url(topology.proxy.host)}:{topology.proxy.port}"
     if "control" in ports:
         argv += ["--worker", str(worker), "--control-port", str(ports["control"])]
         base = f"http://{host.address}:{ports['control']}"
@@ -336,6 +336,7 @@ def _free_port(taken: set[int], run_dir: Path, allowed: tuple[int, ...]) -> int:
     raise PdctlError(f"no free port from {ports.start} to {ports.stop - 1} for an engine", hint)
 
 
-def _reachable(host: str) -> str:
-    """An address on this machine that reaches a listener on `host`."""
-    return {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+def _in_url(host: str) -> str:
+    """A listener's address as part of a URL on this machine."""
+    address = reachable(host)
+    return f"[{address}]" if ":" in address else address

@@ -19,6 +19,7 @@ from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.scheduler import Limits, Scheduler
 from pdctl.engine.transfer import Settings, Transport, transport_kind
 from pdctl.host.boot import host_id
+from pdctl.net import reachable
 from pdctl.transports import TRANSPORTS
 from pdctl.wire import PoolEndpoint, Served
 
@@ -53,7 +54,7 @@ def _open_transports(options: EngineOptions, memory: Memory) -> dict[str, Transp
     """
     settings = Settings(
         epoch=options.epoch,
-        host=options.host,
+        host=reachable(options.host),
         protocol=options.transfer_protocol,
         devices=tuple(filter(None, options.transfer_devices.split(","))),
         ports=options.port_range,

@@ -9,7 +9,7 @@ from dataclasses import astuple
 
 import msgspec
 
-from pdctl.net import LOOPBACK
+from pdctl.net import reachable
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.plan import Plan, ProcessSpec
@@ -140,4 +140,4 @@ def _at(spec: ProcessSpec) -> ConnectionPool:
         return ConnectionPool(spec.host, spec.ports["control"])
     assert spec.listen is not None
     host, port = spec.listen
-    return ConnectionPool({"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host), port)
+    return ConnectionPool(reachable(host), port)
