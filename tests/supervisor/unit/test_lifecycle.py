@@ -197,9 +197,10 @@ def test_a_crash_while_it_drains_for_a_stop_is_the_stop() -> None:
     assert go(READY, drain(Goal.HOLD), *ended())[0].phase is Phase.BACKOFF
 
 
-def test_start_after_a_failure_forgets_the_budget() -> None:
+@pytest.mark.parametrize("event", [RESUME, RESTART, drain(Goal.AGAIN)])
+def test_start_after_a_failure_forgets_the_budget(event: LifecycleEvent) -> None:
     failed, _ = go(Life(), START, *ended(exit_=Exit(78, None)))
-    life, _ = go(failed, RESUME)
+    life, _ = go(failed, event)
     assert (life.phase, life.exits, life.reason) == (Phase.PENDING, (), "")
 
 
@@ -266,13 +267,15 @@ class AnyOrder(RuleBasedStateMachine):
                 self.automatic.append(self.now)
         if event.kind is Kind.CANNOT_SPAWN and before.phase is Phase.STARTING:
             self.alive = False
-        if event.kind in (Kind.RESUME, Kind.RESTART):
+        if by_people:
             self.automatic.clear()
 
     @rule(kind=ANYTHING, wait=st.floats(0, 40), goal=st.sampled_from([Goal.HOLD, Goal.STOP, Goal.AGAIN]))
     def anything(self, kind: Kind, wait: float, goal: Goal) -> None:
         self.now += wait
-        self.feed(LifecycleEvent(kind, self.now, 0.5, goal=goal), by_people=kind in (Kind.RESUME, Kind.RESTART))
+        # A drain with the goal "again" is a user's restart as well: it forgets the budget of what has failed.
+        again = kind in (Kind.RESUME, Kind.RESTART) or (kind is Kind.DRAIN and goal is Goal.AGAIN)
+        self.feed(LifecycleEvent(kind, self.now, 0.5, goal=goal), by_people=again)
 
     @precondition(lambda self: self.alive)
     @rule(exit_=EXITS)
