@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 PROCESS = ProcessStatus(
     name="decode-0", kind="builtin", role="decode", group="decode", state="ready", reason="", pid=7, restarts=0,
     last_exit=None, device="cpu", cpus=(0, 1), gpus=(), rdma=(), ports={"http": 18100}, ready_since=None, epoch="0-1",
-    adopted=False, log="/decode-0.log",
+    adopted=False, log="/decode-0.log", phase="", phase_s=None,
 )  # fmt: skip
 MEASURED = MeasuredProcess(
     **msgspec.structs.asdict(PROCESS), rss_bytes=1, cpu_percent=None, gpu_memory_bytes=None, running=2, waiting=0,
@@ -86,8 +86,8 @@ def test_a_status_is_the_json_it_always_was() -> None:
     ]  # fmt: skip
     assert list(found["processes"][0]) == [
         "name", "kind", "role", "group", "state", "reason", "pid", "restarts", "last_exit", "device", "cpus", "gpus",
-        "rdma", "ports", "ready_since", "epoch", "adopted", "log", "rss_bytes", "cpu_percent", "gpu_memory_bytes",
-        "running", "waiting", "kv_used", "leases", "tokens_per_s",
+        "rdma", "ports", "ready_since", "epoch", "adopted", "log", "phase", "phase_s", "rss_bytes", "cpu_percent",
+        "gpu_memory_bytes", "running", "waiting", "kv_used", "leases", "tokens_per_s",
     ]  # fmt: skip
     assert found["failure"] is None
     assert found["processes"][0]["kv_used"] == 0.5

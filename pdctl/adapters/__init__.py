@@ -30,15 +30,15 @@ from pdctl.adapters.dialect import (
     stream_fields,
     without,
 )
-from pdctl.adapters.launcher import Assignment, Launch, Launcher
+from pdctl.adapters.launcher import Assignment, BaseLauncher, Fault, KnownFailure, Launch, Launcher, Package
 from pdctl.errors import PdctlError
 from pdctl.net.openai_answers import Choice, EngineError, shown
 
 __all__ = [
-    "KINDS_ENV", "Ability", "Assignment", "Attempt", "Call", "CannotResume", "Choice", "Condition", "Control", "Delta",
-    "Dialect", "EngineError", "Fields", "HandShake", "Launch", "Launcher", "NoControl", "Prefilled", "Progress",
-    "RequestState", "Target", "can_launch", "control", "dialect", "kinds", "launcher", "shown", "stream_fields",
-    "without",
+    "KINDS_ENV", "Ability", "Assignment", "Attempt", "BaseLauncher", "Call", "CannotResume", "Choice", "Condition",
+    "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields", "HandShake", "KnownFailure", "Launch", "Launcher",
+    "NoControl", "Package", "Prefilled", "Progress", "RequestState", "Target", "can_launch", "control", "dialect",
+    "kinds", "launcher", "shown", "stream_fields", "without",
 ]  # fmt: skip
 
 KINDS_ENV = "PDCTL_ENGINE_KINDS"

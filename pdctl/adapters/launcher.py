@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pdctl.topology.spec import Device, EngineGroup, Topology
+
+# A completion of one token, which every engine with an OpenAI API answers.
+ONE_TOKEN = '{"prompt":[1],"max_tokens":1,"temperature":0}'  # noqa: S105 - a request, not a secret
+
+# The name of an installed package and its version.
+Package = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The plan's decisions for one engine. `host`: the address it listens on; `ports` by purpose; `gpus`: UUIDs."""
+    """The plan's decisions for one engine. `host`: the address it listens on; `ports` by purpose; `gpus`: UUIDs.
+
+    `package`: the installed package that provides the engine, and its version; both "" if its kind names none.
+    """
 
     name: str
     group: EngineGroup
@@ -22,6 +32,8 @@ class Assignment:
     model_path: str
     run_dir: Path
     python: str
+    cpus: tuple[int, ...] = ()
+    package: Package = ("", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +41,98 @@ class Launch:
     """How to start one engine: its command, and the environment variables to add to the supervisor's.
 
     Paths of its HTTP server: `ready_path` answers 200 once the engine is usable and while it is alive;
-    `generate_path` accepts a completion request, "" if the kind has no such path.
+    `generate_path` answers a POST of `generate_body` (JSON) with one token, "" if the kind has no such path.
+    `ready_generates`: the engine is ready only after it has done that once. `api_key_env`: the variable from which the
+    engine reads its API key, "" if the run's secret is not its API key.
     """
 
     argv: tuple[str, ...]
     env: dict[str, str]
     ready_path: str
     generate_path: str = ""
+    generate_body: str = ONE_TOKEN
+    ready_generates: bool = False
+    api_key_env: str = ""
+
+
+class KnownFailure(NamedTuple):
+    """A failure that engines of a kind report in their log. `pattern`: a regular expression for one line.
+
+    `message` and `hint`: for the user; `{0}` and so on stand for the pattern's groups. `incurable`: a restart would
+    fail again.
+    """
+
+    pattern: str
+    message: str
+    hint: str
+    incurable: bool = True
+
+
+class Fault(NamedTuple):
+    """A setting that cannot work. `key`: the key of [[engines]] that is wrong."""
+
+    key: str
+    message: str
+    hint: str
 
 
 class Launcher(Protocol):
     """The launcher of an engine kind.
 
-    `extra_ports`: purposes of the ports that an engine opens in addition to `http`, such as a bootstrap server's.
-    `packages`: Python modules that engines import from pdctl's own environment; `pdctl plan` checks them.
+    `device`: the default device. `settings`: the keys of [[engines]] that have an effect on engines of this kind, in
+    addition to those of every kind. `packages`: Python modules that engines import from pdctl's own environment;
+    `distributions`: packages of which one must be installed in the environment of the group's `python`. `connectors`:
+    the values of `connector`, the default first. `phases`: (regular expression for a line of the log, phase of the
+    start that begins with it). `failures`: tried in order.
     """
 
-    extra_ports: tuple[str, ...]
+    device: Device
+    settings: frozenset[str]
     packages: tuple[str, ...]
+    distributions: tuple[str, ...]
+    connectors: tuple[str, ...]
+    phases: tuple[tuple[str, str], ...]
+    failures: tuple[KnownFailure, ...]
 
     def requirement(self, device: Device) -> str:
-        """The pip requirement that provides `packages`, for a hint."""
+        """The pip requirement that provides the engine, for a hint."""
+        ...
+
+    def ports(self, group: EngineGroup) -> tuple[str, ...]:
+        """Purposes of the ports that an engine opens in addition to `http`.
+
+        Purposes that differ only in a final number, such as side, side-1 and side-2, get consecutive ports.
+        """
+        ...
+
+    def faults(self, topology: Topology, group: EngineGroup, package: Package) -> Iterable[Fault]:
+        """Settings of a group that cannot work with this version, or with the rest of the topology."""
         ...
 
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """The command line of one engine. Pure."""
         ...
+
+
+class BaseLauncher:
+    """Defaults for launchers: no extra settings, packages, ports or known failures, on the CPU."""
+
+    device = Device.CPU
+    settings: frozenset[str] = frozenset()
+    packages: tuple[str, ...] = ()
+    distributions: tuple[str, ...] = ()
+    connectors: tuple[str, ...] = ()
+    phases: tuple[tuple[str, str], ...] = ()
+    failures: tuple[KnownFailure, ...] = ()
+
+    def requirement(self, device: Device) -> str:
+        """See Launcher.requirement."""
+        return ""
+
+    def ports(self, group: EngineGroup) -> tuple[str, ...]:
+        """See Launcher.ports."""
+        return ()
+
+    def faults(self, topology: Topology, group: EngineGroup, package: Package) -> Iterable[Fault]:
+        """See Launcher.faults."""
+        return ()

@@ -103,6 +103,8 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     epoch: Annotated[str, says("identifies this start of the process")]
     adopted: Annotated[bool, says("whether an earlier supervisor started it")]
     log: Annotated[str, says("its log file")]
+    phase: Annotated[str, says("while it starts: the phase that its log shows, such as `loading weights`, else empty")]
+    phase_s: Annotated[float | None, says("how long that phase has lasted, seconds; null without a phase")]
 
 
 class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from pdctl.host.devices.gpu import Gpu, gpu_holders, read_gpus
 from pdctl.host.devices.pci import Layout, read_layout
 from pdctl.host.devices.rdma import RdmaDevice, read_rdma
 from pdctl.host.memory import read_memory
+from pdctl.host.packages import installed_package
 from pdctl.host.processes.ports import PortHolder, listening_ports
 from pdctl.host.users import cache_root, run_root, state_root
 from pdctl.net import LOOPBACK
@@ -56,7 +58,7 @@ class Host:
 
     `gpus` and `rdma`: the devices that the environment makes available (`gpus_by` and `rdma_by` name the variable that
     limits them); `gpu_holders`: by UUID, the processes that use the GPU now. `address`: where other processes of the
-    service reach those on this host.
+    service reach those on this host. `package_in` reads a package's version from another Python environment.
     """
 
     cpus: tuple[int, ...]
@@ -74,6 +76,7 @@ class Host:
     rdma_by: str = ""
     address: str = LOOPBACK
     gpu_holders: dict[str, tuple[Holder, ...]] = field(default_factory=dict, hash=False)
+    package_in: Callable[[str, tuple[str, ...]], tuple[str, str] | None] = installed_package
 
     def gpu_named(self, name: int | str) -> Gpu | None:
         """The available GPU with this name: a driver index, a UUID or a prefix of it, or a MIG slice."""

@@ -6,22 +6,18 @@ Pure: the same topology on the same host gives the same plan. Nothing is started
 from __future__ import annotations
 
 import hashlib
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pdctl.adapters import Assignment, Launch, control, launcher
-from pdctl.errors import PdctlError
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
 from pdctl.net import LOOPBACK, reachable
+from pdctl.plan.gpus import assign_gpus
 from pdctl.plan.pins import Pins, pins_of
-from pdctl.topology.spec import Device, EngineGroup, Proxy, Supervision, Topology
+from pdctl.plan.ports import PortSearch, free_ports
+from pdctl.topology.spec import EngineGroup, Proxy, Supervision, Topology
 
-# Ports of engines. Each service starts its search at a different offset, so that two services that start at the same
-# time do not choose the same port.
-_ENGINE_PORTS = range(18100, 26100)
-_PORTS_PER_SERVICE = 16
 # A proxy that does not listen after this long will never do so, seconds.
 _PROXY_STARTUP_S = 60.0
 
@@ -31,7 +27,8 @@ class Probe:
     """How to check that a process is ready and alive. All times are in seconds.
 
     `ready`: tcp:HOST:PORT, http://..., log:PATTERN, or "" for ready at once. `alive`: URL to probe from then on, or "".
-    `state`: URL of an engine's counts of running requests and tokens, or "". `generate`: URL that generates one token.
+    `state`: URL of an engine's counts of running requests and tokens, or "". `generate`: URL that generates one token
+    for a POST of `generate_body`; with `ready_generates`, the process is ready only once it has done so.
     """
 
     ready: str
@@ -41,6 +38,8 @@ class Probe:
     interval_s: float
     timeout_s: float
     startup_s: float
+    generate_body: str = ""
+    ready_generates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,7 @@ class ProcessSpec:
 
     `host`: the address at which other processes reach its `ports`.
     `restart_with`: processes that, when they exit, restart this one too; `why`: the reason for each choice, by field.
+    `api_key_env`: the variable in which the process gets the run's secret as its API key, "" for none.
     """
 
     name: str
@@ -69,6 +69,7 @@ class ProcessSpec:
     rdma: tuple[str, ...] = ()
     why: dict[str, str] = field(default_factory=dict, hash=False)
     host: str = LOOPBACK
+    api_key_env: str = ""
 
     def digest(self) -> str:
         """Hash of everything that cannot change while the process runs. Specs with equal digests need no restart."""
@@ -165,24 +166,30 @@ Kept = dict[str, ProcessSpec]
 
 def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path, kept: Kept) -> list[ProcessSpec]:
     taken = {topology.proxy.port, *host.listening, *(port for spec in kept.values() for port in spec.ports.values())}
-    gpus_of = _assign_gpus(topology, host, kept, run_dir)
+    gpus_of = assign_gpus(topology, host, {name: spec.gpus for name, spec in kept.items()}, run_dir)
+    search = PortSearch(run_dir, topology.service.engine_ports)
     specs = []
     for group in topology.engines:
         for name in () if group.is_attached else group.replica_names():
-            ports = {}
-            for purpose in ("http", *launcher(group.kind).extra_ports):
-                before = kept[name].ports.get(purpose) if name in kept else None
-                ports[purpose] = before or _free_port(taken, run_dir, topology.service.engine_ports)
-                taken.add(ports[purpose])
+            before = kept[name].ports if name in kept else {}
+            ports = free_ports(("http", *launcher(group.kind).ports(group)), before, taken, search)
             gpus = gpus_of.get(name, ())
             pins = pins_of(topology, host, group, name, gpus, str(run_dir))
-            specs.append(
-                _engine(
-                    topology,
-                    Assignment(name, group, host.address, ports, gpus, pins.rdma, model_path, run_dir, host.python),
-                    pins,
-                )
+            python = group.python or host.python
+            assignment = Assignment(
+                name=name,
+                group=group,
+                host=host.address,
+                ports=ports,
+                gpus=gpus,
+                rdma=pins.rdma,
+                model_path=model_path,
+                run_dir=run_dir,
+                python=python,
+                cpus=pins.cpus,
+                package=host.package_in(python, launcher(group.kind).distributions) or ("", ""),
             )
+            specs.append(_engine(topology, assignment, pins))
     return specs
 
 
@@ -207,6 +214,7 @@ def _engine(topology: Topology, assignment: Assignment, pins: Pins) -> ProcessSp
         rdma=pins.rdma,
         why=pins.why,
         host=assignment.host,
+        api_key_env=launch.api_key_env,
     )
 
 
@@ -226,6 +234,8 @@ def _engine_probe(topology: Topology, group: EngineGroup, launch: Launch, addres
         # A front that shares its cores with engines may answer late once; a dead one fails three times in a row.
         timeout_s=5.0,
         startup_s=topology.supervision.startup_s,
+        generate_body=launch.generate_body,
+        ready_generates=launch.ready_generates and not group.ready,
     )
 
 
@@ -249,9 +259,8 @@ def _proxies(
         ports = {"http": topology.proxy.port}
         if workers > 1 or topology.proxy.tls_cert:
             # Any worker may answer on the shared socket, and it may use TLS: the supervisor needs a port per worker.
-            before = kept[name].ports.get("control") if name in kept else None
-            ports["control"] = before or _free_port(taken, run_dir, topology.service.engine_ports)
-            taken.add(ports["control"])
+            before = {"control": kept[name].ports.get("control", 0)} if name in kept else {}
+            ports |= free_ports(("control",), before, taken, PortSearch(run_dir, topology.service.engine_ports))
         specs.append(_proxy(topology, host, run_dir, worker, ports, tuple(spec.name for spec in engines)))
     return specs
 
@@ -286,54 +295,6 @@ def _proxy(
 
 def _scheme(topology: Topology) -> str:
     return "https" if topology.proxy.tls_cert else "http"
-
-
-def _assign_gpus(topology: Topology, host: Host, kept: Kept, run_dir: Path) -> dict[str, tuple[str, ...]]:
-    """Engine name to GPU UUID. GPUs named in the topology come first, then those an engine already has, then free ones:
-    idle GPUs before those that other processes use, in the order of the environment."""
-    cuda = [group for group in topology.engines if group.device is Device.CUDA and not group.is_attached]
-    named = {gpu.uuid for group in cuda for name in group.gpus if (gpu := host.gpu_named(name)) is not None}
-    free = [gpu.uuid for gpu in host.gpus if gpu.uuid not in named]
-    free.sort(key=lambda uuid: bool(host.strangers_on(uuid, str(run_dir))))
-    chosen: dict[str, str] = {}
-    for name in (name for group in cuda if not group.gpus for name in group.replica_names()):
-        before = kept[name].gpus if name in kept else ()
-        if before and before[0] in free:
-            chosen[name] = before[0]
-            free.remove(before[0])
-    for group in cuda:
-        for position, name in enumerate(group.replica_names()):
-            if name not in chosen:
-                chosen[name] = _gpu_for(group, position, name, host, free)
-    return {name: (uuid,) for name, uuid in chosen.items()}
-
-
-def _gpu_for(group: EngineGroup, position: int, name: str, host: Host, free: list[str]) -> str:
-    if group.gpus:
-        gpu = host.gpu_named(group.gpus[position % len(group.gpus)])
-        assert gpu is not None, "the loader has checked"
-        return gpu.uuid
-    if free:
-        return free.pop(0)
-    if group.share_gpu and host.gpus:
-        return host.gpus[position % len(host.gpus)].uuid
-    hint = "lower replicas, or set share_gpu = true on engines that may share a GPU"
-    count = len(host.gpus)
-    ours = f"; {count} available through {host.gpus_by}" if host.gpus_by else f": this machine has {count}"
-    raise PdctlError(f"no GPU is left for {name}{ours}", hint)
-
-
-def _free_port(taken: set[int], run_dir: Path, allowed: tuple[int, ...]) -> int:
-    """The first free port in the topology's range, or in the default range from the service's offset on."""
-    ports = range(allowed[0], allowed[1] + 1) if allowed else _ENGINE_PORTS
-    places = 1 if allowed else len(ports) // _PORTS_PER_SERVICE
-    first = zlib.crc32(str(run_dir).encode()) % places * _PORTS_PER_SERVICE
-    wanted: list[int] = [*ports[first:], *ports[:first]]
-    for port in wanted:
-        if port not in taken:
-            return port
-    hint = "widen service.engine_ports" if allowed else None
-    raise PdctlError(f"no free port from {ports.start} to {ports.stop - 1} for an engine", hint)
 
 
 def _in_url(host: str) -> str:

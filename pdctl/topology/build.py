@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pdctl.adapters import can_launch, launcher
 from pdctl.topology.document import Table
 from pdctl.topology.schema import ENGINE, TABLES, Key
 from pdctl.topology.spec import Device, EngineGroup, Expect, Proxy, Role, Service, Slo, Supervision, Topology, Transfer
@@ -91,7 +92,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         role=Role(values["role"]),
         kind=values["kind"],
         replicas=values["replicas"],
-        device=Device(values["device"]),
+        device=_device(values),
         gpus=tuple(values["gpus"]),
         share_gpu=values["share_gpu"],
         open=values["open"],
@@ -105,7 +106,26 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         ready=values["ready"] or "",
         restart_with=tuple(values["restart_with"]),
         env=tuple(sorted(values["env"].items())),
+        python=absolute(values["python"], source),
+        args=tuple(values["args"]),
+        tensor_parallel=values["tensor_parallel"],
+        pipeline_parallel=values["pipeline_parallel"],
+        data_parallel=values["data_parallel"],
+        dtype=values["dtype"],
+        quantization=values["quantization"] or "",
+        gpu_memory_utilization=float(values["gpu_memory_utilization"]),
+        connector=values["connector"] or "",
+        given=frozenset(entry),
     )
+
+
+def _device(values: Table) -> Device:
+    """The device of a group: as given, else the kind's default. A group that lists GPUs uses them."""
+    if values["device"]:
+        return Device(values["device"])
+    if values["gpus"]:
+        return Device.CUDA
+    return launcher(values["kind"]).device if can_launch(values["kind"]) and not values["url"] else Device.CPU
 
 
 def _last_part(model: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,13 +31,45 @@ def _package_problems(document: Document, topology: Topology, host: Host) -> Ite
         hint = "install it with: pip install 'pdctl[otlp]'"
         yield document.problem(("proxy", "otlp_endpoint"), "the OpenTelemetry packages are not installed", hint)
     for index, group in enumerate(topology.engines):
-        missing = [] if group.is_attached else host.lacks(launcher(group.kind).packages)
+        if group.is_attached:
+            continue
+        yield from _python_problems(document, index, group, host)
+        missing = host.lacks(launcher(group.kind).packages)
         if missing:
             hint = f"install them with: pip install '{launcher(group.kind).requirement(group.device)}'"
             message = f"engines of kind {group.kind!r} need packages that are not installed: {', '.join(missing)}"
             yield document.problem(("engines", index), message, hint)
             # One report is enough: other groups usually miss the same packages.
             return
+
+
+def _python_problems(document: Document, index: int, group: EngineGroup, host: Host) -> Iterator[Problem]:
+    """The engine's package is missing in the environment of the group's interpreter."""
+    wanted = launcher(group.kind).distributions
+    if not wanted:
+        return
+    python = group.python or host.python
+    path: KeyPath = ("engines", index, "python" if group.python else "kind")
+    if group.python and not os.access(python, os.X_OK):
+        hint = "python names the interpreter of the environment that has the engine, such as ~/vllm/bin/python"
+        yield document.problem(path, f"{python} does not exist or cannot be executed", hint)
+    elif host.package_in(python, wanted) is None:
+        hint = f"install it there: {python} -m pip install {launcher(group.kind).requirement(group.device)}"
+        if not group.python:
+            hint += ", or set python to the interpreter that has it"
+        message = f"the environment of {python} has no package {' or '.join(wanted)}"
+        yield document.problem(path, message, hint)
+
+
+def fault_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    """Yield the settings that the launcher of a group's kind refuses, given the installed version."""
+    for index, group in enumerate(topology.engines):
+        if group.is_attached:
+            continue
+        starts = launcher(group.kind)
+        package = host.package_in(group.python or host.python, starts.distributions) or ("", "")
+        for fault in starts.faults(topology, group, package):
+            yield document.problem(("engines", index, fault.key), fault.message, fault.hint)
 
 
 def _model_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
@@ -94,10 +127,8 @@ def _gpu_problems(document: Document, topology: Topology, host: Host) -> Iterato
         if group.device is not Device.CUDA:
             continue
         path: KeyPath = ("engines", index, "gpus" if group.gpus else "device")
-        if group.gpus and len(group.gpus) not in (1, group.replicas):
-            yield document.problem(
-                path, f"{len(group.gpus)} gpus for {group.replicas} replicas", "list one GPU per replica"
-            )
+        if group.gpus and len(group.gpus) not in (group.gpus_per_replica, group.gpus_per_replica * group.replicas):
+            yield from _count_problem(document, path, group)
         for gpu in group.gpus:
             if host.gpu_named(gpu) is None:
                 what = "is not available to pdctl" if host.gpus_by else "does not exist, or the name is ambiguous"
@@ -111,12 +142,28 @@ def _gpu_problems(document: Document, topology: Topology, host: Host) -> Iterato
         yield from _sharing_problems(document, path, group, holders)
 
 
+def _count_problem(document: Document, path: KeyPath, group: EngineGroup) -> Iterator[Problem]:
+    each, count = group.gpus_per_replica, len(group.gpus)
+    if each == 1:
+        message, hint = f"{count} gpus for {group.replicas} replicas", "list one GPU per replica"
+        if group.replicas == 1 and "tensor_parallel" in launcher(group.kind).settings:
+            hint += f", or set tensor_parallel = {count} for one engine on {count} GPUs"
+    else:
+        message = f"{count} gpus for {group.replicas} replicas of {each} GPUs"
+        hint = (
+            f"list {each * group.replicas} GPUs: tensor_parallel x pipeline_parallel x data_parallel for each replica"
+        )
+    yield document.problem(path, message, hint)
+
+
 def _sharing_problems(
     document: Document, path: KeyPath, group: EngineGroup, holders: dict[int | str, tuple[str, bool]]
 ) -> Iterator[Problem]:
-    # A single GPU is used by all replicas; several are used by one replica each.
-    spread = group.gpus * group.replicas if len(group.gpus) == 1 else group.gpus
-    for name, gpu in zip(group.replica_names(), spread, strict=False):
+    # The GPUs of one replica are used by all replicas; more are spread over them.
+    each = group.gpus_per_replica
+    spread = group.gpus * group.replicas if len(group.gpus) == each else group.gpus
+    names = [name for name in group.replica_names() for _ in range(each)]
+    for name, gpu in zip(names, spread, strict=False):
         if gpu in holders and not (group.share_gpu and holders[gpu][1]):
             message = f"GPU {gpu} is assigned to both {holders[gpu][0]} and {name}"
             yield document.problem(path, message, "assign one GPU to each, or set share_gpu = true on both")

@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Iterator
 from typing import cast
 
-from pdctl.adapters import can_launch, kinds
+from pdctl.adapters import can_launch, kinds, launcher
 from pdctl.errors import Problem
 from pdctl.topology.document import Document, Table
-from pdctl.topology.schema import ATTACHED, ENGINE, TABLES, Key
+from pdctl.topology.schema import ATTACHED, ENGINE, EVERY_KIND, TABLES, Key
 from pdctl.topology.toml_lines import Path as KeyPath
 
 
@@ -57,9 +57,27 @@ def _attached_problems(document: Document, index: int, entry: Table) -> Iterator
     elif "secret_file" in entry:
         hint = "pdctl generates the secret of the engines that it starts"
         yield document.problem(("engines", index, "secret_file"), "secret_file is for attached engines", hint)
-    if kind in kinds() and "url" not in entry and not can_launch(str(kind)):
+    if kind in kinds() and "url" not in entry:
+        yield from _kind_problems(document, index, entry, str(kind))
+
+
+def _kind_problems(document: Document, index: int, entry: Table, kind: str) -> Iterator[Problem]:
+    """Keys of an engine that pdctl starts, but that have no effect on its kind."""
+    if not can_launch(kind):
         hint = 'start the engine yourself and set its address: url = "http://HOST:PORT"'
         yield document.problem(("engines", index, "kind"), f"pdctl cannot start engines of kind {kind!r}", hint)
+        return
+    settings = launcher(kind).settings
+    for name in entry:
+        if name in ENGINE and name not in EVERY_KIND | settings | {"secret_file"}:
+            hint = f"remove it; keys of this kind: {', '.join(sorted(settings)) or 'none'}"
+            message = f"{name} has no effect on engines of kind {kind!r}"
+            yield document.problem(("engines", index, name), message, hint)
+    connectors = launcher(kind).connectors
+    connector = entry.get("connector")
+    if connectors and isinstance(connector, str) and connector not in connectors:
+        message = f"must be one of: {', '.join(connectors)}; it is {connector!r}"
+        yield document.problem(("engines", index, "connector"), message)
 
 
 def _table_problems(document: Document, path: KeyPath, table: Table, keys: dict[str, Key]) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from pdctl.errors import ConfigError, PdctlError, Problem
 from pdctl.host import Host
 from pdctl.topology.build import build
 from pdctl.topology.document import Document
-from pdctl.topology.host_checks import host_problems
+from pdctl.topology.host_checks import fault_problems, host_problems
 from pdctl.topology.key_checks import key_problems
 from pdctl.topology.spec import Topology
 from pdctl.topology.toml_lines import key_lines
@@ -47,6 +47,8 @@ def load_text(text: str, source: str, host: Host) -> Topology:
     # The following checks need valid values, so they run only now.
     topology = replace(build(document.data, source), text=text)
     problems = [*topology_problems(document, topology), *host_problems(document, topology, host)]
+    # A launcher checks a group only if everything that it builds on is right.
+    problems = problems or [*fault_problems(document, topology, host)]
     if problems:
         raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
     return topology

@@ -167,6 +167,17 @@ def port_range(least: int) -> Check:
     return check
 
 
+def arguments() -> Check:
+    """A list of command line arguments. The same one may occur twice."""
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            return 'must be a list of strings, such as ["--max-num-seqs", "64"]'
+        return next(filter(None, map(_unusable, value)), None)
+
+    return check
+
+
 _ENV_NAME = re.compile(r"[^=\0]+")
 _HTTP = r"https?://[A-Za-z0-9.\[\]:-]+(/\S*)?"
 _URL = r"http://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}/?"
@@ -239,7 +250,7 @@ ENGINE: dict[str, Key] = {
     "url": Key(text(_URL, "an address such as http://10.0.0.7:8100")),
     "secret_file": Key(text()),
     "replicas": Key(integer(1, 256), 1),
-    "device": Key(choice(*(device.value for device in Device)), "cpu"),
+    "device": Key(choice(*(device.value for device in Device))),
     "gpus": Key(gpu_names(), []),
     "share_gpu": Key(boolean(), False),
     "open": Key(boolean(), False),
@@ -251,6 +262,19 @@ ENGINE: dict[str, Key] = {
     "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
     "restart_with": Key(texts("group"), []),
     "env": Key(strings(), {}),
+    "python": Key(text()),
+    "args": Key(arguments(), []),
+    "tensor_parallel": Key(integer(1, 64), 1),
+    "pipeline_parallel": Key(integer(1, 64), 1),
+    "data_parallel": Key(integer(1, 64), 1),
+    "dtype": Key(choice("auto", "float16", "bfloat16", "float32"), "auto"),
+    "quantization": Key(text()),
+    "gpu_memory_utilization": Key(number(0, 1), 0.0),
+    "connector": Key(text()),
 }
+# Keys with an effect on engines of every kind that pdctl starts; each kind has more (Launcher.settings).
+EVERY_KIND = frozenset(
+    {"name", "role", "kind", "replicas", "device", "gpus", "share_gpu", "cpus", "ready", "restart_with", "env"}
+)
 # Keys of an attached engine. pdctl does not start it, so other keys would have no effect.
 ATTACHED = ("name", "role", "kind", "url", "secret_file")

@@ -104,6 +104,10 @@ class EngineGroup:
     `url`: address of an engine that is already running; pdctl uses it but does not start it. `secret_file`: file with
     its bearer token. `ready`: readiness probe, "" for the kind's default. `restart_with`: when one of these groups
     exits, this one is restarted too. `env`: added to pdctl's environment.
+
+    `python`: the interpreter of the environment that has the engine, "" for pdctl's own. `args`: added to the engine's
+    command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
+    KV, "" for the kind's default. `given`: the keys that the file sets; the others have pdctl's defaults.
     """
 
     name: str
@@ -124,6 +128,21 @@ class EngineGroup:
     ready: str = ""
     restart_with: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
+    python: str = ""
+    args: tuple[str, ...] = ()
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    dtype: str = "auto"
+    quantization: str = ""
+    gpu_memory_utilization: float = 0.0
+    connector: str = ""
+    given: frozenset[str] = frozenset()
+
+    @property
+    def gpus_per_replica(self) -> int:
+        """The number of GPUs that one engine of the group uses."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     @property
     def is_attached(self) -> bool:

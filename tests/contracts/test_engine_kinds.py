@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from pdctl.host import Host
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.topology.loader import load_text
+from pdctl.topology.schema import ENGINE, EVERY_KIND
 from pdctl.wire import EngineAddress
 from tests.service import free_port
 
@@ -69,7 +71,7 @@ def body_of(call: adapters.Call) -> dict[str, object]:
 
 def test_the_registry_has_these_kinds() -> None:
     assert kinds() == tuple(sorted(KINDS))
-    assert [kind for kind in KINDS if can_launch(kind)] == ["builtin", "echo"]
+    assert [kind for kind in KINDS if can_launch(kind)] == ["builtin", "vllm", "echo"]
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -166,20 +168,29 @@ class TestDialect:
             assert release is not None, "the proxy frees the KV"
 
 
-@pytest.mark.parametrize("kind", ["builtin", "echo"])
+@pytest.mark.parametrize("kind", ["builtin", "vllm", "echo"])
 def test_launchers_are_pure_and_use_what_the_plan_decided(kind: str, tmp_path: Path) -> None:
     text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\n'
     host = Host((0,), (), 2**34, {}, "/usr/bin/python3", tmp_path, tmp_path, tmp_path)
     topology = load_text(text, "pdctl.toml", host)
     starts = launcher(kind)
-    ports = {purpose: 4000 + n for n, purpose in enumerate(("http", *starts.extra_ports))}
     group = replace(topology.engines[0], kind=kind)
+    ports = {purpose: 4000 + n for n, purpose in enumerate(("http", *starts.ports(group)))}
     given = Assignment("e-0", group, "10.0.0.9", ports, (), (), "/m", tmp_path, "/usr/bin/python3")
     found = starts.launch(topology, given)
     assert found == starts.launch(topology, given)
     assert found.argv[0] == "/usr/bin/python3"
     assert "10.0.0.9" in found.argv
-    assert {str(port) for port in ports.values()} <= set(found.argv)
+    assert {str(port) for port in ports.values()} <= {*found.argv, *found.env.values()}
+    assert starts.settings.isdisjoint(EVERY_KIND)
+    assert starts.settings <= set(ENGINE)
+    for pattern, phase in starts.phases:
+        assert re.compile(pattern)
+        assert phase
+    for failure in starts.failures:
+        groups = [""] * re.compile(failure.pattern).groups
+        assert failure.message.format(*groups) or failure.message == "{0}"
+        failure.hint.format(*groups)
     assert found.ready_path.startswith("/")
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pdctl.adapters import Assignment, Launch
+from pdctl.adapters import Assignment, BaseLauncher, Launch
 from pdctl.host import ENGINE_PACKAGES
 from pdctl.topology.spec import Device, Topology, Transfer
 
 
-class BuiltinLauncher:
+class BuiltinLauncher(BaseLauncher):
     """See Launcher. The supervisor sets an engine's role after the start: see control.py."""
 
-    extra_ports: tuple[str, ...] = ()
+    settings = frozenset({"open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size"})
     packages = ENGINE_PACKAGES
 
     def requirement(self, device: Device) -> str:

@@ -81,7 +81,7 @@ def _columns() -> list[tuple[str, int, Callable[[MeasuredProcess], str]]]:
         ("PROCESS", 0, lambda p: p.name),
         ("ROLE", 5, lambda p: p.role),
         ("STATE", 0, lambda p: p.state),
-        ("SINCE", 2, lambda p: _since(p.ready_since)),
+        ("SINCE", 2, lambda p: f"{p.phase}, {p.phase_s:.0f}s" if p.phase_s is not None else _since(p.ready_since)),
         ("RESTARTS", 1, lambda p: str(p.restarts)),
         ("PID", 2, lambda p: str(p.pid or "-")),
         ("DEVICE", 7, lambda p: ",".join(p.gpus) if p.gpus else p.device),

@@ -39,7 +39,7 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
             spec.device if not spec.gpus else ",".join(spec.gpus),
             ",".join(map(str, spec.cpus)),
             ",".join(spec.rdma) or "-",
-            ",".join(map(str, spec.ports.values())),
+            ",".join(_port(purpose, port) for purpose, port in spec.ports.items()),
             ",".join(spec.depends_on) or "-",
         ]
         for spec in planned.processes
@@ -83,6 +83,10 @@ def _expected(planned: Plan) -> None:
         console.out(f"\nexpected latency on an idle service, from the profile of {found.date}:")
         for line in summary(found):
             console.out(f"  {line}")
+
+
+def _port(purpose: str, port: int) -> str:
+    return str(port) if purpose == "http" else f"{port} ({purpose})"
 
 
 def _shown(value: object) -> str:

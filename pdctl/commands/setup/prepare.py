@@ -15,9 +15,18 @@ if TYPE_CHECKING:
     from pdctl.plan import Plan
 
 
+def _engines_download(planned: Plan) -> bool:
+    """Whether the model is on the Hub, and every engine is of a kind that downloads it into its own environment."""
+    from pdctl.adapters import can_launch, kinds, launcher
+
+    engines = {spec.kind for spec in planned.processes} & set(kinds())
+    on_hub = not planned.model_path.startswith("/")
+    return on_hub and not any(launcher(kind).packages for kind in engines if can_launch(kind))
+
+
 def with_model(planned: Plan) -> Plan:
     """Convert or download the model unless that was done before. Raises PdctlError."""
-    if planned.model_ready:
+    if planned.model_ready or _engines_download(planned):
         return planned
     kept = (
         f"(once; it is kept in {Path(planned.model_path).parent})"

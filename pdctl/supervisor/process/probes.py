@@ -16,14 +16,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from pdctl.adapters import Progress
 from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
 from pdctl.plan import Probe
 
 _JSON = {"content-type": "application/json"}
-_ONE_TOKEN = msgspec.json.encode({"prompt": [1], "max_tokens": 1, "temperature": 0})
 _FUNCTIONAL_S = 60.0
 # How often a disabled probe checks whether it was enabled, seconds.
 _OFF_S = 5.0
@@ -90,7 +87,9 @@ class Prober:
 
     async def _answers(self, url: str) -> bool:
         try:
-            return await self._get(url) is not None
+            if await self._get(url) is None:
+                return False
+            return not self._probe.ready_generates or await self._generate() == 200
         except Unreachable:
             return False  # not listening yet; an exit is detected elsewhere
 
@@ -171,14 +170,19 @@ class Prober:
             try:
                 if await self._is_busy():
                     continue
-                pool, path = self._at(self._probe.generate)
-                answer = await pool.request("POST", path, self._headers, _ONE_TOKEN, timeout_s=_FUNCTIONAL_S)
+                answer = await self._generate()
             except (Unreachable, ValueError) as failure:
                 return f"not alive: a one-token request failed ({failure})"
-            if answer.status >= 500:
-                return f"not alive: a one-token request was answered with {answer.status}"
+            if answer >= 500:
+                return f"not alive: a one-token request was answered with {answer}"
 
     # -- parts ---------------------------------------------------------------------------------------------
+
+    async def _generate(self) -> int:
+        """The status of the answer to a one-token request. Raises Unreachable."""
+        pool, path = self._at(self._probe.generate)
+        body = self._probe.generate_body.encode()
+        return (await pool.request("POST", path, self._headers, body, timeout_s=_FUNCTIONAL_S)).status
 
     async def _is_busy(self) -> bool:
         """Whether requests run. Raises Unreachable, ValueError."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdctl.plan import ProcessSpec
-from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, UNIT_ENV
+from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, SECRET_ENV, UNIT_ENV
 
 _SHIM = Path(__file__).with_name("spawn_shim.py")
 # $0: the supervisor's pid; $1: cgroup.procs or "". If the supervisor died before this line, the child exits.
@@ -70,15 +70,30 @@ def spawn(start: Start, log: int) -> int:
 
     Call it in the main thread only: the kernel sends the death signal when the parent thread ends.
     """
-    env = {**os.environ, **start.spec.env, **start.env, EPOCH_ENV: start.epoch, "PYTHONUNBUFFERED": "1"}
-    env[UNIT_ENV] = start.stamp.partition("=")[2]
-    if start.listen_fd is not None:
-        env[LISTEN_FD_ENV] = str(start.listen_fd)
+    env = _environment(start)
     if _found(start.spec.argv[0], env.get("PATH", "")) is None:
         raise FileNotFoundError(f"{start.spec.argv[0]} does not exist or cannot be executed")
     with _on_cpus(start.spec.cpus):
         pid = _forked(start, env, log) if _is_alone() else None
         return pid if pid is not None else _through_shell(start, env, log)
+
+
+def _environment(start: Start) -> dict[str, str]:
+    spec, command = start.spec, Path(start.spec.argv[0])
+    inherited = dict(os.environ)
+    if command.is_absolute() and command.name.startswith("python") and command != Path(sys.executable):
+        # An engine with an environment of its own must not import pdctl's packages, and needs the tools beside its
+        # interpreter (compilers of kernels look for ninja in PATH).
+        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
+            inherited.pop(name, None)
+        inherited["PATH"] = f"{command.parent}:{inherited.get('PATH', os.defpath)}"
+    env = {**inherited, **spec.env, **start.env, EPOCH_ENV: start.epoch, "PYTHONUNBUFFERED": "1"}
+    env[UNIT_ENV] = start.stamp.partition("=")[2]
+    if spec.api_key_env:
+        env[spec.api_key_env] = start.env[SECRET_ENV]
+    if start.listen_fd is not None:
+        env[LISTEN_FD_ENV] = str(start.listen_fd)
+    return env
 
 
 # -- by ourselves ------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ _MOST_KERNEL_BYTES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A process's exit as observed. `by_us`: the signal that pdctl sent last, and why."""
+    """A process's exit as observed. `by_us`: the signal that pdctl sent last, and why; `words`: its own last words."""
 
     name: str
     pid: int
@@ -42,6 +42,7 @@ class Ended:
     by_us: str
     expected: bool
     core_dumped: bool = False
+    words: str = ""
 
 
 def told_of(ended: Ended, oom: bool = False) -> LastExit:
@@ -80,7 +81,7 @@ def _reason(ended: Ended, oom: bool) -> str:
         return "stopped by pdctl"
     if oom:
         return f"{describe_exit(ended.exit)}: out of memory"
-    return describe_exit(ended.exit)
+    return f"{describe_exit(ended.exit)}: {ended.words}" if ended.words else describe_exit(ended.exit)
 
 
 def _by_others(exit_: Exit) -> str:

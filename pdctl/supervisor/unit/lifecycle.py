@@ -78,7 +78,7 @@ class Life:
     """`exits`: monotonic times of recent unexpected exits; `streak`: exits in a row without a stable time in between.
 
     While clearing, `came_from` is the phase in which the process ended, `exit` how it ended, and `last_words` the error
-    that it logged.
+    that it logged; `incurable`: a restart cannot fix that error.
     """
 
     phase: Phase = Phase.PENDING
@@ -91,6 +91,7 @@ class Life:
     came_from: Phase = Phase.PENDING
     exit: Exit | None = None
     last_words: str = ""
+    incurable: bool = False
 
     @property
     def restarts(self) -> int:
@@ -119,7 +120,8 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LifecycleEvent:
-    """`now`: monotonic seconds; `chance`: random, in [0, 1), for jitter; `exit` with EXITED; `goal` with DRAIN."""
+    """`now`: monotonic seconds; `chance`: random, in [0, 1), for jitter; `goal` with DRAIN; with EXITED: `exit`,
+    `incurable`, and the last words as `detail`."""
 
     kind: Kind
     now: float = 0.0
@@ -127,6 +129,7 @@ class LifecycleEvent:
     exit: Exit | None = None
     detail: str = ""
     goal: Goal = Goal.HOLD
+    incurable: bool = False
 
 
 class Do(Enum):
@@ -174,7 +177,8 @@ def _grown(life: Life, event: LifecycleEvent) -> Step:
             return replace(life, streak=0), ()
         case Kind.STARTUP_TIMEOUT if life.phase is Phase.STARTING:
             # The exit that follows counts as a failed start.
-            return replace(life, reason="not ready in time"), (Action(Do.KILL_TREE),)
+            reason = f"not ready in time, it was {event.detail}" if event.detail else "not ready in time"
+            return replace(life, reason=reason), (Action(Do.KILL_TREE),)
         case Kind.NOT_ALIVE if life.phase in _SERVING:
             return replace(life, reason=event.detail), (Action(Do.KILL_TREE),)
         case Kind.CANNOT_SPAWN if life.phase is Phase.STARTING:
@@ -267,7 +271,14 @@ def _next_signal(life: Life, policy: RestartPolicy) -> Step:
 def _ended(life: Life, event: LifecycleEvent, policy: RestartPolicy) -> Step:
     if event.kind is Kind.EXITED and life.phase in LIVE:
         assert event.exit is not None
-        ended = replace(life, phase=Phase.CLEARING, came_from=life.phase, exit=event.exit, last_words=event.detail)
+        ended = replace(
+            life,
+            phase=Phase.CLEARING,
+            came_from=life.phase,
+            exit=event.exit,
+            last_words=event.detail,
+            incurable=event.incurable,
+        )
         return ended, (Action(Do.CLEAR),)
     if event.kind is Kind.CLEARED and life.phase is Phase.CLEARING:
         return _cleared(replace(life, exit=None), life.exit, event, policy)
@@ -286,7 +297,7 @@ def _cleared(life: Life, ended: Exit | None, event: LifecycleEvent, policy: Rest
     streak = life.streak + 1
     reason = life.reason or describe_exit(ended)
     ended_life = replace(life, exits=exits, streak=streak, reason=reason, goal=Goal.RUN)
-    if ended.code in INCURABLE:
+    if ended.code in INCURABLE or (life.incurable and starting):
         said = f": {life.last_words};" if life.last_words else ":"
         return replace(ended_life, phase=Phase.FAILED, reason=f"{reason}{said} a restart would not help"), ()
     if len(exits) > policy.max_restarts:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from pdctl.adapters import NoControl, control
 from pdctl.control_api import LastExit, ProcessStatus
 from pdctl.host.boot import new_epoch
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process import logs
-from pdctl.supervisor.process.probes import Cadence, Prober
+from pdctl.supervisor.process.probes import Cadence
 from pdctl.supervisor.process.spawn import Start, spawn
+from pdctl.supervisor.process.startup import NO_WORDS, LastWords, last_words
 from pdctl.supervisor.process.tree import Tree, Trees, kill_quietly
 from pdctl.supervisor.rundir.adoption import Record, from_shell, recorded_exit, recorded_pid, start_ticks
 from pdctl.supervisor.rundir.journal import Journal, now_text
@@ -38,6 +38,7 @@ from pdctl.supervisor.unit.lifecycle import (
     RestartPolicy,
     advance,
 )
+from pdctl.supervisor.unit.watch import Watch, launcher_of
 
 # How long clearing up waits until the peers of a dead process are informed, seconds.
 _TELL_S = 0.1
@@ -105,6 +106,8 @@ class Unit:
     _leader: int | None = None
     _log_inode: int = 0
     _by_us: str = ""
+    _words: LastWords = NO_WORDS
+    _watch: Watch | None = None
     _moved: asyncio.Event = field(default_factory=asyncio.Event)
     _timers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
@@ -143,6 +146,7 @@ class Unit:
 
     def status(self) -> ProcessStatus:
         """The process as in `pdctl status --json`, without the measurements."""
+        watch = self._watch if self.life.phase is Phase.STARTING else None
         return ProcessStatus(
             name=self.name,
             kind=self.spec.kind,
@@ -162,6 +166,8 @@ class Unit:
             epoch=self.epoch,
             adopted=self.adopted,
             log=str(self.log_path),
+            phase=watch.phase if watch else "",
+            phase_s=round(time.monotonic() - watch.since, 1) if watch and watch.phase else None,
         )
 
     def record(self) -> Record | None:
@@ -260,10 +266,11 @@ class Unit:
 
     def _is_alive(self, pid: int, at: float) -> None:
         self.pid, self.alive, self.started_at, self._leader = pid, True, at, None
-        self._watch(pid)
-        self._arm("probe", self._probe())
+        self._notice_exit(pid)
+        self._watch = Watch(self.spec, self.log_path, self.around.secret, self.around.journal, self.feed)
+        self._arm("probe", self._watch.run(lambda: self.around.policy.cadence))
 
-    def _watch(self, pid: int) -> None:
+    def _notice_exit(self, pid: int) -> None:
         """Detect the exit immediately, by pidfd."""
         loop = asyncio.get_running_loop()
         try:
@@ -300,7 +307,9 @@ class Unit:
         expected = self.life.phase is Phase.STOPPING
         dumped = status is not None and os.WIFSIGNALED(status) and os.WCOREDUMP(status)
         leader = self.leader or pid
-        return Ended(self.name, leader, self.epoch, self.started_at, exit_, usage, self._by_us, expected, dumped)
+        self._words = last_words(self.log_path, launcher_of(self.spec.kind).failures) if exit_.code else NO_WORDS
+        words = ". ".join(filter(None, (self._words.text, self._words.hint)))
+        return Ended(self.name, leader, self.epoch, self.started_at, exit_, usage, self._by_us, expected, dumped, words)
 
     async def _clear_up(self, ended: Ended, told: asyncio.Task[None]) -> None:
         """Report the exit, and clear what is left before a replacement starts."""
@@ -308,8 +317,10 @@ class Unit:
         if self._record is not None:
             self._record.with_name(f"{self._record.name}.pid").unlink(missing_ok=True)
             self._record.unlink(missing_ok=True)
-        words = logs.last_error(self.log_path) if ended.exit.code else ""
-        self.feed(LifecycleEvent(Kind.EXITED, time.monotonic(), exit=ended.exit, detail=words))
+        exited = LifecycleEvent(
+            Kind.EXITED, time.monotonic(), exit=ended.exit, detail=ended.words, incurable=self._words.incurable
+        )
+        self.feed(exited)
         assert self.tree is not None
         # Clearing up may block the event loop for milliseconds: inform peers of the exit first.
         await asyncio.wait({told}, timeout=_TELL_S)
@@ -375,17 +386,6 @@ class Unit:
     async def _drain(self) -> None:
         await self.around.drain(self)
         self.feed(LifecycleEvent(Kind.DRAINED))
-
-    async def _probe(self) -> None:
-        read_progress = control(self.spec.kind).progress if self.spec.probe.state else NoControl().progress
-        prober = Prober(self.spec.probe, self.log_path, self.around.secret, read_progress)
-        if not await prober.until_ready():
-            self.feed(LifecycleEvent(Kind.STARTUP_TIMEOUT, time.monotonic()))
-            return
-        self.feed(LifecycleEvent(Kind.PROBE_OK, time.monotonic()))
-        reason = await prober.until_dead(lambda: self.around.policy.cadence)
-        self.around.journal.say(self.name, reason, "not_alive")
-        self.feed(LifecycleEvent(Kind.NOT_ALIVE, time.monotonic(), detail=reason))
 
     def _phase_changed(self, before: Phase) -> None:
         phase, journal = self.life.phase, self.around.journal

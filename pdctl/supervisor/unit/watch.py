@@ -1,0 +1,62 @@
+"""Watches one incarnation of a process: the phases of its start, its readiness, then its liveness."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pdctl.adapters import BaseLauncher, Launcher, NoControl, can_launch, control, kinds, launcher
+from pdctl.plan import ProcessSpec
+from pdctl.supervisor.process.probes import Cadence, Prober
+from pdctl.supervisor.process.startup import StartupLog
+from pdctl.supervisor.rundir.journal import Journal
+from pdctl.supervisor.unit.lifecycle import Kind, LifecycleEvent
+
+# Interval at which the log of a starting process is read, seconds.
+_LOG_S = 0.5
+
+
+class Watch:
+    """`phase`: the phase of the start, "" if unknown or over; `since`: when it began, monotonic seconds."""
+
+    def __init__(
+        self, spec: ProcessSpec, log: Path, secret: str, journal: Journal, feed: Callable[[LifecycleEvent], None]
+    ) -> None:
+        self.phase = ""
+        self.since = time.monotonic()
+        self._spec = spec
+        self._startup = StartupLog(log, launcher_of(spec.kind).phases)
+        self._journal = journal
+        self._feed = feed
+        read_progress = control(spec.kind).progress if spec.probe.state else NoControl().progress
+        self._prober = Prober(spec.probe, log, secret, read_progress)
+
+    async def run(self, cadence: Callable[[], Cadence]) -> None:
+        """Feed what the probes find: ready, too late, or not alive any more."""
+        async with asyncio.TaskGroup() as tasks:
+            following = tasks.create_task(self._follow())
+            is_ready = await self._prober.until_ready()
+            following.cancel()
+        if not is_ready:
+            self._feed(LifecycleEvent(Kind.STARTUP_TIMEOUT, time.monotonic(), detail=self.phase))
+            return
+        self.phase = ""
+        self._feed(LifecycleEvent(Kind.PROBE_OK, time.monotonic()))
+        reason = await self._prober.until_dead(cadence)
+        self._journal.say(self._spec.name, reason, "not_alive")
+        self._feed(LifecycleEvent(Kind.NOT_ALIVE, time.monotonic(), detail=reason))
+
+    async def _follow(self) -> None:
+        while True:
+            phase = self._startup.next_phase()
+            if phase and phase != self.phase:
+                self.phase, self.since = phase, time.monotonic()
+                self._journal.say(self._spec.name, phase, "phase")
+            await asyncio.sleep(_LOG_S)
+
+
+def launcher_of(kind: str) -> Launcher | BaseLauncher:
+    """The launcher of a process's kind; one without any knowledge for the proxy."""
+    return launcher(kind) if kind in kinds() and can_launch(kind) else BaseLauncher()
