@@ -253,7 +253,8 @@ class EngineState(msgspec.Struct, frozen=True):
     `max_num_seqs`: sequences it runs at once; `block_size` in tokens. `silent_s`: how long its core has not answered;
     longer than the longest step is a hang.
     Free, cached, referenced, leased and quarantined blocks add up to the total; `blocks_reserved` of the referenced
-    ones wait for KV. `blocks_cached` is 0: there is no prefix cache yet.
+    ones wait for KV. `blocks_cached` is 0: there is no prefix cache yet. `counters`: more counts since the start, which
+    depend on the engine's kind.
     """
 
     name: str
@@ -277,6 +278,7 @@ class EngineState(msgspec.Struct, frozen=True):
     max_num_seqs: int = 0
     steps_total: int = 0
     silent_s: float = 0.0
+    counters: dict[str, int] = {}
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
@@ -304,7 +306,7 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     """The proxy's settings, passed in a file of the run directory.
 
     A reload reads the file again and applies everything except the fields in FIXED. `draining`: engines that get no
-    new requests.
+    new requests; `lease_s`: how long prefill keeps KV, for kinds that do not verify it themselves.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (
@@ -333,6 +335,7 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     otlp_endpoint: str = ""
     draining: list[str] = []
     drain_s: float = 5.0
+    lease_s: float = 30.0
 
 
 class EngineLoad(msgspec.Struct, frozen=True):

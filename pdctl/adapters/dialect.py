@@ -124,7 +124,9 @@ class Dialect(Protocol):
     `probe_path`: where a GET returns the engine's condition; `keys_by_request_id`: no two calls may have the same
     x-request-id; `own_envelopes`: events have the engine's id and time, not the proxy's; `resumes_at_text`: after a
     failure, the continuation starts a new text, so the client's text must not end within a character; `deterministic`:
-    the same request always has the same answer, independent of other requests in the engine.
+    the same request always has the same answer, independent of other requests in the engine; `verifies_leases`: an
+    engine never decodes KV that it read after its lease ended. For other kinds the proxy discards an answer that begins
+    too late.
     """
 
     hand_shake: HandShake
@@ -133,6 +135,7 @@ class Dialect(Protocol):
     own_envelopes: bool
     resumes_at_text: bool
     deterministic: bool
+    verifies_leases: bool
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """The request fields that the engine accepts at a path; None if only the engine knows them."""

@@ -73,6 +73,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "attached": "engines that pdctl uses but does not start",
         "source": "the topology file, or empty for the built-in default",
         "text": "the content of the topology file",
+        "lease_s": "seconds without a renewal after which prefill frees the KV of a hand-over",
     },
     ProcessSpec: {
         "name": "such as `prefill-0`",

@@ -203,6 +203,9 @@ class EngineBlocks(msgspec.Struct, frozen=True, kw_only=True):
     blocks_leased: Annotated[int, says("kept for peers under a lease")]
     blocks_quarantined: Annotated[int, says("a late transfer may still write there")]
     blocks_reserved: Annotated[int, says("those in use that wait for KV to arrive")]
+    counters: Annotated[
+        dict[str, int], says("more counts since the engine's start, such as vLLM's `expired_leases` and `late_reads`")
+    ]
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):

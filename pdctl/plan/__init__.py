@@ -74,7 +74,8 @@ class ProcessSpec:
     def digest(self) -> str:
         """Hash of everything that cannot change while the process runs. Specs with equal digests need no restart."""
         ports = sorted(self.ports.items())
-        fixed = (self.argv, sorted(self.env.items()), self.role, self.cpus, self.gpus, ports, self.listen)
+        env = (*sorted(self.env.items()), self.api_key_env)
+        fixed = (self.argv, env, self.role, self.cpus, self.gpus, ports, self.listen)
         return hashlib.blake2b(repr(fixed).encode(), digest_size=8).hexdigest()
 
 
@@ -111,6 +112,7 @@ class Plan:
     attached: tuple[Attached, ...]
     source: str = ""
     text: str = ""
+    lease_s: float = 30.0
 
     def to_dict(self) -> dict[str, object]:
         """The plan for `--json` and for a detached supervisor."""
@@ -146,6 +148,7 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
         attached=tuple(_attached(group) for group in topology.engines if group.is_attached),
         source=str(Path(topology.source).absolute()) if topology.source else "",
         text=topology.text,
+        lease_s=topology.transfer.lease_s,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pdctl.plan import Plan, ProcessSpec
 
 # Fields of ProcessSpec that cannot change while the process runs.
-_FIXED = ("argv", "role", "env", "cpus", "gpus", "ports", "listen")
+_FIXED = ("argv", "role", "env", "cpus", "gpus", "ports", "listen", "api_key_env")
 # Settings of the proxy that need a restart.
 _PROXY_FIXED = ("tls_cert", "tls_key", "cors_origins", "otlp_endpoint")
 
@@ -72,7 +72,7 @@ def _live(old: Plan, new: Plan) -> dict[str, str]:
     proxies = [spec.name for spec in new.processes if spec.kind == "proxy"]
     changed = _differing(old.proxy, new.proxy, tuple(f.name for f in fields(old.proxy)))
     settings = [name for name in changed if name not in (*_PROXY_FIXED, "host", "port", "workers", "cpus")]
-    settings += [name for name in ("ttft_ms", "tpot_ms") if getattr(old, name) != getattr(new, name)]
+    settings += [name for name in ("ttft_ms", "tpot_ms", "lease_s") if getattr(old, name) != getattr(new, name)]
     if old.attached != new.attached:
         settings.append("attached engines")
     if settings:

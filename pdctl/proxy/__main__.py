@@ -131,6 +131,7 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         wants_prefixes=config.routing == "prefix_aware",
+        lease_s=config.lease_s,
     )
     return Completions(
         shared=shared,

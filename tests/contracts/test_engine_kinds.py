@@ -38,6 +38,11 @@ from pdctl.wire import EngineAddress
 from tests.service import free_port
 
 KINDS = ("builtin", "vllm", "echo")
+PROGRESS = {
+    "builtin": b'{"running":2,"tokens_total":5}',
+    "echo": b'{"running":2,"tokens_total":5}',
+    "vllm": b'vllm:num_requests_running{engine="0"} 2.0\nvllm:generation_tokens_total{engine="0"} 5.0\n',
+}
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}
 
 
@@ -200,7 +205,7 @@ class TestControl:
         asks = control(kind)
         if not asks.progress_path:
             return
-        assert asks.progress(b'{"running":2,"tokens_total":5}').running == 2
+        assert asks.progress(PROGRESS[kind]).running == 2
         for bad in (b"", b"[1]", b'{"running":"x"}', b"\xff"):
             with pytest.raises(ValueError):
                 asks.progress(bad)

@@ -56,6 +56,7 @@ class BuiltinDialect:
     own_envelopes = False
     resumes_at_text = False
     deterministic = True
+    verifies_leases = True
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields."""

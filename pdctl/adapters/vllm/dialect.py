@@ -68,6 +68,7 @@ class VllmDialect:
     own_envelopes = True
     resumes_at_text = True
     deterministic = False
+    verifies_leases = False
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields. They differ between versions of vLLM, and vLLM reports which ones it ignores."""
@@ -113,7 +114,7 @@ class VllmDialect:
 
     def parse_error(self, status: int, body: bytes) -> EngineError:
         """See Dialect.parse_error."""
-        return refusal(status, body)
+        return _with_cause(refusal(status, body))
 
     def parse_prefill(self, body: bytes, state: RequestState) -> Prefilled:
         """See Dialect.parse_prefill. The token is discarded: decode samples it again from the same logits."""
@@ -125,7 +126,10 @@ class VllmDialect:
 
     def parse_event(self, data: bytes, state: RequestState) -> Delta:
         """See Dialect.parse_event."""
-        answer = parse_answer(200, data)
+        try:
+            answer = parse_answer(200, data)
+        except EngineError as failure:
+            raise _with_cause(failure) from None
         found = first_choice(answer)
         if found is None:
             return Delta([], None, None, answer.counts)
@@ -154,6 +158,12 @@ class VllmDialect:
 
 
 DIALECT = VllmDialect()
+
+
+def _with_cause(failure: EngineError) -> EngineError:
+    """vLLM ends a request with this error if it could not read the KV: no engine has failed."""
+    failure.kv_lost = failure.kv_lost or (failure.status == 500 and failure.message == "Internal server error")
+    return failure
 
 
 def _as_chat(fields: Choice, text: str) -> Choice:

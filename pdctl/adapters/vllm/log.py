@@ -10,7 +10,7 @@ PHASES = (
     (r"Starting to load model", "loading weights"),
     (r"Model loading took|Loading weights took", "measuring memory"),
     (r"KV cache size:|Available KV cache memory", "allocating the KV cache"),
-    (r"torch\.compile|Dynamo bytecode|Compile and warming up|Warming up model", "compiling"),
+    (r"Dynamo bytecode transform|torch\.compile takes|Compile and warming up|Warming up model", "compiling"),
     (r"Capturing CUDA graphs|Capturing cudagraphs", "capturing CUDA graphs"),
     (r"init engine \(profile, create kv cache", "starting the API server"),
 )

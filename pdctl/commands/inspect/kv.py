@@ -53,6 +53,10 @@ def _show(found: KvStatus, leaks: bool) -> None:
     if not leaks:
         header = ["ENGINE", "BLOCKS", "FREE", "CACHED", "IN USE", "LEASED", "QUARANTINED"]
         console.out(console.table(header, [_engine(engine) for engine in found.engines]))
+        for engine in found.engines:
+            counted = [f"{name.replace('_', ' ')} {count}" for name, count in engine.counters.items() if count]
+            if counted:
+                console.out(f"{engine.name}: {', '.join(counted)} since its start")
         console.out()
     if not found.leases:
         console.out("no leaked leases" if leaks else "no leases")

@@ -8,6 +8,7 @@ spaces, takes the slow path."""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from bisect import bisect_left
@@ -39,7 +40,7 @@ _MAX_EVENT = 16 * 2**20
 
 
 class EventReader:
-    """Reads one stream to its end. `seconds`: from its first tokens to its last."""
+    """Reads one stream to its end. `seconds`: from its first tokens to its last; `valid_until`: see calls.decode."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class EventReader:
         timing: Timing,
         metrics: Metrics,
         on_first_token: Callable[[], None] | None = None,
+        valid_until: float = math.inf,
     ) -> None:
         self.tokens = 0
         self.prompt_tokens = 0
@@ -58,6 +60,7 @@ class EventReader:
         self._sink = sink
         self._timing = timing
         self._on_first_token = on_first_token
+        self._valid_until = valid_until
         # For forwarded events: their token ids as text, and the events.
         self._ids: list[bytes] = []
         self._reads: list[bytes] = []
@@ -247,6 +250,9 @@ class EventReader:
         if self._last_at:
             self._gaps.add((now - self._last_at) / tokens, tokens)
         else:
+            if now > self._valid_until:
+                message = f"{self._engine.name} began after the lease of the KV that it read"
+                raise EngineError(409, message, "kv_lost", kv_lost=True)
             self._first_at = now
             self._timing.token(now)
             if self._on_first_token is not None:

@@ -6,6 +6,7 @@ A call that fails raises CallFailed with the consequence for the request. The en
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 
@@ -75,10 +76,12 @@ async def decode(
     hand_over: bytes | None = None,
     has_kv: bool = False,
     on_first_token: Callable[[], None] | None = None,
+    valid_until: float = math.inf,
 ) -> None:
     """Have an engine compute the rest, and send it to the client. Raises CallFailed.
 
     `has_kv`: another engine computes the prompt. Otherwise this one does, and the time depends on the prompt.
+    `valid_until` (monotonic): a first token that comes later is discarded, and the KV counts as lost.
     """
     await _prove(leg, engine)
     meter, amount = (engine.streams, 1.0) if has_kv else (engine.prompts, leg.size)
@@ -90,7 +93,7 @@ async def decode(
         patience_s = leg.shared.failover.first_token_s if has_kv else _patience_s(leg, engine)
         ticket = _begin(leg, engine, exchange, patience_s)
         try:
-            await _read(leg, engine, exchange, ticket, on_first_token)
+            await _read(leg, engine, exchange, ticket, on_first_token, valid_until)
         finally:
             _end(leg, engine, ticket)
     except (Unreachable, EngineError) as failure:
@@ -119,7 +122,12 @@ def later(leg: Leg, engine: Engine, call: Call | None) -> None:
 
 
 async def _read(
-    leg: Leg, engine: Engine, exchange: Exchange, ticket: Ticket, on_first_token: Callable[[], None] | None
+    leg: Leg,
+    engine: Engine,
+    exchange: Exchange,
+    ticket: Ticket,
+    on_first_token: Callable[[], None] | None,
+    valid_until: float,
 ) -> None:
     status = await exchange.head()
     if status != 200:
@@ -134,7 +142,7 @@ async def _read(
             on_first_token()
         return
     ticket.streaming, ticket.patience_s = True, leg.shared.failover.stall_s
-    reader = EventReader(engine, leg.state, leg.sink, leg.timing, leg.shared.metrics, on_first_token)
+    reader = EventReader(engine, leg.state, leg.sink, leg.timing, leg.shared.metrics, on_first_token, valid_until)
     if leg.suspicion.holds_turn:
         _watch_suspect(leg, reader, asyncio.get_running_loop())
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,8 +11,11 @@ from typing import NamedTuple
 from pdctl.adapters import Attempt, HandShake, Prefilled
 from pdctl.proxy.engines.pool import Engine
 from pdctl.proxy.request.calls import CallFailed, decode, prefill, release
-from pdctl.proxy.request.failover import Cause
+from pdctl.proxy.request.failover import Cause, Failure
 from pdctl.proxy.request.leg import Leg
+
+# Part of a lease within which the first token must come.
+_LEASE_SHARE = 0.9
 
 
 class PairCall(NamedTuple):
@@ -35,9 +39,22 @@ async def compute(call: PairCall) -> None:
 
 
 async def _sequential(call: PairCall) -> None:
+    valid_until = _lease_end(call)
     hand_over = await _prefilled(call)
     if hand_over is not None:
-        await _handed_over(call, hand_over, None)
+        await _handed_over(call, hand_over, None, valid_until)
+
+
+def _lease_end(call: PairCall) -> float:
+    """The latest moment at which the first token may come, for a prefill that begins now.
+
+    An engine of a kind that verifies no leases decodes whatever is in the blocks when it reads them late. The lease
+    begins with the end of the prefill: only the beginning of the prefill is certain to be earlier.
+    """
+    if call.decode.dialect.verifies_leases:
+        return math.inf
+    # Both clocks count seconds, but those of different hosts do not run equally fast.
+    return time.monotonic() + _LEASE_SHARE * call.leg.shared.lease_s
 
 
 async def _owned(call: PairCall) -> None:
@@ -94,20 +111,30 @@ async def _emit(leg: Leg, done: Prefilled) -> None:
         await leg.sink.add(done.choice, done.token_ids)
 
 
-async def _handed_over(call: PairCall, hand_over: bytes, on_first_token: Callable[[], None] | None) -> None:
+async def _handed_over(
+    call: PairCall, hand_over: bytes, on_first_token: Callable[[], None] | None, valid_until: float = math.inf
+) -> None:
     """Decode with the held KV. If decode ends without a token, the KV is released at prefill."""
     leg, before = call.leg, len(call.leg.state.emitted)
     try:
-        await _decoded(call, hand_over, on_first_token)
+        if time.monotonic() > valid_until:
+            reason = f"the prefill on {call.prefill.name} took longer than its lease"
+            raise CallFailed(call.prefill, Failure(call.prefill.name, Cause.KV_LOST, reason))
+        await _decoded(call, hand_over, on_first_token, valid_until)
     finally:
         if len(leg.state.emitted) == before and not leg.finished:
             release(leg, call.prefill, hand_over)
 
 
-async def _decoded(call: PairCall, hand_over: bytes | None, on_first_token: Callable[[], None] | None) -> None:
+async def _decoded(
+    call: PairCall,
+    hand_over: bytes | None,
+    on_first_token: Callable[[], None] | None,
+    valid_until: float = math.inf,
+) -> None:
     leg, name = call.leg, call.prefill.name
     try:
-        await decode(leg, call.decode, call.attempt, hand_over, has_kv=True, on_first_token=on_first_token)
+        await decode(leg, call.decode, call.attempt, hand_over, True, on_first_token, valid_until)
     except CallFailed as failed:
         if failed.failure.cause is Cause.KV_LOST:
             call.decode.handed_over(name, time.monotonic(), good=False)

@@ -32,6 +32,7 @@ class Shared:
     ttft_s: float
     tpot_s: float
     wants_prefixes: bool = False
+    lease_s: float = 30.0
     failover: FailoverPolicy = field(default_factory=FailoverPolicy)
     budget: RetryBudget = field(default_factory=RetryBudget)
     request_number: int = 0
@@ -52,6 +53,8 @@ class Leg:
     whole: bytes | None = None
     failures = 0
     finished = False
+    # The time of the first token of an answer in one piece is unknown. Where it matters, the engine must stream.
+    must_stream = False
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class Leg:
     def in_one_piece(self) -> bool:
         """Whether the answer is requested in one piece: the client does not stream it, and it is short."""
         short = self.max_tokens is not None and self.max_tokens <= _WHOLE_TOKENS
-        return short and self.sink.takes_whole and not self.state.emitted
+        return short and self.sink.takes_whole and not self.state.emitted and not self.must_stream
 
     @property
     def has_one_token_left(self) -> bool:

@@ -62,6 +62,7 @@ class Relay:
                 await decode(leg, prefill, Attempt(new_name(), prefill.address, prefill.address))
             else:
                 attempt = Attempt(new_name(), prefill.address, decoding.address)
+                leg.must_stream = not decoding.dialect.verifies_leases
                 await compute(PairCall(leg, attempt, prefill, decoding))
         except CallFailed as failed:
             await self._failed(failed)

@@ -59,6 +59,7 @@ class Reloader:
         shared.wants_prefixes = wanted.routing == "prefix_aware"
         shared.ttft_s, shared.tpot_s = wanted.ttft_ms / 1000, wanted.tpot_ms / 1000
         shared.metrics.ttft_slo_s, shared.metrics.tpot_slo_s = shared.ttft_s, shared.tpot_s
+        shared.lease_s = wanted.lease_s
         completions.door.admission.follow(admission_of(wanted))
         completions.keys, completions.max_body = keys, int(wanted.max_body_mb * 2**20)
         completions.unknown.refuse = wanted.unknown_fields == "refuse"

@@ -61,7 +61,7 @@ async def apply(service: Managed, wanted: Plan, say: Callable[[str], None]) -> N
     # From here on, requests may go to the new engines. Engines to be removed are still in the plan.
     staying = [spec for spec in service.plan.processes if spec.name in changes.removed]
     say("updating the proxies")
-    _raise(await service.take_on(_with(wanted, staying)))
+    _raise(await service.take_on(_with(wanted, staying, service.plan)))
     engines, restarted_proxies = _split(changes.restarted, specs)
     for name in (*engines, *restarted_proxies):
         say(f"restarting {name}: {changes.restarted[name]}")
@@ -110,8 +110,10 @@ def _split(names: Iterable[str], specs: dict[str, ProcessSpec]) -> tuple[list[st
     return [n for n in known if specs[n].kind != "proxy"], [n for n in known if specs[n].kind == "proxy"]
 
 
-def _with(plan: Plan, staying: list[ProcessSpec]) -> Plan:
-    return replace(plan, processes=(*plan.processes, *staying))
+def _with(plan: Plan, staying: list[ProcessSpec], before: Plan) -> Plan:
+    """The wanted plan while the old one is being replaced: engines that have not been restarted have the old lease."""
+    lease_s = min(plan.lease_s, before.lease_s)
+    return replace(plan, processes=(*plan.processes, *staying), lease_s=lease_s)
 
 
 def _raise(reason: str) -> None:

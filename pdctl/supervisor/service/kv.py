@@ -267,6 +267,7 @@ def _blocks(name: str, state: EngineState) -> EngineBlocks:
         blocks_leased=state.blocks_leased,
         blocks_quarantined=state.blocks_quarantined,
         blocks_reserved=state.blocks_reserved,
+        counters=state.counters,
     )
 
 

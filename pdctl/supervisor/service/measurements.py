@@ -6,6 +6,7 @@ import time
 
 from msgspec.structs import asdict
 
+from pdctl.adapters import Ability, control
 from pdctl.control_api import MeasuredProcess
 from pdctl.host.devices.gpu import gpu_use
 from pdctl.supervisor.process.usage import CpuShares, Use, read_uses
@@ -43,7 +44,7 @@ class MeasurementReader:
             running=state.running if state else None,
             waiting=state.waiting if state else None,
             kv_used=_kv_used(state) if state else None,
-            leases=len(state.leases) if state else None,
+            leases=len(state.leases) if state and Ability.REVOKE in control(unit.spec.kind).abilities else None,
             tokens_per_s=self._rate(unit, state.tokens_total) if state else None,
         )
 

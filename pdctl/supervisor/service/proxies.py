@@ -125,6 +125,7 @@ class Proxies:
             otlp_endpoint=proxy.otlp_endpoint,
             draining=sorted(self.draining),
             # Running answers may finish during most of the time before the next signal.
+            lease_s=plan.lease_s,
             drain_s=min(plan.supervision.drain_s, plan.supervision.grace_s * 0.9),
         )
 

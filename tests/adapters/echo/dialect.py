@@ -31,6 +31,7 @@ class EchoDialect:
     own_envelopes = False
     resumes_at_text = False
     deterministic = True
+    verifies_leases = True
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields."""

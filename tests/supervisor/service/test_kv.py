@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import msgspec
+import pytest
 
+from pdctl.adapters import NoControl
 from pdctl.supervisor.service.kv import _CALL_TRIES, KvWatch, Member
 
 Said = list[tuple[str, str]]
@@ -78,8 +80,9 @@ def test_leases_that_cannot_be_released_are_reported() -> None:
     assert "they will expire" in message
 
 
-def test_a_kind_without_the_abilities_is_not_called() -> None:
+def test_a_kind_without_the_abilities_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     front = Front()
+    monkeypatch.setattr("pdctl.supervisor.service.kv.control", lambda kind: NoControl())
 
     async def everything(watch: KvWatch) -> None:
         await watch.tell_role("p0")
