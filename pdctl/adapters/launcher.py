@@ -83,7 +83,8 @@ class Launcher(Protocol):
     addition to those of every kind. `packages`: Python modules that engines import from pdctl's own environment;
     `distributions`: packages of which one must be installed in the environment of the group's `python`. `connectors`:
     the values of `connector`, the default first. `phases`: (regular expression for a line of the log, phase of the
-    start that begins with it). `failures`: tried in order.
+    start that begins with it). `failures`: tried in order. `leaves_shared_memory`: a killed engine leaves named shared
+    memory, which the supervisor removes.
     """
 
     device: Device
@@ -93,6 +94,7 @@ class Launcher(Protocol):
     connectors: tuple[str, ...]
     phases: tuple[tuple[str, str], ...]
     failures: tuple[KnownFailure, ...]
+    leaves_shared_memory: bool
 
     def requirement(self, device: Device) -> str:
         """The pip requirement that provides the engine, for a hint."""
@@ -124,6 +126,7 @@ class BaseLauncher:
     connectors: tuple[str, ...] = ()
     phases: tuple[tuple[str, str], ...] = ()
     failures: tuple[KnownFailure, ...] = ()
+    leaves_shared_memory = False
 
     def requirement(self, device: Device) -> str:
         """See Launcher.requirement."""

@@ -45,6 +45,7 @@ class VllmLauncher(BaseLauncher):
     connectors = tuple(CONNECTORS)
     phases = PHASES
     failures = FAILURES
+    leaves_shared_memory = True
 
     def requirement(self, device: Device) -> str:
         """See Launcher.requirement."""

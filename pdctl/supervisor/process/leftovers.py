@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pdctl.errors import PdctlError
 from pdctl.host.processes.stamps import stamps
+from pdctl.supervisor.process.shared_memory import mapped, remove_unused
 from pdctl.supervisor.process.tree import SweptTree, kill_tree
 from pdctl.supervisor.rundir.adoption import AdoptableState
 from pdctl.supervisor.rundir.journal import Journal
@@ -19,7 +20,10 @@ async def clear_leftovers(stamp: str, adoptable: AdoptableState | None, journal:
     known = {f"{stamp}:{record.spec.name}" for record in adoptable.processes} if adoptable else set()
     for stray in [found for found in stamps(f"{stamp}:") if found not in known]:
         tree = SweptTree(stray)
-        journal.say("pdctl", f"killing the processes {tree.pids()} of an earlier start")
+        pids = tree.pids()
+        journal.say("pdctl", f"killing the processes {pids} of an earlier start")
+        shared_memory = mapped(pids)
         if left := await kill_tree(tree, set(), _CLEAR_S):
             hint = "they are stuck in the kernel (state D); wait, or reboot"
             raise PdctlError(f"the processes {left} of an earlier start do not end", hint)
+        remove_unused(shared_memory)

@@ -11,6 +11,7 @@ from pdctl.supervisor.rundir.adoption import Record
 from pdctl.supervisor.service.kv import Member
 from pdctl.supervisor.unit.lifecycle import ENDED, LIVE, Goal, Kind, LifecycleEvent, Phase
 from pdctl.supervisor.unit.unit import Unit, UnitContext
+from pdctl.supervisor.unit.views import record_of
 
 _ANSWERING = frozenset({Phase.READY, Phase.DRAINING, Phase.DRAINED})
 _DRAINED = frozenset({Phase.DRAINING, Phase.DRAINED})
@@ -129,7 +130,7 @@ class Fleet:
 
     def records(self) -> list[Record]:
         """The records that a later supervisor needs."""
-        return [record for unit in self if (record := unit.record()) is not None]
+        return [record for unit in self if (record := record_of(unit)) is not None]
 
     def specs(self) -> tuple[ProcessSpec, ...]:
         """The current spec of every unit."""

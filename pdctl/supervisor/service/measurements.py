@@ -11,6 +11,7 @@ from pdctl.control_api import MeasuredProcess
 from pdctl.host.devices.gpu import gpu_use
 from pdctl.supervisor.process.usage import CpuShares, Use, read_uses
 from pdctl.supervisor.unit.unit import Unit
+from pdctl.supervisor.unit.views import status_of
 from pdctl.wire import EngineState
 
 
@@ -37,7 +38,7 @@ class MeasurementReader:
     ) -> MeasuredProcess:
         state = answer if isinstance(answer, EngineState) else None
         return MeasuredProcess(
-            **asdict(unit.status()),
+            **asdict(status_of(unit)),
             rss_bytes=use.rss if use else None,
             cpu_percent=self._cpu.percent(unit.pid, use, unit.started_at) if use and unit.pid is not None else None,
             gpu_memory_bytes=_gpu_memory(unit, use, memory),

@@ -16,6 +16,7 @@ from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch, shown_links
 from pdctl.supervisor.service.measurements import MeasurementReader
 from pdctl.supervisor.service.state import ServiceState
+from pdctl.supervisor.unit.views import status_of
 
 # An attached engine that does not answer within this time is shown as not answering, seconds.
 _ASK_S = 1.0
@@ -50,7 +51,7 @@ class StatusReader:
             source=plan.source,
             trees=self._trees,
             apply=progress.status() if progress else None,
-            processes=tuple(unit.status() for unit in self._fleet),
+            processes=tuple(status_of(unit) for unit in self._fleet),
             attached=tuple(self._attached.status(attached) for attached in plan.attached),
             links=shown_links(self._kv.links),
         )

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import msgspec
 
-from pdctl.control_api import LastExit, ProcessStatus
+from pdctl.control_api import LastExit
 from pdctl.host.boot import new_epoch
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process import logs
 from pdctl.supervisor.process.probes import Cadence
+from pdctl.supervisor.process.shared_memory import remove_unused
 from pdctl.supervisor.process.spawn import Start, spawn
 from pdctl.supervisor.process.startup import NO_WORDS, LastWords, last_words
 from pdctl.supervisor.process.tree import Tree, Trees, kill_quietly
-from pdctl.supervisor.rundir.adoption import Record, from_shell, recorded_exit, recorded_pid, start_ticks
+from pdctl.supervisor.rundir.adoption import Record, from_shell, recorded_exit, recorded_pid
 from pdctl.supervisor.rundir.journal import Journal, now_text
 from pdctl.supervisor.unit.clearing import Baseline, Remains, baseline_of, clear, in_the_way
 from pdctl.supervisor.unit.exits import Ended, KernelLog, report, told_of
@@ -83,7 +84,8 @@ class UnitContext:
 class Unit:
     """Takes events; spawns, probes, signals and reports the process.
 
-    `blocked`: what delays the next start; `reports`: exit reports still being written.
+    `blocked`: what delays the next start; `reports`: exit reports still being written; `exit_file`: where the exit code
+    of a process that may outlive the supervisor is written.
     """
 
     spec: ProcessSpec
@@ -102,12 +104,12 @@ class Unit:
     reports: int = 0
     tree: Tree | None = None
     baseline: Baseline = field(default_factory=dict)
-    _record: Path | None = None
+    exit_file: Path | None = None
     _leader: int | None = None
     _log_inode: int = 0
     _by_us: str = ""
     _words: LastWords = NO_WORDS
-    _watch: Watch | None = None
+    watch: Watch | None = None
     _moved: asyncio.Event = field(default_factory=asyncio.Event)
     _timers: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
@@ -124,8 +126,8 @@ class Unit:
     @property
     def leader(self) -> int | None:
         """The pid of the command itself. If it may outlive the supervisor, `pid` is the shell that waits for it."""
-        if self._record is not None and self._leader is None:
-            self._leader = recorded_pid(self._record)
+        if self.exit_file is not None and self._leader is None:
+            self._leader = recorded_pid(self.exit_file)
         return self._leader or self.pid
 
     def feed(self, event: LifecycleEvent) -> None:
@@ -143,50 +145,6 @@ class Unit:
         while self.life.phase not in phases:
             self._moved.clear()
             await self._moved.wait()
-
-    def status(self) -> ProcessStatus:
-        """The process as in `pdctl status --json`, without the measurements."""
-        watch = self._watch if self.life.phase is Phase.STARTING else None
-        return ProcessStatus(
-            name=self.name,
-            kind=self.spec.kind,
-            role=self.spec.role,
-            group=self.spec.group,
-            state=self.life.phase.value,
-            reason=self.blocked or self.life.reason,
-            pid=self.leader if self.alive else None,
-            restarts=self.life.restarts,
-            last_exit=self.last_exit,
-            device=self.spec.device,
-            cpus=self.spec.cpus,
-            gpus=self.spec.gpus,
-            rdma=self.spec.rdma,
-            ports=self.spec.ports,
-            ready_since=self.ready_since,
-            epoch=self.epoch,
-            adopted=self.adopted,
-            log=str(self.log_path),
-            phase=watch.phase if watch else "",
-            phase_s=round(time.monotonic() - watch.since, 1) if watch and watch.phase else None,
-        )
-
-    def record(self) -> Record | None:
-        """What a later supervisor needs to recognise the process."""
-        if not self.alive or self.pid is None:
-            return None
-        return Record(
-            spec=self.spec,
-            pid=self.pid,
-            start_ticks=start_ticks(self.pid),
-            epoch=self.epoch,
-            starts=self.life.starts,
-            phase=self.life.phase.value,
-            record=str(self._record or ""),
-            group=str(self.tree.join.parent) if self.tree is not None and self.tree.join is not None else "",
-            started_at=self.started_at,
-            ready_since=self.ready_since,
-            last_exit=self.last_exit,
-        )
 
     # -- actions -------------------------------------------------------------------------------------------
 
@@ -222,12 +180,12 @@ class Unit:
         self.baseline = self.baseline or baseline_of(self.spec)
         self.tree = self.around.trees.of(self.name)
         exits = self.around.run_dir / "exits"
-        self._record = exits / f"{self.name}.{self.epoch}" if self.around.policy.survives else None
+        self.exit_file = exits / f"{self.name}.{self.epoch}" if self.around.policy.survives else None
         try:
-            if self._record is not None:
+            if self.exit_file is not None:
                 exits.mkdir(exist_ok=True)
             start = Start(
-                self.spec, self.around.env, self.stamp, self.epoch, self.listen_fd, self.tree.join, self._record
+                self.spec, self.around.env, self.stamp, self.epoch, self.listen_fd, self.tree.join, self.exit_file
             )
             log = self._open_log()
             try:
@@ -257,7 +215,7 @@ class Unit:
         self.life = Life(Phase.STARTING, record.starts)
         self.spec = record.spec
         self.epoch, self.adopted, self.last_exit = record.epoch, True, record.last_exit
-        self._record = Path(record.record) if record.record else None
+        self.exit_file = Path(record.record) if record.record else None
         self.tree = self.around.trees.adopted(self.name, record.group)
         self.ready_since = record.ready_since
         self._is_alive(record.pid, record.started_at)
@@ -267,8 +225,9 @@ class Unit:
     def _is_alive(self, pid: int, at: float) -> None:
         self.pid, self.alive, self.started_at, self._leader = pid, True, at, None
         self._notice_exit(pid)
-        self._watch = Watch(self.spec, self.log_path, self.around.secret, self.around.journal, self.feed)
-        self._arm("probe", self._watch.run(lambda: self.around.policy.cadence))
+        assert self.tree is not None
+        self.watch = Watch(self.spec, self.log_path, self.around.secret, self.around.journal, self.tree, self.feed)
+        self._arm("probe", self.watch.run(lambda: self.around.policy.cadence))
 
     def _notice_exit(self, pid: int) -> None:
         """Detect the exit immediately, by pidfd."""
@@ -301,8 +260,8 @@ class Unit:
         with contextlib.suppress(ChildProcessError):
             _, status, usage = os.wait4(pid, 0)
         code = None if status is None else os.waitstatus_to_exitcode(status)
-        if self._record is not None:
-            code = recorded_exit(self._record) if code is None else (code if code < 0 else from_shell(code))
+        if self.exit_file is not None:
+            code = recorded_exit(self.exit_file) if code is None else (code if code < 0 else from_shell(code))
         exit_ = Exit(None, None) if code is None else Exit(None, -code) if code < 0 else Exit(code, None)
         expected = self.life.phase is Phase.STOPPING
         dumped = status is not None and os.WIFSIGNALED(status) and os.WCOREDUMP(status)
@@ -314,9 +273,9 @@ class Unit:
     async def _clear_up(self, ended: Ended, told: asyncio.Task[None]) -> None:
         """Report the exit, and clear what is left before a replacement starts."""
         self._cancel_timers()
-        if self._record is not None:
-            self._record.with_name(f"{self._record.name}.pid").unlink(missing_ok=True)
-            self._record.unlink(missing_ok=True)
+        if self.exit_file is not None:
+            self.exit_file.with_name(f"{self.exit_file.name}.pid").unlink(missing_ok=True)
+            self.exit_file.unlink(missing_ok=True)
         exited = LifecycleEvent(
             Kind.EXITED, time.monotonic(), exit=ended.exit, detail=ended.words, incurable=self._words.incurable
         )
@@ -326,6 +285,10 @@ class Unit:
         await asyncio.wait({told}, timeout=_TELL_S)
         remains = Remains(self.spec, self.tree, self.baseline, self.around.our_pids)
         await clear(remains, self._is_blocked)
+        assert self.watch is not None
+        if removed := remove_unused(self.watch.shared_memory):
+            message = f"removed shared memory that it left: {', '.join(removed)}"
+            self.around.journal.say(self.name, message, "shared_memory")
         self.pid = self._leader = None
         group = self.tree.join.parent if self.tree.join is not None else None
         inode = self._log_inode
@@ -362,7 +325,7 @@ class Unit:
         """Kill the whole tree now, in one pass; clearing up waits for the rest."""
         if self.alive:
             self._by_us = f"pdctl, with SIGKILL ({self.life.reason or self.life.phase.value})"
-            if self.pid is not None and self._record is None:
+            if self.pid is not None and self.exit_file is None:
                 kill_quietly(self.pid, signal.SIGKILL)
             assert self.tree is not None
             self.tree.kill()

