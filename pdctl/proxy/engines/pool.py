@@ -59,7 +59,8 @@ class Ticket:
 class Engine:
     """One engine. Prompts are measured in request bytes, decode work in streams.
 
-    `heard_at`: time of its last token; `answered_at`: when the last answered probe was sent.
+    `heard_at`: time of its last token; `answered_at`: when the last answered probe was sent; `stalls`: how often it
+    counted as stuck without having died. Then it is slow, and cutting its calls only adds load: the limit doubles.
     """
 
     address: EngineAddress
@@ -82,6 +83,7 @@ class Engine:
     answered_at: float = 0.0
     gap_s: float = 0.0
     misses: int = 0
+    stalls: int = 0
     lives: int = 0
     crowd: tuple[float, int] = (0.0, 0)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -115,11 +117,13 @@ class Engine:
 
     def paced(self, gap_s: float) -> None:
         """Record a stream's mean gap between tokens."""
+        self.stalls = max(0, self.stalls - 1)
         self.gap_s += 0.1 * (gap_s - self.gap_s)
 
     def renewed(self) -> None:
         """The process was restarted, or is back after being lost: reset its speed and failures."""
         self.lives += 1
+        self.stalls = 0
         self.breaker.reset()
         self.prefill_s.clear()
         self.token_s.clear()
@@ -144,7 +148,7 @@ class Engine:
 
     def stuck_s(self, now: float) -> float | None:
         """Seconds without a token on any of its streams, if that is too long; else None."""
-        limit = min(max(_STALL_S[0], _STALL_GAPS * self.gap_s), _STALL_S[1])
+        limit = min(max(_STALL_S[0], _STALL_GAPS * self.gap_s) * 2 ** min(self.stalls, 8), _STALL_S[1])
         since = [ticket.exchange.waiting_since for ticket in self.tickets if ticket.streaming]
         waiting = [at for at in since if at]
         if not waiting:
@@ -346,6 +350,7 @@ class EnginePool:
                 silent = engine.stuck_s(now)
                 if silent is not None:
                     _log.warning("%s produced no token on any stream for %.1f s", engine.name, silent)
+                    engine.stalls += 1
                     engine.breaker.failed(now, sure=True)
                     engine.cut(f"{engine.name} produced no token for {silent:.1f} s")
 

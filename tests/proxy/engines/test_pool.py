@@ -419,6 +419,27 @@ def test_an_engine_is_stuck_after_many_of_its_own_gaps_within_bounds(
     assert engine.stuck_s(began + 1000.0) is None, "a prefill has a patience of its own"
 
 
+def test_an_engine_that_is_only_slow_gets_more_time_after_each_stall() -> None:
+    """On a machine with far too much load, cutting every stream after five seconds would end in errors for clients."""
+    [engine] = idle(at("d0", "decode")).engines
+    ticket = Ticket(engine.client.exchange("POST", "/"), 600.0, streaming=True)
+    began = ticket.exchange._opened_at = engine.heard_at = time.monotonic()
+    engine.tickets.add(ticket)
+
+    def limit() -> float:
+        return next(seconds for seconds in range(1, 100) if engine.stuck_s(began + seconds + 0.01))
+
+    found = []
+    for _ in range(5):
+        found.append(limit())
+        engine.stalls += 1
+    assert found == [5, 10, 20, 40, 60]
+    engine.paced(0.01)
+    assert engine.stalls == 4, "each stream that goes well counts"
+    engine.renewed()
+    assert limit() == 5, "a new process begins anew"
+
+
 def test_a_peer_is_lost_after_three_losses_and_for_longer_each_time() -> None:
     pool = idle(at("p0", "prefill"), at("d0", "decode", slot=1))
     engine, now = pool.by_name["d0"], time.monotonic()

@@ -53,7 +53,8 @@ def test_several_phases_at_once_are_the_last(tmp_path: Path) -> None:
          True),
         ("(EngineCore pid=7) ERROR 11-28 [core.py:1510] ValueError: To serve at least one request with the model's max "
          "seq len (40960), (4.38 GiB KV cache is needed, which is larger than the available KV cache memory (1.0 GiB).",
-         "max_model_len does not fit: one request of that length needs 4.38 GiB of KV cache, 1.0 GiB are available", True),
+         "max_model_len does not fit: one request of that length needs 4.38 GiB of KV cache, 1.0 GiB are available",
+         True),
         ("OSError: [Errno 98] Address already in use", "a port is in use by another process", False),
         ("zmq.error.ZMQError: Address already in use (addr='tcp://127.0.0.1:5600')",
          "port 5600 is in use by another process", False),
