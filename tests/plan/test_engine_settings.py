@@ -152,6 +152,7 @@ def test_vllm_on_cpus() -> None:
         ("open = true", "", machine(), "open", "open has no effect on engines of kind 'vllm'"),
         ('args = ["--port=1"]', "", machine(), "args", "--port is set by pdctl"),
         ('args = ["--kv-transfer-config", "{}"]', "", machine(), "args", "--kv-transfer-config is set by pdctl"),
+        ('env = { VLLM_NIXL_SIDE_CHANNEL_PORT = "5600" }', "", machine(), "env", "VLLM_NIXL_SIDE_CHANNEL_PORT is set by"),
         ('connector = "smoke"', "", machine(), "connector", "must be one of: nixl, mooncake"),
         ('connector = "mooncake"', "", machine(), "role", "no other engine can exchange KV with 'prefill'"),
         ("gpus = [0, 1]", "", machine(), "gpus", "2 gpus for 1 replicas"),

@@ -18,6 +18,13 @@ _OURS = (
     "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp", "--dtype",
     "--uds",
 )  # fmt: skip
+# Variables that pdctl sets: ports, which must differ between engines, and what follows from other keys.
+_OUR_VARIABLES = frozenset(
+    {
+        "VLLM_API_KEY", "VLLM_PORT", "VLLM_HOST_IP", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE",
+        "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER",
+    }
+) | {name for found in CONNECTORS.values() for name in (found.port_variable, found.host_variable) if name}  # fmt: skip
 # Keys of a group that become options only if the file sets them: vLLM's own defaults depend on the device.
 _OPTIONS = {
     "max_num_seqs": "--max-num-seqs",
@@ -122,6 +129,10 @@ def _argument_faults(group: EngineGroup) -> Iterator[Fault]:
         option = argument.partition("=")[0]
         if option in _OURS:
             yield Fault("args", f"{option} is set by pdctl", "remove it; the topology's keys and the plan decide it")
+    for name, _ in group.env:
+        if name in _OUR_VARIABLES:
+            message = f"{name} is set by pdctl: two engines with one value would disturb each other"
+            yield Fault("env", message, "remove it; pdctl plan shows the ports that it chooses")
     if group.device is Device.CPU and "gpu_memory_utilization" in group.given:
         yield Fault("gpu_memory_utilization", "gpu_memory_utilization has no effect on the CPU", "set kv_cache_gb")
 

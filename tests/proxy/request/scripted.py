@@ -194,6 +194,7 @@ async def relay(
     kind: str = "builtin",
     sink: Gathering | None = None,
     left: Iterable[Scripted] = (),
+    lease_s: float = 30.0,
 ) -> Outcome:
     """Relay one leg over these engines. Returns when every clean-up call has arrived. `left`: see Scripted."""
     servers = [await asyncio.start_server(engine.serve, "127.0.0.1", 0) for engine in engines]
@@ -204,6 +205,7 @@ async def relay(
     pool = EnginePool.of(addresses)
     shared = Shared(pool, POLICIES["round_robin"], Metrics("m", 1.0, 1.0), Releases(), Quarantine(), 1.0, 1.0)
     shared.failover = policy
+    shared.lease_s = lease_s
     background: list[asyncio.Task[object]] = [
         asyncio.ensure_future(pool.watch_forever()), asyncio.ensure_future(shared.releases.run_forever()),
     ]  # fmt: skip

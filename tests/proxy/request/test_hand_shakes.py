@@ -43,11 +43,15 @@ class Owned(BuiltinDialect):
     hand_shake = HandShake.OWNED
 
 
+class Unfenced(BuiltinDialect):
+    verifies_leases = False
+
+
 @pytest.fixture(autouse=True)
 def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add two kinds of engines."""
+    """Add three kinds of engines."""
     packages = {**adapters._REGISTRY}
-    for name, dialect in (("concurrent", Concurrent()), ("owned", Owned())):
+    for name, dialect in (("concurrent", Concurrent()), ("owned", Owned()), ("unfenced", Unfenced())):
         packages[name] = f"_{name}_engines"
         module = ModuleType(f"{packages[name]}.dialect")
         monkeypatch.setattr(module, "DIALECT", dialect, raising=False)
@@ -278,3 +282,37 @@ def test_a_client_that_leaves_before_the_hand_over_leaves_no_kv(kind: str) -> No
     prefill, decode = asyncio.run(main())
     assert prefill.bodies_at(RELEASE) == [{**LEASE, "holder": "proxy"}]
     assert not decode.generations
+
+
+class TestEnginesThatVerifyNoLeases:
+    """They decode whatever is in the blocks when they read them: the proxy discards what begins too late."""
+
+    def test_an_answer_that_begins_in_time_is_the_answer(self) -> None:
+        prefill, decode = pair([held(65)], [stream([66, 67])])
+        outcome = asyncio.run(relay(prefill, decode, max_tokens=3, kind="unfenced"))
+        assert tokens(outcome) == "ABC"
+
+    def test_an_answer_that_begins_late_is_computed_again(self) -> None:
+        async def main() -> Outcome:
+            late = asyncio.Event()
+            # The engine reads the KV of a lease of 0.3 s after 0.6 s.
+            asyncio.get_running_loop().call_later(0.6, late.set)
+            prefill, decode = pair([held(65), held(66)], [after(late, stream([88, 88])), stream([67])])
+            return await relay(prefill, decode, max_tokens=3, kind="unfenced", lease_s=0.3)
+
+        outcome = asyncio.run(main())
+        assert tokens(outcome) == "ABC", "nothing of the late answer reached the client"
+        assert outcome.leg.failures == 1
+
+    def test_a_prefill_longer_than_the_lease_is_computed_by_one_engine_alone(self) -> None:
+        prefill, decode = pair([held(65), held(66), stream([67])], [])
+        outcome = asyncio.run(relay(prefill, decode, max_tokens=3, kind="unfenced", lease_s=0.0))
+        assert tokens(outcome) == "ABC"
+        assert decode.generations == [], "it never got KV that may be gone"
+
+    def test_a_short_answer_is_streamed_to_know_when_it_began(self) -> None:
+        prefill, decode = pair([held(65)], [stream([66, 67])])
+        sink = Gathering(takes_whole=True)
+        outcome = asyncio.run(relay(prefill, decode, max_tokens=3, kind="unfenced", sink=sink))
+        assert tokens(outcome) == "ABC"
+        assert decode.generations[0]["stream"] is True
