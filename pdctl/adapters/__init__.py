@@ -30,15 +30,25 @@ from pdctl.adapters.dialect import (
     stream_fields,
     without,
 )
-from pdctl.adapters.launcher import Assignment, BaseLauncher, Fault, KnownFailure, Launch, Launcher, Package
+from pdctl.adapters.launcher import (
+    Assignment,
+    BaseLauncher,
+    Fault,
+    Installed,
+    KnownFailure,
+    Launch,
+    Launcher,
+    Package,
+    different_installations,
+)
 from pdctl.errors import PdctlError
 from pdctl.net.openai_answers import Choice, EngineError, shown
 
 __all__ = [
     "KINDS_ENV", "Ability", "Assignment", "Attempt", "BaseLauncher", "Call", "CannotResume", "Choice", "Condition",
-    "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields", "HandShake", "KnownFailure", "Launch", "Launcher",
-    "NoControl", "Package", "Prefilled", "Progress", "RequestState", "Target", "can_launch", "control", "dialect",
-    "kinds", "launcher", "shown", "stream_fields", "without",
+    "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields", "HandShake", "Installed", "KnownFailure", "Launch",
+    "Launcher", "NoControl", "Package", "Prefilled", "Progress", "RequestState", "Target", "can_launch", "control",
+    "dialect", "different_installations", "kinds", "launcher", "shown", "stream_fields", "without",
 ]  # fmt: skip
 
 KINDS_ENV = "PDCTL_ENGINE_KINDS"

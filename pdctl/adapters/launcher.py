@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -68,6 +68,13 @@ class KnownFailure(NamedTuple):
     incurable: bool = True
 
 
+class Installed(NamedTuple):
+    """A group of engines, and the package that its environment has; both its parts are "" if that is unknown."""
+
+    group: EngineGroup
+    package: Package
+
+
 class Fault(NamedTuple):
     """A setting that cannot work. `key`: the key of [[engines]] that is wrong."""
 
@@ -111,9 +118,24 @@ class Launcher(Protocol):
         """Settings of a group that cannot work with this version, or with the rest of the topology."""
         ...
 
+    def pair_faults(self, prefill: Installed, decode: Installed) -> Iterable[Fault]:
+        """Settings of a decode group that do not fit those of a prefill group of the same kind."""
+        ...
+
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """The command line of one engine. Pure."""
         ...
+
+
+def different_installations(prefill: Installed, decode: Installed) -> Iterator[Fault]:
+    """Faults of engines that exchange KV as raw memory: other versions lay it out differently, other types differ."""
+    (ours, (_, version)), (other, (_, other_version)) = decode, prefill
+    if version and other_version and version != other_version:
+        message = f"{ours.name!r} has version {version}, but {other.name!r} has {other_version}"
+        yield Fault("python", message, "engines that exchange KV need the same version")
+    if ours.dtype != other.dtype:
+        message = f"{ours.name!r} has dtype {ours.dtype!r}, but {other.name!r} has {other.dtype!r}"
+        yield Fault("dtype", message, "engines that exchange KV need the same dtype")
 
 
 class BaseLauncher:
@@ -138,4 +160,8 @@ class BaseLauncher:
 
     def faults(self, topology: Topology, group: EngineGroup, package: Package) -> Iterable[Fault]:
         """See Launcher.faults."""
+        return ()
+
+    def pair_faults(self, prefill: Installed, decode: Installed) -> Iterable[Fault]:
+        """See Launcher.pair_faults."""
         return ()

@@ -7,12 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pdctl.adapters import launcher
+from pdctl.adapters import Installed, launcher
 from pdctl.errors import Problem
 from pdctl.host import OTLP_PACKAGES, Host
 from pdctl.host.models import UnknownModel, locate_model
 from pdctl.topology.document import Document
-from pdctl.topology.spec import Device, EngineGroup, Topology
+from pdctl.topology.spec import Device, EngineGroup, Role, Topology
 from pdctl.topology.toml_lines import Path as KeyPath
 
 
@@ -66,10 +66,19 @@ def fault_problems(document: Document, topology: Topology, host: Host) -> Iterat
     for index, group in enumerate(topology.engines):
         if group.is_attached:
             continue
-        starts = launcher(group.kind)
-        package = host.package_in(group.python or host.python, starts.distributions) or ("", "")
-        for fault in starts.faults(topology, group, package):
+        starts, found = launcher(group.kind), _installed(group, host)
+        faults = [*starts.faults(topology, group, found.package)]
+        if group.role is Role.DECODE:
+            for other in topology.engines:
+                if other.role is Role.PREFILL and other.kind == group.kind and not other.is_attached:
+                    faults += starts.pair_faults(_installed(other, host), found)
+        for fault in faults:
             yield document.problem(("engines", index, fault.key), fault.message, fault.hint)
+
+
+def _installed(group: EngineGroup, host: Host) -> Installed:
+    distributions = launcher(group.kind).distributions
+    return Installed(group, host.package_in(group.python or host.python, distributions) or ("", ""))
 
 
 def _model_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:

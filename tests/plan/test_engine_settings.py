@@ -121,7 +121,8 @@ def test_settings_become_options_only_if_they_are_given() -> None:
     assert not {"--max-num-seqs", "--block-size", "--gpu-memory-utilization"} & set(bare.argv)
     given = planned(
         vllm('max_num_seqs = 64\nblock_size = 32\ngpu_memory_utilization = 0.8\nquantization = "fp8"\n'
-             'dtype = "bfloat16"\nkv_cache_gb = 2\nargs = ["--seed", "1"]\nenv = { A = "b" }')
+             'dtype = "bfloat16"\nkv_cache_gb = 2\nargs = ["--seed", "1"]\nenv = { A = "b" }',
+             'dtype = "bfloat16"')
     )["prefill-0"]  # fmt: skip
     for name, value in {
         "--max-num-seqs": "64", "--block-size": "32", "--gpu-memory-utilization": "0.8", "--quantization": "fp8",
@@ -152,7 +153,7 @@ def test_vllm_on_cpus() -> None:
         ("open = true", "", machine(), "open", "open has no effect on engines of kind 'vllm'"),
         ('args = ["--port=1"]', "", machine(), "args", "--port is set by pdctl"),
         ('args = ["--kv-transfer-config", "{}"]', "", machine(), "args", "--kv-transfer-config is set by pdctl"),
-        ('env = { VLLM_NIXL_SIDE_CHANNEL_PORT = "5600" }', "", machine(), "env", "VLLM_NIXL_SIDE_CHANNEL_PORT is set by"),
+        ('env = { VLLM_NIXL_SIDE_CHANNEL_PORT = "5600" }', "", machine(), "env", "SIDE_CHANNEL_PORT is set by pdctl"),
         ('connector = "smoke"', "", machine(), "connector", "must be one of: nixl, mooncake"),
         ('connector = "mooncake"', "", machine(), "role", "no other engine can exchange KV with 'prefill'"),
         ("gpus = [0, 1]", "", machine(), "gpus", "2 gpus for 1 replicas"),
@@ -184,3 +185,16 @@ def test_builtin_engines_refuse_the_settings_of_others() -> None:
     [(line, key, message)] = problems(text)
     assert (line, key) == (6, "engines[0].tensor_parallel")
     assert message == "tensor_parallel has no effect on engines of kind 'builtin'"
+
+
+def test_a_pair_must_fit_together(tmp_path: Path) -> None:
+    found = problems(vllm("tensor_parallel = 2", 'tensor_parallel = 3\ndtype = "bfloat16"'), machine())
+    texts = {key.split(".")[-1]: text for _, key, text in found}
+    assert texts["tensor_parallel"] == "tensor_parallel is 3, but 2 in 'prefill'"
+    assert texts["dtype"] == "'decode' has dtype 'bfloat16', but 'prefill' has 'auto'"
+    newer = tmp_path / "python"
+    newer.write_text("")
+    newer.chmod(0o755)
+    text = vllm().replace(f'python = "{PYTHON}"', f'python = "{newer}"', 1)
+    on = replace(machine(), package_in=lambda python, names: ("vllm", "0.33.0" if python == str(newer) else "0.32.0"))
+    assert [text for _, _, text in problems(text, on)] == ["'decode' has version 0.32.0, but 'prefill' has 0.33.0"]

@@ -7,7 +7,15 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from pdctl.adapters import Assignment, BaseLauncher, Fault, Launch, Package
+from pdctl.adapters import (
+    Assignment,
+    BaseLauncher,
+    Fault,
+    Installed,
+    Launch,
+    Package,
+    different_installations,
+)
 from pdctl.adapters.vllm.connectors import CONNECTORS, transfer_config
 from pdctl.adapters.vllm.log import FAILURES, PHASES
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
@@ -75,6 +83,16 @@ class VllmLauncher(BaseLauncher):
         if group.role is not Role.HYBRID and not _peers(topology, group):
             message = f"no other engine can exchange KV with {group.name!r} by connector {_connector(group)!r}"
             yield Fault("role", message, "engines exchange KV only with engines of the same kind and connector")
+
+    def pair_faults(self, prefill: Installed, decode: Installed) -> Iterable[Fault]:
+        """See Launcher.pair_faults. The versions and types are parts of NixlConnector's compatibility hash."""
+        if _connector(prefill.group) != _connector(decode.group):
+            return
+        yield from different_installations(prefill, decode)
+        ours, other = decode.group.tensor_parallel, prefill.group.tensor_parallel
+        if max(ours, other) % min(ours, other):
+            message = f"tensor_parallel is {ours}, but {other} in {prefill.group.name!r}"
+            yield Fault("tensor_parallel", message, "one of the two must divide the other: each rank reads whole heads")
 
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """See Launcher.launch."""
