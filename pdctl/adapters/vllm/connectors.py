@@ -21,16 +21,12 @@ class Connector:
     side_channel: str = ""
     port_variable: str = ""
     host_variable: str = ""
-    port_per_tensor_rank: bool = False
     needs_equal_hashes: bool = False
 
 
 CONNECTORS = {
     "nixl": Connector(
         "NixlConnector", True, "side-channel", "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_NIXL_SIDE_CHANNEL_HOST"
-    ),
-    "mooncake": Connector(
-        "MooncakeConnector", True, "bootstrap", "VLLM_MOONCAKE_BOOTSTRAP_PORT", port_per_tensor_rank=True
     ),
     "lmcache": Connector("LMCacheConnectorV1", False, needs_equal_hashes=True),
     "mooncake-store": Connector("MooncakeStoreConnector", False, needs_equal_hashes=True),

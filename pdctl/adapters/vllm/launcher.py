@@ -69,8 +69,7 @@ class VllmLauncher(BaseLauncher):
     def ports(self, group: EngineGroup) -> tuple[str, ...]:
         """See Launcher.ports. Each data-parallel rank has a side channel; the internal ports join the ranks."""
         connector = CONNECTORS[group.connector or self.connectors[0]]
-        ranks = group.data_parallel * (group.tensor_parallel if connector.port_per_tensor_rank else 1)
-        sides = _run(connector.side_channel, ranks) if connector.side_channel else ()
+        sides = _run(connector.side_channel, group.data_parallel) if connector.side_channel else ()
         return (*sides, *_run("internal", 4)) if group.gpus_per_replica > 1 else sides
 
     def faults(self, topology: Topology, group: EngineGroup, package: Package) -> Iterable[Fault]:
