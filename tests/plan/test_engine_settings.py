@@ -94,16 +94,11 @@ def test_every_rank_has_a_side_channel() -> None:
     assert spec.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == str(first)
     assert spec.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == spec.host
     assert spec.env["VLLM_PORT"] == str(spec.ports["internal"])
-    mooncake = planned(
-        vllm('connector = "mooncake"\ntensor_parallel = 2', 'connector = "mooncake"\ntensor_parallel = 2')
-    )
-    assert {"bootstrap", "bootstrap-1"} < set(mooncake["decode-0"].ports)
-    assert mooncake["decode-0"].env["VLLM_MOONCAKE_BOOTSTRAP_PORT"] == str(mooncake["decode-0"].ports["bootstrap"])
 
 
 @pytest.mark.parametrize(
     ("connector", "name"),
-    [("nixl", "NixlConnector"), ("mooncake", "MooncakeConnector"), ("nixl+lmcache", "MultiConnector")],
+    [("nixl", "NixlConnector"), ("nixl+lmcache", "MultiConnector")],
 )
 def test_the_connector_is_configured_by_role(connector: str, name: str) -> None:
     found = planned(vllm(f'connector = "{connector}"', f'connector = "{connector}"', lease_s=12.7))
@@ -154,8 +149,8 @@ def test_vllm_on_cpus() -> None:
         ('args = ["--port=1"]', "", machine(), "args", "--port is set by pdctl"),
         ('args = ["--kv-transfer-config", "{}"]', "", machine(), "args", "--kv-transfer-config is set by pdctl"),
         ('env = { VLLM_NIXL_SIDE_CHANNEL_PORT = "5600" }', "", machine(), "env", "SIDE_CHANNEL_PORT is set by pdctl"),
-        ('connector = "smoke"', "", machine(), "connector", "must be one of: nixl, mooncake"),
-        ('connector = "mooncake"', "", machine(), "role", "no other engine can exchange KV with 'prefill'"),
+        ('connector = "smoke"', "", machine(), "connector", "must be one of: nixl, lmcache"),
+        ('connector = "lmcache"', "", machine(), "role", "no other engine can exchange KV with 'prefill'"),
         ("gpus = [0, 1]", "", machine(), "gpus", "2 gpus for 1 replicas"),
         ("gpus = [0, 1, 2]\ntensor_parallel = 2", "", machine(), "gpus", "3 gpus for 1 replicas of 2 GPUs"),
         ("gpus = [0]", "gpus = [0]", machine(), "gpus", "GPU 0 is assigned to both prefill-0 and decode-0"),
