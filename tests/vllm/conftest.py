@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.service import Service, free_port, running, temporary_run
+from pdctl.supervisor.process.shared_memory import mapped
+from tests.service import Run, Service, free_port, running, temporary_run
 
 PYTHON = os.environ.get("PDCTL_VLLM_PYTHON", "")
 LEASE_S = 12
@@ -57,20 +59,28 @@ grace_s = 20
 """
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def shared_memory(run: Run) -> set[str]:
+    """Files of shared memory that the processes of a run map now."""
+    return mapped(process.pid for process in run.processes())
+
+
+def left_of(paths: set[str]) -> list[str]:
+    """Those of these files that still exist."""
+    return sorted(path for path in paths if Path(path).exists())
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Service]:
     """One prefill and one decode engine. Nothing may be left of them, not even shared memory."""
-    before = shared_memory()
-    with temporary_run() as run, running(run, topology(1, 1)) as found:
-        yield found
-    assert shared_memory() <= before
+    with temporary_run() as run:
+        with running(run, topology(1, 1)) as found:
+            yield found
+            used = shared_memory(run)
+        assert used
+        assert not left_of(used)
 
 
-class Direct:
+class Direct(AbstractContextManager["Direct"]):
     """One vLLM engine of a service, called without the proxy: the single vLLM with which answers are compared."""
 
     def __init__(self, service: Service, name: str) -> None:
@@ -78,6 +88,9 @@ class Direct:
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False, headers=service.internal
         )
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
 
     def complete(self, prompt: str, **options: object) -> list[int]:
         body = {"model": "m", "prompt": prompt, "temperature": 0, "return_token_ids": True, **options}
