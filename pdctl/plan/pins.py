@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pdctl.adapters import launcher
 from pdctl.host import Holder, Host
 from pdctl.host.devices.pci import CLASSES
-from pdctl.topology.spec import EngineGroup, Topology
+from pdctl.topology.spec import Device, EngineGroup, Topology, Transfer
 from pdctl.transports import TRANSPORTS
 
 # Marks a reason as "other processes use this GPU"; `plan` and `up` turn it into a warning.
@@ -26,9 +27,10 @@ class Pins:
 def pins_of(topology: Topology, host: Host, group: EngineGroup, name: str, gpus: tuple[str, ...], run_dir: str) -> Pins:
     """The pins of one engine."""
     first = gpus[0] if gpus else None
-    pci = next((gpu.pci for gpu in host.gpus if gpu.uuid == first), "")
+    places = {gpu.uuid: gpu.pci for gpu in host.gpus}
+    pci = places.get(first or "", "")
     cpus, why_cpus = _cpus(host, group, name, pci)
-    rdma, why_rdma = _rdma(topology, host, pci)
+    rdma, why_rdma = _rdma(topology, host, group, [places.get(uuid, "") for uuid in gpus] or [""])
     why = {"cpus": why_cpus, "rdma": why_rdma}
     if first is not None:
         why["gpus"] = _why_gpu(host, group, first, pci, run_dir)
@@ -68,20 +70,39 @@ def _share(group: EngineGroup, name: str) -> tuple[int, ...]:
     return group.cpus[index * share : (index + 1) * share] if share and not rest else group.cpus
 
 
-def _rdma(topology: Topology, host: Host, pci: str) -> tuple[tuple[str, ...], str]:
-    transfer = topology.transfer
+def uses_rdma(group: EngineGroup, transfer: Transfer) -> bool:
+    """Whether an engine may move KV by RDMA. Engines with connectors of their own do so from GPUs."""
+    if transfer.protocol == "tcp":
+        return False
+    if not group.is_attached and launcher(group.kind).connectors:
+        return group.device is Device.CUDA
     chosen = TRANSPORTS.get(transfer.backend)
-    if chosen is None or not chosen.crosses_hosts or transfer.protocol == "tcp":
+    return chosen is not None and chosen.crosses_hosts
+
+
+def _rdma(topology: Topology, host: Host, group: EngineGroup, places: list[str]) -> tuple[tuple[str, ...], str]:
+    """The nearest active device of each GPU, of which `places` has the PCI addresses."""
+    if not uses_rdma(group, topology.transfer):
         return (), ""
-    if transfer.devices:
-        return transfer.devices, "named in the topology"
+    if topology.transfer.devices:
+        return topology.transfer.devices, "named in the topology"
     active = [device.name for device in host.rdma if device.is_active]
-    known = {name: host.layout.classes.get((pci, name), "?") for name in active}
-    near = [name for name in active if known[name] in CLASSES]
     by = f" (available through {host.rdma_by})" if host.rdma_by else ""
-    if not near:
-        if by and active:
-            return tuple(active), f"all{by}"
-        return (), "left to the transport: no GPU, or no active device with a known location" if active else ""
-    best = min(near, key=lambda name: CLASSES.index(known[name]))
-    return (best,), f"{known[best]} from its GPU; " + ", ".join(f"{name} {known[name]}" for name in active) + by
+    chosen: dict[str, str] = {}
+    for pci in places:
+        known = {name: host.layout.classes.get((pci, name), "?") for name in active}
+        near = [name for name in active if known[name] in CLASSES]
+        if not near:
+            if by and active:
+                return tuple(active), f"all{by}"
+            return (), "left to the transport: no GPU, or no active device with a known location" if active else ""
+        best = min(near, key=lambda name: CLASSES.index(known[name]))
+        chosen.setdefault(
+            best, f"{known[best]} from its GPU; " + ", ".join(f"{name} {known[name]}" for name in active) + by
+        )
+    return tuple(chosen), "; ".join(chosen.values()) if len(chosen) == 1 else _short(chosen) + by
+
+
+def _short(chosen: dict[str, str]) -> str:
+    """The reasons for several devices, each up to its first semicolon."""
+    return ", ".join(f"{name} {why.partition(';')[0]}" for name, why in chosen.items())

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from pdctl.adapters import launcher
 from pdctl.errors import PdctlError, Problem
 from pdctl.topology.document import Document
-from pdctl.topology.spec import Device, Proxy, Role, Topology, Transfer
+from pdctl.topology.spec import Device, Proxy, Role, Topology
 from pdctl.transports import TRANSPORTS
 from pdctl.user_files import read_api_keys, tls_problem
 
@@ -28,7 +29,7 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
         if group.gpus and group.device is Device.CPU:
             yield document.problem(("engines", index, "gpus"), "gpus is set on a CPU engine", 'set device = "cuda"')
     yield from _restart_problems(document, topology)
-    yield from _transfer_problems(document, topology.transfer)
+    yield from _transfer_problems(document, topology)
     roles = {group.role for group in topology.engines}
     yield from _proxy_problems(document, topology.proxy)
     if len({group.device for group in topology.engines if not group.is_attached}) > 1 and roles != {Role.HYBRID}:
@@ -83,10 +84,12 @@ def _file_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
             yield document.problem(("proxy", key), reason, "both must be PEM files, the key without a password")
 
 
-def _transfer_problems(document: Document, transfer: Transfer) -> Iterator[Problem]:
+def _transfer_problems(document: Document, topology: Topology) -> Iterator[Problem]:
     """Keys that would have no effect."""
+    transfer = topology.transfer
     chosen = TRANSPORTS.get(transfer.backend)
-    on_host = chosen is None or not chosen.crosses_hosts
+    by_connector = any(not group.is_attached and launcher(group.kind).connectors for group in topology.engines)
+    on_host = (chosen is None or not chosen.crosses_hosts) and not by_connector
     hint = _set_backend(name for name, info in TRANSPORTS.items() if info.crosses_hosts)
     if transfer.protocol != "auto" and on_host:
         yield document.problem(("transfer", "protocol"), f"has no effect with backend {transfer.backend!r}", hint)

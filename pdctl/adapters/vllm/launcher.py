@@ -236,6 +236,8 @@ def _env(topology: Topology, assignment: Assignment) -> dict[str, str]:
         env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(assignment.gpus)}
         if assignment.rdma:
             env["UCX_NET_DEVICES"] = ",".join(f"{name}:1" for name in assignment.rdma)
+            if topology.expect.gid_index >= 0:
+                env["UCX_IB_GID_INDEX"] = str(topology.expect.gid_index)
     return env
 
 

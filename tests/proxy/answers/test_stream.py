@@ -255,7 +255,7 @@ def test_other_tokens_than_the_client_has_are_an_error_only_where_it_sees_them()
     ({"reasoning": "hm"}, True), ({"reasoning_content": "hm"}, True), ({"content": 'he said: "reasoning":"x"'}, False),
 ])  # fmt: skip
 def test_reasoning_is_noted_wherever_it_comes(delta: dict[str, str], reasoned: bool, one_by_one: bool) -> None:
-    choices = [
+    choices: list[dict[str, object]] = [
         {"index": 0, "delta": part, "finish_reason": "stop" if last else None, "token_ids": [7]}
         for part, last in (({"content": "a"}, False), (delta, False), ({"content": "b"}, True))
     ]
