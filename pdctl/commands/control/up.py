@@ -178,7 +178,8 @@ def _show_progress(status: ServiceStatus, shown: str) -> str:
 def _where(process: ProcessStatus) -> str:
     last = process.last_exit
     again = f" (restart {process.restarts}: {last.reason})" if process.restarts and last is not None else ""
-    return f"{process.name}: {process.state}{again}"
+    phase = f", {process.phase}" if process.phase else ""
+    return f"{process.name}: {process.state}{phase}{again}"
 
 
 def _not_started(planned: Plan, code: int, told: str) -> PdctlError:
