@@ -184,7 +184,7 @@ class EventReader:
             if kept:
                 self._state.emitted.extend(map(int, kept.split(b",")))
             reads, self._reads = self._reads, []
-            self._state.reasoned = self._state.reasoned or any(map(_REASONING.search, reads))
+            self._state.reasoned = self._state.reasoned or any(map(_has_reasoning, reads))
             held, said = _held(reads)
             self._state.held = held if said else self._state.held + held
 
@@ -232,7 +232,7 @@ class EventReader:
         if delta.token_ids:
             self._arrived(len(delta.token_ids))
         self._state.emitted += delta.token_ids
-        self._state.reasoned = self._state.reasoned or _REASONING.search(payload) is not None
+        self._state.reasoned = self._state.reasoned or _has_reasoning(payload)
         self._state.held = self._state.held + len(delta.token_ids) if _is_silent(delta.choice) else 0
         new = self._not_again(delta.token_ids) if self._state.again else delta.token_ids
         self.finished = self.finished or delta.finish_reason is not None
@@ -276,6 +276,11 @@ def _held(reads: list[bytes]) -> tuple[int, bool]:
             ids = _IDS_OF.search(event)
             held += len(ids[1].split(b",")) if ids and ids[1] else 0
     return held, False
+
+
+def _has_reasoning(data: bytes) -> bool:
+    # Looking for the word first is many times as fast as the pattern.
+    return b'"reasoning' in data and _REASONING.search(data) is not None
 
 
 def _is_silent(choice: Choice) -> bool:
