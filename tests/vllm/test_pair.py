@@ -81,8 +81,10 @@ def test_a_stream_goes_on_when_its_decode_engine_is_killed(pair: Service) -> Non
     """The prefill engine computes the rest alone until decode is back, and the exit is explained."""
     [prompt] = prompts(1, seed=3)
     quiet, before = pair.stream(prompt, max_tokens=300), pair.process("decode-0")
-    used = mapped(tree_of(pair, "decode-0"))
+    tree = tree_of(pair, "decode-0")
+    used = mapped(tree)
     assert used
+    assert len(tree) > 2, "vLLM's engine core and workers are processes of their own"
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(lambda: pair.stream(prompt, max_tokens=300))
         pair.wait(lambda: pair.process("decode-0").running, what="the stream to decode")
@@ -92,6 +94,7 @@ def test_a_stream_goes_on_when_its_decode_engine_is_killed(pair: Service) -> Non
     assert after.last_exit is not None
     assert after.last_exit.signal == "SIGKILL"
     assert "SIGKILL" in pair.run.cli("why", "decode-0", "-s", "t", check=True).stdout
+    assert not set(tree) & {process.pid for process in pair.run.processes()}, "the whole tree is gone"
     assert not left_of(used), "what the killed engine left was removed"
 
 
