@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import httpx
 import psutil
 
 from pdctl.control_api import SOCKET, ControlClient, LastExit, MeasuredProcess, MeasuredStatus, ProcessStatus
+from pdctl.host.processes.stamps import stamped
 
 REPOSITORY = Path(__file__).parent.parent
 CLI = [sys.executable, "-m", "pdctl"]
@@ -66,13 +68,10 @@ class Run:
     def processes(self) -> list[psutil.Process]:
         """Every living process of this run, including the supervisor."""
         found = []
-        for process in psutil.process_iter():
-            try:
-                here = process.environ().get("PDCTL_RUN") == str(self.folder / "r")
-                if here and process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid():
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
+        for pid in stamped(f"PDCTL_RUN={self.folder / 'r'}"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if pid != os.getpid():
+                    found.append(psutil.Process(pid))
         return found
 
 

@@ -18,6 +18,7 @@ from pdctl.host.devices.gpu_health import GpuReport, read_gpu_facts
 from pdctl.host.devices.rdma import RdmaTree, read_tree
 from pdctl.host.devices.sysfs import Reader
 from pdctl.host.models import read_shape
+from pdctl.host.processes.stamps import stamped
 from pdctl.plan import Plan, make_plan
 from pdctl.topology.loader import load_file
 from pdctl.topology.spec import Device, EngineGroup, Expect, Topology
@@ -296,14 +297,4 @@ def _pools(groups: list[EngineGroup]) -> int:
 
 def our_processes(run_dir: str, proc_root: Path = Path("/proc")) -> list[int]:
     """Processes that the supervisor of this run directory started, found by the stamp in their environment."""
-    stamp = f"{UNIT_ENV}={run_dir}:".encode()
-    found = []
-    for folder in proc_root.iterdir():
-        if not folder.name.isdecimal():
-            continue
-        try:
-            if stamp in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+    return stamped(f"{UNIT_ENV}={run_dir}:", proc_root)

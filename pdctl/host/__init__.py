@@ -17,6 +17,7 @@ from pdctl.host.devices.rdma import RdmaDevice, read_rdma
 from pdctl.host.memory import read_memory
 from pdctl.host.packages import installed_package
 from pdctl.host.processes.ports import PortHolder, listening_ports
+from pdctl.host.processes.stamps import stamp_of
 from pdctl.host.users import cache_root, run_root, state_root
 from pdctl.net import LOOPBACK
 
@@ -124,10 +125,8 @@ def _holders_of(gpus: tuple[Gpu, ...], proc_root: Path) -> dict[str, tuple[Holde
 def _holder(pid: int, proc_root: Path) -> Holder:
     from pdctl.wire import UNIT_ENV  # imported here to keep the command line's imports light
 
-    folder, command, service = proc_root / str(pid), "", ""
+    folder, command = proc_root / str(pid), ""
     with contextlib.suppress(OSError):
         command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:60]
-        for entry in (folder / "environ").read_bytes().split(b"\0"):
-            if entry.startswith(f"{UNIT_ENV}=".encode()):
-                service = entry.decode(errors="replace").partition("=")[2].rpartition(":")[0]
+    service = stamp_of(pid, UNIT_ENV, proc_root).rpartition(":")[0]
     return Holder(pid, command, service)

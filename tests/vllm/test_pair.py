@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from pdctl.host.processes.stamps import stamped
 from pdctl.supervisor.process.shared_memory import mapped
 from tests.service import Service, pid_of
 from tests.vllm.conftest import LEASE_S, Direct, left_of, topology
@@ -155,7 +156,7 @@ def test_a_wrong_option_ends_in_one_sentence(pair: Service) -> None:
 
 def tree_of(service: Service, name: str) -> list[int]:
     """The pids of an engine's processes."""
-    return [p.pid for p in service.run.processes() if p.environ().get("PDCTL_UNIT", "").endswith(f":{name}")]
+    return stamped(f"PDCTL_UNIT={service.run.folder / 'r' / service.name}:{name}")
 
 
 @pytest.mark.parametrize("field", [{"logprobs": 2}, {"presence_penalty": 0.5}])

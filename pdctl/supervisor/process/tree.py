@@ -24,9 +24,11 @@ _POLL_S = 0.005
 
 
 class Tree(Protocol):
-    """One process's tree. `join`: the cgroup.procs file that a child writes itself to before exec."""
+    """One process's tree. `join`: the cgroup.procs file that a child writes itself to before exec; `session`: the
+    session of its leader, 0 before it is started."""
 
     join: Path | None
+    session: int
 
     def pids(self) -> list[int]:
         """The pids of all living members, including the leader."""
@@ -44,10 +46,11 @@ class SweptTree:
 
     def __init__(self, stamp: str) -> None:
         self._stamp = stamp
+        self.session = 0
 
     def pids(self) -> list[int]:
         """See Tree.pids."""
-        return stamped(self._stamp)
+        return stamped(self._stamp, session=self.session)
 
     def kill(self) -> None:
         """See Tree.kill."""
@@ -61,6 +64,7 @@ class CgroupTree:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.join: Path | None = folder / "cgroup.procs"
+        self.session = 0
 
     def pids(self) -> list[int]:
         """See Tree.pids. Includes sub-groups that a child created."""

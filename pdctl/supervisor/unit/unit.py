@@ -226,6 +226,7 @@ class Unit:
         self.pid, self.alive, self.started_at, self._leader = pid, True, at, None
         self._notice_exit(pid)
         assert self.tree is not None
+        self.tree.session = pid
         self.watch = Watch(self.spec, self.log_path, self.around.secret, self.around.journal, self.tree, self.feed)
         self._arm("probe", self.watch.run(lambda: self.around.policy.cadence))
 
