@@ -86,6 +86,7 @@ class HandOver(msgspec.Struct, frozen=True):
     """`kv_transfer_params` of a prefill's answer, in vLLM's shape plus lease, epoch and first token.
 
     `token_digest` identifies the tokens that the KV was computed from, so that another prompt's KV is rejected.
+    `seal`: proof that an engine of this run made it, if it travels through a router without the run's secret.
     """
 
     remote_engine_id: str
@@ -103,6 +104,7 @@ class HandOver(msgspec.Struct, frozen=True):
     first_logprobs: list[tuple[int, float]] | None = None
     do_remote_prefill: bool = True
     do_remote_decode: bool = False
+    seal: str = ""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -163,6 +165,18 @@ class AttemptCall(msgspec.Struct, frozen=True):
     """A router abandoned a prefill call: its lease ends, or is not granted if the call has not finished."""
 
     attempt: str
+
+
+class SessionCall(msgspec.Struct, frozen=True):
+    """A decode engine asks for the hand-over of a session, which it has from LMDeploy's proxy."""
+
+    session: int
+
+
+class SessionReply(msgspec.Struct, frozen=True):
+    """The session's hand-over, once; None for a session that is unknown, freed, or was asked for before."""
+
+    hand_over: HandOver | None
 
 
 class HolderReply(msgspec.Struct, frozen=True):

@@ -45,7 +45,46 @@ class Structured(msgspec.Struct, forbid_unknown_fields=True):
     json_object: bool | None = None
 
 
-class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class MigrationRequest(msgspec.Struct, frozen=True):
+    """LMDeploy's `migration_request`, sent to a decode engine: `remote_engine_id` is the prefill engine's URL."""
+
+    remote_engine_id: str
+    remote_session_id: int
+    remote_token_id: int = 0
+    remote_block_ids: list[int] = []
+    protocol: int = 0
+    is_dummy_prefill: bool = False
+
+
+class _FromRouters(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that other routers add to the requests they forward. This service's proxy takes none of them from clients.
+
+    The engine ignores those about reasoning, which it does not separate, and `session_id`; LMDeploy's other fields must
+    have a value without effect, except for the last three.
+    """
+
+    # vllm-router.
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    include_reasoning: bool | None = None
+    # LMDeploy's proxy.
+    session_id: int | None = None
+    repetition_ngram_size: int | None = None
+    repetition_ngram_threshold: int | None = None
+    min_new_tokens: int | None = None
+    enable_thinking: bool | None = None
+    return_logprob: bool | None = None
+    return_routed_experts: bool | None = None
+    media_io_kwargs: dict[str, object] | None = None
+    mm_processor_kwargs: dict[str, object] | None = None
+    input_ids: list[int] | None = None
+    image_data: msgspec.Raw = msgspec.Raw(b"null")
+    with_cache: bool | None = None
+    preserve_cache: bool | None = None
+    migration_request: MigrationRequest | None = None
+
+
+class _Common(_FromRouters, kw_only=True):
     """The fields shared by completions and chat completions."""
 
     model: str | None = None
@@ -71,7 +110,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     verbosity: str | None = None
     reasoning_effort: str | None = None
     modalities: list[str] | None = None
-    # Fields that routers for vLLM and SGLang add to every request.
+    # Clients may send these too.
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     return_hidden_states: bool | None = None
@@ -105,6 +144,8 @@ class CompletionBody(_Common, kw_only=True):
 
     prompt: str | list[int | str | list[int]]
     max_tokens: int | None = None
+    # OpenAI has it for chats only; LMDeploy's proxy forwards it.
+    max_completion_tokens: int | None = None
     best_of: int | None = None
     logprobs: int | None = None
     suffix: str | None = None
@@ -125,6 +166,11 @@ class ChatBody(_Common, kw_only=True):
     chat_template_kwargs: dict[str, object] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+
+def is_lmdeploys(body: CompletionBody | ChatBody) -> bool:
+    """Whether LMDeploy's proxy sent it, as a prefill or as a decode."""
+    return bool(body.preserve_cache) or body.migration_request is not None
 
 
 class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -148,8 +194,13 @@ class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
 
 
+_NOT_FROM_CLIENTS: dict[str, frozenset[str]] = {
+    "/v1/completions": frozenset(_FromRouters.__struct_fields__) | {"max_completion_tokens"},
+    "/v1/chat/completions": frozenset(_FromRouters.__struct_fields__),
+}
+
 KNOWN_FIELDS: dict[str, frozenset[str]] = {
-    path: frozenset(body.__struct_fields__)
+    path: frozenset(body.__struct_fields__) - _NOT_FROM_CLIENTS.get(path, frozenset())
     for path, body in (
         ("/v1/completions", CompletionBody),
         ("/v1/chat/completions", ChatBody),

@@ -160,8 +160,13 @@ def test_an_open_engine_serves_everybody_but_for_its_internal_doors(run: Run) ->
             assert engine.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
             assert engine.get("/metrics").status_code == 200
             assert engine.post("/pdctl/v1/holders/release", json={"holder": "z"}).status_code == 403
+            assert engine.post("/v1/completions", json={"prompt": "x", "resume_token_ids": [1]}).status_code == 403
+            # Routers of other projects may have it hold KV (test_open_engines), but not read from where they like.
             body = {"prompt": "x", "kv_transfer_params": {"do_remote_decode": True}}
-            assert engine.post("/v1/completions", json=body).status_code == 403
+            params = engine.post("/v1/completions", json=body).json()["kv_transfer_params"]
+            for forged in ({**params, "seal": ""}, {**params, "remote_host": "127.0.0.2"}):
+                answer = engine.post("/v1/completions", json={"prompt": "x", "kv_transfer_params": forged})
+                assert answer.status_code == 403
 
 
 def secret_of(service: Service) -> dict[str, str]:

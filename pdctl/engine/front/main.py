@@ -24,6 +24,9 @@ from pdctl.engine.front.handover.offers import Identity, OfferDesk
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.front.handover.trace import Trace
+from pdctl.engine.front.routers.desk import RouterDesk
+from pdctl.engine.front.routers.seal import Seal
+from pdctl.engine.front.routers.transfers import Transfers
 from pdctl.engine.handover.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
 from pdctl.host.boot import new_epoch
@@ -82,9 +85,12 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         receiver = Receiver(peers, core, links, trace, tasks)
         identity = Identity(options.name, options.epoch, options.host, options.port, options.lease_s)
         desk = OfferDesk(identity, core, leases, peers, tasks)
-        control = Control(options, secret, core, leases, links, receiver)
+        seal = Seal(secret)
+        routers = RouterDesk(seal, leases, links, peers)
+        control = Control(options, secret, core, leases, links, receiver, routers)
         generator = Generator(codec, core, desk, peers, receiver)
-        server = _server(options, EngineService(options, codec, core, control, generator))
+        transfers = Transfers(seal, options.open and bool(secret))
+        server = _server(options, EngineService(options, codec, core, control, generator, transfers, routers))
         core_task = tasks.create_task(core.run_core())
         tasks.create_task(core.receive())
         tasks.create_task(core.poke_forever())

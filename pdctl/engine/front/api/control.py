@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdctl.engine.front.api.metrics import render_metrics
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
+from pdctl.engine.front.handover.peers import SESSION_PATH
 from pdctl.engine.front.handover.receiver import Receiver
+from pdctl.engine.front.posted import Done, Posted, answer, refusal
+from pdctl.engine.front.routers.desk import RouterDesk
+from pdctl.engine.front.routers.distserve import DistServe
 from pdctl.engine.options import EngineOptions
+from pdctl.net import asgi
 from pdctl.net.openai_api import ApiError
 from pdctl.wire import (
     AttemptCall,
@@ -24,16 +30,13 @@ from pdctl.wire import (
     EngineState,
     HolderCall,
     LeaseCall,
-    LeaseReply,
     LinkCall,
     Offer,
     RenewCall,
     RevokeCall,
     RoleCall,
+    SessionCall,
 )
-
-# Peers' messages are small: a hand-over of the longest prompt has a few thousand block ids.
-_MAX_BODY = 4 * 2**20
 
 Call = TypeVar("Call", bound=msgspec.Struct)
 
@@ -49,6 +52,7 @@ class Control:
         leases: LeaseDesk,
         links: LinkBook,
         receiver: Receiver,
+        desk: RouterDesk,
     ) -> None:
         self._options = options
         self._secret = secret
@@ -56,36 +60,34 @@ class Control:
         self._leases = leases
         self._links = links
         self._receiver = receiver
+        self._desk = desk
         # The supervisor tells it once the engine is ready; until then it takes everything.
         self._role = RoleCall("hybrid")
 
     def routes(self) -> list[Route]:
         """All routes except generation."""
         leases = self._leases
-        posts: dict[
-            str,
-            _Posted[LeaseCall] | _Posted[RenewCall] | _Posted[RevokeCall] | _Posted[HolderCall] | _Posted[AttemptCall],
-        ]
-        posts = {
-            "leases/claim": _Posted(self, LeaseCall, leases.claim),
-            "leases/commit": _Posted(self, LeaseCall, leases.commit),
-            "leases/release": _Posted(self, LeaseCall, leases.release),
-            "leases/renew": _Posted(self, RenewCall, leases.renew),
-            "leases/revoke": _Posted(self, RevokeCall, leases.revoke),
-            "holders/release": _Posted(self, HolderCall, leases.release_holder),
-            "attempts/release": _Posted(self, AttemptCall, leases.give_up),
-        }
-        offers, links = _Posted(self, Offer, self._offer), _Posted(self, LinkCall, self._link)
-        role = _Posted(self, RoleCall, self._take_role)
+        posts = (
+            self._post("/pdctl/v1/leases/claim", LeaseCall, leases.claim),
+            self._post("/pdctl/v1/leases/commit", LeaseCall, leases.commit),
+            self._post("/pdctl/v1/leases/release", LeaseCall, leases.release),
+            self._post("/pdctl/v1/leases/renew", RenewCall, leases.renew),
+            self._post("/pdctl/v1/leases/revoke", RevokeCall, leases.revoke),
+            self._post("/pdctl/v1/holders/release", HolderCall, leases.release_holder),
+            self._post("/pdctl/v1/attempts/release", AttemptCall, leases.give_up),
+            self._post("/pdctl/v1/offers", Offer, self._receiver.offer),
+            self._post("/pdctl/v1/links", LinkCall, self._links.make),
+            self._post("/pdctl/v1/role", RoleCall, self._take_role),
+            self._post(SESSION_PATH, SessionCall, self._desk.take),
+        )
+        distserve = DistServe(self._options, self._core, self._desk, lambda: self._role.role == "prefill")
         return [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
             Route("/pdctl/v1/state", self._state),
             Route("/pdctl/v1/endpoint", self._endpoint),
-            Route("/pdctl/v1/offers", offers.answer, methods=["POST"]),
-            Route("/pdctl/v1/links", links.answer, methods=["POST"]),
-            Route("/pdctl/v1/role", role.answer, methods=["POST"]),
-            *(Route(f"/pdctl/v1/{path}", post.answer, methods=["POST"]) for path, post in posts.items()),
+            *posts,
+            *distserve.routes(),
         ]
 
     @property
@@ -140,7 +142,7 @@ class Control:
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def _state(self, _: Request) -> Response:
-        return answer(200, self.state())
+        return answer(self.state())
 
     async def _endpoint(self, request: Request) -> Response:
         ready = self._core.ready
@@ -148,50 +150,33 @@ class Control:
             return refusal(ApiError(403, "only this service's own processes may read KV addresses"))
         if ready is None:
             return refusal(ApiError(503, "the model is still loading", "service_unavailable"))
-        return answer(200, EndpointReply(self._options.epoch, self._core.endpoint))
-
-    async def _offer(self, offer: Offer) -> LeaseReply:
-        return self._receiver.offer(offer)
+        return answer(EndpointReply(self._options.epoch, self._core.endpoint))
 
     def _take_role(self, call: RoleCall) -> RoleCall:
         self._role = call
         return call
 
-    async def _link(self, call: LinkCall) -> msgspec.Struct:
-        return await self._links.make(call)
+    def _post(self, path: str, kind: type[Call], act: Callable[[Call], Done]) -> Route:
+        return Route(path, Posted(kind, act, self._stranger).answer, methods=["POST"])
+
+    def _stranger(self, request: Request) -> ApiError | None:
+        if self.is_internal(request.headers.get("authorization", "")):
+            return None
+        return ApiError(403, "only this service's own processes may use leases")
 
 
-class _Posted(Generic[Call]):
-    """One internal POST endpoint: check the secret and the size, decode the message, act on it."""
+class Locked:
+    """Serves only this service's own processes, except for health, which load balancers need."""
 
-    def __init__(
-        self, control: Control, kind: type[Call], act: Callable[[Call], msgspec.Struct | Awaitable[msgspec.Struct]]
-    ) -> None:
+    def __init__(self, app: ASGIApp, control: Control) -> None:
+        self._app = app
         self._control = control
-        self._decoder = msgspec.json.Decoder(kind)
-        self._act = act
 
-    async def answer(self, request: Request) -> Response:
-        if not self._control.is_internal(request.headers.get("authorization", "")):
-            return refusal(ApiError(403, "only this service's own processes may use leases"))
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > _MAX_BODY:
-                return refusal(ApiError(413, f"the body is larger than {_MAX_BODY} bytes"))
-        try:
-            call = self._decoder.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            return refusal(ApiError(400, f"malformed call: {failure}"))
-        done = self._act(call)
-        return answer(200, await done if isinstance(done, Awaitable) else done)
-
-
-def answer(status: int, body: msgspec.Struct) -> Response:
-    """A JSON answer."""
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
-
-
-def refusal(failure: ApiError) -> Response:
-    """An error in OpenAI's format."""
-    return Response(failure.body(), failure.status, media_type="application/json")
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            if not self._control.is_internal(key):
+                message = "this engine serves its own service: ask the proxy, or set open = true under [[engines]]"
+                await asgi.respond_error(send, ApiError(401, message, "authentication_error"))
+                return
+        await self._app(scope, receive, send)

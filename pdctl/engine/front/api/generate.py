@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 
 from msgspec import structs
@@ -15,9 +17,12 @@ from pdctl.engine.front.core_client import CoreClient, Note, RequestEvents
 from pdctl.engine.front.handover.offers import OfferDesk, Offering
 from pdctl.engine.front.handover.peers import Peers, of_hand_over
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
+from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Token, Withdrawn
 from pdctl.net.openai_api import ApiError
 from pdctl.wire import HandOver, token_digest
+
+_log = logging.getLogger(__name__)
 
 
 class Generator:
@@ -31,11 +36,33 @@ class Generator:
         self._peers = peers
         self._receiver = receiver
 
-    async def run(self, request: GenerationRequest) -> AsyncIterator[Piece]:
+    def run(self, request: GenerationRequest) -> AsyncGenerator[Piece]:
         """Pieces until one carries a finish_reason or a hand-over. Raises ApiError and KvLost.
 
         Leaving the iterator early, or cancelling it, frees everything that the request holds in this engine.
         """
+        if request.hand_over is not None and request.router is not Router.OURS:
+            return self._run_for_router(request)
+        return self._run(request)
+
+    async def _run_for_router(self, request: GenerationRequest) -> AsyncGenerator[Piece]:
+        """The same for another project's router, which repeats nothing: a prompt with lost KV is computed here."""
+        if not _needs_whole_prompt(request):
+            try:
+                async with aclosing(self._run(request)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+                return
+            except KvLost as failure:
+                # It is raised before the first piece.
+                _log.warning("%s: the prompt is computed here: %s", request.request_id, failure)
+        self._let_go(request)
+        alone = replace(request, request_id=f"{request.request_id}.alone", hand_over=None)
+        async with aclosing(self._run(alone)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _run(self, request: GenerationRequest) -> AsyncGenerator[Piece]:
         text = Output(self._codec, request)
         if len(request.resume) >= request.sampling.max_tokens:
             # The previous engine died after sending its last token, but before reporting the end.
@@ -68,7 +95,7 @@ class Generator:
         self, request: GenerationRequest, submit: Submit, events: RequestEvents, text: Output
     ) -> AsyncIterator[Piece]:
         offering = Offering(
-            self._desk, submit.request_id, len(submit.token_ids), request.router, request.attempt, request.offer_to
+            self._desk, submit.request_id, len(submit.token_ids), request.holder, request.attempt, request.offer_to
         )
         last = False
         try:
@@ -142,16 +169,20 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
     """
     token_ids = [*request.token_ids, *request.resume]
     hand_over = request.hand_over
-    first = None
+    first, kv_tokens = None, 0
     if hand_over is not None:
         _check_shape(hand_over)
-        if len(token_ids) == hand_over.remote_num_tokens:
-            first = hand_over.first_token_id
-            token_ids.append(first)
-        known = token_ids[:-1]
-        same = len(known) == hand_over.remote_num_tokens and token_digest(known) == hand_over.token_digest
-        if token_ids[-1:] != [hand_over.first_token_id] or not same:
-            raise KvLost("the hand-over's KV was computed from other tokens than this request's")
+        kv_tokens = hand_over.remote_num_tokens
+        if request.router is Router.OURS:
+            if len(token_ids) == kv_tokens:
+                first = hand_over.first_token_id
+                token_ids.append(first)
+            _check_tokens(hand_over, token_ids[:-1], token_ids[-1])
+        else:
+            # As in vLLM, the prompt's last token is computed again and the output's first one sampled here.
+            # Other routers change what prefill samples from: vllm-router forbids it the end of the output.
+            _check_tokens(hand_over, token_ids, hand_over.first_token_id)
+            kv_tokens -= 1
     submit = Submit(
         request_id=request.request_id,
         token_ids=token_ids,
@@ -161,10 +192,24 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         hold=request.hold,
         offer=request.offer_to is not None,
         await_kv=hand_over is not None,
-        kv_tokens=hand_over.remote_num_tokens if hand_over else 0,
+        kv_tokens=kv_tokens,
         tenant=request.tenant,
     )
     return submit, first
+
+
+def _needs_whole_prompt(request: GenerationRequest) -> bool:
+    """Whether a peer's KV is of no use: without its last token nothing is left of it, or all the prompt's log
+    probabilities are wanted, of which other routers drop prefill's."""
+    assert request.hand_over is not None
+    return request.hand_over.remote_num_tokens < 2 or request.sampling.prompt_logprobs >= 0
+
+
+def _check_tokens(hand_over: HandOver, token_ids: list[int], following: int) -> None:
+    """Raise KvLost if the KV is not that of `token_ids`, or the prefill's token is not the one `following` them."""
+    same = len(token_ids) == hand_over.remote_num_tokens and token_digest(token_ids) == hand_over.token_digest
+    if not same or following != hand_over.first_token_id:
+        raise KvLost("the hand-over's KV was computed from other tokens than this request's")
 
 
 def _check_shape(hand_over: HandOver) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pdctl.engine.front.api.schemas import check_schema, narrowed, unsupported_pattern
 from pdctl.engine.front.api.tools import ToolFormat
 from pdctl.net.openai_api import ApiError
-from pdctl.net.openai_fields import ChatBody, CompletionBody, Structured
+from pdctl.net.openai_fields import ChatBody, CompletionBody, Structured, is_lmdeploys
 
 # Maximum characters of a schema as JSON.
 _MAX_GRAMMAR = 65_536
@@ -19,7 +19,9 @@ def tool_format(body: CompletionBody | ChatBody) -> ToolFormat:
     if not isinstance(body, ChatBody):
         return ToolFormat.NONE
     if not body.tools:
-        if body.tool_choice not in (None, "none"):
+        # LMDeploy's proxy fills in "auto", with or without tools.
+        neutral = (None, "none", "auto") if is_lmdeploys(body) else (None, "none")
+        if body.tool_choice not in neutral:
             raise ApiError(400, "tool_choice needs tools", param="tool_choice")
         return ToolFormat.NONE
     for tool in body.tools:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from pdctl.engine.front.api.guided import grammar_of
 from pdctl.engine.front.api.tools import ToolFormat
+from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_number
-from pdctl.net.openai_fields import ChatBody, CompletionBody, OfferTo, TokenizeBody
+from pdctl.net.openai_fields import ChatBody, CompletionBody, MigrationRequest, OfferTo, TokenizeBody
 from pdctl.wire import HandOver
 
 _MAX_STOPS = 16
@@ -35,6 +36,16 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "return_hidden_states": (None, False),
     "modalities": (None, ["text"]),
     "function_call": (None, "none"),
+    # LMDeploy's.
+    "repetition_ngram_size": (None, 0),
+    "min_new_tokens": (None, 0),
+    "enable_thinking": (None,),
+    "return_logprob": (None, False),
+    "return_routed_experts": (None, False),
+    "media_io_kwargs": (None,),
+    "mm_processor_kwargs": (None,),
+    "input_ids": (None,),
+    "image_data": (msgspec.Raw(b"null"),),
 }
 
 
@@ -44,6 +55,8 @@ class GenerationRequest:
 
     `echo`: text before the answer; `counts_each`: each event of the stream carries the counts so far;
     `shows_prompt_logprobs`: vLLM's prompt_logprobs.
+    `router`: of which kind the caller is, and `holder` its name as the holder of the lease; `migration`: leads to the
+    hand-over, if LMDeploy's proxy sent it.
     `stages`: seconds of its hand-over so far, by phase, for x-pdctl-timing.
     """
 
@@ -59,7 +72,7 @@ class GenerationRequest:
     hand_over: HandOver | None
     offer_to: OfferTo | None = None
     include_stop: bool = False
-    router: str = "router"
+    holder: str = Router.OURS.value
     attempt: str = ""
     logprobs: int = -1
     tool_calls: ToolFormat = ToolFormat.NONE
@@ -67,7 +80,16 @@ class GenerationRequest:
     echo: str = ""
     counts_each: bool = False
     shows_prompt_logprobs: bool = False
+    router: Router = Router.OURS
+    migration: MigrationRequest | None = None
     stages: dict[str, float] = field(default_factory=dict)
+
+
+def only_for_kv(request: GenerationRequest) -> GenerationRequest:
+    """The prefill of another project's router. Only its KV is used, because decode samples the first token again: so no
+    grammar is compiled for it, and its output does not end before there is KV to keep."""
+    sampling = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
+    return replace(request, sampling=sampling, stops=[], echo="", logprobs=-1, tool_calls=ToolFormat.NONE)
 
 
 def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:

@@ -20,19 +20,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdctl import __version__
 from pdctl.engine.front.api import guided, openai
-from pdctl.engine.front.api.control import Control
+from pdctl.engine.front.api.control import Control, Locked
 from pdctl.engine.front.api.generate import Generator
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.output import Piece, chunk_choice, whole_choice
 from pdctl.engine.front.api.text import NoChatTemplate, TextCodec
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.receiver import KvLost
+from pdctl.engine.front.routers.desk import RouterDesk
+from pdctl.engine.front.routers.transfers import Router, Transfer, Transfers
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
 from pdctl.net.openai_api import DONE, ApiError, Envelope, decode_request, usage
-from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, HoldRequest, TokenizeBody
-from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER, HandOver
+from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
 
 _T = TypeVar("_T")
 
@@ -45,20 +47,29 @@ class EngineService:
     """The state behind the endpoints."""
 
     def __init__(
-        self, options: EngineOptions, codec: TextCodec, core: CoreClient, control: Control, generator: Generator
+        self,
+        options: EngineOptions,
+        codec: TextCodec,
+        core: CoreClient,
+        control: Control,
+        generator: Generator,
+        transfers: Transfers,
+        routers: RouterDesk,
     ) -> None:
         self.options = options
         self.codec = codec
         self.core = core
         self.control = control
         self.generator = generator
+        self.transfers = transfers
+        self.routers = routers
         self._aside = anyio.CapacityLimiter(_LARGE_AT_ONCE)
         self._created = int(time.time())
 
     def app(self) -> ASGIApp:
         """The ASGI application."""
         app = self._endpoints()
-        return app if self.options.open or not self.control.has_secret else _Locked(app, self.control)
+        return app if self.options.open or not self.control.has_secret else Locked(app, self.control)
 
     def _endpoints(self) -> Starlette:
         return Starlette(
@@ -82,39 +93,43 @@ class EngineService:
         self._check_model(parsed.model)
         began = self._clock(headers)
         token_ids = self._prompt_ids(parsed, ready, began)
-        hold, hand_over = self._internal_fields(parsed, headers)
+        transfer = self._transfer(parsed, headers)
+        hand_over = transfer.hand_over
         given = [*(parsed.resume_token_ids or []), *([hand_over.first_token_id] if hand_over else [])]
         if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
             raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
-        assert not (hold and hand_over)
+        ours = transfer.router is Router.OURS
         options = parsed.stream_options
         forbidden = self.codec.forbidden(openai.bad_words(parsed))
         sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
-        return GenerationRequest(
+        request = GenerationRequest(
             # A client request may reach one engine twice, so the internal id is unique.
             request_id=f"{request_id}.{uuid4().hex[:8]}",
             envelope=Envelope(request_id, chat, served, bool(parsed.return_token_ids), int(began)),
             token_ids=token_ids,
             sampling=sampling,
             stops=openai.stop_strings(parsed),
-            stream=bool(parsed.stream) and hold is None,
+            stream=bool(parsed.stream) and not transfer.hold,
             include_usage=bool(options and options.include_usage),
             resume=parsed.resume_token_ids or [],
-            hold=hold is not None,
+            hold=transfer.hold,
             hand_over=hand_over,
             include_stop=bool(parsed.include_stop_str_in_output),
             echo=self._echo(parsed, token_ids),
             # As in vLLM: only together with include_usage.
             counts_each=bool(options and options.include_usage and options.continuous_usage_stats),
             shows_prompt_logprobs=parsed.prompt_logprobs is not None,
-            offer_to=hold.offer_to if hold and self.options.chunked else None,
-            router=headers.get(ROUTER_HEADER, "router"),
-            attempt=headers.get(ATTEMPT_HEADER, ""),
+            offer_to=transfer.offer_to if self.options.chunked else None,
+            router=transfer.router,
+            holder=headers.get(ROUTER_HEADER, Router.OURS.value) if ours else transfer.router.value,
+            attempt=headers.get(ATTEMPT_HEADER, "") if ours else "",
+            migration=transfer.migration,
             logprobs=sampling.logprobs,
             tool_calls=guided.tool_format(parsed),
             tenant=headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else "",
         )
+        return openai.only_for_kv(request) if request.hold and not ours else request
 
     def _clock(self, headers: dict[str, str]) -> float:
         """When the request began, from the proxy's header, so that all engines agree."""
@@ -165,23 +180,11 @@ class EngineService:
         whole = isinstance(body.prompt, str) and body.truncate_prompt_tokens is None
         return str(body.prompt) if whole else self.codec.shown(token_ids)
 
-    def _internal_fields(
-        self, body: CompletionBody | ChatBody, headers: dict[str, str]
-    ) -> tuple[HoldRequest | None, HandOver | None]:
-        no_transfer = bytes(body.kv_transfer_params) == b"null"
-        if no_transfer and not body.resume_token_ids:
-            return None, None
-        if not self.control.is_internal(headers.get("authorization", "")):
-            raise ApiError(403, "only this service's own processes may send kv_transfer_params and resume_token_ids")
-        if no_transfer:
-            return None, None
-        try:
-            asked = msgspec.json.decode(body.kv_transfer_params, type=HoldRequest)
-            if asked.do_remote_decode:
-                return asked, None
-            return None, msgspec.json.decode(body.kv_transfer_params, type=HandOver)
-        except msgspec.DecodeError as failure:
-            raise ApiError(400, f"kv_transfer_params are malformed: {failure}", param="kv_transfer_params") from None
+    def _transfer(self, body: CompletionBody | ChatBody, headers: dict[str, str]) -> Transfer:
+        internal = self.control.is_internal(headers.get("authorization", ""))
+        if body.resume_token_ids and not internal:
+            raise ApiError(403, "only this service's own processes may send resume_token_ids")
+        return self.transfers.of(body, internal)
 
     async def _models(self, _: Request) -> Response:
         card = {"id": self.options.served_model_name, "object": "model", "created": self._created, "owned_by": "pdctl"}
@@ -246,23 +249,6 @@ async def _version(_: Request) -> Response:
     return Response(msgspec.json.encode({"version": __version__}), media_type="application/json")
 
 
-class _Locked:
-    """Serves only this service's own processes, except for health, which load balancers need."""
-
-    def __init__(self, app: ASGIApp, control: Control) -> None:
-        self._app = app
-        self._control = control
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
-            key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-            if not self._control.is_internal(key):
-                message = "this engine serves its own service: ask the proxy, or set open = true under [[engines]]"
-                await asgi.respond_error(send, ApiError(401, message, "authentication_error"))
-                return
-        await self._app(scope, receive, send)
-
-
 def _decoded(body: bytes, kind: type[_T]) -> _T:
     return decode_request(msgspec.json.Decoder(kind).decode, body)
 
@@ -309,14 +295,22 @@ class _Generate(_Post):
     async def _answer(self, body: bytes, headers: dict[str, str], send: Send) -> None:
         try:
             request = await self._service.aside(len(body), partial(self._service.accept, body, self._chat, headers))
-        except ApiError as failure:
-            await asgi.respond_error(send, failure)
+        except (ApiError, RecursionError, ValueError, OverflowError) as failure:
+            await self._refuse(failure, body, send)
             return
-        except (RecursionError, ValueError, OverflowError) as failure:
-            # The client's request is at fault, so no other engine should retry it.
-            await asgi.respond_error(send, ApiError(400, f"the request cannot be read: {failure}"))
-            return
+        if request.migration is not None:
+            request.hand_over = await self._service.routers.fetch(request.migration)
         await (self._stream if request.stream else self._whole)(request, send)
+
+    async def _refuse(
+        self, failure: ApiError | RecursionError | ValueError | OverflowError, body: bytes, send: Send
+    ) -> None:
+        # The client's request is at fault, so no other engine should retry it.
+        known = failure if isinstance(failure, ApiError) else ApiError(400, f"the request cannot be read: {failure}")
+        # Our proxy releases what it was granted; other routers know no leases. This comes before the answer, because a
+        # router that closes its connection then would cancel it.
+        await self._service.routers.let_go(self._service.transfers.carried(body))
+        await asgi.respond_error(send, known)
 
     async def _whole(self, request: GenerationRequest, send: Send) -> None:
         pieces: list[Piece] = []
@@ -327,10 +321,11 @@ class _Generate(_Post):
             await asgi.respond_error(send, _api_error(failure))
             return
         token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
-        held = pieces[-1].hand_over
-        extra: dict[str, object] = {"kv_transfer_params": held} if held else {}
-        counts = _usage(request, len(token_ids))
+        extra: dict[str, object] = {}
         if request.hold:
+            extra = self._service.routers.fields(request.router, pieces[-1].hand_over, token_ids)
+        counts = _usage(request, len(token_ids))
+        if request.hold and request.router is Router.OURS:
             # Another engine continues it, so it is sent like the beginning of a stream.
             assert len(pieces) == 1, "a held prefill computes one token"
             choice = chunk_choice(pieces[0], self._chat, first=not request.resume)

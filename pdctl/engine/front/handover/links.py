@@ -37,11 +37,13 @@ class LinkBook:
         self._peers = peers
         self._core = core
         self._links: dict[str, _Link] = {}
+        self._addresses: dict[str, PeerAddress] = {}
         self._slots = asyncio.Semaphore(_AT_ONCE)
         core.on_linked = self._linked
 
     async def make(self, call: LinkCall) -> LinkReply:
         """Link to all given peers concurrently. On return, each is linked, refused or unreachable."""
+        self._addresses |= {peer.name: peer for peer in call.peers}
         async with asyncio.TaskGroup() as tasks:
             made = [tasks.create_task(self._make(peer)) for peer in call.peers]
         return LinkReply([task.result() for task in made])
@@ -53,6 +55,10 @@ class LinkBook:
             link.pulls += 1
             link.bytes += num_bytes
             link.recent.append((num_bytes, seconds))
+
+    def addresses(self) -> list[PeerAddress]:
+        """The peers' last addresses, as the supervisor gave them."""
+        return list(self._addresses.values())
 
     def infos(self) -> list[LinkInfo]:
         """All links, for display."""

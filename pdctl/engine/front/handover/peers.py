@@ -11,12 +11,24 @@ import msgspec
 
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller, CallRefused
-from pdctl.wire import EndpointReply, HandOver, LeaseCall, LeaseReply, Offer, PoolEndpoint, RenewCall, RenewReply
+from pdctl.wire import (
+    EndpointReply,
+    HandOver,
+    LeaseCall,
+    LeaseReply,
+    Offer,
+    PoolEndpoint,
+    RenewCall,
+    RenewReply,
+    SessionCall,
+    SessionReply,
+)
 
 _log = logging.getLogger(__name__)
 
 # Timeout of a call, after which it is repeated or given up, seconds.
 _CALL_S = 5.0
+SESSION_PATH = "/pdctl/v1/sessions/take"
 _MAX_PEERS = 256
 _MAX_RELEASES = 1024
 _RELEASES_AT_ONCE = 8
@@ -80,6 +92,11 @@ class Peers:
     async def endpoint(self, host: str, port: int) -> EndpointReply:
         """Where a peer's pool can be read. Raises Unreachable."""
         return await self._caller.get(self._pool(host, port), "/pdctl/v1/endpoint", EndpointReply, _CALL_S)
+
+    async def session(self, host: str, port: int, session: int) -> HandOver | None:
+        """The hand-over of a session at a prefill engine, once. Raises Unreachable."""
+        call = SessionCall(session)
+        return (await self._caller.post(self._pool(host, port), SESSION_PATH, call, SessionReply, _CALL_S)).hand_over
 
     def release_later(self, lease: LeaseRef) -> None:
         """Release without waiting; works during cancellation. If the queue is full, the lease ends at its deadline."""

@@ -76,7 +76,7 @@ class Receiver:
         run = self._taken(of_hand_over(given), submit.request_id)
         try:
             async with self._core.request(msgspec.structs.replace(submit, request_id=run.core_id)) as events:
-                await self._bring(run, given.remote_num_tokens, deadline_s)
+                await self._bring(run, submit.kv_tokens, deadline_s)
                 self.totals.hand_overs += 1
                 now = time.monotonic()
                 self.totals.hand_over_seconds += now - started
