@@ -70,7 +70,7 @@ def left_of(paths: set[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Service]:
+def service() -> Iterator[Service]:
     """One prefill and one decode engine. Nothing may be left of them, not even shared memory."""
     with temporary_run() as run:
         with running(run, topology(1, 1)) as found:
