@@ -93,14 +93,16 @@ async def _refused(request: Request, failure: Exception) -> Response:
 OPENAI_ERRORS = {HTTPException: _refused}
 
 
-async def respond_error(send: Send, failure: ApiError, extra: list[tuple[bytes, bytes]] | None = None) -> None:
-    """Send an error in OpenAI's error format."""
+async def respond_error(
+    send: Send, failure: ApiError, extra: list[tuple[bytes, bytes]] | None = None, body: bytes | None = None
+) -> None:
+    """Send an error in OpenAI's error format, or with the given body."""
     more = list(extra or [])
     if failure.retry_after is not None:
         more.append((b"retry-after", str(failure.retry_after).encode()))
     if failure.allow is not None:
         more.append((b"allow", failure.allow.encode()))
-    await respond(send, failure.status, failure.body(), more)
+    await respond(send, failure.status, failure.body() if body is None else body, more)
 
 
 async def start_stream(send: Send, extra: list[tuple[bytes, bytes]] | None = None) -> None:

@@ -1,6 +1,6 @@
 """`scripts/clients`: start a service on this machine and run each client's script against it with another Python.
 
-    python -m tests.clients.run CLIENTS_PYTHON
+python -m tests.clients.run CLIENTS_PYTHON
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from pathlib import Path
 from tests.service import Run, running, temporary_run, topology
 
 REPOSITORY = Path(__file__).parents[2]
-CLIENTS = ("openai_client", "langchain_client", "litellm_client", "llamaindex_client", "instructor_client")
+CLIENTS = (
+    "openai_client",
+    "anthropic_client",
+    "langchain_client",
+    "litellm_client",
+    "llamaindex_client",
+    "instructor_client",
+)
 
 
 def main(python: str) -> int:

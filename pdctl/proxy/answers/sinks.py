@@ -51,6 +51,23 @@ class Sink(Protocol):
         ...
 
 
+class Answer(Protocol):
+    """The answer to one client request."""
+
+    @property
+    def sinks(self) -> Sequence[Sink]:
+        """One sink per leg."""
+        ...
+
+    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+        """Every leg is complete. `wholes`: bodies of legs that an engine answered in one piece."""
+        ...
+
+    async def fail(self, failure: ApiError) -> None:
+        """The answer cannot be completed: send an error."""
+        ...
+
+
 class StreamAnswer:
     """Server-sent events. `started`: the client has received something."""
 
@@ -71,7 +88,7 @@ class StreamAnswer:
         """Send events, after the head. Waits while the client is slower than the proxy."""
         if not self.started:
             self.started = True
-            await self.writer.start(_timed(self.headers, self._timing))
+            await self.writer.start(timed(self.headers, self._timing))
         await self.writer.part(data)
 
     async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
@@ -80,9 +97,7 @@ class StreamAnswer:
         assert not any(wholes)
         counts = usage(prompt_tokens, completion_tokens)
         tail = self.request.envelope.usage_chunk(counts) if self.request.include_usage else b""
-        if self._timing is not None:
-            tail += f": {TIMING_HEADER} {self._timing.header()}\n\n".encode()
-        await self.writer.last(tail + DONE)
+        await self.writer.last(tail + timing_comment(self._timing) + DONE)
 
     async def fail(self, failure: ApiError) -> None:
         """The answer cannot be completed: send an error event instead of [DONE], never a stream that just stops."""
@@ -151,11 +166,11 @@ class WholeAnswer:
             body = wholes[0]
         else:
             choices = [
-                _choice_of(whole) if whole is not None else sink.gathered.choice()
+                choice_of(whole) if whole is not None else sink.gathered.choice()
                 for whole, sink in zip(wholes, self.sinks, strict=True)
             ]
             body = self.request.envelope.body(choices, usage(prompt_tokens, completion_tokens))
-        await writer(self._send).whole(body, _timed(self.headers, self._timing))
+        await writer(self._send).whole(body, timed(self.headers, self._timing))
 
     async def fail(self, failure: ApiError) -> None:
         """The answer cannot be completed: send an error."""
@@ -206,11 +221,18 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_delta = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def _timed(headers: AnswerHeaders, timing: Timing | None) -> AnswerHeaders:
+def timed(headers: AnswerHeaders, timing: Timing | None) -> AnswerHeaders:
+    """The headers of an answer, with the timing so far if the client wants it."""
     return headers if timing is None else [*headers, (TIMING_HEADER.encode(), timing.header().encode())]
 
 
-def _choice_of(whole: bytes) -> Choice:
+def timing_comment(timing: Timing | None) -> bytes:
+    """The complete timing as a comment at the end of a stream."""
+    return b"" if timing is None else f": {TIMING_HEADER} {timing.header()}\n\n".encode()
+
+
+def choice_of(whole: bytes) -> Choice:
+    """The only choice of an engine's answer in one piece."""
     return shown(_decode_body(whole).choices[0])
 
 

@@ -14,6 +14,8 @@ from pdctl.user_files import read_api_keys
 _log = logging.getLogger(__name__)
 
 ANYONE = "-"
+# Where clients of Anthropic's API send a key.
+API_KEY_HEADER = b"x-api-key"
 
 
 class Keys:
@@ -27,16 +29,17 @@ class Keys:
             self._names = read_api_keys(self._path)
             self._stamp = _stamp(self._path)
 
-    def name_of(self, authorization: bytes) -> str:
-        """The key's name. Raises ApiError 401."""
+    def name_of(self, authorization: bytes, api_key: bytes = b"") -> str:
+        """The key's name, from these two headers; one valid key is enough. Raises ApiError 401."""
         if self._path is None:
             return ANYONE
         scheme, _, key = authorization.partition(b" ")
-        if scheme.lower() != b"bearer" or not key:
-            raise ApiError(401, "send an API key: Authorization: Bearer KEY", "authentication_error")
-        given = hashlib.sha256(key.strip()).digest()
+        sent = [key.strip() for key in (key if scheme.lower() == b"bearer" else b"", api_key) if key]
+        if not sent:
+            raise ApiError(401, "send an API key: Authorization: Bearer KEY, or X-Api-Key: KEY", "authentication_error")
+        given = [hashlib.sha256(key).digest() for key in sent]
         # Compare all keys, each in constant time, so that the time reveals nothing about them.
-        found = [name for known, name in self._names.items() if hmac.compare_digest(known, given)]
+        found = [name for one in given for known, name in self._names.items() if hmac.compare_digest(known, one)]
         if not found:
             raise ApiError(401, "unknown API key", "authentication_error")
         return found[0]

@@ -120,13 +120,18 @@ def parse(
     )
 
 
-def _decoded(body: bytes) -> tuple[_Known, dict[str, msgspec.Raw]]:
+def check_encoding(body: bytes) -> None:
+    """Raise ApiError 400 if a body is not UTF-8."""
     if not body.isascii():
         try:
             # Raw fields are forwarded without parsing, and not every engine checks their encoding.
             body.decode()
         except UnicodeDecodeError as failure:
             raise ApiError(400, f"the body is not valid JSON: {failure}") from None
+
+
+def _decoded(body: bytes) -> tuple[_Known, dict[str, msgspec.Raw]]:
+    check_encoding(body)
     return decode_request(_decode_known, body), decode_request(_decode_fields, body)
 
 

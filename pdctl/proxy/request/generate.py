@@ -14,10 +14,11 @@ import msgspec
 from pdctl.adapters import RequestState
 from pdctl.net import asgi
 from pdctl.net.openai_api import ApiError
-from pdctl.proxy.answers.sinks import Sink, StreamAnswer, WholeAnswer
+from pdctl.proxy.answers.sinks import Answer, StreamAnswer, WholeAnswer
+from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
 from pdctl.proxy.client import requests
 from pdctl.proxy.client.connections import BoundedProtocol
-from pdctl.proxy.client.keys import Keys
+from pdctl.proxy.client.keys import API_KEY_HEADER, Keys
 from pdctl.proxy.client.requests import ClientRequest
 from pdctl.proxy.client.unknown_fields import UnknownFields, header
 from pdctl.proxy.engines.load import pieces_of
@@ -27,6 +28,7 @@ from pdctl.proxy.request.relay import Relay
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.spans import NO_SPANS, Spans
 from pdctl.proxy.telemetry.timing import Timing
+from pdctl.proxy.translation import CHAT_PATH, Api, Translated
 from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
 
 # nginx's status for a client that closed the connection before its answer. It is only used in the log.
@@ -55,15 +57,17 @@ class Completions:
     def __post_init__(self) -> None:
         self._static = f"content-type: application/json\r\n{ROUTER_HEADER}: {self.holder}\r\n".encode()
 
-    async def __call__(self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send, chat: bool) -> None:
-        """Answer one request."""
+    async def __call__(
+        self, scope: asgi.Message, receive: asgi.Receive, send: asgi.Send, chat: bool, api: Api | None = None
+    ) -> None:
+        """Answer one request. `api`: one that is translated to chat completions."""
         headers: RequestHeaders = dict(scope["headers"])
         request_id = asgi.request_id(headers)
-        job = _Job(self, scope["path"], chat, headers, request_id)
+        job = _Job(self, scope["path"], chat, headers, request_id, api)
         try:
             if scope["method"] != "POST":
                 raise ApiError(405, f"{scope['path']} takes POST", allow="POST")
-            job.key = self.keys.name_of(headers.get(b"authorization", b""))
+            job.key = self.keys.name_of(headers.get(b"authorization", b""), headers.get(API_KEY_HEADER, b""))
             request = await job.read(receive)
         except ApiError as failure:
             await job.refuse(send, failure)
@@ -114,6 +118,8 @@ class _Job:
     chat: bool
     headers: RequestHeaders
     request_id: str
+    api: Api | None = None
+    translated: Translated | None = None
     key: str = "-"
     left: bool = False
     over: bool = False
@@ -137,12 +143,21 @@ class _Job:
         body = await asgi.read_body(receive, limit, self.headers.get(b"content-encoding", b""))
         completions = self.completions
         completions.shared.quarantine.check(body)
-        known = completions.shared.pool.known_fields(self.path)
-        request = requests.parse(
-            body, self.path, self.chat, self.request_id, completions.model, completions.unknown, known
-        )
+        request = self._parsed(body, self.path) if self.api is None else self._parsed_by(self.api, body)
         request.body = body
         completions.note_ignored(request.ignored)
+        return request
+
+    def _parsed(self, body: bytes, path: str) -> ClientRequest:
+        completions = self.completions
+        known = completions.shared.pool.known_fields(path)
+        return requests.parse(body, path, self.chat, self.request_id, completions.model, completions.unknown, known)
+
+    def _parsed_by(self, api: Api, body: bytes) -> ClientRequest:
+        """Parse a request of an API that is translated."""
+        self.translated = translated = api.translate(body, self.completions.unknown)
+        request = self._parsed(translated.chat_body(), CHAT_PATH)
+        request.ignored[:0] = translated.ignored
         return request
 
     def leave(self, task: asyncio.Task[object]) -> None:
@@ -155,8 +170,8 @@ class _Job:
         """Answer with an error before any work has started."""
         self.completions.shared.metrics.failed(failure.status)
         self._note(failure.status, [])
-        extra = [(b"x-request-id", self.request_id.encode())]
-        await asgi.respond_error(send, failure, extra)
+        body = None if self.api is None else self.api.error_body(failure, self.request_id)
+        await asgi.respond_error(send, failure, self._id_headers(), body)
 
     async def run(self, request: ClientRequest, send: asgi.Send) -> None:
         """Wait for a seat, relay every leg, send the answer."""
@@ -223,20 +238,29 @@ class _Job:
                 # Cancelled before the first leg ran, so it did not release its seat.
                 door.leave(self.key, None)
 
-    def _answer(self, request: ClientRequest, send: asgi.Send) -> StreamAnswer | WholeAnswer:
-        extra = [(b"x-request-id", self.request_id.encode())]
+    def _id_headers(self) -> list[tuple[bytes, bytes]]:
+        found = [(b"x-request-id", self.request_id.encode())]
+        if self.api is not None and self.api.id_header is not None:
+            found.append((self.api.id_header, self.request_id.encode()))
+        return found
+
+    def _answer(self, request: ClientRequest, send: asgi.Send) -> Answer:
+        extra = self._id_headers()
         if request.ignored:
             extra.append(header(request.ignored))
         timing = self.timing if _TIMING in self.headers else None
+        if self.api is not None:
+            assert self.translated is not None
+            kind = TranslatedStream if request.stream else TranslatedWhole
+            return kind(request, self.api, self.translated, send, extra, timing)
         return (StreamAnswer if request.stream else WholeAnswer)(request, send, extra, timing)
 
-    def _legs(self, request: ClientRequest, answer: StreamAnswer | WholeAnswer) -> list[Leg]:
+    def _legs(self, request: ClientRequest, answer: Answer) -> list[Leg]:
         shared, started = self.completions.shared, request.envelope.created
         shared.budget.request()
         size = float(request.size) / len(request.legs)
         legs = []
-        sinks: Sequence[Sink] = answer.sinks
-        for number, (fields, sink) in enumerate(zip(request.legs, sinks, strict=True)):
+        for number, (fields, sink) in enumerate(zip(request.legs, answer.sinks, strict=True)):
             leg = Leg(
                 shared,
                 RequestState(request.path, request.envelope.chat, fields, counts_each=request.counts_each),

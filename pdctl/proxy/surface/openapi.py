@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdctl.proxy.client.requests import MAX_LEGS
+from pdctl.proxy.surface.openapi_translated import ANTHROPIC_ERROR, schemas
 
 Json = dict[str, object]
 
@@ -15,10 +16,16 @@ def description(model: str, max_model_len: int, refuses_unknown: bool) -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": "pdctl", "version": "1",
-        "description": "OpenAI-compatible API over prefill and decode engines"},
+        "description": "OpenAI's and Anthropic's API over prefill and decode engines"},
         "paths": {
             "/v1/completions": {"post": _generation("CompletionRequest")},
             "/v1/chat/completions": {"post": _generation("ChatRequest")},
+            "/v1/responses": {"post": _generation("ResponsesRequest")},
+            "/v1/responses/input_tokens": {"post": _counting("Count the tokens of an input", "ResponsesCount")},
+            "/v1/messages": {"post": _anthropic(_generation("MessagesRequest"))},
+            "/v1/messages/count_tokens": {
+                "post": _anthropic(_counting("Count the tokens of messages", "MessagesCount"))
+            },
             "/v1/models": {"get": _operation("List the models", {"200": "OK"})},
             "/v1/models/{name}": {
                 "get": {
@@ -37,9 +44,13 @@ def description(model: str, max_model_len: int, refuses_unknown: bool) -> Json:
             "/metrics/vllm": {"get": _text("Prometheus metrics under vLLM's names")},
         },
         "components": {
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
             "schemas": {
-                "Error": _ERROR,
+                "Error": _ERROR, "AnthropicError": ANTHROPIC_ERROR,
+                **schemas(_model(model), count, refuses_unknown),
                 "CompletionRequest": {
                     "type": "object", "required": ["prompt"], "additionalProperties": not refuses_unknown,
                     "properties": {"prompt": _PROMPT, **_shared(model), **_COMPLETION, "max_tokens": count},
@@ -186,11 +197,28 @@ _CHAT: Json = {
 
 
 def _shared(model: str) -> Json:
-    return {"model": {"type": ["string", "null"], "enum": [model, None]}, **_BOTH}
+    return {"model": _model(model), **_BOTH}
 
 
-def _error(about: str) -> Json:
-    return {"description": about, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+def _model(name: str) -> Json:
+    return {"type": ["string", "null"], "enum": [name, None]}
+
+
+def _error(about: str, schema: str = "Error") -> Json:
+    return {
+        "description": about, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+    }  # fmt: skip
+
+
+def _anthropic(operation: Json) -> Json:
+    """An operation with errors in Anthropic's form."""
+    responses = operation["responses"]
+    assert isinstance(responses, dict)
+    told = {
+        status: answer if status == "200" else _error(answer["description"], "AnthropicError")
+        for status, answer in responses.items()
+    }
+    return {**operation, "responses": told}
 
 
 def _responses(statuses: dict[str, str]) -> Json:
@@ -202,7 +230,7 @@ def _responses(statuses: dict[str, str]) -> Json:
 
 def _operation(summary: str, statuses: dict[str, str]) -> Json:
     known = {**statuses, "401": "No or unknown API key"}
-    return {"summary": summary, "security": [{}, {"key": []}], "responses": _responses(known)}
+    return {"summary": summary, "security": [{}, {"key": []}, {"header": []}], "responses": _responses(known)}
 
 
 def _open(summary: str, statuses: dict[str, str]) -> Json:
@@ -229,6 +257,13 @@ def _posted(summary: str, schema: str) -> Json:
         "503": "No engine is ready",
     }
     return {**_operation(summary, statuses), "requestBody": _body(schema)}
+
+
+def _counting(summary: str, schema: str) -> Json:
+    found = _posted(summary, schema)
+    responses = found["responses"]
+    assert isinstance(responses, dict)
+    return {**found, "responses": {**responses, "404": _error("No such model")}}
 
 
 def _linked(operation: Json) -> Json:

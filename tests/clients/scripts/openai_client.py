@@ -58,3 +58,11 @@ assert logprobs
 assert logprobs.top_logprobs
 assert len(logprobs.top_logprobs[0]) >= 5
 done("completions", [c.text for c in text.choices])
+
+response = client.responses.create(model=MODEL, input="hello", max_output_tokens=12, temperature=0)
+assert response.output_text == chat.choices[0].message.content
+done("response", response.output_text)
+with client.responses.stream(model=MODEL, input="hello", max_output_tokens=200, text_format=Animal) as responses:
+    responses.until_done()
+    assert isinstance(responses.get_final_response().output_parsed, Animal)
+done("streamed response, parsed", responses.get_final_response().output_parsed)

@@ -50,6 +50,16 @@ def test_stop_strings_never_show(codec: TextCodec, text: str, stops: list[str], 
     assert ("".join(shown), ended) == (expected, stopped)
 
 
+@pytest.mark.parametrize(
+    ("text", "stops", "stop"),
+    [("one two three", ["three", "two"], "two"), ("aab", ["b", "ab"], "ab"), ("one", ["two"], None), ("one", [], None)],
+)
+def test_the_stop_string_that_was_reached(codec: TextCodec, text: str, stops: list[str], stop: str | None) -> None:
+    out = OutputText(codec.tokenizer, codec.encode("prompt"), stops)
+    assert any(out.push(token_id)[1] for token_id in codec.encode(text)) == (stop is not None)
+    assert out.stop == stop
+
+
 @settings(max_examples=40)
 @given(text=st.text(min_size=2, max_size=30), cut=st.integers(1, 29), stop=st.sampled_from([[], ["ab"], ["é"]]))
 def test_a_resumed_text_goes_on_where_it_was(codec: TextCodec, text: str, cut: int, stop: list[str]) -> None:

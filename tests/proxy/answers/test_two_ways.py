@@ -19,6 +19,7 @@ PARTS = [{**CALL, "function": {"name": "f", "arguments": ""}},
 TOLD: list[dict[str, object] | None] = [None, {"5": {"logprob": -1.0, "rank": 3, "decoded_token": "x"}}]
 ANSWERS: dict[str, list[Piece]] = {
     "text": [Piece([1], "a", None), Piece([2], "", None), Piece([3], "b", "stop")],
+    "a stop string": [Piece([1], "a", None), Piece([2], "", "stop", stop_reason="END")],
     "nothing": [Piece([1], "", "length")],
     "one piece": [Piece([1, 2], "ab", "stop")],
     "a call alone": [Piece([1], "", None), Piece([2], "", "tool_calls", None, [CALL])],

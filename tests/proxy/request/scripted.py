@@ -132,13 +132,13 @@ class Scripted:
                 path = head.split()[1]
                 length = re.search(r"content-length: (\d+)", head, re.IGNORECASE)
                 body = await reader.readexactly(int(length[1])) if length else b""
-                if path == "/pdctl/v1/state":
+                if path in ("/pdctl/v1/state", "/health"):
                     await answer(200, STATE)(writer)
                     continue
                 if path != _LAST.path:
                     self.calls.append((path, msgspec.json.decode(body)))
                 self.observed[path].set()
-                act = self.acts.pop(0) if path == "/v1/completions" else answer(200, {})
+                act = self.acts.pop(0) if path.endswith("/completions") else answer(200, {})
                 if not await act(writer):
                     break
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -195,8 +195,10 @@ async def relay(
     sink: Gathering | None = None,
     left: Iterable[Scripted] = (),
     lease_s: float = 30.0,
+    chat: dict[str, object] | None = None,
 ) -> Outcome:
-    """Relay one leg over these engines. Returns when every clean-up call has arrived. `left`: see Scripted."""
+    """Relay one leg over these engines. Returns when every clean-up call has arrived. `left`: see Scripted; `chat`: the
+    fields of a chat to relay instead of a completion."""
     servers = [await asyncio.start_server(engine.serve, "127.0.0.1", 0) for engine in engines]
     addresses = [
         EngineAddress(engine.name, engine.role, kind, "127.0.0.1", server.sockets[0].getsockname()[1], slot=slot)
@@ -209,10 +211,8 @@ async def relay(
     background: list[asyncio.Task[object]] = [
         asyncio.ensure_future(pool.watch_forever()), asyncio.ensure_future(shared.releases.run_forever()),
     ]  # fmt: skip
-    fields: dict[str, object] = {"prompt": msgspec.Raw(b'"hello"'), "max_tokens": msgspec.Raw(b"%d" % max_tokens)}
     sink, error = sink or Gathering(), None
-    state = RequestState("/v1/completions", False, fields)
-    leg = Leg(shared, state, sink, "r1", b"", 5.0, max_tokens, b"x", [], Timing())
+    leg = Leg(shared, _state(max_tokens, chat), sink, "r1", b"", 5.0, max_tokens, b"x", [], Timing())
     try:
         async with asyncio.timeout(60):
             while not all(engine.healthy for engine in pool.engines):
@@ -245,6 +245,12 @@ async def relay(
         await asyncio.gather(*connections, return_exceptions=True)
         await asyncio.sleep(0)  # transports close in the loop's next turn
     return Outcome(sink, leg, shared, error)
+
+
+def _state(max_tokens: int, chat: dict[str, object] | None) -> RequestState:
+    asked = chat or {"prompt": "hello", "max_tokens": max_tokens}
+    fields: dict[str, object] = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in asked.items()}
+    return RequestState("/v1/completions" if chat is None else "/v1/chat/completions", chat is not None, fields)
 
 
 def pair(prefill: list[Act], decode: list[Act]) -> tuple[Scripted, Scripted]:

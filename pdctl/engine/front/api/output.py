@@ -24,7 +24,8 @@ class Piece:
     """The output of one step: token ids, the text that can be shown, and the finish reason if the output ended.
 
     `logprobs`: if requested, an entry per token id with its text and the text's offset; with an echo, the prompt's
-    tokens come first. `prompt_logprobs`: vLLM's, with the first piece.
+    tokens come first. `prompt_logprobs`: vLLM's, with the first piece. `stop_reason`: as in vLLM, the stop string that
+    ended the output.
     """
 
     token_ids: list[int]
@@ -34,6 +35,7 @@ class Piece:
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[Json] | None = None
     prompt_logprobs: list[Json | None] | None = None
+    stop_reason: str | None = None
 
 
 class Output:
@@ -84,7 +86,7 @@ class Output:
             if self._tools.found and reason == "stop":
                 reason = "tool_calls"
         shown, self._echo = self._echo + shown, ""
-        return Piece(token_ids, shown, reason, None, joined(calls), entries)
+        return Piece(token_ids, shown, reason, None, joined(calls), entries, stop_reason=self._text.stop)
 
     def _with_prompt(self, piece: Piece, told: list[PromptToken]) -> Piece:
         body, ids = self._request, self._request.token_ids
@@ -154,6 +156,7 @@ def for_completion(entries: list[Json] | None) -> Json | None:
 def chunk_choice(piece: Piece, chat: bool, first: bool) -> Json:
     """A piece as a choice in a stream's event; the first one includes the role."""
     told: Json = {} if piece.prompt_logprobs is None else {"prompt_logprobs": piece.prompt_logprobs}
+    told |= {} if piece.stop_reason is None else {"stop_reason": piece.stop_reason}
     if not chat:
         logprobs = for_completion(piece.logprobs)
         return {"logprobs": logprobs, "finish_reason": piece.finish_reason, **told, "text": piece.text}
@@ -171,6 +174,7 @@ def whole_choice(pieces: list[Piece], chat: bool) -> Json:
     entries = [entry for piece in pieces for entry in piece.logprobs or []] or None
     reason = pieces[-1].finish_reason or "length"
     told: Json = {"prompt_logprobs": found} if (found := pieces[0].prompt_logprobs) is not None else {}
+    told |= {} if (stop := pieces[-1].stop_reason) is None else {"stop_reason": stop}
     if not chat:
         return {"logprobs": for_completion(entries), "finish_reason": reason, **told, "text": text}
     calls = whole_calls([call for piece in pieces for call in piece.calls])

@@ -201,6 +201,7 @@ class OutputText:
         self._pending: list[int] = []
         self._held = ""
         self.length = 0  # characters so far, including those held back
+        self.stop: str | None = None  # the stop string that was reached
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """New text that can be shown, and whether a stop string was reached."""
@@ -236,10 +237,10 @@ class OutputText:
         if not self._stops:
             return piece, False
         text = self._held + piece
-        found = [(at, len(stop)) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            at, length = min(found)
+            at, length, self.stop = min(found)
             return text[: at + length if self._include_stop else at], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
