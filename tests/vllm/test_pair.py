@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from pdctl.adapters.vllm.log import PHASES
 from pdctl.host.processes.stamps import stamped
 from pdctl.supervisor.process.shared_memory import mapped
 from tests.service import Service, pid_of
@@ -63,13 +64,11 @@ def test_commands_know_these_engines(service: Service) -> None:
     [prefill, decode] = service.control.leases().engines
     assert prefill.blocks_total > 0
     assert "expired_leases" in decode.counters
-    phases = [
-        event["message"] for event in events_of(service) if event["event"] == "phase" and event["process"] == "decode-0"
-    ]
-    assert [phase for phase in phases if phase in ("starting workers", "loading weights")] == [
-        "starting workers",
-        "loading weights",
-    ]
+    known = [phase for _, phase in PHASES]
+    phases = [e["message"] for e in events_of(service) if e["event"] == "phase" and e["process"] == "decode-0"]
+    # A phase that takes less than half a second may be missed.
+    assert len(phases) >= 3
+    assert phases == sorted(phases, key=known.index)
     checked = service.run.cli("doctor", "--json", extra={"PDCTL_FILE": str(service.run.folder / "pdctl.toml")})
     assert checked.returncode in (0, 1), checked.stderr
     bench = service.run.cli(
