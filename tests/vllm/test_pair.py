@@ -65,7 +65,7 @@ def test_commands_know_these_engines(service: Service) -> None:
     assert prefill.blocks_total > 0
     assert "expired_leases" in decode.counters
     known = [phase for _, phase in PHASES]
-    phases = [e["message"] for e in events_of(service) if e["event"] == "phase" and e["process"] == "decode-0"]
+    phases = [str(e["message"]) for e in events_of(service) if e["event"] == "phase" and e["process"] == "decode-0"]
     # A phase that takes less than half a second may be missed.
     assert len(phases) >= 3
     assert phases == sorted(phases, key=known.index)
