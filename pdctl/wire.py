@@ -320,7 +320,9 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     """The proxy's settings, passed in a file of the run directory.
 
     A reload reads the file again and applies everything except the fields in FIXED. `draining`: engines that get no
-    new requests; `lease_s`: how long prefill keeps KV, for kinds that do not verify it themselves.
+    new requests; `lease_s`: how long prefill keeps KV, for kinds that do not verify it themselves. `unlinked`: by
+    decode engine, the prefill engines whose KV it cannot read. `swept`: how many times an engine was freed of what
+    requests had left there.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (
@@ -348,15 +350,24 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     access_log: str = ""
     otlp_endpoint: str = ""
     draining: list[str] = []
+    unlinked: dict[str, list[str]] = {}
+    swept: dict[str, int] = {}
     drain_s: float = 5.0
     lease_s: float = 30.0
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
-    """A proxy's view of one engine: calls in progress, and whether it may get more."""
+    """A proxy's view of one engine: calls in progress, and whether it may get more.
+
+    `left`: tokens of KV that requests have left there and nobody can name; `left_part`: of all that it may have there;
+    `sent`: prompts sent to it so far. All 0 for engines that free their KV themselves.
+    """
 
     calls: int
     usable: bool
+    left: int = 0
+    left_part: float = 0.0
+    sent: int = 0
 
 
 class PoolReply(msgspec.Struct, frozen=True):

@@ -272,6 +272,8 @@ def topology(
     engine_extra: str = "",
 ) -> str:
     engines = ""
+    # Engines of other kinds take other keys.
+    sizes = "" if "kind = " in engine_extra else f"max_num_seqs = 32\nkv_cache_gb = {kv_cache_gb}"
     for role, count in (("prefill", prefills), ("decode", decodes), ("hybrid", hybrids)):
         if count:
             engines += f"""
@@ -279,8 +281,7 @@ def topology(
 name = "{role}"
 role = "{role}"
 replicas = {count}
-max_num_seqs = 32
-kv_cache_gb = {kv_cache_gb}
+{sizes}
 {engine_extra}
 """
     return f"""

@@ -15,8 +15,10 @@ import os
 from functools import cache
 from typing import cast
 
-from pdctl.adapters.control import Ability, Control, NoControl, Progress, Target
+from pdctl.adapters.control import Ability, Control, NoControl, Peer, Progress, Target
 from pdctl.adapters.dialect import (
+    ALL_ROLES,
+    UNKNOWN_TOKEN,
     Attempt,
     Call,
     CannotResume,
@@ -25,8 +27,10 @@ from pdctl.adapters.dialect import (
     Dialect,
     Fields,
     HandShake,
+    Pairing,
     Prefilled,
     RequestState,
+    RoomProbe,
     stream_fields,
     without,
 )
@@ -45,15 +49,17 @@ from pdctl.errors import PdctlError
 from pdctl.net.openai_answers import Choice, EngineError, shown
 
 __all__ = [
-    "KINDS_ENV", "Ability", "Assignment", "Attempt", "BaseLauncher", "Call", "CannotResume", "Choice", "Condition",
-    "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields", "HandShake", "Installed", "KnownFailure", "Launch",
-    "Launcher", "NoControl", "Package", "Prefilled", "Progress", "RequestState", "Target", "can_launch", "control",
-    "dialect", "different_installations", "kinds", "launcher", "shown", "stream_fields", "without",
+    "ALL_ROLES", "KINDS_ENV", "UNKNOWN_TOKEN", "Ability", "Assignment", "Attempt", "BaseLauncher", "Call",
+    "CannotResume", "Choice", "Condition", "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields", "HandShake",
+    "Installed", "KnownFailure", "Launch", "Launcher", "NoControl", "Package", "Pairing", "Peer", "Prefilled",
+    "Progress", "RequestState", "RoomProbe", "Target", "can_launch", "control", "dialect", "different_installations",
+    "kinds", "launcher", "shown", "stream_fields", "without",
 ]  # fmt: skip
 
 KINDS_ENV = "PDCTL_ENGINE_KINDS"
 _REGISTRY = {
     "builtin": "pdctl.adapters.builtin",
+    "lmdeploy": "pdctl.adapters.lmdeploy",
     "vllm": "pdctl.adapters.vllm",
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -24,6 +24,7 @@ class Ability(Enum):
     RELEASE_BY_HOLDER = "end all leases that a dead process held"
     REVOKE = "revoke one lease"
     ROLE = "accept a role while they run"
+    SWEEP = "free the KV that requests have left, when none of them needs it any more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,13 @@ class Target:
 
     pool: ConnectionPool
     caller: Caller
+
+
+class Peer(NamedTuple):
+    """An engine whose KV another one will read: its address, and how the supervisor reaches it."""
+
+    address: PeerAddress
+    target: Target
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -49,21 +57,29 @@ class Progress(msgspec.Struct, frozen=True):
 class Control(Protocol):
     """The control interface of an engine kind. Every coroutine raises Unreachable when the call fails.
 
-    `progress_path`: where a GET returns the engine's progress; "" if the kind has no such path.
+    `progress_path`: where a GET returns the engine's progress; "" if the kind has no such path. `start_path`: where a
+    GET returns something that differs between two starts of an engine that pdctl did not start; "" if nobody needs it.
+    `links_hybrids`: hybrid engines are linked too.
     """
 
     abilities: frozenset[Ability]
     progress_path: str
+    start_path: str
+    links_hybrids: bool
 
     def progress(self, body: bytes) -> Progress:
         """Parse the answer at `progress_path`. Raises ValueError for anything else."""
+        ...
+
+    def start_of(self, body: bytes) -> str:
+        """What identifies this start of the engine, from the answer at `start_path`; "" if it does not say."""
         ...
 
     async def state(self, engine: Target, timeout_s: float) -> EngineState:
         """Ability.STATE."""
         ...
 
-    async def link(self, reader: Target, peers: list[PeerAddress], timeout_s: float) -> list[LinkInfo]:
+    async def link(self, reader: Target, peers: list[Peer], timeout_s: float) -> list[LinkInfo]:
         """Ability.LINK: returns one entry per peer."""
         ...
 
@@ -79,22 +95,39 @@ class Control(Protocol):
         """Ability.ROLE: set the engine's role from now on."""
         ...
 
+    async def unlink(self, reader: Target, peer: Peer, timeout_s: float) -> None:
+        """Ability.LINK: end the link on both sides. It is no error if an engine does not answer or has no such link."""
+        ...
+
+    async def sweep(self, engine: Target, swept: int, sent: int, timeout_s: float) -> int:
+        """Ability.SWEEP: free everything that requests have left in an engine without a running request.
+
+        `swept`: the last answer, 0 at first; `sent`: how many requests the callers know of. Returns how many are swept.
+        """
+        ...
+
 
 class NoControl:
     """A kind that the supervisor can only start, probe and stop."""
 
     abilities: frozenset[Ability] = frozenset()
     progress_path = ""
+    start_path = ""
+    links_hybrids = True
 
     def progress(self, body: bytes) -> Progress:
         """Never called: there is no path."""
         raise AssertionError(f"progress of a kind that reports none: {body[:80]!r}")
 
+    def start_of(self, body: bytes) -> str:
+        """Never called: there is no path."""
+        raise AssertionError(f"start of a kind that does not tell it: {body[:80]!r}")
+
     async def state(self, engine: Target, timeout_s: float) -> EngineState:
         """Never called: see `abilities`."""
         raise AssertionError("a kind without Ability.STATE")
 
-    async def link(self, reader: Target, peers: list[PeerAddress], timeout_s: float) -> list[LinkInfo]:
+    async def link(self, reader: Target, peers: list[Peer], timeout_s: float) -> list[LinkInfo]:
         """Never called: see `abilities`."""
         raise AssertionError("a kind without Ability.LINK")
 
@@ -109,3 +142,11 @@ class NoControl:
     async def set_role(self, engine: Target, role: str, timeout_s: float) -> None:
         """Never called: see `abilities`."""
         raise AssertionError("a kind without Ability.ROLE")
+
+    async def unlink(self, reader: Target, peer: Peer, timeout_s: float) -> None:
+        """Never called: see `abilities`."""
+        raise AssertionError("a kind without Ability.LINK")
+
+    async def sweep(self, engine: Target, swept: int, sent: int, timeout_s: float) -> int:
+        """Never called: see `abilities`."""
+        raise AssertionError("a kind without Ability.SWEEP")

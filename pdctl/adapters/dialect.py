@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -10,6 +11,9 @@ from pdctl.net.openai_answers import Choice, EngineError
 from pdctl.wire import EngineAddress
 
 Fields = dict[str, object]
+
+# The id of an output token that the engine did not report. Clients never see it, and no request resumes after it.
+UNKNOWN_TOKEN = -1
 
 
 class HandShake(Enum):
@@ -43,7 +47,8 @@ class RequestState:
     `prompt_ids`: the prompt as the engine tokenized it, if the engine reported that; dialects that resume by tokens
     need it. `held`: how many of the last tokens came without text; their text comes with a later token, or never.
     `again`: tokens that an engine computes again, and whose ids the client may already have. `counts_each`: every event
-    carries the token counts so far. `reasoned`: a part of the answer was reasoning, apart from its content.
+    carries the token counts so far. `reasoned`: a part of the answer was reasoning, apart from its content. `model`:
+    the service's, for kinds that need it in every request.
     """
 
     path: str
@@ -55,6 +60,7 @@ class RequestState:
     again: list[int] = field(default_factory=list)
     counts_each: bool = False
     reasoned: bool = False
+    model: str = ""
 
     def take_back(self) -> None:
         """Drop the tokens after the last complete text. An engine computes them again."""
@@ -64,12 +70,19 @@ class RequestState:
             del self.emitted[cut:]
             self.held = 0
 
+    def start_over(self) -> None:
+        """The client has nothing of the answer: another engine computes all of it."""
+        self.emitted.clear()
+        self.again.clear()
+        self.held = 0
+
 
 class Call(NamedTuple):
-    """A POST to an engine."""
+    """A POST to an engine. `headers`: complete header lines beside those of every call."""
 
     path: str
     body: bytes
+    headers: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,7 @@ class Prefilled:
     """A prefill's answer. `hand_over` is the JSON for the decode engine; None if the answer is complete.
 
     `choice`: the output so far in the format of a stream, empty if prefill returns none; `token_ids`: its tokens.
+    `left`: a hand-over that nobody needs, because the answer is complete; the proxy releases it.
     """
 
     token_ids: list[int]
@@ -84,6 +98,7 @@ class Prefilled:
     finish_reason: str | None
     prompt_tokens: int
     hand_over: bytes | None
+    left: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +134,34 @@ class CannotResume(EngineError):
         super().__init__(502, message, "server_error")
 
 
+class RoomProbe(NamedTuple):
+    """Where a GET returns how many tokens of KV an engine has, and how its answer is read; None for an answer without
+    it."""
+
+    path: str
+    tokens: Callable[[bytes], int | None]
+
+
+ALL_ROLES = frozenset({"prefill", "decode", "hybrid"})
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What the proxy must respect when it uses engines of a kind. The defaults are no limits.
+
+    `alone`: the roles in which one engine can compute a whole answer. `hybrids_pair`: hybrid engines can be part of a
+    pair. `prefill_must_finish`: closing a running prefill call harms the engine, so the call goes on in the background.
+    `waits_forever`: a decode engine waits for a prefill engine that is gone, so the proxy ends such calls. `room`: an
+    engine does not protect the KV that it keeps for others, so the proxy limits the prompts that it has there.
+    """
+
+    alone: frozenset[str] = ALL_ROLES
+    hybrids_pair: bool = True
+    prefill_must_finish: bool = False
+    waits_forever: bool = False
+    room: RoomProbe | None = None
+
+
 class Dialect(Protocol):
     """The dialect of an engine kind.
 
@@ -136,6 +179,7 @@ class Dialect(Protocol):
     own_envelopes: bool
     resumes_at_text: bool
     deterministic: bool
+    pairing: Pairing
     verifies_leases: bool
 
     def known_fields(self, path: str) -> frozenset[str] | None:
@@ -191,7 +235,7 @@ class Dialect(Protocol):
         ...
 
     def release_call(self, hand_over: bytes) -> Call | None:
-        """Release a hand-over at prefill; None if only a timeout can."""
+        """Release a hand-over at prefill; None if only a timeout can, or if the engine did not say how to name it."""
         ...
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
-from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
+from pdctl.net.http_client import ConnectionPool, Response, Unreachable, header_lines
 
 Reply = TypeVar("Reply", bound=msgspec.Struct)
 
@@ -24,6 +24,10 @@ class Caller:
     async def get(self, pool: ConnectionPool, path: str, kind: type[Reply], timeout_s: float) -> Reply:
         """GET a message."""
         return await self._call(pool, "GET", path, b"", kind, timeout_s)
+
+    async def fetch(self, pool: ConnectionPool, path: str, timeout_s: float) -> Response:
+        """GET something that is not one of our messages. Raises Unreachable only for a call without an answer."""
+        return await pool.request("GET", path, self._headers, b"", timeout_s)
 
     async def post(
         self, pool: ConnectionPool, path: str, message: msgspec.Struct, kind: type[Reply], timeout_s: float

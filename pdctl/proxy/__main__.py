@@ -90,6 +90,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
             loop.add_signal_handler(sign, _stop, server)
         tasks.create_task(shared.pool.watch_forever())
         tasks.create_task(shared.releases.run_forever())
+        tasks.create_task(shared.unfinished.run_forever())
         tasks.create_task(completions.door.run_forever())
         tasks.create_task(completions.log.run_forever())
         tasks.create_task(_keep_house(completions))
@@ -100,6 +101,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         # uvicorn closes its socket on shutdown, but a new supervisor may still ask for this one.
         with giving_back(listener_path(Path(config.run_dir), _name(config, arguments.worker)), listener, loop):
             await server.serve(sockets=[listener.dup()])
+        await shared.unfinished.settled(config.drain_s)
         shared.pool.close()
         shared.metrics.save()
         completions.log.flush()
@@ -117,7 +119,7 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
     epoch = os.environ.get(EPOCH_ENV, "")
     by_slo = config.admission == "slo"
     pool = EnginePool.of(config.engines, os.environ.get(SECRET_ENV, ""), loads, by_slo)
-    pool.follow(config.engines, config.draining, by_slo)
+    pool.follow(config.engines, config.draining, by_slo, config.unlinked)
     ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
     name = _name(config, worker)
     metrics = Metrics(config.model, ttft_s, tpot_s, run_dir / "metrics" if several else None, f"{name}.{epoch}")

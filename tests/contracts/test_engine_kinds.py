@@ -37,10 +37,16 @@ from pdctl.topology.schema import ENGINE, EVERY_KIND
 from pdctl.wire import EngineAddress
 from tests.service import free_port
 
-KINDS = ("builtin", "vllm", "echo")
+KINDS = ("builtin", "lmdeploy", "vllm", "echo")
+# By kind: a hand-over, and where decode gets it with what in it; others get it as it is in `kv_transfer_params`.
+HAND_OVERS = {"lmdeploy": (b'{"session":7,"token":5,"blocks":[1,2]}', "migration_request")}
+# By kind: the field of a choice that has its token ids.
+TOKEN_FIELDS = {"lmdeploy": "output_ids"}
+LEASE = b'{"lease_id":"l1","epoch":"e1"}'
 PROGRESS = {
     "builtin": b'{"running":2,"tokens_total":5}',
     "echo": b'{"running":2,"tokens_total":5}',
+    "lmdeploy": b'# HELP\nlmdeploy:num_requests_running{engine="0"} 2.0\n',
     "vllm": b'vllm:num_requests_running{engine="0"} 2.0\nvllm:generation_tokens_total{engine="0"} 5.0\n',
 }
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}
@@ -76,7 +82,7 @@ def body_of(call: adapters.Call) -> dict[str, object]:
 
 def test_the_registry_has_these_kinds() -> None:
     assert kinds() == tuple(sorted(KINDS))
-    assert [kind for kind in KINDS if can_launch(kind)] == ["builtin", "vllm", "echo"]
+    assert [kind for kind in KINDS if can_launch(kind)] == ["builtin", "lmdeploy", "vllm", "echo"]
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -87,7 +93,7 @@ class TestDialect:
         before = dict(asked.fields)
         for call in (
             speaks.prefill_call(asked, attempt(kind)),
-            speaks.decode_call(asked, attempt(kind), b'{"x":1}', stream=True),
+            speaks.decode_call(asked, attempt(kind), HAND_OVERS.get(kind, (b'{"x":1}',))[0], stream=True),
             speaks.decode_call(asked, attempt(kind, alone=True), None, stream=False),
         ):
             body = body_of(call)
@@ -111,8 +117,13 @@ class TestDialect:
             alone = body_of(speaks.decode_call(state(chat), attempt(kind, alone=True), None, stream=False))
             assert set(alone) < set(first), "one engine alone waits for no other engine"
         else:
-            given_on = body_of(speaks.decode_call(state(chat), attempt(kind), b'{"lease":"l1"}', stream=False))
-            assert given_on["kv_transfer_params"] == {"lease": "l1"}
+            held, field = HAND_OVERS.get(kind, (LEASE, "kv_transfer_params"))
+            given_on = msgspec.json.encode(
+                body_of(speaks.decode_call(state(chat), attempt(kind), held, stream=False))[field]
+            )
+            values = re.findall(rb'"\w+":("\w+"|\[[^]]*\]|\d+)', held)
+            assert len(values) > 1
+            assert all(value in given_on for value in values)
 
     def test_what_can_resume_goes_on_after_its_tokens(self, kind: str, chat: bool) -> None:
         speaks, asked = dialect(kind), state(chat, emitted=[65, 66, 67])
@@ -156,24 +167,27 @@ class TestDialect:
 
     def test_events_bring_tokens_an_end_and_counts(self, kind: str, chat: bool) -> None:
         part = {"delta": {"content": "hi"}} if chat else {"text": "hi"}
-        choice = {"index": 0, **part, "token_ids": [5, 6], "finish_reason": "stop"}
+        choice = {"index": 0, **part, TOKEN_FIELDS.get(kind, "token_ids"): [5, 6], "finish_reason": "stop"}
         usage = {"prompt_tokens": 3, "completion_tokens": 2}
         found = dialect(kind).parse_event(msgspec.json.encode({"choices": [choice], "usage": usage}), state(chat))
         assert (found.token_ids, found.finish_reason, found.usage) == ([5, 6], "stop", (3, 2))
         assert found.choice is not None
-        assert {"index", "token_ids"}.isdisjoint(found.choice), "the proxy adds these for clients that get them"
+        hidden = {"index", "token_ids", "output_ids"}
+        assert hidden.isdisjoint(found.choice), "the proxy adds these for clients that get them"
 
     def test_clean_up_calls_are_calls_or_nothing(self, kind: str, chat: bool) -> None:
         speaks = dialect(kind)
         give_up = speaks.give_up_call("a1")
         assert give_up is None or "a1" in body_of(give_up).values(), "it names the attempt"
-        release = speaks.release_call(b'{"lease_id":"l1","epoch":"e1"}')
-        assert release is None or "l1" in body_of(release).values(), "it names the lease"
+        held = HAND_OVERS.get(kind, (LEASE,))[0]
+        release = speaks.release_call(held)
+        assert release is None or {"l1", 7} & set(body_of(release).values()), "it names what it releases"
+        assert speaks.release_call(b"?") is None
         if speaks.hand_shake is HandShake.OWNED:
             assert release is not None, "the proxy frees the KV"
 
 
-@pytest.mark.parametrize("kind", ["builtin", "vllm", "echo"])
+@pytest.mark.parametrize("kind", ["builtin", "lmdeploy", "vllm", "echo"])
 def test_launchers_are_pure_and_use_what_the_plan_decided(kind: str, tmp_path: Path) -> None:
     text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\n'
     host = Host((0,), (), 2**34, {}, "/usr/bin/python3", tmp_path, tmp_path, tmp_path)
@@ -215,6 +229,7 @@ class TestControl:
         calls: dict[Ability, Callable[[Target], Awaitable[object]]] = {
             Ability.STATE: lambda target: asks.state(target, 1.0),
             Ability.LINK: lambda target: asks.link(target, [], 1.0),
+            Ability.SWEEP: lambda target: asks.sweep(target, 0, 0, 1.0),
             Ability.RELEASE_BY_HOLDER: lambda target: asks.release_holder(target, "d0@e", 1.0),
             Ability.REVOKE: lambda target: asks.revoke(target, "l1", 1.0),
             Ability.ROLE: lambda target: asks.set_role(target, "decode", 1.0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pdctl.adapters import Ability, Progress, Target
+from pdctl.adapters import Ability, NoControl, Peer, Progress, Target
 from pdctl.wire import (
     EngineState,
     HolderCall,
@@ -13,7 +13,6 @@ from pdctl.wire import (
     LinkCall,
     LinkInfo,
     LinkReply,
-    PeerAddress,
     RevokeCall,
     RoleCall,
 )
@@ -21,10 +20,10 @@ from pdctl.wire import (
 _decode_progress = msgspec.json.Decoder(Progress).decode
 
 
-class BuiltinControl:
-    """See Control."""
+class BuiltinControl(NoControl):
+    """See Control. An engine keeps its links itself, and its leases end by themselves: nothing is left to sweep."""
 
-    abilities = frozenset(Ability)
+    abilities = frozenset(Ability) - {Ability.SWEEP}
     progress_path = "/pdctl/v1/state"
 
     def progress(self, body: bytes) -> Progress:
@@ -35,10 +34,13 @@ class BuiltinControl:
         """See Control.state."""
         return await engine.caller.get(engine.pool, "/pdctl/v1/state", EngineState, timeout_s)
 
-    async def link(self, reader: Target, peers: list[PeerAddress], timeout_s: float) -> list[LinkInfo]:
+    async def link(self, reader: Target, peers: list[Peer], timeout_s: float) -> list[LinkInfo]:
         """See Control.link."""
-        reply = await reader.caller.post(reader.pool, "/pdctl/v1/links", LinkCall(peers), LinkReply, timeout_s)
-        return reply.links
+        call = LinkCall([peer.address for peer in peers])
+        return (await reader.caller.post(reader.pool, "/pdctl/v1/links", call, LinkReply, timeout_s)).links
+
+    async def unlink(self, reader: Target, peer: Peer, timeout_s: float) -> None:
+        """See Control.unlink. An engine forgets a link when its peer has a new epoch."""
 
     async def release_holder(self, engine: Target, holder: str, timeout_s: float) -> int:
         """See Control.release_holder."""

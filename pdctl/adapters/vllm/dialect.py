@@ -22,6 +22,7 @@ from pdctl.adapters import (
     EngineError,
     Fields,
     HandShake,
+    Pairing,
     Prefilled,
     RequestState,
     shown,
@@ -68,6 +69,7 @@ class VllmDialect:
     own_envelopes = True
     resumes_at_text = True
     deterministic = False
+    pairing = Pairing()
     verifies_leases = False
 
     def known_fields(self, path: str) -> frozenset[str] | None:

@@ -48,13 +48,13 @@ FAILURES = (
         incurable=False,
     ),
     KnownFailure(
-        r"[Aa]ddress already in use.*?(?:tcp://\S+:|port |:)(\d+)|zmq\.error\.ZMQError: Address already in use \(addr='tcp://\S+:(\d+)'\)",
+        r"(?i:address) already in use.*?(?:tcp://\S+:|port |:)(\d+)|zmq\.error\.ZMQError: Address already in use \(addr='tcp://\S+:(\d+)'\)",
         "port {0}{1} is in use by another process",
         "pdctl why shows the log; stop the other process",
         incurable=False,
     ),
     KnownFailure(
-        r"[Aa]ddress already in use", "a port is in use by another process", "stop the other process", incurable=False
+        r"(?i:address) already in use", "a port is in use by another process", "stop the other process", incurable=False
     ),
     KnownFailure(
         r"Bfloat16 is only supported on GPUs with compute capability",

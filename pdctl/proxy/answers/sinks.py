@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from pdctl.adapters import Choice, shown
+from pdctl.adapters import UNKNOWN_TOKEN, Choice, shown
 from pdctl.net import asgi
 from pdctl.net.openai_api import DONE, ApiError, usage
 from pdctl.proxy.answers.gather import Gathered
@@ -43,6 +43,10 @@ class Sink(Protocol):
 
     async def pass_on(self, data: bytes) -> None:
         """Take complete events as bytes."""
+        ...
+
+    def start_over(self) -> bool:
+        """Forget the parts so far. Returns False if the client may have some of them."""
         ...
 
     @property
@@ -133,12 +137,17 @@ class StreamSink:
             choice = _with_role(choice)
         self._tokens += len(token_ids)
         counts = usage(self.prompt_tokens, self._tokens) if self._counts_each else None
+        token_ids = _known(token_ids) if self.shows_token_ids else token_ids
         await self._answer.write(self._envelope.event(self._index, choice, token_ids, counts))
 
     async def pass_on(self, data: bytes) -> None:
         """See Sink.pass_on."""
         self._first = False
         await self._answer.write(data)
+
+    def start_over(self) -> bool:
+        """See Sink.start_over."""
+        return self._first
 
     @property
     def part_now(self) -> Callable[[bytes], bool]:
@@ -201,11 +210,16 @@ class WholeSink:
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """See Sink.add."""
-        self.gathered.add(choice, token_ids)
+        self.gathered.add(choice, _known(token_ids) if self.shows_token_ids else token_ids)
 
     async def pass_on(self, data: bytes) -> None:
         """Never called: this sink gathers parts."""
         raise AssertionError(f"{len(data)} bytes were passed to a sink that gathers")
+
+    def start_over(self) -> bool:
+        """See Sink.start_over. Clients get nothing before the end."""
+        self._gathered = None
+        return True
 
     @property
     def part_now(self) -> Callable[[bytes], bool]:
@@ -234,6 +248,11 @@ def timing_comment(timing: Timing | None) -> bytes:
 def choice_of(whole: bytes) -> Choice:
     """The only choice of an engine's answer in one piece."""
     return shown(_decode_body(whole).choices[0])
+
+
+def _known(token_ids: list[int]) -> list[int]:
+    """Only the tokens that the engine has told."""
+    return [token for token in token_ids if token != UNKNOWN_TOKEN] if UNKNOWN_TOKEN in token_ids else token_ids
 
 
 def _with_role(choice: Choice) -> Choice:

@@ -14,7 +14,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 
-from pdctl.adapters import CannotResume, Choice, EngineError, RequestState
+from pdctl.adapters import UNKNOWN_TOKEN, CannotResume, Choice, EngineError, RequestState
 from pdctl.net.http_client import Exchange
 from pdctl.proxy.answers.sinks import Sink
 from pdctl.proxy.engines.pool import Engine
@@ -56,6 +56,7 @@ class EventReader:
     ) -> None:
         self.tokens = 0
         self.prompt_tokens = 0
+        self.completion_tokens = 0
         self.finished = False
         self._engine = engine
         self._state = state
@@ -225,6 +226,9 @@ class EventReader:
         delta = self._engine.dialect.parse_event(payload, self._state)
         if delta.usage is not None:
             self.prompt_tokens = self._sink.prompt_tokens = delta.usage[0]
+            if UNKNOWN_TOKEN in self._state.emitted:
+                # Events without token ids may have several tokens each. Such requests are never continued.
+                self.completion_tokens = delta.usage[1]
         if delta.prompt_ids:
             self._state.prompt_ids = delta.prompt_ids
         if delta.choice is None:

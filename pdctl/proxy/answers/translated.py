@@ -28,6 +28,7 @@ class _Translated:
     ) -> None:
         assert len(request.legs) == 1, "these APIs have one answer per request"
         self.rendering = translated.rendering(request.envelope)
+        self._translated, self._envelope = translated, request.envelope
         self.in_order = translated.in_order
         self._request_id = request.envelope.request_id
         self._api = api
@@ -72,6 +73,10 @@ class TranslatedStream(_Translated):
         """See Answer.sinks."""
         return [TranslatedStreamSink(self)]
 
+    def start_over(self) -> bool:
+        """See Sink.start_over."""
+        return not self._started
+
     async def write(self, events: bytes) -> None:
         """Send events, after the head. Waits while the client is slower than the proxy."""
         await self._start()
@@ -108,6 +113,10 @@ class TranslatedStreamSink(_TranslatedSink):
         """See Sink.add."""
         await self._answer.write(self._answer.rendering.events(choice, self.prompt_tokens))
 
+    def start_over(self) -> bool:
+        """See Sink.start_over."""
+        return self._answer.start_over()
+
 
 class TranslatedWhole(_Translated):
     """One JSON body at the end."""
@@ -116,6 +125,11 @@ class TranslatedWhole(_Translated):
     def sinks(self) -> Sequence[TranslatedWholeSink]:
         """See Answer.sinks."""
         return [TranslatedWholeSink(self)]
+
+    def start_over(self) -> bool:
+        """See Sink.start_over. Clients get nothing before the end."""
+        self.rendering = self._translated.rendering(self._envelope)
+        return True
 
     async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
         """See Answer.finish."""
@@ -135,3 +149,7 @@ class TranslatedWholeSink(_TranslatedSink):
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """See Sink.add."""
         self._answer.rendering.gather(choice)
+
+    def start_over(self) -> bool:
+        """See Sink.start_over."""
+        return self._answer.start_over()

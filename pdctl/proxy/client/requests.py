@@ -16,7 +16,8 @@ import msgspec
 from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_number
 from pdctl.proxy.client.unknown_fields import UnknownFields
 
-_INTERNAL = ("kv_transfer_params", "resume_token_ids")
+# Fields of hand-overs, of every kind: with these a client could read or free another request's KV.
+_INTERNAL = ("kv_transfer_params", "resume_token_ids", "migration_request", "with_cache", "preserve_cache")
 # Limit of answers per request: OpenAI's limit of n.
 MAX_LEGS = 128
 _LEG_FIELDS = ("stream", "stream_options", "return_token_ids", "n")

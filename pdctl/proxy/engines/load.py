@@ -139,6 +139,11 @@ class SharedLoads:
         for number in range(self._width):
             self._table[worker * self._width + number] = 0.0
 
+    @property
+    def workers(self) -> int:
+        """How many workers share it."""
+        return self._workers
+
     def publish(self, engine: int, prompts: LoadMeter, streams: LoadMeter) -> None:
         """Write this worker's numbers for one engine."""
         at = self._worker * self._width + engine * self._NUMBERS

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pdctl.adapters import Condition, Dialect, dialect
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool, Exchange, Unreachable, header_lines
 from pdctl.proxy.engines.breaker import Breaker
+from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import LoadMeter, PrefixSet, SharedLoads, Window
 from pdctl.proxy.engines.outlook import Outlook
 from pdctl.proxy.engines.routing import EnginePair, Load, View
@@ -48,11 +49,16 @@ _BYTES_PER_TOKEN = 3.0
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One call to an engine. `patience_s`: its timeout without data; `streaming`: tokens have arrived."""
+    """One call to an engine. `patience_s`: its timeout without data; `streaming`: tokens have arrived.
+
+    `source`: the prefill engine that has its KV, "" if none; `kv_lost`: it was cut because that engine is gone.
+    """
 
     exchange: Exchange
     patience_s: float
     streaming: bool = False
+    source: str = ""
+    kv_lost: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +67,8 @@ class Engine:
 
     `heard_at`: time of its last token; `answered_at`: when the last answered probe was sent; `stalls`: how often it
     counted as stuck without having died. Then it is slow, and cutting its calls only adds load: the limit doubles.
+    `unlinked`: prefill engines from which it cannot read, as the supervisor says; `room`: for KV, of a prefill engine
+    that does not protect it; `handing_over`: requests between their prefill call and the end of their hand-over.
     """
 
     address: EngineAddress
@@ -87,6 +95,9 @@ class Engine:
     lives: int = 0
     crowd: tuple[float, int] = (0.0, 0)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
+    unlinked: frozenset[str] = frozenset()
+    room: KvRoom | None = None
+    handing_over: int = 0
 
     @property
     def name(self) -> str:
@@ -99,14 +110,15 @@ class Engine:
 
     def lost_peers(self, now: float) -> frozenset[str]:
         """Prefill engines from which this engine cannot read KV: it reports so, or hand-overs have failed."""
+        known = self.condition.lost_peers | self.unlinked if self.unlinked else self.condition.lost_peers
         if not self.pair_losses:
-            return self.condition.lost_peers
+            return known
         observed = {
             name
             for name, (count, at) in self.pair_losses.items()
             if count >= _PAIR_LOSSES and now - at < _PAIR_PAUSE_S * (count - _PAIR_LOSSES + 1)
         }
-        return self.condition.lost_peers | observed
+        return known | observed
 
     def handed_over(self, prefill: str, now: float, good: bool) -> None:
         """A hand-over from `prefill` succeeded or was lost."""
@@ -145,6 +157,13 @@ class Engine:
         """End every running call."""
         for ticket in tuple(self.tickets):
             ticket.exchange.cut(reason)
+
+    def cut_waiting(self, source: str) -> None:
+        """End the calls that wait for KV of a prefill engine that does not have it any more."""
+        for ticket in tuple(self.tickets):
+            if ticket.source == source and not ticket.streaming:
+                ticket.kv_lost = True
+                ticket.exchange.cut(f"{self.name} was waiting for KV of {source}, which is gone")
 
     def stuck_s(self, now: float) -> float | None:
         """Seconds without a token on any of its streams, if that is too long; else None."""
@@ -189,8 +208,17 @@ class EnginePool:
         found._secret = secret
         return found
 
-    def follow(self, addresses: Sequence[EngineAddress], draining: Sequence[str], predicts: bool) -> None:
-        """Use these engines from now on and cut calls to removed ones. Raises PdctlError without any change."""
+    def follow(
+        self,
+        addresses: Sequence[EngineAddress],
+        draining: Sequence[str],
+        predicts: bool,
+        unlinked: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Use these engines from now on and cut calls to removed ones. Raises PdctlError without any change.
+
+        `unlinked`: by decode engine, the prefill engines from which it cannot read.
+        """
         known = {engine.address.identity: engine for engine in self.engines}
         wanted = [known.get(address.identity) or _engine(address, self._secret) for address in addresses]
         for engine in self.engines:
@@ -201,6 +229,10 @@ class EnginePool:
         for engine, address in zip(wanted, addresses, strict=True):
             engine.address = address  # the same engine may have another role by now
             engine.draining = engine.name in draining
+            lost = frozenset((unlinked or {}).get(engine.name, ()))
+            for source in lost - engine.unlinked:
+                engine.cut_waiting(source)
+            engine.unlinked = lost
             self.publish(engine)
             if self._tasks is not None and engine not in self._watches:
                 self._watches[engine] = self._tasks.create_task(self._watch(engine))
@@ -238,6 +270,8 @@ class EnginePool:
                     engine.token_s.recent(),
                     engine.prefixes.matched(pieces) if pieces else 0.0,
                     engine.lost_peers(now),
+                    address.role in engine.dialect.pairing.alone,
+                    address.role != "hybrid" or engine.dialect.pairing.hybrids_pair,
                 )
             )
         return found
@@ -315,6 +349,9 @@ class EnginePool:
             _log.info("%s is down: %s", engine.name, reason)
         engine.healthy = False
         engine.cut(f"{engine.name} is down: {reason}")
+        for other in self.engines:
+            if other.dialect.pairing.waits_forever:
+                other.cut_waiting(engine.name)
 
     async def watch_forever(self) -> None:
         """Probe every engine and check for stuck calls, until cancelled."""
@@ -362,7 +399,10 @@ class EnginePool:
                 path = engine.dialect.probe_path
                 answer = await engine.client.request("GET", path, engine.headers, timeout_s=_PROBE_TIMEOUT_S)
                 engine.answered_at = started
-                self._observed(engine, engine.dialect.parse_condition(answer.status, answer.body))
+                condition = engine.dialect.parse_condition(answer.status, answer.body)
+                if condition.usable and not engine.healthy:
+                    condition = await self._measured(engine, condition)
+                self._observed(engine, condition)
             except Unreachable as failure:
                 self._missed(engine, failure)
             pause = _HEALTHY_S if engine.healthy else _DOWN_S
@@ -374,6 +414,21 @@ class EnginePool:
                 await asyncio.sleep(0.02)
             except TimeoutError:
                 continue
+
+    async def _measured(self, engine: Engine, condition: Condition) -> Condition:
+        """An engine that is back is usable only once its room is known, if it has one. Raises Unreachable."""
+        probe = engine.dialect.pairing.room
+        if probe is None or engine.address.role != "prefill":
+            return condition
+        answer = await engine.client.request("GET", probe.path, engine.headers, timeout_s=_PROBE_TIMEOUT_S)
+        tokens = probe.tokens(answer.body) if answer.status == 200 else None
+        if not tokens:
+            _log.warning("%s does not say how much KV it has: status %d at %s", engine.name, answer.status, probe.path)
+            return replace(condition, usable=False)
+        # Each worker has its part, so that together they never have more.
+        engine.room = engine.room or KvRoom()
+        engine.room.renewed(tokens // (self._shared.workers if self._shared is not None else 1))
+        return condition
 
     def _observed(self, engine: Engine, condition: Condition) -> None:
         engine.misses = 0
@@ -411,7 +466,7 @@ def _authorization(address: EngineAddress, secret: str) -> bytes:
 
 def _only_pair(engines: list[Engine]) -> EnginePair | None:
     """One prefill and one decode engine of the same kind, or a single engine."""
-    if len(engines) == 1:
+    if len(engines) == 1 and engines[0].address.role in engines[0].dialect.pairing.alone:
         return EnginePair(engines[0].name, engines[0].name)
     by_role = {engine.address.role: engine for engine in engines}
     if len(engines) == 2 and set(by_role) == {"prefill", "decode"} and len({e.address.kind for e in engines}) == 1:

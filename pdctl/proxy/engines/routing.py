@@ -42,7 +42,8 @@ class View(NamedTuple):
     """One engine at the time of the choice. See proxy.engines.pool.Engine for the units.
 
     `prefill_s`: recent prefills; `token_s`: recent seconds per token; `matched`: bytes of this request's prompt for
-    which it probably has KV. `lost`: prefill engines from which it cannot read."""
+    which it probably has KV. `lost`: prefill engines from which it cannot read. `alone`: it can compute a whole answer;
+    `pairs`: it can be one of a pair."""
 
     name: str
     role: str
@@ -54,6 +55,8 @@ class View(NamedTuple):
     token_s: Recent = _NOTHING
     matched: float = 0.0
     lost: frozenset[str] = frozenset()
+    alone: bool = True
+    pairs: bool = True
 
 
 class Candidate(NamedTuple):
@@ -178,15 +181,18 @@ def choose(
     fresh = [view for view in usable if view.name not in avoid] or usable if avoid else usable
     if not fresh:
         return None
-    pairs = candidates(fresh)
+    # What is left may be engines that answer nothing alone.
+    pairs = candidates(fresh) or (candidates(usable) if avoid else [])
+    if not pairs:
+        return None
     pair = pairs[0] if len(pairs) == 1 else policy(ask, pairs)
     return EnginePair(pair.prefill.name, pair.decode.name)
 
 
 def candidates(views: Sequence[View]) -> list[Candidate]:
     """All pairs of these engines that can serve a request, ordered so that neighbours share no engine if possible."""
-    prefills = [view for view in views if view.role in _PREFILLS]
-    decodes = [view for view in views if view.role in _DECODES]
+    prefills = [view for view in views if view.role in _PREFILLS and view.pairs]
+    decodes = [view for view in views if view.role in _DECODES and view.pairs]
     hybrids = [view for view in views if view.role == "hybrid"]
     inline = [Candidate(view, view) for view in hybrids]
     if len(hybrids) == len(views):
@@ -197,7 +203,7 @@ def candidates(views: Sequence[View]) -> list[Candidate]:
         for number, prefill in enumerate(prefills)
     ]
     able = [pair for pair in pairs if not pair.is_one and _reaches(pair)]
-    return able + inline or [Candidate(view, view) for view in views]
+    return able + inline or [Candidate(view, view) for view in views if view.alone]
 
 
 def _reaches(pair: Candidate) -> bool:

@@ -14,14 +14,18 @@ from pdctl.adapters import Attempt, Call, CannotResume, EngineError, Prefilled
 from pdctl.net.asgi import new_name
 from pdctl.net.http_client import Exchange, Unreachable
 from pdctl.proxy.answers.stream import EventReader
+from pdctl.proxy.engines.kv_room import NoRoom, Share
 from pdctl.proxy.engines.pool import Engine, Ticket
 from pdctl.proxy.request.failover import Cause, Failure, classify
-from pdctl.proxy.request.leg import Leg
+from pdctl.proxy.request.leg import Leg, Shared
+from pdctl.proxy.request.unfinished import Called
 from pdctl.wire import ATTEMPT_HEADER, TIMING_HEADER
 
 _ATTEMPT, _TIMING = ATTEMPT_HEADER.encode(), TIMING_HEADER.encode()
 # Interval of the checks of a suspect's stream, seconds.
 _SUSPECT_LOOK_S = 0.1
+# Longest wait for room for a prompt's KV, seconds; then another engine is tried.
+_ROOM_S = 20.0
 
 
 class CallFailed(Exception):
@@ -36,12 +40,45 @@ class CallFailed(Exception):
 async def prefill(leg: Leg, engine: Engine, attempt: Attempt) -> Prefilled:
     """Have an engine compute the prompt and keep its KV. Raises CallFailed."""
     await _prove(leg, engine)
+    share = await _take_room(leg, engine)
+    if engine.dialect.pairing.prefill_must_finish:
+        answer = await _prefill_to_the_end(leg, engine, attempt, share)
+    else:
+        answer = await _prefill(leg, engine, attempt, share, _patience_s(leg, engine))
+    leg.timing.prefilled(time.monotonic())
+    leg.share = share
+    return answer
+
+
+async def _prefill_to_the_end(leg: Leg, engine: Engine, attempt: Attempt, share: Share | None) -> Prefilled:
+    """The same, but the call goes on if this is cancelled. Raises CallFailed."""
+    patience_s, longest_s = _patience_s(leg, engine), leg.shared.failover.prefill_s
+
+    async def work() -> Called:
+        try:
+            return await _prefill(leg, engine, attempt, share, longest_s)
+        except CallFailed as failed:
+            return failed
+
+    def unwanted(answer: Prefilled) -> None:
+        release_at(leg.shared, engine, answer.hand_over or answer.left, share)
+
+    try:
+        found = await leg.shared.unfinished.call(work(), patience_s, unwanted)
+    except TimeoutError:
+        raise _failed(leg, engine, Unreachable(f"{engine.name} did not prefill within {patience_s:.0f} s")) from None
+    if isinstance(found, Prefilled):
+        return found
+    raise found
+
+
+async def _prefill(leg: Leg, engine: Engine, attempt: Attempt, share: Share | None, patience_s: float) -> Prefilled:
     call = engine.dialect.prefill_call(leg.state, attempt)
-    lines = b"%b%b: %b\r\n" % (_lines(leg, engine), _ATTEMPT, attempt.name.encode())
+    lines = b"%b%b%b: %b\r\n" % (_lines(leg, engine), call.headers, _ATTEMPT, attempt.name.encode())
     exchange = engine.client.exchange("POST", call.path, lines, call.body)
-    started, done = time.monotonic(), False
+    started, done, keeps_nothing = time.monotonic(), False, False
     engine.prompts.begin(leg.size, started)
-    ticket = _begin(leg, engine, exchange, _patience_s(leg, engine))
+    ticket = _begin(leg, engine, exchange, patience_s)
     leg.shared.pool.publish(engine)
     try:
         status = await exchange.head()
@@ -51,6 +88,7 @@ async def prefill(leg: Leg, engine: Engine, attempt: Attempt) -> Prefilled:
         answer = engine.dialect.parse_prefill(body, leg.state)
         done = True
     except (Unreachable, EngineError) as failure:
+        keeps_nothing = not (failure.begun if isinstance(failure, Unreachable) else failure.status >= 500)
         if isinstance(failure, Unreachable):
             later(leg, engine, engine.dialect.give_up_call(attempt.name))
         raise _failed(leg, engine, failure) from failure
@@ -61,9 +99,12 @@ async def prefill(leg: Leg, engine: Engine, attempt: Attempt) -> Prefilled:
     finally:
         engine.prompts.end(leg.size, time.monotonic(), done)
         _end(leg, engine, ticket)
+        if share is not None and engine.room is not None and not done:
+            (engine.room.give_back if keeps_nothing else engine.room.leak)(share)
+    if share is not None and engine.room is not None:
+        engine.room.settle(share, answer.prompt_tokens)
     engine.prefill_s.add(time.monotonic() - started)
     engine.breaker.succeeded()
-    leg.timing.prefilled(time.monotonic())
     if leg.pieces:
         engine.prefixes.add(leg.pieces)
     return answer
@@ -84,21 +125,28 @@ async def decode(
     `valid_until` (monotonic): a first token that comes later is discarded, and the KV counts as lost.
     """
     await _prove(leg, engine)
+    share = None if has_kv else await _take_room(leg, engine)
     meter, amount = (engine.streams, 1.0) if has_kv else (engine.prompts, leg.size)
     meter.begin(amount, time.monotonic())
     leg.shared.pool.publish(engine)
+    ticket: Ticket | None = None
     try:
         call = engine.dialect.decode_call(leg.state, attempt, hand_over, not leg.in_one_piece)
-        exchange = engine.client.exchange("POST", call.path, _lines(leg, engine), call.body)
+        exchange = engine.client.exchange("POST", call.path, _lines(leg, engine) + call.headers, call.body)
         patience_s = leg.shared.failover.first_token_s if has_kv else _patience_s(leg, engine)
         ticket = _begin(leg, engine, exchange, patience_s)
+        ticket.source = attempt.prefill.name if has_kv else ""
         try:
             await _read(leg, engine, exchange, ticket, on_first_token, valid_until)
         finally:
             _end(leg, engine, ticket)
     except (Unreachable, EngineError) as failure:
+        if ticket is not None and ticket.kv_lost:
+            raise CallFailed(engine, Failure(engine.name, Cause.KV_LOST, str(failure))) from failure
         raise _failed(leg, engine, failure) from failure
     finally:
+        if share is not None and engine.room is not None:
+            engine.room.give_back(share)
         meter.end(amount, time.monotonic(), leg.finished)
         leg.shared.pool.publish(engine)
     if not leg.finished:
@@ -108,8 +156,17 @@ async def decode(
 
 def release(leg: Leg, prefill_engine: Engine, hand_over: bytes | None) -> None:
     """Release, in the background, a hand-over that no engine will read."""
-    if hand_over is not None:
-        later(leg, prefill_engine, prefill_engine.dialect.release_call(hand_over))
+    share, leg.share = leg.share, None
+    release_at(leg.shared, prefill_engine, hand_over, share)
+
+
+def release_at(shared: Shared, engine: Engine, hand_over: bytes | None, share: Share | None) -> None:
+    """The same, with the room that the hand-over has."""
+    call = None if hand_over is None else engine.dialect.release_call(hand_over)
+    if call is not None:
+        shared.releases.put(engine, call, share)
+    elif share is not None and engine.room is not None:
+        engine.room.leak(share)
 
 
 def later(leg: Leg, engine: Engine, call: Call | None) -> None:
@@ -151,6 +208,7 @@ async def _read(
         reader.settle()
         leg.finished = leg.finished or reader.finished
         leg.prompt_tokens = reader.prompt_tokens or leg.prompt_tokens
+        leg.completion_tokens = reader.completion_tokens or leg.completion_tokens
         if reader.tokens > 1:
             engine.token_s.add(reader.seconds / (reader.tokens - 1))
 
@@ -174,6 +232,18 @@ async def _prove(leg: Leg, engine: Engine) -> None:
     suspicion = leg.suspicion
     if suspicion.present and not await leg.shared.pool.is_proven(engine, suspicion.failed_at):
         raise CallFailed(engine, Failure(engine.name, Cause.NOT_REACHED, f"{engine.name} does not answer"))
+
+
+async def _take_room(leg: Leg, engine: Engine) -> Share | None:
+    """Room for the prompt's KV at an engine that does not protect it. Raises CallFailed if there is none in time."""
+    if engine.room is None:
+        return None
+    try:
+        share = await engine.room.take(leg.size, _ROOM_S)
+    except NoRoom as failure:
+        raise CallFailed(engine, Failure(engine.name, Cause.NOT_REACHED, f"{engine.name}: {failure}")) from None
+    engine.room.sent += 1
+    return share
 
 
 def _lines(leg: Leg, engine: Engine) -> bytes:

@@ -256,14 +256,14 @@ class _Job:
         return (StreamAnswer if request.stream else WholeAnswer)(request, send, extra, timing)
 
     def _legs(self, request: ClientRequest, answer: Answer) -> list[Leg]:
-        shared, started = self.completions.shared, request.envelope.created
+        shared, started, model = self.completions.shared, request.envelope.created, self.completions.model
         shared.budget.request()
         size = float(request.size) / len(request.legs)
         legs = []
         for number, (fields, sink) in enumerate(zip(request.legs, answer.sinks, strict=True)):
             leg = Leg(
                 shared,
-                RequestState(request.path, request.envelope.chat, fields, counts_each=request.counts_each),
+                RequestState(request.path, request.envelope.chat, fields, counts_each=request.counts_each, model=model),
                 sink,
                 # Each leg has a different name: engines that use it as a key would treat two legs as one request.
                 f"{self.request_id}-{number}" if number else self.request_id,

@@ -42,7 +42,7 @@ async def _sequential(call: PairCall) -> None:
     valid_until = _lease_end(call)
     hand_over = await _prefilled(call)
     if hand_over is not None:
-        await _handed_over(call, hand_over, None, valid_until)
+        await _handed_over(call, hand_over, valid_until)
 
 
 def _lease_end(call: PairCall) -> float:
@@ -58,9 +58,44 @@ def _lease_end(call: PairCall) -> float:
 
 
 async def _owned(call: PairCall) -> None:
-    hand_over = await _prefilled(call)
-    if hand_over is not None:
-        await _handed_over(call, hand_over, lambda: release(call.leg, call.prefill, hand_over))
+    held = _Held(call)
+    try:
+        held.hand_over = await _prefilled(call)
+        if held.hand_over is not None:
+            _check_kept(call)
+            await _decoded(call, held.hand_over, held.end)
+    finally:
+        # Decode has read it, or never will.
+        held.end()
+
+
+class _Held:
+    """What the prefill engine holds for one attempt, until `end`. Once is enough: decode's first token, or its end."""
+
+    def __init__(self, call: PairCall) -> None:
+        self.hand_over: bytes | None = None
+        self._call = call
+        self._is_open = True
+        call.prefill.handing_over += 1
+
+    def end(self) -> None:
+        """Release it."""
+        if self._is_open:
+            self._is_open = False
+            self._call.prefill.handing_over -= 1
+            if self.hand_over is not None:
+                release(self._call.leg, self._call.prefill, self.hand_over)
+
+
+def _check_kept(call: PairCall) -> None:
+    """Raises CallFailed if decode cannot read the KV any more: an engine was down since the pair was chosen."""
+    share, room, reason = call.leg.share, call.prefill.room, ""
+    if share is not None and room is not None and not room.is_current(share):
+        reason = f"{call.prefill.name} was restarted before its KV was read"
+    elif call.prefill.name in call.decode.unlinked:
+        reason = f"{call.decode.name} is not linked to {call.prefill.name} any more"
+    if reason:
+        raise CallFailed(call.decode, Failure(call.decode.name, Cause.KV_LOST, reason))
 
 
 async def _concurrent(call: PairCall) -> None:
@@ -96,9 +131,10 @@ async def _prefilled(call: PairCall) -> bytes | None:
     try:
         await _emit(leg, done)
     except BaseException:
-        release(leg, call.prefill, done.hand_over)
+        release(leg, call.prefill, done.hand_over or done.left)
         raise
     if done.hand_over is None:
+        release(leg, call.prefill, done.left)
         leg.finished, leg.timing.engines = True, (call.prefill.name, call.prefill.name)
     return done.hand_over
 
@@ -111,16 +147,14 @@ async def _emit(leg: Leg, done: Prefilled) -> None:
         await leg.sink.add(done.choice, done.token_ids)
 
 
-async def _handed_over(
-    call: PairCall, hand_over: bytes, on_first_token: Callable[[], None] | None, valid_until: float = math.inf
-) -> None:
+async def _handed_over(call: PairCall, hand_over: bytes, valid_until: float) -> None:
     """Decode with the held KV. If decode ends without a token, the KV is released at prefill."""
     leg, before = call.leg, len(call.leg.state.emitted)
     try:
         if time.monotonic() > valid_until:
             reason = f"the prefill on {call.prefill.name} took longer than its lease"
             raise CallFailed(call.prefill, Failure(call.prefill.name, Cause.KV_LOST, reason))
-        await _decoded(call, hand_over, on_first_token, valid_until)
+        await _decoded(call, hand_over, None, valid_until)
     finally:
         if len(leg.state.emitted) == before and not leg.finished:
             release(leg, call.prefill, hand_over)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pdctl.adapters import RequestState
 from pdctl.proxy.answers.sinks import Sink
 from pdctl.proxy.engines.breaker import RetryBudget
+from pdctl.proxy.engines.kv_room import Share
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.engines.releases import Releases
 from pdctl.proxy.engines.routing import RoutingPolicy
 from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.proxy.request.quarantine import Quarantine, Suspicion
+from pdctl.proxy.request.unfinished import Unfinished
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.timing import Timing
 
@@ -35,6 +37,7 @@ class Shared:
     lease_s: float = 30.0
     failover: FailoverPolicy = field(default_factory=FailoverPolicy)
     budget: RetryBudget = field(default_factory=RetryBudget)
+    unfinished: Unfinished = field(default_factory=Unfinished)
     request_number: int = 0
 
 
@@ -44,7 +47,8 @@ class Leg:
 
     `name`: the request id for engines; `headers`: header lines for engines; `size`: of the prompt, in bytes of the
     request; `body`: the client's request, which identifies it in quarantine; `pieces`: the prompt's prefixes; `whole`:
-    the body of an answer in one piece, as sent to the client; `failures`: calls that failed.
+    the body of an answer in one piece, as sent to the client; `failures`: calls that failed; `share`: the room of its
+    KV at a prefill engine.
     """
 
     # Class attributes: most requests never set these, and then they need no memory per request.
@@ -53,6 +57,7 @@ class Leg:
     whole: bytes | None = None
     failures = 0
     finished = False
+    share: Share | None = None
     # The time of the first token of an answer in one piece is unknown. Where it matters, the engine must stream.
     must_stream = False
 

@@ -58,8 +58,10 @@ class Relay:
             return
         try:
             if pair.is_one or self._alone or leg.has_one_token_left:
-                leg.timing.engines = (prefill.name, prefill.name)
-                await decode(leg, prefill, Attempt(new_name(), prefill.address, prefill.address))
+                able = leg.has_one_token_left or prefill.address.role in prefill.dialect.pairing.alone
+                one = prefill if able else decoding
+                leg.timing.engines = (one.name, one.name)
+                await decode(leg, one, Attempt(new_name(), one.address, one.address))
             else:
                 attempt = Attempt(new_name(), prefill.address, decoding.address)
                 leg.must_stream = not decoding.dialect.verifies_leases
@@ -79,7 +81,9 @@ class Relay:
             await leg.sink.add(end, [])
             leg.finished = True
         elif leg.state.emitted and (reason := prefill.dialect.cannot_resume(leg.state)):
-            raise ApiError(502, reason, "server_error")
+            if not leg.sink.start_over():
+                raise ApiError(502, reason, "server_error")
+            leg.state.start_over()
         return leg.finished
 
     async def _choose(self) -> EnginePair:

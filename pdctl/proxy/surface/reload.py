@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from pdctl.errors import PdctlError
 from pdctl.proxy.client.keys import Keys
+from pdctl.proxy.engines.pool import Engine
 from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.generate import Completions
@@ -53,7 +54,10 @@ class Reloader:
         wanted = msgspec.structs.replace(wanted, **{name: getattr(self.config, name) for name in ProxyConfig.FIXED})
         completions, shared = self._completions, self._completions.shared
         keys = Keys(wanted.api_keys) if wanted.api_keys != self.config.api_keys else completions.keys
-        shared.pool.follow(wanted.engines, wanted.draining, wanted.admission == "slo")
+        shared.pool.follow(wanted.engines, wanted.draining, wanted.admission == "slo", wanted.unlinked)
+        for engine in shared.pool.engines:
+            if engine.room is not None and wanted.swept.get(engine.name, 0) != self.config.swept.get(engine.name, 0):
+                engine.room.swept()
         completions.log.move_to(wanted.access_log)
         shared.policy = POLICIES[wanted.routing]
         shared.wants_prefixes = wanted.routing == "prefix_aware"
@@ -89,12 +93,20 @@ class Reloader:
 
     def _pool(self) -> Response:
         pool = self._completions.shared.pool
-        loads = {engine.name: EngineLoad(len(engine.tickets), engine.healthy) for engine in pool.engines}
+        loads = {engine.name: _load(engine) for engine in pool.engines}
         return Response(msgspec.json.encode(PoolReply(loads)), media_type="application/json")
 
     def _is_internal(self, request: Request) -> bool:
         given = request.headers.get("authorization", "").encode("latin-1")
         return bool(self._bearer) and hmac.compare_digest(given, self._bearer.encode())
+
+
+def _load(engine: Engine) -> EngineLoad:
+    # A request between its prefill call and its decode call still needs what prefill has for it.
+    calls = max(len(engine.tickets), engine.handing_over)
+    if (room := engine.room) is None:
+        return EngineLoad(calls, engine.healthy)
+    return EngineLoad(calls, engine.healthy, room.leaked, room.leaked / (room.tokens or 1), room.sent)
 
 
 def _refused(status: int, reason: str) -> Response:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 
-from pdctl.adapters import Ability, Control, Target, control
+from pdctl.adapters import Ability, Control, Peer, Target, control
 from pdctl.control_api import EngineBlocks, KvStatus, Lease, Link
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
@@ -33,7 +33,7 @@ _LINK_TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One running engine: its name, kind, role, API address and epoch."""
+    """One running engine: its name, kind, role, API address and epoch. `secret`: its own, if pdctl did not start it."""
 
     name: str
     kind: str
@@ -41,6 +41,7 @@ class Member:
     host: str
     port: int
     epoch: str
+    secret: str | None = field(default=None, repr=False)
 
     @property
     def holder(self) -> str:
@@ -59,7 +60,8 @@ class Member:
 
 
 class KvWatch:
-    """Calls to the engines of one service. `members` returns the ready engines, `holders` the live holder names."""
+    """Calls to the engines of one service. `members` returns the ready engines, `attached` those that pdctl did not
+    start, `holders` the live holder names."""
 
     def __init__(
         self,
@@ -67,9 +69,11 @@ class KvWatch:
         members: Callable[[], list[Member]],
         holders: Callable[[], set[str]],
         say: Callable[[str, str], None],
+        attached: Callable[[], list[Member]] = list,
     ) -> None:
         self.links: dict[tuple[str, str], LinkInfo] = {}
         self._members = members
+        self._attached = attached
         self._holders = holders
         self._say = say
         self._caller = Caller(secret)
@@ -87,7 +91,7 @@ class KvWatch:
 
     async def _reclaim_at(self, member: Member, holder: str) -> None:
         try:
-            released = await _retried(lambda: member.control.release_holder(self._target(member), holder, _CALL_S))
+            released = await _retried(lambda: member.control.release_holder(self.target(member), holder, _CALL_S))
         except Unreachable as failure:
             reason = f"could not release the leases of {holder} on {member.name} ({failure}); they will expire"
             self._say("pdctl", reason)
@@ -105,18 +109,14 @@ class KvWatch:
 
     async def _tell_role(self, member: Member) -> None:
         try:
-            await _retried(lambda: member.control.set_role(self._target(member), member.role, _CALL_S))
+            await _retried(lambda: member.control.set_role(self.target(member), member.role, _CALL_S))
         except Unreachable as failure:
             self._say(member.name, f"did not accept the role {member.role}: {failure}")
 
     def pairs_of(self, name: str) -> list[tuple[Member, Member]]:
-        """The (reader, server) pairs of ready engines that include this one."""
-        return [
-            (reader, server)
-            for reader in self._able(Ability.LINK, _READERS)
-            for server in self._able(Ability.LINK, _SERVERS)
-            if reader.kind == server.kind and reader.name != server.name and name in (reader.name, server.name)
-        ]
+        """The (reader, server) pairs of ready engines that include this one, of kinds that keep their links."""
+        members = [member for member in self._able(Ability.LINK) if Ability.STATE in member.control.abilities]
+        return [pair for pair in pairs_among(members) if name in (pair[0].name, pair[1].name)]
 
     async def link(self, name: str) -> None:
         """Make the links of an engine that has just become ready. The results are in `links`."""
@@ -135,20 +135,21 @@ class KvWatch:
         return None
 
     async def _link_from(self, reader: Member, servers: list[Member]) -> None:
-        peers = [server.peer for server in servers]
+        peers = [Peer(server.peer, self.target(server)) for server in servers]
         for attempt in range(_LINK_TRIES):
             try:
-                made = await reader.control.link(self._target(reader), peers, _LINK_S)
+                made = await reader.control.link(self.target(reader), peers, _LINK_S)
             except Unreachable as failure:
-                made = [LinkInfo(peer.name, peer.epoch, error=str(failure)) for peer in peers]
+                made = [LinkInfo(peer.address.name, peer.address.epoch, error=str(failure)) for peer in peers]
             for link in made:
-                self._note(reader.name, link)
+                self.note(reader.name, link)
             peers = [peer for peer, link in zip(peers, made, strict=False) if link.error and not link.refused]
             if not peers:
                 return
             await asyncio.sleep(0.2 * 2**attempt * random.random())  # noqa: S311 - jitter, no secret
 
-    def _note(self, reader: str, link: LinkInfo) -> None:
+    def note(self, reader: str, link: LinkInfo) -> None:
+        """Keep a link's state, and report what is new about it."""
         before = self.links.get((reader, link.peer))
         self.links[reader, link.peer] = link
         if link.error and (before is None or before.error != link.error):
@@ -165,7 +166,7 @@ class KvWatch:
         for member, state in zip(members, found, strict=True):
             if isinstance(state, EngineState):
                 for link in state.links:
-                    self._note(member.name, _kept(link, self.links.get((member.name, link.peer))))
+                    self.note(member.name, _kept(link, self.links.get((member.name, link.peer))))
         return {member.name: state for member, state in zip(members, found, strict=True)}
 
     async def leases(self) -> KvStatus:
@@ -189,7 +190,7 @@ class KvWatch:
             if not lease_id.startswith(f"{member.epoch}."):
                 continue
             try:
-                return await member.control.revoke(self._target(member), lease_id, _CALL_S)
+                return await member.control.revoke(self.target(member), lease_id, _CALL_S)
             except Unreachable as failure:
                 reasons.append(str(failure))
         return LeaseReply(False, "; ".join(reasons) or f"no running engine granted lease {lease_id}")
@@ -206,6 +207,10 @@ class KvWatch:
     def forget(self, name: str) -> None:
         """Remove the links of an engine that is no longer part of the service."""
         self.links = {pair: link for pair, link in self.links.items() if name not in pair}
+
+    def forget_pair(self, pair: tuple[str, str]) -> None:
+        """Remove one link."""
+        self.links.pop(pair, None)
 
     def close(self) -> None:
         """Close every connection."""
@@ -225,16 +230,17 @@ class KvWatch:
 
     async def _state(self, member: Member) -> EngineState | str:
         try:
-            return await member.control.state(self._target(member), _STATE_S)
+            return await member.control.state(self.target(member), _STATE_S)
         except Unreachable as failure:
             return str(failure)
 
-    def _target(self, member: Member) -> Target:
+    def target(self, member: Member) -> Target:
+        """How the supervisor reaches an engine."""
         pool = self._pools.get(member.holder)
         if pool is None:
-            self._close_but({member.holder for member in self._members()})
+            self._close_but({member.holder for member in (*self._members(), *self._attached())})
             pool = self._pools[member.holder] = ConnectionPool(member.host, member.port)
-        return Target(pool, self._caller)
+        return Target(pool, self._caller if member.secret is None else Caller(member.secret))
 
     def _close_but(self, kept: set[str]) -> None:
         """Close connections to all engines except `kept`."""
@@ -250,6 +256,19 @@ async def _retried(call: Callable[[], Awaitable[Result]]) -> Result:
         except Unreachable:
             await asyncio.sleep(0.05 * 2**attempt * random.random())  # noqa: S311 - jitter, no secret
     return await call()
+
+
+def pairs_among(members: list[Member]) -> list[tuple[Member, Member]]:
+    """The (reader, server) pairs of these engines."""
+    return [
+        (reader, server)
+        for reader in members
+        for server in members
+        if reader.role in _READERS
+        and server.role in _SERVERS
+        and reader.kind == server.kind
+        and reader.name != server.name
+    ]
 
 
 def _kept(now: LinkInfo, before: LinkInfo | None) -> LinkInfo:

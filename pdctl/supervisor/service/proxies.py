@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 
 import msgspec
@@ -14,7 +14,7 @@ from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.plan import Plan, ProcessSpec
 from pdctl.supervisor.rundir.rundir import RunDir
-from pdctl.wire import EngineAddress, PoolReply, ProxyConfig
+from pdctl.wire import EngineAddress, EngineLoad, PoolReply, ProxyConfig
 
 _RELOAD_S = 5.0
 _TRIES = 3
@@ -46,6 +46,10 @@ class Proxies:
 
     def __init__(self, run_dir: RunDir, secret: str, serving: Callable[[], list[ProcessSpec]]) -> None:
         self.draining: set[str] = set()
+        # Engines that get no requests for a moment, and how often each engine was swept.
+        self.paused: set[str] = set()
+        self.swept: dict[str, int] = {}
+        self.unlinked: Callable[[Sequence[EngineAddress]], dict[str, list[str]]] = lambda _: {}
         self._run_dir = run_dir
         self._serving = serving
         self._caller = Caller(secret)
@@ -68,8 +72,12 @@ class Proxies:
 
     async def calls_at(self, engine: str) -> int:
         """Current calls of all proxies to an engine. A proxy that does not answer counts as having none."""
+        return sum(load.calls for load in await self.loads_at(engine))
+
+    async def loads_at(self, engine: str) -> list[EngineLoad]:
+        """What each proxy that answers says of an engine."""
         replies = await asyncio.gather(*(self._pool(spec) for spec in self._serving()))
-        return sum(reply.engines[engine].calls for reply in replies if reply and engine in reply.engines)
+        return [reply.engines[engine] for reply in replies if reply and engine in reply.engines]
 
     async def _reload(self, spec: ProcessSpec) -> str:
         deadline, reason = time.monotonic() + _RELOAD_S, ""
@@ -123,7 +131,9 @@ class Proxies:
             cors_origins=list(proxy.cors_origins),
             access_log=proxy.access_log,
             otlp_endpoint=proxy.otlp_endpoint,
-            draining=sorted(self.draining),
+            draining=sorted(self.draining | self.paused),
+            unlinked=self.unlinked(engines),
+            swept=dict(self.swept),
             # Running answers may finish during most of the time before the next signal.
             lease_s=plan.lease_s,
             drain_s=min(plan.supervision.drain_s, plan.supervision.grace_s * 0.9),

@@ -7,6 +7,7 @@ import asyncio
 from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch
+from pdctl.supervisor.service.links.keeper import LinkKeeper
 from pdctl.supervisor.service.proxies import Proxies
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.surface.notify import Notifier
@@ -23,6 +24,7 @@ class Reconciler:
         state: ServiceState,
         fleet: Fleet,
         kv: KvWatch,
+        links: LinkKeeper,
         proxies: Proxies,
         journal: Journal,
         notifier: Notifier,
@@ -31,6 +33,7 @@ class Reconciler:
         self._state = state
         self._fleet = fleet
         self._kv = kv
+        self._links = links
         self._proxies = proxies
         self._journal = journal
         self._notifier = notifier
@@ -72,6 +75,8 @@ class Reconciler:
         if unit.life.phase is not Phase.STOPPING:
             for other in self._fleet.restart_companions(unit):
                 self._journal.say(other.name, f"restarted with {unit.name}", "restarted_with")
+        if self._links.died(unit.name) and not self._state.is_stopping:
+            self._tasks.create_task(self._tell())
         return self._tasks.create_task(self._kv.reclaim(unit.name, f"{unit.name}@{unit.epoch}"))
 
     async def drain(self, unit: Unit) -> None:
@@ -117,5 +122,6 @@ class Reconciler:
     async def _link(self, unit: Unit) -> None:
         await self._kv.tell_role(unit.name)
         await self._kv.link(unit.name)
+        await self._links.link(unit.name)
         self._state.linking -= 1
         self._state.changed.set()

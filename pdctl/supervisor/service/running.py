@@ -21,7 +21,10 @@ from pdctl.supervisor.rundir.rundir import RunDir
 from pdctl.supervisor.service.change_over import ChangeOver
 from pdctl.supervisor.service.files import ServiceFiles
 from pdctl.supervisor.service.fleet import Fleet
-from pdctl.supervisor.service.kv import KvWatch
+from pdctl.supervisor.service.kv import KvWatch, Member
+from pdctl.supervisor.service.links.attached import AttachedEngines
+from pdctl.supervisor.service.links.keeper import LinkKeeper
+from pdctl.supervisor.service.links.sweeps import Sweeper
 from pdctl.supervisor.service.proxies import Proxies
 from pdctl.supervisor.service.reconcile import Reconciler
 from pdctl.supervisor.service.state import ServiceState
@@ -61,10 +64,18 @@ class RunningService:
         self._state = state
         self._fleet = fleet
         self._notifier = resources.notifier
-        self._kv = KvWatch(secret, fleet.members, fleet.holders, self.journal.say)
+        self._attached = AttachedEngines(lambda: state.plan.attached, self.journal.say)
+        self._kv = KvWatch(secret, fleet.members, fleet.holders, self.journal.say, self._attached.members)
         proxies = Proxies(resources.rundir, secret, fleet.serving)
+        self._links = self._link_keeper(resources, proxies)
+        if adoptable is not None:
+            self._links.load()
+        proxies.unlinked = self._links.unlinked
+        self._sweeper = Sweeper(self._kv, proxies, self._members, lambda: state.plan, self.journal.say)
         self._files = ServiceFiles(resources.rundir, secret, state, fleet, proxies, self.journal)
-        self._reconciler = Reconciler(state, fleet, self._kv, proxies, self.journal, resources.notifier, tasks)
+        self._reconciler = Reconciler(
+            state, fleet, self._kv, self._links, proxies, self.journal, resources.notifier, tasks
+        )
         context = UnitContext(
             policy=state.policy,
             log_dir=Path(state.plan.log_dir),
@@ -93,6 +104,16 @@ class RunningService:
         """Run until everything is down."""
         await self._reconciler.run()
 
+    async def keep_links_forever(self) -> None:
+        """Keep engines linked, and free KV that nobody can name, for kinds that need it."""
+        self._state.linking += 1
+        await self._links.look()
+        self._state.linking -= 1
+        self._state.changed.set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._links.keep_forever())
+            tasks.create_task(self._sweeper.run_forever())
+
     async def save_forever(self) -> None:
         """Keep the files for a later supervisor up to date."""
         await self._files.save_forever()
@@ -115,6 +136,7 @@ class RunningService:
     def close(self) -> None:
         """Close connections to engines."""
         self._kv.close()
+        self._attached.close()
 
     # -- the control API (see Controlled) ------------------------------------------------------------------
 
@@ -176,6 +198,23 @@ class RunningService:
         self._change_over.cancel()
 
     # -- parts ---------------------------------------------------------------------------------------------
+
+    def _members(self) -> list[Member]:
+        """All engines that answer, also those that pdctl did not start."""
+        return [*self._fleet.members(), *self._attached.members()]
+
+    def _link_keeper(self, resources: Resources, proxies: Proxies) -> LinkKeeper:
+        state = self._state
+
+        def names() -> set[str]:
+            plan = state.plan
+            return {spec.name for spec in plan.processes} | {attached.name for attached in plan.attached}
+
+        async def tell() -> None:
+            if (reason := await proxies.tell(state.plan)) and not state.is_stopping:
+                self.journal.say("pdctl", f"not every proxy was updated: {reason}")
+
+        return LinkKeeper(self._kv, self._fleet.members, self._attached, names, tell, resources.rundir)
 
     def _open(self, resources: Resources, adopted: set[str]) -> None:
         """Open the sockets and write the files that processes need."""

@@ -80,6 +80,7 @@ class Service:
                 tasks.create_task(serve_control(self._rundir.control_socket, running))
                 tasks.create_task(running.keep_house_forever())
                 tasks.create_task(running.save_forever())
+                tasks.create_task(running.keep_links_forever())
                 await running.run()
             finally:
                 self.failure = state.failure

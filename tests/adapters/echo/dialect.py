@@ -12,6 +12,7 @@ from pdctl.adapters import (
     Delta,
     EngineError,
     HandShake,
+    Pairing,
     Prefilled,
     RequestState,
     shown,
@@ -31,6 +32,7 @@ class EchoDialect:
     own_envelopes = False
     resumes_at_text = False
     deterministic = True
+    pairing = Pairing()
     verifies_leases = True
 
     def known_fields(self, path: str) -> frozenset[str] | None:

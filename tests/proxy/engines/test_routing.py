@@ -35,6 +35,8 @@ class ViewFields(TypedDict, total=False):
     token_s: Recent
     matched: float
     lost: frozenset[str]
+    alone: bool
+    pairs: bool
 
 
 def view(
@@ -139,6 +141,20 @@ def test_the_sick_are_left_out_and_the_avoided_are_a_last_resort() -> None:
     assert choose(round_robin, pool, ask(), frozenset({"d1"})) == EnginePair("p0", "p0"), "prefill finishes it alone"
     assert choose(round_robin, [view("d1", "decode")], ask(), frozenset({"d1"})) == EnginePair("d1", "d1")
     assert choose(round_robin, [view("p", usable=False)], ask()) is None
+
+
+def test_an_engine_that_answers_nothing_alone_is_only_part_of_pairs() -> None:
+    prefill, decode = view("p0", alone=False), view("d0", "decode")
+    assert choose(round_robin, [prefill], ask()) is None
+    assert choose(round_robin, [prefill, decode], ask()) == EnginePair("p0", "d0")
+    deaf = view("d0", "decode", lost=frozenset({"p0"}))
+    assert choose(round_robin, [prefill, deaf], ask()) == EnginePair("d0", "d0")
+    assert choose(round_robin, [prefill, deaf], ask(), frozenset({"d0"})) == EnginePair("d0", "d0"), "there is no other"
+
+
+def test_a_hybrid_that_cannot_pair_answers_alone() -> None:
+    pool = [view("p0"), view("h0", "hybrid", pairs=False), view("d0", "decode")]
+    assert set(chosen(round_robin, pool)) == {EnginePair("p0", "d0"), EnginePair("h0", "h0")}
 
 
 def test_pairs_that_cannot_reach_each_other_are_not_pairs() -> None:

@@ -171,6 +171,9 @@ class Gathering:
     async def pass_on(self, data: bytes) -> None:
         raise AssertionError(data)
 
+    def start_over(self) -> bool:
+        return not self.tokens
+
     @property
     def part_now(self) -> Callable[[bytes], bool]:
         return lambda _: False
@@ -194,11 +197,12 @@ async def relay(
     kind: str = "builtin",
     sink: Gathering | None = None,
     left: Iterable[Scripted] = (),
+    prepare: Callable[[EnginePool], None] = lambda _: None,
     lease_s: float = 30.0,
     chat: dict[str, object] | None = None,
 ) -> Outcome:
-    """Relay one leg over these engines. Returns when every clean-up call has arrived. `left`: see Scripted; `chat`: the
-    fields of a chat to relay instead of a completion."""
+    """Relay one leg over these engines. Returns when every clean-up call has arrived. `left`: see Scripted; `prepare`
+    gets the pool before the leg starts; `chat`: the fields of a chat to relay instead of a completion."""
     servers = [await asyncio.start_server(engine.serve, "127.0.0.1", 0) for engine in engines]
     addresses = [
         EngineAddress(engine.name, engine.role, kind, "127.0.0.1", server.sockets[0].getsockname()[1], slot=slot)
@@ -210,6 +214,7 @@ async def relay(
     shared.lease_s = lease_s
     background: list[asyncio.Task[object]] = [
         asyncio.ensure_future(pool.watch_forever()), asyncio.ensure_future(shared.releases.run_forever()),
+        asyncio.ensure_future(shared.unfinished.run_forever()),
     ]  # fmt: skip
     sink, error = sink or Gathering(), None
     leg = Leg(shared, _state(max_tokens, chat), sink, "r1", b"", 5.0, max_tokens, b"x", [], Timing())
@@ -217,6 +222,7 @@ async def relay(
         async with asyncio.timeout(60):
             while not all(engine.healthy for engine in pool.engines):
                 await pool.wait_for_change(1.0)
+            prepare(pool)
             running = asyncio.ensure_future(Relay(leg).run())
             if leave_when is not None:
                 await leave_when

@@ -15,6 +15,8 @@ import pytest
 from pdctl import adapters
 from pdctl.adapters import Choice, HandShake
 from pdctl.adapters.builtin.dialect import BuiltinDialect
+from pdctl.proxy.engines.kv_room import KvRoom
+from pdctl.proxy.engines.pool import EnginePool
 from tests.proxy.request.scripted import (
     LEASE,
     Act,
@@ -282,6 +284,38 @@ def test_a_client_that_leaves_before_the_hand_over_leaves_no_kv(kind: str) -> No
     prefill, decode = asyncio.run(main())
     assert prefill.bodies_at(RELEASE) == [{**LEASE, "holder": "proxy"}]
     assert not decode.generations
+
+
+@pytest.mark.parametrize("gone", ["link", "prefill"])
+def test_kv_that_decode_cannot_read_any_more_is_not_sent_there(gone: str) -> None:
+    pools: list[EnginePool] = []
+
+    async def lost_meanwhile(writer: asyncio.StreamWriter) -> bool:
+        engines = pools[0].by_name
+        if gone == "link":
+            engines["d0"].unlinked = frozenset({"p0"})
+        else:
+            room = engines["p0"].room
+            assert room is not None
+            room.renewed(1 << 20)
+            room.swept()
+        return await held(65)(writer)
+
+    def prepare(pool: EnginePool) -> None:
+        pools.append(pool)
+        room = pool.by_name["p0"].room = KvRoom()
+        room.renewed(1 << 20)
+        room.swept()
+
+    rest = stream(range(66, 73))
+    prefill, decode = pair([lost_meanwhile, held(66), rest], [rest])
+    outcome = asyncio.run(relay(prefill, decode, kind="owned", prepare=prepare))
+    assert tokens(outcome).startswith("AB")
+    carried = [body["kv_transfer_params"] for body in decode.generations if "kv_transfer_params" in body]
+    assert len(carried) == (0 if gone == "link" else 1), "the first hand-over is not used"
+    room = pools[0].by_name["p0"].room
+    assert room is not None
+    room.audit()
 
 
 class TestEnginesThatVerifyNoLeases:

@@ -44,6 +44,9 @@ class Translating(Gathering):
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         await self._to.add(choice, token_ids)
 
+    def start_over(self) -> bool:
+        return self._to.start_over()
+
 
 def chunks(path: str, deltas: list[Json], reason: str | None) -> Act:
     """A stream of one token per delta. Without `reason`, its connection is cut after the last."""

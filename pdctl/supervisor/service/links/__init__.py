@@ -1,0 +1,1 @@
+"""Links and sweeps for kinds whose engines neither keep their links nor free KV by themselves."""
