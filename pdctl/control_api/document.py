@@ -131,9 +131,9 @@ _EVENTS = """\
 One object per line. In addition to these fields, it has fields that depend on the event, such as `pid` and `epoch` for
 `started`, `after_s` for `ready`, and the fields of a [last exit](#last-exit) for `exited`."""
 _EVENT_NAMES = """\
-Events: `started`, `phase` (of a start), `ready`, `exited`, `failed`, `not_alive`, `blocked`, `draining`, `drained`, `drain_over`, `stopped`,
-`adopted`, `asked`, `restarted_with`, `apply`, `apply_failed`, `service_ready`, `run_dir_restored`, `no_log`,
-`shared_memory` (removed after a killed engine), `note`."""
+Events: `started`, `phase` (of a start), `ready`, `exited`, `failed`, `not_alive`, `blocked`, `draining`, `drained`,
+`drain_over`, `stopped`, `adopted`, `asked`, `restarted_with`, `apply`, `apply_failed`, `service_ready`,
+`run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `note`."""
 _API = """\
 HTTP on the unix socket `control.sock` in the run directory, only for the service's user and root. In Python,
 `pdctl.control_api.ControlClient(run_dir)` has a method for each call."""
