@@ -30,6 +30,7 @@ from pdctl.adapters.dialect import (
     Pairing,
     Prefilled,
     RequestState,
+    Retelling,
     RoomProbe,
     stream_fields,
     without,
@@ -52,14 +53,15 @@ __all__ = [
     "ALL_ROLES", "KINDS_ENV", "UNKNOWN_TOKEN", "Ability", "Assignment", "Attempt", "BaseLauncher", "Call",
     "CannotResume", "Choice", "Condition", "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields", "HandShake",
     "Installed", "KnownFailure", "Launch", "Launcher", "NoControl", "Package", "Pairing", "Peer", "Prefilled",
-    "Progress", "RequestState", "RoomProbe", "Target", "can_launch", "control", "dialect", "different_installations",
-    "kinds", "launcher", "shown", "stream_fields", "without",
+    "Progress", "RequestState", "Retelling", "RoomProbe", "Target", "can_launch", "control", "dialect",
+    "different_installations", "kinds", "launcher", "shown", "stream_fields", "without",
 ]  # fmt: skip
 
 KINDS_ENV = "PDCTL_ENGINE_KINDS"
 _REGISTRY = {
     "builtin": "pdctl.adapters.builtin",
     "lmdeploy": "pdctl.adapters.lmdeploy",
+    "sglang": "pdctl.adapters.sglang",
     "vllm": "pdctl.adapters.vllm",
 }
 

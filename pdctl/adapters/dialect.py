@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from pdctl.adapters.retelling import CannotResume, Retelling
 from pdctl.net.openai_answers import Choice, EngineError
 from pdctl.wire import EngineAddress
+
+__all__ = [
+    "ALL_ROLES", "UNKNOWN_TOKEN", "Attempt", "Call", "CannotResume", "Condition", "Delta", "Dialect", "Fields",
+    "HandShake", "Pairing", "Prefilled", "RequestState", "Retelling", "RoomProbe", "stream_fields", "without",
+]  # fmt: skip
 
 Fields = dict[str, object]
 
@@ -48,7 +54,8 @@ class RequestState:
     need it. `held`: how many of the last tokens came without text; their text comes with a later token, or never.
     `again`: tokens that an engine computes again, and whose ids the client may already have. `counts_each`: every event
     carries the token counts so far. `reasoned`: a part of the answer was reasoning, apart from its content. `model`:
-    the service's, for kinds that need it in every request.
+    the service's, for kinds that need it in every request. `told`: the text that the client has, if the engine's events
+    have no token ids.
     """
 
     path: str
@@ -61,6 +68,12 @@ class RequestState:
     counts_each: bool = False
     reasoned: bool = False
     model: str = ""
+    told: Retelling | None = None
+
+    @property
+    def sent(self) -> int:
+        """How much of the answer the client has: in tokens, or in characters if the engine tells no token ids."""
+        return len(self.emitted) + (len(self.told) if self.told is not None else 0)
 
     def take_back(self) -> None:
         """Drop the tokens after the last complete text. An engine computes them again."""
@@ -75,6 +88,7 @@ class RequestState:
         self.emitted.clear()
         self.again.clear()
         self.held = 0
+        self.told = None
 
 
 class Call(NamedTuple):
@@ -127,13 +141,6 @@ class Condition:
     lost_peers: frozenset[str] = frozenset()
 
 
-class CannotResume(EngineError):
-    """Engines of this kind cannot continue the request: its answer ends here."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(502, message, "server_error")
-
-
 class RoomProbe(NamedTuple):
     """Where a GET returns how many tokens of KV an engine has, and how its answer is read; None for an answer without
     it."""
@@ -149,13 +156,15 @@ ALL_ROLES = frozenset({"prefill", "decode", "hybrid"})
 class Pairing:
     """What the proxy must respect when it uses engines of a kind. The defaults are no limits.
 
-    `alone`: the roles in which one engine can compute a whole answer. `hybrids_pair`: hybrid engines can be part of a
-    pair. `prefill_must_finish`: closing a running prefill call harms the engine, so the call goes on in the background.
-    `waits_forever`: a decode engine waits for a prefill engine that is gone, so the proxy ends such calls. `room`: an
-    engine does not protect the KV that it keeps for others, so the proxy limits the prompts that it has there.
+    `alone`: the roles in which one engine can compute a whole answer. `one_token_alone`: a prefill engine answers a
+    request for one token alone. `hybrids_pair`: hybrid engines can be part of a pair. `prefill_must_finish`: closing a
+    running prefill call harms the engine, so the call goes on in the background. `waits_forever`: a decode engine waits
+    for a prefill engine that is gone, so the proxy ends such calls. `room`: an engine does not protect the KV that it
+    keeps for others, so the proxy limits the prompts that it has there.
     """
 
     alone: frozenset[str] = ALL_ROLES
+    one_token_alone: bool = True
     hybrids_pair: bool = True
     prefill_must_finish: bool = False
     waits_forever: bool = False
@@ -232,6 +241,10 @@ class Dialect(Protocol):
 
     def give_up_call(self, attempt: str) -> Call | None:
         """Release everything that a prefill call of this attempt holds or may still hold; None if the kind cannot."""
+        ...
+
+    def give_up_decode_call(self, attempt: str) -> Call | None:
+        """Abort a decode call of this attempt; None if the end of its connection is enough."""
         ...
 
     def release_call(self, hand_over: bytes) -> Call | None:

@@ -81,7 +81,8 @@ class ProcessSpec:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """An engine that is already running, here or on another host. pdctl uses it but does not start it."""
+    """An engine that is already running, here or on another host. pdctl uses it but does not start it. `ports`: those
+    beside its API, by purpose."""
 
     name: str
     role: str
@@ -89,6 +90,7 @@ class Attached:
     host: str
     port: int
     secret_file: str
+    ports: dict[str, int] = field(hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,8 @@ def _model(topology: Topology, host: Host, base: Path) -> ModelLocation:
 
 def _attached(group: EngineGroup) -> Attached:
     host, _, port = group.url.removeprefix("http://").rpartition(":")
-    return Attached(group.name, group.role.value, group.kind, host.strip("[]"), int(port), group.secret_file)
+    ports = {"bootstrap": group.bootstrap_port} if group.bootstrap_port else {}
+    return Attached(group.name, group.role.value, group.kind, host.strip("[]"), int(port), group.secret_file, ports)
 
 
 Kept = dict[str, ProcessSpec]

@@ -103,6 +103,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         block_size=values["block_size"],
         url=(values["url"] or "").rstrip("/"),
         secret_file=absolute(values["secret_file"], source),
+        bootstrap_port=values["bootstrap_port"],
         ready=values["ready"] or "",
         restart_with=tuple(values["restart_with"]),
         env=tuple(sorted(values["env"].items())),

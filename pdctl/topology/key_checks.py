@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import cast
 
-from pdctl.adapters import can_launch, kinds, launcher
+from pdctl.adapters import HandShake, can_launch, dialect, kinds, launcher
 from pdctl.errors import Problem
 from pdctl.topology.document import Document, Table
 from pdctl.topology.schema import ATTACHED, ENGINE, EVERY_KIND, TABLES, Key
@@ -54,11 +54,21 @@ def _attached_problems(document: Document, index: int, entry: Table) -> Iterator
             if name in ENGINE and name not in ATTACHED:
                 hint = "remove it: pdctl does not start this engine, so it cannot set this"
                 yield document.problem(("engines", index, name), f"{name} has no effect on an attached engine", hint)
+        if "bootstrap_port" in entry and not _meets_decode(entry, str(kind)):
+            hint = "remove it: only a prefill engine of a kind such as sglang has a bootstrap port"
+            message = "bootstrap_port has no effect on this engine"
+            yield document.problem(("engines", index, "bootstrap_port"), message, hint)
     elif "secret_file" in entry:
         hint = "pdctl generates the secret of the engines that it starts"
         yield document.problem(("engines", index, "secret_file"), "secret_file is for attached engines", hint)
     if kind in kinds() and "url" not in entry:
         yield from _kind_problems(document, index, entry, str(kind))
+
+
+def _meets_decode(entry: Table, kind: str) -> bool:
+    """Whether decode engines connect to this one when both get a request at once."""
+    at_once = kind in kinds() and dialect(kind).hand_shake is HandShake.CONCURRENT
+    return at_once and entry.get("role") == "prefill"
 
 
 def _kind_problems(document: Document, index: int, entry: Table, kind: str) -> Iterator[Problem]:

@@ -249,6 +249,7 @@ ENGINE: dict[str, Key] = {
     "kind": Key(choice(*kinds()), "builtin"),
     "url": Key(text(_URL, "an address such as http://10.0.0.7:8100")),
     "secret_file": Key(text()),
+    "bootstrap_port": Key(integer(1, 65535), 0),
     "replicas": Key(integer(1, 256), 1),
     "device": Key(choice(*(device.value for device in Device))),
     "gpus": Key(gpu_names(), []),
@@ -277,4 +278,4 @@ EVERY_KIND = frozenset(
     {"name", "role", "kind", "replicas", "device", "gpus", "share_gpu", "cpus", "ready", "restart_with", "env"}
 )
 # Keys of an attached engine. pdctl does not start it, so other keys would have no effect.
-ATTACHED = ("name", "role", "kind", "url", "secret_file")
+ATTACHED = ("name", "role", "kind", "url", "secret_file", "bootstrap_port")

@@ -125,6 +125,7 @@ class EngineGroup:
     block_size: int
     url: str = ""
     secret_file: str = ""
+    bootstrap_port: int = 0
     ready: str = ""
     restart_with: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()

@@ -37,7 +37,7 @@ from pdctl.topology.schema import ENGINE, EVERY_KIND
 from pdctl.wire import EngineAddress
 from tests.service import free_port
 
-KINDS = ("builtin", "lmdeploy", "vllm", "echo")
+KINDS = ("builtin", "lmdeploy", "sglang", "vllm", "echo")
 # By kind: a hand-over, and where decode gets it with what in it; others get it as it is in `kv_transfer_params`.
 HAND_OVERS = {"lmdeploy": (b'{"session":7,"token":5,"blocks":[1,2]}', "migration_request")}
 # By kind: the field of a choice that has its token ids.
@@ -47,8 +47,11 @@ PROGRESS = {
     "builtin": b'{"running":2,"tokens_total":5}',
     "echo": b'{"running":2,"tokens_total":5}',
     "lmdeploy": b'# HELP\nlmdeploy:num_requests_running{engine="0"} 2.0\n',
+    "sglang": b'{"loads":[{"num_running_reqs":2,"timestamp":1.5}]}',
     "vllm": b'vllm:num_requests_running{engine="0"} 2.0\nvllm:generation_tokens_total{engine="0"} 5.0\n',
 }
+# Kinds with streams that have no token ids, only counts: (kind, chat).
+WITHOUT_IDS = {("sglang", True)}
 PATHS = {False: "/v1/completions", True: "/v1/chat/completions"}
 
 
@@ -82,7 +85,7 @@ def body_of(call: adapters.Call) -> dict[str, object]:
 
 def test_the_registry_has_these_kinds() -> None:
     assert kinds() == tuple(sorted(KINDS))
-    assert [kind for kind in KINDS if can_launch(kind)] == ["builtin", "lmdeploy", "vllm", "echo"]
+    assert [kind for kind in KINDS if can_launch(kind)] == list(KINDS)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -105,8 +108,9 @@ class TestDialect:
     def test_streams_tell_token_ids_and_counts(self, kind: str, chat: bool) -> None:
         body = body_of(dialect(kind).decode_call(state(chat), attempt(kind), None, stream=True))
         assert body["stream"] is True
-        assert body["return_token_ids"] is True
-        assert body["stream_options"] == {"include_usage": True}
+        counts = {"continuous_usage_stats": True} if (kind, chat) in WITHOUT_IDS else {}
+        assert body.get("return_token_ids") is (None if counts else True)
+        assert body["stream_options"] == {"include_usage": True, **counts}
         assert body_of(dialect(kind).prefill_call(state(chat), attempt(kind)))["stream"] is False
 
     def test_the_hand_shake_joins_the_two_calls(self, kind: str, chat: bool) -> None:
@@ -170,15 +174,16 @@ class TestDialect:
         choice = {"index": 0, **part, TOKEN_FIELDS.get(kind, "token_ids"): [5, 6], "finish_reason": "stop"}
         usage = {"prompt_tokens": 3, "completion_tokens": 2}
         found = dialect(kind).parse_event(msgspec.json.encode({"choices": [choice], "usage": usage}), state(chat))
-        assert (found.token_ids, found.finish_reason, found.usage) == ([5, 6], "stop", (3, 2))
+        ids = [] if (kind, chat) in WITHOUT_IDS else [5, 6]
+        assert (found.token_ids, found.finish_reason, found.usage) == (ids, "stop", (3, 2))
         assert found.choice is not None
         hidden = {"index", "token_ids", "output_ids"}
         assert hidden.isdisjoint(found.choice), "the proxy adds these for clients that get them"
 
     def test_clean_up_calls_are_calls_or_nothing(self, kind: str, chat: bool) -> None:
         speaks = dialect(kind)
-        give_up = speaks.give_up_call("a1")
-        assert give_up is None or "a1" in body_of(give_up).values(), "it names the attempt"
+        for give_up in (speaks.give_up_call("a1"), speaks.give_up_decode_call("a1")):
+            assert give_up is None or "a1" in body_of(give_up).values(), "it names the attempt"
         held = HAND_OVERS.get(kind, (LEASE,))[0]
         release = speaks.release_call(held)
         assert release is None or {"l1", 7} & set(body_of(release).values()), "it names what it releases"
@@ -187,7 +192,7 @@ class TestDialect:
             assert release is not None, "the proxy frees the KV"
 
 
-@pytest.mark.parametrize("kind", ["builtin", "lmdeploy", "vllm", "echo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_launchers_are_pure_and_use_what_the_plan_decided(kind: str, tmp_path: Path) -> None:
     text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\n'
     host = Host((0,), (), 2**34, {}, "/usr/bin/python3", tmp_path, tmp_path, tmp_path)
@@ -220,7 +225,7 @@ class TestControl:
         if not asks.progress_path:
             return
         assert asks.progress(PROGRESS[kind]).running == 2
-        for bad in (b"", b"[1]", b'{"running":"x"}', b"\xff"):
+        for bad in (b"", b"[1]", b'{"running":"x","loads":"x"}', b"\xff"):
             with pytest.raises(ValueError):
                 asks.progress(bad)
 

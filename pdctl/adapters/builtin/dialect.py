@@ -148,6 +148,10 @@ class BuiltinDialect:
         """See Dialect.give_up_call."""
         return Call("/pdctl/v1/attempts/release", _encode(AttemptCall(attempt)))
 
+    def give_up_decode_call(self, attempt: str) -> Call | None:
+        """See Dialect.give_up_decode_call."""
+        return None
+
     def release_call(self, hand_over: bytes) -> Call | None:
         """See Dialect.release_call."""
         try:

@@ -249,6 +249,10 @@ class LmdeployDialect:
         """See Dialect.give_up_call. A prefill call is not given up: see `pairing`."""
         return None
 
+    def give_up_decode_call(self, attempt: str) -> Call | None:
+        """See Dialect.give_up_decode_call. The engine notices that its client has gone."""
+        return None
+
     def release_call(self, hand_over: bytes) -> Call | None:
         """See Dialect.release_call."""
         try:

@@ -157,6 +157,10 @@ class VllmDialect:
         """See Dialect.give_up_call. vLLM's leases end by its own timeout."""
         return None
 
+    def give_up_decode_call(self, attempt: str) -> Call | None:
+        """See Dialect.give_up_decode_call."""
+        return None
+
     def release_call(self, hand_over: bytes) -> Call | None:
         """See Dialect.release_call."""
         return None

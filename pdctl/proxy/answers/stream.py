@@ -42,7 +42,8 @@ _MAX_EVENT = 16 * 2**20
 
 
 class EventReader:
-    """Reads one stream to its end. `seconds`: from its first tokens to its last; `valid_until`: see calls.decode."""
+    """Reads one stream to its end. `seconds`: from its first tokens to its last; `completion_tokens`: by the engine's
+    own count, if it tells one; `valid_until`: see calls.decode."""
 
     def __init__(
         self,
@@ -226,10 +227,14 @@ class EventReader:
         delta = self._engine.dialect.parse_event(payload, self._state)
         if delta.usage is not None:
             self.prompt_tokens = self._sink.prompt_tokens = delta.usage[0]
-            if UNKNOWN_TOKEN in self._state.emitted:
-                # Events without token ids may have several tokens each. Such requests are never continued.
+            if UNKNOWN_TOKEN in self._state.emitted or self._state.told is not None:
+                # Such answers are known only by their number of tokens. They never continue by token ids.
                 self.completion_tokens = delta.usage[1]
-        if delta.prompt_ids:
+            if self._state.told is not None and self.completion_tokens > self.tokens:
+                self._sink.completion_tokens = self.completion_tokens
+                self._arrived(self.completion_tokens - self.tokens)
+        if delta.prompt_ids and not self._state.prompt_ids:
+            # A later engine reports the tokens so far as a part of its prompt.
             self._state.prompt_ids = delta.prompt_ids
         if delta.choice is None:
             return

@@ -17,7 +17,10 @@ from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_numbe
 from pdctl.proxy.client.unknown_fields import UnknownFields
 
 # Fields of hand-overs, of every kind: with these a client could read or free another request's KV.
-_INTERNAL = ("kv_transfer_params", "resume_token_ids", "migration_request", "with_cache", "preserve_cache")
+_INTERNAL = (
+    "kv_transfer_params", "resume_token_ids", "migration_request", "with_cache", "preserve_cache", "bootstrap_host",
+    "bootstrap_port", "bootstrap_room",
+)  # fmt: skip
 # Limit of answers per request: OpenAI's limit of n.
 MAX_LEGS = 128
 _LEG_FIELDS = ("stream", "stream_options", "return_token_ids", "n")

@@ -170,19 +170,22 @@ POLICIES: dict[str, RoutingPolicy] = {
 
 
 def choose(
-    policy: RoutingPolicy, views: Sequence[View], ask: Ask, avoid: frozenset[str] = frozenset()
+    policy: RoutingPolicy,
+    views: Sequence[View],
+    ask: Ask,
+    avoid: frozenset[str] = frozenset(),
+    alone: bool = False,
 ) -> EnginePair | None:
     """Choose a pair for a request; None if no engine is available.
 
     `avoid`: engines that have just failed this request; they are used only if there is no other. If a role is missing,
-    one engine of any role serves the request alone.
+    one engine that can do so serves the request alone. `alone`: prefer an engine that is never one of a pair.
     """
     usable = [view for view in views if view.usable]
-    fresh = [view for view in usable if view.name not in avoid] or usable if avoid else usable
-    if not fresh:
-        return None
-    # What is left may be engines that answer nothing alone.
-    pairs = candidates(fresh) or (candidates(usable) if avoid else [])
+    fresh = [view for view in usable if view.name not in avoid]
+    pairs = (candidates(fresh) or candidates(usable)) if avoid else candidates(usable)
+    if alone:
+        pairs = [pair for pair in pairs if pair.is_one and not pair.prefill.pairs] or pairs
     if not pairs:
         return None
     pair = pairs[0] if len(pairs) == 1 else policy(ask, pairs)

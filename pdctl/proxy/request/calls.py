@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 
-from pdctl.adapters import Attempt, Call, CannotResume, EngineError, Prefilled
+from pdctl.adapters import Attempt, Call, CannotResume, EngineError, HandShake, Prefilled
 from pdctl.net.asgi import new_name
 from pdctl.net.http_client import Exchange, Unreachable
 from pdctl.proxy.answers.stream import EventReader
@@ -44,7 +44,8 @@ async def prefill(leg: Leg, engine: Engine, attempt: Attempt) -> Prefilled:
     if engine.dialect.pairing.prefill_must_finish:
         answer = await _prefill_to_the_end(leg, engine, attempt, share)
     else:
-        answer = await _prefill(leg, engine, attempt, share, _patience_s(leg, engine))
+        together = engine.dialect.hand_shake is HandShake.CONCURRENT
+        answer = await _prefill(leg, engine, attempt, share, _patience_s(leg, engine, together))
     leg.timing.prefilled(time.monotonic())
     leg.share = share
     return answer
@@ -115,27 +116,27 @@ async def decode(
     engine: Engine,
     attempt: Attempt,
     hand_over: bytes | None = None,
-    has_kv: bool = False,
+    kv_from: Engine | None = None,
     on_first_token: Callable[[], None] | None = None,
     valid_until: float = math.inf,
 ) -> None:
     """Have an engine compute the rest, and send it to the client. Raises CallFailed.
 
-    `has_kv`: another engine computes the prompt. Otherwise this one does, and the time depends on the prompt.
+    `kv_from`: the engine that computes the prompt. Without it this one does, and the time depends on the prompt.
     `valid_until` (monotonic): a first token that comes later is discarded, and the KV counts as lost.
     """
     await _prove(leg, engine)
-    share = None if has_kv else await _take_room(leg, engine)
-    meter, amount = (engine.streams, 1.0) if has_kv else (engine.prompts, leg.size)
+    share = None if kv_from else await _take_room(leg, engine)
+    meter, amount = (engine.streams, 1.0) if kv_from else (engine.prompts, leg.size)
     meter.begin(amount, time.monotonic())
     leg.shared.pool.publish(engine)
     ticket: Ticket | None = None
     try:
         call = engine.dialect.decode_call(leg.state, attempt, hand_over, not leg.in_one_piece)
         exchange = engine.client.exchange("POST", call.path, _lines(leg, engine) + call.headers, call.body)
-        patience_s = leg.shared.failover.first_token_s if has_kv else _patience_s(leg, engine)
+        patience_s = _first_token_s(leg, kv_from) if kv_from else _patience_s(leg, engine)
         ticket = _begin(leg, engine, exchange, patience_s)
-        ticket.source = attempt.prefill.name if has_kv else ""
+        ticket.source = attempt.prefill.name if kv_from else ""
         try:
             await _read(leg, engine, exchange, ticket, on_first_token, valid_until)
         finally:
@@ -143,7 +144,12 @@ async def decode(
     except (Unreachable, EngineError) as failure:
         if ticket is not None and ticket.kv_lost:
             raise CallFailed(engine, Failure(engine.name, Cause.KV_LOST, str(failure))) from failure
+        if isinstance(failure, Unreachable):
+            later(leg, engine, engine.dialect.give_up_decode_call(attempt.name))
         raise _failed(leg, engine, failure) from failure
+    except asyncio.CancelledError:
+        later(leg, engine, engine.dialect.give_up_decode_call(attempt.name))
+        raise
     finally:
         if share is not None and engine.room is not None:
             engine.room.give_back(share)
@@ -252,12 +258,20 @@ def _lines(leg: Leg, engine: Engine) -> bytes:
     return b"%b%bx-request-id: %b\r\n" % (engine.headers, leg.headers, name.encode())
 
 
-def _patience_s(leg: Leg, engine: Engine) -> float:
-    """How long a prefill may take, including the work queued before it."""
+def _patience_s(leg: Leg, engine: Engine, together: bool = False) -> float:
+    """How long a prefill may take, including the work queued before it. `together`: see FailoverPolicy.patience_s."""
     meter = engine.prompts
     # The prompts' speed does not include the decode time of an inline answer.
-    unknown = not meter.speed or leg.in_one_piece
-    return leg.shared.failover.patience_s(None if unknown else meter.pending / meter.speed)
+    unknown = not meter.speed or (leg.in_one_piece and not together)
+    return leg.shared.failover.patience_s(None if unknown else meter.pending / meter.speed, together)
+
+
+def _first_token_s(leg: Leg, prefill_engine: Engine) -> float:
+    """How long decode may take to its first token, or to its whole answer, with KV from another engine."""
+    limit = leg.shared.failover.first_token_s
+    at_once = prefill_engine.dialect.hand_shake is HandShake.CONCURRENT
+    # A whole answer takes as long as its tokens: only a stream shows early that its KV has not come.
+    return min(limit, _patience_s(leg, prefill_engine, together=True)) if at_once and not leg.in_one_piece else limit
 
 
 def _begin(leg: Leg, engine: Engine, exchange: Exchange, patience_s: float) -> Ticket:

@@ -21,7 +21,8 @@ class FailoverPolicy:
     `max_lost`: lost hand-overs before one engine computes the request alone; `no_progress_s`: time since the last new
     token. `wait_for_engine_s`: wait while no engine is usable; `prefill_s`, `first_token_s`, `stall_s`: wait for a
     silent engine before its answer, before its first token and between tokens. A prefill that takes `times_expected`
-    times as long as its queue predicts is given up, but not before `least_patience_s`. `retryable`: HTTP statuses after
+    times as long as its queue predicts is given up, but not before `least_patience_s`, or `least_together_s` if it also
+    waits for the decode engine. `retryable`: HTTP statuses after
     which another try may succeed.
     """
 
@@ -35,15 +36,18 @@ class FailoverPolicy:
     stall_s: float = 120.0
     times_expected: float = 10.0
     least_patience_s: float = 5.0
+    least_together_s: float = 30.0
     backoff_s: float = 0.02
     longest_backoff_s: float = 1.0
     retryable: frozenset[int] = frozenset({409, 429, 500, 502, 503, 504})
 
-    def patience_s(self, expected_s: float | None) -> float:
-        """How long a prefill may take if it is expected to take `expected_s` (None: unknown)."""
+    def patience_s(self, expected_s: float | None, together: bool = False) -> float:
+        """How long a prefill may take if it is expected to take `expected_s` (None: unknown). `together`: it ends only
+        when the decode engine, which was called at the same time, has its KV."""
         if expected_s is None:
             return self.prefill_s
-        return min(self.prefill_s, max(self.least_patience_s, self.times_expected * expected_s))
+        least = self.least_together_s if together else self.least_patience_s
+        return min(self.prefill_s, max(least, self.times_expected * expected_s))
 
 
 class Cause(Enum):

@@ -102,20 +102,20 @@ async def _concurrent(call: PairCall) -> None:
     """Call both at once. If decode fails, or prefill fails before decode's first token, the other call is cancelled."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            prefilling = tasks.create_task(_prefill_beside(call, len(call.leg.state.emitted)))
+            prefilling = tasks.create_task(_prefill_beside(call, call.leg.state.sent))
             await _decoded(call, None, None)
             prefilling.cancel()
     except* CallFailed as failures:
         raise failures.exceptions[0] from None
 
 
-async def _prefill_beside(call: PairCall, emitted: int) -> None:
+async def _prefill_beside(call: PairCall, sent: int) -> None:
     try:
         done = await prefill(call.leg, call.prefill, call.attempt)
         call.leg.prompt_tokens = done.prompt_tokens or call.leg.prompt_tokens
     except CallFailed:
         # Once decode sends tokens, the KV has arrived.
-        if len(call.leg.state.emitted) == emitted:
+        if call.leg.state.sent == sent:
             raise
 
 
@@ -168,7 +168,7 @@ async def _decoded(
 ) -> None:
     leg, name = call.leg, call.prefill.name
     try:
-        await decode(leg, call.decode, call.attempt, hand_over, True, on_first_token, valid_until)
+        await decode(leg, call.decode, call.attempt, hand_over, call.prefill, on_first_token, valid_until)
     except CallFailed as failed:
         if failed.failure.cause is Cause.KV_LOST:
             call.decode.handed_over(name, time.monotonic(), good=False)

@@ -54,12 +54,11 @@ class Relay:
         engines = leg.shared.pool.by_name
         prefill, decoding = engines[pair.prefill], engines[pair.decode]
         leg.timing.engines = (pair.prefill, pair.decode)
-        if leg.state.emitted and await self._resumed(prefill, decoding):
+        if leg.state.sent and await self._resumed(prefill, decoding):
             return
         try:
-            if pair.is_one or self._alone or leg.has_one_token_left:
-                able = leg.has_one_token_left or prefill.address.role in prefill.dialect.pairing.alone
-                one = prefill if able else decoding
+            one = self._one_engine(pair, prefill, decoding)
+            if one is not None:
                 leg.timing.engines = (one.name, one.name)
                 await decode(leg, one, Attempt(new_name(), one.address, one.address))
             else:
@@ -69,18 +68,28 @@ class Relay:
         except CallFailed as failed:
             await self._failed(failed)
 
+    def _one_engine(self, pair: EnginePair, prefill: Engine, decoding: Engine) -> Engine | None:
+        """The engine that computes the rest alone; None for a pair."""
+        if pair.is_one or (self.leg.has_one_token_left and prefill.dialect.pairing.one_token_alone):
+            return prefill
+        if not self._alone:
+            return None
+        return next((one for one in (prefill, decoding) if one.address.role in one.dialect.pairing.alone), None)
+
     async def _resumed(self, prefill: Engine, decoding: Engine) -> bool:
         """Prepare to continue after the tokens so far. Returns True if only the end was lost, and it was sent now.
 
         Raises ApiError if the request cannot continue.
         """
         leg = self.leg
+        if leg.state.told is not None:
+            leg.state.told.restart()
         if prefill.dialect.resumes_at_text or decoding.dialect.resumes_at_text:
             leg.state.take_back()
         if (end := prefill.dialect.ending(leg.state)) is not None:
             await leg.sink.add(end, [])
             leg.finished = True
-        elif leg.state.emitted and (reason := prefill.dialect.cannot_resume(leg.state)):
+        elif leg.state.sent and (reason := prefill.dialect.cannot_resume(leg.state)):
             if not leg.sink.start_over():
                 raise ApiError(502, reason, "server_error")
             leg.state.start_over()
@@ -94,7 +103,7 @@ class Relay:
         shared.request_number += 1
         ask = Ask(self.leg.size, shared.request_number, random.random(), shared.ttft_s, shared.tpot_s)  # noqa: S311 - load spreading
         while True:
-            pair = choose(shared.policy, shared.pool.views(self.leg.pieces), ask, avoid)
+            pair = choose(shared.policy, shared.pool.views(self.leg.pieces), ask, avoid, self._alone)
             if pair is not None:
                 return pair
             left = deadline - time.monotonic()
@@ -105,14 +114,14 @@ class Relay:
     async def _failed(self, failed: CallFailed) -> None:
         """Execute the decision of failover. Raises ApiError if the request is given up."""
         leg, shared = self.leg, self.leg.shared
-        emitted, now, chance = len(leg.state.emitted), time.monotonic(), random.random()  # noqa: S311 - jitter
+        sent, now, chance = leg.state.sent, time.monotonic(), random.random()  # noqa: S311 - jitter
         tries = self._tries or Tries(progress_at=leg.timing.received_at)
-        self._tries, action = decide(tries, failed.failure, emitted, now, shared.budget, chance, shared.failover)
+        self._tries, action = decide(tries, failed.failure, sent, now, shared.budget, chance, shared.failover)
         self._avoid = self._tries.avoid
         leg.failures = self._tries.failures_in_all
         if failed.failure.cause is not Cause.REFUSED:
             shared.metrics.failed_over(failed.engine.name)
-            _log.info("a request failed after %d tokens: %s", emitted, failed)
+            _log.info("a request failed after %d tokens: %s", len(leg.state.emitted), failed)
         if isinstance(action, GiveUp):
             raise ApiError(action.status, action.message, action.kind, action.param)
         if action.progressed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple
+from dataclasses import asdict
 
 import msgspec
 
@@ -108,7 +108,7 @@ class Proxies:
 
     def _config(self, plan: Plan) -> ProxyConfig:
         engines = [_address(spec) for spec in plan.processes if spec.kind != "proxy"]
-        engines += [EngineAddress(*astuple(attached)) for attached in plan.attached]
+        engines += [EngineAddress(**asdict(attached)) for attached in plan.attached]
         slots = self._slots.of(engine.name for engine in engines)
         proxy = plan.proxy
         return ProxyConfig(

@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import msgspec
 
+from pdctl.adapters import dialect
 from pdctl.control_api import AttachedStatus, MeasuredStatus, ServiceStatus
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.plan import Attached
@@ -76,7 +77,9 @@ class AttachedWatch:
         """Check one engine now."""
         pool = ConnectionPool(attached.host, attached.port, connect_s=_ASK_S)
         try:
-            self._answers[attached.name] = (await pool.request("GET", "/health", timeout_s=_ASK_S)).status == 200
+            # Without its key, an engine may answer 401: it answers. /health of some kinds takes longer than _ASK_S.
+            path = dialect(attached.kind).probe_path
+            self._answers[attached.name] = (await pool.request("GET", path, timeout_s=_ASK_S)).status < 500
         except Unreachable:
             self._answers[attached.name] = False
         finally:
@@ -84,4 +87,5 @@ class AttachedWatch:
 
     def status(self, attached: Attached) -> AttachedStatus:
         """The status of one engine, with its last answer."""
-        return AttachedStatus(**asdict(attached), answers=self._answers.get(attached.name))
+        known = {name: value for name, value in asdict(attached).items() if name != "ports"}
+        return AttachedStatus(**known, answers=self._answers.get(attached.name))

@@ -93,6 +93,10 @@ class EchoDialect:
         """See Dialect.give_up_call."""
         return Call("/forget", _encode({"keep": attempt}))
 
+    def give_up_decode_call(self, attempt: str) -> Call | None:
+        """See Dialect.give_up_decode_call."""
+        return None
+
     def release_call(self, hand_over: bytes) -> Call | None:
         """See Dialect.release_call. There is no hand-over to release."""
         return None

@@ -62,6 +62,7 @@ class Sink:
 
     def __init__(self, passes: bool, hides: bool, busy: Callable[[], bool]) -> None:
         self.passes, self.hides_token_ids, self.shows_token_ids = passes, hides, not hides
+        self.prompt_tokens = self.completion_tokens = 0
         self.ids: set[str] = set()
         self.added: list[int] = []
         self.observed: list[dict[str, object]] = []
@@ -193,6 +194,15 @@ def test_an_event_cut_at_any_byte(kind: str) -> None:
         _, state, _ = read(kind, [body[:whole], body[whole:place], body[place:]], sink)
         assert [choice["text"] for choice in sink.observed] == ["a"] * 4, place
         assert state.emitted == [6] * 4
+
+
+def test_the_prompts_ids_stay_those_of_the_first_engine() -> None:
+    """A later one gets the prompt and the tokens so far as its prompt, and reports all of these."""
+    state, sink = RequestState("/v1/completions", False, {}), Sink(passes=True, hides=True, busy=lambda: False)
+    for prompt_ids, token in (([1, 2], 6), ([1, 2, 6], 7)):
+        one = {"index": 0, "text": "a", "finish_reason": "length", "token_ids": [token], "prompt_token_ids": prompt_ids}
+        run(reader_of(Engine("vllm"), state, sink, Metrics("m", 1.0, 1.0)), Exchange([written([one], True)]))
+    assert (state.prompt_ids, state.emitted) == ([1, 2], [6, 7])
 
 
 def test_an_engine_that_never_ends_its_event_is_given_up() -> None:

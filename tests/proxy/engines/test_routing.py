@@ -209,3 +209,17 @@ def test_a_choice_is_always_usable_and_fits_its_roles(
 def test_one_pair_is_the_one(policy: RoutingPolicy) -> None:
     pair = Candidate(view("p0", load=Load(3, 0)), view("d0", "decode"))
     assert policy(ask(5.0, 7, 0.99), [pair]) == pair
+
+
+def test_engines_with_fixed_roles_never_do_another_role() -> None:
+    def fixed(name: str, role: str) -> View:
+        return view(name, role)._replace(alone=role == "hybrid", pairs=role != "hybrid")
+
+    p, d, h = fixed("p0", "prefill"), fixed("d0", "decode"), fixed("h0", "hybrid")
+    pairs = {(pair.prefill.name, pair.decode.name) for pair in candidates([p, d, h])}
+    assert pairs == {("p0", "d0"), ("h0", "h0")}, "a hybrid engine hands nothing over"
+    assert not candidates([p]), "a prefill engine cannot compute alone"
+    ask = Ask(1.0, 0, 0.0, 1.0, 1.0)
+    assert choose(round_robin, [p, d], ask, avoid=frozenset({"p0"})) == EnginePair("p0", "d0"), "there is no other"
+    assert choose(round_robin, [p, d, h], ask, alone=True) == EnginePair("h0", "h0")
+    assert choose(round_robin, [p], ask) is None

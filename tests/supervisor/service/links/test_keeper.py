@@ -45,7 +45,7 @@ def with_engines(folder: Path, act: Callable[[Rig], Awaitable[None]], attach: bo
         ports = {name: end.sockets[0].getsockname()[1] for name, end in ends.items()}
         roles = {"p0": "prefill", "d0": "decode"}
         members = [] if attach else [Member(n, "lmdeploy", roles[n], "127.0.0.1", ports[n], "e1") for n in engines]
-        plan = [Attached(n, roles[n], "lmdeploy", "127.0.0.1", ports[n], "") for n in engines if attach]
+        plan = [Attached(n, roles[n], "lmdeploy", "127.0.0.1", ports[n], "", {}) for n in engines if attach]
         said: list[tuple[str, str]] = []
         watched = AttachedEngines(lambda: plan, lambda *words: said.append(words))
         kv = KvWatch("s", lambda: members, set, lambda *words: said.append(words), watched.members)
