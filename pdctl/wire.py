@@ -298,7 +298,8 @@ class EngineState(msgspec.Struct, frozen=True):
 class EngineAddress(msgspec.Struct, frozen=True):
     """One engine as the proxy is told of it.
 
-    `slot`: its number in what several workers share; `ports`: what it opens beside its API, by purpose.
+    `slot`: its number in what several workers share; `ports`: what it opens beside its API, by purpose; `connector`:
+    how it exchanges KV, "" for kinds with only one way.
     """
 
     name: str
@@ -309,11 +310,18 @@ class EngineAddress(msgspec.Struct, frozen=True):
     secret_file: str = ""
     slot: int = 0
     ports: dict[str, int] = {}
+    connector: str = ""
+
+    @property
+    def exchange(self) -> str:
+        """Engines with the same value can exchange KV."""
+        return f"{self.kind}/{self.connector}" if self.connector else self.kind
 
     @property
     def identity(self) -> tuple[object, ...]:
         """Two addresses of one identity are the same engine, whatever role it has now."""
-        return (self.name, self.kind, self.host, self.port, self.secret_file, self.slot, *sorted(self.ports.items()))
+        fixed = (self.name, self.kind, self.connector, self.host, self.port, self.secret_file, self.slot)
+        return (*fixed, *sorted(self.ports.items()))
 
 
 class ProxyConfig(msgspec.Struct, frozen=True):

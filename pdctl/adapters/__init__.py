@@ -1,7 +1,8 @@
 """Engine kinds, one folder each. A kind implements up to three interfaces, each loaded on first use:
 
 - `launcher.py`, `LAUNCHER`: makes a command line from settings, for the plan. A kind without one is attached by URL.
-- `dialect.py`, `DIALECT`: builds the proxy's requests and parses the engine's answers.
+- `dialect.py`, `DIALECT`: builds the proxy's requests and parses the engine's answers. `DIALECTS`, if a kind has it:
+  other dialects, by connector.
 - `control.py`, `CONTROL`: makes the supervisor's calls to an engine, and lists what engines of this kind support.
 
 The registry below lists the built-in kinds. PDCTL_ENGINE_KINDS adds others: NAME=PACKAGE, separated by commas.
@@ -107,9 +108,11 @@ def launcher(kind: str) -> Launcher:
     return cast(Launcher, _face(kind, "launcher"))
 
 
-def dialect(kind: str) -> Dialect:
-    """The dialect of a known kind."""
-    return cast(Dialect, _face(kind, "dialect"))
+def dialect(kind: str, connector: str = "") -> Dialect:
+    """The dialect of a known kind. A kind may speak another one with engines of a certain connector (DIALECTS)."""
+    module = importlib.import_module(f"{_registry()[kind]}.dialect")
+    others: dict[str, Dialect] = getattr(module, "DIALECTS", {})
+    return others.get(connector) or cast(Dialect, module.DIALECT)
 
 
 def control(kind: str) -> Control:

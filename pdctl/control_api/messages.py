@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from pdctl.topology.spec import ENGINE_ROLES
+
 # Maximum silence of an event stream, seconds: then it sends a comment.
 HEARTBEAT_S = 15.0
 # If a reader lags by more events than this, its stream ends. It can resume with its cursor.
@@ -86,9 +88,9 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One process, without measurements."""
 
     name: Annotated[str, says("such as `prefill-0`")]
-    kind: Annotated[str, says("such as `builtin`; for the proxy, `proxy`")]
-    role: Annotated[str, says("`prefill`, `decode` or `hybrid`; for the proxy, `proxy`")]
-    group: Annotated[str, says("the `[[engines]]` entry it is a replica of; for the proxy, `proxy`")]
+    kind: Annotated[str, says("such as `builtin` or `mooncake`; `command` for `[[processes]]`; for the proxy, `proxy`")]
+    role: Annotated[str, says("`prefill`, `decode` or `hybrid`; else `store`, `command` or `proxy`")]
+    group: Annotated[str, says("the `[[engines]]` entry it is a replica of; else its name; for the proxy, `proxy`")]
     state: Annotated[ProcessState, says("its lifecycle state")]
     reason: Annotated[str, says("why it is in `backoff`, `clearing` or `failed`, else empty")]
     pid: Annotated[int | None, says("null if it is not running")]
@@ -105,6 +107,11 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     log: Annotated[str, says("its log file")]
     phase: Annotated[str, says("while it starts: the phase that its log shows, such as `loading weights`, else empty")]
     phase_s: Annotated[float | None, says("how long that phase has lasted, seconds; null without a phase")]
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether it computes requests."""
+        return self.role in ENGINE_ROLES
 
 
 class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
@@ -129,6 +136,8 @@ class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[str, says("host on which it listens")]
     port: Annotated[int, says("port on which it listens")]
     secret_file: Annotated[str, says("the file with its key, or empty")]
+    ports: Annotated[dict[str, int], says("its ports beside its API, by purpose")] = {}
+    connector: Annotated[str, says("how it exchanges KV, or empty")] = ""
     answers: Annotated[bool | None, says("result of its last health check; null before the first one")]
 
 

@@ -73,7 +73,7 @@ def probes(plan: Plan | None, only: str | None, protocol: str, mib: int) -> list
 
 def _with_role(plan: Plan, other: str) -> list[ProcessSpec]:
     """Engines that do not have the `other` role."""
-    return [spec for spec in plan.processes if spec.kind != "proxy" and spec.role != other]
+    return [spec for spec in plan.processes if spec.is_engine and spec.role != other]
 
 
 def run(probe: Probe, tree: RdmaTree | None = None) -> Result:

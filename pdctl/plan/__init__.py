@@ -5,120 +5,23 @@ Pure: the same topology on the same host gives the same plan. Nothing is started
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pdctl.adapters import Assignment, Launch, control, launcher
+from pdctl.adapters import Assignment, Launch, can_launch, control, launcher
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
-from pdctl.net import LOOPBACK, reachable
+from pdctl.net import reachable
 from pdctl.plan.gpus import assign_gpus
+from pdctl.plan.helpers import Site, command_of, in_order, place_of, store_of
 from pdctl.plan.pins import Pins, pins_of
-from pdctl.plan.ports import PortSearch, free_ports
-from pdctl.topology.spec import EngineGroup, Proxy, Supervision, Topology
+from pdctl.plan.spec import PROXY, Attached, Plan, Probe, ProcessSpec
+from pdctl.stores import Reader, StoreClient, store_launcher
+from pdctl.topology.spec import EngineGroup, Topology
+
+__all__ = ["Attached", "Plan", "Probe", "ProcessSpec", "make_plan"]
 
 # A proxy that does not listen after this long will never do so, seconds.
 _PROXY_STARTUP_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """How to check that a process is ready and alive. All times are in seconds.
-
-    `ready`: tcp:HOST:PORT, http://..., log:PATTERN, or "" for ready at once. `alive`: URL to probe from then on, or "".
-    `state`: URL of an engine's counts of running requests and tokens, or "". `generate`: URL that generates one token
-    for a POST of `generate_body`; with `ready_generates`, the process is ready only once it has done so.
-    """
-
-    ready: str
-    alive: str
-    state: str
-    generate: str
-    interval_s: float
-    timeout_s: float
-    startup_s: float
-    generate_body: str = ""
-    ready_generates: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessSpec:
-    """One process to start. `env` is added to the supervisor's environment; `listen`: the socket that the supervisor
-    binds and passes to the process.
-
-    `host`: the address at which other processes reach its `ports`.
-    `restart_with`: processes that, when they exit, restart this one too; `why`: the reason for each choice, by field.
-    `api_key_env`: the variable in which the process gets the run's secret as its API key, "" for none.
-    """
-
-    name: str
-    kind: str
-    role: str
-    argv: tuple[str, ...]
-    env: dict[str, str] = field(hash=False)
-    device: str
-    cpus: tuple[int, ...]
-    gpus: tuple[str, ...]
-    ports: dict[str, int] = field(hash=False)
-    depends_on: tuple[str, ...]
-    probe: Probe
-    listen: tuple[str, int] | None
-    group: str = ""
-    restart_with: tuple[str, ...] = ()
-    rdma: tuple[str, ...] = ()
-    why: dict[str, str] = field(default_factory=dict, hash=False)
-    host: str = LOOPBACK
-    api_key_env: str = ""
-
-    def digest(self) -> str:
-        """Hash of everything that cannot change while the process runs. Specs with equal digests need no restart."""
-        ports = sorted(self.ports.items())
-        env = (*sorted(self.env.items()), self.api_key_env)
-        fixed = (self.argv, env, self.role, self.cpus, self.gpus, ports, self.listen)
-        return hashlib.blake2b(repr(fixed).encode(), digest_size=8).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Attached:
-    """An engine that is already running, here or on another host. pdctl uses it but does not start it. `ports`: those
-    beside its API, by purpose."""
-
-    name: str
-    role: str
-    kind: str
-    host: str
-    port: int
-    secret_file: str
-    ports: dict[str, int] = field(hash=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything that `pdctl up` starts, and where."""
-
-    service: str
-    model: str
-    model_path: str
-    model_ready: bool
-    served_model_name: str
-    max_model_len: int
-    proxy: Proxy
-    ttft_ms: float
-    tpot_ms: float
-    proxy_url: str
-    run_dir: str
-    log_dir: str
-    supervision: Supervision
-    processes: tuple[ProcessSpec, ...]
-    attached: tuple[Attached, ...]
-    source: str = ""
-    text: str = ""
-    lease_s: float = 30.0
-
-    def to_dict(self) -> dict[str, object]:
-        """The plan for `--json` and for a detached supervisor."""
-        return asdict(self)
 
 
 def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Plan:
@@ -130,8 +33,13 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
     model = _model(topology, host, base)
     run_dir = host.run_root / topology.service.name
     kept = {spec.name: spec for spec in running.processes} if running else {}
-    engines = _engines(topology, host, model.path, run_dir, kept)
-    proxies = _proxies(topology, host, run_dir, engines, kept)
+    site = Site(topology, host, run_dir, kept)
+    stores = [store_of(site, store) for store in topology.stores]
+    commands = [command_of(site, entry) for entry in topology.processes]
+    engines = _engines(site, model.path)
+    others = in_order([*stores, *commands, *engines])
+    attached = tuple(_attached(group, others) for group in topology.engines if group.is_attached)
+    proxies = _proxies(site, engines)
     return Plan(
         service=topology.service.name,
         model=topology.service.model,
@@ -146,8 +54,8 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
         run_dir=str(run_dir),
         log_dir=str(host.state_root / topology.service.name / "logs"),
         supervision=topology.supervision,
-        processes=(*engines, *proxies),
-        attached=tuple(_attached(group) for group in topology.engines if group.is_attached),
+        processes=(*others, *proxies),
+        attached=attached,
         source=str(Path(topology.source).absolute()) if topology.source else "",
         text=topology.text,
         lease_s=topology.transfer.lease_s,
@@ -161,24 +69,30 @@ def _model(topology: Topology, host: Host, base: Path) -> ModelLocation:
     return locate_model(topology.service.model, host.cache_root, base)
 
 
-def _attached(group: EngineGroup) -> Attached:
-    host, _, port = group.url.removeprefix("http://").rpartition(":")
+def _attached(group: EngineGroup, processes: list[ProcessSpec]) -> Attached:
+    if group.process:
+        served = next(spec for spec in processes if spec.name == group.process)
+        host, port = served.host, next(iter(served.ports.values()))
+    else:
+        host, _, number = group.url.removeprefix("http://").rpartition(":")
+        host, port = host.strip("[]"), int(number)
     ports = {"bootstrap": group.bootstrap_port} if group.bootstrap_port else {}
-    return Attached(group.name, group.role.value, group.kind, host.strip("[]"), int(port), group.secret_file, ports)
+    role, connector = group.role.value, _connector(group)
+    return Attached(group.name, role, group.kind, host, port, group.secret_file, ports, connector)
 
 
-Kept = dict[str, ProcessSpec]
+def _connector(group: EngineGroup) -> str:
+    """How the group exchanges KV: as given, else its kind's default; "" for kinds with only one way."""
+    connectors = launcher(group.kind).connectors if can_launch(group.kind) else ()
+    return group.connector or next(iter(connectors), "")
 
 
-def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path, kept: Kept) -> list[ProcessSpec]:
-    taken = {topology.proxy.port, *host.listening, *(port for spec in kept.values() for port in spec.ports.values())}
-    gpus_of = assign_gpus(topology, host, {name: spec.gpus for name, spec in kept.items()}, run_dir)
-    search = PortSearch(run_dir, topology.service.engine_ports)
+def _engines(site: Site, model_path: str) -> list[ProcessSpec]:
+    topology, host, run_dir = site.topology, site.host, site.run_dir
+    gpus_of = assign_gpus(topology, host, {name: spec.gpus for name, spec in site.kept.items()}, run_dir)
     specs = []
     for group in topology.engines:
         for name in () if group.is_attached else group.replica_names():
-            before = kept[name].ports if name in kept else {}
-            ports = free_ports(("http", *launcher(group.kind).ports(group)), before, taken, search)
             gpus = gpus_of.get(name, ())
             pins = pins_of(topology, host, group, name, gpus, str(run_dir))
             python = group.python or host.python
@@ -186,7 +100,7 @@ def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path, kep
                 name=name,
                 group=group,
                 host=host.address,
-                ports=ports,
+                ports=site.ports_of(name, ("http", *launcher(group.kind).ports(group))),
                 gpus=gpus,
                 rdma=pins.rdma,
                 model_path=model_path,
@@ -195,33 +109,44 @@ def _engines(topology: Topology, host: Host, model_path: str, run_dir: Path, kep
                 cpus=pins.cpus,
                 package=host.package_in(python, launcher(group.kind).distributions) or ("", ""),
             )
-            specs.append(_engine(topology, assignment, pins))
+            specs.append(_engine(site, assignment, pins))
     return specs
 
 
-def _engine(topology: Topology, assignment: Assignment, pins: Pins) -> ProcessSpec:
-    group = assignment.group
-    launch = launcher(group.kind).launch(topology, assignment)
+def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
+    group, topology = assignment.group, site.topology
+    launch, client = launcher(group.kind).launch(topology, assignment), _client(site, assignment)
     return ProcessSpec(
         name=assignment.name,
         kind=group.kind,
         role=group.role.value,
         argv=launch.argv,
-        env={**launch.env, **dict(group.env)},
+        env={**launch.env, **client.env, **dict(group.env)},
         device=group.device.value,
         cpus=pins.cpus,
         gpus=assignment.gpus,
         ports=assignment.ports,
-        depends_on=(),
+        depends_on=site.members((*group.depends_on, *filter(None, (group.store,)))),
         probe=_engine_probe(topology, group, launch, f"{assignment.host}:{assignment.ports['http']}"),
         listen=None,
         group=group.name,
-        restart_with=_peers(topology, group),
+        restart_with=site.members(group.restart_with),
         rdma=pins.rdma,
         why=pins.why,
         host=assignment.host,
         api_key_env=launch.api_key_env,
+        connector=_connector(group),
+        files=client.files,
     )
+
+
+def _client(site: Site, assignment: Assignment) -> StoreClient:
+    """What an engine needs to use its store, if it has one."""
+    if not (name := assignment.group.store):
+        return StoreClient({}, {})
+    store = next(store for store in site.topology.stores if store.name == name)
+    reader = Reader(assignment.name, assignment.host, assignment.rdma, site.topology.transfer, assignment.run_dir)
+    return store_launcher(store.kind).client(place_of(site, store), reader)
 
 
 def _engine_probe(topology: Topology, group: EngineGroup, launch: Launch, address: str) -> Probe:
@@ -245,29 +170,19 @@ def _engine_probe(topology: Topology, group: EngineGroup, launch: Launch, addres
     )
 
 
-def _peers(topology: Topology, group: EngineGroup) -> tuple[str, ...]:
-    """Processes that, when they exit, restart the processes of this group."""
-    return tuple(
-        name for other in topology.engines if other.name in group.restart_with for name in other.replica_names()
-    )
-
-
-def _proxies(
-    topology: Topology, host: Host, run_dir: Path, engines: list[ProcessSpec], kept: Kept
-) -> list[ProcessSpec]:
+def _proxies(site: Site, engines: list[ProcessSpec]) -> list[ProcessSpec]:
     """The proxy processes: one, or `workers` of them on one listening socket."""
-    workers = topology.proxy.workers
-    known = (*engines, *kept.values())
-    taken = {topology.proxy.port, *host.listening, *(port for spec in known for port in spec.ports.values())}
+    proxy = site.topology.proxy
+    # Engines that are entries of [[processes]] must be ready, too.
+    needed = (*(spec.name for spec in engines), *(group.process for group in site.topology.engines if group.process))
     specs = []
-    for worker in range(workers):
-        name = "proxy" if workers == 1 else f"proxy-{worker}"
-        ports = {"http": topology.proxy.port}
-        if workers > 1 or topology.proxy.tls_cert:
+    for worker in range(proxy.workers):
+        name = "proxy" if proxy.workers == 1 else f"proxy-{worker}"
+        ports = {"http": proxy.port}
+        if proxy.workers > 1 or proxy.tls_cert:
             # Any worker may answer on the shared socket, and it may use TLS: the supervisor needs a port per worker.
-            before = {"control": kept[name].ports.get("control", 0)} if name in kept else {}
-            ports |= free_ports(("control",), before, taken, PortSearch(run_dir, topology.service.engine_ports))
-        specs.append(_proxy(topology, host, run_dir, worker, ports, tuple(spec.name for spec in engines)))
+            ports |= site.ports_of(name, ("control",))
+        specs.append(_proxy(site.topology, site.host, site.run_dir, worker, ports, needed))
     return specs
 
 
@@ -283,8 +198,8 @@ def _proxy(
     url, alive = f"{base}/health", f"{base}/pdctl/v1/pool"
     return ProcessSpec(
         name="proxy" if topology.proxy.workers == 1 else f"proxy-{worker}",
-        kind="proxy",
-        role="proxy",
+        kind=PROXY,
+        role=PROXY,
         argv=tuple(argv),
         env={},
         device="cpu",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pdctl.plan import Plan, ProcessSpec
 
 # Fields of ProcessSpec that cannot change while the process runs.
-_FIXED = ("argv", "role", "env", "cpus", "gpus", "ports", "listen", "api_key_env")
+_FIXED = ("argv", "role", "env", "cpus", "gpus", "ports", "listen", "api_key_env", "files")
 # Settings of the proxy that need a restart.
 _PROXY_FIXED = ("tls_cert", "tls_key", "cors_origins", "otlp_endpoint")
 
@@ -39,7 +39,7 @@ def diff(old: Plan, new: Plan) -> Changes:
     restarted = {name: why for name, spec in after.items() if name in before and (why := _why(before[name], spec))}
     for name, spec in after.items():
         fixed = _differing(old.proxy, new.proxy, _PROXY_FIXED) + _service(old, new)
-        if spec.kind == "proxy" and name in before and fixed and name not in restarted:
+        if spec.is_proxy and name in before and fixed and name not in restarted:
             restarted[name] = f"{', '.join(fixed)} changed"
     live = _live(old, new)
     touched = {*restarted, *live}
@@ -59,6 +59,9 @@ def _why(old: ProcessSpec, new: ProcessSpec) -> str:
 
 
 def _worded(old: ProcessSpec, new: ProcessSpec, name: str) -> str:
+    if name == "files":
+        changed = {path for path in {**old.files, **new.files} if old.files.get(path) != new.files.get(path)}
+        return f"files: {', '.join(sorted(path.rpartition('/')[2] for path in changed))}"
     if name != "argv":
         return f"{name}: {_short(getattr(old, name))} to {_short(getattr(new, name))}"
     gone = [word for word in old.argv if word not in new.argv]
@@ -69,7 +72,7 @@ def _worded(old: ProcessSpec, new: ProcessSpec, name: str) -> str:
 def _live(old: Plan, new: Plan) -> dict[str, str]:
     """Settings that change without a restart, by process; "pdctl" is the supervisor."""
     found: dict[str, str] = {}
-    proxies = [spec.name for spec in new.processes if spec.kind == "proxy"]
+    proxies = [spec.name for spec in new.processes if spec.is_proxy]
     changed = _differing(old.proxy, new.proxy, tuple(f.name for f in fields(old.proxy)))
     settings = [name for name in changed if name not in (*_PROXY_FIXED, "host", "port", "workers", "cpus")]
     settings += [name for name in ("ttft_ms", "tpot_ms", "lease_s") if getattr(old, name) != getattr(new, name)]
@@ -80,14 +83,16 @@ def _live(old: Plan, new: Plan) -> dict[str, str]:
     watching = _differing(old.supervision, new.supervision, tuple(f.name for f in fields(old.supervision)))
     before = {spec.name: spec for spec in old.processes}
     for spec in new.processes:
-        if spec.name in before and (spec.probe, spec.restart_with) != (
-            before[spec.name].probe,
-            before[spec.name].restart_with,
-        ):
-            watching.append(f"probes of {spec.name}")
+        if spec.name in before and _watched(spec) != _watched(before[spec.name]):
+            watching.append(f"probes or order of {spec.name}")
     if watching:
         found["pdctl"] = f"{', '.join(watching)} changed"
     return found
+
+
+def _watched(spec: ProcessSpec) -> tuple[object, ...]:
+    # A proxy depends on every engine: those that are added are listed anyway.
+    return (spec.probe, spec.restart_with, () if spec.is_proxy else spec.depends_on)
 
 
 def _service(old: Plan, new: Plan) -> list[str]:

@@ -19,7 +19,9 @@ def assign_gpus(
     those that other processes use, in the order of the environment.
     """
     cuda = [group for group in topology.engines if group.device is Device.CUDA and not group.is_attached]
-    named = {gpu.uuid for group in cuda for name in group.gpus if (gpu := host.gpu_named(name)) is not None}
+    names = [name for group in cuda for name in group.gpus]
+    names += [name for process in topology.processes for name in process.gpus]
+    named = {gpu.uuid for name in names if (gpu := host.gpu_named(name)) is not None}
     free = [gpu.uuid for gpu in host.gpus if gpu.uuid not in named]
     free.sort(key=lambda uuid: bool(host.strangers_on(uuid, str(run_dir))))
     chosen: dict[str, tuple[str, ...]] = {}

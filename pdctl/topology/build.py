@@ -6,8 +6,21 @@ from pathlib import Path
 
 from pdctl.adapters import can_launch, launcher
 from pdctl.topology.document import Table
-from pdctl.topology.schema import ENGINE, TABLES, Key
-from pdctl.topology.spec import Device, EngineGroup, Expect, Proxy, Role, Service, Slo, Supervision, Topology, Transfer
+from pdctl.topology.schema import COMMAND, ENGINE, STORE, TABLES, Key
+from pdctl.topology.spec import (
+    Command,
+    Device,
+    EngineGroup,
+    Expect,
+    Proxy,
+    Role,
+    Service,
+    Slo,
+    Store,
+    Supervision,
+    Topology,
+    Transfer,
+)
 
 
 def build(data: Table, source: str | None) -> Topology:
@@ -30,6 +43,8 @@ def build(data: Table, source: str | None) -> Topology:
         supervision=_supervision(supervision),
         source=source,
         expect=Expect(float(expect["rate_gbps"]), expect["link_layer"], expect["mtu"], expect["gid_index"]),
+        processes=tuple(_command(entry, source) for entry in data.get("processes", ())),
+        stores=tuple(_store(entry, source) for entry in data.get("stores", ())),
     )
 
 
@@ -116,6 +131,53 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         quantization=values["quantization"] or "",
         gpu_memory_utilization=float(values["gpu_memory_utilization"]),
         connector=values["connector"] or "",
+        store=values["store"] or "",
+        depends_on=tuple(values["depends_on"]),
+        process=values["process"] or "",
+        given=frozenset(entry),
+    )
+
+
+def _command(entry: Table, source: str | None) -> Command:
+    values = _filled(entry, COMMAND)
+    program, *arguments = values["command"]
+    # A program without a slash is searched in PATH.
+    program = absolute(program, source) if "/" in program else program
+    ports = tuple(
+        (purpose, int(number or 0)) for purpose, _, number in (text.partition(":") for text in values["ports"])
+    )
+    ready = values["ready"] or ("tcp" if ports else "none")
+    # What answers when it is ready must answer from then on.
+    is_asked = ready == "tcp" or ready.startswith("http:")
+    return Command(
+        name=values["name"],
+        command=(program, *arguments),
+        ports=ports,
+        ready=ready,
+        alive=values["alive"] or (ready if is_asked else "none"),
+        gpus=tuple(values["gpus"]),
+        share_gpu=values["share_gpu"],
+        cpus=tuple(values["cpus"]),
+        env=tuple(sorted(values["env"].items())),
+        depends_on=tuple(values["depends_on"]),
+        restart_with=tuple(values["restart_with"]),
+    )
+
+
+def _store(entry: Table, source: str | None) -> Store:
+    values = _filled(entry, STORE)
+    return Store(
+        name=values["name"],
+        kind=values["kind"],
+        python=absolute(values["python"], source),
+        args=tuple(values["args"]),
+        env=tuple(sorted(values["env"].items())),
+        cpus=tuple(values["cpus"]),
+        data_dir=absolute(values["data_dir"], source),
+        segment_gb=float(values["segment_gb"]),
+        buffer_gb=float(values["buffer_gb"]),
+        metadata=values["metadata"],
+        chunk_tokens=values["chunk_tokens"],
         given=frozenset(entry),
     )
 
@@ -126,7 +188,8 @@ def _device(values: Table) -> Device:
         return Device(values["device"])
     if values["gpus"]:
         return Device.CUDA
-    return launcher(values["kind"]).device if can_launch(values["kind"]) and not values["url"] else Device.CPU
+    is_attached = values["url"] or values["process"]
+    return launcher(values["kind"]).device if can_launch(values["kind"]) and not is_attached else Device.CPU
 
 
 def _last_part(model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pdctl.adapters import Installed, launcher
 from pdctl.errors import Problem
 from pdctl.host import OTLP_PACKAGES, Host
 from pdctl.host.models import UnknownModel, locate_model
+from pdctl.stores import store_launcher
 from pdctl.topology.document import Document
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
 from pdctl.topology.toml_lines import Path as KeyPath
@@ -19,6 +21,7 @@ from pdctl.topology.toml_lines import Path as KeyPath
 def host_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
     """Yield every requirement of the topology that this machine does not meet."""
     yield from _package_problems(document, topology, host)
+    yield from _program_problems(document, topology, host)
     yield from _model_problems(document, topology, host)
     yield from _cpu_problems(document, topology, host)
     yield from _gpu_problems(document, topology, host)
@@ -59,6 +62,26 @@ def _python_problems(document: Document, index: int, group: EngineGroup, host: H
             hint += ", or set python to the interpreter that has it"
         message = f"the environment of {python} has no package {' or '.join(wanted)}"
         yield document.problem(path, message, hint)
+
+
+def _program_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    """Programs of processes, and packages of stores, that are not installed."""
+    for index, entry in enumerate(topology.processes):
+        program = entry.command[0]
+        # A program may be in a folder that only its own PATH names.
+        if shutil.which(program, path=dict(entry.env).get("PATH")) is None:
+            hint = "the first word is an executable in PATH, or a path relative to this file's folder"
+            path: KeyPath = ("processes", index, "command")
+            yield document.problem(path, f"{program} does not exist or cannot be executed", hint)
+    for index, store in enumerate(topology.stores):
+        starts, python = store_launcher(store.kind), store.python or host.python
+        if host.package_in(python, starts.distributions) is None:
+            message = f"the environment of {python} has no package {' or '.join(starts.distributions)}"
+            hint = f"install it there: {python} -m pip install {starts.requirement}"
+            yield document.problem(("stores", index, "python" if store.python else "kind"), message, hint)
+        if store.data_dir and not os.access(store.data_dir, os.W_OK | os.X_OK):
+            message = f"{store.data_dir} does not exist or cannot be written"
+            yield document.problem(("stores", index, "data_dir"), message, f"create it with: mkdir {store.data_dir}")
 
 
 def fault_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
@@ -105,6 +128,8 @@ def _nearby_model(spec: str, base: Path) -> str | None:
 def _cpu_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
     wanted: list[tuple[KeyPath, tuple[int, ...]]] = [(("proxy", "cpus"), topology.proxy.cpus)]
     wanted += [(("engines", index, "cpus"), group.cpus) for index, group in enumerate(topology.engines)]
+    wanted += [(("processes", index, "cpus"), entry.cpus) for index, entry in enumerate(topology.processes)]
+    wanted += [(("stores", index, "cpus"), store.cpus) for index, store in enumerate(topology.stores)]
     allowed = ", ".join(map(str, host.cpus))
     for path, cpus in wanted:
         for cpu in cpus:
@@ -138,10 +163,7 @@ def _gpu_problems(document: Document, topology: Topology, host: Host) -> Iterato
         path: KeyPath = ("engines", index, "gpus" if group.gpus else "device")
         if group.gpus and len(group.gpus) not in (group.gpus_per_replica, group.gpus_per_replica * group.replicas):
             yield from _count_problem(document, path, group)
-        for gpu in group.gpus:
-            if host.gpu_named(gpu) is None:
-                what = "is not available to pdctl" if host.gpus_by else "does not exist, or the name is ambiguous"
-                yield document.problem(path, f"GPU {gpu} {what}", ours)
+        yield from _unknown_gpus(document, path, group.gpus, host, ours)
         if not host.gpus:
             if host.gpus_by:
                 yield document.problem(path, "the environment makes no GPU available", host.gpus_by)
@@ -149,6 +171,20 @@ def _gpu_problems(document: Document, topology: Topology, host: Host) -> Iterato
             hint = "check nvidia-smi, and whether nvidia-ml-py is installed (pip install 'pdctl[cuda]')"
             yield document.problem(path, "no GPU was found on this machine", hint)
         yield from _sharing_problems(document, path, group, holders)
+    for index, entry in enumerate(topology.processes):
+        path = ("processes", index, "gpus")
+        yield from _unknown_gpus(document, path, entry.gpus, host, ours)
+        for gpu in entry.gpus:
+            yield from _holder_problems(document, path, gpu, (entry.name, entry.share_gpu), holders)
+
+
+def _unknown_gpus(
+    document: Document, path: KeyPath, gpus: tuple[int | str, ...], host: Host, ours: str
+) -> Iterator[Problem]:
+    for gpu in gpus:
+        if host.gpu_named(gpu) is None:
+            what = "is not available to pdctl" if host.gpus_by else "does not exist, or the name is ambiguous"
+            yield document.problem(path, f"GPU {gpu} {what}", ours)
 
 
 def _count_problem(document: Document, path: KeyPath, group: EngineGroup) -> Iterator[Problem]:
@@ -173,7 +209,18 @@ def _sharing_problems(
     spread = group.gpus * group.replicas if len(group.gpus) == each else group.gpus
     names = [name for name in group.replica_names() for _ in range(each)]
     for name, gpu in zip(names, spread, strict=False):
-        if gpu in holders and not (group.share_gpu and holders[gpu][1]):
-            message = f"GPU {gpu} is assigned to both {holders[gpu][0]} and {name}"
-            yield document.problem(path, message, "assign one GPU to each, or set share_gpu = true on both")
-        holders.setdefault(gpu, (name, group.share_gpu))
+        yield from _holder_problems(document, path, gpu, (name, group.share_gpu), holders)
+
+
+def _holder_problems(
+    document: Document,
+    path: KeyPath,
+    gpu: int | str,
+    holder: tuple[str, bool],
+    holders: dict[int | str, tuple[str, bool]],
+) -> Iterator[Problem]:
+    """A GPU with two holders: each has a name, and says whether it shares its GPUs."""
+    if gpu in holders and not (holder[1] and holders[gpu][1]):
+        message = f"GPU {gpu} is assigned to both {holders[gpu][0]} and {holder[0]}"
+        yield document.problem(path, message, "assign one GPU to each, or set share_gpu = true on both")
+    holders.setdefault(gpu, holder)

@@ -8,8 +8,9 @@ from typing import cast
 
 from pdctl.adapters import HandShake, can_launch, dialect, kinds, launcher
 from pdctl.errors import Problem
+from pdctl.stores import store_kinds, store_launcher
 from pdctl.topology.document import Document, Table
-from pdctl.topology.schema import ATTACHED, ENGINE, EVERY_KIND, TABLES, Key
+from pdctl.topology.schema import ATTACHED, ENGINE, EVERY_KIND, EVERY_STORE, LISTS, STORE, TABLES, Key
 from pdctl.topology.toml_lines import Path as KeyPath
 
 
@@ -18,12 +19,12 @@ def key_problems(document: Document) -> Iterator[Problem]:
     if not document.data:
         yield Problem(0, "", "the file is empty", "create a topology for this machine with: pdctl init")
         return
-    known = [*TABLES, "engines"]
+    known = [*TABLES, *LISTS]
     for name, table in document.data.items():
         if name not in known:
             yield document.problem((name,), f"unknown table or key {name!r}", _did_you_mean(name, known))
-        elif name == "engines":
-            yield from _engine_problems(document, table)
+        elif name in LISTS:
+            yield from _list_problems(document, name, table)
         elif not isinstance(table, dict):
             yield document.problem((name,), f"must be a table: [{name}]")
         else:
@@ -36,20 +37,39 @@ def key_problems(document: Document) -> Iterator[Problem]:
         yield Problem(0, "engines", "no engines", "add [[engines]] with a name and a role")
 
 
-def _engine_problems(document: Document, engines: object) -> Iterator[Problem]:
-    if not isinstance(engines, list) or not all(isinstance(entry, dict) for entry in engines):
-        yield document.problem(("engines",), "must be a list of tables: [[engines]]")
+def _list_problems(document: Document, name: str, tables: object) -> Iterator[Problem]:
+    if not isinstance(tables, list) or not all(isinstance(entry, dict) for entry in tables):
+        yield document.problem((name,), f"must be a list of tables: [[{name}]]")
         return
-    if not engines:
+    if name == "engines" and not tables:
         yield document.problem(("engines",), "no engines", "add [[engines]] with a name and a role")
-    for index, entry in enumerate(cast(list[Table], engines)):
-        yield from _table_problems(document, ("engines", index), entry, ENGINE)
-        yield from _attached_problems(document, index, entry)
+    for index, entry in enumerate(cast(list[Table], tables)):
+        yield from _table_problems(document, (name, index), entry, LISTS[name])
+        if name == "engines":
+            yield from _attached_problems(document, index, entry)
+        elif name == "stores":
+            yield from _store_problems(document, index, entry)
+
+
+def _store_problems(document: Document, index: int, entry: Table) -> Iterator[Problem]:
+    """Keys that have no effect on a store of this kind."""
+    kind = entry.get("kind")
+    if not isinstance(kind, str) or kind not in store_kinds():
+        return
+    settings = store_launcher(kind).settings
+    for name in entry:
+        if name in STORE and name not in EVERY_STORE | settings:
+            message = f"{name} has no effect on stores of kind {kind!r}"
+            hint = f"remove it; keys of this kind: {', '.join(sorted(settings))}"
+            yield document.problem(("stores", index, name), message, hint)
 
 
 def _attached_problems(document: Document, index: int, entry: Table) -> Iterator[Problem]:
     kind = entry.get("kind", "builtin")
-    if "url" in entry:
+    if "url" in entry and "process" in entry:
+        hint = "url is the address of an engine elsewhere; process names an entry of [[processes]]"
+        yield document.problem(("engines", index, "process"), "url and process are both set", hint)
+    if is_attached := "url" in entry or "process" in entry:
         for name in entry:
             if name in ENGINE and name not in ATTACHED:
                 hint = "remove it: pdctl does not start this engine, so it cannot set this"
@@ -61,8 +81,10 @@ def _attached_problems(document: Document, index: int, entry: Table) -> Iterator
     elif "secret_file" in entry:
         hint = "pdctl generates the secret of the engines that it starts"
         yield document.problem(("engines", index, "secret_file"), "secret_file is for attached engines", hint)
-    if kind in kinds() and "url" not in entry:
+    if kind in kinds() and not is_attached:
         yield from _kind_problems(document, index, entry, str(kind))
+    if kind in kinds():
+        yield from _connector_problems(document, index, entry, str(kind), is_attached)
 
 
 def _meets_decode(entry: Table, kind: str) -> bool:
@@ -83,11 +105,19 @@ def _kind_problems(document: Document, index: int, entry: Table, kind: str) -> I
             hint = f"remove it; keys of this kind: {', '.join(sorted(settings)) or 'none'}"
             message = f"{name} has no effect on engines of kind {kind!r}"
             yield document.problem(("engines", index, name), message, hint)
-    connectors = launcher(kind).connectors
+
+
+def _connector_problems(
+    document: Document, index: int, entry: Table, kind: str, is_attached: bool
+) -> Iterator[Problem]:
+    connectors = launcher(kind).connectors if can_launch(kind) else ()
     connector = entry.get("connector")
     if connectors and isinstance(connector, str) and connector not in connectors:
         message = f"must be one of: {', '.join(connectors)}; it is {connector!r}"
         yield document.problem(("engines", index, "connector"), message)
+    if is_attached and not connectors and connector is not None:
+        message = f"connector has no effect on engines of kind {kind!r}"
+        yield document.problem(("engines", index, "connector"), message, "remove it")
 
 
 def _table_problems(document: Document, path: KeyPath, table: Table, keys: dict[str, Key]) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdctl.adapters import kinds
+from pdctl.stores import store_kinds
 from pdctl.topology.spec import Device, Role
 from pdctl.transports import TRANSPORTS
 
@@ -167,17 +168,35 @@ def port_range(least: int) -> Check:
     return check
 
 
-def arguments() -> Check:
+def arguments(example: str = '["--max-num-seqs", "64"]', least: int = 0) -> Check:
     """A list of command line arguments. The same one may occur twice."""
 
     def check(value: object) -> str | None:
-        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            return 'must be a list of strings, such as ["--max-num-seqs", "64"]'
+        good = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+        if not good or not isinstance(value, list) or len(value) < least:
+            return f"must be a list of strings, such as {example}"
         return next(filter(None, map(_unusable, value)), None)
 
     return check
 
 
+def port_names() -> Check:
+    """A list of the purposes of ports, each with a number if pdctl must not choose it."""
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, list) or not all(isinstance(item, str) and _PORT.fullmatch(item) for item in value):
+            return 'must be a list of purposes, such as ["http"], or ["http:9100"] for a certain port'
+        numbers = [int(number) for item in value if (number := item.partition(":")[2])]
+        if any(not 1 <= number <= 65535 for number in numbers):
+            return "must have port numbers from 1 to 65535"
+        purposes = [item.partition(":")[0] for item in value]
+        is_distinct = len(set(purposes)) == len(purposes) and len(set(numbers)) == len(numbers)
+        return None if is_distinct else "names a port twice"
+
+    return check
+
+
+_PORT = re.compile(r"[a-z][a-z0-9-]{0,31}(:[0-9]{1,5})?")
 _ENV_NAME = re.compile(r"[^=\0]+")
 _HTTP = r"https?://[A-Za-z0-9.\[\]:-]+(/\S*)?"
 _URL = r"http://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}/?"
@@ -272,10 +291,47 @@ ENGINE: dict[str, Key] = {
     "quantization": Key(text()),
     "gpu_memory_utilization": Key(number(0, 1), 0.0),
     "connector": Key(text()),
+    "store": Key(text(_NAME, _NAME_WORDS)),
+    "depends_on": Key(texts("process"), []),
+    "process": Key(text(_NAME, _NAME_WORDS)),
 }
+_PROBES = r"tcp|http:/\S*"
+COMMAND: dict[str, Key] = {
+    "name": Key(text(_NAME, _NAME_WORDS), required=True),
+    "command": Key(arguments('["node_exporter", "--web.listen-address=127.0.0.1:{port}"]', least=1), required=True),
+    "ports": Key(port_names(), []),
+    "ready": Key(text(rf"{_PROBES}|log:.+|none", "tcp, http:/PATH, log:PATTERN or none")),
+    "alive": Key(text(rf"{_PROBES}|none", "tcp, http:/PATH or none")),
+    "gpus": Key(gpu_names(), []),
+    "share_gpu": Key(boolean(), False),
+    "cpus": Key(indices("CPU"), []),
+    "env": Key(strings(), {}),
+    "depends_on": Key(texts("process"), []),
+    "restart_with": Key(texts("group"), []),
+}
+STORE: dict[str, Key] = {
+    "name": Key(text(_NAME, _NAME_WORDS), required=True),
+    "kind": Key(choice(*store_kinds()), required=True),
+    "python": Key(text()),
+    "args": Key(arguments('["--eviction_ratio=0.1"]'), []),
+    "env": Key(strings(), {}),
+    "cpus": Key(indices("CPU"), []),
+    "data_dir": Key(text()),
+    "segment_gb": Key(number(0, 65536), 4.0),
+    "buffer_gb": Key(number(0, 65536), 1.0),
+    "metadata": Key(choice("p2p", "http"), "p2p"),
+    "chunk_tokens": Key(integer(16, 65536), 256),
+}
+# Tables that occur more than once.
+LISTS: dict[str, dict[str, Key]] = {"engines": ENGINE, "processes": COMMAND, "stores": STORE}
 # Keys with an effect on engines of every kind that pdctl starts; each kind has more (Launcher.settings).
 EVERY_KIND = frozenset(
-    {"name", "role", "kind", "replicas", "device", "gpus", "share_gpu", "cpus", "ready", "restart_with", "env"}
-)
+    {
+        "name", "role", "kind", "replicas", "device", "gpus", "share_gpu", "cpus", "ready", "restart_with", "env",
+        "depends_on",
+    }
+)  # fmt: skip
+# Keys with an effect on stores of every kind; each kind has more (StoreLauncher.settings).
+EVERY_STORE = frozenset({"name", "kind", "python", "args", "env", "cpus"})
 # Keys of an attached engine. pdctl does not start it, so other keys would have no effect.
-ATTACHED = ("name", "role", "kind", "url", "secret_file", "bootstrap_port")
+ATTACHED = ("name", "role", "kind", "url", "process", "secret_file", "connector", "bootstrap_port")

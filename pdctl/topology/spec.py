@@ -14,6 +14,9 @@ class Role(StrEnum):
     HYBRID = "hybrid"
 
 
+ENGINE_ROLES = frozenset(role.value for role in Role)
+
+
 class Device(StrEnum):
     """The device that an engine computes on."""
 
@@ -107,7 +110,9 @@ class EngineGroup:
 
     `python`: the interpreter of the environment that has the engine, "" for pdctl's own. `args`: added to the engine's
     command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
-    KV, "" for the kind's default. `given`: the keys that the file sets; the others have pdctl's defaults.
+    KV, "" for the kind's default; `store`: the store that it uses, "" for none. `depends_on`: groups, processes and
+    stores that must be ready before its first start. `process`: the entry of [[processes]] that is this engine, instead
+    of a `url`. `given`: the keys that the file sets; the others have pdctl's defaults.
     """
 
     name: str
@@ -138,6 +143,9 @@ class EngineGroup:
     quantization: str = ""
     gpu_memory_utilization: float = 0.0
     connector: str = ""
+    store: str = ""
+    depends_on: tuple[str, ...] = ()
+    process: str = ""
     given: frozenset[str] = frozenset()
 
     @property
@@ -147,13 +155,59 @@ class EngineGroup:
 
     @property
     def is_attached(self) -> bool:
-        """Whether pdctl uses it without having started it."""
-        return bool(self.url)
+        """Whether the proxy uses it by its address only: pdctl did not start it, or not as an engine."""
+        return bool(self.url or self.process)
 
     def replica_names(self) -> tuple[str, ...]:
         """Process names: `prefill-0`, `prefill-1` and so on. An attached engine is one process with the group's
         name."""
-        return (self.name,) if self.url else tuple(f"{self.name}-{i}" for i in range(self.replicas))
+        return (self.name,) if self.is_attached else tuple(f"{self.name}-{i}" for i in range(self.replicas))
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Any program as a process of the service. `{port}` in `command` and `env` stands for its first port, and
+    `{port:PURPOSE}` for the port of that purpose.
+
+    `ports`: purpose and number of each port; number 0: pdctl chooses. `ready` and `alive`: probes; `alive` is "none" if
+    only its exit counts. `gpus`, `share_gpu`, `cpus`, `env`, `restart_with`, `depends_on`: see EngineGroup.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    ports: tuple[tuple[str, int], ...]
+    ready: str
+    alive: str
+    gpus: tuple[int | str, ...]
+    share_gpu: bool
+    cpus: tuple[int, ...]
+    env: tuple[tuple[str, str], ...]
+    depends_on: tuple[str, ...]
+    restart_with: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A KV store: a server that engines put blocks into and get them from. `python`: the interpreter of the environment
+    that has it, "" for pdctl's own. `args`: added to its command line.
+
+    `data_dir`: the folder in which it keeps blocks on disk, "" for none. `segment_gb`: GiB of memory that each engine
+    adds to it; `buffer_gb`: GiB of memory that each engine copies through. `metadata`: "p2p" if engines find each other
+    through the server itself, "http" if it also serves their addresses by HTTP. `chunk_tokens`: tokens per object.
+    """
+
+    name: str
+    kind: str
+    python: str
+    args: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    cpus: tuple[int, ...]
+    data_dir: str
+    segment_gb: float
+    buffer_gb: float
+    metadata: str
+    chunk_tokens: int
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,3 +249,12 @@ class Topology:
     source: str | None
     text: str = ""
     expect: Expect = field(default_factory=Expect)
+    processes: tuple[Command, ...] = ()
+    stores: tuple[Store, ...] = ()
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The processes of a group, a process or a store of this name; empty if there is none."""
+        if name in {*(entry.name for entry in self.processes), *(store.name for store in self.stores)}:
+            return (name,)
+        groups = (group for group in self.engines if group.name == name and not group.is_attached)
+        return tuple(process for group in groups for process in group.replica_names())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pdctl.adapters import launcher
 from pdctl.errors import PdctlError, Problem
 from pdctl.topology.document import Document
+from pdctl.topology.process_checks import order_problems, process_problems
 from pdctl.topology.spec import Device, Proxy, Role, Topology
 from pdctl.transports import TRANSPORTS
 from pdctl.user_files import read_api_keys, tls_problem
@@ -17,18 +17,12 @@ from pdctl.user_files import read_api_keys, tls_problem
 
 def topology_problems(document: Document, topology: Topology) -> Iterator[Problem]:
     """Yield every problem that does not depend on this machine's hardware or packages."""
-    observed: dict[str, str] = {"proxy": "the proxy", "supervisor": "the supervisor"}
+    yield from _name_problems(document, topology)
     for index, group in enumerate(topology.engines):
-        # Group "a-0" would have the name of a replica of group "a".
-        taken = next((name for name in (group.name, *group.replica_names()) if name in observed), None)
-        if taken is not None:
-            yield document.problem(
-                ("engines", index, "name"), f"the name {taken!r} is already used by {observed[taken]}"
-            )
-        observed |= dict.fromkeys((group.name, *group.replica_names()), f"engines[{index}]")
         if group.gpus and group.device is Device.CPU:
             yield document.problem(("engines", index, "gpus"), "gpus is set on a CPU engine", 'set device = "cuda"')
-    yield from _restart_problems(document, topology)
+    yield from order_problems(document, topology)
+    yield from process_problems(document, topology)
     yield from _transfer_problems(document, topology)
     roles = {group.role for group in topology.engines}
     yield from _proxy_problems(document, topology.proxy)
@@ -43,19 +37,19 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
         )
 
 
-def _restart_problems(document: Document, topology: Topology) -> Iterator[Problem]:
-    started = [group.name for group in topology.engines if not group.is_attached]
-    for index, group in enumerate(topology.engines):
-        for name in group.restart_with:
-            if name not in started or name == group.name:
-                hint = f"groups to choose from: {', '.join(n for n in started if n != group.name) or 'none'}"
-                message = f"{name!r} is not another group that pdctl starts"
-                yield document.problem(("engines", index, "restart_with"), message, hint)
-        if group.ready.startswith("log:"):
-            try:
-                re.compile(group.ready.removeprefix("log:"))
-            except re.error as failure:
-                yield document.problem(("engines", index, "ready"), f"not a regular expression: {failure}")
+def _name_problems(document: Document, topology: Topology) -> Iterator[Problem]:
+    """Two entries with the same name."""
+    observed: dict[str, str] = {"proxy": "the proxy", "supervisor": "the supervisor"}
+    observed |= {f"proxy-{number}": "the proxy" for number in range(topology.proxy.workers)}
+    # Group "a-0" would have the name of a replica of group "a".
+    entries = [("engines", n, (group.name, *group.replica_names())) for n, group in enumerate(topology.engines)]
+    entries += [("processes", n, (entry.name,)) for n, entry in enumerate(topology.processes)]
+    entries += [("stores", n, (store.name,)) for n, store in enumerate(topology.stores)]
+    for table, index, names in entries:
+        taken = next((name for name in names if name in observed), None)
+        if taken is not None:
+            yield document.problem((table, index, "name"), f"the name {taken!r} is already used by {observed[taken]}")
+        observed |= dict.fromkeys(names, f"{table}[{index}]")
 
 
 def _proxy_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:

@@ -82,3 +82,39 @@ def test_kv_that_could_not_be_read_is_no_failed_engine() -> None:
     with pytest.raises(EngineError) as failure:
         dialect("vllm").parse_event(body, state([1], prompt="x"))
     assert failure.value.kv_lost
+
+
+STORE = EngineAddress("p0", "prefill", "vllm", "127.0.0.1", 2, connector="mooncake-store")
+HELD = b'{"choices": [{"index": 0, "text": "x"}], "usage": {"prompt_tokens": 9}, "kv_transfer_params": null}'
+
+
+@pytest.mark.parametrize("connector", ["mooncake-store", "lmcache"])
+def test_with_a_store_both_engines_get_the_request_and_no_hand_over(connector: str) -> None:
+    speaks, asked = dialect("vllm", connector), state([], prompt="x", max_tokens=10, min_tokens=2)
+    prefill = msgspec.json.decode(speaks.prefill_call(asked, ATTEMPT).body)
+    assert prefill == {"prompt": "x", "max_tokens": 1, "stream": False}
+    done = speaks.parse_prefill(HELD, asked)
+    assert (done.prompt_tokens, done.token_ids, done.choice) == (9, [], {})
+    assert done.hand_over is not None, "the answer is not complete"
+    decode = msgspec.json.decode(speaks.decode_call(asked, ATTEMPT, done.hand_over, stream=False).body)
+    assert decode == {"prompt": "x", "max_tokens": 10, "min_tokens": 2, "stream": False}
+    assert speaks.verifies_leases, "a late read finds the right KV or none"
+
+
+@pytest.mark.parametrize("connector", ["", "nixl", "nixl+mooncake-store", "unknown"])
+def test_with_a_pull_connector_an_answer_without_a_hand_over_is_an_error(connector: str) -> None:
+    speaks = dialect("vllm", connector)
+    with pytest.raises(EngineError, match="kept no KV"):
+        speaks.parse_prefill(HELD, state([], prompt="x"))
+    assert "kv_transfer_params" in msgspec.json.decode(speaks.prefill_call(state([], prompt="x"), ATTEMPT).body)
+
+
+def test_a_chat_of_one_token_keeps_its_limit_at_prefill() -> None:
+    asked = state([], chat=True, messages=[], max_completion_tokens=5)
+    body = msgspec.json.decode(dialect("vllm", "lmcache").prefill_call(asked, ATTEMPT).body)
+    assert (body["max_completion_tokens"], body["max_tokens"]) == (1, 1)
+
+
+def test_engines_exchange_kv_only_by_one_connector() -> None:
+    assert STORE.exchange == "vllm/mooncake-store" != ENGINE.exchange
+    assert STORE.identity != msgspec.structs.replace(STORE, connector="lmcache").identity

@@ -337,11 +337,11 @@ def test_the_plan_of_a_wide_machine_is_not_asked_for_each_replica() -> None:
     from pdctl.doctor.transfer import probes
 
     specs = [
-        SimpleNamespace(name=f"{role}-{n}", kind="builtin", role=role, cpus=(number,), rdma=())
+        SimpleNamespace(name=f"{role}-{n}", is_engine=True, role=role, cpus=(number,), rdma=())
         for number, role in enumerate(("prefill", "decode"))
         for n in range(4)
     ]
-    proxy = SimpleNamespace(name="proxy", kind="proxy", role="proxy", cpus=(), rdma=())
+    proxy = SimpleNamespace(name="proxy", is_engine=False, role="proxy", cpus=(), rdma=())
     plan = cast(Plan, SimpleNamespace(processes=(*specs, proxy)))  # what `probes` looks at of one
     found = probes(plan, None, "auto", 8)
     assert [(probe.transport, probe.pair) for probe in found] == [

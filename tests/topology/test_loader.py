@@ -196,9 +196,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_every_key_of_the_schema_is_in_the_example() -> None:
-    from pdctl.topology.schema import ENGINE, TABLES
+    from pdctl.topology.schema import LISTS, TABLES
 
-    for keys in (*TABLES.values(), ENGINE):
+    for keys in (*TABLES.values(), *LISTS.values()):
         for name in keys:
             assert re.search(rf"^(# )?{name} = ", EXAMPLE, re.MULTILINE), f"{name} is not shown in pdctl.toml.example"
 

@@ -1,7 +1,10 @@
-"""Request bodies and answers of vLLM's OpenAI server with a pull connector (NixlConnector).
+"""Request bodies and answers of vLLM's OpenAI server.
 
-The prefill call requests one token, which is discarded. Its answer has `kv_transfer_params`, which go to decode
-unchanged. vLLM cannot resume a request: after a failure, the proxy sends the prompt and the tokens so far to
+With a pull connector (NixlConnector), the prefill call requests one token, which is discarded. Its answer has
+`kv_transfer_params`, which go to decode unchanged. With a store, decode gets the client's request: see
+VllmStoreDialect.
+
+vLLM cannot resume a request: after a failure, the proxy sends the prompt and the tokens so far to
 /v1/completions as token ids. That continues exactly if sampling is greedy. vLLM's seeds are not bound to positions, so
 an interrupted request with a seed continues with different samples. Requests that cannot continue this way are refused:
 those with tools, logprobs, guided output, stop strings (vLLM may have held back the start of one), presence or
@@ -29,6 +32,7 @@ from pdctl.adapters import (
     stream_fields,
     without,
 )
+from pdctl.adapters.vllm.connectors import CONNECTORS
 from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
 
 _HIDDEN = ("token_ids", "prompt_token_ids")
@@ -48,6 +52,8 @@ _SAYS_NOTHING = (b"null", b"[]", b'""', b"false", b"0.0")
 
 
 _encode = msgspec.json.Encoder().encode
+# The hand-over of a prefill that put its KV into a store.
+_DONE = b"null"
 
 # Fields with which NixlConnector keeps the KV of a prompt for another engine.
 _HOLD: Fields = {
@@ -93,10 +99,7 @@ class VllmDialect:
 
     def prefill_call(self, state: RequestState, attempt: Attempt) -> Call:
         """See Dialect.prefill_call."""
-        path, fields = _continued(state)
-        # max_completion_tokens takes precedence over max_tokens. A min_tokens above the limit of 1 would be an error.
-        hold = {**_HOLD, "max_completion_tokens": 1} if "max_completion_tokens" in fields else _HOLD
-        return Call(path, _encode({**without(fields, "min_tokens"), **hold}))
+        return _prompt_only(state, _HOLD)
 
     def decode_call(self, state: RequestState, attempt: Attempt, hand_over: bytes | None, stream: bool) -> Call:
         """See Dialect.decode_call."""
@@ -166,7 +169,37 @@ class VllmDialect:
         return None
 
 
+class VllmStoreDialect(VllmDialect):
+    """vLLM with a store between prefill and decode (splitwise's form of P/D): prefill puts the prompt's KV into the
+    store, and decode gets the request as the client sent it. It reads from the store what it finds there, and computes
+    the rest. Keys name the tokens, so a late read never yields another request's KV.
+    """
+
+    verifies_leases = True
+
+    def prefill_call(self, state: RequestState, attempt: Attempt) -> Call:
+        """See Dialect.prefill_call."""
+        return _prompt_only(state, {"stream": False, "max_tokens": 1})
+
+    def decode_call(self, state: RequestState, attempt: Attempt, hand_over: bytes | None, stream: bool) -> Call:
+        """See Dialect.decode_call. The hand-over says only that prefill is done."""
+        return super().decode_call(state, attempt, None, stream)
+
+    def parse_prefill(self, body: bytes, state: RequestState) -> Prefilled:
+        """See Dialect.parse_prefill."""
+        return Prefilled([], {}, None, parse_answer(200, body).prompt_tokens, _DONE)
+
+
 DIALECT = VllmDialect()
+DIALECTS = {name: VllmStoreDialect() for name, connector in CONNECTORS.items() if not connector.pulls}
+
+
+def _prompt_only(state: RequestState, hold: Fields) -> Call:
+    """A call that computes the prompt and one token."""
+    path, fields = _continued(state)
+    # max_completion_tokens takes precedence over max_tokens. A min_tokens above the limit of 1 would be an error.
+    limit: Fields = {"max_completion_tokens": 1} if "max_completion_tokens" in fields else {}
+    return Call(path, _encode({**without(fields, "min_tokens"), **hold, **limit}))
 
 
 def _with_cause(failure: EngineError) -> EngineError:

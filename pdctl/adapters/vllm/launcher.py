@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from pdctl.adapters import (
     Package,
     different_installations,
 )
-from pdctl.adapters.vllm.connectors import CONNECTORS, transfer_config
+from pdctl.adapters.vllm.connectors import CONNECTORS, Exchange, transfer_config
 from pdctl.adapters.vllm.log import FAILURES, PHASES
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
 
@@ -52,7 +53,7 @@ class VllmLauncher(BaseLauncher):
     settings = frozenset(
         {
             "python", "args", "tensor_parallel", "pipeline_parallel", "data_parallel", "dtype", "quantization",
-            "gpu_memory_utilization", "kv_cache_gb", "connector", "max_num_seqs", "max_num_batched_tokens",
+            "gpu_memory_utilization", "kv_cache_gb", "connector", "store", "max_num_seqs", "max_num_batched_tokens",
             "block_size",
         }
     )  # fmt: skip
@@ -76,12 +77,14 @@ class VllmLauncher(BaseLauncher):
         """See Launcher.faults."""
         yield from _version_faults(package, group)
         yield from _argument_faults(group)
+        yield from _store_faults(topology, group)
         if topology.transfer.lease_s < _SHORTEST_LEASE_S and _exchanges_kv(topology):
             message = f"vLLM does not renew leases shorter than {_SHORTEST_LEASE_S} s"
             yield Fault("kind", message, f"set lease_s to at least {_SHORTEST_LEASE_S} under [transfer]")
         if group.role is not Role.HYBRID and not _peers(topology, group):
             message = f"no other engine can exchange KV with {group.name!r} by connector {_connector(group)!r}"
-            yield Fault("role", message, "engines exchange KV only with engines of the same kind and connector")
+            hint = "engines exchange KV only with engines of the same kind, connector and store"
+            yield Fault("role", message, hint)
 
     def pair_faults(self, prefill: Installed, decode: Installed) -> Iterable[Fault]:
         """See Launcher.pair_faults. The versions and types are parts of NixlConnector's compatibility hash."""
@@ -124,7 +127,8 @@ def _peers(topology: Topology, group: EngineGroup) -> list[EngineGroup]:
         for other in topology.engines
         if other.kind == group.kind
         and other.role is not group.role
-        and (other.is_attached or _connector(other) == _connector(group))
+        and _connector(other) == _connector(group)
+        and (other.is_attached or other.store == group.store)
     ]
 
 
@@ -152,6 +156,22 @@ def _argument_faults(group: EngineGroup) -> Iterator[Fault]:
             yield Fault("env", message, "remove it; pdctl plan shows the ports that it chooses")
     if group.device is Device.CPU and "gpu_memory_utilization" in group.given:
         yield Fault("gpu_memory_utilization", "gpu_memory_utilization has no effect on the CPU", "set kv_cache_gb")
+
+
+def _store_faults(topology: Topology, group: EngineGroup) -> Iterator[Fault]:
+    name, connector = _connector(group), CONNECTORS[_connector(group)]
+    store = next((store for store in topology.stores if store.name == group.store), None)
+    if store is None and connector.needs_store and connector.store_variable not in dict(group.env):
+        message = f"connector {name!r} needs a store"
+        hint = f'add [[stores]] with kind = "{connector.store}", and its name here as store = "NAME"'
+        yield Fault("connector", message, hint)
+    if store is not None and store.kind != connector.store:
+        fitting = [other for other, found in CONNECTORS.items() if found.store == store.kind]
+        message = f"connector {name!r} cannot use stores of kind {store.kind!r}"
+        yield Fault("store", message, f"set connector to one of: {', '.join(fitting)}")
+    if connector.store == "lmcache" and group.device is Device.CPU:
+        message = "LMCache's connector does not work on CPUs: every engine would compute all prompts itself"
+        yield Fault("connector", message, 'set connector = "nixl" or "mooncake-store"')
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -191,10 +211,19 @@ def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
             yield from ("--gpu-memory-utilization", f"{group.gpu_memory_utilization:g}")
         if "kv_cache_gb" in group.given:
             yield from ("--kv-cache-memory-bytes", str(int(group.kv_cache_gb * 2**30)))
-    if _exchanges_kv(topology):
-        config = transfer_config(_connector(group), group.role, int(topology.transfer.lease_s), group.device)
+    if _exchanges_kv(topology) or group.store:
+        config = transfer_config(_connector(group), _exchange(topology, assignment))
         yield from ("--kv-transfer-config", json.dumps(config, separators=(",", ":")))
     yield from group.args
+
+
+def _exchange(topology: Topology, assignment: Assignment) -> Exchange:
+    group = assignment.group
+    # KV depends on these; a store may outlive an engine that had others.
+    decides = (assignment.model_path, group.device, _dtype(group), group.quantization, topology.service.max_model_len)
+    digest = hashlib.blake2b(repr(decides).encode(), digest_size=8).hexdigest()
+    lease_s = int(topology.transfer.lease_s)
+    return Exchange(group.role, group.device, lease_s, f"{topology.service.name}-{digest}")
 
 
 def _dtype(group: EngineGroup) -> str:

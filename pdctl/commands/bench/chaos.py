@@ -80,7 +80,7 @@ def chaos(
         console.note(f"{mark} {unsteady} of {prompts} greedy requests gave different answers before any fault was "
                      "injected; their answers are not compared")  # fmt: skip
     observed, leaked = Observations(quiet_gaps=gaps), Leaks()
-    engine_kinds = {process.kind for process in status.processes} - {"proxy"}
+    engine_kinds = {process.kind for process in status.processes if process.is_engine}
     if all(dialect(kind).deterministic for kind in engine_kinds):
         observed.unsteady = unsteady
     schedule = _Schedule(name, faults, seconds, every, frozen, back_within, rng, status.source)

@@ -65,7 +65,7 @@ class Engines:
         count = len(self.at)
         self.at.append(time.monotonic())
         for process in processes:
-            if process.kind == "proxy":
+            if not process.is_engine:
                 continue
             lists = self.by_engine.setdefault(process.name, {name: [None] * count for name in FIELDS})
             values = (process.running, process.waiting, process.kv_used, process.leases, process.tokens_per_s)
@@ -81,7 +81,7 @@ def engines_at(url: str) -> int:
     name = _service_at(url)
     if not name:
         return 0
-    return sum(process.kind != "proxy" for process in control(name).status(measurements=False).processes)
+    return sum(process.is_engine for process in control(name).status(measurements=False).processes)
 
 
 def certificate_at(url: str) -> str:

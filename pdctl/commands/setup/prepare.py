@@ -19,7 +19,7 @@ def _engines_download(planned: Plan) -> bool:
     """Whether the model is on the Hub, and every engine is of a kind that downloads it into its own environment."""
     from pdctl.adapters import can_launch, kinds, launcher
 
-    engines = {spec.kind for spec in planned.processes} & set(kinds())
+    engines = {spec.kind for spec in planned.processes if spec.is_engine} & set(kinds())
     on_hub = not planned.model_path.startswith("/")
     return on_hub and not any(launcher(kind).packages for kind in engines if can_launch(kind))
 

@@ -52,7 +52,7 @@ class NetFacts:
 
     def attached(self) -> list[EngineGroup]:
         """Attached engine groups."""
-        return [group for group in self.topology.engines if group.is_attached] if self.topology else []
+        return [group for group in self.topology.engines if group.url] if self.topology else []
 
     def ports(self) -> dict[int, str]:
         """The ports in the topology, with the key that names each."""

@@ -262,7 +262,7 @@ class EnginePool:
                 View(
                     address.name,
                     address.role,
-                    address.kind,
+                    address.exchange,
                     engine.usable(now),
                     prompts,
                     streams,
@@ -279,7 +279,7 @@ class EnginePool:
     def known_fields(self, path: str) -> frozenset[str] | None:
         """The fields known by all engines that report them; None if none does."""
         if path not in self._known_fields:
-            kinds = {engine.address.kind: engine.dialect for engine in self.engines}
+            kinds = {engine.address.exchange: engine.dialect for engine in self.engines}
             known = [found for one in kinds.values() if (found := one.known_fields(path)) is not None]
             self._known_fields[path] = frozenset.intersection(*known) if known else None
         return self._known_fields[path]
@@ -450,7 +450,9 @@ class EnginePool:
 
 def _engine(address: EngineAddress, secret: str) -> Engine:
     client = ConnectionPool(address.host, address.port)
-    return Engine(address, client, dialect(address.kind), address.slot, _authorization(address, secret))
+    return Engine(
+        address, client, dialect(address.kind, address.connector), address.slot, _authorization(address, secret)
+    )
 
 
 def _authorization(address: EngineAddress, secret: str) -> bytes:
@@ -469,6 +471,6 @@ def _only_pair(engines: list[Engine]) -> EnginePair | None:
     if len(engines) == 1 and engines[0].address.role in engines[0].dialect.pairing.alone:
         return EnginePair(engines[0].name, engines[0].name)
     by_role = {engine.address.role: engine for engine in engines}
-    if len(engines) == 2 and set(by_role) == {"prefill", "decode"} and len({e.address.kind for e in engines}) == 1:
+    if len(engines) == 2 and set(by_role) == {"prefill", "decode"} and len({e.address.exchange for e in engines}) == 1:
         return EnginePair(by_role["prefill"].name, by_role["decode"].name)
     return None

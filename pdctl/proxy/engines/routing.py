@@ -41,9 +41,9 @@ _NOTHING = Recent(0, 0.0)
 class View(NamedTuple):
     """One engine at the time of the choice. See proxy.engines.pool.Engine for the units.
 
-    `prefill_s`: recent prefills; `token_s`: recent seconds per token; `matched`: bytes of this request's prompt for
-    which it probably has KV. `lost`: prefill engines from which it cannot read. `alone`: it can compute a whole answer;
-    `pairs`: it can be one of a pair."""
+    `kind`: engines with the same value can exchange KV; `prefill_s`: recent prefills; `token_s`: recent seconds per
+    token; `matched`: bytes of this request's prompt for which it probably has KV. `lost`: prefill engines from which it
+    cannot read. `alone`: it can compute a whole answer; `pairs`: it can be one of a pair."""
 
     name: str
     role: str

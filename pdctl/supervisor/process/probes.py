@@ -39,13 +39,14 @@ class Cadence:
 
 
 class Prober:
-    """Probes one incarnation of one process. `read_progress` parses what its state path answers; raises ValueError."""
+    """Probes one incarnation of one process. `secret`: sent with each request, "" for none; `read_progress` parses what
+    its state path answers; raises ValueError."""
 
     def __init__(self, probe: Probe, log: Path, secret: str, read_progress: Callable[[bytes], Progress]) -> None:
         self._probe = probe
         self._read_progress = read_progress
         self._log = log
-        self._headers = header_lines({"authorization": f"Bearer {secret}", **_JSON})
+        self._headers = header_lines({**({"authorization": f"Bearer {secret}"} if secret else {}), **_JSON})
         self._pools: dict[str, ConnectionPool] = {}
         self._done = (-1, -1)
         self._stuck_since = 0.0
@@ -128,7 +129,7 @@ class Prober:
                 await asyncio.sleep(_OFF_S)
                 continue
             try:
-                body = await self._get(address)
+                body = await self._ask(address)
                 missed = 0 if body is not None else missed + 1
                 if body is not None and (stuck := self._progress(body, now.progress_s)):
                     return stuck
@@ -188,6 +189,14 @@ class Prober:
         """Whether requests run. Raises Unreachable, ValueError."""
         body = await self._get(self._probe.state) if self._probe.state else None
         return body is not None and self._read_progress(body).running > 0
+
+    async def _ask(self, address: str) -> bytes | None:
+        """The answer of a liveness probe, None for an error. Raises Unreachable."""
+        if not address.startswith("tcp:"):
+            return await self._get(address)
+        if await self._accepts(address.removeprefix("tcp:")):
+            return b""
+        raise Unreachable(f"{address.removeprefix('tcp:')} accepts no connection")
 
     async def _get(self, url: str) -> bytes | None:
         """The body of an answer with status 200, else None. Raises Unreachable."""

@@ -65,6 +65,14 @@ def raise_limits() -> None:
         resource.setrlimit(limit, (hard, hard))
 
 
+def write_files(spec: ProcessSpec) -> None:
+    """Write the files that the process reads. Raises OSError."""
+    for name, text in spec.files.items():
+        path = Path(name)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.write_text(text)
+
+
 def spawn(start: Start, log: int) -> int:
     """Start the process with its output in descriptor `log`. Returns its pid. Raises OSError.
 
@@ -89,6 +97,8 @@ def _environment(start: Start) -> dict[str, str]:
         inherited["PATH"] = f"{command.parent}:{inherited.get('PATH', os.defpath)}"
     env = {**inherited, **spec.env, **start.env, EPOCH_ENV: start.epoch, "PYTHONUNBUFFERED": "1"}
     env[UNIT_ENV] = start.stamp.partition("=")[2]
+    if not spec.is_ours:
+        del env[SECRET_ENV]
     if spec.api_key_env:
         env[spec.api_key_env] = start.env[SECRET_ENV]
     if start.listen_fd is not None:

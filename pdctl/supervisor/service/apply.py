@@ -52,18 +52,21 @@ async def apply(service: Managed, wanted: Plan, say: Callable[[str], None]) -> N
     changes = diff(service.plan, wanted)
     specs = {spec.name: spec for spec in wanted.processes}
     service.open_sockets([specs[name] for name in (*changes.added, *changes.restarted)])
-    engines, proxies = _split(changes.added, specs)
-    for name in engines:
+    others, proxies = _split(changes.added, specs)
+    for name in others:
+        for needed in specs[name].depends_on:
+            if needed in others:
+                await _until_ready(service, needed)
         say(f"adding {name}")
         service.add(specs[name])
-    for name in engines:
+    for name in others:
         await _until_ready(service, name)
     # From here on, requests may go to the new engines. Engines to be removed are still in the plan.
     staying = [spec for spec in service.plan.processes if spec.name in changes.removed]
     say("updating the proxies")
     _raise(await service.take_on(_with(wanted, staying, service.plan)))
-    engines, restarted_proxies = _split(changes.restarted, specs)
-    for name in (*engines, *restarted_proxies):
+    others, restarted_proxies = _split(changes.restarted, specs)
+    for name in (*others, *restarted_proxies):
         say(f"restarting {name}: {changes.restarted[name]}")
         await _replace(service, specs[name])
     for name in proxies:
@@ -75,7 +78,8 @@ async def apply(service: Managed, wanted: Plan, say: Callable[[str], None]) -> N
 
 
 async def _remove(service: Managed, changes: Changes, say: Callable[[str], None]) -> None:
-    for name in changes.removed:
+    # The plan lists a process behind those that it needs.
+    for name in reversed(changes.removed):
         unit = service.unit(name)
         if unit is None:
             continue
@@ -105,9 +109,9 @@ async def _until_ready(service: Managed, name: str) -> None:
 
 
 def _split(names: Iterable[str], specs: dict[str, ProcessSpec]) -> tuple[list[str], list[str]]:
-    """Split names into engines and proxies."""
+    """Split names into proxies, which come last, and all others."""
     known = list(names)
-    return [n for n in known if specs[n].kind != "proxy"], [n for n in known if specs[n].kind == "proxy"]
+    return [n for n in known if not specs[n].is_proxy], [n for n in known if specs[n].is_proxy]
 
 
 def _with(plan: Plan, staying: list[ProcessSpec], before: Plan) -> Plan:

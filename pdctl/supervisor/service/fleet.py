@@ -104,20 +104,20 @@ class Fleet:
         return next((unit for unit in self if unit.life.phase is Phase.FAILED), None)
 
     def drained(self) -> frozenset[str]:
-        """Names of the units that get no new requests."""
-        return frozenset(unit.name for unit in self if unit.life.phase in _DRAINED)
+        """Names of the engines that get no new requests."""
+        return frozenset(unit.name for unit in self if unit.spec.is_engine and unit.life.phase in _DRAINED)
 
     def members(self) -> list[Member]:
         """Engines that answer."""
         return [
             Member(unit.name, unit.spec.kind, unit.spec.role, unit.spec.host, unit.spec.ports["http"], unit.epoch)
             for unit in self
-            if unit.spec.kind != "proxy" and unit.life.phase in _ANSWERING and unit.alive
+            if unit.spec.is_engine and unit.life.phase in _ANSWERING and unit.alive
         ]
 
     def serving(self) -> list[ProcessSpec]:
         """Proxies that answer."""
-        return [unit.spec for unit in self if unit.spec.kind == "proxy" and unit.life.phase is Phase.READY]
+        return [unit.spec for unit in self if unit.spec.is_proxy and unit.life.phase is Phase.READY]
 
     def holders(self) -> set[str]:
         """The names under which running processes may hold leases."""

@@ -107,7 +107,7 @@ class Proxies:
             pool.close()
 
     def _config(self, plan: Plan) -> ProxyConfig:
-        engines = [_address(spec) for spec in plan.processes if spec.kind != "proxy"]
+        engines = [_address(spec) for spec in plan.processes if spec.is_engine]
         engines += [EngineAddress(**asdict(attached)) for attached in plan.attached]
         slots = self._slots.of(engine.name for engine in engines)
         proxy = plan.proxy
@@ -142,7 +142,9 @@ class Proxies:
 
 def _address(spec: ProcessSpec) -> EngineAddress:
     others = {purpose: port for purpose, port in spec.ports.items() if purpose != "http"}
-    return EngineAddress(spec.name, spec.role, spec.kind, spec.host, spec.ports["http"], ports=others)
+    return EngineAddress(
+        spec.name, spec.role, spec.kind, spec.host, spec.ports["http"], connector=spec.connector, ports=others
+    )
 
 
 def _at(spec: ProcessSpec) -> ConnectionPool:

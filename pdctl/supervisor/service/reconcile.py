@@ -63,10 +63,10 @@ class Reconciler:
 
     def unit_ready(self, unit: Unit) -> None:
         """Link a new engine to its peers. The service is ready only when all link attempts have ended."""
-        if unit.spec.kind == "proxy":
+        if unit.spec.is_proxy:
             # The file may have changed after the proxy read it.
             self._tasks.create_task(self._tell())
-        else:
+        elif unit.spec.is_engine:
             self._state.linking += 1
             self._tasks.create_task(self._link(unit))
 
@@ -77,11 +77,12 @@ class Reconciler:
                 self._journal.say(other.name, f"restarted with {unit.name}", "restarted_with")
         if self._links.died(unit.name) and not self._state.is_stopping:
             self._tasks.create_task(self._tell())
-        return self._tasks.create_task(self._kv.reclaim(unit.name, f"{unit.name}@{unit.epoch}"))
+        return self._tasks.create_task(self._reclaim(unit))
 
     async def drain(self, unit: Unit) -> None:
-        """Return when no request runs in an engine, or `drain_s` has passed. A proxy drains on SIGTERM, so not here."""
-        if unit.spec.kind == "proxy":
+        """Return when no request runs in an engine, or `drain_s` has passed. A proxy drains on SIGTERM, so not here;
+        other processes have no requests."""
+        if not unit.spec.is_engine:
             return
         plan = self._state.plan
         await self._proxies.tell(plan)
@@ -114,6 +115,11 @@ class Reconciler:
         if reason:
             self._state.failure = reason
             self._state.is_stopping = True
+
+    async def _reclaim(self, unit: Unit) -> None:
+        # Only engines and proxies hold leases.
+        if unit.spec.is_engine or unit.spec.is_proxy:
+            await self._kv.reclaim(unit.name, f"{unit.name}@{unit.epoch}")
 
     async def _tell(self) -> None:
         if reason := await self._proxies.tell(self._state.plan):

@@ -297,7 +297,8 @@ def _cleared(life: Life, ended: Exit | None, event: LifecycleEvent, policy: Rest
     streak = life.streak + 1
     reason = life.reason or describe_exit(ended)
     ended_life = replace(life, exits=exits, streak=streak, reason=reason, goal=Goal.RUN)
-    if ended.code in INCURABLE or (life.incurable and starting):
+    # Only of a start: a Go program that was ready exits with 2 after a panic.
+    if starting and (ended.code in INCURABLE or life.incurable):
         said = f": {life.last_words};" if life.last_words else ":"
         return replace(ended_life, phase=Phase.FAILED, reason=f"{reason}{said} a restart would not help"), ()
     if len(exits) > policy.max_restarts:

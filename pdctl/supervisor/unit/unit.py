@@ -20,7 +20,7 @@ from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process import logs
 from pdctl.supervisor.process.probes import Cadence
 from pdctl.supervisor.process.shared_memory import remove_unused
-from pdctl.supervisor.process.spawn import Start, spawn
+from pdctl.supervisor.process.spawn import Start, spawn, write_files
 from pdctl.supervisor.process.startup import NO_WORDS, LastWords, last_words
 from pdctl.supervisor.process.tree import Tree, Trees, kill_quietly
 from pdctl.supervisor.rundir.adoption import Record, from_shell, recorded_exit, recorded_pid
@@ -184,6 +184,7 @@ class Unit:
         try:
             if self.exit_file is not None:
                 exits.mkdir(exist_ok=True)
+            write_files(self.spec)
             start = Start(
                 self.spec, self.around.env, self.stamp, self.epoch, self.listen_fd, self.tree.join, self.exit_file
             )
@@ -267,7 +268,7 @@ class Unit:
         expected = self.life.phase is Phase.STOPPING
         dumped = status is not None and os.WIFSIGNALED(status) and os.WCOREDUMP(status)
         leader = self.leader or pid
-        self._words = last_words(self.log_path, launcher_of(self.spec.kind).failures) if exit_.code else NO_WORDS
+        self._words = last_words(self.log_path, launcher_of(self.spec).failures) if exit_.code else NO_WORDS
         words = ". ".join(filter(None, (self._words.text, self._words.hint)))
         return Ended(self.name, leader, self.epoch, self.started_at, exit_, usage, self._by_us, expected, dumped, words)
 

@@ -35,8 +35,10 @@ def objection(unit: Unit, verb: Verb) -> str:
     phase = unit.life.phase
     if verb == "drain" and phase not in _DRAINABLE:
         return f"{unit.name} is {phase.value}: only a ready process can be drained"
-    if verb == "drain" and unit.spec.kind == "proxy":
+    if verb == "drain" and unit.spec.is_proxy:
         return f"{unit.name} is drained automatically when it is stopped or restarted"
+    if verb == "drain" and not unit.spec.is_engine:
+        return f"{unit.name} is not an engine: the proxy sends it no requests"
     return ""
 
 

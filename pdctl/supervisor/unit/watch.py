@@ -42,11 +42,11 @@ class Watch:
         self._tree = tree
         self.since = time.monotonic()
         self._spec = spec
-        self._startup = StartupLog(log, launcher_of(spec.kind).phases)
+        self._startup = StartupLog(log, launcher_of(spec).phases)
         self._journal = journal
         self._feed = feed
         read_progress = control(spec.kind).progress if spec.probe.state else NoControl().progress
-        self._prober = Prober(spec.probe, log, secret, read_progress)
+        self._prober = Prober(spec.probe, log, secret if spec.is_ours else "", read_progress)
 
     async def run(self, cadence: Callable[[], Cadence]) -> None:
         """Feed what the probes find: ready, too late, or not alive any more."""
@@ -81,10 +81,11 @@ class Watch:
             await asyncio.sleep(_MEMORY_S)
 
     def _note(self) -> None:
-        if launcher_of(self._spec.kind).leaves_shared_memory:
+        if launcher_of(self._spec).leaves_shared_memory:
             self.shared_memory |= mapped(self._tree.pids())
 
 
-def launcher_of(kind: str) -> Launcher | BaseLauncher:
-    """The launcher of a process's kind; one without any knowledge for the proxy."""
-    return launcher(kind) if kind in kinds() and can_launch(kind) else BaseLauncher()
+def launcher_of(spec: ProcessSpec) -> Launcher | BaseLauncher:
+    """The launcher of an engine's kind; one without any knowledge for other processes."""
+    kind = spec.kind
+    return launcher(kind) if spec.is_engine and kind in kinds() and can_launch(kind) else BaseLauncher()

@@ -7,6 +7,9 @@ from pdctl.topology.spec import EngineGroup, Topology
 class EchoLauncher(BaseLauncher):
     """See Launcher."""
 
+    # The topologies of the tests set these for every kind; an echo engine has no use for them.
+    settings = frozenset({"max_num_seqs", "kv_cache_gb"})
+
     def ports(self, group: EngineGroup) -> tuple[str, ...]:
         """See Launcher.ports."""
         return ("bootstrap",)

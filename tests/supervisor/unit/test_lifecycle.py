@@ -126,6 +126,8 @@ def test_an_exit_that_a_restart_cannot_cure_fails_at_once(code: int) -> None:
     life, actions = go(Life(), START, *ended(exit_=Exit(code, None)))
     assert (life.phase, actions) == (Phase.FAILED, [])
     assert "a restart would not help" in life.reason
+    again, _ = go(READY, *ended(exit_=Exit(code, None)))
+    assert again.phase is Phase.BACKOFF, "its command line was good"
 
 
 def test_starting_too_long_is_killed_and_counts_as_an_exit() -> None:

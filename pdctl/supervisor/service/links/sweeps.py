@@ -113,7 +113,7 @@ class Sweeper:
 
     async def _loads(self, name: str) -> list[EngineLoad] | None:
         """What every proxy says of an engine; None while one does not answer: it may have requests there."""
-        wanted = sum(spec.kind == "proxy" for spec in self.plan().processes)
+        wanted = sum(spec.is_proxy for spec in self.plan().processes)
         loads = await self.proxies.loads_at(name)
         return loads if len(loads) == wanted else None
 

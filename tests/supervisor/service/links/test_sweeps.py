@@ -57,7 +57,7 @@ class Rig:
             return sent + 100
 
         patch.setattr(type(CONTROL), "sweep", sweep)
-        plan = SimpleNamespace(processes=[SimpleNamespace(kind="proxy")] * workers)
+        plan = SimpleNamespace(processes=[SimpleNamespace(is_proxy=True)] * workers)
         kv = SimpleNamespace(target=lambda member: None)
         self.sweeper = Sweeper(
             cast(KvWatch, kv), cast(Proxies, proxies), list, lambda: cast(Plan, plan),

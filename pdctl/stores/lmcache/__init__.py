@@ -1,0 +1,1 @@
+"""LMCache: a server that keeps blocks in its memory."""
