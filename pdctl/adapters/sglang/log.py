@@ -50,6 +50,6 @@ FAILURES = (
         "install nixl into this engine's environment, or set another connector",
     ),
     KnownFailure(
-        r"[Aa]ddress already in use", "a port is in use by another process", "stop the other process", incurable=False
+        r"(?i:address) already in use", "a port is in use by another process", "stop the other process", incurable=False
     ),
 )

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pdctl.adapters import UNKNOWN_TOKEN, CannotResume, Choice, EngineError, RequestState
 from pdctl.net.http_client import Exchange
 from pdctl.proxy.answers.sinks import Sink
-from pdctl.proxy.engines.pool import Engine
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.timing import Timing
 

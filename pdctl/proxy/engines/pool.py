@@ -1,4 +1,4 @@
-"""The proxy's view of the engines: whether they are reachable, their pending work, and their speed."""
+"""All engines of a proxy: probes, the end of stuck calls, and the data for routing and admission."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pdctl.adapters import Condition, Dialect, dialect
+from pdctl.adapters import Condition, dialect
 from pdctl.errors import PdctlError
-from pdctl.net.http_client import ConnectionPool, Exchange, Unreachable, header_lines
-from pdctl.proxy.engines.breaker import Breaker
+from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.kv_room import KvRoom
-from pdctl.proxy.engines.load import LoadMeter, PrefixSet, SharedLoads, Window
+from pdctl.proxy.engines.load import SharedLoads
 from pdctl.proxy.engines.outlook import Outlook
 from pdctl.proxy.engines.routing import EnginePair, Load, View
 from pdctl.user_files import read_user_text
@@ -33,147 +33,10 @@ _MISSES = 4
 _PROOF_LOOK_S, _PROOF_PROBES = 0.02, 2.5
 # Interval of checks for silent calls, seconds.
 _WATCH_S = 0.1
-# An engine is stuck if all its streams wait for this multiple of its usual gap between tokens, within these limits.
-_STALL_GAPS = 50
-_STALL_S = (5.0, 60.0)
-# Calls that fail within this time count as one failure, seconds.
-_ONE_FAILURE_S = 1.0
-# Consecutive lost hand-overs after which a pair is not used for a while, and that time in seconds.
-_PAIR_LOSSES = 3
-_PAIR_PAUSE_S = 5.0
 # Seats and KV room are cached this long: they change only with probes, which are less frequent. Seconds.
 _ROOM_S = 0.02
 # Request bytes per prompt token, to estimate the KV that a request needs.
 _BYTES_PER_TOKEN = 3.0
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One call to an engine. `patience_s`: its timeout without data; `streaming`: tokens have arrived.
-
-    `source`: the prefill engine that has its KV, "" if none; `kv_lost`: it was cut because that engine is gone.
-    """
-
-    exchange: Exchange
-    patience_s: float
-    streaming: bool = False
-    source: str = ""
-    kv_lost: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Engine:
-    """One engine. Prompts are measured in request bytes, decode work in streams.
-
-    `heard_at`: time of its last token; `answered_at`: when the last answered probe was sent; `stalls`: how often it
-    counted as stuck without having died. Then it is slow, and cutting its calls only adds load: the limit doubles.
-    `unlinked`: prefill engines from which it cannot read, as the supervisor says; `room`: for KV, of a prefill engine
-    that does not protect it; `handing_over`: requests between their prefill call and the end of their hand-over.
-    """
-
-    address: EngineAddress
-    client: ConnectionPool
-    dialect: Dialect
-    index: int
-    headers: bytes
-    healthy: bool = False
-    draining: bool = False
-    condition: Condition = field(default_factory=lambda: Condition(usable=False))
-    breaker: Breaker = field(default_factory=Breaker)
-    prompts: LoadMeter = field(default_factory=LoadMeter)
-    streams: LoadMeter = field(default_factory=LoadMeter)
-    prefill_s: Window = field(default_factory=Window)
-    token_s: Window = field(default_factory=Window)
-    prefixes: PrefixSet = field(default_factory=PrefixSet)
-    pair_losses: dict[str, tuple[int, float]] = field(default_factory=dict)
-    tickets: set[Ticket] = field(default_factory=set)
-    heard_at: float = 0.0
-    answered_at: float = 0.0
-    gap_s: float = 0.0
-    misses: int = 0
-    stalls: int = 0
-    lives: int = 0
-    crowd: tuple[float, int] = (0.0, 0)
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
-    unlinked: frozenset[str] = frozenset()
-    room: KvRoom | None = None
-    handing_over: int = 0
-
-    @property
-    def name(self) -> str:
-        """The engine's name in the topology."""
-        return self.address.name
-
-    def usable(self, now: float) -> bool:
-        """Whether a new request may be sent here."""
-        return self.healthy and not self.draining and self.breaker.allows(now)
-
-    def lost_peers(self, now: float) -> frozenset[str]:
-        """Prefill engines from which this engine cannot read KV: it reports so, or hand-overs have failed."""
-        known = self.condition.lost_peers | self.unlinked if self.unlinked else self.condition.lost_peers
-        if not self.pair_losses:
-            return known
-        observed = {
-            name
-            for name, (count, at) in self.pair_losses.items()
-            if count >= _PAIR_LOSSES and now - at < _PAIR_PAUSE_S * (count - _PAIR_LOSSES + 1)
-        }
-        return known | observed
-
-    def handed_over(self, prefill: str, now: float, good: bool) -> None:
-        """A hand-over from `prefill` succeeded or was lost."""
-        if good:
-            self.pair_losses.pop(prefill, None)
-        else:
-            self.pair_losses[prefill] = (self.pair_losses.get(prefill, (0, 0.0))[0] + 1, now)
-
-    def paced(self, gap_s: float) -> None:
-        """Record a stream's mean gap between tokens."""
-        self.stalls = max(0, self.stalls - 1)
-        self.gap_s += 0.1 * (gap_s - self.gap_s)
-
-    def renewed(self) -> None:
-        """The process was restarted, or is back after being lost: reset its speed and failures."""
-        self.lives += 1
-        self.stalls = 0
-        self.breaker.reset()
-        self.prefill_s.clear()
-        self.token_s.clear()
-        self.prefixes.clear()
-        self.pair_losses.clear()
-
-    def others_at_failure(self) -> int:
-        """The number of other calls when the process failed, as counted by the first call that ended."""
-        now = time.monotonic()
-        if now - self.crowd[0] > _ONE_FAILURE_S:
-            self.crowd = (now, len(self.tickets))
-        return self.crowd[1]
-
-    def has_died_since(self, life: int) -> bool:
-        """Whether the process with this life number is gone or does not answer."""
-        return self.lives != life or not self.healthy
-
-    def cut(self, reason: str) -> None:
-        """End every running call."""
-        for ticket in tuple(self.tickets):
-            ticket.exchange.cut(reason)
-
-    def cut_waiting(self, source: str) -> None:
-        """End the calls that wait for KV of a prefill engine that does not have it any more."""
-        for ticket in tuple(self.tickets):
-            if ticket.source == source and not ticket.streaming:
-                ticket.kv_lost = True
-                ticket.exchange.cut(f"{self.name} was waiting for KV of {source}, which is gone")
-
-    def stuck_s(self, now: float) -> float | None:
-        """Seconds without a token on any of its streams, if that is too long; else None."""
-        limit = min(max(_STALL_S[0], _STALL_GAPS * self.gap_s) * 2 ** min(self.stalls, 8), _STALL_S[1])
-        since = [ticket.exchange.waiting_since for ticket in self.tickets if ticket.streaming]
-        waiting = [at for at in since if at]
-        if not waiting:
-            return None
-        silent = now - max(self.heard_at, min(waiting))
-        return silent if silent > limit else None
 
 
 class EnginePool:

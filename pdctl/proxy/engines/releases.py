@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from pdctl.adapters import Call
 from pdctl.net.http_client import Unreachable, header_lines
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.kv_room import Share
-from pdctl.proxy.engines.pool import Engine
 
 # Limit of waiting releases per engine; for others the leases end at their deadline.
 _MAX_WAITING = 1024

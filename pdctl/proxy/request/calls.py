@@ -14,8 +14,8 @@ from pdctl.adapters import Attempt, Call, CannotResume, EngineError, HandShake, 
 from pdctl.net.asgi import new_name
 from pdctl.net.http_client import Exchange, Unreachable
 from pdctl.proxy.answers.stream import EventReader
+from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.kv_room import NoRoom, Share
-from pdctl.proxy.engines.pool import Engine, Ticket
 from pdctl.proxy.request.failover import Cause, Failure, classify
 from pdctl.proxy.request.leg import Leg, Shared
 from pdctl.proxy.request.unfinished import Called

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pdctl.adapters import Attempt, HandShake, Prefilled
-from pdctl.proxy.engines.pool import Engine
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.request.calls import CallFailed, decode, prefill, release
 from pdctl.proxy.request.failover import Cause, Failure
 from pdctl.proxy.request.leg import Leg

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from pdctl.net.openai_api import ApiError
-from pdctl.proxy.engines.pool import Engine
+from pdctl.proxy.engines.engine import Engine
 
 _DEATHS = 2
 # How long the same body is refused, in seconds, and the maximum number of bodies.

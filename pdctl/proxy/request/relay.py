@@ -15,7 +15,7 @@ import time
 from pdctl.adapters import Attempt
 from pdctl.net.asgi import new_name
 from pdctl.net.openai_api import ApiError
-from pdctl.proxy.engines.pool import Engine
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.routing import Ask, EnginePair, choose
 from pdctl.proxy.request.calls import CallFailed, decode
 from pdctl.proxy.request.failover import Cause, ComputeAlone, GiveUp, Tries, decide

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from pdctl.errors import PdctlError
 from pdctl.proxy.client.keys import Keys
-from pdctl.proxy.engines.pool import Engine
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.generate import Completions

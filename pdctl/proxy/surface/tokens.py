@@ -15,7 +15,7 @@ from pdctl.net.openai_answers import refusal
 from pdctl.net.openai_api import ApiError, decode_request
 from pdctl.proxy.client.keys import API_KEY_HEADER
 from pdctl.proxy.client.unknown_fields import header
-from pdctl.proxy.engines.pool import Engine
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.request.generate import Completions
 from pdctl.proxy.translation import APIS, Api
 

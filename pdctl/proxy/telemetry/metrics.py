@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pdctl.proxy.engines.pool import Engine, EnginePool
+from pdctl.proxy.engines.engine import Engine
+from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.telemetry.counters import Counters, Histogram, Key
 from pdctl.proxy.telemetry.timing import Timing
 

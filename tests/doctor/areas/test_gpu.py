@@ -143,6 +143,7 @@ def test_our_processes_are_those_of_this_service(tmp_path: Path) -> None:
     for pid, stamp in ((41, "/run/a:e-0:1"), (42, "/run/ab:e-0:1"), (43, "")):
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "environ").write_bytes(f"X=1\0PDCTL_UNIT={stamp}\0".encode() if stamp else b"X=1\0")
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (python) S 1 {pid} {pid} 0")
     (tmp_path / "44").mkdir()
     assert our_processes("/run/a", tmp_path) == [41]
 

@@ -17,7 +17,7 @@ from pdctl.adapters import CannotResume, Choice, EngineError, RequestState, dial
 from pdctl.net import http_client
 from pdctl.proxy.answers import sinks
 from pdctl.proxy.answers.stream import EventReader
-from pdctl.proxy.engines import pool
+from pdctl.proxy.engines import engine as engines
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.timing import Timing
 
@@ -145,7 +145,7 @@ def at_events(data: bytes, sizes: list[int]) -> list[bytes]:
 
 def reader_of(engine: Engine, state: RequestState, sink: Sink, metrics: Metrics) -> EventReader:
     # Stand-ins that only have what the reader uses.
-    return EventReader(cast(pool.Engine, engine), state, cast(sinks.Sink, sink), Timing(), metrics)
+    return EventReader(cast(engines.Engine, engine), state, cast(sinks.Sink, sink), Timing(), metrics)
 
 
 def run(reader: EventReader, exchange: Exchange) -> None:

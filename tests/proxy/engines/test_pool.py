@@ -21,10 +21,12 @@ from pdctl.adapters.builtin.dialect import BuiltinDialect
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import Unreachable
 from pdctl.net.openai_fields import KNOWN_FIELDS
+from pdctl.proxy.engines import engine as engines
 from pdctl.proxy.engines import pool as pools
+from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.load import SharedLoads
 from pdctl.proxy.engines.outlook import Outlook
-from pdctl.proxy.engines.pool import Engine, EnginePool, Ticket
+from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.engines.routing import EnginePair
 from pdctl.wire import EngineAddress
 
@@ -388,7 +390,7 @@ class TestWatch:
                     assert (engine.healthy, pool.views()[0].usable) == (True, False)
 
         monkeypatch.setattr(pools, "_WATCH_S", 0.01)
-        monkeypatch.setattr(pools, "_STALL_S", (0.0, 0.0))
+        monkeypatch.setattr(engines, "_STALL_S", (0.0, 0.0))
         asyncio.run(main())
 
 

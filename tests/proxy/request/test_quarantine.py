@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pdctl.net.openai_api import ApiError
-from pdctl.proxy.engines.pool import Engine, EnginePool, Ticket
+from pdctl.proxy.engines.engine import Engine, Ticket
+from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.request import quarantine as module
 from pdctl.proxy.request.quarantine import Quarantine, Suspicion
 from pdctl.wire import EngineAddress
