@@ -60,7 +60,9 @@ def service() -> Iterator[Service]:
     with temporary_run() as run:
         extra = f'kind = "sglang"\ndevice = "cpu"\npython = "{environment(run.folder)}"\n'
         extra += 'env = { MOCK_TOKEN_S = "0.02", SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL = "0.5" }'
-        text = topology(prefills=2, decodes=2, lease_s=LEASE_S, engine_extra=extra).replace("kv_cache_gb = 0.25", "")
+        # Each engine in turn: a test that makes one of them fail must reach it.
+        turns = 'routing = "round_robin"'
+        text = topology(prefills=2, decodes=2, lease_s=LEASE_S, engine_extra=extra, extra=turns)
         with running(run, text) as found:
             yield found
 
@@ -342,7 +344,7 @@ def test_a_run_names_its_options() -> None:
     with temporary_run() as run:
         python = environment(run.folder)
         extra = f'kind = "sglang"\ndevice = "cpu"\npython = "{python}"\nargs = ["--api-key", "x"]'
-        run.write(topology(engine_extra=extra).replace("kv_cache_gb = 0.25", ""))
+        run.write(topology(engine_extra=extra))
         done = Run.cli(run, "plan")
         assert done.returncode == 1
         assert "--api-key is set by pdctl" in done.stderr
