@@ -356,7 +356,7 @@ def test_each_end_of_a_transfer_gets_its_own_devices() -> None:
     from pdctl.doctor.transfer import probes
 
     specs = [
-        SimpleNamespace(name=role, kind="builtin", role=role, cpus=(), rdma=(f"mlx5_{number}",))
+        SimpleNamespace(name=role, is_engine=True, role=role, cpus=(), rdma=(f"mlx5_{number}",))
         for number, role in enumerate(("prefill", "decode"))
     ]
     plan = cast(Plan, SimpleNamespace(processes=specs))  # what `probes` looks at of one
