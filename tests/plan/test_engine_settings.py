@@ -138,8 +138,9 @@ def test_vllm_on_cpus() -> None:
     assert (spec.env["VLLM_CPU_OMP_THREADS_BIND"], spec.env["VLLM_CPU_KVCACHE_SPACE"]) == ("3,4", "2")
     assert spec.env["CUDA_VISIBLE_DEVICES"] == ""
     shared = planned(vllm('device = "cpu"\nreplicas = 3', 'device = "cpu"'), on)["prefill-2"].env
-    assert shared["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert shared["OMP_NUM_THREADS"] == "4", "16 CPUs for 4 engines"
+    assert shared["VLLM_CPU_OMP_THREADS_BIND"] == "8,9,10,11", "the third of four engines, on 16 CPUs"
+    crowded = planned(vllm('device = "cpu"\nreplicas = 19', 'device = "cpu"'), on)["prefill-17"].env
+    assert crowded["VLLM_CPU_OMP_THREADS_BIND"] == "1"
 
 
 @pytest.mark.parametrize(

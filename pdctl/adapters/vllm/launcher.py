@@ -232,15 +232,18 @@ def _dtype(group: EngineGroup) -> str:
 
 
 def _threads(topology: Topology, assignment: Assignment) -> dict[str, str]:
-    """The threads of an engine on the CPU: one for each CPU that the topology names, else an equal share of all.
+    """The threads of an engine on the CPU: one for each CPU that the topology names, else for its share of all CPUs.
 
-    Engines that share cores must not spin while they wait: that slows all of them down by ten times and more.
+    Engines with threads on the same cores slow each other down by ten times and more: the threads spin while they wait.
     """
-    if assignment.group.cpus:
-        return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, assignment.cpus))}
-    engines = sum(group.replicas for group in topology.engines if group.device is Device.CPU and not group.is_attached)
-    threads = str(max(1, len(assignment.cpus) // engines))
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads, "KMP_BLOCKTIME": "0"}
+    cpus = assignment.cpus
+    if not assignment.group.cpus:
+        groups = [group for group in topology.engines if group.device is Device.CPU and not group.is_attached]
+        names = [name for group in groups for name in group.replica_names()]
+        share = max(1, len(cpus) // len(names))
+        first = names.index(assignment.name) * share % len(cpus)
+        cpus = cpus[first : first + share]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus))}
 
 
 def _env(topology: Topology, assignment: Assignment) -> dict[str, str]:
