@@ -237,6 +237,8 @@ def _threads(topology: Topology, assignment: Assignment) -> dict[str, str]:
     Engines with threads on the same cores slow each other down by ten times and more: the threads spin while they wait.
     """
     cpus = assignment.cpus
+    if not cpus:
+        return {}  # vLLM chooses
     if not assignment.group.cpus:
         groups = [group for group in topology.engines if group.device is Device.CPU and not group.is_attached]
         names = [name for group in groups for name in group.replica_names()]
