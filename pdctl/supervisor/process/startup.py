@@ -30,6 +30,9 @@ NO_WORDS = LastWords()
 
 def last_words(log: Path, failures: Sequence[KnownFailure]) -> LastWords:
     """The first known failure of which the log has a line, else the last line that begins with "error: "."""
+    if not failures:
+        # This is on the way to telling the peers of a dead process: read no more than needed.
+        return LastWords(last_error(log))
     lines = tail(log, _LAST_LINES, _LAST_BYTES)
     for failure in failures:
         pattern = re.compile(failure.pattern)
@@ -58,7 +61,8 @@ class StartupLog:
                 data = file.read(_CHUNK)
         except OSError:
             return ""
-        whole = data.rfind(b"\n") + 1
+        # A chunk without the end of a line says nothing, and must not be read again and again.
+        whole = data.rfind(b"\n") + 1 or (len(data) if len(data) == _CHUNK else 0)
         self._at += whole
         found = ""
         for line in data[:whole].splitlines():

@@ -76,3 +76,10 @@ def test_without_a_known_failure_the_error_line_counts(tmp_path: Path) -> None:
     assert last_words(log, ()) == LastWords("no such model")
     assert last_words(log, [KnownFailure("nothing", "", "")]) == LastWords("no such model")
     assert last_words(tmp_path / "none", FAILURES) == LastWords()
+
+
+def test_a_line_longer_than_a_chunk_does_not_hide_what_follows(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("x" * (3 << 20) + "\n" + START)
+    followed = StartupLog(log, PHASES)
+    assert "starting the API server" in [followed.next_phase() for _ in range(5)]
