@@ -46,6 +46,8 @@ from pdctl.adapters.launcher import (
     Launcher,
     Package,
     different_installations,
+    option_faults,
+    version_numbers,
 )
 from pdctl.errors import PdctlError
 from pdctl.net.openai_answers import Choice, EngineError, shown
@@ -55,7 +57,8 @@ __all__ = [
     "CannotResume", "Choice", "Condition", "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields", "HandShake",
     "Installed", "KnownFailure", "Launch", "Launcher", "NoControl", "Package", "Pairing", "Peer", "Prefilled",
     "Progress", "RequestState", "Retelling", "RoomProbe", "Target", "can_launch", "control", "dialect",
-    "different_installations", "kinds", "launcher", "shown", "stream_fields", "without",
+    "different_installations", "kinds", "launcher", "option_faults", "shown", "stream_fields",
+    "version_numbers", "without",
 ]  # fmt: skip
 
 KINDS_ENV = "PDCTL_ENGINE_KINDS"

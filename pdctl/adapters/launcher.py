@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -136,6 +137,19 @@ def different_installations(prefill: Installed, decode: Installed) -> Iterator[F
     if ours.dtype != other.dtype:
         message = f"{ours.name!r} has dtype {ours.dtype!r}, but {other.name!r} has {other.dtype!r}"
         yield Fault("dtype", message, "engines that exchange KV need the same dtype")
+
+
+def option_faults(group: EngineGroup, reserved: Collection[str]) -> Iterator[Fault]:
+    """Faults of arguments that contradict the plan. Engines accept "_" for "-" in the names of options."""
+    for argument in group.args:
+        option = argument.partition("=")[0]
+        if option.replace("_", "-") in reserved:
+            yield Fault("args", f"{option} is set by pdctl", "remove it; the topology's keys and the plan decide it")
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """(0, 32, 0) for 0.32.0+cpu."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 class BaseLauncher:

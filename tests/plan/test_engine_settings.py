@@ -148,6 +148,7 @@ def test_vllm_on_cpus() -> None:
     [
         ("open = true", "", machine(), "open", "open has no effect on engines of kind 'vllm'"),
         ('args = ["--port=1"]', "", machine(), "args", "--port is set by pdctl"),
+        ('args = ["--kv_transfer_config", "{}"]', "", machine(), "args", "--kv_transfer_config is set by pdctl"),
         ('args = ["--kv-transfer-config", "{}"]', "", machine(), "args", "--kv-transfer-config is set by pdctl"),
         ('env = { VLLM_NIXL_SIDE_CHANNEL_PORT = "5600" }', "", machine(), "env", "SIDE_CHANNEL_PORT is set by pdctl"),
         ('connector = "smoke"', "", machine(), "connector", "must be one of: nixl, lmcache"),

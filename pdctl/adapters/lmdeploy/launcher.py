@@ -18,6 +18,7 @@ from pdctl.adapters import (
     Launch,
     Package,
     different_installations,
+    option_faults,
 )
 from pdctl.adapters.lmdeploy.log import FAILURES, PHASES
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
@@ -98,10 +99,7 @@ class LmdeployLauncher(BaseLauncher):
 
 
 def _argument_faults(topology: Topology, group: EngineGroup) -> Iterator[Fault]:
-    for argument in group.args:
-        option = argument.partition("=")[0]
-        if option in _OURS:
-            yield Fault("args", f"{option} is set by pdctl", "remove it; the topology's keys and the plan decide it")
+    yield from option_faults(group, _OURS)
     longest = topology.service.max_model_len
     too_few = "max_num_batched_tokens" in group.given and group.max_num_batched_tokens < longest
     if group.role is Role.PREFILL and too_few:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 
 from pdctl.adapters import (
@@ -19,6 +18,8 @@ from pdctl.adapters import (
     Launch,
     Package,
     different_installations,
+    option_faults,
+    version_numbers,
 )
 from pdctl.adapters.sglang.log import FAILURES, PHASES
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
@@ -71,15 +72,10 @@ class SglangLauncher(BaseLauncher):
     def faults(self, topology: Topology, group: EngineGroup, package: Package) -> Iterable[Fault]:
         """See Launcher.faults."""
         name, version = package
-        if version and tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < _OLDEST:
+        if version and version_numbers(version) < _OLDEST:
             oldest = ".".join(map(str, _OLDEST))
             yield Fault("python", f"{name} {version} is too old for pdctl", f"install version {oldest} or later")
-        for argument in group.args:
-            option = argument.partition("=")[0]
-            if option in _OURS:
-                yield Fault(
-                    "args", f"{option} is set by pdctl", "remove it; the topology's keys and the plan decide it"
-                )
+        yield from option_faults(group, _OURS)
         if group.role is not Role.HYBRID and not _peers(topology, group):
             message = f"no other engine can exchange KV with {group.name!r}"
             yield Fault("role", message, "SGLang engines of role prefill need one of role decode, and the reverse")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 
 from pdctl.adapters import (
@@ -16,6 +15,8 @@ from pdctl.adapters import (
     Launch,
     Package,
     different_installations,
+    option_faults,
+    version_numbers,
 )
 from pdctl.adapters.vllm.connectors import CONNECTORS, Exchange, transfer_config
 from pdctl.adapters.vllm.log import FAILURES, PHASES
@@ -137,7 +138,7 @@ def _peers(topology: Topology, group: EngineGroup) -> list[EngineGroup]:
 
 def _version_faults(package: Package, group: EngineGroup) -> Iterator[Fault]:
     name, version = package
-    if version and _numbers(version) < _OLDEST:
+    if version and version_numbers(version) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         message = f"{name} {version} is too old: it does not report token ids, which failover needs"
         yield Fault("python", message, f"install version {oldest} or later")
@@ -146,10 +147,7 @@ def _version_faults(package: Package, group: EngineGroup) -> Iterator[Fault]:
 
 
 def _argument_faults(group: EngineGroup) -> Iterator[Fault]:
-    for argument in group.args:
-        option = argument.partition("=")[0]
-        if option in _OURS:
-            yield Fault("args", f"{option} is set by pdctl", "remove it; the topology's keys and the plan decide it")
+    yield from option_faults(group, _OURS)
     for name, _ in group.env:
         if name in _OUR_VARIABLES:
             message = f"{name} is set by pdctl: two engines with one value would disturb each other"
@@ -172,10 +170,6 @@ def _store_faults(topology: Topology, group: EngineGroup) -> Iterator[Fault]:
     if connector.store == "lmcache" and group.device is Device.CPU:
         message = "LMCache's connector does not work on CPUs: every engine would compute all prompts itself"
         yield Fault("connector", message, 'set connector = "nixl" or "mooncake-store"')
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 # -- the command -------------------------------------------------------------------------------------------
