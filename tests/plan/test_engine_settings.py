@@ -135,12 +135,18 @@ def test_vllm_on_cpus() -> None:
     assert spec.argv[2] == "vllm.entrypoints.openai.api_server"
     assert option(spec, "--dtype") == "float32"
     assert json.loads(option(spec, "--kv-transfer-config"))["kv_buffer_device"] == "cpu"
-    assert (spec.env["VLLM_CPU_OMP_THREADS_BIND"], spec.env["VLLM_CPU_KVCACHE_SPACE"]) == ("3,4", "2")
+    assert (spec.env["OMP_NUM_THREADS"], spec.env["VLLM_CPU_KVCACHE_SPACE"]) == ("2", "2")
+    assert spec.env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "core and worker would spin for each other"
     assert spec.env["CUDA_VISIBLE_DEVICES"] == ""
     shared = planned(vllm('device = "cpu"\nreplicas = 3', 'device = "cpu"'), on)["prefill-2"].env
-    assert shared["VLLM_CPU_OMP_THREADS_BIND"] == "8,9,10,11", "the third of four engines, on 16 CPUs"
+    assert shared["OMP_NUM_THREADS"] == "4", "one of four engines, on 16 CPUs"
     crowded = planned(vllm('device = "cpu"\nreplicas = 19', 'device = "cpu"'), on)["prefill-17"].env
-    assert crowded["VLLM_CPU_OMP_THREADS_BIND"] == "1"
+    assert crowded["OMP_NUM_THREADS"] == "1"
+    wide = 'device = "cpu"\nreplicas = 3\ntensor_parallel = 2'
+    ranks = planned(vllm(wide, 'device = "cpu"'), on)["prefill-2"].env
+    assert ranks["VLLM_CPU_OMP_THREADS_BIND"] == "8,9,10,11", "the third of four engines, on 16 CPUs"
+    own = planned(vllm(cpu + '\nenv = { OMP_NUM_THREADS = "1" }', 'device = "cpu"'), on)["prefill-0"].env
+    assert own["OMP_NUM_THREADS"] == "1", "the topology decides"
 
 
 @pytest.mark.parametrize(

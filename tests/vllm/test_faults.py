@@ -13,7 +13,7 @@ from tests.vllm.conftest import LEASE_S, left_of, shared_memory, topology
 KILLS = int(os.environ.get("PDCTL_VLLM_KILLS", "20"))
 FREEZES = int(os.environ.get("PDCTL_VLLM_FREEZES", "5"))
 # Seconds between two faults: a killed engine needs that long to be back on two cores.
-EVERY_S = float(os.environ.get("PDCTL_VLLM_EVERY_S", "45"))
+EVERY_S = float(os.environ.get("PDCTL_VLLM_EVERY_S", "30"))
 
 
 @pytest.mark.parametrize(("fault", "count"), [("kill", KILLS), ("freeze", FREEZES)])

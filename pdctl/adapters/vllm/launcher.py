@@ -239,7 +239,11 @@ def _threads(topology: Topology, assignment: Assignment) -> dict[str, str]:
         share = max(1, len(cpus) // len(names))
         first = names.index(assignment.name) * share % len(cpus)
         cpus = cpus[first : first + share]
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus))}
+    if assignment.group.gpus_per_replica > 1:
+        return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus))}
+    # A single rank computes in the engine's core. In a process of its own, vLLM's default on CPUs, core and rank spin
+    # while they wait for each other: on few cores each step then takes a second (docs/performance.md).
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(len(cpus))}
 
 
 def _env(topology: Topology, assignment: Assignment) -> dict[str, str]:
