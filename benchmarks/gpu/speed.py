@@ -27,7 +27,8 @@ from pdctl.engine.cache.memory import Memory
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.loading import hook_model
 from pdctl.engine.model.runner import ModelRunner
-from pdctl.engine.schedule.scheduler import Limits, Scheduler
+from pdctl.engine.schedule.batch import Limits
+from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.wire import Manifest
 

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdctl.engine.schedule.policies import POLICIES
 from pdctl.net import LOOPBACK
 
 
@@ -24,6 +25,8 @@ class EngineOptions:
     max_num_batched_tokens: int
     kv_cache_gb: float
     block_size: int
+    policy: str
+    ttft_ms: float
     transfer: str
     transfer_protocol: str
     transfer_devices: str
@@ -69,6 +72,8 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     parser.add_argument("--kv-cache-gb", type=float, default=1.0)
     parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--policy", choices=list(POLICIES), default="fcfs", help="which prompt is computed first")
+    parser.add_argument("--ttft-ms", type=float, default=2000.0, help="target for the first token, for policy edf")
     parser.add_argument("--transfer", default="auto")
     parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
     parser.add_argument(

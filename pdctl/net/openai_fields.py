@@ -45,6 +45,12 @@ class Structured(msgspec.Struct, forbid_unknown_fields=True):
     json_object: bool | None = None
 
 
+class RequestSlo(msgspec.Struct, forbid_unknown_fields=True):
+    """The targets of one request: `ttft_ms`, milliseconds until its first token."""
+
+    ttft_ms: float | None = None
+
+
 class MigrationRequest(msgspec.Struct, frozen=True):
     """LMDeploy's `migration_request`, sent to a decode engine: `remote_engine_id` is the prefill engine's URL."""
 
@@ -105,6 +111,7 @@ class _Common(_FromRouters, kw_only=True):
     store: bool | None = None
     service_tier: str | None = None
     priority: int | None = None
+    slo: RequestSlo | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     verbosity: str | None = None

@@ -16,7 +16,8 @@ from pdctl.engine.handover.puller import PoolShape, Puller
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.model.loading import LoadedModel, ModelRefused
 from pdctl.engine.options import EngineOptions
-from pdctl.engine.schedule.scheduler import Limits, Scheduler
+from pdctl.engine.schedule.batch import Limits
+from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.transfer import Settings, Transport, transport_kind
 from pdctl.host.boot import host_id
 from pdctl.net import reachable
@@ -85,4 +86,6 @@ def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Lim
         block_size=options.block_size,
         eos_token_ids=loaded.eos_token_ids,
         max_leased_blocks=int(options.leased_max * num_blocks),
+        policy=options.policy,
+        ttft_s=options.ttft_ms / 1000,
     )

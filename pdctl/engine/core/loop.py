@@ -29,7 +29,8 @@ from pdctl.engine.ipc.messages import (
     ToCore,
 )
 from pdctl.engine.model.grammar import Grammars
-from pdctl.engine.schedule.scheduler import Outcome, Scheduler, Slice
+from pdctl.engine.schedule.batch import Outcome, Slice
+from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ class Core:
             hold=message.hold,
             offer=message.offer,
             kv_tokens=message.kv_tokens,
+            priority=message.priority,
+            ttft_s=message.ttft_s,
             status=Status.AWAITING_BLOCKS if message.await_kv else Status.WAITING,
         )
         if compiled is not None:

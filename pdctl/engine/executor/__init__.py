@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pdctl.engine.ipc.messages import Logprobs
-from pdctl.engine.schedule.scheduler import Slice
+from pdctl.engine.schedule.batch import Slice
 
 # For each sampling slice, in order: its token id, and its log probabilities if requested.
 Computed = tuple[list[int], list[Logprobs | None]]

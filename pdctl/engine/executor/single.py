@@ -16,7 +16,7 @@ from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.model.loading import LoadedModel, ModelRefused, load_model
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.options import EngineOptions
-from pdctl.engine.schedule.scheduler import Slice
+from pdctl.engine.schedule.batch import Slice
 from pdctl.host.memory import read_memory
 from pdctl.wire import Manifest
 

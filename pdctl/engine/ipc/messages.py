@@ -69,6 +69,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     `hold`: stop after one token and keep the KV for a decode engine; `offer`: report chunks as they are computed.
     `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
     Reserve with the same id becomes this request. `tenant`: the tenant for fair grammar compilation.
+    `priority`: lower goes first; `ttft_s`: target for the first token, 0 for the engine's.
     """
 
     request_id: str
@@ -80,6 +81,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     await_kv: bool = False
     kv_tokens: int = 0
     tenant: str = ""
+    priority: int = 0
+    ttft_s: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):

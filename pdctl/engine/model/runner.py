@@ -22,7 +22,7 @@ from pdctl.engine.model.loading import (
     rounding_noise,
 )
 from pdctl.engine.model.sampler import most_likely, prompt_tokens, sample, shape
-from pdctl.engine.schedule.scheduler import Slice
+from pdctl.engine.schedule.batch import Slice
 from pdctl.engine.schedule.sequence import Sequence
 
 # Padded KV lengths are multiples of this.

@@ -1,66 +1,49 @@
 """Scheduling: which tokens are computed next. It handles only ids; the runner computes.
 
 One iteration model (as in vLLM V1): a step gives each chosen sequence some of its missing tokens. Decode, chunked
-prefill, recomputation after preemption and a handed-over sequence are the same case.
+prefill, recomputation after preemption and a handed-over sequence are the same case. A step costs time in proportion to
+what it changes: what waits is in heaps, and counts are kept.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable
 from itertools import repeat
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Books, Failed, Held, Logprobs, Progress, Token, Withdrawn
+from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice
+from pdctl.engine.schedule.prefills import Prefills, Work
+from pdctl.engine.schedule.room import Room
+from pdctl.engine.schedule.running import Running
 from pdctl.engine.schedule.sequence import Sequence, Status
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Budgets of one engine. `max_leased_blocks`: held prefills wait if they would exceed this."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    block_size: int
-    eos_token_ids: frozenset[int]
-    max_leased_blocks: int = 2**31
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """`count` tokens of `sequence` from `start` on; `samples` when the last of them yields a new token."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The results of a step, for the front."""
-
-    tokens: list[Token] = field(default_factory=list)
-    held: list[Held] = field(default_factory=list)
-    progress: list[Progress] = field(default_factory=list)
-    withdrawn: list[Withdrawn] = field(default_factory=list)
+# A sequence that was preempted so often is spared as long as there is another one.
+_MAX_PREEMPTIONS = 4
 
 
 class Scheduler:
-    """Admission, chunking, preemption and block counts of one engine."""
+    """Admission, chunking, preemption and block counts of one engine. `work`: predicted seconds to compute so many
+    tokens after so many others; `clock`: monotonic seconds."""
 
-    def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        allocator: BlockAllocator,
+        work: Work | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limits = limits
         self.allocator = allocator
         self.sequences: dict[str, Sequence] = {}
-        self.running: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
-        self._incoming: deque[Sequence] = deque()
+        self.running = Running()
+        self._clock = clock
+        self._room = Room(limits, allocator)
+        self._prefills = Prefills(limits, self._room, self.running, work)
+        self._incoming: dict[str, Sequence] = {}
         self._arrivals = 0
-        self._awaiting_kv = 0
         # Number of running pulls per request. Pulls start in another thread than the one that handles their end, so
         # the next pull of a sequence may start before the end of the last one is known here.
         self._pulling: dict[str, int] = {}
@@ -73,7 +56,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> Failed | None:
         """Queue a new sequence; Failed if it can never fit."""
         longest = min(sequence.prompt_len + sequence.sampling.max_tokens, self.limits.max_model_len)
-        needed = self._blocks_for(max(longest, len(sequence.token_ids), sequence.kv_tokens))
+        needed = self._room.blocks_for(max(longest, len(sequence.token_ids), sequence.kv_tokens))
         if needed > self.allocator.num_blocks:
             self.abort(sequence.request_id)
             reason = f"needs {needed} KV blocks and the engine has {self.allocator.num_blocks}"
@@ -83,8 +66,12 @@ class Scheduler:
             return None
         self._arrivals += 1
         sequence.arrival = self._arrivals
+        sequence.arrived_s = self._clock()
         self.sequences[sequence.request_id] = sequence
-        (self._incoming if sequence.status is Status.AWAITING_BLOCKS else self._waiting).append(sequence)
+        if sequence.status is Status.AWAITING_BLOCKS:
+            self._incoming[sequence.request_id] = sequence
+        else:
+            self._prefills.queue(sequence)
         return None
 
     def _fill(self, reserved: Sequence, request: Sequence) -> None:
@@ -95,17 +82,18 @@ class Scheduler:
         reserved.prompt_len = request.prompt_len
         reserved.sampling = request.sampling
         reserved.guide = request.guide
+        reserved.priority = request.priority
 
     def reserve(self) -> list[Sequence]:
         """Reserve blocks for hand-overs in order of arrival, as long as they fit."""
         reserved: list[Sequence] = []
-        if self._waiting and self._waiting[0].preempted:
-            # It needs all its blocks at once and came first: later ones must not take them one by one.
-            return reserved
-        while self._incoming and self._has_seat and self._allocate(self._incoming[0], self._incoming[0].kv_tokens):
-            sequence = self._incoming.popleft()
-            sequence.status = Status.AWAITING_KV
-            self._awaiting_kv += 1
+        while self._incoming and not self._prefills.has_preempted and self._prefills.has_seat:
+            # A preempted one needs all its blocks at once and came first: these must not take them one by one.
+            sequence = next(iter(self._incoming.values()))
+            if not self._room.grow(sequence, sequence.kv_tokens):
+                break
+            del self._incoming[sequence.request_id]
+            self._room.become(sequence, Status.AWAITING_KV)
             reserved.append(sequence)
         return reserved
 
@@ -129,8 +117,7 @@ class Scheduler:
         if uncertain:
             self._doomed.discard(request_id)
             sequence = self.sequences[request_id]
-            self.allocator.quarantine(request_id)
-            sequence.block_ids.clear()
+            self._room.quarantine(sequence)
             self._forget(sequence)
         elif request_id in self._doomed and not left:
             self._doomed.discard(request_id)
@@ -148,9 +135,8 @@ class Scheduler:
         assert request_id not in self._pulling
         assert sequence.token_ids, "decoding begins before the request came"
         sequence.num_computed = sequence.kv_tokens
-        sequence.status = Status.RUNNING
-        self._awaiting_kv -= 1
-        self.running.append(sequence)
+        self._room.become(sequence, Status.RUNNING)
+        self.running.put(sequence)
         return True
 
     def abort(self, request_id: str) -> None:
@@ -167,28 +153,25 @@ class Scheduler:
     # -- a step --------------------------------------------------------------------------------------------
 
     def schedule(self) -> list[Slice]:
-        """Choose the next step's tokens: running sequences oldest first, then waiting ones in order."""
-        batch: list[Slice] = []
-        budget = self.limits.max_num_batched_tokens
-        preempted = False
-        # Decodes (one missing token) come before chunks of long prompts, so that running streams are not delayed.
-        for sequence in sorted(self.running, key=lambda sequence: sequence.num_missing > 1):
-            if budget == 0 or sequence.status is not Status.RUNNING:
-                continue
-            count = min(sequence.max_chunk, budget)
-            while not self._allocate(sequence, sequence.num_computed + count):
-                preempted = True
-                victim = self._victim()
-                self._preempt(victim)
-                batch = [piece for piece in batch if piece.sequence is not victim]
-                if victim is sequence:
-                    break
-            if sequence.status is Status.RUNNING:
-                batch.append(self._slice(sequence, count))
-                budget -= count
-        if not preempted:
-            self._admit(batch, budget)
-        return batch
+        """Choose the next step's tokens: first one for each sequence that decodes, so that running streams are not
+        delayed, then prompts in the order of the policy."""
+        batch = Batch(self.limits.max_num_batched_tokens)
+        has_room = self._decode(batch)
+        self._prefills.fill(batch, self._clock(), self._preempt if has_room else None)
+        return batch.slices
+
+    def _decode(self, batch: Batch) -> bool:
+        """Add what decodes. False if sequences had to be preempted for it."""
+        has_room = True
+        for sequence in list(self.running.decoding.values()):
+            if batch.budget == 0:
+                break
+            while sequence in self.running and not self._room.grow(sequence, sequence.num_computed + 1):
+                has_room = False
+                self._preempt(self._victim(), batch)
+            if sequence in self.running:
+                batch.add(sequence, 1)
+        return has_room
 
     def update(
         self, batch: list[Slice], token_ids: list[int], logprobs: Iterable[Logprobs | None] = repeat(None)
@@ -206,93 +189,57 @@ class Scheduler:
                 sequence.offered = True
                 blocks = list(sequence.block_ids)
                 outcome.progress.append(Progress(sequence.request_id, blocks, sequence.num_computed))
+            if sequence.status is Status.RUNNING and sequence.request_id in self.sequences:
+                self.running.put(sequence)
         return outcome
 
     def books(self, steps: int) -> Books:
         """The counts for the front and for display."""
-        leased = reserved = 0
-        for sequence in self.sequences.values():
-            if sequence.status is Status.HELD:
-                leased += len(sequence.block_ids)
-            elif sequence.status is Status.AWAITING_KV:
-                reserved += len(sequence.block_ids)
-        free, quarantined = self.allocator.num_free, self.allocator.num_quarantined
+        free, quarantined, leased = self.allocator.num_free, self.allocator.num_quarantined, self._room.leased
         return Books(
             blocks_free=free,
             blocks_referenced=self.allocator.num_blocks - free - quarantined - leased,
             blocks_leased=leased,
             blocks_quarantined=quarantined,
-            blocks_reserved=reserved,
-            held_back=len(self._waiting) - len(self._admissible()),
+            blocks_reserved=self._room.reserved,
+            held_back=self._prefills.held_back(self._clock()),
             running=len(self.running),
-            waiting=len(self._waiting) + len(self._incoming),
+            waiting=len(self._prefills) + len(self._incoming),
             steps=steps,
         )
 
     @property
     def has_work(self) -> bool:
         """Whether a step could compute anything."""
-        return bool(self.running or self._admissible())
+        return bool(self.running) or self._prefills.head(self._clock()) is not None
 
     def audit(self) -> None:
         """Check that every block is free or belongs to a known sequence, and every sequence is in the queue of its
         status."""
-        self.allocator.audit()
-        owned = sum(len(sequence.block_ids) for sequence in self.sequences.values())
-        idle = self.allocator.num_free + self.allocator.num_quarantined
-        assert owned + idle == self.allocator.num_blocks, "blocks without a sequence"
+        self._room.audit(self.sequences.values())
         queued = {
             Status.RUNNING: set(map(id, self.running)),
-            Status.WAITING: set(map(id, self._waiting)),
-            Status.AWAITING_BLOCKS: set(map(id, self._incoming)),
+            Status.WAITING: set(map(id, self._prefills)),
+            Status.AWAITING_BLOCKS: set(map(id, self._incoming.values())),
         }
         for sequence in self.sequences.values():
             for status, members in queued.items():
                 assert (id(sequence) in members) == (sequence.status is status), f"{sequence.request_id}: {status}"
             assert sequence.num_computed <= len(sequence.block_ids) * self.limits.block_size
-        assert len(self.running) + self._awaiting_kv <= self.limits.max_num_seqs
+        assert sum(map(len, queued.values())) <= len(self.sequences), "a queue has a sequence that is gone"
+        assert all(sequence.num_missing == 1 for sequence in self.running.decoding.values())
+        assert len(self.running) + self._room.expected <= self.limits.max_num_seqs
+        self._prefills.audit()
 
     # -- parts ---------------------------------------------------------------------------------------------
-
-    def _admit(self, batch: list[Slice], budget: int) -> None:
-        """Admit waiting sequences in order. Held prefills that would exceed the lease limit are skipped."""
-        for sequence in self._admissible():
-            if budget == 0 or not self._has_seat:
-                return
-            # Allocate all blocks at once: the chunks of a prompt are then contiguous, and two partly admitted prompts
-            # cannot starve each other.
-            if not self._allocate(sequence, len(sequence.token_ids)):
-                return
-            self._waiting.remove(sequence)
-            sequence.status = Status.RUNNING
-            self.running.append(sequence)
-            count = min(sequence.max_chunk, budget)
-            batch.append(self._slice(sequence, count))
-            budget -= count
-
-    def _admissible(self) -> list[Sequence]:
-        """Waiting sequences that can be admitted together without exceeding the limit of leased blocks. A single
-        prefill is always admissible."""
-        pinned = sum(len(sequence.block_ids) for sequence in self.sequences.values() if sequence.hold)
-        found = []
-        for sequence in self._waiting:
-            wanted = self._blocks_for(len(sequence.token_ids)) if sequence.hold else 0
-            if wanted and pinned and pinned + wanted > self.limits.max_leased_blocks:
-                continue
-            pinned += wanted
-            found.append(sequence)
-        return found
-
-    def _slice(self, sequence: Sequence, count: int) -> Slice:
-        return Slice(sequence, sequence.num_computed, count, count == sequence.num_missing)
 
     def _append(self, sequence: Sequence, token_id: int, told: Logprobs | None, outcome: Outcome) -> None:
         prompt = sequence.take_prompt_logprobs()
         sequence.token_ids.append(token_id)
         reason = self._finish_reason(sequence, token_id)
         if sequence.hold and reason is None:
-            sequence.status = Status.HELD
             self.running.remove(sequence)
+            self._room.become(sequence, Status.HELD)
             outcome.held.append(
                 Held(sequence.request_id, token_id, list(sequence.block_ids), len(sequence.token_ids) - 1, told, prompt)
             )
@@ -313,47 +260,31 @@ class Scheduler:
             return "length"
         return None
 
-    @property
-    def _has_seat(self) -> bool:
-        return len(self.running) + self._awaiting_kv < self.limits.max_num_seqs
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.block_size)
-
-    def _allocate(self, sequence: Sequence, num_tokens: int) -> bool:
-        missing = self._blocks_for(num_tokens) - len(sequence.block_ids)
-        if missing <= 0:
-            return True
-        taken = self.allocator.allocate(sequence.request_id, missing)
-        if taken is None:
-            return False
-        sequence.block_ids.extend(taken)
-        return True
-
     def _victim(self) -> Sequence:
         """The newest running sequence: it has the least to lose and the oldest always finishes."""
-        return max(self.running, key=lambda sequence: sequence.arrival)
+        return max(self.running, key=lambda sequence: (sequence.preemptions < _MAX_PREEMPTIONS, sequence.arrival))
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, batch: Batch) -> None:
+        """Free the blocks of a running sequence; it starts over later. Its tokens stay."""
+        batch.drop(sequence)
         self.running.remove(sequence)
-        self.allocator.free(sequence.request_id)
-        sequence.block_ids.clear()
+        self._room.release(sequence)
         sequence.num_computed = 0
-        sequence.preempted = True
+        sequence.preemptions += 1
         if sequence.offered:
             sequence.offered = sequence.offer = False
             self._withdrawn.append(Withdrawn(sequence.request_id))
-        sequence.status = Status.WAITING
-        self._waiting.appendleft(sequence)
+        self._room.become(sequence, Status.WAITING)
+        self._prefills.queue(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         del self.sequences[sequence.request_id]
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is Status.WAITING:
-            self._waiting.remove(sequence)
+            self._prefills.remove(sequence)
         elif sequence.status is Status.AWAITING_BLOCKS:
-            self._incoming.remove(sequence)
-        elif sequence.status is Status.AWAITING_KV:
-            self._awaiting_kv -= 1
-        self.allocator.free(sequence.request_id)
+            del self._incoming[sequence.request_id]
+        self._room.release(sequence)
+        if sequence.status is Status.AWAITING_KV:
+            self._room.expected -= 1

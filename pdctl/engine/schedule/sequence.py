@@ -36,7 +36,12 @@ class Sequence:
     status: Status = Status.WAITING
     num_computed: int = 0
     arrival: int = 0
-    preempted: bool = False
+    arrived_s: float = 0.0
+    priority: int = 0  # lower goes first
+    ttft_s: float = 0.0  # target for its first token, seconds after arrival; 0: the engine's
+    preemptions: int = 0
+    passes: int = 0  # steps that others got although it was being prefilled
+    was_computed: bool = False  # in the last step
     block_ids: list[int] = field(default_factory=list)
     guide: object = None  # set by the runner: the state of its grammar
     prompt_logprobs: list[PromptToken] = field(default_factory=list)

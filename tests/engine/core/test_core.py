@@ -19,7 +19,8 @@ from pdctl.engine.core.outbox import Outbox
 from pdctl.engine.handover.puller import Puller
 from pdctl.engine.ipc.messages import Abort, Logprobs, Reserve, Reserved, Sampling, Shutdown, StepDone, Submit
 from pdctl.engine.model.grammar import Grammars
-from pdctl.engine.schedule.scheduler import Limits, Scheduler, Slice
+from pdctl.engine.schedule.batch import Limits, Slice
+from pdctl.engine.schedule.scheduler import Scheduler
 
 WAIT_S = 20.0
 

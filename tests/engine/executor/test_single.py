@@ -11,7 +11,7 @@ from pdctl.engine.executor.single import POISON_ENV, SingleExecutor
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.loading import ModelRefused
 from pdctl.engine.options import EngineOptions, parse
-from pdctl.engine.schedule.scheduler import Slice
+from pdctl.engine.schedule.batch import Slice
 from pdctl.engine.schedule.sequence import Sequence
 
 PROMPT = [5, 9, 2, 7, 11, 3]

@@ -16,7 +16,8 @@ from pdctl.engine.cache.memory import Memory
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.loading import _TOLERANCE, ModelRefused, check_agreement, load_model
 from pdctl.engine.model.runner import ModelRunner
-from pdctl.engine.schedule.scheduler import Limits, Scheduler, Slice
+from pdctl.engine.schedule.batch import Limits, Slice
+from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.wire import Manifest
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
+from collections.abc import Callable
 from typing import TypedDict, Unpack
 
 import pytest
@@ -10,17 +12,20 @@ from hypothesis import strategies as st
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.engine.schedule.scheduler import Limits, Outcome, Scheduler, Slice
+from pdctl.engine.schedule.batch import Limits, Outcome, Slice
+from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 
 EOS = 99
 
 
 def make(
-    blocks: int = 32, block_size: int = 4, seqs: int = 4, tokens: int = 8, longest: int = 64, leased: int = 10**6
-) -> Scheduler:
-    limits = Limits(seqs, tokens, longest, block_size, frozenset({EOS}), leased)
-    return Scheduler(limits, BlockAllocator(blocks))
+    blocks: int = 32, block_size: int = 4, seqs: int = 4, tokens: int = 8, longest: int = 64, leased: int = 10**6,
+    policy: str = "fcfs", clock: Callable[[], float] = time.monotonic,
+) -> Scheduler:  # fmt: skip
+    limits = Limits(seqs, tokens, longest, block_size, frozenset({EOS}), leased, policy)
+    return Scheduler(limits, BlockAllocator(blocks), clock=clock)
 
 
 class Options(TypedDict, total=False):
@@ -30,6 +35,8 @@ class Options(TypedDict, total=False):
     offer: bool
     status: Status
     kv_tokens: int
+    priority: int
+    ttft_s: float
 
 
 def sequence(name: str, prompt: int, output: int = 4, **options: Unpack[Options]) -> Sequence:
@@ -68,25 +75,30 @@ def drain(scheduler: Scheduler, most: int = 2000) -> dict[str, list[int]]:
 @settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=10),
-    st.integers(12, 40), st.integers(1, 5), st.integers(4, 40), st.randoms(use_true_random=False),
+    st.integers(12, 40), st.integers(1, 5), st.integers(4, 40), st.sampled_from(sorted(POLICIES)),
+    st.randoms(use_true_random=False),
 )  # fmt: skip
 def test_every_request_finishes_with_the_same_tokens(
-    wanted: list[tuple[int, int]], blocks: int, seqs: int, tokens: int, chance: random.Random
+    wanted: list[tuple[int, int]], blocks: int, seqs: int, tokens: int, policy: str, chance: random.Random
 ) -> None:
-    """For any budgets, arrivals and preemptions, the tokens are those of an engine without other requests."""
+    """For any budgets, policies, priorities, arrivals and preemptions, the tokens are those of an engine without other
+    requests."""
     expected: dict[str, list[int]] = {}
     for index, (prompt, output) in enumerate(wanted):
         alone = make(blocks=64, tokens=64)
         alone.add(sequence(str(index), prompt, output))
         expected |= drain(alone)
-    scheduler = make(blocks=blocks, seqs=seqs, tokens=tokens)
+    now = 0.0
+    scheduler = make(blocks=blocks, seqs=seqs, tokens=tokens, policy=policy, clock=lambda: now)
     outputs: dict[str, list[int]] = {}
     queue = list(enumerate(wanted))
     while queue or scheduler.has_work:
         if queue and chance.random() < 0.5:
             index, (prompt, output) = queue.pop(0)
-            assert scheduler.add(sequence(str(index), prompt, output)) is None
+            urgent = sequence(str(index), prompt, output, priority=chance.randint(-1, 1), ttft_s=chance.random())
+            assert scheduler.add(urgent) is None
         _, outcome = step(scheduler)
+        now += chance.random()
         for token in outcome.tokens:
             outputs.setdefault(token.request_id, []).append(token.token_id)
     assert outputs == expected
@@ -159,10 +171,10 @@ def test_long_prompts_are_computed_in_chunks_beside_decodes() -> None:
     scheduler.add(sequence("short", 3, output=20))
     step(scheduler)
     scheduler.add(sequence("long", 30))
-    shapes = [[(piece.sequence.request_id, piece.count) for piece in step(scheduler)[0]] for _ in range(5)]
-    assert shapes[0] == [("short", 1), ("long", 7)]
-    assert shapes[3] == [("short", 1), ("long", 7)]
-    assert shapes[4] == [("short", 1), ("long", 2)]
+    shapes = [[(piece.sequence.request_id, piece.count) for piece in step(scheduler)[0]] for _ in range(7)]
+    assert shapes[0] == [("short", 1), ("long", 4)], "a chunk ends at the border of a block"
+    assert shapes[5] == [("short", 1), ("long", 4)]
+    assert shapes[6] == [("short", 1), ("long", 6)], "but its last one at the prompt's"
 
 
 def test_a_held_prefill_keeps_its_blocks_until_freed() -> None:

@@ -194,6 +194,8 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         await_kv=hand_over is not None,
         kv_tokens=kv_tokens,
         tenant=request.tenant,
+        priority=request.priority,
+        ttft_s=request.ttft_s,
     )
     return submit, first
 

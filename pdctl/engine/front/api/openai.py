@@ -53,6 +53,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 class GenerationRequest:
     """One checked request. `token_ids` is the prompt; `resume` are output tokens that the client already has.
 
+    `priority`: lower goes first; `ttft_s`: target for the first token, 0 for the engine's.
     `echo`: text before the answer; `counts_each`: each event of the stream carries the counts so far;
     `shows_prompt_logprobs`: vLLM's prompt_logprobs.
     `router`: of which kind the caller is, and `holder` its name as the holder of the lease; `migration`: leads to the
@@ -77,6 +78,8 @@ class GenerationRequest:
     logprobs: int = -1
     tool_calls: ToolFormat = ToolFormat.NONE
     tenant: str = ""
+    priority: int = 0
+    ttft_s: float = 0.0
     echo: str = ""
     counts_each: bool = False
     shows_prompt_logprobs: bool = False
@@ -146,6 +149,7 @@ def _check_numbers(body: CompletionBody | ChatBody) -> None:
         ("prompt_logprobs", body.prompt_logprobs, 0, 20),
         ("truncate_prompt_tokens", body.truncate_prompt_tokens, -1, 2**31),
         ("priority", body.priority, -(2**31), 2**31),
+        ("slo.ttft_ms", body.slo.ttft_ms if body.slo else None, 1, 86_400_000),
     ]
     for name, value, low, high in checks:
         if value is not None and not low <= value <= high:

@@ -126,6 +126,8 @@ class EngineService:
             attempt=headers.get(ATTEMPT_HEADER, "") if ours else "",
             migration=transfer.migration,
             logprobs=sampling.logprobs,
+            priority=parsed.priority or 0,
+            ttft_s=(parsed.slo.ttft_ms or 0.0) / 1000 if parsed.slo else 0.0,
             tool_calls=guided.tool_format(parsed),
             tenant=headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else "",
         )

@@ -1,0 +1,81 @@
+"""What a step is made of: the limits it keeps, the slices it computes, and what came of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pdctl.engine.ipc.messages import Held, Progress, Token, Withdrawn
+from pdctl.engine.schedule.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Budgets of one engine. `max_leased_blocks`: held prefills wait if they would exceed this. `policy`: the order of
+    prefills, a name in `policies.POLICIES`. `ttft_s`: the target of requests that do not have their own."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    eos_token_ids: frozenset[int]
+    max_leased_blocks: int = 2**31
+    policy: str = "fcfs"
+    ttft_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`count` tokens of `sequence` from `start` on; `samples` when the last of them yields a new token."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The results of a step, for the front."""
+
+    tokens: list[Token] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+    withdrawn: list[Withdrawn] = field(default_factory=list)
+
+
+class Batch:
+    """The slices of one step, by request, and the budget of tokens that is left. `num_ending`: prompts whose last
+    missing tokens are among them."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.num_ending = 0
+        self._slices: dict[str, Slice] = {}
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.request_id in self._slices
+
+    @property
+    def slices(self) -> list[Slice]:
+        """The slices in the order in which they were added."""
+        return list(self._slices.values())
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Compute the next `count` tokens of `sequence`."""
+        assert 0 < count <= self.budget
+        assert sequence not in self
+        piece = Slice(sequence, sequence.num_computed, count, count == sequence.num_missing)
+        self._slices[sequence.request_id] = piece
+        self.budget -= count
+        self.num_ending += _ends(piece)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take the sequence out, if it is in the batch; its tokens can be used by others."""
+        piece = self._slices.pop(sequence.request_id, None)
+        if piece is not None:
+            self.budget += piece.count
+            self.num_ending -= _ends(piece)
+
+
+def _ends(piece: Slice) -> bool:
+    return piece.samples and piece.count > 1

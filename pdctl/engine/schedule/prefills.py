@@ -1,0 +1,170 @@
+"""Which prompts a step computes: waiting ones and partial ones compete again in every step, in the order of the policy.
+
+A prompt gets all its blocks at once when it is admitted, and keeps them while another one passes it. Chunks end at
+borders of blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from pdctl.engine.schedule.batch import Batch, Limits
+from pdctl.engine.schedule.policies import POLICIES, Prompt
+from pdctl.engine.schedule.room import Room
+from pdctl.engine.schedule.running import Running
+from pdctl.engine.schedule.sequence import Sequence, Status
+from pdctl.engine.schedule.waiting import LONGEST_WAIT_S, Order, Rank, WaitingQueue
+
+# Prompts computed in part. More of them would hold blocks without getting done sooner.
+_MAX_PARTIAL = 4
+# After so many passes by others a partial prompt is not passed any more.
+_MAX_PASSES = 4
+# Seconds per token before anything was measured: the order depends only on the proportions.
+_SECONDS_PER_TOKEN = 1e-3
+
+# Predicted seconds for (tokens to compute, tokens before them).
+Work = Callable[[int, int], float]
+# Preempts a sequence that may be part of the batch.
+Preempt = Callable[[Sequence, Batch], None]
+
+
+class Prefills:
+    """The waiting prompts of one engine, and the choice among them and the partial ones."""
+
+    def __init__(self, limits: Limits, room: Room, running: Running, work: Work | None = None) -> None:
+        self._limits = limits
+        self._room = room
+        self._running = running
+        self._policy = POLICIES[limits.policy]
+        self._work = work or (lambda tokens, _: tokens * _SECONDS_PER_TOKEN)
+        # Prefills for peers wait apart: at the limit of leased blocks the others go on.
+        self._for_peers = WaitingQueue(self._policy)
+        self._own = WaitingQueue(self._policy)
+        self._num_preempted = 0
+
+    def __len__(self) -> int:
+        return len(self._for_peers) + len(self._own)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._for_peers
+        yield from self._own
+
+    @property
+    def has_preempted(self) -> bool:
+        """Whether a preempted sequence waits for its blocks."""
+        return self._num_preempted > 0
+
+    @property
+    def has_seat(self) -> bool:
+        """Whether one more sequence may have blocks."""
+        return len(self._running) + self._room.expected < self._limits.max_num_seqs
+
+    def queue(self, sequence: Sequence) -> None:
+        """Queue a sequence without blocks."""
+        self._num_preempted += bool(sequence.preemptions)
+        self._queue_of(sequence).push(sequence, self._prompt(sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a waiting sequence out."""
+        self._num_preempted -= bool(sequence.preemptions)
+        self._queue_of(sequence).remove(sequence)
+
+    def head(self, now: float) -> Sequence | None:
+        """The waiting sequence that goes first among those that may start."""
+        own, peers = self._own.head(now), self._for_peers.head(now)
+        if peers is None or not self._room.allows_lease(peers):
+            return own
+        if own is None:
+            return peers
+        orders = (self._own.order(own), own.arrival), (self._for_peers.order(peers), peers.arrival)
+        return own if orders[0] < orders[1] else peers
+
+    def held_back(self, now: float) -> int:
+        """The number of prefills for peers that wait for leased blocks to be freed."""
+        first = self._for_peers.head(now)
+        return 0 if first is None or self._room.allows_lease(first) else len(self._for_peers)
+
+    def fill(self, batch: Batch, now: float, preempt: Preempt | None) -> None:
+        """Give the rest of the budget to prompts. Without `preempt`, blocks are short: nothing is admitted."""
+        before = list(self._running.partial.values())
+        partial = sorted(before, key=lambda sequence: (self._order(sequence, now), sequence.arrival))
+        while batch.budget:
+            newcomer = self.head(now) if preempt is not None and self.has_seat else None
+            if newcomer is not None and (not partial or self._passes(newcomer, partial[0], now)):
+                assert preempt is not None
+                if self._admit(newcomer, batch, partial, now, preempt):
+                    continue
+                preempt = None
+            elif partial:
+                sequence = partial.pop(0)
+                batch.add(sequence, self._chunk(sequence, batch.budget))
+            else:
+                break
+        for sequence in before:
+            sequence.passes += sequence.was_computed and sequence not in batch
+            sequence.was_computed = sequence in batch
+
+    def audit(self) -> None:
+        """Check the count of preempted sequences and that the queues hold only what waits."""
+        assert self._num_preempted == sum(bool(sequence.preemptions) for sequence in self)
+        assert all(sequence.status is Status.WAITING and not sequence.block_ids for sequence in self)
+
+    def _admit(self, sequence: Sequence, batch: Batch, partial: list[Sequence], now: float, preempt: Preempt) -> bool:
+        """Give a waiting sequence all its blocks and its first chunk. A partial prompt that goes after it may lose its
+        blocks for it; so the first in order never waits for what later ones hold."""
+        chunk = self._chunk(sequence, batch.budget)
+        if chunk < sequence.num_missing and len(self._running.partial) - batch.num_ending >= _MAX_PARTIAL:
+            return False
+        while not self._room.grow(sequence, len(sequence.token_ids), keep_spare=len(self._running) > 0):
+            if not partial or not self._may_take(sequence, partial[-1], now):
+                return False
+            preempt(partial.pop(), batch)
+        self.remove(sequence)
+        sequence.status = Status.RUNNING
+        sequence.was_computed = True
+        self._running.put(sequence)
+        batch.add(sequence, chunk)
+        return True
+
+    def _may_take(self, sequence: Sequence, holder: Sequence, now: float) -> bool:
+        once = not holder.preemptions and not sequence.preemptions
+        return once and self._passes(sequence, holder, now)
+
+    def _passes(self, newcomer: Sequence, current: Sequence, now: float) -> bool:
+        """Whether a waiting sequence goes before a partial one: only if it gains more than a step takes."""
+        if current.passes >= _MAX_PASSES:
+            return False
+        order, other = self._queue_of(newcomer).order(newcomer), self._order(current, now)
+        if order[:2] != other[:2]:
+            return order[:2] < other[:2]
+        return order[2] < other[2] - self._work(self._limits.max_num_batched_tokens, 0)
+
+    def _order(self, sequence: Sequence, now: float) -> Order:
+        """The place of a partial prompt, by the work that is left of it."""
+        prompt = self._prompt(sequence)
+        rank = Rank.NORMAL
+        if sequence.preemptions or sequence.passes >= _MAX_PASSES or now > prompt.arrived_s + LONGEST_WAIT_S:
+            rank = Rank.URGENT
+        elif now > self._policy.late_from(prompt):
+            rank = Rank.LATE
+        return rank, sequence.priority, self._policy.key(prompt)
+
+    def _prompt(self, sequence: Sequence) -> Prompt:
+        work = self._work(sequence.num_missing, sequence.num_computed)
+        whole = self._work(len(sequence.token_ids), 0)
+        ttft_s = sequence.ttft_s or self._limits.ttft_s
+        deadline = sequence.arrived_s + ttft_s if ttft_s else math.inf
+        return Prompt(sequence.arrived_s, work, whole, deadline)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """Missing tokens to compute in this step. If some are left, the chunk ends at the border of a block, if it
+        reaches one."""
+        count = min(sequence.max_chunk, budget)
+        if count < sequence.num_missing:
+            beyond = (sequence.num_computed + count) % self._limits.block_size
+            count -= beyond if beyond < count else 0
+        return count
+
+    def _queue_of(self, sequence: Sequence) -> WaitingQueue:
+        return self._for_peers if sequence.hold else self._own
