@@ -25,6 +25,7 @@ class EngineOptions:
     max_num_batched_tokens: int
     kv_cache_gb: float
     block_size: int
+    prefix_caching: bool
     policy: str
     ttft_ms: float
     transfer: str
@@ -72,6 +73,9 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     parser.add_argument("--kv-cache-gb", type=float, default=1.0)
     parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument(
+        "--prefix-caching", type=_boolean, default=True, help="keep KV for prompts with the same beginning"
+    )
     parser.add_argument("--policy", choices=list(POLICIES), default="fcfs", help="which prompt is computed first")
     parser.add_argument("--ttft-ms", type=float, default=2000.0, help="target for the first token, for policy edf")
     parser.add_argument("--transfer", default="auto")

@@ -116,6 +116,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         max_num_batched_tokens=values["max_num_batched_tokens"],
         kv_cache_gb=float(values["kv_cache_gb"]),
         block_size=values["block_size"],
+        prefix_caching=values["prefix_caching"],
         policy=values["policy"],
         url=(values["url"] or "").rstrip("/"),
         secret_file=absolute(values["secret_file"], source),

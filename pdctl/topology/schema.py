@@ -279,6 +279,7 @@ ENGINE: dict[str, Key] = {
     "max_num_batched_tokens": Key(integer(16, 1_048_576), 512),
     "kv_cache_gb": Key(number(0, 4096), 1.0),
     "block_size": Key(integer(1, 1024), 16),
+    "prefix_caching": Key(boolean(), True),
     "policy": Key(choice("fcfs", "ljf", "sjf", "edf"), "fcfs"),
     "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
     "restart_with": Key(texts("group"), []),

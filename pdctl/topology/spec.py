@@ -108,7 +108,7 @@ class EngineGroup:
     its bearer token. `ready`: readiness probe, "" for the kind's default. `restart_with`: when one of these groups
     exits, this one is restarted too. `env`: added to pdctl's environment.
 
-    `policy`: the order in which prompts are computed.
+    `prefix_caching`: keep KV for prompts with the same beginning. `policy`: the order in which prompts are computed.
 
     `python`: the interpreter of the environment that has the engine, "" for pdctl's own. `args`: added to the engine's
     command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
@@ -130,6 +130,7 @@ class EngineGroup:
     max_num_batched_tokens: int
     kv_cache_gb: float
     block_size: int
+    prefix_caching: bool = True
     policy: str = "fcfs"
     url: str = ""
     secret_file: str = ""

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from tests.service import Run, running, temporary_run
-from tests.vllm.conftest import LEASE_S, left_of, shared_memory, topology
+from tests.vllm.conftest import LEASE_S, topology
 
 KILLS = int(os.environ.get("PDCTL_VLLM_KILLS", "20"))
 FREEZES = int(os.environ.get("PDCTL_VLLM_FREEZES", "5"))
@@ -20,11 +20,7 @@ EVERY_S = float(os.environ.get("PDCTL_VLLM_EVERY_S", "30"))
 def test_no_client_sees_it(fault: str, count: int) -> None:
     with temporary_run() as run:
         with running(run, topology(2, 2)):
-            used = shared_memory(run)
             print(json.dumps(faults(run, fault, count), indent=1))
-            used |= shared_memory(run)
-        assert used
-        assert not left_of(used)
 
 
 def faults(run: Run, fault: str, count: int) -> dict[str, object]:

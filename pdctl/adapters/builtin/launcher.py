@@ -10,7 +10,7 @@ from pdctl.topology.spec import Device, Topology, Transfer
 class BuiltinLauncher(BaseLauncher):
     """See Launcher. The supervisor sets an engine's role after the start: see control.py."""
 
-    settings = frozenset({"open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy"})
+    settings = frozenset({"open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching"})
     packages = ENGINE_PACKAGES
 
     def requirement(self, device: Device) -> str:
@@ -33,6 +33,7 @@ class BuiltinLauncher(BaseLauncher):
             "--max-num-batched-tokens", str(group.max_num_batched_tokens),
             "--kv-cache-gb", f"{group.kv_cache_gb:g}",
             "--block-size", str(group.block_size),
+            "--prefix-caching", str(group.prefix_caching).lower(),
             "--policy", group.policy,
             "--ttft-ms", f"{topology.slo.ttft_ms:g}",
             *_transfer_argv(topology.transfer, assignment.rdma),

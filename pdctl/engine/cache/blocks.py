@@ -1,4 +1,7 @@
-"""The allocator of KV blocks: which block belongs to which sequence. It handles only ids.
+"""The allocator of KV blocks: which block belongs to which sequences. It handles only ids.
+
+Blocks with a name (see `prefix`) can be shared. When the last sequence lets go of one it stays as it is, for the next
+sequence with the same beginning, until its place is needed: such a block is idle, and counts as free.
 
 Contiguous runs of blocks are preferred: attention reads a run without gathering, and a transfer moves it as one
 span.
@@ -6,13 +9,18 @@ span.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+# How many idle blocks may be given up, as a multiple of those needed, to find a contiguous run.
+_MOST_EVICTED = 4
 
 
 class BlockAllocator:
-    """Manages ids 0 to num_blocks - 1. Every block is free, has exactly one owner, or is quarantined.
+    """Manages ids 0 to num_blocks - 1. Every block is free, idle, shared by one or more owners, or quarantined.
 
-    `on_free` is called with blocks that have just been freed (used by the debug option that poisons them).
+    `num_free` counts free and idle blocks. `on_free` is called with blocks that have just been freed (used by the debug
+    option that poisons them).
     """
 
     def __init__(self, num_blocks: int, on_free: Callable[[list[int]], None] | None = None) -> None:
@@ -20,8 +28,13 @@ class BlockAllocator:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
         self._free = bytearray(b"\1") * num_blocks
+        self._owners = [0] * num_blocks
         self._owned: dict[str, list[int]] = {}
         self._quarantine: dict[str, list[int]] = {}
+        # Idle blocks, the one to be given up next first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._block_of: dict[bytes, int] = {}
+        self._name_of: dict[int, bytes] = {}
         self._on_free = on_free
         self._cursor = 0
 
@@ -29,6 +42,11 @@ class BlockAllocator:
     def num_quarantined(self) -> int:
         """Blocks that a late transfer may still write to."""
         return sum(map(len, self._quarantine.values()))
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that nobody uses, kept for their content."""
+        return len(self._idle)
 
     def owned(self, owner: str) -> list[int]:
         """The owner's blocks in token order; empty for an unknown owner."""
@@ -39,34 +57,101 @@ class BlockAllocator:
         if count > self.num_free:
             return None
         mine = self._owned.setdefault(owner, [])
-        taken = self._neighbours(mine, count) or self._run(count) or self._scattered(count)
+        taken = self._neighbours(mine, count) or self._run(count) or self._evicted(count) or self._scattered(count)
         for block in taken:
             self._free[block] = 0
+            self._owners[block] = 1
         self.num_free -= count
         mine.extend(taken)
         return taken
 
     def free(self, owner: str) -> int:
-        """Free all blocks of `owner` and return their number; 0 for an unknown owner."""
-        return self._reclaim(self._owned.pop(owner, []))
+        """Take all blocks from `owner` and return their number; 0 for an unknown owner."""
+        blocks = self._owned.pop(owner, [])
+        self._let_go(blocks)
+        return len(blocks)
+
+    # -- names ---------------------------------------------------------------------------------------------
+
+    def name(self, block: int, name: bytes) -> None:
+        """Give an owned block a name: it can be found, and its content will not change. A second block with the same
+        name stays nameless."""
+        assert self._owners[block], "an unowned block has no content to name"
+        if name not in self._block_of and block not in self._name_of:
+            self._block_of[name] = block
+            self._name_of[block] = name
+
+    def find(self, names: Iterable[bytes]) -> list[int]:
+        """The blocks with these names, up to the first that does not exist."""
+        found = []
+        for name in names:
+            block = self._block_of.get(name)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def share(self, owner: str, blocks: list[int]) -> None:
+        """Make `owner` an owner of these named blocks, after those that it has."""
+        for block in blocks:
+            assert block in self._name_of
+            if not self._owners[block]:
+                del self._idle[block]
+                self.num_free -= 1
+            self._owners[block] += 1
+        self._owned.setdefault(owner, []).extend(blocks)
+
+    # -- quarantine ----------------------------------------------------------------------------------------
 
     def quarantine(self, owner: str) -> None:
-        """Quarantine all blocks of `owner` until `settle`."""
+        """Quarantine the blocks of `owner` until `settle`, except for named ones: nothing writes to these."""
         assert owner not in self._quarantine
-        self._quarantine[owner] = self._owned.pop(owner, [])
+        blocks = self._owned.pop(owner, [])
+        self._let_go([block for block in blocks if block in self._name_of])
+        held = [block for block in blocks if block not in self._name_of]
+        for block in held:
+            self._owners[block] = 0
+        self._quarantine[owner] = held
 
     def settle(self, owner: str) -> int:
         """Free the quarantined blocks of `owner`: nothing can write to them any more. Returns their number."""
         return self._reclaim(self._quarantine.pop(owner, []))
 
     def audit(self) -> None:
-        """Check that each block is exactly once free, owned or quarantined."""
-        owned = [*self._owned.values(), *self._quarantine.values()]
-        held = [block for blocks in owned for block in blocks]
-        assert len(set(held)) == len(held), "a block has two owners"
-        assert self.num_free == sum(self._free), "the free count is off"
-        assert self.num_free + len(held) == self.num_blocks, "a block is lost"
-        assert not any(self._free[block] for block in held), "a block is both free and owned"
+        """Check that each block is exactly once free, idle, owned or quarantined, and that names and owners fit."""
+        owners = [0] * self.num_blocks
+        for blocks in self._owned.values():
+            assert len(set(blocks)) == len(blocks), "an owner has a block twice"
+            for block in blocks:
+                owners[block] += 1
+        assert owners == self._owners, "the number of a block's owners is off"
+        held = [block for blocks in self._quarantine.values() for block in blocks]
+        assert len(set(held)) == len(held), "a block is quarantined twice"
+        quarantined = set(held)
+        for block in range(self.num_blocks):
+            states = (self._free[block] == 1, block in self._idle, owners[block] > 0, block in quarantined)
+            assert sum(states) == 1, f"block {block}: free, idle, owned, quarantined: {states}"
+        assert self.num_free == sum(self._free) + len(self._idle), "the free count is off"
+        assert {name: block for block, name in self._name_of.items()} == self._block_of, "names and blocks differ"
+        assert all(block in self._name_of for block in self._idle), "a nameless block is kept"
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def _let_go(self, blocks: list[int]) -> None:
+        """One owner less for each. The last ones become idle first, so that ends of chains are given up before their
+        beginnings."""
+        nameless = []
+        for block in reversed(blocks):
+            self._owners[block] -= 1
+            assert self._owners[block] >= 0, f"block {block} freed twice"
+            if self._owners[block]:
+                continue
+            if block in self._name_of:
+                self._idle[block] = None
+                self.num_free += 1
+            else:
+                nameless.append(block)
+        self._reclaim(nameless[::-1])
 
     def _reclaim(self, blocks: list[int]) -> int:
         for block in blocks:
@@ -76,6 +161,25 @@ class BlockAllocator:
         if blocks and self._on_free is not None:
             self._on_free(blocks)
         return len(blocks)
+
+    def _evict(self, count: int) -> int:
+        """Give up to `count` idle blocks free, those that were used longest ago first; their number."""
+        given = []
+        while self._idle and len(given) < count:
+            block, _ = self._idle.popitem(last=False)
+            del self._block_of[self._name_of.pop(block)]
+            given.append(block)
+        self.num_free -= len(given)
+        return self._reclaim(given)
+
+    def _evicted(self, count: int) -> list[int]:
+        """A run of blocks after idle ones are given up; empty if there is none for a few times as many."""
+        for _ in range(_MOST_EVICTED):
+            if not self._evict(count):
+                break
+            if found := self._run(count):
+                return found
+        return []
 
     def _neighbours(self, mine: list[int], count: int) -> list[int]:
         """The blocks right after the owner's last one, if all of them are free."""
@@ -94,6 +198,7 @@ class BlockAllocator:
         return []
 
     def _scattered(self, count: int) -> list[int]:
+        self._evict(count - (self.num_free - len(self._idle)))
         taken: list[int] = []
         start = 0
         while len(taken) < count:

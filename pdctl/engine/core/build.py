@@ -8,6 +8,7 @@ from functools import partial
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.prefix import root
 from pdctl.engine.core.inbox import Inbox
 from pdctl.engine.core.loop import Core, CoreEvent, Settled, report
 from pdctl.engine.core.outbox import Outbox
@@ -34,7 +35,8 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     inbox: Inbox[CoreEvent] = Inbox()
     ours = PoolShape(manifest, num_blocks, host_id(), options.transfer, options.read_s)
     puller = Puller(ours, transports, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
-    scheduler = Scheduler(limits, BlockAllocator(num_blocks, executor.poison))
+    allocator = BlockAllocator(num_blocks, executor.poison)
+    scheduler = Scheduler(limits, allocator, root=root(manifest) if options.prefix_caching else None)
     core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox)
     served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(

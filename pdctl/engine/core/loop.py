@@ -135,7 +135,7 @@ class Core:
         while (message := self.inbox.take_if(_only_waits)) is not None:
             self._handle(message)
         for sequence in self.scheduler.reserve():
-            self.outbox.put(Reserved(sequence.request_id, list(sequence.block_ids)))
+            self.outbox.put(Reserved(sequence.request_id, list(sequence.block_ids), sequence.num_cached))
 
     def _take_messages(self) -> bool:
         """Handle arrived messages; wait if there is nothing to compute. Returns False on shutdown."""
@@ -171,7 +171,7 @@ class Core:
             case Settled(request_id):
                 self.scheduler.pull_settled(request_id)
             case Start(request_id):
-                self.executor.absorb(self.scheduler.allocator.owned(request_id))
+                self.executor.absorb(self.scheduler.pulled_blocks(request_id))
                 self.scheduler.start(request_id)
             case Poke():
                 pass  # the counts sent below are the answer
@@ -193,6 +193,7 @@ class Core:
             hold=message.hold,
             offer=message.offer,
             kv_tokens=message.kv_tokens,
+            salt=message.salt,
             priority=message.priority,
             ttft_s=message.ttft_s,
             status=Status.AWAITING_BLOCKS if message.await_kv else Status.WAITING,

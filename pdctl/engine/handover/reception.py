@@ -43,7 +43,7 @@ class Reception:
 
 
 class ReceptionEvent(Enum):
-    """Events of a reception. OFFERED and SEALED come with a token count."""
+    """Events of a reception. OFFERED and SEALED come with a token count, and RESERVED with the tokens that are here."""
 
     CLAIM_OK = "claim_ok"
     CLAIM_REFUSED = "claim_refused"
@@ -103,7 +103,7 @@ def _noted(state: Reception, event: ReceptionEvent, tokens: int) -> Reception:
         case ReceptionEvent.CLAIM_OK:
             return replace(state, claimed=True)
         case ReceptionEvent.RESERVED:
-            return replace(state, reserved=True)
+            return replace(state, reserved=True, read=tokens, asked=tokens)
         case ReceptionEvent.OFFERED:
             return replace(state, readable=max(state.readable, tokens))
         case ReceptionEvent.SEALED:

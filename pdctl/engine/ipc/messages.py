@@ -69,7 +69,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     `hold`: stop after one token and keep the KV for a decode engine; `offer`: report chunks as they are computed.
     `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
     Reserve with the same id becomes this request. `tenant`: the tenant for fair grammar compilation.
-    `priority`: lower goes first; `ttft_s`: target for the first token, 0 for the engine's.
+    `salt`: requests with different salts share no KV. `priority`: lower goes first; `ttft_s`: target for the first token, 0 for the engine's.
     """
 
     request_id: str
@@ -81,6 +81,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     await_kv: bool = False
     kv_tokens: int = 0
     tenant: str = ""
+    salt: str = ""
     priority: int = 0
     ttft_s: float = 0.0
 
@@ -204,7 +205,8 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
 class Books(msgspec.Struct, frozen=True, array_like=True):
     """The core's counts after a step. Free, referenced, leased and quarantined blocks add up to the pool; `reserved`
     blocks (for KV that is being pulled) are part of the referenced ones. `held_back`: prefills that wait for leased
-    blocks to be freed."""
+    blocks to be freed. `blocks_idle`: free blocks that are kept for their content. `prefix_tokens` and `prefix_hits`:
+    tokens of all prompts so far, and those whose KV was found."""
 
     blocks_free: int = 0
     blocks_referenced: int = 0
@@ -215,6 +217,9 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     running: int = 0
     waiting: int = 0
     steps: int = 0
+    blocks_idle: int = 0
+    prefix_tokens: int = 0
+    prefix_hits: int = 0
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -229,10 +234,11 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Blocks for a request's KV are reserved."""
+    """Blocks for a request's KV are reserved. The KV of its first `cached` tokens is already in them."""
 
     request_id: str
     block_ids: list[int]
+    cached: int = 0
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True, tag=True):

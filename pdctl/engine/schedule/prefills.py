@@ -113,18 +113,29 @@ class Prefills:
     def _admit(self, sequence: Sequence, batch: Batch, partial: list[Sequence], now: float, preempt: Preempt) -> bool:
         """Give a waiting sequence all its blocks and its first chunk. A partial prompt that goes after it may lose its
         blocks for it; so the first in order never waits for what later ones hold."""
+        # At least one token is computed: its logits give the next one.
+        sequence.num_computed = self._room.attach(sequence, len(sequence.token_ids) - 1)
         chunk = self._chunk(sequence, batch.budget)
-        if chunk < sequence.num_missing and len(self._running.partial) - batch.num_ending >= _MAX_PARTIAL:
+        fits = chunk == sequence.num_missing or len(self._running.partial) - batch.num_ending < _MAX_PARTIAL
+        if not fits or not self._has_blocks(sequence, batch, partial, now, preempt):
+            self._room.release(sequence)
+            sequence.num_computed = 0
             return False
-        while not self._room.grow(sequence, len(sequence.token_ids), keep_spare=len(self._running) > 0):
-            if not partial or not self._may_take(sequence, partial[-1], now):
-                return False
-            preempt(partial.pop(), batch)
+        self._room.looked_for(sequence, sequence.num_computed)
         self.remove(sequence)
         sequence.status = Status.RUNNING
         sequence.was_computed = True
         self._running.put(sequence)
         batch.add(sequence, chunk)
+        return True
+
+    def _has_blocks(
+        self, sequence: Sequence, batch: Batch, partial: list[Sequence], now: float, preempt: Preempt
+    ) -> bool:
+        while not self._room.grow(sequence, len(sequence.token_ids), keep_spare=len(self._running) > 0):
+            if not partial or not self._may_take(sequence, partial[-1], now):
+                return False
+            preempt(partial.pop(), batch)
         return True
 
     def _may_take(self, sequence: Sequence, holder: Sequence, now: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.schedule.batch import Limits
 from pdctl.engine.schedule.sequence import Sequence, Status
@@ -12,15 +13,44 @@ from pdctl.engine.schedule.sequence import Sequence, Status
 _WATERMARK = 0.01
 
 
+class _Blocks:
+    """Counts blocks that are used by sequences of one sort; a block used by several of them counts once."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.count = 0
+        self._users = [0] * num_blocks
+
+    def change(self, blocks: Iterable[int], by: int) -> None:
+        """One user more (1) or less (-1) for each block."""
+        for block in blocks:
+            before = self._users[block]
+            self._users[block] = before + by
+            self.count += (before + by > 0) - (before > 0)
+
+
 class Room:
     """`pinned`: blocks of sequences whose KV is for a peer; `leased`: those of them that are ready; `reserved`: blocks
-    for KV that is being pulled; `expected`: sequences with such blocks, each of which has a seat."""
+    for KV that is being pulled; `expected`: sequences with such blocks, each of which has a seat. `looked_up` and
+    `found`: tokens of prompts, and those of them whose KV was there. `root`: see `prefix`; None: nothing is shared."""
 
-    def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
+    def __init__(self, limits: Limits, allocator: BlockAllocator, root: bytes | None = None) -> None:
         self.limits = limits
         self.allocator = allocator
-        self.pinned = self.leased = self.reserved = self.expected = 0
+        self.expected = 0
+        self.looked_up = self.found = 0
+        self._pinned, self._leased, self._reserved = (_Blocks(allocator.num_blocks) for _ in range(3))
         self._spare = int(allocator.num_blocks * _WATERMARK)
+        self._root = root
+
+    @property
+    def leased(self) -> int:
+        """Blocks whose KV waits for a peer."""
+        return self._leased.count
+
+    @property
+    def reserved(self) -> int:
+        """Blocks of sequences whose KV is being pulled."""
+        return self._reserved.count
 
     def blocks_for(self, num_tokens: int) -> int:
         """The number of blocks that hold so many tokens."""
@@ -37,50 +67,98 @@ class Room:
         if taken is None:
             return False
         sequence.block_ids.extend(taken)
-        self._count(sequence, missing)
+        self._count(sequence, taken, 1)
         return True
+
+    def attach(self, sequence: Sequence, longest: int) -> int:
+        """Give a sequence without blocks those that hold the KV of its first tokens, at most of `longest` of them.
+        Returns the number of these tokens."""
+        assert not sequence.block_ids
+        # The log probabilities of a prompt need every token's logits.
+        if self._root is None or sequence.sampling.prompt_logprobs >= 0:
+            return 0
+        names = self._names(sequence, longest // self.limits.block_size)
+        blocks = self.allocator.find(names)
+        self.allocator.share(sequence.request_id, blocks)
+        sequence.block_ids.extend(blocks)
+        sequence.num_named = len(blocks)
+        self._count(sequence, blocks, 1)
+        return len(blocks) * self.limits.block_size
+
+    def looked_for(self, sequence: Sequence, found: int) -> None:
+        """Count what a prompt found when it was admitted for the first time."""
+        if self._root is not None and not sequence.preemptions:
+            self.looked_up += sequence.prompt_len
+            self.found += found
+            sequence.num_cached = found
+
+    def name_computed(self, sequence: Sequence) -> None:
+        """Name the full blocks whose KV is computed, so that others with the same beginning find them."""
+        full = sequence.num_computed // self.limits.block_size
+        if self._root is None or full <= sequence.num_named:
+            return
+        names = self._names(sequence, full)
+        for index in range(sequence.num_named, full):
+            self.allocator.name(sequence.block_ids[index], names[index])
+        sequence.num_named = full
 
     def release(self, sequence: Sequence) -> None:
         """Free all blocks of the sequence."""
-        self._count(sequence, -len(sequence.block_ids))
+        self._count(sequence, sequence.block_ids, -1)
         self.allocator.free(sequence.request_id)
         sequence.block_ids.clear()
+        sequence.num_named = 0
 
     def quarantine(self, sequence: Sequence) -> None:
         """Take the blocks from the sequence, but do not use them again before `allocator.settle`."""
-        self._count(sequence, -len(sequence.block_ids))
+        self._count(sequence, sequence.block_ids, -1)
         self.allocator.quarantine(sequence.request_id)
         sequence.block_ids.clear()
 
     def become(self, sequence: Sequence, status: Status) -> None:
         """Change the status of the sequence, with its counts."""
-        self._count(sequence, -len(sequence.block_ids))
+        self._count(sequence, sequence.block_ids, -1)
         self.expected += (status is Status.AWAITING_KV) - (sequence.status is Status.AWAITING_KV)
         sequence.status = status
-        self._count(sequence, len(sequence.block_ids))
+        self._count(sequence, sequence.block_ids, 1)
 
     def allows_lease(self, sequence: Sequence) -> bool:
         """Whether a prefill for a peer keeps to the limit of leased blocks. A single one is always allowed."""
         wanted = self.blocks_for(len(sequence.token_ids))
-        return not self.pinned or self.pinned + wanted <= self.limits.max_leased_blocks
+        return not self._pinned.count or self._pinned.count + wanted <= self.limits.max_leased_blocks
 
     def audit(self, sequences: Iterable[Sequence]) -> None:
         """Check the counts against the sequences."""
         found = list(sequences)
-        by_status = {status: sum(len(s.block_ids) for s in found if s.status is status) for status in Status}
-        assert self.pinned == sum(len(s.block_ids) for s in found if s.hold), "pinned"
-        assert self.leased == by_status[Status.HELD], "leased"
-        assert self.reserved == by_status[Status.AWAITING_KV], "reserved"
+        assert self._pinned.count == _distinct(s for s in found if s.hold), "pinned"
+        assert self.leased == _distinct(s for s in found if s.status is Status.HELD), "leased"
+        assert self.reserved == _distinct(s for s in found if s.status is Status.AWAITING_KV), "reserved"
         assert self.expected == sum(s.status is Status.AWAITING_KV for s in found), "expected"
-        owned = sum(by_status.values())
         idle = self.allocator.num_free + self.allocator.num_quarantined
-        assert owned + idle == self.allocator.num_blocks, "blocks without a sequence"
+        assert _distinct(found) + idle == self.allocator.num_blocks, "blocks without a sequence"
+        for sequence in found:
+            assert sequence.block_ids == self.allocator.owned(sequence.request_id), sequence.request_id
+            if self._root is not None:
+                assert sequence.num_named <= sequence.num_computed // self.limits.block_size or sequence.kv_tokens
         self.allocator.audit()
 
-    def _count(self, sequence: Sequence, blocks: int) -> None:
+    def _names(self, sequence: Sequence, count: int) -> list[bytes]:
+        """The names of the first `count` blocks of a sequence. They are computed once."""
+        assert self._root is not None
+        names, size = sequence.block_names, self.limits.block_size
+        for index in range(len(names), count):
+            before = names[-1] if names else prefix.salted(self._root, sequence.salt)
+            names.append(prefix.following(before, sequence.token_ids[index * size : (index + 1) * size]))
+        return names[:count]
+
+    def _count(self, sequence: Sequence, blocks: list[int], by: int) -> None:
         if sequence.hold:
-            self.pinned += blocks
+            self._pinned.change(blocks, by)
         if sequence.status is Status.HELD:
-            self.leased += blocks
+            self._leased.change(blocks, by)
         elif sequence.status is Status.AWAITING_KV:
-            self.reserved += blocks
+            self._reserved.change(blocks, by)
+
+
+def _distinct(sequences: Iterable[Sequence]) -> int:
+    return len({block for sequence in sequences for block in sequence.block_ids})

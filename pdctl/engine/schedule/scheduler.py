@@ -26,7 +26,8 @@ _MAX_PREEMPTIONS = 4
 
 class Scheduler:
     """Admission, chunking, preemption and block counts of one engine. `work`: predicted seconds to compute so many
-    tokens after so many others; `clock`: monotonic seconds."""
+    tokens after so many others; `clock`: monotonic seconds; `root`: the beginning of the names of blocks, None: no block
+    is shared."""
 
     def __init__(
         self,
@@ -34,13 +35,14 @@ class Scheduler:
         allocator: BlockAllocator,
         work: Work | None = None,
         clock: Callable[[], float] = time.monotonic,
+        root: bytes | None = None,
     ) -> None:
         self.limits = limits
         self.allocator = allocator
         self.sequences: dict[str, Sequence] = {}
         self.running = Running()
         self._clock = clock
-        self._room = Room(limits, allocator)
+        self._room = Room(limits, allocator, root)
         self._prefills = Prefills(limits, self._room, self.running, work)
         self._incoming: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -90,8 +92,12 @@ class Scheduler:
         while self._incoming and not self._prefills.has_preempted and self._prefills.has_seat:
             # A preempted one needs all its blocks at once and came first: these must not take them one by one.
             sequence = next(iter(self._incoming.values()))
+            # Of a hand-over whose request is not here yet, the tokens are not known.
+            found = self._room.attach(sequence, sequence.kv_tokens) if sequence.token_ids else 0
             if not self._room.grow(sequence, sequence.kv_tokens):
+                self._room.release(sequence)
                 break
+            sequence.num_cached = found
             del self._incoming[sequence.request_id]
             self._room.become(sequence, Status.AWAITING_KV)
             reserved.append(sequence)
@@ -127,6 +133,11 @@ class Scheduler:
         """Free the quarantined blocks: nothing writes to them any more."""
         self.allocator.settle(request_id)
 
+    def pulled_blocks(self, request_id: str) -> list[int]:
+        """The blocks of a request whose KV came from a peer."""
+        sequence = self.sequences.get(request_id)
+        return [] if sequence is None else sequence.block_ids[sequence.num_cached // self.limits.block_size :]
+
     def start(self, request_id: str) -> bool:
         """The pulled KV is committed: the sequence starts decoding."""
         sequence = self.sequences.get(request_id)
@@ -136,6 +147,7 @@ class Scheduler:
         assert sequence.token_ids, "decoding begins before the request came"
         sequence.num_computed = sequence.kv_tokens
         self._room.become(sequence, Status.RUNNING)
+        self._room.name_computed(sequence)
         self.running.put(sequence)
         return True
 
@@ -183,6 +195,7 @@ class Scheduler:
         for piece in batch:
             sequence = piece.sequence
             sequence.num_computed += piece.count
+            self._room.name_computed(sequence)
             if piece.samples:
                 self._append(sequence, *next(sampled), outcome)
             elif sequence.offer:
@@ -206,6 +219,9 @@ class Scheduler:
             running=len(self.running),
             waiting=len(self._prefills) + len(self._incoming),
             steps=steps,
+            blocks_idle=self.allocator.num_idle,
+            prefix_tokens=self._room.looked_up,
+            prefix_hits=self._room.found,
         )
 
     @property

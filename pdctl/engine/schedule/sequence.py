@@ -43,6 +43,10 @@ class Sequence:
     passes: int = 0  # steps that others got although it was being prefilled
     was_computed: bool = False  # in the last step
     block_ids: list[int] = field(default_factory=list)
+    salt: str = ""  # requests with different salts share no blocks
+    block_names: list[bytes] = field(default_factory=list)
+    num_named: int = 0  # its first blocks, which others may find
+    num_cached: int = 0  # tokens of the prompt whose KV was found at its first admission
     guide: object = None  # set by the runner: the state of its grammar
     prompt_logprobs: list[PromptToken] = field(default_factory=list)
 

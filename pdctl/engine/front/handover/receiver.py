@@ -208,7 +208,7 @@ class Receiver:
                 await self._advance(run, event, tokens)
             case Reserved():
                 run.target_blocks, run.reserved_at = item.block_ids, time.monotonic()
-                await self._advance(run, ReceptionEvent.RESERVED)
+                await self._advance(run, ReceptionEvent.RESERVED, item.cached)
             case Pulled():
                 self._count(run, item)
                 await self._advance(run, ReceptionEvent.READ_FAILED if item.error else ReceptionEvent.READ_OK)

@@ -1,0 +1,31 @@
+"""Names of blocks by their content: a chain of digests over the tokens up to the end of each block.
+
+Two blocks with one name hold the same KV: the name covers the model, its number type, the size of blocks, the tenant
+and every token from the first on. SHA-256, because tenants choose the tokens, and a collision would give one tenant's
+KV to another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+from pdctl.wire import Manifest
+
+
+def root(manifest: Manifest) -> bytes:
+    """The beginning of every chain of one model on one kind of pool."""
+    shapes = [(shape.kv_heads, shape.key_dim, shape.value_dim) for shape in manifest.layers]
+    parts = ("pdctl-kv1", manifest.fingerprint, manifest.dtype, manifest.block_size, shapes)
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def salted(beginning: bytes, salt: str) -> bytes:
+    """The beginning for requests with this salt. They share no blocks with others."""
+    return hashlib.sha256(beginning + salt.encode()).digest() if salt else beginning
+
+
+def following(before: bytes, tokens: Sequence[int]) -> bytes:
+    """The name of a block that holds `tokens`, after the block `before`."""
+    return hashlib.sha256(before + array("I", tokens).tobytes()).digest()
