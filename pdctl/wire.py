@@ -86,6 +86,7 @@ class HandOver(msgspec.Struct, frozen=True):
     """`kv_transfer_params` of a prefill's answer, in vLLM's shape plus lease, epoch and first token.
 
     `token_digest` identifies the tokens that the KV was computed from, so that another prompt's KV is rejected.
+    `cached_tokens`: those that were not computed for it.
     `seal`: proof that an engine of this run made it, if it travels through a router without the run's secret.
     """
 
@@ -102,6 +103,7 @@ class HandOver(msgspec.Struct, frozen=True):
     first_token_id: int
     endpoint: KvEndpoint
     first_logprobs: list[tuple[int, float]] | None = None
+    cached_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
     do_remote_prefill: bool = True
     do_remote_decode: bool = False
     seal: str = ""
@@ -266,8 +268,9 @@ class EngineState(msgspec.Struct, frozen=True):
 
     `max_num_seqs`: sequences it runs at once; `block_size` in tokens. `silent_s`: how long its core has not answered;
     longer than the longest step is a hang.
-    Free, cached, referenced, leased and quarantined blocks add up to the total; `blocks_reserved` of the referenced
-    ones wait for KV. `blocks_cached` is 0: there is no prefix cache yet. `counters`: more counts since the start, which
+    Free, referenced, leased and quarantined blocks add up to the total; `blocks_reserved` of the referenced ones wait
+    for KV, and `blocks_cached` of the free ones keep KV for prompts with the same beginning. `counters`: more counts
+    since the start, which
     depend on the engine's kind.
     """
 

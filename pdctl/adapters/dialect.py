@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from pdctl.adapters.retelling import CannotResume, Retelling
 from pdctl.net.openai_answers import Choice, EngineError
+from pdctl.net.openai_api import Counts
 from pdctl.wire import EngineAddress
 
 __all__ = [
@@ -104,7 +105,8 @@ class Prefilled:
     """A prefill's answer. `hand_over` is the JSON for the decode engine; None if the answer is complete.
 
     `choice`: the output so far in the format of a stream, empty if prefill returns none; `token_ids`: its tokens.
-    `left`: a hand-over that nobody needs, because the answer is complete; the proxy releases it.
+    `left`: a hand-over that nobody needs, because the answer is complete; the proxy releases it. `cached_tokens`: those
+    of the prompt whose KV was there already.
     """
 
     token_ids: list[int]
@@ -113,17 +115,18 @@ class Prefilled:
     prompt_tokens: int
     hand_over: bytes | None
     left: bytes | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One event of a stream. `choice`: as sent to clients; `usage`: prompt and completion tokens, if the event has
+    """One event of a stream. `choice`: as sent to clients; `usage`: the token counts, if the event has
     them."""
 
     token_ids: list[int]
     choice: Choice | None
     finish_reason: str | None
-    usage: tuple[int, int] | None
+    usage: Counts | None
     prompt_ids: list[int] | None = None
 
 
@@ -231,7 +234,7 @@ class Dialect(Protocol):
         """Parse the data of one server-sent event. Raises EngineError for an error event."""
         ...
 
-    def parse_whole(self, body: bytes) -> tuple[int, int]:
+    def parse_whole(self, body: bytes) -> Counts:
         """Prompt and completion tokens of an answer in one piece. Raises EngineError if it is not such an answer."""
         ...
 

@@ -202,18 +202,18 @@ class MeasuredStatus(ServiceStatus, frozen=True, kw_only=True):
 
 
 class EngineBlocks(msgspec.Struct, frozen=True, kw_only=True):
-    """The use of an engine's KV blocks. The total is the sum of free, cached, referenced, leased and quarantined."""
+    """The use of an engine's KV blocks. The total is the sum of free, referenced, leased and quarantined."""
 
     name: Annotated[str, says("the engine")]
     blocks_total: Annotated[int, says("all")]
     blocks_free: Annotated[int, says("free")]
-    blocks_cached: Annotated[int, says("in the prefix cache; always 0: not implemented yet")]
+    blocks_cached: Annotated[int, says("those of the free ones that keep KV for prompts with the same beginning")]
     blocks_referenced: Annotated[int, says("in use by requests")]
     blocks_leased: Annotated[int, says("kept for peers under a lease")]
     blocks_quarantined: Annotated[int, says("a late transfer may still write there")]
     blocks_reserved: Annotated[int, says("those in use that wait for KV to arrive")]
     counters: Annotated[
-        dict[str, int], says("more counts since the engine's start, such as vLLM's `expired_leases` and `late_reads`")
+        dict[str, int], says("more counts since the engine's start, such as `prefix_hits`, or vLLM's `expired_leases`")
     ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from pdctl.net.openai_api import Counts
+
 # A choice's fields, each as JSON that is passed on as it is.
 Choice = dict[str, msgspec.Raw]
 
@@ -29,11 +31,22 @@ class KnownChoice(msgspec.Struct):
     prompt_token_ids: list[int] | None = None
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class Usage(msgspec.Struct):
     """Token counts of one answer."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """The same as Counts."""
+        details = self.prompt_tokens_details
+        return Counts(self.prompt_tokens, self.completion_tokens, (details and details.cached_tokens) or 0)
 
 
 class ErrorBody(msgspec.Struct):
@@ -54,9 +67,14 @@ class Answer(msgspec.Struct):
     error: ErrorBody | None = None
 
     @property
-    def counts(self) -> tuple[int, int] | None:
-        """Prompt and completion tokens, where the answer has them."""
-        return (self.usage.prompt_tokens, self.usage.completion_tokens) if self.usage else None
+    def counts(self) -> Counts | None:
+        """The token counts, where the answer has them."""
+        return self.usage.counts if self.usage else None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt whose KV was there already, if the engine tells them."""
+        return self.usage.counts.cached if self.usage else 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -98,8 +116,8 @@ def first_choice(answer: Answer) -> tuple[KnownChoice, Choice] | None:
     return _decode_known(answer.choices[0]), _decode_fields(answer.choices[0])
 
 
-def whole_counts(body: bytes) -> tuple[int, int]:
-    """Prompt and completion tokens of an answer in one piece. Raises EngineError when it is not one."""
+def whole_counts(body: bytes) -> Counts:
+    """The token counts of an answer in one piece. Raises EngineError when it is not one."""
     answer = parse_answer(200, body)
     if not answer.choices or answer.counts is None:
         raise EngineError(502, "the engine answered without choices or usage", "bad_upstream")

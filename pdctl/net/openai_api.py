@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -124,7 +124,7 @@ class Envelope:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def event(
-        self, index: int, choice: Mapping[str, object], token_ids: list[int], counts: dict[str, int] | None = None
+        self, index: int, choice: Mapping[str, object], token_ids: list[int], counts: dict[str, object] | None = None
     ) -> bytes:
         """One server-sent event with one choice (given without its index); `counts`: the usage so far."""
         body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
@@ -139,7 +139,7 @@ class Envelope:
     def body(
         self,
         choices: Sequence[Mapping[str, object]],
-        usage: dict[str, int],
+        usage: dict[str, object],
         extra: dict[str, object] | None = None,
         token_ids: list[int] | None = None,
     ) -> bytes:
@@ -155,7 +155,7 @@ class Envelope:
         outer = self._outer("chat.completion" if self.chat else "text_completion")
         return msgspec.json.encode(outer | {"choices": numbered, "usage": usage} | extra)
 
-    def usage_chunk(self, usage: dict[str, int]) -> bytes:
+    def usage_chunk(self, usage: dict[str, object]) -> bytes:
         """The event with the token counts, for `include_usage`."""
         body = self._outer("chat.completion.chunk" if self.chat else "text_completion")
         return _event(body | {"choices": [], "usage": usage})
@@ -174,13 +174,22 @@ class Envelope:
         }
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+class Counts(NamedTuple):
+    """Token counts of an answer. `cached`: tokens of the prompt whose KV was there already."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+def usage(counts: Counts) -> dict[str, object]:
     """OpenAI's usage object."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+    found: dict[str, object] = {
+        "prompt_tokens": counts.prompt,
+        "completion_tokens": counts.completion,
+        "total_tokens": counts.prompt + counts.completion,
     }
+    return found | {"prompt_tokens_details": {"cached_tokens": counts.cached}} if counts.cached else found
 
 
 DONE = b"data: [DONE]\n\n"

@@ -112,6 +112,7 @@ class _Common(_FromRouters, kw_only=True):
     service_tier: str | None = None
     priority: int | None = None
     slo: RequestSlo | None = None
+    cache_salt: str | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     verbosity: str | None = None

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.adapters import Attempt, Call, Choice, Condition, EngineError, RequestState, dialect
+from pdctl.net.openai_api import Counts
 from pdctl.net.openai_fields import KNOWN_FIELDS
 from pdctl.wire import EngineAddress
 
@@ -133,13 +134,13 @@ class TestEvents:
     def test_an_event_has_its_tokens_its_end_and_its_counts(self) -> None:
         choice = {"index": 3, "text": "h", "token_ids": [5, 6], "finish_reason": "length"}
         found = BUILTIN.parse_event(answer(choice, usage={"prompt_tokens": 4, "completion_tokens": 2}), state())
-        assert (found.token_ids, found.finish_reason, found.usage) == ([5, 6], "length", (4, 2))
+        assert (found.token_ids, found.finish_reason, found.usage) == ([5, 6], "length", Counts(4, 2))
         assert plain(found.choice) == {"text": "h", "finish_reason": "length"}
         assert found.prompt_ids is None
 
     def test_the_counts_at_the_end_are_no_choice(self) -> None:
         found = BUILTIN.parse_event(answer(None, usage={"prompt_tokens": 4, "completion_tokens": 2}), state())
-        assert (found.token_ids, found.choice, found.finish_reason, found.usage) == ([], None, None, (4, 2))
+        assert (found.token_ids, found.choice, found.finish_reason, found.usage) == ([], None, None, Counts(4, 2))
 
     def test_an_error_in_mid_stream_is_a_failure_that_says_whether_kv_was_lost(self) -> None:
         for kind, lost in (("kv_lost", True), ("server_error", False)):
@@ -154,7 +155,7 @@ class TestEvents:
 
     def test_an_answer_in_one_piece_is_counted_and_not_changed(self) -> None:
         whole = answer({"index": 0, "text": "h"}, usage={"prompt_tokens": 4, "completion_tokens": 2})
-        assert BUILTIN.parse_whole(whole) == (4, 2)
+        assert BUILTIN.parse_whole(whole) == Counts(4, 2)
         for bad in (answer({"index": 0}), answer(None, usage={"prompt_tokens": 4, "completion_tokens": 2})):
             with pytest.raises(EngineError, match="choices or usage"):
                 BUILTIN.parse_whole(bad)

@@ -32,6 +32,7 @@ from pdctl.adapters import (
 from pdctl.host import Host
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
+from pdctl.net.openai_api import Counts
 from pdctl.topology.loader import load_text
 from pdctl.topology.schema import ENGINE, EVERY_KIND
 from pdctl.wire import EngineAddress
@@ -175,7 +176,7 @@ class TestDialect:
         usage = {"prompt_tokens": 3, "completion_tokens": 2}
         found = dialect(kind).parse_event(msgspec.json.encode({"choices": [choice], "usage": usage}), state(chat))
         ids = [] if (kind, chat) in WITHOUT_IDS else [5, 6]
-        assert (found.token_ids, found.finish_reason, found.usage) == (ids, "stop", (3, 2))
+        assert (found.token_ids, found.finish_reason, found.usage) == (ids, "stop", Counts(3, 2))
         assert found.choice is not None
         hidden = {"index", "token_ids", "output_ids"}
         assert hidden.isdisjoint(found.choice), "the proxy adds these for clients that get them"

@@ -56,7 +56,7 @@ def test_kv_lists_leases_and_their_end(service: Service, prefill: Engine, decode
     found = kv(service)
     assert {e["name"] for e in found["engines"]} == {"prefill-0", "decode-0"}
     for engine in found["engines"]:
-        parts = ("free", "cached", "referenced", "leased", "quarantined")
+        parts = ("free", "referenced", "leased", "quarantined")
         assert sum(engine[f"blocks_{part}"] for part in parts) == engine["blocks_total"]
     (lease,) = found["leases"]
     assert lease["id"] == hand_over["lease_id"]

@@ -18,9 +18,8 @@ EVERY_S = float(os.environ.get("PDCTL_VLLM_EVERY_S", "30"))
 
 @pytest.mark.parametrize(("fault", "count"), [("kill", KILLS), ("freeze", FREEZES)])
 def test_no_client_sees_it(fault: str, count: int) -> None:
-    with temporary_run() as run:
-        with running(run, topology(2, 2)):
-            print(json.dumps(faults(run, fault, count), indent=1))
+    with temporary_run() as run, running(run, topology(2, 2)):
+        print(json.dumps(faults(run, fault, count), indent=1))
 
 
 def faults(run: Run, fault: str, count: int) -> dict[str, object]:

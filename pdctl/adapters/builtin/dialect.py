@@ -19,6 +19,7 @@ from pdctl.adapters import (
     stream_fields,
 )
 from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
+from pdctl.net.openai_api import Counts
 from pdctl.net.openai_fields import KNOWN_FIELDS
 from pdctl.wire import AttemptCall, LeaseCall
 
@@ -118,6 +119,7 @@ class BuiltinDialect:
             choice=shown(fields, "token_ids"),
             finish_reason=None if goes_on else known.finish_reason,
             prompt_tokens=answer.prompt_tokens,
+            cached_tokens=answer.cached_tokens,
             hand_over=held if goes_on else None,
         )
 
@@ -130,7 +132,7 @@ class BuiltinDialect:
         known, fields = found
         return Delta(known.token_ids or [], shown(fields, "token_ids"), known.finish_reason, answer.counts)
 
-    def parse_whole(self, body: bytes) -> tuple[int, int]:
+    def parse_whole(self, body: bytes) -> Counts:
         """See Dialect.parse_whole."""
         return whole_counts(body)
 

@@ -10,7 +10,9 @@ from pdctl.topology.spec import Device, Topology, Transfer
 class BuiltinLauncher(BaseLauncher):
     """See Launcher. The supervisor sets an engine's role after the start: see control.py."""
 
-    settings = frozenset({"open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching"})
+    settings = frozenset(
+        {"open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching"}
+    )
     packages = ENGINE_PACKAGES
 
     def requirement(self, device: Device) -> str:

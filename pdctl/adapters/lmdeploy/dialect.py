@@ -37,6 +37,7 @@ from pdctl.adapters import (
     without,
 )
 from pdctl.adapters.lmdeploy.messages import TRANSFER, CacheFree, MigrationRequest, engine_id, kv_tokens
+from pdctl.net.openai_api import Counts
 
 # Later versions accept the fields of a hand-over only with this header (LMDeploy #4969).
 _HEADERS = b"x-lmdeploy-distserve-proxy: pdctl\r\n"
@@ -126,9 +127,9 @@ class _Answer(msgspec.Struct):
         return None
 
     @property
-    def counts(self) -> tuple[int, int] | None:
-        """Prompt and completion tokens, if it has them."""
-        return (self.usage.prompt_tokens, self.usage.completion_tokens or 0) if self.usage else None
+    def counts(self) -> Counts | None:
+        """The token counts, if it has them."""
+        return Counts(self.usage.prompt_tokens, self.usage.completion_tokens or 0) if self.usage else None
 
 
 _encode = msgspec.json.Encoder().encode
@@ -233,7 +234,7 @@ class LmdeployDialect:
         choice.setdefault("finish_reason", msgspec.Raw(b"null"))
         return Delta(_tokens(known, choice), shown(choice, "output_ids"), known.finish_reason, answer.counts)
 
-    def parse_whole(self, body: bytes) -> tuple[int, int]:
+    def parse_whole(self, body: bytes) -> Counts:
         """See Dialect.parse_whole."""
         answer = _parse(body)
         _choice(answer)

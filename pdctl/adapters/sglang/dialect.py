@@ -36,6 +36,7 @@ from pdctl.adapters import (
 )
 from pdctl.adapters.sglang import answers
 from pdctl.net.openai_answers import whole_counts
+from pdctl.net.openai_api import Counts
 
 # SGLang's default of --disaggregation-bootstrap-port, for an attached engine.
 BOOTSTRAP_PORT = 8998
@@ -126,7 +127,7 @@ class SglangDialect:
         """See Dialect.parse_prefill. Decode sends the complete answer."""
         answer = answers.parse(body)
         answers.choice_of(answer)
-        return Prefilled([], {}, None, answer.prompt_tokens, None)
+        return Prefilled([], {}, None, answer.prompt_tokens, None, cached_tokens=answer.cached_tokens)
 
     def parse_event(self, data: bytes, state: RequestState) -> Delta:
         """See Dialect.parse_event."""
@@ -140,7 +141,7 @@ class SglangDialect:
         choice = shown(fields, "token_ids", "prompt_token_ids")
         return Delta(known.token_ids or [], choice, known.finish_reason, answer.counts, known.prompt_token_ids)
 
-    def parse_whole(self, body: bytes) -> tuple[int, int]:
+    def parse_whole(self, body: bytes) -> Counts:
         """See Dialect.parse_whole."""
         answers.choice_of(answers.parse(body))
         return whole_counts(body)

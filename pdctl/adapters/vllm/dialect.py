@@ -34,6 +34,7 @@ from pdctl.adapters import (
 )
 from pdctl.adapters.vllm.connectors import CONNECTORS
 from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
+from pdctl.net.openai_api import Counts
 
 _HIDDEN = ("token_ids", "prompt_token_ids")
 # Fields of a chat that have the same meaning at /v1/completions.
@@ -130,7 +131,7 @@ class VllmDialect:
         held = bytes(answer.kv_transfer_params)
         if held == b"null":
             raise EngineError(502, "the prefill engine kept no KV: check its kv_transfer_config", "bad_upstream")
-        return Prefilled([], {}, None, answer.prompt_tokens, held)
+        return Prefilled([], {}, None, answer.prompt_tokens, held, cached_tokens=answer.cached_tokens)
 
     def parse_event(self, data: bytes, state: RequestState) -> Delta:
         """See Dialect.parse_event."""
@@ -148,7 +149,7 @@ class VllmDialect:
         prompt = known.prompt_token_ids or answer.prompt_token_ids
         return Delta(known.token_ids or [], fields, known.finish_reason, answer.counts, prompt)
 
-    def parse_whole(self, body: bytes) -> tuple[int, int]:
+    def parse_whole(self, body: bytes) -> Counts:
         """See Dialect.parse_whole."""
         return whole_counts(body)
 
@@ -187,7 +188,8 @@ class VllmStoreDialect(VllmDialect):
 
     def parse_prefill(self, body: bytes, state: RequestState) -> Prefilled:
         """See Dialect.parse_prefill."""
-        return Prefilled([], {}, None, parse_answer(200, body).prompt_tokens, _DONE)
+        answer = parse_answer(200, body)
+        return Prefilled([], {}, None, answer.prompt_tokens, _DONE, cached_tokens=answer.cached_tokens)
 
 
 DIALECT = VllmDialect()

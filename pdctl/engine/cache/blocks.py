@@ -164,7 +164,7 @@ class BlockAllocator:
 
     def _evict(self, count: int) -> int:
         """Give up to `count` idle blocks free, those that were used longest ago first; their number."""
-        given = []
+        given: list[int] = []
         while self._idle and len(given) < count:
             block, _ = self._idle.popitem(last=False)
             del self._block_of[self._name_of.pop(block)]

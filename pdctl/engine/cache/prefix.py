@@ -17,7 +17,7 @@ from pdctl.wire import Manifest
 def root(manifest: Manifest) -> bytes:
     """The beginning of every chain of one model on one kind of pool."""
     shapes = [(shape.kv_heads, shape.key_dim, shape.value_dim) for shape in manifest.layers]
-    parts = ("pdctl-kv1", manifest.fingerprint, manifest.dtype, manifest.block_size, shapes)
+    parts = ("pdctl-kv1", manifest.model, manifest.dtype, manifest.block_size, shapes)
     return hashlib.sha256(repr(parts).encode()).digest()
 
 

@@ -69,7 +69,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     `hold`: stop after one token and keep the KV for a decode engine; `offer`: report chunks as they are computed.
     `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
     Reserve with the same id becomes this request. `tenant`: the tenant for fair grammar compilation.
-    `salt`: requests with different salts share no KV. `priority`: lower goes first; `ttft_s`: target for the first token, 0 for the engine's.
+    `salt`: requests with different salts share no KV. `priority`: lower goes first; `ttft_s`: target for the first
+    token, 0 for the engine's.
     """
 
     request_id: str
@@ -161,6 +162,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     """One new token; `finish_reason` "stop" or "length" with the last.
 
     `prompt_logprobs`: if requested, with the first new token, one entry per prompt token except the first.
+    `cached`: tokens of the prompt whose KV was there already.
     """
 
     request_id: str
@@ -168,10 +170,11 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: str | None
     logprobs: Logprobs | None = None
     prompt_logprobs: list[PromptToken] | None = None
+    cached: int = 0
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
-    """A prefill is done. Its blocks are kept until the front frees them with Abort."""
+    """A prefill is done. Its blocks are kept until the front frees them with Abort. `cached`: see Token."""
 
     request_id: str
     token_id: int
@@ -179,6 +182,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     logprobs: Logprobs | None = None
     prompt_logprobs: list[PromptToken] | None = None
+    cached: int = 0
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):

@@ -26,8 +26,8 @@ _MAX_PREEMPTIONS = 4
 
 class Scheduler:
     """Admission, chunking, preemption and block counts of one engine. `work`: predicted seconds to compute so many
-    tokens after so many others; `clock`: monotonic seconds; `root`: the beginning of the names of blocks, None: no block
-    is shared."""
+    tokens after so many others; `clock`: monotonic seconds; `root`: the beginning of the names of blocks, None: no
+    block is shared."""
 
     def __init__(
         self,
@@ -256,11 +256,11 @@ class Scheduler:
         if sequence.hold and reason is None:
             self.running.remove(sequence)
             self._room.become(sequence, Status.HELD)
-            outcome.held.append(
-                Held(sequence.request_id, token_id, list(sequence.block_ids), len(sequence.token_ids) - 1, told, prompt)
-            )
+            blocks, tokens = list(sequence.block_ids), len(sequence.token_ids) - 1
+            held = Held(sequence.request_id, token_id, blocks, tokens, told, prompt, sequence.num_cached)
+            outcome.held.append(held)
             return
-        outcome.tokens.append(Token(sequence.request_id, token_id, reason, told, prompt))
+        outcome.tokens.append(Token(sequence.request_id, token_id, reason, told, prompt, sequence.num_cached))
         if reason is not None:
             self._forget(sequence)
 

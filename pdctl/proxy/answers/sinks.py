@@ -12,7 +12,7 @@ import msgspec
 
 from pdctl.adapters import UNKNOWN_TOKEN, Choice, shown
 from pdctl.net import asgi
-from pdctl.net.openai_api import DONE, ApiError, usage
+from pdctl.net.openai_api import DONE, ApiError, Counts, usage
 from pdctl.proxy.answers.gather import Gathered
 from pdctl.proxy.answers.writer import AnswerHeaders, writer
 from pdctl.proxy.client.requests import ClientRequest
@@ -64,7 +64,7 @@ class Answer(Protocol):
         """One sink per leg."""
         ...
 
-    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+    async def finish(self, wholes: Sequence[bytes | None], counts: Counts) -> None:
         """Every leg is complete. `wholes`: bodies of legs that an engine answered in one piece."""
         ...
 
@@ -96,12 +96,11 @@ class StreamAnswer:
             await self.writer.start(timed(self.headers, self._timing))
         await self.writer.part(data)
 
-    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+    async def finish(self, wholes: Sequence[bytes | None], counts: Counts) -> None:
         """Every leg is complete; its parts were sent as they came. Timing that was unknown at the head is sent as a
         comment."""
         assert not any(wholes)
-        counts = usage(prompt_tokens, completion_tokens)
-        tail = self.request.envelope.usage_chunk(counts) if self.request.include_usage else b""
+        tail = self.request.envelope.usage_chunk(usage(counts)) if self.request.include_usage else b""
         await self.writer.last(tail + timing_comment(self._timing) + DONE)
 
     async def fail(self, failure: ApiError) -> None:
@@ -138,7 +137,8 @@ class StreamSink:
             self._first = False
             choice = _with_role(choice)
         self._tokens += len(token_ids)
-        counts = usage(self.prompt_tokens, self._tokens or self.completion_tokens) if self._counts_each else None
+        so_far = Counts(self.prompt_tokens, self._tokens or self.completion_tokens)
+        counts = usage(so_far) if self._counts_each else None
         token_ids = _known(token_ids) if self.shows_token_ids else token_ids
         await self._answer.write(self._envelope.event(self._index, choice, token_ids, counts))
 
@@ -171,7 +171,7 @@ class WholeAnswer:
         self._timing = timing
         self.sinks: list[WholeSink] = [WholeSink(request) for _ in request.legs]
 
-    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+    async def finish(self, wholes: Sequence[bytes | None], counts: Counts) -> None:
         """Every leg is complete, as an engine's body or as gathered by its sink."""
         if len(wholes) == 1 and wholes[0] is not None:
             body = wholes[0]
@@ -180,7 +180,7 @@ class WholeAnswer:
                 choice_of(whole) if whole is not None else sink.gathered.choice()
                 for whole, sink in zip(wholes, self.sinks, strict=True)
             ]
-            body = self.request.envelope.body(choices, usage(prompt_tokens, completion_tokens))
+            body = self.request.envelope.body(choices, usage(counts))
         await writer(self._send).whole(body, timed(self.headers, self._timing))
 
     async def fail(self, failure: ApiError) -> None:

@@ -57,6 +57,7 @@ class EventReader:
     ) -> None:
         self.tokens = 0
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.completion_tokens = 0
         self.finished = False
         self._engine = engine
@@ -226,10 +227,11 @@ class EventReader:
             self._theirs = event[: at + len(_CHOICES)]
         delta = self._engine.dialect.parse_event(payload, self._state)
         if delta.usage is not None:
-            self.prompt_tokens = self._sink.prompt_tokens = delta.usage[0]
+            self.prompt_tokens = self._sink.prompt_tokens = delta.usage.prompt
+            self.cached_tokens = delta.usage.cached
             if UNKNOWN_TOKEN in self._state.emitted or self._state.told is not None:
                 # Such answers are known only by their number of tokens. They never continue by token ids.
-                self.completion_tokens = delta.usage[1]
+                self.completion_tokens = delta.usage.completion
             if self._state.told is not None and self.completion_tokens > self.tokens:
                 self._sink.completion_tokens = self.completion_tokens
                 self._arrived(self.completion_tokens - self.tokens)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from pdctl.adapters import Choice
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai_api import ApiError, Counts
 from pdctl.proxy.answers.sinks import choice_of, timed, timing_comment
 from pdctl.proxy.answers.writer import AnswerHeaders, writer
 from pdctl.proxy.client.requests import ClientRequest
 from pdctl.proxy.telemetry.timing import Timing
-from pdctl.proxy.translation import Api, Counts, Translated
+from pdctl.proxy.translation import Api, Translated
 
 
 class _Translated:
@@ -83,11 +83,11 @@ class TranslatedStream(_Translated):
         if events:
             await self._writer.part(events)
 
-    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+    async def finish(self, wholes: Sequence[bytes | None], counts: Counts) -> None:
         """See Answer.finish. The parts were sent as they came."""
         assert not any(wholes)
         await self._start()
-        events = self.rendering.last_events(Counts(prompt_tokens, completion_tokens))
+        events = self.rendering.last_events(counts)
         await self._writer.last(events + timing_comment(self._timing))
 
     async def fail(self, failure: ApiError) -> None:
@@ -131,11 +131,11 @@ class TranslatedWhole(_Translated):
         self.rendering = self._translated.rendering(self._envelope)
         return True
 
-    async def finish(self, wholes: Sequence[bytes | None], prompt_tokens: int, completion_tokens: int) -> None:
+    async def finish(self, wholes: Sequence[bytes | None], counts: Counts) -> None:
         """See Answer.finish."""
         if wholes[0] is not None:
             self.rendering.gather(choice_of(wholes[0]))
-        body = self.rendering.whole(Counts(prompt_tokens, completion_tokens))
+        body = self.rendering.whole(counts)
         await self._writer.whole(body, timed(self._headers, self._timing))
 
 

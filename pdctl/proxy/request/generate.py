@@ -13,7 +13,7 @@ import msgspec
 
 from pdctl.adapters import RequestState
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai_api import ApiError, Counts
 from pdctl.proxy.answers.sinks import Answer, StreamAnswer, WholeAnswer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
 from pdctl.proxy.client import requests
@@ -192,13 +192,13 @@ class _Job:
             else:
                 entered = False  # each leg releases its own seat
                 await self._run_all(legs, request)
-            prompt, tokens = _counts(legs)
-            await answer.finish([leg.whole for leg in legs], prompt, tokens)
+            counts = _counts(legs)
+            await answer.finish([leg.whole for leg in legs], counts)
             self.over = True
             status = 200
             if timing.first_token_at:
-                tpot = (time.monotonic() - timing.first_token_at) / max(1, tokens - 1)
-            completions.shared.metrics.finished(timing, prompt, tokens)
+                tpot = (time.monotonic() - timing.first_token_at) / max(1, counts.completion - 1)
+            completions.shared.metrics.finished(timing, counts.prompt, counts.completion)
             if not entered and tpot is not None:
                 completions.door.measured(tpot)
         except ApiError as failure:
@@ -281,7 +281,7 @@ class _Job:
         completions = self.completions
         if not completions.log and self.trace is None:
             return
-        counts = _counts(legs) if legs else (0, 0)
+        counts = _counts(legs) if legs else Counts()
         if completions.log:
             failures = sum(leg.failures for leg in legs)
             completions.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
@@ -289,12 +289,14 @@ class _Job:
             completions.spans.end(self.trace, self.request_id, self.path, status, counts, self.timing)
 
 
-def _counts(legs: Sequence[Leg]) -> tuple[int, int]:
-    """Prompt tokens and output tokens. With `n`, a prompt counts once."""
+def _counts(legs: Sequence[Leg]) -> Counts:
+    """Token counts of all legs. With `n`, a prompt counts once."""
     if len(legs) == 1:
-        return legs[0].prompt_tokens, legs[0].completion_tokens or len(legs[0].state.emitted)
-    prompts = {id(leg.state.fields.get("prompt")): leg.prompt_tokens for leg in legs}
-    return sum(prompts.values()), sum(leg.completion_tokens or len(leg.state.emitted) for leg in legs)
+        leg = legs[0]
+        return Counts(leg.prompt_tokens, leg.completion_tokens or len(leg.state.emitted), leg.cached_tokens)
+    prompts = {id(leg.state.fields.get("prompt")): (leg.prompt_tokens, leg.cached_tokens) for leg in legs}
+    prompt, cached = (sum(numbers) for numbers in zip(*prompts.values(), strict=True))
+    return Counts(prompt, sum(leg.completion_tokens or len(leg.state.emitted) for leg in legs), cached)
 
 
 def _pieces(fields: dict[str, object]) -> list[int]:

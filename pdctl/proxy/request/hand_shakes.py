@@ -112,18 +112,26 @@ async def _concurrent(call: PairCall) -> None:
 async def _prefill_beside(call: PairCall, sent: int) -> None:
     try:
         done = await prefill(call.leg, call.prefill, call.attempt)
-        call.leg.prompt_tokens = done.prompt_tokens or call.leg.prompt_tokens
+        _count(call.leg, done)
     except CallFailed:
         # Once decode sends tokens, the KV has arrived.
         if call.leg.state.sent == sent:
             raise
 
 
+def _count(leg: Leg, done: Prefilled) -> None:
+    leg.prompt_tokens = done.prompt_tokens or leg.prompt_tokens
+    if not leg.failures:
+        # A later prefill finds tokens of the answer, too.
+        leg.cached_tokens = done.cached_tokens
+
+
 async def _prefilled(call: PairCall) -> bytes | None:
     """Prefill, and send the next token to the client. Returns the hand-over, or None if the answer ends there."""
     leg = call.leg
     done = await prefill(leg, call.prefill, call.attempt)
-    leg.prompt_tokens = leg.sink.prompt_tokens = done.prompt_tokens or leg.prompt_tokens
+    _count(leg, done)
+    leg.sink.prompt_tokens = leg.prompt_tokens
     if leg.in_one_piece and done.hand_over is not None:
         # The decode engine's answer will include this token. Only the time of the first token is recorded here.
         leg.timing.token(time.monotonic())

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from pdctl.errors import PdctlError
+from pdctl.net.openai_api import Counts
 from pdctl.proxy.telemetry.timing import Timing
 
 _log = logging.getLogger(__name__)
@@ -35,15 +36,16 @@ class AccessLog:
         return self._file is not None
 
     def add(
-        self, request_id: str, key: str, path: str, status: int, counts: tuple[int, int], timing: Timing, failures: int
+        self, request_id: str, key: str, path: str, status: int, counts: Counts, timing: Timing, failures: int
     ) -> None:
-        """Log a finished request. `counts`: prompt and output tokens."""
+        """Log a finished request. `counts`: of tokens."""
         if len(self._lines) >= _MAX_LINES:
             self._dropped += 1
             return
         line: dict[str, object] = {
             "time": round(time.time(), 3), "request_id": request_id, "key": key, "path": path, "status": status,
-            "prompt_tokens": counts[0], "output_tokens": counts[1], "failovers": failures,
+            "prompt_tokens": counts.prompt, "cached_tokens": counts.cached, "output_tokens": counts.completion,
+            "failovers": failures,
             "prefill_engine": timing.engines[0], "decode_engine": timing.engines[1],
             "seconds": round(time.monotonic() - timing.received_at, 6),
             **{f"{name}_s": round(seconds, 6) for name, seconds in timing.parts().items()},

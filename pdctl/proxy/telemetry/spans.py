@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import header_lines
+from pdctl.net.openai_api import Counts
 from pdctl.proxy.telemetry.timing import Timing
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Spans(Protocol):
         ...
 
     def end(
-        self, trace: object, request_id: str, path: str, status: int, counts: tuple[int, int], timing: Timing
+        self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing
     ) -> None:
         """End the span of a request; a thread of the SDK exports it with the spans of its phases."""
         ...
@@ -55,7 +56,7 @@ class _NoSpans:
         return b""
 
     def end(
-        self, trace: object, request_id: str, path: str, status: int, counts: tuple[int, int], timing: Timing
+        self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing
     ) -> None:
         return
 
@@ -102,7 +103,7 @@ class OtlpSpans:
         return header_lines(carrier)
 
     def end(
-        self, trace: object, request_id: str, path: str, status: int, counts: tuple[int, int], timing: Timing
+        self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing
     ) -> None:
         """See Spans.end."""
         span = cast("Span", trace)
@@ -111,7 +112,7 @@ class OtlpSpans:
         attributes: dict[str, str | int] = {
             "http.route": path, "http.response.status_code": status, "pdctl.request_id": request_id,
             "pdctl.prefill": timing.engines[0], "pdctl.decode": timing.engines[1],
-            "gen_ai.usage.input_tokens": counts[0], "gen_ai.usage.output_tokens": counts[1],
+            "gen_ai.usage.input_tokens": counts.prompt, "gen_ai.usage.output_tokens": counts.completion,
         }  # fmt: skip
         span.set_attributes(attributes)
         inside = self._within(trace)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Envelope
+from pdctl.net.openai_api import ApiError, Counts, Envelope
 from pdctl.proxy.client.unknown_fields import UnknownFields
 
 Json = dict[str, object]
@@ -28,13 +28,6 @@ _TOKENIZED = (
 )  # fmt: skip
 
 _encode = msgspec.json.Encoder().encode
-
-
-class Counts(NamedTuple):
-    """Token counts of an answer."""
-
-    prompt: int
-    completion: int
 
 
 class Rendering(Protocol):

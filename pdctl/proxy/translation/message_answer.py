@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Envelope
-from pdctl.proxy.translation.api import Counts, Json, event
+from pdctl.net.openai_api import ApiError, Counts, Envelope
+from pdctl.proxy.translation.api import Json, event
 from pdctl.proxy.translation.parts import Action, Kind, OutputParts, Part, Step, arguments_of
 
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
@@ -120,4 +120,6 @@ def _block(part: Part) -> Json:
 
 
 def _usage(counts: Counts) -> Json:
-    return {"input_tokens": counts.prompt, "output_tokens": counts.completion}
+    # As in Anthropic's API, tokens from the cache are counted apart.
+    cached: Json = {"cache_read_input_tokens": counts.cached} if counts.cached else {}
+    return {"input_tokens": counts.prompt - counts.cached, "output_tokens": counts.completion, **cached}

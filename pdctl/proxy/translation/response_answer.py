@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Envelope
-from pdctl.proxy.translation.api import Counts, Json, event
+from pdctl.net.openai_api import ApiError, Counts, Envelope
+from pdctl.proxy.translation.api import Json, event
 from pdctl.proxy.translation.parts import Action, Kind, OutputParts, Part, Step
 
 # Chat finish reasons of an answer that is not complete.
@@ -149,8 +149,7 @@ def _status(part: Part) -> str:
 
 
 def _usage(counts: Counts) -> Json:
-    # Engines do not report these details.
-    details: Json = {"cached_tokens": 0, "cache_write_tokens": 0}
+    details: Json = {"cached_tokens": counts.cached, "cache_write_tokens": 0}
     return {
         "input_tokens": counts.prompt,
         "input_tokens_details": details,

@@ -19,6 +19,7 @@ from pdctl.adapters import (
     stream_fields,
 )  # fmt: skip
 from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
+from pdctl.net.openai_api import Counts
 
 _encode = msgspec.json.Encoder().encode
 
@@ -81,7 +82,7 @@ class EchoDialect:
         known, fields = found
         return Delta(known.token_ids or [], shown(fields, "token_ids"), known.finish_reason, answer.counts)
 
-    def parse_whole(self, body: bytes) -> tuple[int, int]:
+    def parse_whole(self, body: bytes) -> Counts:
         """See Dialect.parse_whole."""
         return whole_counts(body)
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from pdctl.adapters import UNKNOWN_TOKEN, EngineError, dialect
+from pdctl.net.openai_api import Counts
 from tests.adapters.lmdeploy.messages import ATTEMPT, HELD, state
 
 SPEAKS = dialect("lmdeploy")
@@ -127,7 +128,7 @@ def test_events_without_token_ids_count_by_their_text() -> None:
     chat = b'{"choices":[{"index":0,"delta":{"content":"ab"},"output_ids":[3,4]}]}'
     assert SPEAKS.parse_event(chat, state(chat=True)).token_ids == [3, 4]
     last = b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}'
-    assert SPEAKS.parse_event(last, state()).usage == (3, 2)
+    assert SPEAKS.parse_event(last, state()).usage == Counts(3, 2)
 
 
 def test_only_prefill_engines_need_others() -> None:

@@ -8,13 +8,16 @@ from pdctl.engine.cache.blocks import BlockAllocator
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """The counts are consistent after any order of allocations and frees."""
+    """The counts are consistent after any order of allocations, names, shares and frees, and a name leads to the
+    content that it was given for."""
 
     @initialize(size=st.integers(1, 60))
     def begin(self, size: int) -> None:
         self.model: dict[str, list[int]] = {}
         self.quarantined: dict[str, list[int]] = {}
         self.freed: list[int] = []
+        # The content of each block; None: overwritten.
+        self.content: dict[int, bytes | None] = {}
         self.allocator = BlockAllocator(size, self.freed.extend)
 
     @rule(owner=st.sampled_from("abcdef"), count=st.integers(0, 20))
@@ -25,19 +28,38 @@ class AllocatorMachine(RuleBasedStateMachine):
         if taken is not None:
             assert len(taken) == count
             self.model.setdefault(owner, []).extend(taken)
+            self.content |= dict.fromkeys(taken)
+
+    @rule(owner=st.sampled_from("abcdef"), letters=st.text("xy", min_size=1, max_size=3))
+    def name(self, owner: str, letters: str) -> None:
+        for block in self.model.get(owner, [])[:1]:
+            if self.content[block] is None:
+                self.content[block] = letters.encode()
+            self.allocator.name(block, self.content[block] or b"")
+
+    @rule(owner=st.sampled_from("abcdef"), letters=st.lists(st.text("xy", min_size=1, max_size=3), max_size=4))
+    def share(self, owner: str, letters: list[str]) -> None:
+        names = [word.encode() for word in dict.fromkeys(letters)]
+        found = [block for block in self.allocator.find(names) if block not in self.model.get(owner, [])]
+        assert all(self.content[block] in names for block in found), "the content is not what the name says"
+        self.allocator.share(owner, found)
+        self.model.setdefault(owner, []).extend(found)
 
     @rule(owner=st.sampled_from("abcdef"))
     def free(self, owner: str) -> None:
         self.freed.clear()
         blocks = self.model.pop(owner, [])
         assert self.allocator.free(owner) == len(blocks)
-        assert self.freed == blocks, "every block that comes free is told of"
+        others = {block for held in self.model.values() for block in held}
+        kept = set(self.allocator._name_of)
+        assert self.freed == [block for block in blocks if block not in others | kept], "every free block is told of"
 
     @rule(owner=st.sampled_from("abcdef"))
     def quarantine(self, owner: str) -> None:
         if owner not in self.quarantined:
+            named = set(self.allocator._name_of)
             self.allocator.quarantine(owner)
-            self.quarantined[owner] = self.model.pop(owner, [])
+            self.quarantined[owner] = [block for block in self.model.pop(owner, []) if block not in named]
 
     @rule(owner=st.sampled_from("abcdef"))
     def settle(self, owner: str) -> None:
@@ -49,8 +71,8 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.allocator.audit()
             assert all(self.allocator.owned(owner) == blocks for owner, blocks in self.model.items())
             assert self.allocator.num_quarantined == sum(map(len, self.quarantined.values()))
-            held = sum(map(len, (*self.model.values(), *self.quarantined.values())))
-            assert self.allocator.num_free + held == self.allocator.num_blocks
+            held = {block for blocks in (*self.model.values(), *self.quarantined.values()) for block in blocks}
+            assert self.allocator.num_free + len(held) == self.allocator.num_blocks
 
 
 TestAllocator = AllocatorMachine.TestCase
@@ -83,3 +105,28 @@ def test_scattered_blocks_are_used_when_no_run_is_left() -> None:
     assert taken is not None
     assert len(taken) == 3
     allocator.audit()
+
+
+def test_what_was_used_last_is_given_up_last_and_ends_before_beginnings() -> None:
+    allocator = BlockAllocator(4)
+    for owner in "ab":
+        for index, block in enumerate(allocator.allocate(owner, 2) or ()):
+            allocator.name(block, f"{owner}{index}".encode())
+        allocator.free(owner)
+    assert (allocator.num_free, allocator.num_idle) == (4, 4)
+    kept = []
+    for _ in range(4):
+        allocator.allocate("new", 1)
+        kept.append([name for name in (b"a0", b"a1", b"b0", b"b1") if allocator.find([name])])
+    assert kept == [[b"a0", b"b0", b"b1"], [b"b0", b"b1"], [b"b0"], []]
+
+
+def test_idle_blocks_make_room_for_a_run() -> None:
+    allocator = BlockAllocator(40)
+    for number in range(5):
+        for block in allocator.allocate(str(number), 8) or ():
+            allocator.name(block, str(block).encode())
+        allocator.free(str(number))
+    taken = allocator.allocate("new", 8)
+    assert taken is not None
+    assert taken == list(range(taken[0], taken[0] + 8)), "attention would have to gather"

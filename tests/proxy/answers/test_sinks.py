@@ -18,7 +18,7 @@ from pdctl.adapters import Choice
 from pdctl.net import asgi
 from pdctl.net.http_client import ConnectionPool, Response
 from pdctl.net.http_protocol import HttpProtocol
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai_api import ApiError, Counts
 from pdctl.proxy.answers.sinks import StreamAnswer, WholeAnswer
 from pdctl.proxy.client.requests import ClientRequest, parse
 from pdctl.proxy.telemetry.timing import Timing
@@ -101,7 +101,7 @@ def test_each_choice_of_a_chat_has_its_role_in_its_first_event_only(direct: bool
         await first.add(delta(content="a"), [2])
         await second.add(delta("stop", content="c"), [3])
         await first.add(delta("stop"), [4])
-        await answer.finish([None, None], 3, 4)
+        await answer.finish([None, None], Counts(3, 4))
 
     found = answered(asked(True, stream=True, n=2), script, direct)
     assert (found.status, found.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
@@ -118,7 +118,7 @@ def test_each_choice_of_a_chat_has_its_role_in_its_first_event_only(direct: bool
 def test_an_engine_that_names_the_role_is_not_contradicted() -> None:
     async def script(answer: StreamAnswer | WholeAnswer) -> None:
         await answer.sinks[0].add(delta(role="tool", content="a"), [1])
-        await answer.finish([None], 1, 1)
+        await answer.finish([None], Counts(1, 1))
 
     [choice] = choices(answered(asked(True, stream=True), script).body)
     assert choice["delta"] == {"role": "tool", "content": "a"}
@@ -136,7 +136,7 @@ def test_what_was_passed_on_was_the_first_event(direct: bool) -> None:
             assert not direct
             await sink.pass_on(more)
         await sink.add(delta("stop", content="c"), [3])
-        await answer.finish([None], 1, 3)
+        await answer.finish([None], Counts(1, 3))
 
     found = choices(answered(asked(True, stream=True), script, direct).body)
     assert [choice["delta"] for choice in found] == [
@@ -150,7 +150,7 @@ def test_token_ids_are_for_who_asked_for_them(shows: bool) -> None:
         [sink] = answer.sinks
         assert (sink.shows_token_ids, sink.hides_token_ids) == (shows, not shows)
         await sink.add(text("a"), [5, 6])
-        await answer.finish([None], 1, 2)
+        await answer.finish([None], Counts(1, 2))
 
     [choice] = choices(answered(asked(stream=True, return_token_ids=shows), script).body)
     assert choice == {"index": 0, "text": "a", "finish_reason": None} | ({"token_ids": [5, 6]} if shows else {})
@@ -160,7 +160,7 @@ def test_token_ids_are_for_who_asked_for_them(shows: bool) -> None:
 def test_counts_come_last_where_they_were_asked_for(wanted: bool) -> None:
     async def script(answer: StreamAnswer | WholeAnswer) -> None:
         await answer.sinks[0].add(text("a", "stop"), [5])
-        await answer.finish([None], 7, 1)
+        await answer.finish([None], Counts(7, 1))
 
     found = events(answered(asked(stream=True, stream_options={"include_usage": wanted}), script).body)
     assert found[-1] == "[DONE]"
@@ -182,7 +182,7 @@ def test_counts_so_far_are_in_every_event_and_are_each_choices_own() -> None:
         await first.add(text("a"), [1])
         await first.add(text("b"), [2, 3])
         await second.add(text("c"), [4])
-        await answer.finish([None, None], 7, 4)
+        await answer.finish([None, None], Counts(7, 4))
 
     options = {"include_usage": True, "continuous_usage_stats": True}
     found = events(answered(asked(stream=True, n=2, stream_options=options), script).body)
@@ -241,7 +241,7 @@ def test_timing_is_told_in_the_head_and_what_came_later_in_a_comment(stream: boo
     async def script(answer: StreamAnswer | WholeAnswer) -> None:
         await answer.sinks[0].add(text("a", "stop"), [1])
         timing.token(12.0)
-        await answer.finish([None], 1, 1)
+        await answer.finish([None], Counts(1, 1))
 
     found = answered(asked(stream=stream), script, direct, timing)
     whole = "queue;dur=500.000, ttft;dur=2000.000"
@@ -255,7 +255,7 @@ def test_an_engines_whole_body_is_the_answer_byte_for_byte(direct: bool) -> None
     body = b'{"id": "x",  "choices": [{"index":0,"text":"a"}], "usage":{}}'
 
     async def script(answer: StreamAnswer | WholeAnswer) -> None:
-        await answer.finish([body], 9, 9)
+        await answer.finish([body], Counts(9, 9))
 
     found = answered(asked(), script, direct)
     assert (found.status, found.headers["content-type"], found.body) == (200, "application/json", body)
@@ -271,7 +271,7 @@ def test_whole_bodies_and_gathered_parts_become_one_answer(whole_at: int, direct
         sink = answer.sinks[1 - whole_at]
         await sink.add(text("col"), [1])
         await sink.add(text("lected", "stop"), [2])
-        await answer.finish([whole, None] if whole_at == 0 else [None, whole], 5, 4)
+        await answer.finish([whole, None] if whole_at == 0 else [None, whole], Counts(5, 4))
 
     found = json.loads(answered(asked(n=2), script, direct).body)
     assert found["choices"][whole_at] == {"index": whole_at, "text": "whole", "finish_reason": "length"}
@@ -294,7 +294,7 @@ def test_a_body_in_one_piece_will_do_where_it_has_all_that_was_asked_for(fields:
         with pytest.raises(AssertionError, match="3 bytes"):
             await sink.pass_on(b"xxx")
         await sink.add(text("a", "stop"), [1])
-        await answer.finish([None], 1, 1)
+        await answer.finish([None], Counts(1, 1))
 
     found = answered(asked(**fields), script)
     assert json.loads(found.body)["choices"][0]["text"] == "a"
@@ -302,7 +302,7 @@ def test_a_body_in_one_piece_will_do_where_it_has_all_that_was_asked_for(fields:
 
 def test_an_answer_without_parts_is_an_empty_message() -> None:
     async def script(answer: StreamAnswer | WholeAnswer) -> None:
-        await answer.finish([None], 1, 0)
+        await answer.finish([None], Counts(1, 0))
 
     [choice] = json.loads(answered(asked(True), script).body)["choices"]
     assert choice == {"index": 0, "message": {"role": "assistant", "content": ""}}
@@ -327,7 +327,7 @@ def test_a_stream_put_together_is_the_whole_answer(
             await answer.sinks[index].add(delta(content=said) if chat else text(said), tokens)
         for sink in answer.sinks:
             await sink.add(delta("stop") if chat else text("", "stop"), [])
-        await answer.finish([None] * 3, 1, 1)
+        await answer.finish([None] * 3, Counts(1, 1))
         return b"".join(sent)
 
     streamed = choices(asyncio.run(write(stream=True)))

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai_api import ApiError, Counts
 from pdctl.proxy.answers.sinks import Answer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
 from pdctl.proxy.client.requests import parse
@@ -69,7 +69,7 @@ def test_an_answer(api: Api, stream: bool) -> None:
         assert bool(client.status) == stream
         timing.token(12.0)
         await sink.add(part("stop", content="b"), [2])
-        await found.finish([None], 5, 2)
+        await found.finish([None], Counts(5, 2))
         return client
 
     client = asyncio.run(main())
@@ -113,7 +113,7 @@ def test_a_failure_after_the_first_event_ends_the_stream_with_an_error(api: Api)
 @apis
 def test_a_stream_without_parts_has_all_its_events(api: Api) -> None:
     client = Client()
-    asyncio.run(answer(api, client, stream=True).finish([None], 1, 0))
+    asyncio.run(answer(api, client, stream=True).finish([None], Counts(1, 0)))
     assert (client.status, client.ended) == (200, True)
     assert events(client.body)
 
@@ -125,7 +125,7 @@ def test_an_engines_whole_body_is_translated(api: Api) -> None:
     client = Client()
     found = answer(api, client, stream=False)
     assert found.sinks[0].takes_whole
-    asyncio.run(found.finish([body], 7, 3))
+    asyncio.run(found.finish([body], Counts(7, 3)))
     expected = whole(api, BODIES[api.path], [part(content="ab"), part("stop")])
     shown = json.loads(client.body)
     assert {**shown, "created_at": 0} == {**expected, "created_at": 0}

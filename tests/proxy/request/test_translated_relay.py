@@ -10,6 +10,7 @@ import pytest
 
 from pdctl.adapters import Choice
 from pdctl.net import asgi
+from pdctl.net.openai_api import Counts
 from pdctl.proxy.answers.translated import TranslatedStream
 from pdctl.proxy.client.requests import parse
 from pdctl.proxy.client.unknown_fields import UnknownFields
@@ -81,7 +82,7 @@ def relayed(api: Api, asked: Json, prefill: list[Act], decode: list[Act]) -> tup
         chat = msgspec.json.decode(msgspec.json.encode(request.legs[0]))
         outcome = await relay(*pair(prefill, decode), kind="vllm", sink=Translating(stream), chat=chat, max_tokens=9)
         if outcome.error is None:
-            await stream.finish([None], 5, len(outcome.leg.state.emitted))
+            await stream.finish([None], Counts(5, len(outcome.leg.state.emitted)))
         else:
             await stream.fail(outcome.error)
         return outcome

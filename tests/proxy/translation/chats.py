@@ -10,9 +10,9 @@ import msgspec
 from hypothesis import strategies as st
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import Envelope
+from pdctl.net.openai_api import Counts, Envelope
 from pdctl.proxy.client.unknown_fields import UnknownFields
-from pdctl.proxy.translation import Api, Counts, Translated
+from pdctl.proxy.translation import Api, Translated
 
 Json = dict[str, Any]
 COUNTS = Counts(7, 3)

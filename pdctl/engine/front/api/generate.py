@@ -102,6 +102,7 @@ class Generator:
             while not last:
                 match event := await events.get():
                     case Token():
+                        _count_cached(request, event.cached)
                         piece = self._piece(event, text)
                         last = piece.finish_reason is not None
                         yield piece
@@ -111,6 +112,7 @@ class Generator:
                         offering.withdraw()
                     case Held():
                         last = True
+                        _count_cached(request, event.cached)
                         yield self._held(submit, event, text, offering)
                     case Failed(request_id, reason):
                         self._core.keep(request_id)
@@ -153,6 +155,7 @@ class Generator:
             first_token_id=held.token_id,
             endpoint=self._core.endpoint,
             first_logprobs=held.logprobs,
+            cached_tokens=held.cached,
         )
         return replace(piece, hand_over=hand_over)
 
@@ -194,10 +197,17 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         await_kv=hand_over is not None,
         kv_tokens=kv_tokens,
         tenant=request.tenant,
+        salt=request.salt,
         priority=request.priority,
         ttft_s=request.ttft_s,
     )
     return submit, first
+
+
+def _count_cached(request: GenerationRequest, cached: int) -> None:
+    """Note how much of the prompt was not computed: of a hand-over, by the prefill engine."""
+    found = cached if request.hand_over is None else request.hand_over.cached_tokens
+    request.cached = min(found, len(request.token_ids))
 
 
 def _needs_whole_prompt(request: GenerationRequest) -> bool:

@@ -17,6 +17,10 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
     gauges = {
         "pdctl_engine_blocks": ("KV blocks in the pool", state.blocks_total),
         "pdctl_engine_blocks_free": ("KV blocks free", state.blocks_free),
+        "pdctl_engine_blocks_cached": (
+            "Free KV blocks kept for prompts with the same beginning",
+            state.blocks_cached,
+        ),
         "pdctl_engine_blocks_leased": ("KV blocks held for decode engines", state.blocks_leased),
         "pdctl_engine_blocks_quarantined": (
             "KV blocks that a late transfer may still write to",
@@ -37,6 +41,8 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
         Gauge(name, what, registry=registry).set(value)
     counters: dict[str, tuple[str, float]] = {
         "pdctl_engine_tokens": ("Tokens generated", state.tokens_total),
+        "pdctl_engine_prefix_tokens": ("Tokens of prompts", state.counters["prefix_tokens"]),
+        "pdctl_engine_prefix_hits": ("Tokens of prompts whose KV was there already", state.counters["prefix_hits"]),
         "pdctl_engine_hand_overs": ("Hand-overs certified", state.transfers["hand_overs"]),
         "pdctl_engine_pulls": ("KV pulls completed", state.transfers["pulls"]),
         "pdctl_engine_pulls_lost": ("Hand-overs lost and prefilled again", state.transfers["lost"]),

@@ -54,6 +54,7 @@ class GenerationRequest:
     """One checked request. `token_ids` is the prompt; `resume` are output tokens that the client already has.
 
     `priority`: lower goes first; `ttft_s`: target for the first token, 0 for the engine's.
+    `salt`: requests with different salts share no KV; `cached`: tokens of the prompt whose KV was there already.
     `echo`: text before the answer; `counts_each`: each event of the stream carries the counts so far;
     `shows_prompt_logprobs`: vLLM's prompt_logprobs.
     `router`: of which kind the caller is, and `holder` its name as the holder of the lease; `migration`: leads to the
@@ -80,6 +81,8 @@ class GenerationRequest:
     tenant: str = ""
     priority: int = 0
     ttft_s: float = 0.0
+    salt: str = ""
+    cached: int = 0
     echo: str = ""
     counts_each: bool = False
     shows_prompt_logprobs: bool = False

@@ -32,7 +32,7 @@ from pdctl.engine.front.routers.transfers import Router, Transfer, Transfers
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
-from pdctl.net.openai_api import DONE, ApiError, Envelope, decode_request, usage
+from pdctl.net.openai_api import DONE, ApiError, Counts, Envelope, decode_request, usage
 from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
 
@@ -103,6 +103,7 @@ class EngineService:
         forbidden = self.codec.forbidden(openai.bad_words(parsed))
         sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
+        tenant = headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else ""
         request = GenerationRequest(
             # A client request may reach one engine twice, so the internal id is unique.
             request_id=f"{request_id}.{uuid4().hex[:8]}",
@@ -126,10 +127,11 @@ class EngineService:
             attempt=headers.get(ATTEMPT_HEADER, "") if ours else "",
             migration=transfer.migration,
             logprobs=sampling.logprobs,
+            salt=_salt(tenant, parsed.cache_salt),
             priority=parsed.priority or 0,
             ttft_s=(parsed.slo.ttft_ms or 0.0) / 1000 if parsed.slo else 0.0,
             tool_calls=guided.tool_format(parsed),
-            tenant=headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else "",
+            tenant=tenant,
         )
         return openai.only_for_kv(request) if request.hold and not ours else request
 
@@ -371,9 +373,15 @@ def _tail(request: GenerationRequest, count: int) -> bytes:
     return counts + DONE
 
 
-def _usage(request: GenerationRequest, new_tokens: int) -> dict[str, int]:
+def _salt(tenant: str, chosen: str | None) -> str:
+    """Tenants share no KV: who has sent the same prompt before could be told by the time of an answer. A client may
+    divide further."""
+    return msgspec.json.encode([tenant, chosen or ""]).decode() if tenant or chosen else ""
+
+
+def _usage(request: GenerationRequest, new_tokens: int) -> dict[str, object]:
     """Token counts of the request, including resumed tokens."""
-    return usage(len(request.token_ids), new_tokens + len(request.resume))
+    return usage(Counts(len(request.token_ids), new_tokens + len(request.resume), request.cached))
 
 
 def _api_error(failure: ApiError | KvLost) -> ApiError:

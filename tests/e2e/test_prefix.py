@@ -1,0 +1,96 @@
+"""Prompts with the same beginning, over real engines: less is computed and moved, and the tokens stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.service import Engine, Run, Service, events, pid_of, running, topology
+
+pytestmark = pytest.mark.e2e
+
+MOVED = "pdctl_engine_pulled_bytes_total"
+HITS = "pdctl_engine_prefix_hits_total"
+
+
+@pytest.fixture(scope="module")
+def service(module_run: Run) -> Iterator[Service]:
+    with running(module_run, topology()) as found:
+        yield found
+
+
+def metric(service: Service, engine: str, name: str) -> float:
+    with Engine(service, engine).http as http:
+        lines = http.get("/metrics").text.splitlines()
+    return float(next(line.split()[1] for line in lines if line.split()[0] == name))
+
+
+def cached(answer: dict[str, Any]) -> int:
+    return int(answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0))
+
+
+def test_a_conversation_computes_and_moves_only_what_is_new(service: Service) -> None:
+    history = list(range(5, 105))
+    for turn in range(5):
+        moved = metric(service, "decode-0", MOVED)
+        answer = service.complete(history, max_tokens=20, ignore_eos=True, cache_salt="one")
+        middle = metric(service, "decode-0", MOVED)
+        anew = service.complete(history, max_tokens=20, ignore_eos=True, cache_salt=f"anew {turn}")
+        assert answer["token_ids"] == anew["token_ids"], "a hit has changed a token"
+        assert cached(anew) == 0, "salts share KV"
+        if turn:
+            assert cached(answer) >= len(history) - 20 - 10 - 32, "the prefill engine has the last turn's prompt"
+            assert middle - moved < 0.5 * (metric(service, "decode-0", MOVED) - middle), "decode has the last turn"
+        history += [*answer["token_ids"], *range(200 + 10 * turn, 210 + 10 * turn)]
+    service.idle()
+
+
+def test_the_same_prompt_again_moves_nothing(service: Service) -> None:
+    prompt = list(range(300, 428))  # 8 blocks
+    first = service.complete(prompt, max_tokens=4)
+    before = metric(service, "decode-0", MOVED)
+    again = service.complete(prompt, max_tokens=4)
+    assert again["token_ids"] == first["token_ids"]
+    assert cached(again) == 112, "all full blocks but the one of the last token"
+    assert metric(service, "decode-0", MOVED) == before
+    service.idle()
+
+
+def test_a_stream_counts_cached_tokens_too(service: Service) -> None:
+    prompt = list(range(500, 600))
+    service.complete(prompt, max_tokens=2)
+    body = {"prompt": prompt, "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}, "model": "m"}
+    text = service.client.post("/v1/completions", json=body).text
+    assert '"cached_tokens":96' in text
+
+
+def test_the_prefill_after_a_failover_finds_the_first_one(service: Service) -> None:
+    prompt = list(range(600, 760))
+    expected = service.complete(prompt, max_tokens=300, ignore_eos=True, cache_salt="other")["token_ids"]
+    body = {"prompt": prompt, "max_tokens": 300, "stream": True, "temperature": 0, "return_token_ids": True,
+            "ignore_eos": True, "model": "m"}  # fmt: skip
+    before = service.process("decode-0")
+    ids: list[int] = []
+    hits = [0.0]
+    with service.client.stream("POST", "/v1/completions", json=body) as answer:
+        for event in events(answer):
+            if event is None:
+                break
+            assert "error" not in event, event
+            ids += event["choices"][0]["token_ids"]
+            if len(hits) == 1 and len(ids) > 10:
+                hits.append(metric(service, "prefill-0", HITS))
+                for core in psutil.Process(pid_of(before)).children():
+                    core.kill()
+    assert ids == expected
+    assert metric(service, "prefill-0", HITS) >= hits[1] + 160, "the whole prompt was there"
+    service.restarted(before)
+    service.idle()
+
+
+def test_status_and_kv_show_it(service: Service) -> None:
+    text = service.run.cli("kv", check=True).stdout
+    assert "prefix hits" in text

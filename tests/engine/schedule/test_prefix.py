@@ -1,0 +1,209 @@
+"""Requests with the same beginning: blocks are shared, and nothing else changes."""
+
+from __future__ import annotations
+
+import random
+from typing import TypedDict, Unpack
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdctl.engine.cache.blocks import BlockAllocator
+from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.schedule.batch import Limits, Slice
+from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.scheduler import Scheduler
+from pdctl.engine.schedule.sequence import Sequence, Status
+
+BLOCK = 4
+EOS = 99
+
+
+class Options(TypedDict, total=False):
+    """Fields of a Sequence that most tests leave as they are."""
+
+    salt: str
+    priority: int
+    status: Status
+    kv_tokens: int
+
+
+class Engine:
+    """The scheduler over a pool whose slots hold the tokens that they were computed from, instead of KV."""
+
+    def __init__(self, blocks: int = 64, tokens: int = 64, seqs: int = 4, policy: str = "fcfs", shares: bool = True):
+        self.slots: list[tuple[int, ...] | None] = [None] * (blocks * BLOCK)
+        allocator = BlockAllocator(blocks, self._poison)
+        limits = Limits(seqs, tokens, 64, BLOCK, frozenset({EOS}), policy=policy)
+        self.scheduler = Scheduler(limits, allocator, root=b"root" if shares else None)
+        self.outputs: dict[str, list[int]] = {}
+        self.cached: dict[str, int] = {}
+        self.computed = 0
+
+    def _poison(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.slots[block * BLOCK : (block + 1) * BLOCK] = [None] * BLOCK
+
+    def add(self, name: str, tokens: list[int], output: int = 2, **options: Unpack[Options]) -> None:
+        sequence = Sequence(name, list(tokens), len(tokens), Sampling(max_tokens=output), **options)
+        assert self.scheduler.add(sequence) is None
+
+    def step(self) -> list[Slice]:
+        batch = self.scheduler.schedule()
+        chosen = [choice for piece in batch if (choice := self._compute(piece)) is not None]
+        outcome = self.scheduler.update(batch, chosen)
+        self.scheduler.audit()
+        for token in outcome.tokens:
+            self.outputs.setdefault(token.request_id, []).append(token.token_id)
+            self.cached.setdefault(token.request_id, token.cached)
+        return batch
+
+    def _compute(self, piece: Slice) -> int | None:
+        """Write what the tokens depend on, read everything before them, and choose the next token by it."""
+        sequence, end = piece.sequence, piece.start + piece.count
+        self.computed += piece.count
+        for at in range(piece.start, end):
+            self.slots[self._slot(sequence, at)] = tuple(sequence.token_ids[: at + 1])
+        seen = [self.slots[self._slot(sequence, at)] for at in range(end)]
+        assert seen == [tuple(sequence.token_ids[: at + 1]) for at in range(end)], "the KV of other tokens was read"
+        return hash(tuple(seen)) % 97 if piece.samples else None
+
+    def _slot(self, sequence: Sequence, at: int) -> int:
+        return sequence.block_ids[at // BLOCK] * BLOCK + at % BLOCK
+
+    def run(self) -> None:
+        for _ in range(3000):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("requests starve")
+
+
+def test_the_second_of_two_equal_prompts_computes_one_block_at_most() -> None:
+    engine = Engine()
+    engine.add("a", list(range(16)))
+    engine.run()
+    engine.add("b", list(range(16)))
+    batch = engine.step()
+    assert [(piece.start, piece.count) for piece in batch] == [(12, 4)], "the last token is always computed"
+    engine.run()
+    assert engine.outputs["a"] == engine.outputs["b"]
+    assert (engine.cached["a"], engine.cached["b"]) == (0, 12)
+    books = engine.scheduler.books(0)
+    assert (books.prefix_tokens, books.prefix_hits) == (32, 12)
+    assert books.blocks_free == 64
+    assert books.blocks_idle > 0
+
+
+def test_an_answer_is_found_in_the_next_turn() -> None:
+    engine = Engine()
+    engine.add("first", list(range(8)), output=9)
+    engine.run()
+    history = [*range(8), *engine.outputs["first"]]
+    engine.add("second", [*history, 50, 51])
+    engine.run()
+    assert engine.cached["second"] == 16, "8 tokens of the prompt and 8 of the answer; its last one was never computed"
+
+
+def test_running_sequences_share_too() -> None:
+    engine = Engine(blocks=12)
+    engine.add("a", list(range(20)), output=12)
+    engine.step()
+    engine.add("b", [*range(20), 70], output=2)
+    engine.step()
+    running = {sequence.request_id: sequence.block_ids for sequence in engine.scheduler.running}
+    assert running["a"][:5] == running["b"][:5]
+    engine.scheduler.abort("a")
+    engine.scheduler.audit()
+    engine.run()
+    assert engine.scheduler.allocator.num_free == 12
+
+
+@pytest.mark.parametrize("salts", [("x", "y"), ("", "y"), ("x", "")])
+def test_other_salts_share_nothing(salts: tuple[str, str]) -> None:
+    engine = Engine()
+    for name, salt in zip("ab", salts, strict=True):
+        engine.add(name, list(range(16)), salt=salt)
+        engine.run()
+    assert engine.cached["b"] == 0
+
+
+def test_log_probabilities_of_a_prompt_need_all_of_it() -> None:
+    engine = Engine()
+    engine.add("a", list(range(16)))
+    engine.run()
+    sampling = Sampling(max_tokens=1, prompt_logprobs=0)
+    engine.scheduler.add(Sequence("b", list(range(16)), 16, sampling))
+    assert [piece.start for piece in engine.step()] == [0]
+
+
+def test_a_hand_over_reads_only_what_is_not_here() -> None:
+    engine = Engine()
+    engine.add("a", list(range(16)))
+    engine.run()
+    engine.add("b", list(range(20)), status=Status.AWAITING_BLOCKS, kv_tokens=19)
+    (reserved,) = engine.scheduler.reserve()
+    assert reserved.num_cached == 16
+    assert engine.scheduler.pulled_blocks("b") == reserved.block_ids[4:]
+    # The transfer fails, perhaps still writing: the shared blocks must not be lost with it.
+    assert engine.scheduler.pull_started("b")
+    engine.scheduler.pull_ended("b", uncertain=True)
+    assert engine.scheduler.allocator.num_quarantined == 1
+    engine.scheduler.audit()
+    engine.scheduler.pull_settled("b")
+    engine.add("c", list(range(20)))
+    engine.run()
+    assert engine.cached["c"] == 16
+    assert engine.scheduler.allocator.num_free == 64
+
+
+def test_pulled_blocks_are_found_after_the_commit_only() -> None:
+    engine = Engine()
+    engine.add("a", list(range(13)), status=Status.AWAITING_BLOCKS, kv_tokens=12)
+    (reserved,) = engine.scheduler.reserve()
+    engine.add("early", list(range(13)))
+    assert engine.step()[0].start == 0
+    engine.scheduler.abort("early")
+    assert engine.scheduler.pull_started("a")
+    for at in range(12):
+        engine.slots[reserved.block_ids[at // BLOCK] * BLOCK + at % BLOCK] = tuple(range(at + 1))
+    engine.scheduler.pull_ended("a")
+    assert engine.scheduler.start("a")
+    engine.add("late", list(range(13)))
+    assert [piece.start for piece in engine.step() if piece.sequence.request_id == "late"] == [12]
+    engine.run()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12),
+    st.integers(12, 40), st.integers(1, 5), st.integers(4, 40), st.sampled_from(sorted(POLICIES)),
+    st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_a_hit_never_changes_a_token(
+    wanted: list[tuple[int, int, int]], blocks: int, seqs: int, tokens: int, policy: str, chance: random.Random
+) -> None:
+    """For any families of prompts, pools, budgets, policies, arrivals, aborts and preemptions. Every block that a
+    sequence reads holds the KV of exactly its own tokens."""
+    plain = Engine(blocks=64, shares=False)
+    shared = Engine(blocks, tokens, seqs, policy)
+    asked = [([family, *range(length)], output) for family, length, output in wanted]
+    for number, (prompt, output) in enumerate(asked):
+        plain.add(str(number), prompt, output)
+        plain.run()
+    aborted = set()
+    for number, (prompt, output) in enumerate(asked):
+        shared.add(str(number), prompt, output, priority=chance.randint(0, 1))
+        for _ in range(chance.randint(0, 4)):
+            shared.step()
+        if chance.random() < 0.15:
+            victim = str(chance.randint(0, number))
+            aborted.add(victim)
+            shared.scheduler.abort(victim)
+            shared.scheduler.audit()
+    shared.run()
+    for name, expected in plain.outputs.items():
+        found = shared.outputs.get(name, [])
+        assert found == (expected[: len(found)] if name in aborted else expected)
+    assert shared.scheduler.allocator.num_free == blocks
