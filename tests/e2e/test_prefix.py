@@ -28,12 +28,17 @@ def metric(service: Service, engine: str, name: str) -> float:
     return float(next(line.split()[1] for line in lines if line.split()[0] == name))
 
 
+def tokens(number: int, count: int) -> list[int]:
+    """Prompts with different numbers begin differently."""
+    return [5 + (31 * number + 7 * index) % 370 for index in range(count)]
+
+
 def cached(answer: dict[str, Any]) -> int:
     return int(answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0))
 
 
 def test_a_conversation_computes_and_moves_only_what_is_new(service: Service) -> None:
-    history = list(range(5, 105))
+    history = tokens(1, 100)
     for turn in range(5):
         moved = metric(service, "decode-0", MOVED)
         answer = service.complete(history, max_tokens=20, ignore_eos=True, cache_salt="one")
@@ -44,12 +49,12 @@ def test_a_conversation_computes_and_moves_only_what_is_new(service: Service) ->
         if turn:
             assert cached(answer) >= len(history) - 20 - 10 - 32, "the prefill engine has the last turn's prompt"
             assert middle - moved < 0.5 * (metric(service, "decode-0", MOVED) - middle), "decode has the last turn"
-        history += [*answer["token_ids"], *range(200 + 10 * turn, 210 + 10 * turn)]
+        history += [*answer["token_ids"], *tokens(2 + turn, 10)]
     service.idle()
 
 
 def test_the_same_prompt_again_moves_nothing(service: Service) -> None:
-    prompt = list(range(300, 428))  # 8 blocks
+    prompt = tokens(11, 128)  # 8 blocks
     first = service.complete(prompt, max_tokens=4)
     before = metric(service, "decode-0", MOVED)
     again = service.complete(prompt, max_tokens=4)
@@ -60,7 +65,7 @@ def test_the_same_prompt_again_moves_nothing(service: Service) -> None:
 
 
 def test_a_stream_counts_cached_tokens_too(service: Service) -> None:
-    prompt = list(range(500, 600))
+    prompt = tokens(12, 100)
     service.complete(prompt, max_tokens=2)
     body = {"prompt": prompt, "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}, "model": "m"}
     text = service.client.post("/v1/completions", json=body).text
@@ -68,7 +73,7 @@ def test_a_stream_counts_cached_tokens_too(service: Service) -> None:
 
 
 def test_the_prefill_after_a_failover_finds_the_first_one(service: Service) -> None:
-    prompt = list(range(600, 760))
+    prompt = tokens(13, 160)
     expected = service.complete(prompt, max_tokens=300, ignore_eos=True, cache_salt="other")["token_ids"]
     body = {"prompt": prompt, "max_tokens": 300, "stream": True, "temperature": 0, "return_token_ids": True,
             "ignore_eos": True, "model": "m"}  # fmt: skip
