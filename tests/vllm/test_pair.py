@@ -94,8 +94,7 @@ def test_a_stream_goes_on_when_its_decode_engine_is_killed(service: Service) -> 
     quiet, before = service.stream(prompt, max_tokens=300), service.process("decode-0")
     tree = tree_of(service, "decode-0")
     used = mapped(tree)
-    assert used
-    assert len(tree) > 2, "vLLM's engine core and workers are processes of their own"
+    assert len(tree) > 1, "vLLM's engine core is a process of its own"
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(lambda: service.stream(prompt, max_tokens=300))
         service.wait(lambda: service.process("decode-0").running, what="the stream to decode")
