@@ -1,6 +1,6 @@
 """Pages in a headless browser, controlled over its debugging pipe: what it fetches, reports and lays out.
 
-    python -m tests.chromium PAGE.html PICTURE.png [WIDTH]
+python -m tests.chromium PAGE.html PICTURE.png [WIDTH]
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ class Launcher(Protocol):
     """The launcher of an engine kind.
 
     `device`: the default device. `settings`: the keys of [[engines]] that have an effect on engines of this kind, in
-    addition to those of every kind. `packages`: Python modules that engines import from pdctl's own environment;
+    addition to those of every kind; `service_settings`: keys of [service] that not every kind has. `packages`: Python
+    modules that engines import from pdctl's own environment;
     `distributions`: packages of which one must be installed in the environment of the group's `python`. `connectors`:
     the values of `connector`, the default first. `phases`: (regular expression for a line of the log, phase of the
     start that begins with it). `failures`: tried in order. `leaves_shared_memory`: a killed engine leaves named shared
@@ -97,6 +98,7 @@ class Launcher(Protocol):
 
     device: Device
     settings: frozenset[str]
+    service_settings: frozenset[str]
     packages: tuple[str, ...]
     distributions: tuple[str, ...]
     connectors: tuple[str, ...]
@@ -157,6 +159,7 @@ class BaseLauncher:
 
     device = Device.CPU
     settings: frozenset[str] = frozenset()
+    service_settings: frozenset[str] = frozenset()
     packages: tuple[str, ...] = ()
     distributions: tuple[str, ...] = ()
     connectors: tuple[str, ...] = ()

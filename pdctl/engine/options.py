@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pdctl.engine.schedule.policies import POLICIES
 from pdctl.net import LOOPBACK
+from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class EngineOptions:
     leased_max: float
     chunked: bool
     open: bool
+    tool_parser: str
+    reasoning_parser: str
     run_dir: Path
     epoch: str
     front_pid: int
@@ -93,6 +96,8 @@ def parse(argv: list[str]) -> EngineOptions:
         "--chunked", type=_boolean, default=True, help="let peers read KV chunk by chunk during prefill"
     )
     parser.add_argument("--open", type=_boolean, default=False, help="also serve callers without this run's secret")
+    parser.add_argument("--tool-parser", choices=TOOL_PARSERS, default="auto")
+    parser.add_argument("--reasoning-parser", choices=REASONING_PARSERS, default="auto")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--epoch", default="", help="set by the front for its core")
     parser.add_argument("--front-pid", type=int, default=0, help="set by the front for its core")

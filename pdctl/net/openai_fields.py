@@ -65,11 +65,11 @@ class MigrationRequest(msgspec.Struct, frozen=True):
 class _FromRouters(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that other routers add to the requests they forward. This service's proxy takes none of them from clients.
 
-    The engine ignores those about reasoning, which it does not separate, and `session_id`; LMDeploy's other fields must
-    have a value without effect, except for the last three.
+    The engine ignores `stream_reasoning`, because it streams all of a stream, and `session_id`; LMDeploy's other fields
+    must have a value without effect, except for the last three.
     """
 
-    # vllm-router.
+    # vllm-router. Clients may send include_reasoning for a chat.
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
     include_reasoning: bool | None = None
@@ -114,6 +114,8 @@ class _Common(_FromRouters, kw_only=True):
     slo: RequestSlo | None = None
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, object] | None = None
+    prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     verbosity: str | None = None
     reasoning_effort: str | None = None
@@ -170,7 +172,13 @@ class ChatBody(_Common, kw_only=True):
     tools: list[dict[str, object]] | None = None
     tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = None
-    function_call: str | None = None
+    # OpenAI's that are refused: calls in an older form, audio, web search, predicted output, moderation.
+    function_call: str | dict[str, object] | None = None
+    functions: list[dict[str, object]] | None = None
+    audio: dict[str, object] | None = None
+    web_search_options: dict[str, object] | None = None
+    prediction: dict[str, object] | None = None
+    moderation: msgspec.Raw = msgspec.Raw(b"null")
     chat_template_kwargs: dict[str, object] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -204,7 +212,7 @@ class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
 
 _NOT_FROM_CLIENTS: dict[str, frozenset[str]] = {
     "/v1/completions": frozenset(_FromRouters.__struct_fields__) | {"max_completion_tokens"},
-    "/v1/chat/completions": frozenset(_FromRouters.__struct_fields__),
+    "/v1/chat/completions": frozenset(_FromRouters.__struct_fields__) - {"include_reasoning"},
 }
 
 KNOWN_FIELDS: dict[str, frozenset[str]] = {

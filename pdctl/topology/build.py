@@ -34,7 +34,13 @@ def build(data: Table, source: str | None) -> Topology:
     expect = _filled(data.get("expect", {}), TABLES["expect"])
     return Topology(
         service=Service(
-            service["name"], service["model"], served, service["max_model_len"], tuple(service["engine_ports"])
+            service["name"],
+            service["model"],
+            served,
+            service["max_model_len"],
+            tuple(service["engine_ports"]),
+            service["tool_parser"],
+            service["reasoning_parser"],
         ),
         proxy=_proxy(proxy, source),
         slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdctl.adapters import kinds
+from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
 from pdctl.stores import store_kinds
 from pdctl.topology.spec import Device, Role
 from pdctl.transports import TRANSPORTS
@@ -210,6 +211,8 @@ TABLES: dict[str, dict[str, Key]] = {
         "served_model_name": Key(text()),
         "max_model_len": Key(integer(16, 1_048_576), 2048),
         "engine_ports": Key(port_range(1), []),
+        "tool_parser": Key(choice(*TOOL_PARSERS), "auto"),
+        "reasoning_parser": Key(choice(*REASONING_PARSERS), "auto"),
     },
     "proxy": {
         "host": Key(text(r"[A-Za-z0-9.:-]+", "an address or host name"), "127.0.0.1"),

@@ -27,13 +27,16 @@ class Device(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Service:
     """The service. `max_model_len` is in tokens, prompt and output together. `engine_ports`: first and last port that
-    engines may listen on; empty for pdctl's default range."""
+    engines may listen on; empty for pdctl's default range. `tool_parser` and `reasoning_parser`: how builtin engines
+    find tool calls and reasoning in outputs, "auto" by the chat template."""
 
     name: str
     model: str
     served_model_name: str
     max_model_len: int
     engine_ports: tuple[int, ...] = ()
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
     yield from order_problems(document, topology)
     yield from process_problems(document, topology)
     yield from _transfer_problems(document, topology)
+    yield from _service_problems(document, topology)
     roles = {group.role for group in topology.engines}
     yield from _proxy_problems(document, topology.proxy)
     if len({group.device for group in topology.engines if not group.is_attached}) > 1 and roles != {Role.HYBRID}:
@@ -50,6 +51,17 @@ def _name_problems(document: Document, topology: Topology) -> Iterator[Problem]:
         if taken is not None:
             yield document.problem((table, index, "name"), f"the name {taken!r} is already used by {observed[taken]}")
         observed |= dict.fromkeys(names, f"{table}[{index}]")
+
+
+def _service_problems(document: Document, topology: Topology) -> Iterator[Problem]:
+    """Keys of [service] that are for certain kinds of engines, without such an engine."""
+    kinds = {group.kind for group in topology.engines if not group.is_attached}
+    effective = frozenset[str]().union(*(launcher(kind).service_settings for kind in kinds))
+    for name in ("tool_parser", "reasoning_parser"):
+        if name in document.data["service"] and name not in effective:
+            message = f"{name} has no effect: no engine that pdctl starts here takes it"
+            hint = "remove it; engines of other kinds take options of their own in args"
+            yield document.problem(("service", name), message, hint)
 
 
 def _proxy_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:

@@ -20,9 +20,7 @@ COEFFICIENTS = st.tuples(st.floats(1e-3, 0.1), st.floats(1e-5, 1e-3), st.floats(
 def prefills(coefficients: tuple[float, float, float], noise: float = 0.0, seed: int = 0) -> list[Point]:
     rng, line = random.Random(seed), Line(coefficients, 0, 0, (0, 0))
     points = [Point(PREFILL, length, 1, 1.0) for length in (16, 32, 64, 128, 256, 512, 1024) for _ in range(4)]
-    return [
-        Point(p.kind, p.tokens, p.batch, line.seconds(p.row) * rng.uniform(1 - noise, 1 + noise)) for p in points
-    ]
+    return [Point(p.kind, p.tokens, p.batch, line.seconds(p.row) * rng.uniform(1 - noise, 1 + noise)) for p in points]
 
 
 @given(COEFFICIENTS)

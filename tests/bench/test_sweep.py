@@ -130,10 +130,24 @@ def test_a_freeze_ends_when_told() -> None:
 
 def test_a_rate_at_which_nothing_was_answered_has_no_times() -> None:
     rows = [
-        {"rate": 1.0, "goodput": 0.9, "attainment": 0.9, "p99_ttft_ms": 80.0, "p99_tpot_ms": 9.0, "completed": 20.0,
-         "streams": 0.0},
-        {"rate": 8.0, "goodput": 0.0, "attainment": 0.0, "p99_ttft_ms": 0.0, "p99_tpot_ms": 0.0, "completed": 0.0,
-         "streams": 0.0},
+        {
+            "rate": 1.0,
+            "goodput": 0.9,
+            "attainment": 0.9,
+            "p99_ttft_ms": 80.0,
+            "p99_tpot_ms": 9.0,
+            "completed": 20.0,
+            "streams": 0.0,
+        },
+        {
+            "rate": 8.0,
+            "goodput": 0.0,
+            "attainment": 0.0,
+            "p99_ttft_ms": 0.0,
+            "p99_tpot_ms": 0.0,
+            "completed": 0.0,
+            "streams": 0.0,
+        },
     ]
     found = _curves(rows, 0.9)
     assert found["ttft"].lines == {"TTFT p99": [(1.0, 80.0)]}

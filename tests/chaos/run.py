@@ -3,7 +3,7 @@
     scripts/chaos [--seed 1] [--faults 500] [--transport shm] [--sabotage commit|quarantine|witness]
 
 Real processes and real kills. Failpoints are injected into the engines from outside (tests/chaos/inject). With
---sabotage one safeguard is disabled, and the run must fail: this shows that the suite works. """
+--sabotage one safeguard is disabled, and the run must fail: this shows that the suite works."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_nvshmem_that_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "driver/nvidia").mkdir(parents=True)
     params = tmp_path / "driver/nvidia/params"
     for text_, fires in (
-        ("EnableStreamMemOPs: 0\nRegistryDwords: \"\"\n", True),
+        ('EnableStreamMemOPs: 0\nRegistryDwords: ""\n', True),
         ('EnableStreamMemOPs: 1\nRegistryDwords: "PeerMappingOverride=1;"\n', False),
     ):
         params.write_text(text_)

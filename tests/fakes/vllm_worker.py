@@ -4,7 +4,7 @@
 
 "poison": dies. "stall": three tokens, then silence. "slow": 30 ms per token. "busy": refuses. "half": every third token
 is half a character, and the process dies within the second one. Others are answered at once. Tokens are 0, 1, 2 and so
-on by position, so that a continuation can be distinguished from a repetition. """
+on by position, so that a continuation can be distinguished from a repetition."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`scripts/fuzz`: generated requests, bytes, topologies and command lines. None may cause a crash, a 500 or silence.
 
-    python -m tests.fuzz.run ST [--seed N] [--seconds N] [--parts api,http,toml,cli]
+python -m tests.fuzz.run ST [--seed N] [--seconds N] [--parts api,http,toml,cli]
 """
 
 from __future__ import annotations

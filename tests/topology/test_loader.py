@@ -68,6 +68,14 @@ def test_the_default_fits_every_machine(gpus: tuple[Gpu, ...], cpus: tuple[int, 
         ("port = 8000", 'port = "8000"', "port", "proxy.port", "whole number"),
         ("port = 8000", "port = true", "port", "proxy.port", "whole number"),
         ("port = 8000", "port = 70000", "port", "proxy.port", "from 1 to 65535"),
+        ('tool_parser = "auto"', 'tool_parser = "llama"', "tool_parser", "service.tool_parser", "one of: auto, hermes"),
+        (
+            'reasoning_parser = "auto"',
+            "reasoning_parser = true",
+            "reasoning_parser",
+            "service.reasoning_parser",
+            "think",
+        ),
         ("[slo]", "[sla]", "[sla]", "sla", "unknown table"),
         ("ttft_ms = 2000", "ttft_ms = -1", "ttft_ms", "slo.ttft_ms", "greater than 0"),
         (
@@ -277,3 +285,18 @@ def test_texts_that_can_be_no_path_are_refused(table: str, key: str, value: str)
     text = '[service]\nmodel = "m"\n[proxy]\n'
     text = text.replace('model = "m"', f'model = "{value}"') if key == "model" else f'{text}{key} = "{value}"\n'
     assert f"{table}.{key}" in [where for _, where, _ in problems(text)]
+
+
+@pytest.mark.parametrize("key", ["tool_parser", "reasoning_parser"])
+@pytest.mark.parametrize(
+    "engine", ['kind = "vllm"', 'url = "http://127.0.0.1:9"', 'kind = "vllm"\nurl = "http://127.0.0.1:9"']
+)
+def test_parsers_are_for_builtin_engines_that_pdctl_starts(key: str, engine: str) -> None:
+    text = (
+        f'[service]\nmodel = "sample:tiny-qwen3"\n{key} = "none"\n[[engines]]\nname = "a"\nrole = "hybrid"\n{engine}\n'
+    )
+    line, where, message = next(problem for problem in problems(text) if problem[1].startswith("service"))
+    assert (line, where) == (3, f"service.{key}")
+    assert message.startswith(f"{key} has no effect")
+    if "url" in engine:
+        load_text(f'{text}[[engines]]\nname = "b"\nrole = "hybrid"\n', "x", host())

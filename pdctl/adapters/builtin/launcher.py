@@ -13,6 +13,7 @@ class BuiltinLauncher(BaseLauncher):
     settings = frozenset(
         {"open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching"}
     )
+    service_settings = frozenset({"tool_parser", "reasoning_parser"})
     packages = ENGINE_PACKAGES
 
     def requirement(self, device: Device) -> str:
@@ -39,6 +40,8 @@ class BuiltinLauncher(BaseLauncher):
             "--policy", group.policy,
             "--ttft-ms", f"{topology.slo.ttft_ms:g}",
             *_transfer_argv(topology.transfer, assignment.rdma),
+            "--tool-parser", topology.service.tool_parser,
+            "--reasoning-parser", topology.service.reasoning_parser,
             "--open", str(group.open).lower(),
             "--run-dir", str(assignment.run_dir),
         )  # fmt: skip

@@ -15,6 +15,7 @@ import uvicorn
 
 from pdctl.engine.front.api.control import Control
 from pdctl.engine.front.api.generate import Generator
+from pdctl.engine.front.api.parsers import choose
 from pdctl.engine.front.api.service import EngineService
 from pdctl.engine.front.api.text import TextCodec
 from pdctl.engine.front.core_client import CoreClient, CoreGone, CoreRefused
@@ -88,7 +89,8 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         seal = Seal(secret)
         routers = RouterDesk(seal, leases, links, peers)
         control = Control(options, secret, core, leases, links, receiver, routers)
-        generator = Generator(codec, core, desk, peers, receiver)
+        parsers = choose(options.tool_parser, options.reasoning_parser, codec.template)
+        generator = Generator(codec, parsers, core, desk, peers, receiver)
         transfers = Transfers(seal, options.open and bool(secret))
         server = _server(options, EngineService(options, codec, core, control, generator, transfers, routers))
         core_task = tasks.create_task(core.run_core())

@@ -112,7 +112,9 @@ FIRES: dict[str, tuple[Callable[[Path], Tree], Options, tuple[str, str]]] = {
     "slower than expected": (lambda r: one(r, Port()), {"expect": Expect(rate_gbps=800)}, ("port.rate", "critical")),
     "not Ethernet": (lambda r: one(r, Port()), ETHERNET, ("port.link_layer", "critical")),
     "mtu below what is expected": (
-        lambda r: with_netdev(r, mtu="4000"), {"expect": Expect(mtu=4096)}, ("roce.mtu", "warning"),
+        lambda r: with_netdev(r, mtu="4000"),
+        {"expect": Expect(mtu=4096)},
+        ("roce.mtu", "warning"),
     ),
     "expected index at v1": (with_netdev, {"expect": Expect(gid_index=0)}, ("roce.gid_index", "critical")),
     "none": (TREES["no class"], {}, ("rdma.none", "info")),

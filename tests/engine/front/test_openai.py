@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from pdctl.engine.front.api.openai import bad_words, messages_of, parse_body, sampling_of, stop_strings
+from pdctl.engine.front.api.messages import messages_of
+from pdctl.engine.front.api.openai import bad_words, parse_body, sampling_of, stop_strings, template_variables
 from pdctl.net.openai_api import ApiError
+from pdctl.net.openai_fields import ChatBody
 
 
 def refused(body: object, chat: bool = False) -> ApiError:
@@ -77,7 +79,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
     [
         {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": 21},
         {"tools": [{"type": "x"}], "tool_choice": "required"},
-        {"tools": [TOOL], "tool_choice": "sometimes"},
+        {"tools": [TOOL], "tool_choice": "sometimes"}, {"store": True}, {"service_tier": "flex"},
+        {"functions": [{"name": "f"}]}, {"audio": {}}, {"prediction": {}}, {"web_search_options": {}},
+        {"moderation": {}}, {"verbosity": "none"}, {"reasoning_effort": "much"}, {"function_call": "auto"},
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
     ],
 )  # fmt: skip
@@ -97,3 +101,19 @@ def test_a_chat_without_a_message_is_refused() -> None:
     with pytest.raises(ApiError, match="messages is empty"):
         messages_of([])
     assert messages_of([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({}, {}), ({"verbosity": "low"}, {"verbosity": "low"}),
+        ({"reasoning_effort": "high"}, {"reasoning_effort": "high", "enable_thinking": True}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False}),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+         {"reasoning_effort": "none", "enable_thinking": True}),
+    ],
+)  # fmt: skip
+def test_templates_are_told_how_much_to_think(fields: dict[str, object], variables: dict[str, object]) -> None:
+    parsed = parse_body(json.dumps({"messages": [], **fields}).encode(), chat=True)
+    assert isinstance(parsed, ChatBody)
+    assert template_variables(parsed) == variables

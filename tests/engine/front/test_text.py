@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -173,9 +175,21 @@ def test_texts_that_can_never_fit_are_refused_before_they_are_encoded(
 
 
 def test_chats_are_measured_before_the_template(codec: TextCodec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "_template", "{{ raise_exception('the template was asked') }}")
+    monkeypatch.setattr(codec, "_templates", {"default": "{{ raise_exception('the template was asked') }}"})
     long: list[dict[str, object]] = [{"role": "user", "content": [{"type": "text", "text": "x" * 400_000}]}] * 8
     with pytest.raises(ValueError, match="characters"):
         codec.encode_chat(long, 0.0, None, 2048)
     with pytest.raises(ValueError, match="characters"):
         codec.encode_chat([{"role": "user", "content": "x"}], 0.0, [{"description": "y" * 3_000_000}], 2048)
+
+
+def test_a_model_may_have_another_template_for_tools(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    codec = TextCodec(tmp_path)
+    messages: list[dict[str, object]] = [{"role": "user", "content": "x"}]
+    assert codec.decode(codec.encode_chat(messages, 0.0)) == "plain"
+    assert codec.decode(codec.encode_chat(messages, 0.0, [{"type": "function"}])) == codec.template == "tools"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
+    assert TextCodec(tmp_path).template == "plain"

@@ -12,6 +12,7 @@ from msgspec import structs
 
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.output import Output, Piece
+from pdctl.engine.front.api.parsers import Parsers
 from pdctl.engine.front.api.text import TextCodec
 from pdctl.engine.front.core_client import CoreClient, Note, RequestEvents
 from pdctl.engine.front.handover.offers import OfferDesk, Offering
@@ -28,9 +29,12 @@ _log = logging.getLogger(__name__)
 class Generator:
     """Runs requests on one engine."""
 
-    def __init__(self, codec: TextCodec, core: CoreClient, desk: OfferDesk, peers: Peers, receiver: Receiver) -> None:
+    def __init__(
+        self, codec: TextCodec, parsers: Parsers, core: CoreClient, desk: OfferDesk, peers: Peers, receiver: Receiver
+    ) -> None:
         self._identity = desk.identity
         self._codec = codec
+        self._parsers = parsers
         self._core = core
         self._desk = desk
         self._peers = peers
@@ -63,7 +67,7 @@ class Generator:
                 yield piece
 
     async def _run(self, request: GenerationRequest) -> AsyncGenerator[Piece]:
-        text = Output(self._codec, request)
+        text = Output(self._codec, self._parsers, request)
         if len(request.resume) >= request.sampling.max_tokens:
             # The previous engine died after sending its last token, but before reporting the end.
             self._let_go(request)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from pdctl.engine.front.api.schemas import check_schema, narrowed, unsupported_pattern
-from pdctl.engine.front.api.tools import ToolFormat
+from pdctl.engine.front.api.tool_calls import ToolFormat
 from pdctl.net.openai_api import ApiError
 from pdctl.net.openai_fields import ChatBody, CompletionBody, Structured, is_lmdeploys
 
@@ -28,7 +28,7 @@ def tool_format(body: CompletionBody | ChatBody) -> ToolFormat:
         _function(tool)
     if body.tool_choice == "none":
         return ToolFormat.NONE
-    return ToolFormat.TAGGED if body.tool_choice in (None, "auto") else ToolFormat.FORCED
+    return ToolFormat.FREE if body.tool_choice in (None, "auto") else ToolFormat.FORCED
 
 
 def grammar_of(body: CompletionBody | ChatBody) -> str:
@@ -123,7 +123,7 @@ def _call_schema(body: ChatBody) -> dict[str, object]:
     """The schema of one call to one of the tools, or to the one in tool_choice."""
     functions = [_function(tool) for tool in body.tools or []]
     if isinstance(body.tool_choice, dict):
-        named = _function(body.tool_choice).get("name")
+        named = _function(body.tool_choice, "tool_choice").get("name")
         functions = [function for function in functions if function["name"] == named]
     if not functions or (isinstance(body.tool_choice, str) and body.tool_choice != "required"):
         raise ApiError(400, "tool_choice must be none, auto, required, or name one of the tools", param="tool_choice")
@@ -143,8 +143,8 @@ def _call_schema(body: ChatBody) -> dict[str, object]:
     return each[0] if len(each) == 1 else {"anyOf": each}
 
 
-def _function(tool: dict[str, object]) -> dict[str, object]:
+def _function(tool: dict[str, object], param: str = "tools") -> dict[str, object]:
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ApiError(400, "a tool is {type: function, function: {name, parameters}}", param="tools")
+        raise ApiError(400, "a tool is {type: function, function: {name, parameters}}", param=param)
     return function

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from pdctl.engine.front.api.guided import grammar_of
-from pdctl.engine.front.api.tools import ToolFormat
+from pdctl.engine.front.api.tool_calls import ToolFormat
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_number
@@ -25,11 +25,25 @@ _MAX_BAD_WORDS = 128
 _decode_completion = msgspec.json.Decoder(CompletionBody).decode
 _decode_chat = msgspec.json.Decoder(ChatBody).decode
 
+_NULL = msgspec.Raw(b"null")
+# The words of fields that have some.
+_WORDS: dict[str, tuple[str, ...]] = {
+    "verbosity": ("low", "medium", "high"),
+    "reasoning_effort": ("none", "minimal", "low", "medium", "high", "xhigh", "max"),
+    "prompt_cache_retention": ("in_memory", "in-memory", "24h"),
+}
 # Fields that change the output but are not supported: any other value is refused, never ignored. The proxy splits
 # requests for several answers.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
+    "store": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "functions": (None, []),
+    "audio": (None,),
+    "web_search_options": (None,),
+    "prediction": (None,),
+    "moderation": (None, _NULL),
     "suffix": (None, ""),
     "skip_special_tokens": (None, True),
     "no_stop_trim": (None, False),
@@ -45,7 +59,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "media_io_kwargs": (None,),
     "mm_processor_kwargs": (None,),
     "input_ids": (None,),
-    "image_data": (msgspec.Raw(b"null"),),
+    "image_data": (_NULL,),
 }
 
 
@@ -57,6 +71,8 @@ class GenerationRequest:
     `salt`: requests with different salts share no KV; `cached`: tokens of the prompt whose KV was there already.
     `echo`: text before the answer; `counts_each`: each event of the stream carries the counts so far;
     `shows_prompt_logprobs`: vLLM's prompt_logprobs.
+    `tools`: for the parser of free calls; `one_call`: further calls are left out; `splits_reasoning`: reasoning is
+    apart from the text; `shows_reasoning`: the client wants it.
     `router`: of which kind the caller is, and `holder` its name as the holder of the lease; `migration`: leads to the
     hand-over, if LMDeploy's proxy sent it.
     `stages`: seconds of its hand-over so far, by phase, for x-pdctl-timing.
@@ -78,6 +94,10 @@ class GenerationRequest:
     attempt: str = ""
     logprobs: int = -1
     tool_calls: ToolFormat = ToolFormat.NONE
+    tools: list[dict[str, object]] | None = None
+    one_call: bool = False
+    splits_reasoning: bool = False
+    shows_reasoning: bool = True
     tenant: str = ""
     priority: int = 0
     ttft_s: float = 0.0
@@ -106,32 +126,11 @@ def parse_body(body: bytes, chat: bool) -> CompletionBody | ChatBody:
         value = getattr(parsed, name, None)
         if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
             raise ApiError(400, f"{name} is not supported by this engine", param=name)
+    for name, words in _WORDS.items():
+        if getattr(parsed, name) not in (None, *words):
+            raise ApiError(400, f"{name} must be one of: {', '.join(words)}", param=name)
     _check_numbers(parsed)
     return parsed
-
-
-def messages_of(messages: list[dict[str, object]]) -> list[dict[str, object]]:
-    """A chat's messages with their content as text, as templates need it. Raises ApiError."""
-    if not messages:
-        raise ApiError(400, "messages is empty", param="messages")
-    found = []
-    for number, message in enumerate(messages):
-        if not isinstance(message.get("role"), str):
-            raise ApiError(400, f"messages[{number}] has no role", param="messages")
-        found.append({**message, "content": _text(message.get("content"), number)})
-    return found
-
-
-def _text(content: object, number: int) -> str | None:
-    """The content as text: a string, None (with tool calls), or joined text parts."""
-    if content is None or isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [None]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
-        message = f"messages[{number}].content must be a string or a list of text parts"
-        raise ApiError(400, message, param="messages")
-    return "".join(map(str, texts))
 
 
 def _check_numbers(body: CompletionBody | ChatBody) -> None:
@@ -169,6 +168,10 @@ def template_variables(body: ChatBody | TokenizeBody) -> dict[str, object]:
     found = {**(body.chat_template_kwargs or {})}
     if isinstance(body, ChatBody) and body.reasoning_effort is not None:
         found.setdefault("reasoning_effort", body.reasoning_effort)
+        # As in vLLM: templates such as Qwen3's know only whether to think.
+        found.setdefault("enable_thinking", body.reasoning_effort != "none")
+    if isinstance(body, ChatBody) and body.verbosity is not None:
+        found.setdefault("verbosity", body.verbosity)
     if body.continue_final_message and body.add_generation_prompt:
         message = "continue_final_message continues the last message: add_generation_prompt must be false"
         raise ApiError(400, message, param="add_generation_prompt")
@@ -250,7 +253,7 @@ def _max_tokens(body: CompletionBody | ChatBody, prompt_len: int, max_model_len:
             f"{prompt_len}",
             param="messages" if isinstance(body, ChatBody) else "prompt",
         )
-    wanted = getattr(body, "max_completion_tokens", None) or body.max_tokens
+    wanted = body.max_completion_tokens or body.max_tokens
     if wanted is None:
         wanted = room if isinstance(body, ChatBody) else min(16, room)
     if wanted > room:
@@ -258,7 +261,7 @@ def _max_tokens(body: CompletionBody | ChatBody, prompt_len: int, max_model_len:
             400,
             f"this model's context is {max_model_len} tokens; {prompt_len} in the prompt and {wanted} asked for "
             f"make {prompt_len + wanted}",
-            param="max_tokens",
+            param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
         )
     return int(wanted)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from pdctl.engine.front.api.openai import GenerationRequest
+from pdctl.engine.front.api.parsers import Parsers
+from pdctl.engine.front.api.reasoning import ReasoningText, is_open
 from pdctl.engine.front.api.text import OutputText, TextCodec
 from pdctl.engine.front.api.token_text import text_of
-from pdctl.engine.front.api.tools import ToolCall, ToolText, joined, whole_calls
+from pdctl.engine.front.api.tool_calls import ToolCall, ToolFormat, joined, tool_text, whole_calls
 from pdctl.engine.ipc.messages import Logprobs, PromptToken
 from pdctl.wire import HandOver
 
 # Enough prompt tokens for the detokenizer to join the first output token to the prompt.
 _PROMPT_TAIL = 8
+# Enough prompt tokens for a mark that begins reasoning, with white space.
+_MARK_TAIL = 32
 # JSON has no infinity: the log probability reported for impossible tokens.
 _LEAST_LOGPROB = -9999.0
 
@@ -25,7 +29,7 @@ class Piece:
 
     `logprobs`: if requested, an entry per token id with its text and the text's offset; with an echo, the prompt's
     tokens come first. `prompt_logprobs`: vLLM's, with the first piece. `stop_reason`: as in vLLM, the stop string that
-    ended the output.
+    ended the output. `thought`: reasoning, which comes before the text.
     """
 
     token_ids: list[int]
@@ -36,24 +40,34 @@ class Piece:
     logprobs: list[Json] | None = None
     prompt_logprobs: list[Json | None] | None = None
     stop_reason: str | None = None
+    thought: str = ""
 
 
 class Output:
     """One request's output. Tokens that the client already has are replayed, so that the output continues after
     them."""
 
-    def __init__(self, codec: TextCodec, request: GenerationRequest) -> None:
+    def __init__(self, codec: TextCodec, parsers: Parsers, request: GenerationRequest) -> None:
         self._codec = codec
         self._request = request
+        marks = parsers.marks if request.splits_reasoning else None
+        family = parsers.family if request.tool_calls is ToolFormat.FREE else None
+        self._hidden = codec.special_ids(
+            ((marks.begin, marks.end) if marks else ()) + (family.markers if family else ())
+        )
         self._token_text = codec.token_text
         self._chat = request.envelope.chat
-        self._text = OutputText(codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops, request.include_stop)
-        self._tools = ToolText(request.envelope.request_id, request.tool_calls)
+        self._text = OutputText(
+            codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops, request.include_stop, self._hidden
+        )
+        begun = marks is not None and is_open(codec.decode(request.token_ids[-_MARK_TAIL:]), marks)
+        self._reasoning = ReasoningText(marks, begun, family.openers if family else ())
+        self._tools = tool_text(parsers.family, request.tool_calls, request.envelope.request_id, request.tools)
         self._wants_logprobs = request.logprobs >= 0
         self._echo = "" if request.resume else request.echo
         for token_id in request.resume:
             shown, _ = self._text.push(token_id)
-            self._tools.push(shown)
+            self._tools.push(self._reasoning.push(shown)[1])
 
     def token(
         self,
@@ -79,14 +93,27 @@ class Output:
         return self._piece([], self._text.flush(), "length", None)
 
     def _piece(self, token_ids: list[int], text: str, reason: str | None, entries: list[Json] | None) -> Piece:
+        thought, text = self._reasoning.push(text)
+        if reason is not None:
+            more_thought, more_text = self._reasoning.flush()
+            thought, text = thought + more_thought, text + more_text
         shown, calls = self._tools.push(text)
         if reason is not None:
             rest, more = self._tools.flush()
             shown, calls = shown + rest, calls + more
             if self._tools.found and reason == "stop":
                 reason = "tool_calls"
+        if self._request.one_call:
+            # As in vLLM: further calls are left out.
+            calls = [call for call in calls if call["index"] == 0]
+        for mark in self._hidden.values():
+            # Of calls that are malformed. Answers never show special tokens.
+            shown, thought = shown.replace(mark, ""), thought.replace(mark, "")
+        if thought and not self._request.shows_reasoning:
+            thought, entries = "", None
         shown, self._echo = self._echo + shown, ""
-        return Piece(token_ids, shown, reason, None, joined(calls), entries, stop_reason=self._text.stop)
+        stop = self._text.stop
+        return Piece(token_ids, shown, reason, None, joined(calls), entries, stop_reason=stop, thought=thought)
 
     def _with_prompt(self, piece: Piece, told: list[PromptToken]) -> Piece:
         body, ids = self._request, self._request.token_ids
@@ -161,7 +188,9 @@ def chunk_choice(piece: Piece, chat: bool, first: bool) -> Json:
         logprobs = for_completion(piece.logprobs)
         return {"logprobs": logprobs, "finish_reason": piece.finish_reason, **told, "text": piece.text}
     delta: Json = {"role": "assistant"} if first else {}
-    if piece.text or not piece.calls:
+    if piece.thought:
+        delta |= _reasoned(piece.thought)
+    if piece.text or not (piece.calls or piece.thought):
         delta["content"] = piece.text
     if piece.calls:
         delta["tool_calls"] = piece.calls
@@ -179,6 +208,13 @@ def whole_choice(pieces: list[Piece], chat: bool) -> Json:
         return {"logprobs": for_completion(entries), "finish_reason": reason, **told, "text": text}
     calls = whole_calls([call for piece in pieces for call in piece.calls])
     message: Json = {"role": "assistant", "content": None if calls and not text else text}
+    if thought := "".join(piece.thought for piece in pieces):
+        message |= _reasoned(thought)
     if calls:
         message["tool_calls"] = calls
     return {"logprobs": for_chat(entries), "finish_reason": reason, **told, "message": message}
+
+
+def _reasoned(thought: str) -> Json:
+    """Reasoning under both of its names: vLLM's since 0.12, and the one before, which most clients look for."""
+    return {"reasoning": thought, "reasoning_content": thought}

@@ -22,6 +22,7 @@ from pdctl import __version__
 from pdctl.engine.front.api import guided, openai
 from pdctl.engine.front.api.control import Control, Locked
 from pdctl.engine.front.api.generate import Generator
+from pdctl.engine.front.api.messages import messages_of
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.output import Piece, chunk_choice, whole_choice
 from pdctl.engine.front.api.text import NoChatTemplate, TextCodec
@@ -132,6 +133,11 @@ class EngineService:
             ttft_s=(parsed.slo.ttft_ms or 0.0) / 1000 if parsed.slo else 0.0,
             tool_calls=guided.tool_format(parsed),
             tenant=tenant,
+            tools=parsed.tools if isinstance(parsed, ChatBody) else None,
+            one_call=isinstance(parsed, ChatBody) and parsed.parallel_tool_calls is False,
+            # A grammar applies from the first token: guided output has no reasoning.
+            splits_reasoning=chat and not sampling.grammar and parsed.separate_reasoning is not False,
+            shows_reasoning=parsed.include_reasoning is not False,
         )
         return openai.only_for_kv(request) if request.hold and not ours else request
 
@@ -162,7 +168,7 @@ class EngineService:
     def _encode(self, body: CompletionBody | ChatBody, at: float, max_tokens: int) -> list[int]:
         if isinstance(body, ChatBody):
             tools = body.tools if body.tool_choice != "none" else None
-            messages = openai.messages_of(body.messages)
+            messages = messages_of(body.messages)
             going_on = bool(body.continue_final_message)
             return self.codec.encode_chat(messages, at, tools, max_tokens, openai.template_variables(body), going_on)
         prompt = body.prompt
@@ -179,7 +185,7 @@ class EngineService:
         if not body.echo:
             return ""
         if isinstance(body, ChatBody):
-            last = openai.messages_of(body.messages)[-1]
+            last = messages_of(body.messages)[-1]
             return str(last.get("content") or "") if last["role"] == "assistant" else ""
         whole = isinstance(body.prompt, str) and body.truncate_prompt_tokens is None
         return str(body.prompt) if whole else self.codec.shown(token_ids)
@@ -204,7 +210,7 @@ class EngineService:
         most = self._ready().max_model_len
         try:
             if asked.messages is not None:
-                messages = openai.messages_of(asked.messages)
+                messages = messages_of(asked.messages)
                 variables = openai.template_variables(asked)
                 going_on = bool(asked.continue_final_message)
                 ids = self.codec.encode_chat(messages, time.time(), asked.tools, most, variables, going_on)

@@ -21,6 +21,10 @@ _LEAST_REFUSED = 65_536
 _MOST_PER_TOKEN, _MOST_ANYWAY = 16, 1 << 20
 
 
+# The names of chat templates, if a model has several.
+_DEFAULT, _WITH_TOOLS = "default", "tool_use"
+
+
 class NoChatTemplate(Exception):
     """The model has no chat template: it is a base model that completes text."""
 
@@ -31,8 +35,22 @@ class TextCodec:
     def __init__(self, model: Path) -> None:
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.token_text = TokenText(self.tokenizer)
-        self._template = _chat_template(model)
+        self._templates = _chat_templates(model)
+        self._special_ids = _special_ids(self.tokenizer)
         self._specials = _special_tokens(model)
+
+    @property
+    def template(self) -> str:
+        """The chat template for requests with tools; "" if there is none."""
+        return self._template_for(has_tools=True)
+
+    def _template_for(self, has_tools: bool) -> str:
+        templates = self._templates
+        return (templates.get(_WITH_TOOLS) if has_tools else None) or templates.get(_DEFAULT, "")
+
+    def special_ids(self, texts: tuple[str, ...]) -> dict[int, str]:
+        """The texts among these that are special tokens, which answers do not show, by their ids."""
+        return {self._special_ids[text]: text for text in texts if text in self._special_ids}
 
     @cached_property
     def _longest_token(self) -> int:
@@ -104,13 +122,14 @@ class TextCodec:
         `continue_final`: the last message stays open, and the answer continues it. Raises NoChatTemplate, ValueError
         with the template's error message, or errors as in `encode`.
         """
-        if self._template is None:
+        template = self._template_for(bool(tools))
+        if not template:
             raise NoChatTemplate("this model has no chat template: it is a base model; use /v1/completions")
         if max_tokens is not None:
             # Check before rendering: the template may take long for messages that are then refused.
             self.check_length(_characters(messages) + _characters(tools or []), max_tokens)
         shown = _marked(messages) if continue_final else messages
-        text = render_chat(self._template, shown, self._specials, at, tools, variables)
+        text = render_chat(template, shown, self._specials, at, tools, variables)
         if continue_final:
             text = _left_open(text)
         return self.encode(text, max_tokens, special=False)
@@ -188,15 +207,22 @@ def render_chat(
 class OutputText:
     """Output text as tokens arrive: never a partial character, never past a stop string.
 
-    Text that might become a stop string is held back until it cannot.
+    Text that might become a stop string is held back until it cannot. `marks`: special tokens that are text
+    nevertheless, by their ids.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_tail: list[int], stops: list[str], include_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        prompt_tail: list[int],
+        stops: list[str],
+        include_stop: bool = False,
+        marks: dict[int, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
         self._include_stop = include_stop
+        self._marks = marks or {}
         self._stream = DecodeStream(ids=prompt_tail, skip_special_tokens=True)
         self._pending: list[int] = []
         self._held = ""
@@ -205,8 +231,14 @@ class OutputText:
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """New text that can be shown, and whether a stop string was reached."""
+        mark = self._marks.get(token_id)
+        if mark is not None and (rest := self._rest()):
+            # Bytes of a character that is never completed come before the mark.
+            mark = rest + mark
+            self._stream = DecodeStream(ids=[], skip_special_tokens=True)
         self._pending.append(token_id)
         piece = self._decoded(token_id)
+        piece = piece if mark is None else mark + (piece or "")
         if piece is None:
             return "", False
         self._pending.clear()
@@ -228,10 +260,14 @@ class OutputText:
 
     def flush(self) -> str:
         """The remaining text when the output ends without a stop string."""
-        rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True) if self._pending else ""
-        text, self._held = self._held + rest, ""
-        self._pending.clear()
+        text, self._held = self._held + self._rest(), ""
         return text
+
+    def _rest(self) -> str:
+        """Take the text of the pending tokens."""
+        rest: str = self._tokenizer.decode(self._pending, skip_special_tokens=True) if self._pending else ""
+        self._pending.clear()
+        return rest
 
     def _show(self, piece: str) -> tuple[str, bool]:
         if not self._stops:
@@ -252,12 +288,22 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _chat_template(model: Path) -> str | None:
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of special tokens, by their text."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {token.content: token_id for token_id, token in added.items() if token.special}
+
+
+def _chat_templates(model: Path) -> dict[str, str]:
+    """Chat templates by name. Most models have only the default one; some, as Hermes 3, have another for tools."""
     separate = model / "chat_template.jinja"
     if separate.is_file():
-        return separate.read_text(encoding="utf-8")
+        return {_DEFAULT: separate.read_text(encoding="utf-8")}
     found = _tokenizer_config(model).get("chat_template")
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return {_DEFAULT: found}
+    named = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return {str(one.get("name")): str(one.get("template", "")) for one in named}
 
 
 def _special_tokens(model: Path) -> dict[str, str]:

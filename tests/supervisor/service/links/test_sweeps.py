@@ -49,6 +49,7 @@ class Rig:
         self.said: list[str] = []
         self.proxies = proxies
         self.epoch = "e1"
+
         async def sweep(_: LmdeployControl, engine: object, swept: int, sent: int, timeout_s: float) -> int:
             if self.fails:
                 raise Unreachable("gone")

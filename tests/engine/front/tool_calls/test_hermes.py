@@ -1,25 +1,18 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.engine.front.api.tools import ToolCall, ToolFormat, ToolText, joined, whole_calls
+from pdctl.engine.front.api.tool_calls import ToolCall, ToolFormat, joined
+from tests.engine.front.tool_calls.parsing import parser as parser_of
+from tests.engine.front.tool_calls.parsing import split as split_by
 
 
-def split(text: str, cuts: list[int], form: ToolFormat = ToolFormat.TAGGED) -> tuple[str, list[ToolCall]]:
-    parser = ToolText("r", form)
-    shown = ""
-    calls: list[ToolCall] = []
-    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    for start, end in pairwise(edges):
-        more, found = parser.push(text[start:end])
-        shown, calls = shown + more, calls + found
-    more, found = parser.flush()
-    return shown + more, whole_calls(calls + found)
+def split(text: str, cuts: list[int], form: ToolFormat = ToolFormat.FREE) -> tuple[str, list[ToolCall]]:
+    return split_by(text, cuts, "hermes", form)
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
@@ -71,7 +64,7 @@ def test_arguments_may_hold_what_looks_like_an_end(cuts: list[int]) -> None:
 
 
 def test_arguments_come_while_they_grow() -> None:
-    parser = ToolText("r", ToolFormat.FORCED)
+    parser = parser_of("hermes", ToolFormat.FORCED)
     assert parser.push('{"name": "f", "argu') == ("", [])
     _, (first, second) = parser.push('ments": {"a')
     assert first["function"] == {"name": "f", "arguments": ""}
