@@ -333,12 +333,12 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     A reload reads the file again and applies everything except the fields in FIXED. `draining`: engines that get no
     new requests; `lease_s`: how long prefill keeps KV, for kinds that do not verify it themselves. `unlinked`: by
     decode engine, the prefill engines whose KV it cannot read. `swept`: how many times an engine was freed of what
-    requests had left there.
+    requests had left there. `accept_nodes`: engines may register themselves, with a key of `node_keys`.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (
         "service", "model", "max_model_len", "workers", "run_dir", "tls_cert", "tls_key", "cors_origins",
-        "otlp_endpoint",
+        "otlp_endpoint", "accept_nodes",
     )  # fmt: skip
 
     service: str
@@ -360,6 +360,8 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     cors_origins: list[str] = []
     access_log: str = ""
     otlp_endpoint: str = ""
+    accept_nodes: bool = False
+    node_keys: str = ""
     draining: list[str] = []
     unlinked: dict[str, list[str]] = {}
     swept: dict[str, int] = {}
@@ -371,7 +373,8 @@ class EngineLoad(msgspec.Struct, frozen=True):
     """A proxy's view of one engine: calls in progress, and whether it may get more.
 
     `left`: tokens of KV that requests have left there and nobody can name; `left_part`: of all that it may have there;
-    `sent`: prompts sent to it so far. All 0 for engines that free their KV themselves.
+    `sent`: prompts sent to it so far. All 0 for engines that free their KV themselves. `latency`: durations of the last
+    answered calls, seconds, oldest first.
     """
 
     calls: int
@@ -379,6 +382,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     left: int = 0
     left_part: float = 0.0
     sent: int = 0
+    latency: tuple[float, ...] = ()
 
 
 class PoolReply(msgspec.Struct, frozen=True):

@@ -18,6 +18,8 @@ from pdctl.control_api.messages import (
     Exits,
     KvStatus,
     MeasuredStatus,
+    Node,
+    Nodes,
     Reply,
     ServiceStatus,
     Stopping,
@@ -94,6 +96,18 @@ class ControlClient:
     def apply(self, wanted: Plan) -> None:
         """Start to apply a plan. The status shows the progress."""
         self._do("/v1/apply", msgspec.json.encode(wanted))
+
+    def nodes(self) -> Nodes:
+        """The engines that registered themselves, with their load."""
+        return self._ask("GET", "/v1/nodes", Nodes)
+
+    def add_node(self, node: Node) -> Reply:
+        """Make an engine a member of the service. The reply has the reason if it is refused."""
+        return self._ask("POST", "/v1/nodes/add", Reply, msgspec.json.encode(node))
+
+    def remove_node(self, name: str) -> Reply:
+        """Let an engine that registered itself finish its requests, and forget it. Does not wait for that."""
+        return self._ask("POST", f"/v1/nodes/remove?{urlencode({'name': name})}", Reply)
 
     def stop(self) -> None:
         """Stop the service. A second call kills the remaining processes."""

@@ -26,6 +26,8 @@ from pdctl.control_api.messages import (
     Link,
     MeasuredProcess,
     MeasuredStatus,
+    Node,
+    NodeStatus,
     ProcessStatus,
     Reply,
     ResourceUse,
@@ -50,6 +52,8 @@ _SECTIONS: dict[type, str] = {
     ProcessSpec: "Planned process",
     Probe: "Probe",
     Attached: "Planned attached engine",
+    Node: "Registration",
+    NodeStatus: "Registered engine",
     Reply: "Reply",
 }
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -137,7 +141,9 @@ One object per line. In addition to these fields, it has fields that depend on t
 _EVENT_NAMES = """\
 Events: `started`, `phase` (of a start), `ready`, `exited`, `failed`, `not_alive`, `blocked`, `draining`, `drained`,
 `drain_over`, `stopped`, `adopted`, `asked`, `restarted_with`, `apply`, `apply_failed`, `service_ready`,
-`run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `note`."""
+`run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `note`. Of engines that register
+themselves: `node_added`, `node_answers`, `node_silent`, `node_leaving`, `node_removed`, `node_lost` (forgotten, because
+it did not answer)."""
 _API = """\
 HTTP on the unix socket `control.sock` in the run directory, only for the service's user and root. In Python,
 `pdctl.control_api.ControlClient(run_dir)` has a method for each call."""
@@ -148,6 +154,9 @@ _CALLS = (
     ("GET /v1/events", "[a stream](#events-as-a-stream)"),
     ("GET /v1/kv", "as `pdctl kv --json`"),
     ("POST /v1/kv/revoke?lease=ID", "[reply](#reply); its status is always 200"),
+    ("GET /v1/nodes", "`nodes`: the [registered engines](#registered-engine), without those that are leaving"),
+    ("POST /v1/nodes/add", "the body is a [registration](#registration); [reply](#reply)"),
+    ("POST /v1/nodes/remove?name=HOST:PORT", "[reply](#reply), once its drain has begun"),
     ("POST /v1/processes/NAME/VERB", "[reply](#reply), once started; with `?drain=1`, requests finish first"),
     ("POST /v1/apply", "the body is a plan; [reply](#reply), once started"),
     ("POST /v1/apply?dry_run=1", "the body is a plan; as `pdctl apply --dry-run --json`"),
@@ -200,7 +209,7 @@ def text() -> str:
         _API,
         "\n".join(["| call | answer |", "|---|---|", *(f"| `{call}` | {answer} |" for call, answer in _CALLS)]),
         _REFUSED,
-        *_sections(Reply),
+        *_sections(Node, NodeStatus, Reply),
         "### Events as a stream",
         _STREAM,
     ]

@@ -130,7 +130,7 @@ class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
 class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):
     """An engine that pdctl uses but does not start."""
 
-    name: Annotated[str, says("the name of its `[[engines]]` entry")]
+    name: Annotated[str, says("the name of its `[[engines]]` entry; HOST:PORT if it registered itself")]
     role: Annotated[str, says("`prefill`, `decode` or `hybrid`")]
     kind: Annotated[str, says("such as `vllm`")]
     host: Annotated[str, says("host on which it listens")]
@@ -139,6 +139,42 @@ class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):
     ports: Annotated[dict[str, int], says("its ports beside its API, by purpose")] = {}
     connector: Annotated[str, says("how it exchanges KV, or empty")] = ""
     answers: Annotated[bool | None, says("result of its last health check; null before the first one")]
+    registered: Annotated[bool, says("whether it registered itself, at the proxy")] = False
+    leaving: Annotated[bool, says("whether it was removed, and its last requests still run")] = False
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine that registers itself."""
+
+    kind: Annotated[str, says("the engine kind; today always `lmdeploy`")]
+    role: Annotated[Literal["prefill", "decode", "hybrid"], says("the work that it accepts")]
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=253, description="host on which it listens")]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535, description="port on which it listens")]
+    models: Annotated[tuple[str, ...], msgspec.Meta(max_length=64, description="models that it serves")]
+    speed: Annotated[int | None, says("as it was registered; pdctl measures speed itself")] = None
+
+    @property
+    def name(self) -> str:
+        """Its name as an engine of the service. A topology's names have no colon."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://{self.name}"
+
+
+class NodeStatus(Node, frozen=True, kw_only=True):
+    """An engine that registered itself, and its load."""
+
+    unfinished: Annotated[int, says("calls that run there now")] = 0
+    latency: Annotated[tuple[float, ...], says("durations of its last answered calls, seconds")] = ()
+
+
+class Nodes(msgspec.Struct, frozen=True, kw_only=True):
+    """The engines that registered themselves, without those that are leaving."""
+
+    nodes: Annotated[tuple[NodeStatus, ...], says("in the order of their registration")]
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):

@@ -195,7 +195,9 @@ def _proxy(
         argv += ["--worker", str(worker), "--control-port", str(ports["control"])]
         base = f"http://{host.address}:{ports['control']}"
     # /health also depends on the engines, so liveness uses a path that answers whenever the proxy runs.
-    url, alive = f"{base}/health", f"{base}/pdctl/v1/pool"
+    alive = f"{base}/pdctl/v1/pool"
+    # An engine that will register itself cannot be waited for: it needs a proxy that is ready.
+    url = alive if topology.proxy.accept_nodes else f"{base}/health"
     return ProcessSpec(
         name="proxy" if topology.proxy.workers == 1 else f"proxy-{worker}",
         kind=PROXY,

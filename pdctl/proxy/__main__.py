@@ -155,7 +155,13 @@ def _name(config: ProxyConfig, worker: int) -> str:
 
 def _app(config: ProxyConfig, completions: Completions, path: Path) -> ASGIApp:
     reloader = Reloader(path, config, completions, os.environ.get(SECRET_ENV, ""))
-    app: ASGIApp = ProxyApp.of(config, completions, reloader.routes())
+    routes = reloader.routes()
+    if config.accept_nodes:
+        # Imported here: other services need neither the control API's client nor its memory.
+        from pdctl.proxy.surface.nodes import NodeSurface
+
+        routes += NodeSurface(lambda: reloader.config).routes()
+    app: ASGIApp = ProxyApp.of(config, completions, routes)
     if config.cors_origins:
         app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app

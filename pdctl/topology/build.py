@@ -45,7 +45,7 @@ def build(data: Table, source: str | None) -> Topology:
         proxy=_proxy(proxy, source),
         slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),
         transfer=_transfer(transfer),
-        engines=tuple(_group(entry, source) for entry in data["engines"]),
+        engines=tuple(_group(entry, source) for entry in data.get("engines", ())),
         supervision=_supervision(supervision),
         source=source,
         expect=Expect(float(expect["rate_gbps"]), expect["link_layer"], expect["mtu"], expect["gid_index"]),
@@ -79,6 +79,9 @@ def _proxy(values: Table, source: str | None) -> Proxy:
         cors_origins=tuple(values["cors_origins"]),
         access_log=absolute(values["access_log"], source),
         otlp_endpoint=values["otlp_endpoint"] or "",
+        accept_nodes=values["accept_nodes"],
+        node_keys=absolute(values["node_keys"], source),
+        node_away_s=float(values["node_away_s"]),
     )
 
 

@@ -33,7 +33,7 @@ def key_problems(document: Document) -> Iterator[Problem]:
         yield Problem(
             0, "service", "missing table [service]", 'add it with at least a model: model = "sample:gemma-3-270m"'
         )
-    if "engines" not in document.data:
+    if "engines" not in document.data and not _accepts_nodes(document):
         yield Problem(0, "engines", "no engines", "add [[engines]] with a name and a role")
 
 
@@ -41,7 +41,7 @@ def _list_problems(document: Document, name: str, tables: object) -> Iterator[Pr
     if not isinstance(tables, list) or not all(isinstance(entry, dict) for entry in tables):
         yield document.problem((name,), f"must be a list of tables: [[{name}]]")
         return
-    if name == "engines" and not tables:
+    if name == "engines" and not tables and not _accepts_nodes(document):
         yield document.problem(("engines",), "no engines", "add [[engines]] with a name and a role")
     for index, entry in enumerate(cast(list[Table], tables)):
         yield from _table_problems(document, (name, index), entry, LISTS[name])
@@ -49,6 +49,12 @@ def _list_problems(document: Document, name: str, tables: object) -> Iterator[Pr
             yield from _attached_problems(document, index, entry)
         elif name == "stores":
             yield from _store_problems(document, index, entry)
+
+
+def _accepts_nodes(document: Document) -> bool:
+    """Whether engines may register themselves: then the file needs none."""
+    proxy = document.data.get("proxy")
+    return isinstance(proxy, dict) and proxy.get("accept_nodes") is True
 
 
 def _store_problems(document: Document, index: int, entry: Table) -> Iterator[Problem]:

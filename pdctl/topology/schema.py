@@ -230,6 +230,9 @@ TABLES: dict[str, dict[str, Key]] = {
         "cors_origins": Key(texts("origin"), []),
         "access_log": Key(text()),
         "otlp_endpoint": Key(text(_HTTP, "an address such as http://127.0.0.1:4318")),
+        "accept_nodes": Key(boolean(), False),
+        "node_keys": Key(text()),
+        "node_away_s": Key(number(0, 86400), 90.0),
     },
     "slo": {"ttft_ms": Key(number(0), 2000.0), "tpot_ms": Key(number(0), 200.0)},
     "transfer": {

@@ -45,6 +45,8 @@ class Proxy:
 
     `admission`: "queue" queues requests until an engine has room, "slo" also refuses requests that would miss the
     targets. `unknown_fields`: "warn" drops request fields that no engine knows and reports them, "refuse" answers 400.
+    `accept_nodes`: LMDeploy's engines may register themselves, with one of the keys in `node_keys`; those that have not
+    answered for `node_away_s` seconds are forgotten.
     """
 
     host: str
@@ -62,6 +64,9 @@ class Proxy:
     cors_origins: tuple[str, ...]
     access_log: str
     otlp_endpoint: str
+    accept_nodes: bool = False
+    node_keys: str = ""
+    node_away_s: float = 90.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
     if len({group.device for group in topology.engines if not group.is_attached}) > 1 and roles != {Role.HYBRID}:
         hint = "KV is float32 on the CPU and bfloat16 on GPUs: use the same device for engines that exchange KV"
         yield document.problem(("engines",), "CPU and CUDA engines cannot hand KV to each other", hint)
+    if topology.proxy.accept_nodes:
+        return  # the other role may register itself
     if roles == {Role.PREFILL}:
         yield document.problem(("engines",), "prefill without decode", 'add an engine with role = "decode" or "hybrid"')
     if roles == {Role.DECODE}:
@@ -68,22 +70,38 @@ def _proxy_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
     if bool(proxy.tls_cert) != bool(proxy.tls_key):
         given = "tls_cert" if proxy.tls_cert else "tls_key"
         yield document.problem(("proxy", given), "tls_cert and tls_key must be set together", "set both or neither")
-    for key, path in (("api_keys", proxy.api_keys), ("tls_cert", proxy.tls_cert), ("tls_key", proxy.tls_key)):
+    keys = {"api_keys": proxy.api_keys, "node_keys": proxy.node_keys}
+    for key, path in (*keys.items(), ("tls_cert", proxy.tls_cert), ("tls_key", proxy.tls_key)):
         if path and not os.access(path, os.R_OK):
-            hint = f"create it with: pdctl key NAME --file {path}" if key == "api_keys" else None
+            hint = f"create it with: pdctl key NAME --file {path}" if key in keys else None
             yield document.problem(("proxy", key), f"{path} does not exist or cannot be read", hint)
+    yield from _node_problems(document, proxy)
     yield from _file_problems(document, proxy)
     if proxy.access_log and not Path(proxy.access_log).parent.is_dir():
         yield document.problem(("proxy", "access_log"), f"the folder of {proxy.access_log} does not exist")
 
 
+def _node_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
+    """Engines that register themselves need a key: whoever registers one sees the prompts of all clients."""
+    if proxy.accept_nodes and not proxy.node_keys:
+        hint = 'create a key with: pdctl key NAME --file nodes.keys    and set node_keys = "nodes.keys"'
+        yield document.problem(("proxy", "accept_nodes"), "accept_nodes needs node_keys", hint)
+    if proxy.node_keys and not proxy.accept_nodes:
+        yield document.problem(("proxy", "node_keys"), "has no effect without accept_nodes", "set accept_nodes = true")
+
+
 def _file_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
     """Problems in the content of files that would prevent the proxy from starting."""
-    if proxy.api_keys and os.access(proxy.api_keys, os.R_OK):
-        try:
-            read_api_keys(Path(proxy.api_keys))
-        except PdctlError as failure:
-            yield document.problem(("proxy", "api_keys"), failure.message, failure.hint)
+    for name, path in (("api_keys", proxy.api_keys), ("node_keys", proxy.node_keys)):
+        if path and os.access(path, os.R_OK):
+            try:
+                keys = read_api_keys(Path(path))
+            except PdctlError as failure:
+                yield document.problem(("proxy", name), failure.message, failure.hint)
+                continue
+            if not keys and name == "node_keys":
+                hint = f"create one with: pdctl key NAME --file {path}"
+                yield document.problem(("proxy", name), f"{path} has no key", hint)
     if proxy.tls_cert and proxy.tls_key and os.access(proxy.tls_cert, os.R_OK) and os.access(proxy.tls_key, os.R_OK):
         key, reason = tls_problem(proxy.tls_cert, proxy.tls_key)
         if key:

@@ -3,6 +3,7 @@ fault that LMDeploy's own proxy answers wrongly, leaks at or hangs on. The answe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -537,3 +539,178 @@ def test_the_plan_and_the_status_show_the_engines(service: Quiet) -> None:
     }  # fmt: skip
     [link] = served.status().links
     assert (link.reader, link.peer, link.transport, link.protocol) == (decode.name, prefill.name, "distserve", "rdma")
+
+
+# -- engines that register themselves ----------------------------------------------------------------------
+
+NODE_KEY = "node key/1"
+
+
+@contextmanager
+def accepting(run: Run, away_s: float = 90.0, more: str = "") -> Iterator[Service]:
+    """A service without engines of its own."""
+    (run.folder / "nodes.keys").write_text(f"box sha256:{hashlib.sha256(NODE_KEY.encode()).hexdigest()}\n")
+    proxy = f'accept_nodes = true\nnode_keys = "nodes.keys"\nnode_away_s = {away_s}\n{more}'
+    with running(run, text((), free_port(), proxy)) as service:
+        yield service
+
+
+def with_key(service: Service) -> str:
+    """The proxy's URL as an engine gets it: the key is the password."""
+    return service.url.replace("http://", f"http://box:{quote(NODE_KEY, safe='')}@")
+
+
+def nodes(service: Service) -> dict[str, Any]:
+    found = httpx.get(f"{with_key(service)}/nodes/status", trust_env=False)
+    assert found.status_code == 200, found.text
+    return dict(found.json())
+
+
+def post(service: Service, path: str, **body: object) -> httpx.Response:
+    return httpx.post(f"{with_key(service)}/nodes/{path}", json=body, trust_env=False)
+
+
+def node_pair(service: Service, *options: str) -> tuple[Fake, Fake]:
+    """A prefill and a decode engine that have registered themselves and are linked."""
+    pair = [Fake(role, 0, "--proxy-url", with_key(service), *options) for role in ("prefill", "decode")]
+    for fake in pair:
+        fake.name = fake.url.removeprefix("http://")
+    all_linked(service, pair)
+    return pair[0], pair[1]
+
+
+def told(run: Run, name: str) -> list[str]:
+    """The events of an engine."""
+    lines = run.cli("events", check=True).stdout.splitlines()
+    return [entry["event"] for entry in map(json.loads, lines) if entry["process"] == name]
+
+
+def test_engines_register_themselves_serve_leave_and_are_forgotten(run: Run) -> None:
+    with accepting(run, away_s=2.0) as service, ExitStack() as stack:
+        assert service.status().state == "ready", "it waits for no engine"
+        prefill, decode = node_pair(service)
+        stack.callback(prefill.stop)
+        stack.callback(decode.stop)
+        by_a_pair(service, decode, "over two blocks of KV")
+        assert ask(service, "a stream over KV", stream=True) == expected("a stream over KV")
+        found = nodes(service)
+        assert {url: (node["role"], node["models"], node["unfinished"]) for url, node in found.items()} == {
+            prefill.url: (2, ["m"], 0), decode.url: (3, ["m"], 0),
+        }  # fmt: skip
+        assert all(node["latency"] and node["speed"] is None for node in found.values())
+        attached = {one.name: one for one in service.status().attached}
+        assert attached.keys() == {prefill.name, decode.name}
+        assert all(one.registered and one.answers for one in attached.values())
+
+        # Their membership outlives the proxy.
+        before = service.process("proxy")
+        subprocess.run(["kill", "-9", str(before.pid)], check=True)
+        service.restarted(before)
+        assert nodes(service).keys() == {prefill.url, decode.url}
+        all_linked(service, (prefill, decode))
+        by_a_pair(service, decode, "after a restart")
+
+        # A killed one is silent at first, then forgotten.
+        prefill.stop()
+        service.wait(lambda: nodes(service).keys() == {decode.url}, what="the killed engine to be forgotten")
+        service.wait(lambda: decode.stats()["links"] == 0, what="no link to the killed engine")
+        assert [one.name for one in service.status().attached] == [decode.name]
+        assert told(run, prefill.name) == ["node_added", "node_answers", "node_silent", "node_lost"]
+        assert "has not answered for 2 s" in run.cli("why", prefill.url, check=True).stdout
+        assert ask(service, "alone") == expected("alone")
+
+        # It comes back by registering itself again, and is removed.
+        prefill.start()
+        all_linked(service, (prefill, decode))
+        by_a_pair(service, decode, "again a pair")
+        assert post(service, "remove", url=prefill.url).json() == "Deleted successfully"
+        service.wait(lambda: prefill.stats()["links"] == decode.stats()["links"] == 0, what="no link on both sides")
+        assert prefill.answers()
+        assert nodes(service).keys() == {decode.url}
+        assert ask(service, "alone again") == expected("alone again")
+        nothing_left(service, prefill, decode)
+
+
+def test_nodes_outlive_the_supervisor_where_engines_do(run: Run) -> None:
+    more = '\n[supervisor]\non_supervisor_death = "survive"'
+    with accepting(run, more=more) as service, ExitStack() as stack:
+        prefill, decode = node_pair(service)
+        stack.callback(prefill.stop)
+        stack.callback(decode.stop)
+        by_a_pair(service, decode, "before")
+        subprocess.run(["kill", "-9", str(service.status().supervisor_pid)], check=True)
+        assert ask(service, "without a supervisor") == expected("without a supervisor")
+        assert post(service, "add", url=decode.url).status_code == 503
+        run.cli("up", "-d", check=True)
+        assert nodes(service).keys() == {prefill.url, decode.url}
+        by_a_pair(service, decode, "after")
+        assert prefill.stats()["initialized"] == 1, "the link was taken over, too"
+
+
+def test_nodes_need_a_key_of_their_own(run: Run) -> None:
+    (run.folder / "keys.txt").write_text(f"alice sha256:{hashlib.sha256(b'client').hexdigest()}\n")
+    with accepting(run, more='api_keys = "keys.txt"') as service:
+        body = {"url": "http://127.0.0.1:1", "status": {"role": 1, "models": ["m"]}}
+        ways: list[dict[str, Any]] = [
+            {}, {"auth": ("box", "wrong")}, {"headers": {"authorization": "Bearer client"}}, {"auth": ("x", "client")},
+            {"headers": {"authorization": "Basic !"}},
+        ]  # fmt: skip
+        for way in ways:
+            refused = httpx.post(f"{service.url}/nodes/add", json=body, trust_env=False, **way)
+            assert refused.status_code == 401
+            assert refused.headers["www-authenticate"].startswith("Basic")
+            assert httpx.get(f"{service.url}/nodes/status", trust_env=False, **way).status_code == 401
+        assert nodes(service) == {}
+        good = {"authorization": f"Bearer {NODE_KEY}"}
+        assert httpx.get(f"{service.url}/nodes/status", headers=good, trust_env=False).json() == {}
+
+
+def test_a_registration_that_cannot_be_served_is_refused_with_a_reason(run: Run) -> None:
+    with accepting(run) as service, ExitStack() as stack:
+
+        def refused(expected_status: int, **body: object) -> str:
+            answer = post(service, "add", **body)
+            assert answer.status_code == expected_status, answer.text
+            return str(answer.json()["error"]["message"])
+
+        assert "serves other" in refused(409, url="http://127.0.0.1:1", status={"role": 1, "models": ["other"]})
+        assert "is not an address" in refused(400, url="ftp://127.0.0.1:1", status={"role": 1, "models": ["m"]})
+        assert "role is 7" in refused(400, url="http://127.0.0.1:1", status={"role": 7, "models": ["m"]})
+        assert "/v1/models" in refused(502, url="http://127.0.0.1:1")
+        assert "'proxy'" in refused(409, url=service.url, status={"role": 1, "models": ["m"]})
+        assert post(service, "remove", url="http://127.0.0.1:1").status_code == 404
+        hybrid = Fake("hybrid")
+        stack.callback(hybrid.stop)
+        for _ in range(2):
+            added = post(service, "add", url=hybrid.url)
+            assert (added.status_code, added.json()) == (200, "Added successfully"), "it was asked for its models"
+        assert nodes(service)[hybrid.url]["role"] == 1
+        service.healthy()
+        assert ask(service, "alone") == expected("alone")
+
+
+def test_nodes_are_ended_by_the_proxy_if_they_allow_it(run: Run) -> None:
+    with accepting(run) as service, ExitStack() as stack:
+        prefill, decode = node_pair(service, "--allow-terminate-by-client")
+        stubborn = Fake("hybrid", 0, "--proxy-url", with_key(service))
+        for fake in (prefill, decode, stubborn):
+            stack.callback(fake.stop)
+        assert post(service, "terminate", url=decode.url).json() == "Terminated successfully"
+        decode.process.wait(60)
+        assert decode.url not in nodes(service)
+        everyone = httpx.get(f"{with_key(service)}/nodes/terminate_all", trust_env=False)
+        assert everyone.status_code == 502, "one of them did not"
+        assert f"{stubborn.url.removeprefix('http://')} was removed, but did not end" in everyone.text
+        prefill.process.wait(60)
+        assert nodes(service) == {}
+        assert stubborn.answers()
+
+
+def test_without_accept_nodes_the_paths_are_like_any_other(service: Quiet) -> None:
+    served, prefill, _ = service
+    for path in ("/nodes/add", "/nodes/remove", "/nodes/terminate"):
+        answer = served.client.post(path, json={"url": prefill.url})
+        assert (answer.status_code, answer.json()) == (404, served.client.post("/other").json() | {
+            "error": {**served.client.post("/other").json()["error"], "message": f"POST {path}: Not Found"},
+        })  # fmt: skip
+    assert served.client.get("/nodes/status").status_code == 404

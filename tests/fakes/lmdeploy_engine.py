@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import secrets
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -357,6 +358,12 @@ class Engine:
         ill = self.broken or "unhealthy" in self.faults
         return JSONResponse({"status": "unhealthy" if ill else "healthy"}, 503 if ill else 200)
 
+    async def terminate(self, _: Request) -> Response:
+        if not self.options.allow_terminate_by_client:
+            return error(400, "The server can not be terminated.")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Response()
+
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": "m", "object": "model"}]})
 
@@ -418,6 +425,17 @@ class Keys:
         await self.app(scope, receive, send)
 
 
+async def register(options: argparse.Namespace) -> None:
+    """As LMDeploy: once, before it listens; a failure is only logged. httpx, as LMDeploy's requests, makes an
+    Authorization header of the user and password in a URL."""
+    role = {"Hybrid": 1, "Prefill": 2, "Decode": 3}[options.role]
+    data = {"url": f"http://{options.host}:{options.port}", "status": {"models": ["m"], "role": role}}
+    async with httpx.AsyncClient(trust_env=False) as client:
+        answer = await client.post(f"{options.proxy_url}/nodes/add", json=data, headers={"accept": "application/json"})
+    if answer.status_code != 200:
+        print(f"Service registration failed: {answer.status_code}: {answer.text}", flush=True)
+
+
 async def serve(options: argparse.Namespace) -> None:
     engine = Engine(options)
     posts = {
@@ -427,11 +445,13 @@ async def serve(options: argparse.Namespace) -> None:
     }  # fmt: skip
     gets = {
         "/health": engine.health, "/v1/models": engine.models, "/metrics": engine.metrics, "/_stats": engine.told,
-        "/distserve/engine_info": engine.engine_info, "/_kv": engine.kv,
+        "/distserve/engine_info": engine.engine_info, "/_kv": engine.kv, "/terminate": engine.terminate,
     }  # fmt: skip
     routes = [Route(path, act, methods=["POST"]) for path, act in posts.items()]
     routes += [Route(path, act) for path, act in gets.items()]
     app = Keys(Starlette(routes=routes), options.api_key)
+    if options.proxy_url:
+        await register(options)
     await uvicorn.Server(uvicorn.Config(app, options.host, options.port, log_level="error")).serve()
 
 
@@ -444,6 +464,8 @@ def main() -> None:
     parser.add_argument("--cache-session-id", action="store_true")
     parser.add_argument("--needs-header", action="store_true")
     parser.add_argument("--api-key", default="")
+    parser.add_argument("--proxy-url", default="")
+    parser.add_argument("--allow-terminate-by-client", action="store_true")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dtype", default="torch.bfloat16")
     parser.add_argument("--blocks", type=int, default=1024)

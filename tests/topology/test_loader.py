@@ -258,6 +258,37 @@ def test_api_keys_are_read_before_anything_starts(tmp_path: Path) -> None:
     assert message == f"{keys}:3: not NAME sha256:HASH"
 
 
+def test_engines_register_themselves_only_with_a_key(tmp_path: Path) -> None:
+    [(line, key, message)] = with_proxy(tmp_path, "accept_nodes = true")
+    text = (tmp_path / "pdctl.toml").read_text()
+    assert (line, key, message) == (line_of(text, "accept_nodes"), "proxy.accept_nodes", "accept_nodes needs node_keys")
+    keys = tmp_path / "nodes.keys"
+    both = 'accept_nodes = true\nnode_keys = "nodes.keys"'
+    [(_, key, message)] = with_proxy(tmp_path, both)
+    assert (key, message) == ("proxy.node_keys", f"{keys} does not exist or cannot be read")
+    keys.write_text("# none yet\n")
+    [(_, key, message)] = with_proxy(tmp_path, both)
+    assert (key, message) == ("proxy.node_keys", f"{keys} has no key")
+    keys.write_text("box md5:1\n")
+    assert [key for _, key, _ in with_proxy(tmp_path, both)] == ["proxy.node_keys"]
+    keys.write_text(f"box sha256:{'0' * 64}\n")
+    assert [key for _, key, _ in with_proxy(tmp_path, 'node_keys = "nodes.keys"')] == ["proxy.node_keys"]
+    path = tmp_path / "pdctl.toml"
+    path.write_text(EXAMPLE.replace("port = 8000", f"port = 8000\n{both}"))
+    assert load_file(path, host()).proxy.node_keys == str(keys)
+
+
+@pytest.mark.parametrize("engines", ["", '[[engines]]\nname = "p"\nrole = "prefill"'])
+def test_engines_that_register_themselves_need_not_be_in_the_file(tmp_path: Path, engines: str) -> None:
+    (tmp_path / "nodes.keys").write_text(f"box sha256:{'0' * 64}\n")
+    path, text = tmp_path / "pdctl.toml", f'[service]\nmodel = "sample:tiny-qwen3"\n{engines}\n[proxy]\n'
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_file(path, host())
+    path.write_text(f'{text}accept_nodes = true\nnode_keys = "nodes.keys"\n')
+    assert len(load_file(path, host()).engines) == bool(engines)
+
+
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_text(f"alice sha256:{'0' * 64}\n", encoding="utf-8-sig")
     path = tmp_path / "pdctl.toml"

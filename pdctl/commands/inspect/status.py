@@ -64,7 +64,7 @@ def show(found: MeasuredStatus) -> None:
     console.out("")
     console.out(console.table(*_fitting(found.processes), _COLOURS))
     if found.attached:
-        header = ["ATTACHED", "ROLE", "KIND", "ADDRESS", "STATE"]
+        header = ["ATTACHED", "ROLE", "KIND", "ADDRESS", "STATE", "ADDED BY"]
         console.out("\n" + console.table(header, [_attached(engine) for engine in found.attached], _COLOURS))
     if found.links:
         header = ["KV FROM", "TO", "TRANSPORT", "OVER", "TRANSFERS", "MOVED", "GB/S", "WHY"]
@@ -143,8 +143,9 @@ def _bytes(value: int | None) -> str:
 
 
 def _attached(engine: AttachedStatus) -> list[str]:
-    state = "answers" if engine.answers else "silent"
-    return [engine.name, engine.role, engine.kind, f"{engine.host}:{engine.port}", state]
+    state = "leaving" if engine.leaving else "answers" if engine.answers else "silent"
+    added_by = "itself" if engine.registered else "the topology"
+    return [engine.name, engine.role, engine.kind, f"{engine.host}:{engine.port}", state, added_by]
 
 
 def _link(link: Link) -> list[str]:

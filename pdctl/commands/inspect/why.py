@@ -22,7 +22,9 @@ _KEPT = 20
 
 
 def why(
-    name: str = typer.Argument(..., help="Process, such as decode-0."),
+    name: str = typer.Argument(
+        ..., help="Process, such as decode-0; or HOST:PORT of an engine that registered itself."
+    ),
     count: int = typer.Option(3, "-n", "--count", min=1, max=_KEPT, help="Number of exits to show, latest last."),
     lines: int = typer.Option(_SHOWN_LINES, "--lines", min=0, max=50, help="Number of log lines to show per exit."),
     as_json: bool = JsonOption,
@@ -34,6 +36,10 @@ def why(
 
     meant = service_meant(service, file)
     folder = state_root() / meant / "logs"
+    if told := _told_of_node(folder, name.removeprefix("http://")):
+        # JSON is a list of exits, and there are none.
+        console.out(as_json_text([]) if as_json else "\n".join(told[-count:]))
+        return
     reports = with_unwritten(read_exits(folder), meant)
     found = [report for report in reports if report.process == name][-_KEPT:]
     if not found:
@@ -46,6 +52,16 @@ def why(
         return
     for report in found[-count:]:
         _show(report, lines)
+
+
+def _told_of_node(folder: Path, name: str) -> list[str]:
+    """What happened to an engine that registered itself: pdctl did not start it, so there are no exits of it."""
+    from pdctl.supervisor.rundir.journal import EVENTS, read_entries
+
+    entries = (entry for entry in read_entries(folder, EVENTS) if entry.get("process") == name)
+    told = [f"{entry.get('at', '')}  {name}: {entry.get('message', '')}" for entry in entries]
+    # A process of the topology has a name without a colon.
+    return told if ":" in name else []
 
 
 def with_unwritten(reports: Sequence[ExitReport], service: str) -> list[ExitReport]:

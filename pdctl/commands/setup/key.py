@@ -16,7 +16,9 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 def key(
     name: str = typer.Argument(..., help="Name of the client; shown in the access log."),
     file: Path | None = typer.Option(
-        None, "--file", help="Append the key's hash to this file (the one that proxy.api_keys names)."
+        None,
+        "--file",
+        help="Append the key's hash to this file (the one that proxy.api_keys or proxy.node_keys names).",
     ),
 ) -> None:
     """Create an API key. The key is printed on stdout once; only its hash is stored, in the file or on stderr."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from pdctl.adapters import Condition, Dialect
@@ -21,6 +22,8 @@ _ONE_FAILURE_S = 1.0
 # Consecutive lost hand-overs after which a pair is not used for a while, and that time in seconds.
 _PAIR_LOSSES = 3
 _PAIR_PAUSE_S = 5.0
+# Durations of answered calls that are kept, as many as LMDeploy's proxy keeps.
+_CALLS_KEPT = 15
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +48,7 @@ class Engine:
     counted as stuck without having died. Then it is slow, and cutting its calls only adds load: the limit doubles.
     `unlinked`: prefill engines from which it cannot read, as the supervisor says; `room`: for KV, of a prefill engine
     that does not protect it; `handing_over`: requests between their prefill call and the end of their hand-over.
+    `took_s`: durations of the last answered calls, for those who look; routing uses the windows.
     """
 
     address: EngineAddress
@@ -74,6 +78,7 @@ class Engine:
     unlinked: frozenset[str] = frozenset()
     room: KvRoom | None = None
     handing_over: int = 0
+    took_s: deque[float] = field(default_factory=lambda: deque(maxlen=_CALLS_KEPT))
 
     @property
     def name(self) -> str:
@@ -117,6 +122,7 @@ class Engine:
         self.token_s.clear()
         self.prefixes.clear()
         self.pair_losses.clear()
+        self.took_s.clear()
 
     def others_at_failure(self) -> int:
         """The number of other calls when the process failed, as counted by the first call that ended."""

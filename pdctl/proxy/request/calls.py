@@ -104,7 +104,9 @@ async def _prefill(leg: Leg, engine: Engine, attempt: Attempt, share: Share | No
             (engine.room.give_back if keeps_nothing else engine.room.leak)(share)
     if share is not None and engine.room is not None:
         engine.room.settle(share, answer.prompt_tokens)
-    engine.prefill_s.add(time.monotonic() - started)
+    seconds = time.monotonic() - started
+    engine.prefill_s.add(seconds)
+    engine.took_s.append(seconds)
     engine.breaker.succeeded()
     if leg.pieces:
         engine.prefixes.add(leg.pieces)
@@ -128,7 +130,8 @@ async def decode(
     await _prove(leg, engine)
     share = None if kv_from else await _take_room(leg, engine)
     meter, amount = (engine.streams, 1.0) if kv_from else (engine.prompts, leg.size)
-    meter.begin(amount, time.monotonic())
+    started = time.monotonic()
+    meter.begin(amount, started)
     leg.shared.pool.publish(engine)
     ticket: Ticket | None = None
     try:
@@ -157,6 +160,7 @@ async def decode(
         leg.shared.pool.publish(engine)
     if not leg.finished:
         raise CallFailed(engine, Failure(engine.name, Cause.BROKE, f"{engine.name} ended its stream early"))
+    engine.took_s.append(time.monotonic() - started)
     engine.breaker.succeeded()
 
 

@@ -104,9 +104,10 @@ class Reloader:
 def _load(engine: Engine) -> EngineLoad:
     # A request between its prefill call and its decode call still needs what prefill has for it.
     calls = max(len(engine.tickets), engine.handing_over)
+    latency = tuple(round(seconds, 4) for seconds in engine.took_s)
     if (room := engine.room) is None:
-        return EngineLoad(calls, engine.healthy)
-    return EngineLoad(calls, engine.healthy, room.leaked, room.leaked / (room.tokens or 1), room.sent)
+        return EngineLoad(calls, engine.healthy, latency=latency)
+    return EngineLoad(calls, engine.healthy, room.leaked, room.leaked / (room.tokens or 1), room.sent, latency)
 
 
 def _refused(status: int, reason: str) -> Response:

@@ -12,7 +12,7 @@ import msgspec
 from pdctl.net import reachable
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
-from pdctl.plan import Plan, ProcessSpec
+from pdctl.plan import Attached, Plan, ProcessSpec
 from pdctl.supervisor.rundir.rundir import RunDir
 from pdctl.wire import EngineAddress, EngineLoad, PoolReply, ProxyConfig
 
@@ -48,6 +48,9 @@ class Proxies:
         self.draining: set[str] = set()
         # Engines that get no requests for a moment, and how often each engine was swept.
         self.paused: set[str] = set()
+        # Engines that registered themselves, and those of them that were removed and still have requests.
+        self.registered: Callable[[], Sequence[Attached]] = tuple
+        self.leaving: set[str] = set()
         self.swept: dict[str, int] = {}
         self.unlinked: Callable[[Sequence[EngineAddress]], dict[str, list[str]]] = lambda _: {}
         self._run_dir = run_dir
@@ -76,8 +79,19 @@ class Proxies:
 
     async def loads_at(self, engine: str) -> list[EngineLoad]:
         """What each proxy that answers says of an engine."""
-        replies = await asyncio.gather(*(self._pool(spec) for spec in self._serving()))
-        return [reply.engines[engine] for reply in replies if reply and engine in reply.engines]
+        return (await self.loads()).get(engine, [])
+
+    async def loads(self) -> dict[str, list[EngineLoad]]:
+        """What each proxy that answers says of its engines, by engine."""
+        found: dict[str, list[EngineLoad]] = {}
+        for reply in await asyncio.gather(*(self._pool(spec) for spec in self._serving())):
+            for name, load in reply.engines.items() if reply else ():
+                found.setdefault(name, []).append(load)
+        return found
+
+    def keep_only(self, names: set[str]) -> None:
+        """Forget what is known of other engines than these."""
+        self.swept = {name: count for name, count in self.swept.items() if name in names}
 
     async def _reload(self, spec: ProcessSpec) -> str:
         deadline, reason = time.monotonic() + _RELOAD_S, ""
@@ -108,7 +122,7 @@ class Proxies:
 
     def _config(self, plan: Plan) -> ProxyConfig:
         engines = [_address(spec) for spec in plan.processes if spec.is_engine]
-        engines += [EngineAddress(**asdict(attached)) for attached in plan.attached]
+        engines += [EngineAddress(**asdict(attached)) for attached in (*plan.attached, *self.registered())]
         slots = self._slots.of(engine.name for engine in engines)
         proxy = plan.proxy
         return ProxyConfig(
@@ -131,7 +145,9 @@ class Proxies:
             cors_origins=list(proxy.cors_origins),
             access_log=proxy.access_log,
             otlp_endpoint=proxy.otlp_endpoint,
-            draining=sorted(self.draining | self.paused),
+            accept_nodes=proxy.accept_nodes,
+            node_keys=proxy.node_keys,
+            draining=sorted(self.draining | self.paused | self.leaving),
             unlinked=self.unlinked(engines),
             swept=dict(self.swept),
             # Running answers may finish during most of the time before the next signal.

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdctl.control_api import ExitReport, KvStatus, MeasuredStatus, ServiceStatus, Verb
+from pdctl.control_api import ExitReport, KvStatus, MeasuredStatus, Node, Nodes, ServiceStatus, Verb
 from pdctl.errors import PdctlError
-from pdctl.plan import Plan
+from pdctl.plan import Attached, Plan
 from pdctl.plan.changes import Changes, diff
 from pdctl.supervisor.process import logs
 from pdctl.supervisor.process.listeners import Listeners
@@ -24,6 +24,7 @@ from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch, Member
 from pdctl.supervisor.service.links.attached import AttachedEngines
 from pdctl.supervisor.service.links.keeper import LinkKeeper
+from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.links.sweeps import Sweeper
 from pdctl.supervisor.service.proxies import Proxies
 from pdctl.supervisor.service.reconcile import Reconciler
@@ -64,12 +65,15 @@ class RunningService:
         self._state = state
         self._fleet = fleet
         self._notifier = resources.notifier
-        self._attached = AttachedEngines(lambda: state.plan.attached, self.journal.say)
+        self._attached = AttachedEngines(self._not_started, self.journal.say)
         self._kv = KvWatch(secret, fleet.members, fleet.holders, self.journal.say, self._attached.members)
-        proxies = Proxies(resources.rundir, secret, fleet.serving)
-        self._links = self._link_keeper(resources, proxies)
+        self._proxies = proxies = Proxies(resources.rundir, secret, fleet.serving)
+        self._links = self._link_keeper(resources)
+        self._nodes = self._registered(resources)
         if adoptable is not None:
             self._links.load()
+            self._nodes.load()
+        proxies.registered = self._nodes.attached
         proxies.unlinked = self._links.unlinked
         self._sweeper = Sweeper(self._kv, proxies, self._members, lambda: state.plan, self.journal.say)
         self._files = ServiceFiles(resources.rundir, secret, state, fleet, proxies, self.journal)
@@ -93,7 +97,7 @@ class RunningService:
             our_pids=fleet.pids,
         )
         self._change_over = ChangeOver(state, fleet, self._kv, proxies, self._files, resources.listeners, context)
-        self._status = StatusReader(state, fleet, self._kv, self._change_over, resources.trees.method)
+        self._status = StatusReader(state, fleet, self._kv, self._change_over, self._nodes, resources.trees.method)
         self._open(resources, {record.spec.name for record in adoptable.processes} if adoptable else set())
         for spec in state.plan.processes:
             self._change_over.add(spec)
@@ -113,6 +117,10 @@ class RunningService:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._links.keep_forever())
             tasks.create_task(self._sweeper.run_forever())
+
+    async def keep_nodes_forever(self) -> None:
+        """Watch the engines that registered themselves."""
+        await self._nodes.keep_forever()
 
     async def save_forever(self) -> None:
         """Keep the files for a later supervisor up to date."""
@@ -165,6 +173,18 @@ class RunningService:
         """Revoke a lease."""
         return await self._kv.revoke(lease_id)
 
+    async def nodes(self) -> Nodes:
+        """The engines that registered themselves."""
+        return await self._nodes.nodes()
+
+    def add_node(self, node: Node) -> str:
+        """Make an engine a member. Returns the reason if it is refused, else ""."""
+        return "the service is stopping" if self._state.is_stopping else self._nodes.add(node)
+
+    def remove_node(self, name: str) -> str:
+        """Remove an engine that registered itself. Returns the reason if it is refused, else ""."""
+        return self._nodes.remove(name)
+
     def ask(self, name: str, verb: Verb, drain: bool) -> str:
         """Execute a verb on one process. Returns the reason if it is refused, else ""."""
         unit = self._fleet.get(name)
@@ -203,18 +223,41 @@ class RunningService:
         """All engines that answer, also those that pdctl did not start."""
         return [*self._fleet.members(), *self._attached.members()]
 
-    def _link_keeper(self, resources: Resources, proxies: Proxies) -> LinkKeeper:
-        state = self._state
+    def _not_started(self) -> tuple[Attached, ...]:
+        """The engines that pdctl uses but did not start."""
+        return (*self._state.plan.attached, *self._nodes.attached())
 
-        def names() -> set[str]:
-            plan = state.plan
-            return {spec.name for spec in plan.processes} | {attached.name for attached in plan.attached}
+    def _names(self) -> set[str]:
+        """The names of all processes and engines."""
+        return {spec.name for spec in self.plan.processes} | {attached.name for attached in self._not_started()}
 
-        async def tell() -> None:
-            if (reason := await proxies.tell(state.plan)) and not state.is_stopping:
-                self.journal.say("pdctl", f"not every proxy was updated: {reason}")
+    async def _tell(self) -> None:
+        if (reason := await self._proxies.tell(self.plan)) and not self._state.is_stopping:
+            self.journal.say("pdctl", f"not every proxy was updated: {reason}")
 
-        return LinkKeeper(self._kv, self._fleet.members, self._attached, names, tell, resources.rundir)
+    def _tidy(self) -> None:
+        """Forget what is known of engines that are gone."""
+        names = self._names()
+        self._proxies.keep_only(names)
+        self._sweeper.keep_only(names)
+
+    def _link_keeper(self, resources: Resources) -> LinkKeeper:
+        return LinkKeeper(self._kv, self._fleet.members, self._attached, self._names, self._tell, resources.rundir)
+
+    def _registered(self, resources: Resources) -> RegisteredEngines:
+        def answering() -> set[str]:
+            return {member.name for member in self._attached.members()}
+
+        return RegisteredEngines(
+            plan=lambda: self._state.plan,
+            proxies=self._proxies,
+            state_of=self._kv.state_of,
+            answering=answering,
+            tell=self._tell,
+            tidy=self._tidy,
+            journal=self.journal,
+            run_dir=resources.rundir,
+        )
 
     def _open(self, resources: Resources, adopted: set[str]) -> None:
         """Open the sockets and write the files that processes need."""

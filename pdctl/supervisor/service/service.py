@@ -81,6 +81,7 @@ class Service:
                 tasks.create_task(running.keep_house_forever())
                 tasks.create_task(running.save_forever())
                 tasks.create_task(running.keep_links_forever())
+                tasks.create_task(running.keep_nodes_forever())
                 await running.run()
             finally:
                 self.failure = state.failure

@@ -15,6 +15,7 @@ from pdctl.plan import Attached
 from pdctl.supervisor.service.change_over import ChangeOver
 from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch, shown_links
+from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.measurements import MeasurementReader
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.unit.views import status_of
@@ -26,8 +27,17 @@ _ASK_S = 1.0
 class StatusReader:
     """Collects the status from the parts of the service. `trees`: how process trees are ended."""
 
-    def __init__(self, state: ServiceState, fleet: Fleet, kv: KvWatch, change_over: ChangeOver, trees: str) -> None:
+    def __init__(
+        self,
+        state: ServiceState,
+        fleet: Fleet,
+        kv: KvWatch,
+        change_over: ChangeOver,
+        nodes: RegisteredEngines,
+        trees: str,
+    ) -> None:
         self._state = state
+        self._nodes = nodes
         self._fleet = fleet
         self._kv = kv
         self._change_over = change_over
@@ -53,7 +63,7 @@ class StatusReader:
             trees=self._trees,
             apply=progress.status() if progress else None,
             processes=tuple(status_of(unit) for unit in self._fleet),
-            attached=tuple(self._attached.status(attached) for attached in plan.attached),
+            attached=(*map(self._attached.status, plan.attached), *map(self._registered, self._nodes.attached())),
             links=shown_links(self._kv.links),
         )
 
@@ -61,10 +71,17 @@ class StatusReader:
         """The status with measurements. Calls every engine."""
         async with asyncio.TaskGroup() as tasks:
             asked = tasks.create_task(self._kv.states())
-            for attached in self._state.plan.attached:
+            engines = (*self._state.plan.attached, *self._nodes.attached())
+            self._attached.keep_only({attached.name for attached in engines})
+            for attached in engines:
                 tasks.create_task(self._attached.ask(attached))
         processes = self._measurements.of(list(self._fleet), asked.result())
         return MeasuredStatus(**(msgspec.structs.asdict(self.status()) | {"processes": processes}))
+
+    def _registered(self, attached: Attached) -> AttachedStatus:
+        """The status of an engine that registered itself."""
+        leaving = self._nodes.is_leaving(attached.name)
+        return msgspec.structs.replace(self._attached.status(attached), registered=True, leaving=leaving)
 
 
 class AttachedWatch:
@@ -72,6 +89,10 @@ class AttachedWatch:
 
     def __init__(self) -> None:
         self._answers: dict[str, bool] = {}
+
+    def keep_only(self, names: set[str]) -> None:
+        """Forget the answers of other engines than these."""
+        self._answers = {name: answers for name, answers in self._answers.items() if name in names}
 
     async def ask(self, attached: Attached) -> None:
         """Check one engine now."""

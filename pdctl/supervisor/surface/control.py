@@ -17,7 +17,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pdctl.control_api import ExitReport, Exits, KvStatus, MeasuredStatus, Reply, ServiceStatus, Stopping, Verb
+from pdctl.control_api import (
+    ExitReport,
+    Exits,
+    KvStatus,
+    MeasuredStatus,
+    Node,
+    Nodes,
+    Reply,
+    ServiceStatus,
+    Stopping,
+    Verb,
+)
 from pdctl.net.serving import Server
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
@@ -32,6 +43,10 @@ _LOOK_S = 0.25
 # Whoever follows the events has this long to read the last of them, seconds.
 _END_S = 1.0
 _VERBS: dict[str, Verb] = {verb: verb for verb in get_args(Verb)}
+
+
+class _TooLarge(Exception):
+    """A body that is larger than any message."""
 
 
 class _OwnUserSocket(socket.socket):
@@ -61,6 +76,9 @@ class Controlled(Protocol):
     async def leases(self) -> KvStatus: ...
     async def revoke(self, lease_id: str) -> LeaseReply: ...
     def ask(self, name: str, verb: Verb, drain: bool) -> str: ...
+    async def nodes(self) -> Nodes: ...
+    def add_node(self, node: Node) -> str: ...
+    def remove_node(self, name: str) -> str: ...
     def changes(self, wanted: Plan) -> Changes: ...
     def apply(self, wanted: Plan) -> str: ...
     def stop(self) -> None: ...
@@ -79,6 +97,9 @@ class _Api:
             Route("/v1/events", self.events),
             Route("/v1/kv", self.kv),
             Route("/v1/kv/revoke", self.revoke, methods=["POST"]),
+            Route("/v1/nodes", self.nodes),
+            Route("/v1/nodes/add", self.add_node, methods=["POST"]),
+            Route("/v1/nodes/remove", self.remove_node, methods=["POST"]),
             Route("/v1/processes/{name}/{verb}", self.ask, methods=["POST"]),
             Route("/v1/apply", self.apply, methods=["POST"]),
             Route("/v1/stop", self.stop, methods=["POST"]),
@@ -117,15 +138,24 @@ class _Api:
             return _answer(f"unknown verb {request.path_params['verb']!r}")
         return _answer(self._service.ask(name, verb, request.query_params.get("drain") == "1"))
 
-    async def apply(self, request: Request) -> Response:
-        parts, size = [], 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > _MOST_BYTES:
-                return _answer(f"the plan has more than {_MOST_BYTES} bytes")
+    async def nodes(self, _: Request) -> Response:
+        return _encoded(await self._service.nodes())
+
+    async def add_node(self, request: Request) -> Response:
         try:
-            wanted = msgspec.json.decode(b"".join(parts), type=Plan)
+            node = msgspec.json.decode(await _body(request), type=Node)
+        except (msgspec.DecodeError, UnicodeDecodeError, _TooLarge) as failure:
+            return _answer(f"not a valid registration: {failure}")
+        return _answer(self._service.add_node(node))
+
+    async def remove_node(self, request: Request) -> Response:
+        return _answer(self._service.remove_node(request.query_params.get("name", "")))
+
+    async def apply(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await _body(request), type=Plan)
+        except _TooLarge as failure:
+            return _answer(f"the plan has {failure}")
         except (msgspec.DecodeError, UnicodeDecodeError) as failure:
             return _answer(f"not a valid plan: {failure}")
         if request.query_params.get("dry_run") == "1":
@@ -135,6 +165,17 @@ class _Api:
     async def stop(self, _: Request) -> Response:
         self._service.stop()
         return _encoded(Stopping(), 202)
+
+
+async def _body(request: Request) -> bytes:
+    """Raises _TooLarge."""
+    parts, size = [], 0
+    async for part in request.stream():
+        parts.append(part)
+        size += len(part)
+        if size > _MOST_BYTES:
+            raise _TooLarge(f"more than {_MOST_BYTES} bytes")
+    return b"".join(parts)
 
 
 def _answer(reason: str) -> Response:

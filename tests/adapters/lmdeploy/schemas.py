@@ -8,10 +8,12 @@ empty ones with the same paths take their place.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import sys
 import types
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,21 @@ def load() -> dict[str, Any]:
             package.__path__ = [str(base.joinpath(*parts[:depth]))]
             sys.modules.setdefault(name, package)
         found |= vars(importlib.import_module(module))
+    found |= classes_in(base / "lmdeploy" / "serve" / "proxy" / "proxy.py", "Status", "Node")
     return found
+
+
+def classes_in(source: Path, *names: str) -> dict[str, Any]:
+    """Classes of a module that cannot be imported without the packages of a server."""
+    import pydantic
+
+    roles = importlib.import_module("lmdeploy.pytorch.disagg.config").EngineRole
+    around = {"deque": deque, "BaseModel": pydantic.BaseModel, "Field": pydantic.Field, "EngineRole": roles,
+              "LATENCY_DEQUE_LEN": 15, "__name__": "proxy"}  # fmt: skip
+    tree = ast.parse(source.read_text())
+    wanted: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in names]
+    exec(compile(ast.Module(wanted, []), str(source), "exec", dont_inherit=True), around)
+    return {name: around[name] for name in names}
 
 
 def refusal(classes: dict[str, Any], name: str, body: dict[str, Any]) -> str:

@@ -33,6 +33,15 @@ def refusals(*asked: tuple[str, object]) -> list[str]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def lmdeploys_folder() -> Path:
+    """Where LMDeploy is installed."""
+    where = subprocess.run(
+        [PYTHON, "-c", "import importlib.util as u; print(u.find_spec('lmdeploy').submodule_search_locations[0])"],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout.strip()  # fmt: skip
+    return Path(where)
+
+
 def body(call: Call) -> Any:
     return msgspec.json.decode(call.body)
 
@@ -82,11 +91,7 @@ def test_the_calls_of_a_link_are_lmdeploys() -> None:
 
 
 def test_every_flag_is_one_of_lmdeploys() -> None:
-    where = subprocess.run(
-        [PYTHON, "-c", "import importlib.util as u; print(u.find_spec('lmdeploy').submodule_search_locations[0])"],
-        capture_output=True, text=True, check=True, timeout=60,
-    ).stdout.strip()  # fmt: skip
-    source = "".join((Path(where) / "cli" / name).read_text() for name in ("serve.py", "utils.py"))
+    source = "".join((lmdeploys_folder() / "cli" / name).read_text() for name in ("serve.py", "utils.py"))
     known = set(re.findall(r"'(--[a-z-]+)'", source))
     given = [word for word in launched(tensor_parallel=2, every=True).argv if word.startswith("--")]
     assert len(given) > 12

@@ -14,9 +14,22 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from pdctl.control_api import SOCKET, ControlClient, Event, ExitReport, KvStatus, MeasuredStatus, ServiceStatus, Verb
+from pdctl.control_api import (
+    SOCKET,
+    ControlClient,
+    Event,
+    ExitReport,
+    KvStatus,
+    MeasuredStatus,
+    Node,
+    Nodes,
+    NodeStatus,
+    ServiceStatus,
+    Verb,
+)
 from pdctl.errors import NotRunning, PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
@@ -34,6 +47,7 @@ class Quiet:
 
     def __init__(self, folder: Path) -> None:
         self.plan = plan_of(folder)
+        self.added: list[Node] = []
         self.journal = Journal(folder / "logs", lambda name, message: None)
 
     def status(self) -> ServiceStatus:
@@ -53,6 +67,16 @@ class Quiet:
 
     def ask(self, name: str, verb: Verb, drain: bool) -> str:
         return f"{name} will not {verb}{', drained' if drain else ''}"
+
+    async def nodes(self) -> Nodes:
+        return Nodes(nodes=tuple(NodeStatus(**msgspec.structs.asdict(node)) for node in self.added))
+
+    def add_node(self, node: Node) -> str:
+        self.added.append(node)
+        return "" if node.role == "decode" else f"{node.name} is no decode engine"
+
+    def remove_node(self, name: str) -> str:
+        return f"no engine at {name}"
 
     def changes(self, wanted: Plan) -> Changes:
         return Changes(added=tuple(spec.name for spec in wanted.processes))
@@ -299,6 +323,12 @@ def test_other_calls_over_the_same_socket(quiet: Surface) -> None:
     with pytest.raises(PdctlError, match="a will not restart, drained"):
         client.act("a", "restart", drain=True)
     assert client.revoke("x y&z").reason == "no lease x y&z"
+    node = Node(kind="lmdeploy", role="decode", host="h", port=1, models=("m",))
+    assert client.add_node(node).ok
+    assert client.add_node(msgspec.structs.replace(node, role="hybrid")).reason == "h:1 is no decode engine"
+    assert "not a valid registration" in client.add_node(msgspec.structs.replace(node, port=0)).reason
+    assert [found.url for found in client.nodes().nodes] == ["http://h:1"] * 2
+    assert client.remove_node("[::1]:5").reason == "no engine at [::1]:5"
     client.stop()
     with closing(client.events()) as events:
         assert next(events).message == "asked to stop"

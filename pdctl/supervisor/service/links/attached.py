@@ -34,7 +34,7 @@ class _Seen:
 
 
 class AttachedEngines:
-    """`attached` returns those of the plan; only those with Ability.LINK and a `start_path` are asked."""
+    """`attached` returns those of the service; only those with Ability.LINK and a `start_path` are asked."""
 
     def __init__(self, attached: Callable[[], Sequence[Attached]], say: Callable[[str, str], None]) -> None:
         self._attached = attached
@@ -51,7 +51,7 @@ class AttachedEngines:
 
     async def look(self) -> None:
         """Ask all of them, at once."""
-        wanted = [one for one in self._attached() if _is_ours(one)]
+        wanted = [one for one in self._attached() if is_watched(one.kind)]
         for gone in self._seen.keys() - set(wanted):
             self._seen.pop(gone).pool.close()
         for one in wanted:
@@ -92,6 +92,7 @@ class AttachedEngines:
         return True
 
 
-def _is_ours(one: Attached) -> bool:
-    faces = control(one.kind)
+def is_watched(kind: str) -> bool:
+    """Whether engines of this kind are asked."""
+    faces = control(kind)
     return Ability.LINK in faces.abilities and bool(faces.start_path)

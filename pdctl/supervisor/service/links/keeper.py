@@ -52,8 +52,8 @@ class _Tries:
 
 @dataclass(slots=True)
 class LinkKeeper:
-    """`started` returns the ready engines that pdctl started, `names` those of all engines of the plan; `changed` tells
-    the proxies."""
+    """`started` returns the ready engines that pdctl started, `names` those of all engines of the service; `changed`
+    tells the proxies."""
 
     kv: KvWatch
     started: Callable[[], list[Member]]
@@ -146,14 +146,27 @@ class LinkKeeper:
     async def _drop_removed(self) -> None:
         """End the links of engines that are no longer part of the service."""
         gone = self._known.keys() - self.names()
-        for pair in [pair for pair in self._tries if not gone.isdisjoint(pair)]:
-            del self._tries[pair]
-            self.joined.pop(pair, None)
-            self.kv.forget_pair(pair)
-            reader, server = self._known[pair[0]], self._known[pair[1]]
-            await reader.control.unlink(self.kv.target(reader), Peer(server.peer, self.kv.target(server)), _DROP_S)
+        if not gone:
+            return
+        pairs = [pair for pair in self._tries if not gone.isdisjoint(pair)]
+        # All at once: an engine whose host is gone takes each call the whole time.
+        async with asyncio.TaskGroup() as tasks:
+            for reader, server in pairs:
+                self._forget(reader, server)
+                if reader in self._known and server in self._known:
+                    tasks.create_task(self._drop(self._known[reader], self._known[server]))
         for name in gone:
             del self._known[name]
+
+    def _forget(self, reader: str, server: str) -> None:
+        self._tries.pop((reader, server), None)
+        self.joined.pop((reader, server), None)
+        self.kv.forget_pair((reader, server))
+
+    async def _drop(self, reader: Member, server: Member) -> None:
+        """End a link that is no longer wanted."""
+        async with self._limit:
+            await reader.control.unlink(self.kv.target(reader), Peer(server.peer, self.kv.target(server)), _DROP_S)
 
     async def _link_all(self, pairs: list[tuple[Member, Member]]) -> None:
         if not pairs:
@@ -177,6 +190,11 @@ class LinkKeeper:
                 [made] = await reader.control.link(self.kv.target(reader), [peer], _LINK_S)
             except Unreachable as failure:
                 made = LinkInfo(server.name, server.epoch, error=str(failure))
+        if not self.names().issuperset(pair):
+            # One of them was removed meanwhile.
+            self._forget(*pair)
+            await self._drop(reader, server)
+            return
         self.kv.note(reader.name, made)
         tries = self._tries.setdefault(pair, _Tries())
         if made.error:

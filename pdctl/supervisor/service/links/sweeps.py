@@ -58,6 +58,10 @@ class Sweeper:
                 if member.role == "prefill" and Ability.SWEEP in member.control.abilities:
                     await self.look(member)
 
+    def keep_only(self, names: set[str]) -> None:
+        """Forget what is known of other engines than these."""
+        self._swept = {name: swept for name, swept in self._swept.items() if name in names}
+
     async def look(self, member: Member) -> None:
         """Sweep one engine if that is due."""
         loads = await self._loads(member.name)

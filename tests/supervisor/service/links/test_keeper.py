@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from pdctl.adapters import Peer, Target
+from pdctl.adapters.lmdeploy.control import LmdeployControl
 from pdctl.plan import Attached
 from pdctl.supervisor.rundir.rundir import RunDir
 from pdctl.supervisor.service.kv import KvWatch, Member
 from pdctl.supervisor.service.links import keeper
 from pdctl.supervisor.service.links.attached import AttachedEngines
 from pdctl.supervisor.service.links.keeper import LinkKeeper
-from pdctl.wire import EngineAddress
+from pdctl.wire import EngineAddress, LinkInfo
 from tests.adapters.lmdeploy.messages import Scripted
 
 
@@ -128,6 +130,29 @@ def test_a_removed_engine_is_unlinked(tmp_path: Path) -> None:
         await rig.keeper.look()
         assert rig.engines["p0"].paths()[-1] == rig.engines["d0"].paths()[-1] == "p2p_drop_connect"
         assert not rig.keeper.kv.links
+
+    with_engines(tmp_path, act, attach=True)
+
+
+def test_an_engine_that_is_removed_while_it_is_linked_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def act(rig: Rig) -> None:
+        link = LmdeployControl.link
+
+        async def linked(self: LmdeployControl, reader: Target, peers: list[Peer], timeout_s: float) -> list[LinkInfo]:
+            found = await link(self, reader, peers, timeout_s)
+            del rig.plan[0]
+            return found
+
+        monkeypatch.setattr(LmdeployControl, "link", linked)
+        await rig.keeper.look()
+        assert rig.made() == 1
+        assert rig.engines["p0"].paths()[-1] == rig.engines["d0"].paths()[-1] == "p2p_drop_connect"
+        assert not rig.keeper.kv.links
+        assert not rig.keeper.joined
+        await rig.keeper.look()
+        assert rig.made() == 1
 
     with_engines(tmp_path, act, attach=True)
 
