@@ -72,7 +72,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="px") as folder, running(Run(Path(folder), poison=False), text) as service:
         ask(service, [5] * 40, "warm")
         rows = [conversation(service, number, found.turns) for number in range(found.conversations)]
-    print(f"{'turn':>4} {'prompt':>7} {'cached':>7} {'TTFT ms':>8} {'anew':>8} {'ratio':>6} {'moved KiB':>10} {'anew':>8}")
+    print("turn  prompt  cached  TTFT ms     anew  ratio  moved KiB     anew")
     for turn, several in enumerate(zip(*rows, strict=True)):
         prompt, shared, alone, cached, few, many = (statistics.median(column) for column in zip(*several, strict=True))
         print(f"{turn + 1:4} {prompt:7.0f} {cached:7.0f} {shared * 1e3:8.0f} {alone * 1e3:8.0f} {alone / shared:6.2f} "

@@ -6,9 +6,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdctl.engine.schedule.policies import POLICIES
 from pdctl.net import LOOPBACK
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
+from pdctl.policy_names import POLICY_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--prefix-caching", type=_boolean, default=True, help="keep KV for prompts with the same beginning"
     )
-    parser.add_argument("--policy", choices=list(POLICIES), default="fcfs", help="which prompt is computed first")
+    parser.add_argument("--policy", choices=POLICY_NAMES, default="fcfs", help="which prompt is computed first")
     parser.add_argument("--ttft-ms", type=float, default=2000.0, help="target for the first token, for policy edf")
     parser.add_argument("--transfer", default="auto")
     parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")

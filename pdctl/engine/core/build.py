@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from functools import partial
 
 from pdctl.engine.cache.blocks import BlockAllocator
@@ -36,7 +37,8 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     ours = PoolShape(manifest, num_blocks, host_id(), options.transfer, options.read_s)
     puller = Puller(ours, transports, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
     allocator = BlockAllocator(num_blocks, executor.poison)
-    scheduler = Scheduler(limits, allocator, root=root(manifest) if options.prefix_caching else None)
+    names = root(manifest) if options.prefix_caching else None
+    scheduler = Scheduler(limits, allocator, clock=time.monotonic, root=names)
     core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox)
     served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(

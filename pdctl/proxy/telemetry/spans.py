@@ -34,9 +34,7 @@ class Spans(Protocol):
         """Header lines that continue the trace on an engine."""
         ...
 
-    def end(
-        self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing
-    ) -> None:
+    def end(self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing) -> None:
         """End the span of a request; a thread of the SDK exports it with the spans of its phases."""
         ...
 
@@ -55,9 +53,7 @@ class _NoSpans:
     def header(self, trace: object, headers: dict[bytes, bytes]) -> bytes:
         return b""
 
-    def end(
-        self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing
-    ) -> None:
+    def end(self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing) -> None:
         return
 
     def close(self) -> None:
@@ -102,9 +98,7 @@ class OtlpSpans:
         self._inject(carrier, context=self._within(trace))
         return header_lines(carrier)
 
-    def end(
-        self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing
-    ) -> None:
+    def end(self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing) -> None:
         """See Spans.end."""
         span = cast("Span", trace)
         now = time.time_ns()

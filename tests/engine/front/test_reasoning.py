@@ -39,7 +39,7 @@ def test_vllm_finds_the_same_reasoning(entry: dict[str, str]) -> None:
     [
         ("<think>a</think>b", False, "a", "b"), ("\n<think>\n a b \n</think>\n\nc ", False, "a b", "c "),
         ("a</think>b", True, "a", "b"), ("<think>a</think>b", True, "a", "b"), ("a", True, "a", ""),
-        ("<think>", False, "", ""), ("<think></think>", False, "", ""), ("<think>a </thi", False, "a </thi", ""),
+        ("<think>", False, "", ""), ("<think></think>", False, "", ""), ("<think>a </th", False, "a </th", ""),
         ("b", False, "", "b"), (" b <think>c</think>", False, "", " b <think>c</think>"), ("<thin", False, "", "<thin"),
         ("  ", False, "", "  "), ("  ", True, "", ""), ("<thinker>", False, "", "<thinker>"),
         ("a</think>b</think>c", True, "a", "b</think>c"), ("é<", True, "é<", ""),

@@ -14,6 +14,7 @@ from pdctl.engine.schedule.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.engine.schedule.waiting import LONGEST_WAIT_S
+from pdctl.policy_names import POLICY_NAMES
 
 CHUNK, BLOCK = 64, 16
 # Seconds that a step takes per token.
@@ -166,3 +167,7 @@ def test_partial_prompts_are_few() -> None:
         engine.step()
         assert len(engine.scheduler.running.partial) <= 4
     assert len(engine.order()) == 10
+
+
+def test_a_topology_knows_every_policy() -> None:
+    assert set(POLICY_NAMES) == set(POLICIES)
