@@ -175,7 +175,11 @@ def test_a_dead_proxys_leases_are_freed_by_witness(service: Service, prefill: En
 
 def test_long_prompts_are_read_chunk_by_chunk(service: Service, prefill: Engine, decode: Engine) -> None:
     before = decode.state()["transfers"]
-    answers = [service.complete(LONG, max_tokens=12, ignore_eos=True)["token_ids"] for _ in range(3)]
+    # Each under a salt of its own: nothing of the prompt is there already.
+    answers = [
+        service.complete(LONG, max_tokens=12, ignore_eos=True, cache_salt=str(number))["token_ids"]
+        for number in range(3)
+    ]
     after = decode.state()["transfers"]
     assert answers[0] == answers[1] == answers[2]
     assert after["early"] - before["early"] == 3
@@ -225,12 +229,12 @@ def test_prefill_waits_at_the_ceiling_instead_of_filling_up(run: Run) -> None:
     with running(run, text) as service:
         prefill = Engine(service, "prefill-0")
         total = prefill.state()["blocks_total"]
-        held = [prefill.hold("hello there, this is prompt number one hundred")]
+        held = [prefill.hold("one hundred is the number of this prompt, hello")]
         size = prefill.state()["blocks_leased"]
         fit = int(0.2 * total) // size
-        held += [prefill.hold(f"hello there, this is prompt number {100 + n}") for n in range(1, fit)]
+        held += [prefill.hold(f"{100 + n} is the number of this prompt, hello") for n in range(1, fit)]
         got: list[dict[str, Any]] = []
-        late = threading.Thread(target=lambda: got.append(prefill.hold("hello there, this is prompt number five 00")))
+        late = threading.Thread(target=lambda: got.append(prefill.hold("five 00 is the number of this prompt, hello")))
         late.start()
         wait_until(lambda: prefill.state()["held_back"] == 1, what="back-pressure")
         assert prefill.state()["blocks_leased"] <= 0.2 * total
