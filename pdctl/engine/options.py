@@ -21,6 +21,7 @@ class EngineOptions:
     host: str
     port: int
     device: str
+    dtype: str
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -71,6 +72,7 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--host", default=LOOPBACK)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)

@@ -190,6 +190,14 @@ def test_builtin_engines_refuse_the_settings_of_others() -> None:
     assert message == "tensor_parallel has no effect on engines of kind 'builtin'"
 
 
+def test_builtin_engines_of_a_pair_have_one_dtype() -> None:
+    engine = '[[engines]]\nname = "{0}"\nrole = "{0}"\ndtype = "{1}"\n'
+    service = '[service]\nmodel = "sample:tiny-qwen3"\n'
+    [(_, key, message)] = problems(service + engine.format("prefill", "bfloat16") + engine.format("decode", "auto"))
+    assert key == "engines[1].dtype"
+    assert message == "'decode' has dtype 'auto', but 'prefill' has 'bfloat16'"
+
+
 def test_a_pair_must_fit_together(tmp_path: Path) -> None:
     found = problems(vllm("tensor_parallel = 2", 'tensor_parallel = 3\ndtype = "bfloat16"'), machine())
     texts = {key.split(".")[-1]: text for _, key, text in found}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pdctl.adapters import Assignment, BaseLauncher, Launch
+from collections.abc import Iterator
+
+from pdctl.adapters import Assignment, BaseLauncher, Fault, Installed, Launch, different_installations
 from pdctl.host import ENGINE_PACKAGES
 from pdctl.topology.spec import Device, Topology, Transfer
 
@@ -11,14 +13,21 @@ class BuiltinLauncher(BaseLauncher):
     """See Launcher. The supervisor sets an engine's role after the start: see control.py."""
 
     settings = frozenset(
-        {"open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching"}
-    )
+        {
+            "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
+            "dtype",
+        }
+    )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
     packages = ENGINE_PACKAGES
 
     def requirement(self, device: Device) -> str:
         """See Launcher.requirement."""
         return "pdctl[cuda]" if device is Device.CUDA else "pdctl[engine]"
+
+    def pair_faults(self, prefill: Installed, decode: Installed) -> Iterator[Fault]:
+        """See Launcher.pair_faults."""
+        yield from different_installations(prefill, decode)
 
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """See Launcher.launch."""
@@ -31,6 +40,7 @@ class BuiltinLauncher(BaseLauncher):
             "--host", assignment.host,
             "--port", str(assignment.ports["http"]),
             "--device", group.device.value,
+            "--dtype", group.dtype,
             "--max-model-len", str(topology.service.max_model_len),
             "--max-num-seqs", str(group.max_num_seqs),
             "--max-num-batched-tokens", str(group.max_num_batched_tokens),

@@ -14,10 +14,12 @@ from pdctl.engine.cache.memory import Memory
 from pdctl.engine.executor import Computed
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.model.loading import LoadedModel, ModelRefused, load_model
+from pdctl.engine.model.precision import choose_dtype
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Slice
 from pdctl.host.memory import read_memory
+from pdctl.host.users import cache_root
 from pdctl.wire import Manifest
 
 # Debug option: freed blocks are filled with NaN, and a NaN in the logits ends the engine.
@@ -42,8 +44,9 @@ class SingleExecutor:
         """Load the model and allocate its KV. Raises ModelRefused, NoMemory, torch.OutOfMemoryError."""
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         device = torch.device(options.device)
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        loaded = load_model(options.model, device, dtype)
+        dtype = choose_dtype(options.dtype, device, Path(options.model))
+        reserved = int(options.kv_cache_gb * 2**30)
+        loaded = load_model(options.model, device, dtype, cache_root() / "products", reserved)
         assert loaded.dtype in DTYPES
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes)
         num_blocks = _num_blocks(options, manifest)

@@ -7,7 +7,9 @@ arguments.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,6 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from pdctl.engine.cache.kv_pool import KvPool
 
 NAME = "pdctl"
+# Of a piece of a sequence in a layer with a small window.
+_FEWEST_ROWS = 64
 
 
 @dataclass(slots=True)
@@ -111,18 +115,59 @@ def attend(
         seen_k, seen_v = keys[padded.slots], values[padded.slots]
         out[padded.rows] = _attend_padded(q[padded.rows], seen_k, seen_v, scale, mask, softcap, s_aux)
     for packed in context.sequences:
-        rows = slice(packed.start, packed.start + packed.count)
         first = _first_visible(packed, sliding_window)
-        seen_k, seen_v = _gather(keys, packed, first), _gather(values, packed, first)
-        if softcap is None and s_aux is None:
-            out[rows] = _sdpa(context, packed, q[rows], seen_k, seen_v, scale, sliding_window)
-        else:
-            mask = _mask(context, packed, first, sliding_window)
-            out[rows] = _explicit(q[rows], seen_k, seen_v, scale, mask, softcap, s_aux)
+        seen = _Seen(first, _gather(keys, packed, first), _gather(values, packed, first))
+        for piece in _pieces(packed, sliding_window):
+            rows = slice(piece.start, piece.start + piece.count)
+            out[rows] = _attend_piece(context, piece, q[rows], seen, scale, sliding_window, softcap, s_aux)
     return out[None], None
 
 
-def _first_visible(packed: PackedSequence, window: int | None) -> int:
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows [start, start + count) of the batch; the last of them sees `kv_len` tokens, less those before a window."""
+
+    start: int
+    count: int
+    kv_len: int
+
+
+class _Seen(NamedTuple):
+    """Keys and values [n, Hk, D] of a sequence's tokens from `first` on."""
+
+    first: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def _pieces(packed: PackedSequence, window: int | None) -> Iterator[_Piece]:
+    """A sequence's rows; in a windowed layer in pieces, so that each sees little more than its window."""
+    size = packed.count if window is None else max(_FEWEST_ROWS, window // 2)
+    for at in range(0, packed.count, size):
+        count = min(size, packed.count - at)
+        yield _Piece(packed.start + at, count, packed.kv_len - packed.count + at + count)
+
+
+def _attend_piece(
+    context: BatchContext,
+    piece: _Piece,
+    q: torch.Tensor,
+    seen: _Seen,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q [n, H, D] -> [n, H, Dv]."""
+    first = _first_visible(piece, window)
+    tokens = slice(first - seen.first, piece.kv_len - seen.first)
+    k, v = seen.keys[tokens], seen.values[tokens]
+    if softcap is None and sinks is None:
+        return _sdpa(context, piece, q, k, v, scale, window)
+    return _explicit(q, k, v, scale, _mask(context, piece, window), softcap, sinks)
+
+
+def _first_visible(packed: PackedSequence | _Piece, window: int | None) -> int:
     """The oldest token that any row of this sequence may see."""
     return 0 if window is None else max(0, packed.kv_len - packed.count + 1 - window)
 
@@ -136,7 +181,7 @@ def _gather(plane: torch.Tensor, packed: PackedSequence, first: int) -> torch.Te
 
 def _sdpa(
     context: BatchContext,
-    packed: PackedSequence,
+    piece: _Piece,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -151,8 +196,8 @@ def _sdpa(
         # Grouped heads become rows of one query: no expanded copies of K and V.
         folded = q.reshape(1, kv_heads, heads // kv_heads, size)
         return scaled_dot_product_attention(folded, keys, values, scale=scale).reshape(1, heads, -1)
-    causal = packed.kv_len == count and (window is None or count <= window)
-    mask = None if causal else _mask(context, packed, packed.kv_len - k.shape[0], window)
+    causal = piece.kv_len == count and (window is None or count <= window)
+    mask = None if causal else _mask(context, piece, window)
     out = scaled_dot_product_attention(
         q.transpose(0, 1)[None], keys, values, attn_mask=mask, is_causal=causal, scale=scale,
         enable_gqa=heads != kv_heads,
@@ -203,13 +248,15 @@ def _weights(scores: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
     return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
 
 
-def _mask(context: BatchContext, packed: PackedSequence, first: int, window: int | None) -> torch.Tensor:
-    """[count, kv_len - first], True where a row may attend: causal, and within the window."""
-    key = (packed.count, packed.kv_len, window or 0)
+def _mask(context: BatchContext, piece: _Piece, window: int | None) -> torch.Tensor:
+    """[count, kv_len - first visible], True where a row may attend: causal, and within the window. Pieces of the same
+    size at other places have the same mask."""
+    count, length = piece.count, piece.kv_len - _first_visible(piece, window)
+    key = (count, length, window or 0)
     if key not in context.masks:
         device = context.write_slots.device
-        rows = torch.arange(packed.kv_len - packed.count, packed.kv_len, device=device)[:, None]
-        columns = torch.arange(first, packed.kv_len, device=device)[None]
+        rows = torch.arange(length - count, length, device=device)[:, None]
+        columns = torch.arange(length, device=device)[None]
         mask = columns <= rows
         context.masks[key] = mask if window is None else mask & (columns > rows - window)
     return context.masks[key]

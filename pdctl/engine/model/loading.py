@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from pdctl.engine.model import attention
-from pdctl.engine.model.linear import speed_up
+from pdctl.engine.model.linear import Watch, speed_up
+from pdctl.host.memory import read_group_room, read_memory
 from pdctl.wire import LayerShape
 
 _CHECK_TOKENS = 32
@@ -26,6 +27,8 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # is allowed.
 _NOISE_FACTOR = 3.0
 _MOST_NOISE = 0.25
+# Memory that stays free for other processes when a weight is kept twice.
+_SPARE_BYTES = 2 << 30
 
 
 class ModelRefused(Exception):
@@ -46,8 +49,10 @@ class LoadedModel:
     dtype: str
 
 
-def load_model(path: str, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Load weights from a local directory onto `device`. Raises ModelRefused."""
+def load_model(
+    path: str, device: torch.device, dtype: torch.dtype, table: Path | None = None, reserved: int = 0
+) -> LoadedModel:
+    """Load weights from a local directory onto `device`. `table`, `reserved`: see hook_model. Raises ModelRefused."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -59,25 +64,46 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype) -> LoadedMod
         module = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as failure:
         raise ModelRefused(f"transformers cannot load {path}: {failure}") from failure
-    return hook_model(module.to(device), path, _eos_token_ids(Path(path), config), fingerprint(Path(path)))
+    ids = _eos_token_ids(Path(path), config)
+    return hook_model(module.to(device), path, ids, fingerprint(Path(path)), table, reserved)
 
 
-def hook_model(module: torch.nn.Module, name: str, eos_token_ids: frozenset[int], digest: str) -> LoadedModel:
-    """Make a transformers model use the attention hook. `name` is for messages. Raises ModelRefused."""
+def hook_model(
+    module: torch.nn.Module,
+    name: str,
+    eos_token_ids: frozenset[int],
+    digest: str,
+    table: Path | None = None,
+    reserved: int = 0,
+) -> LoadedModel:
+    """Make a transformers model use the attention hook, and a CPU model faster products. Raises ModelRefused.
+
+    `name` is for messages. `table`: folder of the host's table of products; None: fixed rules. `reserved`: bytes of
+    memory that the caller still needs.
+    """
     attention.register()
     module = module.eval().requires_grad_(False)
-    speed_up(module)
+    with Watch(module) as watch:
+        shapes = _hooked_shapes(module, module.config, name)
+    speed_up(module, watch, table, _room() - reserved)
     config = module.config
     text_config = config.get_text_config()  # type: ignore[union-attr, operator]
     return LoadedModel(
         module=module,
-        shapes=_hooked_shapes(module, config, name),
+        shapes=shapes,
         eos_token_ids=eos_token_ids,
         vocab_size=int(text_config.vocab_size),
         max_positions=int(getattr(text_config, "max_position_embeddings", 0) or 2**31),
         fingerprint=digest,
         dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
     )
+
+
+def _room() -> int:
+    """Bytes of memory that may be used for speed."""
+    _, available = read_memory()
+    room = read_group_room()
+    return (available if room is None else min(room, available)) - _SPARE_BYTES
 
 
 def _hooked_shapes(module: torch.nn.Module, config: object, path: str) -> list[LayerShape]:

@@ -11,7 +11,8 @@ from pdctl.engine.ipc.messages import Logprobs, PromptToken, Sampling
 
 def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[int]:
     """Choose a token for each row of logits [n, vocab]; `requests`: its sampling and the token's position."""
-    chosen: list[int] = logits.argmax(-1).tolist()
+    # In bfloat16, argmax takes three times as long on a CPU as with this conversion.
+    chosen: list[int] = (logits.float() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
     for row, (sampling, position) in enumerate(requests):
         if sampling.temperature > 0:
             chosen[row] = _draw(logits[row], sampling, position)

@@ -15,6 +15,7 @@ from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.loading import _TOLERANCE, ModelRefused, check_agreement, load_model
+from pdctl.engine.model.products import packs
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.schedule.batch import Limits, Slice
 from pdctl.engine.schedule.scheduler import Scheduler
@@ -200,3 +201,67 @@ def test_reading_freed_kv_ends_a_poisoned_engine(tmp_path: Path) -> None:
     runner.pool.poison([0])
     with pytest.raises(AssertionError, match="freed"):
         runner.execute([Slice(sequence, 11, 1, True)])
+
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 1024, "tie_word_embeddings": True, "sliding_window": 24,
+}  # fmt: skip
+
+
+def wide_runner(folder: Path, dtype: torch.dtype) -> ModelRunner:
+    loaded = load_model(str(folder), torch.device("cpu"), dtype)
+    manifest = Manifest(loaded.fingerprint, loaded.dtype, 8, loaded.shapes)
+    pool = KvPool(manifest, 64, Memory(block_bytes(manifest) * 64, "test"), torch.device("cpu"))
+    return ModelRunner(loaded, pool, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not packs(torch.float32), reason="this torch has no oneDNN")
+def test_a_packed_model_equals_generate_and_holds_its_weights_once(tmp_path: Path) -> None:
+    save("mistral", tmp_path, {**WIDE, "tie_word_embeddings": False})
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 1024, (n,), generator=generator).tolist() for n in LENGTHS]
+    expected = reference(tmp_path, prompts)
+    assert len({token for ids in expected for token in ids}) >= 5
+    runner = wide_runner(tmp_path, torch.float32)
+    sizes = {name: weight.numel() for name, weight in runner.loaded.module.named_parameters()}
+    assert {name.split(".")[-2] for name, size in sizes.items() if size == 0} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
+    }  # fmt: skip
+    runner.self_check()
+    assert paged(runner, prompts, tokens=11, fragment=False) == expected
+    assert paged(runner, prompts, tokens=64, fragment=True) == expected
+
+
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_gives_a_sequence_the_same_bits_in_every_batch(dtype: torch.dtype, tmp_path: Path) -> None:
+    save("gemma3_text", tmp_path, WIDE)
+    runner = wide_runner(tmp_path, dtype)
+    runner.self_check()
+    generator = torch.Generator().manual_seed(0)
+    sequences = []
+    for index, length in enumerate((5, 33, 17, 50)):
+        ids = torch.randint(5, 1024, (length,), generator=generator).tolist()
+        sequences.append(
+            Sequence(str(index), ids, length, Sampling(1), block_ids=list(range(8 * index, 8 * index + 8)))
+        )
+    for sequence in sequences:
+        runner.logits([Slice(sequence, 0, len(sequence.token_ids) - 1, False)])
+    last = [Slice(sequence, len(sequence.token_ids) - 1, 1, True) for sequence in sequences]
+    together = runner.logits(last)
+    for row, piece in enumerate(last):
+        assert torch.equal(runner.logits([piece])[0], together[row])
+
+
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="this torch has no oneDNN")
+def test_bfloat16_differs_from_float32_by_rounding_only(tmp_path: Path) -> None:
+    save("gemma3_text", tmp_path, WIDE)
+    ids = torch.randint(5, 1024, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        runner = wide_runner(tmp_path, dtype)
+        sequence = Sequence("a", ids, 60, Sampling(1), block_ids=list(range(8)))
+        found.append(runner.logits([Slice(sequence, 0, 60, True)], every_row=True).float())
+    assert found[1].isfinite().all()
+    assert torch.cosine_similarity(found[0], found[1]).min() > 0.99

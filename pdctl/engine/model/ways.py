@@ -1,0 +1,194 @@
+"""Which way computes a matrix product fastest on this CPU: measured once, then kept in the user's cache.
+
+All engines of a host must choose alike, or a sequence that moves between two of them gets other roundings. So the first
+engine measures, holding a lock, and the others read what it found. Without a usable cache the table is not measured,
+but fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+
+from pdctl.engine.model.products import PLAIN_WAYS, ROW_STEPS, PlainName, pack, packs, padded
+
+# A new number discards what was measured by an older version.
+_FORMAT = 1
+_MOST_SECONDS = 2.0
+_LOCK_SECONDS = 30.0
+_REPEATS = 3
+# Measured on a piece of a weight: its time grows in proportion to its outputs.
+_MOST_ELEMENTS = 4 << 20
+# The packed form is preferred until a plain way is this many times as fast: it gives the same bits for any number of
+# rows. Of the plain ways, `linear` is. Noise should not decide which of two equally fast ways a host uses.
+_PREFERENCE = 1.25
+
+# A vocabulary projection; used by the fixed rules.
+_TALL = 32768
+
+Size = tuple[int, int]
+
+
+class Ways(msgspec.Struct, frozen=True):
+    """The choice for one shape. `packed`: pack the weight, for all numbers of rows. `plain`: otherwise, the way for up
+    to each number of rows in ROW_STEPS. `measured`: whether there was time to measure it."""
+
+    packed: bool = True
+    plain: tuple[PlainName, ...] = ("transposed", "transposed", "linear", "linear")
+    measured: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.plain) != len(ROW_STEPS):
+            raise ValueError(f"{len(self.plain)} ways for {len(ROW_STEPS)} numbers of rows")
+
+
+class _Table(msgspec.Struct, frozen=True):
+    """The file. `key`: what the measurements depend on, for people; `shapes`: by "OUTxIN"."""
+
+    key: tuple[str, ...]
+    shapes: dict[str, Ways]
+    format: Literal[1] = 1
+
+
+def choose(sizes: Iterable[Size], dtype: torch.dtype, folder: Path | None) -> dict[Size, Ways]:
+    """The ways for weights of these sizes [out, in]; measures those that the table in `folder` lacks, in about two
+    seconds at most. None: no table."""
+    wanted = sorted(set(sizes))
+    fixed = {size: _fixed(size, dtype) for size in wanted}
+    if folder is None or not wanted:
+        return fixed
+    key = _key(dtype)
+    path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    known = _read(path, key)
+    if not all(_named(size) in known for size in wanted):
+        try:
+            with _locked(path.with_suffix(".lock")):
+                known = _read(path, key)
+                known |= _measure([size for size in wanted if _named(size) not in known], dtype)
+                _write(path, _Table(key, known))
+        except OSError:
+            # Every engine that cannot use the table uses the same rules instead.
+            return fixed
+    return {size: _possible(known[_named(size)], dtype) for size in wanted}
+
+
+def _possible(found: Ways, dtype: torch.dtype) -> Ways:
+    return found if packs(dtype) or not found.packed else msgspec.structs.replace(found, packed=False)
+
+
+def _fixed(size: Size, dtype: torch.dtype) -> Ways:
+    """Rules for fp32 that were measured with one thread on an AVX2 machine (docs/performance.md)."""
+    if dtype is not torch.float32 or size[0] < size[1]:
+        return Ways(packs(dtype), ("linear", "linear", "linear", "linear"))
+    if size[0] < _TALL:
+        return Ways(packs(dtype), ("transposed", "transposed", "linear", "linear"))
+    return Ways(packs(dtype), ("transposed", "transposed", "pieces", "pieces"))
+
+
+def _named(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _key(dtype: torch.dtype) -> tuple[str, ...]:
+    return (
+        _cpu_name(), torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}",
+        f"{torch.get_num_threads()} threads", str(dtype), f"packs {packs(dtype)}", f"format {_FORMAT}",
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _cpu_name(proc_root: Path = Path("/proc")) -> str:
+    """Vendor, family, model, stepping and name of the first CPU; "" if the kernel does not tell."""
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in (proc_root / "cpuinfo").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    return " / ".join(found.get(name, "") for name in wanted)
+
+
+def _read(path: Path, key: tuple[str, ...]) -> dict[str, Ways]:
+    """Empty if there is no table, or a broken one."""
+    try:
+        table = msgspec.json.decode(path.read_bytes(), type=_Table)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+    return dict(table.shapes) if table.key == key else {}
+
+
+def _write(path: Path, table: _Table) -> None:
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=1))
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
+    """Hold the lock of the table. Raises OSError if another process holds it for too long (TimeoutError)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{path} is locked by another process") from None
+                time.sleep(0.05)
+        yield
+
+
+def _measure(sizes: list[Size], dtype: torch.dtype) -> dict[str, Ways]:
+    """Small shapes first: they cost least, and what is left when the time is over gets the fixed rules."""
+    end = _now() + _MOST_SECONDS
+    found = {}
+    for size in sorted(sizes, key=lambda size: size[0] * size[1]):
+        found[_named(size)] = _measured(size, dtype) if _now() < end else _fixed(size, dtype)
+    return found
+
+
+@torch.inference_mode()
+def _measured(size: Size, dtype: torch.dtype) -> Ways:
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs = min(size[0], max(1, _MOST_ELEMENTS // size[1])), size[1]
+    weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+    packed_weight = pack(weight) if packs(dtype) else None
+    plain: list[PlainName] = []
+    ratio = 1.0
+    for rows in ROW_STEPS:
+        given = torch.randn(rows, inputs, generator=generator).to(dtype)
+        times = {name: _seconds(way, given, weight) for name, way in PLAIN_WAYS.items()}
+        best = min(times, key=lambda name: times[name] * (1 if name == "linear" else _PREFERENCE))
+        plain.append(best)
+        if packed_weight is not None:
+            ratio *= _seconds(padded, given, packed_weight) / times[best]
+    packed = packed_weight is not None and ratio ** (1 / len(ROW_STEPS)) < _PREFERENCE
+    return Ways(packed, tuple(plain), measured=True)
+
+
+def _seconds(way: object, given: torch.Tensor, weight: torch.Tensor) -> float:
+    assert callable(way)
+    took = []
+    for _ in range(_REPEATS + 1):
+        started = _now()
+        way(given, weight)
+        took.append(_now() - started)
+    # The first one also allocates, and oneDNN generates its code.
+    return max(min(took[1:]), 1e-9)
+
+
+def _now() -> float:
+    """CPU seconds if this thread computes alone: other processes share the machine. Else seconds."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from pdctl.engine.model.products import PLAIN_WAYS, agree, pack, packs, padded
+
+needs_packing = pytest.mark.skipif(not packs(torch.float32), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 40), (40, 300), (5000, 8)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_is_linear(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> None:
+    weight, given = numbers(*shape, dtype=dtype), numbers(rows, shape[1], dtype=dtype)
+    expected = linear(given.double(), weight.double())
+    found = [way(given, weight) for way in PLAIN_WAYS.values()]
+    if packs(dtype):
+        found += [padded(given, weight), padded(given, pack(weight))]
+    for one in found:
+        assert one.dtype is dtype
+        assert one.shape == expected.shape
+        assert one.is_contiguous()
+        assert torch.allclose(
+            one.double(),
+            expected,
+            rtol=1e-5 if dtype is torch.float32 else 2e-2,
+            atol=1e-4 if dtype is torch.float32 else 0.1,
+        )
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2048, 640), (640, 2048), (300, 333), (1024, 3072)])
+def test_a_row_has_the_same_bits_in_every_batch_packed_or_not(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, given = numbers(*shape, dtype=dtype), numbers(130, shape[1], dtype=dtype)
+    packed = pack(weight)
+    whole = padded(given, packed)
+    for rows in (1, 2, 3, 4, 5, 8, 13, 16, 33, 64, 100):
+        assert torch.equal(padded(given[:rows], packed), whole[:rows]), rows
+        assert torch.equal(padded(given[:rows], weight), whole[:rows]), rows
+
+
+def test_agreement_allows_rounding_and_nothing_else() -> None:
+    one = numbers(3, 50)
+    assert agree(one + 1e-6, one)
+    assert not agree(one * 1.001, one)
+    assert agree(one.bfloat16(), (one * 1.001).bfloat16())
+    assert not agree(one.bfloat16(), (one * 1.2).bfloat16())
+    assert not agree(one * torch.nan, one)
+
+
+def test_types_that_onednn_lacks_are_not_packed() -> None:
+    assert not packs(torch.float64)
+
+
+def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(weight: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.setattr("pdctl.engine.model.products.pack", missing)
+    packs.cache_clear()
+    assert not packs(torch.float32)
+    packs.cache_clear()
