@@ -84,6 +84,9 @@ class Scheduler:
         reserved.sampling = request.sampling
         reserved.guide = request.guide
         reserved.priority = request.priority
+        # Its blocks get names when they are committed: only now it is known to whom they may be shown.
+        assert not reserved.block_names
+        reserved.salt = request.salt
 
     def reserve(self) -> list[Sequence]:
         """Reserve blocks for hand-overs in order of arrival, as long as they fit."""

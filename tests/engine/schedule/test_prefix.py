@@ -175,6 +175,23 @@ def test_pulled_blocks_are_found_after_the_commit_only() -> None:
     engine.run()
 
 
+def test_blocks_read_ahead_of_their_request_belong_to_its_salt() -> None:
+    engine = Engine()
+    engine.scheduler.add(Sequence("a", [], 0, Sampling(1), kv_tokens=12, status=Status.AWAITING_BLOCKS))
+    (reserved,) = engine.scheduler.reserve()
+    assert engine.scheduler.pull_started("a")
+    for at in range(12):
+        engine.slots[reserved.block_ids[at // BLOCK] * BLOCK + at % BLOCK] = tuple(range(at + 1))
+    engine.add("a", list(range(13)), salt="x", status=Status.AWAITING_BLOCKS, kv_tokens=12)
+    engine.scheduler.pull_ended("a")
+    assert engine.scheduler.start("a")
+    engine.run()
+    for name, salt, found in (("same", "x", 12), ("none", "", 0), ("other", "y", 0)):
+        engine.add(name, list(range(13)), salt=salt)
+        engine.run()
+        assert engine.cached[name] == found
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12),
