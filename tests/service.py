@@ -274,9 +274,6 @@ def topology(
     engines = ""
     # Engines of other kinds take other keys.
     sizes = "" if "kind = " in engine_extra else f"max_num_seqs = 32\nkv_cache_gb = {kv_cache_gb}"
-    if sizes and "dtype = " not in engine_extra:
-        # The references are computed in float32.
-        sizes += '\ndtype = "float32"'
     for role, count in (("prefill", prefills), ("decode", decodes), ("hybrid", hybrids)):
         if count:
             engines += f"""

@@ -71,25 +71,11 @@ def read_shape(directory: Path) -> ModelShape | None:
         head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
         layers = int(config["num_hidden_layers"])
         positions = int(config.get("max_position_embeddings") or 0)
-        item_bytes = 4 if _dtype(config) == "float32" else 2
+        item_bytes = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
         size = sum(path.stat().st_size for path in weight_files(directory))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         return None
     return ModelShape(2 * 2 * layers * kv_heads * head_dim, size * 2 // item_bytes, positions)
-
-
-def stated_dtype(directory: Path) -> str:
-    """The type of a local model's weights by its config.json, such as "bfloat16"; "" if it does not say."""
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        found = _dtype(config) or _dtype(config.get("text_config") or {})
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return found if isinstance(found, str) else ""
-
-
-def _dtype(config: dict[str, object]) -> object:
-    return config.get("dtype", config.get("torch_dtype"))
 
 
 def weight_files(directory: Path) -> list[Path]:

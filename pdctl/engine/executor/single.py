@@ -44,7 +44,7 @@ class SingleExecutor:
         """Load the model and allocate its KV. Raises ModelRefused, NoMemory, torch.OutOfMemoryError."""
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         device = torch.device(options.device)
-        dtype = choose_dtype(options.dtype, device, Path(options.model))
+        dtype = choose_dtype(options.dtype, device)
         reserved = int(options.kv_cache_gb * 2**30)
         loaded = load_model(options.model, device, dtype, cache_root() / "products", reserved)
         assert loaded.dtype in DTYPES

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from pdctl.engine.cache.kv_pool import DTYPES
-from pdctl.engine.model.products import packs
-from pdctl.host.cpu import computes_bfloat16
-from pdctl.host.models import stated_dtype
 
 
-def choose_dtype(wanted: str, device: torch.device, model: Path, proc_root: Path = Path("/proc")) -> torch.dtype:
-    """`wanted`: a name, or "auto": bfloat16 on a GPU, and on CPUs that are faster in it if the model's weights are
-    bfloat16 anyway. Else float32: rounding the weights of a float32 model would change it."""
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`wanted`: a name, or "auto": bfloat16 on a GPU, float32 on a CPU.
+
+    bfloat16 would be faster on some CPUs, but an answer that goes on after a failover is then another one where tokens
+    are nearly tied (9 of 36 answers, none in float32: docs/performance.md).
+    """
     if wanted != "auto":
         return DTYPES[wanted]
-    if device.type != "cpu":
-        return torch.bfloat16
-    fast = packs(torch.bfloat16) and computes_bfloat16(proc_root)
-    return torch.bfloat16 if fast and stated_dtype(model) == "bfloat16" else torch.float32
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -20,7 +20,7 @@ from typing import Literal
 import msgspec
 import torch
 
-from pdctl.engine.model.products import PLAIN_WAYS, ROW_STEPS, PlainName, pack, packs, padded
+from pdctl.engine.model.products import PLAIN_WAYS, ROW_STEPS, PlainName, Way, pack, packs, padded
 
 # A new number discards what was measured by an older version.
 _FORMAT = 1
@@ -178,8 +178,7 @@ def _measured(size: Size, dtype: torch.dtype) -> Ways:
     return Ways(packed, tuple(plain), measured=True)
 
 
-def _seconds(way: object, given: torch.Tensor, weight: torch.Tensor) -> float:
-    assert callable(way)
+def _seconds(way: Way, given: torch.Tensor, weight: torch.Tensor) -> float:
     took = []
     for _ in range(_REPEATS + 1):
         started = _now()
