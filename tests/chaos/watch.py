@@ -40,7 +40,7 @@ class Watch:
             if state is None or not state["blocks_total"]:
                 continue
             self.polls += 1
-            kinds = ("free", "cached", "referenced", "leased", "quarantined")
+            kinds = ("free", "referenced", "leased", "quarantined")
             total = sum(state[f"blocks_{kind}"] for kind in kinds)
             if total != state["blocks_total"]:
                 self.violations.append(f"{name}: {total} blocks in the books of {state['blocks_total']}")

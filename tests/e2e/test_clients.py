@@ -69,7 +69,10 @@ def test_the_official_client(client: openai.OpenAI) -> None:
         whole.choices[0].message.content
     )
     assert [chunk.choices[0].delta.role for chunk in chunks if chunk.choices].count("assistant") == 1
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    assert chunks[-1].usage.prompt_tokens_details is not None
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens, "the same prompt was there already"
     assert len({chunk.id for chunk in chunks}) == len({chunk.created for chunk in chunks}) == 1
 
 

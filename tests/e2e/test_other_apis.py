@@ -156,9 +156,15 @@ class Killer:
 
 
 def same(message: Json) -> Json:
-    """A message without its ids, which differ between requests."""
+    """A message without its ids, which differ between requests, and with all tokens of its prompt counted together."""
     content = [{name: value for name, value in block.items() if name != "id"} for block in message["content"]]
-    return {**{name: value for name, value in message.items() if name != "id"}, "content": content}
+    usage = {"output_tokens": message["usage"]["output_tokens"], "input_tokens": whole_prompt(message["usage"])}
+    return {**{name: value for name, value in message.items() if name != "id"}, "content": content, "usage": usage}
+
+
+def whole_prompt(usage: Json) -> int:
+    """Tokens of a prompt: Anthropic's API counts those from the cache apart."""
+    return int(usage["input_tokens"]) + int(usage.get("cache_read_input_tokens", 0))
 
 
 # -- responses -----------------------------------------------------------------------------------------------
@@ -240,7 +246,10 @@ def test_a_death_in_the_middle_of_a_response(client: openai.OpenAI, service: Ser
         assert event.type == "response.incomplete"
     killer.check()
     assert said == event.response.output_text == quiet.output_text
-    assert event.response.usage == quiet.usage
+    assert event.response.usage is not None
+    assert quiet.usage is not None
+    assert event.response.usage.input_tokens == quiet.usage.input_tokens
+    assert event.response.usage.output_tokens == quiet.usage.output_tokens
 
 
 @pytest.mark.slow
@@ -304,7 +313,8 @@ def test_a_message_is_the_chats_answer(client: openai.OpenAI, anthropic: Anthrop
     assert whole["content"] == [{"type": "text", "text": chat.choices[0].message.content}]
     assert (whole["stop_reason"], whole["stop_sequence"], whole["role"]) == ("max_tokens", None, "assistant")
     assert chat.usage is not None
-    assert whole["usage"] == {"input_tokens": chat.usage.prompt_tokens, "output_tokens": 12}
+    assert (whole_prompt(whole["usage"]), whole["usage"]["output_tokens"]) == (chat.usage.prompt_tokens, 12)
+    assert whole["usage"]["cache_read_input_tokens"] > 0, "the chat had the same prompt"
     assert same(anthropic.streamed(**asked)) == same(whole)
     start = next(anthropic.events(**asked))
     assert start["message"]["usage"]["input_tokens"] == chat.usage.prompt_tokens
@@ -343,8 +353,8 @@ def test_an_answer_continues_the_last_message(anthropic: Anthropic) -> None:
     begun = [*HELLO, {"role": "assistant", "content": "The answer is"}]
     ended = [*begun, {"role": "user", "content": "x"}]
     assert (
-        anthropic.create(messages=begun, **asked)["usage"]["input_tokens"]
-        < (anthropic.create(messages=ended, **asked)["usage"]["input_tokens"])
+        whole_prompt(anthropic.create(messages=begun, **asked)["usage"])
+        < whole_prompt(anthropic.create(messages=ended, **asked)["usage"])
     )
 
 

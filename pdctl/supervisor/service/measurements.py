@@ -59,7 +59,7 @@ class MeasurementReader:
 
 
 def _kv_used(state: EngineState) -> float | None:
-    used = state.blocks_total - state.blocks_free - state.blocks_cached
+    used = state.blocks_total - state.blocks_free
     return round(used / state.blocks_total, 4) if state.blocks_total else None
 
 
