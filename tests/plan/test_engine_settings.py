@@ -12,6 +12,7 @@ import pytest
 from pdctl.errors import PdctlError
 from pdctl.host import Gpu, Host
 from pdctl.plan import ProcessSpec, make_plan
+from pdctl.plan.changes import diff
 from pdctl.topology.loader import load_text
 from tests.topology.test_loader import host, problems
 
@@ -209,3 +210,13 @@ def test_a_pair_must_fit_together(tmp_path: Path) -> None:
     text = vllm().replace(f'python = "{PYTHON}"', f'python = "{newer}"', 1)
     on = replace(machine(), package_in=lambda python, names: ("vllm", "0.33.0" if python == str(newer) else "0.32.0"))
     assert [text for _, _, text in problems(text, on)] == ["'decode' has version 0.32.0, but 'prefill' has 0.33.0"]
+
+
+@pytest.mark.parametrize(("policy", "restarted"), [("fcfs", set()), ("sjf", set()), ("edf", {"e-0"})])
+def test_another_target_restarts_only_engines_that_keep_deadlines(policy: str, restarted: set[str]) -> None:
+    text = '[service]\nmodel = "sample:tiny-qwen3"\n[slo]\nttft_ms = 500\n'
+    text += f'[[engines]]\nname = "e"\nrole = "hybrid"\npolicy = "{policy}"\n'
+    before, after = (make_plan(load_text(one, None, host()), host()) for one in (text, text.replace("500", "900")))
+    found = diff(before, after)
+    assert set(found.restarted) == restarted
+    assert "ttft_ms changed" in found.live["proxy"]

@@ -48,7 +48,8 @@ class BuiltinLauncher(BaseLauncher):
             "--block-size", str(group.block_size),
             "--prefix-caching", str(group.prefix_caching).lower(),
             "--policy", group.policy,
-            "--ttft-ms", f"{topology.slo.ttft_ms:g}",
+            # Others do not look at deadlines: a changed target must not restart them.
+            *(("--ttft-ms", f"{topology.slo.ttft_ms:g}") if group.policy == "edf" else ()),
             *_transfer_argv(topology.transfer, assignment.rdma),
             "--tool-parser", topology.service.tool_parser,
             "--reasoning-parser", topology.service.reasoning_parser,

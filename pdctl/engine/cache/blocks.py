@@ -9,8 +9,10 @@ span.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import chain, combinations
+from operator import eq
 
 # How many idle blocks may be given up, as a multiple of those needed, to find a contiguous run.
 _MOST_EVICTED = 4
@@ -118,22 +120,26 @@ class BlockAllocator:
         return self._reclaim(self._quarantine.pop(owner, []))
 
     def audit(self) -> None:
-        """Check that each block is exactly once free, idle, owned or quarantined, and that names and owners fit."""
-        owners = [0] * self.num_blocks
-        for blocks in self._owned.values():
-            assert len(set(blocks)) == len(blocks), "an owner has a block twice"
-            for block in blocks:
-                owners[block] += 1
-        assert owners == self._owners, "the number of a block's owners is off"
-        held = [block for blocks in self._quarantine.values() for block in blocks]
-        assert len(set(held)) == len(held), "a block is quarantined twice"
-        quarantined = set(held)
-        for block in range(self.num_blocks):
-            states = (self._free[block] == 1, block in self._idle, owners[block] > 0, block in quarantined)
-            assert sum(states) == 1, f"block {block}: free, idle, owned, quarantined: {states}"
-        assert self.num_free == sum(self._free) + len(self._idle), "the free count is off"
-        assert {name: block for block, name in self._name_of.items()} == self._block_of, "names and blocks differ"
-        assert all(block in self._name_of for block in self._idle), "a nameless block is kept"
+        """Check that each block is exactly once free, idle, owned or quarantined, and that names and owners fit.
+
+        The core calls it whenever it has nothing to do, and the next request waits for its end: no Python per block.
+        """
+        owners = Counter(chain.from_iterable(self._owned.values()))
+        assert owners.total() == sum(self._owners), "the number of owners is off"
+        assert all(self._owners[block] == count for block, count in owners.items()), "a block has other owners"
+        assert all(len(set(blocks)) == len(blocks) for blocks in self._owned.values()), "an owner has a block twice"
+        held = list(chain.from_iterable(self._quarantine.values()))
+        places = (owners.keys(), self._idle.keys(), set(held))
+        assert len(places[2]) == len(held), "a block is quarantined twice"
+        assert all(one.isdisjoint(other) for one, other in combinations(places, 2)), "a block is in two places"
+        assert not any(map(self._free.__getitem__, chain(*places))), "a block is free and in use"
+        free = self._free.count(1)
+        assert sum(map(len, places)) + free == self.num_blocks, "a block is lost"
+        assert self.num_free == free + len(self._idle), "the free count is off"
+        assert len(self._name_of) == len(self._block_of), "names and blocks differ"
+        named = map(self._block_of.get, self._name_of.values())
+        assert all(map(eq, named, self._name_of)), "a name leads to another block"
+        assert self._idle.keys() <= self._name_of.keys(), "a nameless block is kept"
 
     # -- parts ---------------------------------------------------------------------------------------------
 

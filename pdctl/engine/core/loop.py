@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -209,9 +210,11 @@ class Core:
             batch = self.scheduler.schedule()
             self._is_computing = bool(batch)
         self._empty_steps = 0 if batch else self._empty_steps + 1
+        began = time.monotonic()
         computed = self.executor.execute(batch) if batch else None
         with self._lock:
             self._is_computing = False
+            self.scheduler.took(batch, time.monotonic() - began)
             if computed is not None or self._failed or self._books_due:
                 self._tell(batch, computed)
 

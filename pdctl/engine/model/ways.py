@@ -129,8 +129,12 @@ def _read(path: Path, key: tuple[str, ...]) -> dict[str, Ways]:
 
 def _write(path: Path, table: _Table) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=1))
-    part.replace(path)
+    try:
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=1))
+        part.replace(path)
+    finally:
+        # On a full disk a part of it may exist.
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

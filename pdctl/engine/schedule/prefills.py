@@ -20,8 +20,6 @@ from pdctl.engine.schedule.waiting import LONGEST_WAIT_S, Order, Rank, WaitingQu
 _MAX_PARTIAL = 4
 # After so many passes by others a partial prompt is not passed any more.
 _MAX_PASSES = 4
-# Seconds per token before anything was measured: the order depends only on the proportions.
-_SECONDS_PER_TOKEN = 1e-3
 
 # Predicted seconds for (tokens to compute, tokens before them).
 Work = Callable[[int, int], float]
@@ -32,12 +30,12 @@ Preempt = Callable[[Sequence, Batch], None]
 class Prefills:
     """The waiting prompts of one engine, and the choice among them and the partial ones."""
 
-    def __init__(self, limits: Limits, room: Room, running: Running, work: Work | None = None) -> None:
+    def __init__(self, limits: Limits, room: Room, running: Running, work: Work) -> None:
         self._limits = limits
         self._room = room
         self._running = running
         self._policy = POLICIES[limits.policy]
-        self._work = work or (lambda tokens, _: tokens * _SECONDS_PER_TOKEN)
+        self._work = work
         # Prefills for peers wait apart: at the limit of leased blocks the others go on.
         self._for_peers = WaitingQueue(self._policy)
         self._own = WaitingQueue(self._policy)

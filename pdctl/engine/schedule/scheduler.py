@@ -18,6 +18,7 @@ from pdctl.engine.schedule.prefills import Prefills, Work
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
 from pdctl.engine.schedule.sequence import Sequence, Status
+from pdctl.engine.schedule.speed import PrefillSpeed
 
 # A sequence that was preempted so often is spared as long as there is another one.
 _MAX_PREEMPTIONS = 4
@@ -25,8 +26,8 @@ _MAX_PREEMPTIONS = 4
 
 class Scheduler:
     """Admission, chunking, preemption and block counts of one engine. `work`: predicted seconds to compute so many
-    tokens after so many others; `clock`: monotonic seconds, by default of a clock that stands still;
-    `root`: the beginning of the names of blocks, None: no block is shared."""
+    tokens after so many others, by default from the steps so far; `clock`: monotonic seconds, by default of a
+    clock that stands still; `root`: the beginning of the names of blocks, None: no block is shared."""
 
     def __init__(
         self,
@@ -42,7 +43,8 @@ class Scheduler:
         self.running = Running()
         self._clock = clock
         self._room = Room(limits, allocator, root)
-        self._prefills = Prefills(limits, self._room, self.running, work)
+        self._speed = PrefillSpeed()
+        self._prefills = Prefills(limits, self._room, self.running, work or self._speed.work)
         self._incoming: dict[str, Sequence] = {}
         self._arrivals = 0
         # Number of running pulls per request. Pulls start in another thread than the one that handles their end, so
@@ -186,6 +188,10 @@ class Scheduler:
             if sequence in self.running:
                 batch.add(sequence, 1)
         return has_room
+
+    def took(self, batch: list[Slice], seconds: float) -> None:
+        """Note how long a step has taken, to predict the next ones."""
+        self._speed.note(batch, seconds)
 
     def update(
         self, batch: list[Slice], token_ids: list[int], logprobs: Iterable[Logprobs | None] = repeat(None)

@@ -123,6 +123,18 @@ def test_nothing_overtakes_and_nothing_is_freed_in_mid_step() -> None:
         assert second.request_id == "b"
 
 
+def test_the_duration_of_a_step_is_what_the_next_prompts_are_predicted_by() -> None:
+    noted: list[tuple[int, float]] = []
+    with running() as (core, runner, said):
+        core.scheduler.took = lambda batch, seconds: noted.append((len(batch), seconds))  # type: ignore[method-assign]
+        core.receive(submit("a", 12))
+        assert runner.began.acquire(timeout=WAIT_S)
+        runner.may_end.release()
+        assert isinstance(said.next(), StepDone)
+    assert noted[0][0] == 1
+    assert noted[0][1] > 0
+
+
 def test_what_does_not_fit_waits_for_the_step() -> None:
     with running(num_blocks=4) as (core, runner, said):
         core.receive(submit("a", 12))
