@@ -317,7 +317,8 @@ def test_a_message_is_the_chats_answer(client: openai.OpenAI, anthropic: Anthrop
     assert whole["usage"]["cache_read_input_tokens"] > 0, "the chat had the same prompt"
     assert same(anthropic.streamed(**asked)) == same(whole)
     start = next(anthropic.events(**asked))
-    assert start["message"]["usage"]["input_tokens"] == chat.usage.prompt_tokens
+    assert whole_prompt(start["message"]["usage"]) == chat.usage.prompt_tokens
+    assert start["message"]["usage"]["cache_read_input_tokens"] > 0, "as at the end of the stream"
     counted = anthropic.http.post("/v1/messages/count_tokens", json={"model": "m", "messages": HELLO})
     assert counted.json() == {"input_tokens": chat.usage.prompt_tokens}
 

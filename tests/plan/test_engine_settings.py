@@ -216,7 +216,7 @@ def test_a_pair_must_fit_together(tmp_path: Path) -> None:
 def test_another_target_restarts_only_engines_that_keep_deadlines(policy: str, restarted: set[str]) -> None:
     text = '[service]\nmodel = "sample:tiny-qwen3"\n[slo]\nttft_ms = 500\n'
     text += f'[[engines]]\nname = "e"\nrole = "hybrid"\npolicy = "{policy}"\n'
-    before, after = (make_plan(load_text(one, None, host()), host()) for one in (text, text.replace("500", "900")))
-    found = diff(before, after)
+    before, after = (load_text(one, "/x/pdctl.toml", host()) for one in (text, text.replace("500", "900")))
+    found = diff(make_plan(before, host()), make_plan(after, host()))
     assert set(found.restarted) == restarted
     assert "ttft_ms changed" in found.live["proxy"]

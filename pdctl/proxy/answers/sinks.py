@@ -27,7 +27,8 @@ class Sink(Protocol):
 
     `passes`: accepts an engine's events as bytes, each beginning with `event_head`; `hides_token_ids`: then without
     token ids; `shows_token_ids`: the client gets token ids; `takes_whole`: accepts one complete body instead of parts.
-    `prompt_tokens`: if known; `completion_tokens`: so far, if the engine tells their number but not their ids.
+    `prompt_tokens`, and of these `cached_tokens`: if known; `completion_tokens`: so far, if the engine tells their
+    number but not their ids.
     """
 
     passes: bool
@@ -36,6 +37,7 @@ class Sink(Protocol):
     shows_token_ids: bool
     takes_whole: bool
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
@@ -121,6 +123,7 @@ class StreamSink:
         self._counts_each = answer.request.counts_each
         self.passes = alone and not self._counts_each
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.completion_tokens = 0
         self._tokens = 0
         self.event_head = envelope.event_head()
@@ -137,7 +140,7 @@ class StreamSink:
             self._first = False
             choice = _with_role(choice)
         self._tokens += len(token_ids)
-        so_far = Counts(self.prompt_tokens, self._tokens or self.completion_tokens)
+        so_far = Counts(self.prompt_tokens, self._tokens or self.completion_tokens, self.cached_tokens)
         counts = usage(so_far) if self._counts_each else None
         token_ids = _known(token_ids) if self.shows_token_ids else token_ids
         await self._answer.write(self._envelope.event(self._index, choice, token_ids, counts))
@@ -199,6 +202,7 @@ class WholeSink:
         # The prompt's log probabilities come from the prefill engine and are not in the decode engine's body.
         self.takes_whole = not request.envelope.with_token_ids and not request.wants_prompt_logprobs
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.completion_tokens = 0
         self.shows_token_ids = request.envelope.with_token_ids
         self._envelope = request.envelope

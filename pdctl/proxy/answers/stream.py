@@ -229,6 +229,8 @@ class EventReader:
         if delta.usage is not None:
             self.prompt_tokens = self._sink.prompt_tokens = delta.usage.prompt
             self.cached_tokens = delta.usage.cached
+            # What the prefill engine has told comes first.
+            self._sink.cached_tokens = self._sink.cached_tokens or self.cached_tokens
             if UNKNOWN_TOKEN in self._state.emitted or self._state.told is not None:
                 # Such answers are known only by their number of tokens. They never continue by token ids.
                 self.completion_tokens = delta.usage.completion

@@ -51,7 +51,7 @@ class _TranslatedSink:
     hides_token_ids = True
     shows_token_ids = False
     takes_whole = False
-    prompt_tokens = completion_tokens = 0
+    prompt_tokens = cached_tokens = completion_tokens = 0
 
     async def pass_on(self, data: bytes) -> None:
         """Never called: this sink translates."""
@@ -111,7 +111,8 @@ class TranslatedStreamSink(_TranslatedSink):
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """See Sink.add."""
-        await self._answer.write(self._answer.rendering.events(choice, self.prompt_tokens))
+        counts = Counts(self.prompt_tokens, 0, self.cached_tokens)
+        await self._answer.write(self._answer.rendering.events(choice, counts))
 
     def start_over(self) -> bool:
         """See Sink.start_over."""

@@ -131,7 +131,7 @@ async def _prefilled(call: PairCall) -> bytes | None:
     leg = call.leg
     done = await prefill(leg, call.prefill, call.attempt)
     _count(leg, done)
-    leg.sink.prompt_tokens = leg.prompt_tokens
+    leg.sink.prompt_tokens, leg.sink.cached_tokens = leg.prompt_tokens, leg.cached_tokens
     if leg.in_one_piece and done.hand_over is not None:
         # The decode engine's answer will include this token. Only the time of the first token is recorded here.
         leg.timing.token(time.monotonic())

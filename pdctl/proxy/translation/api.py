@@ -37,7 +37,7 @@ class Rendering(Protocol):
         """Take the next part of an answer that is not streamed."""
         ...
 
-    def events(self, choice: Choice, prompt_tokens: int) -> bytes:
+    def events(self, choice: Choice, counts: Counts) -> bytes:
         """Take the next part of a stream and return its events, after those that begin the stream."""
         ...
 

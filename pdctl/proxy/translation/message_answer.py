@@ -31,14 +31,14 @@ class MessageAnswer:
         """See Rendering.gather."""
         self._output.add(choice)
 
-    def events(self, choice: Choice, prompt_tokens: int) -> bytes:
+    def events(self, choice: Choice, counts: Counts) -> bytes:
         """See Rendering.events."""
         steps = self._output.add(choice)
-        return self._begun(prompt_tokens) + b"".join(map(_shown, steps))
+        return self._begun(counts) + b"".join(map(_shown, steps))
 
     def last_events(self, counts: Counts) -> bytes:
         """See Rendering.last_events."""
-        ends = self._begun(counts.prompt) + b"".join(map(_shown, self._output.end()))
+        ends = self._begun(counts) + b"".join(map(_shown, self._output.end()))
         ended = event("message_delta", {"delta": self._ending(), "usage": _usage(counts)})
         return ends + ended + event("message_stop", {})
 
@@ -52,12 +52,12 @@ class MessageAnswer:
         content = [_block(part) for part in self._output.parts]
         return _encode(self._message(counts, content=content, **self._ending()))
 
-    def _begun(self, prompt_tokens: int) -> bytes:
+    def _begun(self, counts: Counts) -> bytes:
         """The first events, once."""
         if self._has_begun:
             return b""
         self._has_begun = True
-        begins = event("message_start", {"message": self._message(Counts(prompt_tokens, 0))})
+        begins = event("message_start", {"message": self._message(counts._replace(completion=0))})
         return begins + event("ping", {})
 
     def _message(self, counts: Counts, **about: object) -> Json:

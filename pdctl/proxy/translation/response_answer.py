@@ -34,7 +34,7 @@ class ResponseAnswer:
         """See Rendering.gather."""
         self._output.add(choice)
 
-    def events(self, choice: Choice, prompt_tokens: int) -> bytes:
+    def events(self, choice: Choice, counts: Counts) -> bytes:
         """See Rendering.events."""
         steps = self._output.add(choice)
         return self._begun() + b"".join(map(self._shown, steps))

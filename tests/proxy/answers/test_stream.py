@@ -62,7 +62,7 @@ class Sink:
 
     def __init__(self, passes: bool, hides: bool, busy: Callable[[], bool]) -> None:
         self.passes, self.hides_token_ids, self.shows_token_ids = passes, hides, not hides
-        self.prompt_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.ids: set[str] = set()
         self.added: list[int] = []
         self.observed: list[dict[str, object]] = []

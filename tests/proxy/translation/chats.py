@@ -51,7 +51,7 @@ def whole(api: Api, body: object, choices: Sequence[Choice]) -> Json:
 def streamed(api: Api, body: object, choices: Sequence[Choice]) -> list[Json]:
     """The events of the streamed answer. Each event's name is its type."""
     rendering = translated(api, body).rendering(Envelope("r1", True, "m", False, 100))
-    data = b"".join(rendering.events(choice, 7) for choice in choices) + rendering.last_events(COUNTS)
+    data = b"".join(rendering.events(choice, COUNTS) for choice in choices) + rendering.last_events(COUNTS)
     return events(data)
 
 

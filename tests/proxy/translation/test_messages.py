@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Envelope
+from pdctl.net.openai_api import ApiError, Counts, Envelope
 from pdctl.proxy.client.unknown_fields import UnknownFields
 from pdctl.proxy.translation.messages import MESSAGES
 from tests.proxy.translation.chats import Json, call, chat_of, events, outputs, part, streamed, translated, whole
@@ -300,8 +300,16 @@ def test_the_prompts_tokens_are_told_at_the_start() -> None:
     assert start["message"]["usage"] == {"input_tokens": 7, "output_tokens": 0}
 
 
+def test_cached_tokens_are_counted_apart_from_the_start_to_the_end() -> None:
+    rendering = translated(MESSAGES, ASK).rendering(Envelope("r1", True, "m", False, 100))
+    begun = events(rendering.events(part("stop", content="a"), Counts(20, 0, 16)))
+    ended = events(rendering.last_events(Counts(20, 3, 16)))
+    assert begun[0]["message"]["usage"] == {"input_tokens": 4, "output_tokens": 0, "cache_read_input_tokens": 16}
+    assert ended[-2]["usage"] == {"input_tokens": 4, "output_tokens": 3, "cache_read_input_tokens": 16}
+
+
 def test_an_error_in_a_stream_is_its_last_event() -> None:
     rendering = translated(MESSAGES, ASK).rendering(Envelope("r1", True, "m", False, 100))
-    begun = rendering.events(part(content="a"), 7)
+    begun = rendering.events(part(content="a"), Counts(7))
     last = events(begun + rendering.error_events(ApiError(502, "it failed", "server_error")))[-1]
     assert last == {"type": "error", "error": {"type": "api_error", "message": "it failed"}}

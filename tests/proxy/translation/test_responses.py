@@ -12,7 +12,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Envelope
+from pdctl.net.openai_api import ApiError, Counts, Envelope
 from pdctl.proxy.client.unknown_fields import UnknownFields
 from pdctl.proxy.translation.responses import RESPONSES
 from tests.proxy.translation.chats import Json, call, chat_of, events, outputs, part, streamed, translated, whole
@@ -301,7 +301,7 @@ def test_why_an_answer_ended(reason: str, status: str, details: Json | None) -> 
 
 def test_an_error_in_a_stream_is_told_twice() -> None:
     rendering = translated(RESPONSES, ASK).rendering(Envelope("r1", True, "m", False, 100))
-    begun = rendering.events(part(content="a"), 7)
+    begun = rendering.events(part(content="a"), Counts(7))
     found = events(begun + rendering.error_events(ApiError(502, "it failed", "server_error")))
     for event in found:
         EVENT.validate_python(event)
