@@ -1,6 +1,6 @@
 """The names of parsers of a model's output. The topology and the builtin engine use this module.
 
-To add a family of tool calls: a name here, and a module of its name in pdctl/engine/front/api/tool_calls/.
+To add a family of tool calls: a name here, and a module of its name in pdctl/engine/front/api/parsers/tool_calls/.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def test_the_official_client(client: openai.OpenAI) -> None:
     )
     assert [chunk.choices[0].delta.role for chunk in chunks if chunk.choices].count("assistant") == 1
     assert chunks[-1].usage is not None
-    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(chunks[-1].usage, name) == getattr(whole.usage, name)
     assert chunks[-1].usage.prompt_tokens_details is not None
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens, "the same prompt was there already"
     assert len({chunk.id for chunk in chunks}) == len({chunk.created for chunk in chunks}) == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from pdctl.host.processes.stamps import stamped
 from pdctl.supervisor.process.shared_memory import mapped
 from tests.service import Run, Service, free_port, running, temporary_run
 
@@ -42,6 +43,13 @@ args = [{args}]
 
 
 def topology(prefills: int, decodes: int, extra: str = "", port: int | None = None, decode_args: str = "") -> str:
+    return alone(
+        group("prefill", prefills, extra) + group("decode", decodes, extra, decode_args or '"--enforce-eager"'), port
+    )
+
+
+def alone(groups: str, port: int | None = None) -> str:
+    """A topology of these groups."""
     return f"""
 [service]
 name = "t"
@@ -54,9 +62,13 @@ port = {port or free_port()}
 lease_s = {LEASE_S}
 [supervisor]
 grace_s = 20
-{group("prefill", prefills, extra)}
-{group("decode", decodes, extra, decode_args or '"--enforce-eager"')}
+{groups}
 """
+
+
+def tree_of(service: Service, name: str) -> list[int]:
+    """The pids of an engine's processes."""
+    return stamped(f"PDCTL_UNIT={service.run.folder / 'r' / service.name}:{name}")
 
 
 def shared_memory(run: Run) -> set[str]:

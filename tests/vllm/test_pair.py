@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pdctl.adapters.vllm.log import PHASES
-from pdctl.host.processes.stamps import stamped
 from pdctl.supervisor.process.shared_memory import mapped
 from tests.service import Service, pid_of
-from tests.vllm.conftest import LEASE_S, Direct, left_of, topology
+from tests.vllm.conftest import LEASE_S, Direct, left_of, topology, tree_of
 
 PROMPTS = int(os.environ.get("PDCTL_VLLM_PROMPTS", "200"))
 WORDS = "the quick brown fox jumps over a lazy dog while engines hand their caches on all day long".split()  # noqa: SIM905
@@ -161,11 +160,6 @@ def test_a_wrong_option_ends_in_one_sentence(service: Service) -> None:
     refused = service.run.cli("plan", "-f", str(service.run.write(both, "both.toml")))
     assert refused.returncode == 1
     assert "VLLM_NIXL_SIDE_CHANNEL_PORT is set by pdctl" in refused.stderr
-
-
-def tree_of(service: Service, name: str) -> list[int]:
-    """The pids of an engine's processes."""
-    return stamped(f"PDCTL_UNIT={service.run.folder / 'r' / service.name}:{name}")
 
 
 @pytest.mark.parametrize("field", [{"logprobs": 2}, {"presence_penalty": 0.5}])

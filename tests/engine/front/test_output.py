@@ -10,8 +10,8 @@ import pytest
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.output import Json, Output, Piece, chunk_choice, whole_choice
 from pdctl.engine.front.api.parsers import choose
+from pdctl.engine.front.api.parsers.tool_calls import ToolFormat
 from pdctl.engine.front.api.text import TextCodec
-from pdctl.engine.front.api.tool_calls import ToolFormat
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.net.openai_api import Envelope
 from tests.marked_model import IDS, make, template

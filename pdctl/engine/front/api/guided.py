@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from pdctl.engine.front.api.parsers.tool_calls import ToolFormat
 from pdctl.engine.front.api.schemas import check_schema, narrowed, unsupported_pattern
-from pdctl.engine.front.api.tool_calls import ToolFormat
 from pdctl.net.openai_api import ApiError
 from pdctl.net.openai_fields import ChatBody, CompletionBody, Structured, is_lmdeploys
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from pdctl.engine.front.api.guided import grammar_of
-from pdctl.engine.front.api.tool_calls import ToolFormat
+from pdctl.engine.front.api.parsers.tool_calls import ToolFormat
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_number

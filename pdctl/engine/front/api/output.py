@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.parsers import Parsers
-from pdctl.engine.front.api.reasoning import ReasoningText, is_open
+from pdctl.engine.front.api.parsers.reasoning import ReasoningText, is_open
+from pdctl.engine.front.api.parsers.tool_calls import ToolCall, ToolFormat, joined, tool_text, whole_calls
 from pdctl.engine.front.api.text import OutputText, TextCodec
 from pdctl.engine.front.api.token_text import text_of
-from pdctl.engine.front.api.tool_calls import ToolCall, ToolFormat, joined, tool_text, whole_calls
 from pdctl.engine.ipc.messages import Logprobs, PromptToken
 from pdctl.wire import HandOver
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdctl.engine.front.api.reasoning import MISTRAL, THINK, Marks, marks_of_template
-from pdctl.engine.front.api.tool_calls import Family, family, family_of_template
+from pdctl.engine.front.api.parsers.reasoning import MISTRAL, THINK, Marks, marks_of_template
+from pdctl.engine.front.api.parsers.tool_calls import Family, family, family_of_template
 from pdctl.parser_names import AUTO, NONE
 
 _MARKS = {"think": THINK, "mistral": MISTRAL}

@@ -2,7 +2,7 @@
 
 Run it with a Python that has vLLM; the recording in this folder was made with vLLM 0.32 (whole texts):
 
-    python tests/engine/front/tool_calls/record_vllm.py tests/engine/front/tool_calls/recorded_vllm.json
+    python tests/engine/front/parsers/tool_calls/record_vllm.py tests/engine/front/parsers/tool_calls/recorded_vllm.json
 """
 
 from __future__ import annotations

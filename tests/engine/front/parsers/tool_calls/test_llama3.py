@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pdctl.engine.front.api.tool_calls.calls import JsonText
-from tests.engine.front.tool_calls.parsing import functions, parser, split
+from pdctl.engine.front.api.parsers.tool_calls.calls import JsonText
+from tests.engine.front.parsers.tool_calls.parsing import functions, parser, split
 
 
 def found(text: str) -> tuple[str, list[tuple[object, object]]]:

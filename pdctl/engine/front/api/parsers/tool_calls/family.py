@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pdctl.engine.front.api.tool_calls.calls import Namer, ToolCall, ToolText
+from pdctl.engine.front.api.parsers.tool_calls.calls import Namer, ToolCall, ToolText
 
 
 class Family(Protocol):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.engine.front.api.reasoning import MISTRAL, THINK, Marks, ReasoningText, is_open, marks_of_template
+from pdctl.engine.front.api.parsers.reasoning import MISTRAL, THINK, Marks, ReasoningText, is_open, marks_of_template
 
 RECORDED = json.loads((Path(__file__).parent / "tool_calls" / "recorded_vllm.json").read_text())["think"]
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from pdctl.engine.front.api.parsers import choose
-from pdctl.engine.front.api.reasoning import MISTRAL, THINK
-from pdctl.engine.front.api.tool_calls import family
+from pdctl.engine.front.api.parsers.reasoning import MISTRAL, THINK
+from pdctl.engine.front.api.parsers.tool_calls import family
 from pdctl.parser_names import REASONING_PARSERS, TOOL_FAMILIES, TOOL_PARSERS
 
 # How the families' templates write calls, in short. The marks are those of vLLM's examples/tool_chat_template_*.jinja

@@ -8,7 +8,7 @@ import re
 import string
 from collections.abc import Callable
 
-from pdctl.engine.front.api.tool_calls.calls import NAME, GrowingText, JsonText, Namer, ToolText, text_of
+from pdctl.engine.front.api.parsers.tool_calls.calls import NAME, GrowingText, JsonText, Namer, ToolText, text_of
 
 _OPEN, _ID, _ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*{NAME}\s*,\s*"arguments"\s*:\s*(?=\{{)')

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 
-from pdctl.engine.front.api.tool_calls.calls import GrowingText, Namer, ToolText, usual_namer, written
+from pdctl.engine.front.api.parsers.tool_calls.calls import GrowingText, Namer, ToolText, usual_namer, written
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pdctl.engine.front.api.tool_calls.calls import (
+from pdctl.engine.front.api.parsers.tool_calls.calls import (
     NAME,
     GrowingText,
     JsonText,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from pdctl.engine.front.api.tool_calls import ToolCall, ToolFormat, ToolText, family, tool_text, whole_calls
+from pdctl.engine.front.api.parsers.tool_calls import ToolCall, ToolFormat, ToolText, family, tool_text, whole_calls
 
 Tools = list[dict[str, object]]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.front.tool_calls.parsing import functions, split
+from tests.engine.front.parsers.tool_calls.parsing import functions, split
 
 
 def found(text: str) -> tuple[str, list[tuple[object, object]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from pdctl.engine.front.api.tool_calls.calls import overlap
+from pdctl.engine.front.api.parsers.tool_calls.calls import overlap
 
 
 @dataclass(frozen=True, slots=True)

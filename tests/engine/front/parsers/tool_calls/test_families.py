@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.engine.front.api.tool_calls import ToolFormat, joined, tool_text, whole_calls
+from pdctl.engine.front.api.parsers.tool_calls import ToolFormat, joined, tool_text, whole_calls
 from pdctl.parser_names import TOOL_FAMILIES
-from tests.engine.front.tool_calls.parsing import functions, parser, split
-from tests.engine.front.tool_calls.record_vllm import TEXTS, TOOLS
+from tests.engine.front.parsers.tool_calls.parsing import functions, parser, split
+from tests.engine.front.parsers.tool_calls.record_vllm import TEXTS, TOOLS
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_vllm.json").read_text())
 CASES = [(name, text) for name, texts in TEXTS.items() if name != "think" for text in texts]

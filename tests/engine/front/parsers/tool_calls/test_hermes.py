@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.engine.front.api.tool_calls import ToolCall, ToolFormat, joined
-from tests.engine.front.tool_calls.parsing import parser as parser_of
-from tests.engine.front.tool_calls.parsing import split as split_by
+from pdctl.engine.front.api.parsers.tool_calls import ToolCall, ToolFormat, joined
+from tests.engine.front.parsers.tool_calls.parsing import parser as parser_of
+from tests.engine.front.parsers.tool_calls.parsing import split as split_by
 
 
 def split(text: str, cuts: list[int], form: ToolFormat = ToolFormat.FREE) -> tuple[str, list[ToolCall]]:

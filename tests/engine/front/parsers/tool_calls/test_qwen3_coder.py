@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.engine.front.tool_calls.parsing import functions, split
+from tests.engine.front.parsers.tool_calls.parsing import functions, split
 
 TOOLS: list[dict[str, object]] = [
     {"type": "function", "function": {"name": "f", "parameters": {"properties": {

@@ -10,9 +10,9 @@ import importlib
 from enum import Enum, auto
 from typing import cast
 
-from pdctl.engine.front.api.tool_calls.calls import ToolCall, ToolText, joined, whole_calls
-from pdctl.engine.front.api.tool_calls.family import Family, PlainText
-from pdctl.engine.front.api.tool_calls.forced import ForcedCall
+from pdctl.engine.front.api.parsers.tool_calls.calls import ToolCall, ToolText, joined, whole_calls
+from pdctl.engine.front.api.parsers.tool_calls.family import Family, PlainText
+from pdctl.engine.front.api.parsers.tool_calls.forced import ForcedCall
 from pdctl.parser_names import TOOL_FAMILIES
 
 __all__ = [

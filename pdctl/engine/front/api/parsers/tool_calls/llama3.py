@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from pdctl.engine.front.api.tool_calls.calls import (
+from pdctl.engine.front.api.parsers.tool_calls.calls import (
     NAME,
     GrowingText,
     JsonText,
