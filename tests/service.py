@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +131,10 @@ class Service:
         found = answer.json()
         return {**found["choices"][0], "usage": found["usage"]}
 
-    def stream(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
-        """The same answer, gathered from a stream."""
+    def stream(
+        self, prompt: str | list[int], act: Callable[[], None] | None = None, at: int = 10, /, **options: Any
+    ) -> dict[str, Any]:
+        """The same answer, gathered from a stream. `act` is called once, when more than `at` tokens have come."""
         body = {"prompt": prompt, "temperature": 0, "return_token_ids": True, "stream": True, **options}
         text, ids, reason = "", [], None
         with self.client.stream("POST", "/v1/completions", json=body) as answer:
@@ -147,7 +149,11 @@ class Service:
                     text += choice["text"]
                     ids += choice["token_ids"]
                     reason = choice["finish_reason"] or reason
+                if act is not None and len(ids) > at:
+                    act()
+                    act = None
             assert done, "no [DONE]"
+            assert act is None, "the stream was too short"
         return {"text": text, "token_ids": ids, "finish_reason": reason}
 
     def wait(self, condition: Any, timeout: float = 300.0, what: str = "") -> Any:

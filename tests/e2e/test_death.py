@@ -60,29 +60,13 @@ def test_stream_survives_the_death_of_an_engine(
 ) -> None:
     service.healthy()
     before = service.process(victim)
-    text, ids, killed = "", [], False
-    body = {
-        "prompt": PROMPT,
-        "max_tokens": LONG,
-        "temperature": 0,
-        "stream": True,
-        "return_token_ids": True,
-        "ignore_eos": True,
-    }
-    with service.client.stream("POST", "/v1/completions", json=body) as answer:
-        for event in events(answer):
-            if event is None:
-                break
-            assert "error" not in event, event
-            text += event["choices"][0]["text"]
-            ids += event["choices"][0]["token_ids"]
-            if not killed and len(ids) > 10:
-                children = psutil.Process(before.pid).children()
-                kill(pid_of(before) if part == "front" else children[0].pid)
-                killed = True
-    assert killed
-    assert ids == quiet["token_ids"]
-    assert text == quiet["text"]
+
+    def kill_it() -> None:
+        kill(pid_of(before) if part == "front" else psutil.Process(before.pid).children()[0].pid)
+
+    found = service.stream(PROMPT, kill_it, max_tokens=LONG, ignore_eos=True)
+    assert found["token_ids"] == quiet["token_ids"]
+    assert found["text"] == quiet["text"]
     service.restarted(before)
     service.healthy()
     service.idle()
@@ -182,21 +166,7 @@ def test_disconnect_during_prefill_frees_it(service: Service) -> None:
 
 def stream_with(service: Service, at: int, act: Callable[[], None]) -> list[int]:
     """The token ids of a long stream; an action runs once while it streams."""
-    ids: list[int] = []
-    body = {"prompt": PROMPT, "max_tokens": LONG, "temperature": 0, "stream": True, "return_token_ids": True,
-            "ignore_eos": True}  # fmt: skip
-    done = False
-    with service.client.stream("POST", "/v1/completions", json=body) as answer:
-        for event in events(answer):
-            if event is None:
-                break
-            assert "error" not in event, event
-            ids += event["choices"][0]["token_ids"]
-            if len(ids) > at and not done:
-                done = True
-                act()
-    assert done
-    return ids
+    return list(service.stream(PROMPT, act, at, max_tokens=LONG, ignore_eos=True)["token_ids"])
 
 
 def test_stream_survives_the_death_of_both_engines_at_once(service: Service, quiet: dict[str, Any]) -> None:

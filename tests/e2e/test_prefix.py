@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.service import Engine, Run, Service, events, pid_of, running, topology
+from tests.service import Engine, Run, Service, pid_of, running, topology
 
 pytestmark = pytest.mark.e2e
 
@@ -75,23 +75,16 @@ def test_a_stream_counts_cached_tokens_too(service: Service) -> None:
 def test_the_prefill_after_a_failover_finds_the_first_one(service: Service) -> None:
     prompt = tokens(13, 160)
     expected = service.complete(prompt, max_tokens=300, ignore_eos=True, cache_salt="other")["token_ids"]
-    body = {"prompt": prompt, "max_tokens": 300, "stream": True, "temperature": 0, "return_token_ids": True,
-            "ignore_eos": True, "model": "m"}  # fmt: skip
     before = service.process("decode-0")
-    ids: list[int] = []
-    hits = [0.0]
-    with service.client.stream("POST", "/v1/completions", json=body) as answer:
-        for event in events(answer):
-            if event is None:
-                break
-            assert "error" not in event, event
-            ids += event["choices"][0]["token_ids"]
-            if len(hits) == 1 and len(ids) > 10:
-                hits.append(metric(service, "prefill-0", HITS))
-                for core in psutil.Process(pid_of(before)).children():
-                    core.kill()
-    assert ids == expected
-    assert metric(service, "prefill-0", HITS) >= hits[1] + 160, "the whole prompt was there"
+    hits: list[float] = []
+
+    def kill_core() -> None:
+        hits.append(metric(service, "prefill-0", HITS))
+        for core in psutil.Process(pid_of(before)).children():
+            core.kill()
+
+    assert service.stream(prompt, kill_core, max_tokens=300, ignore_eos=True)["token_ids"] == expected
+    assert metric(service, "prefill-0", HITS) >= hits[0] + 160, "the whole prompt was there"
     service.restarted(before)
     service.idle()
 
