@@ -88,6 +88,17 @@ def test_without_a_usable_folder_the_rules_are_fixed(tmp_path: Path) -> None:
     assert choose(SIZES, torch.float32, tmp_path / "file" / "below") == fixed
 
 
+def test_a_full_disk_leaves_no_half_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    assert not choose([(64, 32)], torch.float32, tmp_path)[64, 32].measured
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_a_lock_that_is_held_for_too_long_leads_to_the_fixed_rules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
