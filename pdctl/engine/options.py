@@ -30,6 +30,7 @@ class EngineOptions:
     prefix_caching: bool
     policy: str
     ttft_ms: float
+    tpot_ms: float
     transfer: str
     transfer_protocol: str
     transfer_devices: str
@@ -83,6 +84,9 @@ def parse(argv: list[str]) -> EngineOptions:
     )
     parser.add_argument("--policy", choices=POLICY_NAMES, default="fcfs", help="which prompt is computed first")
     parser.add_argument("--ttft-ms", type=float, default=2000.0, help="target for the first token, for policy edf")
+    parser.add_argument(
+        "--tpot-ms", type=float, default=0.0, help="target for later tokens: chunks of prompts beside them keep it"
+    )
     parser.add_argument("--transfer", default="auto")
     parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
     parser.add_argument(

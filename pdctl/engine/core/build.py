@@ -11,8 +11,10 @@ from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.prefix import root
 from pdctl.engine.core.inbox import Inbox
+from pdctl.engine.core.latency_file import LatencyFile
 from pdctl.engine.core.loop import Core, CoreEvent, Settled, report
 from pdctl.engine.core.outbox import Outbox
+from pdctl.engine.core.warm_up import measured
 from pdctl.engine.executor.single import SingleExecutor
 from pdctl.engine.handover.puller import PoolShape, Puller
 from pdctl.engine.ipc.messages import Ready
@@ -22,6 +24,7 @@ from pdctl.engine.schedule.batch import Limits
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.transfer import Settings, Transport, transport_kind
 from pdctl.host.boot import host_id
+from pdctl.host.users import cache_root
 from pdctl.net import reachable
 from pdctl.transports import TRANSPORTS
 from pdctl.wire import PoolEndpoint, Served
@@ -38,8 +41,12 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     puller = Puller(ours, transports, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
     allocator = BlockAllocator(num_blocks, executor.poison)
     names = root(manifest) if options.prefix_caching else None
-    scheduler = Scheduler(limits, allocator, clock=time.monotonic, root=names)
-    core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox)
+    kept = LatencyFile(cache_root() / "latency", executor.latency_key)
+    latency = kept.load(partial(measured, executor, limits, num_blocks, executor.loaded.vocab_size))
+    if executor.poison is not None:
+        executor.poison(list(range(num_blocks)))
+    scheduler = Scheduler(limits, allocator, latency, time.monotonic, names)
+    core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save)
     served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(
         endpoint=PoolEndpoint(ours.host_id, served, num_blocks, manifest),
@@ -92,4 +99,5 @@ def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Lim
         max_leased_blocks=int(options.leased_max * num_blocks),
         policy=options.policy,
         ttft_s=options.ttft_ms / 1000,
+        tpot_s=options.tpot_ms / 1000,
     )

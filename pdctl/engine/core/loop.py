@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,7 @@ from pdctl.engine.ipc.messages import (
 )
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.schedule.batch import Outcome, Slice
+from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 
@@ -68,6 +70,7 @@ class Core:
         puller: Puller,
         inbox: Inbox[CoreEvent],
         outbox: Outbox,
+        keep_latency: Callable[[LatencyModel], None] = lambda _: None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -75,6 +78,7 @@ class Core:
         self.puller = puller
         self.inbox = inbox
         self.outbox = outbox
+        self._keep_latency = keep_latency
         # Held while a message is handled: by the loop between steps and, while the runner computes, by the receiving
         # thread for messages that only wait for blocks.
         self._lock = threading.Lock()
@@ -95,6 +99,7 @@ class Core:
         """After `run`: close the puller and the executor."""
         self.puller.close()
         self.executor.close()
+        self._keep_latency(self.scheduler.latency)
 
     def receive(self, message: ToCore) -> None:
         """Handle a message in the receiving thread. Pulls go directly to the puller, so a running step does not delay

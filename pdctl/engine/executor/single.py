@@ -16,6 +16,7 @@ from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.model.loading import LoadedModel, ModelRefused, load_model
 from pdctl.engine.model.precision import choose_dtype
 from pdctl.engine.model.runner import ModelRunner
+from pdctl.engine.model.ways import cpu_name
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Slice
 from pdctl.host.memory import read_memory
@@ -56,6 +57,14 @@ class SingleExecutor:
         runner = ModelRunner(loaded, pool, device, bool(os.environ.get(POISON_ENV)), grammars)
         runner.self_check()
         return cls(loaded, manifest, memory, runner)
+
+    @property
+    def latency_key(self) -> tuple[str, ...]:
+        """What the durations of its steps depend on, as words."""
+        device = self._runner.device
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        threads = f"{torch.get_num_threads()} threads"
+        return (self.manifest.model, self.manifest.dtype, where, threads, f"torch {torch.__version__}")
 
     def execute(self, batch: list[Slice]) -> Computed:
         """See Executor.execute."""

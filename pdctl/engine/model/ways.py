@@ -8,11 +8,9 @@ but fixed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -21,6 +19,7 @@ import msgspec
 import torch
 
 from pdctl.engine.model.products import PLAIN_WAYS, ROW_STEPS, PlainName, Way, pack, packs, padded
+from pdctl.host.cached_file import locked, replace
 
 # A new number discards what was measured by an older version.
 _FORMAT = 1
@@ -72,7 +71,7 @@ def choose(sizes: Iterable[Size], dtype: torch.dtype, folder: Path | None) -> di
     known = _read(path, key)
     if not all(_named(size) in known for size in wanted):
         try:
-            with _locked(path.with_suffix(".lock")):
+            with locked(path.with_suffix(".lock"), _LOCK_SECONDS):
                 known = _read(path, key)
                 known |= _measure([size for size in wanted if _named(size) not in known], dtype)
                 _write(path, _Table(key, known))
@@ -101,13 +100,13 @@ def _named(size: Size) -> str:
 
 def _key(dtype: torch.dtype) -> tuple[str, ...]:
     return (
-        _cpu_name(), torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}",
+        cpu_name(), torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}",
         f"{torch.get_num_threads()} threads", str(dtype), f"packs {packs(dtype)}", f"format {_FORMAT}",
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
-def _cpu_name(proc_root: Path = Path("/proc")) -> str:
+def cpu_name(proc_root: Path = Path("/proc")) -> str:
     """Vendor, family, model, stepping and name of the first CPU; "" if the kernel does not tell."""
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
     found: dict[str, str] = {}
@@ -128,30 +127,7 @@ def _read(path: Path, key: tuple[str, ...]) -> dict[str, Ways]:
 
 
 def _write(path: Path, table: _Table) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=1))
-        part.replace(path)
-    finally:
-        # On a full disk a part of it may exist.
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, seconds: float = _LOCK_SECONDS) -> Iterator[None]:
-    """Hold the lock of the table. Raises OSError if another process holds it for too long (TimeoutError)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + seconds
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{path} is locked by another process") from None
-                time.sleep(0.05)
-        yield
+    replace(path, msgspec.json.format(msgspec.json.encode(table), indent=1))
 
 
 def _measure(sizes: list[Size], dtype: torch.dtype) -> dict[str, Ways]:

@@ -11,7 +11,8 @@ from pdctl.engine.schedule.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Budgets of one engine. `max_leased_blocks`: held prefills wait if they would exceed this. `policy`: the order of
-    prefills, a name in `policies.POLICIES`. `ttft_s`: the target of requests that do not have their own."""
+    prefills, a name in `policies.POLICIES`. `ttft_s`, `tpot_s`: the targets of requests that do not have their own; 0:
+    none."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -21,6 +22,7 @@ class Limits:
     max_leased_blocks: int = 2**31
     policy: str = "fcfs"
     ttft_s: float = 2.0
+    tpot_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,10 @@ class Batch:
     def slices(self) -> list[Slice]:
         """The slices in the order in which they were added."""
         return list(self._slices.values())
+
+    def limit(self, tokens: int) -> None:
+        """Compute no more than `tokens` in addition to what is in the batch."""
+        self.budget = min(self.budget, tokens)
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Compute the next `count` tokens of `sequence`."""

@@ -14,26 +14,27 @@ from itertools import repeat
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Books, Failed, Held, Logprobs, Progress, Token, Withdrawn
 from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice
-from pdctl.engine.schedule.prefills import Prefills, Work
+from pdctl.engine.schedule.inline import prompt_tokens
+from pdctl.engine.schedule.latency import LatencyModel
+from pdctl.engine.schedule.prefills import Prefills
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
-from pdctl.engine.schedule.sequence import Sequence, Status
-from pdctl.engine.schedule.speed import PrefillSpeed
+from pdctl.engine.schedule.sequence import Pace, Sequence, Status
 
 # A sequence that was preempted so often is spared as long as there is another one.
 _MAX_PREEMPTIONS = 4
 
 
 class Scheduler:
-    """Admission, chunking, preemption and block counts of one engine. `work`: predicted seconds to compute so many
-    tokens after so many others, by default from the steps so far; `clock`: monotonic seconds, by default of a
-    clock that stands still; `root`: the beginning of the names of blocks, None: no block is shared."""
+    """Admission, chunking, preemption and block counts of one engine. `latency`: predicts steps, by default from those
+    so far; `clock`: monotonic seconds, by default of a clock that stands still; `root`: the beginning of the names of
+    blocks, None: no block is shared."""
 
     def __init__(
         self,
         limits: Limits,
         allocator: BlockAllocator,
-        work: Work | None = None,
+        latency: LatencyModel | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         root: bytes | None = None,
     ) -> None:
@@ -43,8 +44,8 @@ class Scheduler:
         self.running = Running()
         self._clock = clock
         self._room = Room(limits, allocator, root)
-        self._speed = PrefillSpeed()
-        self._prefills = Prefills(limits, self._room, self.running, work or self._speed.work)
+        self.latency = latency or LatencyModel()
+        self._prefills = Prefills(limits, self._room, self.running, self._work)
         self._incoming: dict[str, Sequence] = {}
         self._arrivals = 0
         # Number of running pulls per request. Pulls start in another thread than the one that handles their end, so
@@ -173,8 +174,17 @@ class Scheduler:
         delayed, then prompts in the order of the policy."""
         batch = Batch(self.limits.max_num_batched_tokens)
         has_room = self._decode(batch)
-        self._prefills.fill(batch, self._clock(), self._preempt if has_room else None)
+        now = self._clock()
+        if self._has_prompts:
+            batch.limit(
+                prompt_tokens(batch.slices, self.running.partial.values(), self.latency.times, self.limits, now)
+            )
+        self._prefills.fill(batch, now, self._preempt if has_room else None)
         return batch.slices
+
+    @property
+    def _has_prompts(self) -> bool:
+        return bool(self.running.partial) or len(self._prefills) > 0
 
     def _decode(self, batch: Batch) -> bool:
         """Add what decodes. False if sequences had to be preempted for it."""
@@ -191,7 +201,7 @@ class Scheduler:
 
     def took(self, batch: list[Slice], seconds: float) -> None:
         """Note how long a step has taken, to predict the next ones."""
-        self._speed.note(batch, seconds)
+        self.latency.note(batch, seconds)
 
     def update(
         self, batch: list[Slice], token_ids: list[int], logprobs: Iterable[Logprobs | None] = repeat(None)
@@ -255,11 +265,16 @@ class Scheduler:
         assert len(self.running) + self._room.expected <= self.limits.max_num_seqs
         self._prefills.audit()
 
+    def _work(self, tokens: int, before: int) -> float:
+        return self.latency.work(tokens, before, self.limits.max_num_batched_tokens)
+
     # -- parts ---------------------------------------------------------------------------------------------
 
     def _append(self, sequence: Sequence, token_id: int, told: Logprobs | None, outcome: Outcome) -> None:
         prompt = sequence.take_prompt_logprobs()
         sequence.token_ids.append(token_id)
+        now, pace = self._clock(), sequence.pace
+        sequence.pace = Pace(now, now) if pace is None else Pace(pace.first_at, now, pace.later + 1)
         reason = self._finish_reason(sequence, token_id)
         if sequence.hold and reason is None:
             self.running.remove(sequence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from pdctl.engine.ipc.messages import PromptToken, Sampling
 
@@ -19,6 +20,19 @@ class Status(Enum):
     AWAITING_BLOCKS = auto()  # a hand-over is coming; its blocks are not reserved yet
     AWAITING_KV = auto()  # blocks reserved, KV being pulled
     HELD = auto()  # prefilled, blocks kept for a peer
+
+
+class Pace(NamedTuple):
+    """When a sequence had its first token in this engine and its newest, in monotonic seconds, and the number of tokens
+    since the first."""
+
+    first_at: float
+    newest_at: float
+    later: int = 0
+
+    def due(self, tpot_s: float) -> float:
+        """When the next token is due. Tokens that came early give slack; late ones are not caught up with."""
+        return max(self.first_at + (self.later + 1) * tpot_s, self.newest_at + tpot_s)
 
 
 @dataclass(slots=True)
@@ -39,6 +53,8 @@ class Sequence:
     arrived_s: float = 0.0
     priority: int = 0  # lower goes first
     ttft_s: float = 0.0  # target for its first token, seconds after arrival; 0: the engine's
+    tpot_s: float = 0.0  # target for each later one, seconds; 0: the engine's
+    pace: Pace | None = None  # since its first token here
     preemptions: int = 0
     passes: int = 0  # steps that others got although it was being prefilled
     was_computed: bool = False  # in the last step

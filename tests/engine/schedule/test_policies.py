@@ -10,6 +10,7 @@ import pytest
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.schedule.batch import Limits
+from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.engine.schedule.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
@@ -17,7 +18,7 @@ from pdctl.engine.schedule.waiting import LONGEST_WAIT_S
 from pdctl.policy_names import POLICY_NAMES
 
 CHUNK, BLOCK = 64, 16
-# Seconds that a step takes per token.
+# Seconds that a step takes per token: what a latency model without measurements predicts.
 PER_TOKEN = 0.001
 
 
@@ -35,7 +36,7 @@ class Engine:
     def __post_init__(self) -> None:
         limits = Limits(self.seqs, CHUNK, 4096, BLOCK, frozenset(), policy=self.policy)
         allocator = BlockAllocator(self.blocks)
-        self.scheduler = Scheduler(limits, allocator, lambda tokens, _: tokens * PER_TOKEN, lambda: self.now)
+        self.scheduler = Scheduler(limits, allocator, LatencyModel(), lambda: self.now)
 
     def add(self, name: str, tokens: int, priority: int = 0, ttft_s: float = 0.0, output: int = 1) -> None:
         sampling = Sampling(max_tokens=output)
