@@ -9,6 +9,8 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
+from pdctl.latency import Work
+
 SECRET_ENV = "PDCTL_SECRET"  # noqa: S105 - the variable's name, not a secret
 UNIT_ENV = "PDCTL_UNIT"
 EPOCH_ENV = "PDCTL_EPOCH"
@@ -21,6 +23,8 @@ ROUTER_HEADER = "x-pdctl-router"
 ATTEMPT_HEADER = "x-pdctl-attempt"
 
 # The tenant of a request: an opaque id of its API key, so that one tenant's load does not delay another's.
+# The targets of the service, in milliseconds: for the first token, and for each later one.
+SLO_HEADER = "x-pdctl-slo"
 TENANT_HEADER = "x-pdctl-tenant"
 
 # In a request: asks for the durations of its stages. In an answer: carries them.
@@ -270,8 +274,7 @@ class EngineState(msgspec.Struct, frozen=True):
     longer than the longest step is a hang.
     Free, referenced, leased and quarantined blocks add up to the total; `blocks_reserved` of the referenced ones wait
     for KV, and `blocks_cached` of the free ones keep KV for prompts with the same beginning. `counters`: more counts
-    since the start, which
-    depend on the engine's kind.
+    since the start, which depend on the engine's kind. `work`: predicts its steps; None while it loads.
     """
 
     name: str
@@ -296,13 +299,14 @@ class EngineState(msgspec.Struct, frozen=True):
     steps_total: int = 0
     silent_s: float = 0.0
     counters: dict[str, int] = {}
+    work: Work | None = None
 
 
 class EngineAddress(msgspec.Struct, frozen=True):
     """One engine as the proxy is told of it.
 
     `slot`: its number in what several workers share; `ports`: what it opens beside its API, by purpose; `connector`:
-    how it exchanges KV, "" for kinds with only one way.
+    how it exchanges KV, "" for kinds with only one way; `inline`: a decode engine that also takes whole requests.
     """
 
     name: str
@@ -314,6 +318,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     slot: int = 0
     ports: dict[str, int] = {}
     connector: str = ""
+    inline: bool = False
 
     @property
     def exchange(self) -> str:

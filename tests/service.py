@@ -276,10 +276,14 @@ def topology(
     port: int | None = None,
     max_model_len: int = 2048,
     engine_extra: str = "",
+    inline: bool = False,
 ) -> str:
+    """A topology. `inline`: decode engines may take whole requests. By default all prompts go through a hand-over: most
+    tests are about that."""
     engines = ""
     # Engines of other kinds take other keys.
     sizes = "" if "kind = " in engine_extra else f"max_num_seqs = 32\nkv_cache_gb = {kv_cache_gb}"
+    sizes += "" if "kind = " in engine_extra else f"\ninline_prefill = {str(inline).lower()}"
     for role, count in (("prefill", prefills), ("decode", decodes), ("hybrid", hybrids)):
         if count:
             engines += f"""

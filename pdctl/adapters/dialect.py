@@ -8,6 +8,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from pdctl.adapters.retelling import CannotResume, Retelling
+from pdctl.latency import Work
 from pdctl.net.openai_answers import Choice, EngineError
 from pdctl.net.openai_api import Counts
 from pdctl.wire import EngineAddress
@@ -135,13 +136,14 @@ class Condition:
     """The result of an engine's probe. None for values that its kind does not report.
 
     `seats`: sequences that it runs concurrently; `kv_tokens_free`: room for more KV; `lost_peers`: engines that it
-    cannot read from.
+    cannot read from; `work`: what predicts its steps.
     """
 
     usable: bool
     seats: int | None = None
     kv_tokens_free: int | None = None
     lost_peers: frozenset[str] = frozenset()
+    work: Work | None = None
 
 
 class RoomProbe(NamedTuple):

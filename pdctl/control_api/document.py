@@ -100,6 +100,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "api_key_env": "variable in which it gets the run's secret as its API key, or empty",
         "connector": "how an engine exchanges KV, or empty",
         "files": "files that are written before its start: content by path",
+        "inline": "whether a decode engine also takes whole requests",
     },
     Probe: {
         "ready": "readiness probe: `tcp:HOST:PORT`, `http://...`, `log:PATTERN`, or empty if ready at once",

@@ -125,6 +125,8 @@ class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
     kv_used: Annotated[float | None, says("fraction of the engine's KV blocks in use, from 0 to 1")]
     leases: Annotated[int | None, says("live leases that the engine has granted")]
     tokens_per_s: Annotated[float | None, says("tokens per second since the last measurement")]
+    prompts_own: Annotated[int | None, says("prompts that it computed for its own answers, since its start")]
+    prompts_received: Annotated[int | None, says("prompts whose KV it got from a prefill engine, since its start")]
 
 
 class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):

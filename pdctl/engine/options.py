@@ -29,8 +29,7 @@ class EngineOptions:
     block_size: int
     prefix_caching: bool
     policy: str
-    ttft_ms: float
-    tpot_ms: float
+    inline_prefill: bool
     transfer: str
     transfer_protocol: str
     transfer_devices: str
@@ -83,9 +82,8 @@ def parse(argv: list[str]) -> EngineOptions:
         "--prefix-caching", type=_boolean, default=True, help="keep KV for prompts with the same beginning"
     )
     parser.add_argument("--policy", choices=POLICY_NAMES, default="fcfs", help="which prompt is computed first")
-    parser.add_argument("--ttft-ms", type=float, default=2000.0, help="target for the first token, for policy edf")
     parser.add_argument(
-        "--tpot-ms", type=float, default=0.0, help="target for later tokens: chunks of prompts beside them keep it"
+        "--inline-prefill", type=_boolean, default=True, help="keep the TPOT target of requests beside prompts"
     )
     parser.add_argument("--transfer", default="auto")
     parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")

@@ -17,6 +17,16 @@ Kind = Literal["prefill", "decode", "mixed"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode", "mixed")
 
 
+class Accuracy(msgspec.Struct, frozen=True, array_like=True):
+    """Predictions of one kind of step, made before each step: how many, sums of seconds, and the sum of the relative
+    errors."""
+
+    steps: int = 0
+    actual_s: float = 0.0
+    predicted_s: float = 0.0
+    error: float = 0.0
+
+
 class Step(NamedTuple):
     """What a step computes. `attention`: the sum over prompts of tokens * (tokens before them + tokens / 2); `context`:
     the sum over sequences that decode of the tokens before."""
@@ -60,7 +70,7 @@ def step_of(pieces: Iterable[tuple[int, int]]) -> Step:
     return Step(tokens, attention, sequences, context, decodes)
 
 
-class StepTimes(msgspec.Struct, frozen=True):
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
     """The model of one engine. `coefficients`: a to e, seconds; `corrections`: factors by kind of step, in the order of
     KINDS; `slow`: the 90th percentile of actual divided by predicted seconds."""
 
@@ -96,3 +106,18 @@ class StepTimes(msgspec.Struct, frozen=True):
         if attention * left < 1e-9 * linear * linear:
             return int(min(left / linear, 2**31))
         return int((math.sqrt(linear * linear + 2 * attention * left) - linear) / attention) if attention else 2**31
+
+
+class Work(msgspec.Struct, frozen=True, array_like=True):
+    """An engine's model and what it has to do: enough to predict a new request's times.
+
+    `budget`: tokens that a step computes at most; `prompt_tokens`: of prompts that wait or are computed in part;
+    `decodes`: sequences that decode, and `context` the sum of their tokens. `accuracy`: in the order of KINDS.
+    """
+
+    times: StepTimes
+    budget: int
+    prompt_tokens: int = 0
+    decodes: int = 0
+    context: int = 0
+    accuracy: tuple[Accuracy, Accuracy, Accuracy] = (Accuracy(), Accuracy(), Accuracy())

@@ -46,9 +46,10 @@ class Structured(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RequestSlo(msgspec.Struct, forbid_unknown_fields=True):
-    """The targets of one request: `ttft_ms`, milliseconds until its first token."""
+    """The targets of one request: `ttft_ms`, milliseconds until its first token, and `tpot_ms`, for each later one."""
 
     ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
 
 class MigrationRequest(msgspec.Struct, frozen=True):

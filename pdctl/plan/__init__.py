@@ -16,7 +16,7 @@ from pdctl.plan.helpers import Site, command_of, in_order, place_of, store_of
 from pdctl.plan.pins import Pins, pins_of
 from pdctl.plan.spec import PROXY, Attached, Plan, Probe, ProcessSpec
 from pdctl.stores import Reader, StoreClient, store_launcher
-from pdctl.topology.spec import EngineGroup, Topology
+from pdctl.topology.spec import EngineGroup, Role, Topology
 
 __all__ = ["Attached", "Plan", "Probe", "ProcessSpec", "make_plan"]
 
@@ -137,7 +137,13 @@ def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
         api_key_env=launch.api_key_env,
         connector=_connector(group),
         files=client.files,
+        inline=_inline(group),
     )
+
+
+def _inline(group: EngineGroup) -> bool:
+    """Whether the proxy may give a decode engine whole requests: it must predict its steps."""
+    return group.role is Role.DECODE and group.inline_prefill and "inline_prefill" in launcher(group.kind).settings
 
 
 def _client(site: Site, assignment: Assignment) -> StoreClient:

@@ -41,7 +41,8 @@ class ProcessSpec:
     `host`: the address at which other processes reach its `ports`.
     `restart_with`: processes that, when they exit, restart this one too; `why`: the reason for each choice, by field.
     `api_key_env`: the variable in which the process gets the run's secret as its API key, "" for none. `connector`: how
-    an engine exchanges KV. `files`: files that must exist before the start, content by path.
+    an engine exchanges KV. `files`: files that must exist before the start, content by path. `inline`: a decode engine
+    that also takes whole requests.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ProcessSpec:
     api_key_env: str = ""
     connector: str = ""
     files: dict[str, str] = field(default_factory=dict, hash=False)
+    inline: bool = False
 
     @property
     def is_engine(self) -> bool:

@@ -127,6 +127,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         block_size=values["block_size"],
         prefix_caching=values["prefix_caching"],
         policy=values["policy"],
+        inline_prefill=values["inline_prefill"],
         url=(values["url"] or "").rstrip("/"),
         secret_file=absolute(values["secret_file"], source),
         bootstrap_port=values["bootstrap_port"],

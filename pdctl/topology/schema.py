@@ -288,6 +288,7 @@ ENGINE: dict[str, Key] = {
     "block_size": Key(integer(1, 1024), 16),
     "prefix_caching": Key(boolean(), True),
     "policy": Key(choice(*POLICY_NAMES), "fcfs"),
+    "inline_prefill": Key(boolean(), True),
     "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
     "restart_with": Key(texts("group"), []),
     "env": Key(strings(), {}),

@@ -117,6 +117,7 @@ class EngineGroup:
     exits, this one is restarted too. `env`: added to pdctl's environment.
 
     `prefix_caching`: keep KV for prompts with the same beginning. `policy`: the order in which prompts are computed.
+    `inline_prefill`: a decode engine takes whole requests, too, and sequences that decode keep their target.
 
     `python`: the interpreter of the environment that has the engine, "" for pdctl's own. `args`: added to the engine's
     command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
@@ -140,6 +141,7 @@ class EngineGroup:
     block_size: int
     prefix_caching: bool = True
     policy: str = "fcfs"
+    inline_prefill: bool = True
     url: str = ""
     secret_file: str = ""
     bootstrap_port: int = 0

@@ -18,6 +18,7 @@ from pdctl.adapters import (
     shown,
     stream_fields,
 )
+from pdctl.latency import Work
 from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
 from pdctl.net.openai_api import Counts
 from pdctl.net.openai_fields import KNOWN_FIELDS
@@ -42,6 +43,7 @@ class _State(msgspec.Struct):
     blocks_free: int = 0
     max_num_seqs: int = 0
     links: list[_Link] = []
+    work: Work | None = None
 
 
 _encode = msgspec.json.Encoder().encode
@@ -144,7 +146,7 @@ class BuiltinDialect:
             return Condition(usable=False)
         lost = frozenset(link.peer for link in state.links if link.error)
         room = state.blocks_free * state.block_size
-        return Condition(status == 200 and state.blocks_total > 0, state.max_num_seqs or None, room, lost)
+        return Condition(status == 200 and state.blocks_total > 0, state.max_num_seqs or None, room, lost, state.work)
 
     def give_up_call(self, attempt: str) -> Call | None:
         """See Dialect.give_up_call."""

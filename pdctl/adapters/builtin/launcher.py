@@ -15,7 +15,7 @@ class BuiltinLauncher(BaseLauncher):
     settings = frozenset(
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
-            "dtype",
+            "inline_prefill", "dtype",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -48,8 +48,7 @@ class BuiltinLauncher(BaseLauncher):
             "--block-size", str(group.block_size),
             "--prefix-caching", str(group.prefix_caching).lower(),
             "--policy", group.policy,
-            # Others do not look at deadlines: a changed target must not restart them.
-            *(("--ttft-ms", f"{topology.slo.ttft_ms:g}") if group.policy == "edf" else ()),
+            "--inline-prefill", str(group.inline_prefill).lower(),
             *_transfer_argv(topology.transfer, assignment.rdma),
             "--tool-parser", topology.service.tool_parser,
             "--reasoning-parser", topology.service.reasoning_parser,

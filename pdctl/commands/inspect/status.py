@@ -95,8 +95,15 @@ def _columns() -> list[tuple[str, int, Callable[[MeasuredProcess], str]]]:
         ("KV", 3, lambda p: "-" if p.kv_used is None else f"{100 * p.kv_used:.0f}%"),
         ("LEASES", 6, lambda p: _number(p.leases)),
         ("TOK/S", 4, lambda p: _number(p.tokens_per_s, "%.0f")),
+        ("INLINE", 6, _inline),
         ("LAST EXIT", 1, _last_exit),
     ]
+
+
+def _inline(process: MeasuredProcess) -> str:
+    """The part of a decode engine's prompts that it computed itself."""
+    own, received = process.prompts_own or 0, process.prompts_received or 0
+    return f"{100 * own / (own + received):.0f}%" if process.role == "decode" and own + received else "-"
 
 
 def _fitting(processes: Sequence[MeasuredProcess]) -> tuple[list[str], list[list[str]]]:

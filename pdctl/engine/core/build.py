@@ -98,6 +98,5 @@ def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Lim
         eos_token_ids=loaded.eos_token_ids,
         max_leased_blocks=int(options.leased_max * num_blocks),
         policy=options.policy,
-        ttft_s=options.ttft_ms / 1000,
-        tpot_s=options.tpot_ms / 1000,
+        keeps_tpot=options.inline_prefill,
     )

@@ -202,6 +202,7 @@ class Core:
             salt=message.salt,
             priority=message.priority,
             ttft_s=message.ttft_s,
+            tpot_s=message.tpot_s,
             status=Status.AWAITING_BLOCKS if message.await_kv else Status.WAITING,
         )
         if compiled is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from pdctl.latency import Work
 from pdctl.wire import LinkInfo, PoolEndpoint
 
 
@@ -69,8 +70,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     `hold`: stop after one token and keep the KV for a decode engine; `offer`: report chunks as they are computed.
     `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
     Reserve with the same id becomes this request. `tenant`: the tenant for fair grammar compilation.
-    `salt`: requests with different salts share no KV. `priority`: lower goes first; `ttft_s`: target for the first
-    token, 0 for the engine's.
+    `salt`: requests with different salts share no KV. `priority`: lower goes first; `ttft_s`, `tpot_s`: targets for the
+    first token and the later ones, 0 for none.
     """
 
     request_id: str
@@ -85,6 +86,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     salt: str = ""
     priority: int = 0
     ttft_s: float = 0.0
+    tpot_s: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -210,7 +212,8 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     """The core's counts after a step. Free, referenced, leased and quarantined blocks add up to the pool; `reserved`
     blocks (for KV that is being pulled) are part of the referenced ones. `held_back`: prefills that wait for leased
     blocks to be freed. `blocks_idle`: free blocks that are kept for their content. `prefix_tokens` and `prefix_hits`:
-    tokens of all prompts so far, and those whose KV was found."""
+    tokens of all prompts so far, and those whose KV was found. `prompts_own`: prompts computed here for answers from
+    here; `prompts_received`: those whose KV came from a peer. `work`: see there; None before the first step."""
 
     blocks_free: int = 0
     blocks_referenced: int = 0
@@ -224,6 +227,9 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     blocks_idle: int = 0
     prefix_tokens: int = 0
     prefix_hits: int = 0
+    prompts_own: int = 0
+    prompts_received: int = 0
+    work: Work | None = None
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):

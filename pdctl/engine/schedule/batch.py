@@ -11,8 +11,8 @@ from pdctl.engine.schedule.sequence import Sequence
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Budgets of one engine. `max_leased_blocks`: held prefills wait if they would exceed this. `policy`: the order of
-    prefills, a name in `policies.POLICIES`. `ttft_s`, `tpot_s`: the targets of requests that do not have their own; 0:
-    none."""
+    prefills, a name in `policies.POLICIES`. `ttft_s`: the target of requests without one. `keeps_tpot`: prompts
+    are computed in chunks that leave time for sequences with a target."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -22,7 +22,7 @@ class Limits:
     max_leased_blocks: int = 2**31
     policy: str = "fcfs"
     ttft_s: float = 2.0
-    tpot_s: float = 0.0
+    keeps_tpot: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def prompt_tokens(
 ) -> int:
     """The tokens of prompts that a step with these decodes may compute; at least a block's. `partial`: prompts that are
     computed in part."""
-    due = min((_due(piece.sequence, limits.tpot_s, now) for piece in decodes), default=math.inf)
+    due = min((_due(piece.sequence, now) for piece in decodes), default=math.inf) if limits.keeps_tpot else math.inf
     if due == math.inf:
         return limits.max_num_batched_tokens
     step = step_of((piece.count, piece.start) for piece in decodes)
@@ -33,7 +33,6 @@ def prompt_tokens(
     return max(times.chunk(step, before, limit_s), limits.block_size)
 
 
-def _due(sequence: Sequence, tpot_s: float, now: float) -> float:
-    target = sequence.tpot_s or tpot_s
+def _due(sequence: Sequence, now: float) -> float:
     # One that came from a peer has had no token here yet.
-    return (sequence.pace or Pace(now, now)).due(target) if target else math.inf
+    return (sequence.pace or Pace(now, now)).due(sequence.tpot_s) if sequence.tpot_s else math.inf

@@ -5,12 +5,11 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
 from pdctl.engine.schedule.batch import Slice
-from pdctl.latency import KINDS, Kind, Step, StepTimes, step_of
+from pdctl.latency import KINDS, Accuracy, Kind, Step, StepTimes, step_of
 from pdctl.latency.fit import Sums
 
 # Before anything was measured: a small model on one CPU core.
@@ -33,16 +32,6 @@ _SLOW = 0.9
 # A step that took so many times its prediction says more about the machine than about the model: the process stood
 # still. It corrects, within the limits, but is not fitted.
 _PAUSE = 5.0
-
-
-@dataclass(slots=True)
-class Accuracy:
-    """Predictions of one kind of step, made before each step: sums of seconds and of the relative errors."""
-
-    steps: int = 0
-    actual_s: float = 0.0
-    predicted_s: float = 0.0
-    error: float = 0.0
 
 
 # The measured steps by kind.
@@ -92,11 +81,9 @@ class LatencyModel:
             self.times = msgspec.structs.replace(self.times, slow=self._slow())
 
     def _judge(self, kind: Kind, predicted: float, seconds: float) -> None:
-        accuracy = self.accuracy[kind]
-        accuracy.steps += 1
-        accuracy.actual_s += seconds
-        accuracy.predicted_s += predicted
-        accuracy.error += abs(predicted / seconds - 1)
+        steps, actual_s, predicted_s, error = msgspec.structs.astuple(self.accuracy[kind])
+        error += abs(predicted / seconds - 1)
+        self.accuracy[kind] = Accuracy(steps + 1, actual_s + seconds, predicted_s + predicted, error)
 
     def _fit(self) -> None:
         a, b, c, d, e = Sums.together(list(self.measured.values())).solve()

@@ -40,6 +40,10 @@ class Prefills:
         self._for_peers = WaitingQueue(self._policy)
         self._own = WaitingQueue(self._policy)
         self._num_preempted = 0
+        # Tokens of what waits; those that will be found in the cache are not known yet.
+        self.tokens = 0
+        # Prompts admitted so far that are not for peers.
+        self.own = 0
 
     def __len__(self) -> int:
         return len(self._for_peers) + len(self._own)
@@ -61,11 +65,13 @@ class Prefills:
     def queue(self, sequence: Sequence) -> None:
         """Queue a sequence without blocks."""
         self._num_preempted += bool(sequence.preemptions)
+        self.tokens += len(sequence.token_ids)
         self._queue_of(sequence).push(sequence, self._prompt(sequence))
 
     def remove(self, sequence: Sequence) -> None:
         """Take a waiting sequence out."""
         self._num_preempted -= bool(sequence.preemptions)
+        self.tokens -= len(sequence.token_ids)
         self._queue_of(sequence).remove(sequence)
 
     def head(self, now: float) -> Sequence | None:
@@ -104,8 +110,9 @@ class Prefills:
             sequence.was_computed = sequence in batch
 
     def audit(self) -> None:
-        """Check the count of preempted sequences and that the queues hold only what waits."""
+        """Check the counts of preempted sequences and tokens, and that the queues hold only what waits."""
         assert self._num_preempted == sum(bool(sequence.preemptions) for sequence in self)
+        assert self.tokens == sum(len(sequence.token_ids) for sequence in self)
         assert all(sequence.status is Status.WAITING and not sequence.block_ids for sequence in self)
 
     def _admit(self, sequence: Sequence, batch: Batch, partial: list[Sequence], now: float, preempt: Preempt) -> bool:
@@ -121,6 +128,7 @@ class Prefills:
             return False
         self._room.looked_for(sequence, sequence.num_computed)
         self.remove(sequence)
+        self.own += not sequence.hold and not sequence.preemptions
         sequence.status = Status.RUNNING
         sequence.was_computed = True
         self._running.put(sequence)

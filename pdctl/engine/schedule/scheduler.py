@@ -20,6 +20,7 @@ from pdctl.engine.schedule.prefills import Prefills
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
 from pdctl.engine.schedule.sequence import Pace, Sequence, Status
+from pdctl.latency import KINDS, Work
 
 # A sequence that was preempted so often is spared as long as there is another one.
 _MAX_PREEMPTIONS = 4
@@ -48,6 +49,7 @@ class Scheduler:
         self._prefills = Prefills(limits, self._room, self.running, self._work)
         self._incoming: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._received = 0
         # Number of running pulls per request. Pulls start in another thread than the one that handles their end, so
         # the next pull of a sequence may start before the end of the last one is known here.
         self._pulling: dict[str, int] = {}
@@ -87,6 +89,7 @@ class Scheduler:
         reserved.sampling = request.sampling
         reserved.guide = request.guide
         reserved.priority = request.priority
+        reserved.tpot_s = request.tpot_s
         # Its blocks get names when they are committed: only now it is known to whom they may be shown.
         assert not reserved.block_names
         reserved.salt = request.salt
@@ -151,6 +154,7 @@ class Scheduler:
         assert request_id not in self._pulling
         assert sequence.token_ids, "decoding begins before the request came"
         sequence.num_computed = sequence.kv_tokens
+        self._received += 1
         self._room.become(sequence, Status.RUNNING)
         self._room.name_computed(sequence)
         self.running.put(sequence)
@@ -240,6 +244,20 @@ class Scheduler:
             blocks_idle=self.allocator.num_idle,
             prefix_tokens=self._room.looked_up,
             prefix_hits=self._room.found,
+            prompts_own=self._prefills.own,
+            prompts_received=self._received,
+            work=self._ahead(),
+        )
+
+    def _ahead(self) -> Work:
+        prefill, decode, mixed = (self.latency.accuracy[kind] for kind in KINDS)
+        return Work(
+            times=self.latency.times,
+            budget=self.limits.max_num_batched_tokens,
+            prompt_tokens=self._prefills.tokens + sum(s.num_missing for s in self.running.partial.values()),
+            decodes=len(self.running.decoding),
+            context=sum(sequence.num_computed for sequence in self.running.decoding.values()),
+            accuracy=(prefill, decode, mixed),
         )
 
     @property

@@ -52,8 +52,8 @@ class Sequence:
     arrival: int = 0
     arrived_s: float = 0.0
     priority: int = 0  # lower goes first
-    ttft_s: float = 0.0  # target for its first token, seconds after arrival; 0: the engine's
-    tpot_s: float = 0.0  # target for each later one, seconds; 0: the engine's
+    ttft_s: float = 0.0  # target for its first token, seconds after arrival; 0: the engine's default
+    tpot_s: float = 0.0  # target for each later one, seconds; 0: none
     pace: Pace | None = None  # since its first token here
     preemptions: int = 0
     passes: int = 0  # steps that others got although it was being prefilled

@@ -24,6 +24,8 @@ _PAIR_LOSSES = 3
 _PAIR_PAUSE_S = 5.0
 # Durations of answered calls that are kept, as many as LMDeploy's proxy keeps.
 _CALLS_KEPT = 15
+# Weight of the newest hand-over in their usual time.
+_NEWEST = 0.2
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +50,7 @@ class Engine:
     counted as stuck without having died. Then it is slow, and cutting its calls only adds load: the limit doubles.
     `unlinked`: prefill engines from which it cannot read, as the supervisor says; `room`: for KV, of a prefill engine
     that does not protect it; `handing_over`: requests between their prefill call and the end of their hand-over.
+    `hand_over_s`: usual time from the end of a prefill to its own first token, 0 if unknown.
     `took_s`: durations of the last answered calls, for those who look; routing uses the windows.
     """
 
@@ -78,6 +81,7 @@ class Engine:
     unlinked: frozenset[str] = frozenset()
     room: KvRoom | None = None
     handing_over: int = 0
+    hand_over_s: float = 0.0
     took_s: deque[float] = field(default_factory=lambda: deque(maxlen=_CALLS_KEPT))
 
     @property
@@ -108,6 +112,10 @@ class Engine:
         else:
             self.pair_losses[prefill] = (self.pair_losses.get(prefill, (0, 0.0))[0] + 1, now)
 
+    def took_over(self, seconds: float) -> None:
+        """Record the time from the end of a prefill to the first token here."""
+        self.hand_over_s += (_NEWEST if self.hand_over_s else 1.0) * (seconds - self.hand_over_s)
+
     def paced(self, gap_s: float) -> None:
         """Record a stream's mean gap between tokens."""
         self.stalls = max(0, self.stalls - 1)
@@ -122,6 +130,7 @@ class Engine:
         self.token_s.clear()
         self.prefixes.clear()
         self.pair_losses.clear()
+        self.hand_over_s = 0.0
         self.took_s.clear()
 
     def others_at_failure(self) -> int:

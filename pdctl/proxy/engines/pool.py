@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from pdctl.adapters import Condition, dialect
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
 from pdctl.proxy.engines.engine import Engine
+from pdctl.proxy.engines.inline import Prospect, Why, is_better, prompts_s
 from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import SharedLoads
 from pdctl.proxy.engines.outlook import Outlook
@@ -35,8 +36,9 @@ _PROOF_LOOK_S, _PROOF_PROBES = 0.02, 2.5
 _WATCH_S = 0.1
 # Seats and KV room are cached this long: they change only with probes, which are less frequent. Seconds.
 _ROOM_S = 0.02
-# Request bytes per prompt token, to estimate the KV that a request needs.
+# Request bytes per prompt token, until answers have shown it, and the weight of the newest answer.
 _BYTES_PER_TOKEN = 3.0
+_NEWEST = 0.05
 
 
 class EnginePool:
@@ -52,6 +54,9 @@ class EnginePool:
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[Engine, asyncio.Task[None]] = {}
         self._only = _only_pair(engines)
+        self._inline = _inline(engines)
+        # Tokens per byte of a request, as answered requests had.
+        self._tokens_per_byte = 1 / _BYTES_PER_TOKEN
         self._known_fields: dict[str, frozenset[str] | None] = {}
         self._room: tuple[float, int | None, int | None] = (0.0, None, None)
 
@@ -100,6 +105,7 @@ class EnginePool:
             if self._tasks is not None and engine not in self._watches:
                 self._watches[engine] = self._tasks.create_task(self._watch(engine))
         self._only = _only_pair(wanted)
+        self._inline = _inline(wanted)
         self._known_fields.clear()
         self.changed.set()
 
@@ -115,11 +121,10 @@ class EnginePool:
         now = time.monotonic()
         found = []
         for engine in self.engines:
-            if self._shared is None:
-                prompts = Load(engine.prompts.pending, engine.prompts.speed)
-                streams = Load(engine.streams.pending, engine.streams.speed)
-            else:
-                prompts, streams = self._shared.loads(engine.index)
+            prompts, streams = self._loads(engine)
+            if (work := engine.condition.work) is not None:
+                seconds = work.times.prompt_s(work.budget, 0, work.budget)
+                prompts = Load(prompts.pending, work.budget / self._tokens_per_byte / seconds)
             address = engine.address
             found.append(
                 View(
@@ -156,13 +161,57 @@ class EnginePool:
             return None
         return self._only
 
+    @property
+    def has_inline(self) -> bool:
+        """Whether a decode engine may compute whole requests beside pairs."""
+        return bool(self._inline)
+
+    def inline(
+        self, pair: EnginePair, size: float, pieces: Sequence[int], avoid: Collection[str], tpot_s: float
+    ) -> tuple[str, Why] | None:
+        """The decode engine that should compute this request instead of the pair, and why; None if none should."""
+        prefill, decode = (self._prospect(self.by_name[name], pieces) for name in (pair.prefill, pair.decode))
+        if prefill is None or decode is None:
+            return None
+        now, tokens = time.monotonic(), size * self._tokens_per_byte
+        found: tuple[float, str, Why] | None = None
+        for engine in self._inline:
+            if engine.name in avoid or not engine.usable(now):
+                continue
+            other = decode if engine.name == pair.decode else self._prospect(engine, pieces)
+            better = is_better(prefill, decode, other, tokens, tpot_s) if other is not None else None
+            if better is not None and (found is None or better[0] > found[0]):
+                found = (better[0], engine.name, better[1])
+        return found and found[1:]
+
+    def _prospect(self, engine: Engine, pieces: Sequence[int]) -> Prospect | None:
+        work = engine.condition.work
+        if work is None:
+            return None
+        prompts, streams = self._loads(engine)
+        cached = engine.prefixes.matched(pieces) * self._tokens_per_byte if pieces else 0.0
+        before = prompts.pending * self._tokens_per_byte
+        return Prospect(work, before, streams.pending, cached, engine.hand_over_s)
+
+    def _loads(self, engine: Engine) -> tuple[Load, Load]:
+        """The prompts and streams that the engine has from all workers."""
+        if self._shared is not None:
+            return self._shared.loads(engine.index)
+        prompts, streams = engine.prompts, engine.streams
+        return Load(prompts.pending, prompts.speed), Load(streams.pending, streams.speed)
+
+    def answered(self, size: float, prompt_tokens: int) -> None:
+        """A request of `size` bytes had so many tokens."""
+        if size > 0 and prompt_tokens > 0:
+            self._tokens_per_byte += _NEWEST * (prompt_tokens / size - self._tokens_per_byte)
+
     def outlook(self, size: float, max_tokens: int | None) -> Outlook:
         """The outlook for a request of `size` bytes."""
         now = time.monotonic()
         if now - self._room[0] > _ROOM_S:
             self._room = (now, *self._seats_and_room(now))
         _, seats, room = self._room
-        wanted = size / _BYTES_PER_TOKEN + (max_tokens or 0)
+        wanted = size * self._tokens_per_byte + (max_tokens or 0)
         ttft_s = 0.0
         if self._predicts:
             prefills = [engine for engine in self.engines if engine.address.role != "decode" and engine.healthy]
@@ -183,7 +232,9 @@ class EnginePool:
         return known, None if None in rooms else max((room or 0 for room in rooms), default=None)
 
     def _ttft(self, engine: Engine, size: float) -> float:
-        prompts = self._shared.loads(engine.index)[0] if self._shared is not None else engine.prompts
+        if (prospect := self._prospect(engine, ())) is not None:
+            return prompts_s(prospect, size * self._tokens_per_byte, prospect.work.budget)
+        prompts, _ = self._loads(engine)
         return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
 
     def publish(self, engine: Engine) -> None:
@@ -327,6 +378,11 @@ def _authorization(address: EngineAddress, secret: str) -> bytes:
             hint = "secret_file must be readable and contain the engine's secret or API key"
             raise PdctlError(f"{address.secret_file} cannot be read: {failure.strerror}", hint) from failure
     return header_lines({"authorization": f"Bearer {secret}"}) if secret else b""
+
+
+def _inline(engines: list[Engine]) -> list[Engine]:
+    """The decode engines that also take whole requests."""
+    return [engine for engine in engines if engine.address.inline and engine.address.role == "decode"]
 
 
 def _only_pair(engines: list[Engine]) -> EnginePair | None:

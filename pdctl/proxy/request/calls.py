@@ -9,6 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 from pdctl.adapters import Attempt, Call, CannotResume, EngineError, HandShake, Prefilled
 from pdctl.net.asgi import new_name
@@ -16,6 +17,7 @@ from pdctl.net.http_client import Exchange, Unreachable
 from pdctl.proxy.answers.stream import EventReader
 from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.kv_room import NoRoom, Share
+from pdctl.proxy.engines.load import LoadMeter
 from pdctl.proxy.request.failover import Cause, Failure, classify
 from pdctl.proxy.request.leg import Leg, Shared
 from pdctl.proxy.request.unfinished import Called
@@ -129,10 +131,8 @@ async def decode(
     """
     await _prove(leg, engine)
     share = None if kv_from else await _take_room(leg, engine)
-    meter, amount = (engine.streams, 1.0) if kv_from else (engine.prompts, leg.size)
     started = time.monotonic()
-    meter.begin(amount, started)
-    leg.shared.pool.publish(engine)
+    load = _Load(leg, engine, kv_from is None, started)
     ticket: Ticket | None = None
     try:
         call = engine.dialect.decode_call(leg.state, attempt, hand_over, not leg.in_one_piece)
@@ -141,7 +141,7 @@ async def decode(
         ticket = _begin(leg, engine, exchange, patience_s)
         ticket.source = attempt.prefill.name if kv_from else ""
         try:
-            await _read(leg, engine, exchange, ticket, on_first_token, valid_until)
+            await _read(leg, engine, exchange, ticket, partial(load.streams, on_first_token), valid_until)
         finally:
             _end(leg, engine, ticket)
     except (Unreachable, EngineError) as failure:
@@ -156,12 +156,50 @@ async def decode(
     finally:
         if share is not None and engine.room is not None:
             engine.room.give_back(share)
-        meter.end(amount, time.monotonic(), leg.finished)
-        leg.shared.pool.publish(engine)
+        load.end()
     if not leg.finished:
         raise CallFailed(engine, Failure(engine.name, Cause.BROKE, f"{engine.name} ended its stream early"))
     engine.took_s.append(time.monotonic() - started)
     engine.breaker.succeeded()
+    if leg.pieces:
+        engine.prefixes.add(leg.pieces)
+
+
+class _Load:
+    """What a decode call adds to the engine's load: its prompt until the first token if it computes that, too, and then
+    a stream."""
+
+    def __init__(self, leg: Leg, engine: Engine, with_prompt: bool, now: float) -> None:
+        self._leg = leg
+        self._engine = engine
+        self._in_prompt = with_prompt
+        self._begin(now)
+
+    def streams(self, then: Callable[[], None] | None) -> None:
+        """The first token is here."""
+        now, timing = time.monotonic(), self._leg.timing
+        if not self._in_prompt and timing.prefilled_at and not self._leg.in_one_piece:
+            self._engine.took_over(now - timing.prefilled_at)
+        if self._in_prompt:
+            self._engine.prompts.end(self._leg.size, now, done=True)
+            self._in_prompt = False
+            self._begin(now)
+        if then is not None:
+            then()
+
+    def end(self) -> None:
+        """The call is over."""
+        meter, amount = self._meter()
+        meter.end(amount, time.monotonic(), self._leg.finished)
+        self._leg.shared.pool.publish(self._engine)
+
+    def _begin(self, now: float) -> None:
+        meter, amount = self._meter()
+        meter.begin(amount, now)
+        self._leg.shared.pool.publish(self._engine)
+
+    def _meter(self) -> tuple[LoadMeter, float]:
+        return (self._engine.prompts, self._leg.size) if self._in_prompt else (self._engine.streams, 1.0)
 
 
 def release(leg: Leg, prefill_engine: Engine, hand_over: bytes | None) -> None:

@@ -29,7 +29,7 @@ from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.spans import NO_SPANS, Spans
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy.translation import CHAT_PATH, Api, Translated
-from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
+from pdctl.wire import ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
 
 # nginx's status for a client that closed the connection before its answer. It is only used in the log.
 _CLIENT_LEFT = 499
@@ -102,13 +102,20 @@ class Completions:
     def engine_headers(self, job: _Job, started: int) -> bytes:
         """Headers for the engines."""
         trace = self.spans.header(job.trace, job.headers) if job.trace else job.passed_on
-        return b"%b%b: %d\r\n%b%b" % (self._static, STARTED_HEADER.encode(), started, _tenant_line(job.key), trace)
+        shared = self.shared
+        lines = _tenant_line(job.key), _slo_line(shared.ttft_s, shared.tpot_s)
+        return b"%b%b: %d\r\n%b%b%b" % (self._static, STARTED_HEADER.encode(), started, *lines, trace)
 
 
 @lru_cache(maxsize=1024)
 def _tenant_line(key: str) -> bytes:
     """A hash of the key: engines can group requests by tenant, but do not learn the key's name."""
     return f"{TENANT_HEADER}: {blake2s(key.encode(), digest_size=8).hexdigest()}\r\n".encode()
+
+
+@lru_cache(maxsize=4)
+def _slo_line(ttft_s: float, tpot_s: float) -> bytes:
+    return f"{SLO_HEADER}: {ttft_s * 1000:g} {tpot_s * 1000:g}\r\n".encode()
 
 
 @dataclass(slots=True)
@@ -199,6 +206,7 @@ class _Job:
             if timing.first_token_at:
                 tpot = (time.monotonic() - timing.first_token_at) / max(1, counts.completion - 1)
             completions.shared.metrics.finished(timing, counts.prompt, counts.completion)
+            completions.shared.pool.answered(float(request.size), counts.prompt)
             if not entered and tpot is not None:
                 completions.door.measured(tpot)
         except ApiError as failure:

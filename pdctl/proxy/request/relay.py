@@ -50,7 +50,7 @@ class Relay:
         leg.completion_tokens = leg.completion_tokens or len(leg.state.emitted)
 
     async def _attempt(self) -> None:
-        leg, pair = self.leg, await self._choose()
+        leg, pair = self.leg, self._placed(await self._choose())
         engines = leg.shared.pool.by_name
         prefill, decoding = engines[pair.prefill], engines[pair.decode]
         leg.timing.engines = (pair.prefill, pair.decode)
@@ -94,6 +94,15 @@ class Relay:
                 raise ApiError(502, reason, "server_error")
             leg.state.start_over()
         return leg.finished
+
+    def _placed(self, pair: EnginePair) -> EnginePair:
+        """The pair, or the decode engine that should compute the request inline."""
+        leg, shared = self.leg, self.leg.shared
+        if self._alone or pair.is_one or not shared.pool.has_inline:
+            return pair
+        found = shared.pool.inline(pair, leg.size, leg.pieces, self._avoid, shared.tpot_s)
+        shared.metrics.placed(found)
+        return EnginePair(found[0], found[0]) if found else pair
 
     async def _choose(self) -> EnginePair:
         shared, avoid = self.leg.shared, self._avoid

@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from pdctl.proxy.engines.engine import Engine
+from pdctl.proxy.engines.inline import Why
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.telemetry.counters import Counters, Histogram, Key
 from pdctl.proxy.telemetry.timing import Timing
@@ -42,6 +43,11 @@ _COUNTERS = {
         "pdctl_proxy_hand_over_seconds", "Time that decode engines spent fetching KV", ("prefill", "decode"),
     ),
     "hand_over_bytes": ("pdctl_proxy_hand_over_bytes", "Bytes of KV handed over", ("prefill", "decode")),
+    "placed": (
+        "pdctl_proxy_prompts_placed",
+        'Prompts by why they were computed inline by this decode engine; "remote": by a prefill engine',
+        ("engine", "why"),
+    ),
     "sheds": ("pdctl_proxy_sheds", "Requests refused with 429", ("reason",)),
     "ignored_fields": ("pdctl_proxy_ignored_fields", "Request fields dropped because no engine knows them", ("field",)),
     "left": ("pdctl_proxy_clients_left", "Requests whose client left before the end", ()),
@@ -102,6 +108,10 @@ class Metrics:
         histograms["queue"].add(timing.admitted_at - timing.received_at)
         counters[_TTFT_MET] += ttft <= self.ttft_slo_s
         counters[_TPOT_MET] += tpot <= self.tpot_slo_s
+
+    def placed(self, inline: tuple[str, Why] | None) -> None:
+        """A prompt was sent to a pair, or to a decode engine alone: its name, and why."""
+        self.counters.count("placed", *(("", "remote") if inline is None else inline))
 
     def failed(self, status: int) -> None:
         """A request was answered with an error."""

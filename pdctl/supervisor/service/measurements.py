@@ -47,6 +47,8 @@ class MeasurementReader:
             kv_used=_kv_used(state) if state else None,
             leases=len(state.leases) if state and Ability.REVOKE in control(unit.spec.kind).abilities else None,
             tokens_per_s=self._rate(unit, state.tokens_total) if state else None,
+            prompts_own=state.counters.get("prompts_own") if state else None,
+            prompts_received=state.counters.get("prompts_received") if state else None,
         )
 
     def _rate(self, unit: Unit, tokens: int) -> float:

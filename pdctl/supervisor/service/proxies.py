@@ -159,8 +159,9 @@ class Proxies:
 def _address(spec: ProcessSpec) -> EngineAddress:
     others = {purpose: port for purpose, port in spec.ports.items() if purpose != "http"}
     return EngineAddress(
-        spec.name, spec.role, spec.kind, spec.host, spec.ports["http"], connector=spec.connector, ports=others
-    )
+        spec.name, spec.role, spec.kind, spec.host, spec.ports["http"], connector=spec.connector, ports=others,
+        inline=spec.inline,
+    )  # fmt: skip
 
 
 def _at(spec: ProcessSpec) -> ConnectionPool:

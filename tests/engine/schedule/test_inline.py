@@ -35,11 +35,11 @@ class Engine:
     def __post_init__(self) -> None:
         model = LatencyModel()
         model.times = TRUE
-        limits = Limits(16, BUDGET, 4096, BLOCK, frozenset(), tpot_s=self.tpot_s)
+        limits = Limits(16, BUDGET, 4096, BLOCK, frozenset())
         self.scheduler = Scheduler(limits, BlockAllocator(2000), model, lambda: self.now)
 
     def add(self, name: str, tokens: int, output: int, tpot_s: float = 0.0) -> None:
-        sequence = Sequence(name, [7] * tokens, tokens, Sampling(output, ignore_eos=True), tpot_s=tpot_s)
+        sequence = Sequence(name, [7] * tokens, tokens, Sampling(output, ignore_eos=True), tpot_s=tpot_s or self.tpot_s)
         assert self.scheduler.add(sequence) is None
 
     def step(self) -> None:
@@ -113,8 +113,8 @@ def test_a_request_can_have_its_own_target() -> None:
     assert (times[-1] - times[0]) / (len(times) - 1) <= 0.03
 
 
-def decode_of(name: str, before: int, pace: Pace | None) -> Slice:
-    sequence = Sequence(name, [1] * (before + 1), before, Sampling(10), num_computed=before, pace=pace)
+def decode_of(name: str, before: int, tpot_s: float, pace: Pace) -> Slice:
+    sequence = Sequence(name, [1] * (before + 1), before, Sampling(10), num_computed=before, pace=pace, tpot_s=tpot_s)
     return Slice(sequence, before, 1, samples=True)
 
 
@@ -128,10 +128,10 @@ def test_a_step_is_done_when_the_first_token_is_due(
 ) -> None:
     now = 100.0
     batch = [
-        decode_of(str(number), before, Pace(now - age, now, later))
+        decode_of(str(number), before, tpot_s, Pace(now - age, now, later))
         for number, (before, age, later) in enumerate(decodes)
     ]
-    limits = Limits(16, BUDGET, 4096, BLOCK, frozenset(), tpot_s=tpot_s)
+    limits = Limits(16, BUDGET, 4096, BLOCK, frozenset())
     found = prompt_tokens(batch, [], TRUE, limits, now)
     if not batch:
         assert found == BUDGET
@@ -148,3 +148,9 @@ def test_late_tokens_are_not_caught_up_with() -> None:
     assert late.due(0.1) == pytest.approx(10.1)
     early = Pace(first_at=9.5, newest_at=10.0, later=30)
     assert early.due(0.1) == pytest.approx(9.5 + 3.1)
+
+
+def test_without_inline_prefill_prompts_take_the_whole_budget() -> None:
+    limits = Limits(16, BUDGET, 4096, BLOCK, frozenset(), keeps_tpot=False)
+    batch = [decode_of("one", 100, 0.02, Pace(100.0, 100.0))]
+    assert prompt_tokens(batch, [], TRUE, limits, 100.0) == BUDGET

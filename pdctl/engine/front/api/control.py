@@ -109,7 +109,12 @@ class Control:
             blocks_total=ready.num_blocks if ready else 0,
             blocks_free=books.blocks_free,
             blocks_cached=books.blocks_idle,
-            counters={"prefix_tokens": books.prefix_tokens, "prefix_hits": books.prefix_hits},
+            counters={
+                "prefix_tokens": books.prefix_tokens,
+                "prefix_hits": books.prefix_hits,
+                "prompts_own": books.prompts_own,
+                "prompts_received": books.prompts_received,
+            },
             blocks_referenced=books.blocks_referenced,
             blocks_leased=books.blocks_leased,
             blocks_quarantined=books.blocks_quarantined,
@@ -133,6 +138,7 @@ class Control:
             max_num_seqs=self._options.max_num_seqs,
             steps_total=books.steps,
             silent_s=round(self._core.silent_s, 3),
+            work=books.work,
         )
 
     async def _health(self, _: Request) -> Response:

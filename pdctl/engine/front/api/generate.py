@@ -204,6 +204,7 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         salt=request.salt,
         priority=request.priority,
         ttft_s=request.ttft_s,
+        tpot_s=request.tpot_s,
     )
     return submit, first
 

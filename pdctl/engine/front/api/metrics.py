@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
+from pdctl.latency import KINDS, Work
 from pdctl.wire import EngineState
 
 # Creation times are meaningless: the counters are created at each scrape.
@@ -43,6 +44,14 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
         "pdctl_engine_tokens": ("Tokens generated", state.tokens_total),
         "pdctl_engine_prefix_tokens": ("Tokens of prompts", state.counters["prefix_tokens"]),
         "pdctl_engine_prefix_hits": ("Tokens of prompts whose KV was there already", state.counters["prefix_hits"]),
+        "pdctl_engine_prompts_own": (
+            "Prompts computed here for answers from here",
+            state.counters["prompts_own"],
+        ),
+        "pdctl_engine_prompts_received": (
+            "Prompts whose KV came from a prefill engine",
+            state.counters["prompts_received"],
+        ),
         "pdctl_engine_hand_overs": ("Hand-overs certified", state.transfers["hand_overs"]),
         "pdctl_engine_pulls": ("KV pulls completed", state.transfers["pulls"]),
         "pdctl_engine_pulls_lost": ("Hand-overs lost and prefilled again", state.transfers["lost"]),
@@ -56,6 +65,8 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
     }
     for name, (what, amount) in counters.items():
         Counter(name, what, registry=registry).inc(amount)
+    if state.work is not None:
+        _predictions(state.work, registry)
     leased, leaked = leases.block_seconds()
     block_seconds = Counter(
         "pdctl_engine_block_seconds",
@@ -69,3 +80,20 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
     for how, count in leases.table.ended.items():
         ended.labels(how.value).inc(count)
     return generate_latest(registry)
+
+
+def _predictions(work: Work, registry: CollectorRegistry) -> None:
+    """Steps by kind: how long they took, and how long the latency model had predicted."""
+    steps = Counter("pdctl_engine_steps", "Steps with a predicted duration", ["kind"], registry=registry)
+    actual = Counter("pdctl_engine_step_seconds", "Seconds that these steps took", ["kind"], registry=registry)
+    predicted = Counter(
+        "pdctl_engine_step_predicted_seconds", "Seconds that the latency model predicted", ["kind"], registry=registry
+    )
+    errors = Counter(
+        "pdctl_engine_step_errors", "Sum of the relative errors of these predictions", ["kind"], registry=registry
+    )
+    for kind, accuracy in zip(KINDS, work.accuracy, strict=True):
+        steps.labels(kind).inc(accuracy.steps)
+        actual.labels(kind).inc(accuracy.actual_s)
+        predicted.labels(kind).inc(accuracy.predicted_s)
+        errors.labels(kind).inc(accuracy.error)

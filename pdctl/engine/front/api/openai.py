@@ -9,6 +9,7 @@ import msgspec
 
 from pdctl.engine.front.api.guided import grammar_of
 from pdctl.engine.front.api.parsers.tool_calls import ToolFormat
+from pdctl.engine.front.api.targets import MOST_MS
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_number
@@ -67,7 +68,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 class GenerationRequest:
     """One checked request. `token_ids` is the prompt; `resume` are output tokens that the client already has.
 
-    `priority`: lower goes first; `ttft_s`: target for the first token, 0 for the engine's.
+    `priority`: lower goes first; `ttft_s`, `tpot_s`: targets for the first token and the later ones, 0 for none.
     `salt`: requests with different salts share no KV; `cached`: tokens of the prompt whose KV was there already.
     `echo`: text before the answer; `counts_each`: each event of the stream carries the counts so far;
     `shows_prompt_logprobs`: vLLM's prompt_logprobs.
@@ -101,6 +102,7 @@ class GenerationRequest:
     tenant: str = ""
     priority: int = 0
     ttft_s: float = 0.0
+    tpot_s: float = 0.0
     salt: str = ""
     cached: int = 0
     echo: str = ""
@@ -151,7 +153,8 @@ def _check_numbers(body: CompletionBody | ChatBody) -> None:
         ("prompt_logprobs", body.prompt_logprobs, 0, 20),
         ("truncate_prompt_tokens", body.truncate_prompt_tokens, -1, 2**31),
         ("priority", body.priority, -(2**31), 2**31),
-        ("slo.ttft_ms", body.slo.ttft_ms if body.slo else None, 1, 86_400_000),
+        ("slo.ttft_ms", body.slo.ttft_ms if body.slo else None, 1, MOST_MS),
+        ("slo.tpot_ms", body.slo.tpot_ms if body.slo else None, 1, MOST_MS),
     ]
     for name, value, low, high in checks:
         if value is not None and not low <= value <= high:

@@ -25,6 +25,7 @@ from pdctl.engine.front.api.generate import Generator
 from pdctl.engine.front.api.messages import messages_of
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.output import Piece, chunk_choice, whole_choice
+from pdctl.engine.front.api.targets import targets
 from pdctl.engine.front.api.text import NoChatTemplate, TextCodec
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.receiver import KvLost
@@ -35,7 +36,7 @@ from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
 from pdctl.net.openai_api import DONE, ApiError, Counts, Envelope, decode_request, usage
 from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
+from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
 
 _T = TypeVar("_T")
 
@@ -105,6 +106,7 @@ class EngineService:
         sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
         tenant = headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else ""
+        ttft_s, tpot_s = targets(parsed.slo, headers.get(SLO_HEADER, ""))
         request = GenerationRequest(
             # A client request may reach one engine twice, so the internal id is unique.
             request_id=f"{request_id}.{uuid4().hex[:8]}",
@@ -130,7 +132,8 @@ class EngineService:
             logprobs=sampling.logprobs,
             salt=_salt(tenant, parsed.cache_salt),
             priority=parsed.priority or 0,
-            ttft_s=(parsed.slo.ttft_ms or 0.0) / 1000 if parsed.slo else 0.0,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
             tool_calls=guided.tool_format(parsed),
             tenant=tenant,
             tools=parsed.tools if isinstance(parsed, ChatBody) else None,

@@ -1,0 +1,26 @@
+"""The latency targets of a request: its own, or else those of the service, which the proxy sends along."""
+
+from __future__ import annotations
+
+from pdctl.net.openai_fields import RequestSlo
+
+# A day.
+MOST_MS = 86_400_000
+
+
+def targets(own: RequestSlo | None, service: str) -> tuple[float, float]:
+    """Targets for the first token and for each later one, in seconds; 0 for none. `service`: the proxy's header, ""
+    without a proxy."""
+    first, later = _of_service(service)
+    if own is not None:
+        first = first if own.ttft_ms is None else own.ttft_ms
+        later = later if own.tpot_ms is None else own.tpot_ms
+    return first / 1000, later / 1000
+
+
+def _of_service(header: str) -> tuple[float, float]:
+    try:
+        first, later = map(float, header.split())
+    except ValueError:
+        return 0.0, 0.0
+    return (first, later) if 0 <= first <= MOST_MS and 0 <= later <= MOST_MS else (0.0, 0.0)
