@@ -2,7 +2,7 @@
 
 Prefill: a + b*l + c*l^2. Decode: a + b*(sum of contexts) + c*batch (DistServe's simulator; Zhong et al., OSDI 2024).
 Fitted by least squares of the *relative* error, because steps differ by orders of magnitude, with non-negative
-coefficients. Its error is measured on held-out points.
+coefficients. Its error is measured on held-out points. Engines with a latency model of their own need no measurement.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 
 from pdctl.bench.measurements import percentile
+from pdctl.control_api import StepLatency
+from pdctl.latency.fit import Sums
 
 _HELD_OUT = 0.4
 PREFILL, DECODE = "prefill", "decode"
@@ -86,42 +87,27 @@ def fit(points: Sequence[Point], seed: int = 0) -> Line:
 
 
 def _coefficients(points: Sequence[Point]) -> tuple[float, float, float]:
-    """Non-negative least squares: of all subsets of the three columns with non-negative coefficients, the one with the
-    least error."""
-    best, least = (0.0, 0.0, 0.0), float(len(points)) + 1.0
-    for columns in (c for size in (1, 2, 3) for c in combinations(range(3), size)):
-        # Divided by the measured time, the target of each row is 1.
-        rows = [[point.row[column] / point.seconds for column in columns] for point in points]
-        found = _least_squares(rows)
-        error = sum((sum(x * value for x, value in zip(found, row, strict=True)) - 1) ** 2 for row in rows)
-        if min(found) >= 0 and error < least:
-            whole = dict(zip(columns, found, strict=True))
-            best, least = (whole.get(0, 0.0), whole.get(1, 0.0), whole.get(2, 0.0)), error
-    return best
+    sums = Sums.empty(3)
+    for point in points:
+        sums.add(point.row, point.seconds)
+    first, second, third = sums.solve()
+    return first, second, third
 
 
-def _least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
-    """The x that minimizes |rows x - 1|, by the normal equations with scaled columns; 0 for a redundant column."""
-    size = len(rows[0])
-    scale = [max(abs(row[column]) for row in rows) or 1.0 for column in range(size)]
-    scaled = [[value / scale[column] for column, value in enumerate(row)] for row in rows]
-    matrix = [
-        [sum(row[a] * row[b] for row in scaled) for b in range(size)] + [sum(row[a] for row in scaled)]
-        for a in range(size)
-    ]
-    for pivot in range(size):
-        best = max(range(pivot, size), key=lambda place: abs(matrix[place][pivot]))
-        matrix[pivot], matrix[best] = matrix[best], matrix[pivot]
-        if abs(matrix[pivot][pivot]) < 1e-12:
-            continue
-        for other in range(size):
-            if other != pivot:
-                factor = matrix[other][pivot] / matrix[pivot][pivot]
-                matrix[other] = [a - factor * b for a, b in zip(matrix[other], matrix[pivot], strict=True)]
-    return [
-        matrix[place][size] / matrix[place][place] / scale[place] if abs(matrix[place][place]) >= 1e-12 else 0.0
-        for place in range(size)
-    ]
+def of_engines(model: str, date: str, prefill: StepLatency, decode: StepLatency, longest: int, widest: int) -> Profile:
+    """The profile of engines that have models of their own; both may be the same one."""
+    per_step, per_token, attention, per_sequence, _ = prefill.coefficients
+    first = Line((per_step + per_sequence, per_token, attention / 2), *_accuracy(prefill, PREFILL))
+    per_step, per_token, _, per_sequence, context = decode.coefficients
+    later = Line((per_step, context, per_token + per_sequence), *_accuracy(decode, DECODE))
+    return Profile(model, date, first, later, longest, widest)
+
+
+def _accuracy(model: StepLatency, kind: str) -> tuple[float, float, tuple[int, int]]:
+    """The mean relative error of the predictions so far, how much more slow steps took, and the number of steps. All
+    were predicted before they were measured, so they count as held out."""
+    found = next(one for one in model.predictions if one.kind == kind)
+    return found.mean_error, max(0.0, model.slow - 1), (0, found.steps)
 
 
 def path_of(state_root: Path, service: str) -> Path:

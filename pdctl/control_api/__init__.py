@@ -26,6 +26,8 @@ from pdctl.control_api.messages import (
     ResourceUse,
     ServiceState,
     ServiceStatus,
+    StepLatency,
+    StepPredictions,
     Stopping,
     Verb,
 )
@@ -57,6 +59,8 @@ __all__ = [
     "ResourceUse",
     "ServiceState",
     "ServiceStatus",
+    "StepLatency",
+    "StepPredictions",
     "Stopping",
     "Verb",
     "not_answering",

@@ -114,6 +114,26 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
         return self.role in ENGINE_ROLES
 
 
+class StepPredictions(msgspec.Struct, frozen=True, kw_only=True):
+    """How well an engine predicted its steps of one kind, since its start."""
+
+    kind: Annotated[str, says("`prefill`, `decode` or `mixed`")]
+    steps: Annotated[int, says("their number")]
+    actual_s: Annotated[float, says("seconds that they took")]
+    predicted_s: Annotated[float, says("seconds that were predicted, each before its step")]
+    mean_error: Annotated[float, says("mean of |predicted / actual - 1|; 0 without steps")]
+
+
+class StepLatency(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine's latency model: a step takes the sum of `coefficients` times 1, tokens, attention, sequences and
+    context (docs/scheduling.md)."""
+
+    coefficients: Annotated[tuple[float, float, float, float, float], says("seconds")]
+    corrections: Annotated[tuple[float, float, float], says("factors for prefill, decode and mixed steps, now")]
+    slow: Annotated[float, says("90th percentile of actual divided by predicted seconds")]
+    predictions: Annotated[tuple[StepPredictions, ...], says("by kind of step")]
+
+
 class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
     """One process. Measurements are null if unknown."""
 
@@ -125,8 +145,9 @@ class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
     kv_used: Annotated[float | None, says("fraction of the engine's KV blocks in use, from 0 to 1")]
     leases: Annotated[int | None, says("live leases that the engine has granted")]
     tokens_per_s: Annotated[float | None, says("tokens per second since the last measurement")]
-    prompts_own: Annotated[int | None, says("prompts that it computed for its own answers, since its start")]
-    prompts_received: Annotated[int | None, says("prompts whose KV it got from a prefill engine, since its start")]
+    prompts_own: Annotated[int | None, says("prompts that it computed for its own answers, since its start")] = None
+    latency: Annotated[StepLatency | None, says("how it predicts its steps; null if it does not")] = None
+    prompts_received: Annotated[int | None, says("prompts whose KV it got from a prefill engine, since its start")] = None
 
 
 class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):

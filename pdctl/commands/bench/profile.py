@@ -1,4 +1,6 @@
-"""`pdctl bench profile`: measure a running service and keep its latency model, which `pdctl plan` uses."""
+"""`pdctl bench profile`: show the latency model of a running service and keep it for `pdctl plan`.
+
+Builtin engines have a model of their own, fitted to their steps. Other services are measured from outside."""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
+from pdctl.commands.bench.keep import draw_curves, drawing
 from pdctl.commands.bench.load import endpoint_of, vocabulary
+from pdctl.commands.bench.own_models import curves, engines_table, own_profile
 from pdctl.commands.common import FileOption, JsonOption, ServiceOption, control, find_service
 from pdctl.errors import PdctlError
 
@@ -23,31 +27,61 @@ if TYPE_CHECKING:
     from pdctl.bench.client import Endpoint
     from pdctl.bench.profile import Line, Point, Profile
     from pdctl.bench.workload import Vocabulary
+    from pdctl.control_api import MeasuredStatus
 
 _STEPS = 24
 # Tries with longer answers, when streams end before the last one of their batch has begun.
 _TRIES = 4
+_DATE = "%Y-%m-%d %H:%M"
 
 
 def profile(
+    measure: bool = typer.Option(
+        False, "--measure", help="Measure from outside also where the engines have their own models."
+    ),
     longest: int = typer.Option(512, "--longest", min=64, help="Length of the longest prompt in tokens."),
     widest: int = typer.Option(8, "--widest", min=2, max=256, help="Largest number of concurrent streams."),
     repeats: int = typer.Option(3, "--repeats", min=2, max=20, help="Number of measurements of each kind and size."),
     out: Path | None = typer.Option(
         None, "--out", help="File to write. Default: the one in the service's state folder that `pdctl plan` reads."
     ),
+    png: Path | None = typer.Option(None, "--png", help="Folder for plots of the engines' own models."),
     seed: int = typer.Option(0, "--seed", help="Random seed: same seed, same requests."),
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
     as_json: bool = JsonOption,
 ) -> None:
-    """Measure prefill and decode steps of the running service, fit its latency model, and keep it. The service should
-    be otherwise idle."""
-    from pdctl.bench.profile import DECODE, PREFILL, Profile, fit, path_of, save
+    """Show the latency model of the running service, and keep it for `pdctl plan`. Builtin engines know theirs from
+    their own steps; other services are measured, and should be otherwise idle."""
+    from pdctl.bench.profile import path_of, save
     from pdctl.host.users import state_root
 
     name = find_service(service, file)
-    status = control(name).status(measurements=False)
+    status = control(name).status()
+    if png is not None:
+        drawing()
+    own = None if measure else own_profile(status, longest, widest)
+    found = own or _measure(status, longest, widest, repeats, seed)
+    target = out or path_of(state_root(), name)
+    try:
+        save(target, found)
+    except OSError as failure:
+        raise PdctlError(f"{target} cannot be written: {failure.strerror}") from None
+    if png is not None:
+        draw_curves(png, curves(status, longest, widest))
+    if as_json:
+        console.out(json.dumps({"schema": 1, **asdict(found)}, indent=2))
+    else:
+        _tell(found)
+        if own is not None:
+            console.out("\n" + engines_table(status))
+    console.note(f"kept in {target}")
+
+
+def _measure(status: MeasuredStatus, longest: int, widest: int, repeats: int, seed: int) -> Profile:
+    """Measure from outside. Raises PdctlError."""
+    from pdctl.bench.profile import DECODE, PREFILL, Profile, fit
+
     endpoint = endpoint_of(status.proxy_url, "", "", ignore_eos=True, timeout=600.0)
     words, rng = vocabulary(endpoint), random.Random(seed)  # noqa: S311 - a workload, not a secret
     points = asyncio.run(_measured(endpoint, words, rng, _lengths(longest), _batches(widest), repeats))
@@ -57,17 +91,7 @@ def profile(
         raise PdctlError(
             f"{failure}: streams rarely ran concurrently", "use more --repeats, or a smaller --widest"
         ) from None
-    found = Profile(endpoint.model, time.strftime("%Y-%m-%d %H:%M"), lines[PREFILL], lines[DECODE], longest, widest)
-    target = out or path_of(state_root(), name)
-    try:
-        save(target, found)
-    except OSError as failure:
-        raise PdctlError(f"{target} cannot be written: {failure.strerror}") from None
-    if as_json:
-        console.out(json.dumps({"schema": 1, **asdict(found)}, indent=2))
-    else:
-        _tell(found)
-    console.note(f"kept in {target}")
+    return Profile(endpoint.model, time.strftime(_DATE), lines[PREFILL], lines[DECODE], longest, widest)
 
 
 def _lengths(longest: int) -> list[int]:

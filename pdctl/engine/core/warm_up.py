@@ -43,7 +43,7 @@ def measured(
             break
         if model.is_fitted and not is_new and model.times.seconds(step) > _PART * longest_s:
             continue
-        batch = _batch(shape, limits.block_size, num_blocks, vocab_size, rng)
+        batch = batch_of(shape, limits.block_size, num_blocks, vocab_size, rng)
         if is_new:
             # The first one also allocates and compiles.
             executor.execute(batch)
@@ -76,7 +76,7 @@ def shapes(limits: Limits, num_blocks: int, rng: random.Random) -> Iterator[Shap
         yield [*beside, prompt(max(2, budget - len(beside)))]
 
 
-def _batch(shape: Shape, block_size: int, num_blocks: int, vocab_size: int, rng: random.Random) -> list[Slice]:
+def batch_of(shape: Shape, block_size: int, num_blocks: int, vocab_size: int, rng: random.Random) -> list[Slice]:
     """The slices of a step. Sequences share blocks where the pool is small: nobody reads the results."""
     batch, first = [], 0
     for number, (count, before) in enumerate(shape):

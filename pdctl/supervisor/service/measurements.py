@@ -7,8 +7,9 @@ import time
 from msgspec.structs import asdict
 
 from pdctl.adapters import Ability, control
-from pdctl.control_api import MeasuredProcess
+from pdctl.control_api import MeasuredProcess, StepLatency, StepPredictions
 from pdctl.host.devices.gpu import gpu_use
+from pdctl.latency import KINDS, Work
 from pdctl.supervisor.process.usage import CpuShares, Use, read_uses
 from pdctl.supervisor.unit.unit import Unit
 from pdctl.supervisor.unit.views import status_of
@@ -47,6 +48,7 @@ class MeasurementReader:
             kv_used=_kv_used(state) if state else None,
             leases=len(state.leases) if state and Ability.REVOKE in control(unit.spec.kind).abilities else None,
             tokens_per_s=self._rate(unit, state.tokens_total) if state else None,
+            latency=_latency(state.work) if state and state.work else None,
             prompts_own=state.counters.get("prompts_own") if state else None,
             prompts_received=state.counters.get("prompts_received") if state else None,
         )
@@ -58,6 +60,24 @@ class MeasurementReader:
         while len(self._tokens) > 4096:
             self._tokens.pop(next(iter(self._tokens)))
         return round(max(0, tokens - before) / max(0.01, now - at), 1)
+
+
+def _latency(work: Work) -> StepLatency:
+    return StepLatency(
+        coefficients=work.times.coefficients,
+        corrections=work.times.corrections,
+        slow=work.times.slow,
+        predictions=tuple(
+            StepPredictions(
+                kind=kind,
+                steps=one.steps,
+                actual_s=one.actual_s,
+                predicted_s=one.predicted_s,
+                mean_error=one.error / one.steps if one.steps else 0.0,
+            )
+            for kind, one in zip(KINDS, work.accuracy, strict=True)
+        ),
+    )
 
 
 def _kv_used(state: EngineState) -> float | None:
