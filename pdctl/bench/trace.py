@@ -31,7 +31,9 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
+    """A request of a trace. `at`: seconds, from any moment on; `inputs` and `outputs`: tokens."""
+
     at: float
     inputs: int
     outputs: int
@@ -40,18 +42,23 @@ class _Row:
 
 def read_trace(path: Path, scale: Scale, words: Vocabulary, seed: int) -> list[Asked]:
     """Read a trace; the format is detected from the content. Raises PdctlError that lists malformed lines."""
-    lines = read_lines(path)
-    rows = _mooncake(path, lines) if lines and lines[0].lstrip().startswith("{") else _azure(path, lines)
+    rows = read_rows(path)
     chosen = rows[scale.skip :][: scale.count or None]
     start = chosen[0].at if chosen else 0.0
     return [_asked(row, start, scale, words, _rng(f"{seed}/{n}")) for n, row in enumerate(chosen)]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The requests of a trace as they are, in its order. Raises PdctlError that lists malformed lines."""
+    lines = read_lines(path)
+    return _mooncake(path, lines) if lines and lines[0].lstrip().startswith("{") else _azure(path, lines)
 
 
 def _rng(name: int | str) -> random.Random:
     return random.Random(name)  # noqa: S311 - the same each time
 
 
-def _asked(row: _Row, start: float, scale: Scale, words: Vocabulary, rng: random.Random) -> Asked:
+def _asked(row: Row, start: float, scale: Scale, words: Vocabulary, rng: random.Random) -> Asked:
     inputs, outputs = max(1, round(row.inputs * scale.length)), max(1, round(row.outputs * scale.length))
     if scale.longest:
         outputs = min(outputs, max(1, scale.longest // 2))
@@ -60,7 +67,7 @@ def _asked(row: _Row, start: float, scale: Scale, words: Vocabulary, rng: random
     return Asked(prompt, outputs, (row.at - start) / scale.speed)
 
 
-def _of_blocks(row: _Row, inputs: int, scale: Scale, words: Vocabulary) -> list[int] | str:
+def _of_blocks(row: Row, inputs: int, scale: Scale, words: Vocabulary) -> list[int] | str:
     """Build a prompt from its blocks: the same hash always gives the same tokens."""
     size = max(1, round(_MOONCAKE_BLOCK * scale.length))
     prompt: list[int] | str | None = None
@@ -75,7 +82,7 @@ def _of_blocks(row: _Row, inputs: int, scale: Scale, words: Vocabulary) -> list[
     return prompt
 
 
-def _azure(path: Path, lines: list[str]) -> list[_Row]:
+def _azure(path: Path, lines: list[str]) -> list[Row]:
     found, broken = [], []
     for number, fields in enumerate(csv.reader(lines), 1):
         if number == 1 and tuple(fields) == _AZURE:
@@ -91,7 +98,7 @@ def _azure(path: Path, lines: list[str]) -> list[_Row]:
     return found
 
 
-def _mooncake(path: Path, lines: list[str]) -> list[_Row]:
+def _mooncake(path: Path, lines: list[str]) -> list[Row]:
     found, broken = [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -107,7 +114,7 @@ def _mooncake(path: Path, lines: list[str]) -> list[_Row]:
     return found
 
 
-def _row(at: float, inputs: int, outputs: int, hashes: tuple[int, ...] = ()) -> _Row:
+def _row(at: float, inputs: int, outputs: int, hashes: tuple[int, ...] = ()) -> Row:
     if inputs < 1 or outputs < 0:
         raise ValueError("negative lengths")
-    return _Row(at, inputs, max(1, outputs), hashes)
+    return Row(at, inputs, max(1, outputs), hashes)

@@ -1,7 +1,7 @@
 """The order in which prompts are computed. Each policy is a pure function of a prompt that waits.
 
-The key of a waiting prompt does not change with time, so a heap keeps the order: ageing subtracts the same from every
-key per second, which leaves differences as they are.
+The key of a waiting prompt does not change with time, so a heap keeps the order. Prompts that a policy would leave
+waiting get a part of the work of their own (see `share`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-# Seconds of predicted work that one second of waiting is worth. Without ageing, a stream of short prompts (long ones
-# for LJF) would hold back the others for as long as it lasts.
-_AGEING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +38,11 @@ def _first_come(prompt: Prompt) -> float:
 
 def _longest(prompt: Prompt) -> float:
     # By the work that is left, all long prompts would be passed by turns and end at the same late time.
-    return _AGEING * prompt.arrived_s - prompt.whole_s
+    return -prompt.whole_s
 
 
 def _shortest(prompt: Prompt) -> float:
-    return _AGEING * prompt.arrived_s + prompt.work_s
+    return prompt.work_s
 
 
 def _deadline(prompt: Prompt) -> float:

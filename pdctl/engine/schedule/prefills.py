@@ -14,7 +14,8 @@ from pdctl.engine.schedule.policies import POLICIES, Prompt
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
 from pdctl.engine.schedule.sequence import Sequence, Status
-from pdctl.engine.schedule.waiting import LONGEST_WAIT_S, Order, Rank, WaitingQueue
+from pdctl.engine.schedule.share import LONGEST_WAIT_S, OverdueShare
+from pdctl.engine.schedule.waiting import Order, Rank, WaitingQueue
 
 # Prompts computed in part. More of them would hold blocks without getting done sooner.
 _MAX_PARTIAL = 4
@@ -39,6 +40,7 @@ class Prefills:
         # Prefills for peers wait apart: at the limit of leased blocks the others go on.
         self._for_peers = WaitingQueue(self._policy)
         self._own = WaitingQueue(self._policy)
+        self._share = OverdueShare()
         self._num_preempted = 0
         # Tokens of what waits; those that will be found in the cache are not known yet.
         self.tokens = 0
@@ -77,12 +79,13 @@ class Prefills:
     def head(self, now: float) -> Sequence | None:
         """The waiting sequence that goes first among those that may start."""
         own, peers = self._own.head(now), self._for_peers.head(now)
-        if peers is None or not self._room.allows_lease(peers):
-            return own
-        if own is None:
-            return peers
-        orders = (self._own.order(own), own.arrival), (self._for_peers.order(peers), peers.arrival)
-        return own if orders[0] < orders[1] else peers
+        heads = [] if own is None else [own]
+        if peers is not None and self._room.allows_lease(peers):
+            heads.append(peers)
+        overdue = self._overdue(now)
+        if overdue is not None:
+            heads.append(overdue)
+        return min(heads, key=lambda sequence: (self._standing(sequence, now), sequence.arrival), default=None)
 
     def held_back(self, now: float) -> int:
         """The number of prefills for peers that wait for leased blocks to be freed."""
@@ -101,8 +104,7 @@ class Prefills:
                     continue
                 preempt = None
             elif partial:
-                sequence = partial.pop(0)
-                batch.add(sequence, self._chunk(sequence, batch.budget))
+                self._compute(partial.pop(0), batch)
             else:
                 break
         for sequence in before:
@@ -127,13 +129,19 @@ class Prefills:
             sequence.num_computed = 0
             return False
         self._room.looked_for(sequence, sequence.num_computed)
+        sequence.out_of_turn = self._standing(sequence, now)[0] is Rank.OVERDUE
         self.remove(sequence)
         self.own += not sequence.hold and not sequence.preemptions
         sequence.status = Status.RUNNING
         sequence.was_computed = True
         self._running.put(sequence)
-        batch.add(sequence, chunk)
+        self._compute(sequence, batch)
         return True
+
+    def _compute(self, sequence: Sequence, batch: Batch) -> None:
+        chunk = self._chunk(sequence, batch.budget)
+        batch.add(sequence, chunk)
+        self._share.spend(chunk, sequence.out_of_turn)
 
     def _has_blocks(
         self, sequence: Sequence, batch: Batch, partial: list[Sequence], now: float, preempt: Preempt
@@ -152,7 +160,7 @@ class Prefills:
         """Whether a waiting sequence goes before a partial one: only if it gains more than a step takes."""
         if current.passes >= _MAX_PASSES:
             return False
-        order, other = self._queue_of(newcomer).order(newcomer), self._order(current, now)
+        order, other = self._standing(newcomer, now), self._order(current, now)
         if order[:2] != other[:2]:
             return order[:2] < other[:2]
         return order[2] < other[2] - self._work(self._limits.max_num_batched_tokens, 0)
@@ -161,11 +169,28 @@ class Prefills:
         """The place of a partial prompt, by the work that is left of it."""
         prompt = self._prompt(sequence)
         rank = Rank.NORMAL
-        if sequence.preemptions or sequence.passes >= _MAX_PASSES or now > prompt.arrived_s + LONGEST_WAIT_S:
+        if sequence.preemptions or sequence.passes >= _MAX_PASSES:
             rank = Rank.URGENT
+        elif sequence.out_of_turn:
+            rank = Rank.OVERDUE
         elif now > self._policy.late_from(prompt):
             rank = Rank.LATE
         return rank, sequence.priority, self._policy.key(prompt)
+
+    def _standing(self, sequence: Sequence, now: float) -> Order:
+        """The place of a waiting prompt."""
+        order = self._queue_of(sequence).order(sequence)
+        return (Rank.OVERDUE, 0, 0.0) if order[0] > Rank.OVERDUE and sequence is self._overdue(now) else order
+
+    def _overdue(self, now: float) -> Sequence | None:
+        """The prompt that may go out of turn now: the one that has waited longest, if that is too long."""
+        if not self._share.is_due:
+            return None
+        own, peers = self._own.longest_waiting(), self._for_peers.longest_waiting()
+        if peers is not None and not self._room.allows_lease(peers):
+            peers = None
+        waiting = [sequence for sequence in (own, peers) if sequence and now >= sequence.arrived_s + LONGEST_WAIT_S]
+        return min(waiting, key=lambda sequence: sequence.arrival, default=None)
 
     def _prompt(self, sequence: Sequence) -> Prompt:
         work = self._work(sequence.num_missing, sequence.num_computed)

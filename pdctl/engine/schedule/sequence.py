@@ -58,6 +58,7 @@ class Sequence:
     preemptions: int = 0
     passes: int = 0  # steps that others got although it was being prefilled
     was_computed: bool = False  # in the last step
+    out_of_turn: bool = False  # admitted because it had waited too long
     block_ids: list[int] = field(default_factory=list)
     salt: str = ""  # requests with different salts share no blocks
     block_names: list[bytes] = field(default_factory=list)

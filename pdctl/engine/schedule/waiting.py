@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -11,16 +12,14 @@ from itertools import count
 from pdctl.engine.schedule.policies import Policy, Prompt
 from pdctl.engine.schedule.sequence import Sequence
 
-# No prompt waits longer than this behind later ones, whatever the policy and its priority. Seconds.
-LONGEST_WAIT_S = 30.0
-
 
 class Rank(IntEnum):
     """What goes before priority and policy."""
 
-    URGENT = 0  # preempted, or has waited too long
-    NORMAL = 1
-    LATE = 2  # its deadline cannot be kept any more
+    URGENT = 0  # preempted, or passed too often
+    OVERDUE = 1  # has waited too long, and it is the turn of one that has
+    NORMAL = 2
+    LATE = 3  # its deadline cannot be kept any more
 
 
 # Rank, priority (lower goes first), key of the policy in seconds.
@@ -38,7 +37,7 @@ class WaitingQueue:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._entries: dict[str, _Entry] = {}
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
         # The numbers make every item different: entries are never compared.
         self._numbers = count()
         self._heap: list[tuple[Order, int, int, _Entry]] = []
@@ -62,13 +61,12 @@ class WaitingQueue:
         self._enqueue(entry)
         if rank is Rank.NORMAL:
             self._change(entry, self._policy.late_from(prompt), Rank.LATE)
-            self._change(entry, prompt.arrived_s + LONGEST_WAIT_S, Rank.URGENT)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands."""
         del self._entries[sequence.request_id]
-        # Each live entry has at most two items in the first heap and two in the second.
-        if len(self._heap) + len(self._changes) > 8 * len(self._entries) + 64:
+        # Each live entry has at most two items in the first heap and one in the second.
+        if len(self._heap) + len(self._changes) > 6 * len(self._entries) + 64:
             self._heap = [item for item in self._heap if self._is_live(item[-1])]
             self._changes = [item for item in self._changes if self._is_live(item[-1])]
             heapq.heapify(self._heap)
@@ -87,6 +85,10 @@ class WaitingQueue:
                 return entry.sequence
             heapq.heappop(self._heap)
         return None
+
+    def longest_waiting(self) -> Sequence | None:
+        """The sequence that was queued first."""
+        return next(iter(self._entries.values())).sequence if self._entries else None
 
     def order(self, sequence: Sequence) -> Order:
         """The place of a queued sequence."""

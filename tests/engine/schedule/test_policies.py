@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,7 +15,7 @@ from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.engine.schedule.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
-from pdctl.engine.schedule.waiting import LONGEST_WAIT_S
+from pdctl.engine.schedule.share import LONGEST_WAIT_S
 from pdctl.policy_names import POLICY_NAMES
 
 CHUNK, BLOCK = 64, 16
@@ -141,6 +142,28 @@ def test_nothing_starves_under_a_steady_stream(policy: str) -> None:
         if "odd" in engine.first:
             break
         assert engine.now < 100 + 2 * LONGEST_WAIT_S, f"{policy} starves it"
+
+
+def test_what_has_waited_too_long_gets_a_part_of_the_work_and_not_all_of_it() -> None:
+    """Otherwise every policy is first-come as soon as all prompts wait that long."""
+    engine = Engine("sjf", seqs=1)
+    for number in range(80):
+        engine.add(f"long-{number}", 1024)
+    while engine.now < 100 + 2 * LONGEST_WAIT_S:
+        engine.add(f"short-{len(engine.shapes)}", 128)
+        engine.step()
+    began = len(engine.shapes)
+    for number in range(4000):
+        if number % 2 == 0:
+            engine.add(f"late-{number}", 128)
+        engine.step()
+    tokens = Counter[str]()
+    for shape in engine.shapes[began:]:
+        for name, count in shape:
+            tokens[name.partition("-")[0]] += count
+    assert tokens["long"] / tokens.total() == pytest.approx(1 / 8, abs=0.01)
+    done = [name for name in engine.first if name.startswith("long")]
+    assert done == [f"long-{number}" for number in range(len(done))], "the one that has waited longest is next"
 
 
 def test_the_first_in_order_takes_the_blocks_of_a_prompt_that_it_passes() -> None:
