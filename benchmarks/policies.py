@@ -2,7 +2,7 @@
 
     python -m benchmarks.policies azure_llm_2023_code.csv [--role prefill] [--count 0]
 
-The engine's own scheduler runs; only the length of a step comes from a formula, with the speed of one CPU core here.
+The engine's own scheduler runs; only the length of a step comes from the latency model, at the speed of one CPU core.
 As many engines as the load needs get the requests in turn. Half of the requests are interactive, half have six times as
 long for their first token.
 """
@@ -20,26 +20,18 @@ from pathlib import Path
 from pdctl.bench.trace import Row, read_rows
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.engine.schedule.batch import Limits, Outcome, Slice
+from pdctl.engine.schedule.batch import Limits, Outcome
 from pdctl.engine.schedule.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.engine.virtual import VirtualEngine, VirtualTime
+from pdctl.latency import StepTimes
 
 BLOCK, CHUNK, LONGEST, SEATS, BLOCKS = 16, 512, 16_384, 32, 6000
-# Of Gemma 3 270M in float32 on one core (docs/performance.md): seconds per step, token, pair of tokens, sequence, and
-# token of context of what decodes.
-STEP, TOKEN, PAIR, SEQUENCE, CONTEXT = 0.065, 2.3e-3, 4e-7, 4e-3, 2e-6
+# Of Gemma 3 270M in float32 on one core (docs/performance.md).
+TIMES = StepTimes((0.065, 2.3e-3, 4e-7, 4e-3, 2e-6))
 # Targets for the first token, as multiples of the mean time that a prompt takes.
 INTERACTIVE, RELAXED = 3.0, 18.0
-
-
-def step_time(batch: list[Slice]) -> float:
-    """Seconds that a step takes."""
-    tokens = sum(piece.count for piece in batch)
-    pairs = sum(piece.count * (piece.start + piece.count / 2) for piece in batch if piece.count > 1)
-    context = sum(piece.start for piece in batch if piece.count == 1)
-    return STEP + TOKEN * tokens + PAIR * pairs + SEQUENCE * len(batch) + CONTEXT * context
 
 
 class Service:
@@ -53,7 +45,7 @@ class Service:
         self._asked: dict[str, tuple[float, float]] = {}
         limits = Limits(SEATS, CHUNK, LONGEST, BLOCK, frozenset(), policy=policy)
         self.engines = [
-            VirtualEngine(self.time, Scheduler(limits, BlockAllocator(BLOCKS), clock=self.time), step_time, self._got)
+            VirtualEngine(self.time, Scheduler(limits, BlockAllocator(BLOCKS), clock=self.time), TIMES, self._got)
             for _ in range(engines)
         ]
 
@@ -109,7 +101,7 @@ def compare(rows: list[Row], role: str, loads: list[float]) -> Iterator[tuple[fl
     """Every policy at every load."""
     most = capacity(rows[:2000], role)
     offered = len(rows) / (rows[-1].at - rows[0].at)
-    work = sum(step_time([Slice(Sequence("", [], 0, Sampling(1)), 0, row.inputs, True)]) for row in rows) / len(rows)
+    work = sum(TIMES.prompt_s(row.inputs, 0, CHUNK) for row in rows) / len(rows)
     print(f"{role}: {most:.3f} requests/s of an engine, a prompt takes {work:.2f} s, targets {INTERACTIVE * work:.1f} "
           f"and {RELAXED * work:.1f} s")  # fmt: skip
     for load in loads:

@@ -1,3 +1,6 @@
-"""The policies of the builtin engine's scheduler, as a topology names them. What they do: pdctl.engine.schedule."""
+"""Words of a topology for the builtin engine: the policies of its scheduler, what it publishes. What they do:
+pdctl.engine.schedule, pdctl.engine.front.kv_events."""
 
 POLICY_NAMES = ("fcfs", "ljf", "sjf", "edf")
+# Of which blocks can be found: nothing, their hashes, or these and the tokens in them.
+KV_EVENTS = ("off", "hashes", "tokens")

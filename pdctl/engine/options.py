@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pdctl.net import LOOPBACK
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
-from pdctl.policy_names import POLICY_NAMES
+from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,9 @@ class EngineOptions:
     kv_cache_gb: float
     block_size: int
     prefix_caching: bool
+    kv_events: str
+    kv_events_port: int
+    kv_replay_port: int
     policy: str
     inline_prefill: bool
     transfer: str
@@ -81,6 +84,11 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--prefix-caching", type=_boolean, default=True, help="keep KV for prompts with the same beginning"
     )
+    parser.add_argument(
+        "--kv-events", choices=KV_EVENTS, default="off", help="publish which blocks of KV can be found, over ZeroMQ"
+    )
+    parser.add_argument("--kv-events-port", type=int, default=5557, help="for subscribers to --kv-events")
+    parser.add_argument("--kv-replay-port", type=int, default=5558, help="for events that a subscriber has missed")
     parser.add_argument("--policy", choices=POLICY_NAMES, default="fcfs", help="which prompt is computed first")
     parser.add_argument(
         "--inline-prefill", type=_boolean, default=True, help="keep the TPOT target of requests beside prompts"

@@ -1,4 +1,4 @@
-"""Engines in virtual time: the scheduler that ships, with steps whose length a function gives instead of a device.
+"""Engines in virtual time: the scheduler that ships, with steps whose length a model gives instead of a device.
 
 Days of traffic run in seconds, and always in the same way. One `VirtualTime` can drive several engines and whatever
 lies between them (a router, a transfer): each is a set of actions at moments.
@@ -13,9 +13,7 @@ from itertools import count
 from pdctl.engine.schedule.batch import Outcome, Slice
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
-
-# Seconds that a step takes.
-StepTime = Callable[[list[Slice]], float]
+from pdctl.latency import StepTimes, step_of
 
 # Every sampling sequence gets this token.
 _TOKEN = 1
@@ -46,17 +44,17 @@ class VirtualTime:
 
 
 class VirtualEngine:
-    """One engine. `scheduler` reads the clock `time`; `step_time` predicts its steps; `deliver` gets what each step
+    """One engine. `scheduler` reads the clock `time`; `times`: how long its steps take; `deliver` gets what each step
     made, at its end. As in the core's loop, what arrives during a step is handled after it."""
 
     def __init__(
-        self, time: VirtualTime, scheduler: Scheduler, step_time: StepTime, deliver: Callable[[Outcome], None]
+        self, time: VirtualTime, scheduler: Scheduler, times: StepTimes, deliver: Callable[[Outcome], None]
     ) -> None:
         self.scheduler = scheduler
         self.steps = 0
         self.busy_s = 0.0
         self._time = time
-        self._step_time = step_time
+        self._times = times
         self._deliver = deliver
         self._inbox: list[Callable[[], None]] = []
         self._is_computing = False
@@ -85,7 +83,7 @@ class VirtualEngine:
         batch = self.scheduler.schedule()
         if not batch:
             return
-        seconds = self._step_time(batch)
+        seconds = self._times.seconds(step_of((piece.count, piece.start) for piece in batch))
         assert seconds > 0
         self._is_computing = True
         self.busy_s += seconds

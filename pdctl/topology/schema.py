@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pdctl.adapters import kinds
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
-from pdctl.policy_names import POLICY_NAMES
+from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
 from pdctl.stores import store_kinds
 from pdctl.topology.spec import Device, Role
 from pdctl.transports import TRANSPORTS
@@ -287,6 +287,7 @@ ENGINE: dict[str, Key] = {
     "kv_cache_gb": Key(number(0, 4096), 1.0),
     "block_size": Key(integer(1, 1024), 16),
     "prefix_caching": Key(boolean(), True),
+    "kv_events": Key(choice(*KV_EVENTS), "off"),
     "policy": Key(choice(*POLICY_NAMES), "fcfs"),
     "inline_prefill": Key(boolean(), True),
     "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),

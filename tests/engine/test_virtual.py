@@ -10,14 +10,13 @@ import pytest
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.engine.schedule.batch import Limits, Outcome, Slice
+from pdctl.engine.schedule.batch import Limits, Outcome
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.engine.virtual import VirtualEngine, VirtualTime
+from pdctl.latency import StepTimes
 
-
-def step_time(batch: list[Slice]) -> float:
-    return 0.01 + 0.001 * sum(piece.count for piece in batch)
+TIMES = StepTimes((0.01, 0.001, 0.0, 0.0, 0.0))
 
 
 class Traffic:
@@ -29,7 +28,7 @@ class Traffic:
         self.targets: dict[str, float] = {}
         limits = Limits(8, 256, 16_384, 16, frozenset(), policy=policy)
         scheduler = Scheduler(limits, BlockAllocator(4000), clock=self.time)
-        self.engine = VirtualEngine(self.time, scheduler, step_time, self.got)
+        self.engine = VirtualEngine(self.time, scheduler, TIMES, self.got)
         rng = random.Random(3)
         lengths = [min(8000, int(rng.lognormvariate(6.0, 1.1))) + 1 for _ in range(count)]
         work = sum(0.001 * length + 0.01 * (length // 256 + 1) for length in lengths) / count
@@ -84,7 +83,7 @@ def test_what_arrives_during_a_step_waits_for_its_end() -> None:
     def got(outcome: Outcome) -> None:
         done.extend((token.request_id, round(time() * 1000)) for token in outcome.tokens)
 
-    engine = VirtualEngine(time, scheduler, step_time, got)
+    engine = VirtualEngine(time, scheduler, TIMES, got)
     engine.add(Sequence("first", [0] * 90, 90, Sampling(max_tokens=2)))
     time.at(0.05, lambda: engine.add(Sequence("second", [0] * 40, 40, Sampling(max_tokens=1))))
     time.at(0.101, lambda: engine.abort("first"))

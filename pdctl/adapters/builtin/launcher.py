@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from pdctl.adapters import Assignment, BaseLauncher, Fault, Installed, Launch, different_installations
+from pdctl.adapters import Assignment, BaseLauncher, Fault, Installed, Launch, Package, different_installations
 from pdctl.host import ENGINE_PACKAGES
-from pdctl.topology.spec import Device, Topology, Transfer
+from pdctl.topology.spec import Device, EngineGroup, Topology, Transfer
 
 
 class BuiltinLauncher(BaseLauncher):
@@ -15,7 +15,7 @@ class BuiltinLauncher(BaseLauncher):
     settings = frozenset(
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
-            "inline_prefill", "dtype",
+            "inline_prefill", "kv_events", "dtype",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -24,6 +24,16 @@ class BuiltinLauncher(BaseLauncher):
     def requirement(self, device: Device) -> str:
         """See Launcher.requirement."""
         return "pdctl[cuda]" if device is Device.CUDA else "pdctl[engine]"
+
+    def ports(self, group: EngineGroup) -> tuple[str, ...]:
+        """See Launcher.ports."""
+        return ("kv-events", "kv-replay") if group.kv_events != "off" else ()
+
+    def faults(self, topology: Topology, group: EngineGroup, package: Package) -> Iterable[Fault]:
+        """See Launcher.faults."""
+        if group.kv_events != "off" and not group.prefix_caching:
+            message = "there are no events without a prefix cache"
+            yield Fault("kv_events", message, "remove kv_events, or set prefix_caching = true")
 
     def pair_faults(self, prefill: Installed, decode: Installed) -> Iterator[Fault]:
         """See Launcher.pair_faults."""
@@ -47,6 +57,7 @@ class BuiltinLauncher(BaseLauncher):
             "--kv-cache-gb", f"{group.kv_cache_gb:g}",
             "--block-size", str(group.block_size),
             "--prefix-caching", str(group.prefix_caching).lower(),
+            *_events_argv(group, assignment.ports),
             "--policy", group.policy,
             "--inline-prefill", str(group.inline_prefill).lower(),
             *_transfer_argv(topology.transfer, assignment.rdma),
@@ -67,6 +78,16 @@ class BuiltinLauncher(BaseLauncher):
             ready_path="/health",
             generate_path="/v1/completions",
         )
+
+
+def _events_argv(group: EngineGroup, ports: Mapping[str, int]) -> tuple[str, ...]:
+    if group.kv_events == "off":
+        return ()
+    return (
+        "--kv-events", group.kv_events,
+        "--kv-events-port", str(ports["kv-events"]),
+        "--kv-replay-port", str(ports["kv-replay"]),
+    )  # fmt: skip
 
 
 def _transfer_argv(transfer: Transfer, devices: tuple[str, ...]) -> tuple[str, ...]:

@@ -22,10 +22,15 @@ class BlockAllocator:
     """Manages ids 0 to num_blocks - 1. Every block is free, idle, shared by one or more owners, or quarantined.
 
     `num_free` counts free and idle blocks. `on_free` is called with blocks that have just been freed (used by the debug
-    option that poisons them).
+    option that poisons them), `on_drop` with a name that leads to no block any more.
     """
 
-    def __init__(self, num_blocks: int, on_free: Callable[[list[int]], None] | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        on_free: Callable[[list[int]], None] | None = None,
+        on_drop: Callable[[bytes], None] | None = None,
+    ) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
         self.num_free = num_blocks
@@ -38,6 +43,7 @@ class BlockAllocator:
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
         self._on_free = on_free
+        self._on_drop = on_drop
         self._cursor = 0
 
     @property
@@ -75,13 +81,19 @@ class BlockAllocator:
 
     # -- names ---------------------------------------------------------------------------------------------
 
-    def name(self, block: int, name: bytes) -> None:
-        """Give an owned block a name: it can be found, and its content will not change. A second block with the same
-        name stays nameless."""
+    def name(self, block: int, name: bytes) -> bool:
+        """Give an owned block a name: it can be found, and its content will not change. False if a block with this name
+        exists: a second one stays nameless."""
         assert self._owners[block], "an unowned block has no content to name"
-        if name not in self._block_of and block not in self._name_of:
-            self._block_of[name] = block
-            self._name_of[block] = name
+        if name in self._block_of or block in self._name_of:
+            return False
+        self._block_of[name] = block
+        self._name_of[block] = name
+        return True
+
+    def names(self) -> set[bytes]:
+        """The names by which a block can be found."""
+        return set(self._block_of)
 
     def find(self, names: Iterable[bytes]) -> list[int]:
         """The blocks with these names, up to the first that does not exist."""
@@ -173,8 +185,11 @@ class BlockAllocator:
         given: list[int] = []
         while self._idle and len(given) < count:
             block, _ = self._idle.popitem(last=False)
-            del self._block_of[self._name_of.pop(block)]
+            name = self._name_of.pop(block)
+            del self._block_of[name]
             given.append(block)
+            if self._on_drop is not None:
+                self._on_drop(name)
         self.num_free -= len(given)
         return self._reclaim(given)
 

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pdctl.wire import Manifest
 
 
-def root(manifest: Manifest) -> bytes:
-    """The beginning of every chain of one model on one kind of pool."""
+def root(manifest: Manifest, secret: str = "") -> bytes:
+    """The beginning of every chain of one model on one kind of pool. Names can leave the process: without `secret`
+    nobody can tell whether a name is that of certain tokens."""
     shapes = [(shape.kv_heads, shape.key_dim, shape.value_dim) for shape in manifest.layers]
-    parts = ("pdctl-kv1", manifest.model, manifest.dtype, manifest.block_size, shapes)
+    parts = ("pdctl-kv1", secret, manifest.model, manifest.dtype, manifest.block_size, shapes)
     return hashlib.sha256(repr(parts).encode()).digest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from functools import partial
 
@@ -21,13 +22,14 @@ from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.model.loading import LoadedModel, ModelRefused
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Limits
+from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.transfer import Settings, Transport, transport_kind
 from pdctl.host.boot import host_id
 from pdctl.host.users import cache_root
 from pdctl.net import reachable
 from pdctl.transports import TRANSPORTS
-from pdctl.wire import PoolEndpoint, Served
+from pdctl.wire import SECRET_ENV, PoolEndpoint, Served
 
 
 def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
@@ -39,13 +41,14 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     inbox: Inbox[CoreEvent] = Inbox()
     ours = PoolShape(manifest, num_blocks, host_id(), options.transfer, options.read_s)
     puller = Puller(ours, transports, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
-    allocator = BlockAllocator(num_blocks, executor.poison)
-    names = root(manifest) if options.prefix_caching else None
+    journal = KvJournal(options.kv_events == "tokens") if options.kv_events != "off" else None
+    allocator = BlockAllocator(num_blocks, executor.poison, journal.removed if journal else None)
+    names = root(manifest, os.environ.get(SECRET_ENV, "")) if options.prefix_caching else None
     kept = LatencyFile(cache_root() / "latency", executor.latency_key)
     latency = kept.load(partial(measured, executor, limits, num_blocks, executor.loaded.vocab_size))
     if executor.poison is not None:
         executor.poison(list(range(num_blocks)))
-    scheduler = Scheduler(limits, allocator, latency, time.monotonic, names)
+    scheduler = Scheduler(limits, allocator, latency, time.monotonic, names, journal)
     core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save)
     served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(

@@ -17,6 +17,7 @@ from pdctl.engine.ipc.messages import (
     Abort,
     Connect,
     Failed,
+    KvChanges,
     Linked,
     Poke,
     Pull,
@@ -232,6 +233,8 @@ class Core:
             self._steps += 1
             for block_ids in [done.block_ids for done in outcome.progress] + [done.block_ids for done in outcome.held]:
                 self.executor.publish(block_ids)
+        if changes := self.scheduler.kv_changes():
+            self.outbox.put(KvChanges(changes))
         books = self.scheduler.books(self._steps)
         self.outbox.put(
             StepDone(outcome.tokens, outcome.held, self._failed, books, outcome.progress, outcome.withdrawn)

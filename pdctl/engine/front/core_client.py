@@ -25,6 +25,8 @@ from pdctl.engine.ipc.messages import (
     Failed,
     FromCore,
     Held,
+    KvChange,
+    KvChanges,
     Linked,
     Poke,
     Progress,
@@ -82,6 +84,7 @@ class CoreClient:
         self.tokens_total = 0
         self.quarantined_block_s = 0.0
         self.on_linked: Callable[[Linked], None] = lambda _: None
+        self.on_kv_changes: Callable[[list[KvChange]], None] = lambda _: None
         self._books_at = time.monotonic()
         self._asked_at = self._heard_at = 0.0
         self._closing = False
@@ -135,6 +138,8 @@ class CoreClient:
                         ", ".join(f"{s.transport} ({s.protocol})" for s in message.endpoint.served) or "not served",
                     )  # fmt: skip
                     self.books = Books(blocks_free=message.num_blocks)
+                case KvChanges(changes):
+                    self.on_kv_changes(changes)
                 case Linked():
                     self.on_linked(message)
                 case StartRefused(reason):

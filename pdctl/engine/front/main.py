@@ -25,6 +25,7 @@ from pdctl.engine.front.handover.offers import Identity, OfferDesk
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.front.handover.trace import Trace
+from pdctl.engine.front.kv_events import KvEvents
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.seal import Seal
 from pdctl.engine.front.routers.transfers import Transfers
@@ -79,6 +80,9 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
     secret = os.environ.get(SECRET_ENV, "")
     trace = Trace(options.name, options.epoch)
     core = CoreClient(options)
+    events = KvEvents(options) if options.kv_events != "off" else None
+    if events is not None:
+        core.on_kv_changes = events.take
     leases = LeaseDesk(LeaseTable(options.epoch, options.lease_s), core, trace)
     peers = Peers(f"{options.name}@{options.epoch}", secret)
     links = LinkBook(peers, core)
@@ -88,7 +92,7 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         desk = OfferDesk(identity, core, leases, peers, tasks)
         seal = Seal(secret)
         routers = RouterDesk(seal, leases, links, peers)
-        control = Control(options, secret, core, leases, links, receiver, routers)
+        control = Control(options, secret, core, leases, links, receiver, routers, events)
         parsers = choose(options.tool_parser, options.reasoning_parser, codec.template)
         generator = Generator(codec, parsers, core, desk, peers, receiver)
         transfers = Transfers(seal, options.open and bool(secret))
@@ -99,12 +103,16 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         tasks.create_task(leases.expire_forever())
         tasks.create_task(receiver.renew_forever())
         tasks.create_task(peers.release_forever())
+        if events is not None:
+            tasks.create_task(events.replay_forever())
         await server.serve(sockets=[listener])
         await core.close()
         peers.close()
         trace.close()
         # A core that is still loading cannot receive messages; it is killed when its task is cancelled.
         await asyncio.wait([core_task], timeout=_DRAIN_S if core.ready else 0)
+        if events is not None:
+            events.close()
         raise _Stopped
 
 

@@ -243,6 +243,30 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
     withdrawn: list[Withdrawn] = []
 
 
+class KvStored(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Blocks that can be found by their names now, each after the one before it; the first one after `parent`.
+    `tokens`: those of all these blocks, if they are told."""
+
+    names: list[bytes]
+    parent: bytes | None
+    tokens: list[int]
+
+
+class KvRemoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Blocks that cannot be found by these names any more."""
+
+    names: list[bytes]
+
+
+KvChange = KvStored | KvRemoved
+
+
+class KvChanges(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Changes of the prefix cache, in order. Sent only if the engine publishes them."""
+
+    changes: list[KvChange]
+
+
 class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Blocks for a request's KV are reserved. The KV of its first `cached` tokens is already in them."""
 
@@ -267,4 +291,4 @@ class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
     link: LinkInfo
 
 
-FromCore = Ready | StartRefused | StepDone | Reserved | Pulled | Linked
+FromCore = Ready | StartRefused | StepDone | KvChanges | Reserved | Pulled | Linked

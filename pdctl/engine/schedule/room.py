@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.schedule.batch import Limits
+from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.sequence import Sequence, Status
 
 # Part of the pool that admission leaves free, so that the running sequences can grow without preempting one.
@@ -31,9 +32,16 @@ class _Blocks:
 class Room:
     """`pinned`: blocks of sequences whose KV is for a peer; `leased`: those of them that are ready; `reserved`: blocks
     for KV that is being pulled; `expected`: sequences with such blocks, each of which has a seat. `looked_up` and
-    `found`: tokens of prompts, and those of them whose KV was there. `root`: see `prefix`; None: nothing is shared."""
+    `found`: tokens of prompts, and those of them whose KV was there. `root`: see `prefix`; None: nothing is shared.
+    `journal`: gets the blocks that can be found; what the allocator drops reaches it by `on_drop`."""
 
-    def __init__(self, limits: Limits, allocator: BlockAllocator, root: bytes | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        allocator: BlockAllocator,
+        root: bytes | None = None,
+        journal: KvJournal | None = None,
+    ) -> None:
         self.limits = limits
         self.allocator = allocator
         self.expected = 0
@@ -41,6 +49,7 @@ class Room:
         self._pinned, self._leased, self._reserved = (_Blocks(allocator.num_blocks) for _ in range(3))
         self._spare = int(allocator.num_blocks * _WATERMARK)
         self._root = root
+        self._journal = journal
 
     @property
     def leased(self) -> int:
@@ -97,9 +106,12 @@ class Room:
         full = sequence.num_computed // self.limits.block_size
         if self._root is None or full <= sequence.num_named:
             return
-        names = self._names(sequence, full)
+        names, size = self._names(sequence, full), self.limits.block_size
         for index in range(sequence.num_named, full):
-            self.allocator.name(sequence.block_ids[index], names[index])
+            is_new = self.allocator.name(sequence.block_ids[index], names[index])
+            if is_new and self._journal is not None:
+                tokens = sequence.token_ids[index * size : (index + 1) * size]
+                self._journal.stored(names[index], names[index - 1] if index else None, tokens)
         sequence.num_named = full
 
     def release(self, sequence: Sequence) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from itertools import repeat
 
 from pdctl.engine.cache.blocks import BlockAllocator
-from pdctl.engine.ipc.messages import Books, Failed, Held, Logprobs, Progress, Token, Withdrawn
+from pdctl.engine.ipc.messages import Books, Failed, Held, KvChange, Logprobs, Progress, Token, Withdrawn
 from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice
 from pdctl.engine.schedule.inline import prompt_tokens
+from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.engine.schedule.prefills import Prefills
 from pdctl.engine.schedule.room import Room
@@ -29,7 +30,7 @@ _MAX_PREEMPTIONS = 4
 class Scheduler:
     """Admission, chunking, preemption and block counts of one engine. `latency`: predicts steps, by default from those
     so far; `clock`: monotonic seconds, by default of a clock that stands still; `root`: the beginning of the names of
-    blocks, None: no block is shared."""
+    blocks, None: no block is shared; `journal`: gets what others can find."""
 
     def __init__(
         self,
@@ -38,13 +39,15 @@ class Scheduler:
         latency: LatencyModel | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         root: bytes | None = None,
+        journal: KvJournal | None = None,
     ) -> None:
         self.limits = limits
         self.allocator = allocator
         self.sequences: dict[str, Sequence] = {}
         self.running = Running()
         self._clock = clock
-        self._room = Room(limits, allocator, root)
+        self._room = Room(limits, allocator, root, journal)
+        self._journal = journal
         self.latency = latency or LatencyModel()
         self._prefills = Prefills(limits, self._room, self.running, self._work)
         self._incoming: dict[str, Sequence] = {}
@@ -259,6 +262,10 @@ class Scheduler:
             context=sum(sequence.num_computed for sequence in self.running.decoding.values()),
             accuracy=(prefill, decode, mixed),
         )
+
+    def kv_changes(self) -> list[KvChange]:
+        """What others can find since the last call, and what not any more; empty without a journal."""
+        return [] if self._journal is None else self._journal.take()
 
     @property
     def has_work(self) -> bool:

@@ -9,8 +9,8 @@ from pdctl.wire import LayerShape, Manifest
 MANIFEST = Manifest("m", "float32", 16, [LayerShape(2, 8, 8)])
 
 
-def name(manifest: Manifest, salt: str, *blocks: list[int]) -> bytes:
-    found = prefix.salted(prefix.root(manifest), salt)
+def name(manifest: Manifest, salt: str, *blocks: list[int], secret: str = "s") -> bytes:
+    found = prefix.salted(prefix.root(manifest, secret), salt)
     for tokens in blocks:
         found = prefix.following(found, tokens)
     return found
@@ -31,6 +31,8 @@ def test_whatever_decides_on_the_content_changes_the_name() -> None:
         name(MANIFEST, "", [1, 2], [3, 4]),
         name(MANIFEST, "t", [2, 1], [3, 4]),
         name(MANIFEST, "t", [1, 2]),
+        name(MANIFEST, "t", [1, 2], [3, 4], secret="other"),
+        name(MANIFEST, "t", [1, 2], [3, 4], secret=""),
     ]
     assert len({name(MANIFEST, "t", [1, 2], [3, 4]), *others}) == len(others) + 1
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
-from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.ipc.messages import KvRemoved, Sampling
 from pdctl.engine.schedule.batch import Limits, Slice
+from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
@@ -34,9 +36,11 @@ class Engine:
 
     def __init__(self, blocks: int = 64, tokens: int = 64, seqs: int = 4, policy: str = "fcfs", shares: bool = True):
         self.slots: list[tuple[int, ...] | None] = [None] * (blocks * BLOCK)
-        allocator = BlockAllocator(blocks, self._poison)
+        self.journal = KvJournal(tells_tokens=True)
+        self.told: set[bytes] = set()
+        allocator = BlockAllocator(blocks, self._poison, self.journal.removed)
         limits = Limits(seqs, tokens, 64, BLOCK, frozenset({EOS}), policy=policy)
-        self.scheduler = Scheduler(limits, allocator, root=b"root" if shares else None)
+        self.scheduler = Scheduler(limits, allocator, root=b"root" if shares else None, journal=self.journal)
         self.outputs: dict[str, list[int]] = {}
         self.cached: dict[str, int] = {}
         self.computed = 0
@@ -53,11 +57,28 @@ class Engine:
         batch = self.scheduler.schedule()
         chosen = [choice for piece in batch if (choice := self._compute(piece)) is not None]
         outcome = self.scheduler.update(batch, chosen)
-        self.scheduler.audit()
+        self.audit()
         for token in outcome.tokens:
             self.outputs.setdefault(token.request_id, []).append(token.token_id)
             self.cached.setdefault(token.request_id, token.cached)
         return batch
+
+    def audit(self) -> None:
+        """The scheduler's own, and: whoever follows the changes knows what can be found, and from which tokens."""
+        self.scheduler.audit()
+        for change in self.scheduler.kv_changes():
+            if isinstance(change, KvRemoved):
+                for name in change.names:
+                    self.told.remove(name)
+                continue
+            before = change.parent
+            for number, name in enumerate(change.names):
+                assert name not in self.told
+                tokens = change.tokens[number * BLOCK : (number + 1) * BLOCK]
+                assert before is None or name == prefix.following(before, tokens)
+                self.told.add(name)
+                before = name
+        assert self.told == self.scheduler.allocator.names()
 
     def _compute(self, piece: Slice) -> int | None:
         """Write what the tokens depend on, read everything before them, and choose the next token by it."""
@@ -218,8 +239,9 @@ def test_a_hit_never_changes_a_token(
             victim = str(chance.randint(0, number))
             aborted.add(victim)
             shared.scheduler.abort(victim)
-            shared.scheduler.audit()
+            shared.audit()
     shared.run()
+    shared.audit()
     for name, expected in plain.outputs.items():
         found = shared.outputs.get(name, [])
         assert found == (expected[: len(found)] if name in aborted else expected)

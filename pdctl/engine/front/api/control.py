@@ -18,6 +18,7 @@ from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.peers import SESSION_PATH
 from pdctl.engine.front.handover.receiver import Receiver
+from pdctl.engine.front.kv_events import KvEvents
 from pdctl.engine.front.posted import Done, Posted, answer, refusal
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.distserve import DistServe
@@ -53,6 +54,7 @@ class Control:
         links: LinkBook,
         receiver: Receiver,
         desk: RouterDesk,
+        events: KvEvents | None,
     ) -> None:
         self._options = options
         self._secret = secret
@@ -61,6 +63,7 @@ class Control:
         self._links = links
         self._receiver = receiver
         self._desk = desk
+        self._events = events
         # The supervisor tells it once the engine is ready; until then it takes everything.
         self._role = RoleCall("hybrid")
 
@@ -86,6 +89,7 @@ class Control:
             Route("/metrics", self._metrics),
             Route("/pdctl/v1/state", self._state),
             Route("/pdctl/v1/endpoint", self._endpoint),
+            Route("/kv/blocks", self._blocks),
             *posts,
             *distserve.routes(),
         ]
@@ -158,6 +162,11 @@ class Control:
         if ready is None:
             return refusal(ApiError(503, "the model is still loading", "service_unavailable"))
         return answer(EndpointReply(self._options.epoch, self._core.endpoint))
+
+    async def _blocks(self, _: Request) -> Response:
+        if self._events is None:
+            return refusal(ApiError(404, 'kv_events is "off" for this engine'))
+        return answer(self._events.snapshot())
 
     def _take_role(self, call: RoleCall) -> RoleCall:
         self._role = call
