@@ -37,6 +37,7 @@ EXIT_CONFIG = 78
 # Peers' messages are validated when decoded: for example an impossible port, or a lease too short to renew.
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.05, le=3600)]
 
 
@@ -116,7 +117,8 @@ class HandOver(msgspec.Struct, frozen=True):
 class Offer(msgspec.Struct, frozen=True):
     """A prefill in progress offers `num_tokens` of KV to be read as they are computed; `readable`: ready now.
 
-    `withdrawn`: the prefill was abandoned, and what was read is invalid.
+    `withdrawn`: the prefill was abandoned, and what was read is invalid. `token_ids` and `salt`: of the KV's tokens, so
+    that blocks which the reader has itself are not read; only in the first offer, or empty.
     """
 
     engine: str
@@ -130,6 +132,8 @@ class Offer(msgspec.Struct, frozen=True):
     block_ids: list[int]
     endpoint: KvEndpoint
     withdrawn: bool = False
+    token_ids: list[TokenId] = []
+    salt: str = ""
 
 
 class LeaseCall(msgspec.Struct, frozen=True):

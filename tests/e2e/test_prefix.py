@@ -64,6 +64,22 @@ def test_the_same_prompt_again_moves_nothing(service: Service) -> None:
     service.idle()
 
 
+def test_a_long_prompt_is_read_in_chunks_without_what_decode_has(service: Service) -> None:
+    begin, more = tokens(21, 400), tokens(22, 1200)
+    answer = service.complete(begin, max_tokens=120, ignore_eos=True)["token_ids"]
+    early, before = (metric(service, "decode-0", name) for name in ("pdctl_engine_pulls_early_total", MOVED))
+    prompt = [*begin, *answer, *more]
+    found = service.complete(prompt, max_tokens=20, ignore_eos=True)
+    moved = metric(service, "decode-0", MOVED) - before
+    anew = service.complete(prompt, max_tokens=20, ignore_eos=True, cache_salt="anew")
+    assert found["token_ids"] == anew["token_ids"]
+    whole = metric(service, "decode-0", MOVED) - before - moved
+    assert metric(service, "decode-0", "pdctl_engine_pulls_early_total") == early + 2, "both were read in chunks"
+    # Of 1,720 tokens decode has 519: the prompt and its own answer, without the answer's last token.
+    assert moved / whole == pytest.approx((1720 - 512) / 1720, abs=0.001)
+    service.idle()
+
+
 def test_a_stream_counts_cached_tokens_too(service: Service) -> None:
     prompt = tokens(12, 100)
     service.complete(prompt, max_tokens=2)

@@ -171,8 +171,8 @@ class Core:
                 self._failed.append(message)
             case Abort(request_id):
                 self.scheduler.abort(request_id)
-            case Reserve(request_id, kv_tokens):
-                self._reserve(request_id, kv_tokens)
+            case Reserve():
+                self._reserve(message)
             case Pulled(request_id):
                 self.scheduler.pull_ended(request_id, message.uncertain)
             case Settled(request_id):
@@ -186,8 +186,11 @@ class Core:
                 raise AssertionError(f"unexpected {message}")
         self._books_due = True
 
-    def _reserve(self, request_id: str, kv_tokens: int) -> None:
-        sequence = Sequence(request_id, [], 0, Sampling(1), kv_tokens=kv_tokens, status=Status.AWAITING_BLOCKS)
+    def _reserve(self, message: Reserve) -> None:
+        sequence = Sequence(
+            message.request_id, message.token_ids, 0, Sampling(1), kv_tokens=message.kv_tokens, salt=message.salt,
+            status=Status.AWAITING_BLOCKS,
+        )  # fmt: skip
         if failed := self.scheduler.add(sequence):
             self._failed.append(failed)
 

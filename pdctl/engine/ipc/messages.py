@@ -100,10 +100,13 @@ class Poke(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Reserve(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Reserve blocks for `kv_tokens` tokens of a request that will follow."""
+    """Reserve blocks for `kv_tokens` tokens of a request that will follow. `token_ids` and `salt`: these tokens and the
+    request's salt, as far as they are known."""
 
     request_id: str
     kv_tokens: int
+    token_ids: list[int] = []
+    salt: str = ""
 
 
 class Connect(msgspec.Struct, frozen=True, array_like=True, tag=True):

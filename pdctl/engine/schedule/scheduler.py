@@ -71,8 +71,7 @@ class Scheduler:
             reason = f"needs {needed} KV blocks and the engine has {self.allocator.num_blocks}"
             return Failed(sequence.request_id, f"{reason}; raise kv_cache_gb or lower max_tokens")
         if sequence.request_id in self.sequences:
-            self._fill(self.sequences[sequence.request_id], sequence)
-            return None
+            return self._fill(self.sequences[sequence.request_id], sequence)
         self._arrivals += 1
         sequence.arrival = self._arrivals
         sequence.arrived_s = self._clock()
@@ -83,19 +82,24 @@ class Scheduler:
             self._prefills.queue(sequence)
         return None
 
-    def _fill(self, reserved: Sequence, request: Sequence) -> None:
-        """The request for reserved blocks has arrived."""
+    def _fill(self, reserved: Sequence, request: Sequence) -> Failed | None:
+        """The request for reserved blocks has arrived. Failed if they were reserved for other tokens: blocks that were
+        found here would hold another prompt's KV, or another tenant's."""
         assert reserved.status in (Status.AWAITING_BLOCKS, Status.AWAITING_KV)
         assert reserved.kv_tokens == request.kv_tokens
+        known = request.token_ids[: request.kv_tokens], request.salt
+        if reserved.block_names and (reserved.token_ids, reserved.salt) != known:
+            self.abort(request.request_id)
+            return Failed(request.request_id, "its KV was offered as that of other tokens")
         reserved.token_ids = request.token_ids
         reserved.prompt_len = request.prompt_len
         reserved.sampling = request.sampling
         reserved.guide = request.guide
         reserved.priority = request.priority
         reserved.tpot_s = request.tpot_s
-        # Its blocks get names when they are committed: only now it is known to whom they may be shown.
-        assert not reserved.block_names
+        # What is pulled gets its names at the commit, so with this salt.
         reserved.salt = request.salt
+        return None
 
     def reserve(self) -> list[Sequence]:
         """Reserve blocks for hand-overs in order of arrival, as long as they fit."""
@@ -103,7 +107,7 @@ class Scheduler:
         while self._incoming and not self._prefills.has_preempted and self._prefills.has_seat:
             # A preempted one needs all its blocks at once and came first: these must not take them one by one.
             sequence = next(iter(self._incoming.values()))
-            # Of a hand-over whose request is not here yet, the tokens are not known.
+            # Of a hand-over whose request is not here yet, the tokens may be unknown.
             found = self._room.attach(sequence, sequence.kv_tokens) if sequence.token_ids else 0
             if not self._room.grow(sequence, sequence.kv_tokens):
                 self._room.release(sequence)
@@ -155,7 +159,7 @@ class Scheduler:
         if sequence is None or sequence.status is not Status.AWAITING_KV or request_id in self._doomed:
             return False
         assert request_id not in self._pulling
-        assert sequence.token_ids, "decoding begins before the request came"
+        assert sequence.prompt_len, "decoding begins before the request came"
         sequence.num_computed = sequence.kv_tokens
         self._received += 1
         self._room.become(sequence, Status.RUNNING)

@@ -213,6 +213,57 @@ def test_blocks_read_ahead_of_their_request_belong_to_its_salt() -> None:
         assert engine.cached[name] == found
 
 
+def offered(engine: Engine, name: str, tokens: list[int], salt: str = "") -> Sequence:
+    """Blocks for a prompt of which a peer has told the tokens, before the request itself is here."""
+    given = Sequence(
+        name, list(tokens), 0, Sampling(1), kv_tokens=len(tokens), salt=salt, status=Status.AWAITING_BLOCKS
+    )
+    assert engine.scheduler.add(given) is None
+    (reserved,) = engine.scheduler.reserve()
+    return reserved
+
+
+def pulled(engine: Engine, sequence: Sequence, tokens: list[int]) -> None:
+    assert engine.scheduler.pull_started(sequence.request_id)
+    for at in range(sequence.num_cached, len(tokens)):
+        engine.slots[engine._slot(sequence, at)] = tuple(tokens[: at + 1])
+    engine.scheduler.pull_ended(sequence.request_id)
+
+
+def test_a_prompt_that_is_read_in_chunks_reads_only_what_is_not_here() -> None:
+    engine, prompt = Engine(), list(range(20))
+    engine.add("first", prompt[:13], salt="x")
+    engine.run()
+    reserved = offered(engine, "second", prompt, salt="x")
+    assert reserved.num_cached == 12
+    assert not reserved.num_computed
+    pulled(engine, reserved, prompt)
+    engine.add("second", [*prompt, 77], salt="x", kv_tokens=20, status=Status.AWAITING_BLOCKS)
+    assert engine.scheduler.pulled_blocks("second") == reserved.block_ids[3:]
+    assert engine.scheduler.start("second")
+    engine.run()
+    engine.add("third", [*prompt, 78], salt="x")
+    engine.run()
+    assert engine.cached["third"] == 20
+    assert engine.scheduler.allocator.num_free == 64
+
+
+@pytest.mark.parametrize(("other", "salt"), [(0, "y"), (0, ""), (1, "x")])
+def test_an_offer_with_other_tokens_or_another_salt_than_its_request_is_lost(other: int, salt: str) -> None:
+    engine, prompt = Engine(), list(range(20))
+    engine.add("first", prompt, salt="x")
+    engine.run()
+    pulled(engine, offered(engine, "second", prompt, salt="x"), prompt)
+    request = [*prompt[:19], prompt[19] + other, 77]
+    given = Sequence("second", request, 21, Sampling(2), kv_tokens=20, salt=salt, status=Status.AWAITING_BLOCKS)
+    failed = engine.scheduler.add(given)
+    assert failed is not None
+    assert "other tokens" in failed.reason
+    assert not engine.scheduler.start("second")
+    engine.audit()
+    assert engine.scheduler.allocator.num_free == 64
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12),

@@ -98,9 +98,7 @@ class Generator:
     async def _pieces(
         self, request: GenerationRequest, submit: Submit, events: RequestEvents, text: Output
     ) -> AsyncIterator[Piece]:
-        offering = Offering(
-            self._desk, submit.request_id, len(submit.token_ids), request.holder, request.attempt, request.offer_to
-        )
+        offering = Offering(self._desk, submit, request.holder, request.attempt, request.offer_to)
         last = False
         try:
             while not last:

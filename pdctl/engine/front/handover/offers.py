@@ -6,11 +6,13 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+import msgspec
+
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.handover.lease import Lease
-from pdctl.engine.ipc.messages import Held, Progress
+from pdctl.engine.ipc.messages import Held, Progress, Submit
 from pdctl.net.http_client import Unreachable
 from pdctl.net.openai_fields import OfferTo
 from pdctl.wire import Offer, RevokeCall
@@ -51,12 +53,12 @@ class OfferDesk:
             self._sending += 1
             self._tasks.create_task(self._send(to, offer))
 
-    def make(self, lease: Lease, num_tokens: int, readable: int, block_ids: list[int], withdrawn: bool) -> Offer:
-        """An offer of this engine."""
+    def make(self, lease: Lease, offered: Submit, readable: int, block_ids: list[int], withdrawn: bool) -> Offer:
+        """An offer of this engine, without tokens."""
         me = self.identity
         return Offer(
-            me.name, me.host, me.port, lease.lease_id, me.epoch, me.lease_s, num_tokens, readable, block_ids,
-            self._core.endpoint, withdrawn,
+            me.name, me.host, me.port, lease.lease_id, me.epoch, me.lease_s, len(offered.token_ids), readable,
+            block_ids, self._core.endpoint, withdrawn,
         )  # fmt: skip
 
     async def _send(self, to: OfferTo, offer: Offer) -> None:
@@ -74,17 +76,15 @@ class Offering:
     `router` and `attempt`: the calling router and its name for the call; `to`: the decode engine that may read early.
     """
 
-    def __init__(
-        self, desk: OfferDesk, request_id: str, num_tokens: int, router: str, attempt: str, to: OfferTo | None
-    ) -> None:
+    def __init__(self, desk: OfferDesk, submit: Submit, router: str, attempt: str, to: OfferTo | None) -> None:
         self._desk = desk
-        self._request_id = request_id
-        self._num_tokens = num_tokens
+        self._submit = submit
         self._router = router
         self._attempt = attempt
         self._to = to
         self._lease: Lease | None = None
         self._block_ids: list[int] = []
+        self._has_told_tokens = False
 
     def progress(self, done: Progress) -> None:
         """A chunk is computed: offer its KV."""
@@ -112,9 +112,12 @@ class Offering:
             self._tell(lease, 0, withdrawn=True)
 
     def _grant(self, num_blocks: int, sealed: bool = True) -> Lease | None:
-        return self._desk.leases.grant(self._request_id, num_blocks, self._router, self._attempt, sealed)
+        return self._desk.leases.grant(self._submit.request_id, num_blocks, self._router, self._attempt, sealed)
 
     def _tell(self, lease: Lease, readable: int, withdrawn: bool = False) -> None:
         if self._to is not None:
-            offer = self._desk.make(lease, self._num_tokens, readable, self._block_ids, withdrawn)
+            offer = self._desk.make(lease, self._submit, readable, self._block_ids, withdrawn)
+            if not self._has_told_tokens:
+                self._has_told_tokens = True
+                offer = msgspec.structs.replace(offer, token_ids=self._submit.token_ids, salt=self._submit.salt)
             self._desk.send(self._to, offer)

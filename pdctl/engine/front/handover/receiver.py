@@ -108,7 +108,7 @@ class Receiver:
             run = self._new_run(of_offer(offer), f"kv.{offer.lease_id}")
             run.early = True
             run.let_go.clear()
-            self._tasks.create_task(self._read_early(run, offer.num_tokens))
+            self._tasks.create_task(self._read_early(run, offer))
         if offer.readable >= offer.num_tokens:
             # The request itself will arrive soon, unless its client disconnected.
             run.wanted_until = time.monotonic() + offer.lease_s
@@ -179,12 +179,13 @@ class Receiver:
             self.totals.lost += 1
             raise KvLost(f"the KV of {run.lease.engine} was lost ({run.state.reason}): {run.detail}")
 
-    async def _read_early(self, run: _Run, num_tokens: int) -> None:
+    async def _read_early(self, run: _Run, offer: Offer) -> None:
         """Read offered chunks until the request itself arrives and takes over, or the KV is lost."""
         try:
             if run.early:
                 # Otherwise the request came first and has made its own reservation.
-                await self._core.send(Reserve(run.core_id, num_tokens))
+                known = offer.token_ids if len(offer.token_ids) == offer.num_tokens else []
+                await self._core.send(Reserve(run.core_id, offer.num_tokens, known, offer.salt))
             async with asyncio.timeout(_EARLY_S):
                 while run.state.phase not in FINAL and run.early:
                     await self._step(run, await run.inbox.get())

@@ -250,12 +250,15 @@ class Rig:
             lease_s, 7, KvEndpoint((POOL,)),
         )  # fmt: skip
 
-    def offer(self, lease: Lease, readable: int, withdrawn: bool = False, lease_s: float = 600.0) -> LeaseReply:
+    def offer(
+        self, lease: Lease, readable: int, withdrawn: bool = False, lease_s: float = 600.0,
+        token_ids: list[int] | None = None, salt: str = "",
+    ) -> LeaseReply:  # fmt: skip
         """Offer the receiver the blocks that it can read early."""
         return self.receiver.offer(
             Offer(
                 "p0", "127.0.0.1", self.prefill.port, lease.lease_id, "pe", lease_s, TOKENS, readable, [1, 2],
-                KvEndpoint((POOL,)), withdrawn,
+                KvEndpoint((POOL,)), withdrawn, token_ids or [], salt,
             )
         )  # fmt: skip
 

@@ -296,6 +296,30 @@ def test_a_hand_over_is_read_by_one_request_and_once() -> None:
 
 
 class TestEarly:
+    def test_what_is_here_is_not_read(self) -> None:
+        async def test(found: Rig) -> None:
+            lease = found.prefill.grant(sealed=False)
+            core_id, known = f"kv.{lease.lease_id}", list(range(TOKENS))
+            assert found.offer(lease, 3, token_ids=known, salt="x").ok
+            assert await found.core.next(Reserve) == Reserve(core_id, TOKENS, known, "x")
+            await found.core.say(Reserved(core_id, [4, 5], 4))
+            await found.told.until(ReceptionEvent.RESERVED, lease.lease_id)
+            await found.told.until(ReceptionEvent.CLAIM_OK, lease.lease_id)
+            await found.core.hears_nothing()  # three tokens are readable, and four are here
+            assert found.offer(lease, 6).ok
+            piece = await found.core.next(Pull)
+            assert (piece.first, piece.count) == (4, 2)
+
+        run(test)
+
+    def test_tokens_that_do_not_fit_the_offer_are_not_used(self) -> None:
+        async def test(found: Rig) -> None:
+            lease = found.prefill.grant(sealed=False)
+            assert found.offer(lease, 3, token_ids=[1, 2], salt="x").ok
+            assert await found.core.next(Reserve) == Reserve(f"kv.{lease.lease_id}", TOKENS, [], "x")
+
+        run(test)
+
     def test_chunks_are_read_as_they_come_and_the_request_takes_over(self) -> None:
         async def test(found: Rig) -> None:
             lease = found.prefill.grant(sealed=False)
