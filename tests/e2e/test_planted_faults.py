@@ -307,7 +307,7 @@ def test_up_refuses_what_is_critical_and_force_starts_it(run: Run) -> None:
     assert not run.processes()
     forced = run.cli("up", "-d", "--force")
     assert "warning: service.max_model_len" in forced.stderr
-    assert "is more than the model's 4096 positions" in forced.stderr, "and so says the engine"
+    assert "is more than the 4096 positions of this model" in forced.stderr, "and so says the engine"
     run.write(text)
     assert run.cli("up", "-d").returncode == 0
     # Its own port and memory use are not problems while it is running.

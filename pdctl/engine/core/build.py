@@ -91,7 +91,8 @@ def _open_transports(options: EngineOptions, memory: Memory) -> dict[str, Transp
 def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Limits:
     if options.max_model_len > loaded.max_positions:
         raise ModelRefused(
-            f"max_model_len = {options.max_model_len} is more than the model's {loaded.max_positions} positions"
+            f"max_model_len = {options.max_model_len} is more than the {loaded.max_positions} positions of this model "
+            "that can be served"
         )
     return Limits(
         max_num_seqs=options.max_num_seqs,

@@ -60,11 +60,22 @@ class BatchContext:
     masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
 
+class HookCall(NamedTuple):
+    """What a layer asks for, with the mask that transformers made for it, if any."""
+
+    layer: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None
+    mask: torch.Tensor | None
+
+
 class HookLog:
     """Records which layers call the hook, with which shapes, instead of computing. For the check at load."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, int, int, int]] = []
+        self.calls: list[HookCall] = []
 
 
 _current: BatchContext | HookLog | None = None
@@ -102,7 +113,8 @@ def attend(
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     layer = int(str(module.layer_idx))
     if isinstance(_current, HookLog):
-        _current.calls.append((layer, k.shape[1], k.shape[2], v.shape[2]))
+        called = HookCall(layer, k.shape[1], k.shape[2], v.shape[2], sliding_window, attention_mask)
+        _current.calls.append(called)
         return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
     context = _current
     keys, values = context.pool.keys[layer], context.pool.values[layer]

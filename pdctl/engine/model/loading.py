@@ -1,7 +1,7 @@
 """Load a Hugging Face model for paged attention, and refuse one that would compute wrong results.
 
 The check: every layer must have called the attention hook exactly once with the same shape of call, and the paged
-logits of 32 tokens must agree with the model's own dense ones.
+logits of 32 tokens must agree with the model's own dense ones. Positions at which they would not are not served.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from pdctl.engine.model import attention
+from pdctl.engine.model import attention, masks
+from pdctl.engine.model.attention import HookCall
 from pdctl.engine.model.linear import Watch, speed_up
 from pdctl.host.memory import read_group_room, read_memory
 from pdctl.wire import LayerShape
@@ -27,6 +28,10 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 # is allowed.
 _NOISE_FACTOR = 3.0
 _MOST_NOISE = 0.25
+# Kinds of rotary embedding whose frequencies change when a sequence gets longer than at training.
+_ROPES_BY_LENGTH = ("dynamic", "longrope")
+# Rules for masks are compared up to here.
+_MOST_POSITIONS = 2**20
 # Memory that stays free for other processes when a weight is kept twice.
 _SPARE_BYTES = 2 << 30
 
@@ -38,7 +43,7 @@ class ModelRefused(Exception):
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model with all layers using the attention hook. `shapes` in layer order; `fingerprint` identifies the
-    weights."""
+    weights; `max_positions`: the longest sequence that is computed as the model says."""
 
     module: torch.nn.Module
     shapes: list[LayerShape]
@@ -82,18 +87,19 @@ def hook_model(
     memory that the caller still needs.
     """
     attention.register()
+    masks.register()
     module = module.eval().requires_grad_(False)
     with Watch(module) as watch:
-        shapes = _hooked_shapes(module, module.config, name)
+        calls = _hook_calls(module, module.config, name)
+    text_config = module.config.get_text_config()  # type: ignore[union-attr, operator]
+    positions = _positions(calls, text_config, name)
     speed_up(module, watch, table, _room() - reserved)
-    config = module.config
-    text_config = config.get_text_config()  # type: ignore[union-attr, operator]
     return LoadedModel(
         module=module,
-        shapes=shapes,
+        shapes=[LayerShape(call.kv_heads, call.key_dim, call.value_dim) for call in calls],
         eos_token_ids=eos_token_ids,
         vocab_size=int(text_config.vocab_size),
-        max_positions=int(getattr(text_config, "max_position_embeddings", 0) or 2**31),
+        max_positions=positions,
         fingerprint=digest,
         dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
     )
@@ -106,27 +112,43 @@ def _room() -> int:
     return (available if room is None else min(room, available)) - _SPARE_BYTES
 
 
-def _hooked_shapes(module: torch.nn.Module, config: object, path: str) -> list[LayerShape]:
-    """Switch to the hook, run three tokens, and record the shapes of each layer's call."""
+def _hook_calls(module: torch.nn.Module, config: object, path: str) -> list[HookCall]:
+    """Switch to the hook, run three tokens, and record each layer's call."""
     layers = int(copy.copy(config).get_text_config().num_hidden_layers)  # type: ignore[attr-defined]
     log = attention.HookLog()
     family = type(module).__name__
     try:
-        module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+        module.set_attn_implementation(masks.NAME)  # type: ignore[operator]
         attention.set_context(log)
         forward(module, torch.tensor([1, 2, 3]), torch.arange(3), torch.tensor([2]))
+        module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
     except (ValueError, TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError) as failure:
         raise ModelRefused(f"{family} ({path}) does not run through the attention hook: {failure}") from failure
     finally:
         attention.set_context(None)
-    called = sorted(layer for layer, *_ in log.calls)
+    called = sorted(call.layer for call in log.calls)
     if called != list(range(layers)):
         raise ModelRefused(
             f"{family} ({path}) cannot be served: {len(set(called))} of its {layers} layers call the attention hook "
             f"({len(called)} calls). Models whose attention does not go through transformers' AttentionInterface, "
             "or with linear-attention layers, are not supported"
         )
-    return [LayerShape(heads, key, value) for _, heads, key, value in sorted(log.calls)]
+    return sorted(log.calls, key=lambda call: call.layer)
+
+
+def _positions(calls: list[HookCall], config: object, path: str) -> int:
+    """The number of positions that are computed as the model says: it ends where a layer sees other tokens than the
+    hook lets it, and where the rotation of all tokens would depend on the longest sequence of a batch."""
+    found = int(getattr(config, "max_position_embeddings", 0) or 2**31)
+    ropes: dict[str, object] = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # of the model, or of each type of layer
+        if isinstance(rope, dict) and rope.get("rope_type") in _ROPES_BY_LENGTH:
+            found = min(found, int(rope.get("original_max_position_embeddings") or found))
+    try:
+        seen = masks.horizon(calls, min(found, _MOST_POSITIONS))
+    except (IndexError, RuntimeError, TypeError) as failure:
+        raise ModelRefused(f"{path}: the model's attention masks cannot be checked: {failure}") from failure
+    return seen if seen < min(found, _MOST_POSITIONS) else found
 
 
 def forward(module: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Model families through the hook: paged, chunked and mixed batches compared with `generate`; and refusals."""
+"""Models from disk through the hook: paged, chunked and mixed batches compared with `generate`; and refusals. The other
+families are in tests/engine/parity."""
 
 from __future__ import annotations
 
@@ -29,16 +30,7 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"sliding_window": 12},
-    "qwen2": {},
-    "qwen3": {},
-    "phi3": {},
-    "gemma2": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8},
-    "olmo2": {},
-    "smollm3": {},
-    "gpt_neox": {},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
 }
 LENGTHS = (5, 33, 17, 50)

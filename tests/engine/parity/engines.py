@@ -1,0 +1,154 @@
+"""Engines in this process: the scheduler that ships, the runner that ships, a pool each. No sockets, no clock."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from pdctl.engine.cache.blocks import BlockAllocator
+from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.cache.layout import Half, block_bytes, spans
+from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.prefix import root
+from pdctl.engine.ipc.messages import Held, Sampling
+from pdctl.engine.model.loading import LoadedModel
+from pdctl.engine.model.runner import ModelRunner
+from pdctl.engine.schedule.batch import Batch, Limits
+from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.scheduler import Scheduler
+from pdctl.engine.schedule.sequence import Sequence, Status
+from pdctl.wire import Manifest
+
+CPU = torch.device("cpu")
+_MOST_PREEMPTED = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an engine runs. `preempt_every`: steps after which a running sequence loses its blocks; 0: never by force.
+    `pads`: batched decode, as on a GPU."""
+
+    block_size: int = 8
+    blocks: int = 96
+    tokens: int = 64
+    seqs: int = 4
+    policy: str = "fcfs"
+    shares: bool = True
+    preempt_every: int = 0
+    pads: bool = False
+
+
+def random_setting(chance: random.Random) -> Setting:
+    """Any setting; the pool is so small that sequences also lose their blocks by themselves."""
+    block_size = chance.choice((4, 8, 16, 32))
+    return Setting(
+        block_size=block_size,
+        blocks=chance.choice((128, 256, 640)) // block_size,
+        tokens=chance.choice((7, 11, 16, 29, 64)),
+        seqs=chance.randint(2, 5),
+        policy=chance.choice(sorted(POLICIES)),
+        shares=chance.random() < 0.7,
+        preempt_every=chance.choice((2, 3, 5, 7)),
+        pads=chance.random() < 0.3,
+    )
+
+
+@dataclass
+class Engine:
+    """One engine. Freed blocks are NaN, and reading one is an error."""
+
+    loaded: LoadedModel
+    setting: Setting
+    chance: random.Random = field(default_factory=lambda: random.Random(0))
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    held: dict[str, Held] = field(default_factory=dict)
+    sequences: list[Sequence] = field(default_factory=list)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        setting = self.setting
+        self.manifest = Manifest(self.loaded.fingerprint, self.loaded.dtype, setting.block_size, self.loaded.shapes)
+        self.memory = Memory(block_bytes(self.manifest) * setting.blocks, "parity")
+        self.runner = ModelRunner(self.loaded, KvPool(self.manifest, setting.blocks, self.memory, CPU), CPU, True)
+        self.runner.pads = setting.pads
+        self.runner.self_check()
+        self.runner.pool.poison(list(range(setting.blocks)))
+        limits = Limits(setting.seqs, setting.tokens, 512, setting.block_size, frozenset(), policy=setting.policy)
+        allocator = BlockAllocator(setting.blocks, self.runner.pool.poison)
+        names = root(self.manifest) if setting.shares else None
+        self.scheduler = Scheduler(limits, allocator, clock=lambda: float(self.steps), root=names)
+
+    def add(
+        self, name: str, prompt: list[int], sampling: Sampling, resume: tuple[int, ...] = (), hold: bool = False
+    ) -> None:
+        """Queue a request; `resume`: output that it has already."""
+        sequence = Sequence(name, [*prompt, *resume], len(prompt), sampling, hold=hold)
+        sequence.priority = self.chance.randint(0, 1)
+        self.sequences.append(sequence)
+        assert self.scheduler.add(sequence) is None
+
+    def step(self) -> None:
+        """Compute one batch."""
+        self.steps += 1
+        every = self.setting.preempt_every
+        # One that is preempted for ever never gets done.
+        running = [sequence for sequence in self.scheduler.running if sequence.preemptions < _MOST_PREEMPTED]
+        if every and self.steps % every == 0 and running:
+            self.scheduler._preempt(self.chance.choice(running), Batch(0))
+        batch = self.scheduler.schedule()
+        outcome = self.scheduler.update(batch, *self.runner.execute(batch)) if batch else None
+        self.scheduler.audit()
+        for token in outcome.tokens if outcome else ():
+            self.outputs.setdefault(token.request_id, []).append(token.token_id)
+        for held in outcome.held if outcome else ():
+            self.held[held.request_id] = held
+
+    @property
+    def preempted(self) -> int:
+        """How often a sequence lost its blocks."""
+        return sum(sequence.preemptions for sequence in self.sequences)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of prompts that were not computed."""
+        return self.scheduler.books(0).prefix_hits
+
+    def run(self) -> None:
+        """Run until nothing is left to compute."""
+        while self.scheduler.has_work:
+            self.step()
+            assert self.steps < 5000, "requests starve"
+
+    def idle(self) -> None:
+        """Check that no block is in use."""
+        assert self.scheduler.allocator.num_free == self.setting.blocks
+        assert not self.scheduler.sequences
+
+
+def hand_over(
+    source: Engine, target: Engine, name: str, prompt: list[int], sampling: Sampling, resume: list[int]
+) -> None:
+    """Move a held prefill's KV into the other engine, which goes on at the next token."""
+    held = source.held.pop(name)
+    sequence = Sequence(
+        name, [*prompt, *resume, held.token_id], len(prompt), sampling, kv_tokens=held.num_tokens,
+        status=Status.AWAITING_BLOCKS,
+    )  # fmt: skip
+    scheduler = target.scheduler
+    assert scheduler.add(sequence) is None
+    while sequence not in (reserved := scheduler.reserve()):
+        assert not reserved
+        target.step()
+    assert scheduler.pull_started(name)
+    ours = Half(target.manifest, target.setting.blocks, list(sequence.block_ids))
+    theirs = Half(source.manifest, source.setting.blocks, held.block_ids)
+    first = sequence.num_cached
+    for span in spans(theirs, ours, first, held.num_tokens - first):
+        found = source.memory.view[span.source : span.source + span.length]
+        target.memory.view[span.target : span.target + span.length] = found
+    scheduler.pull_ended(name)
+    assert scheduler.start(name)
+    source.scheduler.abort(name)
+    scheduler.audit()

@@ -1,0 +1,98 @@
+"""The same requests through engines that run otherwise: every token must be the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from pdctl.engine.schedule.policies import POLICIES
+from tests.engine.parity.engines import Engine, Setting, hand_over
+from tests.engine.parity.families import Family, expected
+from tests.engine.parity.mixes import Request, requests
+
+TOKENS = 10
+PLAIN = Setting(shares=False, seqs=1)
+
+Outputs = list[list[int]]
+
+
+def wanted() -> list[Request]:
+    """Requests that all variants get."""
+    return requests(random.Random(11), 5, TOKENS)
+
+
+def settings() -> dict[str, Setting]:
+    """Ways to run one engine."""
+    base = Setting()
+    found = {f"blocks of {size}": replace(base, block_size=size, blocks=768 // size) for size in (16, 32)}
+    found |= {f"budget {tokens}": replace(base, tokens=tokens) for tokens in (7, 16, 64)}
+    found |= {f"policy {policy}": replace(base, policy=policy, tokens=16) for policy in sorted(POLICIES)}
+    found |= {f"preempted every {steps}": replace(base, preempt_every=steps, tokens=16) for steps in (1, 2, 3, 5)}
+    found |= {"prefix cache off": replace(base, shares=False), "small pool": replace(base, blocks=20)}
+    return found | {"batched decode": replace(base, pads=True)}
+
+
+def alone(family: Family, setting: Setting, resumed: Outputs | None = None) -> Outputs:
+    """All requests in one engine; `resumed`: output that each has already."""
+    engine = Engine(family.loaded, setting)
+    before = resumed or [[] for _ in wanted()]
+    for number, ((prompt, sampling), resume) in enumerate(zip(wanted(), before, strict=True)):
+        engine.add(str(number), prompt, sampling, tuple(resume))
+        engine.step()
+    engine.run()
+    engine.idle()
+    return [[*resume, *engine.outputs[str(number)]] for number, resume in enumerate(before)]
+
+
+def paired(family: Family, prefill: Setting, decode: Setting, resumed: Outputs | None = None) -> Outputs:
+    """All requests through a prefill and a decode engine, each handed over after one token."""
+    source, target = Engine(family.loaded, prefill), Engine(family.loaded, decode)
+    before = resumed or [[] for _ in wanted()]
+    asked = list(zip(map(str, range(len(before))), wanted(), before, strict=True))
+    for name, (prompt, sampling), resume in asked:
+        source.add(name, prompt, sampling, tuple(resume), hold=True)
+    source.run()
+    found = []
+    for name, (prompt, sampling), resume in asked:
+        found.append([*resume])
+        if name in source.outputs:  # its last token
+            found[-1] += source.outputs[name]
+            continue
+        found[-1].append(source.held[name].token_id)
+        hand_over(source, target, name, prompt, sampling, resume)
+        target.step()
+    target.run()
+    source.idle()
+    target.idle()
+    return [[*first, *target.outputs.get(name, [])] for (name, _, _), first in zip(asked, found, strict=True)]
+
+
+def variants() -> Iterator[tuple[str, Callable[[Family], Outputs]]]:
+    """All ways, by name."""
+    for name, setting in settings().items():
+        yield name, lambda family, setting=setting: alone(family, setting)  # type: ignore[misc]
+    sizes = {size: Setting(block_size=size, blocks=768 // size, tokens=16) for size in (8, 16, 32)}
+    for one, other in ((16, 16), (16, 32), (32, 8)):
+        yield (
+            f"P/D, blocks of {one} to {other}",
+            lambda family, one=one, other=other: paired(family, sizes[one], sizes[other]),  # type: ignore[misc]
+        )
+    preempting = replace(sizes[16], preempt_every=2)
+    yield "P/D, both preempted", lambda family: paired(family, preempting, preempting)
+    unshared = replace(sizes[16], shares=False)
+    yield "P/D, prefix cache off", lambda family: paired(family, unshared, unshared)
+
+
+def reference(family: Family) -> Outputs:
+    """What `generate` gives."""
+    return [expected(family, *request) for request in wanted()]
+
+
+def check_migrations(family: Family, answers: Outputs) -> None:
+    """Every request goes on elsewhere at every index: with its KV handed over, and computed again."""
+    for index in range(1, TOKENS):
+        begun = [answer[:index] for answer in answers]
+        assert alone(family, Setting(tokens=16), begun) == answers, f"resumed at token {index}"
+        moved = paired(family, Setting(tokens=16), Setting(block_size=16, blocks=48), begun)
+        assert moved == answers, f"handed over at token {index}"
