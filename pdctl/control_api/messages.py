@@ -147,7 +147,7 @@ class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
     tokens_per_s: Annotated[float | None, says("tokens per second since the last measurement")]
     prompts_own: Annotated[int | None, says("prompts that it computed for its own answers, since its start")] = None
     latency: Annotated[StepLatency | None, says("how it predicts its steps; null if it does not")] = None
-    prompts_received: Annotated[int | None, says("prompts whose KV it got from a prefill engine, since its start")] = None
+    prompts_received: Annotated[int | None, says("those whose KV came from a prefill engine")] = None
 
 
 class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):
