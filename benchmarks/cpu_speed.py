@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens per step")
     parser.add_argument("--prefill", default="128,512,1500")
     parser.add_argument("--decode", default="1,8,32")
+    parser.add_argument("--mix", action="store_true", help="also 64 requests at once, of mixed lengths")
     options = parser.parse_args()
     torch.set_num_threads(1)
     runner = _runner(locate_model(f"sample:{options.model}", cache_root()).path, getattr(torch, options.dtype))
@@ -54,6 +56,8 @@ def main() -> int:
         found[f"prefill {length}"] = round(length / seconds)
     for batch in _numbers(options.decode):
         found[f"decode {batch}"] = round(batch / _decode(runner, batch, options.steps), 1)
+    if options.mix:
+        found["mix of 64"] = _mix(runner)
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
@@ -66,7 +70,7 @@ def _runner(path: str, dtype: torch.dtype) -> ModelRunner:
     device = torch.device("cpu")
     loaded = load_model(path, device, dtype, cache_root() / "products")
     manifest = Manifest(loaded.fingerprint, loaded.dtype, _BLOCK, loaded.shapes)
-    blocks = 32 * (_CONTEXT + 256) // _BLOCK
+    blocks = 64 * (512 + 64) // _BLOCK
     return ModelRunner(
         loaded, KvPool(manifest, blocks, Memory(block_bytes(manifest) * blocks, "bench"), device), device
     )
@@ -105,6 +109,18 @@ def _decode(runner: ModelRunner, batch: int, steps: int) -> float:
     while any(sequence.num_missing > 1 for sequence in scheduler.sequences.values()):
         _step(runner, scheduler)
     return min(_step(runner, scheduler) for _ in range(steps))
+
+
+def _mix(runner: ModelRunner) -> float:
+    """Tokens per CPU second of 64 requests at once, prompts included."""
+    scheduler, chance = _scheduler(runner, 2048), random.Random(7)
+    shapes = [(chance.randint(64, 512), chance.randint(16, 64)) for _ in range(64)]
+    for number, (length, tokens) in enumerate(shapes):
+        _add(scheduler, runner, str(number), length, tokens)
+    seconds = 0.0
+    while scheduler.has_work:
+        seconds += _step(runner, scheduler)
+    return round(sum(map(sum, shapes)) / seconds, 1)
 
 
 if __name__ == "__main__":
