@@ -16,7 +16,8 @@ class TransportInfo:
     `crosses_hosts`: it reads from other machines; protocol and devices are configurable. `takes_ports`: it can be
     limited to a range of ports. `is_open_to_strangers`: without authentication; any client that reaches its ports can
     read the KV. `reads_per_peer`: number of concurrent reads from one peer that is still faster than fewer.
-    `environment`: prefix of the environment variables of its library.
+    `environment`: prefix of the environment variables of its library. `on_gpu`: it reads and writes pools in the memory
+    of GPUs.
     """
 
     crosses_hosts: bool
@@ -24,9 +25,11 @@ class TransportInfo:
     is_open_to_strangers: bool = False
     reads_per_peer: int = 2
     environment: str = ""
+    on_gpu: bool = False
 
 
 TRANSPORTS = {
+    "cuda_ipc": TransportInfo(crosses_hosts=False, reads_per_peer=1, on_gpu=True),
     "shm": TransportInfo(crosses_hosts=False, reads_per_peer=1),
     "mooncake": TransportInfo(
         crosses_hosts=True, takes_ports=True, is_open_to_strangers=True, environment="MC_"
@@ -34,5 +37,5 @@ TRANSPORTS = {
     "nixl": TransportInfo(crosses_hosts=True, environment="UCX_"),
 }  # fmt: skip
 # `auto` uses the first one that both sides have: NEAR on one host, FAR between hosts.
-NEAR = ("shm", "nixl", "mooncake")
+NEAR = ("cuda_ipc", "shm", "nixl", "mooncake")
 FAR = ("mooncake", "nixl")

@@ -279,6 +279,8 @@ class EngineState(msgspec.Struct, frozen=True):
     Free, referenced, leased and quarantined blocks add up to the total; `blocks_reserved` of the referenced ones wait
     for KV, and `blocks_cached` of the free ones keep KV for prompts with the same beginning. `counters`: more counts
     since the start, which depend on the engine's kind. `work`: predicts its steps; None while it loads.
+    `attention`: how a builtin engine computes attention, and why; `cuda_graphs`: its
+    decode steps that are CUDA graphs, or why none is.
     """
 
     name: str
@@ -304,6 +306,8 @@ class EngineState(msgspec.Struct, frozen=True):
     silent_s: float = 0.0
     counters: dict[str, int] = {}
     work: Work | None = None
+    attention: str = ""
+    cuda_graphs: str = ""
 
 
 class EngineAddress(msgspec.Struct, frozen=True):

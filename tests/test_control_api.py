@@ -42,7 +42,7 @@ PROCESS = ProcessStatus(
 )  # fmt: skip
 MEASURED = MeasuredProcess(
     **msgspec.structs.asdict(PROCESS), rss_bytes=1, cpu_percent=None, gpu_memory_bytes=None, running=2, waiting=0,
-    kv_used=0.5, leases=None, tokens_per_s=1.5,
+    kv_used=0.5, leases=None, tokens_per_s=1.5, prompts_own=3, prompts_received=None, attention=None, cuda_graphs=None,
 )  # fmt: skip
 STATUS = MeasuredStatus(
     service="t", state="ready", failure=None, proxy_url="http://127.0.0.1:8000", model="m", served_model_name="m",
@@ -88,7 +88,7 @@ def test_a_status_is_the_json_it_always_was() -> None:
         "name", "kind", "role", "group", "state", "reason", "pid", "restarts", "last_exit", "device", "cpus", "gpus",
         "rdma", "ports", "ready_since", "epoch", "adopted", "log", "phase", "phase_s", "rss_bytes", "cpu_percent",
         "gpu_memory_bytes", "running", "waiting", "kv_used", "leases", "tokens_per_s", "prompts_own", "latency",
-        "prompts_received",
+        "prompts_received", "attention", "cuda_graphs",
     ]  # fmt: skip
     assert found["failure"] is None
     assert found["processes"][0]["kv_used"] == 0.5

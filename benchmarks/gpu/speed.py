@@ -81,7 +81,8 @@ def _runner(weights: Weights, device: torch.device) -> ModelRunner:
     loaded = hook_model(weights.module, "random", frozenset(), "random")
     manifest = Manifest(loaded.fingerprint, loaded.dtype, _BLOCK, loaded.shapes)
     blocks = max(_LENGTHS[-1], _BATCHES[-1] * (_PROMPT + 2 * _STEPS)) // _BLOCK + 64
-    pool = KvPool(manifest, blocks, Memory(block_bytes(manifest) * blocks, "bench"), device)
+    memory = Memory(block_bytes(manifest) * blocks, "bench") if device.type == "cpu" else None
+    pool = KvPool(manifest, blocks, memory, device)
     return ModelRunner(loaded, pool, device)
 
 

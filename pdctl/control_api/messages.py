@@ -148,6 +148,10 @@ class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
     prompts_own: Annotated[int | None, says("prompts that it computed for its own answers, since its start")] = None
     latency: Annotated[StepLatency | None, says("how it predicts its steps; null if it does not")] = None
     prompts_received: Annotated[int | None, says("those whose KV came from a prefill engine")] = None
+    attention: Annotated[str | None, says("how a builtin engine computes attention, and why; null if unknown")] = None
+    cuda_graphs: Annotated[str | None, says("its decode steps that are CUDA graphs, or why none is; null on a CPU")] = (
+        None
+    )
 
 
 class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -55,7 +55,7 @@ class Probe:
 
 def probes(plan: Plan | None, only: str | None, protocol: str, mib: int) -> list[Probe]:
     """One probe per transport and per pair of locations between which the plan hands over KV."""
-    names = [only] if only else list(TRANSPORTS)
+    names = [only] if only else [name for name, info in TRANSPORTS.items() if not info.on_gpu]
     if plan is None:
         return [Probe(name, protocol, mib) for name in names]
     places: dict[tuple[object, ...], Probe] = {}

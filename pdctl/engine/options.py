@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.net import LOOPBACK
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
 from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
@@ -26,6 +27,7 @@ class EngineOptions:
     max_num_seqs: int
     max_num_batched_tokens: int
     kv_cache_gb: float
+    gpu_memory_utilization: float
     block_size: int
     prefix_caching: bool
     kv_events: str
@@ -33,6 +35,8 @@ class EngineOptions:
     kv_replay_port: int
     policy: str
     inline_prefill: bool
+    attention: str
+    enforce_eager: bool
     transfer: str
     transfer_protocol: str
     transfer_devices: str
@@ -80,6 +84,10 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     parser.add_argument("--kv-cache-gb", type=float, default=1.0)
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.0,
+        help="fraction of a GPU's memory to use, for KV what is left of it; 0: --kv-cache-gb is the size",
+    )  # fmt: skip
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument(
         "--prefix-caching", type=_boolean, default=True, help="keep KV for prompts with the same beginning"
@@ -93,6 +101,8 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--inline-prefill", type=_boolean, default=True, help="keep the TPOT target of requests beside prompts"
     )
+    parser.add_argument("--attention", choices=ATTENTION_NAMES, default="auto", help="how attention is computed")
+    parser.add_argument("--enforce-eager", type=_boolean, default=False, help="do not use CUDA graphs")
     parser.add_argument("--transfer", default="auto")
     parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
     parser.add_argument(

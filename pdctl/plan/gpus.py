@@ -9,6 +9,9 @@ from pdctl.errors import PdctlError
 from pdctl.host import Host
 from pdctl.topology.spec import Device, EngineGroup, Topology
 
+# Of a GPU's memory, for all engines on it: contexts and the driver need the rest.
+_MOST_SHARED = 0.95
+
 
 def assign_gpus(
     topology: Topology, host: Host, before: Mapping[str, tuple[str, ...]], run_dir: Path
@@ -35,7 +38,25 @@ def assign_gpus(
         for position, name in enumerate(group.replica_names()):
             if name not in chosen:
                 chosen[name] = _gpus_for(group, position, name, host, free)
+    _check_shares(cuda, chosen, host)
     return chosen
+
+
+def _check_shares(groups: list[EngineGroup], chosen: Mapping[str, tuple[str, ...]], host: Host) -> None:
+    """Raise PdctlError if engines on one GPU want more of its memory than it has."""
+    for gpu in host.gpus:
+        shares = {
+            name: group.gpu_memory_utilization
+            for group in groups
+            for name in group.replica_names()
+            if gpu.uuid in chosen[name] and group.gpu_memory_utilization
+        }
+        if len(shares) > 1 and sum(shares.values()) > _MOST_SHARED:
+            listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+            raise PdctlError(
+                f"the engines on GPU {gpu.index} want {sum(shares.values()):g} of its memory: {listed}",
+                f"lower gpu_memory_utilization to {_MOST_SHARED / len(shares):.2g} each, {_MOST_SHARED:g} in total",
+            )
 
 
 def _gpus_for(group: EngineGroup, position: int, name: str, host: Host, free: list[str]) -> tuple[str, ...]:

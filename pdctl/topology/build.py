@@ -129,6 +129,8 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         kv_events=values["kv_events"],
         policy=values["policy"],
         inline_prefill=values["inline_prefill"],
+        attention=values["attention"],
+        enforce_eager=values["enforce_eager"],
         url=(values["url"] or "").rstrip("/"),
         secret_file=absolute(values["secret_file"], source),
         bootstrap_port=values["bootstrap_port"],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pdctl.adapters import kinds
+from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
 from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
 from pdctl.stores import store_kinds
@@ -290,6 +291,8 @@ ENGINE: dict[str, Key] = {
     "kv_events": Key(choice(*KV_EVENTS), "off"),
     "policy": Key(choice(*POLICY_NAMES), "fcfs"),
     "inline_prefill": Key(boolean(), True),
+    "attention": Key(choice(*ATTENTION_NAMES), "auto"),
+    "enforce_eager": Key(boolean(), False),
     "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
     "restart_with": Key(texts("group"), []),
     "env": Key(strings(), {}),

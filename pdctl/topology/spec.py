@@ -107,6 +107,10 @@ class Expect:
     gid_index: int = -1
 
 
+# Of a GPU that an engine has for itself. vLLM's default, too.
+_KV_SHARE = 0.9
+
+
 @dataclass(frozen=True, slots=True)
 class EngineGroup:
     """A group of `replicas` identical engines. `gpus` are driver indices, UUIDs or prefixes of them, or MIG slices. If
@@ -118,7 +122,7 @@ class EngineGroup:
 
     `prefix_caching`: keep KV for prompts with the same beginning. `kv_events`: what is published of it. `policy`: the
     order in which prompts are computed. `inline_prefill`: a decode engine takes whole requests, too, and sequences that
-    decode keep their target.
+    decode keep their target. `attention`: how attention is computed. `enforce_eager`: no CUDA graphs.
 
     `python`: the interpreter of the environment that has the engine, "" for pdctl's own. `args`: added to the engine's
     command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
@@ -144,6 +148,8 @@ class EngineGroup:
     kv_events: str = "off"
     policy: str = "fcfs"
     inline_prefill: bool = True
+    attention: str = "auto"
+    enforce_eager: bool = False
     url: str = ""
     secret_file: str = ""
     bootstrap_port: int = 0
@@ -168,6 +174,14 @@ class EngineGroup:
     def gpus_per_replica(self) -> int:
         """The number of GPUs that one engine of the group uses."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
+    def kv_share(self) -> float:
+        """Of builtin engines: the fraction of a GPU's memory that the engine fills with KV; 0.0 if `kv_cache_gb` is the
+        size of its KV, as on CPUs, and on shared GPUs unless the file says otherwise."""
+        if self.device is Device.CPU or "kv_cache_gb" in self.given:
+            return 0.0
+        return self.gpu_memory_utilization or (0.0 if self.share_gpu else _KV_SHARE)
 
     @property
     def is_attached(self) -> bool:

@@ -10,7 +10,7 @@ from pdctl.adapters import launcher
 from pdctl.errors import PdctlError, Problem
 from pdctl.topology.document import Document
 from pdctl.topology.process_checks import order_problems, process_problems
-from pdctl.topology.spec import Device, Proxy, Role, Topology
+from pdctl.topology.spec import Device, EngineGroup, Proxy, Role, Topology
 from pdctl.transports import TRANSPORTS
 from pdctl.user_files import read_api_keys, tls_problem
 
@@ -21,6 +21,13 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
     for index, group in enumerate(topology.engines):
         if group.gpus and group.device is Device.CPU:
             yield document.problem(("engines", index, "gpus"), "gpus is set on a CPU engine", 'set device = "cuda"')
+        if group.attention not in ("auto", "gather") and group.device is Device.CPU:
+            message = f"attention = {group.attention!r} needs a GPU"
+            yield document.problem(("engines", index, "attention"), message, 'set device = "cuda", or remove it')
+        if group.enforce_eager and group.device is Device.CPU:
+            message = "enforce_eager has no effect on a CPU engine: only GPUs have CUDA graphs"
+            yield document.problem(("engines", index, "enforce_eager"), message, "remove it")
+        yield from _kv_size_problems(document, index, group)
     yield from order_problems(document, topology)
     yield from process_problems(document, topology)
     yield from _transfer_problems(document, topology)
@@ -38,6 +45,16 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
         yield document.problem(
             ("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"'
         )
+
+
+def _kv_size_problems(document: Document, index: int, group: EngineGroup) -> Iterator[Problem]:
+    path = ("engines", index, "gpu_memory_utilization")
+    if group.kind != "builtin" or "gpu_memory_utilization" not in group.given:
+        return
+    if group.device is Device.CPU:
+        yield document.problem(path, "gpu_memory_utilization has no effect on the CPU", "set kv_cache_gb")
+    elif "kv_cache_gb" in group.given:
+        yield document.problem(path, "kv_cache_gb sets the size of the KV already", "remove one of the two")
 
 
 def _name_problems(document: Document, topology: Topology) -> Iterator[Problem]:
@@ -123,6 +140,9 @@ def _transfer_problems(document: Document, topology: Topology) -> Iterator[Probl
         yield document.problem(
             ("transfer", "devices"), "RDMA devices have no effect with protocol 'tcp'", 'set protocol = "rdma"'
         )
+    if chosen is not None and chosen.on_gpu and any(group.device is Device.CPU for group in topology.engines):
+        message = f"{transfer.backend} moves KV between GPUs, and there are CPU engines"
+        yield document.problem(("transfer", "backend"), message, 'set backend = "auto"')
     if transfer.ports and not (chosen and chosen.takes_ports):
         hint = _set_backend(name for name, info in TRANSPORTS.items() if info.takes_ports)
         yield document.problem(("transfer", "ports"), f"has no effect with backend {transfer.backend!r}", hint)

@@ -22,6 +22,7 @@ from pdctl.engine.cache.layout import Span
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, Transport, transport_kind
 from pdctl.transports import TRANSPORTS
+from tests.fakes import cudart
 from tests.service import wait_until
 
 SIZE = 4 * 2**20
@@ -30,6 +31,9 @@ BIG = 192 * 2**20
 # A peer that serves random bytes. With a port range, a restarted one gets the ports of its predecessor.
 _PEER = """
 import sys, numpy as np
+from tests.fakes import cudart
+if sys.argv[1] == "cuda_ipc":
+    cudart.load()
 from pdctl.engine.transfer import Settings, transport_kind
 from pdctl.engine.cache.memory import Memory
 name, epoch, size, ports = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
@@ -80,6 +84,10 @@ def peer(transport: str, epoch: str = "a1", size: int = SIZE, ports: str = "") -
 @pytest.fixture(params=tuple(TRANSPORTS), scope="module")
 def name(request: pytest.FixtureRequest) -> str:
     """Each transport that works here; others are skipped with the reason."""
+    if request.param == "cuda_ipc":
+        if cudart.NO_COMPILER:
+            pytest.skip(cudart.NO_COMPILER)
+        cudart.load()
     memory = Memory(4096, "ff")
     try:
         transport_kind(request.param).open_transport(memory, Settings("ff")).close()
@@ -317,7 +325,7 @@ def test_close_leaves_nothing(name: str) -> None:
         with opened(name) as ours:
             ours.read(found.address, [Span(0, 0, 64)])
             ours.transport.prune()
-            if name == "shm":
+            if name in ("shm", "cuda_ipc"):
                 assert _mapped("pdctl-kv-e5"), "a living peer stays mapped"
             found.kill()
             ours.transport.prune()

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pdctl.engine.cache.kv_pool import KvPool
-from pdctl.engine.cache.layout import block_bytes
-from pdctl.engine.cache.memory import Memory
+from pdctl.engine.model.attention import BACKENDS, open_backend
+from pdctl.engine.model.attention.batch import LayerNeed, PoolNeed
+from pdctl.engine.model.attention.choice import check, choose
+from pdctl.engine.model.graphs import CudaRecorder
 from pdctl.engine.model.loading import load_model
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.wire import Manifest
@@ -21,28 +23,76 @@ pytestmark = [
 ]
 
 
-def runner(model: Path) -> ModelRunner:
+PLAIN = LayerNeed(16, 8, 128, 128)
+LAYERS = [
+    PLAIN,
+    LayerNeed(32, 8, 64, 64),
+    LayerNeed(8, 1, 256, 256),
+    LayerNeed(12, 4, 80, 80),
+    PLAIN._replace(window=100),
+    PLAIN._replace(softcap=30.0),
+    PLAIN._replace(has_sinks=True, window=64),
+]
+
+
+def runner(model: Path, attention: str = "gather") -> ModelRunner:
     device = torch.device("cuda")
     loaded = load_model(str(model), device, torch.float32)
+    backend = open_backend(attention, device)
     manifest = Manifest(loaded.fingerprint, loaded.dtype, 16, loaded.shapes)
-    region = Memory(block_bytes(manifest) * 64, "gpu")
-    return ModelRunner(loaded, KvPool(manifest, 64, region, device), device)
+    return ModelRunner(loaded, KvPool(manifest, 64, None, device), device, backend=backend)
 
 
-def test_paged_output_on_the_gpu_equals_generate_on_the_cpu(tiny_model: Path) -> None:
+@pytest.mark.parametrize("attention", ["gather", "triton"])
+def test_paged_output_on_the_gpu_equals_generate_on_the_cpu(tiny_model: Path, attention: str) -> None:
     prompts = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 33, 100)]
-    made = runner(tiny_model)
+    made = runner(tiny_model, attention)
     made.self_check()
-    assert paged(made, prompts, tokens=64, fragment=False) == reference(tiny_model, prompts)
+    expected = reference(tiny_model, prompts)
+    assert paged(made, prompts, tokens=64, fragment=False) == expected
+    assert paged(made, prompts, tokens=64, fragment=True) == expected
+
+
+def test_graphs_compute_what_steps_without_them_do(tiny_model: Path) -> None:
+    prompts = [[5, 9, 2], list(range(60)), [7] * 20]
+    made, last = runner(tiny_model, "triton"), 63
+    assert made.capture(4, 512, last, CudaRecorder(torch.device("cuda"))) == [1, 2, 4]
+    made.pool.poison(list(range(last)))
     assert paged(made, prompts, tokens=64, fragment=True) == reference(tiny_model, prompts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "gather"])
+def test_attention_agrees_with_gather(name: str, block_size: int, dtype: torch.dtype) -> None:
+    """Each kind of layer that the backend takes, on this GPU."""
+    device, pool = torch.device("cuda"), PoolNeed(dtype, block_size)
+    try:
+        backend = open_backend(name, device)
+    except (ImportError, RuntimeError) as failure:
+        pytest.skip(f"NOT TESTED: {failure}")
+    refusals = []
+    for layer in LAYERS:
+        if reason := backend.refuses(layer, pool):
+            refusals.append(reason)
+        else:
+            check(backend, layer, pool, device)
+    if len(refusals) == len(LAYERS):
+        pytest.skip(f"refused: {refusals[0]}")
+
+
+def test_what_is_chosen_is_one_of_the_fast_ones() -> None:
+    chosen = choose("auto", LAYERS, PoolNeed(torch.bfloat16, 16), torch.device("cuda"))
+    assert chosen.backend.name == "triton", chosen.reason
 
 
 def test_blocks_go_through_the_host_mirror(tiny_model: Path) -> None:
     source, target = runner(tiny_model).pool, runner(tiny_model).pool
     for plane in (*source.keys, *source.values):
         plane.normal_()
+    sent, received = source.mirror("a"), target.mirror("b")
     source.publish([3, 4])
-    target.memory.view[:] = source.memory.view
+    received.bytes[:] = sent.bytes
     target.absorb([3, 4])
     for mine, theirs in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
         assert torch.equal(mine[48:80], theirs[48:80])

@@ -220,3 +220,64 @@ def test_other_targets_restart_nothing() -> None:
     found = diff(make_plan(before, host()), make_plan(after, host()))
     assert not found.restarted
     assert "ttft_ms, tpot_ms changed" in found.live["proxy"]
+
+
+BUILTIN = """
+[service]
+model = "sample:tiny-qwen3"
+[[engines]]
+name = "prefill"
+role = "prefill"
+device = "cuda"
+{prefill}
+[[engines]]
+name = "decode"
+role = "decode"
+device = "cuda"
+{decode}
+"""
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ("", ("--gpu-memory-utilization", "0.9")),
+        ("gpu_memory_utilization = 0.5", ("--gpu-memory-utilization", "0.5")),
+        ("kv_cache_gb = 7", ("--kv-cache-gb", "7")),
+        ("share_gpu = true", ("--kv-cache-gb", "1")),
+        ("share_gpu = true\ngpu_memory_utilization = 0.4", ("--gpu-memory-utilization", "0.4")),
+    ],
+)
+def test_the_size_of_the_kv_on_a_gpu(keys: str, wanted: tuple[str, str]) -> None:
+    argv = planned(BUILTIN.format(prefill="", decode=keys))["decode-0"].argv
+    assert option(planned(BUILTIN.format(prefill="", decode=keys))["decode-0"], wanted[0]) == wanted[1]
+    assert ("--kv-cache-gb" in argv) is not ("--gpu-memory-utilization" in argv)
+
+
+def test_engines_on_one_gpu_cannot_want_more_than_it_has() -> None:
+    share = "gpus = [0]\nshare_gpu = true\ngpu_memory_utilization = {}"
+    text = BUILTIN.format(prefill=share.format(0.5), decode=share.format(0.5))
+    with pytest.raises(PdctlError, match=r"on GPU 0 want 1 of its memory: prefill-0 0.5, decode-0 0.5") as caught:
+        planned(text)
+    assert caught.value.hint == "lower gpu_memory_utilization to 0.47 each, 0.95 in total"
+    planned(BUILTIN.format(prefill=share.format(0.5), decode=share.format(0.45)))
+    planned(BUILTIN.format(prefill=share.format(0.5), decode=share.format(0.9).replace("[0]", "[1]")))
+
+
+def test_settings_of_the_kv_size_that_do_nothing() -> None:
+    both = "gpu_memory_utilization = 0.5\nkv_cache_gb = 3"
+    found = problems(BUILTIN.format(prefill="", decode=both), machine())
+    assert [(key, text) for _, key, text in found] == [
+        ("engines[1].gpu_memory_utilization", "kv_cache_gb sets the size of the KV already")
+    ]
+    cpus = BUILTIN.replace("cuda", "cpu").format(prefill="", decode="gpu_memory_utilization = 0.5")
+    assert [text for _, _, text in problems(cpus, machine())] == ["gpu_memory_utilization has no effect on the CPU"]
+
+
+def test_transports_between_gpus_need_gpus() -> None:
+    ipc = '[transfer]\nbackend = "cuda_ipc"\n'
+    planned(BUILTIN.format(prefill="", decode="") + ipc)
+    cpus = BUILTIN.replace("cuda", "cpu").format(prefill="", decode="") + ipc
+    assert [text for _, _, text in problems(cpus, machine())] == [
+        "cuda_ipc moves KV between GPUs, and there are CPU engines"
+    ]

@@ -56,7 +56,7 @@ def test_the_default_fits_every_machine(gpus: tuple[Gpu, ...], cpus: tuple[int, 
     ("old", "new", "line_start", "key", "message"),
     [
         ("port = 8000", "prot = 8000", "prot", "proxy.prot", "unknown key 'prot'"),
-        ('backend = "auto"', 'backend = "rdma"', "backend", "transfer.backend", "must be one of: auto, shm"),
+        ('backend = "auto"', 'backend = "rdma"', "backend", "transfer.backend", "must be one of: auto, cuda_ipc, shm"),
         ('protocol = "auto"', 'protocol = "rdma"', "protocol", "transfer.protocol", "has no effect with backend"),
         ('protocol = "auto"', 'devices = ["mlx5_0"]', "devices", "transfer.devices", "has no effect with backend"),
         ('protocol = "auto"', "devices = [5]", "devices", "transfer.devices", "RDMA device names"),
@@ -168,6 +168,18 @@ def test_gpus_are_checked_against_the_machine() -> None:
     assert "assigned to both" in problems(both, on)[0][2], "both must agree"
     load_text(cuda("gpus = [0]\nshare_gpu = true", "gpus = [0]\nshare_gpu = true"), "x", on)
     load_text(cuda("gpus = [1]", "gpus = [0]"), "x", on)
+
+
+def test_settings_of_gpus_on_a_cpu_are_refused() -> None:
+    text = EXAMPLE.replace('policy = "fcfs"', 'attention = "triton"', 1)
+    [(_, key, message)] = problems(text)
+    assert key.endswith("attention")
+    assert "attention = 'triton' needs a GPU" in message
+    load_text(text.replace("triton", "gather"), "x", host(GPUS))
+    [(_, key, message)] = problems(EXAMPLE.replace('policy = "fcfs"', "enforce_eager = true", 1))
+    assert key.endswith("enforce_eager")
+    assert "no effect on a CPU engine" in message
+    load_text(cuda('gpus = [0]\nattention = "triton"', "gpus = [1]"), "x", host(GPUS))
 
 
 def test_gpus_that_are_not_there_and_devices_that_do_not_mix() -> None:

@@ -15,7 +15,7 @@ class BuiltinLauncher(BaseLauncher):
     settings = frozenset(
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
-            "inline_prefill", "kv_events", "dtype",
+            "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager", "gpu_memory_utilization",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -54,12 +54,14 @@ class BuiltinLauncher(BaseLauncher):
             "--max-model-len", str(topology.service.max_model_len),
             "--max-num-seqs", str(group.max_num_seqs),
             "--max-num-batched-tokens", str(group.max_num_batched_tokens),
-            "--kv-cache-gb", f"{group.kv_cache_gb:g}",
+            *_kv_argv(group),
             "--block-size", str(group.block_size),
             "--prefix-caching", str(group.prefix_caching).lower(),
             *_events_argv(group, assignment.ports),
             "--policy", group.policy,
             "--inline-prefill", str(group.inline_prefill).lower(),
+            "--attention", group.attention,
+            "--enforce-eager", str(group.enforce_eager).lower(),
             *_transfer_argv(topology.transfer, assignment.rdma),
             "--tool-parser", topology.service.tool_parser,
             "--reasoning-parser", topology.service.reasoning_parser,
@@ -88,6 +90,12 @@ def _events_argv(group: EngineGroup, ports: Mapping[str, int]) -> tuple[str, ...
         "--kv-events-port", str(ports["kv-events"]),
         "--kv-replay-port", str(ports["kv-replay"]),
     )  # fmt: skip
+
+
+def _kv_argv(group: EngineGroup) -> tuple[str, ...]:
+    if group.kv_share:
+        return "--gpu-memory-utilization", f"{group.kv_share:g}"
+    return "--kv-cache-gb", f"{group.kv_cache_gb:g}"
 
 
 def _transfer_argv(transfer: Transfer, devices: tuple[str, ...]) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def transfer(
     if pictures is not None:
         drawing()
     sizes, counts, tree, found = sorted(set(mib)), tuple(sorted(set(blocks))), read_tree(), []
-    for name in [only] if only else TRANSPORTS:
+    for name in [only] if only else [name for name, info in TRANSPORTS.items() if not info.on_gpu]:
         for size in sizes:
             console.note(f"{name}: moving {size} MiB between two processes ...")
             found.append(moving.run(moving.Probe(name, protocol, size, pieces=counts), tree) | {"mib": size})

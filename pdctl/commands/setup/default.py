@@ -53,7 +53,7 @@ port = 8000
 routing = "min_expected_latency"   # docs/proxy.md lists the others
 
 [transfer]
-backend = "auto"                   # how KV moves between engines: auto | shm | mooncake | nixl
+backend = "auto"                   # how KV moves between engines: auto | cuda_ipc | shm | mooncake | nixl
 lease_s = 30                       # KV that no engine fetches is freed after this
 
 [[engines]]

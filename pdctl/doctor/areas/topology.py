@@ -94,6 +94,8 @@ def pools(facts: TopologyFacts) -> Iterator[Finding]:
     if shape is None or not shape.kv_token_bytes:
         return
     for group in facts.started():
+        if group.kv_share:
+            continue  # as large as what is left of the GPU
         token = shape.kv_token_bytes * (2 if group.device is Device.CPU else 1)
         room = int(group.kv_cache_gb * 2**30) // token
         if room < wanted:
@@ -113,7 +115,8 @@ def gpu_memory(facts: TopologyFacts) -> Iterator[Finding]:
     for gpu in facts.host.gpus:
         groups = facts.placed.get(gpu.index, {})
         here = [(group, groups[group.name]) for group in facts.started() if group.name in groups]
-        wanted = sum((group.kv_cache_gb * 2**30 + each) * count for group, count in here)
+        sizes = [(0 if group.kv_share else group.kv_cache_gb * 2**30, count) for group, count in here]
+        wanted = sum((size + each) * count for size, count in sizes)
         if not here or wanted <= gpu.memory:
             continue
         names = ", ".join(group.name if count == 1 else f"{count} of {group.name}" for group, count in here)

@@ -1,4 +1,4 @@
-"""The memory of a KV pool: an anonymous memory file, so that peers on this host can map it.
+"""The memory of a KV pool. On the host: an anonymous memory file, so that peers on this host can map it.
 
 It has no name, so nothing can be left behind: it disappears with the last process that maps it.
 """
@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,15 @@ Bytes = npt.NDArray[np.uint8]
 
 class NoMemory(Exception):
     """The host has too little memory for a pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """A pool in a GPU's memory: its address there, and the GPU's number in this process."""
+
+    base: int
+    num_bytes: int
+    device: int
 
 
 class Memory:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from functools import partial
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.cache.layout import block_bytes
-from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.prefix import root
 from pdctl.engine.core.inbox import Inbox
 from pdctl.engine.core.latency_file import LatencyFile
 from pdctl.engine.core.loop import Core, CoreEvent, Settled, report
 from pdctl.engine.core.outbox import Outbox
+from pdctl.engine.core.transports import open_transports
 from pdctl.engine.core.warm_up import measured
 from pdctl.engine.executor.single import SingleExecutor
 from pdctl.engine.handover.puller import PoolShape, Puller
@@ -24,22 +23,19 @@ from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Limits
 from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.scheduler import Scheduler
-from pdctl.engine.transfer import Settings, Transport, transport_kind
 from pdctl.host.boot import host_id
 from pdctl.host.users import cache_root
-from pdctl.net import reachable
-from pdctl.transports import TRANSPORTS
 from pdctl.wire import SECRET_ENV, PoolEndpoint, Served
 
 
 def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     """Build everything that may fail. Raises ModelRefused, NoMemory, TransferError, torch.OutOfMemoryError."""
     executor = SingleExecutor.load(options)
-    transports = _open_transports(options, executor.memory)
+    transports = open_transports(options, executor.pool)
     manifest, num_blocks = executor.manifest, executor.num_blocks
     limits = _limits(options, executor.loaded, num_blocks)
     inbox: Inbox[CoreEvent] = Inbox()
-    ours = PoolShape(manifest, num_blocks, host_id(), options.transfer, options.read_s)
+    ours = PoolShape(manifest, executor.pool_blocks, host_id(), options.transfer, options.read_s)
     puller = Puller(ours, transports, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
     journal = KvJournal(options.kv_events == "tokens") if options.kv_events != "off" else None
     allocator = BlockAllocator(num_blocks, executor.poison, journal.removed if journal else None)
@@ -52,40 +48,16 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save)
     served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(
-        endpoint=PoolEndpoint(ours.host_id, served, num_blocks, manifest),
+        endpoint=PoolEndpoint(ours.host_id, served, executor.pool_blocks, manifest),
         num_blocks=num_blocks,
         block_size=options.block_size,
         block_bytes=block_bytes(manifest),
         max_model_len=limits.max_model_len,
         vocab_size=executor.loaded.vocab_size,
+        attention=executor.attention,
+        graphs=executor.graphs,
     )
     return core, ready
-
-
-def _open_transports(options: EngineOptions, memory: Memory) -> dict[str, Transport]:
-    """Open the configured transports. `auto` means shared memory, because all engines of a topology are on this host.
-
-    Raises TransferError.
-    """
-    settings = Settings(
-        epoch=options.epoch,
-        host=reachable(options.host),
-        protocol=options.transfer_protocol,
-        devices=tuple(filter(None, options.transfer_devices.split(","))),
-        ports=options.port_range,
-    )
-    names = ["shm"] if options.transfer == "auto" else [options.transfer]
-    found = {}
-    for name in names:
-        transport = transport_kind(name).open_transport(memory, settings)
-        if transport.fallback:
-            logging.warning("%s: %s; using %s", name, transport.fallback, transport.protocol)
-        if TRANSPORTS[name].is_open_to_strangers:
-            logging.warning(
-                "%s listens on every interface without authentication: protect its ports with a firewall", name
-            )
-        found[name] = transport
-    return found
 
 
 def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Limits:

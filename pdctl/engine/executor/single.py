@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,11 @@ from pdctl.engine.cache.kv_pool import DTYPES, KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.executor import Computed
+from pdctl.engine.executor.gpu_memory import kv_bytes, largest_step, measured
+from pdctl.engine.model.attention.batch import PoolNeed
+from pdctl.engine.model.attention.choice import AttentionRefused, Chosen, choose
 from pdctl.engine.model.grammar import Grammars
+from pdctl.engine.model.graphs import CudaRecorder, GraphsRefused
 from pdctl.engine.model.loading import LoadedModel, ModelRefused, load_model
 from pdctl.engine.model.precision import choose_dtype
 from pdctl.engine.model.runner import ModelRunner
@@ -27,16 +32,31 @@ from pdctl.wire import Manifest
 POISON_ENV = "PDCTL_POISON_FREED"
 _FEWEST_BLOCKS = 8
 
+_log = logging.getLogger(__name__)
+
 
 class SingleExecutor:
-    """See Executor. `memory` holds the pool's bytes. `poison` fills freed blocks with NaN; None if that is off."""
+    """See Executor. `pool` holds the KV. `poison` fills freed blocks with NaN; None if that is off.
+    `attention`: its backend, and why. `graphs`: the decode steps that are CUDA graphs, or why none is; "" on a CPU.
+    Sequences use the first `num_blocks` of the pool's `pool_blocks`."""
 
-    def __init__(self, loaded: LoadedModel, manifest: Manifest, memory: Memory, runner: ModelRunner) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        manifest: Manifest,
+        runner: ModelRunner,
+        attention: str,
+        num_blocks: int,
+        graphs: str,
+    ) -> None:
         self.loaded = loaded
         self.manifest = manifest
-        self.memory = memory
+        self.pool = runner.pool
+        self.attention = attention
         self.grammars = runner.grammars
-        self.num_blocks = runner.pool.num_blocks
+        self.num_blocks = num_blocks
+        self.pool_blocks = runner.pool.num_blocks
+        self.graphs = graphs
         self.poison: Callable[[list[int]], None] | None = runner.pool.poison if runner.poisoned else None
         self._runner = runner
 
@@ -46,17 +66,21 @@ class SingleExecutor:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         device = torch.device(options.device)
         dtype = choose_dtype(options.dtype, device)
-        reserved = int(options.kv_cache_gb * 2**30)
+        reserved = int(options.kv_cache_gb * 2**30) if device.type == "cpu" else 0
         loaded = load_model(options.model, device, dtype, cache_root() / "products", reserved)
         assert loaded.dtype in DTYPES
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes)
-        num_blocks = _num_blocks(options, manifest)
-        memory = Memory(num_blocks * block_bytes(manifest), options.epoch)
-        pool = KvPool(manifest, num_blocks, memory, device)
+        chosen = _attention(options, loaded, device)
+        num_blocks = _num_blocks(options, manifest, lambda: _gpu_room(options, loaded, manifest, chosen, device))
+        on_host = Memory(num_blocks * block_bytes(manifest), options.epoch) if device.type == "cpu" else None
+        pool = KvPool(manifest, num_blocks, on_host, device)
         grammars = Grammars(Path(options.model), loaded.vocab_size, loaded.eos_token_ids)
-        runner = ModelRunner(loaded, pool, device, bool(os.environ.get(POISON_ENV)), grammars)
+        runner = ModelRunner(loaded, pool, device, bool(os.environ.get(POISON_ENV)), grammars, chosen.backend)
         runner.self_check()
-        return cls(loaded, manifest, memory, runner)
+        # The padding of CUDA graphs writes to a block of nobody.
+        usable = num_blocks - 1 if device.type == "cuda" else num_blocks
+        graphs = _capture(runner, options, usable) if device.type == "cuda" else ""
+        return cls(loaded, manifest, runner, f"{chosen.backend.name}: {chosen.reason}", usable, graphs)
 
     @property
     def latency_key(self) -> tuple[str, ...]:
@@ -64,7 +88,8 @@ class SingleExecutor:
         device = self._runner.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         threads = f"{torch.get_num_threads()} threads"
-        return (self.manifest.model, self.manifest.dtype, where, threads, f"torch {torch.__version__}")
+        how = (self._runner.backend.name, *filter(None, [self.graphs]))
+        return (self.manifest.model, self.manifest.dtype, where, threads, f"torch {torch.__version__}", *how)
 
     def execute(self, batch: list[Slice]) -> Computed:
         """See Executor.execute."""
@@ -83,18 +108,63 @@ class SingleExecutor:
         self.grammars.close()
 
 
-def _num_blocks(options: EngineOptions, manifest: Manifest) -> int:
-    """The number of blocks that fit into `kv_cache_gb`. Raises ModelRefused if it is too small or too large."""
+def _attention(options: EngineOptions, loaded: LoadedModel, device: torch.device) -> Chosen:
+    """Raises ModelRefused if the backend that the topology names cannot serve the model."""
+    try:
+        return choose(options.attention, loaded.needs, PoolNeed(DTYPES[loaded.dtype], options.block_size), device)
+    except AttentionRefused as failure:
+        raise ModelRefused(str(failure)) from failure
+
+
+def _capture(runner: ModelRunner, options: EngineOptions, scratch: int) -> str:
+    """Capture CUDA graphs; returns what is captured, or why nothing is."""
+    if options.enforce_eager:
+        return "off: enforce_eager is set"
+    try:
+        recorder = CudaRecorder(runner.device)
+        sizes = runner.capture(options.max_num_seqs, options.max_model_len, scratch, recorder)
+    except GraphsRefused as failure:
+        _log.warning("decoding without CUDA graphs: %s", failure)
+        return f"off: {failure}"
+    return f"decode steps of up to {sizes[-1]} sequences" if sizes else "off: capturing took too long"
+
+
+def _num_blocks(options: EngineOptions, manifest: Manifest, gpu_room: Callable[[], int]) -> int:
+    """The number of blocks that fit into `kv_cache_gb`, or into what is left of the GPU. Raises ModelRefused if that is
+    too few or too many."""
     size = block_bytes(manifest)
+    if options.gpu_memory_utilization:
+        return max(_FEWEST_BLOCKS, gpu_room() // size)
     num_blocks = int(options.kv_cache_gb * 2**30) // size
     if num_blocks < _FEWEST_BLOCKS:
         raise ModelRefused(
             f"kv_cache_gb = {options.kv_cache_gb:g} holds {num_blocks} blocks of {size} bytes; "
             f"raise it to {_FEWEST_BLOCKS * size / 2**30:.3g} at least, for {_FEWEST_BLOCKS} blocks"
         )
+    where = "memory"
     _, available = read_memory()
+    if options.device == "cuda":
+        where = "the GPU's memory"
+        available, _ = torch.cuda.mem_get_info()
     if num_blocks * size > available:
         raise ModelRefused(
-            f"kv_cache_gb = {options.kv_cache_gb:g} does not fit: {available / 2**30:.1f} GiB of memory are free"
+            f"kv_cache_gb = {options.kv_cache_gb:g} does not fit: {available / 2**30:.1f} GiB of {where} are free"
         )
     return num_blocks
+
+
+def _gpu_room(
+    options: EngineOptions, loaded: LoadedModel, manifest: Manifest, chosen: Chosen, device: torch.device
+) -> int:
+    """Bytes for KV, after a step of the largest size over a small pool. Raises ModelRefused, torch.OutOfMemoryError."""
+    weights = torch.cuda.memory_allocated(device)
+
+    def step() -> None:
+        batch = largest_step(
+            options.max_num_seqs, options.max_num_batched_tokens, options.max_model_len, options.block_size
+        )
+        blocks = max(len(piece.sequence.block_ids) for piece in batch)
+        pool = KvPool(manifest, blocks, None, device)
+        ModelRunner(loaded, pool, device, backend=chosen.backend).execute(batch)
+
+    return kv_bytes(measured(device, weights, step), options.gpu_memory_utilization)

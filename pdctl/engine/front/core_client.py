@@ -132,10 +132,11 @@ class CoreClient:
                 case Ready():
                     self.ready = message
                     _log.info(
-                        "ready: epoch %s, %d KV blocks of %d tokens (%.2f GiB), transport %s",
+                        "ready: epoch %s, %d KV blocks of %d tokens (%.2f GiB), transport %s, attention %s",
                         self._options.epoch, message.num_blocks, message.block_size,
                         message.num_blocks * message.block_bytes / 2**30,
                         ", ".join(f"{s.transport} ({s.protocol})" for s in message.endpoint.served) or "not served",
+                        message.attention,
                     )  # fmt: skip
                     self.books = Books(blocks_free=message.num_blocks)
                 case KvChanges(changes):

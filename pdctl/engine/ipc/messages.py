@@ -147,7 +147,9 @@ ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Shutdown
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The model is loaded and checked, and has computed a token."""
+    """The model is loaded and checked, and has computed a token.
+
+    `attention`: its backend, and why. `graphs`: the decode steps that are CUDA graphs, or why none is; "" on a CPU."""
 
     endpoint: PoolEndpoint
     num_blocks: int
@@ -155,6 +157,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
     block_bytes: int
     max_model_len: int
     vocab_size: int
+    attention: str
+    graphs: str
 
 
 class StartRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):

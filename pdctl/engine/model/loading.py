@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from pdctl.engine.model import attention, masks
-from pdctl.engine.model.attention import HookCall
+from pdctl.engine.model.attention import hook, masks
+from pdctl.engine.model.attention.batch import LayerNeed
+from pdctl.engine.model.attention.hook import HookCall
 from pdctl.engine.model.linear import Watch, speed_up
 from pdctl.host.memory import read_group_room, read_memory
 from pdctl.wire import LayerShape
@@ -42,11 +43,13 @@ class ModelRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with all layers using the attention hook. `shapes` in layer order; `fingerprint` identifies the
-    weights; `max_positions`: the longest sequence that is computed as the model says."""
+    """A model with all layers using the attention hook. `shapes` in layer order; `needs`: what its layers ask of
+    attention; `fingerprint` identifies the weights; `max_positions`: the longest sequence that is computed as the model
+    says."""
 
     module: torch.nn.Module
     shapes: list[LayerShape]
+    needs: frozenset[LayerNeed]
     eos_token_ids: frozenset[int]
     vocab_size: int
     max_positions: int
@@ -86,7 +89,7 @@ def hook_model(
     `name` is for messages. `table`: folder of the host's table of products; None: fixed rules. `reserved`: bytes of
     memory that the caller still needs.
     """
-    attention.register()
+    hook.register()
     masks.register()
     module = module.eval().requires_grad_(False)
     with Watch(module) as watch:
@@ -96,7 +99,8 @@ def hook_model(
     speed_up(module, watch, table, _room() - reserved)
     return LoadedModel(
         module=module,
-        shapes=[LayerShape(call.kv_heads, call.key_dim, call.value_dim) for call in calls],
+        shapes=[LayerShape(call.need.kv_heads, call.need.key_dim, call.need.value_dim) for call in calls],
+        needs=frozenset(call.need for call in calls),
         eos_token_ids=eos_token_ids,
         vocab_size=int(text_config.vocab_size),
         max_positions=positions,
@@ -115,17 +119,17 @@ def _room() -> int:
 def _hook_calls(module: torch.nn.Module, config: object, path: str) -> list[HookCall]:
     """Switch to the hook, run three tokens, and record each layer's call."""
     layers = int(copy.copy(config).get_text_config().num_hidden_layers)  # type: ignore[attr-defined]
-    log = attention.HookLog()
+    log = hook.HookLog()
     family = type(module).__name__
     try:
         module.set_attn_implementation(masks.NAME)  # type: ignore[operator]
-        attention.set_context(log)
+        hook.set_context(log)
         forward(module, torch.tensor([1, 2, 3]), torch.arange(3), torch.tensor([2]))
-        module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+        module.set_attn_implementation(hook.NAME)  # type: ignore[operator]
     except (ValueError, TypeError, NotImplementedError, RuntimeError, IndexError, AttributeError) as failure:
         raise ModelRefused(f"{family} ({path}) does not run through the attention hook: {failure}") from failure
     finally:
-        attention.set_context(None)
+        hook.set_context(None)
     called = sorted(call.layer for call in log.calls)
     if called != list(range(layers)):
         raise ModelRefused(
@@ -172,7 +176,7 @@ def dense_logits(loaded: LoadedModel, ids: torch.Tensor, implementation: str = "
         module.set_attn_implementation(implementation)  # type: ignore[operator]
         return forward(module, ids, torch.arange(len(ids)), torch.arange(len(ids)))
     finally:
-        module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+        module.set_attn_implementation(hook.NAME)  # type: ignore[operator]
 
 
 def rounding_noise(loaded: LoadedModel, ids: torch.Tensor, dense: torch.Tensor) -> float:

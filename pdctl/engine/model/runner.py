@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.ipc.messages import Logprobs, Sampling
-from pdctl.engine.model import attention
-from pdctl.engine.model.attention import BatchContext, PackedSequence, PaddedRows
+from pdctl.engine.model.attention import Backend, hook, open_backend
 from pdctl.engine.model.grammar import Grammars
+from pdctl.engine.model.graphs import Graphs, GraphsRefused, Recorder, batch_sizes
+from pdctl.engine.model.inputs import InputBuffers, Inputs
 from pdctl.engine.model.loading import (
     LoadedModel,
     check_agreement,
@@ -25,8 +25,8 @@ from pdctl.engine.model.sampler import most_likely, prompt_tokens, sample, shape
 from pdctl.engine.schedule.batch import Slice
 from pdctl.engine.schedule.sequence import Sequence
 
-# Padded KV lengths are multiples of this.
-_PAD_TO = 128
+# Limit of the time for capturing graphs; what is left is computed without.
+_CAPTURE_S = 60.0
 
 
 class _PromptPart(NamedTuple):
@@ -62,16 +62,16 @@ class ModelRunner:
         device: torch.device,
         poisoned: bool = False,
         grammars: Grammars | None = None,
+        backend: Backend | None = None,
     ) -> None:
         self.loaded = loaded
         self.pool = pool
         self.device = device
         self.poisoned = poisoned
         self.grammars = grammars or Grammars(None, loaded.vocab_size, loaded.eos_token_ids)
-        self._offsets = torch.arange(pool.block_size, device=device)
-        # Decode one by one on the CPU, where a view of the pool is free; batched on a GPU, where launches are
-        # expensive.
-        self.pads = device.type == "cuda"
+        self.backend = backend or open_backend("gather", device)
+        self._buffers = InputBuffers(pool.block_size, device)
+        self._graphs: Graphs | None = None
 
     def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
         """Compute every slice. Returns, in order, a token id and its log probabilities for each sampling slice."""
@@ -87,6 +87,8 @@ class ModelRunner:
             )
             at += len(part.rows)
         if not sequences:
+            # Nothing was waited for. What was computed may be published next, or its blocks given to a transfer.
+            self.pool.settle()
             return [], []
         logits = logits[: len(sequences)]
         told = {row: logits[row].clone() for row, s in enumerate(sequences) if s.sampling.logprobs >= 0}
@@ -111,56 +113,36 @@ class ModelRunner:
 
     def logits(self, batch: list[Slice], every_row: bool = False, rows: Iterable[int] = ()) -> torch.Tensor:
         """Logits [sampling slices, vocab], then those of `rows` of the batch; or of every row."""
-        ids: list[int] = []
-        positions: list[int] = []
-        writes: list[int] = []
-        packed: list[PackedSequence] = []
-        single: list[tuple[int, Sequence, int]] = []
-        last_rows: list[int] = []
-        for piece in batch:
-            sequence, start, count = piece.sequence, piece.start, piece.count
-            if count == 1 and self.pads:
-                single.append((len(ids), sequence, start + 1))
-            else:
-                slots, first_slot = self._slots(sequence, start + count)
-                packed.append(PackedSequence(len(ids), count, start + count, slots, first_slot))
-            ids += sequence.token_ids[start : start + count]
-            positions += range(start, start + count)
-            writes += self._written(sequence, start, count)
-            if piece.samples:
-                last_rows.append(len(ids) - 1)
-        # A batch of only inner chunks samples nothing, but models project at least one row.
-        keep = torch.arange(len(ids)) if every_row else torch.tensor([*last_rows, *rows] or [len(ids) - 1])
-        write_slots = torch.tensor(writes).to(self.device)
-        attention.set_context(BatchContext(self.pool, write_slots, packed, self._padded(single)))
+        rows = list(rows)
+        if self._graphs is not None and not every_row and not rows:
+            found = self._graphs.logits(batch)
+            if found is not None:
+                return found
+        inputs = self._buffers.build(batch, every_row, rows)
+        self._begin(inputs)
+        return self._compute(inputs)
+
+    def capture(self, max_num_seqs: int, max_model_len: int, scratch: int, recorder: Recorder) -> list[int]:
+        """Use graphs for decode steps from now on; the batch sizes that have one. `scratch`: a block that no sequence
+        uses. Raises GraphsRefused, and then computes without graphs."""
+        if not self.backend.is_capturable:
+            raise GraphsRefused(f"attention by {self.backend.name} cannot be captured")
+        buffers = InputBuffers(self.pool.block_size, self.device, self._buffers.tables)
+        width = -(-max_model_len // self.pool.block_size)
+        graphs = Graphs(buffers, batch_sizes(max_num_seqs), width, scratch, self._begin, self._compute)
+        graphs.capture(recorder, _CAPTURE_S)
+        self._graphs = graphs
+        return graphs.sizes
+
+    def _begin(self, inputs: Inputs) -> None:
+        self.backend.begin(inputs.batch)
+
+    def _compute(self, inputs: Inputs) -> torch.Tensor:
+        hook.set_context(hook.Step(self.pool, self.backend, inputs.batch))
         try:
-            return forward(self.loaded.module, torch.tensor(ids), torch.tensor(positions), keep)
+            return forward(self.loaded.module, inputs.ids, inputs.positions, inputs.keep)
         finally:
-            attention.set_context(None)
-
-    def _padded(self, single: list[tuple[int, Sequence, int]]) -> PaddedRows | None:
-        """Tables of (row, sequence, KV length) on the device; None without any."""
-        if not single:
-            return None
-        size, longest = self.pool.block_size, max(length for _, _, length in single)
-        blocks = np.zeros((len(single), -(-longest // size)), dtype=np.int64)
-        for index, (_, sequence, length) in enumerate(single):
-            used = -(-length // size)
-            blocks[index, :used] = sequence.block_ids[:used]
-        table = torch.from_numpy(blocks).to(self.device)
-        rows = torch.tensor([row for row, _, _ in single]).to(self.device)
-        lengths = torch.tensor([length for _, _, length in single]).to(self.device)
-        # Round up to have few shapes: kernels and cached memory depend on the shape. Padding repeats the first token,
-        # because slots after the last one may contain NaN, which a mask would not remove.
-        columns = torch.arange(-(-longest // _PAD_TO) * _PAD_TO, device=self.device)[None]
-        columns = torch.where(columns < lengths[:, None], columns, 0)
-        slots = table.gather(1, columns // size) * size + columns % size
-        return PaddedRows(rows, slots, lengths, longest)
-
-    def _written(self, sequence: Sequence, start: int, count: int) -> list[int]:
-        """The pool slots of `count` tokens from `start` on."""
-        size, blocks = self.pool.block_size, sequence.block_ids
-        return [blocks[at // size] * size + at % size for at in range(start, start + count)]
+            hook.set_context(None)
 
     def self_check(self) -> None:
         """Compare paged logits of a few tokens, in two chunks over scattered blocks, with dense ones.
@@ -180,13 +162,3 @@ class ModelRunner:
         check_agreement(torch.cat([first, second]), dense, type(self.loaded.module).__name__, noise)
         for plane in (*self.pool.keys, *self.pool.values):
             plane[: 2 * needed * size].zero_()
-
-    def _slots(self, sequence: Sequence, kv_len: int) -> tuple[torch.Tensor, int | None]:
-        """The pool slots of the first `kv_len` tokens, and the first slot if they form a run."""
-        size = self.pool.block_size
-        blocks = sequence.block_ids[: -(-kv_len // size)]
-        if blocks[-1] - blocks[0] == len(blocks) - 1 and blocks == list(range(blocks[0], blocks[-1] + 1)):
-            first = blocks[0] * size
-            return torch.arange(first, first + kv_len, device=self.device), first
-        table = torch.tensor(blocks).to(self.device)[:, None] * size + self._offsets
-        return table.flatten()[:kv_len], None

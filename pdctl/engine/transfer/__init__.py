@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from pdctl.engine.cache.layout import Span
-from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.memory import DeviceMemory, Memory
 from pdctl.host.devices.rdma import active_devices
 from pdctl.net import LOOPBACK
 
@@ -84,8 +84,10 @@ class Transport(Protocol):
 class Kind(Protocol):
     """The interface of a transport's module."""
 
-    def open_transport(self, memory: Memory, settings: Settings) -> Transport:
-        """Open a transport over `memory`. Raises TransferError with the reason if it cannot work here."""
+    def open_transport(self, memory: Memory | DeviceMemory, settings: Settings) -> Transport:
+        """Open a transport over `memory`, on a GPU for those transports that read there.
+
+        Raises TransferError with the reason if it cannot work here."""
         ...
 
 

@@ -72,15 +72,15 @@ class ShmTransport:
             return self._peers[address]
 
     def _drop_dead(self) -> None:
-        self._peers = {address: view for address, view in self._peers.items() if _alive(address)}
+        self._peers = {address: view for address, view in self._peers.items() if is_alive(address)}
 
 
-def _alive(address: str) -> bool:
-    """Whether the owner still has this file: a process with a reused pid has another one."""
-    pid, fd, epoch = address.split("/")
+def is_alive(address: str) -> bool:
+    """Whether the owner still has this file: a process with a reused pid has another one. More words may follow."""
     try:
-        return f"{LABEL}{epoch}" in str(Path(f"/proc/{pid}/fd/{fd}").readlink())
-    except OSError:
+        pid, fd, epoch = address.split("/")[:3]
+        return f"{LABEL}{epoch}" in str(Path(f"/proc/{int(pid)}/fd/{int(fd)}").readlink())
+    except (OSError, ValueError):
         return False
 
 

@@ -51,6 +51,8 @@ class MeasurementReader:
             latency=_latency(state.work) if state and state.work else None,
             prompts_own=state.counters.get("prompts_own") if state else None,
             prompts_received=state.counters.get("prompts_received") if state else None,
+            attention=(state.attention or None) if state else None,
+            cuda_graphs=(state.cuda_graphs or None) if state else None,
         )
 
     def _rate(self, unit: Unit, tokens: int) -> float:

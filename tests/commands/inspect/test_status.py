@@ -15,7 +15,7 @@ def process(name: str, restarts: int = 0) -> MeasuredProcess:
         last_exit=None, device="cpu", cpus=(0, 1, 2, 7), gpus=(), rdma=(), ports={"http": 18100}, ready_since=None,
         epoch="0-1", adopted=False, log="/decode-0.log", rss_bytes=1 << 20, cpu_percent=12.0, gpu_memory_bytes=None,
         running=3, waiting=0, kv_used=0.25, leases=1, tokens_per_s=9.6, phase="", phase_s=None,
-        prompts_own=3, prompts_received=1, latency=None,
+        prompts_own=3, prompts_received=1, latency=None, attention="gather: the device is a CPU", cuda_graphs=None,
     )  # fmt: skip
 
 

@@ -11,8 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
-from pdctl.engine.model import attention
-from pdctl.engine.model.attention import BatchContext, PackedSequence
+from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.model.attention import gather, hook, open_backend
+from pdctl.engine.model.inputs import InputBuffers
+from pdctl.engine.schedule.batch import Slice
+from pdctl.engine.schedule.sequence import Sequence
 from pdctl.wire import LayerShape, Manifest
 
 HEADS, KV_HEADS, SIZE, BLOCK, BLOCKS = 4, 2, 16, 8, 64
@@ -26,7 +29,7 @@ class Layer(torch.nn.Module):
 def no_context() -> Iterator[None]:
     with torch.inference_mode():
         yield
-    attention.set_context(None)
+    hook.set_context(None)
 
 
 def pool(dtype: str) -> KvPool:
@@ -50,19 +53,18 @@ def chunked(
 ) -> torch.Tensor:
     """The same by `attend`, chunk by chunk; a second, short sequence is in every batch."""
     made = pool(str(q.dtype).removeprefix("torch."))
-    blocks = torch.randperm(BLOCKS - 1) if scattered else torch.arange(BLOCKS - 1)
-    slots = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
-    other = torch.tensor([(BLOCKS - 1) * BLOCK])
+    backend = open_backend("gather", torch.device("cpu"))
+    blocks = (torch.randperm(BLOCKS - 1) if scattered else torch.arange(BLOCKS - 1)).tolist()
+    buffers = InputBuffers(BLOCK, torch.device("cpu"))
+    short = Sequence("short", [7], 1, Sampling(1), block_ids=[BLOCKS - 1])
     found = []
     for start, end in zip([0, *cuts], [*cuts, len(q)], strict=True):
-        count = end - start
-        sequences = [
-            PackedSequence(0, 1, 1, other, int(other)),
-            PackedSequence(1, count, end, slots[:end], None if scattered else 0),
-        ]
-        attention.set_context(BatchContext(made, torch.cat([other, slots[start:end]]), sequences))
+        own = Sequence("own", list(range(len(q))), len(q), Sampling(1), block_ids=blocks[: -(-end // BLOCK)])
+        batch = buffers.build([Slice(short, 0, 1, True), Slice(own, start, end - start, False)]).batch
+        backend.begin(batch)
+        hook.set_context(hook.Step(made, backend, batch))
         query, key, value = (torch.cat([part[:1], part[start:end]]).transpose(0, 1)[None] for part in (q, k, v))
-        out, _ = attention.attend(Layer(), query, key, value, None, sliding_window=window)
+        out, _ = hook.attend(Layer(), query, key, value, None, sliding_window=window)
         # The short sequence sees one token: its value, for both heads of a group.
         assert torch.allclose(out[0, 0].float(), v[0].repeat_interleave(HEADS // KV_HEADS, 0).float(), atol=1e-2)
         found.append(out[0, 1:])
@@ -76,7 +78,7 @@ def test_pieces_equal_one_masked_product(seed: int, monkeypatch: pytest.MonkeyPa
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=generator))
 
-    monkeypatch.setattr(attention, "_FEWEST_ROWS", number(1, 8))
+    monkeypatch.setattr(gather, "_FEWEST_ROWS", number(1, 8))
     length, window = number(2, 400), [None, number(1, 450), number(1, 40)][seed % 3]
     cuts = sorted({number(1, length - 1) for _ in range(number(0, 4))})
     dtype = torch.bfloat16 if seed % 8 == 7 else torch.float32
@@ -88,17 +90,17 @@ def test_pieces_equal_one_masked_product(seed: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_mask_of_a_windowed_layer_grows_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_FEWEST_ROWS", 4)
+    monkeypatch.setattr(gather, "_FEWEST_ROWS", 4)
     q, k, v = torch.randn(400, HEADS, SIZE), torch.randn(400, KV_HEADS, SIZE), torch.randn(400, KV_HEADS, SIZE)
     seen: list[tuple[int, ...]] = []
-    kept = attention._mask
+    kept = gather._mask
 
     def note(*args: object) -> torch.Tensor:
         mask = kept(*args)  # type: ignore[arg-type]
         seen.append(tuple(mask.shape))
         return mask
 
-    monkeypatch.setattr(attention, "_mask", note)
+    monkeypatch.setattr(gather, "_mask", note)
     chunked([], q, k, v, 16, scattered=False)
     assert len(seen) == 49
     assert max(rows for rows, _ in seen) == 8

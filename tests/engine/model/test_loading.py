@@ -15,6 +15,7 @@ from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.model.attention import gather
 from pdctl.engine.model.loading import _TOLERANCE, ModelRefused, check_agreement, load_model
 from pdctl.engine.model.products import packs
 from pdctl.engine.model.runner import ModelRunner
@@ -96,7 +97,8 @@ def test_family_equals_generate(kind: str, tmp_path: Path) -> None:
     assert paged(runner, prompts, tokens=11, fragment=False) == expected
     assert paged(runner, prompts, tokens=64, fragment=True) == expected
     # As on a GPU: batched decode. Freed blocks are NaN, so reading beyond a sequence's end is detected.
-    runner.pads = True
+    assert isinstance(runner.backend, gather.GatherBackend)
+    runner.backend.pads = True
     runner.self_check()
     runner.pool.poison(list(range(runner.pool.num_blocks)))
     assert paged(runner, prompts, tokens=64, fragment=True) == expected
@@ -115,7 +117,7 @@ def test_a_model_that_does_not_hook_is_refused(kind: str, options: dict[str, Any
 def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("llama", tmp_path, {})
     runner = runner_for(tmp_path)
-    monkeypatch.setattr("pdctl.engine.model.attention._first_visible", lambda packed, window: max(0, packed.kv_len - 9))
+    monkeypatch.setattr(f"{gather.__name__}._first_visible", lambda packed, window: max(0, packed.kv_len - 9))
     with pytest.raises(ModelRefused, match="differ by"):
         runner.self_check()
 
@@ -130,7 +132,7 @@ def test_deep_models_in_half_precision_are_measured_by_their_own_rounding(
     runner = ModelRunner(loaded, pool, torch.device("cpu"))
     monkeypatch.setitem(_TOLERANCE, torch.bfloat16, 1e-4)  # less than bfloat16 can do
     runner.self_check()
-    monkeypatch.setattr("pdctl.engine.model.attention._first_visible", lambda packed, window: max(0, packed.kv_len - 9))
+    monkeypatch.setattr(f"{gather.__name__}._first_visible", lambda packed, window: max(0, packed.kv_len - 9))
     with pytest.raises(ModelRefused, match="differ by"):
         runner.self_check()
 
@@ -156,16 +158,16 @@ def test_mirrored_pools_carry_blocks_between_device_and_host(tmp_path: Path) -> 
     manifest = Manifest(loaded.fingerprint, loaded.dtype, 8, loaded.shapes)
     pools = [KvPool(manifest, 8, Memory(block_bytes(manifest) * 8, "test"), torch.device("cpu")) for _ in range(2)]
     for pool in pools:
-        pool._mirror, pool._store = pool._store, torch.zeros_like(pool._store)
-        pool.keys = [pool._plane(2 * n, s.kv_heads, s.key_dim) for n, s in enumerate(manifest.layers)]
-        pool.values = [pool._plane(2 * n + 1, s.kv_heads, s.value_dim) for n, s in enumerate(manifest.layers)]
+        # As if its tensors were elsewhere.
+        pool.memory = None
+        pool.mirror("test")
     source, target = pools
     for plane in (*source.keys, *source.values):
         plane.normal_()
     source.publish([2, 5])
-    assert source._mirror is not None
-    assert target._mirror is not None
-    target._mirror.copy_(source._mirror)
+    assert source.memory is not None
+    assert target.memory is not None
+    target.memory.bytes[:] = source.memory.bytes
     target.absorb([2, 5])
     for mine, theirs in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
         assert torch.equal(mine[16:24], theirs[16:24])

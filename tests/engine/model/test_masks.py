@@ -13,8 +13,9 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from pdctl.engine.model import masks
-from pdctl.engine.model.attention import HookCall
+from pdctl.engine.model.attention import masks
+from pdctl.engine.model.attention.batch import LayerNeed
+from pdctl.engine.model.attention.hook import HookCall
 from pdctl.engine.model.loading import ModelRefused
 from tests.engine.parity.families import build
 
@@ -23,7 +24,7 @@ FAR = 5000
 
 def horizon(rule: masks.Rule, window: int | None = None) -> int:
     mask = masks._mask(1, 3, 3, rule)
-    return masks.horizon([HookCall(0, 1, 1, 1, window, mask)], FAR)
+    return masks.horizon([HookCall(0, LayerNeed(1, 1, 1, 1, window), mask)], FAR)
 
 
 @pytest.mark.parametrize("window", [None, 1, 8, 4096])
@@ -45,7 +46,7 @@ def test_a_model_that_sees_what_follows_can_be_served_nowhere() -> None:
 
 
 def test_a_layer_without_a_mask_says_nothing() -> None:
-    assert masks.horizon([HookCall(0, 1, 1, 1, None, None)], FAR) == FAR
+    assert masks.horizon([HookCall(0, LayerNeed(1, 1, 1, 1), None)], FAR) == FAR
 
 
 LONG: dict[str, Any] = {

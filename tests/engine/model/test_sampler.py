@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.model import sampler
 from pdctl.engine.model.sampler import kept_probabilities, most_likely, prompt_tokens, sample, shape, uniform
 
 
@@ -23,7 +26,7 @@ def test_filters_agree_with_transformers(temperature: float, top_k: int, top_p: 
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(torch.empty(1, 0), expected)
     wanted = expected[0].softmax(-1)
-    kept = kept_probabilities(row[0], Sampling(1, temperature, top_p, top_k))
+    [kept] = kept_probabilities(row, [Sampling(1, temperature, top_p, top_k)])
     assert torch.equal(kept > 0, wanted > 0)
     assert torch.allclose(kept / kept.sum(), wanted, atol=1e-9)
 
@@ -43,6 +46,55 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
     assert together == alone[::-1]
     assert len({uniform(1, n) for n in range(100)}) == 100
     assert uniform(1, 5) != uniform(2, 5)
+
+
+def plainly(row: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """One row at a time, as the definition says."""
+    scaled = (row.double() - row.double().max()) / sampling.temperature
+    if 0 < sampling.top_k < scaled.numel():
+        scaled = scaled.masked_fill(scaled < scaled.topk(sampling.top_k).values[-1], float("-inf"))
+    kept = scaled.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = kept.sort(descending=True, stable=True)
+        kept[order[ordered.cumsum(-1) - ordered >= sampling.top_p]] = 0
+    if sampling.min_p > 0:
+        kept[kept < sampling.min_p * kept.max()] = 0
+    cumulative = kept.cumsum(-1).tolist()
+    point = sampler.uniform(sampling.seed, position) * cumulative[-1]
+    index = next((index for index, value in enumerate(cumulative) if value > point), len(cumulative) - 1)
+    return max(at for at in range(index + 1) if kept[at] > 0)
+
+
+@pytest.mark.parametrize("most", [1, 3, 64])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_drawn_together_are_those_drawn_alone(seed: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sampler._MOST_ROWS, "cpu", most)
+    chance = random.Random(seed)
+    dtype = torch.bfloat16 if seed == 5 else torch.float32
+    rows = torch.stack([logits(100 * seed + n, 200) for n in range(40)]).to(dtype)
+    wants = [
+        (
+            Sampling(
+                1, chance.choice([0.0, 0.3, 1.0, 2.5]), chance.choice([1.0, 0.9, 0.4]), chance.choice([0, 1, 30, 999]),
+                seed=chance.randrange(2**40), min_p=chance.choice([0.0, 0.0, 0.1]),
+            ),
+            chance.randrange(5000),
+        )
+        for _ in range(40)
+    ]  # fmt: skip
+    found = sample(rows, wants)
+    for row, (sampling, position), token in zip(rows, wants, found, strict=True):
+        assert token == (plainly(row, sampling, position) if sampling.temperature else int(row.argmax()))
+
+
+def test_a_draw_at_the_very_end_is_a_token_that_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sampler._MOST_ROWS, "cpu", 4)
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: 1.0 if position else 0.0)
+    rows = torch.tensor([[1.0, 9.0, 8.0, 0.0, 0.0], [9.0, 8.0, 7.0, 6.0, 9.5]])
+    wants = [(Sampling(1, 1.0, top_k=2), at) for at in (0, 1)]
+    assert [sample(rows[[0]], [want])[0] for want in wants] == [1, 2]
+    assert [sample(rows[[1]], [want])[0] for want in wants] == [0, 4]
+    assert sample(rows, [wants[1], wants[0]]) == [2, 0]
 
 
 def test_zero_temperature_is_greedy_beside_sampled_rows() -> None:
@@ -83,7 +135,7 @@ def test_biases_and_the_least_length() -> None:
 
 
 def test_min_p_cuts_what_is_unlikely_beside_the_best() -> None:
-    kept = kept_probabilities(torch.tensor([3.0, 2.9, 0.0]), Sampling(1, 1.0, min_p=0.5))
+    [kept] = kept_probabilities(torch.tensor([[3.0, 2.9, 0.0]]), [Sampling(1, 1.0, min_p=0.5)])
     assert (kept > 0).tolist() == [True, True, False]
 
 

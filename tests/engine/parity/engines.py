@@ -13,6 +13,7 @@ from pdctl.engine.cache.layout import Half, block_bytes, spans
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.prefix import root
 from pdctl.engine.ipc.messages import Held, Sampling
+from pdctl.engine.model.attention.gather import GatherBackend
 from pdctl.engine.model.loading import LoadedModel
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.schedule.batch import Batch, Limits
@@ -20,6 +21,7 @@ from pdctl.engine.schedule.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 from pdctl.wire import Manifest
+from tests.engine.model.test_graphs import Again
 
 CPU = torch.device("cpu")
 _MOST_PREEMPTED = 4
@@ -28,7 +30,7 @@ _MOST_PREEMPTED = 4
 @dataclass(frozen=True)
 class Setting:
     """How an engine runs. `preempt_every`: steps after which a running sequence loses its blocks; 0: never by force.
-    `pads`: batched decode, as on a GPU."""
+    `pads`: batched decode, as on a GPU. `graphs`: decode steps filled up and repeated, as CUDA graphs are."""
 
     block_size: int = 8
     blocks: int = 96
@@ -38,6 +40,7 @@ class Setting:
     shares: bool = True
     preempt_every: int = 0
     pads: bool = False
+    graphs: bool = False
 
 
 def random_setting(chance: random.Random) -> Setting:
@@ -52,7 +55,14 @@ def random_setting(chance: random.Random) -> Setting:
         shares=chance.random() < 0.7,
         preempt_every=chance.choice((2, 3, 5, 7)),
         pads=chance.random() < 0.3,
+        graphs=chance.random() < 0.3,
     )
+
+
+class Capturable(GatherBackend):
+    """On the CPU, a recorded step is computed again."""
+
+    is_capturable = True
 
 
 @dataclass
@@ -70,10 +80,13 @@ class Engine:
     def __post_init__(self) -> None:
         setting = self.setting
         self.manifest = Manifest(self.loaded.fingerprint, self.loaded.dtype, setting.block_size, self.loaded.shapes)
-        self.memory = Memory(block_bytes(self.manifest) * setting.blocks, "parity")
-        self.runner = ModelRunner(self.loaded, KvPool(self.manifest, setting.blocks, self.memory, CPU), CPU, True)
-        self.runner.pads = setting.pads
+        # The last block is nobody's, as on a GPU.
+        self.memory = Memory(block_bytes(self.manifest) * (setting.blocks + 1), "parity")
+        pool = KvPool(self.manifest, setting.blocks + 1, self.memory, CPU)
+        self.runner = ModelRunner(self.loaded, pool, CPU, True, backend=Capturable(pads=setting.pads))
         self.runner.self_check()
+        if setting.graphs:
+            self.runner.capture(setting.seqs - 1, 256, setting.blocks, Again())
         self.runner.pool.poison(list(range(setting.blocks)))
         limits = Limits(setting.seqs, setting.tokens, 512, setting.block_size, frozenset(), policy=setting.policy)
         allocator = BlockAllocator(setting.blocks, self.runner.pool.poison)

@@ -30,7 +30,7 @@ def settings() -> dict[str, Setting]:
     found |= {f"policy {policy}": replace(base, policy=policy, tokens=16) for policy in sorted(POLICIES)}
     found |= {f"preempted every {steps}": replace(base, preempt_every=steps, tokens=16) for steps in (1, 2, 3, 5)}
     found |= {"prefix cache off": replace(base, shares=False), "small pool": replace(base, blocks=20)}
-    return found | {"batched decode": replace(base, pads=True)}
+    return found | {"batched decode": replace(base, pads=True), "graphs": replace(base, graphs=True)}
 
 
 def alone(family: Family, setting: Setting, resumed: Outputs | None = None) -> Outputs:

@@ -5,13 +5,14 @@ import pytest
 from pdctl.engine.transfer.choice import choose
 from pdctl.wire import Manifest, PoolEndpoint, Served
 
-ALL = {"shm": "shm", "mooncake": "tcp", "nixl": "sm+tcp"}
+ALL = {"cuda_ipc": "cuda_ipc", "shm": "shm", "mooncake": "tcp", "nixl": "sm+tcp"}
 
 
 def peer(*served: Served, host: str = "here") -> PoolEndpoint:
     return PoolEndpoint(host, list(served), 8, Manifest("m", "float32", 16, []))
 
 
+IPC = Served("cuda_ipc", "d", "cuda_ipc")
 SHM, MC, NIXL = Served("shm", "a", "shm"), Served("mooncake", "b", "tcp"), Served("nixl", "c", "sm+tcp")
 
 
@@ -19,6 +20,8 @@ SHM, MC, NIXL = Served("shm", "a", "shm"), Served("mooncake", "b", "tcp"), Serve
     ("served", "host", "wanted"),
     [
         ((SHM, MC, NIXL), "here", "shm"),
+        ((SHM, IPC), "here", "cuda_ipc"),
+        ((IPC, MC), "there", "mooncake"),
         ((MC, NIXL), "here", "nixl"),
         ((MC,), "here", "mooncake"),
         ((SHM, MC, NIXL), "there", "mooncake"),

@@ -143,6 +143,8 @@ class Control:
             steps_total=books.steps,
             silent_s=round(self._core.silent_s, 3),
             work=books.work,
+            attention=ready.attention if ready else "",
+            cuda_graphs=ready.graphs if ready else "",
         )
 
     async def _health(self, _: Request) -> Response:

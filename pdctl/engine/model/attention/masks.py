@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from pdctl.engine.model import attention
-from pdctl.engine.model.attention import HookCall
+from pdctl.engine.model.attention.hook import HookCall, attend
 
 # The name under which a model is asked. Under the hook's own name transformers makes no masks.
 NAME = "pdctl-check"
@@ -33,7 +32,7 @@ def register() -> None:
     """Register `attn_implementation="pdctl-check"`: the hook, with masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, attention.attend)
+    AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
 
 
@@ -43,7 +42,7 @@ def horizon(calls: list[HookCall], positions: int) -> int:
     rules = {}
     for call in calls:
         if isinstance(call.mask, _RuledMask):
-            rules[id(call.mask.rule), call.window] = call.mask.rule
+            rules[id(call.mask.rule), call.need.window] = call.mask.rule
     return min((_horizon(rule, window, positions) for (_, window), rule in rules.items()), default=positions)
 
 
