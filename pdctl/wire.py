@@ -50,12 +50,14 @@ class LayerShape(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What must match between two KV pools before they may exchange bytes. Only `block_size` may differ."""
+    """What must match between two KV pools before they may exchange bytes. Only `block_size` and `segment` may differ.
+    `segment`: prompts are computed in segments of so many tokens; 0: as the budget allows."""
 
     model: str
     dtype: str
     block_size: Count
     layers: list[LayerShape]
+    segment: int = 0
 
 
 class Served(msgspec.Struct, frozen=True):

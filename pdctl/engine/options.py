@@ -30,6 +30,7 @@ class EngineOptions:
     gpu_memory_utilization: float
     block_size: int
     prefix_caching: bool
+    deterministic: bool
     kv_events: str
     kv_events_port: int
     kv_replay_port: int
@@ -91,6 +92,9 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument(
         "--prefix-caching", type=_boolean, default=True, help="keep KV for prompts with the same beginning"
+    )
+    parser.add_argument(
+        "--deterministic", type=_boolean, default=False, help="KV that is found has the bits of KV that is computed"
     )
     parser.add_argument(
         "--kv-events", choices=KV_EVENTS, default="off", help="publish which blocks of KV can be found, over ZeroMQ"

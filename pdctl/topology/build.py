@@ -126,6 +126,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         kv_cache_gb=float(values["kv_cache_gb"]),
         block_size=values["block_size"],
         prefix_caching=values["prefix_caching"],
+        deterministic=values["deterministic"],
         kv_events=values["kv_events"],
         policy=values["policy"],
         inline_prefill=values["inline_prefill"],

@@ -288,6 +288,7 @@ ENGINE: dict[str, Key] = {
     "kv_cache_gb": Key(number(0, 4096), 1.0),
     "block_size": Key(integer(1, 1024), 16),
     "prefix_caching": Key(boolean(), True),
+    "deterministic": Key(boolean(), False),
     "kv_events": Key(choice(*KV_EVENTS), "off"),
     "policy": Key(choice(*POLICY_NAMES), "fcfs"),
     "inline_prefill": Key(boolean(), True),

@@ -120,9 +120,10 @@ class EngineGroup:
     its bearer token. `ready`: readiness probe, "" for the kind's default. `restart_with`: when one of these groups
     exits, this one is restarted too. `env`: added to pdctl's environment.
 
-    `prefix_caching`: keep KV for prompts with the same beginning. `kv_events`: what is published of it. `policy`: the
-    order in which prompts are computed. `inline_prefill`: a decode engine takes whole requests, too, and sequences that
-    decode keep their target. `attention`: how attention is computed. `enforce_eager`: no CUDA graphs.
+    `prefix_caching`: keep KV for prompts with the same beginning. `deterministic`: KV that is found has the bits of KV
+    that is computed. `kv_events`: what is published of it. `policy`: the order in which prompts are computed.
+    `inline_prefill`: a decode engine takes whole requests, too, and sequences that decode keep their target.
+    `attention`: how attention is computed. `enforce_eager`: no CUDA graphs.
 
     `python`: the interpreter of the environment that has the engine, "" for pdctl's own. `args`: added to the engine's
     command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
@@ -145,6 +146,7 @@ class EngineGroup:
     kv_cache_gb: float
     block_size: int
     prefix_caching: bool = True
+    deterministic: bool = False
     kv_events: str = "off"
     policy: str = "fcfs"
     inline_prefill: bool = True

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.service import Engine, Run, Service, pid_of, running, topology
+from tests.service import Engine, Run, Service, pid_of, running, temporary_run, topology
 
 pytestmark = pytest.mark.e2e
 
@@ -108,3 +108,18 @@ def test_the_prefill_after_a_failover_finds_the_first_one(service: Service) -> N
 def test_status_and_kv_show_it(service: Service) -> None:
     text = service.run.cli("kv", check=True).stdout
     assert "prefix hits" in text
+
+
+def test_deterministic_engines_find_whole_segments_on_both_sides() -> None:
+    with temporary_run() as run, running(run, topology(engine_extra="deterministic = true")) as service:
+        prompt = tokens(31, 300)
+        first = service.complete(prompt, max_tokens=8, logprobs=3)
+        before = metric(service, "decode-0", MOVED)
+        again = service.complete(prompt, max_tokens=8, logprobs=3)
+        assert cached(first) == 0
+        assert cached(again) == 256
+        assert again["logprobs"] == first["logprobs"], "to the last digit"
+        assert again["token_ids"] == first["token_ids"]
+        # Decode keeps what prefill has computed in whole segments, and reads the other 44 tokens.
+        assert metric(service, "decode-0", MOVED) - before == pytest.approx(before * 44 / 300)
+        service.idle()

@@ -281,3 +281,40 @@ def test_transports_between_gpus_need_gpus() -> None:
     assert [text for _, _, text in problems(cpus, machine())] == [
         "cuda_ipc moves KV between GPUs, and there are CPU engines"
     ]
+
+
+def builtin(extra: str = "", kind: str = "builtin") -> str:
+    return f'[service]\nmodel = "a/b"\n[[engines]]\nname = "e"\nrole = "hybrid"\nkind = "{kind}"\n{extra}'
+
+
+def test_events_have_ports_of_their_own() -> None:
+    [engine] = [s for s in planned(builtin('kv_events = "hashes"'), host()).values() if s.name == "e-0"]
+    assert option(engine, "--kv-events") == "hashes"
+    assert option(engine, "--kv-events-port") == str(engine.ports["kv-events"])
+    assert option(engine, "--kv-replay-port") == str(engine.ports["kv-replay"])
+    assert len(set(engine.ports.values())) == 3
+    plain = planned(builtin(), host())["e-0"]
+    assert "--kv-events" not in plain.argv
+    assert set(plain.ports) == {"http"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "message"),
+    [
+        ('kv_events = "hashes"\nprefix_caching = false', "kv_events", "no events without a prefix cache"),
+        ("deterministic = true\nprefix_caching = false", "deterministic", "nothing is found without a prefix cache"),
+        ("deterministic = true\nmax_num_batched_tokens = 143", "deterministic", "does not fit beside 16 sequences"),
+        ('kv_events = "zmq"', "kv_events", "must be one of: off, hashes, tokens"),
+        ("deterministic = 1", "deterministic", "must be true or false"),
+    ],
+)
+def test_settings_of_the_prefix_cache_that_contradict_each_other(lines: str, key: str, message: str) -> None:
+    [(_, where, said)] = problems(builtin(lines))
+    assert where.endswith(key)
+    assert message in said
+    assert planned(builtin("deterministic = true\nmax_num_batched_tokens = 144"), host())
+
+
+@pytest.mark.parametrize("key", ['kv_events = "hashes"', "deterministic = true"])
+def test_only_builtin_engines_have_them(key: str) -> None:
+    assert key.split()[0] in [where.rpartition(".")[2] for _, where, _ in problems(builtin(key, "vllm"), machine())]

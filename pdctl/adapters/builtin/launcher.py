@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from pdctl.adapters import Assignment, BaseLauncher, Fault, Installed, Launch, Package, different_installations
 from pdctl.host import ENGINE_PACKAGES
+from pdctl.policy_names import SEGMENT_TOKENS
 from pdctl.topology.spec import Device, EngineGroup, Topology, Transfer
 
 
@@ -15,7 +16,8 @@ class BuiltinLauncher(BaseLauncher):
     settings = frozenset(
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
-            "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager", "gpu_memory_utilization",
+            "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
+            "gpu_memory_utilization",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -34,6 +36,14 @@ class BuiltinLauncher(BaseLauncher):
         if group.kv_events != "off" and not group.prefix_caching:
             message = "there are no events without a prefix cache"
             yield Fault("kv_events", message, "remove kv_events, or set prefix_caching = true")
+        if group.deterministic and not group.prefix_caching:
+            message = "nothing is found without a prefix cache"
+            yield Fault("deterministic", message, "remove deterministic, or set prefix_caching = true")
+        # The engine checks it again, with whole blocks.
+        fewest = SEGMENT_TOKENS + group.max_num_seqs
+        if group.deterministic and group.max_num_batched_tokens < fewest:
+            message = f"a segment of {SEGMENT_TOKENS} tokens does not fit beside {group.max_num_seqs} sequences"
+            yield Fault("deterministic", message, f"set max_num_batched_tokens = {fewest}, or more")
 
     def pair_faults(self, prefill: Installed, decode: Installed) -> Iterator[Fault]:
         """See Launcher.pair_faults."""
@@ -57,6 +67,7 @@ class BuiltinLauncher(BaseLauncher):
             *_kv_argv(group),
             "--block-size", str(group.block_size),
             "--prefix-caching", str(group.prefix_caching).lower(),
+            *(("--deterministic", "true") if group.deterministic else ()),
             *_events_argv(group, assignment.ports),
             "--policy", group.policy,
             "--inline-prefill", str(group.inline_prefill).lower(),

@@ -11,7 +11,14 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
+from pdctl.policy_names import SEGMENT_TOKENS
 from pdctl.wire import Manifest
+
+
+def segment(block_size: int) -> int:
+    """The tokens of a segment, where prompts are computed in segments: the bits of a block's KV then depend on its
+    tokens alone, and not on where a hit began or a budget ended."""
+    return -(-SEGMENT_TOKENS // block_size) * block_size
 
 
 def root(manifest: Manifest, secret: str = "") -> bytes:

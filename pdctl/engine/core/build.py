@@ -6,9 +6,9 @@ import os
 import time
 from functools import partial
 
+from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.cache.layout import block_bytes
-from pdctl.engine.cache.prefix import root
 from pdctl.engine.core.inbox import Inbox
 from pdctl.engine.core.latency_file import LatencyFile
 from pdctl.engine.core.loop import Core, CoreEvent, Settled, report
@@ -39,7 +39,7 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     puller = Puller(ours, transports, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
     journal = KvJournal(options.kv_events == "tokens") if options.kv_events != "off" else None
     allocator = BlockAllocator(num_blocks, executor.poison, journal.removed if journal else None)
-    names = root(manifest, os.environ.get(SECRET_ENV, "")) if options.prefix_caching else None
+    names = prefix.root(manifest, os.environ.get(SECRET_ENV, "")) if options.prefix_caching else None
     kept = LatencyFile(cache_root() / "latency", executor.latency_key)
     latency = kept.load(partial(measured, executor, limits, num_blocks, executor.loaded.vocab_size))
     if executor.poison is not None:
@@ -66,6 +66,12 @@ def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Lim
             f"max_model_len = {options.max_model_len} is more than the {loaded.max_positions} positions of this model "
             "that can be served"
         )
+    segment = prefix.segment(options.block_size) if options.deterministic else 0
+    if segment and options.max_num_batched_tokens < segment + options.max_num_seqs:
+        raise ModelRefused(
+            f"deterministic needs max_num_batched_tokens of {segment + options.max_num_seqs} at least: a segment of "
+            f"{segment} tokens beside {options.max_num_seqs} sequences"
+        )
     return Limits(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
@@ -75,4 +81,5 @@ def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Lim
         max_leased_blocks=int(options.leased_max * num_blocks),
         policy=options.policy,
         keeps_tpot=options.inline_prefill,
+        segment=segment,
     )

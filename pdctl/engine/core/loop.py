@@ -207,6 +207,7 @@ class Core:
             priority=message.priority,
             ttft_s=message.ttft_s,
             tpot_s=message.tpot_s,
+            kv_segment=message.kv_segment,
             status=Status.AWAITING_BLOCKS if message.await_kv else Status.WAITING,
         )
         if compiled is not None:

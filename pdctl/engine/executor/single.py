@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pdctl.engine.cache import prefix
 from pdctl.engine.cache.kv_pool import DTYPES, KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
@@ -69,7 +70,8 @@ class SingleExecutor:
         reserved = int(options.kv_cache_gb * 2**30) if device.type == "cpu" else 0
         loaded = load_model(options.model, device, dtype, cache_root() / "products", reserved)
         assert loaded.dtype in DTYPES
-        manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes)
+        segment = prefix.segment(options.block_size) if options.deterministic else 0
+        manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
         chosen = _attention(options, loaded, device)
         num_blocks = _num_blocks(options, manifest, lambda: _gpu_room(options, loaded, manifest, chosen, device))
         on_host = Memory(num_blocks * block_bytes(manifest), options.epoch) if device.type == "cpu" else None

@@ -69,9 +69,9 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     `hold`: stop after one token and keep the KV for a decode engine; `offer`: report chunks as they are computed.
     `await_kv`: reserve blocks for the first `kv_tokens` tokens and wait until their KV has been pulled; an earlier
-    Reserve with the same id becomes this request. `tenant`: the tenant for fair grammar compilation.
-    `salt`: requests with different salts share no KV. `priority`: lower goes first; `ttft_s`, `tpot_s`: targets for the
-    first token and the later ones, 0 for none.
+    Reserve with the same id becomes this request. `kv_segment`: see Manifest.segment, of the peer. `tenant`: the tenant
+    for fair grammar compilation. `salt`: requests with different salts share no KV. `priority`: lower goes first;
+    `ttft_s`, `tpot_s`: targets for the first token and the later ones, 0 for none.
     """
 
     request_id: str
@@ -87,6 +87,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     priority: int = 0
     ttft_s: float = 0.0
     tpot_s: float = 0.0
+    kv_segment: int = 0
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):

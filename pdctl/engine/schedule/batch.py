@@ -12,7 +12,8 @@ from pdctl.engine.schedule.sequence import Sequence
 class Limits:
     """Budgets of one engine. `max_leased_blocks`: held prefills wait if they would exceed this. `policy`: the order of
     prefills, a name in `policies.POLICIES`. `ttft_s`: the target of requests without one. `keeps_tpot`: prompts
-    are computed in chunks that leave time for sequences with a target."""
+    are computed in chunks that leave time for sequences with a target. `segment`: prompts are computed in segments of
+    so many tokens and found only by whole ones, so that a hit has the bits of a miss; 0: as the budget allows."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -23,6 +24,7 @@ class Limits:
     policy: str = "fcfs"
     ttft_s: float = 2.0
     keeps_tpot: bool = True
+    segment: int = 0
 
 
 @dataclass(frozen=True, slots=True)

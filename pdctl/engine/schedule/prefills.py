@@ -123,7 +123,9 @@ class Prefills:
         # At least one token is computed: its logits give the next one.
         sequence.num_computed = self._room.attach(sequence, len(sequence.token_ids) - 1)
         chunk = self._chunk(sequence, batch.budget)
-        fits = chunk == sequence.num_missing or len(self._running.partial) - batch.num_ending < _MAX_PARTIAL
+        fits = chunk > 0 and (
+            chunk == sequence.num_missing or len(self._running.partial) - batch.num_ending < _MAX_PARTIAL
+        )
         if not fits or not self._has_blocks(sequence, batch, partial, now, preempt):
             self._room.release(sequence)
             sequence.num_computed = 0
@@ -140,8 +142,9 @@ class Prefills:
 
     def _compute(self, sequence: Sequence, batch: Batch) -> None:
         chunk = self._chunk(sequence, batch.budget)
-        batch.add(sequence, chunk)
-        self._share.spend(chunk, sequence.out_of_turn)
+        if chunk:
+            batch.add(sequence, chunk)
+            self._share.spend(chunk, sequence.out_of_turn)
 
     def _has_blocks(
         self, sequence: Sequence, batch: Batch, partial: list[Sequence], now: float, preempt: Preempt
@@ -201,7 +204,10 @@ class Prefills:
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """Missing tokens to compute in this step. If some are left, the chunk ends at the border of a block, if it
-        reaches one."""
+        reaches one. With segments it is a whole one, or the rest of the prompt, or nothing."""
+        if size := self._limits.segment:
+            whole = min(sequence.max_chunk, size - sequence.num_computed % size)
+            return whole if whole <= budget else 0
         count = min(sequence.max_chunk, budget)
         if count < sequence.num_missing:
             beyond = (sequence.num_computed + count) % self._limits.block_size

@@ -87,12 +87,13 @@ class Room:
         if self._root is None or sequence.sampling.prompt_logprobs >= 0:
             return 0
         names = self._names(sequence, longest // self.limits.block_size)
-        blocks = self.allocator.find(names)
+        blocks = self._whole(self.allocator.find(names))
         self.allocator.share(sequence.request_id, blocks)
         sequence.block_ids.extend(blocks)
         sequence.num_named = len(blocks)
         self._count(sequence, blocks, 1)
-        return len(blocks) * self.limits.block_size
+        sequence.num_whole = len(blocks) * self.limits.block_size
+        return sequence.num_whole
 
     def looked_for(self, sequence: Sequence, found: int) -> None:
         """Count what a prompt found when it was admitted for the first time."""
@@ -101,9 +102,25 @@ class Room:
             self.found += found
             sequence.num_cached = found
 
-    def name_computed(self, sequence: Sequence) -> None:
+    def computed(self, sequence: Sequence, count: int) -> None:
+        """The next `count` tokens of the sequence are computed."""
+        if sequence.num_computed == sequence.num_whole and count == self.limits.segment:
+            sequence.num_whole += count
+        sequence.num_computed += count
+        self._name(sequence)
+
+    def pulled(self, sequence: Sequence) -> None:
+        """The KV of a sequence has come from a peer."""
+        sequence.num_computed = sequence.kv_tokens
+        size = self.limits.segment
+        if size and sequence.kv_segment == size:
+            sequence.num_whole = sequence.kv_tokens // size * size
+        self._name(sequence)
+
+    def _name(self, sequence: Sequence) -> None:
         """Name the full blocks whose KV is computed, so that others with the same beginning find them."""
-        full = sequence.num_computed // self.limits.block_size
+        end = sequence.num_whole if self.limits.segment else sequence.num_computed
+        full = end // self.limits.block_size
         if self._root is None or full <= sequence.num_named:
             return
         names, size = self._names(sequence, full), self.limits.block_size
@@ -119,7 +136,7 @@ class Room:
         self._count(sequence, sequence.block_ids, -1)
         self.allocator.free(sequence.request_id)
         sequence.block_ids.clear()
-        sequence.num_named = 0
+        sequence.num_named = sequence.num_whole = 0
 
     def quarantine(self, sequence: Sequence) -> None:
         """Take the blocks from the sequence, but do not use them again before `allocator.settle`."""
@@ -162,6 +179,11 @@ class Room:
             before = names[-1] if names else prefix.salted(self._root, sequence.salt)
             names.append(prefix.following(before, sequence.token_ids[index * size : (index + 1) * size]))
         return names[:count]
+
+    def _whole(self, blocks: list[int]) -> list[int]:
+        """Those that make whole segments."""
+        per_segment = max(1, self.limits.segment // self.limits.block_size)
+        return blocks[: len(blocks) // per_segment * per_segment]
 
     def _count(self, sequence: Sequence, blocks: list[int], by: int) -> None:
         if sequence.hold:

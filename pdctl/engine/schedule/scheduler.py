@@ -97,6 +97,7 @@ class Scheduler:
         reserved.guide = request.guide
         reserved.priority = request.priority
         reserved.tpot_s = request.tpot_s
+        reserved.kv_segment = request.kv_segment
         # What is pulled gets its names at the commit, so with this salt.
         reserved.salt = request.salt
         return None
@@ -160,10 +161,9 @@ class Scheduler:
             return False
         assert request_id not in self._pulling
         assert sequence.prompt_len, "decoding begins before the request came"
-        sequence.num_computed = sequence.kv_tokens
         self._received += 1
         self._room.become(sequence, Status.RUNNING)
-        self._room.name_computed(sequence)
+        self._room.pulled(sequence)
         self.running.put(sequence)
         return True
 
@@ -187,9 +187,8 @@ class Scheduler:
         has_room = self._decode(batch)
         now = self._clock()
         if self._has_prompts:
-            batch.limit(
-                prompt_tokens(batch.slices, self.running.partial.values(), self.latency.times, self.limits, now)
-            )
+            tokens = prompt_tokens(batch.slices, self.running.partial.values(), self.latency.times, self.limits, now)
+            batch.limit(max(tokens, self.limits.segment))
         self._prefills.fill(batch, now, self._preempt if has_room else None)
         return batch.slices
 
@@ -223,8 +222,7 @@ class Scheduler:
         sampled = zip(token_ids, logprobs, strict=False)
         for piece in batch:
             sequence = piece.sequence
-            sequence.num_computed += piece.count
-            self._room.name_computed(sequence)
+            self._room.computed(sequence, piece.count)
             if piece.samples:
                 self._append(sequence, *next(sampled), outcome)
             elif sequence.offer:

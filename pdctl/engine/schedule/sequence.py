@@ -63,6 +63,8 @@ class Sequence:
     salt: str = ""  # requests with different salts share no blocks
     block_names: list[bytes] = field(default_factory=list)
     num_named: int = 0  # its first blocks, which others may find
+    num_whole: int = 0  # its first tokens, computed in whole segments
+    kv_segment: int = 0  # the segment of the peer that has computed its KV
     num_cached: int = 0  # tokens of the prompt whose KV was found at its first admission
     guide: object = None  # set by the runner: the state of its grammar
     prompt_logprobs: list[PromptToken] = field(default_factory=list)

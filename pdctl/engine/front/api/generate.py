@@ -198,6 +198,7 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         offer=request.offer_to is not None,
         await_kv=hand_over is not None,
         kv_tokens=kv_tokens,
+        kv_segment=0 if hand_over is None else hand_over.endpoint.pool.manifest.segment,
         tenant=request.tenant,
         salt=request.salt,
         priority=request.priority,
