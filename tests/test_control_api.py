@@ -88,7 +88,7 @@ def test_a_status_is_the_json_it_always_was() -> None:
         "name", "kind", "role", "group", "state", "reason", "pid", "restarts", "last_exit", "device", "cpus", "gpus",
         "rdma", "ports", "ready_since", "epoch", "adopted", "log", "phase", "phase_s", "rss_bytes", "cpu_percent",
         "gpu_memory_bytes", "running", "waiting", "kv_used", "leases", "tokens_per_s", "prompts_own", "latency",
-        "prompts_received", "attention", "cuda_graphs",
+        "prompts_received", "attention", "cuda_graphs", "prefix_hit_rate",
     ]  # fmt: skip
     assert found["failure"] is None
     assert found["processes"][0]["kv_used"] == 0.5

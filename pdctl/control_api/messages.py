@@ -152,6 +152,10 @@ class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
     cuda_graphs: Annotated[str | None, says("its decode steps that are CUDA graphs, or why none is; null on a CPU")] = (
         None
     )
+    prefix_hit_rate: Annotated[
+        float | None,
+        says("part of the prompts' tokens whose KV was there already, since its start; null without prompts"),
+    ] = None
 
 
 class AttachedStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,8 @@ vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="m"} 70.0
 vllm:iteration_tokens_total_count{engine="0",model_name="m"} 75.0
 vllm:num_preemptions_total{engine="0",model_name="m"} 3.0
 vllm:nixl_num_kv_expired_reqs_total{engine="0",model_name="m"} 4.0
+vllm:prefix_cache_queries_total{engine="0",model_name="m"} 700.0
+vllm:prefix_cache_hits_total{engine="0",model_name="m"} 512.0
 vllm:nixl_num_kv_expired_reqs_created{engine="0",model_name="m"} 1.7958694672012513e+09
 vllm:cache_config_info{block_size="128",cache_dtype="auto",num_gpu_blocks="512",engine="0"} 1.0
 """
@@ -66,7 +68,9 @@ def test_state_adds_up(ranks: int) -> None:
     assert found.blocks_referenced == 128 * ranks
     assert found.blocks_free + found.blocks_referenced == found.blocks_total
     assert (found.running, found.waiting, found.block_size) == (2 * ranks, ranks, 128)
-    assert found.counters == {"expired_leases": 4 * ranks, "preemptions": 3 * ranks}
+    assert found.counters == {
+        "expired_leases": 4 * ranks, "preemptions": 3 * ranks, "prefix_tokens": 700 * ranks, "prefix_hits": 512 * ranks
+    }  # fmt: skip
 
 
 def test_other_metrics_are_refused() -> None:

@@ -108,6 +108,10 @@ def test_the_prefill_after_a_failover_finds_the_first_one(service: Service) -> N
 def test_status_and_kv_show_it(service: Service) -> None:
     text = service.run.cli("kv", check=True).stdout
     assert "prefix hits" in text
+    prefill = service.process("prefill-0")
+    assert prefill.prefix_hit_rate is not None
+    assert 0.2 < prefill.prefix_hit_rate < 0.9
+    assert "HITS" in service.run.cli("status", check=True).stdout
 
 
 def test_deterministic_engines_find_whole_segments_on_both_sides() -> None:

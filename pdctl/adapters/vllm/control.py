@@ -19,6 +19,8 @@ _COUNTERS = {
     "late_reads": "vllm:nixl_num_notifications_after_expiry_total",
     "failed_transfers": "vllm:nixl_num_failed_transfers_total",
     "preemptions": "vllm:num_preemptions_total",
+    "prefix_tokens": "vllm:prefix_cache_queries_total",
+    "prefix_hits": "vllm:prefix_cache_hits_total",
 }
 
 

@@ -93,6 +93,7 @@ def _columns() -> list[tuple[str, int, Callable[[MeasuredProcess], str]]]:
         ("RUN", 3, lambda p: _number(p.running)),
         ("QUEUE", 3, lambda p: _number(p.waiting)),
         ("KV", 3, lambda p: "-" if p.kv_used is None else f"{100 * p.kv_used:.0f}%"),
+        ("HITS", 6, lambda p: "-" if p.prefix_hit_rate is None else f"{100 * p.prefix_hit_rate:.0f}%"),
         ("LEASES", 6, lambda p: _number(p.leases)),
         ("TOK/S", 4, lambda p: _number(p.tokens_per_s, "%.0f")),
         ("INLINE", 6, _inline),

@@ -53,6 +53,7 @@ class MeasurementReader:
             prompts_received=state.counters.get("prompts_received") if state else None,
             attention=(state.attention or None) if state else None,
             cuda_graphs=(state.cuda_graphs or None) if state else None,
+            prefix_hit_rate=_hit_rate(state) if state else None,
         )
 
     def _rate(self, unit: Unit, tokens: int) -> float:
@@ -80,6 +81,11 @@ def _latency(work: Work) -> StepLatency:
             for kind, one in zip(KINDS, work.accuracy, strict=True)
         ),
     )
+
+
+def _hit_rate(state: EngineState) -> float | None:
+    tokens = state.counters.get("prefix_tokens", 0)
+    return round(state.counters.get("prefix_hits", 0) / tokens, 4) if tokens else None
 
 
 def _kv_used(state: EngineState) -> float | None:

@@ -16,6 +16,7 @@ def process(name: str, restarts: int = 0) -> MeasuredProcess:
         epoch="0-1", adopted=False, log="/decode-0.log", rss_bytes=1 << 20, cpu_percent=12.0, gpu_memory_bytes=None,
         running=3, waiting=0, kv_used=0.25, leases=1, tokens_per_s=9.6, phase="", phase_s=None,
         prompts_own=3, prompts_received=1, latency=None, attention="gather: the device is a CPU", cuda_graphs=None,
+        prefix_hit_rate=0.375,
     )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def columns(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
 def test_as_many_columns_as_the_screen_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = columns(monkeypatch, 200)
     assert "GPU MEM" not in wide, "a column that says nothing takes no room"
-    assert {"TOK/S", "INLINE", "LAST EXIT", "CPUS"} <= set(wide)
+    assert {"TOK/S", "INLINE", "HITS", "LAST EXIT", "CPUS"} <= set(wide)
     narrow = columns(monkeypatch, 60)
     assert set(narrow) < set(wide)
     assert {"PROCESS", "STATE", "RESTARTS"} <= set(narrow)

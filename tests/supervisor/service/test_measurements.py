@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from pdctl.supervisor.service.measurements import _kv_used
+from pdctl.supervisor.service.measurements import _hit_rate, _kv_used
 from pdctl.wire import EngineState
 
 
@@ -20,3 +21,12 @@ def state(total: int, free: int, cached: int) -> EngineState:
 )
 def test_blocks_that_are_kept_for_their_content_are_not_in_use(found: EngineState, used: float | None) -> None:
     assert _kv_used(found) == used
+
+
+@pytest.mark.parametrize(
+    ("counters", "rate"),
+    [({}, None), ({"prefix_tokens": 0}, None), ({"prefix_tokens": 300}, 0.0),
+     ({"prefix_tokens": 300, "prefix_hits": 100}, 0.3333)],
+)  # fmt: skip
+def test_the_hit_rate_is_unknown_without_prompts(counters: dict[str, int], rate: float | None) -> None:
+    assert _hit_rate(msgspec.structs.replace(state(10, 10, 0), counters=counters)) == rate
