@@ -10,6 +10,7 @@ from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.net import LOOPBACK
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
 from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
+from pdctl.speculative import parse_speculative
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class EngineOptions:
     inline_prefill: bool
     attention: str
     enforce_eager: bool
+    speculative: str
     transfer: str
     transfer_protocol: str
     transfer_devices: str
@@ -69,6 +71,14 @@ class EngineOptions:
 
 def _boolean(word: str) -> bool:
     return word.lower() == "true"
+
+
+def _speculative(word: str) -> str:
+    try:
+        parse_speculative(word)
+    except ValueError as failure:
+        raise argparse.ArgumentTypeError(str(failure)) from failure
+    return word
 
 
 def parse(argv: list[str]) -> EngineOptions:
@@ -107,6 +117,9 @@ def parse(argv: list[str]) -> EngineOptions:
     )
     parser.add_argument("--attention", choices=ATTENTION_NAMES, default="auto", help="how attention is computed")
     parser.add_argument("--enforce-eager", type=_boolean, default=False, help="do not use CUDA graphs")
+    parser.add_argument(
+        "--speculative", type=_speculative, default="", help='guess tokens: {"kind": "ngram", "tokens": 4}'
+    )
     parser.add_argument("--transfer", default="auto")
     parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
     parser.add_argument(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from pdctl.adapters import can_launch, launcher
+from pdctl.speculative import Speculative
 from pdctl.topology.document import Table
 from pdctl.topology.schema import COMMAND, ENGINE, STORE, TABLES, Key
 from pdctl.topology.spec import (
@@ -132,6 +135,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         inline_prefill=values["inline_prefill"],
         attention=values["attention"],
         enforce_eager=values["enforce_eager"],
+        speculative=_speculative(values["speculative"]),
         url=(values["url"] or "").rstrip("/"),
         secret_file=absolute(values["secret_file"], source),
         bootstrap_port=values["bootstrap_port"],
@@ -152,6 +156,10 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         process=values["process"] or "",
         given=frozenset(entry),
     )
+
+
+def _speculative(values: Table | None) -> Speculative | None:
+    return None if values is None else msgspec.convert(values, Speculative)
 
 
 def _command(entry: Table, source: str | None) -> Command:

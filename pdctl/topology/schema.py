@@ -6,10 +6,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from pdctl.adapters import kinds
 from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
 from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
+from pdctl.speculative import Speculative
 from pdctl.stores import store_kinds
 from pdctl.topology.spec import Device, Role
 from pdctl.transports import TRANSPORTS
@@ -67,6 +70,20 @@ def choice(*values: str) -> Check:
     """One of the given words."""
     listed = ", ".join(values)
     return lambda value: None if isinstance(value, str) and value in values else f"must be one of: {listed}"
+
+
+def speculative() -> Check:
+    """Settings of speculative decoding."""
+    example = 'must be a table such as { kind = "ngram", tokens = 4 }'
+
+    def check(value: object) -> str | None:
+        try:
+            found = msgspec.convert(value, Speculative)
+        except msgspec.ValidationError as failure:
+            return f"{example} ({failure})"
+        return f"{example} ({found.wrong})" if found.wrong else None
+
+    return check
 
 
 def integer(low: int, high: int = 2**31) -> Check:
@@ -294,6 +311,7 @@ ENGINE: dict[str, Key] = {
     "inline_prefill": Key(boolean(), True),
     "attention": Key(choice(*ATTENTION_NAMES), "auto"),
     "enforce_eager": Key(boolean(), False),
+    "speculative": Key(speculative()),
     "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
     "restart_with": Key(texts("group"), []),
     "env": Key(strings(), {}),

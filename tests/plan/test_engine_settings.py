@@ -13,6 +13,7 @@ from pdctl.errors import PdctlError
 from pdctl.host import Gpu, Host
 from pdctl.plan import ProcessSpec, make_plan
 from pdctl.plan.changes import diff
+from pdctl.speculative import Speculative, parse_speculative
 from pdctl.topology.loader import load_text
 from tests.topology.test_loader import host, problems
 
@@ -210,6 +211,16 @@ def test_a_pair_must_fit_together(tmp_path: Path) -> None:
     text = vllm().replace(f'python = "{PYTHON}"', f'python = "{newer}"', 1)
     on = replace(machine(), package_in=lambda python, names: ("vllm", "0.33.0" if python == str(newer) else "0.32.0"))
     assert [text for _, _, text in problems(text, on)] == ["'decode' has version 0.32.0, but 'prefill' has 0.33.0"]
+
+
+def test_guesses_are_settings_of_builtin_engines() -> None:
+    extra = 'speculative = { kind = "ngram", tokens = 6 }'
+    text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\n'
+    assert "--speculative" not in planned(text)["e-0"].argv, "off by default"
+    wanted = parse_speculative(option(planned(text + extra)["e-0"], "--speculative"))
+    assert wanted == Speculative("ngram", tokens=6)
+    [(_, key, message)] = problems(vllm(extra), machine())
+    assert (key, message) == ("engines[0].speculative", "speculative has no effect on engines of kind 'vllm'")
 
 
 def test_other_targets_restart_nothing() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pdctl.adapters import Assignment, BaseLauncher, Fault, Installed, Launch, Package, different_installations
 from pdctl.host import ENGINE_PACKAGES
 from pdctl.policy_names import SEGMENT_TOKENS
+from pdctl.speculative import format_speculative
 from pdctl.topology.spec import Device, EngineGroup, Topology, Transfer
 
 
@@ -17,7 +18,7 @@ class BuiltinLauncher(BaseLauncher):
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
             "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
-            "gpu_memory_utilization",
+            "gpu_memory_utilization", "speculative",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -73,6 +74,7 @@ class BuiltinLauncher(BaseLauncher):
             "--inline-prefill", str(group.inline_prefill).lower(),
             "--attention", group.attention,
             "--enforce-eager", str(group.enforce_eager).lower(),
+            *(("--speculative", format_speculative(group.speculative)) if group.speculative else ()),
             *_transfer_argv(topology.transfer, assignment.rdma),
             "--tool-parser", topology.service.tool_parser,
             "--reasoning-parser", topology.service.reasoning_parser,

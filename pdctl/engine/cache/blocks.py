@@ -79,6 +79,13 @@ class BlockAllocator:
         self._let_go(blocks)
         return len(blocks)
 
+    def shrink(self, owner: str, count: int) -> None:
+        """Take all blocks but the first `count` from `owner`. They must have no name and no other owner."""
+        blocks = self._owned[owner][count:]
+        assert all(self._owners[block] == 1 and block not in self._name_of for block in blocks)
+        del self._owned[owner][count:]
+        self._let_go(blocks)
+
     # -- names ---------------------------------------------------------------------------------------------
 
     def name(self, block: int, name: bytes) -> bool:

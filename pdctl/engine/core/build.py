@@ -25,6 +25,7 @@ from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.host.boot import host_id
 from pdctl.host.users import cache_root
+from pdctl.speculative import parse_speculative
 from pdctl.wire import SECRET_ENV, PoolEndpoint, Served
 
 
@@ -44,7 +45,8 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     latency = kept.load(partial(measured, executor, limits, num_blocks, executor.loaded.vocab_size))
     if executor.poison is not None:
         executor.poison(list(range(num_blocks)))
-    scheduler = Scheduler(limits, allocator, latency, time.monotonic, names, journal)
+    guesses = parse_speculative(options.speculative)
+    scheduler = Scheduler(limits, allocator, latency, time.monotonic, names, journal, guesses)
     core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save)
     served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(

@@ -12,7 +12,7 @@ from typing import Protocol
 from pdctl.engine.ipc.messages import Logprobs
 from pdctl.engine.schedule.batch import Slice
 
-# For each sampling slice, in order: its token id, and its log probabilities if requested.
+# For each sampling slice and each of its drafts, in order: a token id, and its log probabilities if requested.
 Computed = tuple[list[int], list[Logprobs | None]]
 
 

@@ -221,7 +221,8 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     blocks (for KV that is being pulled) are part of the referenced ones. `held_back`: prefills that wait for leased
     blocks to be freed. `blocks_idle`: free blocks that are kept for their content. `prefix_tokens` and `prefix_hits`:
     tokens of all prompts so far, and those whose KV was found. `prompts_own`: prompts computed here for answers from
-    here; `prompts_received`: those whose KV came from a peer. `work`: see there; None before the first step."""
+    here; `prompts_received`: those whose KV came from a peer. `work`: see there; None before the first step. `drafted`
+    and `accepted`: guessed tokens that were verified so far, and those that were right."""
 
     blocks_free: int = 0
     blocks_referenced: int = 0
@@ -238,6 +239,8 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     prompts_own: int = 0
     prompts_received: int = 0
     work: Work | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):

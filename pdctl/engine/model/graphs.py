@@ -78,7 +78,7 @@ class Graphs:
     def logits(self, batch: list[Slice]) -> torch.Tensor | None:
         """Logits [batch, vocab], valid until the next call; None for a batch that no graph computes."""
         at = bisect.bisect_left(self.sizes, len(batch))
-        if at == len(self.sizes) or not all(piece.count == 1 and piece.samples for piece in batch):
+        if at == len(self.sizes) or not all(piece.num_rows == piece.num_sampled == 1 for piece in batch):
             return None
         longest = max(piece.start for piece in batch) + 1
         if longest > self._width * self._buffers.block_size:

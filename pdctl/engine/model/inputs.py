@@ -79,8 +79,8 @@ class InputBuffers:
         self._copied: torch.cuda.Event | None = None
 
     def build(self, batch: list[Slice], every_row: bool = False, rows: Iterable[int] = ()) -> Inputs:
-        """The inputs for these slices; logits of the sampling slices, then of `rows`; or of every row."""
-        counts = np.array([piece.count for piece in batch], dtype=np.int32)
+        """The inputs for these slices; logits of those that sample, then of `rows`; or of every row."""
+        counts = np.array([piece.num_rows for piece in batch], dtype=np.int32)
         first = np.array([piece.start for piece in batch], dtype=np.int32)
         starts = np.zeros(len(batch) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
@@ -134,11 +134,14 @@ class InputBuffers:
         width = -(-int((first + counts).max()) // self.block_size)
         fields.table[: len(batch), :width] = table[indices, :width]
         if len(counts) == (tokens := int(fields.starts[len(batch)])):
-            fields.ids[:tokens] = [piece.sequence.token_ids[piece.start] for piece in batch]
+            # A guess is not among the sequence's tokens.
+            fields.ids[:tokens] = [
+                piece.sequence.token_ids[piece.start] if piece.count else piece.drafts[0] for piece in batch
+            ]
         else:
             ids: list[int] = []
             for piece in batch:
-                ids += piece.sequence.token_ids[piece.start : piece.start + piece.count]
+                ids += piece.token_ids
             fields.ids[:] = ids
         sequence = np.repeat(np.arange(len(batch)), counts)
         positions = np.arange(tokens) - np.repeat(fields.starts[: len(batch)] - first, counts)
@@ -234,6 +237,6 @@ def inputs_of(buffer: torch.Tensor, shape: Shape, fields: Fields, block_size: in
 
 def _kept(batch: list[Slice], starts: Ints, rows: Iterable[int]) -> list[int]:
     ends = starts[1:].tolist()
-    kept = [end - 1 for piece, end in zip(batch, ends, strict=True) if piece.samples]
+    kept = [end - 1 for piece, end in zip(batch, ends, strict=True) if piece.num_sampled]
     # A batch of only inner chunks samples nothing, but models project at least one row.
     return [*kept, *rows] or [ends[-1] - 1]

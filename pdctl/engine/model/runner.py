@@ -37,6 +37,23 @@ class _PromptPart(NamedTuple):
     token_ids: list[int]
 
 
+class _Row(NamedTuple):
+    """A row of logits that yields a token: the one after a sequence's tokens and these drafts."""
+
+    sequence: Sequence
+    drafts: tuple[int, ...]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens before it."""
+        return [*self.sequence.token_ids, *self.drafts] if self.drafts else self.sequence.token_ids
+
+    @property
+    def position(self) -> int:
+        """The number of tokens before it."""
+        return len(self.sequence.token_ids) + len(self.drafts)
+
+
 def _prompt_parts(batch: list[Slice]) -> list[_PromptPart]:
     """For every sequence that lacks log probabilities of its prompt; those computed before a preemption are kept."""
     found, row = [], 0
@@ -48,7 +65,7 @@ def _prompt_parts(batch: list[Slice]) -> list[_PromptPart]:
             if first < end:
                 rows = range(row + first - piece.start, row + end - piece.start)
                 found.append(_PromptPart(sequence, rows, sequence.token_ids[first + 1 : end + 1]))
-        row += piece.count
+        row += piece.num_rows
     return found
 
 
@@ -74,46 +91,50 @@ class ModelRunner:
         self._graphs: Graphs | None = None
 
     def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
-        """Compute every slice. Returns, in order, a token id and its log probabilities for each sampling slice."""
+        """Compute every slice. Returns, in order, a token id and its log probabilities for each sampling slice and each
+        draft."""
         prompts = _prompt_parts(batch)
         logits = self.logits(batch, rows=[row for part in prompts for row in part.rows])
         if self.poisoned and not torch.isfinite(logits).all():
             raise AssertionError("KV was read after its blocks were freed")
-        sequences = [piece.sequence for piece in batch if piece.samples]
-        at = len(sequences)
+        rows = [_Row(piece.sequence, piece.drafts[:at]) for piece in batch for at in range(piece.num_sampled)]
+        at = len(rows)
         for part in prompts:
             part.sequence.prompt_logprobs += prompt_tokens(
                 logits[at : at + len(part.rows)], part.token_ids, part.sequence.sampling.prompt_logprobs
             )
             at += len(part.rows)
-        if not sequences:
+        if not rows:
             # Nothing was waited for. What was computed may be published next, or its blocks given to a transfer.
             self.pool.settle()
             return [], []
-        logits = logits[: len(sequences)]
-        told = {row: logits[row].clone() for row, s in enumerate(sequences) if s.sampling.logprobs >= 0}
-        for row, sequence in enumerate(sequences):
-            if sequence.sampling.is_shaped:
-                self._shape(logits[row], sequence)
-        chosen = sample(logits, [(sequence.sampling, len(sequence.token_ids)) for sequence in sequences])
-        for sequence, token_id in zip(sequences, chosen, strict=True):
-            if sequence.sampling.grammar:
-                self.grammars.accept(sequence, token_id)
+        logits = logits[: len(rows)]
+        told = {at: logits[at].clone() for at, row in enumerate(rows) if row.sequence.sampling.logprobs >= 0}
+        for at, row in enumerate(rows):
+            if row.sequence.sampling.is_shaped:
+                self._shape(logits[at], row)
+        chosen = sample(logits, [(row.sequence.sampling, row.position) for row in rows])
+        for row, token_id in zip(rows, chosen, strict=True):
+            if row.sequence.sampling.grammar:
+                self.grammars.accept(row.sequence, token_id)
         # From the model's own distribution, before penalties and masks, as in vLLM.
         return chosen, [
-            most_likely(told[row], token_id, sequences[row].sampling.logprobs) if row in told else None
-            for row, token_id in enumerate(chosen)
+            most_likely(told[at], token_id, rows[at].sequence.sampling.logprobs) if at in told else None
+            for at, token_id in enumerate(chosen)
         ]
 
     @torch.inference_mode()
-    def _shape(self, row: torch.Tensor, sequence: Sequence) -> None:
+    def _shape(self, logits: torch.Tensor, row: _Row) -> None:
+        sequence = row.sequence
         if sequence.sampling.grammar:
-            self.grammars.mask(row, sequence)
-        shape(row, sequence.sampling, sequence.token_ids, sequence.prompt_len, self.loaded.eos_token_ids)
+            assert not row.drafts, "the state of a grammar goes only forward"
+            self.grammars.mask(logits, sequence)
+        shape(logits, sequence.sampling, row.token_ids, sequence.prompt_len, self.loaded.eos_token_ids)
 
     def logits(self, batch: list[Slice], every_row: bool = False, rows: Iterable[int] = ()) -> torch.Tensor:
-        """Logits [sampling slices, vocab], then those of `rows` of the batch; or of every row."""
+        """Logits of every sampling slice and draft [n, vocab], then those of `rows` of the batch; or of every row."""
         rows = list(rows)
+        batch = [part for piece in batch for part in piece.parts]
         if self._graphs is not None and not every_row and not rows:
             found = self._graphs.logits(batch)
             if found is not None:

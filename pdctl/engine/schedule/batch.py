@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pdctl.engine.ipc.messages import Held, Progress, Token, Withdrawn
 from pdctl.engine.schedule.sequence import Sequence
@@ -29,12 +29,39 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """`count` tokens of `sequence` from `start` on; `samples` when the last of them yields a new token."""
+    """`count` tokens of `sequence` from `start` on; `samples` when the last of them yields a new token. `drafts`:
+    guesses of the tokens after those. They are computed as well, and each yields a token."""
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute."""
+        return [*self.sequence.token_ids[self.start : self.start + self.count], *self.drafts]
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens to compute, with the drafts."""
+        return self.count + len(self.drafts)
+
+    @property
+    def parts(self) -> list[Slice]:
+        """What attention takes together: all, but drafts one by one, as decodes are. In half precision, several rows at
+        once would be rounded differently."""
+        if not self.drafts:
+            return [self]
+        end = self.start + self.count
+        drafts = [Slice(self.sequence, end + at, 0, False, (guess,)) for at, guess in enumerate(self.drafts)]
+        return [replace(self, drafts=()), *drafts]
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that it yields."""
+        return self.samples + len(self.drafts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +104,19 @@ class Batch:
         self.budget -= count
         self.num_ending += _ends(piece)
 
+    def draft(self, sequence: Sequence, drafts: tuple[int, ...]) -> None:
+        """Verify guesses of what follows a sequence's tokens."""
+        assert len(drafts) <= self.budget
+        piece = self._slices[sequence.request_id]
+        assert piece.samples
+        self._slices[sequence.request_id] = replace(piece, drafts=drafts)
+        self.budget -= len(drafts)
+
     def drop(self, sequence: Sequence) -> None:
         """Take the sequence out, if it is in the batch; its tokens can be used by others."""
         piece = self._slices.pop(sequence.request_id, None)
         if piece is not None:
-            self.budget += piece.count
+            self.budget += piece.num_rows
             self.num_ending -= _ends(piece)
 
 

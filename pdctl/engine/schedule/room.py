@@ -131,6 +131,14 @@ class Room:
                 self._journal.stored(names[index], names[index - 1] if index else None, tokens)
         sequence.num_named = full
 
+    def trim(self, sequence: Sequence) -> None:
+        """Free the blocks behind those of the computed tokens."""
+        kept = self.blocks_for(sequence.num_computed)
+        if kept < len(sequence.block_ids):
+            self._count(sequence, sequence.block_ids[kept:], -1)
+            self.allocator.shrink(sequence.request_id, kept)
+            del sequence.block_ids[kept:]
+
     def release(self, sequence: Sequence) -> None:
         """Free all blocks of the sequence."""
         self._count(sequence, sequence.block_ids, -1)

@@ -14,6 +14,7 @@ from itertools import repeat
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Books, Failed, Held, KvChange, Logprobs, Progress, Token, Withdrawn
 from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice
+from pdctl.engine.schedule.drafts import Drafts, Sampled, accepted
 from pdctl.engine.schedule.inline import prompt_tokens
 from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.latency import LatencyModel
@@ -22,6 +23,7 @@ from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
 from pdctl.engine.schedule.sequence import Pace, Sequence, Status
 from pdctl.latency import KINDS, Work
+from pdctl.speculative import Speculative
 
 # A sequence that was preempted so often is spared as long as there is another one.
 _MAX_PREEMPTIONS = 4
@@ -30,7 +32,8 @@ _MAX_PREEMPTIONS = 4
 class Scheduler:
     """Admission, chunking, preemption and block counts of one engine. `latency`: predicts steps, by default from those
     so far; `clock`: monotonic seconds, by default of a clock that stands still; `root`: the beginning of the names of
-    blocks, None: no block is shared; `journal`: gets what others can find."""
+    blocks, None: no block is shared; `journal`: gets what others can find; `speculative`: None: no token is
+    guessed."""
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Scheduler:
         clock: Callable[[], float] = lambda: 0.0,
         root: bytes | None = None,
         journal: KvJournal | None = None,
+        speculative: Speculative | None = None,
     ) -> None:
         self.limits = limits
         self.allocator = allocator
@@ -50,6 +54,7 @@ class Scheduler:
         self._journal = journal
         self.latency = latency or LatencyModel()
         self._prefills = Prefills(limits, self._room, self.running, self._work)
+        self._drafts = Drafts(limits, self._room, speculative)
         self._incoming: dict[str, Sequence] = {}
         self._arrivals = 0
         self._received = 0
@@ -182,7 +187,7 @@ class Scheduler:
 
     def schedule(self) -> list[Slice]:
         """Choose the next step's tokens: first one for each sequence that decodes, so that running streams are not
-        delayed, then prompts in the order of the policy."""
+        delayed, then prompts in the order of the policy, then guesses of what follows."""
         batch = Batch(self.limits.max_num_batched_tokens)
         has_room = self._decode(batch)
         now = self._clock()
@@ -190,6 +195,7 @@ class Scheduler:
             tokens = prompt_tokens(batch.slices, self.running.partial.values(), self.latency.times, self.limits, now)
             batch.limit(max(tokens, self.limits.segment))
         self._prefills.fill(batch, now, self._preempt if has_room else None)
+        self._drafts.fill(batch, self.latency)
         return batch.slices
 
     @property
@@ -216,15 +222,16 @@ class Scheduler:
     def update(
         self, batch: list[Slice], token_ids: list[int], logprobs: Iterable[Logprobs | None] = repeat(None)
     ) -> Outcome:
-        """Apply the step's results: one token id per sampling slice, in order, with its log probabilities."""
+        """Apply the step's results: for each sampling slice, in order, a token id and one more per draft, with their
+        log probabilities."""
         outcome = Outcome(withdrawn=self._withdrawn)
         self._withdrawn = []
-        sampled = zip(token_ids, logprobs, strict=False)
+        sampled = iter(zip(token_ids, logprobs, strict=False))
         for piece in batch:
             sequence = piece.sequence
             self._room.computed(sequence, piece.count)
             if piece.samples:
-                self._append(sequence, *next(sampled), outcome)
+                self._take(piece, [next(sampled) for _ in range(piece.num_sampled)], outcome)
             elif sequence.offer:
                 sequence.offered = True
                 blocks = list(sequence.block_ids)
@@ -252,6 +259,8 @@ class Scheduler:
             prompts_own=self._prefills.own,
             prompts_received=self._received,
             work=self._ahead(),
+            drafted=self._drafts.drafted,
+            accepted=self._drafts.accepted,
         )
 
     def _ahead(self) -> Work:
@@ -296,6 +305,19 @@ class Scheduler:
         return self.latency.work(tokens, before, self.limits.max_num_batched_tokens)
 
     # -- parts ---------------------------------------------------------------------------------------------
+
+    def _take(self, piece: Slice, sampled: list[Sampled], outcome: Outcome) -> None:
+        """Append what would have been sampled without drafts, up to the end of the output."""
+        sequence, taken = piece.sequence, list[int]()
+        for token_id, told in accepted(piece.drafts, sampled):
+            if taken:
+                # The token before it was a draft: its KV is there.
+                self._room.computed(sequence, 1)
+            self._append(sequence, token_id, told, outcome)
+            taken.append(token_id)
+            if sequence.request_id not in self.sequences:
+                break
+        self._drafts.settle(piece, taken)
 
     def _append(self, sequence: Sequence, token_id: int, told: Logprobs | None, outcome: Outcome) -> None:
         prompt = sequence.take_prompt_logprobs()

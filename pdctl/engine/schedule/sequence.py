@@ -7,6 +7,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from pdctl.engine.ipc.messages import PromptToken, Sampling
+from pdctl.engine.speculation import Drafter
 
 # Limit of prompt logit rows per sequence and step: each row is as wide as the vocabulary.
 _MAX_PROMPT_ROWS = 256
@@ -33,6 +34,15 @@ class Pace(NamedTuple):
     def due(self, tpot_s: float) -> float:
         """When the next token is due. Tokens that came early give slack; late ones are not caught up with."""
         return max(self.first_at + (self.later + 1) * tpot_s, self.newest_at + tpot_s)
+
+
+@dataclass(slots=True)
+class Drafting:
+    """Guesses of a sequence's next tokens. `guesses`: of this step, verified or not; `rate`: the part that is right."""
+
+    drafter: Drafter
+    rate: float
+    guesses: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -66,6 +76,7 @@ class Sequence:
     num_whole: int = 0  # its first tokens, computed in whole segments
     kv_segment: int = 0  # the segment of the peer that has computed its KV
     num_cached: int = 0  # tokens of the prompt whose KV was found at its first admission
+    drafting: Drafting | None = None  # since its first guess
     guide: object = None  # set by the runner: the state of its grammar
     prompt_logprobs: list[PromptToken] = field(default_factory=list)
 

@@ -249,6 +249,21 @@ def test_a_packed_model_gives_a_sequence_the_same_bits_in_every_batch(dtype: tor
 
 
 @pytest.mark.skipif(not packs(torch.bfloat16), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_guessed_tokens_have_the_bits_of_decoded_ones(dtype: torch.dtype, tmp_path: Path) -> None:
+    save("gemma3_text", tmp_path, WIDE)
+    runner = wide_runner(tmp_path, dtype)
+    ids = torch.randint(5, 1024, (50,), generator=torch.Generator().manual_seed(0)).tolist()
+    sequence = Sequence("a", ids[:40], 40, Sampling(1), block_ids=[3, 1, 2, 0, 7, 6, 5])
+    runner.logits([Slice(sequence, 0, 39, False)])
+    guessed = runner.logits([Slice(sequence, 39, 1, True, tuple(ids[40:45]))])
+    runner.pool.poison([6])
+    for row in range(6):
+        assert torch.equal(runner.logits([Slice(sequence, 39 + row, 1, True)])[0], guessed[row])
+        sequence.token_ids.append(ids[40 + row])
+
+
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="this torch has no oneDNN")
 def test_bfloat16_differs_from_float32_by_rounding_only(tmp_path: Path) -> None:
     save("gemma3_text", tmp_path, WIDE)
     ids = torch.randint(5, 1024, (60,), generator=torch.Generator().manual_seed(0)).tolist()

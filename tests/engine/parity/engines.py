@@ -20,8 +20,10 @@ from pdctl.engine.schedule.batch import Batch, Limits
 from pdctl.engine.schedule.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
+from pdctl.speculative import Speculative
 from pdctl.wire import Manifest
 from tests.engine.model.test_graphs import Again
+from tests.engine.parity.told import TOLD
 
 CPU = torch.device("cpu")
 _MOST_PREEMPTED = 4
@@ -41,6 +43,7 @@ class Setting:
     preempt_every: int = 0
     pads: bool = False
     graphs: bool = False
+    speculative: Speculative | None = None
 
 
 def random_setting(chance: random.Random) -> Setting:
@@ -56,6 +59,7 @@ def random_setting(chance: random.Random) -> Setting:
         preempt_every=chance.choice((2, 3, 5, 7)),
         pads=chance.random() < 0.3,
         graphs=chance.random() < 0.3,
+        speculative=chance.choice((None, TOLD, TOLD, Speculative("ngram", 3, 1, 2))),
     )
 
 
@@ -91,7 +95,9 @@ class Engine:
         limits = Limits(setting.seqs, setting.tokens, 512, setting.block_size, frozenset(), policy=setting.policy)
         allocator = BlockAllocator(setting.blocks, self.runner.pool.poison)
         names = root(self.manifest) if setting.shares else None
-        self.scheduler = Scheduler(limits, allocator, clock=lambda: float(self.steps), root=names)
+        self.scheduler = Scheduler(
+            limits, allocator, clock=lambda: float(self.steps), root=names, speculative=setting.speculative
+        )
 
     def add(
         self, name: str, prompt: list[int], sampling: Sampling, resume: tuple[int, ...] = (), hold: bool = False
@@ -127,6 +133,11 @@ class Engine:
     def cached(self) -> int:
         """Tokens of prompts that were not computed."""
         return self.scheduler.books(0).prefix_hits
+
+    @property
+    def accepted(self) -> int:
+        """Guessed tokens that were right."""
+        return self.scheduler.books(0).accepted
 
     def run(self) -> None:
         """Run until nothing is left to compute."""

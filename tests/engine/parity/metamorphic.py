@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from pdctl.engine.schedule.policies import POLICIES
+from pdctl.speculative import Speculative
 from tests.engine.parity.engines import Engine, Setting, hand_over
 from tests.engine.parity.families import Family, expected
 from tests.engine.parity.mixes import Request, requests
+from tests.engine.parity.told import TOLD, told
 
 TOKENS = 10
 PLAIN = Setting(shares=False, seqs=1)
@@ -29,6 +32,9 @@ def settings() -> dict[str, Setting]:
     found |= {f"budget {tokens}": replace(base, tokens=tokens) for tokens in (7, 16, 64)}
     found |= {f"policy {policy}": replace(base, policy=policy, tokens=16) for policy in sorted(POLICIES)}
     found |= {f"preempted every {steps}": replace(base, preempt_every=steps, tokens=16) for steps in (1, 2, 3, 5)}
+    guessing = replace(base, speculative=TOLD, tokens=24)
+    found |= {"guessing": guessing, "guessing, preempted": replace(guessing, preempt_every=2, blocks=40)}
+    found |= {"guessing by n-grams": replace(base, speculative=Speculative("ngram", 4, 1, 2))}
     found |= {"prefix cache off": replace(base, shares=False), "small pool": replace(base, blocks=20)}
     return found | {"batched decode": replace(base, pads=True), "graphs": replace(base, graphs=True)}
 
@@ -68,6 +74,13 @@ def paired(family: Family, prefill: Setting, decode: Setting, resumed: Outputs |
     return [[*first, *target.outputs.get(name, [])] for (name, _, _), first in zip(asked, found, strict=True)]
 
 
+@contextmanager
+def told_answers(answers: Outputs) -> Iterator[None]:
+    """Within, engines that guess are told these answers, and spoil some."""
+    with told([[*prompt, *answer] for (prompt, _), answer in zip(wanted(), answers, strict=True)], random.Random(5)):
+        yield
+
+
 def variants() -> Iterator[tuple[str, Callable[[Family], Outputs]]]:
     """All ways, by name."""
     for name, setting in settings().items():
@@ -80,6 +93,8 @@ def variants() -> Iterator[tuple[str, Callable[[Family], Outputs]]]:
         )
     preempting = replace(sizes[16], preempt_every=2)
     yield "P/D, both preempted", lambda family: paired(family, preempting, preempting)
+    guessing = replace(sizes[16], speculative=TOLD)
+    yield "P/D, both guessing", lambda family: paired(family, guessing, guessing)
     unshared = replace(sizes[16], shares=False)
     yield "P/D, prefix cache off", lambda family: paired(family, unshared, unshared)
 

@@ -7,6 +7,7 @@ import random
 from pdctl.engine.ipc.messages import Sampling
 from tests.engine.parity.engines import Engine, random_setting
 from tests.engine.parity.families import VOCAB, Family, expected
+from tests.engine.parity.told import told
 
 Request = tuple[list[int], Sampling]
 
@@ -34,11 +35,12 @@ def check(family: Family, seed: int, count: int = 5) -> Engine:
     greedy = [answer for answer, (_, sampling) in zip(answers, wanted, strict=True) if sampling.temperature == 0]
     assert len({token for answer in greedy for token in answer}) >= 5, "a model that repeats itself proves nothing"
     engine = Engine(family.loaded, random_setting(chance), chance)
-    for number, request in enumerate([*wanted, *wanted[:2]]):
-        engine.add(str(number), *request)
-        for _ in range(chance.randint(0, 6)):
-            engine.step()
-    engine.run()
+    with told([[*prompt, *answer] for (prompt, _), answer in zip(wanted, answers, strict=True)], chance):
+        for number, request in enumerate([*wanted, *wanted[:2]]):
+            engine.add(str(number), *request)
+            for _ in range(chance.randint(0, 6)):
+                engine.step()
+        engine.run()
     engine.idle()
     for number, answer in enumerate([*answers, *answers[:2]]):
         assert engine.outputs[str(number)] == answer, f"{family.kind}, {seed}, {engine.setting}, request {number}"

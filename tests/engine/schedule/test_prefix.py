@@ -3,110 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import TypedDict, Unpack
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdctl.engine.cache import prefix
-from pdctl.engine.cache.blocks import BlockAllocator
-from pdctl.engine.ipc.messages import KvRemoved, Sampling
-from pdctl.engine.schedule.batch import Limits, Slice
-from pdctl.engine.schedule.kv_journal import KvJournal
+from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.schedule.policies import POLICIES
-from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
-
-BLOCK = 4
-EOS = 99
-
-
-class Options(TypedDict, total=False):
-    """Fields of a Sequence that most tests leave as they are."""
-
-    salt: str
-    priority: int
-    status: Status
-    kv_tokens: int
-    kv_segment: int
-
-
-class Engine:
-    """The scheduler over a pool whose slots hold the tokens that they were computed from, instead of KV."""
-
-    def __init__(
-        self, blocks: int = 64, tokens: int = 64, seqs: int = 4, policy: str = "fcfs", shares: bool = True,
-        segment: int = 0,
-    ):  # fmt: skip
-        self.slots: list[tuple[int, ...] | None] = [None] * (blocks * BLOCK)
-        self.journal = KvJournal(tells_tokens=True)
-        self.told: set[bytes] = set()
-        allocator = BlockAllocator(blocks, self._poison, self.journal.removed)
-        limits = Limits(seqs, tokens, 64, BLOCK, frozenset({EOS}), policy=policy, segment=segment)
-        self.segment = segment
-        self.scheduler = Scheduler(limits, allocator, root=b"root" if shares else None, journal=self.journal)
-        self.outputs: dict[str, list[int]] = {}
-        self.cached: dict[str, int] = {}
-        self.computed = 0
-
-    def _poison(self, blocks: list[int]) -> None:
-        for block in blocks:
-            self.slots[block * BLOCK : (block + 1) * BLOCK] = [None] * BLOCK
-
-    def add(self, name: str, tokens: list[int], output: int = 2, **options: Unpack[Options]) -> None:
-        sequence = Sequence(name, list(tokens), len(tokens), Sampling(max_tokens=output), **options)
-        assert self.scheduler.add(sequence) is None
-
-    def step(self) -> list[Slice]:
-        batch = self.scheduler.schedule()
-        chosen = [choice for piece in batch if (choice := self._compute(piece)) is not None]
-        outcome = self.scheduler.update(batch, chosen)
-        self.audit()
-        for token in outcome.tokens:
-            self.outputs.setdefault(token.request_id, []).append(token.token_id)
-            self.cached.setdefault(token.request_id, token.cached)
-        return batch
-
-    def audit(self) -> None:
-        """The scheduler's own, and: whoever follows the changes knows what can be found, and from which tokens."""
-        self.scheduler.audit()
-        for change in self.scheduler.kv_changes():
-            if isinstance(change, KvRemoved):
-                for name in change.names:
-                    self.told.remove(name)
-                continue
-            before = change.parent
-            for number, name in enumerate(change.names):
-                assert name not in self.told
-                tokens = change.tokens[number * BLOCK : (number + 1) * BLOCK]
-                assert before is None or name == prefix.following(before, tokens)
-                self.told.add(name)
-                before = name
-        assert self.told == self.scheduler.allocator.names()
-
-    def _compute(self, piece: Slice) -> int | None:
-        """Write what the tokens depend on, read everything before them, and choose the next token by it."""
-        sequence, end = piece.sequence, piece.start + piece.count
-        self.computed += piece.count
-        if self.segment and piece.count > 1:
-            assert piece.start % self.segment == 0, "another slice than the one of a miss"
-            assert piece.count == self.segment or end == len(sequence.token_ids)
-        for at in range(piece.start, end):
-            self.slots[self._slot(sequence, at)] = tuple(sequence.token_ids[: at + 1])
-        seen = [self.slots[self._slot(sequence, at)] for at in range(end)]
-        assert seen == [tuple(sequence.token_ids[: at + 1]) for at in range(end)], "the KV of other tokens was read"
-        return hash(tuple(seen)) % 97 if piece.samples else None
-
-    def _slot(self, sequence: Sequence, at: int) -> int:
-        return sequence.block_ids[at // BLOCK] * BLOCK + at % BLOCK
-
-    def run(self) -> None:
-        for _ in range(3000):
-            if not self.scheduler.has_work:
-                return
-            self.step()
-        raise AssertionError("requests starve")
+from tests.engine.schedule.engine import BLOCK, Engine
 
 
 def test_the_second_of_two_equal_prompts_computes_one_block_at_most() -> None:
@@ -233,8 +138,7 @@ def offered(engine: Engine, name: str, tokens: list[int], salt: str = "") -> Seq
 
 def pulled(engine: Engine, sequence: Sequence, tokens: list[int]) -> None:
     assert engine.scheduler.pull_started(sequence.request_id)
-    for at in range(sequence.num_cached, len(tokens)):
-        engine.slots[engine._slot(sequence, at)] = tuple(tokens[: at + 1])
+    engine.write(sequence, sequence.num_cached, tokens)
     engine.scheduler.pull_ended(sequence.request_id)
 
 

@@ -118,6 +118,8 @@ class Control:
                 "prefix_hits": books.prefix_hits,
                 "prompts_own": books.prompts_own,
                 "prompts_received": books.prompts_received,
+                "drafted": books.drafted,
+                "accepted": books.accepted,
             },
             blocks_referenced=books.blocks_referenced,
             blocks_leased=books.blocks_leased,

@@ -52,6 +52,8 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
             "Prompts whose KV came from a prefill engine",
             state.counters["prompts_received"],
         ),
+        "pdctl_engine_drafted_tokens": ("Guessed tokens that were verified", state.counters["drafted"]),
+        "pdctl_engine_accepted_tokens": ("Guessed tokens that were right", state.counters["accepted"]),
         "pdctl_engine_hand_overs": ("Hand-overs certified", state.transfers["hand_overs"]),
         "pdctl_engine_pulls": ("KV pulls completed", state.transfers["pulls"]),
         "pdctl_engine_pulls_lost": ("Hand-overs lost and prefilled again", state.transfers["lost"]),
