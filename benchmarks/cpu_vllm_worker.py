@@ -1,4 +1,4 @@
-"""vLLM's part of `benchmarks.cpu_vllm`: runs in vLLM's environment and prints one JSON line. Arguments: model, 0 or 1."""
+"""vLLM's part of `benchmarks.cpu_vllm`, in vLLM's environment. Arguments: model, 1 to compile. Prints one JSON line."""
 
 from __future__ import annotations
 
@@ -13,51 +13,64 @@ _CONTEXT, _STEPS, _ROUNDS = 128, 12, 3
 
 
 def main() -> None:
+    """Prints tokens per CPU second by case."""
     model, compiled = sys.argv[1], sys.argv[2] == "1"
-    llm = LLM(
-        model, dtype="float32", max_model_len=2048, max_num_seqs=64, max_num_batched_tokens=2048,
-        enable_prefix_caching=False, enforce_eager=not compiled,
-    )  # fmt: skip
-    rng = random.Random(3)
+    bench = _Bench(model, compiled)
     found: dict[str, float] = {}
+    for length in (128, 512, 1500):
+        found[f"prefill {length}"] = round(length / min(bench.prefill(length) for _ in range(_ROUNDS)))
+    for batch in (1, 8, 32):
+        found[f"decode {batch}"] = round(batch / bench.decode(batch), 1)
+    found["mix of 64"] = round(bench.mix(), 1)
+    sys.stdout.write(json.dumps(found) + "\n")
 
-    def ids(length: int) -> list[int]:
-        return [rng.randrange(5, 200_000) for _ in range(length)]
 
-    def add(name: str, length: int, tokens: int) -> None:
-        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=ids(length)), sampling)
+class _Bench:
+    def __init__(self, model: str, compiled: bool) -> None:
+        self._engine = LLM(
+            model, dtype="float32", max_model_len=2048, max_num_seqs=64, max_num_batched_tokens=2048,
+            enable_prefix_caching=False, enforce_eager=not compiled,
+        ).llm_engine  # fmt: skip
+        self._rng = random.Random(3)
+        self._count = 0
 
-    def step() -> float:
-        began = time.process_time()
-        llm.llm_engine.step()
-        return time.process_time() - began
+    def prefill(self, length: int) -> float:
+        """CPU seconds of a prompt."""
+        self._add(length, 1)
+        return self._drain()
 
-    def drain() -> float:
-        seconds = 0.0
-        while llm.llm_engine.has_unfinished_requests():
-            seconds += step()
+    def decode(self, batch: int) -> float:
+        """CPU seconds of the fastest step. The prompts take a few steps; the last ones only decode."""
+        for _ in range(batch):
+            self._add(_CONTEXT, 2 * _STEPS + 8)
+        seconds = min([self._step() for _ in range(2 * _STEPS)][-_STEPS:])
+        self._drain()
         return seconds
 
-    for length in (128, 512, 1500):
-        times = []
-        for number in range(_ROUNDS):
-            add(f"p{length}-{number}", length, 1)
-            times.append(drain())
-        found[f"prefill {length}"] = round(length / min(times))
-    for batch in (1, 8, 32):
-        for number in range(batch):
-            add(f"d{batch}-{number}", _CONTEXT, 2 * _STEPS + 8)
-        # The prompts take a few steps; the fastest ones are those that only decode.
-        times = [step() for _ in range(2 * _STEPS)]
-        found[f"decode {batch}"] = round(batch / min(times[-_STEPS:]), 1)
-        drain()
-    mix = random.Random(7)
-    shapes = [(mix.randint(64, 512), mix.randint(16, 64)) for _ in range(64)]
-    for number, (length, tokens) in enumerate(shapes):
-        add(f"m{number}", length, tokens)
-    found["mix of 64"] = round(sum(map(sum, shapes)) / drain(), 1)
-    sys.stdout.write(json.dumps(found) + "\n")
+    def mix(self) -> float:
+        """Tokens per CPU second of 64 requests at once, prompts included."""
+        chance = random.Random(7)
+        shapes = [(chance.randint(64, 512), chance.randint(16, 64)) for _ in range(64)]
+        for length, tokens in shapes:
+            self._add(length, tokens)
+        return sum(map(sum, shapes)) / self._drain()
+
+    def _add(self, length: int, tokens: int) -> None:
+        ids = [self._rng.randrange(5, 200_000) for _ in range(length)]
+        sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self._count += 1
+        self._engine.add_request(str(self._count), TokensPrompt(prompt_token_ids=ids), sampling)
+
+    def _step(self) -> float:
+        began = time.process_time()
+        self._engine.step()
+        return time.process_time() - began
+
+    def _drain(self) -> float:
+        seconds = 0.0
+        while self._engine.has_unfinished_requests():
+            seconds += self._step()
+        return seconds
 
 
 if __name__ == "__main__":

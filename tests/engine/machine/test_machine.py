@@ -186,7 +186,7 @@ def _rejected_guesses_named(patch: pytest.MonkeyPatch) -> None:
         sequence, known = piece.sequence, list(piece.sequence.token_ids)
         sequence.token_ids = [*known, *piece.drafts]
         computed, sequence.num_computed = sequence.num_computed, sequence.num_computed + len(piece.drafts)
-        self._room.name_computed(sequence)
+        self._room._name(sequence)
         sequence.token_ids, sequence.num_computed = known, computed
         whole_take(self, piece, sampled, outcome)
 
