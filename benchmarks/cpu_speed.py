@@ -1,7 +1,7 @@
 """Prefill and decode speed of the engine's scheduler and runner on the CPU, in process CPU time.
 
     python -m benchmarks.cpu_speed [--model gemma-3-270m] [--dtype float32] [--rounds 3] [--prefill 128,512,1500]
-        [--decode 1,8,32] [--chunk 2048]
+        [--decode 1,8,32] [--chunk 2048] [--attention native|gather] [--mix]
 
 Tokens per second of one thread: the fastest of `rounds` prompts, and of the steps of a batch. CPU time and minima,
 because other processes share the machine. Prints one JSON line. To compare two trees, run it in each by turns.
@@ -22,6 +22,7 @@ from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.model.attention import open_backend
 from pdctl.engine.model.loading import load_model
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.schedule.batch import Limits
@@ -45,10 +46,12 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens per step")
     parser.add_argument("--prefill", default="128,512,1500")
     parser.add_argument("--decode", default="1,8,32")
+    parser.add_argument("--attention", default="native", choices=["native", "gather"])
     parser.add_argument("--mix", action="store_true", help="also 64 requests at once, of mixed lengths")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    runner = _runner(locate_model(f"sample:{options.model}", cache_root()).path, getattr(torch, options.dtype))
+    path = locate_model(f"sample:{options.model}", cache_root()).path
+    runner = _runner(path, getattr(torch, options.dtype), options.attention)
     runner.self_check()
     found: dict[str, float] = {}
     for length in _numbers(options.prefill):
@@ -66,14 +69,13 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",") if word]
 
 
-def _runner(path: str, dtype: torch.dtype) -> ModelRunner:
+def _runner(path: str, dtype: torch.dtype, attention: str) -> ModelRunner:
     device = torch.device("cpu")
     loaded = load_model(path, device, dtype, cache_root() / "products")
     manifest = Manifest(loaded.fingerprint, loaded.dtype, _BLOCK, loaded.shapes)
     blocks = 64 * (512 + 64) // _BLOCK
-    return ModelRunner(
-        loaded, KvPool(manifest, blocks, Memory(block_bytes(manifest) * blocks, "bench"), device), device
-    )
+    pool = KvPool(manifest, blocks, Memory(block_bytes(manifest) * blocks, "bench"), device)
+    return ModelRunner(loaded, pool, device, backend=open_backend(attention, device))
 
 
 def _scheduler(runner: ModelRunner, chunk: int) -> Scheduler:

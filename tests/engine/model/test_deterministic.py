@@ -14,6 +14,7 @@ from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.ipc.messages import Logprobs, Sampling
+from pdctl.engine.model.attention import Backend
 from pdctl.engine.model.loading import load_model
 from pdctl.engine.model.products import packs
 from pdctl.engine.model.runner import ModelRunner
@@ -62,11 +63,11 @@ class Engine:
             self.step()
 
 
-def runner_for(folder: Path, dtype: torch.dtype) -> ModelRunner:
+def runner_for(folder: Path, dtype: torch.dtype, backend: Backend | None = None) -> ModelRunner:
     loaded = load_model(str(folder), torch.device("cpu"), dtype)
     manifest = Manifest(loaded.fingerprint, loaded.dtype, BLOCK, loaded.shapes, SEGMENT)
     pool = KvPool(manifest, BLOCKS, Memory(block_bytes(manifest) * BLOCKS, "test"), torch.device("cpu"))
-    return ModelRunner(loaded, pool, torch.device("cpu"))
+    return ModelRunner(loaded, pool, torch.device("cpu"), backend=backend)
 
 
 def prompts() -> dict[str, list[int]]:

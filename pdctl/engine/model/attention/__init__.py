@@ -48,7 +48,13 @@ class Kind(Protocol):
 
 
 # By the name in a topology, in the order in which `auto` tries them: its module.
-BACKENDS = {"flashinfer": "flashinfer", "varlen": "varlen", "triton": "triton_paged", "gather": "gather"}
+BACKENDS = {
+    "flashinfer": "flashinfer",
+    "varlen": "varlen",
+    "triton": "triton_paged",
+    "native": "native",
+    "gather": "gather",
+}
 
 
 def open_backend(name: str, device: torch.device) -> Backend:

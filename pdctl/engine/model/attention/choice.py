@@ -22,6 +22,10 @@ _MIXED = ((0, 1), (300, 1), (0, 70), (90, 45), (700, 1))
 _SINGLE = ((0, 1), (300, 1), (513, 1))
 
 
+# On a CPU, Triton and varlen have nothing to offer.
+_ON_CPUS = ["native", "gather"]
+
+
 class Chosen(NamedTuple):
     """The backend and the reason for it."""
 
@@ -38,9 +42,8 @@ def choose(wanted: str, needs: Iterable[LayerNeed], pool: PoolNeed, device: torc
     if wanted != "auto":
         chosen = first_of([wanted], needs, pool, device)
         return chosen._replace(reason="named in the topology")
-    if device.type == "cpu":
-        return Chosen(open_backend("gather", device), "the device is a CPU")
-    return first_of(list(BACKENDS), needs, pool, device)
+    names = _ON_CPUS if device.type == "cpu" else [name for name in BACKENDS if name != "native"]
+    return first_of(names, needs, pool, device)
 
 
 def first_of(names: list[str], needs: Iterable[LayerNeed], pool: PoolNeed, device: torch.device) -> Chosen:
