@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.cache.kv_pool import KvPool
@@ -13,6 +14,8 @@ from pdctl.engine.cache.layout import Half, block_bytes, spans
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.prefix import root
 from pdctl.engine.ipc.messages import Held, Sampling
+from pdctl.engine.model.attention.batch import Batch as AttentionBatch
+from pdctl.engine.model.attention.batch import Call
 from pdctl.engine.model.attention.gather import GatherBackend
 from pdctl.engine.model.loading import LoadedModel
 from pdctl.engine.model.runner import ModelRunner
@@ -67,6 +70,11 @@ class Capturable(GatherBackend):
     """On the CPU, a recorded step is computed again."""
 
     is_capturable = True
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, call: Call) -> Tensor:
+        # A recorded step has the batch of its recording, and masks of padded rows depend on this one's lengths.
+        batch.notes.clear()
+        return super().attend(query, keys, values, batch, call)
 
 
 @dataclass
