@@ -15,10 +15,11 @@ import zmq
 
 from pdctl.engine.cache.memory import NoMemory
 from pdctl.engine.core.build import build
+from pdctl.engine.core.faults import reason_of
 from pdctl.engine.core.loop import Core
 from pdctl.engine.core.outbox import Outbox
 from pdctl.engine.ipc import pipes
-from pdctl.engine.ipc.messages import StartRefused, ToCore
+from pdctl.engine.ipc.messages import Broken, StartRefused, ToCore
 from pdctl.engine.lifeline import die_with_parent, vital
 from pdctl.engine.model.loading import ModelRefused
 from pdctl.engine.options import EngineOptions
@@ -49,12 +50,24 @@ def main(options: EngineOptions) -> int:
     inbound.connect(pipes.to_core(options.run_dir, options.name))
     threading.Thread(target=vital(lambda: _receive(inbound, core)), name="inbox", daemon=True).start()
     outbox.put(ready)
-    core.run()
-    core.close()
-    outbox.close()
+    code = run_to_end(core, outbox)
     # Exit without joining threads: they may still block in zmq, and all messages that matter have been sent.
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+def run_to_end(core: Core, outbox: Outbox) -> int:
+    """Run steps until shutdown, or until one fails: then the front is told why. Returns the exit code."""
+    try:
+        core.run()
+    except Exception as failure:
+        logging.exception("the engine ends")
+        outbox.put(Broken(reason_of(failure)))
+        outbox.close()
+        return 1
+    core.close()
+    outbox.close()
+    return 0
 
 
 def _receive(socket: zmq.Socket[bytes], core: Core) -> None:

@@ -22,6 +22,7 @@ from pdctl.engine.ipc import pipes
 from pdctl.engine.ipc.messages import (
     Abort,
     Books,
+    Broken,
     Failed,
     FromCore,
     Held,
@@ -48,6 +49,8 @@ _log = logging.getLogger(__name__)
 
 # A core that has sent nothing for this long is poked, seconds.
 _POKE_S = 1.0
+# Wait for the reason of a core that ended by itself, at most; its message is sent before it ends.
+_LAST_WORDS_S = 0.5
 
 
 class Note(NamedTuple):
@@ -88,6 +91,8 @@ class CoreClient:
         self._books_at = time.monotonic()
         self._asked_at = self._heard_at = 0.0
         self._closing = False
+        self._why = ""
+        self._broken = asyncio.Event()
         self._options = options
         self._encode = msgspec.msgpack.Encoder().encode
         self._requests: dict[str, RequestEvents] = {}
@@ -117,7 +122,11 @@ class CoreClient:
                 process.kill()
                 await process.wait()
         if not self._closing:
-            raise CoreGone(f"the core process ended: {_how(code)}")
+            if code > 0:
+                # It may have said why; a killed one has not.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._broken.wait(), _LAST_WORDS_S)
+            raise CoreGone(self._why or f"the core process ended: {_how(code)}")
 
     async def receive(self) -> None:
         """Distribute the core's messages until cancelled. Raises CoreRefused."""
@@ -143,6 +152,9 @@ class CoreClient:
                     self.on_kv_changes(changes)
                 case Linked():
                     self.on_linked(message)
+                case Broken(reason):
+                    self._why = reason
+                    self._broken.set()
                 case StartRefused(reason):
                     raise CoreRefused(reason)
 

@@ -168,6 +168,12 @@ class StartRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     reason: str
 
 
+class Broken(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A step failed, and the core ends. A restart may help."""
+
+    reason: str
+
+
 class Token(msgspec.Struct, frozen=True, array_like=True):
     """One new token; `finish_reason` "stop" or "length" with the last.
 
@@ -302,4 +308,4 @@ class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
     link: LinkInfo
 
 
-FromCore = Ready | StartRefused | StepDone | KvChanges | Reserved | Pulled | Linked
+FromCore = Ready | StartRefused | Broken | StepDone | KvChanges | Reserved | Pulled | Linked

@@ -27,6 +27,7 @@ _TELLING = re.compile(
     r"oom|out of memory|killed process|segfault|traps:|NVRM|Xid|mlx5|infiniband|general protection", re.I
 )
 _MOST_KERNEL_BYTES = 8192
+_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9A-Fa-f:.]+)\): (\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,16 @@ class Ended:
     expected: bool
     core_dumped: bool = False
     words: str = ""
+    uses_gpus: bool = False
 
 
-def told_of(ended: Ended, oom: bool = False) -> LastExit:
+def told_of(ended: Ended, oom: bool = False, xid: str = "") -> LastExit:
     """The short form, as `status` shows it."""
     return LastExit(
         at=now_text(),
         code=ended.exit.code,
         signal=signal_name(ended.exit.signal) if ended.exit.signal is not None else None,
-        reason=_reason(ended, oom),
+        reason=_reason(ended, oom, xid),
         expected=ended.expected,
         by=ended.by_us or ("the kernel, out of memory" if oom else _by_others(ended.exit)),
         oom=oom,
@@ -62,8 +64,9 @@ def report(ended: Ended, log: Path, memory_group: Path | None, kernel_log: Kerne
     """One entry of the exits' file."""
     kernel = kernel_log.lines()
     oom = was_out_of_memory(ended.pid, kernel) or _group_was(memory_group)
+    xid = gpu_error(kernel) if ended.uses_gpus else ""
     return ExitReport(
-        **msgspec.structs.asdict(told_of(ended, oom)),
+        **msgspec.structs.asdict(told_of(ended, oom, xid)),
         process=ended.name,
         pid=ended.pid,
         epoch=ended.epoch,
@@ -76,12 +79,13 @@ def report(ended: Ended, log: Path, memory_group: Path | None, kernel_log: Kerne
     )
 
 
-def _reason(ended: Ended, oom: bool) -> str:
+def _reason(ended: Ended, oom: bool, xid: str) -> str:
     if ended.expected:
         return "stopped by pdctl"
     if oom:
         return f"{describe_exit(ended.exit)}: out of memory"
-    return f"{describe_exit(ended.exit)}: {ended.words}" if ended.words else describe_exit(ended.exit)
+    words = "; ".join(filter(None, (ended.words, xid)))
+    return f"{describe_exit(ended.exit)}: {words}" if words else describe_exit(ended.exit)
 
 
 def _by_others(exit_: Exit) -> str:
@@ -107,6 +111,12 @@ def was_out_of_memory(pid: int, kernel: list[str]) -> bool:
     """Whether the kernel log says that this process was killed for lack of memory."""
     killed = re.compile(rf"killed process {pid}\b|oom-kill:.*\bpid={pid}\b", re.I)
     return any(killed.search(line) for line in kernel)
+
+
+def gpu_error(kernel: list[str]) -> str:
+    """The last error of a GPU that its driver reports in the kernel log, as text; "" for none."""
+    found = [match for line in kernel if (match := _XID.search(line))]
+    return f"the driver reports Xid {found[-1][2]} on GPU {found[-1][1]}" if found else ""
 
 
 def _group_was(group: Path | None) -> bool:

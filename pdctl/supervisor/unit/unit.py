@@ -270,7 +270,10 @@ class Unit:
         leader = self.leader or pid
         self._words = last_words(self.log_path, launcher_of(self.spec).failures) if exit_.code else NO_WORDS
         words = ". ".join(filter(None, (self._words.text, self._words.hint)))
-        return Ended(self.name, leader, self.epoch, self.started_at, exit_, usage, self._by_us, expected, dumped, words)
+        return Ended(
+            self.name, leader, self.epoch, self.started_at, exit_, usage, self._by_us, expected, dumped, words,
+            uses_gpus=bool(self.spec.gpus),
+        )  # fmt: skip
 
     async def _clear_up(self, ended: Ended, told: asyncio.Task[None]) -> None:
         """Report the exit, and clear what is left before a replacement starts."""
@@ -317,7 +320,7 @@ class Unit:
         """
         log = logs.by_inode(self.log_path, inode)
         found = report(ended, log, group, self.around.kernel)
-        if self.last_exit is not None and found.oom:
+        if self.last_exit is not None and found.reason != self.last_exit.reason:
             told = msgspec.structs.replace(self.last_exit, reason=found.reason, by=found.by, oom=found.oom)
             self.last_exit = told
             self.around.changed(self)
