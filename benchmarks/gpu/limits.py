@@ -23,7 +23,7 @@ def seconds(act: Callable[[], object], device: torch.device, rounds: int = 10) -
 
 def copy_bytes_per_second(device: torch.device) -> float:
     """A large copy within the device; bytes read and written are added."""
-    size = 2**32 if device.type == "cuda" else 2**26
+    size = 2**32 if device.type == "cuda" else 2**25
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
     return 2 * size / seconds(lambda: target.copy_(source), device)

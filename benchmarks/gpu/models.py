@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# Qwen3-0.6B and Llama-3.1-8B, by their published config.json.
+# Qwen3-0.6B and Qwen3-8B, by their published config.json.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "0.6B": (
         "qwen3",
@@ -18,11 +18,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "8B": (
-        "llama",
+        "qwen3",
         {
-            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
-            "max_position_embeddings": 131072,
+            "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+            "max_position_embeddings": 40960,
         },
     ),
     # For a trial on a CPU.

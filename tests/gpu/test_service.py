@@ -43,6 +43,13 @@ def test_the_status_names_the_gpu(pair: Service) -> None:
     assert {tuple(engine.gpus) for engine in pair.engines()} == {(uuid,)}
 
 
+def test_kv_moves_within_the_gpu_and_attention_is_a_fast_one(pair: Service) -> None:
+    assert {link.transport for link in pair.status().links} == {"cuda_ipc"}
+    for engine in pair.engines():
+        assert (engine.attention or "").partition(":")[0] in ("flashinfer", "varlen", "triton"), engine.attention
+        assert (engine.cuda_graphs or "").startswith("decode steps of up to"), engine.cuda_graphs
+
+
 def test_a_pair_on_one_gpu_answers_like_one_engine(run: Run, alone: list[dict[str, Any]]) -> None:
     with running(run, topology(prefills=0, decodes=0, hybrids=1, engine_extra=SHARED)) as hybrid:
         whole = [hybrid.complete(prompt, max_tokens=TOKENS, ignore_eos=True)["token_ids"] for prompt in PROMPTS]

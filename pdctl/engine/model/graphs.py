@@ -88,6 +88,11 @@ class Graphs:
         self._replays[size]()
         return self._logits[: len(batch)]
 
+    def replay_of(self, size: int) -> Callable[[], None] | None:
+        """The graph that computes batches of this size, over what its buffers hold; None if there is none."""
+        at = bisect.bisect_left(self.sizes, size)
+        return self._replays[self.sizes[at]] if at < len(self.sizes) else None
+
     def _shape(self, size: int) -> Shape:
         return Shape(size, size, size, self._width)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -154,6 +154,10 @@ class ModelRunner:
         graphs.capture(recorder, _CAPTURE_S)
         self._graphs = graphs
         return graphs.sizes
+
+    def replay_of(self, size: int) -> Callable[[], None] | None:
+        """The replay of the graph that computes batches of this size, for measurements; None if there is none."""
+        return self._graphs.replay_of(size) if self._graphs is not None else None
 
     def _begin(self, inputs: Inputs) -> None:
         self.backend.begin(inputs.batch)
