@@ -163,6 +163,8 @@ class ModelRunner:
         self.backend.begin(inputs.batch)
 
     def _compute(self, inputs: Inputs) -> torch.Tensor:
+        # A recorded step must make its own notes: another step's would be part of the recording.
+        inputs.batch.notes.clear()
         hook.set_context(hook.Step(self.pool, self.backend, inputs.batch))
         try:
             return forward(self.loaded.module, inputs.ids, inputs.positions, inputs.keep)

@@ -174,8 +174,8 @@ def hand_over(
         assert not reserved
         target.step()
     assert scheduler.pull_started(name)
-    ours = Half(target.manifest, target.setting.blocks, list(sequence.block_ids))
-    theirs = Half(source.manifest, source.setting.blocks, held.block_ids)
+    ours = Half(target.manifest, target.runner.pool.num_blocks, list(sequence.block_ids))
+    theirs = Half(source.manifest, source.runner.pool.num_blocks, held.block_ids)
     first = sequence.num_cached
     for span in spans(theirs, ours, first, held.num_tokens - first):
         found = source.memory.view[span.source : span.source + span.length]
