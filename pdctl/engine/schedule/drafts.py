@@ -24,6 +24,8 @@ from pdctl.speculative import Speculative
 
 # How much the newest guess counts in the rate of right ones, of its sequence and of all, with which a sequence begins.
 _NEWEST, _NEWEST_OF_ALL = 0.2, 0.02
+# A guess must be expected to pay so many times over: the model of steps may be wrong.
+_MARGIN = 1.25
 
 # A sampled token and its log probabilities.
 Sampled = tuple[int, Logprobs | None]
@@ -103,7 +105,7 @@ def _least_chance(decodes: list[Slice], latency: LatencyModel) -> float:
     seconds, count = latency.times.seconds(step), len(decodes)
     # One more row is like one more sequence that decodes: it has its own attention, and its own logits.
     more = step_of([*((1, piece.start) for piece in decodes), (1, int(step.context) // count)])
-    return (latency.times.seconds(more) - seconds) * count / seconds if seconds > 0 else 0.0
+    return _MARGIN * (latency.times.seconds(more) - seconds) * count / seconds if seconds > 0 else 0.0
 
 
 def _number(rate: float, least: float, most: int) -> int:
