@@ -27,11 +27,14 @@ from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Slice
 from pdctl.host.memory import read_memory
 from pdctl.host.users import cache_root
+from pdctl.speculative import parse_speculative
 from pdctl.wire import Manifest
 
 # Debug option: freed blocks are filled with NaN, and a NaN in the logits ends the engine.
 POISON_ENV = "PDCTL_POISON_FREED"
 _FEWEST_BLOCKS = 8
+# Each size of a graph takes a part of a second at the start.
+_MOST_GUESSED_ROWS = 512
 
 _log = logging.getLogger(__name__)
 
@@ -124,11 +127,18 @@ def _capture(runner: ModelRunner, options: EngineOptions, scratch: int) -> str:
         return "off: enforce_eager is set"
     try:
         recorder = CudaRecorder(runner.device)
-        sizes = runner.capture(options.max_num_seqs, options.max_model_len, scratch, recorder)
+        sizes = runner.capture(_rows(options), options.max_model_len, scratch, recorder)
     except GraphsRefused as failure:
         _log.warning("decoding without CUDA graphs: %s", failure)
         return f"off: {failure}"
     return f"decode steps of up to {sizes[-1]} sequences" if sizes else "off: capturing took too long"
+
+
+def _rows(options: EngineOptions) -> int:
+    """Tokens of the largest decode step that has a graph: guessed ones count like sequences."""
+    guesses = parse_speculative(options.speculative)
+    wanted = options.max_num_seqs * (1 + guesses.tokens if guesses else 1)
+    return max(options.max_num_seqs, min(wanted, _MOST_GUESSED_ROWS))
 
 
 def _num_blocks(options: EngineOptions, manifest: Manifest, gpu_room: Callable[[], int]) -> int:

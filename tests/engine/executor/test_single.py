@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pdctl.engine.executor.single import POISON_ENV, SingleExecutor
+from pdctl.engine.executor.single import POISON_ENV, SingleExecutor, _rows
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.loading import ModelRefused
 from pdctl.engine.options import EngineOptions, parse
@@ -60,3 +61,17 @@ def test_freed_blocks_are_poisoned_only_on_demand(
 def test_a_pool_that_cannot_be_is_refused(tiny_model: Path, tmp_path: Path, size: float, reason: str) -> None:
     with pytest.raises(ModelRefused, match=reason):
         SingleExecutor.load(options(tiny_model, tmp_path, size))
+
+
+@pytest.mark.parametrize(
+    ("seqs", "speculative", "rows"),
+    [
+        (16, "", 16),
+        (16, '{"kind": "ngram", "tokens": 4}', 80),
+        (256, '{"kind": "ngram"}', 512),
+        (900, '{"kind": "ngram"}', 900),
+    ],
+)
+def test_graphs_have_room_for_guessed_tokens(tmp_path: Path, seqs: int, speculative: str, rows: int) -> None:
+    given = replace(options(tmp_path, tmp_path), max_num_seqs=seqs, speculative=speculative)
+    assert _rows(given) == rows
