@@ -35,18 +35,24 @@ class _PromptDetails(msgspec.Struct):
     cached_tokens: int | None = None
 
 
+class _CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
+
+
 class Usage(msgspec.Struct):
     """Token counts of one answer."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
 
     @property
     def counts(self) -> Counts:
         """The same as Counts."""
-        details = self.prompt_tokens_details
-        return Counts(self.prompt_tokens, self.completion_tokens, (details and details.cached_tokens) or 0)
+        prompt, completion = self.prompt_tokens_details, self.completion_tokens_details
+        cached, reasoning = prompt and prompt.cached_tokens, completion and completion.reasoning_tokens
+        return Counts(self.prompt_tokens, self.completion_tokens, cached or 0, reasoning or 0)
 
 
 class ErrorBody(msgspec.Struct):

@@ -175,11 +175,13 @@ class Envelope:
 
 
 class Counts(NamedTuple):
-    """Token counts of an answer. `cached`: tokens of the prompt whose KV was there already."""
+    """Token counts of an answer. `cached`: tokens of the prompt whose KV was there already; `reasoning`: those of the
+    completion that are reasoning."""
 
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int = 0
 
 
 def usage(counts: Counts) -> dict[str, object]:
@@ -189,7 +191,11 @@ def usage(counts: Counts) -> dict[str, object]:
         "completion_tokens": counts.completion,
         "total_tokens": counts.prompt + counts.completion,
     }
-    return found | {"prompt_tokens_details": {"cached_tokens": counts.cached}} if counts.cached else found
+    if counts.cached:
+        found["prompt_tokens_details"] = {"cached_tokens": counts.cached}
+    if counts.reasoning:
+        found["completion_tokens_details"] = {"reasoning_tokens": counts.reasoning}
+    return found
 
 
 DONE = b"data: [DONE]\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,15 +93,15 @@ def test_calls_of_a_family(tiny_model: Path, family: str) -> None:
         check_calls(service, family)
 
 
-def check_calls(service: Service, family: str) -> None:
-    forced: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required"}
+def check_calls(service: Service, family: str, **more: Any) -> None:
+    forced: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", **more}
     for messages in (HELLO, HISTORY):
         choice = whole(service, **forced, messages=messages)
         ((name, arguments),) = functions(choice)
         assert (name, choice["finish_reason"]) == ("weigh", "tool_calls")
         assert json.loads(arguments)["kind"] in ("cat", "dog")
         assert streamed(service, **forced, messages=messages) == choice
-    free: dict[str, Any] = {"tools": TOOLS, "guided_regex": FREE[family]}
+    free: dict[str, Any] = {"tools": TOOLS, "guided_regex": FREE[family], **more}
     choice = whole(service, **free)
     assert [name for name, _ in functions(choice)] == ["weigh", "weigh"]
     assert [len(json.loads(arguments)["kind"]) for _, arguments in functions(choice)] == [90, 90]
@@ -110,26 +111,31 @@ def check_calls(service: Service, family: str) -> None:
     first, second = (call["id"] for call in choice["message"]["tool_calls"])
     assert first != second
     assert len(functions(whole(service, **free, parallel_tool_calls=False))) == 1
-    assert "tool_calls" not in whole(service, guided_regex=FREE[family])["message"], "no tools were given"
+    assert "tool_calls" not in whole(service, guided_regex=FREE[family], **more)["message"], "no tools were given"
+
+
+# The prompt ends within reasoning, as with DeepSeek-R1, or after an empty one, as Qwen 3's if it should not think.
+BEGIN = "{% if enable_thinking is defined and not enable_thinking %}[THINK][/THINK]{% else %}[THINK]{% endif %}"
+AT_ONCE: dict[str, Any] = {"reasoning_effort": "none"}
 
 
 @pytest.fixture(scope="module")
 def service(tiny_model: Path) -> Iterator[Service]:
     """Mistral's calls, and reasoning that the prompt has begun."""
-    with serving(tiny_model, "mistral", "[THINK]", alone=False) as found:
+    with serving(tiny_model, "mistral", BEGIN, alone=False) as found:
         yield found
 
 
 def test_calls_of_mistral(service: Service) -> None:
-    check_calls(service, "mistral")
-    (call,) = whole(service, tools=TOOLS, tool_choice="required")["message"]["tool_calls"]
+    check_calls(service, "mistral", **AT_ONCE)
+    (call,) = whole(service, tools=TOOLS, tool_choice="required", **AT_ONCE)["message"]["tool_calls"]
     assert len(call["id"]) == 9
     assert call["id"].isalnum()
 
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
 def test_a_death_in_the_middle_of_a_call_changes_nothing(service: Service, name: str) -> None:
-    free: dict[str, Any] = {"tools": TOOLS, "guided_regex": FREE["mistral"]}
+    free: dict[str, Any] = {"tools": TOOLS, "guided_regex": FREE["mistral"], **AT_ONCE}
     quiet = whole(service, **free)
     service.healthy()
     before = service.process(name)
@@ -191,10 +197,59 @@ def test_other_apis_have_reasoning_as_their_own_parts(service: Service) -> None:
     assert text["text"] == choice["message"]["content"]
 
 
-def test_structured_output_is_the_answer_even_if_the_prompt_began_to_reason(service: Service) -> None:
-    found = whole(service, guided_regex="[ab]{5}")["message"]
-    assert set(found["content"]) <= {"a", "b"}
-    assert "reasoning" not in found
+def test_structured_output_comes_after_reasoning_that_the_prompt_began(service: Service) -> None:
+    # The model soon ends its reasoning.
+    asked: dict[str, Any] = {"guided_regex": "[ab]{5}", "logit_bias": {str(IDS["[/THINK]"]): 4}}
+    found = whole(service, **asked)
+    assert re.fullmatch("[ab]{5}", found["message"]["content"])
+    assert found["message"]["reasoning"]
+    assert found["finish_reason"] == "stop"
+    assert streamed(service, **asked) == found
+    call = whole(service, tools=TOOLS, tool_choice="required", logit_bias=asked["logit_bias"])
+    assert call["message"]["reasoning"]
+    assert functions(call)[0][0] == "weigh"
+    unasked = whole(service, guided_regex="[ab]{5}", **AT_ONCE)["message"]
+    assert re.fullmatch("[ab]{5}", unasked["content"])
+    assert "reasoning" not in unasked
+
+
+def test_a_death_before_structured_output_changes_nothing(service: Service) -> None:
+    bias = {str(IDS["[/THINK]"]): 1}
+    asked: dict[str, Any] = {"guided_regex": "[ab]{60}", "logit_bias": bias, "max_tokens": 900}
+    quiet = whole(service, **asked, seed=11)
+    assert len(quiet["message"]["reasoning"]) > 60, "the engine dies in it"
+    assert re.fullmatch("[ab]{60}", quiet["message"]["content"])
+    service.healthy()
+    before = service.process("decode-0")
+    assert streamed(service, kill="decode-0", **asked, seed=11) == quiet
+    service.restarted(before)
+    service.healthy()
+
+
+def test_usage_counts_the_tokens_of_reasoning(service: Service) -> None:
+    choice = reasoned(service, max_tokens=100)
+    asked = body(**LETTERS, seed=choice["seed"], ignore_eos=True, max_tokens=100)
+    answer = service.client.post("/v1/chat/completions", json=asked).json()
+    # Each letter is a token, and the mark is none of them.
+    count = len(choice["message"]["reasoning"])
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": count}
+    assert answer["usage"]["completion_tokens"] == 100
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for given in ({"include_usage": True}, options):
+        with service.client.stream(
+            "POST", "/v1/chat/completions", json={**asked, "stream": True, "stream_options": given}
+        ) as stream:
+            usages = [event["usage"] for event in events(stream) if event and event.get("usage")]
+        assert usages[-1]["completion_tokens_details"] == {"reasoning_tokens": count}
+    told = [usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0) for usage in usages]
+    assert told == sorted(told)
+    two = service.client.post("/v1/chat/completions", json={**asked, "n": 2}).json()["usage"]
+    assert two["completion_tokens_details"]["reasoning_tokens"] > count
+    reply = service.client.post("/v1/responses", json={
+        **LETTERS, "seed": choice["seed"], "ignore_eos": True, "temperature": 1, "input": "hello",
+        "max_output_tokens": 100,
+    }).json()  # fmt: skip
+    assert reply["usage"]["output_tokens_details"] == {"reasoning_tokens": count}
 
 
 def test_the_parsers_can_be_chosen(service: Service) -> None:

@@ -8,13 +8,23 @@ from pdctl.latency import Work
 from pdctl.wire import LinkInfo, PoolEndpoint
 
 
+class Thinking(msgspec.Struct, frozen=True, array_like=True):
+    """Reasoning that may come before guided output, in token ids: after `begin`, or at once if it is `open`, up to
+    `end`."""
+
+    begin: int
+    end: int
+    open: bool
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How to choose tokens. Temperature 0 is greedy. `max_tokens` and `min_tokens` count resumed tokens as well.
 
     `logprobs`: number of most likely tokens to report with the chosen one; -1 for no report. `stop_token_ids` end the
     output like the model's own end token; if `allowed_token_ids` is set, only these are chosen. `grammar`: the grammar
-    of the output, in the format of `pdctl.engine.model.grammar`; "" for none. `bad_words`: token sequences that the
-    output must not contain. `prompt_logprobs`: as `logprobs`, for the prompt."""
+    of the output, in the format of `pdctl.engine.model.grammar`; "" for none. `thinking`: the grammar applies after it;
+    None: from the first token. `bad_words`: token sequences that the output must not contain. `prompt_logprobs`: as
+    `logprobs`, for the prompt."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -34,6 +44,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     allowed_token_ids: list[int] = []
     bad_words: list[list[int]] = []
     prompt_logprobs: int = -1
+    thinking: Thinking | None = None
 
     @property
     def is_shaped(self) -> bool:

@@ -17,12 +17,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from pdctl.engine.ipc.messages import Thinking
 from pdctl.engine.lifeline import die_with_parent
 from pdctl.engine.model.compilers import BadGrammar, Compilers, serve
 from pdctl.engine.schedule.sequence import Sequence
@@ -43,10 +45,33 @@ _MAX_MEMORY = 4 << 30
 _ANY_LETTER, _JSON_LETTER = r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]"
 
 
+class _Place(Enum):
+    FIRST = auto()  # before the first token, which may begin reasoning
+    THINKING = auto()
+    GUIDED = auto()
+
+
 @dataclass(slots=True)
 class _Guide:
+    """Where a sequence is, after `accepted` tokens of its output."""
+
     matcher: xgrammar.GrammarMatcher
-    accepted: int
+    thinking: Thinking | None
+    place: _Place
+    accepted: int = 0
+
+    def advance(self, token_id: int) -> None:
+        """Take the next token."""
+        self.accepted += 1
+        thinking = self.thinking
+        if thinking is not None and self.place is _Place.FIRST and token_id == thinking.begin:
+            self.place = _Place.THINKING
+        elif thinking is not None and self.place is _Place.THINKING:
+            self.place = _Place.GUIDED if token_id == thinking.end else _Place.THINKING
+        else:
+            self.place = _Place.GUIDED
+            if not self.matcher.is_terminated():
+                self.matcher.accept_token(token_id)
 
 
 class Grammars:
@@ -83,24 +108,31 @@ class Grammars:
         """Start guiding a sequence after its output so far."""
         import xgrammar
 
-        sequence.guide = _Guide(xgrammar.GrammarMatcher(compiled), 0)
+        thinking = sequence.sampling.thinking
+        place = _Place.GUIDED if thinking is None else _Place.THINKING if thinking.open else _Place.FIRST
+        sequence.guide = _Guide(xgrammar.GrammarMatcher(compiled), thinking, place)
 
     def mask(self, row: torch.Tensor, sequence: Sequence) -> None:
-        """Mask in `row` [vocab] all tokens that violate the sequence's grammar."""
+        """Mask in `row` [vocab] all tokens that violate the sequence's grammar. In reasoning, only the end of the
+        output does, because the answer is still to come."""
         import xgrammar
 
         guide = self._guide(sequence)
+        if guide.place is _Place.THINKING:
+            row[list(self._tokens.stops)] = float("-inf")
+            return
+        begin = guide.thinking.begin if guide.thinking is not None and guide.place is _Place.FIRST else None
+        kept = None if begin is None else row[begin].clone()
         if self._bitmask is None:
             self._bitmask = xgrammar.allocate_token_bitmask(1, self._tokens.vocab_size)
         if not guide.matcher.is_terminated() and guide.matcher.fill_next_token_bitmask(self._bitmask):
             xgrammar.apply_token_bitmask_inplace(row[None], self._bitmask.to(row.device))
+        if begin is not None and kept is not None:
+            row[begin] = kept
 
     def accept(self, sequence: Sequence, token_id: int) -> None:
         """Advance the grammar by the sequence's chosen token."""
-        guide = self._guide(sequence)
-        guide.accepted += 1
-        if not guide.matcher.is_terminated():
-            guide.matcher.accept_token(token_id)
+        self._guide(sequence).advance(token_id)
 
     def close(self) -> None:
         """Stop the compiler processes."""
@@ -111,9 +143,7 @@ class Grammars:
         guide = sequence.guide
         assert isinstance(guide, _Guide), "a guided sequence was added without its grammar"
         for token_id in sequence.token_ids[sequence.prompt_len + guide.accepted :]:
-            guide.accepted += 1
-            if not guide.matcher.is_terminated():
-                guide.matcher.accept_token(token_id)
+            guide.advance(token_id)
         return guide
 
     def _known(self, grammar: str) -> xgrammar.CompiledGrammar | None:

@@ -28,7 +28,7 @@ class Sink(Protocol):
     `passes`: accepts an engine's events as bytes, each beginning with `event_head`; `hides_token_ids`: then without
     token ids; `shows_token_ids`: the client gets token ids; `takes_whole`: accepts one complete body instead of parts.
     `prompt_tokens`, and of these `cached_tokens`: if known; `completion_tokens`: so far, if the engine tells their
-    number but not their ids.
+    number but not their ids; `reasoning_tokens`: so far, if the engine tells them with each part.
     """
 
     passes: bool
@@ -39,6 +39,7 @@ class Sink(Protocol):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """Take the next part; the last one has a finish_reason."""
@@ -125,6 +126,7 @@ class StreamSink:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.completion_tokens = 0
+        self.reasoning_tokens = 0
         self._tokens = 0
         self.event_head = envelope.event_head()
         self.hides_token_ids = not envelope.with_token_ids
@@ -140,7 +142,8 @@ class StreamSink:
             self._first = False
             choice = _with_role(choice)
         self._tokens += len(token_ids)
-        so_far = Counts(self.prompt_tokens, self._tokens or self.completion_tokens, self.cached_tokens)
+        tokens = self._tokens or self.completion_tokens
+        so_far = Counts(self.prompt_tokens, tokens, self.cached_tokens, self.reasoning_tokens)
         counts = usage(so_far) if self._counts_each else None
         token_ids = _known(token_ids) if self.shows_token_ids else token_ids
         await self._answer.write(self._envelope.event(self._index, choice, token_ids, counts))
@@ -204,6 +207,7 @@ class WholeSink:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.completion_tokens = 0
+        self.reasoning_tokens = 0
         self.shows_token_ids = request.envelope.with_token_ids
         self._envelope = request.envelope
         self._gathered: Gathered | None = None

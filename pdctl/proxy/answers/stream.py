@@ -58,6 +58,7 @@ class EventReader:
         self.tokens = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        self.reasoning_tokens = 0
         self.completion_tokens = 0
         self.finished = False
         self._engine = engine
@@ -229,6 +230,7 @@ class EventReader:
         if delta.usage is not None:
             self.prompt_tokens = self._sink.prompt_tokens = delta.usage.prompt
             self.cached_tokens = delta.usage.cached
+            self.reasoning_tokens = self._sink.reasoning_tokens = delta.usage.reasoning
             # What the prefill engine has told comes first.
             self._sink.cached_tokens = self._sink.cached_tokens or self.cached_tokens
             if UNKNOWN_TOKEN in self._state.emitted or self._state.told is not None:

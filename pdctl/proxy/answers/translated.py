@@ -51,7 +51,7 @@ class _TranslatedSink:
     hides_token_ids = True
     shows_token_ids = False
     takes_whole = False
-    prompt_tokens = cached_tokens = completion_tokens = 0
+    prompt_tokens = cached_tokens = completion_tokens = reasoning_tokens = 0
 
     async def pass_on(self, data: bytes) -> None:
         """Never called: this sink translates."""

@@ -240,8 +240,11 @@ async def _read(
     leg.timing.engine_says(exchange.header(_TIMING))
     if leg.in_one_piece:
         leg.whole = await exchange.rest()
-        leg.prompt_tokens, leg.completion_tokens, cached = engine.dialect.parse_whole(leg.whole)
-        leg.cached_tokens = leg.cached_tokens or cached
+        counts = engine.dialect.parse_whole(leg.whole)
+        leg.prompt_tokens, leg.completion_tokens, leg.reasoning_tokens = (
+            counts.prompt, counts.completion, counts.reasoning
+        )  # fmt: skip
+        leg.cached_tokens = leg.cached_tokens or counts.cached
         leg.timing.token(time.monotonic())
         leg.finished = True
         if on_first_token is not None:
@@ -259,6 +262,7 @@ async def _read(
         leg.prompt_tokens = reader.prompt_tokens or leg.prompt_tokens
         leg.cached_tokens = leg.cached_tokens or reader.cached_tokens
         leg.completion_tokens = reader.completion_tokens or leg.completion_tokens
+        leg.reasoning_tokens = reader.reasoning_tokens or leg.reasoning_tokens
         if reader.tokens > 1:
             engine.token_s.add(reader.seconds / (reader.tokens - 1))
 

@@ -301,10 +301,12 @@ def _counts(legs: Sequence[Leg]) -> Counts:
     """Token counts of all legs. With `n`, a prompt counts once."""
     if len(legs) == 1:
         leg = legs[0]
-        return Counts(leg.prompt_tokens, leg.completion_tokens or len(leg.state.emitted), leg.cached_tokens)
+        output = leg.completion_tokens or len(leg.state.emitted)
+        return Counts(leg.prompt_tokens, output, leg.cached_tokens, leg.reasoning_tokens)
     prompts = {id(leg.state.fields.get("prompt")): (leg.prompt_tokens, leg.cached_tokens) for leg in legs}
     prompt, cached = (sum(numbers) for numbers in zip(*prompts.values(), strict=True))
-    return Counts(prompt, sum(leg.completion_tokens or len(leg.state.emitted) for leg in legs), cached)
+    output = sum(leg.completion_tokens or len(leg.state.emitted) for leg in legs)
+    return Counts(prompt, output, cached, sum(leg.reasoning_tokens for leg in legs))
 
 
 def _pieces(fields: dict[str, object]) -> list[int]:

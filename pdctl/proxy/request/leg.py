@@ -54,6 +54,7 @@ class Leg:
     # Class attributes: most requests never set these, and then they need no memory per request.
     prompt_tokens = 0
     cached_tokens = 0
+    reasoning_tokens = 0
     completion_tokens = 0
     whole: bytes | None = None
     failures = 0

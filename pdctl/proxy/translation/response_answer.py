@@ -154,7 +154,7 @@ def _usage(counts: Counts) -> Json:
         "input_tokens": counts.prompt,
         "input_tokens_details": details,
         "output_tokens": counts.completion,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": counts.reasoning},
         "total_tokens": counts.prompt + counts.completion,
     }
 

@@ -112,6 +112,26 @@ def test_reasoning_that_is_not_wanted_is_left_out(model: Path) -> None:
     assert message(whole) == {"role": "assistant", "content": "ab"}
 
 
+@pytest.mark.parametrize("stops", [[], ["never there"], ["</thinker", "é zz"]])
+@pytest.mark.parametrize(
+    ("begin", "parts", "among"),
+    [("", ["<think>", "a é b", "</think>", "c d"], "a é b"), ("<think>\n", ["\na é", "</think>", "c"], "\na é"),
+     ("", ["a b", "<think>", "c"], ""), ("", ["<think>", "a b"], "a b"), ("<think>", ["</think>", "a"], ""),
+     ("", ["<think>", "a <tool", "<tool_call>", "b"], "a <tool")],
+)  # fmt: skip
+def test_tokens_of_reasoning_are_counted_without_the_marks(
+    model: Path, begin: str, parts: list[str], among: str, stops: list[str]
+) -> None:
+    codec = TextCodec(model)
+    ids, expected = ids_of(codec, parts), len(codec.encode(among)) if among else 0
+    for cut in range(len(ids)):
+        asked = request(codec.encode(f"[assistant] {begin}"), resume=ids[:cut], stops=stops)
+        output = Output(codec, choose("auto", "think", template("hermes")), asked)
+        for one in ids[cut:]:
+            output.token(one, None)
+        assert asked.reasoning == expected, cut
+
+
 def test_further_calls_are_left_out_where_only_one_is_wanted(model: Path) -> None:
     parts = [*CALLS["mistral"], *CALLS["mistral"]]
     assert len(message(run(model, "mistral", parts))["tool_calls"]) == 2

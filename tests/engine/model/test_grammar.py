@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import xgrammar
 
-from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.ipc.messages import Sampling, Thinking
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.samples.tiny import build
 from pdctl.engine.schedule.sequence import Sequence
@@ -92,6 +93,53 @@ def test_a_moved_sequence_goes_on_where_it_was(model: Path, ours: Grammars) -> N
         ours.mask(row, sequence)
         assert row[whole.token_ids[cut]] == 0, "what was allowed there is allowed here"
         assert (row == float("-inf")).sum() > 300
+
+
+BEGIN, OVER = 300, 301
+
+
+def thinking(ours: Grammars, token_ids: list[int], is_open: bool) -> Sequence:
+    found = guided(ours, json.dumps({"regex": "[a-f]{12}"}), token_ids, 1)
+    found.sampling = Sampling(80, grammar=found.sampling.grammar, thinking=Thinking(BEGIN, OVER, is_open))
+    compiled, _ = prepared(ours, found.sampling.grammar)
+    assert compiled is not None
+    ours.begin(found, compiled)
+    return found
+
+
+def allowed(ours: Grammars, sequence: Sequence) -> set[int]:
+    row = torch.zeros(VOCAB)
+    ours.mask(row, sequence)
+    return set(torch.nonzero(row == 0).flatten().tolist())
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_the_grammar_begins_after_the_reasoning(model: Path, ours: Grammars, is_open: bool) -> None:
+    guided_only = allowed(ours, guided(ours, json.dumps({"regex": "[a-f]{12}"}), [1], 1))
+    assert BEGIN not in guided_only
+    sequence = thinking(ours, [1], is_open)
+    words = [*([] if is_open else [BEGIN]), 40, 50, BEGIN, 60, OVER]
+    for number, token_id in enumerate(words):
+        first = number == 0 and not is_open
+        assert allowed(ours, sequence) == (guided_only | {BEGIN} if first else set(range(VOCAB)) - {END})
+        ours.accept(sequence, token_id)
+        sequence.token_ids.append(token_id)
+    assert allowed(ours, sequence) == guided_only
+    generate(ours, sequence, 3)
+    answer = sequence.token_ids[1 + len(words) : -1]
+    assert re.fullmatch("[a-f]{12}", text_of(model, answer))
+    for cut in range(1, len(sequence.token_ids)):
+        moved = thinking(ours, sequence.token_ids[:cut], is_open)
+        assert sequence.token_ids[cut] in allowed(ours, moved), "another engine goes on as this one would"
+
+
+def test_an_answer_may_do_without_reasoning(model: Path, ours: Grammars) -> None:
+    sequence = thinking(ours, [1], is_open=False)
+    first = min(allowed(ours, sequence) - {BEGIN})
+    ours.accept(sequence, first)
+    sequence.token_ids.append(first)
+    generate(ours, sequence, 3)
+    assert re.fullmatch("[a-f]{12}", text_of(model, sequence.token_ids[1:-1]))
 
 
 @pytest.mark.parametrize("grammar", [{"json": {"type": "nonsense"}}, {"regex": "(["}, {"ebnf": "root ::= x"}])

@@ -155,7 +155,7 @@ class Gathering:
 
     passes = hides_token_ids = shows_token_ids = False
     event_head = b""
-    prompt_tokens = cached_tokens = completion_tokens = 0
+    prompt_tokens = cached_tokens = completion_tokens = reasoning_tokens = 0
 
     def __init__(self, takes_whole: bool = False) -> None:
         self.takes_whole = takes_whole

@@ -11,7 +11,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from pdctl.engine.front.api.openai import GenerationRequest
-from pdctl.engine.front.api.output import Output, Piece
+from pdctl.engine.front.api.output import Output, Piece, thinking
 from pdctl.engine.front.api.parsers import Parsers
 from pdctl.engine.front.api.text import TextCodec
 from pdctl.engine.front.core_client import CoreClient, Note, RequestEvents
@@ -19,7 +19,7 @@ from pdctl.engine.front.handover.offers import OfferDesk, Offering
 from pdctl.engine.front.handover.peers import Peers, of_hand_over
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
 from pdctl.engine.front.routers.transfers import Router
-from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Token, Withdrawn
+from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Thinking, Token, Withdrawn
 from pdctl.net.openai_api import ApiError
 from pdctl.wire import HandOver, token_digest
 
@@ -39,6 +39,10 @@ class Generator:
         self._desk = desk
         self._peers = peers
         self._receiver = receiver
+
+    def thinking(self, token_ids: list[int]) -> Thinking | None:
+        """The reasoning that may come before guided output after this prompt."""
+        return thinking(self._codec, self._parsers, token_ids)
 
     def run(self, request: GenerationRequest) -> AsyncGenerator[Piece]:
         """Pieces until one carries a finish_reason or a hand-over. Raises ApiError and KvLost.

@@ -69,7 +69,8 @@ class GenerationRequest:
     """One checked request. `token_ids` is the prompt; `resume` are output tokens that the client already has.
 
     `priority`: lower goes first; `ttft_s`, `tpot_s`: targets for the first token and the later ones, 0 for none.
-    `salt`: requests with different salts share no KV; `cached`: tokens of the prompt whose KV was there already.
+    `salt`: requests with different salts share no KV; `cached`: tokens of the prompt whose KV was there already;
+    `reasoning`: tokens of the output so far that are reasoning.
     `echo`: text before the answer; `counts_each`: each event of the stream carries the counts so far;
     `shows_prompt_logprobs`: vLLM's prompt_logprobs.
     `tools`: for the parser of free calls; `one_call`: further calls are left out; `splits_reasoning`: reasoning is
@@ -105,6 +106,7 @@ class GenerationRequest:
     tpot_s: float = 0.0
     salt: str = ""
     cached: int = 0
+    reasoning: int = 0
     echo: str = ""
     counts_each: bool = False
     shows_prompt_logprobs: bool = False

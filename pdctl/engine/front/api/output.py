@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.parsers import Parsers
-from pdctl.engine.front.api.parsers.reasoning import ReasoningText, is_open
+from pdctl.engine.front.api.parsers.reasoning import ReasoningText, is_open, is_over
 from pdctl.engine.front.api.parsers.tool_calls import ToolCall, ToolFormat, joined, tool_text, whole_calls
 from pdctl.engine.front.api.text import OutputText, TextCodec
 from pdctl.engine.front.api.token_text import text_of
-from pdctl.engine.ipc.messages import Logprobs, PromptToken
+from pdctl.engine.ipc.messages import Logprobs, PromptToken, Thinking
 from pdctl.wire import HandOver
 
 # Enough prompt tokens for the detokenizer to join the first output token to the prompt.
@@ -50,7 +51,9 @@ class Output:
     def __init__(self, codec: TextCodec, parsers: Parsers, request: GenerationRequest) -> None:
         self._codec = codec
         self._request = request
-        marks = parsers.marks if request.splits_reasoning else None
+        # A grammar from the first token on leaves no room for reasoning.
+        has_room = not request.sampling.grammar or request.sampling.thinking is not None
+        marks = parsers.marks if request.splits_reasoning and has_room else None
         family = parsers.family if request.tool_calls is ToolFormat.FREE else None
         self._hidden = codec.special_ids(
             ((marks.begin, marks.end) if marks else ()) + (family.markers if family else ())
@@ -60,14 +63,18 @@ class Output:
         self._text = OutputText(
             codec.tokenizer, request.token_ids[-_PROMPT_TAIL:], request.stops, request.include_stop, self._hidden
         )
-        begun = marks is not None and is_open(codec.decode(request.token_ids[-_MARK_TAIL:]), marks)
+        begun = marks is not None and is_open(_tail(codec, request.token_ids), marks)
         self._reasoning = ReasoningText(marks, begun, family.openers if family else ())
         self._tools = tool_text(parsers.family, request.tool_calls, request.envelope.request_id, request.tools)
         self._wants_logprobs = request.logprobs >= 0
+        # Where each token of the reasoning begins in the text.
+        self._starts: list[int] = []
         self._echo = "" if request.resume else request.echo
         for token_id in request.resume:
+            self._note_start()
             shown, _ = self._text.push(token_id)
             self._tools.push(self._reasoning.push(shown)[1])
+        self._count_reasoning()
 
     def token(
         self,
@@ -79,6 +86,7 @@ class Output:
         """Add the next token; the first comes with the prompt's log probabilities. The piece has a finish_reason at the
         end."""
         offset = len(self._request.echo) + self._text.length
+        self._note_start()
         shown, stopped = self._text.push(token_id)
         if stopped:
             finish_reason = "stop"
@@ -97,6 +105,7 @@ class Output:
         if reason is not None:
             more_thought, more_text = self._reasoning.flush()
             thought, text = thought + more_thought, text + more_text
+        self._count_reasoning()
         shown, calls = self._tools.push(text)
         if reason is not None:
             rest, more = self._tools.flush()
@@ -114,6 +123,17 @@ class Output:
         shown, self._echo = self._echo + shown, ""
         stop = self._text.stop
         return Piece(token_ids, shown, reason, None, joined(calls), entries, stop_reason=stop, thought=thought)
+
+    def _note_start(self) -> None:
+        if self._reasoning.is_open:
+            self._starts.append(self._text.length)
+
+    def _count_reasoning(self) -> None:
+        """Note how many tokens are reasoning, without the marks. Some of them may be held back as text."""
+        first, last = self._reasoning.first, self._reasoning.last
+        if first is not None:
+            end = len(self._starts) if last is None else bisect_left(self._starts, last)
+            self._request.reasoning = end - bisect_left(self._starts, first)
 
     def _with_prompt(self, piece: Piece, told: list[PromptToken]) -> Piece:
         body, ids = self._request, self._request.token_ids
@@ -154,6 +174,23 @@ class Output:
     def _named(self, token_id: int, logprob: float) -> Json:
         data = self._token_text.bytes_of(token_id)
         return {"token": text_of(data, self._chat), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(data)}
+
+
+def thinking(codec: TextCodec, parsers: Parsers, token_ids: list[int]) -> Thinking | None:
+    """The reasoning that may come before guided output after this prompt. None if there is none, or if its marks are
+    not single tokens, so that its end could not be told from the tokens."""
+    marks = parsers.marks
+    if marks is None:
+        return None
+    begin, end = (codec.tokenizer.token_to_id(mark) for mark in (marks.begin, marks.end))
+    tail = _tail(codec, token_ids)
+    if begin is None or end is None or is_over(tail, marks):
+        return None
+    return Thinking(begin, end, is_open(tail, marks))
+
+
+def _tail(codec: TextCodec, token_ids: list[int]) -> str:
+    return codec.decode(token_ids[-_MARK_TAIL:])
 
 
 def for_chat(entries: list[Json] | None) -> Json | None:

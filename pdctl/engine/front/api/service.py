@@ -106,6 +106,9 @@ class EngineService:
         sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
         tenant = headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else ""
+        splits_reasoning = chat and parsed.separate_reasoning is not False
+        if splits_reasoning and sampling.grammar:
+            sampling = msgspec.structs.replace(sampling, thinking=self.generator.thinking(token_ids))
         ttft_s, tpot_s = targets(parsed.slo, headers.get(SLO_HEADER, ""))
         request = GenerationRequest(
             # A client request may reach one engine twice, so the internal id is unique.
@@ -138,8 +141,7 @@ class EngineService:
             tenant=tenant,
             tools=parsed.tools if isinstance(parsed, ChatBody) else None,
             one_call=isinstance(parsed, ChatBody) and parsed.parallel_tool_calls is False,
-            # A grammar applies from the first token: guided output has no reasoning.
-            splits_reasoning=chat and not sampling.grammar and parsed.separate_reasoning is not False,
+            splits_reasoning=splits_reasoning,
             shows_reasoning=parsed.include_reasoning is not False,
         )
         return openai.only_for_kv(request) if request.hold and not ours else request
@@ -390,7 +392,8 @@ def _salt(tenant: str, chosen: str | None) -> str:
 
 def _usage(request: GenerationRequest, new_tokens: int) -> dict[str, object]:
     """Token counts of the request, including resumed tokens."""
-    return usage(Counts(len(request.token_ids), new_tokens + len(request.resume), request.cached))
+    output = new_tokens + len(request.resume)
+    return usage(Counts(len(request.token_ids), output, request.cached, request.reasoning))
 
 
 def _api_error(failure: ApiError | KvLost) -> ApiError:

@@ -27,6 +27,11 @@ def marks_of_template(template: str) -> Marks | None:
     return THINK if THINK.begin in template or THINK.end in template else None
 
 
+def is_over(prompt: str, marks: Marks) -> bool:
+    """Whether a prompt ends after reasoning, as templates write it to forbid any."""
+    return prompt.rstrip().endswith(marks.end)
+
+
 def is_open(prompt: str, marks: Marks) -> bool:
     """Whether a prompt ends within reasoning, so that the output goes on with it."""
     return prompt.rstrip().endswith(marks.begin)
@@ -43,7 +48,8 @@ class ReasoningText:
     """Splits growing text into reasoning and the rest. It depends only on the text, so it can be replayed.
 
     `marks`: None if nothing is reasoning; `begun`: the prompt has begun the reasoning; `enders`: texts that also end
-    it, and stay in the rest, because models call tools without ending their reasoning.
+    it, and stay in the rest, because models call tools without ending their reasoning. `first`, `last`: where the
+    reasoning begins and ends, in characters of the whole text without the marks; None as long as it does not.
     """
 
     def __init__(self, marks: Marks | None, begun: bool = False, enders: tuple[str, ...] = ()) -> None:
@@ -53,12 +59,21 @@ class ReasoningText:
         self._place = _Place.ANSWER if marks is None else _Place.BEFORE
         self._held = ""
         self._said = False
+        self._pushed = 0
+        self.first: int | None = None
+        self.last: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more text may be reasoning."""
+        return self._place in (_Place.BEFORE, _Place.INSIDE)
 
     def push(self, text: str) -> tuple[str, str]:
         """Take new text; returns new reasoning and new text after it."""
         if self._place is _Place.ANSWER or self._marks is None:
             return "", text
         self._held += text
+        self._pushed += len(text)
         thought = ""
         if self._place is _Place.BEFORE:
             self._enter(self._marks)
@@ -80,8 +95,10 @@ class ReasoningText:
         rest = self._held.lstrip()
         if rest.startswith(marks.begin):
             self._held, self._place = rest[len(marks.begin) :], _Place.INSIDE
+            self.first = self._pushed - len(self._held)
         elif rest and not marks.begin.startswith(rest):
             self._place = _Place.INSIDE if self._begun else _Place.ANSWER
+            self.first = 0 if self._begun else None
 
     def _inside(self, marks: Marks) -> str:
         """New reasoning. White space at its ends is not shown."""
@@ -92,6 +109,7 @@ class ReasoningText:
         if found:
             at, end = min(found)
             thought = self._held[:at].rstrip()
+            self.last = self._pushed - len(self._held) + at
             self._held = self._held[at + len(end) if end == marks.end else at :]
             self._place = _Place.AFTER
             return thought
