@@ -68,7 +68,8 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--conversations", type=int, default=3)
     found = parser.parse_args()
-    text = topology(f"sample:{found.model}", kv_cache_gb=0.5)
+    # Every prompt is computed by the prefill engine, so that the bytes that move can be compared.
+    text = topology(f"sample:{found.model}", kv_cache_gb=0.5, engine_extra="inline_prefill = false")
     with tempfile.TemporaryDirectory(prefix="px") as folder, running(Run(Path(folder), poison=False), text) as service:
         ask(service, [5] * 40, "warm")
         rows = [conversation(service, number, found.turns) for number in range(found.conversations)]
@@ -78,8 +79,9 @@ def main() -> int:
         print(f"{turn + 1:4} {prompt:7.0f} {cached:7.0f} {shared * 1e3:8.0f} {alone * 1e3:8.0f} {alone / shared:6.2f} "
               f"{few / 1024:10.0f} {many / 1024:8.0f}")  # fmt: skip
     every = [row for several in rows for row in several]
-    print(f"hit rate {sum(row[3] for row in every) / sum(row[0] for row in every):.2f}, moved "
-          f"{sum(row[4] for row in every) / sum(row[5] for row in every):.2f} of what is moved without")  # fmt: skip
+    prompts, hits, few, many = (sum(row[column] for row in every) for column in (0, 3, 4, 5))
+    print(f"{len(every)} turns with equal tokens: {hits:.0f} of {prompts:.0f} prompt tokens not computed (hit rate "
+          f"{hits / prompts:.2f}), {few / 2**20:.1f} of {many / 2**20:.1f} MiB moved ({few / many:.2f})")  # fmt: skip
     return 0
 
 

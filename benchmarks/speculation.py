@@ -42,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speculation")
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--attention", default="native", choices=["native", "gather"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--tokens", type=int, default=64)
@@ -49,7 +50,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = locate_model(f"sample:{options.model}", cache_root()).path
-    runner = _runner(path, getattr(torch, options.dtype))
+    runner = _runner(path, getattr(torch, options.dtype), options.attention)
     limits = Limits(64, 512, 2048, runner.pool.block_size, frozenset())
     # As an engine does at its first start.
     executor = cast(Executor, runner)  # it is only asked to execute

@@ -247,7 +247,7 @@ def test_transfers_by_size_and_number_of_blocks(run: Run) -> None:
     ]  # fmt: skip
     bad = run.cli("bench", "transfer", "--transport", "pigeon")
     assert bad.returncode == 1
-    assert "one of: shm, mooncake, nixl" in bad.stderr
+    assert "one of: cuda_ipc, shm, mooncake, nixl" in bad.stderr
     none = run.cli("bench", "transfer", "--transport", "mooncake", "--protocol", "rdma", "--mib", "1")
     assert none.returncode == 1, "there is no RDMA here"
     assert "mooncake, 1 MiB: FALLBACK to tcp: RDMA is configured" in none.stderr
@@ -346,7 +346,11 @@ def test_repeats_and_what_engines_did(service: Service, tmp_path: Path) -> None:
 
 def test_the_latency_model(service: Service) -> None:
     run = service.run
-    done = run.cli("bench", "profile", "--longest", "128", "--widest", "4", "--repeats", "2")
+    own = run.cli("bench", "profile", "--png", "png")
+    assert own.returncode == 0, own.stderr
+    assert {line.split()[0] for line in own.stdout.partition("ENGINE")[2].splitlines()[1:]} == {"prefill-0", "decode-0"}
+    assert {path.name for path in (run.folder / "png").iterdir()} >= {"prefill.png", "decode.png"}
+    done = run.cli("bench", "profile", "--measure", "--longest", "128", "--widest", "4", "--repeats", "2")
     assert done.returncode == 0, done.stderr
     assert "held out" in done.stdout
     planned = run.cli("plan").stdout

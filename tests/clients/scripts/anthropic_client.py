@@ -11,6 +11,13 @@ from tests.clients.scripts.common import API_KEY, BASE_URL, HELLO, MODEL, Animal
 os.environ.pop("ANTHROPIC_AUTH_TOKEN", None)
 client = anthropic.Anthropic(base_url=BASE_URL.removesuffix("/v1"), api_key=API_KEY, max_retries=0)
 COMMON = {"model": MODEL, "messages": HELLO, "extra_body": {"temperature": 0, "seed": 1}}
+
+
+def counts(usage: anthropic.types.Usage) -> tuple[int, int]:
+    """Tokens in and out. A prompt's tokens whose KV was there are counted apart."""
+    return usage.input_tokens + (usage.cache_read_input_tokens or 0), usage.output_tokens
+
+
 whole = client.messages.create(**COMMON, max_tokens=12)
 assert whole._request_id
 assert whole.usage.output_tokens == 12
@@ -20,11 +27,12 @@ done("message", whole.content[0].text)
 with client.messages.stream(**COMMON, max_tokens=12) as stream:
     assert "".join(stream.text_stream) == whole.content[0].text
     final = stream.get_final_message()
-assert (final.stop_reason, final.usage) == (whole.stop_reason, whole.usage)
+assert (final.stop_reason, counts(final.usage)) == (whole.stop_reason, counts(whole.usage))
+assert final.usage.cache_read_input_tokens, "the same prompt was there already"
 done("stream", "equal")
 
 counted = client.messages.count_tokens(model=MODEL, messages=HELLO)
-assert counted.input_tokens == whole.usage.input_tokens
+assert counted.input_tokens == counts(whole.usage)[0]
 done("token count", counted.input_tokens)
 
 stop = whole.content[0].text[6:8]
