@@ -346,6 +346,7 @@ def test_repeats_and_what_engines_did(service: Service, tmp_path: Path) -> None:
 
 def test_the_latency_model(service: Service) -> None:
     run = service.run
+    service.complete("a few steps", max_tokens=8)
     own = run.cli("bench", "profile", "--png", "png")
     assert own.returncode == 0, own.stderr
     assert {line.split()[0] for line in own.stdout.partition("ENGINE")[2].splitlines()[1:]} == {"prefill-0", "decode-0"}
