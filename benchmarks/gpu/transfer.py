@@ -25,6 +25,8 @@ from pdctl.engine.transfer import Settings, TransferError, transport_kind
 _ROUNDS = 8
 # Bytes of one layer's keys in a block of 16 tokens of an 8B model.
 _BLOCK = 16 * 8 * 128 * 2
+# Keys and values of 32 layers.
+_PLANES = 64
 _EPOCHS = ("a1", "0f")
 
 
@@ -76,6 +78,11 @@ def _serve(num_bytes: int, device: str) -> int:
     return 0
 
 
+def _places(plane: int, order: list[int]) -> list[int]:
+    """Where the blocks of one plane are."""
+    return [(plane * len(order) + block) * _BLOCK for block in order]
+
+
 def _measure(num_bytes: int, device: str) -> dict[str, Any]:
     store, memory = _pool(num_bytes, device, _EPOCHS[1])
     words = ["--serve", "--mib", str(num_bytes >> 20), "--device", device]
@@ -92,12 +99,12 @@ def _measure(num_bytes: int, device: str) -> dict[str, Any]:
         # Within the device, read and written bytes are added; a transfer reads and writes, too.
         copy = copy_bytes_per_second(torch.device(device)) / 2
         expected, found = _content(num_bytes, device), {}
-        order = torch.randperm(num_bytes // _BLOCK, generator=torch.Generator().manual_seed(1)).tolist()
+        order = torch.randperm(num_bytes // _PLANES // _BLOCK, generator=torch.Generator().manual_seed(1)).tolist()
         spans = {
             "whole": [Span(0, 0, num_bytes)],
-            # Runs of 64 blocks, as a prompt of 1,024 tokens has them, and single blocks, as in a pool in pieces.
+            # Runs of 64 blocks, and single blocks in all planes, as in a pool in pieces.
             "runs": [Span(at, at, 64 * _BLOCK) for at in range(0, num_bytes, 64 * _BLOCK)],
-            "blocks": [Span(at * _BLOCK, at * _BLOCK, _BLOCK) for at in order],
+            "blocks": [Span(at, at, _BLOCK) for plane in range(_PLANES) for at in _places(plane, order)],
         }
         for kind, todo in spans.items():
             store.zero_()

@@ -131,7 +131,7 @@ def _capture(runner: ModelRunner, options: EngineOptions, scratch: int) -> str:
     except GraphsRefused as failure:
         _log.warning("decoding without CUDA graphs: %s", failure)
         return f"off: {failure}"
-    return f"decode steps of up to {sizes[-1]} sequences" if sizes else "off: capturing took too long"
+    return f"decode steps of up to {sizes[-1]} tokens" if sizes else "off: capturing took too long"
 
 
 def _rows(options: EngineOptions) -> int:

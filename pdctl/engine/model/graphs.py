@@ -134,7 +134,15 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """See Recorder.record. Warms up on a side stream, as torch.cuda.graph asks for."""
-        current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        current = torch.cuda.current_stream(self._device)
+        try:
+            return self._recorded(work, current)
+        finally:
+            # A capture that fails leaves its own stream as the current one.
+            torch.cuda.set_stream(current)
+
+    def _recorded(self, work: Callable[[], None], current: torch.cuda.Stream) -> Callable[[], None]:
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):

@@ -143,14 +143,14 @@ class ModelRunner:
         self._begin(inputs)
         return self._compute(inputs)
 
-    def capture(self, max_num_seqs: int, max_model_len: int, scratch: int, recorder: Recorder) -> list[int]:
-        """Use graphs for decode steps from now on; the batch sizes that have one. `scratch`: a block that no sequence
-        uses. Raises GraphsRefused, and then computes without graphs."""
+    def capture(self, most: int, max_model_len: int, scratch: int, recorder: Recorder) -> list[int]:
+        """Use graphs for decode steps of up to `most` tokens from now on; the sizes that have one. `scratch`: a block
+        that no sequence uses. Raises GraphsRefused, and then computes without graphs."""
         if not self.backend.is_capturable:
             raise GraphsRefused(f"attention by {self.backend.name} cannot be captured")
         buffers = InputBuffers(self.pool.block_size, self.device, self._buffers.tables)
         width = -(-max_model_len // self.pool.block_size)
-        graphs = Graphs(buffers, batch_sizes(max_num_seqs), width, scratch, self._begin, self._compute)
+        graphs = Graphs(buffers, batch_sizes(most), width, scratch, self._begin, self._compute)
         graphs.capture(recorder, _CAPTURE_S)
         self._graphs = graphs
         return graphs.sizes

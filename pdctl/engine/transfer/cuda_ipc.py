@@ -10,17 +10,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from pdctl.engine.cache.layout import Span
 from pdctl.engine.cache.memory import LABEL, DeviceMemory, Memory
 from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, check_spans
-from pdctl.engine.transfer.cuda_runtime import HANDLE_BYTES, CudaError, CudaRuntime
+from pdctl.engine.transfer.cuda_runtime import HANDLE_BYTES, CudaError, CudaRuntime, Rows
 from pdctl.engine.transfer.shm import is_alive
 
 # Between two looks at a copy on its way, seconds.
 _POLL_S = 50e-6
+_MOST_PITCH = 2**31
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +42,34 @@ class _Mapped(NamedTuple):
     base: int
     num_bytes: int
     mapping: int
+
+
+class Planes(NamedTuple):
+    """How often a span occurs, and the distances in bytes."""
+
+    number: int
+    source_pitch: int = 0
+    target_pitch: int = 0
+
+
+def columns(spans: Sequence[Span]) -> Iterator[tuple[Span, Planes]]:
+    """The same spans, together where a run of blocks occurs in each of many equal planes: then one copy moves it for
+    all layers. Empty spans are left out."""
+    table = np.array([span for span in spans if span.length], dtype=np.int64).reshape(-1, 3)
+    if not len(table):
+        return
+    # The planes follow each other, each with all runs: the number of runs divides that of spans.
+    for runs in (count for count in range(1, len(table) // 2 + 1) if not len(table) % count):
+        by_plane = table.reshape(-1, runs, 3)
+        steps = np.diff(by_plane, axis=0)
+        source_pitch, target_pitch, grown = steps[0, 0].tolist()
+        widest = int(table[:, 2].max())
+        fits = widest <= min(source_pitch, target_pitch) and max(source_pitch, target_pitch) < _MOST_PITCH
+        if fits and not grown and (steps == steps[0, 0]).all():
+            planes = Planes(len(by_plane), source_pitch, target_pitch)
+            yield from ((Span(*run), planes) for run in by_plane[0].tolist())
+            return
+    yield from ((Span(*span), Planes(1)) for span in table.tolist())
 
 
 class CudaIpcTransport:
@@ -156,9 +187,13 @@ class CudaIpcTransport:
     def _copied(self, peer: _Mapped, spans: Sequence[Span], stream: int, deadline: float) -> CudaError | None:
         """Queue the copies and wait for them, until the deadline at most."""
         try:
-            for source, target, length in spans:
-                if length:
-                    self._cuda.copy(self._target.base + target, peer.base + source, length, stream)
+            for (source, target, length), planes in columns(spans):
+                ours, theirs = self._target.base + target, peer.base + source
+                if planes.number == 1:
+                    self._cuda.copy(ours, theirs, length, stream)
+                else:
+                    to, from_ = Rows(ours, planes.target_pitch), Rows(theirs, planes.source_pitch)
+                    self._cuda.copy_rows(to, from_, length, planes.number, stream)
             while not self._cuda.is_done(stream) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
         except CudaError as failure:

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -20,6 +21,13 @@ _MAPS = Path("/proc/self/maps")
 
 class CudaError(Exception):
     """A call of the CUDA runtime failed; the message is its own."""
+
+
+class Rows(NamedTuple):
+    """Rows at `start` and then every `pitch` bytes, of which CUDA allows less than 2^31."""
+
+    start: int
+    pitch: int
 
 
 class _Handle(ctypes.Structure):
@@ -41,6 +49,8 @@ class CudaRuntime:
         self._destroy_stream = _typed(runtime.cudaStreamDestroy, c_void_p)
         self._query_stream = _typed(runtime.cudaStreamQuery, c_void_p)
         self._copy = _typed(runtime.cudaMemcpyAsync, c_void_p, c_void_p, c_size_t, c_int, c_void_p)
+        sizes = (c_void_p, c_size_t, c_void_p, c_size_t, c_size_t, c_size_t, c_int, c_void_p)
+        self._copy_rows = _typed(runtime.cudaMemcpy2DAsync, *sizes)
         self._range = _typed(driver.cuMemGetAddressRange_v2, POINTER(c_void_p), POINTER(c_size_t), c_void_p)
 
     def set_device(self, device: int) -> None:
@@ -84,6 +94,11 @@ class CudaRuntime:
     def copy(self, target: int, source: int, num_bytes: int, stream: int) -> None:
         """Queue a copy between any two places."""
         self._check(self._copy(target, source, num_bytes, _MEMCPY_DEFAULT, stream), "cudaMemcpyAsync")
+
+    def copy_rows(self, target: Rows, source: Rows, num_bytes: int, count: int, stream: int) -> None:
+        """Queue a copy of `count` rows of `num_bytes` between any two places."""
+        result = self._copy_rows(*target, *source, num_bytes, count, _MEMCPY_DEFAULT, stream)
+        self._check(result, "cudaMemcpy2DAsync")
 
     def is_done(self, stream: int) -> bool:
         """Whether everything that was queued is done."""

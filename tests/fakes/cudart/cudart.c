@@ -82,6 +82,14 @@ int cudaMemcpyAsync(void *to, const void *from, size_t count, int kind, void *st
   return OK;
 }
 
+int cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, int kind,
+                      void *stream) {
+  if (kind != 4 || !stream || width > to_pitch || width > from_pitch || to_pitch >> 31 || from_pitch >> 31) return INVALID;
+  for (size_t row = 0; row < height; row++)
+    memcpy((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
+  return OK;
+}
+
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) {
   *stream = malloc(1);
   return flags == 1 ? OK : INVALID;

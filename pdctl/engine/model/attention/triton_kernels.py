@@ -7,10 +7,20 @@ may hold NaN, which a mask would not remove.
 
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+# Triton compiles a kernel anew for arguments that are 1 or multiples of 16. These change from step to step, and a step
+# must not wait for a compiler.
+_kernel = partial(
+    triton.jit,
+    do_not_specialize=["num_sequences", "table_row"],
+    do_not_specialize_on_alignment=["starts", "lengths", "table"],
+)
 
 
 @triton.jit
@@ -64,7 +74,7 @@ def _load_kv(
     return k, v
 
 
-@triton.jit
+@_kernel
 def decode(
     query, keys, values, parts, part_logs, starts, lengths, table, scale, softcap,
     q_row, q_head, k_slot, k_head, v_slot, v_head, table_row,
@@ -120,7 +130,7 @@ def decode(
     )
 
 
-@triton.jit
+@_kernel
 def combine(
     parts, part_logs, out, sinks, starts, out_row, out_head,
     HEADS: tl.constexpr, VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
@@ -147,7 +157,7 @@ def combine(
     tl.store(where, found.to(out.dtype.element_ty), mask=dims < VALUE)
 
 
-@triton.jit
+@_kernel
 def prefill(
     query, keys, values, out, sinks, starts, lengths, table, num_sequences, scale, softcap,
     q_row, q_head, k_slot, k_head, v_slot, v_head, table_row, out_row, out_head,

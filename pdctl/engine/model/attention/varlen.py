@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
 from pdctl.engine.model.attention.batch import Batch, Call, LayerNeed, PoolNeed
@@ -63,8 +65,10 @@ class VarlenBackend:
 
 def open_backend(device: torch.device) -> VarlenBackend:
     """See Kind.open_backend."""
-    from torch.nn.attention.varlen import varlen_attn  # noqa: F401 - missing before PyTorch 2.10
+    from torch.nn.attention.varlen import varlen_attn  # missing before PyTorch 2.10
 
+    if "block_table" not in inspect.signature(varlen_attn).parameters:
+        raise RuntimeError(f"it takes no block table in PyTorch {torch.__version__}")
     if device.type != "cuda":
         raise RuntimeError("it needs a GPU")
     if torch.cuda.get_device_capability(device) < (8, 0):
