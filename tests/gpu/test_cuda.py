@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 
 from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.executor.single import SingleExecutor
+from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.attention import BACKENDS, open_backend
 from pdctl.engine.model.attention.batch import LayerNeed, PoolNeed
 from pdctl.engine.model.attention.choice import check, choose
 from pdctl.engine.model.graphs import CudaRecorder
 from pdctl.engine.model.loading import load_model
 from pdctl.engine.model.runner import ModelRunner
+from pdctl.engine.model.sampler import sample
+from pdctl.engine.options import parse
+from pdctl.engine.schedule.batch import Slice
+from pdctl.engine.schedule.sequence import Sequence
 from pdctl.wire import Manifest
 from tests.engine.model.test_loading import paged, reference
 
@@ -84,6 +92,38 @@ def test_attention_agrees_with_gather(name: str, block_size: int, dtype: torch.d
 def test_what_is_chosen_is_one_of_the_fast_ones() -> None:
     chosen = choose("auto", LAYERS, PoolNeed(torch.bfloat16, 16), torch.device("cuda"))
     assert chosen.backend.name in ("flashinfer", "triton"), chosen.reason
+
+
+def test_an_engine_fills_its_share_of_the_gpu_and_computes(tiny_model: Path, tmp_path: Path) -> None:
+    options = parse([
+        "--name", "e", "--model", str(tiny_model), "--port", "1", "--run-dir", str(tmp_path), "--epoch", "e1",
+        "--device", "cuda", "--gpu-memory-utilization", "0.2", "--max-num-seqs", "4",
+    ])  # fmt: skip
+    before = torch.cuda.memory_allocated()
+    executor = SingleExecutor.load(options)
+    taken = (torch.cuda.memory_allocated() - before) / torch.cuda.mem_get_info()[1]
+    assert 0.1 < taken < 0.2, "the KV has what the weights and a step leave"
+    assert executor.pool_blocks == executor.num_blocks + 1
+    assert executor.graphs.startswith("decode steps of up to"), executor.graphs
+    blocks = [executor.num_blocks - 1, 5]
+    sequence = Sequence("r", [5, 9, 2, 7], 4, Sampling(max_tokens=2, temperature=0.0), block_ids=blocks)
+    [[first], _] = executor.execute([Slice(sequence, 0, 4, True)])
+    sequence.token_ids.append(first)
+    graphed = executor.execute([Slice(sequence, 4, 1, True)])[0]
+    executor._runner._graphs = None
+    assert executor.execute([Slice(sequence, 4, 1, True)])[0] == graphed
+    executor.close()
+    del executor
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("count", [1, 40, 130])
+def test_draws_on_the_gpu_are_those_on_the_cpu(count: int) -> None:
+    rows = torch.randn(count, 5000, generator=torch.Generator().manual_seed(count)) * 3
+    kinds = [Sampling(1, 0.0), Sampling(1, 1.0), Sampling(1, 0.7, 0.9), Sampling(1, 1.0, top_k=40, min_p=0.05)]
+    wants = [(structs.replace(kinds[n % 4], seed=n), 100 + n) for n in range(count)]
+    assert sample(rows.cuda(), wants) == sample(rows, wants)
 
 
 def test_blocks_go_through_the_host_mirror(tiny_model: Path) -> None:
