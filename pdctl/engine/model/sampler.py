@@ -4,12 +4,20 @@ or was recomputed gets the same tokens."""
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pdctl.engine.ipc.messages import Logprobs, PromptToken, Sampling
 
 # Rows that are drawn together. On a CPU one row is what fits into its cache; on a GPU a row takes a few MB for a while.
 _MOST_ROWS = {"cpu": 1, "cuda": 64}
+# From how many draws on they are computed at once.
+_FEWEST_AT_ONCE = 24
+# Philox4x64-10 (Salmon et al., SC'11).
+_PHILOX_ROUNDS = 10
+_PHILOX_FACTORS = (np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157))
+_PHILOX_WEYL = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B))
+Words = npt.NDArray[np.uint64]
 
 
 def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[int]:
@@ -99,12 +107,44 @@ def uniform(seed: int, position: int) -> float:
     return float(generator.random())
 
 
+def uniforms(places: list[tuple[int, int]]) -> list[float]:
+    """`uniform` of each (seed, position). For many, all at once is several times as fast as numpy's generators."""
+    if len(places) < _FEWEST_AT_ONCE:
+        return [uniform(seed, position) for seed, position in places]
+    key = np.array([seed % 2**64 for seed, _ in places], dtype=np.uint64)
+    zero = np.zeros_like(key)
+    # numpy's generator counts before it draws.
+    start = np.array([position for _, position in places], dtype=np.uint64) + np.uint64(1)
+    counter: tuple[Words, ...] = (start, zero, zero, zero)
+    keys = (key, zero)
+    with np.errstate(over="ignore"):
+        for _ in range(_PHILOX_ROUNDS):
+            counter = _philox_round(counter, keys)
+            keys = (keys[0] + _PHILOX_WEYL[0], keys[1] + _PHILOX_WEYL[1])
+    found: list[float] = ((counter[0] >> np.uint64(11)).astype(np.float64) * 2.0**-53).tolist()
+    return found
+
+
+def _philox_round(counter: tuple[Words, ...], keys: tuple[Words, Words]) -> tuple[Words, ...]:
+    first, second = (_product(counter[2 * at], _PHILOX_FACTORS[at]) for at in range(2))
+    return second[0] ^ counter[1] ^ keys[0], second[1], first[0] ^ counter[3] ^ keys[1], first[1]
+
+
+def _product(words: Words, factor: np.uint64) -> tuple[Words, Words]:
+    """The high and the low 64 bits of each product."""
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    words_low, words_high, factor_low, factor_high = words & low, words >> half, factor & low, factor >> half
+    cross, other = words_low * factor_high, words_high * factor_low
+    carry = ((words_low * factor_low >> half) + (cross & low) + (other & low)) >> half
+    return words_high * factor_high + (cross >> half) + (other >> half) + carry, words * factor
+
+
 def _draw(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> torch.Tensor:
     """A token id for each row of logits [n, vocab], by inverse transform sampling in order of token id: a rounding
     difference changes the result only at a boundary."""
     probabilities = kept_probabilities(logits, [sampling for sampling, _ in requests])
     cumulative = probabilities.cumsum(-1)
-    points = _column([uniform(sampling.seed, position) for sampling, position in requests], logits.device)
+    points = _column(uniforms([(sampling.seed, position) for sampling, position in requests]), logits.device)
     found = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
     if logits.device.type == "cpu" and probabilities.gather(1, found).all():
         return found[:, 0]

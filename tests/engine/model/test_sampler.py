@@ -87,6 +87,17 @@ def test_rows_drawn_together_are_those_drawn_alone(seed: int, most: int, monkeyp
         assert token == (plainly(row, sampling, position) if sampling.temperature else int(row.argmax()))
 
 
+@pytest.mark.parametrize("count", [0, 1, 23, 24, 500])
+def test_many_draws_at_once_are_numpys(count: int) -> None:
+    chance = random.Random(count)
+    seeds = (0, 1, -1, 2**64 - 1)
+    places = [
+        (chance.choice((*seeds, chance.randrange(-(2**63), 2**64))), chance.choice((0, 2**32, chance.randrange(2**40))))
+        for _ in range(count)
+    ]
+    assert sampler.uniforms(places) == [uniform(seed, position) for seed, position in places]
+
+
 def test_a_draw_at_the_very_end_is_a_token_that_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sampler._MOST_ROWS, "cpu", 4)
     monkeypatch.setattr(sampler, "uniform", lambda seed, position: 1.0 if position else 0.0)
