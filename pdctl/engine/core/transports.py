@@ -43,12 +43,16 @@ def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Transport]:
 
 
 def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Transport:
-    if options.device == "cuda":
-        try:
-            return _open("cuda_ipc", pool, settings)
-        except TransferError as failure:
-            _log.warning("cuda_ipc: %s; using shm, through host memory", failure)
-    return _open("shm", pool, settings)
+    if options.device == "cpu":
+        return _open("shm", pool, settings)
+    try:
+        return _open("cuda_ipc", pool, settings)
+    except TransferError as failure:
+        reason = f"cuda_ipc: {failure}"
+    _log.warning("%s; using shm, through host memory", reason)
+    transport = _open("shm", pool, settings)
+    transport.fallback = reason
+    return transport
 
 
 def _open(name: str, pool: Pool, settings: Settings) -> Transport:

@@ -62,6 +62,7 @@ def test_where_that_cannot_work_kv_goes_through_host_memory(
     with caplog.at_level(logging.WARNING):
         [(name, transport)] = open_transports(options("cuda"), pool).items()
     assert (name, pool.mirrors) == ("shm", 1)
+    assert transport.fallback == "cuda_ipc: no handles in this container", "as status shows it"
     assert "no handles in this container; using shm" in caplog.text
     with pytest.raises(TransferError, match="no handles"):
         open_transports(options("cuda", "cuda_ipc"), pool)
