@@ -35,7 +35,8 @@ def _gpu_name(gpu: Gpu) -> str:
 
 def _gpu_keys(index: str, gpus: int) -> str:
     share = "share_gpu = true                   # both engines on one GPU\n" if gpus == 1 else ""
-    return f'device = "cuda"\ngpus = [{index}]\n{share}kv_cache_gb = 4.0'
+    part = 0.45 if gpus == 1 else 0.9
+    return f'device = "cuda"\ngpus = [{index}]\n{share}gpu_memory_utilization = {part:<9} # KV gets what is left of it'
 
 
 _TEMPLATE = """\
