@@ -15,6 +15,8 @@ from tests.service import Run, temporary_run
 
 # scripts/demo tells users to export this, but tests have their own services.
 os.environ.pop("PDCTL_FILE", None)
+# As in an engine. OpenMP's threads wait for each other by spinning: on a busy machine two take six times as long as one.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 # Files that take minutes, longest first: if started last, one of them would run alone at the end.
