@@ -15,7 +15,7 @@ from tests.service import Run, temporary_run
 
 # scripts/demo tells users to export this, but tests have their own services.
 os.environ.pop("PDCTL_FILE", None)
-# As in an engine. OpenMP's threads wait for each other by spinning: on a busy machine two take six times as long as one.
+# As in an engine. OpenMP's threads wait for each other by spinning: on a busy machine, two take six times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
