@@ -45,6 +45,17 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.share(owner, found)
         self.model.setdefault(owner, []).extend(found)
 
+    @rule(owner=st.sampled_from("abcdef"), count=st.integers(0, 10))
+    def shrink(self, owner: str, count: int) -> None:
+        """Only blocks that are nobody else's, and that nobody can find, are given back."""
+        mine, named = self.model.get(owner, []), self.allocator._name_of
+        kept = max([count, *(at + 1 for at, block in enumerate(mine) if block in named)])
+        if mine and kept < len(mine):
+            self.freed.clear()
+            self.allocator.shrink(owner, kept)
+            assert self.freed == mine[kept:]
+            self.model[owner] = mine[:kept]
+
     @rule(owner=st.sampled_from("abcdef"))
     def free(self, owner: str) -> None:
         self.freed.clear()

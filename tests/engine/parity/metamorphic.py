@@ -48,6 +48,8 @@ def alone(family: Family, setting: Setting, resumed: Outputs | None = None) -> O
         engine.step()
     engine.run()
     engine.idle()
+    assert engine.preempted or not setting.preempt_every, "nothing was preempted"
+    assert engine.accepted or setting.speculative is not TOLD, "no guess was right"
     return [[*resume, *engine.outputs[str(number)]] for number, resume in enumerate(before)]
 
 
@@ -71,6 +73,7 @@ def paired(family: Family, prefill: Setting, decode: Setting, resumed: Outputs |
     target.run()
     source.idle()
     target.idle()
+    assert target.accepted or decode.speculative is not TOLD, "no guess was right"
     return [[*first, *target.outputs.get(name, [])] for (name, _, _), first in zip(asked, found, strict=True)]
 
 
