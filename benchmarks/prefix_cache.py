@@ -68,8 +68,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--conversations", type=int, default=3)
     found = parser.parse_args()
-    # Every prompt is computed by the prefill engine, so that the bytes that move can be compared.
-    text = topology(f"sample:{found.model}", kv_cache_gb=0.5, engine_extra="inline_prefill = false")
+    text = topology(f"sample:{found.model}", kv_cache_gb=0.5)
     with tempfile.TemporaryDirectory(prefix="px") as folder, running(Run(Path(folder), poison=False), text) as service:
         ask(service, [5] * 40, "warm")
         rows = [conversation(service, number, found.turns) for number in range(found.conversations)]
