@@ -35,7 +35,8 @@ _MOST_PREEMPTED = 4
 @dataclass(frozen=True)
 class Setting:
     """How an engine runs. `preempt_every`: steps after which a running sequence loses its blocks; 0: never by force.
-    `pads`: batched decode, as on a GPU. `graphs`: decode steps filled up and repeated, as CUDA graphs are."""
+    `pads`: batched decode, as on a GPU. `graphs`: decode steps filled up and repeated, as CUDA graphs are. `segment`:
+    see Limits."""
 
     block_size: int = 8
     blocks: int = 96
@@ -43,6 +44,7 @@ class Setting:
     seqs: int = 4
     policy: str = "fcfs"
     shares: bool = True
+    segment: int = 0
     preempt_every: int = 0
     pads: bool = False
     graphs: bool = False
@@ -100,7 +102,10 @@ class Engine:
         if setting.graphs:
             self.runner.capture(setting.seqs - 1, 256, setting.blocks, Again())
         self.runner.pool.poison(list(range(setting.blocks)))
-        limits = Limits(setting.seqs, setting.tokens, 512, setting.block_size, frozenset(), policy=setting.policy)
+        limits = Limits(
+            setting.seqs, setting.tokens, 512, setting.block_size, frozenset(), policy=setting.policy,
+            segment=setting.segment,
+        )  # fmt: skip
         allocator = BlockAllocator(setting.blocks, self.runner.pool.poison)
         names = root(self.manifest) if setting.shares else None
         self.scheduler = Scheduler(

@@ -35,6 +35,9 @@ def settings() -> dict[str, Setting]:
     guessing = replace(base, speculative=TOLD, tokens=24)
     found |= {"guessing": guessing, "guessing, preempted": replace(guessing, preempt_every=2, blocks=40)}
     found |= {"guessing by n-grams": replace(base, speculative=Speculative("ngram", 4, 1, 2))}
+    segments = replace(base, segment=16)
+    found |= {"segments": segments, "segments, preempted": replace(segments, preempt_every=2, blocks=40)}
+    found |= {"segments, guessing": replace(segments, speculative=TOLD)}
     found |= {"prefix cache off": replace(base, shares=False), "small pool": replace(base, blocks=20)}
     return found | {"batched decode": replace(base, pads=True), "graphs": replace(base, graphs=True)}
 
