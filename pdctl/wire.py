@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import msgspec
 
@@ -310,105 +309,6 @@ class EngineState(msgspec.Struct, frozen=True):
     work: Work | None = None
     attention: str = ""
     cuda_graphs: str = ""
-
-
-class EngineAddress(msgspec.Struct, frozen=True):
-    """One engine as the proxy is told of it.
-
-    `slot`: its number in what several workers share; `ports`: what it opens beside its API, by purpose; `connector`:
-    how it exchanges KV, "" for kinds with only one way; `inline`: a decode engine that also takes whole requests.
-    """
-
-    name: str
-    role: str
-    kind: str
-    host: str
-    port: int
-    secret_file: str = ""
-    slot: int = 0
-    ports: dict[str, int] = {}
-    connector: str = ""
-    inline: bool = False
-
-    @property
-    def exchange(self) -> str:
-        """Engines with the same value can exchange KV."""
-        return f"{self.kind}/{self.connector}" if self.connector else self.kind
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Two addresses of one identity are the same engine, whatever role it has now."""
-        fixed = (self.name, self.kind, self.connector, self.host, self.port, self.secret_file, self.slot)
-        return (*fixed, *sorted(self.ports.items()))
-
-
-class ProxyConfig(msgspec.Struct, frozen=True):
-    """The proxy's settings, passed in a file of the run directory.
-
-    A reload reads the file again and applies everything except the fields in FIXED. `draining`: engines that get no
-    new requests; `lease_s`: how long prefill keeps KV, for kinds that do not verify it themselves. `unlinked`: by
-    decode engine, the prefill engines whose KV it cannot read. `swept`: how many times an engine was freed of what
-    requests had left there. `accept_nodes`: engines may register themselves, with a key of `node_keys`.
-    """
-
-    FIXED: ClassVar[tuple[str, ...]] = (
-        "service", "model", "max_model_len", "workers", "run_dir", "tls_cert", "tls_key", "cors_origins",
-        "otlp_endpoint", "accept_nodes",
-    )  # fmt: skip
-
-    service: str
-    model: str
-    routing: str
-    ttft_ms: float
-    tpot_ms: float
-    max_model_len: int
-    engines: list[EngineAddress]
-    workers: int = 1
-    run_dir: str = ""
-    admission: str = "queue"
-    max_queue: int = 256
-    max_body_mb: float = 16.0
-    unknown_fields: str = "warn"
-    api_keys: str = ""
-    tls_cert: str = ""
-    tls_key: str = ""
-    cors_origins: list[str] = []
-    access_log: str = ""
-    otlp_endpoint: str = ""
-    accept_nodes: bool = False
-    node_keys: str = ""
-    draining: list[str] = []
-    unlinked: dict[str, list[str]] = {}
-    swept: dict[str, int] = {}
-    drain_s: float = 5.0
-    lease_s: float = 30.0
-
-
-class EngineLoad(msgspec.Struct, frozen=True):
-    """A proxy's view of one engine: calls in progress, and whether it may get more.
-
-    `left`: tokens of KV that requests have left there and nobody can name; `left_part`: of all that it may have there;
-    `sent`: prompts sent to it so far. All 0 for engines that free their KV themselves. `latency`: durations of the last
-    answered calls, seconds, oldest first.
-    """
-
-    calls: int
-    usable: bool
-    left: int = 0
-    left_part: float = 0.0
-    sent: int = 0
-    latency: tuple[float, ...] = ()
-
-
-class PoolReply(msgspec.Struct, frozen=True):
-    """A proxy's engines, by name, as /pdctl/v1/pool and /pdctl/v1/reload return them."""
-
-    engines: dict[str, EngineLoad]
-
-
-def listener_path(run_dir: Path, name: str) -> Path:
-    """The socket on which a proxy gives its listening socket back."""
-    return run_dir / "ipc" / f"{name}.listen"
 
 
 def token_digest(token_ids: list[int]) -> str:

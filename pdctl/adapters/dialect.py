@@ -11,7 +11,7 @@ from pdctl.adapters.retelling import CannotResume, Retelling
 from pdctl.latency import Work
 from pdctl.net.openai_answers import Choice, EngineError
 from pdctl.net.openai_api import Counts
-from pdctl.wire import EngineAddress
+from pdctl.proxy_wire import EngineAddress
 
 __all__ = [
     "ALL_ROLES", "UNKNOWN_TOKEN", "Attempt", "Call", "CannotResume", "Condition", "Delta", "Dialect", "Fields",

@@ -38,7 +38,8 @@ from pdctl.proxy.surface.return_listener import giving_back
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.metrics import SAVE_S, Metrics
 from pdctl.proxy.telemetry.spans import NO_SPANS, OtlpSpans, Spans
-from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV, ProxyConfig, listener_path
+from pdctl.proxy_wire import ProxyConfig, listener_path
+from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV
 
 # Running answers may finish for at least this long after SIGTERM, seconds.
 _LEAST_DRAIN_S = 1

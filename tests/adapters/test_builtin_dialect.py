@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pdctl.adapters import Attempt, Call, Choice, Condition, EngineError, RequestState, dialect
 from pdctl.net.openai_api import Counts
 from pdctl.net.openai_fields import KNOWN_FIELDS
-from pdctl.wire import EngineAddress
+from pdctl.proxy_wire import EngineAddress
 
 BUILTIN = dialect("builtin")
 PREFILL = EngineAddress("p0", "prefill", "builtin", "10.0.0.1", 7001)

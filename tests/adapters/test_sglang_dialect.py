@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pdctl.adapters import Attempt, CannotResume, EngineError, RequestState, Retelling, dialect
 from pdctl.adapters.sglang.dialect import room_of
 from pdctl.net.asgi import new_name
-from pdctl.wire import EngineAddress
+from pdctl.proxy_wire import EngineAddress
 
 PREFILL = EngineAddress("p0", "prefill", "sglang", "10.0.0.1", 1, ports={"bootstrap": 9001})
 DECODE = EngineAddress("d0", "decode", "sglang", "10.0.0.2", 2)

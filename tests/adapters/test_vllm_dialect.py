@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from pdctl.adapters import Attempt, EngineError, RequestState, dialect
-from pdctl.wire import EngineAddress
+from pdctl.proxy_wire import EngineAddress
 
 ENGINE = EngineAddress("d0", "decode", "vllm", "127.0.0.1", 1)
 ATTEMPT = Attempt("a1", ENGINE, ENGINE)

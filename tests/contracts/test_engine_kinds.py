@@ -33,9 +33,9 @@ from pdctl.host import Host
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.net.openai_api import Counts
+from pdctl.proxy_wire import EngineAddress
 from pdctl.topology.loader import load_text
 from pdctl.topology.schema import ENGINE, EVERY_KIND
-from pdctl.wire import EngineAddress
 from tests.service import free_port
 
 KINDS = ("builtin", "lmdeploy", "sglang", "vllm", "echo")

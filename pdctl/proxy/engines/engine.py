@@ -12,7 +12,7 @@ from pdctl.net.http_client import ConnectionPool, Exchange
 from pdctl.proxy.engines.breaker import Breaker
 from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import LoadMeter, PrefixSet, Window
-from pdctl.wire import EngineAddress
+from pdctl.proxy_wire import EngineAddress
 
 # An engine is stuck if all its streams wait for this multiple of its usual gap between tokens, within these limits.
 _STALL_GAPS = 50

@@ -18,8 +18,8 @@ from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import SharedLoads
 from pdctl.proxy.engines.outlook import Outlook
 from pdctl.proxy.engines.routing import EnginePair, Load, View
+from pdctl.proxy_wire import EngineAddress
 from pdctl.user_files import read_user_text
-from pdctl.wire import EngineAddress
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pdctl.proxy.surface.not_here import API_ERRORS
 from pdctl.proxy.surface.openapi import description
 from pdctl.proxy.surface.tokens import Tokens, check_key, error_answer
 from pdctl.proxy.translation import APIS
-from pdctl.wire import ProxyConfig
+from pdctl.proxy_wire import ProxyConfig
 
 _GENERATE = {"/v1/completions": False, "/v1/chat/completions": True}
 

@@ -27,7 +27,7 @@ from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.openai_api import ApiError, decode_request
 from pdctl.proxy.client.keys import API_KEY_HEADER, Keys
 from pdctl.proxy.surface.tokens import error_answer
-from pdctl.wire import ProxyConfig
+from pdctl.proxy_wire import ProxyConfig
 
 Answer = TypeVar("Answer")
 _KIND = "lmdeploy"

@@ -17,7 +17,7 @@ from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.generate import Completions
-from pdctl.wire import EngineLoad, PoolReply, ProxyConfig
+from pdctl.proxy_wire import EngineLoad, PoolReply, ProxyConfig
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import msgspec
 from pdctl.control_api import LastExit
 from pdctl.host.boot import host_id
 from pdctl.plan import Plan, ProcessSpec
-from pdctl.wire import listener_path
+from pdctl.proxy_wire import listener_path
 
 STATE, PLAN, SECRET = "adopt.json", "plan.json", "secret"
 _ASK_S = 2.0

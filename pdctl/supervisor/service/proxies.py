@@ -13,8 +13,8 @@ from pdctl.net import reachable
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.plan import Attached, Plan, ProcessSpec
+from pdctl.proxy_wire import EngineAddress, EngineLoad, PoolReply, ProxyConfig
 from pdctl.supervisor.rundir.rundir import RunDir
-from pdctl.wire import EngineAddress, EngineLoad, PoolReply, ProxyConfig
 
 _RELOAD_S = 5.0
 _TRIES = 3

@@ -14,9 +14,10 @@ from pdctl.adapters import Assignment, Attempt, Launch, Peer, RequestState, Targ
 from pdctl.host import Host
 from pdctl.net.http_client import ConnectionPool
 from pdctl.net.internal_calls import Caller
+from pdctl.proxy_wire import EngineAddress
 from pdctl.topology.loader import load_text
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
-from pdctl.wire import EngineAddress, LinkInfo, PeerAddress
+from pdctl.wire import LinkInfo, PeerAddress
 
 PREFILL = EngineAddress("p0", "prefill", "lmdeploy", "10.0.0.1", 1)
 DECODE = EngineAddress("d0", "decode", "lmdeploy", "10.0.0.2", 2)

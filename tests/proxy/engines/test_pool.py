@@ -28,7 +28,7 @@ from pdctl.proxy.engines.load import SharedLoads
 from pdctl.proxy.engines.outlook import Outlook
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.engines.routing import EnginePair
-from pdctl.wire import EngineAddress
+from pdctl.proxy_wire import EngineAddress
 
 _OK = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 

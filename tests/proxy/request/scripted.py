@@ -22,7 +22,7 @@ from pdctl.proxy.request.quarantine import Quarantine
 from pdctl.proxy.request.relay import Relay
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.timing import Timing
-from pdctl.wire import EngineAddress
+from pdctl.proxy_wire import EngineAddress
 
 LEASE = {"lease_id": "e1.l1", "epoch": "e1"}
 STATE = {"blocks_total": 9, "blocks_free": 9, "block_size": 16, "max_num_seqs": 4, "links": []}

@@ -17,7 +17,7 @@ from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.request import quarantine as module
 from pdctl.proxy.request.quarantine import Quarantine, Suspicion
-from pdctl.wire import EngineAddress
+from pdctl.proxy_wire import EngineAddress
 
 BODY = b'{"prompt":"hello"}'
 

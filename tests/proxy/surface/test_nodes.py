@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from pdctl.control_api import Node, Nodes, NodeStatus, Reply
 from pdctl.errors import NotRunning
 from pdctl.proxy.surface.nodes import NodeSurface, password_of
-from pdctl.wire import ProxyConfig
+from pdctl.proxy_wire import ProxyConfig
 
 AUTH = {"authorization": "Bearer right"}
 URL = "http://10.0.0.7:23333"

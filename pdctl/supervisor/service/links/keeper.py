@@ -18,10 +18,11 @@ import msgspec
 
 from pdctl.adapters import Ability, Peer
 from pdctl.net.http_client import Unreachable
+from pdctl.proxy_wire import EngineAddress
 from pdctl.supervisor.rundir.rundir import RunDir
 from pdctl.supervisor.service.kv import KvWatch, Member, pairs_among
 from pdctl.supervisor.service.links.attached import AttachedEngines
-from pdctl.wire import EngineAddress, LinkInfo
+from pdctl.wire import LinkInfo
 
 LINKS = "links.json"
 _LOOK_S = 0.25

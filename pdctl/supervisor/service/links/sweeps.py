@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pdctl.adapters import Ability
 from pdctl.net.http_client import Unreachable
 from pdctl.plan import Plan
+from pdctl.proxy_wire import EngineLoad
 from pdctl.supervisor.service.kv import KvWatch, Member
 from pdctl.supervisor.service.proxies import Proxies
-from pdctl.wire import EngineLoad
 
 _LOOK_S = 0.5
 # A sweep is due at this part of the KV that a proxy may use there, or after this time without a request, seconds.

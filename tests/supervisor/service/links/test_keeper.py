@@ -12,12 +12,13 @@ import pytest
 from pdctl.adapters import Peer, Target
 from pdctl.adapters.lmdeploy.control import LmdeployControl
 from pdctl.plan import Attached
+from pdctl.proxy_wire import EngineAddress
 from pdctl.supervisor.rundir.rundir import RunDir
 from pdctl.supervisor.service.kv import KvWatch, Member
 from pdctl.supervisor.service.links import keeper
 from pdctl.supervisor.service.links.attached import AttachedEngines
 from pdctl.supervisor.service.links.keeper import LinkKeeper
-from pdctl.wire import EngineAddress, LinkInfo
+from pdctl.wire import LinkInfo
 from tests.adapters.lmdeploy.messages import Scripted
 
 

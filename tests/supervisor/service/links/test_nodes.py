@@ -12,12 +12,12 @@ import pytest
 
 from pdctl.control_api import Node
 from pdctl.plan import Attached, Plan
+from pdctl.proxy_wire import EngineLoad, ProxyConfig
 from pdctl.supervisor.rundir.journal import EVENTS, Journal, read_entries
 from pdctl.supervisor.rundir.rundir import RunDir
 from pdctl.supervisor.service.links import nodes as module
 from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.proxies import Proxies
-from pdctl.wire import EngineLoad, ProxyConfig
 from tests.supervisor.fleet import child, plan_of
 
 DECODE = Node(kind="lmdeploy", role="decode", host="10.0.0.7", port=23333, models=("m", "lora"), speed=3)

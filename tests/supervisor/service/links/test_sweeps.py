@@ -11,11 +11,11 @@ import pytest
 from pdctl.adapters.lmdeploy.control import CONTROL, LmdeployControl
 from pdctl.net.http_client import Unreachable
 from pdctl.plan import Plan
+from pdctl.proxy_wire import EngineLoad
 from pdctl.supervisor.service.kv import KvWatch, Member
 from pdctl.supervisor.service.links import sweeps
 from pdctl.supervisor.service.links.sweeps import Sweeper
 from pdctl.supervisor.service.proxies import Proxies
-from pdctl.wire import EngineLoad
 
 MUCH = EngineLoad(0, True, 500, 0.5, 40)
 BUSY = EngineLoad(1, True, 500, 0.5, 40)
