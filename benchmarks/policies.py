@@ -21,7 +21,7 @@ from pdctl.bench.trace import Row, read_rows
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.schedule.batch import Limits, Outcome
-from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.engine.virtual import VirtualEngine, VirtualTime

@@ -18,7 +18,7 @@ from pdctl.engine.schedule.drafts import Drafts, Sampled, accepted
 from pdctl.engine.schedule.inline import prompt_tokens
 from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.latency import LatencyModel
-from pdctl.engine.schedule.prefills import Prefills
+from pdctl.engine.schedule.prompts.prefills import Prefills
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
 from pdctl.engine.schedule.sequence import Pace, Sequence, Status

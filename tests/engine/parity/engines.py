@@ -20,7 +20,7 @@ from pdctl.engine.model.attention.gather import GatherBackend
 from pdctl.engine.model.loading import LoadedModel
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.schedule.batch import Batch, Limits
-from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 from pdctl.speculative import Speculative

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.speculative import Speculative
 from tests.engine.parity.engines import Engine, Setting, hand_over
 from tests.engine.parity.families import Family, expected

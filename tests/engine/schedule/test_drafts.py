@@ -14,7 +14,7 @@ from pdctl.engine import speculation
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.schedule.drafts import accepted
 from pdctl.engine.schedule.latency import LatencyModel
-from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.engine.schedule.sequence import Status
 from pdctl.latency import StepTimes
 from pdctl.speculative import Speculative

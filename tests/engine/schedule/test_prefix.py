@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.engine.schedule.sequence import Sequence, Status
 from tests.engine.schedule.engine import BLOCK, Engine
 

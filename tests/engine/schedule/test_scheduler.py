@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.schedule.batch import Limits, Outcome, Slice
-from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 

@@ -12,10 +12,10 @@ from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.schedule.batch import Limits
 from pdctl.engine.schedule.latency import LatencyModel
-from pdctl.engine.schedule.policies import POLICIES
+from pdctl.engine.schedule.prompts.policies import POLICIES
+from pdctl.engine.schedule.prompts.share import LONGEST_WAIT_S
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
-from pdctl.engine.schedule.share import LONGEST_WAIT_S
 from pdctl.policy_names import POLICY_NAMES
 
 CHUNK, BLOCK = 64, 16

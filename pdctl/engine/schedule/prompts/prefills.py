@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterator
 
 from pdctl.engine.schedule.batch import Batch, Limits
-from pdctl.engine.schedule.policies import POLICIES, Prompt
+from pdctl.engine.schedule.prompts.policies import POLICIES, Prompt
+from pdctl.engine.schedule.prompts.share import LONGEST_WAIT_S, OverdueShare
+from pdctl.engine.schedule.prompts.waiting import Order, Rank, WaitingQueue
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
 from pdctl.engine.schedule.sequence import Sequence, Status
-from pdctl.engine.schedule.share import LONGEST_WAIT_S, OverdueShare
-from pdctl.engine.schedule.waiting import Order, Rank, WaitingQueue
 
 # Prompts computed in part. More of them would hold blocks without getting done sooner.
 _MAX_PARTIAL = 4

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.engine.schedule.policies import POLICIES, Prompt
+from pdctl.engine.schedule.prompts.policies import POLICIES, Prompt
+from pdctl.engine.schedule.prompts.waiting import Rank, WaitingQueue
 from pdctl.engine.schedule.sequence import Sequence
-from pdctl.engine.schedule.waiting import Rank, WaitingQueue
 
 
 class QueueMachine(RuleBasedStateMachine):

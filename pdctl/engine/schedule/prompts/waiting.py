@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import count
 
-from pdctl.engine.schedule.policies import Policy, Prompt
+from pdctl.engine.schedule.prompts.policies import Policy, Prompt
 from pdctl.engine.schedule.sequence import Sequence
 
 

@@ -1,0 +1,1 @@
+"""Which prompt is computed next."""
