@@ -22,6 +22,7 @@ from pdctl.engine.model.loading import LoadedModel, ModelRefused
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Limits
 from pdctl.engine.schedule.kv_journal import KvJournal
+from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.host.boot import host_id
 from pdctl.host.users import cache_root
@@ -42,9 +43,7 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     allocator = BlockAllocator(num_blocks, executor.poison, journal.removed if journal else None)
     names = prefix.root(manifest, os.environ.get(SECRET_ENV, "")) if options.prefix_caching else None
     kept = LatencyFile(cache_root() / "latency", executor.latency_key)
-    latency = kept.load(partial(measured, executor, limits, num_blocks, executor.loaded.vocab_size))
-    if executor.poison is not None:
-        executor.poison(list(range(num_blocks)))
+    latency = kept.load(partial(_measured, executor, limits, num_blocks))
     guesses = parse_speculative(options.speculative)
     scheduler = Scheduler(limits, allocator, latency, time.monotonic, names, journal, guesses)
     core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save)
@@ -60,6 +59,13 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
         graphs=executor.graphs,
     )
     return core, ready
+
+
+def _measured(executor: SingleExecutor, limits: Limits, num_blocks: int) -> LatencyModel:
+    model = measured(executor, limits, num_blocks, executor.loaded.vocab_size)
+    if executor.poison is not None:
+        executor.poison(list(range(num_blocks)))
+    return model
 
 
 def _limits(options: EngineOptions, loaded: LoadedModel, num_blocks: int) -> Limits:
