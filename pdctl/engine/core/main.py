@@ -35,7 +35,7 @@ def main(options: EngineOptions) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    outbox = Outbox(context, pipes.from_core(options.run_dir, options.name))
+    outbox = Outbox(pipes.from_core(options.run_dir, options.name))
     try:
         core, ready = build(options, outbox)
     except (ModelRefused, NoMemory, TransferError, torch.OutOfMemoryError) as failure:
