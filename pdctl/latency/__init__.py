@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -116,7 +116,7 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
     """
 
     times: StepTimes
-    budget: int
+    budget: Annotated[int, msgspec.Meta(ge=1)]
     prompt_tokens: int = 0
     decodes: int = 0
     context: int = 0

@@ -32,6 +32,8 @@ _SLOW = 0.9
 # A step that took so many times its prediction says more about the machine than about the model: the process stood
 # still. It corrects, within the limits, but is not fitted.
 _PAUSE = 5.0
+# No step takes less, so no prediction is 0.
+_SHORTEST_S = 1e-7
 
 
 # The measured steps by kind.
@@ -64,7 +66,7 @@ class LatencyModel:
 
     def took(self, step: Step, seconds: float) -> None:
         """The same, for a step that is described."""
-        predicted = self.times.seconds(step)
+        predicted = self._predicted(step)
         if self.is_fitted:
             self._judge(step.kind, predicted, seconds)
         self._steps += 1
@@ -81,6 +83,10 @@ class LatencyModel:
         if self._steps % _RENEW_STEPS == 0:
             self.times = msgspec.structs.replace(self.times, slow=self._slow())
 
+    def _predicted(self, step: Step) -> float:
+        # A fit to few steps can have only factors that this one lacks.
+        return max(self.times.seconds(step), _SHORTEST_S)
+
     def _judge(self, kind: Kind, predicted: float, seconds: float) -> None:
         steps, actual_s, predicted_s, error = msgspec.structs.astuple(self.accuracy[kind])
         error += abs(predicted / seconds - 1)
@@ -96,7 +102,7 @@ class LatencyModel:
         self.is_fitted = True
         for kind, newest in self._newest.items():
             if newest:
-                ratios = [seconds / self.times.seconds(step) for step, seconds in newest]
+                ratios = [seconds / self._predicted(step) for step, seconds in newest]
                 self._set(kind, statistics.median(ratios))
 
     def _correct(self, kind: Kind, ratio: float, is_first: bool) -> None:

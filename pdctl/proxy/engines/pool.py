@@ -122,8 +122,9 @@ class EnginePool:
         found = []
         for engine in self.engines:
             prompts, streams = self._loads(engine)
-            if (work := engine.condition.work) is not None:
-                seconds = work.times.prompt_s(work.budget, 0, work.budget)
+            work = engine.condition.work
+            # An engine that is not ours may predict anything.
+            if work is not None and (seconds := work.times.prompt_s(work.budget, 0, work.budget)) > 0:
                 prompts = Load(prompts.pending, work.budget / self._tokens_per_byte / seconds)
             address = engine.address
             found.append(

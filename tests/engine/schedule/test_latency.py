@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.latency import Step, StepTimes, step_of
@@ -83,6 +86,31 @@ def test_an_engine_that_has_only_decoded_does_not_take_prompts_for_free() -> Non
     for _ in range(200):
         model.took(DECODES, 0.1)
     assert model.times.seconds(PROMPT) > 0.05
+
+
+@given(st.lists(st.tuples(st.lists(st.tuples(st.integers(1, 600), st.integers(0, 4000)), min_size=1, max_size=4),
+                          st.floats(1e-6, 100)), max_size=90))  # fmt: skip
+def test_whatever_steps_take_predictions_stay_numbers(steps: list[tuple[list[tuple[int, int]], float]]) -> None:
+    model = LatencyModel()
+    for shape, seconds in steps:
+        model.took(step_of(shape), seconds)
+    again = LatencyModel(model.measured)
+    for found in (model, again):
+        for step in (PROMPT, DECODES, step_of([(1, 0)]), step_of([(1, 9), (9, 0)])):
+            found.took(step, 0.1)
+        assert found.work(512, 0, 512) > 0
+        times = found.times
+        assert all(math.isfinite(value) for value in (*times.coefficients, *times.corrections, times.slow))
+
+
+def test_a_fit_to_one_kind_of_step_predicts_the_others() -> None:
+    """Prompts whose time is all attention: a decode has none of it."""
+    model = LatencyModel()
+    for count in range(100, 2000, 50):
+        model.took(step_of([(count, 0)]), 1e-6 * count * count)
+    assert model.times.seconds(DECODES) < 1e-4
+    model.took(DECODES, 0.1)
+    assert model.accuracy["decode"].steps == 1
 
 
 def test_a_new_engine_goes_on_where_an_earlier_one_ended() -> None:
