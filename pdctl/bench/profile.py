@@ -96,18 +96,18 @@ def _coefficients(points: Sequence[Point]) -> tuple[float, float, float]:
 
 def of_engines(model: str, date: str, prefill: StepLatency, decode: StepLatency, longest: int, widest: int) -> Profile:
     """The profile of engines that have models of their own; both may be the same one."""
-    per_step, per_token, attention, per_sequence, _ = prefill.coefficients
+    per_step, per_token, attention, per_sequence, _ = (prefill.corrections[0] * one for one in prefill.coefficients)
     first = Line((per_step + per_sequence, per_token, attention / 2), *_accuracy(prefill, PREFILL))
-    per_step, per_token, _, per_sequence, context = decode.coefficients
+    per_step, per_token, _, per_sequence, context = (decode.corrections[1] * one for one in decode.coefficients)
     later = Line((per_step, context, per_token + per_sequence), *_accuracy(decode, DECODE))
     return Profile(model, date, first, later, longest, widest)
 
 
 def _accuracy(model: StepLatency, kind: str) -> tuple[float, float, tuple[int, int]]:
-    """The mean relative error of the predictions so far, how much more slow steps took, and the number of steps. All
-    were predicted before they were measured, so they count as held out."""
+    """The mean relative error of the predictions so far, and their number: each was made before its step, so it counts
+    as held out. An engine keeps no percentile of one kind's errors: 0."""
     found = next(one for one in model.predictions if one.kind == kind)
-    return found.mean_error, max(0.0, model.slow - 1), (0, found.steps)
+    return found.mean_error, 0.0, (0, found.steps)
 
 
 def path_of(state_root: Path, service: str) -> Path:

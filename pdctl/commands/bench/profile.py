@@ -200,7 +200,10 @@ def _formula(line: Line, names: tuple[str, str, str]) -> str:
 
 
 def _worth(line: Line) -> list[str]:
-    return [f"{line.error:.0%}", f"{line.error_p90:.0%}", f"{line.points[0]} fitted, {line.points[1]} held out"]
+    fitted, held_out = line.points
+    if not fitted:
+        return [f"{line.error:.0%}" if held_out else "-", "-", f"{held_out} predicted steps"]
+    return [f"{line.error:.0%}", f"{line.error_p90:.0%}", f"{fitted} fitted, {held_out} held out"]
 
 
 def summary(found: Profile) -> list[str]:
