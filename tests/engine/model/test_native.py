@@ -13,7 +13,7 @@ import torch
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model import native
 from pdctl.engine.model.attention import open_backend
-from pdctl.engine.model.attention.batch import Batch, Call, HostRows, LayerNeed, PoolNeed
+from pdctl.engine.model.attention.batch import Batch, Call, LayerNeed, PoolNeed
 from pdctl.engine.model.attention.choice import check, choose
 from pdctl.engine.model.products import packs
 from pdctl.engine.schedule.batch import Slice
@@ -55,21 +55,7 @@ def test_it_agrees_with_gather(need: LayerNeed, dtype: torch.dtype) -> None:
 
 def step(query: torch.Tensor, pieces: list[tuple[int, int]], blocks: list[list[int]]) -> tuple[Batch, torch.Tensor]:
     """A batch with these (start, count) of sequences, and its packed queries of query[sequence, token]."""
-    counts = [count for _, count in pieces]
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    lengths = np.array([start + count for start, count in pieces], dtype=np.int32)
-    table = np.array(blocks, dtype=np.int32)
-    batch = Batch(
-        block_size=BLOCK,
-        write_slots=torch.empty(0, dtype=torch.int64),
-        starts=torch.from_numpy(starts),
-        lengths=torch.from_numpy(lengths),
-        table=torch.from_numpy(table),
-        host=HostRows(starts, lengths, table),
-        longest_query=max(counts),
-        longest=int(lengths.max()),
-        num_single=counts.count(1),
-    )
+    batch = Batch.of(pieces, np.array(blocks, dtype=np.int32), BLOCK, CPU)
     return batch, torch.cat([query[number, at : at + count] for number, (at, count) in enumerate(pieces)])
 
 
@@ -198,4 +184,17 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     native.library.cache_clear()
     native.library()
     assert found.stat().st_mtime_ns == before
+    native.library.cache_clear()
+
+
+@compiled
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_damaged_library_is_compiled_again(tmp_path: Path) -> None:
+    native.library()
+    (found,) = (tmp_path / "kernels").glob("*.so")
+    whole = found.read_bytes()
+    found.unlink()
+    found.write_bytes(whole[: len(whole) // 2])
+    native.library.cache_clear()
+    assert native.library().pdctl_width() in (8, 16)
     native.library.cache_clear()

@@ -39,9 +39,19 @@ def library() -> ctypes.CDLL:
             with locked(path.with_suffix(".lock"), _LOCK_S):
                 if not path.exists():
                     _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        return _loaded(compiler, path)
     except OSError as failure:
         raise NotCompiled(f"{path} cannot be used: {failure}") from failure
+
+
+def _loaded(compiler: str, path: Path) -> ctypes.CDLL:
+    """Load the library; one that was damaged, by a full disk or a power failure, is compiled again once."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        with locked(path.with_suffix(".lock"), _LOCK_S):
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
 
 
 def _compiler() -> str:
