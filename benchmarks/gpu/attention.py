@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu.limits import copy_bytes_per_second, matrix_flops_per_second, seconds
 from pdctl.engine.model.attention import BACKENDS, Backend, open_backend
-from pdctl.engine.model.attention.batch import Batch, Call, HostRows, LayerNeed, PoolNeed
+from pdctl.engine.model.attention.batch import Batch, Call, LayerNeed, PoolNeed
 from pdctl.engine.model.attention.choice import check
 
 _PLAIN = LayerNeed(32, 8, 128, 128)
@@ -94,28 +94,15 @@ def _time(
     backend: Backend, rows: list[tuple[int, int]], device: torch.device, dtype: torch.dtype, size: int
 ) -> float:
     """Seconds of one layer for sequences of (tokens before, new tokens), over scattered blocks."""
-    lengths = np.array([before + count for before, count in rows], dtype=np.int32)
-    counts = np.array([count for _, count in rows], dtype=np.int32)
-    starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
-    width = -(-int(lengths.max()) // size)
+    width = max(-(-(before + count) // size) for before, count in rows)
     table = np.random.default_rng(0).permutation(width * len(rows)).astype(np.int32).reshape(len(rows), width)
-    batch = Batch(
-        block_size=size,
-        write_slots=torch.empty(0, dtype=torch.int64, device=device),
-        starts=torch.from_numpy(starts).to(device),
-        lengths=torch.from_numpy(lengths).to(device),
-        table=torch.from_numpy(table).to(device),
-        host=HostRows(starts, lengths, table),
-        longest_query=int(counts.max()),
-        longest=int(lengths.max()),
-        num_single=int((counts == 1).sum()),
-    )
+    batch = Batch.of(rows, table, size, device)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
 
     keys, values = (random(table.size * size, _PLAIN.kv_heads, _PLAIN.key_dim) for _ in range(2))
-    query = random(_PLAIN.heads, int(starts[-1]), _PLAIN.key_dim).transpose(0, 1)
+    query = random(_PLAIN.heads, int(batch.host.starts[-1]), _PLAIN.key_dim).transpose(0, 1)
     call = Call(_PLAIN.key_dim**-0.5)
     backend.begin(batch)
     return seconds(lambda: backend.attend(query, keys, values, batch, call), device)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pdctl.engine.model.attention import Backend
-from pdctl.engine.model.attention.batch import Batch, Call, HostRows, LayerNeed
+from pdctl.engine.model.attention.batch import Batch, Call, LayerNeed
 
 
 @dataclass
@@ -76,21 +76,10 @@ def mix(
         own = own.flatten()
         keys[own[:length]] = torch.randn(length, need.kv_heads, need.key_dim, generator=generator).to(dtype)
         values[own[:length]] = torch.randn(length, need.kv_heads, need.value_dim, generator=generator).to(dtype)
-    counts = np.array([count for _, count in rows], dtype=np.int32)
-    starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
-    batch = Batch(
-        block_size=block_size,
-        write_slots=torch.empty(0, dtype=torch.int64),
-        starts=torch.from_numpy(starts),
-        lengths=torch.from_numpy(lengths),
-        table=torch.from_numpy(table),
-        host=HostRows(starts, lengths, table),
-        longest_query=int(counts.max()),
-        longest=int(lengths.max()),
-        num_single=int((counts == 1).sum()),
-    )
+    batch = Batch.of(rows, table, block_size, torch.device("cpu"))
     # As transformers passes it: heads outside tokens in memory.
-    query = torch.randn(need.heads, int(starts[-1]), need.key_dim, generator=generator).to(dtype).transpose(0, 1)
+    tokens = int(batch.host.starts[-1])
+    query = torch.randn(need.heads, tokens, need.key_dim, generator=generator).to(dtype).transpose(0, 1)
     sinks = torch.randn(need.heads, generator=generator).to(dtype) if need.has_sinks else None
     call = Call(need.key_dim**-0.5, need.window, need.softcap, sinks)
     return Mix(need, block_size, query, keys, values, batch, call)

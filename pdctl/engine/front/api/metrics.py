@@ -15,7 +15,18 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # the package has no
 def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: float) -> bytes:
     """All metrics, built from the current counts at each scrape, so that nothing has to be kept in sync."""
     registry = CollectorRegistry()
-    gauges = {
+    for name, (what, value) in _gauges(state).items():
+        Gauge(name, what, registry=registry).set(value)
+    for name, (what, amount) in _counters(state).items():
+        Counter(name, what, registry=registry).inc(amount)
+    if state.work is not None:
+        _predictions(state.work, registry)
+    _leases(leases, quarantined_block_s, registry)
+    return generate_latest(registry)
+
+
+def _gauges(state: EngineState) -> dict[str, tuple[str, float]]:
+    return {
         "pdctl_engine_blocks": ("KV blocks in the pool", state.blocks_total),
         "pdctl_engine_blocks_free": ("KV blocks free", state.blocks_free),
         "pdctl_engine_blocks_cached": (
@@ -38,9 +49,10 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
         "pdctl_engine_requests_running": ("Requests being computed", state.running),
         "pdctl_engine_requests_waiting": ("Requests waiting for blocks or budget", state.waiting),
     }
-    for name, (what, value) in gauges.items():
-        Gauge(name, what, registry=registry).set(value)
-    counters: dict[str, tuple[str, float]] = {
+
+
+def _counters(state: EngineState) -> dict[str, tuple[str, float]]:
+    return {
         "pdctl_engine_tokens": ("Tokens generated", state.tokens_total),
         "pdctl_engine_prefix_tokens": ("Tokens of prompts", state.counters["prefix_tokens"]),
         "pdctl_engine_prefix_hits": ("Tokens of prompts whose KV was there already", state.counters["prefix_hits"]),
@@ -65,10 +77,9 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
             state.transfers["hand_over_seconds"],
         ),
     }
-    for name, (what, amount) in counters.items():
-        Counter(name, what, registry=registry).inc(amount)
-    if state.work is not None:
-        _predictions(state.work, registry)
+
+
+def _leases(leases: LeaseDesk, quarantined_block_s: float, registry: CollectorRegistry) -> None:
     leased, leaked = leases.block_seconds()
     block_seconds = Counter(
         "pdctl_engine_block_seconds",
@@ -81,7 +92,6 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
     ended = Counter("pdctl_engine_leases_ended", "Leases ended, by how", ["how"], registry=registry)
     for how, count in leases.table.ended.items():
         ended.labels(how.value).inc(count)
-    return generate_latest(registry)
 
 
 def _predictions(work: Work, registry: CollectorRegistry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -70,6 +71,25 @@ class Batch:
     num_single: int
     is_static: bool = False
     notes: dict[object, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int]], table: Ints, block_size: int, device: torch.device) -> Batch:
+        """A batch that writes nothing, for checks and measurements. `rows`: for each sequence the tokens in the pool
+        and the new ones; `table` [B, W]: its blocks. An engine's steps are made by `inputs`."""
+        lengths = np.array([before + count for before, count in rows], dtype=np.int32)
+        counts = np.array([count for _, count in rows], dtype=np.int32)
+        starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+        return cls(
+            block_size=block_size,
+            write_slots=torch.empty(0, dtype=torch.int64, device=device),
+            starts=torch.from_numpy(starts).to(device),
+            lengths=torch.from_numpy(lengths).to(device),
+            table=torch.from_numpy(table).to(device),
+            host=HostRows(starts, lengths, table),
+            longest_query=int(counts.max()),
+            longest=int(lengths.max()),
+            num_single=int((counts == 1).sum()),
+        )
 
     @property
     def num_sequences(self) -> int:

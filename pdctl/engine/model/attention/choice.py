@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pdctl.engine.model.attention import BACKENDS, Backend, open_backend
-from pdctl.engine.model.attention.batch import Batch, Call, HostRows, LayerNeed, PoolNeed
+from pdctl.engine.model.attention.batch import Batch, Call, LayerNeed, PoolNeed
 
 # Of the largest output, which is about 1 for single tokens.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -95,27 +95,14 @@ def check(backend: Backend, layer: LayerNeed, pool: PoolNeed, device: torch.devi
 
 
 def _batch(rows: tuple[tuple[int, int], ...], block_size: int, device: torch.device) -> Batch:
-    lengths = np.array([context + count for context, count in rows], dtype=np.int32)
-    counts = np.array([count for _, count in rows], dtype=np.int32)
-    starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
-    used = -(-lengths // block_size)
+    used = np.array([-(-(context + count) // block_size) for context, count in rows])
     width = int(used.max())
     # Every second block, the last sequence's first: scattered, and followed by blocks of nobody.
     order = 2 * np.arange(int(used.sum()), dtype=np.int32)[::-1] + 1
     table = np.zeros((len(rows), width), dtype=np.int32)
     for index, (end, count) in enumerate(zip(used.cumsum().tolist(), used.tolist(), strict=True)):
         table[index, :count] = order[end - count : end]
-    return Batch(
-        block_size=block_size,
-        write_slots=torch.empty(0, dtype=torch.int64, device=device),
-        starts=torch.from_numpy(starts).to(device),
-        lengths=torch.from_numpy(lengths).to(device),
-        table=torch.from_numpy(table).to(device),
-        host=HostRows(starts, lengths, table),
-        longest_query=int(counts.max()),
-        longest=int(lengths.max()),
-        num_single=int((counts == 1).sum()),
-    )
+    return Batch.of(rows, table, block_size, device)
 
 
 def _arguments(
