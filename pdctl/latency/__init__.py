@@ -16,6 +16,14 @@ import msgspec
 Kind = Literal["prefill", "decode", "mixed"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode", "mixed")
 
+# How long a step with a chunk of a prompt may take. Engines keep this, and the proxy predicts with it.
+#
+# Prompts get at least so much of a step as its decodes: where these alone miss their target, or nearly, there is no
+# target to protect, and prompts must get on.
+LEAST_STEP = 2.0
+# A sequence that a peer hands over during a step waits for this part of its target at most.
+ARRIVAL_WAIT = 0.5
+
 
 class Accuracy(msgspec.Struct, frozen=True, array_like=True):
     """Predictions of one kind of step, made before each step: how many, sums of seconds, and the sum of the relative
@@ -96,7 +104,7 @@ class StepTimes(msgspec.Struct, frozen=True, array_like=True):
         """The longest chunk of a prompt, after `before` tokens, with which a step of these decodes takes `limit_s` at
         most, in nine cases of ten; 0 if there is none."""
         per_step, per_token, attention, per_sequence, per_context = self.coefficients
-        limit = limit_s / max(1.0, self.slow) / self.corrections[2]
+        limit = limit_s / max(1.0, self.slow) / self.corrections[2 if decodes.decodes else 0]
         base = per_step + per_token * decodes.tokens + per_sequence * (decodes.sequences + 1)
         left = limit - base - attention * decodes.attention - per_context * decodes.context
         if left <= 0:

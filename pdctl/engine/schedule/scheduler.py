@@ -7,6 +7,7 @@ what it changes: what waits is in heaps, and counts are kept.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable
 from itertools import repeat
@@ -27,6 +28,8 @@ from pdctl.speculative import Speculative
 
 # A sequence that was preempted so often is spared as long as there is another one.
 _MAX_PREEMPTIONS = 4
+# After a hand-over, more are expected for so many seconds.
+_ARRIVALS_S = 60.0
 
 
 class Scheduler:
@@ -58,6 +61,8 @@ class Scheduler:
         self._incoming: dict[str, Sequence] = {}
         self._arrivals = 0
         self._received = 0
+        # The target of the newest sequence that a peer handed over, and when it came.
+        self._arriving = (0.0, -math.inf)
         # Number of running pulls per request. Pulls start in another thread than the one that handles their end, so
         # the next pull of a sequence may start before the end of the last one is known here.
         self._pulling: dict[str, int] = {}
@@ -167,6 +172,7 @@ class Scheduler:
         assert request_id not in self._pulling
         assert sequence.prompt_len, "decoding begins before the request came"
         self._received += 1
+        self._arriving = (sequence.tpot_s, self._clock())
         self._room.become(sequence, Status.RUNNING)
         self._room.pulled(sequence)
         self.running.put(sequence)
@@ -192,7 +198,8 @@ class Scheduler:
         has_room = self._decode(batch)
         now = self._clock()
         if self._has_prompts:
-            tokens = prompt_tokens(batch.slices, self.running.partial.values(), self.latency.times, self.limits, now)
+            partial, times = self.running.partial.values(), self.latency.times
+            tokens = prompt_tokens(batch.slices, partial, times, self.limits, now, self._arriving_tpot_s(now))
             batch.limit(max(tokens, self.limits.segment))
         self._prefills.fill(batch, now, self._preempt if has_room else None)
         self._drafts.fill(batch, self.latency)
@@ -201,6 +208,10 @@ class Scheduler:
     @property
     def _has_prompts(self) -> bool:
         return bool(self.running.partial) or len(self._prefills) > 0
+
+    def _arriving_tpot_s(self, now: float) -> float:
+        tpot_s, came_at = self._arriving
+        return tpot_s if now - came_at < _ARRIVALS_S else 0.0
 
     def _decode(self, batch: Batch) -> bool:
         """Add what decodes. False if sequences had to be preempted for it."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from pdctl.latency import Step, Work
+from pdctl.latency import ARRIVAL_WAIT, LEAST_STEP, Step, Work
 
 # What an inline prefill costs the sequences beside it, as a part of its own time: without it, two idle engines would
 # compute every prompt inline, and the next ones would find the decode engine busy.
 _DISTURBANCE = 0.25
-# Prompts get this multiple of a step's decodes at least, as in pdctl.engine.schedule.inline.
-_LEAST = 2.0
 
 Why = Literal["short", "cached", "prefill_busy"]
 
@@ -42,14 +40,15 @@ def remote_s(prefill: Prospect, decode: Prospect, tokens: float) -> float:
 def inline_s(decode: Prospect, tokens: float, tpot_s: float) -> float | None:
     """Predicted seconds to a first token by a decode engine, and what they cost others; None if its sequences miss
     their target even without the prompt."""
-    step = _decodes(decode)
+    step, times = _decodes(decode), decode.work.times
     if not step.decodes:
-        return prompts_s(decode, tokens, decode.work.budget) * (1 + _DISTURBANCE)
-    times, base = decode.work.times, _decode_s(decode)
+        alone = times.chunk(Step(), tokens / 2, ARRIVAL_WAIT * tpot_s) if tpot_s else decode.work.budget
+        return prompts_s(decode, tokens, min(max(alone, 1), decode.work.budget)) * (1 + _DISTURBANCE)
+    base = _decode_s(decode)
     if tpot_s and base > tpot_s:
         return None
     room = max(1, decode.work.budget - int(step.decodes))
-    chunk = times.chunk(step, tokens / 2, max(tpot_s, _LEAST * base)) if tpot_s else room
+    chunk = times.chunk(step, tokens / 2, max(tpot_s, LEAST_STEP * base)) if tpot_s else room
     chunk = min(max(chunk, 1), room)
     steps = (decode.prompt_tokens + tokens) / chunk
     return prompts_s(decode, tokens, chunk) * (1 + _DISTURBANCE) + steps * base

@@ -15,7 +15,7 @@ from pdctl.engine.schedule.batch import Limits, Slice
 from pdctl.engine.schedule.inline import prompt_tokens
 from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.engine.schedule.scheduler import Scheduler
-from pdctl.engine.schedule.sequence import Pace, Sequence
+from pdctl.engine.schedule.sequence import Pace, Sequence, Status
 from pdctl.latency import StepTimes, step_of
 
 BLOCK, BUDGET = 16, 512
@@ -90,6 +90,49 @@ def test_alone_a_prompt_takes_the_whole_budget() -> None:
     engine.add("prompt", 3000, output=1)
     engine.run()
     assert engine.chunks[0] == BUDGET
+
+
+def handed_over(engine: Engine, name: str, tokens: int, tpot_s: float = 0.0) -> None:
+    """A sequence comes from a peer, with its first token."""
+    target_s = tpot_s or engine.tpot_s
+    sequence = Sequence(
+        name, [7] * tokens + [8], tokens, Sampling(20, ignore_eos=True), kv_tokens=tokens, tpot_s=target_s,
+        status=Status.AWAITING_BLOCKS,
+    )  # fmt: skip
+    assert engine.scheduler.add(sequence) is None
+    assert engine.scheduler.reserve() == [sequence]
+    sequence.num_computed = tokens
+    assert engine.scheduler.start(name)
+
+
+def test_where_sequences_are_handed_over_a_chunk_alone_leaves_time_for_the_next_one() -> None:
+    engine = Engine(0.05)
+    handed_over(engine, "first", 100)
+    engine.run()
+    engine.add("prompt", 3000, output=1)
+    before = engine.now
+    engine.step()
+    assert engine.now - before <= 0.05 / 2
+    assert engine.chunks[-1] >= BLOCK
+    # Nothing has been handed over for a minute.
+    engine.now += 61
+    engine.step()
+    assert engine.chunks[-1] == BUDGET
+
+
+def test_the_first_step_of_a_sequence_from_a_peer_is_short() -> None:
+    engine = Engine(0.2)
+    engine.add("prompt", 3000, output=1)
+    engine.step()
+    handed_over(engine, "from-peer", 100)
+    before = engine.now
+    engine.step()
+    alone = TRUE.seconds(step_of([(1, 100)]))
+    # It has waited for the hand-over: its step is not filled up to its target.
+    assert engine.at["from-peer"] == [engine.now]
+    assert engine.now - before <= max(2 * alone, TRUE.seconds(step_of([(1, 100), (BLOCK, BUDGET)]))) + 1e-9
+    engine.step()
+    assert engine.chunks[-1] > engine.chunks[-2]
 
 
 def test_a_target_that_cannot_be_kept_does_not_stop_prompts() -> None:
