@@ -69,13 +69,9 @@ class SingleExecutor:
         """Load the model and allocate its KV. Raises ModelRefused, NoMemory, torch.OutOfMemoryError."""
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         device = torch.device(options.device)
-        dtype = choose_dtype(options.dtype, device)
-        reserved = int(options.kv_cache_gb * 2**30) if device.type == "cpu" else 0
-        loaded = load_model(options.model, device, dtype, cache_root() / "products", reserved)
-        assert loaded.dtype in DTYPES
+        loaded, chosen = _loaded(options, device)
         segment = prefix.segment(options.block_size) if options.deterministic else 0
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
-        chosen = _attention(options, loaded, device)
         num_blocks = _num_blocks(options, manifest, lambda: _gpu_room(options, loaded, manifest, chosen, device))
         on_host = Memory(num_blocks * block_bytes(manifest), options.epoch) if device.type == "cpu" else None
         pool = KvPool(manifest, num_blocks, on_host, device)
@@ -111,6 +107,23 @@ class SingleExecutor:
     def close(self) -> None:
         """See Executor.close."""
         self.grammars.close()
+
+
+def _loaded(options: EngineOptions, device: torch.device) -> tuple[LoadedModel, Chosen]:
+    """The model and its attention. Raises ModelRefused."""
+    dtype = choose_dtype(options.dtype, device)
+    reserved = int(options.kv_cache_gb * 2**30) if device.type == "cpu" else 0
+    table = cache_root() / "products"
+    loaded = load_model(options.model, device, dtype, table, reserved)
+    chosen = _attention(options, loaded, device)
+    is_chosen = options.dtype == "auto" and device.type == "cpu" and dtype is not torch.float32
+    if is_chosen and chosen.backend.name != "native":
+        # See choose_dtype. Only the loaded model tells what its layers need.
+        _log.info("computing in float32: %s", chosen.reason)
+        loaded = load_model(options.model, device, torch.float32, table, reserved)
+        chosen = _attention(options, loaded, device)
+    assert loaded.dtype in DTYPES
+    return loaded, chosen
 
 
 def _attention(options: EngineOptions, loaded: LoadedModel, device: torch.device) -> Chosen:

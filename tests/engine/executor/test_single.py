@@ -57,6 +57,17 @@ def test_freed_blocks_are_poisoned_only_on_demand(
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize(("attention", "dtype"), [("gather", "float32"), ("native", "bfloat16")])
+def test_a_cpu_computes_in_bfloat16_only_with_the_kernel_that_keeps_answers_equal(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attention: str, dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    executor = SingleExecutor.load(replace(options(tiny_model, tmp_path), attention=attention))
+    assert executor.manifest.dtype == executor.loaded.dtype == dtype
+    assert next(executor.loaded.module.parameters()).dtype is getattr(torch, dtype)
+    executor.close()
+
+
 @pytest.mark.parametrize(("size", "reason"), [(0.0, "for 8 blocks"), (10**6, "does not fit")])
 def test_a_pool_that_cannot_be_is_refused(tiny_model: Path, tmp_path: Path, size: float, reason: str) -> None:
     with pytest.raises(ModelRefused, match=reason):
