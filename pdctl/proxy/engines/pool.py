@@ -89,9 +89,8 @@ class EnginePool:
         """
         known = {engine.address.identity: engine for engine in self.engines}
         wanted = [known.get(address.identity) or _engine(address, self._secret) for address in addresses]
-        for engine in self.engines:
-            if engine not in wanted:
-                self._drop(engine)
+        for engine in [engine for engine in self.engines if engine not in wanted]:
+            self._drop(engine)
         self.engines, self._predicts = wanted, predicts
         self.by_name = {engine.name: engine for engine in wanted}
         for engine, address in zip(wanted, addresses, strict=True):
@@ -123,7 +122,7 @@ class EnginePool:
         for engine in self.engines:
             prompts, streams = self._loads(engine)
             work = engine.condition.work
-            # An engine that is not ours may predict anything.
+                # An engine that is not ours may predict anything.
             if work is not None and (seconds := work.times.prompt_s(work.budget, 0, work.budget)) > 0:
                 prompts = Load(prompts.pending, work.budget / self._tokens_per_byte / seconds)
             address = engine.address
@@ -164,7 +163,7 @@ class EnginePool:
 
     @property
     def has_inline(self) -> bool:
-        """Whether a decode engine may compute whole requests beside pairs."""
+        """Whether a decode engine may compute whole requests."""
         return bool(self._inline)
 
     def inline(
@@ -211,9 +210,8 @@ class EnginePool:
         now = time.monotonic()
         if now - self._room[0] > _ROOM_S:
             self._room = (now, *self._seats_and_room(now))
-        _, seats, room = self._room
+        (_, seats, room), ttft_s = self._room, 0.0
         wanted = size * self._tokens_per_byte + (max_tokens or 0)
-        ttft_s = 0.0
         if self._predicts:
             prefills = [engine for engine in self.engines if engine.address.role != "decode" and engine.healthy]
             ttft_s = min([self._ttft(engine, size) for engine in prefills], default=0.0)
@@ -235,8 +233,14 @@ class EnginePool:
     def _ttft(self, engine: Engine, size: float) -> float:
         if (prospect := self._prospect(engine, ())) is not None:
             return prompts_s(prospect, size * self._tokens_per_byte, prospect.work.budget)
-        prompts, _ = self._loads(engine)
+        prompts = self._loads(engine)[0]
         return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
+
+    def predicted_s(self, engine: Engine) -> float:
+        """Seconds for the prompts that the engine has, if none is in its cache; 0 if its kind does not predict."""
+        work = engine.condition.work
+        tokens = max(1.0, self._loads(engine)[0].pending * self._tokens_per_byte)
+        return work.times.prompt_s(tokens, 0, work.budget) if work is not None else 0.0
 
     def publish(self, engine: Engine) -> None:
         """Publish an engine's load. A removed engine may still end calls, but its slot may belong to another by now."""

@@ -311,7 +311,9 @@ def _patience_s(leg: Leg, engine: Engine, together: bool = False) -> float:
     meter = engine.prompts
     # The prompts' speed does not include the decode time of an inline answer.
     unknown = not meter.speed or (leg.in_one_piece and not together)
-    return leg.shared.failover.patience_s(None if unknown else meter.pending / meter.speed, together)
+    # Prompts that were in the cache make an engine seem faster than it is.
+    expected_s = None if unknown else max(meter.pending / meter.speed, leg.shared.pool.predicted_s(engine))
+    return leg.shared.failover.patience_s(expected_s, together)
 
 
 def _first_token_s(leg: Leg, prefill_engine: Engine) -> float:

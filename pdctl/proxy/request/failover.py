@@ -35,7 +35,7 @@ class FailoverPolicy:
     first_token_s: float = 300.0
     stall_s: float = 120.0
     times_expected: float = 10.0
-    least_patience_s: float = 5.0
+    least_patience_s: float = 20.0
     least_together_s: float = 30.0
     backoff_s: float = 0.02
     longest_backoff_s: float = 1.0

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import msgspec
 import pytest
@@ -19,6 +19,7 @@ from pdctl import adapters
 from pdctl.adapters import Condition
 from pdctl.adapters.builtin.dialect import BuiltinDialect
 from pdctl.errors import PdctlError
+from pdctl.latency import StepTimes, Work
 from pdctl.net.http_client import Unreachable
 from pdctl.net.openai_fields import KNOWN_FIELDS
 from pdctl.proxy.engines import engine as engines
@@ -28,6 +29,8 @@ from pdctl.proxy.engines.load import SharedLoads
 from pdctl.proxy.engines.outlook import Outlook
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.engines.routing import EnginePair
+from pdctl.proxy.request import calls
+from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.proxy_wire import EngineAddress
 
 _OK = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
@@ -573,3 +576,18 @@ def test_fields_are_known_where_an_engine_says_so(monkeypatch: pytest.MonkeyPatc
 def test_where_there_is_one_pair_it_is_the_choice(engines: list[EngineAddress], pair: tuple[str, str] | None) -> None:
     assert idle(*engines).only_pair() == (EnginePair(*pair) if pair else None)
     assert idle(*engines, usable=False).only_pair() is None
+
+
+def test_prompts_from_the_cache_do_not_shorten_what_is_expected_of_an_engine() -> None:
+    pool = EnginePool.of([EngineAddress("p0", "prefill", "builtin", "127.0.0.1", 1)])
+    engine = pool.engines[0]
+    assert pool.predicted_s(engine) == 0.0, "nothing predicts it yet"
+    # A second for 1,000 tokens.
+    engine.condition = Condition(True, work=Work(StepTimes((0.0, 1e-3, 0.0, 0.0, 0.0)), 512))
+    engine.prompts.begin(30_000.0, 0.0)
+    engine.prompts.end(30_000.0, 0.01, done=True)
+    engine.prompts.begin(9_000.0, 1.0)
+    assert engine.prompts.pending / engine.prompts.speed < 0.01, "it was fast, with prompts that it had"
+    assert pool.predicted_s(engine) == pytest.approx(3.0)
+    leg = SimpleNamespace(in_one_piece=False, shared=SimpleNamespace(pool=pool, failover=FailoverPolicy()))
+    assert calls._patience_s(leg, engine) == pytest.approx(30.0)  # type: ignore[arg-type]

@@ -147,5 +147,5 @@ def test_what_an_answer_means() -> None:
 def test_patience_follows_the_queue_within_bounds() -> None:
     assert POLICY.patience_s(None) == POLICY.prefill_s
     assert POLICY.patience_s(0.001) == POLICY.least_patience_s
-    assert POLICY.patience_s(2.0) == 20.0
+    assert POLICY.patience_s(4.0) == 40.0
     assert POLICY.patience_s(1e9) == POLICY.prefill_s
