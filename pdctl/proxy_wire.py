@@ -42,9 +42,10 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     """The proxy's settings, passed in a file of the run directory.
 
     A reload reads the file again and applies everything except the fields in FIXED. `draining`: engines that get no
-    new requests; `lease_s`: how long prefill keeps KV, for kinds that do not verify it themselves. `unlinked`: by
-    decode engine, the prefill engines whose KV it cannot read. `swept`: how many times an engine was freed of what
-    requests had left there. `accept_nodes`: engines may register themselves, with a key of `node_keys`.
+    new requests; `moving`: those whose streams go on elsewhere; `lease_s`: how long prefill keeps KV, for kinds that do
+    not verify it themselves. `unlinked`: by decode engine, the prefill engines whose KV it cannot read. `swept`: how
+    many times an engine was freed of what requests had left there. `accept_nodes`: engines may register themselves,
+    with a key of `node_keys`.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (
@@ -74,6 +75,7 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     accept_nodes: bool = False
     node_keys: str = ""
     draining: list[str] = []
+    moving: list[str] = []
     unlinked: dict[str, list[str]] = {}
     swept: dict[str, int] = {}
     drain_s: float = 5.0

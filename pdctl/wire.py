@@ -18,7 +18,8 @@ LISTEN_FD_ENV = "PDCTL_LISTEN_FD"
 STARTED_HEADER = "x-pdctl-started"
 # The calling router: it holds the leases it is granted until a reader claims them.
 ROUTER_HEADER = "x-pdctl-router"
-# Identifies one prefill call. A router that abandons the call ends its lease by this id, answered or not.
+# Identifies one call. A router that abandons a prefill ends its lease by this id, answered or not, and has a stream
+# moved by it.
 ATTEMPT_HEADER = "x-pdctl-attempt"
 
 # The tenant of a request: an opaque id of its API key, so that one tenant's load does not delay another's.
@@ -92,7 +93,7 @@ class HandOver(msgspec.Struct, frozen=True):
     """`kv_transfer_params` of a prefill's answer, in vLLM's shape plus lease, epoch and first token.
 
     `token_digest` identifies the tokens that the KV was computed from, so that another prompt's KV is rejected.
-    `cached_tokens`: those that were not computed for it.
+    `cached_tokens`: those that were not computed for it. `moved`: in the middle of an answer.
     `seal`: proof that an engine of this run made it, if it travels through a router without the run's secret.
     """
 
@@ -110,13 +111,14 @@ class HandOver(msgspec.Struct, frozen=True):
     endpoint: KvEndpoint
     first_logprobs: list[tuple[int, float]] | None = None
     cached_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    moved: bool = False
     do_remote_prefill: bool = True
     do_remote_decode: bool = False
     seal: str = ""
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """A prefill in progress offers `num_tokens` of KV to be read as they are computed; `readable`: ready now.
+    """A request in progress offers `num_tokens` of KV to be read as they are computed; `readable`: ready now.
 
     `withdrawn`: the prefill was abandoned, and what was read is invalid. `token_ids` and `salt`: of the KV's tokens, so
     that blocks which the reader has itself are not read; only in the first offer, or empty.
@@ -176,6 +178,21 @@ class AttemptCall(msgspec.Struct, frozen=True):
     """A router abandoned a prefill call: its lease ends, or is not granted if the call has not finished."""
 
     attempt: str
+
+
+class MoveCall(msgspec.Struct, frozen=True):
+    """A router wants the stream of this attempt to go on elsewhere; it ends with a hand-over. `host`, `port`: the
+    engine that will read it."""
+
+    attempt: str
+    host: str
+    port: Port
+
+
+class MoveReply(msgspec.Struct, frozen=True):
+    """Whether a stream of this name runs. It may still end where it is."""
+
+    ok: bool
 
 
 class SessionCall(msgspec.Struct, frozen=True):

@@ -121,14 +121,15 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One event of a stream. `choice`: as sent to clients; `usage`: the token counts, if the event has
-    them."""
+    """One event of a stream. `choice`: as sent to clients; `usage`: the token counts, if the event has them.
+    `hand_over`: the stream ends here and goes on at another engine, with this."""
 
     token_ids: list[int]
     choice: Choice | None
     finish_reason: str | None
     usage: Counts | None
     prompt_ids: list[int] | None = None
+    hand_over: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +251,10 @@ class Dialect(Protocol):
 
     def give_up_decode_call(self, attempt: str) -> Call | None:
         """Abort a decode call of this attempt; None if the end of its connection is enough."""
+        ...
+
+    def move_call(self, attempt: str, to: EngineAddress) -> Call | None:
+        """Have the stream of an attempt end with a hand-over for `to`; None if the kind cannot."""
         ...
 
     def release_call(self, hand_over: bytes) -> Call | None:

@@ -31,6 +31,7 @@ from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.door import AdmissionDoor
 from pdctl.proxy.request.generate import Completions
 from pdctl.proxy.request.leg import Shared
+from pdctl.proxy.request.migration import Migration
 from pdctl.proxy.request.quarantine import Quarantine
 from pdctl.proxy.surface.app import ProxyApp
 from pdctl.proxy.surface.reload import Reloader, admission_of
@@ -92,6 +93,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         tasks.create_task(shared.pool.watch_forever())
         tasks.create_task(shared.releases.run_forever())
         tasks.create_task(shared.unfinished.run_forever())
+        tasks.create_task(Migration(shared.pool, shared.releases).run_forever())
         tasks.create_task(completions.door.run_forever())
         tasks.create_task(completions.log.run_forever())
         tasks.create_task(_keep_house(completions))
@@ -120,7 +122,7 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
     epoch = os.environ.get(EPOCH_ENV, "")
     by_slo = config.admission == "slo"
     pool = EnginePool.of(config.engines, os.environ.get(SECRET_ENV, ""), loads, by_slo)
-    pool.follow(config.engines, config.draining, by_slo, config.unlinked)
+    pool.follow(config.engines, config.draining, by_slo, config.unlinked, config.moving)
     ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
     name = _name(config, worker)
     metrics = Metrics(config.model, ttft_s, tpot_s, run_dir / "metrics" if several else None, f"{name}.{epoch}")

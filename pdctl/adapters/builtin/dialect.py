@@ -22,9 +22,11 @@ from pdctl.latency import Work
 from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
 from pdctl.net.openai_api import Counts
 from pdctl.net.openai_fields import KNOWN_FIELDS
-from pdctl.wire import AttemptCall, LeaseCall
+from pdctl.proxy_wire import EngineAddress
+from pdctl.wire import ATTEMPT_HEADER, AttemptCall, LeaseCall, MoveCall
 
 PROXY_HOLDER = "proxy"
+_ATTEMPT = ATTEMPT_HEADER.encode()
 
 
 class _Lease(msgspec.Struct):
@@ -91,7 +93,9 @@ class BuiltinDialect:
             extra |= stream_fields(state)
         if hand_over is not None:
             extra["kv_transfer_params"] = msgspec.Raw(hand_over)
-        return Call(state.path, _encode({**state.fields, **extra, **_resume(state)}))
+        # By this name the stream can be moved to another engine.
+        name = b"%b: %b\r\n" % (_ATTEMPT, attempt.name.encode()) if stream else b""
+        return Call(state.path, _encode({**state.fields, **extra, **_resume(state)}), name)
 
     def ending(self, state: RequestState) -> Choice | None:
         """See Dialect.ending. The engine sends the end itself, with any text that it held back."""
@@ -130,7 +134,8 @@ class BuiltinDialect:
         answer = parse_answer(200, data)
         found = first_choice(answer)
         if found is None:
-            return Delta([], None, None, answer.counts)
+            held = bytes(answer.kv_transfer_params)
+            return Delta([], None, None, answer.counts, hand_over=None if held == b"null" else held)
         known, fields = found
         return Delta(known.token_ids or [], shown(fields, "token_ids"), known.finish_reason, answer.counts)
 
@@ -155,6 +160,10 @@ class BuiltinDialect:
     def give_up_decode_call(self, attempt: str) -> Call | None:
         """See Dialect.give_up_decode_call."""
         return None
+
+    def move_call(self, attempt: str, to: EngineAddress) -> Call | None:
+        """See Dialect.move_call."""
+        return Call("/pdctl/v1/moves", _encode(MoveCall(attempt, to.host, to.port)))
 
     def release_call(self, hand_over: bytes) -> Call | None:
         """See Dialect.release_call."""

@@ -38,6 +38,7 @@ from pdctl.adapters import (
 )
 from pdctl.adapters.lmdeploy.messages import TRANSFER, CacheFree, MigrationRequest, engine_id, kv_tokens
 from pdctl.net.openai_api import Counts
+from pdctl.proxy_wire import EngineAddress
 
 # Later versions accept the fields of a hand-over only with this header (LMDeploy #4969).
 _HEADERS = b"x-lmdeploy-distserve-proxy: pdctl\r\n"
@@ -252,6 +253,10 @@ class LmdeployDialect:
 
     def give_up_decode_call(self, attempt: str) -> Call | None:
         """See Dialect.give_up_decode_call. The engine notices that its client has gone."""
+        return None
+
+    def move_call(self, attempt: str, to: EngineAddress) -> Call | None:
+        """See Dialect.move_call. Its streams end where they began."""
         return None
 
     def release_call(self, hand_over: bytes) -> Call | None:

@@ -37,6 +37,7 @@ from pdctl.adapters import (
 from pdctl.adapters.sglang import answers
 from pdctl.net.openai_answers import whole_counts
 from pdctl.net.openai_api import Counts
+from pdctl.proxy_wire import EngineAddress
 
 # SGLang's default of --disaggregation-bootstrap-port, for an attached engine.
 BOOTSTRAP_PORT = 8998
@@ -157,6 +158,10 @@ class SglangDialect:
     def give_up_decode_call(self, attempt: str) -> Call | None:
         """See Dialect.give_up_decode_call. SGLang notices the end of a connection only seconds later."""
         return _abort(attempt)
+
+    def move_call(self, attempt: str, to: EngineAddress) -> Call | None:
+        """See Dialect.move_call. Its streams end where they began."""
+        return None
 
     def release_call(self, hand_over: bytes) -> Call | None:
         """See Dialect.release_call. There is no hand-over to release."""

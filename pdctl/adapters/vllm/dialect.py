@@ -35,6 +35,7 @@ from pdctl.adapters import (
 from pdctl.adapters.vllm.connectors import CONNECTORS
 from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
 from pdctl.net.openai_api import Counts
+from pdctl.proxy_wire import EngineAddress
 
 _HIDDEN = ("token_ids", "prompt_token_ids")
 # Fields of a chat that have the same meaning at /v1/completions.
@@ -163,6 +164,10 @@ class VllmDialect:
 
     def give_up_decode_call(self, attempt: str) -> Call | None:
         """See Dialect.give_up_decode_call."""
+        return None
+
+    def move_call(self, attempt: str, to: EngineAddress) -> Call | None:
+        """See Dialect.move_call. Its streams end where they began."""
         return None
 
     def release_call(self, hand_over: bytes) -> Call | None:

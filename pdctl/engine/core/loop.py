@@ -19,6 +19,7 @@ from pdctl.engine.ipc.messages import (
     Failed,
     KvChanges,
     Linked,
+    Move,
     Poke,
     Pull,
     Pulled,
@@ -171,8 +172,18 @@ class Core:
                 self._failed.append(message)
             case Abort(request_id):
                 self.scheduler.abort(request_id)
+            case Move():
+                self.scheduler.move(message.request_id, message.offer)
             case Reserve():
                 self._reserve(message)
+            case Poke():
+                pass  # the counts sent below are the answer
+            case _:
+                self._handle_transfer(message)
+        self._books_due = True
+
+    def _handle_transfer(self, message: CoreEvent) -> None:
+        match message:
             case Pulled(request_id):
                 self.scheduler.pull_ended(request_id, message.uncertain)
             case Settled(request_id):
@@ -180,11 +191,8 @@ class Core:
             case Start(request_id):
                 self.executor.absorb(self.scheduler.pulled_blocks(request_id))
                 self.scheduler.start(request_id)
-            case Poke():
-                pass  # the counts sent below are the answer
             case _:
                 raise AssertionError(f"unexpected {message}")
-        self._books_due = True
 
     def _reserve(self, message: Reserve) -> None:
         sequence = Sequence(

@@ -29,6 +29,7 @@ from pdctl.engine.ipc.messages import (
     KvChange,
     KvChanges,
     Linked,
+    Move,
     Poke,
     Progress,
     Pulled,
@@ -201,6 +202,10 @@ class CoreClient:
     def abort(self, request_id: str) -> None:
         """Abort a request in the core and free its blocks. Never blocks, so it works during cancellation."""
         self._push.send(self._encode(Abort(request_id)))
+
+    def move(self, request_id: str) -> None:
+        """Have a sequence held for another engine, and its KV so far offered. Never blocks."""
+        self._push.send(self._encode(Move(request_id, offer=True)))
 
     async def close(self) -> None:
         """Ask the core to exit, and close the sockets."""

@@ -21,6 +21,7 @@ from pdctl.engine.front.api.text import TextCodec
 from pdctl.engine.front.core_client import CoreClient, CoreGone, CoreRefused
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
+from pdctl.engine.front.handover.moves import Moves
 from pdctl.engine.front.handover.offers import Identity, OfferDesk
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.front.handover.receiver import Receiver
@@ -92,9 +93,10 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         desk = OfferDesk(identity, core, leases, peers, tasks)
         seal = Seal(secret)
         routers = RouterDesk(seal, leases, links, peers)
-        control = Control(options, secret, core, leases, links, receiver, routers, events)
+        moves = Moves(core)
+        control = Control(options, secret, core, leases, links, receiver, moves, routers, events)
         parsers = choose(options.tool_parser, options.reasoning_parser, codec.template)
-        generator = Generator(codec, parsers, core, desk, peers, receiver)
+        generator = Generator(codec, parsers, core, desk, peers, receiver, moves)
         transfers = Transfers(seal, options.open and bool(secret))
         server = _server(options, EngineService(options, codec, core, control, generator, transfers, routers))
         core_task = tasks.create_task(core.run_core())

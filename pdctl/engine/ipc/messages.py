@@ -148,11 +148,18 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
 
 
+class Move(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Hold a sequence that decodes, for another engine: `offer`: in a few tokens, and report the KV so far at once."""
+
+    request_id: str
+    offer: bool
+
+
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Leave the step loop and exit."""
 
 
-ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Shutdown
+ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Move | Shutdown
 
 
 # -- core to front -----------------------------------------------------------------------------------------
@@ -201,7 +208,8 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
-    """A prefill is done. Its blocks are kept until the front frees them with Abort. `cached`: see Token."""
+    """A prefill is done, or a sequence is moved. Its blocks are kept until the front frees them with Abort. `cached`:
+    see Token."""
 
     request_id: str
     token_id: int
@@ -213,15 +221,17 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True):
-    """KV of the first `num_computed` tokens of an offered prefill is computed."""
+    """KV of the first `num_computed` tokens of an offered sequence is computed. `num_tokens`: what will be handed over;
+    0: the prompt."""
 
     request_id: str
     block_ids: list[int]
     num_computed: int
+    num_tokens: int = 0
 
 
 class Withdrawn(msgspec.Struct, frozen=True, array_like=True):
-    """An offered prefill lost its blocks and starts over: what was read of it is invalid."""
+    """An offered sequence lost its blocks and starts over: what was read of it is invalid."""
 
     request_id: str
 

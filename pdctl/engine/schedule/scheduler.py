@@ -14,6 +14,7 @@ from itertools import repeat
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Books, Failed, Held, KvChange, Logprobs, Progress, Token, Withdrawn
+from pdctl.engine.schedule import moves
 from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice
 from pdctl.engine.schedule.drafts import Drafts, Sampled, accepted
 from pdctl.engine.schedule.inline import prompt_tokens
@@ -178,6 +179,11 @@ class Scheduler:
         self.running.put(sequence)
         return True
 
+    def move(self, request_id: str, offer: bool) -> None:
+        """Hold a sequence for a peer, if it decodes: see moves."""
+        if (sequence := self.sequences.get(request_id)) is not None:
+            moves.begin(sequence, offer, self.limits.max_model_len)
+
     def abort(self, request_id: str) -> None:
         """Abort a sequence in any state. Blocks being written to are freed when the pull has ended."""
         sequence = self.sequences.get(request_id)
@@ -243,12 +249,14 @@ class Scheduler:
             self._room.computed(sequence, piece.count)
             if piece.samples:
                 self._take(piece, [next(sampled) for _ in range(piece.num_sampled)], outcome)
-            elif sequence.offer:
+            if sequence.status is not Status.RUNNING or sequence.request_id not in self.sequences:
+                continue
+            self.running.put(sequence)
+            # Of a sequence that decodes, the rest follows at once when it is held.
+            if sequence.offer and not (piece.samples and sequence.offered):
                 sequence.offered = True
-                blocks = list(sequence.block_ids)
-                outcome.progress.append(Progress(sequence.request_id, blocks, sequence.num_computed))
-            if sequence.status is Status.RUNNING and sequence.request_id in self.sequences:
-                self.running.put(sequence)
+                blocks, computed = list(sequence.block_ids), sequence.num_computed
+                outcome.progress.append(Progress(sequence.request_id, blocks, computed, sequence.hold_at))
         return outcome
 
     def books(self, steps: int) -> Books:
@@ -326,7 +334,7 @@ class Scheduler:
                 self._room.computed(sequence, 1)
             self._append(sequence, token_id, told, outcome)
             taken.append(token_id)
-            if sequence.request_id not in self.sequences:
+            if sequence.request_id not in self.sequences or sequence.status is not Status.RUNNING:
                 break
         self._drafts.settle(piece, taken)
 
@@ -336,7 +344,7 @@ class Scheduler:
         now, pace = self._clock(), sequence.pace
         sequence.pace = Pace(now, now) if pace is None else Pace(pace.first_at, now, pace.later + 1)
         reason = self._finish_reason(sequence, token_id)
-        if sequence.hold and reason is None:
+        if sequence.hold and reason is None and len(sequence.token_ids) > sequence.hold_at:
             self.running.remove(sequence)
             self._room.become(sequence, Status.HELD)
             blocks, tokens = list(sequence.block_ids), len(sequence.token_ids) - 1

@@ -54,6 +54,7 @@ class Sequence:
     prompt_len: int
     sampling: Sampling
     hold: bool = False
+    hold_at: int = 0  # with `hold`: not before it has KV of so many tokens
     offer: bool = False  # its first chunks may be read before the last one is computed
     offered: bool = False
     kv_tokens: int = 0

@@ -43,7 +43,7 @@ _MAX_EVENT = 16 * 2**20
 
 class EventReader:
     """Reads one stream to its end. `seconds`: from its first tokens to its last; `completion_tokens`: by the engine's
-    own count, if it tells one; `valid_until`: see calls.decode."""
+    own count, if it tells one; `hand_over`: with this it goes on elsewhere; `valid_until`: see calls.decode."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class EventReader:
         self.reasoning_tokens = 0
         self.completion_tokens = 0
         self.finished = False
+        self.hand_over: bytes | None = None
         self._engine = engine
         self._state = state
         self._sink = sink
@@ -242,6 +243,7 @@ class EventReader:
         if delta.prompt_ids and not self._state.prompt_ids:
             # A later engine reports the tokens so far as a part of its prompt.
             self._state.prompt_ids = delta.prompt_ids
+        self.hand_over = delta.hand_over or self.hand_over
         if delta.choice is None:
             return
         if delta.token_ids:

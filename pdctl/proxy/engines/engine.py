@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from pdctl.adapters import Condition, Dialect
-from pdctl.net.http_client import ConnectionPool, Exchange
+from pdctl.adapters import Condition, Dialect, dialect
+from pdctl.errors import PdctlError
+from pdctl.net.http_client import ConnectionPool, Exchange, header_lines
 from pdctl.proxy.engines.breaker import Breaker
 from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import LoadMeter, PrefixSet, Window
 from pdctl.proxy_wire import EngineAddress
+from pdctl.user_files import read_user_text
 
 # An engine is stuck if all its streams wait for this multiple of its usual gap between tokens, within these limits.
 _STALL_GAPS = 50
@@ -33,6 +36,7 @@ class Ticket:
     """One call to an engine. `patience_s`: its timeout without data; `streaming`: tokens have arrived.
 
     `source`: the prefill engine that has its KV, "" if none; `kv_lost`: it was cut because that engine is gone.
+    `attempt`: its name for the engine; `target`: the engine that its stream is to move to, asked for at `move_at`.
     """
 
     exchange: Exchange
@@ -40,6 +44,9 @@ class Ticket:
     streaming: bool = False
     source: str = ""
     kv_lost: bool = False
+    attempt: str = ""
+    target: str = ""
+    move_at: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +57,8 @@ class Engine:
     counted as stuck without having died. Then it is slow, and cutting its calls only adds load: the limit doubles.
     `unlinked`: prefill engines from which it cannot read, as the supervisor says; `room`: for KV, of a prefill engine
     that does not protect it; `handing_over`: requests between their prefill call and the end of their hand-over.
-    `hand_over_s`: usual time from the end of a prefill to its own first token, 0 if unknown.
+    `hand_over_s`: usual time from the end of a prefill to its own first token, 0 if unknown. `moving`: its streams are
+    to go on at other engines.
     `took_s`: durations of the last answered calls, for those who look; routing uses the windows.
     """
 
@@ -82,7 +90,14 @@ class Engine:
     room: KvRoom | None = None
     handing_over: int = 0
     hand_over_s: float = 0.0
+    moving: bool = False
     took_s: deque[float] = field(default_factory=lambda: deque(maxlen=_CALLS_KEPT))
+
+    @classmethod
+    def of(cls, address: EngineAddress, secret: str) -> Engine:
+        """An engine with the run's secret, or its own. Raises PdctlError for an unreadable secret."""
+        client, speaks = ConnectionPool(address.host, address.port), dialect(address.kind, address.connector)
+        return cls(address, client, speaks, address.slot, _authorization(address, secret))
 
     @property
     def name(self) -> str:
@@ -165,3 +180,14 @@ class Engine:
             return None
         silent = now - max(self.heard_at, min(waiting))
         return silent if silent > limit else None
+
+
+def _authorization(address: EngineAddress, secret: str) -> bytes:
+    """The authorization header for an engine: with the run's secret, or an attached engine's."""
+    if address.secret_file:
+        try:
+            secret = read_user_text(Path(address.secret_file)).strip()
+        except OSError as failure:
+            hint = "secret_file must be readable and contain the engine's secret or API key"
+            raise PdctlError(f"{address.secret_file} cannot be read: {failure.strerror}", hint) from failure
+    return header_lines({"authorization": f"Bearer {secret}"}) if secret else b""

@@ -7,11 +7,9 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from pdctl.adapters import Condition, dialect
-from pdctl.errors import PdctlError
-from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
+from pdctl.adapters import Condition
+from pdctl.net.http_client import Unreachable
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.inline import Prospect, Why, is_better, prompts_s
 from pdctl.proxy.engines.kv_room import KvRoom
@@ -19,7 +17,6 @@ from pdctl.proxy.engines.load import SharedLoads
 from pdctl.proxy.engines.outlook import Outlook
 from pdctl.proxy.engines.routing import EnginePair, Load, View
 from pdctl.proxy_wire import EngineAddress
-from pdctl.user_files import read_user_text
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +69,7 @@ class EnginePool:
 
         Raises PdctlError for an unreadable secret.
         """
-        found = cls([_engine(address, secret) for address in addresses], shared, predicts)
+        found = cls([Engine.of(address, secret) for address in addresses], shared, predicts)
         found._secret = secret
         return found
 
@@ -82,20 +79,22 @@ class EnginePool:
         draining: Sequence[str],
         predicts: bool,
         unlinked: Mapping[str, Sequence[str]] | None = None,
+        moving: Sequence[str] = (),
     ) -> None:
         """Use these engines from now on and cut calls to removed ones. Raises PdctlError without any change.
 
-        `unlinked`: by decode engine, the prefill engines from which it cannot read.
+        `unlinked`: by decode engine, the prefill engines from which it cannot read; `moving`: engines whose streams go
+        on elsewhere.
         """
         known = {engine.address.identity: engine for engine in self.engines}
-        wanted = [known.get(address.identity) or _engine(address, self._secret) for address in addresses]
+        wanted = [known.get(address.identity) or Engine.of(address, self._secret) for address in addresses]
         for engine in [engine for engine in self.engines if engine not in wanted]:
             self._drop(engine)
         self.engines, self._predicts = wanted, predicts
         self.by_name = {engine.name: engine for engine in wanted}
         for engine, address in zip(wanted, addresses, strict=True):
             engine.address = address  # the same engine may have another role by now
-            engine.draining = engine.name in draining
+            engine.draining, engine.moving = engine.name in draining, engine.name in moving
             lost = frozenset((unlinked or {}).get(engine.name, ()))
             for source in lost - engine.unlinked:
                 engine.cut_waiting(source)
@@ -122,7 +121,7 @@ class EnginePool:
         for engine in self.engines:
             prompts, streams = self._loads(engine)
             work = engine.condition.work
-                # An engine that is not ours may predict anything.
+            # An engine that is not ours may predict anything.
             if work is not None and (seconds := work.times.prompt_s(work.budget, 0, work.budget)) > 0:
                 prompts = Load(prompts.pending, work.budget / self._tokens_per_byte / seconds)
             address = engine.address
@@ -365,24 +364,6 @@ class EnginePool:
         # A refused connection is conclusive; silence only if it lasts.
         if not failure.sent or engine.misses >= _MISSES:
             self.lost(engine, str(failure))
-
-
-def _engine(address: EngineAddress, secret: str) -> Engine:
-    client = ConnectionPool(address.host, address.port)
-    return Engine(
-        address, client, dialect(address.kind, address.connector), address.slot, _authorization(address, secret)
-    )
-
-
-def _authorization(address: EngineAddress, secret: str) -> bytes:
-    """The authorization header for an engine: with the run's secret, or an attached engine's."""
-    if address.secret_file:
-        try:
-            secret = read_user_text(Path(address.secret_file)).strip()
-        except OSError as failure:
-            hint = "secret_file must be readable and contain the engine's secret or API key"
-            raise PdctlError(f"{address.secret_file} cannot be read: {failure.strerror}", hint) from failure
-    return header_lines({"authorization": f"Bearer {secret}"}) if secret else b""
 
 
 def _inline(engines: list[Engine]) -> list[Engine]:

@@ -19,7 +19,7 @@ from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.kv_room import NoRoom, Share
 from pdctl.proxy.engines.load import LoadMeter
 from pdctl.proxy.request.failover import Cause, Failure, classify
-from pdctl.proxy.request.leg import Leg, Shared
+from pdctl.proxy.request.leg import Leg, Move, Shared
 from pdctl.proxy.request.unfinished import Called
 from pdctl.wire import ATTEMPT_HEADER, TIMING_HEADER
 
@@ -139,25 +139,27 @@ async def decode(
         exchange = engine.client.exchange("POST", call.path, _lines(leg, engine) + call.headers, call.body)
         patience_s = _first_token_s(leg, kv_from) if kv_from else _patience_s(leg, engine)
         ticket = _begin(leg, engine, exchange, patience_s)
-        ticket.source = attempt.prefill.name if kv_from else ""
+        ticket.source, ticket.attempt = attempt.prefill.name if kv_from else "", attempt.name
         try:
             await _read(leg, engine, exchange, ticket, partial(load.streams, on_first_token), valid_until)
         finally:
             _end(leg, engine, ticket)
     except (Unreachable, EngineError) as failure:
+        _stay(leg)
         if ticket is not None and ticket.kv_lost:
             raise CallFailed(engine, Failure(engine.name, Cause.KV_LOST, str(failure))) from failure
         if isinstance(failure, Unreachable):
             later(leg, engine, engine.dialect.give_up_decode_call(attempt.name))
         raise _failed(leg, engine, failure) from failure
     except asyncio.CancelledError:
+        _stay(leg)
         later(leg, engine, engine.dialect.give_up_decode_call(attempt.name))
         raise
     finally:
         if share is not None and engine.room is not None:
             engine.room.give_back(share)
         load.end()
-    if not leg.finished:
+    if not leg.finished and leg.move is None:
         raise CallFailed(engine, Failure(engine.name, Cause.BROKE, f"{engine.name} ended its stream early"))
     engine.took_s.append(time.monotonic() - started)
     engine.breaker.succeeded()
@@ -178,8 +180,9 @@ class _Load:
     def streams(self, then: Callable[[], None] | None) -> None:
         """The first token is here."""
         now, timing = time.monotonic(), self._leg.timing
-        if not self._in_prompt and timing.prefilled_at and not self._leg.in_one_piece:
-            self._engine.took_over(now - timing.prefilled_at)
+        held_at = timing.moved_at or timing.prefilled_at
+        if not self._in_prompt and held_at and not self._leg.in_one_piece:
+            self._engine.took_over(now - held_at)
         if self._in_prompt:
             self._engine.prompts.end(self._leg.size, now, done=True)
             self._in_prompt = False
@@ -200,6 +203,13 @@ class _Load:
 
     def _meter(self) -> tuple[LoadMeter, float]:
         return (self._engine.prompts, self._leg.size) if self._in_prompt else (self._engine.streams, 1.0)
+
+
+def _stay(leg: Leg) -> None:
+    """The stream has failed after its hand-over was read: nobody will read its KV."""
+    move, leg.move = leg.move, None
+    if move is not None:
+        release(leg, move.source, move.hand_over)
 
 
 def release(leg: Leg, prefill_engine: Engine, hand_over: bytes | None) -> None:
@@ -259,6 +269,8 @@ async def _read(
     finally:
         reader.settle()
         leg.finished = leg.finished or reader.finished
+        if reader.hand_over is not None:
+            leg.move = Move(engine, reader.hand_over, ticket.target)
         leg.prompt_tokens = reader.prompt_tokens or leg.prompt_tokens
         leg.cached_tokens = leg.cached_tokens or reader.cached_tokens
         leg.completion_tokens = reader.completion_tokens or leg.completion_tokens

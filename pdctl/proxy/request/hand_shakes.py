@@ -45,6 +45,11 @@ async def _sequential(call: PairCall) -> None:
         await _handed_over(call, hand_over, valid_until)
 
 
+async def go_on(call: PairCall, hand_over: bytes) -> None:
+    """Continue a stream that `call.prefill` has handed over. Raises CallFailed."""
+    await _handed_over(call, hand_over, math.inf)
+
+
 def _lease_end(call: PairCall) -> float:
     """The latest moment at which the first token may come, for a prefill that begins now.
 

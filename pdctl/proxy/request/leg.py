@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pdctl.adapters import RequestState
 from pdctl.proxy.answers.sinks import Sink
 from pdctl.proxy.engines.breaker import RetryBudget
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.kv_room import Share
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.engines.releases import Releases
@@ -41,6 +43,14 @@ class Shared:
     request_number: int = 0
 
 
+class Move(NamedTuple):
+    """A stream goes on at another engine: `source` has its KV; `target`: the engine that was to read it."""
+
+    source: Engine
+    hand_over: bytes
+    target: str
+
+
 class Leg:
     """One choice of one prompt. `state.emitted`: ids of output tokens that the client has, or will get with a whole
     answer.
@@ -48,7 +58,7 @@ class Leg:
     `name`: the request id for engines; `headers`: header lines for engines; `size`: of the prompt, in bytes of the
     request; `body`: the client's request, which identifies it in quarantine; `pieces`: the prompt's prefixes; `whole`:
     the body of an answer in one piece, as sent to the client; `failures`: calls that failed; `share`: the room of its
-    KV at a prefill engine.
+    KV at a prefill engine; `move`: where its stream goes on.
     """
 
     # Class attributes: most requests never set these, and then they need no memory per request.
@@ -60,6 +70,7 @@ class Leg:
     failures = 0
     finished = False
     share: Share | None = None
+    move: Move | None = None
     # The time of the first token of an answer in one piece is unknown. Where it matters, the engine must stream.
     must_stream = False
 

@@ -17,10 +17,11 @@ from pdctl.net.asgi import new_name
 from pdctl.net.openai_api import ApiError
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.routing import Ask, EnginePair, choose
-from pdctl.proxy.request.calls import CallFailed, decode
-from pdctl.proxy.request.failover import Cause, ComputeAlone, GiveUp, Tries, decide
-from pdctl.proxy.request.hand_shakes import PairCall, compute
-from pdctl.proxy.request.leg import Leg
+from pdctl.proxy.request.calls import CallFailed, decode, release
+from pdctl.proxy.request.failover import Cause, ComputeAlone, Failure, GiveUp, Tries, decide
+from pdctl.proxy.request.hand_shakes import PairCall, compute, go_on
+from pdctl.proxy.request.leg import Leg, Move
+from pdctl.proxy.request.migration import can_take, target_of
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +66,27 @@ class Relay:
                 attempt = Attempt(new_name(), prefill.address, decoding.address)
                 leg.must_stream = not decoding.dialect.verifies_leases
                 await compute(PairCall(leg, attempt, prefill, decoding))
+            while (move := leg.move) is not None:
+                leg.move = None
+                await self._go_on(move)
         except CallFailed as failed:
             await self._failed(failed)
+
+    async def _go_on(self, move: Move) -> None:
+        """Continue a stream at another engine. Raises CallFailed."""
+        leg, source, now = self.leg, move.source, time.monotonic()
+        pool, leg.timing.moved_at = leg.shared.pool, now
+        target = pool.by_name.get(move.target)
+        if target is None or not can_take(source, target, now):
+            target = target_of(source, pool.engines, now)
+        if target is None:
+            release(leg, source, move.hand_over)
+            message = f"no engine can take over a stream of {source.name}"
+            raise CallFailed(source, Failure(source.name, Cause.NOT_REACHED, message))
+        leg.timing.engines = (leg.timing.engines[0], target.name)
+        attempt = Attempt(new_name(), source.address, target.address)
+        await go_on(PairCall(leg, attempt, source, target), move.hand_over)
+        leg.shared.metrics.moved(source.name)
 
     def _one_engine(self, pair: EnginePair, prefill: Engine, decoding: Engine) -> Engine | None:
         """The engine that computes the rest alone; None for a pair."""

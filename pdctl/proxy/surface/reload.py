@@ -54,7 +54,7 @@ class Reloader:
         wanted = msgspec.structs.replace(wanted, **{name: getattr(self.config, name) for name in ProxyConfig.FIXED})
         completions, shared = self._completions, self._completions.shared
         keys = Keys(wanted.api_keys) if wanted.api_keys != self.config.api_keys else completions.keys
-        shared.pool.follow(wanted.engines, wanted.draining, wanted.admission == "slo", wanted.unlinked)
+        shared.pool.follow(wanted.engines, wanted.draining, wanted.admission == "slo", wanted.unlinked, wanted.moving)
         for engine in shared.pool.engines:
             if engine.room is not None and wanted.swept.get(engine.name, 0) != self.config.swept.get(engine.name, 0):
                 engine.room.swept()

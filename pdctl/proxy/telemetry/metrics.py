@@ -38,6 +38,7 @@ _COUNTERS = {
     "prompt_tokens": ("pdctl_proxy_prompt_tokens", "Prompt tokens of answered requests", ()),
     "slo_met": ("pdctl_proxy_slo_met", "Requests that met a target", ("target",)),
     "failovers": ("pdctl_proxy_failovers", "Requests that failed over from this engine", ("engine",)),
+    "moved": ("pdctl_proxy_streams_moved", "Streams that went on from this engine at another one", ("engine",)),
     "hand_overs": ("pdctl_proxy_hand_overs", "Requests decoded from handed-over KV", ("prefill", "decode")),
     "hand_over_seconds": (
         "pdctl_proxy_hand_over_seconds", "Time that decode engines spent fetching KV", ("prefill", "decode"),
@@ -120,6 +121,10 @@ class Metrics:
     def failed_over(self, engine: str) -> None:
         """A request failed over from an engine."""
         self.counters.count("failovers", engine)
+
+    def moved(self, engine: str) -> None:
+        """A stream went on from an engine at another one."""
+        self.counters.count("moved", engine)
 
     def shed(self, reason: str) -> None:
         """A request was refused with 429."""

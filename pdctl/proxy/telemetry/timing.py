@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 class Timing:
     """Times in monotonic seconds; 0.0 if not happened. After a failed attempt only the first token's time is kept.
 
+    `moved_at`: its stream ended, to go on at another engine.
     `stages`: the decode engine's seconds for hand_over, admission and first_step, and hand-over `bytes`.
     """
 
@@ -18,6 +19,7 @@ class Timing:
     prefilled_at: float = 0.0
     first_token_at: float = 0.0
     decode_at: float = 0.0
+    moved_at: float = 0.0
     engines: tuple[str, str] = ("", "")
     stages: dict[str, float] = field(default_factory=dict)
 

@@ -148,6 +148,7 @@ class Proxies:
             accept_nodes=proxy.accept_nodes,
             node_keys=proxy.node_keys,
             draining=sorted(self.draining | self.paused | self.leaving),
+            moving=sorted(self.draining),
             unlinked=self.unlinked(engines),
             swept=dict(self.swept),
             # Running answers may finish during most of the time before the next signal.

@@ -20,6 +20,7 @@ from pdctl.adapters import (
 )  # fmt: skip
 from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
 from pdctl.net.openai_api import Counts
+from pdctl.proxy_wire import EngineAddress
 
 _encode = msgspec.json.Encoder().encode
 
@@ -96,6 +97,10 @@ class EchoDialect:
 
     def give_up_decode_call(self, attempt: str) -> Call | None:
         """See Dialect.give_up_decode_call."""
+        return None
+
+    def move_call(self, attempt: str, to: EngineAddress) -> Call | None:
+        """See Dialect.move_call. Its streams end where they began."""
         return None
 
     def release_call(self, hand_over: bytes) -> Call | None:

@@ -16,6 +16,7 @@ from pdctl.engine.front.api.metrics import render_metrics
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
+from pdctl.engine.front.handover.moves import Moves
 from pdctl.engine.front.handover.peers import SESSION_PATH
 from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.front.kv_events import KvEvents
@@ -32,6 +33,7 @@ from pdctl.wire import (
     HolderCall,
     LeaseCall,
     LinkCall,
+    MoveCall,
     Offer,
     RenewCall,
     RevokeCall,
@@ -53,6 +55,7 @@ class Control:
         leases: LeaseDesk,
         links: LinkBook,
         receiver: Receiver,
+        moves: Moves,
         desk: RouterDesk,
         events: KvEvents | None,
     ) -> None:
@@ -62,6 +65,7 @@ class Control:
         self._leases = leases
         self._links = links
         self._receiver = receiver
+        self._moves = moves
         self._desk = desk
         self._events = events
         # The supervisor tells it once the engine is ready; until then it takes everything.
@@ -79,6 +83,7 @@ class Control:
             self._post("/pdctl/v1/holders/release", HolderCall, leases.release_holder),
             self._post("/pdctl/v1/attempts/release", AttemptCall, leases.give_up),
             self._post("/pdctl/v1/offers", Offer, self._receiver.offer),
+            self._post("/pdctl/v1/moves", MoveCall, self._moves.move),
             self._post("/pdctl/v1/links", LinkCall, self._links.make),
             self._post("/pdctl/v1/role", RoleCall, self._take_role),
             self._post(SESSION_PATH, SessionCall, self._desk.take),

@@ -15,6 +15,7 @@ from pdctl.engine.front.api.output import Output, Piece, thinking
 from pdctl.engine.front.api.parsers import Parsers
 from pdctl.engine.front.api.text import TextCodec
 from pdctl.engine.front.core_client import CoreClient, Note, RequestEvents
+from pdctl.engine.front.handover.moves import Moves
 from pdctl.engine.front.handover.offers import OfferDesk, Offering
 from pdctl.engine.front.handover.peers import Peers, of_hand_over
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
@@ -30,7 +31,14 @@ class Generator:
     """Runs requests on one engine."""
 
     def __init__(
-        self, codec: TextCodec, parsers: Parsers, core: CoreClient, desk: OfferDesk, peers: Peers, receiver: Receiver
+        self,
+        codec: TextCodec,
+        parsers: Parsers,
+        core: CoreClient,
+        desk: OfferDesk,
+        peers: Peers,
+        receiver: Receiver,
+        moves: Moves,
     ) -> None:
         self._identity = desk.identity
         self._codec = codec
@@ -39,6 +47,7 @@ class Generator:
         self._desk = desk
         self._peers = peers
         self._receiver = receiver
+        self._moves = moves
 
     def thinking(self, token_ids: list[int]) -> Thinking | None:
         """The reasoning that may come before guided output after this prompt."""
@@ -103,12 +112,20 @@ class Generator:
         self, request: GenerationRequest, submit: Submit, events: RequestEvents, text: Output
     ) -> AsyncIterator[Piece]:
         offering = Offering(self._desk, submit, request.holder, request.attempt, request.offer_to)
-        last = False
+        with self._moves.open(request.attempt if request.stream else "", submit.request_id, offering):
+            async for piece in self._offered(request, submit, events, text, offering):
+                yield piece
+
+    async def _offered(
+        self, request: GenerationRequest, submit: Submit, events: RequestEvents, text: Output, offering: Offering
+    ) -> AsyncIterator[Piece]:
+        token_ids, last = list(submit.token_ids), False
         try:
             while not last:
                 match event := await events.get():
                     case Token():
                         _count_cached(request, event.cached)
+                        token_ids.append(event.token_id)
                         piece = self._piece(event, text)
                         last = piece.finish_reason is not None
                         yield piece
@@ -119,7 +136,7 @@ class Generator:
                     case Held():
                         last = True
                         _count_cached(request, event.cached)
-                        yield self._held(submit, event, text, offering)
+                        yield self._held(submit, token_ids, event, text, offering)
                     case Failed(request_id, reason):
                         self._core.keep(request_id)
                         raise ApiError(400, reason)
@@ -135,7 +152,8 @@ class Generator:
             self._core.keep(token.request_id)
         return text.token(token.token_id, token.finish_reason, token.logprobs, token.prompt_logprobs)
 
-    def _held(self, submit: Submit, held: Held, text: Output, offering: Offering) -> Piece:
+    def _held(self, submit: Submit, token_ids: list[int], held: Held, text: Output, offering: Offering) -> Piece:
+        assert len(token_ids) == held.num_tokens
         request_id = submit.request_id
         piece = text.token(held.token_id, None, held.logprobs, held.prompt_logprobs)
         if piece.finish_reason is not None:
@@ -154,7 +172,7 @@ class Generator:
             remote_port=me.port,
             remote_block_ids=held.block_ids,
             remote_num_tokens=held.num_tokens,
-            token_digest=token_digest(submit.token_ids[: held.num_tokens]),
+            token_digest=token_digest(token_ids),
             lease_id=lease.lease_id,
             epoch=me.epoch,
             lease_s=me.lease_s,
@@ -162,6 +180,7 @@ class Generator:
             endpoint=self._core.endpoint,
             first_logprobs=held.logprobs,
             cached_tokens=held.cached,
+            moved=not submit.hold,
         )
         return replace(piece, hand_over=hand_over)
 
@@ -202,7 +221,8 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         offer=request.offer_to is not None,
         await_kv=hand_over is not None,
         kv_tokens=kv_tokens,
-        kv_segment=0 if hand_over is None else hand_over.endpoint.pool.manifest.segment,
+        # An answer's tokens are not computed in segments.
+        kv_segment=0 if hand_over is None or hand_over.moved else hand_over.endpoint.pool.manifest.segment,
         tenant=request.tenant,
         salt=request.salt,
         priority=request.priority,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.parsers import Parsers
 from pdctl.engine.front.api.parsers.reasoning import ReasoningText, is_open, is_over
@@ -12,7 +14,8 @@ from pdctl.engine.front.api.parsers.tool_calls import ToolCall, ToolFormat, join
 from pdctl.engine.front.api.text import OutputText, TextCodec
 from pdctl.engine.front.api.token_text import text_of
 from pdctl.engine.ipc.messages import Logprobs, PromptToken, Thinking
-from pdctl.wire import HandOver
+from pdctl.net.openai_api import DONE, Counts, usage
+from pdctl.wire import TIMING_HEADER, HandOver
 
 # Enough prompt tokens for the detokenizer to join the first output token to the prompt.
 _PROMPT_TAIL = 8
@@ -255,3 +258,28 @@ def whole_choice(pieces: list[Piece], chat: bool) -> Json:
 def _reasoned(thought: str) -> Json:
     """Reasoning under both of its names: vLLM's since 0.12, and the one before, which most clients look for."""
     return {"reasoning": thought, "reasoning_content": thought}
+
+
+def stream_end(request: GenerationRequest, piece: Piece, count: int) -> bytes:
+    """The bytes after the last event, sent in the same write; empty if more events follow. `count`: new tokens so far.
+    The end of a stream that goes on elsewhere is its hand-over."""
+    if piece.hand_over is not None:
+        return b"data: " + msgspec.json.encode({"kv_transfer_params": piece.hand_over}) + b"\n\n" + DONE
+    if piece.finish_reason is None:
+        return b""
+    counts = request.envelope.usage_chunk(usage_of(request, count)) if request.include_usage else b""
+    return counts + DONE
+
+
+def usage_of(request: GenerationRequest, new_tokens: int) -> dict[str, object]:
+    """Token counts of the request, including resumed tokens."""
+    output = new_tokens + len(request.resume)
+    return usage(Counts(len(request.token_ids), output, request.cached, request.reasoning))
+
+
+def timed(request: GenerationRequest) -> list[tuple[bytes, bytes]]:
+    """The time of the KV transfer, as a header for the proxy."""
+    if not request.stages:
+        return []
+    said = ",".join(f"{name}={value:.6g}" for name, value in request.stages.items())
+    return [(TIMING_HEADER.encode(), said.encode())]

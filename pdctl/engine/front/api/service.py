@@ -24,7 +24,7 @@ from pdctl.engine.front.api.control import Control, Locked
 from pdctl.engine.front.api.generate import Generator
 from pdctl.engine.front.api.messages import messages_of
 from pdctl.engine.front.api.openai import GenerationRequest
-from pdctl.engine.front.api.output import Piece, chunk_choice, whole_choice
+from pdctl.engine.front.api.output import Piece, chunk_choice, stream_end, timed, usage_of, whole_choice
 from pdctl.engine.front.api.targets import targets
 from pdctl.engine.front.api.text import NoChatTemplate, TextCodec
 from pdctl.engine.front.core_client import CoreClient
@@ -34,9 +34,9 @@ from pdctl.engine.front.routers.transfers import Router, Transfer, Transfers
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
-from pdctl.net.openai_api import DONE, ApiError, Counts, Envelope, decode_request, usage
+from pdctl.net.openai_api import ApiError, Envelope, decode_request
 from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
+from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER
 
 _T = TypeVar("_T")
 
@@ -339,14 +339,14 @@ class _Generate(_Post):
         extra: dict[str, object] = {}
         if request.hold:
             extra = self._service.routers.fields(request.router, pieces[-1].hand_over, token_ids)
-        counts = _usage(request, len(token_ids))
+        counts = usage_of(request, len(token_ids))
         if request.hold and request.router is Router.OURS:
             # Another engine continues it, so it is sent like the beginning of a stream.
             assert len(pieces) == 1, "a held prefill computes one token"
             choice = chunk_choice(pieces[0], self._chat, first=not request.resume)
         else:
             choice = whole_choice(pieces, self._chat)
-        await asgi.respond(send, 200, request.envelope.body([choice], counts, extra, token_ids), _timed(request))
+        await asgi.respond(send, 200, request.envelope.body([choice], counts, extra, token_ids), timed(request))
 
     async def _stream(self, request: GenerationRequest, send: Send) -> None:
         started = False
@@ -354,14 +354,14 @@ class _Generate(_Post):
         try:
             async for piece in self._service.generator.run(request):
                 if not started:
-                    await asgi.start_stream(send, _timed(request))
+                    await asgi.start_stream(send, timed(request))
                 count += len(piece.token_ids)
                 first = not started and not request.resume
-                counts = _usage(request, count) if request.counts_each else None
+                counts = usage_of(request, count) if request.counts_each else None
                 event = request.envelope.event(0, chunk_choice(piece, self._chat, first), piece.token_ids, counts)
                 started = True
-                last = piece.finish_reason is not None
-                await asgi.send_part(send, event + (_tail(request, count) if last else b""), last)
+                tail = stream_end(request, piece, count)
+                await asgi.send_part(send, event + tail, last=bool(tail))
         except (ApiError, KvLost) as failure:
             error = _api_error(failure)
             if started:
@@ -370,30 +370,10 @@ class _Generate(_Post):
                 await asgi.respond_error(send, error)
 
 
-def _timed(request: GenerationRequest) -> list[tuple[bytes, bytes]]:
-    """The time of the KV transfer, as a header for the proxy."""
-    if not request.stages:
-        return []
-    said = ",".join(f"{name}={value:.6g}" for name, value in request.stages.items())
-    return [(TIMING_HEADER.encode(), said.encode())]
-
-
-def _tail(request: GenerationRequest, count: int) -> bytes:
-    """The bytes after the last event, sent in the same write."""
-    counts = request.envelope.usage_chunk(_usage(request, count)) if request.include_usage else b""
-    return counts + DONE
-
-
 def _salt(tenant: str, chosen: str | None) -> str:
     """Tenants share no KV: who has sent the same prompt before could be told by the time of an answer. A client may
     divide further."""
     return msgspec.json.encode([tenant, chosen or ""]).decode() if tenant or chosen else ""
-
-
-def _usage(request: GenerationRequest, new_tokens: int) -> dict[str, object]:
-    """Token counts of the request, including resumed tokens."""
-    output = new_tokens + len(request.resume)
-    return usage(Counts(len(request.token_ids), output, request.cached, request.reasoning))
 
 
 def _api_error(failure: ApiError | KvLost) -> ApiError:

@@ -1,4 +1,4 @@
-"""The prefill side of reading early: leases on prompts that are still computed, and offers to the decode engine."""
+"""The other side of reading early: leases on KV that is still computed, and offers to the engine that will read it."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class OfferDesk:
             self._sending += 1
             self._tasks.create_task(self._send(to, offer))
 
-    def make(self, lease: Lease, offered: Submit, readable: int, block_ids: list[int], withdrawn: bool) -> Offer:
+    def make(self, lease: Lease, num_tokens: int, readable: int, block_ids: list[int], withdrawn: bool) -> Offer:
         """An offer of this engine, without tokens."""
         me = self.identity
         return Offer(
-            me.name, me.host, me.port, lease.lease_id, me.epoch, me.lease_s, len(offered.token_ids), readable,
-            block_ids, self._core.endpoint, withdrawn,
+            me.name, me.host, me.port, lease.lease_id, me.epoch, me.lease_s, num_tokens, readable, block_ids,
+            self._core.endpoint, withdrawn,
         )  # fmt: skip
 
     async def _send(self, to: OfferTo, offer: Offer) -> None:
@@ -71,9 +71,9 @@ class OfferDesk:
 
 
 class Offering:
-    """The leases of one prefill: an early one if it is offered, and always a final one.
+    """The leases of one request that is handed over: an early one if it is offered, and always a final one.
 
-    `router` and `attempt`: the calling router and its name for the call; `to`: the decode engine that may read early.
+    `router` and `attempt`: the calling router and its name for the call; `to`: the engine that may read early.
     """
 
     def __init__(self, desk: OfferDesk, submit: Submit, router: str, attempt: str, to: OfferTo | None) -> None:
@@ -84,18 +84,24 @@ class Offering:
         self._to = to
         self._lease: Lease | None = None
         self._block_ids: list[int] = []
+        self._num_tokens = len(submit.token_ids)
         self._has_told_tokens = False
+
+    def redirect(self, to: OfferTo) -> None:
+        """Another engine will read the KV."""
+        self._to = to
 
     def progress(self, done: Progress) -> None:
         """A chunk is computed: offer its KV."""
         self._block_ids = done.block_ids
+        self._num_tokens = done.num_tokens or self._num_tokens
         if self._lease is None:
             self._lease = self._grant(len(done.block_ids), sealed=False)
         if self._lease is not None:
             self._tell(self._lease, done.num_computed)
 
     def held(self, held: Held) -> Lease | None:
-        """The prefill is done: the lease of the hand-over. None if the router has given up the call."""
+        """The KV is complete: the lease of the hand-over. None if the router has given up the call."""
         leases, early = self._desk.leases, self._lease
         self._lease = None
         sealed = leases.seal(early.lease_id, len(held.block_ids)) if early else None
@@ -116,8 +122,9 @@ class Offering:
 
     def _tell(self, lease: Lease, readable: int, withdrawn: bool = False) -> None:
         if self._to is not None:
-            offer = self._desk.make(lease, self._submit, readable, self._block_ids, withdrawn)
-            if not self._has_told_tokens:
+            offer = self._desk.make(lease, self._num_tokens, readable, self._block_ids, withdrawn)
+            # Those of an answer are not known before it is held.
+            if not self._has_told_tokens and self._num_tokens == len(self._submit.token_ids):
                 self._has_told_tokens = True
                 offer = msgspec.structs.replace(offer, token_ids=self._submit.token_ids, salt=self._submit.salt)
             self._desk.send(self._to, offer)
