@@ -7,6 +7,7 @@ only the KV of these is left when it is held.
 
 from __future__ import annotations
 
+from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.sequence import Sequence, Status
 
 # Tokens that an offered sequence still gets here. The peer needs about a step to reserve its blocks, and a copy within
@@ -16,14 +17,15 @@ TOKENS_AHEAD = 4
 _LEAST_LEFT = 4
 
 
-def begin(sequence: Sequence, offer: bool, longest: int) -> bool:
-    """Have a sequence held for a peer. False if it cannot move now: it does not decode, or it has nearly ended.
-    `longest`: tokens that a sequence may have."""
+def begin(sequence: Sequence, offer: bool, longest: int, room: Room) -> bool:
+    """Have a sequence held for a peer. False if it cannot move now: it does not decode, it has nearly ended, or
+    too many blocks are for peers already. `longest`: tokens that a sequence may have."""
     ahead = TOKENS_AHEAD if offer else 1
     left = min(sequence.sampling.max_tokens - sequence.num_output, longest - len(sequence.token_ids))
     can = sequence.status is Status.RUNNING and not sequence.hold and sequence.num_missing == 1
-    if not can or left < ahead + _LEAST_LEFT:
+    if not can or left < ahead + _LEAST_LEFT or not room.allows_lease(sequence):
         return False
-    sequence.hold, sequence.offer = True, offer
+    room.pin(sequence)
+    sequence.offer = offer
     sequence.hold_at = len(sequence.token_ids) + ahead - 1
     return True

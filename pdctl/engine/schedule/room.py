@@ -159,6 +159,12 @@ class Room:
         sequence.status = status
         self._count(sequence, sequence.block_ids, 1)
 
+    def pin(self, sequence: Sequence) -> None:
+        """From now on the KV of this sequence is for a peer."""
+        self._count(sequence, sequence.block_ids, -1)
+        sequence.hold = True
+        self._count(sequence, sequence.block_ids, 1)
+
     def allows_lease(self, sequence: Sequence) -> bool:
         """Whether a prefill for a peer keeps to the limit of leased blocks. A single one is always allowed."""
         wanted = self.blocks_for(len(sequence.token_ids))

@@ -182,7 +182,7 @@ class Scheduler:
     def move(self, request_id: str, offer: bool) -> None:
         """Hold a sequence for a peer, if it decodes: see moves."""
         if (sequence := self.sequences.get(request_id)) is not None:
-            moves.begin(sequence, offer, self.limits.max_model_len)
+            moves.begin(sequence, offer, self.limits.max_model_len, self._room)
 
     def abort(self, request_id: str) -> None:
         """Abort a sequence in any state. Blocks being written to are freed when the pull has ended."""

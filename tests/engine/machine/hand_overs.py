@@ -48,15 +48,32 @@ class Request:
 
 @dataclass
 class Moving:
-    """A hand-over at its reader. `source`: the prefill's blocks, `reading`: tokens (next, end) of the running read;
-    `late`: tokens that a given-up read may still write, and where; `aborted`: the client has left."""
+    """A hand-over at its reader. `source`: the other's blocks, `tokens`: those whose KV it has; `reading`: tokens
+    (next, end) of the running read."""
 
     request: Request
     lease_id: str
     source: list[int]
+    tokens: int
     state: Reception = field(default_factory=Reception)
     reading: tuple[int, int] | None = None
     committing: bool = False
+
+    @property
+    def first(self) -> int:
+        """The number of output tokens that came before."""
+        return self.tokens - len(self.request.prompt) + 1
+
+
+@dataclass
+class Readable:
+    """KV that the reader may read: `ready` of `tokens`."""
+
+    lease_id: str
+    ready: int
+    tokens: int
+    blocks: list[int]
+    held: Held | None = None
 
 
 class Pair:
@@ -71,7 +88,7 @@ class Pair:
         self.gone: set[str] = set()
         # By the prefill's request: the early lease of one that is offered; the sealed one of one that is held.
         self.early: dict[str, str] = {}
-        self.readable: dict[str, tuple[str, int, list[int], Held | None]] = {}
+        self.readable: dict[str, Readable] = {}
         self.moving: dict[str, Moving] = {}
         self.late: dict[str, tuple[Sequence, list[int]]] = {}
 
@@ -106,7 +123,7 @@ class Pair:
             self._offered(outcome)
         for name, output in engine.outputs.items():
             answer = self.requests[name].answer
-            first = 1 if engine is self.d and name in self.moving else 0
+            first = self.moving[name].first if engine is self.d and name in self.moving else 0
             assert output == answer[first : first + len(output)], f"{name}: wrong tokens"
 
     def _offered(self, outcome: Outcome) -> None:
@@ -118,7 +135,8 @@ class Pair:
                 lease = self.leases.grant(name, len(done.block_ids), ROUTER, self.now, sealed=False)
                 assert lease is not None
                 self.early[name] = lease.lease_id
-            self.readable[name] = self.early[name], done.num_computed, done.block_ids, None
+            tokens = done.num_tokens or len(self.requests[name].prompt)
+            self.readable[name] = Readable(self.early[name], done.num_computed, tokens, done.block_ids)
         for held in outcome.held:
             self._held(held)
         for token in outcome.tokens:
@@ -127,12 +145,13 @@ class Pair:
 
     def _held(self, held: Held) -> None:
         name = held.request_id
-        assert held.token_id == self.requests[name].answer[0]
+        request = self.requests[name]
+        assert held.token_id == request.answer[held.num_tokens - len(request.prompt)]
         early = self.early.pop(name, None)
         lease = self.leases.seal(early, len(held.block_ids), self.now) if early else None
         lease = lease or self.leases.grant(name, len(held.block_ids), ROUTER, self.now)
         assert lease is not None
-        self.readable[name] = lease.lease_id, held.num_tokens, held.block_ids, held
+        self.readable[name] = Readable(lease.lease_id, held.num_tokens, held.num_tokens, held.block_ids, held)
 
     def _withdraw(self, name: str) -> None:
         self.readable.pop(name, None)
@@ -148,36 +167,46 @@ class Pair:
             running = [sequence for sequence in running if sequence.offered] or running
             engine.scheduler._preempt(self.chance.choice(running), Batch(0))
 
+    def move(self, name: str, offer: bool) -> None:
+        """An answer of the first engine is to go on at the other one."""
+        self.p.scheduler.move(name, offer)
+
     # -- the reader --
 
     def receive(self, name: str) -> None:
-        """The decode engine hears of a prefill that is done, or offered for the first time or again."""
-        lease, tokens, blocks, held = self.readable[name]
+        """The other engine hears of a request that is held, or offered for the first time or again."""
+        found = self.readable[name]
+        lease, held = found.lease_id, found.held
         known = next((reader for reader, moving in self.moving.items() if moving.lease_id == lease), None)
         if known is None:
             known = f"{len(self.requests)}"
             self.requests[known] = self.requests[name]
-            self.moving[known] = Moving(self.requests[name], lease, blocks)
+            self.moving[known] = Moving(self.requests[name], lease, found.blocks, found.tokens)
             self._add(known, held)
             ok = self.leases.claim(lease, EPOCH, READER, self.now).ok
             self.advance(known, ReceptionEvent.CLAIM_OK if ok else ReceptionEvent.CLAIM_REFUSED)
         elif held is not None and self.moving[known].state.total is None:
             self._add(known, held)
         moving = self.moving[known]
+        if len(found.blocks) > len(moving.source):
+            # An answer's blocks are allocated one by one.
+            moving.source = found.blocks
         event = ReceptionEvent.OFFERED if held is None else ReceptionEvent.SEALED
         if held is not None and moving.state.phase is not Phase.LOST:
             assert known in self.d.scheduler.sequences
-        self.advance(known, event, tokens)
+        self.advance(known, event, found.ready)
 
     def _add(self, reader: str, held: Held | None) -> None:
         """Reserve blocks, or tell the request of those that are reserved."""
         moving, request = self.moving[reader], self.moving[reader].request
         if moving.state.phase is Phase.LOST:
             return
-        tokens = len(request.prompt)
-        given = request.prompt if held is None else [*request.prompt, held.token_id]
+        tokens, length = moving.tokens, len(request.prompt)
+        known = [*request.prompt, *request.answer[: tokens - length]]
+        # Those of an answer are not known before it is held.
+        given = (known if tokens == length else []) if held is None else [*known, held.token_id]
         sampling = Sampling(max_tokens=len(request.answer))
-        length = 0 if held is None else tokens
+        length = 0 if held is None else length
         sequence = Sequence(
             reader, list(given), length, sampling, kv_tokens=tokens, salt=request.salt, status=Status.AWAITING_BLOCKS
         )
@@ -281,8 +310,8 @@ class Pair:
             return
         todo: list[Callable[[], None]] = [partial(self.step, self.p), partial(self.step, self.d), self.reserve]
         known = {moving.lease_id: moving.state.total is not None for moving in self.moving.values()}
-        for name, (lease, _, _, held) in self.readable.items():
-            if lease not in known or (held is not None and not known[lease]):
+        for name, found in self.readable.items():
+            if found.lease_id not in known or (found.held is not None and not known[found.lease_id]):
                 todo.append(partial(self.receive, name))
         for reader, moving in self.moving.items():
             if moving.reading is not None:
@@ -307,6 +336,8 @@ class Pair:
 
     def _troubles(self) -> list[Callable[[], None]]:
         found: list[Callable[[], None]] = [partial(self.preempt, self.p), partial(self.preempt, self.d)]
+        for name in self.movable():
+            found += [partial(self.move, name, True), partial(self.move, name, False)]
         for reader, moving in self.moving.items():
             if moving.reading is not None:
                 found += [partial(self.end_read, reader, "failed"), partial(self.end_read, reader, "late")]
@@ -315,6 +346,10 @@ class Pair:
         for reader in self.late:
             found += [partial(self.land, reader), partial(self.land, reader), partial(self.settle, reader)]
         return found
+
+    def movable(self) -> list[str]:
+        """The answers that the first engine computes."""
+        return [sequence.request_id for sequence in self.p.scheduler.running.decoding.values()]
 
     # -- checks --
 
@@ -358,7 +393,7 @@ class Pair:
         assert self.d.scheduler.allocator.num_free == self.d.scheduler.allocator.num_blocks, "blocks are left"
         for name in self.requests.keys() - self.gone:
             engine = self.d if name in self.d.outputs else self.p
-            first = 1 if name in self.moving else 0
+            first = self.moving[name].first if name in self.moving else 0
             assert engine.outputs.get(name, []) == self.requests[name].answer[first:], f"{name} has no whole answer"
 
 

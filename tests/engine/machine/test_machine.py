@@ -1,7 +1,7 @@
 """One state machine over blocks with reference counts, prefix table, scheduler, receptions and leases of two engines.
 
 Rules come in any order; all audits run after each. Slots hold the tokens that they were computed from, and nothing once
-they are freed, so a wrong or a freed block is noticed when it is read. That all this can fail is shown by nine
+they are freed, so a wrong or a freed block is noticed when it is read. That all this can fail is shown by eleven
 deliberate faults, each of which the same verbs must find: see `FAULTS`."""
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from hypothesis.stateful import (
 from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.handover.lease import LeaseTable, Verdict
+from pdctl.engine.ipc.messages import Progress
+from pdctl.engine.schedule import moves
 from pdctl.engine.schedule import scheduler as scheduling
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.scheduler import Scheduler
@@ -83,6 +85,11 @@ class TwoEngines(RuleBasedStateMachine):
     @rule(where=ENGINES)
     def preempt(self, where: str) -> None:
         self.pair.preempt(getattr(self.pair, where))
+
+    @precondition(lambda self: self.pair.movable())
+    @rule(data=st.data(), offer=st.booleans())
+    def move(self, data: st.DataObject, offer: bool) -> None:
+        self.pair.move(data.draw(st.sampled_from(self.pair.movable())), offer)
 
     @precondition(lambda self: self.pair.readable)
     @rule(data=st.data())
@@ -229,6 +236,24 @@ def _shared_blocks_freed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockAllocator, "share", share)
 
 
+def _held_a_token_later(patch: pytest.MonkeyPatch) -> None:
+    """A moved sequence is held one token later than its reader was told."""
+
+    def begin(sequence: Sequence, *others: Any) -> bool:
+        began = whole_begin(sequence, *others)
+        sequence.hold_at += began and sequence.offer
+        return began
+
+    whole_begin = moves.begin
+    patch.setattr(moves, "begin", begin)
+    patch.setattr(scheduling, "Progress", lambda *values: Progress(*values[:3], max(0, values[3] - 1)))
+
+
+def _moved_but_not_pinned(patch: pytest.MonkeyPatch) -> None:
+    """The blocks of a moved sequence do not count as those for a peer."""
+    patch.setattr(Room, "pin", lambda self, sequence: setattr(sequence, "hold", True))
+
+
 def _expired_but_kept(patch: pytest.MonkeyPatch) -> None:
     """An expired lease does not free its blocks."""
     patch.setattr(LeaseTable, "expire", lambda self, now: [
@@ -240,6 +265,7 @@ commit, expire, following = LeaseTable.commit, LeaseTable.expire, prefix.followi
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _commit_of_anything, _no_quarantine, _freed_while_pulled, _rejected_guesses_named, _wrong_guesses_taken,
     _one_block_too_many_given_back, _names_of_a_block_alone, _shared_blocks_freed, _expired_but_kept,
+    _held_a_token_later, _moved_but_not_pinned,
 ]  # fmt: skip
 
 

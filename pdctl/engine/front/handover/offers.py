@@ -103,7 +103,7 @@ class Offering:
     def held(self, held: Held) -> Lease | None:
         """The KV is complete: the lease of the hand-over. None if the router has given up the call."""
         leases, early = self._desk.leases, self._lease
-        self._lease = None
+        self._lease, self._block_ids = None, held.block_ids
         sealed = leases.seal(early.lease_id, len(held.block_ids)) if early else None
         if sealed is not None:
             self._tell(sealed, held.num_tokens)

@@ -109,6 +109,9 @@ class Receiver:
             run.early = True
             run.let_go.clear()
             self._tasks.create_task(self._read_early(run, offer))
+        if run.early and len(offer.block_ids) > len(run.lease.block_ids):
+            # An answer's blocks are allocated one by one.
+            run.lease = of_offer(offer)
         if offer.readable >= offer.num_tokens:
             # The request itself will arrive soon, unless its client disconnected.
             run.wanted_until = time.monotonic() + offer.lease_s
@@ -149,7 +152,7 @@ class Receiver:
         if not run.early:
             # COMMIT confirms one reader's bytes; a second reader here would get the answer for the first.
             raise KvLost(f"lease {lease.lease_id} is being read by another request here")
-        run.early = False
+        run.early, run.lease = False, lease
         run.post(ReceptionEvent.OFFERED)
         return run
 
