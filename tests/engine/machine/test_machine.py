@@ -55,7 +55,7 @@ class TwoEngines(RuleBasedStateMachine):
                 self.patch.undo()
 
     @rule(
-        where=ENGINES, family=st.integers(0, 2), length=st.integers(0, 24), output=st.integers(2, 14),
+        where=ENGINES, family=st.integers(0, 2), length=st.integers(0, 24), output=st.integers(2, 24),
         salt=st.sampled_from(["", "x"]), kind=st.sampled_from(["whole", "held", "offered"]),
     )  # fmt: skip
     def add(self, where: str, family: int, length: int, output: int, salt: str, kind: str) -> None:
