@@ -1,4 +1,4 @@
-"""Running streams move to another engine: the same tokens, no failover, and drains that do not wait for long answers."""
+"""Running streams move to another engine: the same tokens, no failover, and drains that end before long answers."""
 
 from __future__ import annotations
 
@@ -85,8 +85,11 @@ def test_a_drained_restart_under_load_does_not_wait_for_long_answers(service: Se
     service.healthy()
     started, failed, before = threading.Barrier(9), failovers(service), moved(service)
 
+    def begun() -> None:
+        started.wait(60)
+
     def answer(prompt: str) -> list[int]:
-        found = service.stream(prompt, lambda: started.wait(60) and None, 3, max_tokens=LONG, ignore_eos=True)
+        found = service.stream(prompt, begun, 3, max_tokens=LONG, ignore_eos=True)
         ids: list[int] = found["token_ids"]
         return ids
 

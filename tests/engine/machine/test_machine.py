@@ -246,7 +246,9 @@ def _held_a_token_later(patch: pytest.MonkeyPatch) -> None:
 
     whole_begin = moves.begin
     patch.setattr(moves, "begin", begin)
-    patch.setattr(scheduling, "Progress", lambda *values: Progress(*values[:3], max(0, values[3] - 1)))
+    patch.setattr(scheduling, "Progress", lambda name, blocks, computed, tokens: (
+        Progress(name, blocks, computed, max(0, tokens - 1))
+    ))  # fmt: skip
 
 
 def _moved_but_not_pinned(patch: pytest.MonkeyPatch) -> None:
