@@ -17,7 +17,9 @@ from pdctl.engine.model.ways import cpu_name
 from pdctl.host.cached_file import locked
 from pdctl.host.users import cache_root
 
-_SOURCE = Path(__file__).parent / "attention.cpp"
+_FOLDER = Path(__file__).parent
+_SOURCES = ("attention.cpp",)
+_HEADERS = ("vectors.h",)
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _COMPILE_S = 120.0
 _LOCK_S = 150.0
@@ -31,7 +33,7 @@ class NotCompiled(Exception):
 def library() -> ctypes.CDLL:
     """The compiled kernels, of the user's cache or compiled now. Raises NotCompiled."""
     compiler = _compiler()
-    source = _SOURCE.read_bytes()
+    source = [(_FOLDER / name).read_bytes() for name in _SOURCES + _HEADERS]
     key = (source, _said(compiler, "--version"), cpu_name(), _FLAGS)
     path = cache_root() / "kernels" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     try:
@@ -64,7 +66,7 @@ def _compiler() -> str:
 def _compile(compiler: str, path: Path) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        _said(compiler, *_FLAGS, str(_SOURCE), "-o", str(part))
+        _said(compiler, *_FLAGS, *(str(_FOLDER / name) for name in _SOURCES), "-o", str(part))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -4,170 +4,183 @@
 // many rows of its sequence a step has: a token computed as part of a prompt gets the same bits as one that was decoded.
 // Keys are visited in tiles that begin at multiples of TILE, with a running softmax (Milakov and Gimelshein, 2018).
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
+#include "vectors.h"
 
 namespace {
 
 #ifdef __AVX512F__
-constexpr int WIDTH = 16, COLUMNS = 4, KEYS = 4;  // as many as the registers hold
+constexpr int COLUMNS = 4, KEYS = 4;  // as many as the registers hold
 #else
-constexpr int WIDTH = 8, COLUMNS = 2, KEYS = 2;
+constexpr int COLUMNS = 2, KEYS = 2;
 #endif
 constexpr int TILE = 64;   // keys
 constexpr int ROWS = 64;   // rows of queries that share the loads of a tile
 constexpr int BLOCK = 4;   // rows that share loads into registers
+constexpr int NEAR = 16;   // rows of queries that stay in the first cache beside a few keys
 constexpr int MOST = 256;  // of a head's numbers
-
-typedef float Vector __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
-
-const float NOTHING = -std::numeric_limits<float>::infinity();
-
-inline Vector load(const float* from) {
-  Vector found;
-  std::memcpy(&found, from, sizeof found);
-  return found;
-}
-
-inline Vector load(const uint16_t* from) {  // bfloat16: the upper half of a float
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  Integers wide = __builtin_convertvector(halves, Integers) << 16;
-  Vector found;
-  std::memcpy(&found, &wide, sizeof found);
-  return found;
-}
-
-inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
-
-inline void store(uint16_t* to, Vector value) {  // rounded to the nearest, ties to even
-  Integers bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  Halves halves = __builtin_convertvector(bits, Halves);
-  std::memcpy(to, &halves, sizeof halves);
-}
-
-typedef float Eight __attribute__((vector_size(32)));
-typedef float Four __attribute__((vector_size(16)));
-
-inline float sum(Vector value) {
-#ifdef __AVX512F__
-  Eight eight = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
-                __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  Eight eight = value;
-#endif
-  Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-  four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
-  four += __builtin_shufflevector(four, four, 1, 0, 3, 2);
-  return four[0];
-}
-
-// exp for arguments of at most 0, after Cephes' expf; 0 below -87.
-inline Vector exponential(Vector x) {
-  Vector floored = x < -87.0f ? Vector{} - 87.0f : x;
-  Vector n = floored * 1.44269504088896341f;
-  Integers whole = __builtin_convertvector(n - 0.5f, Integers);  // toward zero: n is at most 0
-  n = __builtin_convertvector(whole, Vector);
-  Vector r = floored - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector y = Vector{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  Integers scale = (whole + 127) << 23;
-  Vector power;
-  std::memcpy(&power, &scale, sizeof power);
-  return x < -87.0f ? Vector{} : y * power;
-}
+constexpr int STRIP = COLUMNS * WIDTH;
+static_assert(BLOCK * KEYS == WIDTH);
 
 struct Work {
-  alignas(64) float queries[ROWS * MOST];
+  alignas(64) float queries[ROWS * MOST];  // rows of `size` numbers
   alignas(64) float scores[ROWS * TILE];
-  alignas(64) float sums[ROWS * MOST];
+  alignas(64) float sums[ROWS * MOST];  // rows of `value_size` numbers
+  alignas(64) float keys[TILE * MOST], values[TILE * STRIP];
   float highest[ROWS], total[ROWS];
   int64_t first[ROWS], last[ROWS];  // the keys that a row sees: first <= key <= last
 };
 
-// scores[m][t] = queries[m] . keys[t] for `rows` rows, a multiple of BLOCK.
+// The sums of BLOCK x KEYS vectors, in one vector: those of the first row, then those of the next.
+#ifdef __AVX512F__
+inline Vector sums(const Vector (&of)[BLOCK][KEYS]) {
+  Vector rows[BLOCK];
+  for (int i = 0; i < BLOCK; i++) {
+    const Vector* v = of[i];
+    Vector a = __builtin_shufflevector(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+               __builtin_shufflevector(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    Vector b = __builtin_shufflevector(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+               __builtin_shufflevector(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    rows[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+              __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  Vector halves[2];
+  for (int i = 0; i < 2; i++) {
+    Vector a = rows[2 * i], b = rows[2 * i + 1];
+    halves[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  Vector a = halves[0], b = halves[1];
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+#else
+inline Vector sums(const Vector (&of)[BLOCK][KEYS]) {
+  Vector rows[BLOCK], pairs[2];
+  for (int i = 0; i < BLOCK; i++)
+    rows[i] = __builtin_shufflevector(of[i][0], of[i][1], 0, 8, 1, 9, 4, 12, 5, 13) +
+              __builtin_shufflevector(of[i][0], of[i][1], 2, 10, 3, 11, 6, 14, 7, 15);
+  for (int i = 0; i < 2; i++) {
+    Vector a = rows[2 * i], b = rows[2 * i + 1];
+    pairs[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return __builtin_shufflevector(pairs[0], pairs[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(pairs[0], pairs[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#endif
+
+// scores[m][t] = queries[m] . keys[t] for `rows` rows, a multiple of BLOCK, and the keys from `from` to `to`.
 template <class Number>
-void multiply(Work& work, int rows, int size, const Number* const* keys) {
-  for (int t = 0; t < TILE; t += KEYS)
-    for (int m = 0; m < rows; m += BLOCK) {
-      Vector found[BLOCK][KEYS] = {};
-      for (int d = 0; d < size; d += WIDTH) {
-        Vector key[KEYS];
-        for (int j = 0; j < KEYS; j++) key[j] = load(keys[t + j] + d);
-        for (int i = 0; i < BLOCK; i++) {
-          Vector query = load(work.queries + (m + i) * MOST + d);
-          for (int j = 0; j < KEYS; j++) found[i][j] += query * key[j];
+void multiply(Work& work, int rows, int size, const Number* const* keys, int from, int to) {
+  for (int near = 0; near < rows; near += NEAR)
+    for (int t = from; t < to; t += KEYS)
+      for (int m = near; m < rows && m < near + NEAR; m += BLOCK) {
+        Vector found[BLOCK][KEYS] = {};
+        const float* query = work.queries + m * size;
+        for (int d = 0; d < size; d += WIDTH) {
+          Vector key[KEYS];
+          for (int j = 0; j < KEYS; j++) key[j] = held(load(keys[t + j] + d));
+          for (int i = 0; i < BLOCK; i++) {
+            Vector number = held(load(query + i * size + d));
+            for (int j = 0; j < KEYS; j++) found[i][j] += number * key[j];
+          }
         }
+        const Vector products = sums(found);
+        for (int i = 0; i < BLOCK; i++)
+          std::memcpy(work.scores + (m + i) * TILE + t, (const float*)&products + i * KEYS, KEYS * sizeof(float));
       }
-      for (int i = 0; i < BLOCK; i++)
-        for (int j = 0; j < KEYS; j++) work.scores[(m + i) * TILE + t + j] = sum(found[i][j]);
-    }
 }
 
-// sums[m] += scores[m] . values for `rows` rows, a multiple of BLOCK.
-template <class Number>
-void accumulate(Work& work, int rows, int size, const Number* const* values) {
-  for (int m = 0; m < rows; m += BLOCK)
-    for (int d = 0; d < size; d += COLUMNS * WIDTH) {
-      int columns = (size - d) / WIDTH < COLUMNS ? (size - d) / WIDTH : COLUMNS;
-      Vector found[BLOCK][COLUMNS] = {};
-      for (int i = 0; i < BLOCK; i++)
-        for (int c = 0; c < columns; c++) found[i][c] = load(work.sums + (m + i) * MOST + d + c * WIDTH);
-      if (columns == COLUMNS) {
-        for (int t = 0; t < TILE; t++)
-          for (int c = 0; c < COLUMNS; c++) {
-            Vector value = load(values[t] + d + c * WIDTH);
-            for (int i = 0; i < BLOCK; i++) found[i][c] += work.scores[(m + i) * TILE + t] * value;
-          }
-      } else {
-        for (int t = 0; t < TILE; t++)
-          for (int c = 0; c < columns; c++) {
-            Vector value = load(values[t] + d + c * WIDTH);
-            for (int i = 0; i < BLOCK; i++) found[i][c] += work.scores[(m + i) * TILE + t] * value;
-          }
+// sums[m][d ...] += scores[m] . values[.][d ...] for N vectors of columns.
+template <int N, class Number>
+void accumulate(Work& work, int rows, int size, int d, const Number* const* values, int from, int to) {
+  for (int m = 0; m < rows; m += BLOCK) {
+    Vector found[BLOCK][N];
+    float* sum = work.sums + m * size + d;
+    for (int i = 0; i < BLOCK; i++)
+      for (int c = 0; c < N; c++) found[i][c] = load(sum + i * size + c * WIDTH);
+    for (int t = from; t < to; t++)
+      for (int c = 0; c < N; c++) {
+        Vector value = held(load(values[t] + c * WIDTH));
+        for (int i = 0; i < BLOCK; i++) found[i][c] += work.scores[(m + i) * TILE + t] * value;
       }
-      for (int i = 0; i < BLOCK; i++)
-        for (int c = 0; c < columns; c++) store(work.sums + (m + i) * MOST + d + c * WIDTH, found[i][c]);
+    for (int i = 0; i < BLOCK; i++)
+      for (int c = 0; c < N; c++) store(sum + i * size + c * WIDTH, found[i][c]);
+  }
+}
+
+template <class Number>
+void accumulate(Work& work, int rows, int size, int d, int columns, const Number* const* values, int from, int to) {
+  switch (columns) {
+    case 1: return accumulate<1>(work, rows, size, d, values, from, to);
+    case 2: return accumulate<2>(work, rows, size, d, values, from, to);
+#ifdef __AVX512F__
+    case 3: return accumulate<3>(work, rows, size, d, values, from, to);
+    case 4: return accumulate<4>(work, rows, size, d, values, from, to);
+#endif
+  }
+}
+
+// sums[m] += scores[m] . values for `rows` rows, a multiple of BLOCK, and the keys from `from` to `to`.
+template <class Number>
+void accumulate(Work& work, int rows, int size, const Number* const* values, int from, int to) {
+  for (int d = 0; d < size; d += STRIP) {
+    const int columns = size - d < STRIP ? (size - d) / WIDTH : COLUMNS;
+    if (rows > 2 * BLOCK) {
+      // Many rows read it: next to each other the numbers stay in the first cache.
+      const float* near[TILE];
+      for (int t = from; t < to; t++) {
+        near[t] = work.values + t * STRIP;
+        for (int c = 0; c < columns; c++) store(work.values + t * STRIP + c * WIDTH, load(values[t] + d + c * WIDTH));
+      }
+      accumulate(work, rows, size, d, columns, near, from, to);
+    } else {
+      const Number* there[TILE];
+      for (int t = from; t < to; t++) there[t] = values[t] + d;
+      accumulate(work, rows, size, d, columns, there, from, to);
     }
+  }
+}
+
+// tanh, for softcaps: an error of 1e-7 is nothing beside a logit's.
+inline Vector hyperbolic(Vector x) {
+  Vector power = exponential(x < 0.0f ? 2.0f * x : -2.0f * x);
+  Vector found = (1.0f - power) / (1.0f + power);
+  return x < 0.0f ? -found : found;
 }
 
 // Turn a row's scores of the tile that begins at key `begin` into weights, and rescale what it has so far.
 void weigh(Work& work, int m, int64_t begin, int value_size, float scale, float softcap) {
+  constexpr int PARTS = TILE / WIDTH;
   float* row = work.scores + m * TILE;
-  float highest = work.highest[m];
-  for (int t = 0; t < TILE; t++) {
-    float score = row[t] * scale;
-    if (softcap > 0) score = softcap * std::tanh(score / softcap);
-    int64_t key = begin + t;
-    row[t] = key < work.first[m] || key > work.last[m] ? NOTHING : score;
-    highest = row[t] > highest ? row[t] : highest;
+  const int first = work.first[m] < begin ? 0 : work.first[m] - begin < TILE ? work.first[m] - begin : TILE;
+  const int last = work.last[m] < begin ? -1 : work.last[m] - begin < TILE ? work.last[m] - begin : TILE;
+  Integers key;
+  for (int t = 0; t < WIDTH; t++) key[t] = t;
+  Vector scores[PARTS], most = Vector{} + NOTHING;
+  for (int p = 0; p < PARTS; p++, key += WIDTH) {
+    Vector score = load(row + p * WIDTH) * scale;
+    if (softcap > 0) score = softcap * hyperbolic(score / softcap);
+    scores[p] = (key < first) | (key > last) ? Vector{} + NOTHING : score;
+    most = scores[p] > most ? scores[p] : most;
   }
+  float highest = work.highest[m];
+  for (int t = 0; t < WIDTH; t++) highest = most[t] > highest ? most[t] : highest;
   if (highest == NOTHING) {
     std::memset(row, 0, TILE * sizeof(float));
     return;
   }
   Vector total = {};
-  for (int t = 0; t < TILE; t += WIDTH) {
-    Vector weights = exponential(load(row + t) - highest);
-    store(row + t, weights);
+  for (int p = 0; p < PARTS; p++) {
+    Vector weights = exponential(scores[p] - highest);
+    store(row + p * WIDTH, weights);
     total += weights;
   }
   if (highest != work.highest[m]) {
     float factor = work.highest[m] == NOTHING ? 0.0f : exponential(Vector{} + (work.highest[m] - highest))[0];
     work.total[m] *= factor;
     for (int d = 0; d < value_size; d += WIDTH) {
-      float* at = work.sums + m * MOST + d;
+      float* at = work.sums + m * value_size + d;
       store(at, load(at) * factor);
     }
     work.highest[m] = highest;
@@ -194,11 +207,11 @@ void attend(const Layer& layer, const Number* query, const Number* keys, const N
       for (int64_t at = 0; at < count * groups; at += ROWS) {
         const int rows = count * groups - at < ROWS ? count * groups - at : ROWS;
         const int padded = (rows + BLOCK - 1) / BLOCK * BLOCK;
-        std::memset(work.sums, 0, sizeof(float) * padded * MOST);
+        std::memset(work.sums, 0, sizeof(float) * padded * layer.value_size);
         for (int m = 0; m < padded; m++) {
           const int64_t token = (at + m) / groups;
           const int head = h * groups + (at + m) % groups;
-          float* to = work.queries + m * MOST;
+          float* to = work.queries + m * layer.size;
           work.highest[m] = NOTHING, work.total[m] = 0;
           work.last[m] = before + token;
           work.first[m] = layer.window ? work.last[m] + 1 - layer.window : 0;
@@ -221,16 +234,29 @@ void attend(const Layer& layer, const Number* query, const Number* keys, const N
             key_of[t] = keys + slot * layer.slot + h * layer.head;
             value_of[t] = values + slot * layer.value_slot + h * layer.value_head;
           }
-          multiply(work, padded, layer.size, key_of);
+          // The keys of this tile that any row sees.
+          const int from = begin < oldest ? (oldest - begin) / KEYS * KEYS : 0;
+          const int to = newest - begin < TILE ? (newest - begin + KEYS) / KEYS * KEYS : TILE;
+          if (sizeof(Number) < sizeof(float) && padded > 2 * BLOCK) {
+            // Many rows read it: its numbers are widened once.
+            const float* wide[TILE];
+            for (int t = from; t < to; t++) {
+              wide[t] = work.keys + t * layer.size;
+              for (int d = 0; d < layer.size; d += WIDTH) store(work.keys + t * layer.size + d, load(key_of[t] + d));
+            }
+            multiply(work, padded, layer.size, wide, from, to);
+          } else {
+            multiply(work, padded, layer.size, key_of, from, to);
+          }
           for (int m = 0; m < padded; m++) weigh(work, m, begin, layer.value_size, layer.scale, layer.softcap);
-          accumulate(work, padded, layer.value_size, value_of);
+          accumulate(work, padded, layer.value_size, value_of, from, to);
         }
         for (int m = 0; m < rows; m++) {
           const int64_t token = (at + m) / groups;
           const int head = h * groups + (at + m) % groups;
           Number* to = out + ((start + token) * layer.heads + head) * layer.value_size;
           for (int d = 0; d < layer.value_size; d += WIDTH)
-            store(to + d, load(work.sums + m * MOST + d) / work.total[m]);
+            store(to + d, load(work.sums + m * layer.value_size + d) / work.total[m]);
         }
       }
   }
