@@ -18,6 +18,7 @@ from pdctl.engine.model.attention import hook, masks
 from pdctl.engine.model.attention.batch import LayerNeed
 from pdctl.engine.model.attention.hook import HookCall
 from pdctl.engine.model.linear import Watch, speed_up
+from pdctl.engine.model.native.fuse import fuse
 from pdctl.host.memory import read_group_room, read_memory
 from pdctl.wire import LayerShape
 
@@ -84,7 +85,7 @@ def hook_model(
     table: Path | None = None,
     reserved: int = 0,
 ) -> LoadedModel:
-    """Make a transformers model use the attention hook, and a CPU model faster products. Raises ModelRefused.
+    """Make a transformers model use the attention hook, and on a CPU our products and kernels. Raises ModelRefused.
 
     `name` is for messages. `table`: folder of the host's table of products; None: fixed rules. `reserved`: bytes of
     memory that the caller still needs.
@@ -97,6 +98,7 @@ def hook_model(
     text_config = module.config.get_text_config()  # type: ignore[union-attr, operator]
     positions = _positions(calls, text_config, name)
     speed_up(module, watch, table, _room() - reserved)
+    fuse(module)
     return LoadedModel(
         module=module,
         shapes=[LayerShape(call.need.kv_heads, call.need.key_dim, call.need.value_dim) for call in calls],

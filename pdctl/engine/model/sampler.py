@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from pdctl.engine.ipc.messages import Logprobs, PromptToken, Sampling
+from pdctl.engine.model.native.rows import kernels
 
 # Rows that are drawn together. On a CPU one row is what fits into its cache; on a GPU a row takes a few MB for a while.
 _MOST_ROWS = {"cpu": 1, "cuda": 64}
@@ -24,8 +25,7 @@ def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[i
     """Choose a token for each row of logits [n, vocab]; `requests`: its sampling and the token's position.
 
     All rows are computed on the logits' device and copied to the host in one piece."""
-    # In bfloat16, argmax takes three times as long on a CPU as with this conversion.
-    chosen = (logits.float() if logits.device.type == "cpu" else logits).argmax(-1)
+    chosen = _largest(logits)
     drawn = [row for row, (sampling, _) in enumerate(requests) if sampling.temperature > 0]
     most = _MOST_ROWS[logits.device.type]
     for start in range(0, len(drawn), most):
@@ -33,6 +33,18 @@ def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[i
         where = _where(rows, logits)
         chosen[where] = _draw(logits[where], [requests[row] for row in rows])
     found: list[int] = chosen.tolist()
+    return found
+
+
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """The index of each row's largest logit [n]."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    functions = kernels(logits.dtype)
+    found = None if functions is None else functions.largest(logits)
+    if found is None or (len(found) and int(found.min()) < 0):
+        # In bfloat16, argmax takes three times as long on a CPU as with this conversion.
+        return logits.float().argmax(-1)
     return found
 
 

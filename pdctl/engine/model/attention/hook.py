@@ -52,6 +52,11 @@ def set_context(context: Step | HookLog | None) -> None:
     _current = context
 
 
+def is_in_step() -> bool:
+    """Whether a step of an engine is being computed."""
+    return isinstance(_current, Step)
+
+
 def register() -> None:
     """Register `attn_implementation="pdctl"`. Models make no mask for it; masking is done by the backends."""
     from transformers import AttentionInterface

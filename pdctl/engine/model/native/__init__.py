@@ -18,7 +18,7 @@ from pdctl.host.cached_file import locked
 from pdctl.host.users import cache_root
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("attention.cpp",)
+_SOURCES = ("attention.cpp", "rows.cpp")
 _HEADERS = ("vectors.h",)
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _COMPILE_S = 120.0
