@@ -1,21 +1,19 @@
-"""All engines of a proxy: probes, the end of stuck calls, and the data for routing and admission."""
+"""All engines of a proxy: probes, and the end of stuck calls."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pdctl.adapters import Condition
 from pdctl.net.http_client import Unreachable
 from pdctl.proxy.engines.engine import Engine
-from pdctl.proxy.engines.inline import Prospect, Why, is_better, prompts_s
+from pdctl.proxy.engines.fleet import Fleet
 from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import SharedLoads
-from pdctl.proxy.engines.outlook import Outlook
-from pdctl.proxy.engines.routing import EnginePair, Load, View
 from pdctl.proxy_wire import EngineAddress
 
 _log = logging.getLogger(__name__)
@@ -31,31 +29,18 @@ _MISSES = 4
 _PROOF_LOOK_S, _PROOF_PROBES = 0.02, 2.5
 # Interval of checks for silent calls, seconds.
 _WATCH_S = 0.1
-# Seats and KV room are cached this long: they change only with probes, which are less frequent. Seconds.
-_ROOM_S = 0.02
-# Request bytes per prompt token, until answers have shown it, and the weight of the newest answer.
-_BYTES_PER_TOKEN = 3.0
-_NEWEST = 0.05
 
 
-class EnginePool:
-    """All engines, and the event that one has become available."""
+class EnginePool(Fleet):
+    """All engines, the probes that tell which of them answer, and the event that one has become available."""
 
     def __init__(self, engines: list[Engine], shared: SharedLoads | None = None, predicts: bool = False) -> None:
-        self._predicts = predicts
-        self.engines = engines
-        self.by_name = {engine.name: engine for engine in engines}
+        super().__init__(engines, time.monotonic, shared, predicts)
         self.changed = asyncio.Event()
-        self._shared = shared
         self._secret = ""
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[Engine, asyncio.Task[None]] = {}
-        self._only = _only_pair(engines)
-        self._inline = _inline(engines)
-        # Tokens per byte of a request, as answered requests had.
-        self._tokens_per_byte = 1 / _BYTES_PER_TOKEN
         self._known_fields: dict[str, frozenset[str] | None] = {}
-        self._room: tuple[float, int | None, int | None] = (0.0, None, None)
 
     @classmethod
     def of(
@@ -90,8 +75,7 @@ class EnginePool:
         wanted = [known.get(address.identity) or Engine.of(address, self._secret) for address in addresses]
         for engine in [engine for engine in self.engines if engine not in wanted]:
             self._drop(engine)
-        self.engines, self._predicts = wanted, predicts
-        self.by_name = {engine.name: engine for engine in wanted}
+        self.use(wanted, predicts)
         for engine, address in zip(wanted, addresses, strict=True):
             engine.address = address  # the same engine may have another role by now
             engine.draining, engine.moving = engine.name in draining, engine.name in moving
@@ -102,8 +86,7 @@ class EnginePool:
             self.publish(engine)
             if self._tasks is not None and engine not in self._watches:
                 self._watches[engine] = self._tasks.create_task(self._watch(engine))
-        self._only = _only_pair(wanted)
-        self._inline = _inline(wanted)
+        self.roles_changed()
         self._known_fields.clear()
         self.changed.set()
 
@@ -114,35 +97,6 @@ class EnginePool:
         engine.cut(f"{engine.name} is no longer part of the service")
         engine.client.close()
 
-    def views(self, pieces: Sequence[int] = ()) -> list[View]:
-        """The current data for routing."""
-        now = time.monotonic()
-        found = []
-        for engine in self.engines:
-            prompts, streams = self._loads(engine)
-            work = engine.condition.work
-            # An engine that is not ours may predict anything.
-            if work is not None and (seconds := work.times.prompt_s(work.budget, 0, work.budget)) > 0:
-                prompts = Load(prompts.pending, work.budget / self._tokens_per_byte / seconds)
-            address = engine.address
-            found.append(
-                View(
-                    address.name,
-                    address.role,
-                    address.exchange,
-                    engine.usable(now),
-                    prompts,
-                    streams,
-                    engine.prefill_s.recent(),
-                    engine.token_s.recent(),
-                    engine.prefixes.matched(pieces) if pieces else 0.0,
-                    engine.lost_peers(now),
-                    address.role in engine.dialect.pairing.alone,
-                    address.role != "hybrid" or engine.dialect.pairing.hybrids_pair,
-                )
-            )
-        return found
-
     def known_fields(self, path: str) -> frozenset[str] | None:
         """The fields known by all engines that report them; None if none does."""
         if path not in self._known_fields:
@@ -150,101 +104,6 @@ class EnginePool:
             known = [found for one in kinds.values() if (found := one.known_fields(path)) is not None]
             self._known_fields[path] = frozenset.intersection(*known) if known else None
         return self._known_fields[path]
-
-    def only_pair(self) -> EnginePair | None:
-        """The only possible pair, if there is exactly one."""
-        if len(self.engines) > 2:
-            return None
-        now = time.monotonic()
-        if not all(engine.usable(now) and not engine.lost_peers(now) for engine in self.engines):
-            return None
-        return self._only
-
-    @property
-    def has_inline(self) -> bool:
-        """Whether a decode engine may compute whole requests."""
-        return bool(self._inline)
-
-    def inline(
-        self, pair: EnginePair, size: float, pieces: Sequence[int], avoid: Collection[str], tpot_s: float
-    ) -> tuple[str, Why] | None:
-        """The decode engine that should compute this request instead of the pair, and why; None if none should."""
-        prefill, decode = (self._prospect(self.by_name[name], pieces) for name in (pair.prefill, pair.decode))
-        if prefill is None or decode is None:
-            return None
-        now, tokens = time.monotonic(), size * self._tokens_per_byte
-        found: tuple[float, str, Why] | None = None
-        for engine in self._inline:
-            if engine.name in avoid or not engine.usable(now):
-                continue
-            other = decode if engine.name == pair.decode else self._prospect(engine, pieces)
-            better = is_better(prefill, decode, other, tokens, tpot_s) if other is not None else None
-            if better is not None and (found is None or better[0] > found[0]):
-                found = (better[0], engine.name, better[1])
-        return found and found[1:]
-
-    def _prospect(self, engine: Engine, pieces: Sequence[int]) -> Prospect | None:
-        work = engine.condition.work
-        if work is None:
-            return None
-        prompts, streams = self._loads(engine)
-        cached = engine.prefixes.matched(pieces) * self._tokens_per_byte if pieces else 0.0
-        before = prompts.pending * self._tokens_per_byte
-        return Prospect(work, before, streams.pending, cached, engine.hand_over_s)
-
-    def _loads(self, engine: Engine) -> tuple[Load, Load]:
-        """The prompts and streams that the engine has from all workers."""
-        if self._shared is not None:
-            return self._shared.loads(engine.index)
-        prompts, streams = engine.prompts, engine.streams
-        return Load(prompts.pending, prompts.speed), Load(streams.pending, streams.speed)
-
-    def answered(self, size: float, prompt_tokens: int) -> None:
-        """A request of `size` bytes had so many tokens."""
-        if size > 0 and prompt_tokens > 0:
-            self._tokens_per_byte += _NEWEST * (prompt_tokens / size - self._tokens_per_byte)
-
-    def outlook(self, size: float, max_tokens: int | None) -> Outlook:
-        """The outlook for a request of `size` bytes."""
-        now = time.monotonic()
-        if now - self._room[0] > _ROOM_S:
-            self._room = (now, *self._seats_and_room(now))
-        (_, seats, room), ttft_s = self._room, 0.0
-        wanted = size * self._tokens_per_byte + (max_tokens or 0)
-        if self._predicts:
-            prefills = [engine for engine in self.engines if engine.address.role != "decode" and engine.healthy]
-            ttft_s = min([self._ttft(engine, size) for engine in prefills], default=0.0)
-        return Outlook(seats, ttft_s, room is None or room >= wanted)
-
-    def _seats_and_room(self, now: float) -> tuple[int | None, int | None]:
-        """Total seats of all decoding engines, and free KV tokens of the emptiest one; None if unknown."""
-        usable = [engine for engine in self.engines if engine.usable(now)]
-        decodes = [engine for engine in usable if engine.address.role != "prefill"] or usable
-        seats = [engine.condition.seats for engine in decodes]
-        known = sum(seat or 0 for seat in seats) if seats and all(seats) else None
-        if known is not None and self._shared is not None:
-            # The other workers' requests also take seats.
-            theirs = sum(self._shared.loads(e.index)[1].pending - e.streams.pending for e in decodes)
-            known = max(1, known - int(theirs))
-        rooms = [engine.condition.kv_tokens_free for engine in decodes]
-        return known, None if None in rooms else max((room or 0 for room in rooms), default=None)
-
-    def _ttft(self, engine: Engine, size: float) -> float:
-        if (prospect := self._prospect(engine, ())) is not None:
-            return prompts_s(prospect, size * self._tokens_per_byte, prospect.work.budget)
-        prompts = self._loads(engine)[0]
-        return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
-
-    def predicted_s(self, engine: Engine) -> float:
-        """Seconds for the prompts that the engine has, if none is in its cache; 0 if its kind does not predict."""
-        work = engine.condition.work
-        tokens = max(1.0, self._loads(engine)[0].pending * self._tokens_per_byte)
-        return work.times.prompt_s(tokens, 0, work.budget) if work is not None else 0.0
-
-    def publish(self, engine: Engine) -> None:
-        """Publish an engine's load. A removed engine may still end calls, but its slot may belong to another by now."""
-        if self._shared is not None and self.by_name.get(engine.name) is engine:
-            self._shared.publish(engine.index, engine.prompts, engine.streams)
 
     def suspect(self, engine: Engine) -> None:
         """A call could not reach the engine: probe it now. Running calls continue until the result is known."""
@@ -364,18 +223,3 @@ class EnginePool:
         # A refused connection is conclusive; silence only if it lasts.
         if not failure.sent or engine.misses >= _MISSES:
             self.lost(engine, str(failure))
-
-
-def _inline(engines: list[Engine]) -> list[Engine]:
-    """The decode engines that also take whole requests."""
-    return [engine for engine in engines if engine.address.inline and engine.address.role == "decode"]
-
-
-def _only_pair(engines: list[Engine]) -> EnginePair | None:
-    """One prefill and one decode engine of the same kind, or a single engine."""
-    if len(engines) == 1 and engines[0].address.role in engines[0].dialect.pairing.alone:
-        return EnginePair(engines[0].name, engines[0].name)
-    by_role = {engine.address.role: engine for engine in engines}
-    if len(engines) == 2 and set(by_role) == {"prefill", "decode"} and len({e.address.exchange for e in engines}) == 1:
-        return EnginePair(by_role["prefill"].name, by_role["decode"].name)
-    return None

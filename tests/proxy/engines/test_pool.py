@@ -23,6 +23,7 @@ from pdctl.latency import StepTimes, Work
 from pdctl.net.http_client import Unreachable
 from pdctl.net.openai_fields import KNOWN_FIELDS
 from pdctl.proxy.engines import engine as engines
+from pdctl.proxy.engines import fleet
 from pdctl.proxy.engines import pool as pools
 from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.load import SharedLoads
@@ -465,7 +466,7 @@ class TestOutlook:
     @pytest.fixture(autouse=True)
     def fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Seats and room are looked at each time."""
-        monkeypatch.setattr(pools, "_ROOM_S", -1.0)
+        monkeypatch.setattr(fleet, "_ROOM_S", -1.0)
 
     def pool(self, *conditions: tuple[str, int | None, int | None], predicts: bool = False) -> EnginePool:
         """Engines of these roles, seats and tokens of room."""
@@ -537,7 +538,7 @@ class TestOutlook:
 
 
 def test_seats_and_room_are_not_looked_at_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "_ROOM_S", 600.0)
+    monkeypatch.setattr(fleet, "_ROOM_S", 600.0)
     pool = idle(at("d0", "decode"))
     pool._room = (time.monotonic(), 3, 10)
     assert pool.outlook(30.0, 1) == Outlook(3, 0.0, kv_room=False)
