@@ -9,15 +9,14 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 
 from pdctl.adapters import Attempt, Call, CannotResume, EngineError, HandShake, Prefilled
 from pdctl.net.asgi import new_name
 from pdctl.net.http_client import Exchange, Unreachable
 from pdctl.proxy.answers.stream import EventReader
+from pdctl.proxy.engines.accounts import AnswerLoad, PromptLoad, unreachable
 from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.kv_room import NoRoom, Share
-from pdctl.proxy.engines.load import LoadMeter
 from pdctl.proxy.request.failover import Cause, Failure, classify
 from pdctl.proxy.request.leg import Leg, Move, Shared
 from pdctl.proxy.request.unfinished import Called
@@ -79,10 +78,9 @@ async def _prefill(leg: Leg, engine: Engine, attempt: Attempt, share: Share | No
     call = engine.dialect.prefill_call(leg.state, attempt)
     lines = b"%b%b%b: %b\r\n" % (_lines(leg, engine), call.headers, _ATTEMPT, attempt.name.encode())
     exchange = engine.client.exchange("POST", call.path, lines, call.body)
-    started, done, keeps_nothing = time.monotonic(), False, False
-    engine.prompts.begin(leg.size, started)
+    done, keeps_nothing = False, False
+    load = PromptLoad(leg.shared.pool, engine, leg.size, time.monotonic())
     ticket = _begin(leg, engine, exchange, patience_s)
-    leg.shared.pool.publish(engine)
     try:
         status = await exchange.head()
         body = await exchange.rest()
@@ -100,18 +98,13 @@ async def _prefill(leg: Leg, engine: Engine, attempt: Attempt, share: Share | No
         later(leg, engine, engine.dialect.give_up_call(attempt.name))
         raise
     finally:
-        engine.prompts.end(leg.size, time.monotonic(), done)
-        _end(leg, engine, ticket)
+        load.end(time.monotonic(), done)
+        _end(engine, ticket)
         if share is not None and engine.room is not None and not done:
             (engine.room.give_back if keeps_nothing else engine.room.leak)(share)
     if share is not None and engine.room is not None:
         engine.room.settle(share, answer.prompt_tokens)
-    seconds = time.monotonic() - started
-    engine.prefill_s.add(seconds)
-    engine.took_s.append(seconds)
-    engine.breaker.succeeded()
-    if leg.pieces:
-        engine.prefixes.add(leg.pieces)
+    load.answered(time.monotonic(), leg.pieces)
     return answer
 
 
@@ -131,9 +124,14 @@ async def decode(
     """
     await _prove(leg, engine)
     share = None if kv_from else await _take_room(leg, engine)
-    started = time.monotonic()
-    load = _Load(leg, engine, kv_from is None, started)
+    load = AnswerLoad(leg.shared.pool, engine, leg.size, kv_from is None, time.monotonic())
     ticket: Ticket | None = None
+
+    def first_token() -> None:
+        load.first_token(time.monotonic(), 0.0 if leg.in_one_piece else leg.timing.handed_over_at)
+        if on_first_token is not None:
+            on_first_token()
+
     try:
         call = engine.dialect.decode_call(leg.state, attempt, hand_over, not leg.in_one_piece)
         exchange = engine.client.exchange("POST", call.path, _lines(leg, engine) + call.headers, call.body)
@@ -141,9 +139,9 @@ async def decode(
         ticket = _begin(leg, engine, exchange, patience_s)
         ticket.source, ticket.attempt = attempt.prefill.name if kv_from else "", attempt.name
         try:
-            await _read(leg, engine, exchange, ticket, partial(load.streams, on_first_token), valid_until)
+            await _read(leg, engine, exchange, ticket, first_token, valid_until)
         finally:
-            _end(leg, engine, ticket)
+            _end(engine, ticket)
     except (Unreachable, EngineError) as failure:
         _stay(leg)
         if ticket is not None and ticket.kv_lost:
@@ -158,51 +156,10 @@ async def decode(
     finally:
         if share is not None and engine.room is not None:
             engine.room.give_back(share)
-        load.end()
+        load.end(time.monotonic(), leg.finished)
     if not leg.finished and leg.move is None:
         raise CallFailed(engine, Failure(engine.name, Cause.BROKE, f"{engine.name} ended its stream early"))
-    engine.took_s.append(time.monotonic() - started)
-    engine.breaker.succeeded()
-    if leg.pieces:
-        engine.prefixes.add(leg.pieces)
-
-
-class _Load:
-    """What a decode call adds to the engine's load: its prompt until the first token if it computes that, too, and then
-    a stream."""
-
-    def __init__(self, leg: Leg, engine: Engine, with_prompt: bool, now: float) -> None:
-        self._leg = leg
-        self._engine = engine
-        self._in_prompt = with_prompt
-        self._begin(now)
-
-    def streams(self, then: Callable[[], None] | None) -> None:
-        """The first token is here."""
-        now, timing = time.monotonic(), self._leg.timing
-        held_at = timing.moved_at or timing.prefilled_at
-        if not self._in_prompt and held_at and not self._leg.in_one_piece:
-            self._engine.took_over(now - held_at)
-        if self._in_prompt:
-            self._engine.prompts.end(self._leg.size, now, done=True)
-            self._in_prompt = False
-            self._begin(now)
-        if then is not None:
-            then()
-
-    def end(self) -> None:
-        """The call is over."""
-        meter, amount = self._meter()
-        meter.end(amount, time.monotonic(), self._leg.finished)
-        self._leg.shared.pool.publish(self._engine)
-
-    def _begin(self, now: float) -> None:
-        meter, amount = self._meter()
-        meter.begin(amount, now)
-        self._leg.shared.pool.publish(self._engine)
-
-    def _meter(self) -> tuple[LoadMeter, float]:
-        return (self._engine.prompts, self._leg.size) if self._in_prompt else (self._engine.streams, 1.0)
+    load.answered(time.monotonic(), leg.pieces)
 
 
 def _stay(leg: Leg) -> None:
@@ -343,11 +300,10 @@ def _begin(leg: Leg, engine: Engine, exchange: Exchange, patience_s: float) -> T
     return ticket
 
 
-def _end(leg: Leg, engine: Engine, ticket: Ticket) -> None:
+def _end(engine: Engine, ticket: Ticket) -> None:
     engine.tickets.discard(ticket)
     engine.breaker.abandoned()
     ticket.exchange.close()
-    leg.shared.pool.publish(engine)
 
 
 def _failed(leg: Leg, engine: Engine, failure: Unreachable | EngineError) -> CallFailed:
@@ -355,9 +311,7 @@ def _failed(leg: Leg, engine: Engine, failure: Unreachable | EngineError) -> Cal
     now = time.monotonic()
     if isinstance(failure, Unreachable):
         leg.shared.pool.suspect(engine)
-        engine.breaker.failed(now)
-        engine.prefill_s.failed()
-        engine.token_s.failed()
+        unreachable(engine, now)
         cause = Cause.BROKE if failure.begun else Cause.NOT_REACHED
         return CallFailed(engine, Failure(engine.name, cause, str(failure)))
     resumable = not isinstance(failure, CannotResume)

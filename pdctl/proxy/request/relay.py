@@ -16,9 +16,10 @@ from pdctl.adapters import Attempt
 from pdctl.net.asgi import new_name
 from pdctl.net.openai_api import ApiError
 from pdctl.proxy.engines.engine import Engine
-from pdctl.proxy.engines.routing import Ask, EnginePair, choose
+from pdctl.proxy.engines.routing import Ask, EnginePair
 from pdctl.proxy.request.calls import CallFailed, decode, release
-from pdctl.proxy.request.failover import Cause, ComputeAlone, Failure, GiveUp, Tries, decide
+from pdctl.proxy.request.course import Course
+from pdctl.proxy.request.failover import Cause, Failure, GiveUp
 from pdctl.proxy.request.hand_shakes import PairCall, compute, go_on
 from pdctl.proxy.request.leg import Leg, Move
 from pdctl.proxy.request.migration import can_take, target_of
@@ -32,13 +33,9 @@ _LOOK_FOR_ENGINE_S = 0.25
 class Relay:
     """Relays one leg until it is complete."""
 
-    # Only a leg that fails changes these: a frozen record per request costs more than a microsecond.
-    _tries: Tries | None = None
-    _avoid: frozenset[str] = frozenset()
-    _alone = False
-
     def __init__(self, leg: Leg) -> None:
         self.leg = leg
+        self._course = Course()
 
     async def run(self) -> None:
         """Relay the complete answer. Raises ApiError if the request is given up."""
@@ -51,14 +48,14 @@ class Relay:
         leg.completion_tokens = leg.completion_tokens or len(leg.state.emitted)
 
     async def _attempt(self) -> None:
-        leg, pair = self.leg, self._placed(await self._choose())
+        leg, pair = self.leg, await self._choose()
         engines = leg.shared.pool.by_name
         prefill, decoding = engines[pair.prefill], engines[pair.decode]
         leg.timing.engines = (pair.prefill, pair.decode)
         if leg.state.sent and await self._resumed(prefill, decoding):
             return
         try:
-            one = self._one_engine(pair, prefill, decoding)
+            one = self._course.one_engine(prefill, decoding, leg.has_one_token_left)
             if one is not None:
                 leg.timing.engines = (one.name, one.name)
                 await decode(leg, one, Attempt(new_name(), one.address, one.address))
@@ -88,14 +85,6 @@ class Relay:
         await go_on(PairCall(leg, attempt, source, target), move.hand_over)
         leg.shared.metrics.moved(source.name)
 
-    def _one_engine(self, pair: EnginePair, prefill: Engine, decoding: Engine) -> Engine | None:
-        """The engine that computes the rest alone; None for a pair."""
-        if pair.is_one or (self.leg.has_one_token_left and prefill.dialect.pairing.one_token_alone):
-            return prefill
-        if not self._alone:
-            return None
-        return next((one for one in (prefill, decoding) if one.address.role in one.dialect.pairing.alone), None)
-
     async def _resumed(self, prefill: Engine, decoding: Engine) -> bool:
         """Prepare to continue after the tokens so far. Returns True if only the end was lost, and it was sent now.
 
@@ -115,39 +104,31 @@ class Relay:
             leg.state.start_over()
         return leg.finished
 
-    def _placed(self, pair: EnginePair) -> EnginePair:
-        """The pair, or the decode engine that should compute the request inline."""
-        leg, shared = self.leg, self.leg.shared
-        if self._alone or pair.is_one or not shared.pool.has_inline:
-            return pair
-        found = shared.pool.inline(pair, leg.size, leg.pieces, self._avoid, shared.tpot_s)
-        shared.metrics.placed(found)
-        return EnginePair(found[0], found[0]) if found else pair
-
     async def _choose(self) -> EnginePair:
-        shared, avoid = self.leg.shared, self._avoid
-        if not avoid and (only := shared.pool.only_pair()) is not None:
-            return only
+        """The pair; one engine twice if it computes the request inline. Raises ApiError if none is ready in time."""
+        leg, shared, course = self.leg, self.leg.shared, self._course
         deadline = time.monotonic() + shared.failover.wait_for_engine_s
         shared.request_number += 1
-        ask = Ask(self.leg.size, shared.request_number, random.random(), shared.ttft_s, shared.tpot_s)  # noqa: S311 - load spreading
-        while True:
-            pair = choose(shared.policy, shared.pool.views(self.leg.pieces), ask, avoid, self._alone)
-            if pair is not None:
-                return pair
+        ask = Ask(leg.size, shared.request_number, random.random(), shared.ttft_s, shared.tpot_s)  # noqa: S311 - load spreading
+        while (pair := course.pair(shared.pool, shared.policy, ask, leg.pieces)) is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise ApiError(503, "no engine is ready", "service_unavailable", retry_after=5)
             await shared.pool.wait_for_change(min(left, _LOOK_FOR_ENGINE_S))
+        if not course.may_be_inline(shared.pool, pair):
+            return pair
+        found = course.inline(shared.pool, pair, ask, leg.pieces)
+        shared.metrics.placed(found)
+        return EnginePair(found[0], found[0]) if found else pair
 
     async def _failed(self, failed: CallFailed) -> None:
         """Execute the decision of failover. Raises ApiError if the request is given up."""
         leg, shared = self.leg, self.leg.shared
         sent, now, chance = leg.state.sent, time.monotonic(), random.random()  # noqa: S311 - jitter
-        tries = self._tries or Tries(progress_at=leg.timing.received_at)
-        self._tries, action = decide(tries, failed.failure, sent, now, shared.budget, chance, shared.failover)
-        self._avoid = self._tries.avoid
-        leg.failures = self._tries.failures_in_all
+        received_at, limits = leg.timing.received_at, shared.failover
+        action = self._course.failed(failed.failure, sent, received_at, now, shared.budget, chance, limits)
+        assert self._course.tries is not None
+        leg.failures = self._course.tries.failures_in_all
         if failed.failure.cause is not Cause.REFUSED:
             shared.metrics.failed_over(failed.engine.name)
             _log.info("a request failed after %d tokens: %s", len(leg.state.emitted), failed)
@@ -157,6 +138,5 @@ class Relay:
             leg.suspicion.cleared()
         if failed.failure.cause is Cause.BROKE:
             leg.suspicion.failed(failed.engine)
-        self._alone = self._alone or isinstance(action, ComputeAlone)
         await asyncio.sleep(action.after_s)
         await leg.suspicion.judge(leg.body)

@@ -23,6 +23,11 @@ class Timing:
     engines: tuple[str, str] = ("", "")
     stages: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def handed_over_at(self) -> float:
+        """When the KV for the decode engine was complete."""
+        return self.moved_at or self.prefilled_at
+
     def prefilled(self, now: float) -> None:
         """The prefill engine has answered."""
         self.prefilled_at = now
