@@ -31,6 +31,8 @@ _HIGH, _CALM, _MARGIN = 0.8, 0.65, 0.7
 # Minimum time between two decreases, seconds: the effect of one must be measured before the next.
 _DECREASE_PAUSE_S = 1.0
 _LONGEST_RETRY_S = 60
+# Longest wait in the queue if no TTFT target is enforced, seconds. If one is enforced: the fraction of it.
+_PATIENCE_S, _TTFT_PART = 60.0, 0.7
 # A key counts as active for _ACTIVE_S seconds after its last request. At most _MAX_KEYS keys are kept.
 _ACTIVE_S, _MAX_KEYS = 30.0, 4096
 # The fraction of the seats that one key cannot get while other keys are active.
@@ -96,6 +98,12 @@ class Admission:
     _decreased_at: float = -math.inf
     _done: int = 0
     _done_since: float = 0.0
+
+    @classmethod
+    def of(cls, name: str, max_queue: int, ttft_s: float, tpot_s: float) -> Admission:
+        """The admission that a topology names, "queue" or "slo"."""
+        by_slo = name == "slo"
+        return cls(max_queue, _TTFT_PART * ttft_s if by_slo else _PATIENCE_S, ttft_s, tpot_s, by_slo)
 
     @property
     def waiting(self) -> int:

@@ -21,18 +21,10 @@ from pdctl.proxy_wire import EngineLoad, PoolReply, ProxyConfig
 
 _log = logging.getLogger(__name__)
 
-# Longest wait in the admission queue if no TTFT target is enforced, seconds.
-_PATIENCE_S = 60.0
-# If one is enforced, the fraction of it that may be spent in the queue.
-_TTFT_PART = 0.7
-
 
 def admission_of(config: ProxyConfig) -> Admission:
     """The rules of the queue."""
-    by_slo = config.admission == "slo"
-    ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
-    patience_s = _TTFT_PART * ttft_s if by_slo else _PATIENCE_S
-    return Admission(config.max_queue, patience_s, ttft_s, tpot_s, by_slo)
+    return Admission.of(config.admission, config.max_queue, config.ttft_ms / 1000, config.tpot_ms / 1000)
 
 
 class Reloader:
