@@ -17,6 +17,9 @@ _EQUAL = 1.1
 # are tried again.
 _MIN_SAMPLES = 3
 _EXPLORE_EVERY = 32
+# Engines of each role that are paired for one request. All pairs of many engines would take seconds to compare, and the
+# best of some is nearly as good (Mitzenmacher, The power of two choices in randomized load balancing, 2001).
+_PAIRED = 32
 # The fraction of the prefill time that prefix_aware assumes a matched prefix to save.
 _PREFIX_GAIN = 0.9
 
@@ -181,7 +184,7 @@ def choose(
     `avoid`: engines that have just failed this request; they are used only if there is no other. If a role is missing,
     one engine that can do so serves the request alone. `alone`: prefer an engine that is never one of a pair.
     """
-    usable = [view for view in views if view.usable]
+    usable, ask = _narrowed([view for view in views if view.usable], ask)
     fresh = [view for view in usable if view.name not in avoid]
     pairs = (candidates(fresh) or candidates(usable)) if avoid else candidates(usable)
     if alone:
@@ -190,6 +193,25 @@ def choose(
         return None
     pair = pairs[0] if len(pairs) == 1 else policy(ask, pairs)
     return EnginePair(pair.prefill.name, pair.decode.name)
+
+
+def _narrowed(views: list[View], ask: Ask) -> tuple[list[View], Ask]:
+    """Some engines of each role, others for the next request; all of a fleet that is small, or has only one role."""
+    by_role: dict[str, list[View]] = {}
+    for view in views:
+        by_role.setdefault(view.role, []).append(view)
+    turns = max((-(-len(those) // _PAIRED) for those in by_role.values()), default=1)
+    if turns == 1 or len(by_role) == 1:
+        return views, ask
+    found = []
+    for those in by_role.values():
+        stride = -(-len(those) // _PAIRED)
+        some = those[ask.number % turns % stride :: stride]
+        # The one that has most of the prompt is always among them.
+        best = max(those, key=lambda view: view.matched)
+        found += some if not best.matched or best in some else [*some, best]
+    # Policies take turns among these, too.
+    return found, ask._replace(number=ask.number // turns)
 
 
 def candidates(views: Sequence[View]) -> list[Candidate]:

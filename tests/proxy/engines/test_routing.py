@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import pytest
@@ -155,6 +156,27 @@ def test_an_engine_that_answers_nothing_alone_is_only_part_of_pairs() -> None:
 def test_a_hybrid_that_cannot_pair_answers_alone() -> None:
     pool = [view("p0"), view("h0", "hybrid", pairs=False), view("d0", "decode")]
     assert set(chosen(round_robin, pool)) == {EnginePair("p0", "d0"), EnginePair("h0", "h0")}
+
+
+@pytest.mark.parametrize("policy", [round_robin, min_expected_latency, slo])
+def test_many_engines_are_compared_in_parts_and_all_have_their_turn(policy: RoutingPolicy) -> None:
+    fleet = [view(f"p{n}") for n in range(40)] + [view(f"d{n}", "decode") for n in range(70)]
+    compared: list[int] = []
+
+    def counting(ask: Ask, pairs: Sequence[Candidate]) -> Candidate:
+        compared.append(len(pairs))
+        return policy(ask, pairs)
+
+    found = chosen(counting, fleet, turns=800)
+    assert max(compared) <= 32 * 32
+    for names in ({pair.prefill for pair in found if pair}, {pair.decode for pair in found if pair}):
+        assert len(names) in (40, 70), "an engine is never used"
+
+
+def test_of_many_engines_the_one_that_has_the_prompt_is_always_compared() -> None:
+    fleet = [view(f"p{n}") for n in range(100)] + [view(f"d{n}", "decode") for n in range(100)]
+    fleet[37] = view("p37", matched=500.0)
+    assert {pair.prefill for pair in chosen(prefix_aware, fleet, size=500.0) if pair} == {"p37"}
 
 
 def test_pairs_that_cannot_reach_each_other_are_not_pairs() -> None:
