@@ -16,6 +16,7 @@ from pdctl.commands.bench import app as bench
 from pdctl.commands.control.apply import apply, scale
 from pdctl.commands.control.down import down
 from pdctl.commands.control.process import drain, restart, start, stop
+from pdctl.commands.control.role import role
 from pdctl.commands.control.up import up
 from pdctl.commands.doctor import doctor
 from pdctl.commands.inspect.events import events
@@ -40,7 +41,8 @@ app = typer.Typer(
 )
 
 for verb in (
-    init, plan, up, status, logs, events, why, restart, stop, start, drain, scale, apply, kv, ask, doctor, key, down,
+    init, plan, up, status, logs, events, why, restart, stop, start, drain, role, scale, apply, kv, ask, doctor, key,
+    down,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(bench, name="bench")

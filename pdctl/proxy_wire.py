@@ -12,7 +12,8 @@ class EngineAddress(msgspec.Struct, frozen=True):
     """One engine as the proxy is told of it.
 
     `slot`: its number in what several workers share; `ports`: what it opens beside its API, by purpose; `connector`:
-    how it exchanges KV, "" for kinds with only one way; `inline`: a decode engine that also takes whole requests.
+    how it exchanges KV, "" for kinds with only one way; `inline`: as a decode engine it also takes whole requests;
+    `role_epoch`: counts the changes of its role.
     """
 
     name: str
@@ -25,6 +26,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     ports: dict[str, int] = {}
     connector: str = ""
     inline: bool = False
+    role_epoch: int = 0
 
     @property
     def exchange(self) -> str:

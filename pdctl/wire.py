@@ -27,6 +27,11 @@ ATTEMPT_HEADER = "x-pdctl-attempt"
 SLO_HEADER = "x-pdctl-slo"
 TENANT_HEADER = "x-pdctl-tenant"
 
+# The role epoch in which the sender knows the engine. A request for a role that the engine has left is refused.
+ROLE_EPOCH_HEADER = "x-pdctl-role-epoch"
+# The type of that refusal.
+ROLE_CHANGED = "role_changed"
+
 # In a request: asks for the durations of its stages. In an answer: carries them.
 TIMING_HEADER = "x-pdctl-timing"
 
@@ -214,9 +219,10 @@ class HolderReply(msgspec.Struct, frozen=True):
 
 
 class RoleCall(msgspec.Struct, frozen=True):
-    """What an engine is from now on; the answer says what it is."""
+    """What an engine is from now on; the answer says what it is. A call of an earlier `epoch` changes nothing."""
 
     role: Annotated[str, msgspec.Meta(pattern="^(prefill|decode|hybrid)$")]
+    epoch: int = 0
 
 
 class RevokeCall(msgspec.Struct, frozen=True):
@@ -298,7 +304,8 @@ class EngineState(msgspec.Struct, frozen=True):
     for KV, and `blocks_cached` of the free ones keep KV for prompts with the same beginning. `counters`: more counts
     since the start, which depend on the engine's kind. `work`: predicts its steps; None while it loads.
     `attention`: how a builtin engine computes attention, and why; `cuda_graphs`: its
-    decode steps that are CUDA graphs, or why none is.
+    decode steps that are CUDA graphs, or why none is. `prefills`: prompts for peers that are computed, or whose KV is
+    kept; `answers`: other requests.
     """
 
     name: str
@@ -326,6 +333,9 @@ class EngineState(msgspec.Struct, frozen=True):
     work: Work | None = None
     attention: str = ""
     cuda_graphs: str = ""
+    role_epoch: int = 0
+    prefills: int = 0
+    answers: int = 0
 
 
 def token_digest(token_ids: list[int]) -> str:

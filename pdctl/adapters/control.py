@@ -13,7 +13,7 @@ import msgspec
 
 from pdctl.net.http_client import ConnectionPool
 from pdctl.net.internal_calls import Caller
-from pdctl.wire import EngineState, LeaseReply, LinkInfo, PeerAddress
+from pdctl.wire import EngineState, LeaseReply, LinkInfo, PeerAddress, RoleCall
 
 
 class Ability(Enum):
@@ -91,7 +91,7 @@ class Control(Protocol):
         """Ability.REVOKE."""
         ...
 
-    async def set_role(self, engine: Target, role: str, timeout_s: float) -> None:
+    async def set_role(self, engine: Target, role: RoleCall, timeout_s: float) -> None:
         """Ability.ROLE: set the engine's role from now on."""
         ...
 
@@ -139,7 +139,7 @@ class NoControl:
         """Never called: see `abilities`."""
         raise AssertionError("a kind without Ability.REVOKE")
 
-    async def set_role(self, engine: Target, role: str, timeout_s: float) -> None:
+    async def set_role(self, engine: Target, role: RoleCall, timeout_s: float) -> None:
         """Never called: see `abilities`."""
         raise AssertionError("a kind without Ability.ROLE")
 

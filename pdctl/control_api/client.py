@@ -21,6 +21,8 @@ from pdctl.control_api.messages import (
     Node,
     Nodes,
     Reply,
+    RoleName,
+    RoleOrder,
     ServiceStatus,
     Stopping,
     Verb,
@@ -86,6 +88,12 @@ class ControlClient:
         """Start, stop, restart or drain a process, without waiting for the result. `drain`: let its requests finish
         first."""
         self._do(f"/v1/processes/{quote(process, safe='')}/{verb}" + ("?drain=1" if drain else ""))
+
+    def change_role(self, process: str, role: RoleName, drain_s: float | None = None, dry_run: bool = False) -> None:
+        """Give an engine another role, without waiting for the end of what it has. `drain_s`: answers that run longer
+        go on at other engines, None: as configured."""
+        order = RoleOrder(role=role, drain_s=drain_s, dry_run=dry_run)
+        self._do(f"/v1/processes/{quote(process, safe='')}/role", msgspec.json.encode(order))
 
     def changes(self, wanted: Plan) -> Changes:
         """The changes that `apply` would make."""

@@ -31,6 +31,7 @@ from pdctl.control_api.messages import (
     ProcessStatus,
     Reply,
     ResourceUse,
+    RoleOrder,
     StepLatency,
     StepPredictions,
     Stopping,
@@ -58,6 +59,7 @@ _SECTIONS: dict[type, str] = {
     Attached: "Planned attached engine",
     Node: "Registration",
     NodeStatus: "Registered engine",
+    RoleOrder: "Change of a role",
     Reply: "Reply",
 }
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -104,7 +106,10 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "api_key_env": "variable in which it gets the run's secret as its API key, or empty",
         "connector": "how an engine exchanges KV, or empty",
         "files": "files that are written before its start: content by path",
-        "inline": "whether a decode engine also takes whole requests",
+        "inline": "whether it also takes whole requests as a decode engine",
+        "switches": "whether its role can change while it runs",
+        "planned_role": "its role in the topology, if it has another one now, else empty",
+        "role_epoch": "counts the changes of its role",
     },
     Probe: {
         "ready": "readiness probe: `tcp:HOST:PORT`, `http://...`, `log:PATTERN`, or empty if ready at once",
@@ -145,10 +150,10 @@ One object per line. In addition to these fields, it has fields that depend on t
 `started`, `after_s` for `ready`, and the fields of a [last exit](#last-exit) for `exited`."""
 _EVENT_NAMES = """\
 Events: `started`, `phase` (of a start), `ready`, `exited`, `failed`, `not_alive`, `blocked`, `draining`, `drained`,
-`drain_over`, `stopped`, `adopted`, `asked`, `restarted_with`, `apply`, `apply_failed`, `service_ready`,
-`run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `note`. Of engines that register
-themselves: `node_added`, `node_answers`, `node_silent`, `node_leaving`, `node_removed`, `node_lost` (forgotten, because
-it did not answer)."""
+`drain_over`, `role_changed`, `role_done`, `role_drain_over`, `stopped`, `adopted`, `asked`, `restarted_with`, `apply`,
+`apply_failed`, `service_ready`, `run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `note`.
+Of engines that register themselves: `node_added`, `node_answers`, `node_silent`, `node_leaving`, `node_removed`,
+`node_lost` (forgotten, because it did not answer)."""
 _API = """\
 HTTP on the unix socket `control.sock` in the run directory, only for the service's user and root. In Python,
 `pdctl.control_api.ControlClient(run_dir)` has a method for each call."""
@@ -163,6 +168,10 @@ _CALLS = (
     ("POST /v1/nodes/add", "the body is a [registration](#registration); [reply](#reply)"),
     ("POST /v1/nodes/remove?name=HOST:PORT", "[reply](#reply), once its drain has begun"),
     ("POST /v1/processes/NAME/VERB", "[reply](#reply), once started; with `?drain=1`, requests finish first"),
+    (
+        "POST /v1/processes/NAME/role",
+        "the body is a [change of a role](#change-of-a-role); [reply](#reply), once begun",
+    ),
     ("POST /v1/apply", "the body is a plan; [reply](#reply), once started"),
     ("POST /v1/apply?dry_run=1", "the body is a plan; as `pdctl apply --dry-run --json`"),
     ("POST /v1/stop", f"`{msgspec.json.encode(Stopping()).decode()}`; a second call kills the remaining processes"),
@@ -214,7 +223,7 @@ def text() -> str:
         _API,
         "\n".join(["| call | answer |", "|---|---|", *(f"| `{call}` | {answer} |" for call, answer in _CALLS)]),
         _REFUSED,
-        *_sections(Node, NodeStatus, Reply),
+        *_sections(RoleOrder, Node, NodeStatus, Reply),
         "### Events as a stream",
         _STREAM,
     ]

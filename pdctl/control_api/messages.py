@@ -23,6 +23,7 @@ ProcessState = Literal[
 ]
 ApplyState = Literal["running", "done", "failed"]
 Verb = Literal["start", "stop", "restart", "drain"]
+RoleName = Literal["prefill", "decode", "hybrid"]
 
 
 def says(text: str) -> msgspec.Meta:
@@ -84,6 +85,16 @@ class Exits(msgspec.Struct, frozen=True, kw_only=True):
     exits: Annotated[tuple[ExitReport, ...], says("oldest first")]
 
 
+class RoleOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """A running engine is to have another role."""
+
+    role: Annotated[RoleName, says("its role from now on")]
+    drain_s: Annotated[
+        float | None, says("answers that run longer go on at other engines, seconds; null: `supervision.drain_s`")
+    ] = None
+    dry_run: Annotated[bool, says("only say whether it is possible")] = False
+
+
 class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One process, without measurements."""
 
@@ -107,6 +118,8 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     log: Annotated[str, says("its log file")]
     phase: Annotated[str, says("while it starts: the phase that its log shows, such as `loading weights`, else empty")]
     phase_s: Annotated[float | None, says("how long that phase has lasted, seconds; null without a phase")]
+    planned_role: Annotated[str, says("its role in the topology, if it has another one now, else empty")] = ""
+    leaving_role: Annotated[str, says("the role whose last work it still does after a change, else empty")] = ""
 
     @property
     def is_engine(self) -> bool:
@@ -145,6 +158,7 @@ class MeasuredProcess(ProcessStatus, frozen=True, kw_only=True):
     kv_used: Annotated[float | None, says("fraction of the engine's KV blocks in use, from 0 to 1")]
     leases: Annotated[int | None, says("live leases that the engine has granted")]
     tokens_per_s: Annotated[float | None, says("tokens per second since the last measurement")]
+    leaving_work: Annotated[int | None, says("requests that are left of `leaving_role`; null without one")] = None
     prompts_own: Annotated[int | None, says("prompts that it computed for its own answers, since its start")] = None
     latency: Annotated[StepLatency | None, says("how it predicts its steps; null if it does not")] = None
     prompts_received: Annotated[int | None, says("those whose KV came from a prefill engine")] = None
@@ -178,7 +192,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """An engine that registers itself."""
 
     kind: Annotated[str, says("the engine kind; today always `lmdeploy`")]
-    role: Annotated[Literal["prefill", "decode", "hybrid"], says("the work that it accepts")]
+    role: Annotated[RoleName, says("the work that it accepts")]
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=253, description="host on which it listens")]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535, description="port on which it listens")]
     models: Annotated[tuple[str, ...], msgspec.Meta(max_length=64, description="models that it serves")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pdctl.adapters import Assignment, Launch, can_launch, control, launcher
+from pdctl.adapters import Ability, Assignment, Launch, can_launch, control, launcher
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
 from pdctl.net import reachable
@@ -138,12 +138,16 @@ def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
         connector=_connector(group),
         files=client.files,
         inline=_inline(group),
+        switches=Ability.ROLE in control(group.kind).abilities,
     )
 
 
 def _inline(group: EngineGroup) -> bool:
-    """Whether the proxy may give a decode engine whole requests: it must predict its steps."""
-    return group.role is Role.DECODE and group.inline_prefill and "inline_prefill" in launcher(group.kind).settings
+    """Whether the proxy may give a decode engine whole requests: it must predict its steps. An engine of another role
+    may become one."""
+    settings = launcher(group.kind).settings
+    may = group.role is Role.DECODE or Ability.ROLE in control(group.kind).abilities
+    return may and group.inline_prefill and "inline_prefill" in settings
 
 
 def _client(site: Site, assignment: Assignment) -> StoreClient:

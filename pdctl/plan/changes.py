@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from pdctl.plan import Plan, ProcessSpec
 
@@ -32,6 +32,21 @@ class Changes:
         return asdict(self)
 
 
+def with_roles(old: Plan, new: Plan) -> Plan:
+    """The new plan with the roles that engines got while they ran, where the topology wants the same as before."""
+    before = {spec.name: spec for spec in old.processes}
+    return replace(new, processes=tuple(_with_role(before.get(spec.name), spec) for spec in new.processes))
+
+
+def _with_role(old: ProcessSpec | None, new: ProcessSpec) -> ProcessSpec:
+    if old is None or not (old.switches and new.switches):
+        return new
+    if old.planned_role == new.role:
+        return replace(new, role=old.role, planned_role=old.planned_role, role_epoch=old.role_epoch)
+    # The epoch never goes back: it tells stale requests from new ones.
+    return replace(new, role_epoch=old.role_epoch + (old.role != new.role))
+
+
 def diff(old: Plan, new: Plan) -> Changes:
     """The changes that lead from one plan to the other."""
     before = {spec.name: spec for spec in old.processes}
@@ -41,7 +56,7 @@ def diff(old: Plan, new: Plan) -> Changes:
         fixed = _differing(old.proxy, new.proxy, _PROXY_FIXED) + _service(old, new)
         if spec.is_proxy and name in before and fixed and name not in restarted:
             restarted[name] = f"{', '.join(fixed)} changed"
-    live = _live(old, new)
+    live = {name: why for name, why in _live(old, new).items() if name not in restarted}
     touched = {*restarted, *live}
     return Changes(
         added=tuple(name for name in after if name not in before),
@@ -54,7 +69,8 @@ def diff(old: Plan, new: Plan) -> Changes:
 
 def _why(old: ProcessSpec, new: ProcessSpec) -> str:
     """Why a process must be restarted; "" if it need not."""
-    words = [_worded(old, new, name) for name in _FIXED if getattr(old, name) != getattr(new, name)]
+    fixed = [name for name in _FIXED if not (name == "role" and old.switches and new.switches)]
+    words = [_worded(old, new, name) for name in fixed if getattr(old, name) != getattr(new, name)]
     return "; ".join(words)
 
 
@@ -85,6 +101,8 @@ def _live(old: Plan, new: Plan) -> dict[str, str]:
     for spec in new.processes:
         if spec.name in before and _watched(spec) != _watched(before[spec.name]):
             watching.append(f"probes or order of {spec.name}")
+        if spec.name in before and spec.role != before[spec.name].role and spec.switches:
+            found[spec.name] = f"role: {before[spec.name].role} to {spec.role}"
     if watching:
         found["pdctl"] = f"{', '.join(watching)} changed"
     return found

@@ -41,8 +41,9 @@ class ProcessSpec:
     `host`: the address at which other processes reach its `ports`.
     `restart_with`: processes that, when they exit, restart this one too; `why`: the reason for each choice, by field.
     `api_key_env`: the variable in which the process gets the run's secret as its API key, "" for none. `connector`: how
-    an engine exchanges KV. `files`: files that must exist before the start, content by path. `inline`: a decode engine
-    that also takes whole requests.
+    an engine exchanges KV. `files`: files that must exist before the start, content by path. `inline`: as a
+    decode engine it also takes whole requests. `switches`: its role can change while it runs. `planned_role`: its role
+    in the topology, if it has another one now; `role_epoch`: counts the changes.
     """
 
     name: str
@@ -66,6 +67,9 @@ class ProcessSpec:
     connector: str = ""
     files: dict[str, str] = field(default_factory=dict, hash=False)
     inline: bool = False
+    switches: bool = False
+    planned_role: str = ""
+    role_epoch: int = 0
 
     @property
     def is_engine(self) -> bool:
@@ -86,7 +90,8 @@ class ProcessSpec:
         """Hash of everything that cannot change while the process runs. Specs with equal digests need no restart."""
         ports = sorted(self.ports.items())
         env = (*sorted(self.env.items()), self.api_key_env, *sorted(self.files.items()))
-        fixed = (self.argv, env, self.role, self.cpus, self.gpus, ports, self.listen)
+        role = "" if self.switches else self.role
+        fixed = (self.argv, env, role, self.cpus, self.gpus, ports, self.listen)
         return hashlib.blake2b(repr(fixed).encode(), digest_size=8).hexdigest()
 
 

@@ -36,6 +36,7 @@ from pdctl.net.openai_api import Counts
 from pdctl.proxy_wire import EngineAddress
 from pdctl.topology.loader import load_text
 from pdctl.topology.schema import ENGINE, EVERY_KIND
+from pdctl.wire import RoleCall
 from tests.service import free_port
 
 KINDS = ("builtin", "lmdeploy", "sglang", "vllm", "echo")
@@ -238,7 +239,7 @@ class TestControl:
             Ability.SWEEP: lambda target: asks.sweep(target, 0, 0, 1.0),
             Ability.RELEASE_BY_HOLDER: lambda target: asks.release_holder(target, "d0@e", 1.0),
             Ability.REVOKE: lambda target: asks.revoke(target, "l1", 1.0),
-            Ability.ROLE: lambda target: asks.set_role(target, "decode", 1.0),
+            Ability.ROLE: lambda target: asks.set_role(target, RoleCall("decode"), 1.0),
         }
         assert set(calls) == set(Ability)
 

@@ -52,9 +52,9 @@ class BuiltinControl(NoControl):
         path = "/pdctl/v1/leases/revoke"
         return await engine.caller.post(engine.pool, path, RevokeCall(lease_id), LeaseReply, timeout_s)
 
-    async def set_role(self, engine: Target, role: str, timeout_s: float) -> None:
+    async def set_role(self, engine: Target, role: RoleCall, timeout_s: float) -> None:
         """See Control.set_role."""
-        await engine.caller.post(engine.pool, "/pdctl/v1/role", RoleCall(role), RoleCall, timeout_s)
+        await engine.caller.post(engine.pool, "/pdctl/v1/role", role, RoleCall, timeout_s)
 
 
 CONTROL = BuiltinControl()

@@ -33,7 +33,7 @@ def apply(
     running = control(service).plan()
     path = file or (Path(running.source) if running.source and Path(running.source).is_file() else None)
     wanted = load_plan(path, running=running)
-    _change_over(service, wanted, dry_run, as_json, wait_s)
+    change_over(service, wanted, dry_run, as_json, wait_s)
 
 
 def scale(
@@ -68,7 +68,7 @@ def scale(
         replace(group, replicas=counts.get(group.name, now[group.name])) if group.name in known else group
         for group in topology.engines
     )
-    _change_over(name, make_plan(replace(topology, engines=engines), host, running), dry_run, as_json, wait_s)
+    change_over(name, make_plan(replace(topology, engines=engines), host, running), dry_run, as_json, wait_s)
 
 
 def _count(word: str) -> tuple[str, int]:
@@ -78,7 +78,8 @@ def _count(word: str) -> tuple[str, int]:
     return name, int(count)
 
 
-def _change_over(service: str, wanted: Plan, dry_run: bool, as_json: bool, wait_s: float) -> None:
+def change_over(service: str, wanted: Plan, dry_run: bool, as_json: bool, wait_s: float) -> None:
+    """Print the changes, make them and wait. Raises ServiceFailed."""
     from pdctl.commands.setup.prepare import with_model
 
     if not dry_run:

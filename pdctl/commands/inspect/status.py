@@ -79,7 +79,7 @@ def _columns() -> list[tuple[str, int, Callable[[MeasuredProcess], str]]]:
     """Header, rank and cell function per column. On a narrow screen the columns with the highest rank go first."""
     return [
         ("PROCESS", 0, lambda p: p.name),
-        ("ROLE", 5, lambda p: p.role),
+        ("ROLE", 5, _role),
         ("STATE", 0, lambda p: p.state),
         ("SINCE", 2, lambda p: f"{p.phase}, {p.phase_s:.0f}s" if p.phase_s is not None else _since(p.ready_since)),
         ("RESTARTS", 1, lambda p: str(p.restarts)),
@@ -99,6 +99,15 @@ def _columns() -> list[tuple[str, int, Callable[[MeasuredProcess], str]]]:
         ("INLINE", 6, _inline),
         ("LAST EXIT", 1, _last_exit),
     ]
+
+
+def _role(process: MeasuredProcess) -> str:
+    """The role; after a change, that it was asked for, and what is left of the one before."""
+    if process.leaving_role:
+        what = "prefills" if process.leaving_role == "prefill" else "answers"
+        left = "last" if process.leaving_work is None else str(process.leaving_work)
+        return f"{process.role} (asked), hybrid until {left} {what} are done"
+    return f"{process.role} (asked)" if process.planned_role else process.role
 
 
 def _inline(process: MeasuredProcess) -> str:

@@ -17,6 +17,7 @@ from pdctl.engine.ipc.messages import (
     Abort,
     Connect,
     Failed,
+    HandBack,
     KvChanges,
     Linked,
     Move,
@@ -35,6 +36,7 @@ from pdctl.engine.ipc.messages import (
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.schedule.batch import Outcome, Slice
 from pdctl.engine.schedule.latency import LatencyModel
+from pdctl.engine.schedule.moves import unbegun
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 
@@ -174,6 +176,8 @@ class Core:
                 self.scheduler.abort(request_id)
             case Move():
                 self.scheduler.move(message.request_id, message.offer)
+            case HandBack():
+                self._hand_back()
             case Reserve():
                 self._reserve(message)
             case Poke():
@@ -193,6 +197,11 @@ class Core:
                 self.scheduler.start(request_id)
             case _:
                 raise AssertionError(f"unexpected {message}")
+
+    def _hand_back(self) -> None:
+        for name in unbegun(self.scheduler.sequences.values()):
+            self.scheduler.abort(name)
+            self._failed.append(Failed(name, "this engine does not prefill for others any more", elsewhere=True))
 
     def _reserve(self, message: Reserve) -> None:
         sequence = Sequence(

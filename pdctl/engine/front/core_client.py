@@ -25,6 +25,7 @@ from pdctl.engine.ipc.messages import (
     Broken,
     Failed,
     FromCore,
+    HandBack,
     Held,
     KvChange,
     KvChanges,
@@ -206,6 +207,11 @@ class CoreClient:
     def move(self, request_id: str) -> None:
         """Have a sequence held for another engine, and its KV so far offered. Never blocks."""
         self._push.send(self._encode(Move(request_id, offer=True)))
+
+    def hand_back(self) -> None:
+        """Have the prompts for peers that were not begun fail, so that their router sends them elsewhere. Never
+        blocks."""
+        self._push.send(self._encode(HandBack()))
 
     async def close(self) -> None:
         """Ask the core to exit, and close the sockets."""

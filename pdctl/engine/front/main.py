@@ -25,6 +25,7 @@ from pdctl.engine.front.handover.moves import Moves
 from pdctl.engine.front.handover.offers import Identity, OfferDesk
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.front.handover.receiver import Receiver
+from pdctl.engine.front.handover.role import RoleDesk
 from pdctl.engine.front.handover.trace import Trace
 from pdctl.engine.front.kv_events import KvEvents
 from pdctl.engine.front.routers.desk import RouterDesk
@@ -94,7 +95,7 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         seal = Seal(secret)
         routers = RouterDesk(seal, leases, links, peers)
         moves = Moves(core)
-        control = Control(options, secret, core, leases, links, receiver, moves, routers, events)
+        control = Control(options, secret, core, leases, links, receiver, moves, RoleDesk(core), routers, events)
         parsers = choose(options.tool_parser, options.reasoning_parser, codec.template)
         generator = Generator(codec, parsers, core, desk, peers, receiver, moves)
         transfers = Transfers(seal, options.open and bool(secret))

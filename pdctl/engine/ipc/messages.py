@@ -155,11 +155,15 @@ class Move(msgspec.Struct, frozen=True, array_like=True, tag=True):
     offer: bool
 
 
+class HandBack(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Fail the prompts for peers that were not begun: this engine does not prefill for others any more."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Leave the step loop and exit."""
 
 
-ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Move | Shutdown
+ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Move | HandBack | Shutdown
 
 
 # -- core to front -----------------------------------------------------------------------------------------
@@ -237,10 +241,11 @@ class Withdrawn(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
-    """A request cannot be served by this engine."""
+    """A request cannot be served by this engine; `elsewhere`: but by another one."""
 
     request_id: str
     reason: str
+    elsewhere: bool = False
 
 
 class Books(msgspec.Struct, frozen=True, array_like=True):

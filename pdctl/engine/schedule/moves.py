@@ -7,6 +7,8 @@ only the KV of these is left when it is held.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.sequence import Sequence, Status
 
@@ -15,6 +17,12 @@ from pdctl.engine.schedule.sequence import Sequence, Status
 TOKENS_AHEAD = 4
 # With fewer tokens left than this, the end comes sooner than a move.
 _LEAST_LEFT = 4
+
+
+def unbegun(sequences: Iterable[Sequence]) -> list[str]:
+    """The prompts for peers that wait, and of which nothing is computed here."""
+    waiting = (sequence for sequence in sequences if sequence.status is Status.WAITING and sequence.hold)
+    return [sequence.request_id for sequence in waiting if not (sequence.num_computed or sequence.preemptions)]
 
 
 def begin(sequence: Sequence, offer: bool, longest: int, room: Room) -> bool:

@@ -16,6 +16,7 @@ from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import LoadMeter, PrefixSet, Window
 from pdctl.proxy_wire import EngineAddress
 from pdctl.user_files import read_user_text
+from pdctl.wire import ROLE_EPOCH_HEADER
 
 # An engine is stuck if all its streams wait for this multiple of its usual gap between tokens, within these limits.
 _STALL_GAPS = 50
@@ -57,8 +58,8 @@ class Engine:
     counted as stuck without having died. Then it is slow, and cutting its calls only adds load: the limit doubles.
     `unlinked`: prefill engines from which it cannot read, as the supervisor says; `room`: for KV, of a prefill engine
     that does not protect it; `handing_over`: requests between their prefill call and the end of their hand-over.
-    `hand_over_s`: usual time from the end of a prefill to its own first token, 0 if unknown. `moving`: its streams are
-    to go on at other engines.
+    `headers`: lines of every call, of which `key` authorizes it. `hand_over_s`: usual time from the end of a prefill to
+    its own first token, 0 if unknown. `moving`: its streams are to go on at other engines.
     `took_s`: durations of the last answered calls, for those who look; routing uses the windows.
     """
 
@@ -90,6 +91,7 @@ class Engine:
     room: KvRoom | None = None
     handing_over: int = 0
     hand_over_s: float = 0.0
+    key: bytes = b""
     moving: bool = False
     took_s: deque[float] = field(default_factory=lambda: deque(maxlen=_CALLS_KEPT))
 
@@ -97,7 +99,12 @@ class Engine:
     def of(cls, address: EngineAddress, secret: str) -> Engine:
         """An engine with the run's secret, or its own. Raises PdctlError for an unreadable secret."""
         client, speaks = ConnectionPool(address.host, address.port), dialect(address.kind, address.connector)
-        return cls(address, client, speaks, address.slot, _authorization(address, secret))
+        key = _authorization(address, secret)
+        return cls(address, client, speaks, address.slot, key + _epoch(address), key=key)
+
+    def follow(self, address: EngineAddress) -> None:
+        """The same engine may have another role by now."""
+        self.address, self.headers = address, self.key + _epoch(address)
 
     @property
     def name(self) -> str:
@@ -180,6 +187,10 @@ class Engine:
             return None
         silent = now - max(self.heard_at, min(waiting))
         return silent if silent > limit else None
+
+
+def _epoch(address: EngineAddress) -> bytes:
+    return b"%b: %d\r\n" % (ROLE_EPOCH_HEADER.encode(), address.role_epoch) if address.role_epoch else b""
 
 
 def _authorization(address: EngineAddress, secret: str) -> bytes:

@@ -77,7 +77,7 @@ class EnginePool(Fleet):
             self._drop(engine)
         self.use(wanted, predicts)
         for engine, address in zip(wanted, addresses, strict=True):
-            engine.address = address  # the same engine may have another role by now
+            engine.follow(address)
             engine.draining, engine.moving = engine.name in draining, engine.name in moving
             lost = frozenset((unlinked or {}).get(engine.name, ()))
             for source in lost - engine.unlinked:

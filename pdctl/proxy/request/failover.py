@@ -11,6 +11,7 @@ from enum import Enum
 
 from pdctl.net.openai_answers import EngineError
 from pdctl.proxy.engines.breaker import RetryBudget
+from pdctl.wire import ROLE_CHANGED
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,8 @@ Decision = RetryElsewhere | ComputeAlone | GiveUp
 
 def classify(engine: str, policy: FailoverPolicy, error: EngineError, resumable: bool) -> Failure:
     """Classify an engine's error answer. `resumable`: False if its kind cannot continue the request."""
+    if error.kind == ROLE_CHANGED:
+        return Failure(engine, Cause.NOT_REACHED, error.message)
     if error.status not in policy.retryable or not resumable:
         return Failure(engine, Cause.REFUSED, error.message, error.status, error.kind, error.param)
     return Failure(engine, Cause.KV_LOST if error.kv_lost else Cause.BROKE, error.message)

@@ -31,6 +31,7 @@ class Managed(Protocol):
     def open_sockets(self, specs: list[ProcessSpec]) -> None: ...
     def add(self, spec: ProcessSpec) -> Unit: ...
     def remove(self, unit: Unit) -> None: ...
+    def change_role(self, name: str, role: str) -> None: ...
     async def take_on(self, plan: Plan) -> str: ...
 
 
@@ -61,6 +62,10 @@ async def apply(service: Managed, wanted: Plan, say: Callable[[str], None]) -> N
         service.add(specs[name])
     for name in others:
         await _until_ready(service, name)
+    for spec in service.plan.processes:
+        if spec.name in changes.live and spec.name in specs and spec.role != specs[spec.name].role:
+            say(f"{spec.name}: {changes.live[spec.name]}")
+            service.change_role(spec.name, specs[spec.name].role)
     # From here on, requests may go to the new engines. Engines to be removed are still in the plan.
     staying = [spec for spec in service.plan.processes if spec.name in changes.removed]
     say("updating the proxies")

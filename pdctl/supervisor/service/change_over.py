@@ -7,12 +7,14 @@ from dataclasses import replace
 
 from pdctl.errors import PdctlError
 from pdctl.plan import Plan, ProcessSpec
+from pdctl.plan.changes import with_roles
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.service.apply import ApplyFailed, Progress, apply
 from pdctl.supervisor.service.files import ServiceFiles
 from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch
 from pdctl.supervisor.service.proxies import Proxies
+from pdctl.supervisor.service.roles import Roles
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.unit.unit import Unit, UnitContext
 
@@ -29,6 +31,7 @@ class ChangeOver:
         files: ServiceFiles,
         listeners: Listeners,
         context: UnitContext,
+        roles: Roles,
     ) -> None:
         self.progress: Progress | None = None
         self._state = state
@@ -38,6 +41,7 @@ class ChangeOver:
         self._files = files
         self._listeners = listeners
         self._context = context
+        self._roles = roles
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -63,7 +67,7 @@ class ChangeOver:
             return f"another apply is in progress: {self.step}"
         if wanted.run_dir != self.plan.run_dir:
             return f"the topology is for service {wanted.service!r}, not for {self.plan.service!r}"
-        self._task = self._context.tasks.create_task(self._run(wanted))
+        self._task = self._context.tasks.create_task(self._run(with_roles(self.plan, wanted)))
         return ""
 
     def cancel(self) -> None:
@@ -94,6 +98,10 @@ class ChangeOver:
         self._fleet.remove(unit)
         self._kv.forget(unit.name)
         self._state.changed.set()
+
+    def change_role(self, name: str, role: str) -> None:
+        """Give a running engine another role."""
+        self._roles.change(name, role, self.plan.supervision.drain_s)
 
     async def take_on(self, plan: Plan) -> str:
         """Make `plan` the running plan, without changing processes. Returns why a proxy did not apply it, or ""."""

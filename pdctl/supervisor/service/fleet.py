@@ -110,7 +110,15 @@ class Fleet:
     def members(self) -> list[Member]:
         """Engines that answer."""
         return [
-            Member(unit.name, unit.spec.kind, unit.spec.role, unit.spec.host, unit.spec.ports["http"], unit.epoch)
+            Member(
+                unit.name,
+                unit.spec.kind,
+                unit.spec.role,
+                unit.spec.host,
+                unit.spec.ports["http"],
+                unit.epoch,
+                role_epoch=unit.spec.role_epoch,
+            )
             for unit in self
             if unit.spec.is_engine and unit.life.phase in _ANSWERING and unit.alive
         ]

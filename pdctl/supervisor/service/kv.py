@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -14,13 +14,12 @@ from pdctl.adapters import Ability, Control, Peer, Target, control
 from pdctl.control_api import EngineBlocks, KvStatus, Lease, Link
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
-from pdctl.wire import EngineState, LeaseInfo, LeaseReply, LinkInfo, PeerAddress
+from pdctl.wire import EngineState, LeaseInfo, LeaseReply, LinkInfo, PeerAddress, RoleCall
 
 Result = TypeVar("Result")
 
 _READERS = ("decode", "hybrid")
 _SERVERS = ("prefill", "hybrid")
-_ROLES = ("prefill", "decode", "hybrid")
 
 # One call that changes something at an engine, seconds, and how often it is made.
 _CALL_S = 2.0
@@ -42,6 +41,7 @@ class Member:
     port: int
     epoch: str
     secret: str | None = field(default=None, repr=False)
+    role_epoch: int = 0
 
     @property
     def holder(self) -> str:
@@ -83,9 +83,9 @@ class KvWatch:
     # -- dead processes ------------------------------------------------------------------------------------
 
     async def reclaim(self, name: str, holder: str) -> None:
-        """`holder` has died: have every prefill engine release its leases now. The calls run concurrently."""
+        """`holder` has died: have every engine release its leases now. The calls run concurrently."""
         async with asyncio.TaskGroup() as tasks:
-            for member in self._able(Ability.RELEASE_BY_HOLDER, _SERVERS):
+            for member in self._able(Ability.RELEASE_BY_HOLDER):
                 if member.name != name:
                     tasks.create_task(self._reclaim_at(member, holder))
 
@@ -109,7 +109,8 @@ class KvWatch:
 
     async def _tell_role(self, member: Member) -> None:
         try:
-            await _retried(lambda: member.control.set_role(self.target(member), member.role, _CALL_S))
+            call = RoleCall(member.role, member.role_epoch)
+            await _retried(lambda: member.control.set_role(self.target(member), call, _CALL_S))
         except Unreachable as failure:
             self._say(member.name, f"did not accept the role {member.role}: {failure}")
 
@@ -186,7 +187,7 @@ class KvWatch:
     async def revoke(self, lease_id: str) -> LeaseReply:
         """Revoke a lease."""
         reasons = []
-        for member in self._able(Ability.REVOKE, _SERVERS):
+        for member in self._able(Ability.REVOKE):
             if not lease_id.startswith(f"{member.epoch}."):
                 continue
             try:
@@ -224,9 +225,10 @@ class KvWatch:
         leak = lease.leak if lease.holder in self._holders() else "its holder is gone"
         return Lease(**(msgspec.structs.asdict(lease) | {"engine": engine, "leak": leak}))
 
-    def _able(self, ability: Ability, roles: Iterable[str] = _ROLES) -> list[Member]:
-        """Ready engines of these roles whose kind has the ability."""
-        return [m for m in self._members() if m.role in roles and ability in m.control.abilities]
+    def _able(self, ability: Ability) -> list[Member]:
+        """Ready engines whose kind has the ability. A role says nothing about leases: streams that move have them, and
+        an engine may have had another role."""
+        return [member for member in self._members() if ability in member.control.abilities]
 
     async def _state(self, member: Member) -> EngineState | str:
         try:

@@ -45,6 +45,7 @@ class MeasurementReader:
             gpu_memory_bytes=_gpu_memory(unit, use, memory),
             running=state.running if state else None,
             waiting=state.waiting if state else None,
+            leaving_work=_leaving_work(unit, state) if state else None,
             kv_used=_kv_used(state) if state else None,
             leases=len(state.leases) if state and Ability.REVOKE in control(unit.spec.kind).abilities else None,
             tokens_per_s=self._rate(unit, state.tokens_total) if state else None,
@@ -81,6 +82,13 @@ def _latency(work: Work) -> StepLatency:
             for kind, one in zip(KINDS, work.accuracy, strict=True)
         ),
     )
+
+
+def _leaving_work(unit: Unit, state: EngineState) -> int | None:
+    """Of the role that an engine leaves: prompts for peers, or answers."""
+    if not unit.leaving_role:
+        return None
+    return state.prefills if unit.leaving_role == "prefill" else state.answers
 
 
 def _hit_rate(state: EngineState) -> float | None:

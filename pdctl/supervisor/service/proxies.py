@@ -51,6 +51,8 @@ class Proxies:
         # Engines that registered themselves, and those of them that were removed and still have requests.
         self.registered: Callable[[], Sequence[Attached]] = tuple
         self.leaving: set[str] = set()
+        # Engines whose streams go on elsewhere, beside those that drain.
+        self.moving: set[str] = set()
         self.swept: dict[str, int] = {}
         self.unlinked: Callable[[Sequence[EngineAddress]], dict[str, list[str]]] = lambda _: {}
         self._run_dir = run_dir
@@ -148,7 +150,7 @@ class Proxies:
             accept_nodes=proxy.accept_nodes,
             node_keys=proxy.node_keys,
             draining=sorted(self.draining | self.paused | self.leaving),
-            moving=sorted(self.draining),
+            moving=sorted(self.draining | self.moving),
             unlinked=self.unlinked(engines),
             swept=dict(self.swept),
             # Running answers may finish during most of the time before the next signal.
@@ -161,7 +163,7 @@ def _address(spec: ProcessSpec) -> EngineAddress:
     others = {purpose: port for purpose, port in spec.ports.items() if purpose != "http"}
     return EngineAddress(
         spec.name, spec.role, spec.kind, spec.host, spec.ports["http"], connector=spec.connector, ports=others,
-        inline=spec.inline,
+        inline=spec.inline, role_epoch=spec.role_epoch,
     )  # fmt: skip
 
 

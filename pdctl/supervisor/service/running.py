@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdctl.control_api import ExitReport, KvStatus, MeasuredStatus, Node, Nodes, ServiceStatus, Verb
+from pdctl.control_api import ExitReport, KvStatus, MeasuredStatus, Node, Nodes, RoleOrder, ServiceStatus, Verb
 from pdctl.errors import PdctlError
 from pdctl.plan import Attached, Plan
-from pdctl.plan.changes import Changes, diff
+from pdctl.plan.changes import Changes, diff, with_roles
 from pdctl.supervisor.process import logs
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.process.tree import Trees, reap_strangers
@@ -28,6 +28,7 @@ from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.links.sweeps import Sweeper
 from pdctl.supervisor.service.proxies import Proxies
 from pdctl.supervisor.service.reconcile import Reconciler
+from pdctl.supervisor.service.roles import Roles
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.service.status import StatusReader
 from pdctl.supervisor.surface.notify import Notifier
@@ -96,7 +97,10 @@ class RunningService:
             drain=self._reconciler.drain,
             our_pids=fleet.pids,
         )
-        self._change_over = ChangeOver(state, fleet, self._kv, proxies, self._files, resources.listeners, context)
+        self._roles = Roles(state, fleet, self._kv, proxies, self._files, self.journal, tasks)
+        self._change_over = ChangeOver(
+            state, fleet, self._kv, proxies, self._files, resources.listeners, context, self._roles
+        )
         self._status = StatusReader(state, fleet, self._kv, self._change_over, self._nodes, resources.trees.method)
         self._open(resources, {record.spec.name for record in adoptable.processes} if adoptable else set())
         for spec in state.plan.processes:
@@ -201,9 +205,23 @@ class RunningService:
         unit.feed(event_of(verb, drain))
         return ""
 
+    def change_role(self, name: str, call: RoleOrder) -> str:
+        """Give an engine another role. Returns the reason if it is refused, else ""."""
+        if self._state.is_stopping:
+            return "the service is stopping"
+        if self._change_over.is_under_way:
+            return f"an apply is in progress: {self._change_over.step}"
+        if reason := self._roles.objection(name, call.role):
+            return reason
+        if not call.dry_run:
+            drain_s = self.plan.supervision.drain_s if call.drain_s is None else call.drain_s
+            self.journal.say(name, f"the role {call.role} was asked for", "asked", verb="role", role=call.role)
+            self._roles.change(name, call.role, drain_s)
+        return ""
+
     def changes(self, wanted: Plan) -> Changes:
         """The changes that `apply` would make."""
-        return diff(self.plan, wanted)
+        return diff(self.plan, with_roles(self.plan, wanted))
 
     def apply(self, wanted: Plan) -> str:
         """Start to apply a plan. Returns the reason if it is refused, else ""."""
@@ -277,5 +295,5 @@ class RunningService:
             if (unit := self._fleet.get(record.spec.name)) is not None:
                 unit.adopt(record)
         self._state.was_ready = True
-        if not diff(self.plan, self._state.wanted).is_empty:
+        if not self.changes(self._state.wanted).is_empty:
             self.apply(self._state.wanted)

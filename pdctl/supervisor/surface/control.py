@@ -25,6 +25,7 @@ from pdctl.control_api import (
     Node,
     Nodes,
     Reply,
+    RoleOrder,
     ServiceStatus,
     Stopping,
     Verb,
@@ -76,6 +77,7 @@ class Controlled(Protocol):
     async def leases(self) -> KvStatus: ...
     async def revoke(self, lease_id: str) -> LeaseReply: ...
     def ask(self, name: str, verb: Verb, drain: bool) -> str: ...
+    def change_role(self, name: str, call: RoleOrder) -> str: ...
     async def nodes(self) -> Nodes: ...
     def add_node(self, node: Node) -> str: ...
     def remove_node(self, name: str) -> str: ...
@@ -100,6 +102,7 @@ class _Api:
             Route("/v1/nodes", self.nodes),
             Route("/v1/nodes/add", self.add_node, methods=["POST"]),
             Route("/v1/nodes/remove", self.remove_node, methods=["POST"]),
+            Route("/v1/processes/{name}/role", self.role, methods=["POST"]),
             Route("/v1/processes/{name}/{verb}", self.ask, methods=["POST"]),
             Route("/v1/apply", self.apply, methods=["POST"]),
             Route("/v1/stop", self.stop, methods=["POST"]),
@@ -137,6 +140,13 @@ class _Api:
         if verb is None:
             return _answer(f"unknown verb {request.path_params['verb']!r}")
         return _answer(self._service.ask(name, verb, request.query_params.get("drain") == "1"))
+
+    async def role(self, request: Request) -> Response:
+        try:
+            call = msgspec.json.decode(await _body(request), type=RoleOrder)
+        except (msgspec.DecodeError, UnicodeDecodeError, _TooLarge) as failure:
+            return _answer(f"not a valid change of a role: {failure}")
+        return _answer(self._service.change_role(request.path_params["name"], call))
 
     async def nodes(self, _: Request) -> Response:
         return _encoded(await self._service.nodes())

@@ -84,8 +84,9 @@ class UnitContext:
 class Unit:
     """Takes events; spawns, probes, signals and reports the process.
 
-    `blocked`: what delays the next start; `reports`: exit reports still being written; `exit_file`: where the exit code
-    of a process that may outlive the supervisor is written.
+    `leaving_role`: the role whose last work it does after a change. `blocked`: what delays the next start; `reports`:
+    exit reports still being written; `exit_file`: where the exit code of a process that may outlive the supervisor is
+    written.
     """
 
     spec: ProcessSpec
@@ -97,6 +98,7 @@ class Unit:
     epoch: str = ""
     alive: bool = False
     adopted: bool = False
+    leaving_role: str = ""
     ready_since: str | None = None
     started_at: float = 0.0
     last_exit: LastExit | None = None

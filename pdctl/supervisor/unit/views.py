@@ -32,6 +32,8 @@ def status_of(unit: Unit) -> ProcessStatus:
         epoch=unit.epoch,
         adopted=unit.adopted,
         log=str(unit.log_path),
+        planned_role=unit.spec.planned_role,
+        leaving_role=unit.leaving_role,
         phase=watch.phase if watch else "",
         phase_s=round(time.monotonic() - watch.since, 1) if watch and watch.phase else None,
     )

@@ -19,6 +19,7 @@ from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.moves import Moves
 from pdctl.engine.front.handover.peers import SESSION_PATH
 from pdctl.engine.front.handover.receiver import Receiver
+from pdctl.engine.front.handover.role import RoleDesk
 from pdctl.engine.front.kv_events import KvEvents
 from pdctl.engine.front.posted import Done, Posted, answer, refusal
 from pdctl.engine.front.routers.desk import RouterDesk
@@ -56,6 +57,7 @@ class Control:
         links: LinkBook,
         receiver: Receiver,
         moves: Moves,
+        role: RoleDesk,
         desk: RouterDesk,
         events: KvEvents | None,
     ) -> None:
@@ -66,10 +68,9 @@ class Control:
         self._links = links
         self._receiver = receiver
         self._moves = moves
+        self.role = role
         self._desk = desk
         self._events = events
-        # The supervisor tells it once the engine is ready; until then it takes everything.
-        self._role = RoleCall("hybrid")
 
     def routes(self) -> list[Route]:
         """All routes except generation."""
@@ -85,10 +86,10 @@ class Control:
             self._post("/pdctl/v1/offers", Offer, self._receiver.offer),
             self._post("/pdctl/v1/moves", MoveCall, self._moves.move),
             self._post("/pdctl/v1/links", LinkCall, self._links.make),
-            self._post("/pdctl/v1/role", RoleCall, self._take_role),
+            self._post("/pdctl/v1/role", RoleCall, self.role.take),
             self._post(SESSION_PATH, SessionCall, self._desk.take),
         )
-        distserve = DistServe(self._options, self._core, self._desk, lambda: self._role.role == "prefill")
+        distserve = DistServe(self._options, self._core, self._desk, lambda: self.role.role == "prefill")
         return [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
@@ -111,9 +112,13 @@ class Control:
     def state(self) -> EngineState:
         """The current counts and leases."""
         ready, books, totals = self._core.ready, self._core.books, self._receiver.totals
+        leases = self._leases.infos(ready.block_bytes if ready else 0)
         return EngineState(
             name=self._options.name,
-            role=self._role.role,
+            role=self.role.role,
+            role_epoch=self.role.epoch,
+            prefills=self.role.prefills + len(leases),
+            answers=self.role.answers,
             epoch=self._options.epoch,
             blocks_total=ready.num_blocks if ready else 0,
             blocks_free=books.blocks_free,
@@ -134,7 +139,7 @@ class Control:
             running=books.running,
             waiting=books.waiting,
             tokens_total=self._core.tokens_total,
-            leases=self._leases.infos(ready.block_bytes if ready else 0),
+            leases=leases,
             links=self._links.infos(),
             transfers={
                 "hand_overs": totals.hand_overs,
@@ -176,10 +181,6 @@ class Control:
         if self._events is None:
             return refusal(ApiError(404, 'kv_events is "off" for this engine'))
         return answer(self._events.snapshot())
-
-    def _take_role(self, call: RoleCall) -> RoleCall:
-        self._role = call
-        return call
 
     def _post(self, path: str, kind: type[Call], act: Callable[[Call], Done]) -> Route:
         return Route(path, Posted(kind, act, self._stranger).answer, methods=["POST"])

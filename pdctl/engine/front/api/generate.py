@@ -22,7 +22,7 @@ from pdctl.engine.front.handover.receiver import KvLost, Receiver
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Thinking, Token, Withdrawn
 from pdctl.net.openai_api import ApiError
-from pdctl.wire import HandOver, token_digest
+from pdctl.wire import ROLE_CHANGED, HandOver, token_digest
 
 _log = logging.getLogger(__name__)
 
@@ -137,9 +137,9 @@ class Generator:
                         last = True
                         _count_cached(request, event.cached)
                         yield self._held(submit, token_ids, event, text, offering)
-                    case Failed(request_id, reason):
+                    case Failed(request_id, reason, elsewhere):
                         self._core.keep(request_id)
-                        raise ApiError(400, reason)
+                        raise ApiError(409, reason, ROLE_CHANGED) if elsewhere else ApiError(400, reason)
                     case Note():
                         pass  # late results of the reception's calls
                     case _:

@@ -36,7 +36,14 @@ from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
 from pdctl.net.openai_api import ApiError, Envelope, decode_request
 from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from pdctl.wire import ATTEMPT_HEADER, ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER
+from pdctl.wire import (
+    ATTEMPT_HEADER,
+    ROLE_EPOCH_HEADER,
+    ROUTER_HEADER,
+    SLO_HEADER,
+    STARTED_HEADER,
+    TENANT_HEADER,
+)
 
 _T = TypeVar("_T")
 
@@ -90,6 +97,7 @@ class EngineService:
     def accept(self, body: bytes, chat: bool, headers: dict[str, str]) -> GenerationRequest:
         """Check a request and tokenize its prompt. Raises ApiError."""
         ready = self._ready()
+        self.control.role.check(headers.get(ROLE_EPOCH_HEADER, ""))
         parsed = openai.parse_body(body, chat)
         served = self.options.served_model_name
         self._check_model(parsed.model)
@@ -315,7 +323,8 @@ class _Generate(_Post):
             return
         if request.migration is not None:
             request.hand_over = await self._service.routers.fetch(request.migration)
-        await (self._stream if request.stream else self._whole)(request, send)
+        with self._service.control.role.counted(request.hold):
+            await (self._stream if request.stream else self._whole)(request, send)
 
     async def _refuse(
         self, failure: ApiError | RecursionError | ValueError | OverflowError, body: bytes, send: Send
