@@ -69,17 +69,27 @@ inline Vector sums(const Vector (&of)[BLOCK][KEYS]) {
 }
 #endif
 
-// scores[m][t] = queries[m] . keys[t] for `rows` rows, a multiple of BLOCK, and the keys from `from` to `to`.
+// TILE keys and their values. `from` and `to`: those that any row sees.
 template <class Number>
-void multiply(Work& work, int rows, int size, const Number* const* keys, int from, int to) {
+struct alignas(64) Tile {
+  const Number *keys[TILE], *values[TILE];
+  int from, to;
+};
+
+// scores[m][t] = queries[m] . keys[t] for `rows` rows, a multiple of BLOCK. FETCH: the values are fetched meanwhile.
+template <bool FETCH, class Number>
+void multiply(Work& work, int rows, int size, const Tile<Number>& tile) {
   for (int near = 0; near < rows; near += NEAR)
-    for (int t = from; t < to; t += KEYS)
+    for (int t = tile.from; t < tile.to; t += KEYS)
       for (int m = near; m < rows && m < near + NEAR; m += BLOCK) {
         Vector found[BLOCK][KEYS] = {};
         const float* query = work.queries + m * size;
         for (int d = 0; d < size; d += WIDTH) {
           Vector key[KEYS];
-          for (int j = 0; j < KEYS; j++) key[j] = held(load(keys[t + j] + d));
+          for (int j = 0; j < KEYS; j++) {
+            key[j] = held(load(tile.keys[t + j] + d));
+            if (FETCH) __builtin_prefetch(tile.values[t + j] + d);
+          }
           for (int i = 0; i < BLOCK; i++) {
             Vector number = held(load(query + i * size + d));
             for (int j = 0; j < KEYS; j++) found[i][j] += number * key[j];
@@ -91,9 +101,22 @@ void multiply(Work& work, int rows, int size, const Number* const* keys, int fro
       }
 }
 
-// sums[m][d ...] += scores[m] . values[.][d ...] for N vectors of columns.
-template <int N, class Number>
-void accumulate(Work& work, int rows, int size, int d, const Number* const* values, int from, int to) {
+// The tile with its keys as floats, which many rows read.
+template <class Number>
+Tile<float> widened(Work& work, const Tile<Number>& tile, int size) {
+  Tile<float> found;
+  found.from = tile.from, found.to = tile.to;
+  for (int t = tile.from; t < tile.to; t++) {
+    float* to = work.keys + t * size;
+    found.keys[t] = to;
+    for (int d = 0; d < size; d += WIDTH) store(to + d, load(tile.keys[t] + d));
+  }
+  return found;
+}
+
+// sums[m][d ...] += scores[m] . values for N vectors of columns; `values(t)`: where those of key t are.
+template <int N, class Values>
+void accumulate(Work& work, int rows, int size, int d, int from, int to, Values values) {
   for (int m = 0; m < rows; m += BLOCK) {
     Vector found[BLOCK][N];
     float* sum = work.sums + m * size + d;
@@ -101,7 +124,7 @@ void accumulate(Work& work, int rows, int size, int d, const Number* const* valu
       for (int c = 0; c < N; c++) found[i][c] = load(sum + i * size + c * WIDTH);
     for (int t = from; t < to; t++)
       for (int c = 0; c < N; c++) {
-        Vector value = held(load(values[t] + c * WIDTH));
+        Vector value = held(load(values(t) + c * WIDTH));
         for (int i = 0; i < BLOCK; i++) found[i][c] += work.scores[(m + i) * TILE + t] * value;
       }
     for (int i = 0; i < BLOCK; i++)
@@ -109,37 +132,22 @@ void accumulate(Work& work, int rows, int size, int d, const Number* const* valu
   }
 }
 
-template <class Number>
-void accumulate(Work& work, int rows, int size, int d, int columns, const Number* const* values, int from, int to) {
-  switch (columns) {
-    case 1: return accumulate<1>(work, rows, size, d, values, from, to);
-    case 2: return accumulate<2>(work, rows, size, d, values, from, to);
-#ifdef __AVX512F__
-    case 3: return accumulate<3>(work, rows, size, d, values, from, to);
-    case 4: return accumulate<4>(work, rows, size, d, values, from, to);
-#endif
-  }
+template <int N, class Number>
+void accumulate(Work& work, int rows, int size, int d, const Tile<Number>& tile) {
+  if (rows <= 2 * BLOCK)
+    return accumulate<N>(work, rows, size, d, tile.from, tile.to, [&](int t) { return tile.values[t] + d; });
+  // Many rows read them: next to each other the numbers stay in the first cache.
+  for (int t = tile.from; t < tile.to; t++)
+    for (int c = 0; c < N; c++) store(work.values + t * STRIP + c * WIDTH, load(tile.values[t] + d + c * WIDTH));
+  accumulate<N>(work, rows, size, d, tile.from, tile.to, [&](int t) { return work.values + t * STRIP; });
 }
 
-// sums[m] += scores[m] . values for `rows` rows, a multiple of BLOCK, and the keys from `from` to `to`.
+// sums[m] += scores[m] . values for `rows` rows, a multiple of BLOCK.
 template <class Number>
-void accumulate(Work& work, int rows, int size, const Number* const* values, int from, int to) {
-  for (int d = 0; d < size; d += STRIP) {
-    const int columns = size - d < STRIP ? (size - d) / WIDTH : COLUMNS;
-    if (rows > 2 * BLOCK) {
-      // Many rows read it: next to each other the numbers stay in the first cache.
-      const float* near[TILE];
-      for (int t = from; t < to; t++) {
-        near[t] = work.values + t * STRIP;
-        for (int c = 0; c < columns; c++) store(work.values + t * STRIP + c * WIDTH, load(values[t] + d + c * WIDTH));
-      }
-      accumulate(work, rows, size, d, columns, near, from, to);
-    } else {
-      const Number* there[TILE];
-      for (int t = from; t < to; t++) there[t] = values[t] + d;
-      accumulate(work, rows, size, d, columns, there, from, to);
-    }
-  }
+void accumulate(Work& work, int rows, int size, const Tile<Number>& tile) {
+  int d = 0;
+  for (; d + STRIP <= size; d += STRIP) accumulate<COLUMNS>(work, rows, size, d, tile);
+  for (; d < size; d += WIDTH) accumulate<1>(work, rows, size, d, tile);
 }
 
 // tanh, for softcaps: an error of 1e-7 is nothing beside a logit's.
@@ -194,6 +202,21 @@ struct Layer {
   float scale, softcap;                                               // softcap 0: none
 };
 
+// Point at the keys and values of a tile. What no row sees may be anything, even NaN, which no weight removes: the
+// nearest seen key stands there instead.
+template <class Number>
+void find(Tile<Number>& tile, const Layer& layer, const Number* keys, const Number* values, const int32_t* blocks,
+          int64_t begin, int64_t oldest, int64_t newest) {
+  int64_t block = -1, start = 0, end = 0;
+  for (int t = tile.from; t < tile.to; t++) {
+    const int64_t key = begin + t < oldest ? oldest : begin + t > newest ? newest : begin + t;
+    if (key >= end) block = key / layer.block_size, start = block * layer.block_size, end = start + layer.block_size;
+    const int64_t slot = int64_t(blocks[block]) * layer.block_size + key - start;
+    tile.keys[t] = keys + slot * layer.slot;
+    tile.values[t] = values + slot * layer.value_slot;
+  }
+}
+
 template <class Number>
 void attend(const Layer& layer, const Number* query, const Number* keys, const Number* values, Number* out,
             const float* sinks, int32_t sequences, const int32_t* starts, const int32_t* lengths,
@@ -226,30 +249,18 @@ void attend(const Layer& layer, const Number* query, const Number* keys, const N
         }
         const int64_t oldest = work.first[0] > 0 ? work.first[0] : 0, newest = work.last[rows - 1];
         for (int64_t begin = oldest / TILE * TILE; begin <= newest; begin += TILE) {
-          const Number *key_of[TILE], *value_of[TILE];
-          for (int t = 0; t < TILE; t++) {
-            // What no row sees may be anything, even NaN, which no weight removes: another key stands there instead.
-            int64_t key = begin + t < oldest ? oldest : begin + t > newest ? newest : begin + t;
-            int64_t slot = int64_t(blocks[key / layer.block_size]) * layer.block_size + key % layer.block_size;
-            key_of[t] = keys + slot * layer.slot + h * layer.head;
-            value_of[t] = values + slot * layer.value_slot + h * layer.value_head;
-          }
-          // The keys of this tile that any row sees.
-          const int from = begin < oldest ? (oldest - begin) / KEYS * KEYS : 0;
-          const int to = newest - begin < TILE ? (newest - begin + KEYS) / KEYS * KEYS : TILE;
-          if (sizeof(Number) < sizeof(float) && padded > 2 * BLOCK) {
-            // Many rows read it: its numbers are widened once.
-            const float* wide[TILE];
-            for (int t = from; t < to; t++) {
-              wide[t] = work.keys + t * layer.size;
-              for (int d = 0; d < layer.size; d += WIDTH) store(work.keys + t * layer.size + d, load(key_of[t] + d));
-            }
-            multiply(work, padded, layer.size, wide, from, to);
-          } else {
-            multiply(work, padded, layer.size, key_of, from, to);
-          }
+          Tile<Number> tile;
+          tile.from = begin < oldest ? (oldest - begin) / KEYS * KEYS : 0;
+          tile.to = newest - begin < TILE ? (newest - begin + KEYS) / KEYS * KEYS : TILE;
+          find(tile, layer, keys + h * layer.head, values + h * layer.value_head, blocks, begin, oldest, newest);
+          if (padded <= 2 * BLOCK)
+            multiply<true>(work, padded, layer.size, tile);
+          else if (sizeof(Number) == sizeof(float))
+            multiply<false>(work, padded, layer.size, tile);
+          else
+            multiply<false>(work, padded, layer.size, widened(work, tile, layer.size));
           for (int m = 0; m < padded; m++) weigh(work, m, begin, layer.value_size, layer.scale, layer.softcap);
-          accumulate(work, padded, layer.value_size, value_of, from, to);
+          accumulate(work, padded, layer.value_size, tile);
         }
         for (int m = 0; m < rows; m++) {
           const int64_t token = (at + m) / groups;
