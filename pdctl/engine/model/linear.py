@@ -158,7 +158,7 @@ class _Parts:
     def part(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         """The output of layer `index`. Each part is given once: a caller may change its input or output in place."""
         if self._input is not rows or index not in self._parts:
-            self._parts = dict(enumerate(torch.split(self._whole(rows), self._sizes, -1)))
+            self._parts = dict(enumerate(self._whole(rows).split_with_sizes(self._sizes, -1)))
             self._input = rows
         found = self._parts.pop(index)
         if not self._parts:

@@ -40,6 +40,7 @@ def layouts(size: int, dtype: torch.dtype) -> list[torch.Tensor]:
         wide[..., 1 : 1 + 3 * size].view(1, 7, 3, size).transpose(1, 2),
         wide[..., 1 : 1 + 3 * size].view(1, 7, 3, size),
         some(1, 3, 7, size, dtype=dtype),
+        some(2, 3, 7, size, dtype=dtype),
     ]
 
 
@@ -90,7 +91,7 @@ def test_gates_of_extreme_numbers() -> None:
 def test_rotations(size: int, dtype: torch.dtype) -> None:
     cos, sin = some(1, 7, size, dtype=dtype), some(1, 7, size, dtype=dtype) ** 2
     for rows in layouts(size, dtype):
-        if rows.dim() == 4 and rows.shape[2] == 7:
+        if rows.shape[0] == 1 and rows.dim() == 4 and rows.shape[2] == 7:
             halves = torch.cat([-rows[..., size // 2 :], rows[..., : size // 2]], -1).float()
             expected = (rows.float() * cos.float() + halves * sin.float()).to(dtype)
             assert_close(kernels_of(dtype).rotate(rows, cos, sin), expected)
@@ -122,10 +123,29 @@ def test_a_nan_is_found(at: int, dtype: torch.dtype) -> None:
     assert sample(rows, [(Sampling(1, temperature=0.0), 5)] * 3) == rows.float().argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_copied_to_their_slots(dtype: torch.dtype) -> None:
+    plane, slots = torch.zeros(20, 3, 8, dtype=dtype), torch.tensor([4, 19, 0, 7, 5])
+    wide = some(1, 5, 30, dtype=dtype)
+    for rows in (some(5, 3, 8, dtype=dtype), wide[..., 2:26].view(1, 5, 3, 8).transpose(1, 2)[0].transpose(0, 1)):
+        expected = plane.clone().index_copy_(0, slots, rows)
+        assert kernels_of(dtype).place(rows, plane, slots)
+        assert torch.equal(plane, expected)
+
+
+def test_no_row_is_copied_beyond_a_plane() -> None:
+    plane, rows, functions = torch.zeros(6, 1, 8)[1:5], torch.ones(2, 1, 8), kernels_of(torch.float32)
+    for slot in (-1, 4):
+        with pytest.raises(IndexError, match=f"slot {slot} of 4"):
+            functions.place(rows, plane, torch.tensor([2, slot]))
+    assert not functions.place(rows, torch.zeros(4, 1, 9), torch.tensor([0, 1]))
+    assert not functions.place(rows, torch.zeros(4, 8, 2)[..., :1].transpose(1, 2), torch.tensor([0, 1]))
+
+
 def test_layouts_that_they_do_not_take() -> None:
     functions = kernels_of(torch.float32)
     weight, two = torch.ones(8), torch.randn(2, 3, 4, 8)
-    assert functions.normalize(two, weight, 1e-6, False) is None
+    assert functions.normalize(two.transpose(1, 2), weight, 1e-6, False) is None
     assert functions.normalize(two[:, 0], weight, 1e-6, False) is None
     assert functions.normalize(torch.randn(8, 5).t(), weight, 1e-6, False) is None
     assert functions.gate(two, two, Activation.SILU) is None

@@ -15,6 +15,7 @@ import torch
 from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.model.attention import Backend
 from pdctl.engine.model.attention.batch import Batch, Call, LayerNeed
+from pdctl.engine.model.native.rows import kernels
 
 NAME = "pdctl"
 
@@ -88,8 +89,15 @@ def attend(
         _current.calls.append(HookCall(layer, need, attention_mask))
         return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
     keys, values = _current.pool.keys[layer], _current.pool.values[layer]
-    keys.index_copy_(0, _current.batch.write_slots, k)
-    values.index_copy_(0, _current.batch.write_slots, v)
+    for rows, plane in ((k, keys), (v, values)):
+        _write(rows, plane, _current.batch.write_slots)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     call = Call(scale, sliding_window, softcap, s_aux)
     return _current.backend.attend(q, keys, values, _current.batch, call)[None], None
+
+
+def _write(rows: torch.Tensor, plane: torch.Tensor, slots: torch.Tensor) -> None:
+    """Copy rows [T, Hk, D] to these slots of a layer's plane."""
+    functions = kernels(plane.dtype) if plane.device.type == "cpu" and rows.dtype is plane.dtype else None
+    if functions is None or not functions.place(rows, plane, slots):
+        plane.index_copy_(0, slots, rows)

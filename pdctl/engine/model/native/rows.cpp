@@ -1,4 +1,4 @@
-// What models compute row by row between matrix products: norms, gates, rotations; and the largest logit.
+// What models compute row by row between matrix products: norms, gates, rotations; KV to its slots; the largest logit.
 //
 // A row is computed in one order of operations, whatever other rows there are.
 
@@ -136,6 +136,18 @@ void rotate(const Rows& rows, const Number* from, Number* to, const Number* cosi
     }
 }
 
+// Copy outer row o to slot slots[o] of `count`. Returns the number of rows copied: fewer than all before a bad slot.
+template <class Number>
+int64_t place(const Rows& rows, const Number* from, Number* to, const int64_t* slots, int64_t count) {
+  for (int64_t o = 0; o < rows.outer; o++) {
+    if (slots[o] < 0 || slots[o] >= count) return o;
+    for (int64_t i = 0; i < rows.inner; i++)
+      std::memcpy(to + slots[o] * rows.to_outer + i * rows.to_inner,
+                  from + o * rows.from_outer + i * rows.from_inner, rows.size * sizeof(Number));
+  }
+  return rows.outer;
+}
+
 // The index of each row's largest number, the first of several; -1 where a number is NaN.
 template <class Number>
 void largest(const Rows& rows, const Number* from, int64_t* found) {
@@ -192,6 +204,9 @@ void largest(const Rows& rows, const Number* from, int64_t* found) {
   void pdctl_rotate_##name(const Number* from, Number* to, ROWS, const Number* cosines, const Number* sines,      \
                            int64_t angle_row) {                                                                   \
     rotate(GIVEN, from, to, cosines, sines, angle_row);                                                           \
+  }                                                                                                               \
+  int64_t pdctl_place_##name(const Number* from, Number* to, ROWS, const int64_t* slots, int64_t count) {           \
+    return place(GIVEN, from, to, slots, count);                                                                  \
   }                                                                                                               \
   void pdctl_largest_##name(const Number* from, int64_t* to, ROWS) { largest(GIVEN, from, to); }
 

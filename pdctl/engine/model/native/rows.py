@@ -1,4 +1,4 @@
-"""Norms, gates, rotations and the largest logit by our compiled kernels (rows.cpp), on tensors of the CPU.
+"""What models compute row by row, by our compiled kernels (rows.cpp), on tensors of the CPU.
 
 They compute with one thread. A row's result is the same bits whatever other rows there are. Methods return None for a
 layout of tensors that they do not take.
@@ -7,7 +7,6 @@ layout of tensors that they do not take.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from enum import IntEnum
 from functools import lru_cache
 
@@ -24,6 +23,7 @@ _MORE: dict[str, list[type]] = {
     "normalize": [_POINTER, _FLOAT, _INT],
     "gate": [_POINTER, _INT],
     "rotate": [_POINTER, _POINTER, _LONG],
+    "place": [_POINTER, _LONG],
     "largest": [],
 }  # fmt: skip
 
@@ -40,25 +40,28 @@ class Kernels:
     """The library's functions for one type of numbers, of which all tensors are."""
 
     def __init__(self, kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self._normalize, self._gate, self._rotate, self._largest = (
+        self._normalize, self._gate, self._rotate, self._place, self._largest = (
             _function(kernels, f"pdctl_{name}_{_NAMES[dtype]}", more) for name, more in _MORE.items()
         )
+        self._place.restype = _LONG
 
     def normalize(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, early: bool) -> torch.Tensor | None:
-        """RMSNorm of rows [T, size], [1, T, size] or [1, n, m, size] with a float32 weight [size]. `early`: normalised
-        rows are rounded before they are multiplied by the weight."""
-        size, dims = rows.shape[-1], rows.dim()
-        if rows.stride(-1) != 1 or not (dims == 2 or (dims in (3, 4) and rows.shape[0] == 1)):
+        """RMSNorm of rows [..., size] that lie next to each other, or of [1, T, size] or [1, n, m, size]; the weight
+        [size] is float32. `early`: normalised rows are rounded before they are multiplied by the weight."""
+        size = weight.shape[0]
+        layout: tuple[int, ...]
+        if rows.is_contiguous():
+            out = torch.empty_like(rows)
+            layout = (rows.numel() // size, 1, size, size, 0, size, 0)
+        elif rows.stride(-1) != 1 or rows.shape[0] != 1 or rows.dim() not in (3, 4):
             return None
-        if dims == 4:
-            out = _like(rows)
-            layout = (
-                rows.shape[2], rows.shape[1], size,
-                rows.stride(2), rows.stride(1), out.stride(2), out.stride(1),
-            )  # fmt: skip
-        else:
+        elif rows.dim() == 3:
             out = rows.new_empty(rows.shape)
-            layout = (rows.shape[-2], 1, size, rows.stride(-2), 0, size, 0)
+            layout = (rows.shape[1], 1, size, rows.stride(1), 0, size, 0)
+        else:
+            out = _like(rows)
+            _, n, m, _ = rows.shape
+            layout = (m, n, size, rows.stride(2), rows.stride(1), out.stride(2), out.stride(1))
         self._normalize(rows.data_ptr(), out.data_ptr(), *layout, weight.data_ptr(), epsilon, early)
         return out
 
@@ -90,6 +93,20 @@ class Kernels:
         )  # fmt: skip
         return out
 
+    def place(self, rows: torch.Tensor, plane: torch.Tensor, slots: torch.Tensor) -> bool:
+        """Copy rows [T, heads, size] to the slots [T] int64 of plane [slots, heads, size]; False for another layout.
+        Raises IndexError for a slot that does not exist."""
+        if not rows.stride(2) == plane.stride(2) == slots.stride(0) == 1 or rows.shape[1:] != plane.shape[1:]:
+            return False
+        tokens, heads, size = rows.shape
+        done = self._place(
+            rows.data_ptr(), plane.data_ptr(), tokens, heads, size, rows.stride(0), rows.stride(1), plane.stride(0),
+            plane.stride(1), slots.data_ptr(), plane.shape[0],
+        )  # fmt: skip
+        if done != tokens:
+            raise IndexError(f"slot {int(slots[done])} of {plane.shape[0]}")
+        return True
+
     def largest(self, rows: torch.Tensor) -> torch.Tensor | None:
         """The index of each row's largest number [T] of rows [T, size]: the first of equal ones, -1 beside a NaN."""
         if rows.dim() != 2 or rows.stride(1) != 1:
@@ -110,7 +127,7 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
         return None
 
 
-def _function(kernels: ctypes.CDLL, name: str, more: list[type]) -> Callable[..., None]:
+def _function(kernels: ctypes.CDLL, name: str, more: list[type]) -> ctypes._NamedFuncPointer:
     function = kernels[name]
     function.restype = None
     function.argtypes = _ROWS + more
