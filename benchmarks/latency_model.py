@@ -46,7 +46,7 @@ def main() -> int:
         limits = Limits(16, 512, 2048, 16, frozenset())
         vocabulary = executor.loaded.vocab_size
         began = time.monotonic()
-        model = measured(executor, limits, executor.num_blocks, vocabulary, clock, options.longest)
+        model = measured(executor.execute, limits, executor.num_blocks, vocabulary, clock, options.longest)
         warm_up_s = time.monotonic() - began
         found = _errors(executor, limits, model, options.steps, clock)
     found |= {"warm_up_s": round(warm_up_s, 1), "clock": options.clock, "model": Path(path).name}

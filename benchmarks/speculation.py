@@ -15,14 +15,12 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from benchmarks.cpu_speed import _numbers, _runner
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.core.warm_up import measured
-from pdctl.engine.executor import Executor
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.schedule.batch import Limits
@@ -53,8 +51,7 @@ def main() -> int:
     runner = _runner(path, getattr(torch, options.dtype), options.attention)
     limits = Limits(64, 512, 2048, runner.pool.block_size, frozenset())
     # As an engine does at its first start.
-    executor = cast(Executor, runner)  # it is only asked to execute
-    latency = measured(executor, limits, runner.pool.num_blocks, runner.loaded.vocab_size, time.process_time)
+    latency = measured(runner.execute, limits, runner.pool.num_blocks, runner.loaded.vocab_size, time.process_time)
     print(f"{options.model}, {options.dtype}, {options.tokens} tokens, up to {options.guesses} guesses")
     print("prompts  batch   plain  guessing  ratio  tokens/step  right")
     settings = Speculative("ngram", options.guesses)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.net import LOOPBACK
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
-from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
+from pdctl.policy_names import KV_EVENTS, POLICY_NAMES, SCHEDULE_AHEAD
 from pdctl.speculative import parse_speculative
 
 
@@ -39,6 +39,7 @@ class EngineOptions:
     inline_prefill: bool
     attention: str
     enforce_eager: bool
+    schedule_ahead: str
     speculative: str
     transfer: str
     transfer_protocol: str
@@ -54,6 +55,11 @@ class EngineOptions:
     run_dir: Path
     epoch: str
     front_pid: int
+
+    @property
+    def schedules_ahead(self) -> bool:
+        """Whether the next step is scheduled while one computes."""
+        return self.schedule_ahead == "true" or (self.schedule_ahead == "auto" and self.device == "cuda")
 
     @property
     def port_range(self) -> tuple[int, int] | None:
@@ -117,6 +123,10 @@ def parse(argv: list[str]) -> EngineOptions:
     )
     parser.add_argument("--attention", choices=ATTENTION_NAMES, default="auto", help="how attention is computed")
     parser.add_argument("--enforce-eager", type=_boolean, default=False, help="do not use CUDA graphs")
+    parser.add_argument(
+        "--schedule-ahead", choices=SCHEDULE_AHEAD, default="auto",
+        help="schedule and launch the next step while one computes; auto: on a GPU",
+    )  # fmt: skip
     parser.add_argument(
         "--speculative", type=_speculative, default="", help='guess tokens: {"kind": "ngram", "tokens": 4}'
     )

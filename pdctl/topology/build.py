@@ -135,6 +135,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         inline_prefill=values["inline_prefill"],
         attention=values["attention"],
         enforce_eager=values["enforce_eager"],
+        schedule_ahead=str(values["schedule_ahead"]).lower(),
         speculative=_speculative(values["speculative"]),
         url=(values["url"] or "").rstrip("/"),
         secret_file=absolute(values["secret_file"], source),

@@ -134,6 +134,11 @@ def boolean() -> Check:
     return lambda value: None if isinstance(value, bool) else "must be true or false"
 
 
+def switch() -> Check:
+    """True, false, or the engine's own choice."""
+    return lambda value: None if isinstance(value, bool) or value == "auto" else 'must be "auto", true or false'
+
+
 def indices(what: str) -> Check:
     """A list of distinct device numbers."""
 
@@ -311,6 +316,7 @@ ENGINE: dict[str, Key] = {
     "inline_prefill": Key(boolean(), True),
     "attention": Key(choice(*ATTENTION_NAMES), "auto"),
     "enforce_eager": Key(boolean(), False),
+    "schedule_ahead": Key(switch(), "auto"),
     "speculative": Key(speculative()),
     "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
     "restart_with": Key(texts("group"), []),

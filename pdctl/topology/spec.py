@@ -125,8 +125,9 @@ class EngineGroup:
     `prefix_caching`: keep KV for prompts with the same beginning. `deterministic`: KV that is found has the bits of KV
     that is computed. `kv_events`: what is published of it. `policy`: the order in which prompts are computed.
     `inline_prefill`: a decode engine takes whole requests, too, and sequences that decode keep their target.
-    `attention`: how attention is computed. `enforce_eager`: no CUDA graphs. `speculative`:
-    how next tokens are guessed, None: not at all.
+    `attention`: how attention is computed. `enforce_eager`: no CUDA graphs. `schedule_ahead`: whether
+    the next step is scheduled while one computes, a word of SCHEDULE_AHEAD. `speculative`: how next tokens are guessed,
+    None: not at all.
 
     `python`: the interpreter of the environment that has the engine, "" for pdctl's own. `args`: added to the engine's
     command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
@@ -155,6 +156,7 @@ class EngineGroup:
     inline_prefill: bool = True
     attention: str = "auto"
     enforce_eager: bool = False
+    schedule_ahead: str = "auto"
     speculative: Speculative | None = None
     url: str = ""
     secret_file: str = ""

@@ -18,7 +18,7 @@ class BuiltinLauncher(BaseLauncher):
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
             "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
-            "gpu_memory_utilization", "speculative",
+            "schedule_ahead", "gpu_memory_utilization", "speculative",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -40,6 +40,9 @@ class BuiltinLauncher(BaseLauncher):
         if group.deterministic and not group.prefix_caching:
             message = "nothing is found without a prefix cache"
             yield Fault("deterministic", message, "remove deterministic, or set prefix_caching = true")
+        if group.schedule_ahead == "true" and group.speculative:
+            message = "guesses need the newest tokens, so no step is scheduled ahead with them"
+            yield Fault("schedule_ahead", message, "remove schedule_ahead, or speculative")
         # The engine checks it again, with whole blocks.
         fewest = SEGMENT_TOKENS + group.max_num_seqs
         if group.deterministic and group.max_num_batched_tokens < fewest:
@@ -74,6 +77,7 @@ class BuiltinLauncher(BaseLauncher):
             "--inline-prefill", str(group.inline_prefill).lower(),
             "--attention", group.attention,
             "--enforce-eager", str(group.enforce_eager).lower(),
+            *(("--schedule-ahead", group.schedule_ahead) if group.schedule_ahead != "auto" else ()),
             *(("--speculative", format_speculative(group.speculative)) if group.speculative else ()),
             *_transfer_argv(topology.transfer, assignment.rdma),
             "--tool-parser", topology.service.tool_parser,

@@ -46,7 +46,8 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     latency = kept.load(partial(_measured, executor, limits, num_blocks))
     guesses = parse_speculative(options.speculative)
     scheduler = Scheduler(limits, allocator, latency, time.monotonic, names, journal, guesses)
-    core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save)
+    ahead = options.schedules_ahead
+    core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save, ahead)
     served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(
         endpoint=PoolEndpoint(ours.host_id, served, executor.pool_blocks, manifest),
@@ -62,7 +63,7 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
 
 
 def _measured(executor: SingleExecutor, limits: Limits, num_blocks: int) -> LatencyModel:
-    model = measured(executor, limits, num_blocks, executor.loaded.vocab_size)
+    model = measured(executor.execute, limits, num_blocks, executor.loaded.vocab_size)
     if executor.poison is not None:
         executor.poison(list(range(num_blocks)))
     return model

@@ -19,6 +19,11 @@ class Inbox(Generic[Message]):
         self._messages: deque[Message] = deque()
         self._arrived = threading.Condition()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no message waits."""
+        return not self._messages
+
     def put(self, message: Message) -> None:
         """Add a message. Never blocks."""
         with self._arrived:

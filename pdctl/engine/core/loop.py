@@ -1,4 +1,8 @@
-"""The step loop: takes messages, computes batches, sends outcomes. It uses no sockets; other threads move messages."""
+"""The step loop: takes messages, computes batches, sends outcomes. It uses no sockets; other threads move messages.
+
+While a step computes, the next one is scheduled and launched if its results cannot change it (`schedule.ahead`). So at
+most two steps are in flight, and messages are handled only when none is.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pdctl.engine.core.inbox import Inbox
 from pdctl.engine.core.outbox import Outbox
-from pdctl.engine.executor import Computed, Executor
+from pdctl.engine.executor import Computed, Executor, Launched
 from pdctl.engine.handover.puller import Puller
 from pdctl.engine.ipc.messages import (
     Abort,
@@ -60,6 +64,14 @@ class Guided(NamedTuple):
     compiled: CompiledGrammar
 
 
+class Flight(NamedTuple):
+    """A step that computes. `began`: monotonic seconds."""
+
+    batch: list[Slice]
+    step: Launched
+    began: float
+
+
 CoreEvent = ToCore | Pulled | Settled | Failed | Guided
 
 
@@ -75,6 +87,7 @@ class Core:
         inbox: Inbox[CoreEvent],
         outbox: Outbox,
         keep_latency: Callable[[LatencyModel], None] = lambda _: None,
+        schedules_ahead: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
@@ -83,6 +96,7 @@ class Core:
         self.inbox = inbox
         self.outbox = outbox
         self._keep_latency = keep_latency
+        self._schedules_ahead = schedules_ahead
         # Held while a message is handled: by the loop between steps and, while the runner computes, by the receiving
         # thread for messages that only wait for blocks.
         self._lock = threading.Lock()
@@ -233,18 +247,40 @@ class Core:
             self._failed.append(failed)
 
     def _step(self) -> None:
+        """Schedule and compute a step, then those that can be scheduled ahead of the results of the one before."""
         with self._lock:
             self._reserve_all()
             batch = self.scheduler.schedule()
             self._is_computing = bool(batch)
+            if not batch and (self._failed or self._books_due):
+                self._tell([], None)
         self._empty_steps = 0 if batch else self._empty_steps + 1
+        flight = self._launch(batch) if batch else None
+        while flight is not None:
+            ahead = self._launch_ahead(flight) if self._schedules_ahead else None
+            ended = self._finish(flight, is_last=ahead is None)
+            # A device begins with a step when the one before it has ended.
+            flight = None if ahead is None else ahead._replace(began=ended)
+
+    def _launch(self, batch: list[Slice], after: Launched | None = None) -> Flight:
         began = time.monotonic()
-        computed = self.executor.execute(batch) if batch else None
+        return Flight(batch, self.executor.launch(batch, after), began)
+
+    def _launch_ahead(self, flight: Flight) -> Flight | None:
         with self._lock:
-            self._is_computing = False
-            self.scheduler.took(batch, time.monotonic() - began)
-            if computed is not None or self._failed or self._books_due:
-                self._tell(batch, computed)
+            self._reserve_all()
+            batch = self.scheduler.schedule_ahead(flight.batch, self.inbox.is_empty)
+        return self._launch(batch, flight.step) if batch else None
+
+    def _finish(self, flight: Flight, is_last: bool) -> float:
+        """Apply and send a step's results; returns when it had ended. `is_last`: nothing computes after it."""
+        computed = flight.step.finish()
+        ended = time.monotonic()
+        with self._lock:
+            self._is_computing = not is_last
+            self.scheduler.took(flight.batch, ended - flight.began)
+            self._tell(flight.batch, computed)
+        return ended
 
     def _tell(self, batch: list[Slice], computed: Computed | None) -> None:
         """Send the step's outcome and the counts to the front."""

@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 
-from pdctl.engine.executor import Executor
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.schedule.batch import Limits, Slice
 from pdctl.engine.schedule.latency import LatencyModel
@@ -26,14 +25,15 @@ Shape = list[tuple[int, int]]
 
 
 def measured(
-    executor: Executor,
+    execute: Callable[[list[Slice]], object],
     limits: Limits,
     num_blocks: int,
     vocab_size: int,
     clock: Callable[[], float] = time.monotonic,
     longest_s: float = _LONGEST_S,
 ) -> LatencyModel:
-    """A model fitted to steps of this executor. It writes to any block of the pool: no sequence may have one yet."""
+    """A model fitted to steps that `execute` computes. They write to any block of the pool: no sequence may have one
+    yet."""
     rng = random.Random(0)  # noqa: S311 - sizes, not secrets
     model, end, kinds = LatencyModel(), clock() + longest_s, set()
     for shape in shapes(limits, num_blocks, rng):
@@ -46,10 +46,10 @@ def measured(
         batch = batch_of(shape, limits.block_size, num_blocks, vocab_size, rng)
         if is_new:
             # The first one also allocates and compiles.
-            executor.execute(batch)
+            execute(batch)
             kinds.add(step.kind)
         began = clock()
-        executor.execute(batch)
+        execute(batch)
         model.took(step, max(clock() - began, 1e-9))
     return LatencyModel(model.measured)
 

@@ -16,11 +16,21 @@ from pdctl.engine.schedule.batch import Slice
 Computed = tuple[list[int], list[Logprobs | None]]
 
 
-class Executor(Protocol):
-    """Computes batches over the KV pool."""
+class Launched(Protocol):
+    """A step that computes."""
 
-    def execute(self, batch: list[Slice]) -> Computed:
-        """Compute every slice of a step."""
+    def finish(self) -> Computed:
+        """Its results. Waits for them, but not for a step that was launched after it."""
+        ...
+
+
+class Executor(Protocol):
+    """Computes batches over the KV pool, one after another."""
+
+    def launch(self, batch: list[Slice], after: Launched | None = None) -> Launched:
+        """Begin to compute a step. `after`: the step before it, if that is not finished: all slices of both are plain
+        (`schedule.ahead`), and this one's input tokens are those that the other samples. Until a step is finished, only
+        the tokens and the last blocks of its sequences may change, by what `Scheduler.schedule_ahead` allows."""
         ...
 
     def absorb(self, block_ids: Sequence[int]) -> None:

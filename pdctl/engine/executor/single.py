@@ -13,8 +13,9 @@ from pdctl.engine.cache import prefix
 from pdctl.engine.cache.kv_pool import DTYPES, KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
-from pdctl.engine.executor import Computed
+from pdctl.engine.executor import Computed, Launched
 from pdctl.engine.executor.gpu_memory import kv_bytes, largest_step, measured
+from pdctl.engine.executor.launches import Launches, Step
 from pdctl.engine.model.attention.batch import PoolNeed
 from pdctl.engine.model.attention.choice import AttentionRefused, Chosen, choose
 from pdctl.engine.model.grammar import Grammars
@@ -52,6 +53,7 @@ class SingleExecutor:
         attention: str,
         num_blocks: int,
         graphs: str,
+        in_thread: bool = False,
     ) -> None:
         self.loaded = loaded
         self.manifest = manifest
@@ -63,6 +65,7 @@ class SingleExecutor:
         self.graphs = graphs
         self.poison: Callable[[list[int]], None] | None = runner.pool.poison if runner.poisoned else None
         self._runner = runner
+        self._launches = Launches(runner, in_thread)
 
     @classmethod
     def load(cls, options: EngineOptions) -> SingleExecutor:
@@ -81,7 +84,9 @@ class SingleExecutor:
         # The padding of CUDA graphs writes to a block of nobody.
         usable = num_blocks - 1 if device.type == "cuda" else num_blocks
         graphs = _capture(runner, options, usable) if device.type == "cuda" else ""
-        return cls(loaded, manifest, runner, f"{chosen.backend.name}: {chosen.reason}", usable, graphs)
+        attention = f"{chosen.backend.name}: {chosen.reason}"
+        in_thread = options.schedules_ahead and device.type == "cpu"
+        return cls(loaded, manifest, runner, attention, usable, graphs, in_thread)
 
     @property
     def latency_key(self) -> tuple[str, ...]:
@@ -92,9 +97,14 @@ class SingleExecutor:
         how = (self._runner.backend.name, *filter(None, [self.graphs]))
         return (self.manifest.model, self.manifest.dtype, where, threads, f"torch {torch.__version__}", *how)
 
+    def launch(self, batch: list[Slice], after: Launched | None = None) -> Launched:
+        """See Executor.launch."""
+        assert after is None or isinstance(after, Step)
+        return self._launches.launch(batch, after)
+
     def execute(self, batch: list[Slice]) -> Computed:
-        """See Executor.execute."""
-        return self._runner.execute(batch)
+        """Compute every slice of a step: launch and finish it."""
+        return self.launch(batch).finish()
 
     def absorb(self, block_ids: Sequence[int]) -> None:
         """See Executor.absorb."""
@@ -106,6 +116,7 @@ class SingleExecutor:
 
     def close(self) -> None:
         """See Executor.close."""
+        self._launches.close()
         self.grammars.close()
 
 

@@ -254,7 +254,8 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     blocks to be freed. `blocks_idle`: free blocks that are kept for their content. `prefix_tokens` and `prefix_hits`:
     tokens of all prompts so far, and those whose KV was found. `prompts_own`: prompts computed here for answers from
     here; `prompts_received`: those whose KV came from a peer. `work`: see there; None before the first step. `drafted`
-    and `accepted`: guessed tokens that were verified so far, and those that were right."""
+    and `accepted`: guessed tokens that were verified so far, and those that were right. `asked_ahead`: steps so far by
+    whether the next one was scheduled while they computed (see `schedule.ahead`)."""
 
     blocks_free: int = 0
     blocks_referenced: int = 0
@@ -273,6 +274,7 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     work: Work | None = None
     drafted: int = 0
     accepted: int = 0
+    asked_ahead: dict[str, int] = {}
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):

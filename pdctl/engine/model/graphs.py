@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from pdctl.engine.model.inputs import InputBuffers, Inputs, Padding, Shape
+from pdctl.engine.model.inputs import InputBuffers, Inputs, Padding, Shape, Staged
 from pdctl.engine.schedule.batch import Slice
 
 # Of the largest logit. The kernels are the same, so only their order of summing may differ.
@@ -75,18 +75,22 @@ class Graphs:
                 raise GraphsRefused(" ".join(str(failure).split())[:200]) from failure
         self.sizes = sorted(self._replays)
 
-    def logits(self, batch: list[Slice]) -> torch.Tensor | None:
-        """Logits [batch, vocab], valid until the next call; None for a batch that no graph computes."""
+    def stage(self, batch: list[Slice], sources: list[int] | None = None) -> Staged | None:
+        """The inputs of a step for `replay`; None for a batch that no graph computes. `sources`: see InputBuffers."""
         at = bisect.bisect_left(self.sizes, len(batch))
         if at == len(self.sizes) or not all(piece.num_rows == piece.num_sampled == 1 for piece in batch):
             return None
         longest = max(piece.start for piece in batch) + 1
         if longest > self._width * self._buffers.block_size:
             return None
-        size = self.sizes[at]
-        self._begin(self._buffers.build_padded(batch, self._shape(size), Padding(self._scratch)))
+        return self._buffers.stage_padded(batch, self._shape(self.sizes[at]), Padding(self._scratch), sources)
+
+    def replay(self, staged: Staged, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [size, vocab] of a step and its padding, valid until the next call."""
+        size = staged.shape.sequences
+        self._begin(self._buffers.upload(staged, sampled))
         self._replays[size]()
-        return self._logits[: len(batch)]
+        return self._logits[:size]
 
     def replay_of(self, size: int) -> Callable[[], None] | None:
         """The graph that computes batches of this size, over what its buffers hold; None if there is none."""
@@ -109,7 +113,7 @@ class Graphs:
         self._check(size)
 
     def _padding(self, size: int, padding: Padding) -> Inputs:
-        inputs = self._buffers.build_padded([], self._shape(size), padding)
+        inputs = self._buffers.upload(self._buffers.stage_padded([], self._shape(size), padding))
         self._begin(inputs)
         return inputs
 

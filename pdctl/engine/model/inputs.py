@@ -1,7 +1,7 @@
 """The tensors of one step, from the scheduler's slices: token ids, positions, KV slots, block tables.
 
 They are built with numpy in one host buffer and copied to the device in one piece. On the CPU the tensors are views of
-the host buffer.
+the host buffer. There are two buffers: the inputs of a step are built while the step before it is computed.
 """
 
 from __future__ import annotations
@@ -67,19 +67,56 @@ class Inputs:
     batch: Batch
 
 
-class InputBuffers:
-    """Builds the inputs of steps, each valid until the next one is built. `tables`: shared with other buffers."""
+class _Buffer:
+    """Memory for the inputs of one step: on the host, and on the device, unless that is the same."""
 
-    def __init__(self, block_size: int, device: torch.device, tables: BlockTables | None = None) -> None:
+    def __init__(self) -> None:
+        self.host = torch.empty(0, dtype=torch.uint8)
+        self.device = self.host
+        self.copied: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Wait until the device has copied what is on the host."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+class Staged(NamedTuple):
+    """The inputs of a step on the host. `following`: so many of its first ids are rows of the step before it, whose
+    sampled tokens they stand for."""
+
+    buffer: _Buffer
+    shape: Shape
+    fields: Fields
+    following: int
+
+
+class InputBuffers:
+    """Builds the inputs of steps, each valid until the second next one is built. `tables`: shared with other buffers.
+    `is_static`: the tensors of all steps have one place, apart from the host's, as CUDA graphs need it. They are valid
+    until the next upload."""
+
+    def __init__(
+        self, block_size: int, device: torch.device, tables: BlockTables | None = None, is_static: bool = False
+    ) -> None:
         self.block_size = block_size
         self.device = device
         self.tables = tables or BlockTables()
-        self._host = torch.empty(0, dtype=torch.uint8)
-        self._device = self._host
-        self._copied: torch.cuda.Event | None = None
+        self._is_static = is_static
+        self._buffers = (_Buffer(), _Buffer())
 
     def build(self, batch: list[Slice], every_row: bool = False, rows: Iterable[int] = ()) -> Inputs:
         """The inputs for these slices; logits of those that sample, then of `rows`; or of every row."""
+        return self.upload(self.stage(batch, every_row, rows))
+
+    def stage(
+        self,
+        batch: list[Slice],
+        every_row: bool = False,
+        rows: Iterable[int] = (),
+        sources: list[int] | None = None,
+    ) -> Staged:
+        """The same on the host. `sources`: for each slice the row of the step before it that samples its token."""
         counts = np.array([piece.num_rows for piece in batch], dtype=np.int32)
         first = np.array([piece.start for piece in batch], dtype=np.int32)
         starts = np.zeros(len(batch) + 1, dtype=np.int32)
@@ -87,18 +124,19 @@ class InputBuffers:
         keep = range(int(starts[-1])) if every_row else _kept(batch, starts, rows)
         width = -(-int((first + counts).max()) // self.block_size)
         shape = Shape(int(starts[-1]), len(keep), len(batch), width)
-        fields = self._fields(shape)
+        buffer, fields = self._next(shape)
         fields.starts[:] = starts
         fields.keep[:] = keep
-        self._fill(fields, batch, counts, first)
-        self._copy(shape)
-        return inputs_of(self._device, shape, fields, self.block_size)
+        self._fill(fields, batch, counts, first, sources)
+        return Staged(buffer, shape, fields, len(sources or ()))
 
-    def build_padded(self, batch: list[Slice], shape: Shape, padding: Padding) -> Inputs:
+    def stage_padded(
+        self, batch: list[Slice], shape: Shape, padding: Padding, sources: list[int] | None = None
+    ) -> Staged:
         """The inputs for slices of one token each, at the places where every step of this shape has them. The rows that
         are left are `padding`."""
         count = len(batch)
-        fields = self._fields(shape)
+        buffer, fields = self._next(shape)
         fields.starts[:] = np.arange(shape.sequences + 1)
         fields.keep[:] = np.arange(shape.kept)
         fields.ids[count:] = padding.token_id
@@ -108,51 +146,61 @@ class InputBuffers:
         fields.table[count:, 0] = padding.block
         if batch:
             first = np.array([piece.start for piece in batch], dtype=np.int32)
-            self._fill(fields, batch, np.ones(count, dtype=np.int32), first)
-        self._copy(shape)
-        return inputs_of(self._device, shape, fields, self.block_size, is_static=True)
+            self._fill(fields, batch, np.ones(count, dtype=np.int32), first, sources)
+        return Staged(buffer, shape, fields, len(sources or ()))
+
+    def upload(self, staged: Staged, sampled: torch.Tensor | None = None) -> Inputs:
+        """Copy what is staged to the device. `sampled` [n]: the tokens of the step before, where it follows one."""
+        buffer, shape = staged.buffer, staged.shape
+        if buffer.device is not buffer.host:
+            buffer.device[: shape.num_bytes].copy_(buffer.host[: shape.num_bytes], non_blocking=True)
+            if self.device.type == "cuda":
+                buffer.copied = torch.cuda.current_stream(self.device).record_event()
+        inputs = inputs_of(buffer.device, shape, staged.fields, self.block_size, self._is_static)
+        if staged.following:
+            assert sampled is not None
+            own = inputs.ids[: staged.following]
+            own.copy_(sampled.index_select(0, own))
+        return inputs
 
     def reserve(self, num_bytes: int) -> None:
         """Make room for steps of this size, so that later ones stay in place. Inputs built before are invalid."""
+        shared = self._on_device(num_bytes) if self._is_static else None
+        for buffer in self._buffers:
+            self._grow(buffer, num_bytes, shared)
+
+    def _grow(self, buffer: _Buffer, num_bytes: int, shared: torch.Tensor | None = None) -> None:
         on_gpu = self.device.type == "cuda"
         # Zeroed: what is left of a table row after its blocks is a block id, too.
-        self._host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
-        self._device = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device) if on_gpu else self._host
+        buffer.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        buffer.device = shared if shared is not None else self._on_device(num_bytes) if on_gpu else buffer.host
 
-    def _fields(self, shape: Shape) -> Fields:
-        if self._copied is not None:
-            # The last step may not have sampled anything, and so may not have waited for the device.
-            self._copied.synchronize()
-        if shape.num_bytes > len(self._host):
-            self.reserve(max(_FEWEST_BYTES, 2 * shape.num_bytes))
-        return host_fields(self._host, shape)
+    def _on_device(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def _fill(self, fields: Fields, batch: list[Slice], counts: Ints, first: Ints) -> None:
+    def _next(self, shape: Shape) -> tuple[_Buffer, Fields]:
+        first, second = self._buffers
+        self._buffers = second, first
+        # The last step that used it may not have sampled anything, and so may not have waited for the device.
+        second.wait()
+        if shape.num_bytes > len(second.host):
+            assert not self._is_static, "a graph's inputs must stay in place"
+            self._grow(second, max(_FEWEST_BYTES, 2 * shape.num_bytes))
+        return second, host_fields(second.host, shape)
+
+    def _fill(self, fields: Fields, batch: list[Slice], counts: Ints, first: Ints, sources: list[int] | None) -> None:
         """The rows of `batch`; `starts` are there already."""
         fields.lengths[: len(batch)] = first + counts
         indices, table = self.tables.rows(batch)
         width = -(-int((first + counts).max()) // self.block_size)
         fields.table[: len(batch), :width] = table[indices, :width]
-        if len(counts) == (tokens := int(fields.starts[len(batch)])):
-            # A guess is not among the sequence's tokens.
-            fields.ids[:tokens] = [
-                piece.sequence.token_ids[piece.start] if piece.count else piece.drafts[0] for piece in batch
-            ]
-        else:
-            ids: list[int] = []
-            for piece in batch:
-                ids += piece.token_ids
-            fields.ids[:] = ids
+        tokens = int(fields.starts[len(batch)])
+        fields.ids[:tokens] = _ids(batch, tokens) if sources is None else sources
         sequence = np.repeat(np.arange(len(batch)), counts)
         positions = np.arange(tokens) - np.repeat(fields.starts[: len(batch)] - first, counts)
         fields.positions[:tokens] = positions
         size = self.block_size
         fields.slots[:tokens] = fields.table[sequence, positions // size].astype(np.int64) * size + positions % size
-
-    def _copy(self, shape: Shape) -> None:
-        if self._device is not self._host:
-            self._device[: shape.num_bytes].copy_(self._host[: shape.num_bytes], non_blocking=True)
-            self._copied = torch.cuda.current_stream(self.device).record_event()
 
 
 class BlockTables:
@@ -233,6 +281,16 @@ def inputs_of(buffer: torch.Tensor, shape: Shape, fields: Fields, block_size: in
         is_static=is_static,
     )
     return Inputs(ids, positions, keep, batch)
+
+
+def _ids(batch: list[Slice], tokens: int) -> list[int]:
+    """The tokens of all slices. A guess is not among the sequence's tokens."""
+    if len(batch) == tokens:
+        return [piece.sequence.token_ids[piece.start] if piece.count else piece.drafts[0] for piece in batch]
+    ids: list[int] = []
+    for piece in batch:
+        ids += piece.token_ids
+    return ids
 
 
 def _kept(batch: list[Slice], starts: Ints, rows: Iterable[int]) -> list[int]:

@@ -1,4 +1,8 @@
-"""The computation of one step: slices in, token ids out."""
+"""The computation of one step: slices in, token ids out.
+
+A step of plain slices (`schedule.ahead`) has two halves: `prepare` needs the host, `start` only the device. So it can
+be prepared and started while the step before it computes, whose sampled tokens it takes from the device.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from pdctl.engine.ipc.messages import Logprobs, Sampling
 from pdctl.engine.model.attention import Backend, hook, open_backend
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.model.graphs import Graphs, GraphsRefused, Recorder, batch_sizes
-from pdctl.engine.model.inputs import InputBuffers, Inputs
+from pdctl.engine.model.inputs import InputBuffers, Inputs, Staged
 from pdctl.engine.model.loading import (
     LoadedModel,
     check_agreement,
@@ -21,12 +25,13 @@ from pdctl.engine.model.loading import (
     forward,
     rounding_noise,
 )
-from pdctl.engine.model.sampler import most_likely, prompt_tokens, sample, shape
+from pdctl.engine.model.sampler import choose, most_likely, prompt_tokens, sample, shape
 from pdctl.engine.schedule.batch import Slice
 from pdctl.engine.schedule.sequence import Sequence
 
 # Limit of the time for capturing graphs; what is left is computed without.
 _CAPTURE_S = 60.0
+_USED_AFTER_FREE = "KV was read after its blocks were freed"
 
 
 class _PromptPart(NamedTuple):
@@ -52,6 +57,36 @@ class _Row(NamedTuple):
     def position(self) -> int:
         """The number of tokens before it."""
         return len(self.sequence.token_ids) + len(self.drafts)
+
+
+class Prepared(NamedTuple):
+    """A plain step, ready to start. `is_graph`: it is one of the CUDA graphs."""
+
+    staged: Staged
+    is_graph: bool
+    requests: list[tuple[Sampling, int]]
+
+
+class Sampled:
+    """The tokens of a plain step, `on_device` [n], and on their way to the host."""
+
+    def __init__(self, tokens: torch.Tensor, logits: torch.Tensor | None) -> None:
+        self.on_device = tokens
+        self._is_finite = None if logits is None else torch.isfinite(logits).all()
+        self._on_host, self._copied = tokens, None
+        if tokens.device.type == "cuda":
+            self._on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._on_host.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.current_stream(tokens.device).record_event()
+
+    def read(self) -> list[int]:
+        """The token ids; waits for them. What is queued on the device behind them is not waited for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._is_finite is not None and not self._is_finite:
+            raise AssertionError(_USED_AFTER_FREE)
+        found: list[int] = self._on_host.tolist()
+        return found
 
 
 def _prompt_parts(batch: list[Slice]) -> list[_PromptPart]:
@@ -89,6 +124,27 @@ class ModelRunner:
         self.backend = backend or open_backend("gather", device)
         self._buffers = InputBuffers(pool.block_size, device)
         self._graphs: Graphs | None = None
+        self._begun: torch.cuda.Event | None = None
+
+    def prepare(self, batch: list[Slice], before: list[Slice] | None = None) -> Prepared:
+        """The host's half of a step of plain slices. `before`: the step that samples their tokens, if that still
+        computes; it has all their sequences."""
+        sources = None
+        if before is not None:
+            rows = {piece.sequence.request_id: row for row, piece in enumerate(before)}
+            sources = [rows[piece.sequence.request_id] for piece in batch]
+        requests = [(piece.sequence.sampling, piece.start + piece.count) for piece in batch]
+        if self._graphs is not None and (staged := self._graphs.stage(batch, sources)) is not None:
+            return Prepared(staged, True, requests)
+        return Prepared(self._buffers.stage(batch, sources=sources), False, requests)
+
+    @torch.inference_mode()
+    def start(self, prepared: Prepared, before: Sampled | None = None) -> Sampled:
+        """The device's half. It reads no sequence, so these may change meanwhile. `before`: the tokens of the step
+        before, where this one follows it."""
+        logits = self._logits(prepared.staged, prepared.is_graph, before.on_device if before is not None else None)
+        logits = logits[: len(prepared.requests)]
+        return Sampled(choose(logits, prepared.requests), logits if self.poisoned else None)
 
     def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
         """Compute every slice. Returns, in order, a token id and its log probabilities for each sampling slice and each
@@ -96,7 +152,7 @@ class ModelRunner:
         prompts = _prompt_parts(batch)
         logits = self.logits(batch, rows=[row for part in prompts for row in part.rows])
         if self.poisoned and not torch.isfinite(logits).all():
-            raise AssertionError("KV was read after its blocks were freed")
+            raise AssertionError(_USED_AFTER_FREE)
         rows = [_Row(piece.sequence, piece.drafts[:at]) for piece in batch for at in range(piece.num_sampled)]
         at = len(rows)
         for part in prompts:
@@ -136,10 +192,16 @@ class ModelRunner:
         rows = list(rows)
         batch = [part for piece in batch for part in piece.parts]
         if self._graphs is not None and not every_row and not rows:
-            found = self._graphs.logits(batch)
+            found = self._graphs.stage(batch)
             if found is not None:
-                return found
-        inputs = self._buffers.build(batch, every_row, rows)
+                return self._logits(found, True)[: len(batch)]
+        return self._logits(self._buffers.stage(batch, every_row, rows), False)
+
+    def _logits(self, staged: Staged, is_graph: bool, sampled: torch.Tensor | None = None) -> torch.Tensor:
+        if is_graph:
+            assert self._graphs is not None
+            return self._graphs.replay(staged, sampled)
+        inputs = self._buffers.upload(staged, sampled)
         self._begin(inputs)
         return self._compute(inputs)
 
@@ -148,7 +210,7 @@ class ModelRunner:
         that no sequence uses. Raises GraphsRefused, and then computes without graphs."""
         if not self.backend.is_capturable:
             raise GraphsRefused(f"attention by {self.backend.name} cannot be captured")
-        buffers = InputBuffers(self.pool.block_size, self.device, self._buffers.tables)
+        buffers = InputBuffers(self.pool.block_size, self.device, self._buffers.tables, is_static=True)
         width = -(-max_model_len // self.pool.block_size)
         graphs = Graphs(buffers, batch_sizes(most), width, scratch, self._begin, self._compute)
         graphs.capture(recorder, _CAPTURE_S)
@@ -160,7 +222,12 @@ class ModelRunner:
         return self._graphs.replay_of(size) if self._graphs is not None else None
 
     def _begin(self, inputs: Inputs) -> None:
+        if self._begun is not None:
+            # A backend may copy from memory of its own: what it has asked for before is to be over.
+            self._begun.synchronize()
         self.backend.begin(inputs.batch)
+        if self.device.type == "cuda":
+            self._begun = torch.cuda.current_stream(self.device).record_event()
 
     def _compute(self, inputs: Inputs) -> torch.Tensor:
         # A recorded step must make its own notes: another step's would be part of the recording.

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from pdctl.engine.ipc.messages import Logprobs, PromptToken, Sampling
+from pdctl.engine.model.copies import to_device
 from pdctl.engine.model.native.rows import kernels
 
 # Rows that are drawn together. On a CPU one row is what fits into its cache; on a GPU a row takes a few MB for a while.
@@ -22,9 +23,15 @@ Words = npt.NDArray[np.uint64]
 
 
 def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[int]:
-    """Choose a token for each row of logits [n, vocab]; `requests`: its sampling and the token's position.
+    """As `choose`; the tokens are copied to the host in one piece."""
+    found: list[int] = choose(logits, requests).tolist()
+    return found
 
-    All rows are computed on the logits' device and copied to the host in one piece."""
+
+def choose(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> torch.Tensor:
+    """Choose a token [n] for each row of logits [n, vocab]; `requests`: its sampling and the token's position.
+
+    All rows are computed on the logits' device, and nothing waits for it."""
     chosen = _largest(logits)
     drawn = [row for row, (sampling, _) in enumerate(requests) if sampling.temperature > 0]
     most = _MOST_ROWS[logits.device.type]
@@ -32,8 +39,7 @@ def sample(logits: torch.Tensor, requests: list[tuple[Sampling, int]]) -> list[i
         rows = drawn[start : start + most]
         where = _where(rows, logits)
         chosen[where] = _draw(logits[where], [requests[row] for row in rows])
-    found: list[int] = chosen.tolist()
-    return found
+    return chosen
 
 
 def _largest(logits: torch.Tensor) -> torch.Tensor:
@@ -177,7 +183,7 @@ def kept_probabilities(logits: torch.Tensor, samplings: list[Sampling]) -> torch
     scaled = (scaled - scaled.amax(-1, keepdim=True)) / _column([s.temperature for s in samplings], device)
     if rows := [row for row, s in enumerate(samplings) if 0 < s.top_k < vocab]:
         where = _where(rows, logits)
-        ranks = torch.tensor([samplings[row].top_k - 1 for row in rows]).to(device)[:, None]
+        ranks = to_device(torch.tensor([samplings[row].top_k - 1 for row in rows]), device)[:, None]
         part = scaled[where]
         threshold = part.topk(max(samplings[row].top_k for row in rows)).values.gather(1, ranks)
         scaled[where] = part.masked_fill(part < threshold, float("-inf"))
@@ -195,9 +201,9 @@ def kept_probabilities(logits: torch.Tensor, samplings: list[Sampling]) -> torch
 
 def _where(rows: list[int], of: torch.Tensor) -> torch.Tensor | slice:
     """An index for these rows: without a copy, if it is all of them."""
-    return slice(None) if len(rows) == len(of) else torch.tensor(rows).to(of.device)
+    return slice(None) if len(rows) == len(of) else to_device(torch.tensor(rows), of.device)
 
 
 def _column(values: list[float], device: torch.device) -> torch.Tensor:
     """[n, 1] float64."""
-    return torch.tensor(values, dtype=torch.float64).to(device)[:, None]
+    return to_device(torch.tensor(values, dtype=torch.float64), device)[:, None]

@@ -74,6 +74,13 @@ class Outcome:
     withdrawn: list[Withdrawn] = field(default_factory=list)
 
 
+def launched(batch: list[Slice]) -> list[Slice]:
+    """Note that a step computes these slices."""
+    for piece in batch:
+        piece.sequence.in_flight += 1
+    return batch
+
+
 class Batch:
     """The slices of one step, by request, and the budget of tokens that is left. `num_ending`: prompts whose last
     missing tokens are among them."""

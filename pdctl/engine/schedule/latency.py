@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import msgspec
 
 from pdctl.engine.schedule.batch import Slice
-from pdctl.latency import KINDS, Accuracy, Kind, Step, StepTimes, step_of
+from pdctl.engine.schedule.running import Running
+from pdctl.latency import KINDS, Accuracy, Kind, Step, StepTimes, Work, step_of
 from pdctl.latency.fit import Sums
 
 # Before anything was measured: a small model on one CPU core.
@@ -57,6 +58,18 @@ class LatencyModel:
     def work(self, tokens: int, before: int, budget: int) -> float:
         """Predicted seconds to compute so many tokens of a prompt after so many others."""
         return self.times.prompt_s(tokens, before, budget)
+
+    def work_left(self, running: Running, waiting: int, budget: int) -> Work:
+        """What an engine has to compute. `waiting`: tokens of prompts of which nothing is computed."""
+        prefill, decode, mixed = (self.accuracy[kind] for kind in KINDS)
+        return Work(
+            times=self.times,
+            budget=budget,
+            prompt_tokens=waiting + sum(sequence.num_missing for sequence in running.partial.values()),
+            decodes=len(running.decoding),
+            context=sum(sequence.num_computed for sequence in running.decoding.values()),
+            accuracy=(prefill, decode, mixed),
+        )
 
     def note(self, batch: Sequence[Slice], seconds: float) -> None:
         """Take the duration of a step."""

@@ -26,12 +26,12 @@ def unbegun(sequences: Iterable[Sequence]) -> list[str]:
 
 
 def begin(sequence: Sequence, offer: bool, longest: int, room: Room) -> bool:
-    """Have a sequence held for a peer. False if it cannot move now: it does not decode, it has nearly ended, or
-    too many blocks are for peers already. `longest`: tokens that a sequence may have."""
+    """Have a sequence held for a peer. False if it cannot move now: it does not decode, a step computes it, it has
+    nearly ended, or too many blocks are for peers already. `longest`: tokens that a sequence may have."""
     ahead = TOKENS_AHEAD if offer else 1
     left = min(sequence.sampling.max_tokens - sequence.num_output, longest - len(sequence.token_ids))
     can = sequence.status is Status.RUNNING and not sequence.hold and sequence.num_missing == 1
-    if not can or left < ahead + _LEAST_LEFT or not room.allows_lease(sequence):
+    if not can or sequence.in_flight or left < ahead + _LEAST_LEFT or not room.allows_lease(sequence):
         return False
     room.pin(sequence)
     sequence.offer = offer

@@ -79,6 +79,16 @@ class Room:
         self._count(sequence, taken, 1)
         return True
 
+    def grow_all(self, wanted: list[tuple[Sequence, int]]) -> bool:
+        """Give each sequence the blocks for its first so many tokens; False, and no blocks for any, if there are too
+        few."""
+        missing = (self.blocks_for(num_tokens) - len(sequence.block_ids) for sequence, num_tokens in wanted)
+        if sum(max(0, count) for count in missing) > self.allocator.num_free:
+            return False
+        for sequence, num_tokens in wanted:
+            assert self.grow(sequence, num_tokens)
+        return True
+
     def attach(self, sequence: Sequence, longest: int) -> int:
         """Give a sequence without blocks those that hold the KV of its first tokens, at most of `longest` of them.
         Returns the number of these tokens."""

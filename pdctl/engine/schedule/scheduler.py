@@ -15,8 +15,10 @@ from itertools import repeat
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Books, Failed, Held, KvChange, Logprobs, Progress, Token, Withdrawn
 from pdctl.engine.schedule import moves
-from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice
+from pdctl.engine.schedule.ahead import Ahead
+from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice, launched
 from pdctl.engine.schedule.drafts import Drafts, Sampled, accepted
+from pdctl.engine.schedule.endings import finish_reason
 from pdctl.engine.schedule.inline import prompt_tokens
 from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.latency import LatencyModel
@@ -24,7 +26,6 @@ from pdctl.engine.schedule.prompts.prefills import Prefills
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
 from pdctl.engine.schedule.sequence import Pace, Sequence, Status
-from pdctl.latency import KINDS, Work
 from pdctl.speculative import Speculative
 
 # A sequence that was preempted so often is spared as long as there is another one.
@@ -59,6 +60,7 @@ class Scheduler:
         self.latency = latency or LatencyModel()
         self._prefills = Prefills(limits, self._room, self.running, self._work)
         self._drafts = Drafts(limits, self._room, speculative)
+        self.ahead = Ahead(limits, self._room, self.running, self._prefills, speculative is not None)
         self._incoming: dict[str, Sequence] = {}
         self._arrivals = 0
         self._received = 0
@@ -96,6 +98,8 @@ class Scheduler:
     def _fill(self, reserved: Sequence, request: Sequence) -> Failed | None:
         """The request for reserved blocks has arrived. Failed if they were reserved for other tokens: blocks that were
         found here would hold another prompt's KV, or another tenant's."""
+        if reserved.status is Status.ENDED:
+            return Failed(request.request_id, "a request with this id is still being computed")
         assert reserved.status in (Status.AWAITING_BLOCKS, Status.AWAITING_KV)
         assert reserved.kv_tokens == request.kv_tokens
         known = request.token_ids[: request.kv_tokens], request.salt
@@ -209,7 +213,12 @@ class Scheduler:
             batch.limit(max(tokens, self.limits.segment))
         self._prefills.fill(batch, now, self._preempt if has_room else None)
         self._drafts.fill(batch, self.latency)
-        return batch.slices
+        return launched(batch.slices)
+
+    def schedule_ahead(self, batch: list[Slice], is_quiet: bool = True) -> list[Slice]:
+        """The step after `batch`, which computes; [] if that depends on its results, or on messages that wait (not
+        `is_quiet`)."""
+        return launched(self.ahead.following(batch, self._clock(), is_quiet).batch)
 
     @property
     def _has_prompts(self) -> bool:
@@ -246,9 +255,14 @@ class Scheduler:
         sampled = iter(zip(token_ids, logprobs, strict=False))
         for piece in batch:
             sequence = piece.sequence
+            found = [next(sampled) for _ in range(piece.num_sampled)]
+            sequence.in_flight -= 1
+            if sequence.status is Status.ENDED:
+                self._forget(sequence)
+                continue
             self._room.computed(sequence, piece.count)
             if piece.samples:
-                self._take(piece, [next(sampled) for _ in range(piece.num_sampled)], outcome)
+                self._take(piece, found, outcome)
             if sequence.status is not Status.RUNNING or sequence.request_id not in self.sequences:
                 continue
             self.running.put(sequence)
@@ -277,20 +291,10 @@ class Scheduler:
             prefix_hits=self._room.found,
             prompts_own=self._prefills.own,
             prompts_received=self._received,
-            work=self._ahead(),
+            work=self.latency.work_left(self.running, self._prefills.tokens, self.limits.max_num_batched_tokens),
             drafted=self._drafts.drafted,
             accepted=self._drafts.accepted,
-        )
-
-    def _ahead(self) -> Work:
-        prefill, decode, mixed = (self.latency.accuracy[kind] for kind in KINDS)
-        return Work(
-            times=self.latency.times,
-            budget=self.limits.max_num_batched_tokens,
-            prompt_tokens=self._prefills.tokens + sum(s.num_missing for s in self.running.partial.values()),
-            decodes=len(self.running.decoding),
-            context=sum(sequence.num_computed for sequence in self.running.decoding.values()),
-            accuracy=(prefill, decode, mixed),
+            asked_ahead=dict(self.ahead.asked),
         )
 
     def kv_changes(self) -> list[KvChange]:
@@ -315,6 +319,7 @@ class Scheduler:
             for status, members in queued.items():
                 assert (id(sequence) in members) == (sequence.status is status), f"{sequence.request_id}: {status}"
             assert sequence.num_computed <= len(sequence.block_ids) * self.limits.block_size
+            assert sequence.in_flight or sequence.status is not Status.ENDED, "an ended sequence keeps its blocks"
         assert sum(map(len, queued.values())) <= len(self.sequences), "a queue has a sequence that is gone"
         assert all(sequence.num_missing == 1 for sequence in self.running.decoding.values())
         assert len(self.running) + self._room.expected <= self.limits.max_num_seqs
@@ -343,7 +348,7 @@ class Scheduler:
         sequence.token_ids.append(token_id)
         now, pace = self._clock(), sequence.pace
         sequence.pace = Pace(now, now) if pace is None else Pace(pace.first_at, now, pace.later + 1)
-        reason = self._finish_reason(sequence, token_id)
+        reason = finish_reason(sequence, self.limits)
         if sequence.hold and reason is None and len(sequence.token_ids) > sequence.hold_at:
             self.running.remove(sequence)
             self._room.become(sequence, Status.HELD)
@@ -355,24 +360,13 @@ class Scheduler:
         if reason is not None:
             self._forget(sequence)
 
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
-        if token_id in self.limits.eos_token_ids and not sequence.sampling.ignore_eos:
-            return "stop"
-        if token_id in sequence.sampling.stop_token_ids and sequence.num_output > sequence.sampling.min_tokens:
-            return "stop"
-        full = len(sequence.token_ids) >= self.limits.max_model_len
-        # A held prefill of a new prompt never ends by length: routers request one token, and decode continues from it.
-        fresh_hold = sequence.hold and sequence.num_output == 1
-        if full or (sequence.num_output >= sequence.sampling.max_tokens and not fresh_hold):
-            return "length"
-        return None
-
     def _victim(self) -> Sequence:
         """The newest running sequence: it has the least to lose and the oldest always finishes."""
         return max(self.running, key=lambda sequence: (sequence.preemptions < _MAX_PREEMPTIONS, sequence.arrival))
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
         """Free the blocks of a running sequence; it starts over later. Its tokens stay."""
+        assert not sequence.in_flight, "a step uses these blocks"
         batch.drop(sequence)
         self.running.remove(sequence)
         self._room.release(sequence)
@@ -385,6 +379,12 @@ class Scheduler:
         self._prefills.queue(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
+        """Free what the sequence has, when no step computes it any more."""
+        if sequence.in_flight:
+            if sequence.status is not Status.ENDED:
+                self.running.remove(sequence)
+                self._room.become(sequence, Status.ENDED)
+            return
         del self.sequences[sequence.request_id]
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)

@@ -21,6 +21,7 @@ class Status(Enum):
     AWAITING_BLOCKS = auto()  # a hand-over is coming; its blocks are not reserved yet
     AWAITING_KV = auto()  # blocks reserved, KV being pulled
     HELD = auto()  # prefilled, blocks kept for a peer
+    ENDED = auto()  # over, but a step that was launched before computes it and uses its blocks
 
 
 class Pace(NamedTuple):
@@ -60,6 +61,7 @@ class Sequence:
     kv_tokens: int = 0
     status: Status = Status.WAITING
     num_computed: int = 0
+    in_flight: int = 0  # steps with it that were scheduled and whose results are not applied
     arrival: int = 0
     arrived_s: float = 0.0
     priority: int = 0  # lower goes first

@@ -16,13 +16,23 @@ from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.core.inbox import Inbox
 from pdctl.engine.core.loop import Core, CoreEvent
 from pdctl.engine.core.outbox import Outbox
+from pdctl.engine.executor import Computed, Launched
 from pdctl.engine.handover.puller import Puller
-from pdctl.engine.ipc.messages import Abort, Logprobs, Reserve, Reserved, Sampling, Shutdown, StepDone, Submit
+from pdctl.engine.ipc.messages import Abort, Reserve, Reserved, Sampling, Shutdown, StepDone, Submit
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.schedule.batch import Limits, Slice
 from pdctl.engine.schedule.scheduler import Scheduler
 
 WAIT_S = 20.0
+
+
+class SlowStep:
+    def __init__(self, may_end: threading.Semaphore, count: int) -> None:
+        self._may_end, self._count = may_end, count
+
+    def finish(self) -> Computed:
+        assert self._may_end.acquire(timeout=WAIT_S)
+        return [7] * self._count, [None] * self._count
 
 
 class SlowExecutor:
@@ -41,12 +51,10 @@ class SlowExecutor:
     def close(self) -> None:
         pass
 
-    def execute(self, batch: list[Slice]) -> tuple[list[int], list[Logprobs | None]]:
+    def launch(self, batch: list[Slice], after: Launched | None = None) -> Launched:
         self.blocks.append({block for piece in batch for block in piece.sequence.block_ids})
         self.began.release()
-        assert self.may_end.acquire(timeout=WAIT_S)
-        count = sum(piece.samples for piece in batch)
-        return [7] * count, [None] * count
+        return SlowStep(self.may_end, sum(piece.samples for piece in batch))
 
 
 class Puller_:

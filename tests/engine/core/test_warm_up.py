@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -18,7 +17,7 @@ TRUE = StepTimes((0.004, 2e-4, 3e-8, 1e-4, 5e-7))
 
 
 class Clocked:
-    """An executor in virtual time, which checks what it is given."""
+    """A device in virtual time, which checks what it is given."""
 
     def __init__(self, times: StepTimes, limits: Limits, num_blocks: int) -> None:
         self.now = 0.0
@@ -38,17 +37,11 @@ class Clocked:
         self.now += self._times.seconds(step_of((piece.count, piece.start) for piece in batch))
         return [0] * len(batch), [None] * len(batch)
 
-    def absorb(self, block_ids: Sequence[int]) -> None: ...
-
-    def publish(self, block_ids: Sequence[int]) -> None: ...
-
-    def close(self) -> None: ...
-
 
 def test_it_finds_the_times_of_an_engine() -> None:
     limits = Limits(16, 512, 2048, 16, frozenset())
     executor = Clocked(TRUE, limits, 1000)
-    model = measured(executor, limits, 1000, 100, lambda: executor.now, 60.0)
+    model = measured(executor.execute, limits, 1000, 100, lambda: executor.now, 60.0)
     assert model.times.coefficients == pytest.approx(TRUE.coefficients, rel=0.05)
     assert {kind for kind, sums in model.measured.items() if sums.weight > STEPS_EACH / 2} == set(KINDS)
 
@@ -57,7 +50,7 @@ def test_a_slow_engine_is_measured_in_bounded_time() -> None:
     limits = Limits(16, 2048, 4096, 16, frozenset())
     slow = StepTimes((0.4, 2e-2, 3e-6, 1e-2, 5e-5))
     executor = Clocked(slow, limits, 1000)
-    model = measured(executor, limits, 1000, 100, lambda: executor.now, 4.0)
+    model = measured(executor.execute, limits, 1000, 100, lambda: executor.now, 4.0)
     assert model.is_fitted or executor.steps < 20
     # At most the time, and two steps of the largest size for each kind.
     assert executor.now < 4.0 + 6 * slow.seconds(step_of([(2048, 2000)]))

@@ -71,7 +71,7 @@ class Model:
 
 
 def graphs_of(model: Model, sizes: list[int]) -> Graphs:
-    return Graphs(InputBuffers(SIZE, CPU), sizes, WIDTH, SCRATCH, model.begin, model.compute)
+    return Graphs(InputBuffers(SIZE, CPU, is_static=True), sizes, WIDTH, SCRATCH, model.begin, model.compute)
 
 
 def decoding(count: int, length: int = 9) -> list[Slice]:
@@ -91,6 +91,12 @@ def test_sizes(most: int, sizes: list[int]) -> None:
     assert batch_sizes(most) == sizes
 
 
+def logits_of(graphs: Graphs, batch: list[Slice]) -> torch.Tensor:
+    staged = graphs.stage(batch)
+    assert staged is not None
+    return graphs.replay(staged)[: len(batch)]
+
+
 def test_each_batch_is_what_the_model_computes_without_padding() -> None:
     model, recorder = Model(), Again()
     graphs = graphs_of(model, [1, 2, 4, 8])
@@ -100,8 +106,7 @@ def test_each_batch_is_what_the_model_computes_without_padding() -> None:
     for count in (3, 1, 8, 5, 2):
         before = recorder.replays
         batch = decoding(count, length=5 + count)
-        found = graphs.logits(batch)
-        assert found is not None
+        found = logits_of(graphs, batch)
         assert recorder.replays == before + 1
         assert torch.equal(found, model.compute(eager.build(batch)))
 
@@ -110,8 +115,8 @@ def test_rows_that_are_left_write_to_the_block_of_nobody() -> None:
     model = Model()
     graphs = graphs_of(model, [4])
     graphs.capture(Again(), 60)
-    graphs.logits(decoding(4, length=20))
-    graphs.logits(decoding(1))
+    logits_of(graphs, decoding(4, length=20))
+    logits_of(graphs, decoding(1))
     inputs = model.seen[-1]
     assert inputs.batch.is_static
     assert inputs.batch.longest == WIDTH * SIZE
@@ -136,9 +141,9 @@ def test_other_batches_are_left_to_a_step_without_a_graph(batch: list[Slice]) ->
     recorder = Again()
     graphs.capture(recorder, 60)
     before = recorder.replays
-    assert graphs.logits(batch) is None
+    assert graphs.stage(batch) is None
     assert recorder.replays == before
-    assert graphs.logits(decoding(2, length=WIDTH * SIZE)) is not None
+    assert graphs.stage(decoding(2, length=WIDTH * SIZE)) is not None
 
 
 def test_a_replay_that_does_not_see_new_inputs_is_refused() -> None:
@@ -155,7 +160,7 @@ def test_sizes_for_which_there_was_no_time_have_no_graph() -> None:
     graphs = graphs_of(Model(), [1, 4])
     graphs.capture(Again(), -1)
     assert graphs.sizes == []
-    assert graphs.logits(decoding(1)) is None
+    assert graphs.stage(decoding(1)) is None
 
 
 def test_a_model_in_graphs_equals_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

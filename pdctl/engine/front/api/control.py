@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdctl.engine.front.api.metrics import render_metrics
+from pdctl.engine.front.api.metrics import AHEAD, render_metrics
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
@@ -130,6 +130,7 @@ class Control:
                 "prompts_received": books.prompts_received,
                 "drafted": books.drafted,
                 "accepted": books.accepted,
+                **{f"{AHEAD}{result}": count for result, count in books.asked_ahead.items()},
             },
             blocks_referenced=books.blocks_referenced,
             blocks_leased=books.blocks_leased,

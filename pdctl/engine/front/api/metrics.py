@@ -11,6 +11,9 @@ from pdctl.wire import EngineState
 # Creation times are meaningless: the counters are created at each scrape.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # the package has no type for this
 
+# Begins the names of counters of steps, by whether the next one was scheduled ahead.
+AHEAD = "ahead_"
+
 
 def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: float) -> bytes:
     """All metrics, built from the current counts at each scrape, so that nothing has to be kept in sync."""
@@ -19,6 +22,7 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
         Gauge(name, what, registry=registry).set(value)
     for name, (what, amount) in _counters(state).items():
         Counter(name, what, registry=registry).inc(amount)
+    _ahead(state.counters, registry)
     if state.work is not None:
         _predictions(state.work, registry)
     _leases(leases, quarantined_block_s, registry)
@@ -92,6 +96,18 @@ def _leases(leases: LeaseDesk, quarantined_block_s: float, registry: CollectorRe
     ended = Counter("pdctl_engine_leases_ended", "Leases ended, by how", ["how"], registry=registry)
     for how, count in leases.table.ended.items():
         ended.labels(how.value).inc(count)
+
+
+def _ahead(counters: dict[str, int], registry: CollectorRegistry) -> None:
+    results = Counter(
+        "pdctl_engine_ahead",
+        "Steps by whether the next one was scheduled and launched while they computed (launched), or why not",
+        ["result"],
+        registry=registry,
+    )
+    for name, count in counters.items():
+        if name.startswith(AHEAD):
+            results.labels(name.removeprefix(AHEAD)).inc(count)
 
 
 def _predictions(work: Work, registry: CollectorRegistry) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pdctl.engine.model.attention.batch import Batch, Call, LayerNeed, PoolNeed
+from pdctl.engine.model.copies import to_device
 
 _WORKSPACE_BYTES = 256 << 20
 _HEADS = (64, 128, 256)
@@ -160,5 +161,5 @@ def _tables(batch: Batch) -> _Tables:
     np.cumsum(used, out=pages[1:])
     is_used = np.arange(table.shape[1])[None] < used[:, None]
     last = (lengths - (used - 1) * batch.block_size).astype(np.int32)
-    blocks = torch.from_numpy(table[is_used]).to(batch.lengths.device)
+    blocks = to_device(torch.from_numpy(table[is_used]), batch.lengths.device)
     return _Tables(torch.from_numpy(starts.copy()), torch.from_numpy(pages), blocks, torch.from_numpy(last))
