@@ -72,11 +72,11 @@ class Ahead:
         going = [piece.sequence for piece in batch if piece.sequence.status is Status.RUNNING]
         staying = [sequence for sequence in going if not ends_at(sequence, _known(sequence), self._limits)]
         why = self._why_not(batch, going, staying, now)
-        if not why and not self._room.grow_all([(sequence, _known(sequence) + 1) for sequence in staying]):
+        if not why and not self._room.grow_all([(sequence, _known(sequence)) for sequence in staying]):
             why = BLOCKS
         if why:
             return Following([], why)
-        return Following([Slice(sequence, _known(sequence), 1, True) for sequence in staying], LAUNCHED)
+        return Following([Slice(sequence, _known(sequence) - 1, 1, True) for sequence in staying], LAUNCHED)
 
     def _why_not(self, batch: Ordered[Slice], going: list[Sequence], staying: list[Sequence], now: float) -> str:
         if self._guesses:

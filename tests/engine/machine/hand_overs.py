@@ -35,15 +35,16 @@ class Request:
     prompt: list[int]
     answer: list[int]
     salt: str
+    sampling: Sampling
 
     @classmethod
-    def made(cls, family: int, length: int, output: int, salt: str) -> Request:
-        """A prompt of a family: those of one family begin alike."""
+    def made(cls, family: int, length: int, output: int, salt: str, stops: Tokens[int] = ()) -> Request:
+        """A prompt of a family: those of one family begin alike. The answer ends with the first token of `stops`."""
         tokens = [family, *range(length)]
         prompt = list(tokens)
-        for _ in range(output):
+        while len(tokens) - len(prompt) < output and (len(tokens) == len(prompt) or tokens[-1] not in stops):
             tokens.append(varied(tuple(tokens)))
-        return cls(prompt, tokens[len(prompt) :], salt)
+        return cls(prompt, tokens[len(prompt) :], salt, Sampling(output, stop_token_ids=list(stops)))
 
 
 @dataclass
@@ -77,12 +78,19 @@ class Readable:
 
 
 class Pair:
-    """Both engines, the leases between them, and the rules' verbs. `chance`: what is guessed right."""
+    """Both engines, the leases between them, and the rules' verbs. `chance`: what is guessed right. `ahead`: the
+    engines do not guess, but launch the next step while one computes; everything then happens while one does."""
 
-    def __init__(self, chance: random.Random, blocks: int) -> None:
+    def __init__(self, chance: random.Random, blocks: int, ahead: bool = False) -> None:
         self.chance = chance
         self.now = 0.0
-        self.p, self.d = (Engine(blocks, 12, 4, leased=blocks * 3 // 4, speculative=GUESSING) for _ in range(2))
+        self.p, self.d = (
+            Engine(
+                blocks, 12, 4, leased=blocks * 3 // 4, speculative=None if ahead else GUESSING,
+                ahead=chance if ahead else None,
+            )
+            for _ in range(2)
+        )  # fmt: skip
         self.leases = LeaseTable(EPOCH, LEASE_S)
         self.requests: dict[str, Request] = {}
         self.gone: set[str] = set()
@@ -98,8 +106,8 @@ class Pair:
         """A request for this engine; `hold`: its KV is for the other one."""
         name = f"{len(self.requests)}"
         self.requests[name] = request
-        engine.add(
-            name, request.prompt, len(request.answer), salt=request.salt, hold=hold, offer=offer,
+        engine.add_sampled(
+            name, request.prompt, request.sampling, salt=request.salt, hold=hold, offer=offer,
             priority=self.chance.randint(0, 1),
         )  # fmt: skip
 
@@ -118,7 +126,9 @@ class Pair:
 
     def step(self, engine: Engine) -> None:
         """Compute a batch, and do what the front does with its outcome."""
-        _, outcome = engine.step_with_outcome()
+        self._told(engine, engine.step_with_outcome()[1])
+
+    def _told(self, engine: Engine, outcome: Outcome) -> None:
         if engine is self.p:
             self._offered(outcome)
         for name, output in engine.outputs.items():
@@ -162,7 +172,9 @@ class Pair:
                     self.advance(reader, ReceptionEvent.LEASE_GONE)
 
     def preempt(self, engine: Engine) -> None:
-        """Take the blocks of any running sequence, as if others needed them."""
+        """Take the blocks of any running sequence, as if others needed them. The scheduler does so only when nothing
+        computes."""
+        self._told(engine, engine.settle())
         if running := list(engine.scheduler.running):
             running = [sequence for sequence in running if sequence.offered] or running
             engine.scheduler._preempt(self.chance.choice(running), Batch(0))
@@ -205,11 +217,11 @@ class Pair:
         known = [*request.prompt, *request.answer[: tokens - length]]
         # Those of an answer are not known before it is held.
         given = (known if tokens == length else []) if held is None else [*known, held.token_id]
-        sampling = Sampling(max_tokens=len(request.answer))
         length = 0 if held is None else length
         sequence = Sequence(
-            reader, list(given), length, sampling, kv_tokens=tokens, salt=request.salt, status=Status.AWAITING_BLOCKS
-        )
+            reader, list(given), length, request.sampling, kv_tokens=tokens, salt=request.salt,
+            status=Status.AWAITING_BLOCKS,
+        )  # fmt: skip
         if self.d.scheduler.add(sequence) is not None:
             self.advance(reader, ReceptionEvent.CANCELLED)
 
@@ -326,8 +338,9 @@ class Pair:
             if self.chance.random() < _NEW:
                 salt, hold = self.chance.choice(["", "x"]), self.chance.random() < _HELD
                 request = Request.made(
-                    self.chance.randint(0, 2), self.chance.randint(0, 24), self.chance.randint(2, 24), salt
-                )
+                    self.chance.randint(0, 2), self.chance.randint(0, 24), self.chance.randint(2, 24), salt,
+                    self.chance.choice([(), range(self.chance.randint(1, 20))]),
+                )  # fmt: skip
                 engine = self.p if hold else self.chance.choice([self.p, self.d])
                 self.ask(engine, request, hold, offer=hold and self.chance.random() < _HELD)
             else:
@@ -385,7 +398,7 @@ class Pair:
         for engine in (self.p, self.d):
             for _ in range(600):
                 self.pass_time(LEASE_S + 1)
-                if not engine.scheduler.has_work:
+                if not engine.has_work:
                     break
                 self.step(engine)
             else:

@@ -27,10 +27,12 @@ from pdctl.engine.handover.lease import LeaseTable, Verdict
 from pdctl.engine.ipc.messages import Progress
 from pdctl.engine.schedule import moves
 from pdctl.engine.schedule import scheduler as scheduling
+from pdctl.engine.schedule.ahead import LAUNCHED
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
 from tests.engine.machine.hand_overs import LEASE_S, Pair, Request, guessing
+from tests.engine.schedule.test_ahead import extra_token_sent, freed_a_step_early
 
 ENGINES = st.sampled_from(["p", "d"])
 
@@ -40,12 +42,12 @@ class TwoEngines(RuleBasedStateMachine):
 
     pair: Pair
 
-    @initialize(blocks=st.integers(14, 30), seed=st.integers(0, 2**16))
-    def begin(self, blocks: int, seed: int) -> None:
+    @initialize(blocks=st.integers(14, 30), seed=st.integers(0, 2**16), ahead=st.booleans())
+    def begin(self, blocks: int, seed: int, ahead: bool) -> None:
         self.patch = pytest.MonkeyPatch()
         chance = random.Random(seed)
         guessing(self.patch, chance)
-        self.pair = Pair(chance, blocks)
+        self.pair = Pair(chance, blocks, ahead)
 
     def teardown(self) -> None:
         if hasattr(self, "pair"):
@@ -56,10 +58,10 @@ class TwoEngines(RuleBasedStateMachine):
 
     @rule(
         where=ENGINES, family=st.integers(0, 2), length=st.integers(0, 24), output=st.integers(2, 24),
-        salt=st.sampled_from(["", "x"]), kind=st.sampled_from(["whole", "held", "offered"]),
+        salt=st.sampled_from(["", "x"]), kind=st.sampled_from(["whole", "held", "offered"]), stops=st.integers(0, 20),
     )  # fmt: skip
-    def add(self, where: str, family: int, length: int, output: int, salt: str, kind: str) -> None:
-        request = Request.made(family, length, output, salt)
+    def add(self, where: str, family: int, length: int, output: int, salt: str, kind: str, stops: int) -> None:
+        request = Request.made(family, length, output, salt, range(stops))
         if kind == "whole":
             self.pair.ask(getattr(self.pair, where), request)
         else:
@@ -267,23 +269,26 @@ commit, expire, following = LeaseTable.commit, LeaseTable.expire, prefix.followi
 FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _commit_of_anything, _no_quarantine, _freed_while_pulled, _rejected_guesses_named, _wrong_guesses_taken,
     _one_block_too_many_given_back, _names_of_a_block_alone, _shared_blocks_freed, _expired_but_kept,
-    _held_a_token_later, _moved_but_not_pinned,
+    _held_a_token_later, _moved_but_not_pinned, freed_a_step_early, extra_token_sent,
 ]  # fmt: skip
 
 
-def wander(seeds: range) -> None:
-    """Long random walks, which go deeper than the state machine's examples."""
+def wander(seeds: range) -> int:
+    """Long random walks, which go deeper than the state machine's examples; the number of steps launched ahead."""
+    launched = 0
     for seed in seeds:
         chance = random.Random(seed)
         with pytest.MonkeyPatch.context() as patch:
             guessing(patch, chance)
-            pair = Pair(chance, chance.randint(14, 30))
+            pair = Pair(chance, chance.randint(14, 30), ahead=seed % 2 == 1)
             pair.wander(250)
             pair.finish()
+            launched += sum(engine.scheduler.asked_ahead.get(LAUNCHED, 0) for engine in (pair.p, pair.d))
+    return launched
 
 
 def test_long_walks_find_nothing() -> None:
-    wander(range(40))
+    assert wander(range(40)) > 400
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__.strip("_"))
