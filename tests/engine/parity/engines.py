@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import Half, block_bytes, spans
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.prefix import root
+from pdctl.engine.executor.launches import Launches, Step
 from pdctl.engine.ipc.messages import Held, Sampling
 from pdctl.engine.model.attention.batch import Batch as AttentionBatch
 from pdctl.engine.model.attention.batch import Call
 from pdctl.engine.model.attention.gather import GatherBackend
 from pdctl.engine.model.loading import LoadedModel
 from pdctl.engine.model.runner import ModelRunner
-from pdctl.engine.schedule.batch import Batch, Limits
+from pdctl.engine.schedule.ahead import LAUNCHED
+from pdctl.engine.schedule.batch import Batch, Limits, Slice
 from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
@@ -36,7 +38,7 @@ _MOST_PREEMPTED = 4
 class Setting:
     """How an engine runs. `preempt_every`: steps after which a running sequence loses its blocks; 0: never by force.
     `pads`: batched decode, as on a GPU. `graphs`: decode steps filled up and repeated, as CUDA graphs are. `segment`:
-    see Limits."""
+    see Limits. `ahead`: a thread computes the steps, and the next one is launched while it computes one."""
 
     block_size: int = 8
     blocks: int = 96
@@ -49,12 +51,13 @@ class Setting:
     pads: bool = False
     graphs: bool = False
     speculative: Speculative | None = None
+    ahead: bool = False
 
 
 def random_setting(chance: random.Random) -> Setting:
     """Any setting; the pool is so small that sequences also lose their blocks by themselves."""
     block_size = chance.choice((4, 8, 16, 32))
-    return Setting(
+    setting = Setting(
         block_size=block_size,
         blocks=chance.choice((128, 256, 640)) // block_size,
         tokens=chance.choice((7, 11, 16, 29, 64)),
@@ -66,6 +69,8 @@ def random_setting(chance: random.Random) -> Setting:
         graphs=chance.random() < 0.3,
         speculative=chance.choice((None, TOLD, TOLD, Speculative("ngram", 3, 1, 2))),
     )
+    # With guesses, no step is ahead.
+    return replace(setting, ahead=True, speculative=None) if chance.random() < 0.4 else setting
 
 
 class Capturable(GatherBackend):
@@ -90,6 +95,7 @@ class Engine:
     held: dict[str, Held] = field(default_factory=dict)
     sequences: list[Sequence] = field(default_factory=list)
     steps: int = 0
+    flight: Step | None = None
 
     def __post_init__(self) -> None:
         setting = self.setting
@@ -102,6 +108,7 @@ class Engine:
         if setting.graphs:
             self.runner.capture(setting.seqs - 1, 256, setting.blocks, Again())
         self.runner.pool.poison(list(range(setting.blocks)))
+        self.launches = Launches(self.runner, in_thread=setting.ahead)
         limits = Limits(
             setting.seqs, setting.tokens, 512, setting.block_size, frozenset(), policy=setting.policy,
             segment=setting.segment,
@@ -122,20 +129,36 @@ class Engine:
         assert self.scheduler.add(sequence) is None
 
     def step(self) -> None:
-        """Compute one batch."""
+        """Compute one batch. The next one may compute then."""
         self.steps += 1
         every = self.setting.preempt_every
         # One that is preempted for ever never gets done.
         running = [sequence for sequence in self.scheduler.running if sequence.preemptions < _MOST_PREEMPTED]
         if every and self.steps % every == 0 and running:
+            self.settle()
+            running = [sequence for sequence in running if sequence in self.scheduler.running]
+        if every and self.steps % every == 0 and running:
             self.scheduler._preempt(self.chance.choice(running), Batch(0))
-        batch = self.scheduler.schedule()
-        outcome = self.scheduler.update(batch, *self.runner.execute(batch)) if batch else None
+        flight = self.flight or self._launch(self.scheduler.schedule())
+        if flight is not None and self.setting.ahead:
+            self.flight = self._launch(self.scheduler.schedule_ahead(flight.batch), flight)
+        self._finish(flight)
+
+    def settle(self) -> None:
+        """Finish the step that still computes."""
+        flight, self.flight = self.flight, None
+        self._finish(flight)
+
+    def _launch(self, batch: list[Slice], after: Step | None = None) -> Step | None:
+        return self.launches.launch(batch, after) if batch else None
+
+    def _finish(self, flight: Step | None) -> None:
+        if flight is not None:
+            outcome = self.scheduler.update(flight.batch, *flight.finish())
+            for token in outcome.tokens:
+                self.outputs.setdefault(token.request_id, []).append(token.token_id)
+            self.held |= {held.request_id: held for held in outcome.held}
         self.scheduler.audit()
-        for token in outcome.tokens if outcome else ():
-            self.outputs.setdefault(token.request_id, []).append(token.token_id)
-        for held in outcome.held if outcome else ():
-            self.held[held.request_id] = held
 
     @property
     def preempted(self) -> int:
@@ -152,9 +175,14 @@ class Engine:
         """Guessed tokens that were right."""
         return self.scheduler.books(0).accepted
 
+    @property
+    def launched_ahead(self) -> int:
+        """Steps that were launched while another one computed."""
+        return self.scheduler.asked_ahead.get(LAUNCHED, 0)
+
     def run(self) -> None:
         """Run until nothing is left to compute."""
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.flight is not None:
             self.step()
             assert self.steps < 5000, "requests starve"
 

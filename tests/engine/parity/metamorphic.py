@@ -39,6 +39,9 @@ def settings() -> dict[str, Setting]:
     found |= {"segments": segments, "segments, preempted": replace(segments, preempt_every=2, blocks=40)}
     found |= {"segments, guessing": replace(segments, speculative=TOLD)}
     found |= {"prefix cache off": replace(base, shares=False), "small pool": replace(base, blocks=20)}
+    ahead = replace(base, ahead=True)
+    found |= {"ahead": ahead, "ahead, small pool": replace(ahead, blocks=20)}
+    found |= {"ahead, preempted": replace(ahead, preempt_every=3), "ahead, graphs": replace(ahead, graphs=True)}
     return found | {"batched decode": replace(base, pads=True), "graphs": replace(base, graphs=True)}
 
 
@@ -53,6 +56,7 @@ def alone(family: Family, setting: Setting, resumed: Outputs | None = None) -> O
     engine.idle()
     assert engine.preempted or not setting.preempt_every, "nothing was preempted"
     assert engine.accepted or setting.speculative is not TOLD, "no guess was right"
+    assert engine.launched_ahead or not setting.ahead, "no step was launched ahead"
     return [[*resume, *engine.outputs[str(number)]] for number, resume in enumerate(before)]
 
 
@@ -77,6 +81,7 @@ def paired(family: Family, prefill: Setting, decode: Setting, resumed: Outputs |
     source.idle()
     target.idle()
     assert target.accepted or decode.speculative is not TOLD, "no guess was right"
+    assert target.launched_ahead or not decode.ahead, "no step was launched ahead"
     return [[*first, *target.outputs.get(name, [])] for (name, _, _), first in zip(asked, found, strict=True)]
 
 
@@ -101,6 +106,8 @@ def variants() -> Iterator[tuple[str, Callable[[Family], Outputs]]]:
     yield "P/D, both preempted", lambda family: paired(family, preempting, preempting)
     guessing = replace(sizes[16], speculative=TOLD)
     yield "P/D, both guessing", lambda family: paired(family, guessing, guessing)
+    ahead = replace(sizes[16], ahead=True)
+    yield "P/D, both ahead", lambda family: paired(family, ahead, ahead)
     unshared = replace(sizes[16], shares=False)
     yield "P/D, prefix cache off", lambda family: paired(family, unshared, unshared)
 

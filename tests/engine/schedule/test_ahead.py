@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdctl.engine.ipc.messages import Failed, Sampling, Token
+from pdctl.engine.ipc.messages import Failed, Logprobs, Sampling, Token
 from pdctl.engine.schedule import ahead
 from pdctl.engine.schedule.batch import Outcome, Slice
 from pdctl.engine.schedule.prompts.policies import POLICIES
@@ -329,13 +329,13 @@ def freed_a_step_early(patch: pytest.MonkeyPatch) -> None:
 def extra_token_sent(patch: pytest.MonkeyPatch) -> None:
     """What is computed once too often is sent as well."""
 
-    def update(self: Scheduler, batch: list[Slice], token_ids: list[int]) -> Outcome:
+    def update(self: Scheduler, batch: list[Slice], token_ids: list[int], *told: list[Logprobs | None]) -> Outcome:
         extra = [
             Token(piece.sequence.request_id, token_id, None)
             for piece, token_id in zip(batch, token_ids, strict=False)
             if piece.sequence.status is Status.ENDED
         ]
-        outcome = whole_update(self, batch, token_ids)
+        outcome = whole_update(self, batch, token_ids, *told)
         outcome.tokens.extend(extra)
         return outcome
 
