@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -27,20 +27,22 @@ WAIT_S = 20.0
 
 
 class SlowStep:
-    def __init__(self, may_end: threading.Semaphore, count: int) -> None:
-        self._may_end, self._count = may_end, count
+    def __init__(self, may_end: threading.Semaphore, token_ids: list[int]) -> None:
+        self._may_end, self._token_ids = may_end, token_ids
 
     def finish(self) -> Computed:
         assert self._may_end.acquire(timeout=WAIT_S)
-        return [7] * self._count, [None] * self._count
+        return self._token_ids, [None] * len(self._token_ids)
 
 
 class SlowExecutor:
-    """Computes as long as the test wants; all tokens are 7."""
+    """Computes as long as the test wants. `token_of`: by request and the number of the step."""
 
-    def __init__(self) -> None:
+    def __init__(self, token_of: Callable[[str, int], int]) -> None:
         self.began, self.may_end = threading.Semaphore(0), threading.Semaphore(0)
         self.blocks: list[set[int]] = []
+        self.names: list[set[str]] = []
+        self._token_of = token_of
 
     def publish(self, block_ids: Sequence[int]) -> None:
         pass
@@ -52,9 +54,12 @@ class SlowExecutor:
         pass
 
     def launch(self, batch: list[Slice], after: Launched | None = None) -> Launched:
+        number = len(self.blocks)
         self.blocks.append({block for piece in batch for block in piece.sequence.block_ids})
+        self.names.append({piece.sequence.request_id for piece in batch})
         self.began.release()
-        return SlowStep(self.may_end, sum(piece.samples for piece in batch))
+        names = [piece.sequence.request_id for piece in batch if piece.samples]
+        return SlowStep(self.may_end, [self._token_of(name, number) for name in names])
 
 
 class Puller_:
@@ -74,14 +79,16 @@ class Said:
 
 
 @contextmanager
-def running(num_blocks: int = 16) -> Iterator[tuple[Core, SlowExecutor, Said]]:
-    runner, said = SlowExecutor(), Said()
+def running(
+    num_blocks: int = 16, ahead: bool = False, token_of: Callable[[str, int], int] = lambda name, number: 7
+) -> Iterator[tuple[Core, SlowExecutor, Said]]:
+    runner, said = SlowExecutor(token_of), Said()
     limits = Limits(max_num_seqs=4, max_num_batched_tokens=64, block_size=4, max_model_len=64,
                     eos_token_ids=frozenset())  # fmt: skip
     inbox: Inbox[CoreEvent] = Inbox()
     core = Core(
         Scheduler(limits, BlockAllocator(num_blocks)), runner, Grammars(None, 8, frozenset()), cast(Puller, Puller_()),
-        inbox, cast(Outbox, said),
+        inbox, cast(Outbox, said), schedules_ahead=ahead,
     )  # fmt: skip
     loop = threading.Thread(target=core.run)
     loop.start()
@@ -96,8 +103,8 @@ def running(num_blocks: int = 16) -> Iterator[tuple[Core, SlowExecutor, Said]]:
         core.scheduler.audit()
 
 
-def submit(name: str, tokens: int, kv_tokens: int = 0) -> Submit:
-    sampling = Sampling(max_tokens=2)
+def submit(name: str, tokens: int, kv_tokens: int = 0, sampling: Sampling | None = None) -> Submit:
+    sampling = sampling or Sampling(max_tokens=2)
     return Submit(name, list(range(tokens)), tokens, sampling, kv_tokens=kv_tokens, await_kv=kv_tokens > 0)
 
 
