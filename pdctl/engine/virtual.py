@@ -63,7 +63,8 @@ class VirtualEngine:
     """One engine. `scheduler` reads the clock `time`; `times`: how long its steps take; `deliver` gets what each step
     made, at its end; `reserved`: gets sequences that got blocks for KV of a peer; `refused`: what can never fit.
     `processor`: computes the steps, by default in their own time; `stretch`: a factor for each step's time. As in the
-    core's loop, what arrives during a step is handled after it, but a hand-over gets its blocks meanwhile."""
+    core's loop, what arrives during a step is handled after it, but a hand-over gets its blocks meanwhile. With
+    `schedules_ahead` it is handled after the next step, if that was launched already."""
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class VirtualEngine:
         refused: Callable[[Failed], None] = _refused,
         processor: Processor | None = None,
         stretch: Callable[[], float] = lambda: 1.0,
+        schedules_ahead: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.steps = 0
@@ -85,6 +87,7 @@ class VirtualEngine:
         self._deliver, self._reserved, self._refused = deliver, reserved, refused
         self._processor = processor or time.after
         self._stretch = stretch
+        self._schedules_ahead = schedules_ahead
         self._inbox: list[Callable[[], object]] = []
         self._is_computing = False
 
@@ -140,8 +143,15 @@ class VirtualEngine:
             empty = empty + 1 if self.scheduler.has_work else _EMPTY_STEPS
         self._is_computing = bool(batch)
         if batch:
-            step = step_of((piece.count, piece.start) for piece in batch)
-            self._processor(self._seconds(step), partial(self._end, batch, self._time()))
+            self._compute(batch)
+
+    def _compute(self, batch: list[Slice]) -> None:
+        step = step_of((piece.count, piece.start) for piece in batch)
+        ahead: list[Slice] = []
+        if self._schedules_ahead:
+            self._reserve()
+            ahead = self.scheduler.schedule_ahead(batch, is_quiet=not self._inbox)
+        self._processor(self._seconds(step), partial(self._end, batch, ahead, self._time()))
 
     def _take_messages(self) -> None:
         while True:
@@ -157,7 +167,7 @@ class VirtualEngine:
         assert seconds > 0
         return seconds
 
-    def _end(self, batch: list[Slice], began: float) -> None:
+    def _end(self, batch: list[Slice], ahead: list[Slice], began: float) -> None:
         if self.is_dead:
             return
         self.steps += 1
@@ -165,5 +175,8 @@ class VirtualEngine:
         self.busy_s += seconds
         self.scheduler.took(batch, seconds)
         self._deliver(self.scheduler.update(batch, [TOKEN for piece in batch if piece.samples]))
-        self._is_computing = False
-        self._begin()
+        if ahead and not self.is_dead:
+            self._compute(ahead)
+        else:
+            self._is_computing = False
+            self._begin()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from functools import partial
 from statistics import median
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.schedule.ahead import LAUNCHED
 from pdctl.engine.schedule.batch import Limits, Outcome
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
@@ -91,3 +95,52 @@ def test_what_arrives_during_a_step_waits_for_its_end() -> None:
     assert done == [("first", 100), ("first", 151), ("second", 151)]
     assert engine.steps == 2
     assert engine.busy_s == pytest.approx(0.151)
+
+
+def test_what_arrives_during_a_step_waits_for_the_one_that_was_launched_ahead() -> None:
+    time = VirtualTime()
+    scheduler = Scheduler(Limits(8, 256, 4096, 16, frozenset()), BlockAllocator(100), clock=time)
+    done: list[tuple[str, int]] = []  # milliseconds
+
+    def got(outcome: Outcome) -> None:
+        done.extend((token.request_id, round(time() * 1000)) for token in outcome.tokens)
+        scheduler.audit()
+
+    engine = VirtualEngine(time, scheduler, TIMES, got, schedules_ahead=True)
+    engine.add(Sequence("first", [0] * 90, 90, Sampling(max_tokens=9)))
+    # During the first decode step, when the second one is launched already.
+    time.at(0.105, lambda: engine.add(Sequence("second", [0] * 39, 39, Sampling(max_tokens=1))))
+    time.at(0.123, lambda: engine.abort("first"))
+    time.run()
+    assert done == [("first", 100), ("first", 111), ("first", 122), ("first", 172), ("second", 172)]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 2), st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=20),
+    st.integers(40, 200),
+)
+def test_every_request_gets_its_tokens_with_steps_ahead(asked: list[tuple[float, int, int]], blocks: int) -> None:
+    """A request alone has as many steps as without, and all but two of them are launched ahead."""
+    busy, launched = [], 0
+    for schedules_ahead in (False, True):
+        time = VirtualTime()
+        scheduler = Scheduler(Limits(4, 128, 400, 16, frozenset()), BlockAllocator(blocks), clock=time)
+        tokens: Counter[str] = Counter()
+
+        def got(outcome: Outcome, tokens: Counter[str] = tokens, scheduler: Scheduler = scheduler) -> None:
+            tokens.update(token.request_id for token in outcome.tokens)
+            scheduler.audit()
+
+        engine = VirtualEngine(time, scheduler, TIMES, got, schedules_ahead)
+        for number, (moment, length, output) in enumerate(asked):
+            sequence = Sequence(f"{number}", [0] * length, length, Sampling(max_tokens=output))
+            time.at(moment, partial(engine.add, sequence))
+        time.run()
+        assert tokens == {f"{number}": output for number, (_, _, output) in enumerate(asked)}
+        assert scheduler.allocator.num_free == blocks
+        assert engine.busy_s <= time()
+        busy.append(engine.busy_s)
+        launched = scheduler.asked_ahead.get(LAUNCHED, 0)
+    if len(asked) == 1:
+        assert busy[0] == pytest.approx(busy[1])
+        assert launched == max(0, asked[0][2] - 2)

@@ -68,6 +68,41 @@ def test_a_cpu_computes_in_bfloat16_only_with_the_kernel_that_keeps_answers_equa
     executor.close()
 
 
+@pytest.mark.parametrize("ahead", ["true", "false"])
+def test_a_step_launched_ahead_gives_the_tokens_of_one_that_waits(tiny_model: Path, tmp_path: Path, ahead: str) -> None:
+    """With "true", a thread computes the steps."""
+    executor = SingleExecutor.load(replace(options(tiny_model, tmp_path), schedule_ahead=ahead))
+    tokens: list[list[int]] = []
+    for is_ahead in (False, True):
+        computed = [sequence([7 * number + 1, 7 * number]) for number in range(3)]
+        [ids, _] = executor.execute([Slice(one, 0, len(PROMPT), True) for one in computed])
+        for one, token in zip(computed, ids, strict=True):
+            one.token_ids.append(token)
+        first = [Slice(one, len(PROMPT), 1, True) for one in computed]
+        second = [Slice(one, len(PROMPT) + 1, 1, True) for one in (computed[2], computed[0])]
+        launched = executor.launch(first)
+        following = executor.launch(second, launched) if is_ahead else None
+        found = launched.finish()[0]
+        for one, token in zip(computed, found, strict=True):
+            one.token_ids.append(token)
+        after = following.finish()[0] if following is not None else executor.execute(second)[0]
+        tokens.append([*ids, *found, *after])
+    assert tokens[0] == tokens[1]
+    executor.close()
+
+
+def test_an_error_of_a_launched_step_is_that_of_its_end(tiny_model: Path, tmp_path: Path) -> None:
+    executor = SingleExecutor.load(replace(options(tiny_model, tmp_path), schedule_ahead="true"))
+    one = sequence([0, 1])
+    one.token_ids.append(10**9)  # no token of this model
+    launched = executor.launch([Slice(one, len(PROMPT), 1, True)])
+    following = executor.launch([Slice(one, len(PROMPT) + 1, 1, True)], launched)
+    for step in (launched, following):
+        with pytest.raises((IndexError, RuntimeError)):
+            step.finish()
+    executor.close()
+
+
 @pytest.mark.parametrize(("size", "reason"), [(0.0, "for 8 blocks"), (10**6, "does not fit")])
 def test_a_pool_that_cannot_be_is_refused(tiny_model: Path, tmp_path: Path, size: float, reason: str) -> None:
     with pytest.raises(ModelRefused, match=reason):
