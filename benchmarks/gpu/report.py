@@ -61,7 +61,7 @@ def _transfer(found: Mapping[str, Any]) -> Iterator[str]:
 def _speed(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"attention {found['attention']}; graphs: {found['graphs']}; self-check {found['self_check']}"
     yield f"copy {found['copy_gb_per_s']} GB/s, matrix product {found['matrix_tflops']} TFLOP/s"
-    for kind in ("decode_eager", "decode"):
+    for kind in ("decode_eager", "decode", "decode_ahead"):
         for row in found[kind]:
             part = f", {row['of_bandwidth']:.0%} of the bandwidth's limit" if "of_bandwidth" in row else ""
             part += f", Python {row['python_share']:.0%} of a step" if "python_share" in row else ""

@@ -13,9 +13,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.cache.kv_pool import DTYPES, KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
+from pdctl.engine.executor.launches import Launches
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.attention.batch import PoolNeed
 from pdctl.engine.model.attention.choice import choose
@@ -86,9 +88,11 @@ def main() -> int:
     found["decode_eager"] = [_kept(partial(decode, bench, batch), batch=batch) for batch in _BATCHES[::3]]
     found["graphs"] = "off" if options.eager else _capture(bench)
     found["decode"] = [_kept(partial(decode, bench, batch), batch=batch) for batch in _BATCHES]
+    found["decode_ahead"] = [_kept(partial(decode, bench, batch, ahead=True), batch=batch) for batch in _BATCHES]
     found["prefill"] = [_kept(partial(prefill, bench, length), tokens=length) for length in _LENGTHS]
     sys.stdout.write(json.dumps(found) + "\n")
-    failed = any("error" in entry for entry in (found["self_check"], *found["decode"], *found["prefill"]))
+    made = (found["self_check"], *found["decode"], *found["decode_ahead"], *found["prefill"])
+    failed = any("error" in entry for entry in made)
     return 1 if failed else 0
 
 
@@ -150,13 +154,30 @@ def _step(bench: Bench, scheduler: Scheduler) -> float:
     return time.perf_counter() - started
 
 
-def decode(bench: Bench, batch: int) -> dict[str, float]:
-    """Tokens per second with `batch` streams, and this as a fraction of the memory bandwidth limit."""
+def _steps_ahead(bench: Bench, scheduler: Scheduler) -> Iterator[float]:
+    """Seconds of each step, if the next one is launched while it computes, as the core's loop does."""
+    launches = Launches(bench.runner, in_thread=bench.device.type == "cpu")
+    flight = launches.launch(scheduler.schedule())
+    while True:
+        started = time.perf_counter()
+        following = scheduler.schedule_ahead(flight.batch)
+        ahead = launches.launch(following, flight) if following else None
+        scheduler.update(flight.batch, *flight.finish())
+        yield time.perf_counter() - started
+        if ahead is None:
+            raise RuntimeError(f"no step can be launched ahead: {scheduler.asked_ahead}")
+        flight = ahead
+
+
+def decode(bench: Bench, batch: int, ahead: bool = False) -> dict[str, float]:
+    """Tokens per second with `batch` streams, and this as a fraction of the memory bandwidth limit. `ahead`: each step
+    is scheduled and launched while the one before it computes."""
     scheduler = _scheduler(bench)
     _add(scheduler, batch, _PROMPT, 2 * _STEPS, bench.runner.loaded.vocab_size)
     while any(s.num_missing > 1 for s in scheduler.sequences.values()):
         _step(bench, scheduler)
-    times = [_step(bench, scheduler) for _ in range(_STEPS)]
+    steps = _steps_ahead(bench, scheduler) if ahead else iter(partial(_step, bench, scheduler), None)
+    times = list(islice(steps, _STEPS))
     step = statistics.median(times[4:])
     needed = bench.weights.bytes_read + batch * (_PROMPT + _STEPS) * bench.weights.kv_bytes_per_token
     replay = _replay_seconds(bench, batch)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from msgspec import structs
 
+from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.executor.launches import Launches, Step
 from pdctl.engine.executor.single import SingleExecutor
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.attention import BACKENDS, open_backend
@@ -20,7 +22,9 @@ from pdctl.engine.model.loading import load_model
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.model.sampler import sample
 from pdctl.engine.options import parse
-from pdctl.engine.schedule.batch import Slice
+from pdctl.engine.schedule.ahead import LAUNCHED
+from pdctl.engine.schedule.batch import Limits, Slice
+from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.wire import Manifest
 from tests.engine.model.test_loading import paged, reference
@@ -116,6 +120,64 @@ def test_an_engine_fills_its_share_of_the_gpu_and_computes(tiny_model: Path, tmp
     del executor
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def answers(made: ModelRunner, ahead: bool) -> dict[str, list[int]]:
+    """Greedy and seeded outputs of an engine's loop, some of which end before their neighbours."""
+    limits = Limits(4, 64, 512, 16, frozenset())
+    scheduler = Scheduler(limits, BlockAllocator(63, made.pool.poison))
+    launches = Launches(made, in_thread=False)
+    for number in range(7):
+        prompt = [(7 * number + at) % 250 for at in range(5 + 9 * number)]
+        sampling = Sampling(
+            8 + 5 * number, temperature=float(number % 2), seed=number, top_p=0.9, top_k=60,
+            stop_token_ids=list(range(10 * number)),
+        )  # fmt: skip
+        assert scheduler.add(Sequence(f"{number}", prompt, len(prompt), sampling)) is None
+    outputs: dict[str, list[int]] = {}
+    flight: Step | None = None
+    while flight is not None or scheduler.has_work:
+        current = flight or launches.launch(scheduler.schedule())
+        following = scheduler.schedule_ahead(current.batch) if ahead else []
+        flight = launches.launch(following, current) if following else None
+        for token in scheduler.update(current.batch, *current.finish()).tokens:
+            outputs.setdefault(token.request_id, []).append(token.token_id)
+        scheduler.audit()
+    assert (scheduler.asked_ahead.get(LAUNCHED, 0) > 10) == ahead
+    assert scheduler.allocator.num_free == 63
+    return outputs
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["without graphs", "graphs"])
+@pytest.mark.parametrize("attention", ["gather", "triton"])
+def test_steps_launched_ahead_give_the_same_tokens(tiny_model: Path, attention: str, graphs: bool) -> None:
+    made = runner(tiny_model, attention)
+    if graphs and not made.backend.is_capturable:
+        pytest.skip("this backend has no graphs")
+    if graphs:
+        made.capture(4, 512, 63, CudaRecorder(torch.device("cuda")))
+    made.pool.poison(list(range(63)))
+    assert answers(made, ahead=True) == answers(made, ahead=False)
+
+
+def test_launching_a_step_waits_for_nothing(tiny_model: Path) -> None:
+    """The device is busy for a while before both steps; they are launched, with seeded draws, before it is done."""
+    made = runner(tiny_model, "triton")
+    made.capture(4, 512, 63, CudaRecorder(torch.device("cuda")))
+    launches = Launches(made, in_thread=False)
+    samplings = [Sampling(9, 0.0), Sampling(9, 1.0, seed=1), Sampling(9, 0.7, top_p=0.9, top_k=40, min_p=0.01, seed=2)]
+    sequences = [Sequence(f"{n}", [5 + n], 1, one, block_ids=[n]) for n, one in enumerate(samplings)]
+    batch = [[Slice(sequence, at, 1, True) for sequence in sequences] for at in range(2)]
+    # The first time kernels are loaded.
+    warm = launches.launch(batch[0])
+    launches.launch(batch[1], warm).finish()
+    torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]
+    busy = torch.cuda.current_stream().record_event()
+    first = launches.launch(batch[0])
+    second = launches.launch(batch[1], first)
+    assert not busy.query(), "something waited for the device"
+    assert first.finish()[0] == warm.finish()[0]
+    assert len(second.finish()[0]) == 3
 
 
 @pytest.mark.parametrize("count", [1, 40, 130])

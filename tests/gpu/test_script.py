@@ -65,6 +65,9 @@ def test_what_failed_within_a_measurement_is_shown() -> None:
             {"batch": 8, "tokens_per_s": 800.0, "step_ms": 10.0, "of_bandwidth": 0.7, "python_share": 0.04},
             {"batch": 32, "error": "OutOfMemoryError: CUDA out of memory"},
         ],
+        "decode_ahead": [
+            {"batch": 8, "tokens_per_s": 820.0, "step_ms": 9.7, "of_bandwidth": 0.72, "python_share": 0.01},
+        ],
         "prefill": [{"tokens": 512, "tokens_per_s": 9, "ms": 1.0, "of_matrix_rate": 0.5}],
         "peer": [{"batch": 8, "tokens_per_s": 400.0, "step_ms": 20.0}],
     }  # fmt: skip
@@ -79,6 +82,7 @@ def test_what_failed_within_a_measurement_is_shown() -> None:
     text = summary({"card": "H200"}, steps)
     for line in (
         "  decode batch 8: 800.0 tokens/s, 10.0 ms a step, 70% of the bandwidth's limit, Python 4% of a step",
+        "  decode_ahead batch 8: 820.0 tokens/s, 9.7 ms a step, 72% of the bandwidth's limit, Python 1% of a step",
         "  decode batch 32: FAILED: OutOfMemoryError: CUDA out of memory",
         "  generate_batch 8: 400.0 tokens/s, 20.0 ms a step, ours 2.00 times",
         "  | the end",

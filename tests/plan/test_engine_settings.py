@@ -223,6 +223,22 @@ def test_guesses_are_settings_of_builtin_engines() -> None:
     assert (key, message) == ("engines[0].speculative", "speculative has no effect on engines of kind 'vllm'")
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_an_engine_is_told_whether_to_schedule_ahead(value: str) -> None:
+    text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\n'
+    assert "--schedule-ahead" not in planned(text)["e-0"].argv, "it decides by its device"
+    assert "--schedule-ahead" not in planned(text + 'schedule_ahead = "auto"')["e-0"].argv
+    assert option(planned(text + f"schedule_ahead = {value}")["e-0"], "--schedule-ahead") == value
+
+
+def test_steps_ahead_and_guesses_exclude_each_other() -> None:
+    text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\n'
+    text += 'schedule_ahead = true\nspeculative = { kind = "ngram" }\n'
+    [(line, key, message)] = problems(text)
+    assert (line, key) == (6, "engines[0].schedule_ahead")
+    assert message == "guesses need the newest tokens, so no step is scheduled ahead with them"
+
+
 def test_other_targets_restart_nothing() -> None:
     text = '[service]\nmodel = "sample:tiny-qwen3"\n[slo]\nttft_ms = 500\ntpot_ms = 50\n'
     text += '[[engines]]\nname = "e"\nrole = "hybrid"\npolicy = "edf"\n'

@@ -124,7 +124,6 @@ class ModelRunner:
         self.backend = backend or open_backend("gather", device)
         self._buffers = InputBuffers(pool.block_size, device)
         self._graphs: Graphs | None = None
-        self._begun: torch.cuda.Event | None = None
 
     def prepare(self, batch: list[Slice], before: list[Slice] | None = None) -> Prepared:
         """The host's half of a step of plain slices. `before`: the step that samples their tokens, if that still
@@ -222,12 +221,7 @@ class ModelRunner:
         return self._graphs.replay_of(size) if self._graphs is not None else None
 
     def _begin(self, inputs: Inputs) -> None:
-        if self._begun is not None:
-            # A backend may copy from memory of its own: what it has asked for before is to be over.
-            self._begun.synchronize()
         self.backend.begin(inputs.batch)
-        if self.device.type == "cuda":
-            self._begun = torch.cuda.current_stream(self.device).record_event()
 
     def _compute(self, inputs: Inputs) -> torch.Tensor:
         # A recorded step must make its own notes: another step's would be part of the recording.

@@ -29,7 +29,8 @@ class Backend(Protocol):
         ...
 
     def begin(self, batch: Batch) -> None:
-        """Prepare for the layers of one step."""
+        """Prepare for the layers of one step. On a GPU the step before it may still compute: what that reads on the
+        device may only be changed by what is queued there."""
         ...
 
     def attend(

@@ -76,6 +76,7 @@ class FlashInferBackend:
         self._wrappers: dict[tuple[_Layers, int, bool], Wrapper] = {}
         # Plans are made before a graph is captured or replayed, so all kinds of layers must be known by then.
         self._known: dict[_Layers, Wrapper] = {}
+        self._copied: torch.cuda.Event | None = None
 
     def refuses(self, need: LayerNeed, pool: PoolNeed) -> str:
         """See Backend.refuses."""
@@ -88,8 +89,12 @@ class FlashInferBackend:
     def begin(self, batch: Batch) -> None:
         """See Backend.begin."""
         if self._known:
+            if self._copied is not None:
+                # A wrapper copies its plan from memory that its next plan uses again.
+                self._copied.synchronize()
             tables = _tables(batch)
             self._known = {layers: self._planned(layers, batch, tables) for layers in self._known}
+            self._note_copies()
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, call: Call
@@ -100,8 +105,13 @@ class FlashInferBackend:
         )
         if layers not in self._known:
             self._known[layers] = self._planned(layers, batch, _tables(batch))
+            self._note_copies()
         pages = (keys.view(-1, batch.block_size, *keys.shape[1:]), values.view(-1, batch.block_size, *values.shape[1:]))
         return self._known[layers].run(query.contiguous(), pages)
+
+    def _note_copies(self) -> None:
+        if self._device.type == "cuda":
+            self._copied = torch.cuda.current_stream(self._device).record_event()
 
     def _planned(self, layers: _Layers, batch: Batch, tables: _Tables) -> Wrapper:
         is_decode = batch.longest_query == 1

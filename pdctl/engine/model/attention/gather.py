@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pdctl.engine.model.attention.batch import Batch, Call, Ints, LayerNeed, PoolNeed
+from pdctl.engine.model.copies import to_device
 
 # Of a piece of a sequence in a layer with a small window.
 _FEWEST_ROWS = 64
@@ -111,7 +112,7 @@ def _padded(batch: Batch) -> _Padded:
     starts, lengths, _ = batch.host
     [single] = (starts[1:] - starts[:-1] == 1).nonzero()
     longest, device, size = int(lengths[single].max()), batch.write_slots.device, batch.block_size
-    chosen = torch.from_numpy(single).to(device)
+    chosen = to_device(torch.from_numpy(single), device)
     table, own = batch.table[chosen].long(), batch.lengths[chosen].long()
     # Padding repeats the first token, because slots after the last one may contain NaN, which a mask would not remove.
     columns = torch.arange(-(-longest // _PAD_TO) * _PAD_TO, device=device)[None]
