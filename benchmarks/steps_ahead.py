@@ -155,7 +155,7 @@ def _decode(runner: ModelRunner, batch: int, tokens: int, ahead: bool) -> Decode
     loop.join(60)
     executor.close()
     seconds = sent.last - sent.first
-    launched = scheduler.asked_ahead.get(LAUNCHED, 0) / max(1, sent.steps)
+    launched = scheduler.ahead.asked.get(LAUNCHED, 0) / max(1, sent.steps)
     return Decoded(batch * (tokens - 1) / seconds, 1 - busy() / seconds, launched)
 
 

@@ -165,7 +165,7 @@ def _steps_ahead(bench: Bench, scheduler: Scheduler) -> Iterator[float]:
         scheduler.update(flight.batch, *flight.finish())
         yield time.perf_counter() - started
         if ahead is None:
-            raise RuntimeError(f"no step can be launched ahead: {scheduler.asked_ahead}")
+            raise RuntimeError(f"no step can be launched ahead: {scheduler.ahead.asked}")
         flight = ahead
 
 

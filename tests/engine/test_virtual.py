@@ -131,7 +131,7 @@ def test_every_request_gets_its_tokens_with_steps_ahead(asked: list[tuple[float,
             tokens.update(token.request_id for token in outcome.tokens)
             scheduler.audit()
 
-        engine = VirtualEngine(time, scheduler, TIMES, got, schedules_ahead)
+        engine = VirtualEngine(time, scheduler, TIMES, got, schedules_ahead=schedules_ahead)
         for number, (moment, length, output) in enumerate(asked):
             sequence = Sequence(f"{number}", [0] * length, length, Sampling(max_tokens=output))
             time.at(moment, partial(engine.add, sequence))
@@ -140,7 +140,7 @@ def test_every_request_gets_its_tokens_with_steps_ahead(asked: list[tuple[float,
         assert scheduler.allocator.num_free == blocks
         assert engine.busy_s <= time()
         busy.append(engine.busy_s)
-        launched = scheduler.asked_ahead.get(LAUNCHED, 0)
+        launched = scheduler.ahead.asked.get(LAUNCHED, 0)
     if len(asked) == 1:
         assert busy[0] == pytest.approx(busy[1])
         assert launched == max(0, asked[0][2] - 2)

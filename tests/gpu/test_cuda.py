@@ -143,7 +143,7 @@ def answers(made: ModelRunner, ahead: bool) -> dict[str, list[int]]:
         for token in scheduler.update(current.batch, *current.finish()).tokens:
             outputs.setdefault(token.request_id, []).append(token.token_id)
         scheduler.audit()
-    assert (scheduler.asked_ahead.get(LAUNCHED, 0) > 10) == ahead
+    assert (scheduler.ahead.asked.get(LAUNCHED, 0) > 10) == ahead
     assert scheduler.allocator.num_free == 63
     return outputs
 

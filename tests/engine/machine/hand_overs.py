@@ -180,7 +180,8 @@ class Pair:
             engine.scheduler._preempt(self.chance.choice(running), Batch(0))
 
     def move(self, name: str, offer: bool) -> None:
-        """An answer of the first engine is to go on at the other one."""
+        """An answer of the first engine is to go on at the other one. Such a message waits until nothing computes."""
+        self._told(self.p, self.p.settle())
         self.p.scheduler.move(name, offer)
 
     # -- the reader --

@@ -1,7 +1,7 @@
 """One state machine over blocks with reference counts, prefix table, scheduler, receptions and leases of two engines.
 
 Rules come in any order; all audits run after each. Slots hold the tokens that they were computed from, and nothing once
-they are freed, so a wrong or a freed block is noticed when it is read. That all this can fail is shown by eleven
+they are freed, so a wrong or a freed block is noticed when it is read. That all this can fail is shown by thirteen
 deliberate faults, each of which the same verbs must find: see `FAULTS`."""
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def wander(seeds: range) -> int:
             pair = Pair(chance, chance.randint(14, 30), ahead=seed % 2 == 1)
             pair.wander(250)
             pair.finish()
-            launched += sum(engine.scheduler.asked_ahead.get(LAUNCHED, 0) for engine in (pair.p, pair.d))
+            launched += sum(engine.scheduler.ahead.asked.get(LAUNCHED, 0) for engine in (pair.p, pair.d))
     return launched
 
 

@@ -178,7 +178,7 @@ class Engine:
     @property
     def launched_ahead(self) -> int:
         """Steps that were launched while another one computed."""
-        return self.scheduler.asked_ahead.get(LAUNCHED, 0)
+        return self.scheduler.ahead.asked.get(LAUNCHED, 0)
 
     def run(self) -> None:
         """Run until nothing is left to compute."""

@@ -32,9 +32,9 @@ def decoding(count: int = 2, blocks: int = 64, sampling: Sampling | None = None,
 
 def asked(engine: Engine, batch: list[Slice], is_quiet: bool = True) -> tuple[list[Slice], str]:
     """The step ahead of this one, and what came of it."""
-    before = dict(engine.scheduler.asked_ahead)
+    before = dict(engine.scheduler.ahead.asked)
     found = engine.scheduler.schedule_ahead(batch, is_quiet)
-    [result] = [why for why, count in engine.scheduler.asked_ahead.items() if count > before.get(why, 0)]
+    [result] = [why for why, count in engine.scheduler.ahead.asked.items() if count > before.get(why, 0)]
     return found, result
 
 
@@ -154,6 +154,16 @@ def test_tokens_that_depend_on_the_host_prevent_it(sampling: Sampling) -> None:
     engine.add_sampled("shaped", [4, 5], sampling)
     engine.step()
     assert asked(engine, engine.scheduler.schedule()) == ([], ahead.SAMPLING)
+
+
+def test_a_sequence_that_moves_prevents_it() -> None:
+    engine = decoding()
+    batch = engine.scheduler.schedule()
+    engine.scheduler.move("0", offer=False)
+    assert not engine.scheduler.sequences["0"].hold, "a step computes it"
+    engine.scheduler.update(batch, [5, 6])
+    engine.scheduler.move("0", offer=True)
+    assert asked(engine, engine.scheduler.schedule()) == ([], ahead.HAND_OVERS)
 
 
 @pytest.mark.parametrize("offer", [False, True])
@@ -299,7 +309,7 @@ def wander(seeds: range) -> dict[str, int]:
         load = Load(random.Random(seed), "fcfs")
         load.run()
         load.check()
-        for why, count in load.engine.scheduler.asked_ahead.items():
+        for why, count in load.engine.scheduler.ahead.asked.items():
             results[why] = results.get(why, 0) + count
     return results
 
