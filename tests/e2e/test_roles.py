@@ -104,6 +104,7 @@ def test_random_changes_under_streams_lose_nothing(service: Service) -> None:
     prompts = [f"{number} {PROMPT}" * (1 + number % 4) for number in range(12)]
     quiet = {prompt: service.complete(prompt, max_tokens=200, ignore_eos=True)["token_ids"] for prompt in prompts}
     ends, chance, wrong = threading.Event(), random.Random(7), list[str]()
+    refused: list[str] = []
 
     def client(number: int) -> int:
         answers = 0
@@ -124,11 +125,11 @@ def test_random_changes_under_streams_lose_nothing(service: Service) -> None:
                 service.control.change_role(name, role, chance.choice([0.0, 0.2, 5.0]))  # type: ignore[arg-type]
                 changes += 1
             except PdctlError as failure:
-                assert "no other engine" in str(failure)
-            service.wait(lambda: service.status(), what="an answer")
+                refused.append(str(failure))
         ends.set()
         assert sum(one.result(300) for one in clients) >= 8
     assert not wrong
+    assert all("no other engine" in reason for reason in refused)
     for name, role in (("prefill-0", "prefill"), ("decode-0", "decode"), ("decode-1", "decode")):
         if service.process(name).role != role:
             service.control.change_role(name, "hybrid")
