@@ -39,7 +39,7 @@ from pdctl.control_api.messages import (
 )
 from pdctl.plan import Attached, Plan, Probe, ProcessSpec
 from pdctl.plan.changes import Changes
-from pdctl.topology.spec import Proxy, Supervision
+from pdctl.topology.spec import Elastic, Proxy, Supervision
 
 # The heading of each class that has a section.
 _SECTIONS: dict[type, str] = {
@@ -84,6 +84,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "source": "the topology file, or empty for the built-in default",
         "text": "the content of the topology file",
         "lease_s": "seconds without a renewal after which prefill frees the KV of a hand-over",
+        "elastic": "the `[elastic]` table, see [topology](topology.md)",
     },
     ProcessSpec: {
         "name": "such as `prefill-0`",
@@ -150,10 +151,10 @@ One object per line. In addition to these fields, it has fields that depend on t
 `started`, `after_s` for `ready`, and the fields of a [last exit](#last-exit) for `exited`."""
 _EVENT_NAMES = """\
 Events: `started`, `phase` (of a start), `ready`, `exited`, `failed`, `not_alive`, `blocked`, `draining`, `drained`,
-`drain_over`, `role_changed`, `role_done`, `role_drain_over`, `stopped`, `adopted`, `asked`, `restarted_with`, `apply`,
-`apply_failed`, `service_ready`, `run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `note`.
-Of engines that register themselves: `node_added`, `node_answers`, `node_silent`, `node_leaving`, `node_removed`,
-`node_lost` (forgotten, because it did not answer)."""
+`drain_over`, `elastic` (a decision about roles), `role_changed`, `role_done`, `role_drain_over`, `stopped`, `adopted`,
+`asked`, `restarted_with`, `apply`, `apply_failed`, `service_ready`, `run_dir_restored`, `no_log`, `shared_memory`
+(removed after a killed engine), `note`. Of engines that register themselves: `node_added`, `node_answers`,
+`node_silent`, `node_leaving`, `node_removed`, `node_lost` (forgotten, because it did not answer)."""
 _API = """\
 HTTP on the unix socket `control.sock` in the run directory, only for the service's user and root. In Python,
 `pdctl.control_api.ControlClient(run_dir)` has a method for each call."""
@@ -279,7 +280,7 @@ def _worded(hint: object, plural: str = "") -> str:
         return f"list of {_worded(arguments[0], 's')}"
     if origin is dict:
         return f"object of {_worded(arguments[1], 's')}"
-    if hint in (Proxy, Supervision):
+    if hint in (Proxy, Supervision, Elastic):
         return "object"
     assert isinstance(hint, type)
     if hint in _SECTIONS:

@@ -59,6 +59,7 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
         source=str(Path(topology.source).absolute()) if topology.source else "",
         text=topology.text,
         lease_s=topology.transfer.lease_s,
+        elastic=topology.elastic,
     )
 
 

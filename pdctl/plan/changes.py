@@ -97,6 +97,8 @@ def _live(old: Plan, new: Plan) -> dict[str, str]:
     if settings:
         found |= dict.fromkeys(proxies, f"{', '.join(settings)} changed")
     watching = _differing(old.supervision, new.supervision, tuple(f.name for f in fields(old.supervision)))
+    if old.elastic != new.elastic:
+        watching.append("elastic")
     before = {spec.name: spec for spec in old.processes}
     for spec in new.processes:
         if spec.name in before and _watched(spec) != _watched(before[spec.name]):

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass, field
 
 from pdctl.net import LOOPBACK
-from pdctl.topology.spec import ENGINE_ROLES, Proxy, Supervision
+from pdctl.topology.spec import ENGINE_ROLES, Elastic, Proxy, Supervision
 
 # Roles of processes that are not engines.
 PROXY, STORE, COMMAND = "proxy", "store", "command"
@@ -132,6 +132,7 @@ class Plan:
     source: str = ""
     text: str = ""
     lease_s: float = 30.0
+    elastic: Elastic = field(default_factory=Elastic)
 
     def to_dict(self) -> dict[str, object]:
         """The plan for `--json` and for a detached supervisor."""

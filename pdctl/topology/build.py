@@ -13,6 +13,7 @@ from pdctl.topology.schema import COMMAND, ENGINE, STORE, TABLES, Key
 from pdctl.topology.spec import (
     Command,
     Device,
+    Elastic,
     EngineGroup,
     Expect,
     Proxy,
@@ -35,6 +36,7 @@ def build(data: Table, source: str | None) -> Topology:
     supervision = _filled(data.get("supervisor", {}), TABLES["supervisor"])
     served = service["served_model_name"] or _last_part(service["model"])
     expect = _filled(data.get("expect", {}), TABLES["expect"])
+    elastic = _filled(data.get("elastic", {}), TABLES["elastic"])
     return Topology(
         service=Service(
             service["name"],
@@ -54,6 +56,13 @@ def build(data: Table, source: str | None) -> Topology:
         expect=Expect(float(expect["rate_gbps"]), expect["link_layer"], expect["mtu"], expect["gid_index"]),
         processes=tuple(_command(entry, source) for entry in data.get("processes", ())),
         stores=tuple(_store(entry, source) for entry in data.get("stores", ())),
+        elastic=Elastic(
+            elastic["mode"],
+            elastic["min_prefill"],
+            elastic["min_decode"],
+            float(elastic["interval_s"]),
+            float(elastic["cooldown_s"]),
+        ),
     )
 
 

@@ -21,6 +21,7 @@ ROUTINGS = (
     "min_expected_latency", "min_observed_latency", "prefix_aware", "random", "round_robin", "slo",
 )  # fmt: skip
 ADMISSIONS = ("queue", "slo")
+ELASTIC_MODES = ("off", "advise", "act")
 UNKNOWN_FIELDS = ("warn", "refuse")
 STOP_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 LINK_LAYERS = ("any", "infiniband", "ethernet")
@@ -259,6 +260,13 @@ TABLES: dict[str, dict[str, Key]] = {
         "node_away_s": Key(number(0, 86400), 90.0),
     },
     "slo": {"ttft_ms": Key(number(0), 2000.0), "tpot_ms": Key(number(0), 200.0)},
+    "elastic": {
+        "mode": Key(choice(*ELASTIC_MODES), "off"),
+        "min_prefill": Key(integer(0, 256), 1),
+        "min_decode": Key(integer(0, 256), 1),
+        "interval_s": Key(number(0.1, 3600), 2.0),
+        "cooldown_s": Key(number(0, 86400), 30.0),
+    },
     "transfer": {
         "backend": Key(choice("auto", *TRANSPORTS), "auto"),
         "protocol": Key(choice(*TRANSFER_PROTOCOLS), "auto"),

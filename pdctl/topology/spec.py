@@ -72,6 +72,18 @@ class Proxy:
 
 
 @dataclass(frozen=True, slots=True)
+class Elastic:
+    """Roles that follow the load. `mode`: "advise" only says what it would do. `min_prefill`, `min_decode`: engines
+    that keep such a role at least; `interval_s`: between two looks; `cooldown_s`: an engine rests after a change."""
+
+    mode: str = "off"
+    min_prefill: int = 1
+    min_decode: int = 1
+    interval_s: float = 2.0
+    cooldown_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
 class Slo:
     """Latency targets in milliseconds. The proxy counts the requests that meet them."""
 
@@ -289,6 +301,7 @@ class Topology:
     expect: Expect = field(default_factory=Expect)
     processes: tuple[Command, ...] = ()
     stores: tuple[Store, ...] = ()
+    elastic: Elastic = field(default_factory=Elastic)
 
     def members(self, name: str) -> tuple[str, ...]:
         """The processes of a group, a process or a store of this name; empty if there is none."""

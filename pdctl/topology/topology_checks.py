@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pdctl.adapters import launcher
+from pdctl.adapters import Ability, control, launcher
 from pdctl.errors import PdctlError, Problem
 from pdctl.topology.document import Document
 from pdctl.topology.process_checks import order_problems, process_problems
@@ -28,6 +28,7 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
             message = "enforce_eager has no effect on a CPU engine: only GPUs have CUDA graphs"
             yield document.problem(("engines", index, "enforce_eager"), message, "remove it")
         yield from _kv_size_problems(document, index, group)
+    yield from _elastic_problems(document, topology)
     yield from order_problems(document, topology)
     yield from process_problems(document, topology)
     yield from _transfer_problems(document, topology)
@@ -45,6 +46,23 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
         yield document.problem(
             ("engines",), "decode without prefill", 'add an engine with role = "prefill" or "hybrid"'
         )
+
+
+def _elastic_problems(document: Document, topology: Topology) -> Iterator[Problem]:
+    elastic = topology.elastic
+    if elastic.mode == "off":
+        return
+    able = [
+        group for group in topology.engines if not group.is_attached and Ability.ROLE in control(group.kind).abilities
+    ]
+    count = sum(group.replicas for group in able)
+    if not able:
+        message = "no engine of this service can change its role while it runs"
+        yield document.problem(("elastic", "mode"), message, 'remove [elastic], or use engines of kind "builtin"')
+    elif max(elastic.min_prefill, elastic.min_decode) > count:
+        key = "min_prefill" if elastic.min_prefill > count else "min_decode"
+        message = f"only {count} engines can change their role"
+        yield document.problem(("elastic", key), message, f"set {key} = {count} or less")
 
 
 def _kv_size_problems(document: Document, index: int, group: EngineGroup) -> Iterator[Problem]:

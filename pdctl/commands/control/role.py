@@ -20,7 +20,7 @@ _ROLES: tuple[RoleName, ...] = ("prefill", "decode", "hybrid")
 
 def role(
     name: str = typer.Argument(..., help="Engine, such as decode-0."),
-    wanted: str = typer.Argument(..., metavar="ROLE", help="prefill, decode or hybrid."),
+    wanted: str = typer.Argument(..., metavar="ROLE", help="Its new role: prefill, decode or hybrid."),
     drain_s: float | None = typer.Option(
         None,
         "--drain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 _SHOWN_LINES = 15
 _KEPT = 20
+_DECISIONS = 10
 
 
 def why(
-    name: str = typer.Argument(
-        ..., help="Process, such as decode-0; or HOST:PORT of an engine that registered itself."
+    name: str = typer.Argument("", help="Process, such as decode-0; or HOST:PORT of an engine that registered itself."),
+    elastic: bool = typer.Option(
+        False, "--elastic", help="Show the last decisions about roles instead: see [elastic]."
     ),
     count: int = typer.Option(3, "-n", "--count", min=1, max=_KEPT, help="Number of exits to show, latest last."),
     lines: int = typer.Option(_SHOWN_LINES, "--lines", min=0, max=50, help="Number of log lines to show per exit."),
@@ -36,6 +39,11 @@ def why(
 
     meant = service_meant(service, file)
     folder = state_root() / meant / "logs"
+    if elastic:
+        _show_decisions(folder, as_json)
+        return
+    if not name:
+        raise PdctlError("no process is named", "for example: pdctl why decode-0, or: pdctl why --elastic")
     if told := _told_of_node(folder, name.removeprefix("http://")):
         # JSON is a list of exits, and there are none.
         console.out(as_json_text([]) if as_json else "\n".join(told[-count:]))
@@ -52,6 +60,26 @@ def why(
         return
     for report in found[-count:]:
         _show(report, lines)
+
+
+def _show_decisions(folder: Path, as_json: bool) -> None:
+    """The last ten decisions of the controller, and refusals, with the pressures: 1.0 is a target."""
+    from pdctl.supervisor.rundir.journal import EVENTS, read_entries
+
+    found = [entry for entry in read_entries(folder, EVENTS) if entry.get("event") == "elastic"][-_DECISIONS:]
+    if as_json:
+        console.out(json.dumps(found, indent=2))
+        return
+    if not found:
+        console.note(f"no decision about roles is recorded in {folder / EVENTS}; see [elastic] in the topology")
+    for entry in found:
+        pressures = ""
+        for moment in ("now", "then"):
+            values = entry.get(moment)
+            if isinstance(values, dict) and (moment == "now" or values != entry.get("now")):
+                told = ", ".join(f"{side} {value:.2f}" for side, value in values.items())
+                pressures += f"; {'pressure' if moment == 'now' else 'then'} {told}"
+        console.out(f"{entry.get('at', '')}  {entry.get('process', '')}: {entry.get('message', '')}{pressures}")
 
 
 def _told_of_node(folder: Path, name: str) -> list[str]:

@@ -18,7 +18,9 @@ from pdctl.supervisor.process.tree import Trees, reap_strangers
 from pdctl.supervisor.rundir.adoption import AdoptableState
 from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.rundir.rundir import RunDir
-from pdctl.supervisor.service.change_over import ChangeOver
+from pdctl.supervisor.service.change.change_over import ChangeOver
+from pdctl.supervisor.service.change.elastic import ElasticRoles
+from pdctl.supervisor.service.change.roles import Roles
 from pdctl.supervisor.service.files import ServiceFiles
 from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch, Member
@@ -28,7 +30,6 @@ from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.links.sweeps import Sweeper
 from pdctl.supervisor.service.proxies import Proxies
 from pdctl.supervisor.service.reconcile import Reconciler
-from pdctl.supervisor.service.roles import Roles
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.service.status import StatusReader
 from pdctl.supervisor.surface.notify import Notifier
@@ -98,6 +99,7 @@ class RunningService:
             our_pids=fleet.pids,
         )
         self._roles = Roles(state, fleet, self._kv, proxies, self._files, self.journal, tasks)
+        self._elastic = ElasticRoles(state, fleet, self._kv, self._roles, self.journal)
         self._change_over = ChangeOver(
             state, fleet, self._kv, proxies, self._files, resources.listeners, context, self._roles
         )
@@ -125,6 +127,10 @@ class RunningService:
     async def keep_nodes_forever(self) -> None:
         """Watch the engines that registered themselves."""
         await self._nodes.keep_forever()
+
+    async def follow_load_forever(self) -> None:
+        """Let roles follow the load, if the topology wants that."""
+        await self._elastic.run_forever()
 
     async def save_forever(self) -> None:
         """Keep the files for a later supervisor up to date."""

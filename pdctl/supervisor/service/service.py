@@ -82,6 +82,7 @@ class Service:
                 tasks.create_task(running.save_forever())
                 tasks.create_task(running.keep_links_forever())
                 tasks.create_task(running.keep_nodes_forever())
+                tasks.create_task(running.follow_load_forever())
                 await running.run()
             finally:
                 self.failure = state.failure

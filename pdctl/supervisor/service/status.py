@@ -12,7 +12,7 @@ from pdctl.adapters import dialect
 from pdctl.control_api import AttachedStatus, MeasuredStatus, ServiceStatus
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.plan import Attached
-from pdctl.supervisor.service.change_over import ChangeOver
+from pdctl.supervisor.service.change.change_over import ChangeOver
 from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch, shown_links
 from pdctl.supervisor.service.links.nodes import RegisteredEngines

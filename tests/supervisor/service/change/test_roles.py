@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pdctl.plan import Plan, ProcessSpec
 from pdctl.plan.changes import diff, with_roles
-from pdctl.supervisor.service.roles import lacking, left, with_role
+from pdctl.supervisor.service.change.roles import lacking, left, with_role
 from pdctl.wire import EngineState
 from tests.supervisor.fleet import plan_of, shell
 
@@ -81,5 +81,7 @@ def test_a_service_keeps_one_engine_of_each(plan: Plan) -> None:
 
 
 def test_only_work_of_the_old_role_is_waited_for() -> None:
-    state = EngineState("e", "decode", "x", *[0] * 10, [], [], {}, prefills=2, answers=3)
+    state = EngineState(
+        "e", "decode", "x", 9, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, leases=[], links=[], transfers={}, prefills=2, answers=3
+    )
     assert [left(state, role) for role in ("prefill", "decode", "hybrid")] == [3, 2, 0]

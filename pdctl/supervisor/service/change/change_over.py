@@ -9,12 +9,12 @@ from pdctl.errors import PdctlError
 from pdctl.plan import Plan, ProcessSpec
 from pdctl.plan.changes import with_roles
 from pdctl.supervisor.process.listeners import Listeners
-from pdctl.supervisor.service.apply import ApplyFailed, Progress, apply
+from pdctl.supervisor.service.change.apply import ApplyFailed, Progress, apply
+from pdctl.supervisor.service.change.roles import Roles
 from pdctl.supervisor.service.files import ServiceFiles
 from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch
 from pdctl.supervisor.service.proxies import Proxies
-from pdctl.supervisor.service.roles import Roles
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.unit.unit import Unit, UnitContext
 

@@ -1,0 +1,156 @@
+"""The controller: at most one change of a role per look, and none on noise.
+
+An engine changes only if one side misses its target for several looks, the other side has room, and is predicted to
+keep its own target afterwards. Where both miss theirs, no change helps: admission sheds. Between the thresholds nothing
+happens, an engine that has changed rests, and changes that undo each other freeze the roles. The thresholds are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from pdctl.elastic import Decision, EngineView, Pressure, RoleName, Rules
+from pdctl.latency import Step
+
+# Pressure of the side that needs help, of the one that can give, and of that one after the change.
+_NEEDS, _GIVES, _GIVES_AFTER = 1.0, 0.6, 0.9
+# Looks in a row that must agree.
+_LOOKS = 3
+# Changes back within this time, seconds; that many freeze the roles for as long.
+_FLAPS, _FLAP_S = 3, 600.0
+# KV above which decode engines are full.
+_KV_FULL = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change that was made."""
+
+    at: float
+    engine: str
+    before: RoleName
+    role: RoleName
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the controller remembers. `needy`: the side that needed help at the last looks, and how many; `changes`: the
+    newest last; `frozen_until`: seconds on the caller's clock."""
+
+    needy: tuple[str, int] = ("", 0)
+    changes: tuple[Change, ...] = field(default=())
+    frozen_until: float = 0.0
+
+    def audit(self) -> None:
+        """Raises AssertionError if the memory is inconsistent."""
+        assert self.needy[1] >= 0
+        assert all(before.at <= after.at for before, after in zip(self.changes, self.changes[1:], strict=False))
+
+
+def decide(memory: Memory, engines: Sequence[EngineView], rules: Rules, now: float) -> tuple[Memory, Decision]:
+    """Look at the engines. Returns what to remember, and the decision. A change counts as made."""
+    pressure = pressure_of(engines, rules)
+    needy = _needy(pressure)
+    looks = memory.needy[1] + 1 if needy and needy == memory.needy[0] else int(bool(needy))
+    memory = replace(memory, needy=(needy, looks))
+
+    def keep(why: str) -> tuple[Memory, Decision]:
+        return memory, Decision("", "hybrid", why, pressure, pressure)
+
+    if not needy:
+        return keep(_balance(pressure))
+    if now < memory.frozen_until:
+        return keep(f"frozen for {memory.frozen_until - now:.0f} s: the last changes undid each other")
+    if looks < _LOOKS:
+        return keep(f"{needy} needs help, at {looks} of {_LOOKS} looks")
+    if not all(engine.is_settled for engine in engines):
+        return keep("a change is in progress")
+    found = _best(memory, engines, rules, needy, now)
+    if isinstance(found, str):
+        return keep(found)
+    engine, role, after = found
+    change = Change(now, engine.name, engine.role, role)
+    freezes = _flaps((*memory.changes, change), now) >= _FLAPS
+    if freezes:
+        memory = replace(memory, frozen_until=now + _FLAP_S, changes=())
+        why = f"{_FLAPS} changes back within {_FLAP_S / 60:.0f} minutes: no more changes for as long"
+        return memory, Decision("", "hybrid", why, pressure, pressure, freezes=True)
+    kept = (*(one for one in memory.changes if now - one.at < _FLAP_S), change)
+    why = f"{needy} misses its target, and {'decode' if needy == 'prefill' else 'prefill'} has room"
+    return replace(memory, changes=kept, needy=("", 0)), Decision(engine.name, role, why, pressure, after)
+
+
+def pressure_of(engines: Sequence[EngineView], rules: Rules) -> Pressure:
+    """The pressures if all work were divided evenly, as the router divides it."""
+    prefills = [engine for engine in engines if engine.role != "decode"]
+    decodes = [engine for engine in engines if engine.role != "prefill"]
+    waits = sum(_prompt_s(engine) for engine in engines)
+    prefill = waits / len(prefills) / rules.ttft_s if prefills else (1e9 if waits else 0.0)
+    if not decodes:
+        return Pressure(prefill, 1e9 if any(engine.work.decodes for engine in engines) else 0.0)
+    count = sum(engine.work.decodes for engine in engines) / len(decodes)
+    context = sum(engine.work.context for engine in engines) / len(decodes)
+    step = Step(count, 0.0, count, context, count)
+    seconds = max(engine.work.times.seconds(step) for engine in decodes) if count else 0.0
+    full = sum(engine.kv_used for engine in decodes) / len(decodes) / _KV_FULL
+    return Pressure(prefill, max(seconds / rules.tpot_s, full))
+
+
+def _needy(pressure: Pressure) -> str:
+    """The side that needs help and can get it."""
+    if pressure.prefill > _NEEDS and pressure.decode < _GIVES:
+        return "prefill"
+    return "decode" if pressure.decode > _NEEDS and pressure.prefill < _GIVES else ""
+
+
+def _balance(pressure: Pressure) -> str:
+    if pressure.prefill > _NEEDS and pressure.decode > _GIVES:
+        return "both sides are loaded: no role helps" if pressure.decode > _NEEDS else "decode has no room to give"
+    if pressure.decode > _NEEDS:
+        return "prefill has no room to give"
+    return "the targets are kept"
+
+
+def _best(
+    memory: Memory, engines: Sequence[EngineView], rules: Rules, needy: str, now: float
+) -> tuple[EngineView, RoleName, Pressure] | str:
+    """The engine that can change with the least work of its own, its role, and the pressure then; or why none can."""
+    role: RoleName = "prefill" if needy == "prefill" else "decode"
+    giving = "decode" if needy == "prefill" else "prefill"
+    least = rules.min_decode if giving == "decode" else rules.min_prefill
+    if sum(engine.role in (giving, "hybrid") for engine in engines) <= least:
+        return f"{giving} keeps at least {least} of its engines"
+    changed = {change.engine: change.at for change in memory.changes}
+    able = [
+        engine
+        for engine in engines
+        if engine.role in (giving, "hybrid") and now - changed.get(engine.name, -1e9) >= rules.cooldown_s
+    ]
+    if not able:
+        return f"the engines that could help changed less than {rules.cooldown_s:g} s ago"
+    chosen = min(able, key=lambda engine: (engine.role == "hybrid", _own_work(engine, giving), engine.name))
+    then = pressure_of([replace(e, role=role) if e is chosen else e for e in engines], rules)
+    given = then.decode if giving == "decode" else then.prefill
+    if given > _GIVES_AFTER:
+        return f"{giving} would be at {given:.2f} of its target then"
+    return chosen, role, then
+
+
+def _own_work(engine: EngineView, giving: str) -> float:
+    return float(engine.work.decodes) if giving == "decode" else _prompt_s(engine)
+
+
+def _prompt_s(engine: EngineView) -> float:
+    """Seconds for the prompts that wait in an engine, or are computed."""
+    work = engine.work
+    return work.times.prompt_s(work.prompt_tokens, 0, work.budget) if work.prompt_tokens else 0.0
+
+
+def _flaps(changes: Sequence[Change], now: float) -> int:
+    """Changes that took back an earlier one of the same engine."""
+    recent = [change for change in changes if now - change.at < _FLAP_S]
+    return sum(
+        any(earlier.engine == later.engine and earlier.before == later.role for earlier in recent[:at])
+        for at, later in enumerate(recent)
+    )
