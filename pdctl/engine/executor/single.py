@@ -23,10 +23,10 @@ from pdctl.engine.model.graphs import CudaRecorder, GraphsRefused
 from pdctl.engine.model.loading import LoadedModel, ModelRefused, load_model
 from pdctl.engine.model.precision import choose_dtype
 from pdctl.engine.model.runner import ModelRunner
-from pdctl.engine.model.ways import cpu_name
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Slice
 from pdctl.host.memory import read_memory
+from pdctl.host.processor import cpu_name
 from pdctl.host.users import cache_root
 from pdctl.speculative import parse_speculative
 from pdctl.wire import Manifest

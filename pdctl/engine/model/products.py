@@ -1,9 +1,10 @@
 """Ways to compute rows [n, in] times a weight [out, in] transposed, on the CPU.
 
-oneDNN with a packed weight is fastest on most CPUs. Its results for a row are the same bits whatever other rows are
-computed with it, packed or not, except for a single row alone. So fewer rows than four are padded. This is also faster:
-one, two and four rows took 39, 49 and 31 ms (262,144 outputs, AMD EPYC of family 25 model 17). MKL's methods round
-differently for different numbers of rows.
+A packed weight is fastest on most CPUs: in float32 with our own kernel (native/products.cpp), if there is a compiler,
+else with oneDNN. Both compute a row with the same bits whatever other rows are computed with it, packed or not; oneDNN
+except for a single row alone, so fewer rows than four are padded. This is also faster: one, two and four rows took 39,
+49 and 31 ms (262,144 outputs, AMD EPYC of family 25 model 17). MKL's methods round differently for different numbers of
+rows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Literal
 
 import torch
 from torch.nn.functional import linear, pad
+
+from pdctl.engine.model.native.panels import Panels, Products, products
 
 PlainName = Literal["linear", "transposed", "pieces"]
 Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,24 +46,41 @@ def pieces(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 PLAIN_WAYS: dict[PlainName, Way] = {"linear": linear, "transposed": transposed, "pieces": pieces}
 
 
-def padded(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """oneDNN's product with a packed or plain weight; at least one row."""
+def padded(rows: torch.Tensor, weight: torch.Tensor | Panels, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product with a packed or plain weight by our kernel or oneDNN; at least one row."""
+    if isinstance(weight, Panels):
+        own: Products | None = weight.kernel
+    else:
+        own = None if weight.is_mkldnn else products(rows.dtype)
+    if own is not None:
+        found = own.multiply(rows, weight)
+        return found if bias is None else found.add_(bias)
+    assert not isinstance(weight, Panels)
     count = rows.shape[0]
     wide = pad(rows, (0, 0, 0, _FEWEST_ROWS - count)) if count < _FEWEST_ROWS else rows
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(wide, weight, bias, "none", [], "")
-    return found[:count]
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(wide, weight, bias, "none", [], "")
+    return product[:count]
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """oneDNN's own layout of a weight: an opaque tensor with a copy of its values."""
+def pack(weight: torch.Tensor) -> torch.Tensor | Panels:
+    """A copy of a weight in the layout of our kernel, or in oneDNN's own, an opaque tensor."""
+    own = products(weight.dtype)
+    if own is not None:
+        return own.pack(weight)
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
 
+def packer(dtype: torch.dtype) -> str:
+    """What packs weights of this type."""
+    return "oneDNN" if products(dtype) is None else "native"
+
+
 @lru_cache(maxsize=8)
 def packs(dtype: torch.dtype) -> bool:
-    """Whether this build of torch can pack weights of this type on this CPU, with equal bits in every batch."""
-    if dtype not in DTYPES or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    """Whether weights of this type can be packed on this CPU, with equal bits in every batch."""
+    without = products(dtype) is None and not torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if dtype not in DTYPES or without:
         return False
     numbers = torch.Generator().manual_seed(1)
     rows = torch.randn(100, 640, generator=numbers).to(dtype)

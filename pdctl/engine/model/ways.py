@@ -7,19 +7,18 @@ but fixed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import torch
 
-from pdctl.engine.model.products import PLAIN_WAYS, ROW_STEPS, PlainName, Way, pack, packs, padded
+from pdctl.engine.model.products import PLAIN_WAYS, ROW_STEPS, PlainName, Way, pack, packer, packs, padded
 from pdctl.host.cached_file import locked, replace
+from pdctl.host.processor import cpu_name
 
 # A new number discards what was measured by an older version.
 _FORMAT = 1
@@ -101,20 +100,9 @@ def _named(size: Size) -> str:
 def _key(dtype: torch.dtype) -> tuple[str, ...]:
     return (
         cpu_name(), torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}",
-        f"{torch.get_num_threads()} threads", str(dtype), f"packs {packs(dtype)}", f"format {_FORMAT}",
+        f"{torch.get_num_threads()} threads", str(dtype), f"packs {packs(dtype) and packer(dtype)}",
+        f"format {_FORMAT}",
     )  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def cpu_name(proc_root: Path = Path("/proc")) -> str:
-    """Vendor, family, model, stepping and name of the first CPU; "" if the kernel does not tell."""
-    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
-    found: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in (proc_root / "cpuinfo").read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            found.setdefault(name.strip(), value.strip())
-    return " / ".join(found.get(name, "") for name in wanted)
 
 
 def _read(path: Path, key: tuple[str, ...]) -> dict[str, Ways]:
@@ -153,7 +141,7 @@ def _measured(size: Size, dtype: torch.dtype) -> Ways:
         best = min(times, key=lambda name: times[name] * (1 if name == "linear" else _PREFERENCE))
         plain.append(best)
         if packed_weight is not None:
-            ratio *= _seconds(padded, given, packed_weight) / times[best]
+            ratio *= _seconds(lambda rows, _: padded(rows, packed_weight), given, weight) / times[best]
     packed = packed_weight is not None and ratio ** (1 / len(ROW_STEPS)) < _PREFERENCE
     return Ways(packed, tuple(plain), measured=True)
 

@@ -13,12 +13,12 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from pdctl.engine.model.ways import cpu_name
 from pdctl.host.cached_file import locked
+from pdctl.host.processor import cpu_name
 from pdctl.host.users import cache_root
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("attention.cpp", "rows.cpp")
+_SOURCES = ("attention.cpp", "rows.cpp", "products.cpp")
 _HEADERS = ("vectors.h",)
 # Loops are vectorized by hand. g++ 12 stored a loop that it vectorized itself to memory that was not aligned for that.
 _FLAGS = ("-O3", "-fno-tree-vectorize", "-march=native", "-std=c++17", "-shared", "-fPIC")

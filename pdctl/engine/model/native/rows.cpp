@@ -8,21 +8,6 @@
 
 namespace {
 
-// The first `count` numbers of a vector; the others are 0.
-template <class Number>
-inline Vector load(const Number* from, int64_t count) {
-  Number numbers[WIDTH] = {};
-  std::memcpy(numbers, from, count * sizeof(Number));
-  return load(numbers);
-}
-
-template <class Number>
-inline void store(Number* to, Vector value, int64_t count) {
-  Number numbers[WIDTH];
-  store(numbers, value);
-  std::memcpy(to, numbers, count * sizeof(Number));
-}
-
 // Call `work(at, count)` for each vector of `size` numbers. A whole one has a constant count, which makes it fast.
 template <class Work>
 inline void each(int64_t size, Work work) {

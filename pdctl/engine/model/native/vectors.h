@@ -55,6 +55,21 @@ inline void store(uint16_t* to, Vector value) {  // rounded to the nearest, ties
   std::memcpy(to, &halves, sizeof halves);
 }
 
+// The first `count` numbers of a vector; the others are 0.
+template <class Number>
+inline Vector load(const Number* from, int64_t count) {
+  Number numbers[WIDTH] = {};
+  std::memcpy(numbers, from, count * sizeof(Number));
+  return load(numbers);
+}
+
+template <class Number>
+inline void store(Number* to, Vector value, int64_t count) {
+  Number numbers[WIDTH];
+  store(numbers, value);
+  std::memcpy(to, numbers, count * sizeof(Number));
+}
+
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
 
