@@ -71,6 +71,8 @@ class Solo:
     def __init__(self, name: str, wanted: Wanted, place: Place, wires: Wires, client: Client) -> None:
         self.name, self._wanted, self._place, self._wires, self._client = name, wanted, place, wires, client
         self._stream = _Stream(wires, place.engine, wanted, with_prompt=True)
+        self._is_over = False
+        wires.patience(place.engine, self._too_long)
         wires.call(place, self._arrive, self._not_reached)
 
     def token(self, node: Node, token: Token) -> None:
@@ -79,6 +81,7 @@ class Solo:
         self._client.token()
         if token.finish_reason:
             self._stream.end(done=True)
+            self._is_over = True
             self._client.done(node.name, node.name)
 
     def refused(self, node: Node, failed: Failed) -> None:
@@ -107,13 +110,22 @@ class Solo:
         raise AssertionError(sequence.request_id)
 
     def _arrive(self) -> None:
-        self._place.node.add(self._wanted.sequence(self.name), self)
+        if not self._is_over:
+            self._place.node.add(self._wanted.sequence(self.name), self)
 
     def _not_reached(self) -> None:
-        unreachable(self._place.engine, self._wires.time())
-        self._fail(Cause.NOT_REACHED, f"{self._place.node.name} cannot be reached")
+        if not self._is_over:
+            unreachable(self._place.engine, self._wires.time())
+            self._fail(Cause.NOT_REACHED, f"{self._place.node.name} cannot be reached")
+
+    def _too_long(self) -> None:
+        if not self._is_over and not self._stream.has_begun:
+            unreachable(self._place.engine, self._wires.time())
+            self._place.node.abort(self.name)
+            self._fail(Cause.BROKE, f"{self._place.node.name} sent nothing")
 
     def _fail(self, cause: Cause, reason: str) -> None:
+        self._is_over = True
         self._stream.end(done=False)
         self._client.failed(self._place.engine, Failure(self._place.node.name, cause, reason))
 
@@ -131,6 +143,7 @@ class Pair:
         self._readings = 0
         self._may_announce = True
         self._is_over = False
+        wires.patience(prefill.engine, self._too_long)
         wires.call(prefill, self._arrive, partial(self._not_reached, prefill))
 
     # -- the engines' side ---------------------------------------------------------------------------------
@@ -224,6 +237,8 @@ class Pair:
             self._kv_lost(reason)
 
     def _arrive(self) -> None:
+        if self._is_over:
+            return
         sequence = self._wanted.sequence(self.name, hold=True, offer=self._wires.transfer.chunked)
         self._prefill.node.add(sequence, self)
 
@@ -237,8 +252,10 @@ class Pair:
         else:
             sequence.request_id = self._reading.name
             self._decode.node.add(sequence, self)
-        if self._reading is not None:
-            self._reading.advance(ReceptionEvent.SEALED, kv_tokens)
+        if (reading := self._reading) is not None:
+            reading.advance(ReceptionEvent.SEALED, kv_tokens)
+            # Two engines that wait for each other's blocks, for instance.
+            self._wires.time.after(self._wires.transfer.deadline_s, partial(reading.advance, ReceptionEvent.DEADLINE))
 
     def _read_by(self, sequence: Sequence) -> None:
         """Have the decode engine reserve blocks, and read into them."""
@@ -264,6 +281,11 @@ class Pair:
         if not self._is_over:
             unreachable(place.engine, self._wires.time())
             self._fail(place.node, Cause.NOT_REACHED, f"{place.node.name} cannot be reached")
+
+    def _too_long(self) -> None:
+        if not self._is_over and self._prompt is not None:
+            unreachable(self._prefill.engine, self._wires.time())
+            self._fail(self._prefill.node, Cause.BROKE, f"{self._prefill.node.name} sent nothing")
 
     def _kv_lost(self, reason: str) -> None:
         self._decode.engine.handed_over(self._prefill.node.name, self._wires.time(), good=False)
@@ -334,6 +356,11 @@ class _Stream:
         self._load = AnswerLoad(wires.fleet, engine, wanted.size, with_prompt, wires.time())
         self._tokens = 0
         self._first_at = self._last_at = 0.0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token is here."""
+        return self._tokens > 0
 
     def token(self, prefilled_at: float) -> None:
         """A token is here. `prefilled_at`: the end of the prefill by another engine, 0 if there was none."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pdctl.bench import Record
 from pdctl.proxy.engines.engine import Engine
+from pdctl.proxy.engines.load import pieces_of
 from pdctl.proxy.engines.routing import Ask, EnginePair
 from pdctl.proxy.request.course import Course
 from pdctl.proxy.request.failover import Failure, GiveUp
@@ -16,12 +17,8 @@ from pdctl.simulation.spec import Arrival
 if TYPE_CHECKING:
     from pdctl.simulation.service import Service
 
-# Bytes of a request per token of its prompt, about as in English text; and tokens of a trace's block of a prompt.
-_TOKEN_BYTES = 4.0
-_BLOCK_TOKENS = 512
-# The proxy compares prompts in pieces of so many bytes (pdctl.proxy.engines.load).
-_PIECES_PER_BLOCK = int(_BLOCK_TOKENS * _TOKEN_BYTES / 256)
-_MOST_PIECES = 64
+# Bytes of a request per token of its prompt, about as in English text.
+_TOKEN_BYTES = 4
 
 
 class Journey:
@@ -36,7 +33,7 @@ class Journey:
         self._service, self._number = service, number
         self._course = Course()
         self._newest_at = 0.0
-        self._pieces = [hash((name, part)) for name in arrival.hashes for part in range(_PIECES_PER_BLOCK)]
+        self._pieces = pieces_of(b"".join(token.to_bytes(_TOKEN_BYTES) for token in arrival.prompt))
         self._seated = False
         self._deadline = 0.0
 
@@ -91,7 +88,7 @@ class Journey:
         service, spec, arrival = self._service, self._service.spec, self.arrival
         prefill, decode = service.places[pair.prefill], service.places[pair.decode]
         wanted = Wanted(
-            self._prompt(), self.emitted, arrival.outputs, self.size, self._pieces[:_MOST_PIECES], spec.ttft_s,
+            self._prompt(), self.emitted, arrival.outputs, self.size, self._pieces, spec.ttft_s,
             spec.tpot_s,
         )  # fmt: skip
         name = f"{self._number}/{self.tries}"
@@ -103,10 +100,7 @@ class Journey:
             Solo(name, wanted, Place(service.places[one.name].node, one), service.wires, self)
 
     def _prompt(self) -> list[int]:
-        """Token ids. Prompts with the same first blocks begin with the same tokens."""
-        inputs, hashes = self.arrival.inputs, self.arrival.hashes
-        tokens = [name for name in hashes for _ in range(_BLOCK_TOKENS)][:inputs]
-        return tokens + [-1 - self._number] * (inputs - len(tokens))
+        return list(self.arrival.prompt) or [self._number] * self.arrival.inputs
 
     # -- the way out ---------------------------------------------------------------------------------------
 
@@ -117,7 +111,7 @@ class Journey:
             self.record.gaps.append(now - self._newest_at)
         else:
             self.record.first_at = now
-        self._newest_at = now
+        self._newest_at = self._service.progress_at = now
         self.emitted += 1
 
     def done(self, prefill: str, decode: str) -> None:

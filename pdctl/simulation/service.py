@@ -27,6 +27,9 @@ from pdctl.simulation.node import Node
 from pdctl.simulation.spec import Arrival, EngineSpec, ServiceSpec
 from pdctl.simulation.wires import Wires
 
+# Nobody waits longer for anything (pdctl.proxy.request.failover), so without any token or end for so long the
+# simulation itself is wrong, seconds.
+_STANDSTILL_S = 1200.0
 # How often the proxy asks an engine for its condition, and looks for free seats and engines, seconds.
 _PROBE_S, _LOOK_S = 0.5, 0.25
 
@@ -44,6 +47,7 @@ class Service:
         self.request_number = 0
         self.placed: Counter[str] = Counter()
         self.failures = 0
+        self.progress_at = 0.0
         self._machines = {
             name: Machine(self.time, one.cores, one.slowdown) for name, one in spec.machines.items()
         }  # fmt: skip
@@ -57,7 +61,7 @@ class Service:
     def run(self, load: Sequence[Arrival]) -> list[Record]:
         """Serve a load, and return what its clients measure, in its order."""
         assert not self._journeys, "a service runs once"
-        self._shares_prefixes = any(arrival.hashes for arrival in load)
+        self._shares_prefixes = any(arrival.prompt for arrival in load)
         self._build()
         self._journeys = [Journey(self, number, arrival) for number, arrival in enumerate(load)]
         self._unfinished = len(load)
@@ -76,6 +80,7 @@ class Service:
 
     def ended(self, journey: Journey, seated: bool) -> None:
         """A request has ended."""
+        self.progress_at = self.time()
         self._unfinished -= 1
         if seated:
             record = journey.record
@@ -103,7 +108,7 @@ class Service:
         self.fleet = Fleet(
             [place.engine for place in self.places.values()], self.time, predicts=spec.admission == "slo"
         )
-        self.wires = Wires(self.time, self.fleet, spec.transfer, spec.costs.call_s, self._suspect)
+        self.wires = Wires(self.time, self.fleet, spec.transfer, self.failover, spec.costs.call_s, self._suspect)
         admission = Admission.of(spec.admission, spec.max_queue, spec.ttft_s, spec.tpot_s)
         self.door = Door(admission, self.fleet, self.time)
 
@@ -119,6 +124,8 @@ class Service:
     def _probe(self) -> None:
         for place in self.places.values():
             self._observe(place)
+        has_come = self._journeys[-1].arrival.at if self._journeys else 0.0
+        assert self.time() < max(self.progress_at, has_come) + _STANDSTILL_S, "requests stand still"
         if self._unfinished:
             self.time.after(_PROBE_S, self._probe)
 

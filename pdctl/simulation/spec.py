@@ -38,12 +38,14 @@ class MachineSpec:
 @dataclass(frozen=True, slots=True)
 class TransferSpec:
     """How KV moves. `bandwidth`: bytes per second into one engine; `latency_s`: of one read; `token_bytes`: KV of one
-    token; `chunked`: decode reads a prompt's first chunks while prefill computes the rest."""
+    token; `chunked`: decode reads a prompt's first chunks while prefill computes the rest; `deadline_s`: after so long
+    a hand-over is given up."""
 
     bandwidth: float = 5e9
     latency_s: float = 0.001
     token_bytes: int = 36_864
     chunked: bool = True
+    deadline_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,11 @@ class ServiceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request of the load. `at`: seconds; `inputs` and `outputs`: tokens; `hashes`: of the prompt's 512-token blocks,
-    if prompts may begin alike; `key`: of the API."""
+    """A request of the load. `at`: seconds; `inputs` and `outputs`: tokens; `prompt`: token ids, if prompts may begin
+    alike; `key`: of the API."""
 
     at: float
     inputs: int
     outputs: int
-    hashes: tuple[int, ...] = ()
+    prompt: tuple[int, ...] = ()
     key: str = "-"

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pdctl.engine.virtual import VirtualTime
+from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.fleet import Fleet
+from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.simulation.spec import TransferSpec
 
 if TYPE_CHECKING:
@@ -19,9 +21,15 @@ class Wires:
     did not reach."""
 
     def __init__(
-        self, time: VirtualTime, fleet: Fleet, transfer: TransferSpec, call_s: float, down: Callable[[Node], None]
+        self,
+        time: VirtualTime,
+        fleet: Fleet,
+        transfer: TransferSpec,
+        failover: FailoverPolicy,
+        call_s: float,
+        down: Callable[[Node], None],
     ) -> None:
-        self.time, self.fleet, self.transfer = time, fleet, transfer
+        self.time, self.fleet, self.transfer, self._failover = time, fleet, transfer, failover
         self.moved = 0
         self._call_s, self._down = call_s, down
         # When the reads into each engine end: they take turns.
@@ -39,6 +47,10 @@ class Wires:
                 fails()
 
         self.after_call(arrive)
+
+    def patience(self, engine: Engine, over: Callable[[], None]) -> None:
+        """Call `over` when a prompt that the engine gets now takes too long."""
+        self.time.after(self._failover.patience_s(self.fleet.expected_s(engine)), over)
 
     def after_call(self, then: Callable[[], None]) -> None:
         """Go on when a call has been made."""

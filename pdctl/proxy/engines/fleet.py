@@ -162,6 +162,12 @@ class Fleet:
         prompts, _ = self._loads(engine)
         return (prompts.pending + size) / prompts.speed if prompts.speed else 0.0
 
+    def expected_s(self, engine: Engine) -> float | None:
+        """How long the prompts that the engine has should take; None if it is unknown."""
+        meter = engine.prompts
+        # Prompts that were in the cache make an engine seem faster than it is.
+        return max(meter.pending / meter.speed, self.predicted_s(engine)) if meter.speed else None
+
     def predicted_s(self, engine: Engine) -> float:
         """Seconds for the prompts that the engine has, if none is in its cache; 0 if its kind does not predict."""
         work = engine.condition.work

@@ -277,12 +277,9 @@ def _lines(leg: Leg, engine: Engine) -> bytes:
 
 def _patience_s(leg: Leg, engine: Engine, together: bool = False) -> float:
     """How long a prefill may take, including the work queued before it. `together`: see FailoverPolicy.patience_s."""
-    meter = engine.prompts
     # The prompts' speed does not include the decode time of an inline answer.
-    unknown = not meter.speed or (leg.in_one_piece and not together)
-    # Prompts that were in the cache make an engine seem faster than it is.
-    expected_s = None if unknown else max(meter.pending / meter.speed, leg.shared.pool.predicted_s(engine))
-    return leg.shared.failover.patience_s(expected_s, together)
+    known = None if leg.in_one_piece and not together else leg.shared.pool.expected_s(engine)
+    return leg.shared.failover.patience_s(known, together)
 
 
 def _first_token_s(leg: Leg, prefill_engine: Engine) -> float:
