@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -103,3 +104,16 @@ def _named(directory: Path) -> list[str]:
         return sorted({str(name) for name in index["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def fingerprint(path: Path) -> str:
+    """A digest that identifies a model: its config, and for each weight file the size and three samples."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for position in (0, size // 2, max(0, size - 65536)):
+                stream.seek(position)
+                digest.update(stream.read(65536))
+    return digest.hexdigest()[:32]

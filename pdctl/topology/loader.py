@@ -26,32 +26,48 @@ from pdctl.user_files import read_user_text
 
 def load_file(path: Path, host: Host) -> Topology:
     """Load and check a topology file. Raises ConfigError with every problem found, PdctlError if unreadable."""
-    try:
-        text = read_user_text(path)
-    except FileNotFoundError:
-        raise PdctlError(f"topology file {path} does not exist", "create one with: pdctl init") from None
-    except (OSError, UnicodeDecodeError) as failure:
-        raise PdctlError(f"topology file {path} cannot be read: {failure}") from failure
-    return load_text(text, str(path), host)
+    return load_text(_read(path), str(path), host)
+
+
+def load_imagined(path: Path) -> Topology:
+    """Load and check a topology file without comparing it with a machine: nothing of it will be started here. Raises
+    ConfigError, PdctlError."""
+    document, topology = _built(_read(path), str(path))
+    if problems := [*topology_problems(document, topology)]:
+        raise ConfigError(str(path), sorted(problems, key=lambda problem: problem.line))
+    return topology
 
 
 def load_text(text: str, source: str, host: Host) -> Topology:
     """Load and check a topology given as text; `source` names it in messages."""
-    try:
-        document = Document(tomli.loads(text), key_lines(text))
-    except tomli.TOMLDecodeError as failure:
-        raise ConfigError(source, [_syntax_problem(failure, text)]) from None
-    problems = [*key_problems(document)]
-    if problems:
-        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
-    # The following checks need valid values, so they run only now.
-    topology = replace(build(document.data, source), text=text)
+    document, topology = _built(text, source)
     problems = [*topology_problems(document, topology), *host_problems(document, topology, host)]
     # A launcher checks a group only if everything that it builds on is right.
     problems = problems or [*fault_problems(document, topology, host)]
     if problems:
         raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
     return topology
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_user_text(path)
+    except FileNotFoundError:
+        raise PdctlError(f"topology file {path} does not exist", "create one with: pdctl init") from None
+    except (OSError, UnicodeDecodeError) as failure:
+        raise PdctlError(f"topology file {path} cannot be read: {failure}") from failure
+
+
+def _built(text: str, source: str) -> tuple[Document, Topology]:
+    """A topology whose keys are valid. Raises ConfigError."""
+    try:
+        document = Document(tomli.loads(text), key_lines(text))
+    except tomli.TOMLDecodeError as failure:
+        raise ConfigError(source, [_syntax_problem(failure, text)]) from None
+    if problems := [*key_problems(document)]:
+        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
+    # Further checks need valid values.
+    return document, replace(build(document.data, source), text=text)
 
 
 def _syntax_problem(failure: tomli.TOMLDecodeError, text: str) -> Problem:

@@ -61,13 +61,19 @@ class LatencyFile:
 
     def _read(self) -> LatencyModel | None:
         """None if there is no file, or a broken one."""
-        try:
-            kept = msgspec.json.decode(self._path.read_bytes(), type=_Kept)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-            return None
-        width = len(Step().row)
-        whole = set(kept.measured) == set(KINDS) and all(
-            len(sums.totals) == len(sums.products) == width and all(len(row) == width for row in sums.products)
-            for sums in kept.measured.values()
-        )
-        return LatencyModel(kept.measured) if whole and kept.key == self._key else None
+        kept = read_kept(self._path)
+        return kept[1] if kept is not None and kept[0] == self._key else None
+
+
+def read_kept(path: Path) -> tuple[tuple[str, ...], LatencyModel] | None:
+    """The key and the model of a file; None if there is none, or a broken one."""
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=_Kept)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    width = len(Step().row)
+    whole = set(kept.measured) == set(KINDS) and all(
+        len(sums.totals) == len(sums.products) == width and all(len(row) == width for row in sums.products)
+        for sums in kept.measured.values()
+    )
+    return (kept.key, LatencyModel(kept.measured)) if whole else None

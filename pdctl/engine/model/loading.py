@@ -7,7 +7,6 @@ logits of 32 tokens must agree with the model's own dense ones. Positions at whi
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pdctl.engine.model.attention.hook import HookCall
 from pdctl.engine.model.linear import Watch, speed_up
 from pdctl.engine.model.native.fuse import fuse
 from pdctl.host.memory import read_group_room, read_memory
+from pdctl.host.models import fingerprint
 from pdctl.wire import LayerShape
 
 _CHECK_TOKENS = 32
@@ -218,16 +218,3 @@ def _eos_token_ids(path: Path, config: object) -> frozenset[int]:
     if isinstance(value, int):
         return frozenset({value})
     return frozenset(int(token) for token in value) if isinstance(value, list | tuple) else frozenset()
-
-
-def fingerprint(path: Path) -> str:
-    """A digest that identifies a model: its config, and for each weight file the size and three samples."""
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            for position in (0, size // 2, max(0, size - 65536)):
-                stream.seek(position)
-                digest.update(stream.read(65536))
-    return digest.hexdigest()[:32]
