@@ -42,8 +42,8 @@ def rows(measurements: Measurements, quantiles: Sequence[int]) -> list[list[str]
     ]
 
 
-def text(measurements: Measurements, targets: Targets, quantiles: Sequence[int]) -> str:
-    """The result as text for a terminal."""
+def text(measurements: Measurements, targets: Targets, quantiles: Sequence[int], is_predicted: bool = False) -> str:
+    """The result as text for a terminal. `is_predicted`: no client has measured it."""
     ours = measurements["pdctl"]
     assert isinstance(ours, dict)
     counted = (
@@ -62,7 +62,8 @@ def text(measurements: Measurements, targets: Targets, quantiles: Sequence[int])
             f"{ours['attainment'] or 0:.1%} of requests met their targets"
         )
     used, late = ours["client"]["cpu_of_a_core"], ours["client"]["delay_p99_ms"]
-    lines.append(f"this client used {used:.1%} of a core and woke up {late:.1f} ms late at p99")
+    if not is_predicted:
+        lines.append(f"this client used {used:.1%} of a core and woke up {late:.1f} ms late at p99")
     table = console.table(["MS", "MEAN", *(f"P{part}" for part in quantiles)], rows(measurements, quantiles))
     parts = ours["parts_ms"]
     if parts:

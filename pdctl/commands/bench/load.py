@@ -54,8 +54,8 @@ _HEEDED_BY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """One load. Its fields become options of every verb decorated with `takes_load`."""
+class Traffic:
+    """The requests of a load and their times. Its fields become options of every verb that `takes` it."""
 
     workload: Annotated[Workload, typer.Option("--workload", help="Source of the prompts.")] = Workload.SYNTHETIC
     path: Annotated[
@@ -75,9 +75,6 @@ class Load:
     burstiness: Annotated[
         float, typer.Option("--burstiness", help="Burstiness of arrivals: 1 = Poisson, less = bursts, more = steady.")
     ] = 1.0
-    concurrency: Annotated[
-        int, typer.Option("--concurrency", min=0, help="Maximum number of concurrent requests; 0 = no limit.")
-    ] = 0
     inputs: Annotated[
         str, typer.Option("--input", help="Prompt length in tokens: 512, 100-900 or lognormal:500:0.8.")
     ] = "256"
@@ -93,24 +90,10 @@ class Load:
     longest: Annotated[
         int, typer.Option("--longest", min=0, help="Workload trace: limit of prompt plus answer tokens; 0 = none.")
     ] = 0
-    warm_up: Annotated[
-        int, typer.Option("--warm-up", min=0, help="Number of requests sent before the measurement.")
-    ] = 4
     goodput: Annotated[
         list[str], typer.Option("--goodput", help="Goodput targets in ms, such as ttft:200 tpot:50. Repeatable.")
     ] = field(default_factory=list)
     seed: Annotated[int, typer.Option("--seed", help="Random seed: same seed, same requests.")] = 0
-    ignore_eos: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-eos/--heed-eos",
-            help="Ignore end-of-sequence tokens, so that answers have the full --output length.",
-        ),
-    ] = True
-    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Timeout of one request in seconds.")] = 600.0
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Send chat requests with one message instead of completions.")
-    ] = False
 
     @property
     def targets(self) -> Targets:
@@ -136,22 +119,6 @@ class Load:
         if not asked:
             raise PdctlError("there are no requests to send", "give --requests N, or a trace with entries")
         return asked, self._times(asked, rng)
-
-    def run(self, endpoint: Endpoint, asked: list[Asked], times: list[float]) -> Run:
-        """Warm up, then send all requests."""
-        from pdctl.bench import client
-
-        if self.warm_up:
-            console.note(f"warming up with {self.warm_up} requests ...")
-            first = (asked * (self.warm_up // len(asked) + 1))[: self.warm_up]
-            found = asyncio.run(client.drive(endpoint, first, [0.0] * self.warm_up, 1, lambda _: None))
-            if found.was_interrupted:
-                found.records.clear()
-                return found
-        done = asyncio.run(client.drive(endpoint, asked, times, self.concurrency, _progress(len(asked))))
-        if is_interactive():
-            console.note("")
-        return done
 
     def _asked(self, words: Vocabulary, rng: random.Random) -> list[Asked]:
         from pdctl.bench import trace
@@ -182,33 +149,88 @@ class Load:
         return arrivals.gamma(len(asked), self.rate, self.burstiness, rng)
 
 
-def takes_load(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the verb's parameter `load` by the options of Load; the verb is called with the Load made of them."""
-    hints = get_type_hints(Load, include_extras=True)
-    options = [
+@dataclass(frozen=True, slots=True)
+class Load(Traffic):
+    """One load and the way in which it is put on a service."""
+
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=0, help="Maximum number of concurrent requests; 0 = no limit.")
+    ] = 0
+    warm_up: Annotated[
+        int, typer.Option("--warm-up", min=0, help="Number of requests sent before the measurement.")
+    ] = 4
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos/--heed-eos",
+            help="Ignore end-of-sequence tokens, so that answers have the full --output length.",
+        ),
+    ] = True
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Timeout of one request in seconds.")] = 600.0
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send chat requests with one message instead of completions.")
+    ] = False
+
+    def run(self, endpoint: Endpoint, asked: list[Asked], times: list[float]) -> Run:
+        """Warm up, then send all requests."""
+        from pdctl.bench import client
+
+        if self.warm_up:
+            console.note(f"warming up with {self.warm_up} requests ...")
+            first = (asked * (self.warm_up // len(asked) + 1))[: self.warm_up]
+            found = asyncio.run(client.drive(endpoint, first, [0.0] * self.warm_up, 1, lambda _: None))
+            if found.was_interrupted:
+                found.records.clear()
+                return found
+        done = asyncio.run(client.drive(endpoint, asked, times, self.concurrency, _progress(len(asked))))
+        if is_interactive():
+            console.note("")
+        return done
+
+
+def takes(**parts: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that replaces parameters of a verb by the options of dataclasses, such as `load=Load`; the verb is
+    called with instances made of them."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        options = {name: _options(kind) for name, kind in parts.items()}
+        own = get_type_hints(command, include_extras=True)
+        others = [
+            one.replace(kind=Parameter.KEYWORD_ONLY, annotation=own[one.name])
+            for one in signature(command).parameters.values()
+            if one.name not in parts
+        ]
+
+        def called(**values: object) -> None:
+            made = {
+                name: kind(**{option.name: values.pop(option.name) for option in options[name]})
+                for name, kind in parts.items()
+            }
+            command(**made, **values)
+
+        every = [*(option for of_part in options.values() for option in of_part), *others]
+        called.__name__, called.__doc__ = command.__name__, command.__doc__
+        called.__annotations__ = {one.name: one.annotation for one in every}
+        called.__signature__ = Signature(every)  # type: ignore[attr-defined]  # what inspect reads
+        return called
+
+    return decorated
+
+
+def _options(kind: type) -> list[Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [
         Parameter(
             one.name,
             Parameter.KEYWORD_ONLY,
             default=one.default_factory() if one.default_factory is not MISSING else one.default,
             annotation=hints[one.name],
         )
-        for one in fields(Load)
-    ]
-    own = get_type_hints(command, include_extras=True)
-    others = [
-        one.replace(kind=Parameter.KEYWORD_ONLY, annotation=own[one.name])
-        for one in signature(command).parameters.values()
-        if one.name != "load"
+        for one in fields(kind)
     ]
 
-    def called(**values: object) -> None:
-        given = {option.name: values.pop(option.name) for option in options}
-        command(load=Load(**given), **values)  # type: ignore[arg-type]  # typer has converted the values
 
-    called.__name__, called.__doc__ = command.__name__, command.__doc__
-    called.__annotations__ = {one.name: one.annotation for one in (*options, *others)}
-    called.__signature__ = Signature([*options, *others])  # type: ignore[attr-defined]  # what inspect reads
-    return called
+takes_load = takes(load=Load)
 
 
 def endpoint_of(

@@ -1,0 +1,1 @@
+"""Verbs that predict instead of measuring: imagined services in virtual time."""
