@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from pdctl.adapters import Condition, dialect
@@ -30,6 +31,8 @@ from pdctl.simulation.wires import Wires
 # Nobody waits longer for anything (pdctl.proxy.request.failover), so without any token or end for so long the
 # simulation itself is wrong, seconds.
 _STANDSTILL_S = 1200.0
+# Between two requests of a warm-up, and after it, seconds.
+_WARM_UP_S = 60.0
 # How often the proxy asks an engine for its condition, and looks for free seats and engines, seconds.
 _PROBE_S, _LOOK_S = 0.5, 0.25
 
@@ -58,21 +61,25 @@ class Service:
         self._unfinished = 0
         self._shares_prefixes = False
 
-    def run(self, load: Sequence[Arrival]) -> list[Record]:
-        """Serve a load, and return what its clients measure, in its order."""
+    def run(self, load: Sequence[Arrival], warm_up: Sequence[Arrival] = ()) -> list[Record]:
+        """Serve a load, and return what its clients measure, in its order. `warm_up`: requests that are served before,
+        one after the other."""
         assert not self._journeys, "a service runs once"
         self._shares_prefixes = any(arrival.prompt for arrival in load)
         self._build()
-        self._journeys = [Journey(self, number, arrival) for number, arrival in enumerate(load)]
-        self._unfinished = len(load)
+        begin = _WARM_UP_S * len(warm_up)
+        every = [replace(arrival, at=_WARM_UP_S * number) for number, arrival in enumerate(warm_up)]
+        every += [replace(arrival, at=begin + arrival.at) for arrival in load]
+        self._journeys = [Journey(self, number, arrival) for number, arrival in enumerate(every)]
+        self._unfinished = len(every)
         for journey in self._journeys:
             self.time.at(journey.arrival.at, journey.arrive)
         for fault in self.spec.faults:
-            self.time.at(fault.at_s, partial(self._kill, self.places[fault.engine].node, fault.after_s))
+            self.time.at(begin + fault.at_s, partial(self._kill, self.places[fault.engine].node, fault.after_s))
         self._probe()
         self._look()
         self.time.run()
-        return [journey.record for journey in self._journeys]
+        return [journey.record for journey in self._journeys[len(warm_up) :]]
 
     def wait(self, then: Callable[[], None]) -> None:
         """Go on when engines have changed, or soon."""

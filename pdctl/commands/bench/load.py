@@ -93,6 +93,9 @@ class Traffic:
     goodput: Annotated[
         list[str], typer.Option("--goodput", help="Goodput targets in ms, such as ttft:200 tpot:50. Repeatable.")
     ] = field(default_factory=list)
+    warm_up: Annotated[
+        int, typer.Option("--warm-up", min=0, help="Number of requests sent before the measurement.")
+    ] = 0
     seed: Annotated[int, typer.Option("--seed", help="Random seed: same seed, same requests.")] = 0
 
     @property

@@ -171,19 +171,20 @@ def traffic_of(traffic: Traffic, trace: Path | None) -> Traffic:
     return replace(traffic, workload=Workload.TRACE, path=trace)
 
 
-def arrivals(traffic: Traffic) -> list[Arrival]:
-    """The requests that the same options send to a real service. Raises PdctlError."""
+def arrivals(traffic: Traffic) -> tuple[list[Arrival], list[Arrival]]:
+    """The requests that the same options send to a real service, and those of its warm-up. Raises PdctlError."""
     from pdctl.bench.workload import Vocabulary
     from pdctl.simulation.spec import Arrival
 
     asked, times = traffic.requests(Vocabulary(_IDS))
-    # Prompts that have nothing in common need no content.
-    alike = traffic.workload in (Workload.SHARED_PREFIX, Workload.FILE) or _begins_alike(traffic)
+    # Prompts that have nothing in common need no content. What warms up is sent again.
+    alike = traffic.workload in (Workload.SHARED_PREFIX, Workload.FILE) or traffic.warm_up or _begins_alike(traffic)
     found = []
     for request, at in zip(asked, times, strict=True):
         prompt = _tokens(request.prompt)
         found.append(Arrival(at, len(prompt), request.max_tokens, prompt if alike else ()))
-    return sorted(found, key=lambda arrival: arrival.at)
+    first = (found * (traffic.warm_up // len(found) + 1))[: traffic.warm_up]
+    return sorted(found, key=lambda arrival: arrival.at), first
 
 
 def _begins_alike(traffic: Traffic) -> bool:

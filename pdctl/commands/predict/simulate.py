@@ -67,7 +67,7 @@ def run(spec: ServiceSpec, traffic: Traffic, targets: Targets) -> Prediction:
     from pdctl.simulation.service import Service
 
     service = Service(spec, traffic.seed)
-    records = service.run(arrivals(traffic))
+    records = service.run(*arrivals(traffic))
     service.audit()
     return predict(service, records, targets)
 
