@@ -24,6 +24,7 @@ from pdctl.commands.inspect.kv import kv
 from pdctl.commands.inspect.logs import logs
 from pdctl.commands.inspect.status import status
 from pdctl.commands.inspect.why import why
+from pdctl.commands.predict.recommend import recommend
 from pdctl.commands.predict.simulate import simulate
 from pdctl.commands.setup.init import init
 from pdctl.commands.setup.key import key
@@ -43,7 +44,7 @@ app = typer.Typer(
 
 for verb in (
     init, plan, up, status, logs, events, why, restart, stop, start, drain, role, scale, apply, kv, ask, doctor, key,
-    down, simulate,
+    down, simulate, recommend,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(bench, name="bench")

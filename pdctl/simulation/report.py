@@ -14,7 +14,7 @@ from pdctl.simulation.service import Service
 @dataclass(frozen=True, slots=True)
 class EngineUse:
     """One engine. `busy`: the part of the time in which it computed; `kv_peak`: the largest part of its KV that was
-    seen in use; `prefills` and `decodes`: answered requests whose prompt, or answer, it computed; `lives`: its starts."""
+    seen in use; `prefills` and `decodes`: answered requests whose prompt, or answer, it computed; `lives`: starts."""
 
     name: str
     role: str
