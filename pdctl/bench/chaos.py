@@ -28,7 +28,7 @@ _MOST_KEPT = 100
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault. `pids`: the processes of one unit, its main process first; `what`: kill or freeze."""
+    """A fault. `pids`: the processes of one unit, its main process first; `what`: kill, freeze, restart or role."""
 
     what: str
     name: str

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from pdctl.bench import Asked
     from pdctl.bench.chaos import Difference, Observations
     from pdctl.bench.client import Endpoint
-    from pdctl.control_api import ServiceStatus
+    from pdctl.control_api import RoleName, ServiceStatus
 
-_FAULTS = ("kill", "freeze")
+_FAULTS = ("kill", "freeze", "restart", "role")
+# Orders to the supervisor, instead of signals to processes.
+_ORDERS = ("restart", "role")
+_ROLES: tuple[RoleName, ...] = ("prefill", "decode", "hybrid")
 _LOOK_S = 0.1
 _ANSWER_S = 600.0
 # The leases of the last requests may outlive them by this long, seconds.
@@ -41,7 +44,8 @@ def chaos(
     faults: list[str] = typer.Option(
         ["kill:prefill", "kill:decode"],
         "--fault",
-        help="Fault: kill:TARGET or freeze:TARGET; a target is an engine group, proxy or supervisor. Repeatable.",
+        help="Fault: kill:TARGET, freeze:TARGET, restart:TARGET (drained) or role:TARGET (another role, at random); a "
+        "target is an engine group, proxy or supervisor. Repeatable.",
     ),
     frozen: float = typer.Option(3.0, "--frozen", min=0.1, help="Seconds that a frozen process stays frozen."),
     streams: int = typer.Option(
@@ -194,19 +198,34 @@ class _Schedule:
         what, name = chosen
         pids = (status.supervisor_pid,) if name == SUPERVISOR else _tree(pids_of[name])
         fault = Fault(what, name, pids)
+        if what in _ORDERS and not self._order(what, name):
+            return
         began = time.monotonic()
         observed.faults.append(fault)
         observed.fault_times.append(began)
         console.note(f"{what} {name}; so far {observed.answered} answered, {sum(observed.failed.values())} failed, "
                      f"{observed.wrong} wrong")  # fmt: skip
-        carry_out(fault, self._frozen, self.wait)
+        if what not in _ORDERS:
+            carry_out(fault, self._frozen, self.wait)
         if name == SUPERVISOR:
             seconds = self._taken_over(began)
         else:
-            seconds = self._ready_again(name, fault.pids[0] if what == "kill" else 0, began)
+            seconds = self._ready_again(name, fault.pids[0] if what in ("kill", "restart") else 0, began)
         # If the wait was cut short by a stop, it is unknown whether the process would have recovered.
         if seconds is not None or not self._over.is_set():
             observed.recovered.append(seconds)
+
+    def _order(self, what: str, name: str) -> bool:
+        """Have an engine restarted, or given another role. False if that is refused, such as a role without which the
+        service cannot do."""
+        try:
+            if what == "restart":
+                control(self.service).act(name, "restart", drain=True)
+            else:
+                control(self.service).change_role(name, self._rng.choice(_ROLES), self._rng.choice([0.0, 2.0]))
+        except PdctlError:
+            return False
+        return True
 
     def _taken_over(self, began: float) -> float | None:
         """Start pdctl again, as its user or systemd would. Returns the seconds since the fault, None on failure."""
@@ -225,7 +244,7 @@ class _Schedule:
         while time.monotonic() - began < self._back_s and not self.is_over:
             status = self._status()
             now = status.process(name) if status is not None else None
-            if now is not None and now.state == "ready" and now.pid != old_pid:
+            if now is not None and now.state == "ready" and now.pid != old_pid and not now.leaving_role:
                 return time.monotonic() - began
             self.wait(_LOOK_S)
         return None
