@@ -25,19 +25,20 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """One engine, now. `kv_used`: the part of its KV blocks in use; `is_settled`: it can change its role, and has ended
-    its work of an earlier one."""
+    """One engine, now. `seats`: sequences that it runs at once; `kv_used`: the part of its KV blocks in use;
+    `is_settled`: it can change its role, and has ended its work of an earlier one."""
 
     name: str
     role: RoleName
     work: Work
+    seats: int
     kv_used: float = 0.0
     is_settled: bool = True
 
 
 class Pressure(NamedTuple):
     """How near a service is to its targets; 1.0 is at them. `prefill`: predicted wait of a new prompt / TTFT target;
-    `decode`: predicted step / TPOT target, or the use of KV / 90%, whichever is higher."""
+    `decode`: predicted step / TPOT target, or the use of seats or KV / their limit, whichever is higher."""
 
     prefill: float
     decode: float

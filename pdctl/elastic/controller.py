@@ -19,8 +19,8 @@ _NEEDS, _GIVES, _GIVES_AFTER = 1.0, 0.6, 0.9
 _LOOKS = 3
 # Changes back within this time, seconds; that many freeze the roles for as long.
 _FLAPS, _FLAP_S = 3, 600.0
-# KV above which decode engines are full.
-_KV_FULL = 0.9
+# Parts of their KV and of their seats at which decode engines are full: then requests wait at the door.
+_KV_FULL, _SEATS_FULL = 0.9, 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,9 @@ def pressure_of(engines: Sequence[EngineView], rules: Rules) -> Pressure:
     context = sum(engine.work.context for engine in engines) / len(decodes)
     step = Step(count, 0.0, count, context, count)
     seconds = max(engine.work.times.seconds(step) for engine in decodes) if count else 0.0
-    full = sum(engine.kv_used for engine in decodes) / len(decodes) / _KV_FULL
-    return Pressure(prefill, max(seconds / rules.tpot_s, full))
+    kv = sum(engine.kv_used for engine in decodes) / len(decodes) / _KV_FULL
+    seats = sum(engine.work.decodes for engine in engines) / sum(engine.seats for engine in decodes) / _SEATS_FULL
+    return Pressure(prefill, max(seconds / rules.tpot_s, kv, seats))
 
 
 def _needy(pressure: Pressure) -> str:

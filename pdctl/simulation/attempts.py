@@ -93,6 +93,10 @@ class Solo:
         unreachable(self._place.engine, self._wires.time())
         self._fail(Cause.BROKE, f"{node.name} died")
 
+    def given_back(self, node: Node) -> None:
+        """See Call."""
+        raise AssertionError(node.name)
+
     def held(self, node: Node, held: Held) -> None:
         """See Call."""
         raise AssertionError(held)
@@ -203,6 +207,11 @@ class Pair:
             self._reading = None
         else:
             self._fail(node, Cause.REFUSED, failed.reason)
+
+    def given_back(self, node: Node) -> None:
+        """See Call."""
+        # As the proxy takes a refusal by the role's epoch.
+        self._fail(node, Cause.NOT_REACHED, f"{node.name} has another role")
 
     def lost(self, node: Node) -> None:
         """See Call."""

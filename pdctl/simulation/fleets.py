@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from pdctl.errors import PdctlError
 from pdctl.simulation.profiles import Speed
-from pdctl.simulation.spec import EngineSpec, Fault, MachineSpec, ServiceSpec
+from pdctl.simulation.spec import ElasticSpec, EngineSpec, Fault, MachineSpec, ServiceSpec
 from pdctl.topology.spec import ENGINE_ROLES, Device, EngineGroup, Topology
 
 _ENGINE = re.compile(r"(?P<role>\w+)(?::(?P<count>\d+))?(?:@(?P<speed>[^@]+))?")
@@ -87,12 +87,21 @@ def of_topology(topology: Topology, speed: Speed, memory: Memory, cores: int, sl
         routing=topology.proxy.routing,
         admission=topology.proxy.admission,
         max_queue=topology.proxy.max_queue,
+        elastic=_elastic(topology),
         transfer=replace(
             defaults.transfer, token_bytes=memory.token_bytes, chunked=topology.transfer.chunked,
             deadline_s=max(60.0, 4 * topology.transfer.lease_s),
         ),
         machines={_CPUS: MachineSpec(cores, slowdown)} if on_cpus else {},
     )  # fmt: skip
+
+
+def _elastic(topology: Topology) -> ElasticSpec | None:
+    """Whether the roles follow the load. Advice changes nothing."""
+    elastic = topology.elastic
+    if elastic.mode != "act":
+        return None
+    return ElasticSpec(elastic.min_prefill, elastic.min_decode, elastic.interval_s, elastic.cooldown_s)
 
 
 def _engine(topology: Topology, group: EngineGroup, name: str, speed: Speed, memory: Memory) -> EngineSpec:

@@ -40,6 +40,9 @@ class Call(Protocol):
     def refused(self, node: Node, failed: Failed) -> None:
         """The request can never fit."""
 
+    def given_back(self, node: Node) -> None:
+        """The engine does not compute prompts for peers any more, and has not begun this one."""
+
     def lost(self, node: Node) -> None:
         """The engine died."""
 
@@ -121,6 +124,12 @@ class Node:
         """Nobody wants this request here any more. One that is not here is no error."""
         if self.calls.pop(request_id, None) is not None:
             self.engine.abort(request_id)
+
+    def give_back(self, request_id: str) -> None:
+        """Let a prompt that was not begun be computed elsewhere."""
+        call = self.calls.pop(request_id)
+        self.engine.abort(request_id)
+        call.given_back(self)
 
     def condition(self) -> Condition:
         """What it answers to a probe."""

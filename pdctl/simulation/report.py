@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pdctl.bench import Record
 from pdctl.bench.client import Run
 from pdctl.bench.measurements import Measurements, Targets, measurements
+from pdctl.simulation.elastic import RoleChange
 from pdctl.simulation.service import Service
 
 
@@ -29,7 +30,8 @@ class EngineUse:
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """`inline`: the part of the requests that a decode engine computed alone although a pair could, None if there was
-    no choice; `placed`: their number by reason; `failed_tries`: calls that failed and were made again elsewhere."""
+    no choice; `placed`: their number by reason; `failed_tries`: calls that failed and were made again elsewhere;
+    `role_changes`: of the controller."""
 
     measured: Measurements
     records: list[Record]
@@ -38,6 +40,7 @@ class Prediction:
     placed: dict[str, int]
     failed_tries: int
     moved_bytes: int
+    role_changes: list[RoleChange]
 
     def to_dict(self) -> dict[str, object]:
         """The measurements, and what only a simulation knows, as JSON."""
@@ -47,6 +50,7 @@ class Prediction:
             "placed": self.placed,
             "failed_tries": self.failed_tries,
             "moved_bytes": self.moved_bytes,
+            "role_changes": [asdict(change) for change in self.role_changes],
         }
         return {**self.measured, "simulation": found}
 
@@ -69,7 +73,8 @@ def predict(service: Service, records: Sequence[Record], targets: Targets) -> Pr
     placed, chosen = dict(sorted(service.placed.items())), service.placed.total()
     inline = 1 - service.placed["remote"] / chosen if chosen else None
     found = measurements(run, targets)
-    return Prediction(found, run.records, uses, inline, placed, service.failures, service.wires.moved)
+    changes = service.elastic.changes if service.elastic is not None else []
+    return Prediction(found, run.records, uses, inline, placed, service.failures, service.wires.moved, changes)
 
 
 def _most_at_once(records: Sequence[Record]) -> int:

@@ -10,6 +10,7 @@ from functools import partial
 
 from pdctl.adapters import Condition, dialect
 from pdctl.bench import Record
+from pdctl.elastic import Rules
 from pdctl.engine.virtual import VirtualTime
 from pdctl.net.http_client import ConnectionPool
 from pdctl.proxy.engines.breaker import RetryBudget
@@ -21,6 +22,7 @@ from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.proxy_wire import EngineAddress
 from pdctl.simulation.attempts import Place
 from pdctl.simulation.door import Door
+from pdctl.simulation.elastic import ElasticRoles
 from pdctl.simulation.journey import Journey
 from pdctl.simulation.machine import Machine
 from pdctl.simulation.models import Models
@@ -78,6 +80,8 @@ class Service:
             self.time.at(begin + fault.at_s, partial(self._kill, self.places[fault.engine].node, fault.after_s))
         self._probe()
         self._look()
+        if self.elastic is not None:
+            self.time.at(begin, self.elastic.look)
         self.time.run()
         return [journey.record for journey in self._journeys[len(warm_up) :]]
 
@@ -118,6 +122,14 @@ class Service:
         self.wires = Wires(self.time, self.fleet, spec.transfer, self.failover, spec.costs.call_s, self._suspect)
         admission = Admission.of(spec.admission, spec.max_queue, spec.ttft_s, spec.tpot_s)
         self.door = Door(admission, self.fleet, self.time)
+        self.elastic = self._elastic()
+
+    def _elastic(self) -> ElasticRoles | None:
+        spec, wanted = self.spec, self.spec.elastic
+        if wanted is None:
+            return None
+        rules = Rules(spec.ttft_s, spec.tpot_s, wanted.min_prefill, wanted.min_decode, wanted.cooldown_s)
+        return ElasticRoles(self.time, self.fleet, self.places, rules, wanted.interval_s, lambda: self._unfinished > 0)
 
     def _node(self, spec: EngineSpec) -> Node:
         processor = self._machines[spec.machine].run if spec.machine else None

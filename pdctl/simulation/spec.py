@@ -67,8 +67,19 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
+class ElasticSpec:
+    """Roles that follow the load; the keys of [elastic]."""
+
+    min_prefill: int = 1
+    min_decode: int = 1
+    interval_s: float = 2.0
+    cooldown_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceSpec:
-    """A whole service. `machines`: by name. The other keys are those of [proxy] and [slo]."""
+    """A whole service. `machines`: by name. `elastic`: None: the roles stay. The other keys are those of [proxy] and
+    [slo]."""
 
     engines: tuple[EngineSpec, ...]
     ttft_s: float = 2.0
@@ -80,6 +91,7 @@ class ServiceSpec:
     machines: dict[str, MachineSpec] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
     costs: Costs = Costs()
+    elastic: ElasticSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)

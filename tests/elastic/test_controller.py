@@ -17,7 +17,7 @@ RULES = Rules(ttft_s=2.0, tpot_s=0.1)
 
 
 def engine(name: str, role: RoleName, prompt_tokens: int = 0, decodes: int = 0, kv_used: float = 0.0) -> EngineView:
-    return EngineView(name, role, Work(TIMES, 512, prompt_tokens, decodes, 100 * decodes), kv_used)
+    return EngineView(name, role, Work(TIMES, 512, prompt_tokens, decodes, 100 * decodes), 400, kv_used)
 
 
 def look(memory: Memory, engines: list[EngineView], times: int = 1, now: float = 100.0) -> tuple[Memory, list[str]]:
@@ -47,6 +47,12 @@ def test_slow_answers_get_the_prefill_engine_with_the_shortest_queue() -> None:
 
 def test_full_kv_counts_as_slow_answers() -> None:
     engines = [engine("p", "prefill"), engine("q", "prefill"), engine("d", "decode", decodes=1, kv_used=0.99)]
+    assert look(Memory(), engines, 3)[1] == ["p decode"]
+
+
+def test_full_seats_count_as_slow_answers() -> None:
+    engines = [replace(one, seats=16) for one in (*PROMPTS[:1], engine("q", "prefill"), engine("d", "decode", 0, 16))]
+    engines[0] = replace(engines[0], work=Work(TIMES, 512))
     assert look(Memory(), engines, 3)[1] == ["p decode"]
 
 
