@@ -33,14 +33,17 @@ class ElasticRoles:
         self._journal = journal
         self._memory = Memory()
         self._said = ""
+        self._mode = "off"
 
     async def run_forever(self) -> None:
         """Look at the engines from time to time."""
         while True:
             elastic = self._state.plan.elastic
             await asyncio.sleep(_OFF_S if elastic.mode == "off" else elastic.interval_s)
+            if elastic.mode != self._mode:
+                # What was only advised is not done.
+                self._mode, self._memory, self._said = elastic.mode, Memory(), ""
             if elastic.mode == "off" or self._state.is_stopping:
-                self._memory = Memory()
                 continue
             self.look(await self._views(), elastic.mode == "act")
 
