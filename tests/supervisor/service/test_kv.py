@@ -56,7 +56,7 @@ def with_front(front: Front, act: Callable[[KvWatch], Awaitable[None]], kind: st
 def test_a_role_is_told_again_after_a_failure() -> None:
     front = Front(503, 500)
     assert with_front(front, lambda watch: watch.tell_role("p0")) == []
-    assert front.calls == [("/pdctl/v1/role", {"role": "prefill"})] * 3
+    assert front.calls == [("/pdctl/v1/role", {"role": "prefill", "epoch": 0})] * 3
 
 
 def test_an_engine_that_takes_no_role_is_reported_once() -> None:
