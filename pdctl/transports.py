@@ -17,7 +17,7 @@ class TransportInfo:
     limited to a range of ports. `is_open_to_strangers`: without authentication; any client that reaches its ports can
     read the KV. `reads_per_peer`: number of concurrent reads from one peer that is still faster than fewer.
     `environment`: prefix of the environment variables of its library. `on_gpu`: it reads and writes pools in the memory
-    of GPUs.
+    of GPUs. `may_be_on_gpu`: it does so where its library and the network can, and else has a copy in host memory.
     """
 
     crosses_hosts: bool
@@ -26,13 +26,14 @@ class TransportInfo:
     reads_per_peer: int = 2
     environment: str = ""
     on_gpu: bool = False
+    may_be_on_gpu: bool = False
 
 
 TRANSPORTS = {
     "cuda_ipc": TransportInfo(crosses_hosts=False, reads_per_peer=1, on_gpu=True),
     "shm": TransportInfo(crosses_hosts=False, reads_per_peer=1),
     "mooncake": TransportInfo(
-        crosses_hosts=True, takes_ports=True, is_open_to_strangers=True, environment="MC_"
+        crosses_hosts=True, takes_ports=True, is_open_to_strangers=True, environment="MC_", may_be_on_gpu=True
     ),
     "nixl": TransportInfo(crosses_hosts=True, environment="UCX_"),
 }  # fmt: skip

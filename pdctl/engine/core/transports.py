@@ -7,7 +7,7 @@ from typing import Protocol
 
 from pdctl.engine.cache.memory import DeviceMemory, Memory
 from pdctl.engine.options import EngineOptions
-from pdctl.engine.transfer import Settings, TransferError, Transport, transport_kind
+from pdctl.engine.transfer import DeviceMemoryRefused, Settings, TransferError, Transport, transport_kind
 from pdctl.net import reachable
 from pdctl.transports import TRANSPORTS
 
@@ -39,26 +39,45 @@ def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Transport]:
     )
     if options.transfer == "auto":
         return {transport.name: transport for transport in [_nearest(options, pool, settings)]}
-    return {options.transfer: _open(options.transfer, pool, settings)}
+    return {options.transfer: _open(options.transfer, options, pool, settings)}
 
 
 def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Transport:
     if options.device == "cpu":
-        return _open("shm", pool, settings)
+        return _open("shm", options, pool, settings)
     try:
-        return _open("cuda_ipc", pool, settings)
+        return _open("cuda_ipc", options, pool, settings)
     except TransferError as failure:
         reason = f"cuda_ipc: {failure}"
     _log.warning("%s; using shm, through host memory", reason)
-    transport = _open("shm", pool, settings)
+    transport = _open("shm", options, pool, settings)
     transport.fallback = reason
     return transport
 
 
-def _open(name: str, pool: Pool, settings: Settings) -> Transport:
+def _on_gpu_or_host(name: str, pool: Pool, settings: Settings) -> Transport:
+    kind = transport_kind(name)
+    try:
+        transport = kind.open_transport(pool.device_memory, settings)
+        _log.info("%s reads and writes the GPU's memory", name)
+        return transport
+    except DeviceMemoryRefused as refused:
+        reason = f"{name} goes through host memory: {refused}"
+    transport = kind.open_transport(pool.mirror(settings.epoch), settings)
+    if transport.protocol == "rdma":
+        # RDMA could have done without the copies. Over TCP there is nothing better.
+        transport.fallback = reason
+    _log.warning("%s", reason)
+    return transport
+
+
+def _open(name: str, options: EngineOptions, pool: Pool, settings: Settings) -> Transport:
     info = TRANSPORTS[name]
-    memory = pool.device_memory if info.on_gpu else pool.mirror(settings.epoch)
-    transport = transport_kind(name).open_transport(memory, settings)
+    if info.may_be_on_gpu and options.device == "cuda":
+        transport = _on_gpu_or_host(name, pool, settings)
+    else:
+        memory = pool.device_memory if info.on_gpu else pool.mirror(settings.epoch)
+        transport = transport_kind(name).open_transport(memory, settings)
     if transport.fallback:
         _log.warning("%s: %s; using %s", name, transport.fallback, transport.protocol)
     if info.is_open_to_strangers:

@@ -21,6 +21,10 @@ class TransferError(Exception):
     """The bytes did not arrive, and nothing will write to the target any more."""
 
 
+class DeviceMemoryRefused(TransferError):
+    """The transport does not read and write this GPU's memory; it can use a copy in host memory."""
+
+
 class TransferUncertain(TransferError):
     """The bytes did not arrive in time and may still arrive. `settled` is polled until it returns true."""
 
@@ -87,7 +91,7 @@ class Kind(Protocol):
     def open_transport(self, memory: Memory | DeviceMemory, settings: Settings) -> Transport:
         """Open a transport over `memory`, on a GPU for those transports that read there.
 
-        Raises TransferError with the reason if it cannot work here."""
+        Raises TransferError with the reason if it cannot work here, DeviceMemoryRefused if it could in host memory."""
         ...
 
 

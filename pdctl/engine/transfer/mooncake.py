@@ -3,11 +3,14 @@
 Serving and reading use separate engines, so that the reading one can be replaced while peers continue to read.
 The library's blocking calls spin on a core, so reads are started as single-span batches and polled with sleeps. A batch
 is over when its status says so (measured: nothing arrives after a failed status).
+A GPU's memory is registered like the host's, where RDMA reaches it and the library is built for CUDA. Over TCP older
+versions crash on addresses of a GPU (kvcache-ai/Mooncake, issue 917).
 It listens on every interface without authentication: see docs/transports.md.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import time
@@ -17,8 +20,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pdctl.engine.cache.layout import Span
-from pdctl.engine.cache.memory import Memory
-from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, carrier, check_spans
+from pdctl.engine.cache.memory import DeviceMemory, Memory
+from pdctl.engine.transfer import (
+    DeviceMemoryRefused,
+    Settings,
+    TransferError,
+    TransferUncertain,
+    carrier,
+    check_spans,
+)
 
 if TYPE_CHECKING:
     from mooncake.engine import TransferEngine
@@ -48,7 +58,7 @@ _ENVIRONMENT = {
 }
 
 
-def open_transport(memory: Memory, settings: Settings) -> MooncakeTransport:
+def open_transport(memory: Memory | DeviceMemory, settings: Settings) -> MooncakeTransport:
     """See Kind.open_transport."""
     return MooncakeTransport(memory, settings)
 
@@ -58,10 +68,12 @@ class MooncakeTransport:
 
     name = "mooncake"
 
-    def __init__(self, memory: Memory, settings: Settings) -> None:
+    def __init__(self, memory: Memory | DeviceMemory, settings: Settings) -> None:
         self._memory = memory
         self._settings = settings
         self.protocol, self.fallback = carrier(settings, "tcp")
+        if isinstance(memory, DeviceMemory) and self.protocol != "rdma":
+            raise DeviceMemoryRefused("only RDMA reaches the memory of a GPU")
         _set_environment(settings, self.protocol)
         self._probes = np.zeros((_PROBES, _EPOCH_BYTES), dtype=np.uint8)
         self._probed = 0
@@ -129,7 +141,7 @@ class MooncakeTransport:
         assert len(epoch) < _EPOCH_BYTES
         self._label[: len(epoch)] = np.frombuffer(epoch, dtype=np.uint8)
         server = self._open()
-        _register(server, self._memory.base, self._memory.num_bytes)
+        self._register_pool(server)
         _register(server, self._label.ctypes.data, _EPOCH_BYTES)
         session = f"{self._settings.host}:{server.get_rpc_port()}"
         self.address = f"{session}/{self._memory.base}/{self._label.ctypes.data}/{self._settings.epoch}"
@@ -139,16 +151,26 @@ class MooncakeTransport:
         """The reading engine. Called with the lock held."""
         if self._reader is None:
             self._reader = self._open()
-            _register(self._reader, self._memory.base, self._memory.num_bytes)
+            self._register_pool(self._reader)
             _register(self._reader, self._probes.ctypes.data, self._probes.nbytes)
         return self._reader
 
+    def _register_pool(self, engine: TransferEngine) -> None:
+        try:
+            _register(engine, self._memory.base, self._memory.num_bytes)
+        except TransferError as failure:
+            if isinstance(self._memory, DeviceMemory):
+                raise DeviceMemoryRefused(f"{failure} (is the kernel module nvidia_peermem loaded?)") from failure
+            raise
+
     def _open(self) -> TransferEngine:
         try:
-            from mooncake.engine import TransferEngine
+            library = importlib.import_module("mooncake.engine")
         except ImportError as failure:
             raise TransferError(_import_hint(str(failure))) from failure
-        engine = TransferEngine()
+        if isinstance(self._memory, DeviceMemory) and not getattr(library, "SUPPORT_CUDA", False):
+            raise DeviceMemoryRefused("this build does not know GPUs; install mooncake-transfer-engine instead of it")
+        engine: TransferEngine = library.TransferEngine()
         devices = ",".join(self._settings.devices) if self.protocol == "rdma" else ""
         if engine.initialize(self._settings.host, "P2PHANDSHAKE", self.protocol, devices) != 0:
             where = f"ports {self._settings.ports}" if self._settings.ports else "its ports"
