@@ -40,8 +40,8 @@ class Wanted(NamedTuple):
         tokens = self.prompt + [TOKEN] * self.emitted
         status = Status.AWAITING_BLOCKS if kv_tokens else Status.WAITING
         return Sequence(
-            name, tokens, len(self.prompt), Sampling(self.outputs), hold, offer, kv_tokens=kv_tokens, status=status,
-            ttft_s=self.ttft_s, tpot_s=self.tpot_s,
+            name, tokens, len(self.prompt), Sampling(self.outputs), hold=hold, offer=offer, kv_tokens=kv_tokens,
+            status=status, ttft_s=self.ttft_s, tpot_s=self.tpot_s,
         )  # fmt: skip
 
 
