@@ -20,6 +20,7 @@ import typer
 from pdctl import console
 from pdctl.commands.bench.keep import draw, drawing, write
 from pdctl.commands.bench.load import Load, endpoint_of, takes_load, vocabulary
+from pdctl.commands.bench.predicted import beside, predictions, table
 from pdctl.commands.common import control, find_service, given_options, running_services
 from pdctl.errors import PdctlError
 from pdctl.host.users import run_root
@@ -44,6 +45,12 @@ def compare(
     rounds: int = typer.Option(
         3, "--rounds", min=1, max=30, help="With topologies: how many times each is started and measured."
     ),
+    simulated: bool = typer.Option(
+        False, "--simulated", help="With topologies: also predict both, and print predicted beside measured."
+    ),
+    profile: Path | None = typer.Option(
+        None, "--profile", help="With --simulated: how fast the engines are. See: pdctl simulate --help."
+    ),
     out: Path | None = typer.Option(None, "--out", help="With topologies: write both results into this folder."),
     page: Path | None = typer.Option(None, "--html", help="Write an HTML page with plots of both to this file."),
     pictures: Path | None = typer.Option(None, "--png", help="Write plots of both as PNG files into this folder."),
@@ -58,6 +65,7 @@ def compare(
     if len(kinds) > 1:
         raise PdctlError(f"{first} and {second} are of different kinds", "give two topologies (.toml), or two results")
     names = _titles(first, second)
+    expected: list[Measurements] = []
     if kinds == {False}:
         _refuse_load_options(given)
         from pdctl.bench.compare import read, with_goodput
@@ -67,8 +75,12 @@ def compare(
             results = (with_goodput(results[0], targets), with_goodput(results[1], targets))
     else:
         load.check(given)
+        if profile is not None and not simulated:
+            raise PdctlError("--profile does nothing without --simulated", "add it")
+        # Before the measurement: engines learn from that.
+        expected = predictions((first, second), load, profile) if simulated else []
         results = _measured((first, second), load, rounds)
-    _tell(results, names, as_json)
+    _tell(results, names, expected, as_json)
     _keep(results, names, out, page, pictures)
 
 
@@ -247,19 +259,27 @@ def _rows(results: tuple[Measurements, Measurements]) -> list[list[str]]:
     ]
 
 
-def _tell(results: tuple[Measurements, Measurements], names: tuple[str, str], as_json: bool) -> None:
+def _tell(
+    results: tuple[Measurements, Measurements], names: tuple[str, str], expected: Sequence[Measurements], as_json: bool
+) -> None:
     from pdctl.bench.compare import compare as ratios
 
     found = ratios(*results)
     if not found:
         raise PdctlError("the two results have no measurement in common")
+    pairs = list(zip(results, expected, strict=False))
     if as_json:
-        console.out(json.dumps([{**asdict(ratio), "verdict": ratio.verdict} for ratio in found], indent=2))
+        told: object = [{**asdict(ratio), "verdict": ratio.verdict} for ratio in found]
+        if pairs:
+            told = {"ratios": told, "predicted": [[asdict(one) for one in beside(*pair)] for pair in pairs]}
+        console.out(json.dumps(told, indent=2))
         return
     console.out(console.table(["", names[0].upper(), names[1].upper(), "RATIO", "95%", ""], _rows(results)))
     console.out("")
     for line in verdicts(found, names[0]):
         console.out(line)
+    if pairs:
+        console.out("\n" + table(names, pairs))
 
 
 def verdicts(found: list[Ratio], name: str) -> list[str]:
