@@ -2,18 +2,15 @@
 
 The grammar compiler (xgrammar) ignores what it does not know, so answers could violate the requested schema. Therefore
 each node is checked before it is compiled: a keyword is accepted only if generated answers are known to satisfy it
-(tests/engine/test_schemas.py validates them, keyword by keyword). Others are refused with name and location.
+(tests/engine/front/test_schemas.py validates them, keyword by keyword). Others are refused with name and location.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
+from pdctl.engine.front.api.schemas.nodes import TELLING, Endings, Schema, are_disjoint, follow, is_of, types_of
 from pdctl.net.openai_api import ApiError
-
-# A JSON Schema, or a part of one, as parsed JSON.
-Schema = object
 
 _MAX_NODES, _MAX_DEPTH = 4096, 64
 
@@ -35,8 +32,6 @@ _OF_TYPE: dict[str, frozenset[str]] = {
     "null": frozenset(),
 }  # fmt: skip
 _OF_TYPE["integer"] = _OF_TYPE["number"]
-# Keywords that imply the type.
-_TELLING = {"properties": "object", "items": "array", "prefixItems": "array"}
 _DATE = (
     r"[1-9]\d{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)"
     r"|02-(?:0[1-9]|1\d|2[0-8]))"
@@ -58,7 +53,7 @@ def check_schema(schema: Schema, param: str, where: str = "") -> None:
     `param`: the request's field; `where`: the schema's location in it, such as `json_schema.schema`.
     """
     _Check(schema, param, where).node(schema, where or "$", 0)
-    if not _Endings(schema).can_end(schema):
+    if not Endings(schema).can_end(schema):
         raise ApiError(400, f"{param}: no answer of finite length fits the schema", param=param)
 
 
@@ -111,20 +106,20 @@ class _Check:
     def _branches(self, name: str, branches: list[Schema], path: str) -> None:
         if name == "allOf" and len(branches) > 1:
             raise self._error(path, "'allOf' of more than one schema is not supported")
-        if name == "oneOf" and not _are_disjoint([self._resolved(branch) for branch in branches]):
+        if name == "oneOf" and not are_disjoint([self._resolved(branch) for branch in branches]):
             hint = "is supported only where types, or a required property with const, tell the schemas apart; use anyOf"
             raise self._error(path, f"'oneOf' {hint}")
 
     def _values(self, schema: dict[str, Schema], values: Schema, path: str) -> None:
         if not isinstance(values, list) or not values:
             raise self._error(path, "must be a list of values")
-        types = _types(schema)
+        types = types_of(schema)
         for value in values:
-            if types is not None and not any(_is_of(value, kind) for kind in types):
+            if types is not None and not any(is_of(value, kind) for kind in types):
                 raise self._error(path, f"{json.dumps(value)[:60]} is not of the node's type")
 
     def _target(self, reference: Schema, path: str) -> Schema:
-        found = _follow(self._root, reference)
+        found = follow(self._root, reference)
         if found is None:
             message = f"{json.dumps(reference)[:80]} is not supported: it must lead to a place in this schema (#/...)"
             raise self._error(f"{path}.$ref", message)
@@ -134,13 +129,13 @@ class _Check:
         for _ in range(_MAX_DEPTH):
             if not isinstance(schema, dict) or "$ref" not in schema:
                 break
-            schema = _follow(self._root, schema["$ref"])
+            schema = follow(self._root, schema["$ref"])
         return schema
 
     # -- keywords of a type --------------------------------------------------------------------------------
 
     def _typed(self, schema: dict[str, Schema], rules: list[str], path: str, depth: int) -> None:
-        types = _types(schema) or {_TELLING[name] for name in rules if name in _TELLING}
+        types = types_of(schema) or {TELLING[name] for name in rules if name in TELLING}
         for kind in types:
             if kind not in _OF_TYPE:
                 raise self._error(f"{path}.type", f"{kind!r} is not a JSON Schema type")
@@ -288,115 +283,3 @@ def unsupported_pattern(pattern: str) -> str:
 
 
 # -- what a schema means ---------------------------------------------------------------------------------------
-
-
-def _types(schema: dict[str, Schema]) -> set[str] | None:
-    """The types of a node; None if it has no `type`."""
-    named = schema.get("type")
-    if named is None:
-        return None
-    return {str(kind) for kind in named} if isinstance(named, list) else {str(named)}
-
-
-def _is_of(value: Schema, kind: str) -> bool:
-    """Whether a JSON value is of a JSON Schema type."""
-    if kind in ("integer", "number"):
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        return not isinstance(value, bool) and (whole if kind == "integer" else isinstance(value, int | float))
-    kinds: dict[str, type] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-    return kind in kinds and isinstance(value, kinds[kind])
-
-
-def _follow(root: Schema, reference: Schema) -> Schema | None:
-    """The target of a reference into the schema (RFC 6901); None if there is none."""
-    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-        return None
-    found = root
-    for step in reference.split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        if not isinstance(found, dict) or name not in found:
-            return None
-        found = found[name]
-    return found
-
-
-def _are_disjoint(branches: list[Schema]) -> bool:
-    """Whether no value can match two branches, judged by types and constants."""
-    pairs = [(a, b) for number, a in enumerate(branches) for b in branches[:number]]
-    return all(_differ(a, b) for a, b in pairs)
-
-
-def _differ(a: Schema, b: Schema) -> bool:
-    if not isinstance(a, dict) or not isinstance(b, dict):
-        return False
-    ours, theirs = _constants(a), _constants(b)
-    if ours is not None and theirs is not None:
-        return not ours & theirs
-    kinds, others = _wide_types(a), _wide_types(b)
-    if kinds and others and not kinds & others:
-        return True
-    return any(
-        not mine & other
-        for name, mine in _told_apart_by(a)
-        for other_name, other in _told_apart_by(b)
-        if name == other_name
-    )
-
-
-def _wide_types(schema: dict[str, Schema]) -> set[str]:
-    """A node's types, with integer counted as number."""
-    types = _types(schema) or {_TELLING[name] for name in schema if name in _TELLING}
-    return {"number" if kind == "integer" else kind for kind in types}
-
-
-def _told_apart_by(schema: dict[str, Schema]) -> Iterator[tuple[str, set[str]]]:
-    """Required properties with a limited set of values."""
-    properties, required = schema.get("properties"), schema.get("required")
-    if isinstance(properties, dict) and isinstance(required, list):
-        for name in required:
-            inner = properties.get(name)
-            if isinstance(inner, dict) and (found := _constants(inner)) is not None:
-                yield name, found
-
-
-def _constants(schema: dict[str, Schema]) -> set[str] | None:
-    if "const" in schema:
-        return {json.dumps(schema["const"], sort_keys=True)}
-    values = schema.get("enum")
-    return {json.dumps(value, sort_keys=True) for value in values} if isinstance(values, list) else None
-
-
-class _Endings:
-    """Checks whether a schema has finite values: one that requires itself has none."""
-
-    def __init__(self, root: Schema) -> None:
-        self._root = root
-
-    def can_end(self, schema: Schema, above: frozenset[int] = frozenset()) -> bool:
-        if not isinstance(schema, dict):
-            return True
-        if id(schema) in above:
-            return False
-        above |= {id(schema)}
-        if "$ref" in schema:
-            return self.can_end(_follow(self._root, schema["$ref"]), above)
-        for name in ("anyOf", "oneOf", "allOf"):
-            if isinstance(branches := schema.get(name), list):
-                return any(self.can_end(branch, above) for branch in branches)
-        return all(self.can_end(inner, above) for inner in _demanded(schema))
-
-
-def _demanded(schema: dict[str, Schema]) -> Iterator[Schema]:
-    """Schemas of the parts that every value must have."""
-    types = _types(schema)
-    if types is not None and len(types) > 1:
-        return
-    properties, required = schema.get("properties"), schema.get("required")
-    if isinstance(properties, dict) and isinstance(required, list):
-        yield from (properties[name] for name in required if name in properties)
-    least = schema.get("minItems", 0)
-    if isinstance(least, int) and least > 0:
-        first = schema.get("prefixItems")
-        yield from first[:least] if isinstance(first, list) else ()
-        if least > (len(first) if isinstance(first, list) else 0):
-            yield schema.get("items", True)
