@@ -40,6 +40,22 @@ class EngineAddress(msgspec.Struct, frozen=True):
         return (*fixed, *sorted(self.ports.items()))
 
 
+# The name of the entry for API keys without one of their own.
+EVERY_KEY = "*"
+
+
+class KeySettings(msgspec.Struct, frozen=True):
+    """The settings of one API key. `weight`: its share of the engines, relative to other keys; the limits are 0 for
+    none; `streams`: answers at once; `priority`: its class, lower goes first."""
+
+    name: str
+    weight: float = 1.0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    streams: int = 0
+    priority: int = 0
+
+
 class ProxyConfig(msgspec.Struct, frozen=True):
     """The proxy's settings, passed in a file of the run directory.
 
@@ -69,6 +85,7 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     max_body_mb: float = 16.0
     unknown_fields: str = "warn"
     api_keys: str = ""
+    keys: list[KeySettings] = []
     tls_cert: str = ""
     tls_key: str = ""
     cors_origins: list[str] = []
@@ -104,6 +121,34 @@ class PoolReply(msgspec.Struct, frozen=True):
     """A proxy's engines, by name, as /pdctl/v1/pool and /pdctl/v1/reload return them."""
 
     engines: dict[str, EngineLoad]
+
+
+class KeyUse(msgspec.Struct, frozen=True):
+    """What one API key has at a proxy now, and had since its start.
+
+    `running` and `waiting`: answers; `refused`: of `requests`, those refused with 429; `cached_tokens`: of
+    `prompt_tokens`; `queue_s`: sum of the times that requests waited; `ttft_s`: sum of the times to first token, of
+    `first_tokens` requests. `requests_left` and `tokens_left`: what its limits allow now, None without such a limit.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    requests: float = 0.0
+    refused: float = 0.0
+    prompt_tokens: float = 0.0
+    cached_tokens: float = 0.0
+    output_tokens: float = 0.0
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    first_tokens: float = 0.0
+    requests_left: float | None = None
+    tokens_left: float | None = None
+
+
+class KeysReply(msgspec.Struct, frozen=True):
+    """The API keys of a proxy, by name, as /pdctl/v1/keys returns them."""
+
+    keys: dict[str, KeyUse]
 
 
 def listener_path(run_dir: Path, name: str) -> Path:

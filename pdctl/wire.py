@@ -26,6 +26,8 @@ ATTEMPT_HEADER = "x-pdctl-attempt"
 # The targets of the service, in milliseconds: for the first token, and for each later one.
 SLO_HEADER = "x-pdctl-slo"
 TENANT_HEADER = "x-pdctl-tenant"
+# The place of a request in an engine's queue, before its own priority: a whole number, lower goes first.
+ORDER_HEADER = "x-pdctl-order"
 
 # The role epoch in which the sender knows the engine. A request for a role that the engine has left is refused.
 ROLE_EPOCH_HEADER = "x-pdctl-role-epoch"

@@ -16,6 +16,7 @@ from pdctl.control_api.messages import (
     HEARTBEAT_S,
     Event,
     Exits,
+    KeysStatus,
     KvStatus,
     MeasuredStatus,
     Node,
@@ -75,6 +76,10 @@ class ControlClient:
     def exits(self) -> Exits:
         """The last exits of this run."""
         return self._ask("GET", "/v1/exits", Exits)
+
+    def keys(self) -> KeysStatus:
+        """The API keys: their settings, and what each has and had."""
+        return self._ask("GET", "/v1/keys", KeysStatus)
 
     def leases(self) -> KvStatus:
         """All leases on KV, and the use of the blocks."""

@@ -282,6 +282,34 @@ class MeasuredStatus(ServiceStatus, frozen=True, kw_only=True):
         return next((process for process in self.processes if process.name == name), None)
 
 
+class KeyStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """An API key, counted since the start of each proxy worker."""
+
+    name: Annotated[str, says("its name; the key itself is not stored")]
+    weight: Annotated[float, says("its share of the engines, relative to other keys")]
+    priority: Annotated[int, says("its class, lower goes first")]
+    running: Annotated[int, says("its answers that the engines work on")]
+    waiting: Annotated[int, says("its answers that wait in the proxy")]
+    requests: Annotated[int, says("requests, answered or not")]
+    refused: Annotated[int, says("those refused with 429: by a limit, or because too many requests waited")]
+    prompt_tokens: Annotated[int, says("tokens of its prompts")]
+    cached_tokens: Annotated[int, says("those found in a prefix cache")]
+    output_tokens: Annotated[int, says("tokens of its answers")]
+    queue_s: Annotated[float, says("mean seconds that its requests waited in the proxy")]
+    ttft_s: Annotated[float | None, says("mean seconds to the first token; null without one")]
+    requests_per_minute: Annotated[int | None, says("its limit; null for none")]
+    requests_left: Annotated[int | None, says("requests that it may send now; null without that limit")]
+    tokens_per_minute: Annotated[int | None, says("its limit; null for none")]
+    tokens_left: Annotated[int | None, says("tokens that it may use now; null without that limit")]
+    streams: Annotated[int | None, says("answers that it may have at once; null for any number")]
+
+
+class KeysStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The API keys of a service."""
+
+    keys: Annotated[tuple[KeyStatus, ...], says("by name")]
+
+
 class EngineBlocks(msgspec.Struct, frozen=True, kw_only=True):
     """The use of an engine's KV blocks. The total is the sum of free, referenced, leased and quarantined."""
 

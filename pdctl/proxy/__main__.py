@@ -33,6 +33,9 @@ from pdctl.proxy.request.generate import Completions
 from pdctl.proxy.request.leg import Shared
 from pdctl.proxy.request.migration import Migration
 from pdctl.proxy.request.quarantine import Quarantine
+from pdctl.proxy.shares.accounts import Accounts
+from pdctl.proxy.shares.rules import KeyRules
+from pdctl.proxy.shares.shared_totals import SharedTotals
 from pdctl.proxy.surface.app import ProxyApp
 from pdctl.proxy.surface.reload import Reloader, admission_of
 from pdctl.proxy.surface.return_listener import giving_back
@@ -142,6 +145,9 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
         shared=shared,
         door=AdmissionDoor(admission_of(config), pool.outlook, metrics),
         keys=Keys(config.api_keys),
+        accounts=Accounts(
+            KeyRules(config.keys), SharedTotals(run_dir / "key-totals", config.workers, worker) if several else None
+        ),
         log=AccessLog(config.access_log),
         model=config.model,
         holder=f"{name}@{epoch}",

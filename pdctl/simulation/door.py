@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from pdctl.engine.virtual import VirtualTime
 from pdctl.proxy.engines.fleet import Fleet
-from pdctl.proxy.request.admission import Admission, Refusal, Waiter
+from pdctl.proxy.request.admission import Admission, Refusal
+from pdctl.proxy.shares.fair_queue import Waiter, Work
 
 if TYPE_CHECKING:
     from pdctl.simulation.journey import Journey
@@ -23,20 +24,27 @@ class Door:
 
     def ask(self, journey: Journey) -> None:
         """Ask for a seat: now, later or not at all."""
-        now, key = self._time(), journey.arrival.key
-        outlook = self._fleet.outlook(journey.size, journey.arrival.outputs)
-        asked = self.admission.ask(key, 0, outlook, now, journey.size)
+        arrival = journey.arrival
+        outlook = self._fleet.outlook(journey.size, arrival.outputs)
+        asked = self.admission.ask(arrival.key, 0, outlook, self._time(), arrival.outputs)
         if isinstance(asked, Refusal):
             journey.refused(asked.reason)
         elif asked.granted:
-            journey.seated()
+            journey.seated(asked)
         else:
             self._waiting[asked] = journey
             self._time.after(self.admission.patience_s, partial(self._give_up, asked))
+            for waiter, refusal in self.admission.take_pushed_out():
+                self._waiting.pop(waiter).refused(refusal.reason)
 
-    def leave(self, key: str, tpot_s: float | None) -> None:
-        """A request with a seat has ended. `tpot_s`: None if it was not answered."""
-        self.admission.done(self._time(), tpot_s, key)
+    def prefilled(self, seat: Waiter) -> None:
+        """The prompt of a request is computed: engines may take another one."""
+        self.admission.prefilled(seat)
+        self.look()
+
+    def leave(self, seat: Waiter, tpot_s: float | None, actual: Work) -> None:
+        """A request with a seat has ended. `tpot_s`: None if it was not answered; `actual`: its work."""
+        self.admission.done(seat, self._time(), tpot_s, actual)
         self.look()
 
     def look(self) -> None:
@@ -45,10 +53,10 @@ class Door:
             return
         outlook = self._fleet.outlook(0.0, None)
         while (waiter := self.admission.next(outlook, self._time())) is not None:
-            self._waiting.pop(waiter).seated()
+            self._waiting.pop(waiter).seated(waiter)
             outlook = self._fleet.outlook(0.0, None)
 
     def _give_up(self, waiter: Waiter) -> None:
-        if not waiter.granted:
+        if not waiter.granted and not waiter.pushed_out:
             self.admission.leave(waiter)
             self._waiting.pop(waiter).refused("patience")

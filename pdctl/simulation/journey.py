@@ -11,6 +11,7 @@ from pdctl.proxy.engines.load import pieces_of
 from pdctl.proxy.engines.routing import Ask, EnginePair
 from pdctl.proxy.request.course import Course
 from pdctl.proxy.request.failover import Failure, GiveUp
+from pdctl.proxy.shares.fair_queue import Waiter
 from pdctl.simulation.attempts import Pair, Place, Solo, Wanted
 from pdctl.simulation.spec import Arrival
 
@@ -34,7 +35,7 @@ class Journey:
         self._course = Course()
         self._newest_at = 0.0
         self._pieces = pieces_of(b"".join(token.to_bytes(_TOKEN_BYTES) for token in arrival.prompt))
-        self._seated = False
+        self._seat: Waiter | None = None
         self._deadline = 0.0
 
     # -- the way in ----------------------------------------------------------------------------------------
@@ -44,9 +45,9 @@ class Journey:
         self.record.sent_at = self._service.time()
         self._service.door.ask(self)
 
-    def seated(self) -> None:
+    def seated(self, seat: Waiter) -> None:
         """It was admitted."""
-        self._seated = True
+        self._seat = seat
         self.record.parts["queue"] = self._service.time() - self.arrival.at
         self._service.budget.request()
         self.begin()
@@ -111,6 +112,8 @@ class Journey:
             self.record.gaps.append(now - self._newest_at)
         else:
             self.record.first_at = now
+            assert self._seat is not None
+            self._service.door.prefilled(self._seat)
         self._newest_at = self._service.progress_at = now
         self.emitted += 1
 
@@ -138,4 +141,4 @@ class Journey:
         record = self.record
         record.ended_at, record.output_tokens, record.error = self._service.time(), self.emitted, error
         assert error or self.emitted == self.arrival.outputs
-        self._service.ended(self, self._seated)
+        self._service.ended(self, self._seat)

@@ -19,6 +19,7 @@ from pdctl.proxy.engines.fleet import Fleet
 from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.failover import FailoverPolicy
+from pdctl.proxy.shares.fair_queue import Waiter, Work
 from pdctl.proxy_wire import EngineAddress
 from pdctl.simulation.attempts import Place
 from pdctl.simulation.door import Door
@@ -89,14 +90,14 @@ class Service:
         """Go on when engines have changed, or soon."""
         self._waiting.append(then)
 
-    def ended(self, journey: Journey, seated: bool) -> None:
+    def ended(self, journey: Journey, seat: Waiter | None) -> None:
         """A request has ended."""
         self.progress_at = self.time()
         self._unfinished -= 1
-        if seated:
+        if seat is not None:
             record = journey.record
             tpot_s = (record.ended_at - record.first_at) / max(1, record.output_tokens - 1) if record.is_good else None
-            self.door.leave(journey.arrival.key, tpot_s)
+            self.door.leave(seat, tpot_s, Work(float(record.input_tokens), float(record.output_tokens)))
 
     def audit(self) -> None:
         """Check that every request has ended, and that nothing is left of it anywhere."""

@@ -9,8 +9,9 @@ import msgspec
 from pdctl.adapters import can_launch, launcher
 from pdctl.speculative import Speculative
 from pdctl.topology.document import Table
-from pdctl.topology.schema import COMMAND, ENGINE, STORE, TABLES, Key
+from pdctl.topology.schema import API_KEY, COMMAND, ENGINE, STORE, TABLES, Key
 from pdctl.topology.spec import (
+    ApiKey,
     Command,
     Device,
     Elastic,
@@ -47,7 +48,7 @@ def build(data: Table, source: str | None) -> Topology:
             service["tool_parser"],
             service["reasoning_parser"],
         ),
-        proxy=_proxy(proxy, source),
+        proxy=_proxy(proxy, source, tuple(_key(entry) for entry in data.get("keys", ()))),
         slo=Slo(float(slo["ttft_ms"]), float(slo["tpot_ms"])),
         transfer=_transfer(transfer),
         engines=tuple(_group(entry, source) for entry in data.get("engines", ())),
@@ -74,7 +75,7 @@ def _supervision(values: Table) -> Supervision:
     return Supervision(**{**found, "stop_signals": tuple(values["stop_signals"])})
 
 
-def _proxy(values: Table, source: str | None) -> Proxy:
+def _proxy(values: Table, source: str | None, keys: tuple[ApiKey, ...]) -> Proxy:
     return Proxy(
         host=values["host"],
         port=values["port"],
@@ -94,7 +95,13 @@ def _proxy(values: Table, source: str | None) -> Proxy:
         accept_nodes=values["accept_nodes"],
         node_keys=absolute(values["node_keys"], source),
         node_away_s=float(values["node_away_s"]),
+        keys=keys,
     )
+
+
+def _key(entry: Table) -> ApiKey:
+    values = _filled(entry, API_KEY)
+    return ApiKey(**{**values, "weight": float(values["weight"])})
 
 
 def absolute(path: str | None, source: str | None) -> str:

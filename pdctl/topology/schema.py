@@ -369,8 +369,16 @@ STORE: dict[str, Key] = {
     "metadata": Key(choice("p2p", "http"), "p2p"),
     "chunk_tokens": Key(integer(16, 65536), 256),
 }
+API_KEY: dict[str, Key] = {
+    "name": Key(text(r"[A-Za-z0-9._-]{1,64}|\*", "the name of an API key, or * for every other key"), required=True),
+    "weight": Key(number(0, 1e6), 1.0),
+    "requests_per_minute": Key(integer(0), 0),
+    "tokens_per_minute": Key(integer(0), 0),
+    "streams": Key(integer(0), 0),
+    "priority": Key(integer(-1000, 1000), 0),
+}
 # Tables that occur more than once.
-LISTS: dict[str, dict[str, Key]] = {"engines": ENGINE, "processes": COMMAND, "stores": STORE}
+LISTS: dict[str, dict[str, Key]] = {"engines": ENGINE, "processes": COMMAND, "stores": STORE, "keys": API_KEY}
 # Keys with an effect on engines of every kind that pdctl starts; each kind has more (Launcher.settings).
 EVERY_KIND = frozenset(
     {

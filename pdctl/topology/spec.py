@@ -42,13 +42,27 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
+class ApiKey:
+    """The settings of the API key of this name, or of every key without an entry ("*"). `weight`: its share of the
+    engines, relative to other keys. Limits are 0 for none; `streams`: answers at once. `priority`: its class, lower
+    goes first."""
+
+    name: str
+    weight: float = 1.0
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    streams: int = 0
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Proxy:
     """The proxy, the one address that clients use. Paths are absolute, or "" for none; `max_queue` is in requests.
 
     `admission`: "queue" queues requests until an engine has room, "slo" also refuses requests that would miss the
     targets. `unknown_fields`: "warn" drops request fields that no engine knows and reports them, "refuse" answers 400.
     `accept_nodes`: LMDeploy's engines may register themselves, with one of the keys in `node_keys`; those that have not
-    answered for `node_away_s` seconds are forgotten.
+    answered for `node_away_s` seconds are forgotten. `keys`: the settings of keys in `api_keys`.
     """
 
     host: str
@@ -69,6 +83,7 @@ class Proxy:
     accept_nodes: bool = False
     node_keys: str = ""
     node_away_s: float = 90.0
+    keys: tuple[ApiKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,7 @@ def _proxy_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
             yield document.problem(("proxy", key), f"{path} does not exist or cannot be read", hint)
     yield from _node_problems(document, proxy)
     yield from _file_problems(document, proxy)
+    yield from _key_problems(document, proxy)
     if proxy.access_log and not Path(proxy.access_log).parent.is_dir():
         yield document.problem(("proxy", "access_log"), f"the folder of {proxy.access_log} does not exist")
 
@@ -141,6 +142,28 @@ def _file_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
         key, reason = tls_problem(proxy.tls_cert, proxy.tls_key)
         if key:
             yield document.problem(("proxy", key), reason, "both must be PEM files, the key without a password")
+
+
+def _key_problems(document: Document, proxy: Proxy) -> Iterator[Problem]:
+    """Settings of API keys that do not exist."""
+    known = _names_of(proxy.api_keys)
+    for index, key in enumerate(proxy.keys):
+        path = ("keys", index, "name")
+        if not proxy.api_keys:
+            yield document.problem(path, "[[keys]] has no effect without proxy.api_keys", 'set api_keys = "keys.txt"')
+        elif key.name in {other.name for other in proxy.keys[:index]}:
+            yield document.problem(path, f"a second entry for {key.name!r}", "keep one of them")
+        elif known is not None and key.name not in (*known, "*"):
+            hint = f"create it with: pdctl key {key.name} --file {proxy.api_keys}"
+            yield document.problem(path, f"{proxy.api_keys} has no key of the name {key.name!r}", hint)
+
+
+def _names_of(path: str) -> set[str] | None:
+    """The names in a file with API keys; None if it cannot be read."""
+    try:
+        return set(read_api_keys(Path(path)).values()) if path else None
+    except PdctlError:
+        return None
 
 
 def _transfer_problems(document: Document, topology: Topology) -> Iterator[Problem]:

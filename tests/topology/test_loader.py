@@ -11,7 +11,7 @@ from pdctl.commands.setup.default import default_text
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import Gpu, Host, PortHolder
 from pdctl.topology.loader import load_file, load_text, port_problems
-from pdctl.topology.spec import Device, Role
+from pdctl.topology.spec import ApiKey, Device, Role
 
 EXAMPLE = (Path(__file__).parents[2] / "pdctl.toml.example").read_text()
 GPUS = tuple(Gpu(n, f"GPU-{n}", "H200", 141 << 30) for n in range(2))
@@ -274,6 +274,30 @@ def test_api_keys_are_read_before_anything_starts(tmp_path: Path) -> None:
     [(_, key, message)] = with_proxy(tmp_path, 'api_keys = "keys.txt"')
     assert key == "proxy.api_keys"
     assert message == f"{keys}:3: not NAME sha256:HASH"
+
+
+def test_settings_are_for_keys_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(f"alice sha256:{'0' * 64}\nbob sha256:{'1' * 64}\n")
+    path = tmp_path / "pdctl.toml"
+    entry = '\n[[keys]]\nname = "{}"\n{}\n'
+    keys = EXAMPLE.replace("port = 8000", 'port = 8000\napi_keys = "keys.txt"')
+    path.write_text(keys + entry.format("alice", "weight = 2\nstreams = 3") + entry.format("*", "priority = 1"))
+    assert load_file(path, host()).proxy.keys == (ApiKey("alice", 2.0, streams=3), ApiKey("*", priority=1))
+    for text, wrong in (
+        (keys + entry.format("carol", ""), "has no key of the name 'carol'"),
+        (keys + entry.format("bob", "") + entry.format("bob", ""), "a second entry for 'bob'"),
+        (EXAMPLE + entry.format("alice", ""), "[[keys]] has no effect without proxy.api_keys"),
+        (keys + entry.format("bob", "weight = 0"), "must be a number greater than 0"),
+        (keys + entry.format("bob", "streams = -1"), "must be a whole number, at least 0"),
+        (keys + entry.format("bob", "rpm = 3"), "unknown key 'rpm'"),
+        (keys + entry.format("b b", ""), "must be the name of an API key, or * for every other key"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as found:
+            load_file(path, host())
+        [problem] = found.value.problems
+        assert wrong in problem.message
+        assert problem.key.startswith("keys[")
 
 
 def test_engines_register_themselves_only_with_a_key(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pdctl import console
 from pdctl.commands.common import FileOption, JsonOption, ServiceOption, as_json_text, control, find_service
 
 if TYPE_CHECKING:
-    from pdctl.control_api import AttachedStatus, Link, MeasuredProcess, MeasuredStatus
+    from pdctl.control_api import AttachedStatus, KeysStatus, KeyStatus, Link, MeasuredProcess, MeasuredStatus
 
 _COLOURS = {
     "ready": "green",
@@ -38,17 +38,22 @@ def status(
     file: Path | None = FileOption,
     service: str | None = ServiceOption,
     as_json: bool = JsonOption,
+    keys: bool = typer.Option(False, "--keys", help="Only the API keys: their use, waiting requests and limits."),
     watch: bool = typer.Option(False, "-w", "--watch", help="Refresh every second until Ctrl-C."),
 ) -> None:
     """Show the service's processes (state, restarts and their causes, resource use, load) and the KV transfers."""
+    from pdctl.control_api import KeysStatus
+
     name = find_service(service, file)
     while True:
-        found = control(name).status()
+        found = control(name).keys() if keys else control(name).status()
         if watch and sys.stdout.isatty():
             # Move the cursor home and clear below it: no flicker.
             console.out("\x1b[H\x1b[J", end="")
         if as_json:
             console.out(as_json_text(found, indent=None if watch else 2))
+        elif isinstance(found, KeysStatus):
+            show_keys(found)
         else:
             show(found)
         if not watch:
@@ -70,6 +75,33 @@ def show(found: MeasuredStatus) -> None:
         header = ["KV FROM", "TO", "TRANSPORT", "OVER", "TRANSFERS", "MOVED", "GB/S", "WHY"]
         console.out("\n" + console.table(header, [_link(link) for link in found.links], _COLOURS))
         _shout(found.links)
+
+
+def show_keys(found: KeysStatus) -> None:
+    """Print the API keys as a table."""
+    header = ["KEY", "WEIGHT", "CLASS", "RUN", "WAIT", "REQUESTS", "REFUSED", "PROMPT", "CACHED", "OUTPUT", "QUEUED"]
+    header += ["TTFT", "REQ/MIN LEFT", "TOK/MIN LEFT", "STREAMS"]
+    if found.keys:
+        console.out(console.table(header, [_key(key) for key in found.keys], {}))
+    else:
+        console.out("no API keys: the file of proxy.api_keys is not set, or empty")
+
+
+def _key(key: KeyStatus) -> list[str]:
+    counts = (key.running, key.waiting, key.requests, key.refused)
+    tokens = (key.prompt_tokens, key.cached_tokens, key.output_tokens)
+    return [
+        key.name,
+        f"{key.weight:g}",
+        str(key.priority),
+        *map(str, counts),
+        *map(str, tokens),
+        f"{1000 * key.queue_s:.0f}ms",
+        "-" if key.ttft_s is None else f"{1000 * key.ttft_s:.0f}ms",
+        "-" if key.requests_left is None else f"{key.requests_left} of {key.requests_per_minute}",
+        "-" if key.tokens_left is None else f"{key.tokens_left} of {key.tokens_per_minute}",
+        _number(key.streams),
+    ]
 
 
 # -- processes ---------------------------------------------------------------------------------------------

@@ -44,6 +44,11 @@ class Keys:
             raise ApiError(401, "unknown API key", "authentication_error")
         return found[0]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of all valid keys."""
+        return frozenset(self._names.values())
+
     def reload(self) -> None:
         """Read the file again if it has changed. If it cannot be read, the keys stay as they are."""
         if self._path is None or (stamp := _stamp(self._path)) == self._stamp:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.inline import Prospect, Why, is_better, prompts_s
 from pdctl.proxy.engines.load import SharedLoads
-from pdctl.proxy.engines.outlook import Outlook
+from pdctl.proxy.engines.outlook import Outlook, Room, room_of
 from pdctl.proxy.engines.routing import EnginePair, Load, View
 
 # Seats and KV room are cached this long: they change only with probes, which are less frequent. Seconds.
@@ -34,7 +34,7 @@ class Fleet:
         self._shared = shared
         # Tokens per byte of a request, as answered requests had.
         self._tokens_per_byte = 1 / _BYTES_PER_TOKEN
-        self._room: tuple[float, int | None, int | None] = (-math.inf, None, None)
+        self._room_at, self._room = -math.inf, Room()
         self.use(engines, predicts)
         self.roles_changed()
 
@@ -130,31 +130,25 @@ class Fleet:
         if size > 0 and prompt_tokens > 0:
             self._tokens_per_byte += _NEWEST * (prompt_tokens / size - self._tokens_per_byte)
 
+    def tokens_of(self, size: float) -> float:
+        """The predicted tokens of a request of `size` bytes."""
+        return size * self._tokens_per_byte
+
     def outlook(self, size: float, max_tokens: int | None) -> Outlook:
         """The outlook for a request of `size` bytes."""
         now = self._clock()
-        if now - self._room[0] > _ROOM_S:
-            self._room = (now, *self._seats_and_room(now))
-        _, seats, room = self._room
-        wanted = size * self._tokens_per_byte + (max_tokens or 0)
-        ttft_s = 0.0
+        if now - self._room_at > _ROOM_S:
+            self._room_at, self._room = now, room_of(self.engines, now, self._others_streams)
+        room, tokens, ttft_s = self._room, self.tokens_of(size), 0.0
         if self._predicts:
             prefills = [engine for engine in self.engines if engine.address.role != "decode" and engine.healthy]
             ttft_s = min([self._ttft(engine, size) for engine in prefills], default=0.0)
-        return Outlook(seats, ttft_s, room is None or room >= wanted)
+        kv_room = room.kv_tokens is None or room.kv_tokens >= tokens + (max_tokens or 0)
+        return Outlook(room.seats, ttft_s, kv_room, tokens, room.prompts, room.prefills)
 
-    def _seats_and_room(self, now: float) -> tuple[int | None, int | None]:
-        """Total seats of all decoding engines, and free KV tokens of the emptiest one; None if unknown."""
-        usable = [engine for engine in self.engines if engine.usable(now)]
-        decodes = [engine for engine in usable if engine.address.role != "prefill"] or usable
-        seats = [engine.condition.seats for engine in decodes]
-        known = sum(seat or 0 for seat in seats) if seats and all(seats) else None
-        if known is not None and self._shared is not None:
-            # The other workers' requests also take seats.
-            theirs = sum(self._shared.loads(e.index)[1].pending - e.streams.pending for e in decodes)
-            known = max(1, known - int(theirs))
-        rooms = [engine.condition.kv_tokens_free for engine in decodes]
-        return known, None if None in rooms else max((room or 0 for room in rooms), default=None)
+    def _others_streams(self, engine: Engine) -> float:
+        """Streams of other workers at an engine."""
+        return self._shared.loads(engine.index)[1].pending - engine.streams.pending if self._shared else 0.0
 
     def _ttft(self, engine: Engine, size: float) -> float:
         if (prospect := self._prospect(engine, ())) is not None:

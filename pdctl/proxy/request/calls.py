@@ -48,6 +48,8 @@ async def prefill(leg: Leg, engine: Engine, attempt: Attempt) -> Prefilled:
         together = engine.dialect.hand_shake is HandShake.CONCURRENT
         answer = await _prefill(leg, engine, attempt, share, _patience_s(leg, engine, together))
     leg.timing.prefilled(time.monotonic())
+    if leg.on_prefilled is not None:
+        leg.on_prefilled()
     leg.share = share
     return answer
 
@@ -129,6 +131,8 @@ async def decode(
 
     def first_token() -> None:
         load.first_token(time.monotonic(), 0.0 if leg.in_one_piece else leg.timing.handed_over_at)
+        if kv_from is None and leg.on_prefilled is not None:
+            leg.on_prefilled()
         if on_first_token is not None:
             on_first_token()
 

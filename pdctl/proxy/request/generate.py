@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2s
 
 import msgspec
@@ -18,18 +18,20 @@ from pdctl.proxy.answers.sinks import Answer, StreamAnswer, WholeAnswer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
 from pdctl.proxy.client import requests
 from pdctl.proxy.client.connections import BoundedProtocol
-from pdctl.proxy.client.keys import API_KEY_HEADER, Keys
+from pdctl.proxy.client.keys import ANYONE, API_KEY_HEADER, Keys
 from pdctl.proxy.client.requests import ClientRequest
 from pdctl.proxy.client.unknown_fields import UnknownFields, header
 from pdctl.proxy.engines.load import pieces_of
 from pdctl.proxy.request.door import AdmissionDoor
 from pdctl.proxy.request.leg import Leg, Shared
 from pdctl.proxy.request.relay import Relay
+from pdctl.proxy.shares.accounts import Accounts, Claim, LimitReached
+from pdctl.proxy.shares.fair_queue import NO_WORK, Waiter, Work
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.spans import NO_SPANS, Spans
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy.translation import CHAT_PATH, Api, Translated
-from pdctl.wire import ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
+from pdctl.wire import ORDER_HEADER, ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
 
 # nginx's status for a client that closed the connection before its answer. It is only used in the log.
 _CLIENT_LEFT = 499
@@ -46,6 +48,7 @@ class Completions:
     shared: Shared
     door: AdmissionDoor
     keys: Keys
+    accounts: Accounts
     log: AccessLog
     model: str
     holder: str
@@ -118,6 +121,11 @@ def _slo_line(ttft_s: float, tpot_s: float) -> bytes:
     return f"{SLO_HEADER}: {ttft_s * 1000:g} {tpot_s * 1000:g}\r\n".encode()
 
 
+@lru_cache(maxsize=512)
+def _order_line(order: int) -> bytes:
+    return f"{ORDER_HEADER}: {order}\r\n".encode()
+
+
 @dataclass(slots=True)
 class _Job:
     completions: Completions
@@ -181,24 +189,55 @@ class _Job:
         await asgi.respond_error(send, failure, self._id_headers(), body)
 
     async def run(self, request: ClientRequest, send: asgi.Send) -> None:
+        """Count the request against the limits of its key, and answer it."""
+        legs: list[Leg] = []
+        try:
+            claim = self._claim(request)
+        except ApiError as failure:
+            await self.refuse(send, failure)
+            return
+        try:
+            await self._answer_to(request, send, legs)
+        finally:
+            if claim is not None:
+                counts = _counts(legs) if legs else Counts()
+                # A client that leaves during the prefill has not been told how long its prompt is.
+                prompt = counts.prompt or (self._prompt_tokens(request) if legs else 0.0)
+                self.completions.accounts.settle(claim, prompt + counts.completion)
+
+    def _claim(self, request: ClientRequest) -> Claim | None:
+        """Raises ApiError."""
+        if self.key == ANYONE:
+            return None
+        completions, admission = self.completions, self.completions.door.admission
+        output = request.max_tokens or admission.queue.state(self.key).output
+        try:
+            return completions.accounts.claim(self.key, self._prompt_tokens(request), output, len(request.legs))
+        except LimitReached as failure:
+            completions.shared.metrics.shed(failure.limit, self.key)
+            raise
+
+    def _prompt_tokens(self, request: ClientRequest) -> float:
+        return self.completions.shared.pool.tokens_of(float(request.size))
+
+    async def _answer_to(self, request: ClientRequest, send: asgi.Send, legs: list[Leg]) -> None:
         """Wait for a seat, relay every leg, send the answer."""
         completions, timing = self.completions, self.timing
         answer = self._answer(request, send)
-        legs: list[Leg] = []
         status, tpot = _CLIENT_LEFT, None
-        entered = False
+        seat: Waiter | None = None
         self.trace = completions.spans.begin(self.headers) if completions.spans else None
         try:
             size = float(request.size) / len(request.legs)
-            await completions.door.enter(self.key, request.priority, size, request.max_tokens)
-            entered = True
+            seat = await completions.door.enter(self.key, request.priority, size, request.max_tokens)
             timing.admitted_at = time.monotonic()
-            legs = self._legs(request, answer)
+            legs += self._legs(request, answer)
             if len(legs) == 1:
+                self._seated(legs[0], seat)
                 await Relay(legs[0]).run()
             else:
-                entered = False  # each leg releases its own seat
-                await self._run_all(legs, request)
+                first, seat = seat, None  # each leg releases its own seat
+                await self._run_all(legs, request, first)
             counts = _counts(legs)
             await answer.finish([leg.whole for leg in legs], counts)
             self.over = True
@@ -207,7 +246,7 @@ class _Job:
                 tpot = (time.monotonic() - timing.first_token_at) / max(1, counts.completion - 1)
             completions.shared.metrics.finished(timing, counts.prompt, counts.completion)
             completions.shared.pool.answered(float(request.size), counts.prompt)
-            if not entered and tpot is not None:
+            if seat is None and tpot is not None:
                 completions.door.measured(tpot)
         except ApiError as failure:
             status = failure.status
@@ -215,41 +254,54 @@ class _Job:
             await answer.fail(failure)
             self.over = True
         finally:
-            if entered:
-                completions.door.leave(self.key, tpot)
+            if seat is not None:
+                self._left(legs[0] if legs else None, seat, tpot)
             self._note(status, legs)
 
-    async def _run_all(self, legs: Sequence[Leg], request: ClientRequest) -> None:
+    def _seated(self, leg: Leg, seat: Waiter) -> None:
+        """A leg goes to the engines. Between several keys, their order there matters."""
+        if self.key != ANYONE:
+            leg.headers += _order_line(seat.order)
+            leg.on_prefilled = partial(self.completions.door.prefilled, seat)
+
+    def _left(self, leg: Leg | None, seat: Waiter, tpot_s: float | None) -> None:
+        actual = None if self.key == ANYONE else _work(leg, seat)
+        self.completions.door.leave(seat, tpot_s, actual)
+
+    async def _run_all(self, legs: Sequence[Leg], request: ClientRequest, first: Waiter) -> None:
         """Run all legs. The first one has a seat, the others wait for theirs. Raises the first ApiError and cancels
         the other legs."""
         door = self.completions.door
         has_begun = False
 
-        async def run(leg: Leg, is_more: bool) -> None:
+        async def run(leg: Leg, seat: Waiter | None) -> None:
             nonlocal has_begun
-            if is_more:
-                await door.enter(self.key, request.priority, leg.size, request.max_tokens, is_more=True)
+            if seat is None:
+                seat = await door.enter(self.key, request.priority, leg.size, request.max_tokens, is_more=True)
             has_begun = True
             try:
+                self._seated(leg, seat)
                 await Relay(leg).run()
             finally:
-                door.leave(self.key, None)
+                self._left(leg, seat, None)
 
         try:
             async with asyncio.TaskGroup() as group:
                 for number, leg in enumerate(legs):
-                    group.create_task(run(leg, number > 0))
+                    group.create_task(run(leg, None if number else first))
         except* ApiError as failures:
             raise failures.exceptions[0] from None
         finally:
             if not has_begun:
                 # Cancelled before the first leg ran, so it did not release its seat.
-                door.leave(self.key, None)
+                self._left(None, first, None)
 
     def _id_headers(self) -> list[tuple[bytes, bytes]]:
         found = [(b"x-request-id", self.request_id.encode())]
         if self.api is not None and self.api.id_header is not None:
             found.append((self.api.id_header, self.request_id.encode()))
+        if self.key != ANYONE:
+            found += self.completions.accounts.headers(self.key)
         return found
 
     def _answer(self, request: ClientRequest, send: asgi.Send) -> Answer:
@@ -287,9 +339,11 @@ class _Job:
 
     def _note(self, status: int, legs: Sequence[Leg]) -> None:
         completions = self.completions
-        if not completions.log and self.trace is None:
+        if not completions.log and self.trace is None and self.key == ANYONE:
             return
         counts = _counts(legs) if legs else Counts()
+        if self.key != ANYONE:
+            completions.shared.metrics.of_key(self.key, status, counts, self.timing)
         if completions.log:
             failures = sum(leg.failures for leg in legs)
             completions.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
@@ -307,6 +361,14 @@ def _counts(legs: Sequence[Leg]) -> Counts:
     prompt, cached = (sum(numbers) for numbers in zip(*prompts.values(), strict=True))
     output = sum(leg.completion_tokens or len(leg.state.emitted) for leg in legs)
     return Counts(prompt, output, cached, sum(leg.reasoning_tokens for leg in legs))
+
+
+def _work(leg: Leg | None, seat: Waiter) -> Work:
+    """What a leg has cost. The prompt's tokens are unknown if it ended before its first token."""
+    if leg is None:
+        return NO_WORK
+    prompt = float(leg.prompt_tokens - leg.cached_tokens) if leg.prompt_tokens else seat.work.prompt
+    return Work(prompt, float(leg.completion_tokens or len(leg.state.emitted)))
 
 
 def _pieces(fields: dict[str, object]) -> list[int]:

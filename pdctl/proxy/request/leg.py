@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,6 +72,8 @@ class Leg:
     finished = False
     share: Share | None = None
     move: Move | None = None
+    # Called when its prompt is computed.
+    on_prefilled: Callable[[], None] | None = None
     # The time of the first token of an answer in one piece is unknown. Where it matters, the engine must stream.
     must_stream = False
 

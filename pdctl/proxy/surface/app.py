@@ -109,11 +109,9 @@ class Surface:
         return _json(503 if missing else 200, {"ready": not missing, "missing": missing})
 
     async def _metrics(self, request: Request) -> Response:
-        shared, door = self._shared, self._completions.door
+        shared, queue = self._shared, self._completions.door.admission.queue
         as_vllm = request.url.path.endswith("/vllm")
-        text = shared.metrics.render(
-            shared.pool, door.waiting, shared.quarantine.count, shared.releases.failed, as_vllm
-        )
+        text = shared.metrics.render(shared.pool, queue, shared.quarantine.count, shared.releases.failed, as_vllm)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, _: Request) -> Response:

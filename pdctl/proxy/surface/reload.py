@@ -12,19 +12,22 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pdctl.errors import PdctlError
-from pdctl.proxy.client.keys import Keys
+from pdctl.proxy.client.keys import ANYONE, Keys
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.generate import Completions
-from pdctl.proxy_wire import EngineLoad, PoolReply, ProxyConfig
+from pdctl.proxy.shares.rules import KeyRules
+from pdctl.proxy.telemetry.metrics import KEY_COUNTERS
+from pdctl.proxy_wire import EngineLoad, KeysReply, KeyUse, PoolReply, ProxyConfig
 
 _log = logging.getLogger(__name__)
 
 
 def admission_of(config: ProxyConfig) -> Admission:
     """The rules of the queue."""
-    return Admission.of(config.admission, config.max_queue, config.ttft_ms / 1000, config.tpot_ms / 1000)
+    ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
+    return Admission.of(config.admission, config.max_queue, ttft_s, tpot_s, KeyRules(config.keys))
 
 
 class Reloader:
@@ -57,6 +60,7 @@ class Reloader:
         shared.metrics.ttft_slo_s, shared.metrics.tpot_slo_s = shared.ttft_s, shared.tpot_s
         shared.lease_s = wanted.lease_s
         completions.door.admission.follow(admission_of(wanted))
+        completions.accounts.follow(KeyRules(wanted.keys))
         completions.keys, completions.max_body = keys, int(wanted.max_body_mb * 2**20)
         completions.unknown.refuse = wanted.unknown_fields == "refuse"
         self.config = wanted
@@ -67,6 +71,7 @@ class Reloader:
         return [
             Route("/pdctl/v1/reload", self._on_reload, methods=["POST"]),
             Route("/pdctl/v1/pool", self._on_pool),
+            Route("/pdctl/v1/keys", self._on_keys),
         ]
 
     async def _on_reload(self, request: Request) -> Response:
@@ -82,6 +87,30 @@ class Reloader:
         if not self._is_internal(request):
             return _refused(403, "this path is reserved for the service's own supervisor")
         return self._pool()
+
+    async def _on_keys(self, request: Request) -> Response:
+        if not self._is_internal(request):
+            return _refused(403, "this path is reserved for the service's own supervisor")
+        return Response(msgspec.json.encode(KeysReply(self._keys())), media_type="application/json")
+
+    def _keys(self) -> dict[str, KeyUse]:
+        """What each API key has and had here."""
+        completions = self._completions
+        known, accounts = completions.door.admission.queue.states(), completions.accounts
+        counts = completions.shared.metrics.counters.of_first_label(KEY_COUNTERS)
+        found = {}
+        for name in sorted({*completions.keys.names, *known, *counts} - {ANYONE}):
+            state, remaining = known.get(name), accounts.remaining(name)
+            requests, tokens = (None, None) if remaining is None else remaining
+            settings = completions.door.admission.queue.rules.of(name)
+            found[name] = KeyUse(
+                **{field: counts.get(name, {}).get(counter, 0.0) for counter, field in KEY_COUNTERS.items()},
+                running=state.running if state else 0,
+                waiting=state.waiting if state else 0,
+                requests_left=requests if settings.requests_per_minute else None,
+                tokens_left=tokens if settings.tokens_per_minute else None,
+            )
+        return found
 
     def _pool(self) -> Response:
         pool = self._completions.shared.pool

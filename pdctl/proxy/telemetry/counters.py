@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -43,6 +43,14 @@ class Counters:
     def count(self, name: str, *labels: str, by: float = 1.0) -> None:
         """Add to a counter."""
         self.values[name, labels] += by
+
+    def of_first_label(self, names: Collection[str]) -> dict[str, dict[str, float]]:
+        """The values of these counters, summed by their first label: by label, then by name."""
+        found: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        for (name, labels), value in self.values.items():
+            if name in names:
+                found[labels[0]][name] = found[labels[0]].get(name, 0.0) + value
+        return found
 
     def save(self, path: Path) -> None:
         """Save the counters for the other workers."""

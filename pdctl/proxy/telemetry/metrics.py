@@ -14,14 +14,23 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pdctl.net.openai_api import Counts
+from pdctl.proxy.client.keys import ANYONE
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.inline import Why
 from pdctl.proxy.engines.pool import EnginePool
+from pdctl.proxy.shares.fair_queue import FairQueue
 from pdctl.proxy.telemetry.counters import Counters, Histogram, Key
 from pdctl.proxy.telemetry.timing import Timing
 
 _LONG = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# Counters of an API key, and the fields of KeyUse that have them.
+KEY_COUNTERS = {
+    "key_requests": "requests", "key_refused": "refused", "key_prompt_tokens": "prompt_tokens",
+    "key_cached_tokens": "cached_tokens", "key_tokens": "output_tokens", "key_queue": "queue_s", "key_ttft": "ttft_s",
+    "key_first_tokens": "first_tokens",
+}  # fmt: skip
 # Maximum age of other workers' counts in a scrape, seconds.
 SAVE_S = 1.0
 
@@ -50,6 +59,14 @@ _COUNTERS = {
         ("engine", "why"),
     ),
     "sheds": ("pdctl_proxy_sheds", "Requests refused with 429", ("reason",)),
+    "key_requests": ("pdctl_proxy_key_requests", "Requests by API key and HTTP status", ("key", "status")),
+    "key_refused": ("pdctl_proxy_key_refused", "Requests of an API key refused with 429", ("key", "reason")),
+    "key_prompt_tokens": ("pdctl_proxy_key_prompt_tokens", "Prompt tokens of an API key", ("key",)),
+    "key_cached_tokens": ("pdctl_proxy_key_cached_tokens", "Those found in a prefix cache", ("key",)),
+    "key_tokens": ("pdctl_proxy_key_tokens", "Output tokens of an API key", ("key",)),
+    "key_queue": ("pdctl_proxy_key_queue_seconds", "Time that requests of an API key waited for admission", ("key",)),
+    "key_ttft": ("pdctl_proxy_key_ttft_seconds", "Sum of the times to first token of an API key", ("key",)),
+    "key_first_tokens": ("pdctl_proxy_key_first_tokens", "Number of these times", ("key",)),
     "ignored_fields": ("pdctl_proxy_ignored_fields", "Request fields dropped because no engine knows them", ("field",)),
     "left": ("pdctl_proxy_clients_left", "Requests whose client left before the end", ()),
     "quarantined": ("pdctl_proxy_quarantined", "Requests put in quarantine", ()),
@@ -126,9 +143,24 @@ class Metrics:
         """A stream went on from an engine at another one."""
         self.counters.count("moved", engine)
 
-    def shed(self, reason: str) -> None:
+    def shed(self, reason: str, key: str = ANYONE) -> None:
         """A request was refused with 429."""
         self.counters.count("sheds", reason)
+        if key != ANYONE:
+            self.counters.count("key_refused", key, reason)
+
+    def of_key(self, key: str, status: int, counts: Counts, timing: Timing) -> None:
+        """A request of an API key is over. `key`: its name."""
+        values = self.counters.values
+        values["key_requests", (key, str(status))] += 1
+        values["key_prompt_tokens", (key,)] += counts.prompt
+        values["key_cached_tokens", (key,)] += counts.cached
+        values["key_tokens", (key,)] += counts.completion
+        if timing.admitted_at:
+            values["key_queue", (key,)] += timing.admitted_at - timing.received_at
+        if timing.first_token_at:
+            values["key_ttft", (key,)] += timing.first_token_at - timing.received_at
+            values["key_first_tokens", (key,)] += 1
 
     def ignored(self, field: str) -> None:
         """A request had a field that no engine knows."""
@@ -151,7 +183,12 @@ class Metrics:
             self.counters.save(self.folder / f"{self.worker}.json")
 
     def render(
-        self, pool: EnginePool, waiting: int, quarantined: int, release_failures: int, as_vllm: bool = False
+        self,
+        pool: EnginePool,
+        queue: FairQueue,
+        quarantined: int,
+        release_failures: int,
+        as_vllm: bool = False,
     ) -> bytes:
         """Prometheus text with the totals of all workers; `as_vllm`: under vLLM's names."""
         self.counters.values["quarantined", ()] = float(quarantined)
@@ -161,17 +198,19 @@ class Metrics:
             ours = self.folder / f"{self.worker}.json"
             counters = counters.with_others(path for path in self.folder.glob("*.json") if path != ours)
         registry = CollectorRegistry()
-        registry.register(_AsVllm(self.model, counters, pool, waiting) if as_vllm else _Native(counters, pool, waiting))
+        registry.register(
+            _AsVllm(self.model, counters, pool, queue.requests) if as_vllm else _Native(counters, pool, queue)
+        )
         return generate_latest(registry)
 
 
 class _Native(Collector):
     """One scrape under pdctl's names."""
 
-    def __init__(self, counters: Counters, pool: EnginePool, waiting: int) -> None:
+    def __init__(self, counters: Counters, pool: EnginePool, queue: FairQueue) -> None:
         self._counters = counters
         self._pool = pool
-        self._waiting = waiting
+        self._queue = queue
 
     def collect(self) -> Iterator[Metric]:
         """All metrics."""
@@ -183,7 +222,17 @@ class _Native(Collector):
         for short, (name, about, _) in _HISTOGRAMS.items():
             yield _family(name, about, [], [], self._counters.histograms[short])
         yield from self._engines()
-        yield GaugeMetricFamily("pdctl_proxy_waiting", "Requests waiting for admission", value=self._waiting)
+        yield GaugeMetricFamily("pdctl_proxy_waiting", "Requests waiting for admission", value=self._queue.requests)
+        yield from self._keys()
+
+    def _keys(self) -> Iterator[Metric]:
+        running = GaugeMetricFamily("pdctl_proxy_key_running", "Answers of an API key in progress", labels=["key"])
+        waiting = GaugeMetricFamily("pdctl_proxy_key_waiting", "Answers of an API key that wait", labels=["key"])
+        for name, key in self._queue.states().items():
+            if name != ANYONE:
+                running.add_metric([name], key.running)
+                waiting.add_metric([name], key.waiting)
+        yield from (running, waiting)
 
     def _engines(self) -> Iterator[Metric]:
         gauges: dict[str, tuple[str, Callable[[Engine], float]]] = {

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from msgspec.structs import asdict
 
 from pdctl.adapters import Ability, control
-from pdctl.control_api import MeasuredProcess, StepLatency, StepPredictions
+from pdctl.control_api import KeysStatus, KeyStatus, MeasuredProcess, StepLatency, StepPredictions
 from pdctl.host.devices.gpu import gpu_use
 from pdctl.latency import KINDS, Work
+from pdctl.proxy_wire import EVERY_KEY, KeysReply, KeyUse
 from pdctl.supervisor.process.usage import CpuShares, Use, read_uses
 from pdctl.supervisor.unit.unit import Unit
 from pdctl.supervisor.unit.views import status_of
+from pdctl.topology.spec import ApiKey
 from pdctl.wire import EngineState
 
 
@@ -64,6 +67,41 @@ class MeasurementReader:
         while len(self._tokens) > 4096:
             self._tokens.pop(next(iter(self._tokens)))
         return round(max(0, tokens - before) / max(0.01, now - at), 1)
+
+
+def keys_status(settings: Sequence[ApiKey], replies: Sequence[KeysReply]) -> KeysStatus:
+    """The API keys of a service: their settings, and what each proxy worker says of them."""
+    names = sorted({name for reply in replies for name in reply.keys})
+    entries = {key.name: key for key in settings}
+    others = entries.get(EVERY_KEY, ApiKey(EVERY_KEY))
+    uses = {name: [reply.keys[name] for reply in replies if name in reply.keys] for name in names}
+    return KeysStatus(keys=tuple(_key(name, entries.get(name, others), uses[name]) for name in names))
+
+
+def _key(name: str, settings: ApiKey, uses: Sequence[KeyUse]) -> KeyStatus:
+    requests, answered = sum(use.requests for use in uses), sum(use.first_tokens for use in uses)
+    # Each worker counts what the others took when it has a request itself: the one with least left knows most.
+    left = [use.requests_left for use in uses if use.requests_left is not None]
+    tokens_left = [use.tokens_left for use in uses if use.tokens_left is not None]
+    return KeyStatus(
+        name=name,
+        weight=settings.weight,
+        priority=settings.priority,
+        running=sum(use.running for use in uses),
+        waiting=sum(use.waiting for use in uses),
+        requests=round(requests),
+        refused=round(sum(use.refused for use in uses)),
+        prompt_tokens=round(sum(use.prompt_tokens for use in uses)),
+        cached_tokens=round(sum(use.cached_tokens for use in uses)),
+        output_tokens=round(sum(use.output_tokens for use in uses)),
+        queue_s=round(sum(use.queue_s for use in uses) / max(1.0, requests), 6),
+        ttft_s=round(sum(use.ttft_s for use in uses) / answered, 6) if answered else None,
+        requests_per_minute=settings.requests_per_minute or None,
+        requests_left=int(min(left)) if left else None,
+        tokens_per_minute=settings.tokens_per_minute or None,
+        tokens_left=int(min(tokens_left)) if tokens_left else None,
+        streams=settings.streams or None,
+    )
 
 
 def _latency(work: Work) -> StepLatency:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from typing import TypeVar
 
 import msgspec
 
@@ -13,8 +14,10 @@ from pdctl.net import reachable
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.plan import Attached, Plan, ProcessSpec
-from pdctl.proxy_wire import EngineAddress, EngineLoad, PoolReply, ProxyConfig
+from pdctl.proxy_wire import EngineAddress, EngineLoad, KeySettings, KeysReply, PoolReply, ProxyConfig
 from pdctl.supervisor.rundir.rundir import RunDir
+
+Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 _RELOAD_S = 5.0
 _TRIES = 3
@@ -86,10 +89,16 @@ class Proxies:
     async def loads(self) -> dict[str, list[EngineLoad]]:
         """What each proxy that answers says of its engines, by engine."""
         found: dict[str, list[EngineLoad]] = {}
-        for reply in await asyncio.gather(*(self._pool(spec) for spec in self._serving())):
+        asked = (self._get(spec, "/pdctl/v1/pool", PoolReply) for spec in self._serving())
+        for reply in await asyncio.gather(*asked):
             for name, load in reply.engines.items() if reply else ():
                 found.setdefault(name, []).append(load)
         return found
+
+    async def keys(self) -> list[KeysReply]:
+        """What each proxy that answers says of the API keys."""
+        asked = (self._get(spec, "/pdctl/v1/keys", KeysReply) for spec in self._serving())
+        return [reply for reply in await asyncio.gather(*asked) if reply is not None]
 
     def keep_only(self, names: set[str]) -> None:
         """Forget what is known of other engines than these."""
@@ -113,10 +122,10 @@ class Proxies:
             return ""
         return reason
 
-    async def _pool(self, spec: ProcessSpec) -> PoolReply | None:
+    async def _get(self, spec: ProcessSpec, path: str, kind: type[Answer]) -> Answer | None:
         pool = _at(spec)
         try:
-            return await self._caller.get(pool, "/pdctl/v1/pool", PoolReply, _RELOAD_S)
+            return await self._caller.get(pool, path, kind, _RELOAD_S)
         except Unreachable:
             return None
         finally:
@@ -142,6 +151,7 @@ class Proxies:
             max_body_mb=proxy.max_body_mb,
             unknown_fields=proxy.unknown_fields,
             api_keys=proxy.api_keys,
+            keys=[KeySettings(**asdict(key)) for key in proxy.keys],
             tls_cert=proxy.tls_cert,
             tls_key=proxy.tls_key,
             cors_origins=list(proxy.cors_origins),

@@ -8,7 +8,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdctl.control_api import ExitReport, KvStatus, MeasuredStatus, Node, Nodes, RoleOrder, ServiceStatus, Verb
+from pdctl.control_api import (
+    ExitReport,
+    KeysStatus,
+    KvStatus,
+    MeasuredStatus,
+    Node,
+    Nodes,
+    RoleOrder,
+    ServiceStatus,
+    Verb,
+)
 from pdctl.errors import PdctlError
 from pdctl.plan import Attached, Plan
 from pdctl.plan.changes import Changes, diff, with_roles
@@ -28,6 +38,7 @@ from pdctl.supervisor.service.links.attached import AttachedEngines
 from pdctl.supervisor.service.links.keeper import LinkKeeper
 from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.links.sweeps import Sweeper
+from pdctl.supervisor.service.measurements import keys_status
 from pdctl.supervisor.service.proxies import Proxies
 from pdctl.supervisor.service.reconcile import Reconciler
 from pdctl.supervisor.service.state import ServiceState
@@ -174,6 +185,10 @@ class RunningService:
     def exits(self) -> tuple[ExitReport, ...]:
         """Reports of the last exits, for `pdctl why`. They may be missing from the file."""
         return self.journal.exits()
+
+    async def keys(self) -> KeysStatus:
+        """The answer of `pdctl status --keys --json`."""
+        return keys_status(self.plan.proxy.keys, await self._proxies.keys())
 
     async def leases(self) -> KvStatus:
         """The answer of `pdctl kv --json`."""

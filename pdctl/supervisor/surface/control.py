@@ -20,6 +20,7 @@ from starlette.routing import Route
 from pdctl.control_api import (
     ExitReport,
     Exits,
+    KeysStatus,
     KvStatus,
     MeasuredStatus,
     Node,
@@ -74,6 +75,7 @@ class Controlled(Protocol):
     def status(self) -> ServiceStatus: ...
     async def fresh_status(self) -> MeasuredStatus: ...
     def exits(self) -> tuple[ExitReport, ...]: ...
+    async def keys(self) -> KeysStatus: ...
     async def leases(self) -> KvStatus: ...
     async def revoke(self, lease_id: str) -> LeaseReply: ...
     def ask(self, name: str, verb: Verb, drain: bool) -> str: ...
@@ -97,6 +99,7 @@ class _Api:
             Route("/v1/plan", self.plan),
             Route("/v1/exits", self.exits),
             Route("/v1/events", self.events),
+            Route("/v1/keys", self.keys),
             Route("/v1/kv", self.kv),
             Route("/v1/kv/revoke", self.revoke, methods=["POST"]),
             Route("/v1/nodes", self.nodes),
@@ -127,6 +130,9 @@ class _Api:
             return self._streams.after(cursor)
         except BadCursor as failure:
             return _encoded(Reply(ok=False, reason=str(failure)), 400)
+
+    async def keys(self, _: Request) -> Response:
+        return _encoded(await self._service.keys())
 
     async def kv(self, _: Request) -> Response:
         return _encoded(await self._service.leases())

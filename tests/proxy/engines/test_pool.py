@@ -27,7 +27,7 @@ from pdctl.proxy.engines import fleet
 from pdctl.proxy.engines import pool as pools
 from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.load import SharedLoads
-from pdctl.proxy.engines.outlook import Outlook
+from pdctl.proxy.engines.outlook import Outlook, Room
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.engines.routing import EnginePair
 from pdctl.proxy.request import calls
@@ -485,7 +485,7 @@ class TestOutlook:
 
     def test_one_engine_that_does_not_say_makes_the_sum_unknown(self) -> None:
         assert self.pool(("decode", 8, 100), ("decode", None, 100)).outlook(0.0, 0).seats is None
-        assert self.pool(("decode", 8, 100), ("decode", 8, None)).outlook(1e9, 10**9) == Outlook(16, 0.0)
+        assert self.pool(("decode", 8, 100), ("decode", 8, None)).outlook(1e9, 10**9).kv_room
 
     def test_room_is_needed_in_one_engine_for_prompt_and_output(self) -> None:
         pool = self.pool(("decode", 8, 60), ("decode", 8, 50))
@@ -496,7 +496,7 @@ class TestOutlook:
     def test_nobody_there_is_no_reason_to_refuse(self) -> None:
         pool = self.pool(("decode", 8, 60))
         pool.engines[0].healthy = False
-        assert pool.outlook(1e9, 10**9) == Outlook(None, 0.0)
+        assert pool.outlook(1e9, 10**9) == Outlook(None, 0.0, tokens=pool.tokens_of(1e9))
 
     def test_the_first_token_is_predicted_where_that_is_wanted(self) -> None:
         pool = self.pool(("prefill", 8, 60), ("prefill", 8, 60), ("decode", 8, 60), predicts=True)
@@ -523,7 +523,7 @@ class TestOutlook:
                 for _ in range(streams):
                     engine.streams.begin(1.0, 0.0)
                 pool.publish(engine)
-        assert ours.outlook(0.0, 0) == Outlook(5, 10.0)
+        assert ours.outlook(0.0, 0) == Outlook(5, 10.0, prompts=4096.0, prefills=1)
         assert [view.streams.pending for view in ours.views()] == [5.0, 5.0]
         for _ in range(20):
             theirs.engines[1].streams.begin(1.0, 0.0)
@@ -540,9 +540,17 @@ class TestOutlook:
 def test_seats_and_room_are_not_looked_at_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "_ROOM_S", 600.0)
     pool = idle(at("d0", "decode"))
-    pool._room = (time.monotonic(), 3, 10)
-    assert pool.outlook(30.0, 1) == Outlook(3, 0.0, kv_room=False)
-    assert pool.outlook(30.0, 0) == Outlook(3, 0.0)
+    pool._room_at, pool._room = time.monotonic(), Room(3, 10, 700.0, 1)
+    assert pool.outlook(30.0, 1) == Outlook(3, 0.0, kv_room=False, tokens=10.0, prompts=700.0, prefills=1)
+    assert pool.outlook(30.0, 0).kv_room
+    assert pool.tokens_of(30.0) == 10.0
+
+
+def test_two_steps_of_prompts_keep_an_engine_busy() -> None:
+    pool = idle(at("p0", "prefill"), at("p1", "prefill", slot=1), at("d0", "decode", slot=2))
+    pool.engines[0].condition = Condition(True, work=Work(StepTimes((0.01, 0.0, 0.0, 0.0, 0.0)), 512))
+    found = pool.outlook(0.0, None)
+    assert (found.prompts, found.prefills) == (2 * 512 + 2 * 2048.0, 2)
 
 
 def test_fields_are_known_where_an_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

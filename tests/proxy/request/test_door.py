@@ -15,6 +15,7 @@ from pdctl.proxy.engines.outlook import Outlook
 from pdctl.proxy.request import door as module
 from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.door import AdmissionDoor
+from pdctl.proxy.shares.fair_queue import Waiter
 from pdctl.proxy.telemetry.metrics import Metrics
 
 
@@ -27,6 +28,7 @@ class Hall:
         self.books = Admission(max_queue, patience_s, 2.0, 0.1, by_slo)
         self.asked: list[tuple[float, int | None]] = []
         self.door = AdmissionDoor(self.books, self._now, self.metrics)
+        self.inside: list[Waiter] = []
 
     def _now(self, size: float, max_tokens: int | None) -> Outlook:
         self.asked.append((size, max_tokens))
@@ -40,11 +42,21 @@ class Hall:
     async def full(self) -> None:
         """Take every seat, for the key `-`."""
         for _ in range(self.books.seats(self.outlook)):
-            await self.door.enter("-", 0, 5.0, 8)
+            await self.enter()
+
+    async def enter(self, key: str = "-", is_more: bool = False) -> None:
+        """Wait for a seat."""
+        self.inside.append(await self.door.enter(key, 0, 5.0, 8, is_more))
+
+    def leave(self, tpot_s: float | None = None, key: str = "-") -> None:
+        """The oldest sequence of a key ends."""
+        waiter = next(waiter for waiter in self.inside if waiter.key == key)
+        self.inside.remove(waiter)
+        self.door.leave(waiter, tpot_s)
 
     async def waiter(self, key: str = "-", is_more: bool = False) -> asyncio.Task[None]:
         """A sequence that has to wait at the door."""
-        task = asyncio.ensure_future(self.door.enter(key, 0, 5.0, 8, is_more))
+        task = asyncio.ensure_future(self.enter(key, is_more))
         await asyncio.sleep(0)
         assert not task.done()
         return task
@@ -52,7 +64,7 @@ class Hall:
 
 async def refused(hall: Hall) -> ApiError:
     with pytest.raises(ApiError) as found:
-        await hall.door.enter("-", 0, 5.0, 8)
+        await hall.enter()
     assert (found.value.status, found.value.kind) == (429, "rate_limit_exceeded")
     assert found.value.message.endswith(f"try again in {found.value.retry_after} s")
     return found.value
@@ -65,10 +77,10 @@ def test_who_waits_goes_on_when_a_seat_comes_free_and_in_order() -> None:
         assert hall.asked == [(5.0, 8)] * 2
         first, second = await hall.waiter(), await hall.waiter()
         assert hall.door.waiting == 2
-        hall.door.leave("-", None)
+        hall.leave()
         await first
         assert not second.done()
-        hall.door.leave("-", 0.05)
+        hall.leave(0.05)
         await second
         assert (hall.books.running, hall.door.waiting) == (2, 0)
         assert not hall.sheds
@@ -111,8 +123,42 @@ def test_patience_ends_and_the_place_is_given_up() -> None:
         assert "no engine had room in time" in (await refused(hall)).message
         assert hall.sheds == {"patience": 1.0}
         assert not hall.books.has_waiters
-        hall.door.leave("-", None)
-        await hall.door.enter("-", 0, 5.0, 8)
+        hall.leave()
+        await hall.enter()
+        hall.books.audit()
+
+    asyncio.run(main())
+
+
+def test_a_key_with_less_takes_a_place_in_a_full_queue() -> None:
+    async def main() -> None:
+        hall = Hall(max_queue=2)
+        await hall.full()
+        first, last = await hall.waiter("flood"), await hall.waiter("flood")
+        single = await hall.waiter("single")
+        with pytest.raises(ApiError) as found:
+            await last
+        assert (found.value.status, hall.sheds) == (429, {"queue": 1.0})
+        assert "too many requests are waiting" in found.value.message
+        assert hall.door.waiting == 2
+        hall.leave()
+        hall.leave()
+        await asyncio.gather(first, single)
+        assert not hall.door._turns
+        hall.books.audit()
+
+    asyncio.run(main())
+
+
+def test_a_computed_prompt_lets_the_next_one_in() -> None:
+    async def main() -> None:
+        hall = Hall()
+        hall.outlook = Outlook(16, 0.0, tokens=100.0, prompts=100.0, prefills=1)
+        await hall.enter("other")
+        await hall.enter("flood")
+        waiting = await hall.waiter("flood")
+        hall.door.prefilled(hall.inside[0])
+        await waiting
         hall.books.audit()
 
     asyncio.run(main())
@@ -126,7 +172,7 @@ def test_further_sequences_of_a_request_have_another_patience() -> None:
         for _ in range(3):
             await asyncio.sleep(0)
         assert not more.done()
-        hall.door.leave("-", None)
+        hall.leave()
         await more
 
     asyncio.run(main())
@@ -137,7 +183,7 @@ def test_a_seat_that_comes_as_patience_ends_is_taken() -> None:
         hall = Hall(patience_s=0.0)
         await hall.full()
         waiting = await hall.waiter()
-        hall.door.leave("-", None)  # before the loop handles the timeout
+        hall.leave()  # before the loop handles the timeout
         await waiting
         assert hall.books.running == 2
         assert not hall.sheds
@@ -154,7 +200,7 @@ def test_a_client_that_leaves_while_it_waits_costs_nobody_a_seat() -> None:
         await asyncio.wait([leaves])
         assert leaves.cancelled()
         assert hall.door.waiting == 1
-        hall.door.leave("-", None)
+        hall.leave()
         await stays
         assert hall.books.running == 2
 
@@ -166,7 +212,7 @@ def test_a_client_that_leaves_as_its_seat_comes_hands_it_to_the_next() -> None:
         hall = Hall()
         await hall.full()
         leaves, stays = await hall.waiter("a"), await hall.waiter("b")
-        hall.door.leave("-", None)
+        hall.leave()
         leaves.cancel()
         await stays
         assert leaves.cancelled()
@@ -182,7 +228,7 @@ def test_a_seat_that_comes_as_its_client_leaves_goes_to_the_next() -> None:
         await hall.full()
         leaves, stays = await hall.waiter("a"), await hall.waiter("b")
         leaves.cancel()  # it is still in the queue: no other task has run since
-        hall.door.leave("-", None)
+        hall.leave()
         await stays
         assert leaves.cancelled()
         assert hall.books.running == 2
@@ -197,7 +243,7 @@ def test_one_end_may_let_several_in() -> None:
         await hall.full()
         waiting = [await hall.waiter() for _ in range(3)]
         hall.outlook = Outlook(8, 0.0)
-        hall.door.leave("-", None)
+        hall.leave()
         await asyncio.gather(*waiting)
         assert hall.books.running == 4
 
@@ -207,7 +253,7 @@ def test_one_end_may_let_several_in() -> None:
 def test_the_queue_moves_on_when_engines_have_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         hall = Hall()
-        await hall.door.enter("-", 0, 5.0, 8)
+        await hall.enter()
         hall.outlook = Outlook(8, 0.0, kv_room=False)
         waiting = await hall.waiter()
         looking = asyncio.ensure_future(hall.door.run_forever())
@@ -230,8 +276,8 @@ def test_what_was_measured_changes_the_seats() -> None:
     other = Hall(by_slo=True)
 
     async def answered() -> None:
-        await other.door.enter("-", 0, 5.0, 8)
-        other.door.leave("-", 9.0)
+        await other.enter()
+        other.leave(9.0)
 
     asyncio.run(answered())
     assert other.books.limit == 1.0
@@ -241,7 +287,7 @@ def test_what_was_measured_changes_the_seats() -> None:
 class Guest:
     """One sequence, from its arrival to its end."""
 
-    entering: asyncio.Task[None]
+    entering: asyncio.Task[Waiter]
 
     @property
     def is_in(self) -> bool:
@@ -294,10 +340,10 @@ class Door(RuleBasedStateMachine):
         if at_once and (inside := next((found for found in self.guests if found.is_in), None)) not in (None, guest):
             assert inside is not None
             self.guests.remove(inside)
-            self.hall.door.leave("a", None)
+            self.hall.door.leave(inside.entering.result(), None)
         if guest.is_in:
             self.guests.remove(guest)
-            self.hall.door.leave("a", None)
+            self.hall.door.leave(guest.entering.result(), None)
         else:
             guest.entering.cancel()
         self._settle()

@@ -22,6 +22,7 @@ from pdctl.control_api import (
     ControlClient,
     Event,
     ExitReport,
+    KeysStatus,
     KvStatus,
     MeasuredStatus,
     Node,
@@ -59,6 +60,9 @@ class Quiet:
 
     def exits(self) -> tuple[ExitReport, ...]:
         return ()
+
+    async def keys(self) -> KeysStatus:
+        raise NotImplementedError
 
     async def leases(self) -> KvStatus:
         raise NotImplementedError

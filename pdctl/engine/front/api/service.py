@@ -25,7 +25,7 @@ from pdctl.engine.front.api.generate import Generator
 from pdctl.engine.front.api.messages import messages_of
 from pdctl.engine.front.api.openai import GenerationRequest
 from pdctl.engine.front.api.output import Piece, chunk_choice, stream_end, timed, usage_of, whole_choice
-from pdctl.engine.front.api.targets import targets
+from pdctl.engine.front.api.targets import priority_in, targets
 from pdctl.engine.front.api.text import NoChatTemplate, TextCodec
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.receiver import KvLost
@@ -113,7 +113,7 @@ class EngineService:
         forbidden = self.codec.forbidden(openai.bad_words(parsed))
         sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
-        tenant = headers.get(TENANT_HEADER, "") if self.control.is_internal(headers.get("authorization", "")) else ""
+        internal = headers if self.control.is_internal(headers.get("authorization", "")) else {}
         splits_reasoning = chat and parsed.separate_reasoning is not False
         if splits_reasoning and sampling.grammar:
             sampling = msgspec.structs.replace(sampling, thinking=self.generator.thinking(token_ids))
@@ -141,12 +141,12 @@ class EngineService:
             attempt=headers.get(ATTEMPT_HEADER, "") if ours else "",
             migration=transfer.migration,
             logprobs=sampling.logprobs,
-            salt=_salt(tenant, parsed.cache_salt),
-            priority=parsed.priority or 0,
+            salt=_salt(internal.get(TENANT_HEADER, ""), parsed.cache_salt),
+            priority=priority_in(internal, parsed.priority or 0),
             ttft_s=ttft_s,
             tpot_s=tpot_s,
             tool_calls=guided.tool_format(parsed),
-            tenant=tenant,
+            tenant=internal.get(TENANT_HEADER, ""),
             tools=parsed.tools if isinstance(parsed, ChatBody) else None,
             one_call=isinstance(parsed, ChatBody) and parsed.parallel_tool_calls is False,
             splits_reasoning=splits_reasoning,

@@ -1,11 +1,17 @@
-"""The latency targets of a request: its own, or else those of the service, which the proxy sends along."""
+"""The latency targets of a request: its own, or else those of the service, which the proxy sends along; and its
+priority within the order of the proxy."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pdctl.net.openai_fields import RequestSlo
+from pdctl.wire import ORDER_HEADER
 
 # A day.
 MOST_MS = 86_400_000
+# More than the number of priorities that a request may have, and the largest order that the proxy sends.
+_PRIORITIES, _MOST_ORDER = 2**33, 2**20
 
 
 def targets(own: RequestSlo | None, service: str) -> tuple[float, float]:
@@ -24,3 +30,13 @@ def _of_service(header: str) -> tuple[float, float]:
     except ValueError:
         return 0.0, 0.0
     return (first, later) if 0 <= first <= MOST_MS and 0 <= later <= MOST_MS else (0.0, 0.0)
+
+
+def priority_in(headers: Mapping[str, str], own: int) -> int:
+    """A request's priority, after the order in the proxy's header: its own counts only among requests of the same
+    order."""
+    try:
+        order = int(headers.get(ORDER_HEADER, "0"))
+    except ValueError:
+        return own
+    return order * _PRIORITIES + own if abs(order) <= _MOST_ORDER else own

@@ -19,7 +19,7 @@ from pdctl.engine.schedule.sequence import Sequence, Status
 
 # Prompts computed in part. More of them would hold blocks without getting done sooner.
 _MAX_PARTIAL = 4
-# After so many passes by others a partial prompt is not passed any more.
+# After so many passes by others a partial prompt is not passed any more, but by those of a lower priority number.
 _MAX_PASSES = 4
 
 # Predicted seconds for (tokens to compute, tokens before them).
@@ -104,7 +104,8 @@ class Prefills:
                     continue
                 preempt = None
             elif partial:
-                self._compute(partial.pop(0), batch)
+                first = partial.pop(0)
+                self._compute(first, batch, first.out_of_turn or self._order(first, now)[0] is Rank.OVERDUE)
             else:
                 break
         for sequence in before:
@@ -137,14 +138,14 @@ class Prefills:
         sequence.status = Status.RUNNING
         sequence.was_computed = True
         self._running.put(sequence)
-        self._compute(sequence, batch)
+        self._compute(sequence, batch, sequence.out_of_turn)
         return True
 
-    def _compute(self, sequence: Sequence, batch: Batch) -> None:
+    def _compute(self, sequence: Sequence, batch: Batch, out_of_turn: bool) -> None:
         chunk = self._chunk(sequence, batch.budget)
         if chunk:
             batch.add(sequence, chunk)
-            self._share.spend(chunk, sequence.out_of_turn)
+            self._share.spend(chunk, out_of_turn)
 
     def _has_blocks(
         self, sequence: Sequence, batch: Batch, partial: list[Sequence], now: float, preempt: Preempt
@@ -161,8 +162,6 @@ class Prefills:
 
     def _passes(self, newcomer: Sequence, current: Sequence, now: float) -> bool:
         """Whether a waiting sequence goes before a partial one: only if it gains more than a step takes."""
-        if current.passes >= _MAX_PASSES:
-            return False
         order, other = self._standing(newcomer, now), self._order(current, now)
         if order[:2] != other[:2]:
             return order[:2] < other[:2]
@@ -171,14 +170,16 @@ class Prefills:
     def _order(self, sequence: Sequence, now: float) -> Order:
         """The place of a partial prompt, by the work that is left of it."""
         prompt = self._prompt(sequence)
+        is_next = sequence.passes >= _MAX_PASSES
+        is_overdue = sequence.out_of_turn or (is_next and now >= sequence.arrived_s + LONGEST_WAIT_S)
         rank = Rank.NORMAL
-        if sequence.preemptions or sequence.passes >= _MAX_PASSES:
+        if sequence.preemptions:
             rank = Rank.URGENT
-        elif sequence.out_of_turn:
+        elif is_overdue and self._share.is_due:
             rank = Rank.OVERDUE
-        elif now > self._policy.late_from(prompt):
+        elif now > self._policy.late_from(prompt) and not is_next:
             rank = Rank.LATE
-        return rank, sequence.priority, self._policy.key(prompt)
+        return rank, sequence.priority, -math.inf if is_next else self._policy.key(prompt)
 
     def _standing(self, sequence: Sequence, now: float) -> Order:
         """The place of a waiting prompt."""

@@ -1,0 +1,1 @@
+"""Fair shares of the engines for API keys, and their limits."""
