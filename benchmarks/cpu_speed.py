@@ -21,7 +21,6 @@ from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
-from pdctl.engine.executor.heap import keep_freed_memory
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.attention import open_backend
 from pdctl.engine.model.loading import load_model
@@ -73,7 +72,6 @@ def _numbers(text: str) -> list[int]:
 def _runner(path: str, dtype: torch.dtype, attention: str) -> ModelRunner:
     device = torch.device("cpu")
     loaded = load_model(path, device, dtype, cache_root() / "products")
-    keep_freed_memory()
     manifest = Manifest(loaded.fingerprint, loaded.dtype, _BLOCK, loaded.shapes)
     blocks = 64 * (512 + 64) // _BLOCK
     pool = KvPool(manifest, blocks, Memory(block_bytes(manifest) * blocks, "bench"), device)

@@ -15,7 +15,6 @@ from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.executor import Computed, Launched
 from pdctl.engine.executor.gpu_memory import kv_bytes, largest_step, measured
-from pdctl.engine.executor.heap import keep_freed_memory
 from pdctl.engine.executor.launches import Launches, Step
 from pdctl.engine.model.attention.batch import PoolNeed
 from pdctl.engine.model.attention.choice import AttentionRefused, Chosen, choose
@@ -74,8 +73,6 @@ class SingleExecutor:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         device = torch.device(options.device)
         loaded, chosen = _loaded(options, device)
-        if device.type == "cpu":
-            keep_freed_memory()  # not before: loading frees much that no step needs
         segment = prefix.segment(options.block_size) if options.deterministic else 0
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
         num_blocks = _num_blocks(options, manifest, lambda: _gpu_room(options, loaded, manifest, chosen, device))
