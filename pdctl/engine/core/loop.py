@@ -1,7 +1,7 @@
 """The step loop: takes messages, computes batches, sends outcomes. It uses no sockets; other threads move messages.
 
 While a step computes, the next one is scheduled and launched if its results cannot change it (`schedule.ahead`). So at
-most two steps are in flight, and messages are handled only when none is.
+most two steps are in flight, and messages that could change a batch are handled only when none is.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Core:
         self._keep_latency = keep_latency
         self._schedules_ahead = schedules_ahead
         # Held while a message is handled: by the loop between steps and, while the runner computes, by the receiving
-        # thread for messages that only wait for blocks.
+        # thread for messages that do not concern the batch.
         self._lock = threading.Lock()
         self._is_computing = False
         self._steps = 0
@@ -156,7 +156,8 @@ class Core:
                 self._reserve_all()
 
     def _reserve_all(self) -> None:
-        while (message := self.inbox.take_if(_only_waits)) is not None:
+        """Handle what can be handled while a step computes, and reserve blocks for hand-overs."""
+        while (message := self.inbox.take_if(_is_beside)) is not None:
             self._handle(message)
         for sequence in self.scheduler.reserve():
             self.outbox.put(Reserved(sequence.request_id, list(sequence.block_ids), sequence.num_cached))
@@ -302,10 +303,11 @@ class Core:
             self.scheduler.audit()
 
 
-def _only_waits(message: CoreEvent) -> bool:
-    """Whether a message only adds a sequence that waits for blocks, and changes no other."""
+def _is_beside(message: CoreEvent) -> bool:
+    """Whether a message changes no sequence that is computed or waits for it: only those whose KV comes from a peer."""
     request = message.submit if isinstance(message, Guided) else message
-    return isinstance(request, Reserve) or (isinstance(request, Submit) and request.await_kv)
+    is_beside = isinstance(request, Reserve | Pulled | Settled | Poke)
+    return is_beside or (isinstance(request, Submit) and request.await_kv)
 
 
 def report(inbox: Inbox[CoreEvent], outbox: Outbox, message: Pulled | Linked) -> None:

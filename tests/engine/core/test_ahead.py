@@ -21,7 +21,19 @@ from pdctl.engine.core.loop import Core, CoreEvent
 from pdctl.engine.core.outbox import Outbox
 from pdctl.engine.executor.single import POISON_ENV, SingleExecutor
 from pdctl.engine.handover.puller import Puller
-from pdctl.engine.ipc.messages import Abort, Books, Poke, Reserve, Reserved, Sampling, Shutdown, StepDone, Submit
+from pdctl.engine.ipc.messages import (
+    Abort,
+    Books,
+    Poke,
+    Pulled,
+    Reserve,
+    Reserved,
+    Sampling,
+    Shutdown,
+    Start,
+    StepDone,
+    Submit,
+)
 from pdctl.engine.options import parse
 from pdctl.engine.schedule.ahead import LAUNCHED
 from pdctl.engine.schedule.batch import Limits
@@ -117,6 +129,25 @@ def test_a_hand_over_gets_free_blocks_while_two_steps_are_in_flight() -> None:
         reserved = said.next()
         assert isinstance(reserved, Reserved)
         assert not set(reserved.block_ids) & (runner.blocks[1] | runner.blocks[2])
+
+
+def test_the_end_of_a_transfer_does_not_stop_steps_ahead() -> None:
+    """It only concerns blocks that no step uses. The commit, which lets its sequence join, does."""
+    with running(ahead=True) as (core, runner, said):
+        decoding(core, runner, said, TEN)
+        core.receive(submit("h", 9, kv_tokens=8, sampling=TEN))
+        assert isinstance(said.next(), Reserved)
+        assert core.scheduler.pull_started("h")
+        core.inbox.put(Pulled("h", "", 0.1, 100))
+        runner.may_end.release()
+        step(said)
+        assert runner.began.acquire(timeout=WAIT_S)
+        core.receive(Start("h"))
+        for _ in range(2):
+            runner.may_end.release()
+            step(said)
+        assert runner.began.acquire(timeout=WAIT_S)
+        assert runner.names[:5] == [{"a"}] * 4 + [{"a", "h"}]
 
 
 def test_every_step_is_timed_once() -> None:
