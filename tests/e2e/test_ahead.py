@@ -17,7 +17,8 @@ from tests.service import Run, Service, pid_of, running, topology
 pytestmark = pytest.mark.e2e
 
 TOKENS = 60
-AHEAD = "schedule_ahead = true"
+# As transformers computes the expected answers.
+AHEAD = 'schedule_ahead = true\ndtype = "float32"'
 LAUNCHED = 'pdctl_engine_ahead_total{result="launched"}'
 
 
