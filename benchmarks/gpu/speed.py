@@ -13,10 +13,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -154,19 +153,24 @@ def _step(bench: Bench, scheduler: Scheduler) -> float:
     return time.perf_counter() - started
 
 
-def _steps_ahead(bench: Bench, scheduler: Scheduler) -> Iterator[float]:
+def _steps_ahead(bench: Bench, scheduler: Scheduler) -> list[float]:
     """Seconds of each step, if the next one is launched while it computes, as the core's loop does."""
     launches = Launches(bench.runner, in_thread=bench.device.type == "cpu")
     flight = launches.launch(scheduler.schedule())
-    while True:
+    times = []
+    for _ in range(_STEPS):
         started = time.perf_counter()
         following = scheduler.schedule_ahead(flight.batch)
-        ahead = launches.launch(following, flight) if following else None
-        scheduler.update(flight.batch, *flight.finish())
-        yield time.perf_counter() - started
-        if ahead is None:
+        if not following:
             raise RuntimeError(f"no step can be launched ahead: {scheduler.ahead.asked}")
+        ahead = launches.launch(following, flight)
+        scheduler.update(flight.batch, *flight.finish())
+        times.append(time.perf_counter() - started)
         flight = ahead
+    # The last one still computes.
+    scheduler.update(flight.batch, *flight.finish())
+    launches.close()
+    return times
 
 
 def decode(bench: Bench, batch: int, ahead: bool = False) -> dict[str, float]:
@@ -176,8 +180,7 @@ def decode(bench: Bench, batch: int, ahead: bool = False) -> dict[str, float]:
     _add(scheduler, batch, _PROMPT, 2 * _STEPS, bench.runner.loaded.vocab_size)
     while any(s.num_missing > 1 for s in scheduler.sequences.values()):
         _step(bench, scheduler)
-    steps = _steps_ahead(bench, scheduler) if ahead else iter(partial(_step, bench, scheduler), None)
-    times = list(islice(steps, _STEPS))
+    times = _steps_ahead(bench, scheduler) if ahead else [_step(bench, scheduler) for _ in range(_STEPS)]
     step = statistics.median(times[4:])
     needed = bench.weights.bytes_read + batch * (_PROMPT + _STEPS) * bench.weights.kv_bytes_per_token
     replay = _replay_seconds(bench, batch)
