@@ -17,8 +17,7 @@ from tests.service import Run, Service, pid_of, running, topology
 pytestmark = pytest.mark.e2e
 
 TOKENS = 60
-# As transformers computes the expected answers.
-AHEAD = 'schedule_ahead = true\ndtype = "float32"'
+AHEAD = f"schedule_ahead = true\n{parity.FLOAT32}"
 LAUNCHED = 'pdctl_engine_ahead_total{result="launched"}'
 
 

@@ -47,7 +47,8 @@ def test_tiny_equals_generate(
     hybrids: int,
 ) -> None:
     wanted, expected = tiny_expected
-    with running(run, topology(prefills=prefills, decodes=decodes, hybrids=hybrids)) as service:
+    text = topology(prefills=prefills, decodes=decodes, hybrids=hybrids, engine_extra=parity.FLOAT32)
+    with running(run, text) as service:
         parity.compare(service, wanted, expected, TOKENS)
         service.idle()
         moved = sum(service.engine_state(engine.name)["transfers"]["hand_overs"] for engine in service.engines())
@@ -61,7 +62,7 @@ def test_tiny_equals_generate(
 )
 def test_gemma_equals_generate(run: Run, lengths: tuple[int, ...], tokens: int) -> None:
     path = cache_root() / "models" / "gemma-3-270m-r1"
-    text = topology("sample:gemma-3-270m", kv_cache_gb=0.5)
+    text = topology("sample:gemma-3-270m", kv_cache_gb=0.5, engine_extra=parity.FLOAT32)
     with running(run, text) as service:
         wanted = parity.prompts(path, lengths)
         expected = parity.reference(path, wanted, tokens)

@@ -17,7 +17,7 @@ from tests.service import Run, Service, pid_of, running, topology
 pytestmark = pytest.mark.e2e
 
 TOKENS = 60
-GUESSING = 'speculative = { kind = "ngram", tokens = 4, min_ngram = 1 }'
+GUESSING = f'speculative = {{ kind = "ngram", tokens = 4, min_ngram = 1 }}\n{parity.FLOAT32}'
 ACCEPTED, DRAFTED = "pdctl_engine_accepted_tokens_total", "pdctl_engine_drafted_tokens_total"
 
 
