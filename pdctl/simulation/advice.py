@@ -144,12 +144,12 @@ class Advice:
         gain = self.gain(split, together)
         if gain.low > 0:
             return f"disaggregate: {split.setup.roles} give {_more(gain)} than {together.setup.roles}"
-        gain = self.gain(together, split)
-        if gain.low > 0:
-            return f"do not disaggregate: {together.setup.roles} give {_more(gain)} than {split.setup.roles}"
+        if gain.high < 0:
+            less = self.gain(together, split)
+            return f"do not disaggregate: {together.setup.roles} give {_more(less)} than {split.setup.roles}"
         return (
-            f"do not disaggregate: {split.setup.roles} are not shown to give more than {together.setup.roles}, and "
-            f"need transfers ({together.setup.roles} give {_more(gain)})"
+            f"do not disaggregate: {split.setup.roles} need transfers, and are not shown to be better than "
+            f"{together.setup.roles}: they give {_more(gain)}"
         )
 
 
