@@ -21,6 +21,8 @@ _POLICIES = ("fcfs", "sjf", "edf")
 # Setups that reach the second and the third round, and the most splits of many engines that are tried.
 _SECOND, _FINALISTS, _MOST_SPLITS = 3, 5, 9
 _BLOCKS, _RESAMPLED = 20, 1000
+# A split that gives less in addition, as a part, is not worth its transfers.
+_WORTH = 0.02
 # Of two setups that keep the targets equally often, the one with the better medians is better: by so much at most.
 _TIE = 0.02
 
@@ -122,9 +124,11 @@ class Advice:
     @property
     def best(self) -> Outcome:
         """The setup to use: without a split unless one is shown to be better, as it needs no transfers."""
-        if self.split is None or self.gain(self.split, self.together).low <= 0.0:
-            return self.together
-        return self.split
+        return self.split if self.split is not None and self._is_worth(self.split) else self.together
+
+    def _is_worth(self, split: Outcome) -> bool:
+        gain = self.gain(split, self.together)
+        return gain.low > 0 and gain.value > _WORTH * self.together.goodput
 
     def goodput(self, outcome: Outcome) -> Interval:
         """Its goodput per second."""
@@ -142,8 +146,13 @@ class Advice:
         if split is None:
             return f"one engine cannot be split: {together.setup}"
         gain = self.gain(split, together)
-        if gain.low > 0:
+        if self._is_worth(split):
             return f"disaggregate: {split.setup.roles} give {_more(gain)} than {together.setup.roles}"
+        if gain.low > 0:
+            return (
+                f"do not disaggregate: {split.setup.roles} need transfers, and give hardly more than "
+                f"{together.setup.roles}: {_more(gain)}"
+            )
         if gain.high < 0:
             less = self.gain(together, split)
             return f"do not disaggregate: {together.setup.roles} give {_more(less)} than {split.setup.roles}"
@@ -219,7 +228,7 @@ def outcome(setup: Setup, base: ServiceSpec, loads: Sequence[Sequence[Arrival]],
     """Simulate a setup under each load."""
     records: list[Record] = []
     met: list[tuple[int, int]] = []
-    seconds = busy = 0.0
+    busy = 0.0
     for seed, load in enumerate(loads):
         service = Service(setup.service(base), seed)
         found = service.run(load)
@@ -227,14 +236,13 @@ def outcome(setup: Setup, base: ServiceSpec, loads: Sequence[Sequence[Arrival]],
         records += found
         met += _by_block([targets.are_met(record) for record in found])
         lasted = max(record.ended_at for record in found) - load[0].at
-        seconds += lasted
         nodes = [place.node for place in service.places.values()]
         busy += sum(node.busy_s for node in nodes) / len(nodes) / max(lasted, 1e-9) / len(loads)
     values = samples(records)
     ttft, tpot = values["ttft"], values["tpot"]
     return Outcome(
         setup, percentile(ttft, 50), percentile(ttft, 99), percentile(tpot, 50), percentile(tpot, 99), tuple(met),
-        len(records) / max(seconds, 1e-9), busy,
+        len(records) / max(sum(load[-1].at - load[0].at for load in loads), 1e-9), busy,
     )  # fmt: skip
 
 

@@ -31,11 +31,14 @@ def advice(rate: float, inputs: int, outputs: int, base: ServiceSpec = BASE, eng
 
 
 def test_long_prompts_and_hardly_any_answer_are_no_case_for_a_split() -> None:
-    found = advice(5.0, 4000, 3)
-    assert not found.best.setup.is_split
+    """Half of the engines would have next to nothing to do."""
+    loads = [load(5.0, 4000, 3, count=100, seed=seed) for seed in range(2)]
+    split, together = (
+        outcome(Setup(*roles, 512, "fcfs", inline=False), BASE, loads, TARGETS) for roles in ((1, 1, 0), (0, 0, 2))
+    )
+    found = Advice((together, split), together, split, 2)
+    assert found.best is together
     assert found.verdict().startswith("do not disaggregate: 2 hybrids give ")
-    assert found.split is not None
-    assert found.gain(found.together, found.split).low > 0
 
 
 def test_a_tight_target_for_gaps_beside_long_prompts_needs_a_split() -> None:
@@ -69,6 +72,16 @@ def test_equal_setups_are_not_told_apart_and_the_simpler_one_is_recommended() ->
     assert "are not shown to be better than 2 hybrids: they give 0 (0 to 0) requests/s more" in found.verdict()
     assert found.goodput(split) == (interval := found.goodput(together))
     assert (interval.value, interval.low, interval.high) == pytest.approx((1.8, 1.8, 1.8))
+
+
+def test_a_split_that_gives_hardly_more_is_not_worth_its_transfers() -> None:
+    split = Outcome(Setup(1, 1, 0, 512, "fcfs", True), 1.0, 1.0, 1.0, 1.0, ((100, 100),) * 20, 2.0, 0.5)
+    together = replace(split, setup=Setup(0, 0, 2, 512, "fcfs", True), met=((99, 100),) * 20)
+    found = Advice((split, together), together, split, 2)
+    assert found.gain(split, together).low > 0
+    assert found.best is together
+    assert "give hardly more than 2 hybrids: 0.02 (0.02 to 0.02)" in found.verdict()
+    assert Advice((split, together), replace(together, met=((90, 100),) * 20), split, 2).best is split
 
 
 def test_the_interval_shrinks_with_the_number_of_blocks() -> None:
