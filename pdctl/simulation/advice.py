@@ -197,7 +197,9 @@ def advise(
 
 def _leaders(ranked: Sequence[Outcome], count: int) -> list[Outcome]:
     """The best, among them the best with a split and the best without one."""
-    found = list(ranked[:count])
+    # A policy often decides nothing: of setups with the same results one is enough.
+    distinct = {replace(one, setup=ranked[0].setup): one for one in reversed(ranked)}
+    found = [one for one in ranked if one in distinct.values()][:count]
     for wanted in (True, False):
         best = next((one for one in ranked if one.setup.is_split is wanted), None)
         if best is not None and best not in found:

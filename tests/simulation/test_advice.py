@@ -114,6 +114,7 @@ def test_chunks_and_policies_are_tried_and_finalists_get_every_load() -> None:
     assert found.tried > len(CHUNKS)
     assert any("sjf" in line for line in told)
     assert all(sum(count for _, count in one.met) == 100 for one in found.finalists)
+    assert len({replace(one, setup=found.best.setup) for one in found.finalists}) >= len(found.finalists) - 1
     scores = [one.score(TARGETS) for one in found.finalists]
     assert scores == sorted(scores, reverse=True)
     assert advise(BASE, 2, loads, TARGETS) == found, "the same seeds give the same"
