@@ -21,8 +21,9 @@ KINDS: tuple[Kind, ...] = ("prefill", "decode", "mixed")
 # Prompts get at least so much of a step as its decodes: where these alone miss their target, or nearly, there is no
 # target to protect, and prompts must get on.
 LEAST_STEP = 2.0
-# A sequence that a peer hands over during a step waits for this part of its target at most.
-ARRIVAL_WAIT = 0.5
+# A sequence that a peer hands over during a step waits for this part of its target at most. With less, steps have fewer
+# tokens than they could: in simulations of the code trace 0.5 cost a fifth of the goodput (docs/performance.md).
+ARRIVAL_WAIT = 1.0
 
 
 class Accuracy(msgspec.Struct, frozen=True, array_like=True):

