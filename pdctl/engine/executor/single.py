@@ -16,6 +16,7 @@ from pdctl.engine.cache.memory import Memory
 from pdctl.engine.executor import Computed, Launched
 from pdctl.engine.executor.gpu_memory import kv_bytes, largest_step, measured
 from pdctl.engine.executor.launches import Launches, Step
+from pdctl.engine.model import native
 from pdctl.engine.model.attention.batch import PoolNeed
 from pdctl.engine.model.attention.choice import AttentionRefused, Chosen, choose
 from pdctl.engine.model.grammar import Grammars
@@ -94,7 +95,8 @@ class SingleExecutor:
         device = self._runner.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
         threads = f"{torch.get_num_threads()} threads"
-        how = (self._runner.backend.name, *filter(None, [self.graphs]))
+        kernels = native.version() if device.type == "cpu" else ""
+        how = (self._runner.backend.name, *filter(None, [self.graphs, kernels and f"kernels {kernels}"]))
         return (self.manifest.model, self.manifest.dtype, where, threads, f"torch {torch.__version__}", *how)
 
     def launch(self, batch: list[Slice], after: Launched | None = None) -> Launched:

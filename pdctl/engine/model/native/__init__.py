@@ -47,6 +47,14 @@ def library() -> ctypes.CDLL:
         raise NotCompiled(f"{path} cannot be used: {failure}") from failure
 
 
+def version() -> str:
+    """Identifies the kernels, of a library that was loaded or can be. "" without one."""
+    try:
+        return Path(library()._name).stem
+    except NotCompiled:
+        return ""
+
+
 def _loaded(compiler: str, path: Path) -> ctypes.CDLL:
     """Load the library; one that was damaged, by a full disk or a power failure, is compiled again once."""
     try:
