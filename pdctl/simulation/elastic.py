@@ -16,7 +16,7 @@ from pdctl.engine.schedule import moves
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.engine.virtual import VirtualTime
 from pdctl.proxy.engines.fleet import Fleet
-from pdctl.simulation.attempts import Place
+from pdctl.simulation.requests.attempts import Place
 
 _ROLES: dict[str, RoleName] = {"prefill": "prefill", "decode": "decode", "hybrid": "hybrid"}
 

@@ -21,15 +21,15 @@ from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.proxy.shares.fair_queue import Waiter, Work
 from pdctl.proxy_wire import EngineAddress
-from pdctl.simulation.attempts import Place
-from pdctl.simulation.door import Door
 from pdctl.simulation.elastic import ElasticRoles
-from pdctl.simulation.journey import Journey
-from pdctl.simulation.machine import Machine
-from pdctl.simulation.models import Models
-from pdctl.simulation.node import Node
+from pdctl.simulation.engines.machine import Machine
+from pdctl.simulation.engines.models import Models
+from pdctl.simulation.engines.node import Node
+from pdctl.simulation.requests.attempts import Place
+from pdctl.simulation.requests.door import Door
+from pdctl.simulation.requests.journey import Journey
+from pdctl.simulation.requests.wires import Wires
 from pdctl.simulation.spec import Arrival, EngineSpec, ServiceSpec
-from pdctl.simulation.wires import Wires
 
 # Nobody waits longer for anything (pdctl.proxy.request.failover), so without any token or end for so long the
 # simulation itself is wrong, seconds.

@@ -13,8 +13,8 @@ from pdctl.commands.common import FILE_ENV, topology_file
 from pdctl.errors import PdctlError
 
 if TYPE_CHECKING:
-    from pdctl.simulation.fleets import Memory
-    from pdctl.simulation.profiles import Speed
+    from pdctl.simulation.engines.fleets import Memory
+    from pdctl.simulation.engines.profiles import Speed
     from pdctl.simulation.spec import Arrival, ServiceSpec
     from pdctl.topology.spec import Topology
 
@@ -93,7 +93,7 @@ class Imagined:
 
     def speed(self, topology: Topology) -> Speed:
         """How fast an engine is. Raises PdctlError."""
-        from pdctl.simulation.profiles import own_speed, read_speed
+        from pdctl.simulation.engines.profiles import own_speed, read_speed
 
         if self.profile is not None:
             return read_speed(self.profile)
@@ -107,7 +107,7 @@ class Imagined:
     def memory(self, topology: Topology) -> Memory:
         """How much KV there is. Raises PdctlError."""
         from pdctl.host.models import read_shape
-        from pdctl.simulation.fleets import Memory
+        from pdctl.simulation.engines.fleets import Memory
         from pdctl.topology.spec import Device
 
         token_bytes = self.kv_token_bytes
@@ -129,7 +129,7 @@ class Imagined:
         import os
 
         from pdctl.policy_names import POLICY_NAMES
-        from pdctl.simulation.fleets import of_topology, parse_fault
+        from pdctl.simulation.engines.fleets import of_topology, parse_fault
         from pdctl.simulation.spec import Costs
 
         if self.policy and self.policy not in POLICY_NAMES:

@@ -66,6 +66,8 @@ def recommend(
     wanted.check(given_options(context))
     if wanted.workload is not Workload.TRACE and math.isinf(wanted.rate):
         raise PdctlError("a load needs a rate", "give --rate, or --trace FILE")
+    if wanted.warm_up:
+        raise PdctlError("--warm-up does nothing here", "leave it out")
     if pictures is not None:
         drawing()
     topology = imagined.topology()

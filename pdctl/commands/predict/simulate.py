@@ -80,8 +80,8 @@ def targets_of(spec: ServiceSpec, traffic: Traffic) -> Targets:
 
 
 def _service(imagined: Imagined, engines: Sequence[str], routing: str, ttft_ms: float, tpot_ms: float) -> ServiceSpec:
-    from pdctl.simulation.fleets import checked, of_wishes, parse_wish
-    from pdctl.simulation.profiles import read_speed
+    from pdctl.simulation.engines.fleets import checked, of_wishes, parse_wish
+    from pdctl.simulation.engines.profiles import read_speed
 
     topology = imagined.topology()
     speed = imagined.speed(topology)
@@ -122,6 +122,7 @@ def _text(found: Prediction, targets: Targets) -> list[str]:
         lines.append(f"{found.inline:.1%} of the requests computed inline" + (f" ({reasons})" if reasons else ""))
     if found.failed_tries:
         lines.append(f"{found.failed_tries} calls failed and were made again")
+    lines += [f"at {change.at:.0f} s {change.engine} to {change.role}" for change in found.role_changes[:_MOST_ROWS]]
     errors: dict[str, int] = {}
     for record in found.records:
         if record.error:

@@ -30,7 +30,7 @@ def files(tmp_path: Path) -> tuple[Path, Path, Path]:
 def known_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is not prepared here, so what its KV takes is given."""
     from pdctl.commands.predict.imagined import Imagined
-    from pdctl.simulation.fleets import Memory
+    from pdctl.simulation.engines.fleets import Memory
 
     monkeypatch.setattr(Imagined, "memory", lambda self, topology: Memory(1000))
 

@@ -148,4 +148,5 @@ class TestRecommend:
 
     def test_a_load_needs_a_rate_and_deaths_do_nothing(self, files: list[str]) -> None:
         assert "needs a rate" in failed("recommend", *files).message
+        assert "--warm-up does nothing here" in failed("recommend", *files, *LOAD, "--warm-up", "1").message
         assert "--kill does nothing here" in failed("recommend", *files, *LOAD, "--kill", "decode-0:1:1").message

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pdctl.errors import PdctlError
-from pdctl.simulation.profiles import Speed
+from pdctl.simulation.engines.profiles import Speed
 from pdctl.simulation.spec import ElasticSpec, EngineSpec, Fault, MachineSpec, ServiceSpec
 from pdctl.topology.spec import ENGINE_ROLES, Device, EngineGroup, Topology
 

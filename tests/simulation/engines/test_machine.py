@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.engine.virtual import VirtualTime
-from pdctl.simulation.machine import Machine
+from pdctl.simulation.engines.machine import Machine
 
 
 def ends(cores: int, slowdown: float, jobs: list[tuple[float, float]]) -> list[float]:

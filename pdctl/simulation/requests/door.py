@@ -11,7 +11,7 @@ from pdctl.proxy.request.admission import Admission, Refusal
 from pdctl.proxy.shares.fair_queue import Waiter, Work
 
 if TYPE_CHECKING:
-    from pdctl.simulation.journey import Journey
+    from pdctl.simulation.requests.journey import Journey
 
 
 class Door:

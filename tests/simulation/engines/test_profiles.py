@@ -12,9 +12,9 @@ from pdctl.engine.core.latency_file import LatencyFile
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host.models import fingerprint
 from pdctl.latency import StepTimes, step_of
-from pdctl.simulation.fleets import Memory, checked, of_topology, of_wishes, parse_fault, parse_wish
-from pdctl.simulation.models import Models
-from pdctl.simulation.profiles import own_speed, read_speed
+from pdctl.simulation.engines.fleets import Memory, checked, of_topology, of_wishes, parse_fault, parse_wish
+from pdctl.simulation.engines.models import Models
+from pdctl.simulation.engines.profiles import own_speed, read_speed
 from pdctl.simulation.spec import EngineSpec, Fault, ServiceSpec
 from pdctl.topology.loader import load_imagined
 

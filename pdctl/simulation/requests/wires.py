@@ -12,8 +12,8 @@ from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.simulation.spec import TransferSpec
 
 if TYPE_CHECKING:
-    from pdctl.simulation.attempts import Place
-    from pdctl.simulation.node import Node
+    from pdctl.simulation.engines.node import Node
+    from pdctl.simulation.requests.attempts import Place
 
 
 class Wires:

@@ -19,8 +19,8 @@ from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.request.failover import Cause, Failure
 
 if TYPE_CHECKING:
-    from pdctl.simulation.node import Node
-    from pdctl.simulation.wires import Wires
+    from pdctl.simulation.engines.node import Node
+    from pdctl.simulation.requests.wires import Wires
 
 
 class Wanted(NamedTuple):

@@ -12,7 +12,7 @@ from pdctl.proxy.engines.routing import Ask, EnginePair
 from pdctl.proxy.request.course import Course
 from pdctl.proxy.request.failover import Failure, GiveUp
 from pdctl.proxy.shares.fair_queue import Waiter
-from pdctl.simulation.attempts import Pair, Place, Solo, Wanted
+from pdctl.simulation.requests.attempts import Pair, Place, Solo, Wanted
 from pdctl.simulation.spec import Arrival
 
 if TYPE_CHECKING:

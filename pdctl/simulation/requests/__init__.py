@@ -1,0 +1,1 @@
+"""One request of an imagined service, from its arrival to its end."""
