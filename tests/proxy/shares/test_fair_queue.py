@@ -92,16 +92,30 @@ def test_nobody_starves_however_much_another_key_sends(flood: int, wanted: list[
             assert turns <= at_most + (before == 0)
 
 
-def test_idleness_earns_nothing_and_being_alone_costs_nothing() -> None:
+def test_idleness_earns_nothing() -> None:
     made = server()
+    made.ask("late", Work(1000, 100))
+    made.serve()
+    made.ask("early", Work(1000, 100))
     for _ in range(50):
-        made.ask("early", Work(1000, 100))
+        made.ask("early", Work(1000, 100))  # one always waits
         made.serve()
     for _ in range(20):
         made.ask("early", Work(1000, 100))
         made.ask("late", Work(1000, 100))
     first = [made.serve().key for _ in range(20)]
     assert first.count("late") == pytest.approx(10, abs=1)
+
+
+def test_what_a_key_did_alone_is_not_held_against_it() -> None:
+    made = server()
+    made.ask("early", Work(100, 10))
+    made.serve(Work(100_000, 10_000))
+    for _ in range(20):
+        made.ask("early", Work(1000, 100))
+        made.ask("late", Work(1000, 100))
+    first = [made.serve().key for _ in range(20)]
+    assert first.count("early") == pytest.approx(10, abs=1)
 
 
 def test_a_key_is_charged_what_it_used() -> None:
