@@ -64,7 +64,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+# These say again what the others say.
+_SLOW = ("penalties", "stop strings")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in _SLOW else kind for kind in OPTIONS]
+)
 def test_a_stream_moves_at_a_drain_and_no_token_changes(service: Service, kind: str) -> None:
     options = {"max_tokens": LONG, "ignore_eos": True, **OPTIONS[kind]}
     quiet = service.complete(PROMPT * 3, **options)

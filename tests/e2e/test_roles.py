@@ -118,7 +118,7 @@ def test_random_changes_under_streams_lose_nothing(service: Service) -> None:
     changes = 0
     with ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(client, number) for number in range(8)]
-        while changes < 24 and not any(one.done() for one in clients):
+        while changes < 16 and not any(one.done() for one in clients):
             name = chance.choice(["prefill-0", "decode-0", "decode-1"])
             role = chance.choice(["prefill", "decode", "hybrid"])
             try:
