@@ -118,10 +118,10 @@ def test_hand_overs_of_the_wrong_shape_are_refused(service: Service, prefill: En
     assert decode.decode("hello there", {**good, "remote_block_ids": list(range(10**5))}).status_code == 400
     assert decode.decode("hello there", {**good, "remote_block_ids": []}).status_code == 400
     assert decode.decode("hello there", {**good, "endpoint": {"shards": [pool, pool]}}).status_code == 400
-    other = {**pool, "manifest": {**pool["manifest"], "dtype": "bfloat16"}}
+    other = {**pool, "manifest": {**pool["manifest"], "dtype": "float16"}}
     refused = decode.decode("hello there", {**good, "remote_engine_id": "odd", "endpoint": {"shards": [other]}})
     assert refused.status_code == 409
-    assert "KV is bfloat16 there" in refused.json()["error"]["message"]
+    assert "KV is float16 there" in refused.json()["error"]["message"]
     spoiled = prefill.hold("hello there")
     nowhere = {"shards": [{**pool, "served": []}]}
     answer = decode.decode(
@@ -202,7 +202,7 @@ def test_engines_learn_their_role_from_the_supervisor(service: Service, prefill:
         assert "--role" not in psutil.Process(engine.pid).cmdline(), "the supervisor tells it"
         assert engine.http.post("/pdctl/v1/role", json={"role": "nonsense"}).status_code == 400
         assert engine.state()["role"] == role
-    assert decode.http.post("/pdctl/v1/role", json={"role": "hybrid"}).json() == {"role": "hybrid"}
+    assert decode.http.post("/pdctl/v1/role", json={"role": "hybrid"}).json() == {"role": "hybrid", "epoch": 0}
     assert decode.state()["role"] == "hybrid"
     assert decode.http.post("/pdctl/v1/role", json={"role": "decode"}).status_code == 200
 

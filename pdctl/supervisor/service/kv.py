@@ -164,9 +164,11 @@ class KvWatch:
         """The state of every ready engine whose kind reports it, or the reason why it is missing."""
         members = self._able(Ability.STATE)
         found = await asyncio.gather(*(self._state(member) for member in members))
+        # An engine remembers peers that are not part of the service any more.
+        peers = {member.name for member in (*self._members(), *self._attached())} | {peer for _, peer in self.links}
         for member, state in zip(members, found, strict=True):
             if isinstance(state, EngineState):
-                for link in state.links:
+                for link in (link for link in state.links if link.peer in peers):
                     self.note(member.name, _kept(link, self.links.get((member.name, link.peer))))
         return {member.name: state for member, state in zip(members, found, strict=True)}
 
