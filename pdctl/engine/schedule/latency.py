@@ -74,8 +74,8 @@ class LatencyModel:
     def note(self, batch: Sequence[Slice], seconds: float) -> None:
         """Take the duration of a step."""
         if batch and seconds > 0:
-            parts = (part for piece in batch for part in piece.parts)
-            self.took(step_of((part.num_rows, part.start) for part in parts), seconds)
+            parts = [part for piece in batch for part in (piece.parts if piece.drafts else (piece,))]
+            self.took(step_of([(part.num_rows, part.start) for part in parts]), seconds)
 
     def took(self, step: Step, seconds: float) -> None:
         """The same, for a step that is described."""

@@ -333,6 +333,11 @@ class Scheduler:
     def _take(self, piece: Slice, sampled: list[Sampled], outcome: Outcome) -> None:
         """Append what would have been sampled without drafts, up to the end of the output."""
         sequence, taken = piece.sequence, list[int]()
+        if not piece.drafts:
+            token_id, told = sampled[0]
+            self._append(sequence, token_id, told, outcome)
+            self._drafts.settle(piece, [token_id])
+            return
         for token_id, told in accepted(piece.drafts, sampled):
             if taken:
                 # The token before it was a draft: its KV is there.
