@@ -104,11 +104,10 @@ class Imagined:
             raise PdctlError(f"the model {topology.service.model} is not on this machine", "give --profile FILE")
         return own_speed(cache_root(), model)
 
-    def memory(self, topology: Topology) -> Memory:
+    def memory(self, topology: Topology, speed: Speed) -> Memory:
         """How much KV there is. Raises PdctlError."""
         from pdctl.host.models import read_shape
         from pdctl.simulation.engines.fleets import Memory
-        from pdctl.topology.spec import Device
 
         token_bytes = self.kv_token_bytes
         if not token_bytes:
@@ -119,9 +118,8 @@ class Imagined:
                     f"the model {topology.service.model} is not on this machine",
                     "give --kv-token-bytes, such as 131072",
                 )
-            # On CPUs builtin engines keep four bytes per number.
-            on_cpu = any(group.device is Device.CPU for group in topology.engines)
-            token_bytes = shape.kv_token_bytes * (2 if on_cpu else 1)
+            # The shape counts two bytes per number.
+            token_bytes = shape.kv_token_bytes * (2 if _dtype(topology, speed) == "float32" else 1)
         return Memory(token_bytes, self.kv_gb)
 
     def service(self, topology: Topology, speed: Speed) -> ServiceSpec:
@@ -135,7 +133,7 @@ class Imagined:
         if self.policy and self.policy not in POLICY_NAMES:
             raise PdctlError(f"--policy {self.policy!r} is not a policy", f"policies: {', '.join(POLICY_NAMES)}")
         cores = self.cores or len(os.sched_getaffinity(0))
-        found = of_topology(topology, speed, self.memory(topology), cores, self.slowdown)
+        found = of_topology(topology, speed, self.memory(topology, speed), cores, self.slowdown)
         transfer = replace(found.transfer, bandwidth=self.bandwidth * 1e9, latency_s=self.latency_ms / 1000)
         engines = tuple(
             replace(
@@ -148,6 +146,16 @@ class Imagined:
             found, engines=engines, transfer=transfer, costs=Costs(self.call_ms / 1000, self.jitter),
             faults=tuple(map(parse_fault, self.kill)),
         )  # fmt: skip
+
+
+def _dtype(topology: Topology, speed: Speed) -> str:
+    """The engines' number type: the topology's, else that of the engine that measured its speed, else the device's."""
+    from pdctl.topology.spec import Device
+
+    group = topology.engines[0]
+    if group.dtype != "auto":
+        return group.dtype
+    return speed.dtype or ("float32" if group.device is Device.CPU else "bfloat16")
 
 
 def _model_folder(topology: Topology) -> Path | None:

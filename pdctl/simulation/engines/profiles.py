@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from pdctl.bench.profile import Profile, load
 from pdctl.engine.core.latency_file import read_kept
+from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.errors import PdctlError
 from pdctl.host.models import fingerprint
 from pdctl.latency import StepTimes
@@ -17,23 +18,27 @@ from pdctl.latency import StepTimes
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """`times`: of an engine's steps; `source`: where they are from, for people."""
+    """`times`: of an engine's steps; `source`: where they are from, for people; `dtype`: of the engine that measured
+    them, "" if unknown."""
 
     times: StepTimes
     source: str
+    dtype: str = ""
 
     def scaled(self, factor: float) -> Speed:
         """An engine that is `factor` times as fast."""
         a, b, c, d, e = (value / factor for value in self.times.coefficients)
         times = msgspec.structs.replace(self.times, coefficients=(a, b, c, d, e))
-        return Speed(times, self.source if factor == 1 else f"{self.source}, {factor:g} times as fast")
+        return replace(
+            self, times=times, source=f"{self.source}, {factor:g} times as fast" if factor != 1 else self.source
+        )
 
 
 def read_speed(path: Path) -> Speed:
     """A file of the engines' own cache, of `bench profile --out`, or with the five coefficients of `pdctl.latency` in
     seconds: {"coefficients": [...]}. Raises PdctlError."""
     if (kept := read_kept(path)) is not None:
-        return Speed(_plain(kept[1].times), _told(path, kept[0]))
+        return _kept_speed(path, *kept)
     if (profile := load(path)) is not None:
         return Speed(_of_profile(profile), f"{path} ({profile.model}, {profile.date})")
     try:
@@ -62,17 +67,14 @@ def own_speed(cache_root: Path, model: Path) -> Speed:
     if not found:
         hint = "start it once here (pdctl up), or give --profile FILE"
         raise PdctlError(f"no engine has measured the model {model} on this machine", hint)
-    _, path, (key, kept_model) = max(found)
-    return Speed(_plain(kept_model.times), _told(path, key))
+    _, path, kept = max(found, key=lambda one: one[0])
+    return _kept_speed(path, *kept)
 
 
-def _plain(times: StepTimes) -> StepTimes:
-    """Without the corrections of a moment: the fit to all measured steps."""
-    return StepTimes(times.coefficients)
-
-
-def _told(path: Path, key: tuple[str, ...]) -> str:
-    return f"{path} ({', '.join(key[1:])})"
+def _kept_speed(path: Path, key: tuple[str, ...], model: LatencyModel) -> Speed:
+    # Without the corrections of a moment: the fit to all measured steps.
+    times = StepTimes(model.times.coefficients)
+    return Speed(times, f"{path} ({', '.join(key[1:])})", key[1] if len(key) > 1 else "")
 
 
 def _of_profile(profile: Profile) -> StepTimes:

@@ -32,7 +32,7 @@ def known_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from pdctl.commands.predict.imagined import Imagined
     from pdctl.simulation.engines.fleets import Memory
 
-    monkeypatch.setattr(Imagined, "memory", lambda self, topology: Memory(1000))
+    monkeypatch.setattr(Imagined, "memory", lambda self, topology, speed: Memory(1000))
 
 
 def test_each_topology_is_predicted_under_the_load(files: tuple[Path, Path, Path]) -> None:

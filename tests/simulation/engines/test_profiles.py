@@ -73,6 +73,7 @@ def test_what_an_engine_of_this_machine_has_measured(tmp_path: Path) -> None:
     found = own_speed(tmp_path, model)
     assert close(found.times, TIMES)
     assert "float32, a CPU" in found.source
+    assert found.dtype == "float32"
     assert read_speed(Path(found.source.split(" ")[0])).times == found.times
 
 
