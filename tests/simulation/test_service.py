@@ -137,9 +137,7 @@ def test_every_request_ends_once_whatever_dies(
         else:
             refused = ("refused: ", "no engine is ready", "needs ", "the request failed ")
             assert record.error.startswith(refused), record.error
-    # Hybrid engines that are paired may wait for each other's blocks, until a deadline; then requests may be given up.
-    may_block = roles.count("hybrid") > 1 and len(set(roles)) > 1 and blocks < 300
-    if not faults and admission == "queue" and not may_block:
+    if not faults and admission == "queue":
         assert all(record.is_good for record in records)
     assert served(spec, load, seed)[1] == records, "the same seed gives the same"
 

@@ -227,8 +227,14 @@ def candidates(views: Sequence[View]) -> list[Candidate]:
         for shift in range(len(decodes))
         for number, prefill in enumerate(prefills)
     ]
-    able = [pair for pair in pairs if not pair.is_one and _reaches(pair)]
+    able = [pair for pair in pairs if not (_are_hybrids(pair) or pair.is_one) and _reaches(pair)]
     return able + inline or [Candidate(view, view) for view in views if view.alone]
+
+
+def _are_hybrids(pair: Candidate) -> bool:
+    """Two hybrid engines do not move KV to each other: KV goes only from prefill to hybrid to decode engines. So no two
+    engines, full of KV for each other, wait for each other's blocks."""
+    return pair.prefill.role == pair.decode.role == "hybrid"
 
 
 def _reaches(pair: Candidate) -> bool:

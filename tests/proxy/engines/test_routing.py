@@ -195,6 +195,15 @@ def test_hybrids_alone_move_no_kv_and_beside_others_take_both_parts() -> None:
     assert mixed == {("p0", "h0"), ("h0", "h0")}
 
 
+@given(st.lists(ROLES, min_size=1, max_size=8))
+def test_kv_never_moves_in_a_circle(roles: list[str]) -> None:
+    """Engines that are full of KV for each other would wait for each other's blocks."""
+    order = {"prefill": 0, "hybrid": 1, "decode": 2}
+    fleet = [view(f"e{number}", role) for number, role in enumerate(roles)]
+    for pair in candidates(fleet):
+        assert pair.is_one or order[pair.prefill.role] < order[pair.decode.role]
+
+
 @given(
     st.lists(st.tuples(ROLES, st.booleans(), st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 9)), max_size=8),
     st.integers(0, 1000), st.floats(0, 1e6), st.sampled_from(sorted(POLICIES)), st.sets(st.integers(0, 7)),
