@@ -214,9 +214,10 @@ def setups(engines: int, like: EngineSpec) -> list[Setup]:
     if engines > 1:
         steps = min(engines - 1, _MOST_SPLITS)
         for prefills in sorted({max(1, round(engines * step / (steps + 1))) for step in range(1, steps + 1)}):
-            splits.append((prefills, engines - prefills, 0))
-            if engines - prefills > 1:
-                splits.append((prefills, 0, engines - prefills))
+            others = engines - prefills
+            splits.append((prefills, others, 0))
+            if others > 1:
+                splits += [(prefills, 0, others), (prefills, others - 1, 1)]
     return [Setup(p, d, h, chunk, policy, inline) for p, d, h in splits for inline in (True, False)]
 
 

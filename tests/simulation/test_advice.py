@@ -100,10 +100,11 @@ def test_the_interval_shrinks_with_the_number_of_blocks() -> None:
 @pytest.mark.parametrize("engines", [1, 2, 3, 8, 64])
 def test_what_is_tried_has_the_engines_that_there_are(engines: int) -> None:
     found = setups(engines, LIKE)
-    assert len(set(found)) == len(found) <= 40
+    assert len(set(found)) == len(found) <= 60
     assert all(one.prefills + one.decodes + one.hybrids == engines for one in found)
     assert any(not one.is_split for one in found)
     assert any(one.decodes for one in found) is (engines > 1)
+    assert any(one.prefills and one.decodes and one.hybrids for one in found) is (engines > 2)
     assert all(bool(one.prefills) == one.is_split for one in found)
 
 
