@@ -334,11 +334,9 @@ class Scheduler:
         """Append what would have been sampled without drafts, up to the end of the output."""
         sequence, taken = piece.sequence, list[int]()
         if not piece.drafts:
-            token_id, told = sampled[0]
-            self._append(sequence, token_id, told, outcome)
-            self._drafts.settle(piece, [token_id])
-            return
-        for token_id, told in accepted(piece.drafts, sampled):
+            self._append(sequence, *sampled[0], outcome)
+            taken.append(sampled[0][0])
+        for token_id, told in accepted(piece.drafts, sampled) if piece.drafts else ():
             if taken:
                 # The token before it was a draft: its KV is there.
                 self._room.computed(sequence, 1)
