@@ -106,15 +106,17 @@ class Told(Trace):
     def __init__(self) -> None:
         super().__init__("d0", "de")
         self._events: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self._passed: list[tuple[str, str]] = []
 
     def write(self, event: str, lease_id: str, **details: object) -> None:
         self._events.put_nowait((str(details.get("on", event)), lease_id))
 
     async def until(self, event: ReceptionEvent | str, lease_id: str) -> None:
-        """Wait for a reception event, or for another trace event."""
-        wanted = event.value if isinstance(event, ReceptionEvent) else event
-        while await self._events.get() != (wanted, lease_id):
-            pass
+        """Wait for a reception event, or for another trace event. It may have come before one that was waited for."""
+        wanted = (event.value if isinstance(event, ReceptionEvent) else event, lease_id)
+        while wanted not in self._passed:
+            self._passed.append(await self._events.get())
+        self._passed.remove(wanted)
 
 
 class Prefill:
