@@ -42,9 +42,10 @@ def status(
     watch: bool = typer.Option(False, "-w", "--watch", help="Refresh every second until Ctrl-C."),
 ) -> None:
     """Show the service's processes (state, restarts and their causes, resource use, load) and the KV transfers."""
+    name = find_service(service, file)
+    # Not before: without a service this needs none of it.
     from pdctl.control_api import KeysStatus
 
-    name = find_service(service, file)
     while True:
         found = control(name).keys() if keys else control(name).status()
         if watch and sys.stdout.isatty():
