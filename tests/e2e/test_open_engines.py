@@ -212,9 +212,10 @@ def test_what_decode_refuses_is_released(prefill: Stranger, decode: Stranger, wr
     assert decode.refusal(**fields, migration_request=session)[0] == 400
 
 
-def test_the_connection_of_a_pair(prefill: Stranger, decode: Stranger) -> None:
+def test_the_connection_of_a_pair(service: Service, prefill: Stranger, decode: Stranger) -> None:
+    blocks = service.engine_state("prefill-0")["blocks_total"]
     infos = [json.loads(one.http.get("/distserve/engine_info").json()) for one in (prefill, decode)]
-    assert {(info["tp_size"], info["pp_size"], info["num_gpu_blocks"]) for info in infos} == {(1, None, 8192)}
+    assert {(info["tp_size"], info["pp_size"], info["num_gpu_blocks"]) for info in infos} == {(1, None, blocks)}
     for one, other in ((prefill, decode), (decode, prefill)):
         made = one.distserve("p2p_initialize", local_engine_id=one.url, remote_engine_id=other.url, protocol=2)
         assert (made["status"], made["kvtransfer_endpoint_info"][0]["protocol"]) == (1, 2)
