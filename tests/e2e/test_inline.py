@@ -42,7 +42,7 @@ def tokens(number: int, count: int) -> list[int]:
 
 @contextmanager
 def long_prompt(service: Service, engine: str) -> Iterator[None]:
-    """Meanwhile this engine computes a prompt of 1,900 tokens."""
+    """Meanwhile this engine computes prompts of 1,900 tokens: several at once, as one alone may be computed inline."""
     ends = threading.Event()
 
     def send() -> None:
@@ -50,14 +50,15 @@ def long_prompt(service: Service, engine: str) -> Iterator[None]:
             # Another salt each time: what is cached takes no time.
             service.complete(tokens(1, 1900), max_tokens=1, cache_salt=f"long {next(_SALTS)}")
 
-    with ThreadPoolExecutor(1) as pool:
-        sent = pool.submit(send)
+    with ThreadPoolExecutor(3) as pool:
+        sent = [pool.submit(send) for _ in range(3)]
         try:
             service.wait(lambda: service.engine_state(engine)["running"], 60, "a long prompt")
             yield
         finally:
             ends.set()
-        sent.result(60)
+        for one in sent:
+            one.result(60)
 
 
 def test_short_prompts_are_computed_inline_and_long_ones_are_not(service: Service) -> None:
