@@ -26,7 +26,8 @@ class Rules:
 @dataclass(frozen=True, slots=True)
 class EngineView:
     """One engine, now. `seats`: sequences that it runs at once; `kv_used`: the part of its KV blocks in use;
-    `is_settled`: it can change its role, and has ended its work of an earlier one."""
+    `is_settled`: it can change its role, and has ended its work of an earlier one; `inline`: it computes prompts as a
+    decode engine, too."""
 
     name: str
     role: RoleName
@@ -34,6 +35,7 @@ class EngineView:
     seats: int
     kv_used: float = 0.0
     is_settled: bool = True
+    inline: bool = False
 
 
 class Pressure(NamedTuple):

@@ -52,10 +52,11 @@ class ElasticRoles:
         self._interval_s = interval_s
         self._goes_on = goes_on
         self._memory = Memory()
+        self._leaving: dict[str, set[str]] = {}  # by engine: its sequences from before its last change
 
     def look(self) -> None:
         """Decide, change a role, and look again later."""
-        views = [view for place in self._places.values() if (view := _view(place)) is not None]
+        views = [view for place in self._places.values() if (view := self._view(place)) is not None]
         self._memory, found = decide(self._memory, views, self._rules, self._time())
         if found.engine:
             self._change(self._places[found.engine], found.role)
@@ -68,23 +69,26 @@ class ElasticRoles:
         epoch = address.role_epoch + 1
         place.engine.follow(msgspec.structs.replace(address, role=role, role_epoch=epoch))
         self._fleet.roles_changed()
+        self._leaving[place.node.name] = {
+            name for name, one in place.node.engine.scheduler.sequences.items() if _is_old(one, role)
+        }
         if role == "decode":
             node = place.node
             for name in moves.unbegun(node.engine.scheduler.sequences.values()):
                 node.give_back(name)
 
-
-def _view(place: Place) -> EngineView | None:
-    node, role = place.node, _ROLES[place.engine.address.role]
-    work = node.condition().work
-    if work is None:
-        return None
-    scheduler = node.engine.scheduler
-    used = 1 - scheduler.allocator.num_free / node.spec.blocks
-    settled = not any(_is_old(one, role) for one in scheduler.sequences.values())
-    return EngineView(node.name, role, work, node.spec.max_num_seqs, used, settled)
+    def _view(self, place: Place) -> EngineView | None:
+        node = place.node
+        work = node.condition().work
+        if work is None:
+            return None
+        scheduler = node.engine.scheduler
+        used = 1 - scheduler.allocator.num_free / node.spec.blocks
+        left = self._leaving.get(node.name, set()) & scheduler.sequences.keys()
+        seats, role = node.spec.max_num_seqs, _ROLES[place.engine.address.role]
+        return EngineView(node.name, role, work, seats, used, not left, node.spec.inline_prefill)
 
 
 def _is_old(sequence: Sequence, role: RoleName) -> bool:
-    """Whether a sequence is of a role that the engine does not have any more."""
+    """Whether a sequence is not of this role. An answer of one token is never held for another engine."""
     return (role == "prefill" and not sequence.hold) or (role == "decode" and sequence.hold)

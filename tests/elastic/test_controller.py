@@ -71,19 +71,38 @@ def test_where_both_are_overloaded_nothing_changes() -> None:
     assert look(memory, engines, 20)[1] == []
 
 
-def test_the_last_engine_of_a_side_stays() -> None:
+def test_the_last_engine_of_a_side_becomes_a_hybrid_at_most() -> None:
     engines = [engine("p", "prefill", 50_000), engine("d", "decode", decodes=1)]
-    assert look(Memory(), engines, 20)[1] == []
-    _, found = decide(Memory(("prefill", 5)), engines, RULES, 0.0)
+    assert look(Memory(), engines, 20)[1] == ["d hybrid"]
+    both = [engine("p", "prefill", 50_000), engine("d", "hybrid", decodes=1)]
+    assert look(Memory(), both, 20)[1] == []
+    _, found = decide(Memory(("prefill", 5)), both, RULES, 0.0)
     assert found.why == "decode keeps at least 1 of its engines"
 
 
-def test_a_side_that_would_miss_its_target_then_gives_nothing() -> None:
+def test_a_side_that_would_miss_its_target_then_keeps_its_engine_which_helps_as_a_hybrid() -> None:
     # 40 answers take 60 ms; with one engine less, 100.
     engines = [engine("p", "prefill", 50_000), engine("d", "decode", decodes=38), engine("e", "decode", decodes=38)]
     _, found = decide(Memory(("prefill", 5)), engines, RULES, 0.0)
-    assert found.engine == ""
-    assert "of its target then" in found.why
+    assert (found.engine, found.role) == ("d", "hybrid")
+    assert found.then.decode == found.now.decode
+    assert found.then.prefill < found.now.prefill
+
+
+def test_decode_gets_a_hybrid_where_prefill_needs_all_its_engines() -> None:
+    # Two seconds of prompts: half of the target with two engines, all of it with one.
+    engines = [engine("p", "prefill", 2_000), engine("d", "decode", decodes=90)]
+    _, found = decide(Memory(("decode", 5)), [*engines, engine("q", "prefill", 0)], RULES, 0.0)
+    assert (found.engine, found.role) == ("q", "hybrid")
+
+
+def test_a_hybrid_full_of_answers_has_little_time_for_prompts() -> None:
+    def prefill(decodes: int) -> float:
+        return pressure_of([engine("h", "hybrid", 1_000, decodes)], RULES).prefill
+
+    assert prefill(0) < prefill(30) < prefill(60)
+    inline = [engine("p", "prefill", 2_000), engine("d", "decode")]
+    assert pressure_of([inline[0], replace(inline[1], inline=True)], RULES).prefill < pressure_of(inline, RULES).prefill
 
 
 def test_one_change_at_a_time() -> None:

@@ -94,7 +94,8 @@ def _view(unit: Unit, state: EngineState) -> EngineView | None:
         return None
     used = 1 - state.blocks_free / state.blocks_total if state.blocks_total else 0.0
     settled = unit.life.phase is Phase.READY and not unit.leaving_role
-    return EngineView(unit.name, _ROLES[unit.spec.role], state.work, max(1, state.max_num_seqs), used, settled)
+    seats = max(1, state.max_num_seqs)
+    return EngineView(unit.name, _ROLES[unit.spec.role], state.work, seats, used, settled, unit.spec.inline)
 
 
 def _told(pressure: Pressure) -> dict[str, float]:
