@@ -1,0 +1,71 @@
+"""What nodes write into the registry, and under which keys."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pdctl.registry import Entry
+from pdctl.wire import Port
+
+READY, DRAINING, GONE = "ready", "draining", "gone"
+
+
+class EngineEntry(msgspec.Struct, frozen=True):
+    """One engine of a node. `state`: ready, draining (no new requests), or gone: written before the key is deleted, so
+    that a deleted key and one whose lease has ended are told apart."""
+
+    node: str
+    name: str
+    kind: str
+    role: str
+    host: str
+    port: Port
+    epoch: str
+    state: str = READY
+    role_epoch: int = 0
+    connector: str = ""
+    ports: dict[str, Port] = {}
+    inline: bool = False
+
+    @property
+    def holder(self) -> str:
+        """Its name in lease tables."""
+        return f"{self.name}@{self.epoch}"
+
+
+class NodeEntry(msgspec.Struct, frozen=True):
+    """A node whose agent runs. `address`: where its engines listen; `boot`: the id of its boot."""
+
+    name: str
+    address: str
+    boot: str
+    pdctl: str
+
+
+class Keys:
+    """The keys of one service."""
+
+    def __init__(self, service: str) -> None:
+        self.all = f"/pdctl/{service}/"
+        self.nodes = f"{self.all}nodes/"
+        self.engines = f"{self.all}engines/"
+
+    def node(self, node: str) -> str:
+        """The key of a node."""
+        return f"{self.nodes}{node}"
+
+    def engine(self, node: str, name: str) -> str:
+        """The key of an engine."""
+        return f"{self.engines}{node}/{name}"
+
+    def engines_of(self, node: str) -> str:
+        """The prefix of the engines of a node."""
+        return f"{self.engines}{node}/"
+
+
+def engine_of(entry: Entry) -> EngineEntry | None:
+    """The engine that an entry tells of; None for something that this version does not understand."""
+    try:
+        return msgspec.json.decode(entry.value, type=EngineEntry)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None

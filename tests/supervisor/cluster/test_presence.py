@@ -1,0 +1,138 @@
+"""What a node tells the registry, over the one in memory: its engines, their ends, and itself again after a loss."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+
+from pdctl.registry import Change, Put
+from pdctl.registry.memory import MemoryRegistry
+from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys, NodeEntry, engine_of
+from pdctl.supervisor.cluster.presence import Presence
+
+pytestmark = pytest.mark.anyio
+KEYS = Keys("service")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def engine(name: str, state: str = "ready") -> EngineEntry:
+    return EngineEntry("a", name, "builtin", "decode", "10.0.0.1", 8000, "e1", state)
+
+
+class Rig:
+    """A registry, one node, and what a watcher sees."""
+
+    def __init__(self) -> None:
+        self.registry = MemoryRegistry()
+        self.engines: list[EngineEntry] = []
+        self.states: list[str | None] = []
+        self.seen: list[tuple[str, str | None]] = []
+        self._news = asyncio.Event()
+        self.presence = self.node("boot-1")
+
+    def node(self, boot: str) -> Presence:
+        node = NodeEntry("a", "10.0.0.1", boot, "1")
+        return Presence(self.registry, KEYS, node, 30, lambda: self.engines, self.state)
+
+    def state(self, failure: str | None) -> None:
+        self.states.append(failure)
+        self._news.set()
+
+    def tell(self, changes: tuple[Change, ...]) -> None:
+        for change in changes:
+            entry = engine_of(change.entry) if change.entry is not None else None
+            self.seen.append((change.key.removeprefix(KEYS.engines), entry.state if entry else None))
+        self._news.set()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not holds():
+                self._news.clear()
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Rig]:
+    rig = Rig()
+    async with asyncio.TaskGroup() as tasks:
+        started = [
+            tasks.create_task(rig.registry.watch(KEYS.engines, 0, rig.tell)),
+            tasks.create_task(rig.presence.run_forever()),
+        ]
+        yield rig
+        for task in started:
+            task.cancel()
+
+
+async def test_engines_are_told_when_they_change_and_gone_before_they_are_deleted() -> None:
+    async with running() as rig:
+        await rig.until(lambda: rig.states == [None])
+        rig.engines = [engine("decode-0"), engine("decode-1")]
+        rig.presence.changed()
+        await rig.until(lambda: len(rig.seen) == 2)
+        rig.engines = [engine("decode-1", "draining")]
+        rig.presence.changed()
+        await rig.until(lambda: len(rig.seen) == 5)
+        assert rig.seen == [
+            ("a/decode-0", "ready"), ("a/decode-1", "ready"),
+            ("a/decode-1", "draining"), ("a/decode-0", GONE), ("a/decode-0", None),
+        ]  # fmt: skip
+
+
+async def test_a_lost_lease_is_replaced_and_everything_told_again() -> None:
+    async with running() as rig:
+        rig.engines = [engine("decode-0")]
+        await rig.until(lambda: rig.seen == [("a/decode-0", "ready")])
+        [node] = (await rig.registry.list(KEYS.nodes)).entries
+        await rig.registry.revoke(node.lease)
+        await rig.until(lambda: rig.seen[1:] == [("a/decode-0", None)])
+        rig.presence.changed()
+        await rig.until(lambda: rig.seen[2:] == [("a/decode-0", "ready")])
+        assert next(state for state in rig.states if state).startswith("lease")
+        await rig.until(lambda: rig.states[-1] is None)
+
+
+async def test_a_node_that_leaves_says_that_its_engines_are_gone() -> None:
+    async with running() as rig:
+        rig.engines = [engine("decode-0")]
+        await rig.until(lambda: rig.seen == [("a/decode-0", "ready")])
+        await rig.presence.leave()
+        await rig.until(lambda: rig.seen[1:] == [("a/decode-0", GONE), ("a/decode-0", None)])
+        assert (await rig.registry.list(KEYS.all)).entries == ()
+
+
+async def test_a_later_agent_of_the_node_takes_its_key_over_and_another_machine_does_not() -> None:
+    async with running() as rig:
+        rig.engines = [engine("decode-0")]
+        await rig.until(lambda: rig.seen == [("a/decode-0", "ready")])
+        for boot, taken in (("boot-1", False), ("boot-2", True)):
+            rig.states.clear()
+            async with asyncio.TaskGroup() as tasks:
+                later = tasks.create_task(rig.node(boot).run_forever())
+                await rig.until(lambda: bool(rig.states))
+                later.cancel()
+            assert ("another machine is registered as node 'a'" in (rig.states[0] or "")) == taken
+        [node] = (await rig.registry.list(KEYS.nodes)).entries
+        assert msgspec.json.decode(node.value, type=NodeEntry).boot == "boot-1"
+
+
+async def test_a_write_of_an_agent_that_lost_its_node_changes_nothing() -> None:
+    async with running() as rig:
+        await rig.until(lambda: rig.states == [None])
+        [node] = (await rig.registry.list(KEYS.nodes)).entries
+        await rig.registry.revoke(node.lease)
+        other = msgspec.json.encode(NodeEntry("a", "10.0.0.9", "boot-9", "1"))
+        lease = await rig.registry.grant(30)
+        await rig.registry.write([Put(KEYS.node("a"), other, lease)])
+        rig.engines = [engine("decode-0")]
+        rig.presence.changed()
+        await rig.until(lambda: "another machine" in (rig.states[-1] or ""))
+        assert rig.seen == []
