@@ -69,7 +69,8 @@ class Membership:
     def forget(self, now: float) -> list[str]:
         """Drop engines that have been unknown for too long. Returns holders to release."""
         lost = [key for key, unknown in self._unknown.items() if now - unknown.since >= self._lost_s]
-        return [self._unknown.pop(key).entry.holder for key in lost]
+        dropped = [self._unknown.pop(key) for key in lost]
+        return [unknown.entry.holder for unknown in dropped if unknown.answers]
 
     @property
     def used(self) -> tuple[EngineEntry, ...]:

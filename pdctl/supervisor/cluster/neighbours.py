@@ -1,0 +1,87 @@
+"""The engines of other nodes as this node uses them: what the registry tells of them, and their own answers if it does
+not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Never
+
+from pdctl.registry import Change, Registry
+from pdctl.registry.mirror import follow
+from pdctl.supervisor.cluster.entries import EngineEntry, Keys
+from pdctl.supervisor.cluster.membership import Membership
+
+# Engines of which the registry tells nothing are asked this often, so many at once, each with a deadline.
+_ASK_S = 1.0
+_AT_ONCE = 16
+
+
+class Neighbours:
+    """`ask` returns an engine's epoch, or None if it does not answer; `release` ends the leases of holders at this
+    node's engines; `changed` is called when other engines are to be used than before; `told` with None while the
+    registry is heard, else with why not."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        keys: Keys,
+        membership: Membership,
+        ask: Callable[[EngineEntry], Awaitable[str | None]],
+        release: Callable[[list[str]], None],
+        changed: Callable[[], None],
+        told: Callable[[str | None], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._keys = keys
+        self._membership = membership
+        self._ask = ask
+        self._release = release
+        self._changed = changed
+        self._told = told
+        self._clock = clock
+        self._used: tuple[EngineEntry, ...] = ()
+        self._unknown = asyncio.Event()
+        self._limit = asyncio.Semaphore(_AT_ONCE)
+
+    @property
+    def used(self) -> tuple[EngineEntry, ...]:
+        """Engines of other nodes that may get requests, or that drain; by name."""
+        return self._used
+
+    async def run_forever(self) -> Never:
+        """Follow the registry, and ask engines that it does not know any more, until cancelled. Raises Refused."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(follow(self._registry, self._keys.engines, self._take, self._told))
+            tasks.create_task(self._ask_forever())
+        raise AssertionError("both tasks run for ever")
+
+    def _take(self, changes: tuple[Change, ...]) -> None:
+        self._heard(self._membership.take(changes, self._clock()))
+
+    def _heard(self, holders: list[str]) -> None:
+        if holders:
+            self._release(holders)
+        if self._membership.unknown:
+            self._unknown.set()
+        used = self._membership.used
+        if used != self._used:
+            self._used = used
+            self._changed()
+
+    async def _ask_forever(self) -> Never:
+        while True:
+            await self._unknown.wait()
+            self._unknown.clear()
+            async with asyncio.TaskGroup() as tasks:
+                for entry in self._membership.unknown:
+                    tasks.create_task(self._ask_one(entry))
+            self._heard(self._membership.forget(self._clock()))
+            await asyncio.sleep(_ASK_S)
+
+    async def _ask_one(self, entry: EngineEntry) -> None:
+        async with self._limit:
+            epoch = await self._ask(entry)
+        self._heard(self._membership.asked(entry.name, epoch))

@@ -1,0 +1,98 @@
+"""A node hears of the others' engines, over the registry in memory: used, gone, unknown but answering, lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+
+from pdctl.registry import Delete, Put
+from pdctl.registry.memory import MemoryRegistry
+from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys
+from pdctl.supervisor.cluster.membership import Membership
+from pdctl.supervisor.cluster.neighbours import Neighbours
+
+pytestmark = pytest.mark.anyio
+KEYS = Keys("service")
+DECODE = EngineEntry("b", "decode-0", "builtin", "decode", "10.0.0.2", 8000, "e1")
+OTHER = EngineEntry("b", "decode-1", "builtin", "decode", "10.0.0.2", 8001, "e1")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.registry = MemoryRegistry()
+        self.answering = {"decode-0": "e1", "decode-1": "e1"}
+        self.asked: list[str] = []
+        self.released: list[str] = []
+        self.now = 0.0
+        self._news = asyncio.Event()
+        self.neighbours = Neighbours(
+            self.registry, KEYS, Membership("a", 60), self.ask, self.release, self.woken, lambda failure: None,
+            lambda: self.now,
+        )  # fmt: skip
+
+    async def ask(self, entry: EngineEntry) -> str | None:
+        self.asked.append(entry.name)
+        self.woken()
+        return self.answering.get(entry.name)
+
+    def release(self, holders: list[str]) -> None:
+        self.released += holders
+        self.woken()
+
+    def woken(self) -> None:
+        self._news.set()
+
+    async def put(self, *entries: EngineEntry) -> None:
+        await self.registry.write([Put(KEYS.engine(e.node, e.name), msgspec.json.encode(e)) for e in entries])
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.neighbours.used]
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not holds():
+                self._news.clear()
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Rig]:
+    rig = Rig()
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(rig.neighbours.run_forever())
+        yield rig
+        task.cancel()
+
+
+async def test_engines_come_and_go_as_their_node_says() -> None:
+    async with running() as rig:
+        await rig.put(DECODE, OTHER)
+        await rig.until(lambda: rig.names == ["decode-0", "decode-1"])
+        await rig.put(msgspec.structs.replace(DECODE, state=GONE))
+        await rig.until(lambda: rig.names == ["decode-1"])
+        assert rig.released == ["decode-0@e1"]
+        assert rig.asked == []
+
+
+async def test_engines_of_a_silent_node_are_used_while_they_answer_and_forgotten_later() -> None:
+    async with running() as rig:
+        await rig.put(DECODE, OTHER)
+        await rig.until(lambda: len(rig.names) == 2)
+        del rig.answering["decode-1"]
+        await rig.registry.write([Delete(KEYS.engine("b", name)) for name in ("decode-0", "decode-1")])
+        await rig.until(lambda: rig.names == ["decode-0"])
+        await rig.until(lambda: rig.asked.count("decode-0") > 1)
+        assert rig.released == ["decode-1@e1"]
+        rig.now = 61.0
+        await rig.until(lambda: rig.names == [])
+        assert rig.released == ["decode-1@e1", "decode-0@e1"]
