@@ -1,6 +1,6 @@
 """One API key sends 50 times what another one does: how long the other one waits for its first token.
 
-    python -m benchmarks.fairness [--rounds 3] [--seconds 30] [--rate 2] [--model tiny-qwen3] [--hybrid]
+    python -m benchmarks.fairness [--rounds 3] [--seconds 30] [--rate 2] [--model tiny-qwen3] [--chunk 512] [--hybrid]
     python -m benchmarks.fairness --virtual
 
 Real engines (1 prefill + 1 decode, or one hybrid). In each round, in turn: the key alone; the key beside the flood of
@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--words", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--model", default="tiny-qwen3")
+    parser.add_argument("--chunk", type=int, default=512, help="max_num_batched_tokens of the engines")
     parser.add_argument("--hybrid", action="store_true")
     found = parser.parse_args()
     if found.virtual:
@@ -169,7 +170,8 @@ def main() -> int:
     single = Traffic(found.words, found.tokens, found.rate, found.seconds)
     flood = Traffic(found.words, found.tokens, TIMES * found.rate, found.seconds)
     made = service_of_one if found.hybrid else topology
-    text = made(model=f"sample:{found.model}", extra='api_keys = "keys.txt"')
+    chunk = f"max_num_batched_tokens = {found.chunk}"
+    text = made(model=f"sample:{found.model}", extra='api_keys = "keys.txt"', engine_extra=chunk)
     with tempfile.TemporaryDirectory(prefix="pf") as folder:
         run = Run(Path(folder), poison=False)
         lines = [f"{key} sha256:{hashlib.sha256(secret(key).encode()).hexdigest()}\n" for key in KEYS]
