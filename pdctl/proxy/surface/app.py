@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 from starlette.applications import Starlette
@@ -21,6 +22,7 @@ from pdctl.proxy.request.generate import Completions
 from pdctl.proxy.surface.not_here import API_ERRORS
 from pdctl.proxy.surface.openapi import description
 from pdctl.proxy.surface.tokens import Tokens, check_key, error_answer
+from pdctl.proxy.telemetry.scrape import ServiceScrape
 from pdctl.proxy.translation import APIS
 from pdctl.proxy_wire import ProxyConfig
 
@@ -58,6 +60,7 @@ class Surface:
         self._completions = completions
         self._shared = completions.shared
         self._created = int(time.time())
+        self._scrape = ServiceScrape(self._shared.pool, Path(config.run_dir) / "control.sock")
 
     def routes(self) -> list[Route]:
         """The routes for Starlette."""
@@ -68,6 +71,7 @@ class Surface:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
+            Route("/metrics/proxy", self._metrics),
             Route("/metrics/vllm", self._metrics),
             Route("/openapi.json", self._openapi),
         ]
@@ -112,6 +116,8 @@ class Surface:
         shared, queue = self._shared, self._completions.door.admission.queue
         as_vllm = request.url.path.endswith("/vllm")
         text = shared.metrics.render(shared.pool, queue, shared.quarantine.count, shared.releases.failed, as_vllm)
+        if request.url.path == "/metrics":
+            text += await self._scrape.text()
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, _: Request) -> Response:

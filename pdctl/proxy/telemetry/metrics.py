@@ -249,6 +249,10 @@ class _Native(Collector):
             for engine in self._pool.engines:
                 family.add_metric([engine.name], value_of(engine))
             yield family
+        info = GaugeMetricFamily("pdctl_proxy_engine_info", "Always 1", labels=["engine", "kind", "role"])
+        for engine in self._pool.engines:
+            info.add_metric([engine.name, engine.address.kind, engine.address.role], 1.0)
+        yield info
 
 
 class _AsVllm(Collector):
