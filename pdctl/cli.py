@@ -22,6 +22,7 @@ from pdctl.commands.doctor import doctor
 from pdctl.commands.inspect.events import events
 from pdctl.commands.inspect.kv import kv
 from pdctl.commands.inspect.logs import logs
+from pdctl.commands.inspect.metrics import app as metrics
 from pdctl.commands.inspect.status import status
 from pdctl.commands.inspect.why import why
 from pdctl.commands.predict.recommend import recommend
@@ -48,6 +49,7 @@ for verb in (
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(bench, name="bench")
+app.add_typer(metrics, name="metrics")
 
 
 # Errors of writing to a stdout that is full, closed or gone.
