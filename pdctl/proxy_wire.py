@@ -123,6 +123,75 @@ class PoolReply(msgspec.Struct, frozen=True):
     engines: dict[str, EngineLoad]
 
 
+class FailedTry(msgspec.Struct, frozen=True):
+    """A try of a request that failed. `at_s`: seconds after the request came; `tokens`: those that the client had."""
+
+    at_s: float
+    engine: str
+    prefill: str
+    decode: str
+    tokens: int
+    reason: str
+
+
+class RequestPhase(msgspec.Struct, frozen=True):
+    """A phase of a request's last try; seconds after the request came."""
+
+    name: str
+    begin_s: float
+    end_s: float
+    engine: str = ""
+
+
+class RecentRequest(msgspec.Struct, frozen=True):
+    """A request that is over. `at`: when it came, seconds since 1970; `moved_s`: when its stream last went on at
+    another engine. It has no text."""
+
+    id: str
+    path: str
+    status: int
+    at: float
+    seconds: float
+    ttft_s: float | None
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    prefill: str
+    decode: str
+    phases: tuple[RequestPhase, ...]
+    failed: tuple[FailedTry, ...] = ()
+    moved_s: float | None = None
+    hand_over_bytes: int = 0
+
+
+class RecentReply(msgspec.Struct, frozen=True):
+    """The last requests of a proxy, oldest first."""
+
+    requests: tuple[RecentRequest, ...]
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """A histogram since the start: counts by upper bound in seconds, and the sum of all values. The last count is of
+    larger values."""
+
+    bounds: list[float]
+    counts: list[int]
+    total: float
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """What a proxy has counted since its start. `answered` and `failed`: requests; `waiting`: requests, now."""
+
+    answered: float
+    failed: float
+    tokens: float
+    prompt_tokens: float
+    failovers: float
+    waiting: int
+    ttft: Counted
+    itl: Counted
+
+
 class KeyUse(msgspec.Struct, frozen=True):
     """What one API key has at a proxy now, and had since its start.
 

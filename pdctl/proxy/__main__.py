@@ -37,6 +37,8 @@ from pdctl.proxy.shares.accounts import Accounts
 from pdctl.proxy.shares.rules import KeyRules
 from pdctl.proxy.shares.shared_totals import SharedTotals
 from pdctl.proxy.surface.app import ProxyApp
+from pdctl.proxy.surface.figures import FiguresSurface
+from pdctl.proxy.surface.internal import Internal
 from pdctl.proxy.surface.reload import Reloader, admission_of
 from pdctl.proxy.surface.return_listener import giving_back
 from pdctl.proxy.telemetry.access_log import AccessLog
@@ -163,8 +165,9 @@ def _name(config: ProxyConfig, worker: int) -> str:
 
 
 def _app(config: ProxyConfig, completions: Completions, path: Path) -> ASGIApp:
-    reloader = Reloader(path, config, completions, os.environ.get(SECRET_ENV, ""))
-    routes = reloader.routes()
+    internal = Internal(os.environ.get(SECRET_ENV, ""))
+    reloader = Reloader(path, config, completions, internal)
+    routes = [*reloader.routes(), *FiguresSurface(completions, internal).routes()]
     if config.accept_nodes:
         # Imported here: other services need neither the control API's client nor its memory.
         from pdctl.proxy.surface.nodes import NodeSurface

@@ -28,6 +28,7 @@ from pdctl.proxy.request.relay import Relay
 from pdctl.proxy.shares.accounts import Accounts, Claim, LimitReached
 from pdctl.proxy.shares.fair_queue import NO_WORK, Waiter, Work
 from pdctl.proxy.telemetry.access_log import AccessLog
+from pdctl.proxy.telemetry.recent import RecentRequests
 from pdctl.proxy.telemetry.spans import NO_SPANS, Spans
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy.translation import CHAT_PATH, Api, Translated
@@ -55,6 +56,7 @@ class Completions:
     max_body: int
     unknown: UnknownFields = field(default_factory=UnknownFields)
     spans: Spans = NO_SPANS
+    recent: RecentRequests = field(default_factory=RecentRequests)
     _static: bytes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -339,7 +341,8 @@ class _Job:
 
     def _note(self, status: int, legs: Sequence[Leg]) -> None:
         completions = self.completions
-        if not completions.log and self.trace is None and self.key == ANYONE:
+        recent = completions.recent
+        if not (completions.log or recent.is_wanted) and self.trace is None and self.key == ANYONE:
             return
         counts = _counts(legs) if legs else Counts()
         if self.key != ANYONE:
@@ -347,6 +350,8 @@ class _Job:
         if completions.log:
             failures = sum(leg.failures for leg in legs)
             completions.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
+        if recent.is_wanted:
+            recent.add(self.request_id, self.path, status, counts, self.timing)
         if self.trace is not None:
             completions.spans.end(self.trace, self.request_id, self.path, status, counts, self.timing)
 

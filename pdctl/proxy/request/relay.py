@@ -23,6 +23,7 @@ from pdctl.proxy.request.failover import Cause, Failure, GiveUp
 from pdctl.proxy.request.hand_shakes import PairCall, compute, go_on
 from pdctl.proxy.request.leg import Leg, Move
 from pdctl.proxy.request.migration import can_take, target_of
+from pdctl.proxy.telemetry.timing import FailedCall
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +130,8 @@ class Relay:
         action = self._course.failed(failed.failure, sent, received_at, now, shared.budget, chance, limits)
         assert self._course.tries is not None
         leg.failures = self._course.tries.failures_in_all
+        failure = failed.failure
+        leg.timing.failed_at(FailedCall(now, failure.engine, leg.timing.engines, sent, failure.reason))
         if failed.failure.cause is not Cause.REFUSED:
             shared.metrics.failed_over(failed.engine.name)
             _log.info("a request failed after %d tokens: %s", len(leg.state.emitted), failed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.generate import Completions
 from pdctl.proxy.shares.rules import KeyRules
+from pdctl.proxy.surface.internal import Internal, encoded, refused
 from pdctl.proxy.telemetry.metrics import KEY_COUNTERS
 from pdctl.proxy_wire import EngineLoad, KeysReply, KeyUse, PoolReply, ProxyConfig
 
@@ -33,11 +33,11 @@ def admission_of(config: ProxyConfig) -> Admission:
 class Reloader:
     """Applies changes of the configuration file. Raises PdctlError for invalid changes and then changes nothing."""
 
-    def __init__(self, path: Path, config: ProxyConfig, completions: Completions, secret: str) -> None:
+    def __init__(self, path: Path, config: ProxyConfig, completions: Completions, internal: Internal) -> None:
         self.config = config
         self._path = path
         self._completions = completions
-        self._bearer = f"Bearer {secret}" if secret else ""
+        self._internal = internal
 
     def reload(self) -> None:
         """Apply the current content of the file."""
@@ -69,29 +69,23 @@ class Reloader:
     def routes(self) -> list[Route]:
         """Internal routes, only for the supervisor."""
         return [
-            Route("/pdctl/v1/reload", self._on_reload, methods=["POST"]),
-            Route("/pdctl/v1/pool", self._on_pool),
-            Route("/pdctl/v1/keys", self._on_keys),
+            self._internal.route("/pdctl/v1/reload", self._on_reload, "POST"),
+            self._internal.route("/pdctl/v1/pool", self._on_pool),
+            self._internal.route("/pdctl/v1/keys", self._on_keys),
         ]
 
-    async def _on_reload(self, request: Request) -> Response:
-        if not self._is_internal(request):
-            return _refused(403, "this path is reserved for the service's own supervisor")
+    async def _on_reload(self, _: Request) -> Response:
         try:
             self.reload()
         except PdctlError as failure:
-            return _refused(409, str(failure))
+            return refused(409, str(failure))
         return self._pool()
 
-    async def _on_pool(self, request: Request) -> Response:
-        if not self._is_internal(request):
-            return _refused(403, "this path is reserved for the service's own supervisor")
+    async def _on_pool(self, _: Request) -> Response:
         return self._pool()
 
-    async def _on_keys(self, request: Request) -> Response:
-        if not self._is_internal(request):
-            return _refused(403, "this path is reserved for the service's own supervisor")
-        return Response(msgspec.json.encode(KeysReply(self._keys())), media_type="application/json")
+    async def _on_keys(self, _: Request) -> Response:
+        return encoded(KeysReply(self._keys()))
 
     def _keys(self) -> dict[str, KeyUse]:
         """What each API key has and had here."""
@@ -114,12 +108,7 @@ class Reloader:
 
     def _pool(self) -> Response:
         pool = self._completions.shared.pool
-        loads = {engine.name: _load(engine) for engine in pool.engines}
-        return Response(msgspec.json.encode(PoolReply(loads)), media_type="application/json")
-
-    def _is_internal(self, request: Request) -> bool:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        return bool(self._bearer) and hmac.compare_digest(given, self._bearer.encode())
+        return encoded(PoolReply({engine.name: _load(engine) for engine in pool.engines}))
 
 
 def _load(engine: Engine) -> EngineLoad:
@@ -129,7 +118,3 @@ def _load(engine: Engine) -> EngineLoad:
     if (room := engine.room) is None:
         return EngineLoad(calls, engine.healthy, latency=latency)
     return EngineLoad(calls, engine.healthy, room.leaked, room.leaked / (room.tokens or 1), room.sent, latency)
-
-
-def _refused(status: int, reason: str) -> Response:
-    return Response(msgspec.json.encode({"error": {"message": reason}}), status, media_type="application/json")

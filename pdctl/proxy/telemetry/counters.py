@@ -52,6 +52,14 @@ class Counters:
                 found[labels[0]][name] = found[labels[0]].get(name, 0.0) + value
         return found
 
+    def by_name(self, names: Collection[str]) -> dict[str, dict[tuple[str, ...], float]]:
+        """The values of these counters, by name and labels; empty for one that has counted nothing."""
+        found: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in names}
+        for (name, labels), value in self.values.items():
+            if name in found:
+                found[name][labels] = value
+        return found
+
     def save(self, path: Path) -> None:
         """Save the counters for the other workers."""
         saved = _Saved(

@@ -110,7 +110,7 @@ class OtlpSpans:
         }  # fmt: skip
         span.set_attributes(attributes)
         inside = self._within(trace)
-        for name, (start, end) in _parts(timing).items():
+        for name, (start, end) in timing.intervals().items():
             part = self._tracer.start_span(name, context=inside, start_time=offset + int(start * 1e9))
             part.end(end_time=offset + int(end * 1e9))
         span.end(end_time=now)
@@ -121,18 +121,3 @@ class OtlpSpans:
 
     def _within(self, trace: object) -> Context:
         return self._api.set_span_in_context(cast("Span", trace))
-
-
-def _parts(timing: Timing) -> dict[str, tuple[float, float]]:
-    """Begin and end of each phase in monotonic seconds. The engine's stages are consecutive and end at its first
-    answer."""
-    admitted = timing.admitted_at or timing.received_at
-    found = {"queue": (timing.received_at, admitted)}
-    if timing.prefilled_at:
-        found["prefill"] = (admitted, timing.prefilled_at)
-    at = timing.decode_at
-    for name in ("first_step", "admission", "hand_over"):
-        if name in timing.stages:
-            found[name] = (at - timing.stages[name], at)
-            at -= timing.stages[name]
-    return found

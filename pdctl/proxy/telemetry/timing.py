@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class FailedCall(NamedTuple):
+    """A call to an engine that failed, and after which the request went on elsewhere. `at`: monotonic seconds; `pair`:
+    the engines of that try; `tokens`: those that the client had."""
+
+    at: float
+    engine: str
+    pair: tuple[str, str]
+    tokens: int
+    reason: str
 
 
 @dataclass(slots=True)
@@ -11,7 +23,8 @@ class Timing:
     """Times in monotonic seconds; 0.0 if not happened. After a failed attempt only the first token's time is kept.
 
     `moved_at`: its stream ended, to go on at another engine.
-    `stages`: the decode engine's seconds for hand_over, admission and first_step, and hand-over `bytes`.
+    `stages`: the decode engine's seconds for hand_over, admission and first_step, and hand-over `bytes`. `failed`: the
+    calls that failed, None for none.
     """
 
     received_at: float = field(default_factory=time.monotonic)
@@ -22,6 +35,7 @@ class Timing:
     moved_at: float = 0.0
     engines: tuple[str, str] = ("", "")
     stages: dict[str, float] = field(default_factory=dict)
+    failed: list[FailedCall] | None = None
 
     @property
     def handed_over_at(self) -> float:
@@ -42,6 +56,26 @@ class Timing:
         self.decode_at = time.monotonic()
         if said:
             self.stages = parse_stages(said)
+
+    def failed_at(self, call: FailedCall) -> None:
+        """A call has failed, and the request goes on."""
+        if self.failed is None:
+            self.failed = []
+        self.failed.append(call)
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Begin and end of each phase in monotonic seconds. The engine's stages are consecutive and end at its first
+        answer."""
+        admitted = self.admitted_at or self.received_at
+        found = {"queue": (self.received_at, admitted)}
+        if self.prefilled_at:
+            found["prefill"] = (admitted, self.prefilled_at)
+        at = self.decode_at
+        for name in ("first_step", "admission", "hand_over"):
+            if name in self.stages:
+                found[name] = (at - self.stages[name], at)
+                at -= self.stages[name]
+        return found
 
     def parts(self) -> dict[str, float]:
         """Seconds of each known phase, in order."""
