@@ -19,6 +19,7 @@ from pdctl.commands.control.process import drain, restart, start, stop
 from pdctl.commands.control.role import role
 from pdctl.commands.control.up import up
 from pdctl.commands.doctor import doctor
+from pdctl.commands.inspect.dash import dash
 from pdctl.commands.inspect.events import events
 from pdctl.commands.inspect.kv import kv
 from pdctl.commands.inspect.logs import logs
@@ -44,8 +45,8 @@ app = typer.Typer(
 )
 
 for verb in (
-    init, plan, up, status, logs, events, why, restart, stop, start, drain, role, scale, apply, kv, ask, doctor, key,
-    down, simulate, recommend,
+    init, plan, up, status, dash, logs, events, why, restart, stop, start, drain, role, scale, apply, kv, ask, doctor,
+    key, down, simulate, recommend,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(bench, name="bench")

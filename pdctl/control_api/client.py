@@ -14,6 +14,8 @@ import msgspec
 
 from pdctl.control_api.messages import (
     HEARTBEAT_S,
+    DashboardOrder,
+    DashboardReply,
     Event,
     Exits,
     KeysStatus,
@@ -121,6 +123,13 @@ class ControlClient:
     def remove_node(self, name: str) -> Reply:
         """Let an engine that registered itself finish its requests, and forget it. Does not wait for that."""
         return self._ask("POST", f"/v1/nodes/remove?{urlencode({'name': name})}", Reply)
+
+    def dashboard(self, listen: str = "", write: bool = False, stop: bool = False) -> str:
+        """Open the live page and return its link, "" for one that is closed. `listen`: a loopback address, or "";
+        `write`: the link may change the service."""
+        order = msgspec.json.encode(DashboardOrder(listen=listen, write=write, stop=stop))
+        reply = self._ask("POST", "/v1/dashboard", DashboardReply, order)
+        return reply.url
 
     def stop(self) -> None:
         """Stop the service. A second call kills the remaining processes."""

@@ -17,6 +17,7 @@ from pdctl.control_api.messages import (
     MOST_WAITING,
     ApplyProgress,
     AttachedStatus,
+    DashboardOrder,
     EngineBlocks,
     Event,
     ExitReport,
@@ -41,7 +42,7 @@ from pdctl.control_api.messages import (
 )
 from pdctl.plan import Attached, Plan, Probe, ProcessSpec
 from pdctl.plan.changes import Changes
-from pdctl.topology.spec import Elastic, Proxy, Supervision
+from pdctl.topology.spec import Dashboard, Elastic, Proxy, Supervision
 
 # The heading of each class that has a section.
 _SECTIONS: dict[type, str] = {
@@ -63,6 +64,7 @@ _SECTIONS: dict[type, str] = {
     Node: "Registration",
     NodeStatus: "Registered engine",
     RoleOrder: "Change of a role",
+    DashboardOrder: "Order for the live page",
     Reply: "Reply",
 }
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -88,6 +90,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "text": "the content of the topology file",
         "lease_s": "seconds without a renewal after which prefill frees the KV of a hand-over",
         "elastic": "the `[elastic]` table, see [topology](topology.md)",
+        "dashboard": "the `[dashboard]` table, see [dashboard](dashboard.md)",
     },
     ProcessSpec: {
         "name": "such as `prefill-0`",
@@ -155,9 +158,10 @@ One object per line. In addition to these fields, it has fields that depend on t
 _EVENT_NAMES = """\
 Events: `started`, `phase` (of a start), `ready`, `exited`, `failed`, `not_alive`, `blocked`, `draining`, `drained`,
 `drain_over`, `elastic` (a decision about roles), `role_changed`, `role_done`, `role_drain_over`, `stopped`, `adopted`,
-`asked`, `restarted_with`, `apply`, `apply_failed`, `service_ready`, `run_dir_restored`, `no_log`, `shared_memory`
-(removed after a killed engine), `note`. Of engines that register themselves: `node_added`, `node_answers`,
-`node_silent`, `node_leaving`, `node_removed`, `node_lost` (forgotten, because it did not answer)."""
+`asked`, `restarted_with`, `dashboard` (the live page opens, or cannot), `apply`, `apply_failed`, `service_ready`,
+`run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `note`. Of engines that register
+themselves: `node_added`, `node_answers`, `node_silent`, `node_leaving`, `node_removed`, `node_lost` (forgotten,
+because it did not answer)."""
 _API = """\
 HTTP on the unix socket `control.sock` in the run directory, only for the service's user and root. In Python,
 `pdctl.control_api.ControlClient(run_dir)` has a method for each call."""
@@ -176,6 +180,10 @@ _CALLS = (
     (
         "POST /v1/processes/NAME/role",
         "the body is a [change of a role](#change-of-a-role); [reply](#reply), once begun",
+    ),
+    (
+        "POST /v1/dashboard",
+        "the body is an [order for the live page](#order-for-the-live-page); [reply](#reply), with the field `url`",
     ),
     ("POST /v1/apply", "the body is a plan; [reply](#reply), once started"),
     ("POST /v1/apply?dry_run=1", "the body is a plan; as `pdctl apply --dry-run --json`"),
@@ -232,7 +240,7 @@ def text() -> str:
         _API,
         "\n".join(["| call | answer |", "|---|---|", *(f"| `{call}` | {answer} |" for call, answer in _CALLS)]),
         _REFUSED,
-        *_sections(RoleOrder, Node, NodeStatus, Reply),
+        *_sections(RoleOrder, DashboardOrder, Node, NodeStatus, Reply),
         "### Events as a stream",
         _STREAM,
     ]
@@ -288,7 +296,7 @@ def _worded(hint: object, plural: str = "") -> str:
         return f"list of {_worded(arguments[0], 's')}"
     if origin is dict:
         return f"object of {_worded(arguments[1], 's')}"
-    if hint in (Proxy, Supervision, Elastic):
+    if hint in (Proxy, Supervision, Elastic, Dashboard):
         return "object"
     assert isinstance(hint, type)
     if hint in _SECTIONS:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from pdctl.net import LOOPBACK_PORT
 from pdctl.topology.spec import ENGINE_ROLES
 
 # Maximum silence of an event stream, seconds: then it sends a comment.
@@ -351,6 +352,26 @@ class KvStatus(msgspec.Struct, frozen=True, kw_only=True):
     def leaks_alone(self) -> KvStatus:
         """The same, with only those leases that are leaks."""
         return msgspec.structs.replace(self, leases=tuple(lease for lease in self.leases if lease.leak))
+
+
+class DashboardOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """Open the live page, or close it."""
+
+    listen: Annotated[
+        str,
+        msgspec.Meta(
+            pattern=f"^({LOOPBACK_PORT})?$",
+            description="a loopback address such as `127.0.0.1:8099`; empty: as configured, else one that is free",
+        ),
+    ] = ""
+    write: Annotated[bool, says("whether the link may change the service")] = False
+    stop: Annotated[bool, says("close the page")] = False
+
+
+class DashboardReply(Reply, frozen=True, kw_only=True):
+    """Where the live page is."""
+
+    url: Annotated[str, says("the link with its token; empty if the page is closed")] = ""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,9 @@
 
 # Where the processes of one host reach each other.
 LOOPBACK = "127.0.0.1"
+_PORT = r"[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+# A pattern for such an address with a port.
+LOOPBACK_PORT = rf"(127(\.[0-9]{{1,3}}){{3}}|localhost|\[::1\]):({_PORT})"
 
 
 def reachable(host: str) -> str:

@@ -60,6 +60,7 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
         text=topology.text,
         lease_s=topology.transfer.lease_s,
         elastic=topology.elastic,
+        dashboard=topology.dashboard,
     )
 
 

@@ -99,6 +99,8 @@ def _live(old: Plan, new: Plan) -> dict[str, str]:
     watching = _differing(old.supervision, new.supervision, tuple(f.name for f in fields(old.supervision)))
     if old.elastic != new.elastic:
         watching.append("elastic")
+    if old.dashboard != new.dashboard:
+        watching.append("dashboard")
     before = {spec.name: spec for spec in old.processes}
     for spec in new.processes:
         if spec.name in before and _watched(spec) != _watched(before[spec.name]):

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass, field
 
 from pdctl.net import LOOPBACK
-from pdctl.topology.spec import ENGINE_ROLES, Elastic, Proxy, Supervision
+from pdctl.topology.spec import ENGINE_ROLES, Dashboard, Elastic, Proxy, Supervision
 
 # Roles of processes that are not engines.
 PROXY, STORE, COMMAND = "proxy", "store", "command"
@@ -133,6 +133,7 @@ class Plan:
     text: str = ""
     lease_s: float = 30.0
     elastic: Elastic = field(default_factory=Elastic)
+    dashboard: Dashboard = field(default_factory=Dashboard)
 
     def to_dict(self) -> dict[str, object]:
         """The plan for `--json` and for a detached supervisor."""

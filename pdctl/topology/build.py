@@ -13,6 +13,7 @@ from pdctl.topology.schema import API_KEY, COMMAND, ENGINE, STORE, TABLES, Key
 from pdctl.topology.spec import (
     ApiKey,
     Command,
+    Dashboard,
     Device,
     Elastic,
     EngineGroup,
@@ -64,6 +65,7 @@ def build(data: Table, source: str | None) -> Topology:
             float(elastic["interval_s"]),
             float(elastic["cooldown_s"]),
         ),
+        dashboard=Dashboard(**_filled(data.get("dashboard", {}), TABLES["dashboard"])),
     )
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from pdctl.adapters import kinds
 from pdctl.attention_names import ATTENTION_NAMES
+from pdctl.net import LOOPBACK_PORT
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
 from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
 from pdctl.speculative import Speculative
@@ -267,6 +268,7 @@ TABLES: dict[str, dict[str, Key]] = {
         "interval_s": Key(number(0.1, 3600), 2.0),
         "cooldown_s": Key(number(0, 86400), 30.0),
     },
+    "dashboard": {"listen": Key(text(LOOPBACK_PORT, "a loopback address and a port, such as 127.0.0.1:8099"), "")},
     "transfer": {
         "backend": Key(choice("auto", *TRANSPORTS), "auto"),
         "protocol": Key(choice(*TRANSFER_PROTOCOLS), "auto"),

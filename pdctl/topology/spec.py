@@ -99,6 +99,13 @@ class Elastic:
 
 
 @dataclass(frozen=True, slots=True)
+class Dashboard:
+    """The live page. `listen`: its loopback address, "" if it opens only when somebody asks for it."""
+
+    listen: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Slo:
     """Latency targets in milliseconds. The proxy counts the requests that meet them."""
 
@@ -317,6 +324,7 @@ class Topology:
     processes: tuple[Command, ...] = ()
     stores: tuple[Store, ...] = ()
     elastic: Elastic = field(default_factory=Elastic)
+    dashboard: Dashboard = field(default_factory=Dashboard)
 
     def members(self, name: str) -> tuple[str, ...]:
         """The processes of a group, a process or a store of this name; empty if there is none."""

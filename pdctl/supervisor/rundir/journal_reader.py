@@ -43,6 +43,15 @@ class JournalReader:
         self._paths = (folder / EVENTS, folder / f"{EVENTS}.old")
         self._file, self._place = (found[1], int(found[2])) if found is not None else ("", 0)
 
+    @classmethod
+    def near_end(cls, folder: Path, size: int = _CHUNK) -> JournalReader:
+        """A reader of the last `size` bytes of the newer file, in whole lines, and of what follows."""
+        reader = cls(folder, "")
+        with contextlib.suppress(FileNotFoundError), (folder / EVENTS).open("rb") as file:
+            reader._file = _name(file)
+            reader._place = _line_after(file, size)
+        return reader
+
     def read(self) -> list[Entry]:
         """Some of the entries that come next; none at the journal's end."""
         with contextlib.ExitStack() as stack:
@@ -84,6 +93,16 @@ def _name(file: BinaryIO) -> str:
     """Which file it is, whatever it is called by now; "" before its first line is whole."""
     first = file.readline()
     return hashlib.blake2b(first, digest_size=6).hexdigest() if first.endswith(b"\n") else ""
+
+
+def _line_after(file: BinaryIO, size: int) -> int:
+    """Where the first line begins that is in the last `size` bytes as a whole."""
+    end = file.seek(0, 2)
+    if end <= size:
+        return 0
+    file.seek(end - size - 1)
+    file.readline()
+    return file.tell()
 
 
 def _begins_a_line(file: BinaryIO, place: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -174,7 +174,10 @@ class KvWatch:
 
     async def leases(self) -> KvStatus:
         """The answer of `pdctl kv --json`."""
-        states = await self.states()
+        return self.status_of(await self.states())
+
+    def status_of(self, states: Mapping[str, EngineState | str]) -> KvStatus:
+        """The same, of states that are known."""
         return KvStatus(
             engines=tuple(_blocks(name, state) for name, state in states.items() if isinstance(state, EngineState)),
             leases=tuple(

@@ -14,12 +14,24 @@ from pdctl.net import reachable
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
 from pdctl.plan import Attached, Plan, ProcessSpec
-from pdctl.proxy_wire import EngineAddress, EngineLoad, KeySettings, KeysReply, PoolReply, ProxyConfig
+from pdctl.proxy_wire import (
+    EngineAddress,
+    EngineLoad,
+    Figures,
+    KeySettings,
+    KeysReply,
+    PoolReply,
+    ProxyConfig,
+    RecentReply,
+    RecentRequest,
+)
 from pdctl.supervisor.rundir.rundir import RunDir
 
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 _RELOAD_S = 5.0
+# What only the live page wants, seconds.
+_LOOK_S = 1.0
 _TRIES = 3
 
 
@@ -100,6 +112,18 @@ class Proxies:
         asked = (self._get(spec, "/pdctl/v1/keys", KeysReply) for spec in self._serving())
         return [reply for reply in await asyncio.gather(*asked) if reply is not None]
 
+    async def figures(self) -> dict[str, Figures]:
+        """What each proxy that answers has counted, by its name."""
+        specs = self._serving()
+        replies = await asyncio.gather(*(self._get(spec, "/pdctl/v1/figures", Figures, _LOOK_S) for spec in specs))
+        return {spec.name: reply for spec, reply in zip(specs, replies, strict=True) if reply is not None}
+
+    async def recent(self) -> tuple[RecentRequest, ...]:
+        """The last requests of all proxies that answer, newest first."""
+        asked = (self._get(spec, "/pdctl/v1/recent", RecentReply, _LOOK_S) for spec in self._serving())
+        found = [request for reply in await asyncio.gather(*asked) if reply is not None for request in reply.requests]
+        return tuple(sorted(found, key=lambda request: -request.at))
+
     def keep_only(self, names: set[str]) -> None:
         """Forget what is known of other engines than these."""
         self.swept = {name: count for name, count in self.swept.items() if name in names}
@@ -122,10 +146,12 @@ class Proxies:
             return ""
         return reason
 
-    async def _get(self, spec: ProcessSpec, path: str, kind: type[Answer]) -> Answer | None:
+    async def _get(
+        self, spec: ProcessSpec, path: str, kind: type[Answer], within_s: float = _RELOAD_S
+    ) -> Answer | None:
         pool = _at(spec)
         try:
-            return await self._caller.get(pool, path, kind, _RELOAD_S)
+            return await self._caller.get(pool, path, kind, within_s)
         except Unreachable:
             return None
         finally:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdctl.control_api import (
+    DashboardOrder,
+    DashboardReply,
     ExitReport,
     KeysStatus,
     KvStatus,
@@ -22,6 +24,9 @@ from pdctl.control_api import (
 from pdctl.errors import PdctlError
 from pdctl.plan import Attached, Plan
 from pdctl.plan.changes import Changes, diff, with_roles
+from pdctl.proxy_wire import RecentRequest
+from pdctl.supervisor.dashboard.dashboard import Dashboard
+from pdctl.supervisor.dashboard.rates import Look
 from pdctl.supervisor.process import logs
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.process.tree import Trees, reap_strangers
@@ -114,6 +119,7 @@ class RunningService:
         self._change_over = ChangeOver(
             state, fleet, self._kv, proxies, self._files, resources.listeners, context, self._roles
         )
+        self._dashboard = Dashboard(self, secret)
         self._status = StatusReader(state, fleet, self._kv, self._change_over, self._nodes, resources.trees.method)
         self._open(resources, {record.spec.name for record in adoptable.processes} if adoptable else set())
         for spec in state.plan.processes:
@@ -143,6 +149,11 @@ class RunningService:
         """Let roles follow the load, if the topology wants that."""
         await self._elastic.run_forever()
 
+    async def show_forever(self) -> None:
+        """Serve the live page, while it is on."""
+        self._dashboard.follow()
+        await self._dashboard.run_forever()
+
     async def save_forever(self) -> None:
         """Keep the files for a later supervisor up to date."""
         await self._files.save_forever()
@@ -155,6 +166,7 @@ class RunningService:
             now = time.monotonic()
             reap_strangers(self._fleet.pids())
             self._files.put_back()
+            self._dashboard.follow()
             if self._notifier.watchdog_s and now >= watchdog_due:
                 watchdog_due = now + self._notifier.watchdog_s
                 self._notifier.say("WATCHDOG=1")
@@ -239,6 +251,19 @@ class RunningService:
             self.journal.say(name, f"the role {call.role} was asked for", "asked", verb="role", role=call.role)
             self._roles.change(name, call.role, drain_s)
         return ""
+
+    def show(self, order: DashboardOrder) -> DashboardReply:
+        """Open or close the live page."""
+        return self._dashboard.order(order)
+
+    async def look(self) -> Look:
+        """What the live page samples: the state of every engine, its leases, and the proxies' figures."""
+        states, figures = await asyncio.gather(self._kv.states(), self._proxies.figures())
+        return Look(states, self._kv.status_of(states), figures)
+
+    async def recent(self) -> tuple[RecentRequest, ...]:
+        """The last requests of all proxies, newest first."""
+        return await self._proxies.recent()
 
     def changes(self, wanted: Plan) -> Changes:
         """The changes that `apply` would make."""

@@ -83,6 +83,7 @@ class Service:
                 tasks.create_task(running.keep_links_forever())
                 tasks.create_task(running.keep_nodes_forever())
                 tasks.create_task(running.follow_load_forever())
+                tasks.create_task(running.show_forever())
                 await running.run()
             finally:
                 self.failure = state.failure

@@ -18,6 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pdctl.control_api import (
+    DashboardOrder,
+    DashboardReply,
     ExitReport,
     Exits,
     KeysStatus,
@@ -31,7 +33,7 @@ from pdctl.control_api import (
     Stopping,
     Verb,
 )
-from pdctl.net.serving import Server
+from pdctl.net.serving import Server, close_connections
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
 from pdctl.supervisor.rundir.journal import Journal
@@ -83,6 +85,7 @@ class Controlled(Protocol):
     async def nodes(self) -> Nodes: ...
     def add_node(self, node: Node) -> str: ...
     def remove_node(self, name: str) -> str: ...
+    def show(self, order: DashboardOrder) -> DashboardReply: ...
     def changes(self, wanted: Plan) -> Changes: ...
     def apply(self, wanted: Plan) -> str: ...
     def stop(self) -> None: ...
@@ -107,6 +110,7 @@ class _Api:
             Route("/v1/nodes/remove", self.remove_node, methods=["POST"]),
             Route("/v1/processes/{name}/role", self.role, methods=["POST"]),
             Route("/v1/processes/{name}/{verb}", self.ask, methods=["POST"]),
+            Route("/v1/dashboard", self.dashboard, methods=["POST"]),
             Route("/v1/apply", self.apply, methods=["POST"]),
             Route("/v1/stop", self.stop, methods=["POST"]),
         ]
@@ -166,6 +170,14 @@ class _Api:
 
     async def remove_node(self, request: Request) -> Response:
         return _answer(self._service.remove_node(request.query_params.get("name", "")))
+
+    async def dashboard(self, request: Request) -> Response:
+        try:
+            order = msgspec.json.decode(await _body(request), type=DashboardOrder)
+        except (msgspec.DecodeError, UnicodeDecodeError, _TooLarge) as failure:
+            return _answer(f"not a valid order: {failure}")
+        reply = self._service.show(order)
+        return _encoded(reply, 200 if reply.ok else 409)
 
     async def apply(self, request: Request) -> Response:
         try:
@@ -249,13 +261,7 @@ async def _stop_when_removed(server: Server, path: Path, streams: EventStreams) 
 async def _let_go(server: Server, streams: EventStreams) -> None:
     """Close what a server that was cancelled left open, when everybody who reads has been told the last events."""
     await streams.end(_END_S)
-    for connection in list(server.server_state.connections):
-        connection.shutdown()
-    await asyncio.sleep(0)
-    # What is open still is not read.
-    for connection in list(server.server_state.connections):
-        connection.transport.abort()
-    await asyncio.sleep(0)
+    await close_connections(server)
     await streams.end(_END_S)
 
 

@@ -20,6 +20,8 @@ import pytest
 from pdctl.control_api import (
     SOCKET,
     ControlClient,
+    DashboardOrder,
+    DashboardReply,
     Event,
     ExitReport,
     KeysStatus,
@@ -85,6 +87,11 @@ class Quiet:
 
     def remove_node(self, name: str) -> str:
         return f"no engine at {name}"
+
+    def show(self, order: DashboardOrder) -> DashboardReply:
+        if order.listen:
+            return DashboardReply(ok=False, reason=f"{order.listen} is taken")
+        return DashboardReply(ok=True, url="" if order.stop else f"http://here/#{'w' if order.write else 'r'}")
 
     def changes(self, wanted: Plan) -> Changes:
         return Changes(added=tuple(spec.name for spec in wanted.processes))
@@ -334,6 +341,13 @@ def test_other_calls_over_the_same_socket(quiet: Surface) -> None:
     node = Node(kind="lmdeploy", role="decode", host="h", port=1, models=("m",))
     assert client.add_node(node).ok
     assert client.add_node(msgspec.structs.replace(node, role="hybrid")).reason == "h:1 is no decode engine"
+    assert (client.dashboard(), client.dashboard(write=True), client.dashboard(stop=True)) == (
+        "http://here/#r", "http://here/#w", "",
+    )  # fmt: skip
+    with pytest.raises(PdctlError, match=r"127.0.0.1:1 is taken"):
+        client.dashboard("127.0.0.1:1")
+    with pytest.raises(PdctlError, match="not a valid order"):
+        client.dashboard("0.0.0.0:8099")
     assert "not a valid registration" in client.add_node(msgspec.structs.replace(node, port=0)).reason
     assert [found.url for found in client.nodes().nodes] == ["http://h:1"] * 2
     assert client.remove_node("[::1]:5").reason == "no engine at [::1]:5"
