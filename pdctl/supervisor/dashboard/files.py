@@ -27,7 +27,9 @@ _FILES = {
     "/uplot/LICENSE": ("uplot/LICENSE", "text/plain"),
 } | {
     f"/{name}.js": (f"{name}.js", _JS)
-    for name in ("dash", "charts", "topology", "requests", "lists", "actions", "server", "text")
+    for name in (
+        "dash", "actions", "charts", "lists", "requests", "samples", "server", "states", "text", "topology", "wires",
+    )
 }  # fmt: skip
 
 
