@@ -1,6 +1,6 @@
 """Pages in a headless browser, controlled over its debugging pipe: what it fetches, reports and lays out.
 
-python -m tests.chromium PAGE.html PICTURE.png [WIDTH]
+python -m tests.chromium PAGE PICTURE.png [WIDTH [dark]]    (PAGE: a file or an address)
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ _SWITCHES = (
     "--disable-background-networking", "--no-first-run",
 )  # fmt: skip
 _ANSWER_S = 60.0
+# Windows' numbers of keys, which browsers take.
+_KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 class Browser:
@@ -45,25 +47,52 @@ class Browser:
         for domain in ("Page", "Network", "Runtime", "Log"):
             self._call(f"{domain}.enable")
 
-    def open(self, page: Path, width: int, height: int = 900) -> None:
-        """Load the page at a window size."""
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-                   mobile=width < 600)  # fmt: skip
+    def open(self, page: Path | str, width: int, height: int = 900, dark: bool = False) -> None:
+        """Load the page, a file or an address, at a window size."""
+        self.resize(width, height)
+        self.scheme(dark)
         self.fetched, self.complaints, self._loaded = [], [], False
-        self._call("Page.navigate", url=page.absolute().as_uri())
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         deadline = time.monotonic() + _ANSWER_S
         while not self._loaded:
             self._next(deadline)
 
+    def resize(self, width: int, height: int) -> None:
+        """Another window size."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                   mobile=width < 600)  # fmt: skip
+
+    def scheme(self, dark: bool) -> None:
+        """Whether the user prefers dark pages."""
+        wanted = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[wanted])
+
     def evaluate(self, script: str) -> Any:
-        """Evaluate an expression in the page."""
-        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
+        """Evaluate an expression in the page; the value of a promise once it is known."""
+        answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def picture(self) -> bytes:
-        """The complete page as PNG."""
-        answer = self._call("Page.captureScreenshot", captureBeyondViewport=True)
+    def until(self, script: str, within_s: float = 20.0) -> Any:
+        """Evaluate until the result is true, and return it."""
+        deadline = time.monotonic() + within_s
+        while not (found := self.evaluate(script)):
+            assert time.monotonic() < deadline, f"not within {within_s} s: {script}; complaints: {self.complaints}"
+            time.sleep(0.02)
+        return found
+
+    def press(self, key: str) -> None:
+        """Press a key, such as Tab, Enter or ArrowDown."""
+        code = _KEYS[key]
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+
+    def picture(self, whole: bool = True) -> bytes:
+        """The page as PNG: the whole of it, or what the window shows."""
+        size = self._call("Page.getLayoutMetrics")["cssContentSize"] if whole else {}
+        clip = {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}} if whole else {}
+        answer = self._call("Page.captureScreenshot", captureBeyondViewport=whole, **clip)
         return base64.b64decode(answer["data"])
 
     def _call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -132,7 +161,8 @@ def browser() -> Iterator[Browser]:
 
 def main(argv: list[str]) -> int:
     with browser() as found:
-        found.open(Path(argv[0]), int(argv[2]) if len(argv) > 2 else 900)
+        page = argv[0] if argv[0].startswith("http") else Path(argv[0])
+        found.open(page, int(argv[2]) if len(argv) > 2 else 900, dark="dark" in argv[3:])
         Path(argv[1]).write_bytes(found.picture())
     return 0
 
