@@ -91,7 +91,7 @@ class RoleOrder(msgspec.Struct, frozen=True, kw_only=True):
 
     role: Annotated[RoleName, says("its role from now on")]
     drain_s: Annotated[
-        float | None, says("answers that run longer go on at other engines, seconds; null: `supervision.drain_s`")
+        float | None, says("answers that run longer go on at other engines, seconds; null: `supervisor.drain_s`")
     ] = None
     dry_run: Annotated[bool, says("only say whether it is possible")] = False
 

@@ -125,7 +125,7 @@ def strings() -> Check:
 def number(above: float, most: float = 1e9) -> Check:
     """A number greater than `above`, at most `most`. A negative `above` allows 0."""
     what = f"must be a number greater than {above:g}" if above >= 0 else "must be a number, at least 0"
-    what += f" and at most {most:g}" if most < 1e9 else ""
+    what += f" and at most {most:.15g}" if most < 1e9 else ""
     # The largest negative float: `low < value` then allows 0, but no negative number.
     low = above if above >= 0 else -5e-324
     return lambda value: None if type(value) in (int, float) and low < float(str(value)) <= most else what

@@ -27,7 +27,7 @@ def role(
         metavar="S",
         min=0,
         max=86400,
-        help="Answers that still run after this many seconds go on at other engines. Default: supervision.drain_s.",
+        help="Answers that still run after this many seconds go on at other engines. Default: supervisor.drain_s.",
     ),
     now: bool = typer.Option(False, "--now", help="Let them go on at other engines at once."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Say what would happen."),
