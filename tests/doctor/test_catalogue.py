@@ -48,7 +48,7 @@ def test_every_check_has_a_test() -> None:
 
 def test_the_docs_hold_the_same_table() -> None:
     text = DOCS.read_text()
-    begin, end = "<!-- checks -->\n", "<!-- /checks -->"
+    begin, end = "<!-- checks -->\n\n", "\n<!-- /checks -->"
     assert text[text.index(begin) + len(begin) : text.index(end)] == markdown(), (
         "write it anew: python -m tests.doctor.test_catalogue"
     )
@@ -63,6 +63,6 @@ def test_the_command_prints_it() -> None:
 
 if __name__ == "__main__":
     written = re.sub(
-        r"(<!-- checks -->\n).*?(<!-- /checks -->)", lambda m: m[1] + markdown() + m[2], DOCS.read_text(), flags=re.S
+        r"(<!-- checks -->\n\n).*?(\n<!-- /checks -->)", lambda m: m[1] + markdown() + m[2], DOCS.read_text(), flags=re.S
     )
     DOCS.write_text(written)
