@@ -20,6 +20,7 @@ ABOUT: dict[str, str] = {
     "keys": "settings of an API key: [API keys](../keys.md).",
     "slo": "latency targets.",
     "elastic": "roles that follow the load: [roles](../elastic.md).",
+    "dashboard": "the live page: [live page](../dashboard.md).",
     "transfer": "how KV moves between engines: [transports](../transports.md), [leases](../kv.md).",
     "expect": "what RDMA ports should be. Only [`pdctl doctor`](../doctor.md) uses it.",
     "engines": "a group of equal engines. Which keys a group takes depends on its kind: "
@@ -108,6 +109,9 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "min_decode": Meaning("engines that keep the role at least; a hybrid counts as both"),
         "interval_s": Meaning("seconds between two looks"),
         "cooldown_s": Meaning("an engine keeps a new role at least so many seconds"),
+    },
+    "dashboard": {
+        "listen": Meaning("loopback address and port of the page, such as `127.0.0.1:8099`", "off; `pdctl dash` opens it"),
     },
     "transfer": {
         "backend": Meaning("how KV moves: `auto` chooses the best transport that both sides support"),
