@@ -111,7 +111,9 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "cooldown_s": Meaning("an engine keeps a new role at least so many seconds"),
     },
     "dashboard": {
-        "listen": Meaning("loopback address and port of the page, such as `127.0.0.1:8099`", "off; `pdctl dash` opens it"),
+        "listen": Meaning(
+            "loopback address and port of the page, such as `127.0.0.1:8099`", "off; `pdctl dash` opens it"
+        ),
     },
     "transfer": {
         "backend": Meaning("how KV moves: `auto` chooses the best transport that both sides support"),
