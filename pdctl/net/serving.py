@@ -15,14 +15,25 @@ LOG_FORMAT = "%(asctime)s %(message)s"
 class Server(uvicorn.Server):
     """uvicorn without its signal handling: each process has its own shutdown order."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.servers: list[asyncio.base_events.Server] = []
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the process."""
         yield
 
+    def stop_listening(self) -> None:
+        """Take no more connections. For a server that was cancelled: an event loop that still watches a socket that
+        somebody else closed would take the next one of that number for it."""
+        for listening in self.servers:
+            listening.close()
+
 
 async def close_connections(server: Server) -> None:
     """Close what a server that was cancelled left open: first after what is being sent, then at once."""
+    server.stop_listening()
     for connection in list(server.server_state.connections):
         connection.shutdown()
     await asyncio.sleep(0)

@@ -27,6 +27,7 @@ class Dashboard:
         self._secret = secret
         self._configured = ""
         self._listener: socket.socket | None = None
+        self._served: socket.socket | None = None
         self._address = self._url = ""
         self._gate: Gate | None = None
         self._changed = asyncio.Event()
@@ -60,19 +61,30 @@ class Dashboard:
 
     async def run_forever(self) -> None:
         """Serve the page while it is on, until cancelled."""
-        while True:
-            self._changed.clear()
-            listener, gate = self._listener, self._gate
-            if listener is None or gate is None:
-                await self._changed.wait()
-                continue
-            # Imported here: most services never have a page.
-            from pdctl.supervisor.dashboard.server import serve_page
+        try:
+            while True:
+                self._changed.clear()
+                if self._listener is not None and self._gate is not None:
+                    await self._serve(self._gate, self._listener)
+                else:
+                    await self._changed.wait()
+        finally:
+            self._close()
 
+    async def _serve(self, gate: Gate, listener: socket.socket) -> None:
+        """Serve one page until it is closed or moved."""
+        # Imported here: most services never have a page.
+        from pdctl.supervisor.dashboard.server import serve_page
+
+        self._served = listener
+        try:
             async with asyncio.TaskGroup() as tasks:
                 serving = tasks.create_task(serve_page(self._service, gate, listener))
                 await self._changed.wait()
                 serving.cancel()
+        finally:
+            # A server that was cancelled before it began has not closed it.
+            listener.close()
 
     # -- parts ---------------------------------------------------------------------------------------------
 
@@ -97,6 +109,8 @@ class Dashboard:
         return ""
 
     def _close(self) -> None:
-        """The page's server closes its own socket."""
+        """The page's server closes its own socket; one that it has not seen yet is closed here."""
+        if self._listener is not None and self._listener is not self._served:
+            self._listener.close()
         self._listener, self._gate, self._address, self._url = None, None, "", ""
         self._changed.set()

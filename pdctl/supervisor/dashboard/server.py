@@ -53,6 +53,7 @@ async def serve_page(service: Watched, gate: Gate, listener: socket.socket) -> N
             tasks.create_task(doctor.run_forever())
             await server.serve(sockets=[listener])
     finally:
+        server.stop_listening()
         listener.close()
         app.ended.set()
         viewers.pulse()
