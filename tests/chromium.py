@@ -24,7 +24,7 @@ from typing import Any
 BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 _SWITCHES = (
     "--headless=new", "--no-sandbox", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--no-first-run",
+    "--disable-background-networking", "--no-first-run", "--hide-scrollbars",
 )  # fmt: skip
 _ANSWER_S = 60.0
 # Windows' numbers of keys, which browsers take.

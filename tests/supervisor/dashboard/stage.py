@@ -73,8 +73,9 @@ def process(name: str, role: str, gpu: int | None = None, **changed: Any) -> Pro
 
 def link(peer: str, reader: str, **changed: Any) -> Link:
     found = Link(
-        reader=reader, peer=peer, epoch="7f3a-1", transport="cuda_ipc", protocol="", reason="both GPUs are on this host",
-        fallback="", error="", refused=False, pulls=1412, bytes=418 * GB, gbps=182.4,
+        reader=reader, peer=peer, epoch="7f3a-1", transport="cuda_ipc", protocol="",
+        reason="both GPUs are on this host", fallback="", error="", refused=False, pulls=1412, bytes=418 * GB,
+        gbps=182.4,
     )  # fmt: skip
     return msgspec.structs.replace(found, **changed)
 
@@ -92,15 +93,16 @@ def request(number: int, failed: bool = False) -> RecentRequest:
         RequestPhase("first_step", at[3] + 0.002, at[3] + 0.03, decode),
         RequestPhase("decode", at[3] + 0.03, shape + 1, decode),
     ]
-    tries = ()
+    tries: tuple[FailedTry, ...] = ()
     if failed:
         shift = 0.9
         tries = (FailedTry(shift, "decode-1", prefill, "decode-1", 31, "connection lost"),)
         phases = [phases[0], *(move(phase, shift) for phase in phases[1:])]
     return RecentRequest(
         id=f"5f0c2d1e9a7b4c6d8e{number:012x}", path="/v1/chat/completions", status=200,
-        at=time.time() - 300 + number * 4, seconds=phases[-1].end_s, ttft_s=at[2], prompt_tokens=700 + 130 * (number % 9),
-        cached_tokens=256 if number % 3 == 0 else 0, output_tokens=80 + 7 * number, prefill=prefill, decode=decode,
+        at=time.time() - 300 + number * 4, seconds=phases[-1].end_s, ttft_s=at[2],
+        prompt_tokens=700 + 130 * (number % 9), cached_tokens=256 if number % 3 == 0 else 0,
+        output_tokens=80 + 7 * number, prefill=prefill, decode=decode,
         phases=tuple(phases), failed=tries, hand_over_bytes=91_000_000,
     )  # fmt: skip
 
@@ -126,7 +128,8 @@ class Stage:
             AttachedStatus(name="far", role="decode", kind="vllm", host="10.20.0.7", port=8000, secret_file="",
                            answers=True, connector="nixl"),
         ]  # fmt: skip
-        slow = {"transport": "nixl", "protocol": "tcp", "fallback": "mlx5_0 port 1 is down", "gbps": 2.1, "bytes": 9 * GB}
+        slow = {"transport": "nixl", "protocol": "tcp", "fallback": "mlx5_0 port 1 is down", "gbps": 2.1,
+                "bytes": 9 * GB}  # fmt: skip
         self.links = [
             link("prefill-0", "decode-0"), link("prefill-0", "decode-1", gbps=176.0),
             link("prefill-1", "decode-0", gbps=181.2), link("prefill-1", "decode-1"),
@@ -147,7 +150,8 @@ class Stage:
             lived_s=700.0, core_dumped=False, rusage=None, log="", kernel=(), last_lines=("INFO ready", "INFO step 1"),
         )  # fmt: skip
         self.journal.exit(report)
-        self.journal.say(name, KILLED.reason, "exited", **msgspec.structs.asdict(KILLED))
+        ended = msgspec.structs.replace(KILLED, at=now_text())
+        self.journal.say(name, ended.reason, "exited", **msgspec.structs.asdict(ended))
 
     def change(self, name: str, **changed: Any) -> None:
         self.processes = [
@@ -256,7 +260,7 @@ class WithPast(Sampler):
 
 async def serve(stage: Stage, gate: Gate, listener: socket.socket) -> None:
     """Serve the stage's page until cancelled."""
-    with mock.patch.object(server, "read_gpus", lambda: GPUS), mock.patch.object(server, "Sampler", WithPast):
+    with mock.patch.object(server, "read_gpus", return_value=GPUS), mock.patch.object(server, "Sampler", WithPast):
         await server.serve_page(stage, gate, listener)
 
 

@@ -249,14 +249,19 @@ def test_axe_finds_nothing(ours: Served, chromium: Browser, width: int, dark: bo
         chromium.evaluate("document.querySelector('#details-actions button').click()")
     assert AXE is not None
     chromium.evaluate(Path(AXE).read_text() + ";0")
-    found = chromium.evaluate("axe.run().then(found => JSON.stringify([found.violations, found.passes, found.incomplete]))")
+    kinds = "[found.violations, found.passes, found.incomplete]"
+    found = chromium.evaluate(f"axe.run().then(found => JSON.stringify({kinds}))")
     violations, passes, unsure = json.loads(found)
     assert "color-contrast" in {one["id"] for one in passes}
     told = [
         f"{one['impact']}: {one['id']}: {one['help']}: {[node['target'] for node in one['nodes'][:5]]}"
-        for one in [*violations, *unsure]
+        for one in violations
     ]
     assert told == []
+    # Where a line of the picture or the page behind a dialog may be below a text, axe cannot tell: that is all.
+    asked = {node["target"][0].split(" ")[0] for one in unsure for node in one["nodes"]}
+    assert {one["id"] for one in unsure} <= {"color-contrast"}
+    assert all(target.startswith((".host", "#details", ".facts", ".confirm")) for target in asked), asked
 
 
 def test_contrast_is_checked_by_axe_only_where_it_can(opened: Browser) -> None:
