@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from pdctl.errors import PdctlError
 from pdctl.net import LOOPBACK
 from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
+from pdctl.net.tracing import Spans
 from pdctl.proxy.client.connections import BoundedProtocol, reap_forever
 from pdctl.proxy.client.keys import Keys
 from pdctl.proxy.client.unknown_fields import UnknownFields
@@ -43,7 +44,7 @@ from pdctl.proxy.surface.reload import Reloader, admission_of
 from pdctl.proxy.surface.return_listener import giving_back
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.metrics import SAVE_S, Metrics
-from pdctl.proxy.telemetry.spans import NO_SPANS, OtlpSpans, Spans
+from pdctl.proxy.telemetry.spans import Tracing
 from pdctl.proxy_wire import ProxyConfig, listener_path
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV
 
@@ -113,7 +114,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         shared.pool.close()
         shared.metrics.save()
         completions.log.flush()
-        completions.spans.close()
+        completions.tracing.close()
         raise _Stopped
 
 
@@ -131,7 +132,8 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
     ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
     name = _name(config, worker)
     metrics = Metrics(config.model, ttft_s, tpot_s, run_dir / "metrics" if several else None, f"{name}.{epoch}")
-    spans: Spans = OtlpSpans(config.otlp_endpoint, f"pdctl/{config.service}") if config.otlp_endpoint else NO_SPANS
+    endpoint = config.otlp_endpoint
+    spans = Spans(endpoint, f"pdctl/{config.service}", "pdctl.proxy") if endpoint else None
     shared = Shared(
         pool=pool,
         policy=POLICIES[config.routing],
@@ -155,7 +157,7 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
         holder=f"{name}@{epoch}",
         max_body=int(config.max_body_mb * 2**20),
         unknown=UnknownFields(config.unknown_fields == "refuse"),
-        spans=spans,
+        tracing=Tracing(spans),
     )
 
 

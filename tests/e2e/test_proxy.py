@@ -9,19 +9,18 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.collector import Collector, collector
 from tests.service import Run, Service, events, free_port, pid_of, running, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -103,51 +102,16 @@ def counting(count: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def quiet(module_run: Run) -> Iterator[tuple[Service, list[Worker]]]:
-    with (
-        collector() as (port, _),
-        fleet(
-            module_run, proxy=f'access_log = "access.jsonl"\nmax_body_mb = 1\notlp_endpoint = "http://127.0.0.1:{port}"'
-        ) as found,
-    ):
+def spans() -> Iterator[Collector]:
+    with collector() as found:
         yield found
 
 
-SPANS: list[str] = []
-
-
-@contextmanager
-def collector() -> Iterator[tuple[int, list[str]]]:
-    """A minimal OpenTelemetry collector: records the names of spans as they arrive."""
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            import gzip
-
-            data = self.rfile.read(int(self.headers["content-length"]))
-            if self.headers.get("content-encoding") == "gzip":
-                data = gzip.decompress(data)
-            found = ExportTraceServiceRequest.FromString(data)
-            for resource in found.resource_spans:
-                for scope in resource.scope_spans:
-                    SPANS.extend(f"{span.trace_id.hex()} {span.name}" for span in scope.spans)
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1], SPANS
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+@pytest.fixture(scope="module")
+def quiet(module_run: Run, spans: Collector) -> Iterator[tuple[Service, list[Worker]]]:
+    proxy = f'access_log = "access.jsonl"\nmax_body_mb = 1\notlp_endpoint = "{spans.endpoint}"'
+    with fleet(module_run, proxy=proxy) as found:
+        yield found
 
 
 def test_attached_engines_are_used_and_shown(quiet: tuple[Service, list[Worker]]) -> None:
@@ -190,14 +154,16 @@ def test_the_access_log_and_the_timing_header(quiet: tuple[Service, list[Worker]
     wait_until(lambda: any('"status":400' in raw for raw in log.read_text().splitlines()), what="the refusal's line")
 
 
-def test_spans_and_trace_context_go_on(quiet: tuple[Service, list[Worker]]) -> None:
+def test_spans_and_trace_context_go_on(quiet: tuple[Service, list[Worker]], spans: Collector) -> None:
     service, workers = quiet
     trace = "0af7651916cd43dd8448eb211c80319c"
     headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
     service.client.post("/v1/completions", json={"prompt": "x"}, headers=headers)
-    assert trace in workers[1].stats()["headers"]["traceparent"]
-    names = {"pdctl.request", "queue", "prefill"}
-    wait_until(lambda: names <= {span.split()[1] for span in SPANS if span.startswith(trace)}, what="the spans")
+    given = [worker.stats()["headers"]["traceparent"].split("-") for worker in workers]
+    names = {"pdctl.request", "queue", "prefill", "decode"}
+    wait_until(lambda: names == {span.name for span in spans.of(trace)}, what="the spans")
+    ids = {span.name: span.id for span in spans.of(trace)}
+    assert [(context[1], context[2]) for context in given] == [(trace, ids["prefill"]), (trace, ids["decode"])]
 
 
 def test_bodies_that_are_too_large_or_broken(quiet: tuple[Service, list[Worker]]) -> None:

@@ -20,6 +20,7 @@ from pdctl.proxy.engines.kv_room import NoRoom, Share
 from pdctl.proxy.request.failover import Cause, Failure, classify
 from pdctl.proxy.request.leg import Leg, Move, Shared
 from pdctl.proxy.request.unfinished import Called
+from pdctl.proxy.telemetry.spans import EngineCall
 from pdctl.wire import ATTEMPT_HEADER, TIMING_HEADER
 
 _ATTEMPT, _TIMING = ATTEMPT_HEADER.encode(), TIMING_HEADER.encode()
@@ -77,8 +78,15 @@ async def _prefill_to_the_end(leg: Leg, engine: Engine, attempt: Attempt, share:
 
 
 async def _prefill(leg: Leg, engine: Engine, attempt: Attempt, share: Share | None, patience_s: float) -> Prefilled:
+    with leg.trace.call(EngineCall("prefill", engine.name, leg.name, leg.state.sent)) as traced:
+        return await _traced_prefill(leg, engine, attempt, share, patience_s, traced)
+
+
+async def _traced_prefill(
+    leg: Leg, engine: Engine, attempt: Attempt, share: Share | None, patience_s: float, traced: bytes
+) -> Prefilled:
     call = engine.dialect.prefill_call(leg.state, attempt)
-    lines = b"%b%b%b: %b\r\n" % (_lines(leg, engine), call.headers, _ATTEMPT, attempt.name.encode())
+    lines = b"%b%b%b: %b\r\n" % (_lines(leg, engine, traced), call.headers, _ATTEMPT, attempt.name.encode())
     exchange = engine.client.exchange("POST", call.path, lines, call.body)
     done, keeps_nothing = False, False
     load = PromptLoad(leg.shared.pool, engine, leg.size, time.monotonic())
@@ -137,15 +145,18 @@ async def decode(
             on_first_token()
 
     try:
-        call = engine.dialect.decode_call(leg.state, attempt, hand_over, not leg.in_one_piece)
-        exchange = engine.client.exchange("POST", call.path, _lines(leg, engine) + call.headers, call.body)
-        patience_s = _first_token_s(leg, kv_from) if kv_from else _patience_s(leg, engine)
-        ticket = _begin(leg, engine, exchange, patience_s)
-        ticket.source, ticket.attempt = attempt.prefill.name if kv_from else "", attempt.name
-        try:
-            await _read(leg, engine, exchange, ticket, first_token, valid_until)
-        finally:
-            _end(engine, ticket)
+        with leg.trace.call(EngineCall("decode", engine.name, leg.name, leg.state.sent)) as traced:
+            call = engine.dialect.decode_call(leg.state, attempt, hand_over, not leg.in_one_piece)
+            exchange = engine.client.exchange("POST", call.path, _lines(leg, engine, traced) + call.headers, call.body)
+            patience_s = _first_token_s(leg, kv_from) if kv_from else _patience_s(leg, engine)
+            ticket = _begin(leg, engine, exchange, patience_s)
+            ticket.source, ticket.attempt = attempt.prefill.name if kv_from else "", attempt.name
+            try:
+                await _read(leg, engine, exchange, ticket, first_token, valid_until)
+            finally:
+                _end(engine, ticket)
+            if not leg.finished and leg.move is None:
+                raise CallFailed(engine, Failure(engine.name, Cause.BROKE, f"{engine.name} ended its stream early"))
     except (Unreachable, EngineError) as failure:
         _stay(leg)
         if ticket is not None and ticket.kv_lost:
@@ -161,8 +172,6 @@ async def decode(
         if share is not None and engine.room is not None:
             engine.room.give_back(share)
         load.end(time.monotonic(), leg.finished)
-    if not leg.finished and leg.move is None:
-        raise CallFailed(engine, Failure(engine.name, Cause.BROKE, f"{engine.name} ended its stream early"))
     load.answered(time.monotonic(), leg.pieces)
 
 
@@ -273,10 +282,13 @@ async def _take_room(leg: Leg, engine: Engine) -> Share | None:
     return share
 
 
-def _lines(leg: Leg, engine: Engine) -> bytes:
-    """Headers of a call to `engine`. Some engines treat two requests with the same id as one request."""
+def _lines(leg: Leg, engine: Engine, traced: bytes) -> bytes:
+    """Headers of a call to `engine`. `traced`: those of its trace.
+
+    Some engines treat two requests with the same id as one request.
+    """
     name = f"{leg.name}-{new_name()}" if engine.dialect.keys_by_request_id else leg.name
-    return b"%b%bx-request-id: %b\r\n" % (engine.headers, leg.headers, name.encode())
+    return b"%b%b%bx-request-id: %b\r\n" % (engine.headers, leg.headers, traced, name.encode())
 
 
 def _patience_s(leg: Leg, engine: Engine, together: bool = False) -> float:

@@ -29,7 +29,7 @@ from pdctl.proxy.shares.accounts import Accounts, Claim, LimitReached
 from pdctl.proxy.shares.fair_queue import NO_WORK, Waiter, Work
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.recent import RecentRequests
-from pdctl.proxy.telemetry.spans import NO_SPANS, Spans
+from pdctl.proxy.telemetry.spans import NO_TRACE, Answered, RequestTrace, Tracing
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy.translation import CHAT_PATH, Api, Translated
 from pdctl.wire import ORDER_HEADER, ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
@@ -55,7 +55,7 @@ class Completions:
     holder: str
     max_body: int
     unknown: UnknownFields = field(default_factory=UnknownFields)
-    spans: Spans = NO_SPANS
+    tracing: Tracing = field(default_factory=Tracing)
     recent: RecentRequests = field(default_factory=RecentRequests)
     _static: bytes = field(init=False)
 
@@ -106,10 +106,9 @@ class Completions:
 
     def engine_headers(self, job: _Job, started: int) -> bytes:
         """Headers for the engines."""
-        trace = self.spans.header(job.trace, job.headers) if job.trace else job.passed_on
         shared = self.shared
         lines = _tenant_line(job.key), _slo_line(shared.ttft_s, shared.tpot_s)
-        return b"%b%b: %d\r\n%b%b%b" % (self._static, STARTED_HEADER.encode(), started, *lines, trace)
+        return b"%b%b: %d\r\n%b%b" % (self._static, STARTED_HEADER.encode(), started, *lines)
 
 
 @lru_cache(maxsize=1024)
@@ -141,15 +140,7 @@ class _Job:
     left: bool = False
     over: bool = False
     timing: Timing = field(default_factory=Timing)
-    trace: object = None
-
-    @property
-    def passed_on(self) -> bytes:
-        """The W3C trace context headers of the request, unchanged."""
-        if b"traceparent" not in self.headers:
-            return b""
-        names = (b"traceparent", b"tracestate")
-        return b"".join(b"%b: %b\r\n" % (name, self.headers[name]) for name in names if name in self.headers)
+    trace: RequestTrace = NO_TRACE
 
     async def read(self, receive: asgi.Receive) -> ClientRequest:
         """Read and parse the request. Raises ApiError."""
@@ -228,7 +219,7 @@ class _Job:
         answer = self._answer(request, send)
         status, tpot = _CLIENT_LEFT, None
         seat: Waiter | None = None
-        self.trace = completions.spans.begin(self.headers) if completions.spans else None
+        self.trace = completions.tracing.begin(self.headers)
         try:
             size = float(request.size) / len(request.legs)
             seat = await completions.door.enter(self.key, request.priority, size, request.max_tokens)
@@ -336,24 +327,23 @@ class _Job:
                 _pieces(fields) if shared.wants_prefixes else [],
                 Timing(self.timing.received_at, self.timing.admitted_at) if number else self.timing,
             )
+            leg.trace = self.trace
             legs.append(leg)
         return legs
 
     def _note(self, status: int, legs: Sequence[Leg]) -> None:
         completions = self.completions
         recent = completions.recent
-        if not (completions.log or recent.is_wanted) and self.trace is None and self.key == ANYONE:
+        if not (completions.log or recent.is_wanted or completions.tracing) and self.key == ANYONE:
             return
-        counts = _counts(legs) if legs else Counts()
+        counts, failures = _counts(legs) if legs else Counts(), sum(leg.failures for leg in legs)
         if self.key != ANYONE:
             completions.shared.metrics.of_key(self.key, status, counts, self.timing)
         if completions.log:
-            failures = sum(leg.failures for leg in legs)
             completions.log.add(self.request_id, self.key, self.path, status, counts, self.timing, failures)
         if recent.is_wanted:
             recent.add(self.request_id, self.path, status, counts, self.timing)
-        if self.trace is not None:
-            completions.spans.end(self.trace, self.request_id, self.path, status, counts, self.timing)
+        self.trace.end(Answered(self.request_id, self.path, status, counts, failures), self.timing)
 
 
 def _counts(legs: Sequence[Leg]) -> Counts:

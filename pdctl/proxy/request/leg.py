@@ -18,6 +18,7 @@ from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.proxy.request.quarantine import Quarantine, Suspicion
 from pdctl.proxy.request.unfinished import Unfinished
 from pdctl.proxy.telemetry.metrics import Metrics
+from pdctl.proxy.telemetry.spans import NO_TRACE, RequestTrace
 from pdctl.proxy.telemetry.timing import Timing
 
 # An answer that is not streamed and has at most this many tokens is requested in one piece: computing it again after a
@@ -59,7 +60,7 @@ class Leg:
     `name`: the request id for engines; `headers`: header lines for engines; `size`: of the prompt, in bytes of the
     request; `body`: the client's request, which identifies it in quarantine; `pieces`: the prompt's prefixes; `whole`:
     the body of an answer in one piece, as sent to the client; `failures`: calls that failed; `share`: the room of its
-    KV at a prefill engine; `move`: where its stream goes on.
+    KV at a prefill engine; `move`: where its stream goes on; `trace`: of its request.
     """
 
     # Class attributes: most requests never set these, and then they need no memory per request.
@@ -72,6 +73,7 @@ class Leg:
     finished = False
     share: Share | None = None
     move: Move | None = None
+    trace: RequestTrace = NO_TRACE
     # Called when its prompt is computed.
     on_prefilled: Callable[[], None] | None = None
     # The time of the first token of an answer in one piece is unknown. Where it matters, the engine must stream.

@@ -1,123 +1,142 @@
-"""OpenTelemetry spans of requests, if `otlp_endpoint` is set. The SDK is loaded only then."""
+"""The trace of one client request: a span for it, one for its time in the queue, and one for each call to an engine.
+
+Each call carries its own span in `traceparent`, so the spans of the engine are its children. Without `otlp_endpoint`
+nothing is recorded, and the client's trace context goes to the engines as it is.
+"""
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Protocol, cast
+import asyncio
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple, Protocol
 
-from pdctl.errors import PdctlError
 from pdctl.net.http_client import header_lines
 from pdctl.net.openai_api import Counts
+from pdctl.net.tracing import TRACE_HEADERS, Attributes, Span, Spans
 from pdctl.proxy.telemetry.timing import Timing
 
-if TYPE_CHECKING:
-    from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Span
+_NAMES = tuple(name.encode() for name in TRACE_HEADERS)
 
 
-_CONTEXT = (b"traceparent", b"tracestate", b"baggage")
+class EngineCall(NamedTuple):
+    """A call to an engine. `what`: prefill or decode; `tokens`: how many the client has before it."""
+
+    what: str
+    engine: str
+    name: str
+    tokens: int
 
 
-class Spans(Protocol):
-    """Begins and ends a request's span. It is falsy if nothing is recorded."""
+class Answered(NamedTuple):
+    """The end of a request. `failures`: calls that failed."""
+
+    request_id: str
+    path: str
+    status: int
+    counts: Counts
+    failures: int
+
+
+class RequestTrace(Protocol):
+    """The trace of one request."""
+
+    def call(self, called: EngineCall) -> AbstractContextManager[bytes]:
+        """Around one call; gives the header lines that continue the trace at the engine."""
+        ...
+
+    def end(self, answered: Answered, timing: Timing) -> None:
+        """The request is over."""
+        ...
+
+
+class PassedOn:
+    """Records nothing. `lines`: the client's trace context, for the engines."""
+
+    __slots__ = ("_around",)
+
+    def __init__(self, lines: bytes) -> None:
+        self._around = nullcontext(lines)
+
+    def call(self, called: EngineCall) -> AbstractContextManager[bytes]:
+        """See RequestTrace.call."""
+        return self._around
+
+    def end(self, answered: Answered, timing: Timing) -> None:
+        """See RequestTrace.end."""
+
+
+NO_TRACE = PassedOn(b"")
+
+
+class Tracing:
+    """Begins traces. `spans`: None if nothing is recorded."""
+
+    def __init__(self, spans: Spans | None = None) -> None:
+        self._spans = spans
 
     def __bool__(self) -> bool:
         """Whether spans are recorded."""
-        ...
+        return self._spans is not None
 
-    def begin(self, headers: dict[bytes, bytes]) -> object:
-        """Begin the span of a request, which may have a trace context."""
-        ...
-
-    def header(self, trace: object, headers: dict[bytes, bytes]) -> bytes:
-        """Header lines that continue the trace on an engine."""
-        ...
-
-    def end(self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing) -> None:
-        """End the span of a request; a thread of the SDK exports it with the spans of its phases."""
-        ...
+    def begin(self, headers: dict[bytes, bytes]) -> RequestTrace:
+        """The trace of a request with these headers."""
+        if self._spans is not None:
+            given = {name.decode("latin-1"): value.decode("latin-1") for name, value in _context_of(headers)}
+            return _Recorded(self._spans.received("pdctl.request", given))
+        if _NAMES[0] not in headers:
+            return NO_TRACE
+        return PassedOn(b"".join(b"%b: %b\r\n" % header for header in _context_of(headers)))
 
     def close(self) -> None:
         """Export the remaining spans."""
-        ...
+        if self._spans is not None:
+            self._spans.close()
 
 
-class _NoSpans:
-    def __bool__(self) -> bool:
-        return False
-
-    def begin(self, headers: dict[bytes, bytes]) -> object:
-        return None
-
-    def header(self, trace: object, headers: dict[bytes, bytes]) -> bytes:
-        return b""
-
-    def end(self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing) -> None:
-        return
-
-    def close(self) -> None:
-        return
+def _context_of(headers: dict[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return ((name, headers[name]) for name in _NAMES if name in headers)
 
 
-NO_SPANS: Spans = _NoSpans()
+class _Recorded:
+    """A trace that is recorded."""
 
+    __slots__ = ("_span",)
 
-class OtlpSpans:
-    """Exports over HTTP to `endpoint`, such as http://127.0.0.1:4318."""
+    def __init__(self, span: Span) -> None:
+        self._span = span
 
-    def __init__(self, endpoint: str, service: str) -> None:
-        try:
-            from opentelemetry import trace
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.propagate import extract, inject
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        except ImportError as failure:
-            hint = "install it with: pip install 'pdctl[otlp]'"
-            raise PdctlError(f"proxy.otlp_endpoint needs OpenTelemetry: {failure}", hint) from failure
-        self._api, self._extract, self._inject = trace, extract, inject
-        self._provider: TracerProvider = TracerProvider(resource=Resource.create({"service.name": service}))
-        exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
-        self._tracer = self._provider.get_tracer("pdctl.proxy")
-
-    def __bool__(self) -> bool:
-        return True
-
-    def begin(self, headers: dict[bytes, bytes]) -> object:
-        """See Spans.begin."""
-        given = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items() if name in _CONTEXT}
-        parent = self._extract(given) if given else None
-        return self._tracer.start_span("pdctl.request", context=parent, kind=self._api.SpanKind.SERVER)
-
-    def header(self, trace: object, headers: dict[bytes, bytes]) -> bytes:
-        """See Spans.header."""
-        carrier: dict[str, str] = {}
-        self._inject(carrier, context=self._within(trace))
-        return header_lines(carrier)
-
-    def end(self, trace: object, request_id: str, path: str, status: int, counts: Counts, timing: Timing) -> None:
-        """See Spans.end."""
-        span = cast("Span", trace)
-        now = time.time_ns()
-        offset = now - int(time.monotonic() * 1e9)
-        attributes: dict[str, str | int] = {
-            "http.route": path, "http.response.status_code": status, "pdctl.request_id": request_id,
-            "pdctl.prefill": timing.engines[0], "pdctl.decode": timing.engines[1],
-            "gen_ai.usage.input_tokens": counts.prompt, "gen_ai.usage.output_tokens": counts.completion,
+    @contextmanager
+    def call(self, called: EngineCall) -> Iterator[bytes]:
+        """See RequestTrace.call. A call that is cancelled has not failed: it was not needed any more."""
+        attributes: Attributes = {
+            "pdctl.engine": called.engine, "pdctl.call": called.name, "pdctl.tokens_before": called.tokens,
         }  # fmt: skip
-        span.set_attributes(attributes)
-        inside = self._within(trace)
-        for name, (start, end) in timing.intervals().items():
-            part = self._tracer.start_span(name, context=inside, start_time=offset + int(start * 1e9))
-            part.end(end_time=offset + int(end * 1e9))
-        span.end(end_time=now)
+        span = self._span.call(called.what, attributes)
+        try:
+            yield header_lines(span.headers())
+        except asyncio.CancelledError:
+            span.add({"pdctl.cancelled": True})
+            raise
+        except Exception as failure:
+            span.fail(str(failure))
+            raise
+        finally:
+            span.end()
 
-    def close(self) -> None:
-        """See Spans.close."""
-        self._provider.shutdown()
-
-    def _within(self, trace: object) -> Context:
-        return self._api.set_span_in_context(cast("Span", trace))
+    def end(self, answered: Answered, timing: Timing) -> None:
+        """See RequestTrace.end."""
+        span = self._span
+        span.add({
+            "http.route": answered.path, "http.response.status_code": answered.status,
+            "pdctl.request_id": answered.request_id, "pdctl.prefill": timing.engines[0],
+            "pdctl.decode": timing.engines[1], "pdctl.failures": answered.failures,
+            "gen_ai.usage.input_tokens": answered.counts.prompt,
+            "gen_ai.usage.output_tokens": answered.counts.completion,
+        })  # fmt: skip
+        span.child("queue", timing.received_at, timing.admitted_at or timing.received_at)
+        if timing.first_token_at:
+            span.event("first_token", timing.first_token_at)
+        if answered.status >= 500:
+            span.fail(f"status {answered.status}")
+        span.end()
