@@ -37,6 +37,7 @@ from pdctl.adapters.dialect import (
     without,
 )
 from pdctl.adapters.launcher import (
+    OTLP_EXPORTERS,
     Assignment,
     BaseLauncher,
     Fault,
@@ -53,10 +54,10 @@ from pdctl.errors import PdctlError
 from pdctl.net.openai_answers import Choice, EngineError, shown
 
 __all__ = [
-    "ALL_ROLES", "KINDS_ENV", "UNKNOWN_TOKEN", "Ability", "Assignment", "Attempt", "BaseLauncher", "Call",
-    "CannotResume", "Choice", "Condition", "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields", "HandShake",
-    "Installed", "KnownFailure", "Launch", "Launcher", "NoControl", "Package", "Pairing", "Peer", "Prefilled",
-    "Progress", "RequestState", "Retelling", "RoomProbe", "Target", "can_launch", "control", "dialect",
+    "ALL_ROLES", "KINDS_ENV", "OTLP_EXPORTERS", "UNKNOWN_TOKEN", "Ability", "Assignment", "Attempt", "BaseLauncher",
+    "Call", "CannotResume", "Choice", "Condition", "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields",
+    "HandShake", "Installed", "KnownFailure", "Launch", "Launcher", "NoControl", "Package", "Pairing", "Peer",
+    "Prefilled", "Progress", "RequestState", "Retelling", "RoomProbe", "Target", "can_launch", "control", "dialect",
     "different_installations", "kinds", "launcher", "option_faults", "shown", "stream_fields",
     "version_numbers", "without",
 ]  # fmt: skip

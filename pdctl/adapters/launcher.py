@@ -22,6 +22,7 @@ class Assignment:
     """The plan's decisions for one engine. `host`: the address it listens on; `ports` by purpose; `gpus`: UUIDs.
 
     `package`: the installed package that provides the engine, and its version; both "" if its kind names none.
+    `otlp_endpoint`: the collector for its spans, "" if it exports none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Assignment:
     python: str
     cpus: tuple[int, ...] = ()
     package: Package = ("", "")
+    otlp_endpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,8 @@ class Launcher(Protocol):
     modules that engines import from pdctl's own environment;
     `distributions`: packages of which one must be installed in the environment of the group's `python`. `connectors`:
     the values of `connector`, the default first. `phases`: (regular expression for a line of the log, phase of the
-    start that begins with it). `failures`: tried in order. `leaves_shared_memory`: a killed engine leaves named shared
+    start that begins with it). `tracing`: packages that its environment needs to export spans; empty if the kind
+    exports none. `failures`: tried in order. `leaves_shared_memory`: a killed engine leaves named shared
     memory, which the supervisor removes.
     """
 
@@ -103,6 +106,7 @@ class Launcher(Protocol):
     distributions: tuple[str, ...]
     connectors: tuple[str, ...]
     phases: tuple[tuple[str, str], ...]
+    tracing: tuple[str, ...]
     failures: tuple[KnownFailure, ...]
     leaves_shared_memory: bool
 
@@ -149,6 +153,10 @@ def option_faults(group: EngineGroup, reserved: Collection[str]) -> Iterator[Fau
             yield Fault("args", f"{option} is set by pdctl", "remove it; the topology's keys and the plan decide it")
 
 
+# The packages that vLLM and SGLang need, together, whichever protocol is used.
+OTLP_EXPORTERS = ("opentelemetry-exporter-otlp-proto-http", "opentelemetry-exporter-otlp-proto-grpc")
+
+
 def version_numbers(version: str) -> tuple[int, ...]:
     """(0, 32, 0) for 0.32.0+cpu."""
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
@@ -164,6 +172,7 @@ class BaseLauncher:
     distributions: tuple[str, ...] = ()
     connectors: tuple[str, ...] = ()
     phases: tuple[tuple[str, str], ...] = ()
+    tracing: tuple[str, ...] = ()
     failures: tuple[KnownFailure, ...] = ()
     leaves_shared_memory = False
 

@@ -52,6 +52,7 @@ class EngineOptions:
     open: bool
     tool_parser: str
     reasoning_parser: str
+    otlp_endpoint: str
     run_dir: Path
     epoch: str
     front_pid: int
@@ -147,6 +148,7 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--open", type=_boolean, default=False, help="also serve callers without this run's secret")
     parser.add_argument("--tool-parser", choices=TOOL_PARSERS, default="auto")
     parser.add_argument("--reasoning-parser", choices=REASONING_PARSERS, default="auto")
+    parser.add_argument("--otlp-endpoint", default="", help="OpenTelemetry collector for spans, over HTTP")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--epoch", default="", help="set by the front for its core")
     parser.add_argument("--front-pid", type=int, default=0, help="set by the front for its core")

@@ -110,9 +110,27 @@ def _engines(site: Site, model_path: str) -> list[ProcessSpec]:
                 python=python,
                 cpus=pins.cpus,
                 package=host.package_in(python, launcher(group.kind).distributions) or ("", ""),
+                otlp_endpoint=_collector(site, group, python),
             )
             specs.append(_engine(site, assignment, pins))
     return specs
+
+
+def _collector(site: Site, group: EngineGroup, python: str) -> str:
+    """Where an engine exports spans; "" if its kind cannot, or its environment lacks the packages for that."""
+    endpoint, needed = site.topology.proxy.otlp_endpoint, launcher(group.kind).tracing
+    able = endpoint and needed and all(site.host.package_in(python, (name,)) for name in needed)
+    return endpoint if able else ""
+
+
+def _tracing(assignment: Assignment, topology: Topology) -> dict[str, str]:
+    """Variables of OpenTelemetry's SDK, which engines of every kind use."""
+    if not assignment.otlp_endpoint:
+        return {}
+    return {
+        "OTEL_SERVICE_NAME": f"pdctl/{topology.service.name}/{assignment.name}",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+    }
 
 
 def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
@@ -123,7 +141,7 @@ def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
         kind=group.kind,
         role=group.role.value,
         argv=launch.argv,
-        env={**launch.env, **client.env, **dict(group.env)},
+        env={**_tracing(assignment, topology), **launch.env, **client.env, **dict(group.env)},
         device=group.device.value,
         cpus=pins.cpus,
         gpus=assignment.gpus,

@@ -26,6 +26,39 @@ def test_the_examples_plan_is_what_it_was() -> None:
     assert json.loads(json.dumps(shown(plan))) == json.loads(SNAPSHOT.read_text())
 
 
+def test_engines_export_spans_if_their_environment_can() -> None:
+    """Each kind by its own options, and all by the same variables."""
+    text = """
+[service]
+name = "s"
+model = "sample:tiny-qwen3"
+[proxy]
+otlp_endpoint = "http://c:4318/"
+[[engines]]
+name = "KIND"
+role = "hybrid"
+kind = "KIND"
+"""
+    url = "http://c:4318/v1/traces"
+    expected = {
+        "builtin": ("--otlp-endpoint", "http://c:4318/"), "vllm": ("--otlp-traces-endpoint", url),
+        "sglang": ("--enable-trace", "--otlp-traces-endpoint", url), "lmdeploy": (),
+    }  # fmt: skip
+    for has_exporters in (True, False):
+        def package_in(_: str, names: tuple[str, ...], has: bool = has_exporters) -> tuple[str, str] | None:
+            known = names and (has or not names[0].startswith("opentelemetry"))
+            return (names[0], "0.30.0") if known else None
+
+        for kind, options in expected.items():
+            on = replace(host(GPUS), package_in=package_in)
+            found = make_plan(load_text(text.replace("KIND", kind), "x", on), on).processes[0]
+            wanted = options if has_exporters else ()
+            assert all(option in found.argv for option in wanted)
+            assert any("otlp" in word for word in found.argv) == bool(wanted)
+            assert found.env.get("OTEL_SERVICE_NAME") == (f"pdctl/s/{found.name}" if wanted else None)
+            assert ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL" in found.env) == bool(wanted)
+
+
 def test_a_plan_is_pure() -> None:
     topology = load_text(EXAMPLE, "/x/pdctl.toml", host())
     assert make_plan(topology, host()) == make_plan(topology, host())

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from pdctl.adapters import Assignment, BaseLauncher, Fault, Installed, Launch, Package, different_installations
+from pdctl.adapters import (
+    OTLP_EXPORTERS,
+    Assignment,
+    BaseLauncher,
+    Fault,
+    Installed,
+    Launch,
+    Package,
+    different_installations,
+)
 from pdctl.host import ENGINE_PACKAGES
 from pdctl.policy_names import SEGMENT_TOKENS
 from pdctl.speculative import format_speculative
@@ -23,6 +32,7 @@ class BuiltinLauncher(BaseLauncher):
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
     packages = ENGINE_PACKAGES
+    tracing = OTLP_EXPORTERS[:1]
 
     def requirement(self, device: Device) -> str:
         """See Launcher.requirement."""
@@ -83,6 +93,7 @@ class BuiltinLauncher(BaseLauncher):
             "--tool-parser", topology.service.tool_parser,
             "--reasoning-parser", topology.service.reasoning_parser,
             "--open", str(group.open).lower(),
+            *(("--otlp-endpoint", assignment.otlp_endpoint) if assignment.otlp_endpoint else ()),
             "--run-dir", str(assignment.run_dir),
         )  # fmt: skip
         env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}

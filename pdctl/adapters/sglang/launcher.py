@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from pdctl.adapters import (
+    OTLP_EXPORTERS,
     Assignment,
     BaseLauncher,
     Fault,
@@ -22,6 +23,7 @@ from pdctl.adapters import (
     version_numbers,
 )
 from pdctl.adapters.sglang.log import FAILURES, PHASES
+from pdctl.net.tracing import traces_url
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
 
 # Options that pdctl sets, and keys, which every user of the machine can read in a command line.
@@ -58,6 +60,7 @@ class SglangLauncher(BaseLauncher):
     distributions = ("sglang",)
     connectors = ("mooncake", "nixl", "mooncake_tcp")
     phases = PHASES
+    tracing = OTLP_EXPORTERS
     failures = FAILURES
     leaves_shared_memory = True
 
@@ -156,6 +159,8 @@ def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
         yield from ("--attention-backend", "torch_native")
     if "gpu_memory_utilization" in group.given:
         yield from ("--mem-fraction-static", f"{group.gpu_memory_utilization:g}")
+    if assignment.otlp_endpoint:
+        yield from ("--enable-trace", "--otlp-traces-endpoint", traces_url(assignment.otlp_endpoint))
     if group.role is not Role.HYBRID:
         yield from _disaggregation(assignment)
     yield from group.args

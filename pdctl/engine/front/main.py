@@ -31,8 +31,10 @@ from pdctl.engine.front.kv_events import KvEvents
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.seal import Seal
 from pdctl.engine.front.routers.transfers import Transfers
+from pdctl.engine.front.spans import EngineSpans
 from pdctl.engine.handover.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
+from pdctl.errors import PdctlError
 from pdctl.host.boot import new_epoch
 from pdctl.net.http_protocol import HttpProtocol
 from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
@@ -60,9 +62,13 @@ def main(options: EngineOptions) -> int:
         codec = TextCodec(Path(options.model))
     except Exception as failure:  # noqa: BLE001 - tokenizers raises bare Exception for every unreadable file
         return _fail(f"{options.model} has no usable tokenizer.json: {failure}", EXIT_CONFIG)
+    try:
+        spans = EngineSpans(options)
+    except PdctlError as failure:
+        return _fail(str(failure), EXIT_CONFIG)
     code = 0
     try:
-        asyncio.run(_run(options, codec))
+        asyncio.run(_run(options, codec, spans))
     except* CoreRefused as refused:
         code = _fail(str(refused.exceptions[0]), EXIT_CONFIG)
     except* (CoreGone, OSError) as failure:
@@ -77,7 +83,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-async def _run(options: EngineOptions, codec: TextCodec) -> None:
+async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans) -> None:
     listener = _listen(options.host, options.port)
     secret = os.environ.get(SECRET_ENV, "")
     trace = Trace(options.name, options.epoch)
@@ -99,7 +105,7 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         parsers = choose(options.tool_parser, options.reasoning_parser, codec.template)
         generator = Generator(codec, parsers, core, desk, peers, receiver, moves)
         transfers = Transfers(seal, options.open and bool(secret))
-        server = _server(options, EngineService(options, codec, core, control, generator, transfers, routers))
+        server = _server(options, EngineService(options, codec, core, control, generator, transfers, routers, spans))
         core_task = tasks.create_task(core.run_core())
         tasks.create_task(core.receive())
         tasks.create_task(core.poke_forever())
@@ -112,6 +118,7 @@ async def _run(options: EngineOptions, codec: TextCodec) -> None:
         await core.close()
         peers.close()
         trace.close()
+        await spans.close()
         # A core that is still loading cannot receive messages; it is killed when its task is cancelled.
         await asyncio.wait([core_task], timeout=_DRAIN_S if core.ready else 0)
         if events is not None:

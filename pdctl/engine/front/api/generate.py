@@ -22,6 +22,7 @@ from pdctl.engine.front.handover.receiver import KvLost, Receiver
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Thinking, Token, Withdrawn
 from pdctl.net.openai_api import ApiError
+from pdctl.net.tracing import Attributes
 from pdctl.wire import ROLE_CHANGED, HandOver, token_digest
 
 _log = logging.getLogger(__name__)
@@ -104,8 +105,12 @@ class Generator:
                 yield piece
             submit = structs.replace(submit, request_id=core_id)
             brought = time.monotonic()
+            _record(request, request.hand_over, brought)
             async for piece in self._pieces(request, submit, events, text):
-                request.stages.setdefault("first_step", time.monotonic() - brought)
+                if "first_step" not in request.stages:
+                    now = time.monotonic()
+                    request.stages["first_step"] = now - brought
+                    request.span.part("first_step", brought, now)
                 yield piece
 
     async def _pieces(
@@ -188,6 +193,17 @@ class Generator:
         """Release a hand-over that will not be read."""
         if request.hand_over is not None:
             self._peers.release_later(of_hand_over(request.hand_over))
+
+
+def _record(request: GenerationRequest, hand_over: HandOver, brought: float) -> None:
+    """The parts of a hand-over, as spans. They end now, so an engine that dies later has recorded them."""
+    began = brought - request.stages["hand_over"]
+    request.span.part("admission", began - request.stages["admission"], began)
+    about: Attributes = {
+        "pdctl.from": hand_over.remote_engine_id, "pdctl.lease": hand_over.lease_id,
+        "pdctl.tokens": hand_over.remote_num_tokens, "pdctl.bytes": int(request.stages["bytes"]),
+    }  # fmt: skip
+    request.span.part("hand_over", began, brought, about)
 
 
 def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:

@@ -11,6 +11,7 @@ from pdctl.engine.front.api.guided import grammar_of
 from pdctl.engine.front.api.parsers.tool_calls import ToolFormat
 from pdctl.engine.front.api.targets import MOST_MS
 from pdctl.engine.front.routers.transfers import Router
+from pdctl.engine.front.spans import NOT_RECORDED, AnswerSpan
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_number
 from pdctl.net.openai_fields import ChatBody, CompletionBody, MigrationRequest, OfferTo, TokenizeBody
@@ -77,7 +78,7 @@ class GenerationRequest:
     apart from the text; `shows_reasoning`: the client wants it.
     `router`: of which kind the caller is, and `holder` its name as the holder of the lease; `migration`: leads to the
     hand-over, if LMDeploy's proxy sent it.
-    `stages`: seconds of its hand-over so far, by phase, for x-pdctl-timing.
+    `stages`: seconds of its hand-over so far, by phase, for x-pdctl-timing; `span`: where they are recorded.
     """
 
     request_id: str
@@ -113,6 +114,12 @@ class GenerationRequest:
     router: Router = Router.OURS
     migration: MigrationRequest | None = None
     stages: dict[str, float] = field(default_factory=dict)
+    span: AnswerSpan = NOT_RECORDED
+
+    @property
+    def what(self) -> str:
+        """The part of an answer that is computed here."""
+        return "prefill" if self.hold else "generate" if self.hand_over is None else "decode"
 
 
 def only_for_kv(request: GenerationRequest) -> GenerationRequest:

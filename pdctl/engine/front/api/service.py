@@ -31,6 +31,7 @@ from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.receiver import KvLost
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.transfers import Router, Transfer, Transfers
+from pdctl.engine.front.spans import EngineSpans
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
@@ -64,6 +65,7 @@ class EngineService:
         generator: Generator,
         transfers: Transfers,
         routers: RouterDesk,
+        spans: EngineSpans,
     ) -> None:
         self.options = options
         self.codec = codec
@@ -72,6 +74,7 @@ class EngineService:
         self.generator = generator
         self.transfers = transfers
         self.routers = routers
+        self.spans = spans
         self._aside = anyio.CapacityLimiter(_LARGE_AT_ONCE)
         self._created = int(time.time())
 
@@ -316,6 +319,7 @@ class _Generate(_Post):
         self._chat = chat
 
     async def _answer(self, body: bytes, headers: dict[str, str], send: Send) -> None:
+        began = time.monotonic()
         try:
             request = await self._service.aside(len(body), partial(self._service.accept, body, self._chat, headers))
         except (ApiError, RecursionError, ValueError, OverflowError) as failure:
@@ -323,7 +327,10 @@ class _Generate(_Post):
             return
         if request.migration is not None:
             request.hand_over = await self._service.routers.fetch(request.migration)
-        with self._service.control.role.counted(request.hold):
+        with (
+            self._service.control.role.counted(request.hold),
+            self._service.spans.answer(request.what, headers, began, len(request.token_ids)) as request.span,
+        ):
             await (self._stream if request.stream else self._whole)(request, send)
 
     async def _refuse(
@@ -342,7 +349,7 @@ class _Generate(_Post):
             async for piece in self._service.generator.run(request):
                 pieces.append(piece)
         except (ApiError, KvLost) as failure:
-            await asgi.respond_error(send, _api_error(failure))
+            await asgi.respond_error(send, _api_error(request, failure))
             return
         token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
         extra: dict[str, object] = {}
@@ -372,7 +379,7 @@ class _Generate(_Post):
                 tail = stream_end(request, piece, count)
                 await asgi.send_part(send, event + tail, last=bool(tail))
         except (ApiError, KvLost) as failure:
-            error = _api_error(failure)
+            error = _api_error(request, failure)
             if started:
                 await asgi.send_part(send, b"data: " + error.body() + b"\n\n", last=True)
             else:
@@ -385,5 +392,6 @@ def _salt(tenant: str, chosen: str | None) -> str:
     return msgspec.json.encode([tenant, chosen or ""]).decode() if tenant or chosen else ""
 
 
-def _api_error(failure: ApiError | KvLost) -> ApiError:
+def _api_error(request: GenerationRequest, failure: ApiError | KvLost) -> ApiError:
+    request.span.fail(str(failure))
     return ApiError(409, str(failure), "kv_lost") if isinstance(failure, KvLost) else failure
