@@ -88,6 +88,7 @@ def test_a_stream_that_met_a_death(service: Service) -> None:
     with browser() as page:
         page.open(link(service), 1440)
         page.until(f"{tone('decode-0')} === 'good'")
+        page.evaluate("document.querySelector('#requests').scrollIntoView()")
         service.stream(PROMPT, lambda: os.kill(pid_of(before), signal.SIGKILL), max_tokens=200, ignore_eos=True)
         page.until("document.querySelector('#request-table tbody')?.textContent.includes('1 failover')")
         page.evaluate("document.querySelector('tr[data-tone=busy] button').click()")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import typer
 
 from pdctl import console
 from pdctl.commands.common import FileOption, ServiceOption, control, find_service
+from pdctl.errors import PdctlError
+from pdctl.net import LOOPBACK_PORT
 
 
 def dash(
@@ -31,6 +34,11 @@ def dash(
 
     The link has a token and works on this machine only; from another machine, forward the port with ssh -L.
     """
+    if listen and not re.fullmatch(LOOPBACK_PORT, listen):
+        raise PdctlError(
+            f"--listen {listen}: use a loopback address and a port, such as 127.0.0.1:8099",
+            hint="from another machine, forward the port with ssh -L",
+        )
     name = find_service(service, file)
     link = control(name).dashboard(listen, write, stop)
     if stop:

@@ -115,7 +115,7 @@ function watchRequests() {
       answered = true;
       return;
     }
-    isEmpty = false;
+    isEmpty = found.requests.length === 0;
     requests.draw(found.requests);
   }, REQUESTS_MS);
 }
