@@ -14,18 +14,21 @@ _FENCE = re.compile(r"(\s*)```(\w*)$")
 
 GPUS = "needs GPUs: scripts/gpu runs the builtin engine on one, by hand"
 NETWORK = "installs packages from the network: scripts/release installs the wheel, scripts/demo the rest"
+DEVICES = "needs RDMA devices: tests/doctor runs it over trees of fake ones"
 HOSTS = "needs two hosts with RDMA"
 # Blocks that no test executes, each with the reason. Their topologies are planned over fake GPUs nevertheless.
 EXCEPTED = {
     "README.md: install": NETWORK,
     "README.md: clone": "scripts/test is what runs this test; scripts/demo sets up like it",
     "README.md: gpu": GPUS,
+    "README.md: rdma": DEVICES,
     "first-five-minutes.md: install": NETWORK,
     "two-gpus.md: install-cuda": NETWORK,
     "two-gpus.md: install-vllm": NETWORK,
     "two-gpus.md: builtin-up": GPUS,
     "two-gpus.md: vllm-up": GPUS,
     "two-gpus.md: compare": GPUS,
+    "rdma.md: devices": DEVICES,
     "rdma.md: bandwidth": HOSTS,
     "rdma.md: vllm-serve": HOSTS,
     "rdma.md: attach-up": HOSTS,

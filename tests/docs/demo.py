@@ -25,7 +25,7 @@ COLUMNS, ROWS = 112, 26
 # Waits are shortened to this, and the picture says so.
 LONGEST_WAIT_S = 1.2
 _PAUSE_S = 1.5
-_QUESTION = 'pdctl ask --max-tokens 150 "Once upon a time"'
+_QUESTION = 'pdctl ask --max-tokens 150 --temperature 0.8 "Once upon a time"'
 
 
 class Session:
@@ -95,6 +95,9 @@ def record(folder: Path) -> Recording:
     """Run the whole scene."""
     session = Session(folder)
     subprocess.run(["pdctl", "init"], cwd=folder, env=session.env, check=True, capture_output=True)
+    topology = folder / "pdctl.toml"
+    # Such short prompts would be computed by the decode engine itself, and no KV would move.
+    topology.write_text(topology.read_text().replace('role = "decode"', 'role = "decode"\ninline_prefill = false'))
     try:
         session.type("pdctl up -d")
         status = session.control().status()
@@ -111,6 +114,7 @@ def record(folder: Path) -> Recording:
         assert killed, "the answer was too short"
         session.type("pdctl why decode-0 --lines 2")
         _until_ready(session.control())
+        session.type('pdctl ask --max-tokens 12 "The capital of France is"')
         session.type("pdctl status")
         session.type("pdctl kv --leaks")
         session.type("pdctl down")
