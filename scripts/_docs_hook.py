@@ -61,3 +61,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     for source, name in PAGES.items():
         markdown = markdown.replace(f"]({up}../{source}", f"]({up}{name}")
     return markdown
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """GitHub needs a backslash before a bar within code in a table, and hides it; Python-Markdown shows it."""
+    return re.sub(r"<td.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.S)

@@ -46,7 +46,7 @@ class Session:
 
     def type(self, command: str, on_output: Callable[[int], None] = lambda letters: None) -> None:
         """Run a command. `on_output` is called with the number of bytes so far, whenever there are more."""
-        self.recording.wait(_PAUSE_S)
+        self.recording.wait(_PAUSE_S if self.recording.now else 0)
         self.recording.write("$ ", "prompt")
         self.recording.write(command + "\n", "command")
         self.recording.wait(0.4)

@@ -49,7 +49,7 @@ def drawn(colours: Palette) -> str:
         _text(440, 246, "3 tokens", colours.decode, 13),
         _arrow("M690 154 V206", colours.moves, 4),
         _text(704, 177, "2 KV cache", colours.moves, 13),
-        _text(704, 195, "CUDA IPC, RDMA, shm", colours.moves, 13),
+        _text(704, 195, "GPU, RDMA or shm", colours.moves, 13),
         _text(190, 256, "An engine dies:", colours.text, 14, bold=True),
         _text(190, 277, "its KV leases end, it restarts, and its", colours.soft, 14),
         _text(190, 297, "streams go on with the next token.", colours.soft, 14),
