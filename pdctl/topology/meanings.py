@@ -76,7 +76,8 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "cors_origins": Meaning("origins of web pages that may use the service", "none"),
         "access_log": Meaning("file with [one JSON line per request](../proxy.md#logs-and-traces)", "none"),
         "otlp_endpoint": Meaning(
-            "OpenTelemetry collector that gets [spans](../proxy.md#logs-and-traces); needs `pip install 'pdctl[otlp]'`",
+            "OpenTelemetry collector for the [traces](../observability.md#traces) of proxy and engines; needs "
+            "`pip install 'pdctl[otlp]'`",
             "none",
         ),
         "accept_nodes": Meaning(f"{_NODES}; then no `[[engines]]` is needed"),

@@ -62,7 +62,6 @@ def test_the_command_prints_it() -> None:
 
 
 if __name__ == "__main__":
-    written = re.sub(
-        r"(<!-- checks -->\n\n).*?(\n<!-- /checks -->)", lambda m: m[1] + markdown() + m[2], DOCS.read_text(), flags=re.S
-    )
+    table = re.compile(r"(<!-- checks -->\n\n).*?(\n<!-- /checks -->)", re.DOTALL)
+    written = table.sub(lambda m: m[1] + markdown() + m[2], DOCS.read_text())
     DOCS.write_text(written)
