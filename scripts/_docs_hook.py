@@ -13,6 +13,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md",
 }  # fmt: skip
+# Where pages go that the navigation does not name: by their folder, or their name.
+_SECTIONS = {
+    "guides": "Tasks", "engines": "Engines", "reference": "Reference", "decisions": "Inside", "install.md": "Tasks",
+}  # fmt: skip
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?(?=\))")
 _PICTURE = re.compile(r'<picture>\s*<source[^>]*srcset="docs/([^"]+)"[^>]*>\s*<img([^>]*)src="docs/([^"]+)"([^>]*)>\s*</picture>')
 
@@ -26,8 +30,7 @@ def on_config(config: Any) -> Any:
     sections = {title: pages for entry in config.nav for title, pages in entry.items() if isinstance(pages, list)}
     for page in left:
         folder = PurePosixPath(page).parts[0]
-        section = {"guides": "Tasks", "engines": "Engines", "reference": "Reference", "decisions": "Inside"}.get(folder, "Running a service")
-        sections[section].append(page)
+        sections[_SECTIONS.get(folder, "Running a service")].append(page)
     return config
 
 

@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
 def _is_endless(words: list[str]) -> bool:
     follows = words[:1] in (["events"], ["logs"]) and bool({"-f", "--follow"} & set(words))
     watches = bool({"-w", "--watch"} & set(words))
-    return follows or watches or (words[:1] == ["up"] and not {"-d", "--detach"} & set(words))
+    return follows or watches or words[:1] == ["top"] or (words[:1] == ["up"] and not {"-d", "--detach"} & set(words))
 
 
 def _until_it_prints(words: list[str]) -> int:
