@@ -1,4 +1,4 @@
-"""A hook of MkDocs: makes pages of README, CONTRIBUTING, SECURITY and CHANGELOG, and places pages that mkdocs.yml forgot."""
+"""A hook of MkDocs: README, CONTRIBUTING, SECURITY and CHANGELOG as pages, and a place for pages without one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 # Files of the repository's root that are pages of the site.
 PAGES = {
-    "README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md",
+    "README.md": "index.md", "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md",
 }  # fmt: skip
 # Where pages go that the navigation does not name: by their folder, or their name.
 _SECTIONS = {
     "guides": "Tasks", "engines": "Engines", "reference": "Reference", "decisions": "Inside", "install.md": "Tasks",
 }  # fmt: skip
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?(?=\))")
-_PICTURE = re.compile(r'<picture>\s*<source[^>]*srcset="docs/([^"]+)"[^>]*>\s*<img([^>]*)src="docs/([^"]+)"([^>]*)>\s*</picture>')
+_PICTURE = re.compile(
+    r'<picture>\s*<source[^>]*srcset="docs/([^"]+)"[^>]*>\s*<img([^>]*)src="docs/([^"]+)"([^>]*)>\s*</picture>'
+)
 
 
 def on_config(config: Any) -> Any:
