@@ -25,15 +25,14 @@ def main() -> None:
     options = parser.parse_args()
     with temporary_run() as run, running(run, topology()) as service, ExitStack() as stack:
         service.healthy()
-        if options.load:
-            stack.enter_context(load(service))
+        answers = stack.enter_context(load(service)) if options.load else []
         print("| page | supervisor, % of a core | proxy, % of a core | supervisor, MB |\n|---|---|---|---|")
         tell("off", service, options.seconds)
         link = service.run.cli("dash", check=True).stdout.strip()
         tell("on, nobody looks", service, options.seconds)
         with watching(link) as counts:
             tell("one viewer", service, options.seconds)
-        print(f"\n{counts[0]} updates, {counts[1] / max(1, counts[0]):.0f} bytes each")
+        print(f"\n{counts[0]} updates, {counts[1] / max(1, counts[0]):.0f} bytes each; {len(answers)} answers")
 
 
 def tell(name: str, service: Service, seconds: float) -> None:
@@ -53,22 +52,24 @@ def spent(process: psutil.Process) -> float:
 
 
 @contextmanager
-def load(service: Service) -> Iterator[None]:
-    """Four answers at a time."""
+def load(service: Service) -> Iterator[list[int]]:
+    """Four answers at a time. Gives their sizes, as they end."""
     done = threading.Event()
+    sizes: list[int] = []
 
     def one() -> None:
         body = {"prompt": "The quick brown fox " * 20, "max_tokens": 200, "stream": True, "ignore_eos": True}
         while not done.is_set():
             url = f"{service.url}/v1/completions"
             with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as answer:
-                answer.read()
+                answer.raise_for_status()
+                sizes.append(len(answer.read()))
 
     threads = [threading.Thread(target=one) for _ in range(4)]
     for thread in threads:
         thread.start()
     try:
-        yield
+        yield sizes
     finally:
         done.set()
         for thread in threads:

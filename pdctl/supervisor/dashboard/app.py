@@ -156,6 +156,7 @@ class DashboardApp:
             leases_total=len(leases),
             samples=self._sampler.history.after(after_sample),
             events=self._feed.after(after_event),
+            last_exit="".join(f"{exit.process}/{exit.epoch}" for exit in self._shown.exits()[-1:]),
             about=about,
         )
 

@@ -41,7 +41,8 @@ class About(msgspec.Struct, frozen=True):
 
 
 class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One update of a page: the service now, and what is new since the update before. `now`: seconds since 1970."""
+    """One update of a page: the service now, and what is new since the update before. `now`: seconds since 1970;
+    `last_exit`: which process and start ended last, whose report is there."""
 
     now: float
     service: ServiceStatus
@@ -51,6 +52,7 @@ class Frame(msgspec.Struct, frozen=True, omit_defaults=True):
     leases_total: int
     samples: dict[str, list[float | None]]
     events: tuple[msgspec.Raw, ...]
+    last_exit: str = ""
     about: About | None = None
 
 

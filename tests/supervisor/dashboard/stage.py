@@ -6,6 +6,7 @@ python -m tests.supervisor.dashboard.stage PORT serves it until Ctrl-C.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import socket
@@ -43,7 +44,7 @@ from pdctl.supervisor.dashboard import server
 from pdctl.supervisor.dashboard.access import Gate
 from pdctl.supervisor.dashboard.rates import Look
 from pdctl.supervisor.dashboard.sampler import Sampler, Viewers
-from pdctl.supervisor.rundir.journal import Journal
+from pdctl.supervisor.rundir.journal import EVENTS, Journal
 from pdctl.wire import EngineState
 
 SECRET = "for a test"
@@ -54,6 +55,30 @@ KILLED = LastExit(
     at="2026-01-01T00:00:00+00:00", code=None, signal="SIGKILL", reason="killed by SIGKILL", expected=False,
     by="another process", oom=False,
 )  # fmt: skip
+
+
+# Seconds ago, process, event, message.
+_PAST = (
+    (4012, "pdctl", "note", "service 'llama': 5 processes"),
+    *((4011, name, "started", "starting") for name in ("prefill-0", "prefill-1", "decode-0", "decode-1")),
+    *((4008, name, "phase", "loading weights") for name in ("prefill-0", "prefill-1", "decode-0", "decode-1")),
+    (4002, "prefill-1", "phase", "capturing CUDA graphs"), (4002, "prefill-0", "ready", "ready"),
+    (4001, "prefill-1", "ready", "ready"), (4001, "decode-0", "ready", "ready"), (4000, "decode-1", "ready", "ready"),
+    (4000, "far", "note", "link to prefill-0: FALLBACK to tcp: mlx5_0 port 1 is down"),
+    (4000, "far", "note", "link to prefill-1: FALLBACK to tcp: mlx5_0 port 1 is down"),
+    (4000, "proxy", "started", "starting"), (3999, "proxy", "ready", "ready"),
+    (3999, "pdctl", "service_ready", "service 'llama' is ready at http://127.0.0.1:8000"),
+    (1210, "prefill-1", "asked", "restart requested, after a drain"), (1210, "prefill-1", "draining", "draining"),
+    (1204, "prefill-1", "drained", "drained"), (1203, "prefill-1", "started", "starting"),
+    (1195, "prefill-1", "ready", "ready"), (400, "decode-1", "exited", "killed by SIGKILL"),
+    (400, "prefill-0", "note", "released 2 leases of decode-1@7f3a-1"), (399, "decode-1", "started", "starting"),
+    (391, "decode-1", "ready", "ready"),
+)  # fmt: skip
+
+
+def past(entry: tuple[float, str, str, str]) -> str:
+    back, name, event, message = entry
+    return json.dumps({"at": now_text(back), "process": name, "event": event, "message": message}) + "\n"
 
 
 def now_text(back_s: float = 0.0) -> str:
@@ -108,7 +133,8 @@ def request(number: int, failed: bool = False) -> RecentRequest:
 
 
 def move(phase: RequestPhase, by: float) -> RequestPhase:
-    return msgspec.structs.replace(phase, begin_s=phase.begin_s + by, end_s=phase.end_s + by, engine="decode-0")
+    engine = "decode-0" if phase.engine.startswith("decode") else phase.engine
+    return msgspec.structs.replace(phase, begin_s=phase.begin_s + by, end_s=phase.end_s + by, engine=engine)
 
 
 class Stage:
@@ -137,10 +163,7 @@ class Stage:
         ]  # fmt: skip
         self.tokens = dict.fromkeys(("prefill-0", "prefill-1", "decode-0", "decode-1", "far"), 0)
         self.figures = Figures(0, 0, 0, 0, 0, 0, Counted(BOUNDS, [0] * 11, 0.0), Counted(BOUNDS, [0] * 11, 0.0))
-        for number in range(14):
-            self.journal.say(f"prefill-{number % 2}", "starting", "started")
-            self.journal.say("decode-0", "ready", "ready")
-        self.journal.say("far", "link to prefill-0: FALLBACK to tcp: mlx5_0 port 1 is down")
+        (folder / EVENTS).write_text("".join(map(past, _PAST)))
         self.exit("decode-1")
 
     def exit(self, name: str) -> None:

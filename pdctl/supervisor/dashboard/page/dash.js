@@ -17,6 +17,7 @@ const view = { about: null, service: null, engines: {}, silent: {}, leases: [], 
 let charts, topology, actions, events, requests;
 let isDue = false;
 let answered = true;
+let lastExit = "";
 
 function onFrame(frame) {
   const isFirst = Boolean(frame.about);
@@ -27,7 +28,9 @@ function onFrame(frame) {
   });
   answered ||= ["answered_s", "failed_s"].some((name) => frame.samples[name]?.some((value) => value > 0));
   events.add(frame.events, isFirst);
-  if (isFirst || frame.events.some((event) => event.event === "exited")) askExits();
+  // The report of an exit comes a little later than its event.
+  if (isFirst || (frame.last_exit ?? "") !== lastExit) askExits();
+  lastExit = frame.last_exit ?? "";
   charts.add(frame.samples, frame.now, isFirst);
   if (isDue) return;
   isDue = true;

@@ -107,7 +107,7 @@ function timeline(request) {
     `${number(request.prompt_tokens)} prompt tokens${request.cached_tokens ? ` (${number(request.cached_tokens)} cached)` : ""}, ${number(request.output_tokens)} output`,
     request.hand_over_bytes ? ` · ${bytes(request.hand_over_bytes)} of KV` : "");
   const chart = h("div", { class: "lanes", role: "img", "aria-label": said(request, all) }, ...lanes.map((lane) => laneOf(lane, all, request)), scale(request));
-  return [head, chart, legend(all), notes(request)];
+  return [head, chart, legend(all, request), notes(request)];
 }
 
 function laneOf(lane, all, request) {
@@ -144,9 +144,12 @@ function roundStep(step) {
   return size * [1, 2, 5, 10].find((times) => size * times >= step);
 }
 
-function legend(all) {
+function legend(all, request) {
   const entries = all.map((part) => h("li", {}, h("span", { class: "key", data: { phase: part.name } }),
     part.one ? "failed try" : NAMES[part.name] ?? part.name, h("b", {}, duration(part.end_s - part.begin_s))));
+  if (request.ttft_s !== null) {
+    entries.push(h("li", {}, h("span", { class: "key", data: { phase: "first_token" } }), "first token", h("b", {}, duration(request.ttft_s))));
+  }
   return h("ul", { class: "legend phases" }, ...entries);
 }
 
@@ -159,7 +162,8 @@ function notes(request) {
 }
 
 function failedWords(one) {
-  return `after ${duration(one.at_s)}, ${plural(one.tokens, "token")}: ${one.engine || "the proxy"}: ${one.reason}; it went on elsewhere`;
+  const sent = one.tokens ? ` and ${plural(one.tokens, "token")}` : "";
+  return `${one.engine || "the try"} failed after ${duration(one.at_s)}${sent}: ${one.reason}. The request went on elsewhere.`;
 }
 
 function said(request, all) {
