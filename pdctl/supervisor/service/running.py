@@ -258,7 +258,9 @@ class RunningService:
 
     async def look(self) -> Look:
         """What the live page samples: the state of every engine, its leases, and the proxies' figures."""
-        states, figures = await asyncio.gather(self._kv.states(), self._proxies.figures())
+        states, figures, _ = await asyncio.gather(
+            self._kv.states(), self._proxies.figures(), self._status.ask_attached()
+        )
         return Look(states, self._kv.status_of(states), figures)
 
     async def recent(self) -> tuple[RecentRequest, ...]:

@@ -71,12 +71,17 @@ class StatusReader:
         """The status with measurements. Calls every engine."""
         async with asyncio.TaskGroup() as tasks:
             asked = tasks.create_task(self._kv.states())
-            engines = (*self._state.plan.attached, *self._nodes.attached())
-            self._attached.keep_only({attached.name for attached in engines})
-            for attached in engines:
-                tasks.create_task(self._attached.ask(attached))
+            tasks.create_task(self.ask_attached())
         processes = self._measurements.of(list(self._fleet), asked.result())
         return MeasuredStatus(**(msgspec.structs.asdict(self.status()) | {"processes": processes}))
+
+    async def ask_attached(self) -> None:
+        """Check which engines that pdctl did not start answer; `status` has the results."""
+        engines = (*self._state.plan.attached, *self._nodes.attached())
+        self._attached.keep_only({attached.name for attached in engines})
+        async with asyncio.TaskGroup() as tasks:
+            for attached in engines:
+                tasks.create_task(self._attached.ask(attached))
 
     def _registered(self, attached: Attached) -> AttachedStatus:
         """The status of an engine that registered itself."""

@@ -54,7 +54,7 @@ def test_no_other_address_is_in_a_file(path: Path) -> None:
 def test_modules_import_what_there_is(path: Path) -> None:
     for names, module in re.findall(r"import \{([^}]+)\} from \"\./(\w+\.js)\"", path.read_text()):
         exported = re.findall(r"export (?:async )?(?:function|const|class) (\w+)", (FOLDER / module).read_text())
-        wanted = {name.strip() for name in names.split(",")}
+        wanted = {name.strip() for name in names.split(",") if name.strip()}
         assert wanted <= set(exported)
         text = path.read_text()
         assert all(len(re.findall(rf"\b{name}\b", text)) > 1 for name in wanted), "imported, but not used"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.chromium import BINARY, Browser, browser
@@ -107,6 +108,17 @@ def test_a_killed_engine_is_red_and_green_again(ours: Served, opened: Browser) -
     ours.stage.change("decode-0", **before)
     ours.stage.journal.say("decode-0", "ready", "ready")
     opened.until(f"{tone('decode-0')} === 'good'", 2.0)
+
+
+def test_an_attached_engine_that_does_not_answer_is_red(ours: Served, opened: Browser) -> None:
+    assert opened.evaluate(tone("far")) == "good"
+    before = list(ours.stage.attached)
+    ours.stage.attached[0] = msgspec.structs.replace(before[0], answers=False)
+    opened.until(f"{tone('far')} === 'bad'")
+    assert texts(opened, "[data-name=far] .card-state") == ["does not answer"]
+    assert texts(opened, "#vital-processes .small") == ["far silent"]
+    ours.stage.attached[:] = before
+    opened.until(f"{tone('far')} === 'good'")
 
 
 def test_charts_have_lines_and_values(opened: Browser) -> None:

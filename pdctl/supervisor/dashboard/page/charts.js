@@ -1,10 +1,29 @@
 // The charts, drawn by uPlot. All have the same time axis and one cursor; legends have the values below it.
 
 import { Samples } from "./samples.js";
-import { byId, clock, duration, h, keyed, NOTHING, number, percent, put, roundDuration, roundWithUnit, short, withUnit } from "./text.js";
+import {
+  byId,
+  clock,
+  duration,
+  h,
+  keyed,
+  NOTHING,
+  number,
+  percent,
+  put,
+  roundDuration,
+  roundWithUnit,
+  short,
+  withUnit,
+} from "./text.js";
 
 const NOW_SPAN = 900;
-const SPANS = [[900, "15 min", "15 minutes"], [3600, "1 h", "hour"], [21600, "6 h", "6 hours"], [86400, "24 h", "24 hours"]];
+const SPANS = [
+  [900, "15 min", "15 minutes"],
+  [3600, "1 h", "hour"],
+  [21600, "6 h", "6 hours"],
+  [86400, "24 h", "24 hours"],
+];
 const HEIGHT = 148;
 const AXIS_WIDTH = 52;
 const AGAIN_MS = 15_000;
@@ -16,19 +35,51 @@ const roundPerSecond = (value) => roundWithUnit(value, "/s");
 
 // `unit` writes a value, `tick` a round one. `lines(samples)`: name, values, number of the colour, number of the dash.
 const CHARTS = [
-  { id: "ttft", title: "Time to first token", unit: duration, tick: roundDuration, least: 0.05, lines: latency("ttft") },
+  {
+    id: "ttft",
+    title: "Time to first token",
+    unit: duration,
+    tick: roundDuration,
+    least: 0.05,
+    lines: latency("ttft"),
+  },
   { id: "itl", title: "Time between tokens", unit: duration, tick: roundDuration, least: 0.01, lines: latency("itl") },
   {
-    id: "tokens", title: "Throughput, tokens per second", unit: tokens, tick: short, least: 10,
-    lines: (samples) => [["output", samples.column("tokens_s"), 2, 0], ["prompts", samples.column("prompt_tokens_s"), 1, 1]],
+    id: "tokens",
+    title: "Throughput, tokens per second",
+    unit: tokens,
+    tick: short,
+    least: 10,
+    lines: (samples) => [
+      ["output", samples.column("tokens_s"), 2, 0],
+      ["prompts", samples.column("prompt_tokens_s"), 1, 1],
+    ],
   },
   {
-    id: "kv", title: "KV in use", unit: percent, tick: percent, height: 128, least: 1, most: 1,
-    lines: (samples) => samples.engines("kv").slice(0, MOST_ENGINES)
-      .map((name, place) => [name, samples.column(`${name}/kv`), (place % 6) + 1, Math.floor(place / 2) % DASHES.length]),
+    id: "kv",
+    title: "KV in use",
+    unit: percent,
+    tick: percent,
+    height: 128,
+    least: 1,
+    most: 1,
+    lines: (samples) =>
+      samples
+        .engines("kv")
+        .slice(0, MOST_ENGINES)
+        .map((name, place) => [
+          name,
+          samples.column(`${name}/kv`),
+          (place % 6) + 1,
+          Math.floor(place / 2) % DASHES.length,
+        ]),
   },
   {
-    id: "queue", title: "Queue, requests", unit: number, tick: short, least: 4,
+    id: "queue",
+    title: "Queue, requests",
+    unit: number,
+    tick: short,
+    least: 4,
     lines: (samples) => [
       ["computed", samples.sum("running"), 2, 0],
       ["wait in engines", samples.sum("waiting"), 3, 1],
@@ -36,13 +87,23 @@ const CHARTS = [
     ],
   },
   {
-    id: "rate", title: "Requests per second", unit: perSecond, tick: roundPerSecond, least: 1,
-    lines: (samples) => [["answered", samples.column("answered_s"), 2, 0], ["failed", samples.column("failed_s"), 5, 1]],
+    id: "rate",
+    title: "Requests per second",
+    unit: perSecond,
+    tick: roundPerSecond,
+    least: 1,
+    lines: (samples) => [
+      ["answered", samples.column("answered_s"), 2, 0],
+      ["failed", samples.column("failed_s"), 5, 1],
+    ],
   },
 ];
 
 function latency(name) {
-  return (samples) => [["mean", samples.column(`${name}_mean`), 1, 0], ["95th percentile", samples.column(`${name}_p95`), 3, 1]];
+  return (samples) => [
+    ["mean", samples.column(`${name}_mean`), 1, 0],
+    ["95th percentile", samples.column(`${name}_p95`), 3, 1],
+  ];
 }
 
 /** All charts of the page. `onHistory(seconds)`: asks for the samples of a longer time. */
@@ -81,11 +142,16 @@ export class Charts {
   button(seconds, short, name) {
     const pressed = seconds === NOW_SPAN;
     const choose = () => this.choose(seconds, name);
-    return h("button", { type: "button", "aria-pressed": String(pressed), data: { seconds }, on: { click: choose } }, short);
+    return h(
+      "button",
+      { type: "button", "aria-pressed": String(pressed), data: { seconds }, on: { click: choose } },
+      short,
+    );
   }
 
   async choose(seconds, name) {
-    for (const button of byId("spans").children) button.setAttribute("aria-pressed", String(button.dataset.seconds === String(seconds)));
+    for (const button of byId("spans").children)
+      button.setAttribute("aria-pressed", String(button.dataset.seconds === String(seconds)));
     put(byId("span-name"), name);
     clearInterval(this.again);
     this.shown = this.live;
@@ -118,8 +184,19 @@ class Chart {
     this.cursor = cursor;
     this.onPoint = onPoint;
     this.legend = h("ul", { class: "legend" });
-    this.canvas = h("div", { class: "canvas", role: "img", tabindex: "0", on: { keydown: (event) => this.key(event) } });
-    this.node = h("figure", { class: "panel chart", id: `chart-${kind.id}` }, h("h3", {}, kind.title), this.legend, this.canvas);
+    this.canvas = h("div", {
+      class: "canvas",
+      role: "img",
+      tabindex: "0",
+      on: { keydown: (event) => this.key(event) },
+    });
+    this.node = h(
+      "figure",
+      { class: "panel chart", id: `chart-${kind.id}` },
+      h("h3", {}, kind.title),
+      this.legend,
+      this.canvas,
+    );
     this.plot = null;
     this.names = "";
   }
@@ -141,7 +218,8 @@ class Chart {
   }
 
   resize() {
-    if (this.plot && this.canvas.clientWidth) this.plot.setSize({ width: this.canvas.clientWidth, height: this.height });
+    if (this.plot && this.canvas.clientWidth)
+      this.plot.setSize({ width: this.canvas.clientWidth, height: this.height });
   }
 
   make(lines, names) {
@@ -154,8 +232,10 @@ class Chart {
       legend: { show: false },
       cursor: { sync: { key: this.cursor.key }, y: false, drag: { x: false, y: false }, points: { size: 6 } },
       scales: { x: { time: true }, y: { range: (_, __, high) => this.heights(high) } },
-      axes: [axis({ values: (_, ticks) => ticks.map((at) => clock(at, false)), space: 64, size: 26 }),
-        axis({ values: (_, ticks) => ticks.map(this.kind.tick), size: AXIS_WIDTH, space: 34 })],
+      axes: [
+        axis({ values: (_, ticks) => ticks.map((at) => clock(at, false)), space: 64, size: 26 }),
+        axis({ values: (_, ticks) => ticks.map(this.kind.tick), size: AXIS_WIDTH, space: 34 }),
+      ],
       series: [{}, ...lines.map(line)],
       hooks: { setCursor: [() => this.tell()] },
     };
@@ -176,7 +256,13 @@ class Chart {
       const value = pointed === null ? newest(values) : values[pointed];
       return { name, colour, dash, text: value === null || value === undefined ? NOTHING : this.kind.unit(value) };
     });
-    keyed(this.legend, told, (one) => one.name, legendEntry, (node, one) => put(node.lastChild, one.text));
+    keyed(
+      this.legend,
+      told,
+      (one) => one.name,
+      legendEntry,
+      (node, one) => put(node.lastChild, one.text),
+    );
     const words = told.map((one) => `${one.name} ${one.text}`).join(", ");
     this.canvas.setAttribute("aria-label", `${this.kind.title}: ${words}. The arrow keys move the cursor.`);
   }
@@ -189,7 +275,7 @@ class Chart {
     event.preventDefault();
     const last = this.plot.data[0].length - 1;
     const step = event.shiftKey ? 30 : 5;
-    const from = this.plot.cursor.left >= 0 ? this.plot.cursor.idx ?? last : last;
+    const from = this.plot.cursor.left >= 0 ? (this.plot.cursor.idx ?? last) : last;
     const to = Math.max(0, Math.min(last, from + by * step));
     this.plot.setCursor({ left: this.plot.valToPos(this.plot.data[0][to], "x"), top: 10 });
   }
@@ -197,12 +283,25 @@ class Chart {
 
 function axis(more) {
   const [text, lines] = [colourOf("--muted"), colourOf("--grid")];
-  return { stroke: text, font: "11px system-ui, sans-serif", grid: { stroke: lines, width: 1 }, ticks: { show: false }, gap: 6, ...more };
+  return {
+    stroke: text,
+    font: "11px system-ui, sans-serif",
+    grid: { stroke: lines, width: 1 },
+    ticks: { show: false },
+    gap: 6,
+    ...more,
+  };
 }
 
 function line([, , colour, dash]) {
   const stroke = colourOf(`--series-${colour}`);
-  return { stroke, width: 1.75, dash: DASHES[dash], spanGaps: false, points: { show: false, filter: lonely, size: 4, fill: stroke, stroke } };
+  return {
+    stroke,
+    width: 1.75,
+    dash: DASHES[dash],
+    spanGaps: false,
+    points: { show: false, filter: lonely, size: 4, fill: stroke, stroke },
+  };
 }
 
 /** Values without a neighbour have no line: they are drawn as points. */

@@ -5,7 +5,7 @@ import { Charts } from "./charts.js";
 import { drawExits, drawFindings, drawLeases, Events } from "./lists.js";
 import { Requests } from "./requests.js";
 import { call, follow, takeToken } from "./server.js";
-import { linkTone, processTone, serviceTone } from "./states.js";
+import { isSilent, linkTone, processTone, serviceTone } from "./states.js";
 import { ago, byId, bytes, number, plural, put, putData } from "./text.js";
 import { Topology } from "./topology.js";
 
@@ -23,8 +23,12 @@ function onFrame(frame) {
   const isFirst = Boolean(frame.about);
   if (isFirst) begin(frame.about);
   Object.assign(view, {
-    service: frame.service, engines: frame.engines, silent: frame.silent, leases: frame.leases,
-    leasesTotal: frame.leases_total, now: frame.now,
+    service: frame.service,
+    engines: frame.engines,
+    silent: frame.silent,
+    leases: frame.leases,
+    leasesTotal: frame.leases_total,
+    now: frame.now,
   });
   answered ||= ["answered_s", "failed_s"].some((name) => frame.samples[name]?.some((value) => value > 0));
   events.add(frame.events, isFirst);
@@ -76,26 +80,47 @@ function vital(id, tone, big, small) {
 function vitals() {
   const { processes, links, attached } = view.service;
   const all = processes.length + attached.length;
-  const silent = attached.filter((engine) => engine.name in view.silent).map((engine) => engine.name);
+  const silent = attached.filter((engine) => isSilent(engine, view.silent)).map((engine) => engine.name);
   const down = processes.filter((one) => one.state !== "ready");
   const ready = all - down.length - silent.length;
   const isBad = silent.length > 0 || down.some((one) => processTone(one) === "bad");
   const missing = [...down.map((one) => `${one.name} ${one.state}`), ...silent.map((name) => `${name} silent`)];
-  vital("vital-processes", isBad ? "bad" : missing.length ? "busy" : "good", `${ready} / ${all}`, missing.join(", ") || "all of them");
+  vital(
+    "vital-processes",
+    isBad ? "bad" : missing.length ? "busy" : "good",
+    `${ready} / ${all}`,
+    missing.join(", ") || "all of them",
+  );
 
   const broken = links.filter((link) => link.error).length;
   const slow = links.filter((link) => link.fallback).length;
   const moved = links.reduce((sum, link) => sum + link.bytes, 0);
-  const trouble = [broken ? `${number(broken)} without a connection` : "", slow ? `${number(slow)} on a fallback` : ""].filter(Boolean).join(", ");
-  vital("vital-links", links.some((link) => linkTone(link) === "bad") ? "bad" : links.length ? "good" : "idle", number(links.length), trouble || `${bytes(moved)} moved`);
+  const trouble = [broken ? `${number(broken)} without a connection` : "", slow ? `${number(slow)} on a fallback` : ""]
+    .filter(Boolean)
+    .join(", ");
+  vital(
+    "vital-links",
+    links.some((link) => linkTone(link) === "bad") ? "bad" : links.length ? "good" : "idle",
+    number(links.length),
+    trouble || `${bytes(moved)} moved`,
+  );
 
   const leaks = view.leases.filter((lease) => lease.leak).length;
   const held = view.leases.reduce((sum, lease) => sum + lease.bytes, 0);
-  vital("vital-leases", leaks ? "bad" : "good", number(view.leasesTotal), leaks ? plural(leaks, "leak") : `${bytes(held)}, no leak`);
+  vital(
+    "vital-leases",
+    leaks ? "bad" : "good",
+    number(view.leasesTotal),
+    leaks ? plural(leaks, "leak") : `${bytes(held)}, no leak`,
+  );
 
   const restarts = processes.reduce((sum, one) => sum + one.restarts, 0);
-  const last = processes.filter((one) => one.last_exit && !one.last_exit.expected).sort((a, b) => (a.last_exit.at < b.last_exit.at ? 1 : -1))[0];
-  const words = last ? `${last.name} ${last.last_exit.reason}, ${ago(view.now - Date.parse(last.last_exit.at) / 1000)}` : "none after a failure";
+  const last = processes
+    .filter((one) => one.last_exit && !one.last_exit.expected)
+    .sort((a, b) => (a.last_exit.at < b.last_exit.at ? 1 : -1))[0];
+  const words = last
+    ? `${last.name} ${last.last_exit.reason}, ${ago(view.now - Date.parse(last.last_exit.at) / 1000)}`
+    : "none after a failure";
   const isRecent = last && view.now - Date.parse(last.last_exit.at) / 1000 < 900;
   vital("vital-restarts", isRecent ? "busy" : "idle", number(restarts), words);
 }
@@ -109,7 +134,9 @@ async function askExits() {
 function watchRequests() {
   let isSeen = true;
   let isEmpty = true;
-  new IntersectionObserver(([entry]) => { isSeen = entry.isIntersecting; }).observe(byId("requests"));
+  new IntersectionObserver(([entry]) => {
+    isSeen = entry.isIntersecting;
+  }).observe(byId("requests"));
   setInterval(async () => {
     if (document.hidden || !(isSeen || isEmpty) || !answered || view.service === null) return;
     answered = false;

@@ -1,10 +1,28 @@
 // The last requests, and the timeline of one: what the proxy, prefill, the hand-over and decode did, and what failed.
 
-import { byId, bytes, clock, duration, h, keyed, NOTHING, number, plural, putAttribute, putData, roundDuration } from "./text.js";
+import {
+  byId,
+  bytes,
+  clock,
+  duration,
+  h,
+  keyed,
+  NOTHING,
+  number,
+  plural,
+  putAttribute,
+  putData,
+  roundDuration,
+} from "./text.js";
 
 const MOST = 60;
 const NAMES = {
-  queue: "queue", prefill: "prefill", hand_over: "hand-over", admission: "admission", first_step: "first step", decode: "decode",
+  queue: "queue",
+  prefill: "prefill",
+  hand_over: "hand-over",
+  admission: "admission",
+  first_step: "first step",
+  decode: "decode",
 };
 // A phase is at least so wide, so that it can be seen, in percent.
 const LEAST_WIDTH = 0.4;
@@ -26,7 +44,13 @@ export class Requests {
     this.known = requests.slice(0, MOST);
     if (requests.length) putData(this.rows, "empty", "");
     if (this.chosen === null && requests.length) this.choose(requests[0]);
-    keyed(this.body, this.known, (request) => request.id, (request) => this.makeRow(request), (row) => this.mark(row));
+    keyed(
+      this.body,
+      this.known,
+      (request) => request.id,
+      (request) => this.makeRow(request),
+      (row) => this.mark(row),
+    );
   }
 
   choose(request) {
@@ -43,16 +67,26 @@ export class Requests {
 
   makeRow(request) {
     const [tone, words] = result(request);
-    const button = h("button", { type: "button", "aria-label": `Timeline of request ${request.id}` }, clock(request.at + request.seconds));
-    const pair = request.prefill && request.prefill !== request.decode ? `${request.prefill} → ${request.decode || NOTHING}` : request.decode || NOTHING;
-    const row = h("tr", { data: { id: request.id, tone }, on: { click: () => this.choose(request) } },
+    const button = h(
+      "button",
+      { type: "button", "aria-label": `Timeline of request ${request.id}` },
+      clock(request.at + request.seconds),
+    );
+    const pair =
+      request.prefill && request.prefill !== request.decode
+        ? `${request.prefill} → ${request.decode || NOTHING}`
+        : request.decode || NOTHING;
+    const row = h(
+      "tr",
+      { data: { id: request.id, tone }, on: { click: () => this.choose(request) } },
       h("td", {}, button),
       h("td", {}, h("span", { class: "sign", "aria-hidden": "true" }), words),
       h("td", { class: "number" }, `${number(request.prompt_tokens)} → ${number(request.output_tokens)}`),
       h("td", { class: "number" }, duration(request.ttft_s)),
       h("td", { class: "number" }, duration(request.seconds)),
       h("td", {}, pair),
-      h("td", { class: "shape" }, shape(request)));
+      h("td", { class: "shape" }, shape(request)),
+    );
     row.addEventListener("keydown", (event) => step(event, row));
     return row;
   }
@@ -102,11 +136,23 @@ function block(part, request) {
 
 function timeline(request) {
   const all = parts(request);
-  const lanes = [...new Set([PROXY, request.prefill, ...request.failed.map((one) => one.engine), request.decode].filter(Boolean))];
-  const head = h("p", { class: "timeline-head" }, h("b", {}, request.id), ` ${request.path} · `,
+  const lanes = [
+    ...new Set([PROXY, request.prefill, ...request.failed.map((one) => one.engine), request.decode].filter(Boolean)),
+  ];
+  const head = h(
+    "p",
+    { class: "timeline-head" },
+    h("b", {}, request.id),
+    ` ${request.path} · `,
     `${number(request.prompt_tokens)} prompt tokens${request.cached_tokens ? ` (${number(request.cached_tokens)} cached)` : ""}, ${number(request.output_tokens)} output`,
-    request.hand_over_bytes ? ` · ${bytes(request.hand_over_bytes)} of KV` : "");
-  const chart = h("div", { class: "lanes", role: "img", "aria-label": said(request, all) }, ...lanes.map((lane) => laneOf(lane, all, request)), scale(request));
+    request.hand_over_bytes ? ` · ${bytes(request.hand_over_bytes)} of KV` : "",
+  );
+  const chart = h(
+    "div",
+    { class: "lanes", role: "img", "aria-label": said(request, all) },
+    ...lanes.map((lane) => laneOf(lane, all, request)),
+    scale(request),
+  );
   return [head, chart, legend(all, request), notes(request)];
 }
 
@@ -114,7 +160,9 @@ function laneOf(lane, all, request) {
   const track = h("div", { class: "lane-track" });
   for (const part of all.filter((one) => one.lane === lane)) {
     const node = block(part, request);
-    node.title = part.one ? failedWords(part.one) : `${NAMES[part.name] ?? part.name} ${duration(part.end_s - part.begin_s)}`;
+    node.title = part.one
+      ? failedWords(part.one)
+      : `${NAMES[part.name] ?? part.name} ${duration(part.end_s - part.begin_s)}`;
     track.append(node);
   }
   if (request.ttft_s !== null) {
@@ -145,18 +193,42 @@ function roundStep(step) {
 }
 
 function legend(all, request) {
-  const entries = all.map((part) => h("li", {}, h("span", { class: "key", data: { phase: part.name } }),
-    part.one ? "failed try" : NAMES[part.name] ?? part.name, h("b", {}, duration(part.end_s - part.begin_s))));
+  const entries = all.map((part) =>
+    h(
+      "li",
+      {},
+      h("span", { class: "key", data: { phase: part.name } }),
+      part.one ? "failed try" : (NAMES[part.name] ?? part.name),
+      h("b", {}, duration(part.end_s - part.begin_s)),
+    ),
+  );
   if (request.ttft_s !== null) {
-    entries.push(h("li", {}, h("span", { class: "key", data: { phase: "first_token" } }), "first token", h("b", {}, duration(request.ttft_s))));
+    entries.push(
+      h(
+        "li",
+        {},
+        h("span", { class: "key", data: { phase: "first_token" } }),
+        "first token",
+        h("b", {}, duration(request.ttft_s)),
+      ),
+    );
   }
   return h("ul", { class: "legend phases" }, ...entries);
 }
 
 function notes(request) {
-  const lines = request.failed.map((one) => h("li", { data: { tone: "bad" } }, h("span", { class: "sign", "aria-hidden": "true" }), failedWords(one)));
+  const lines = request.failed.map((one) =>
+    h("li", { data: { tone: "bad" } }, h("span", { class: "sign", "aria-hidden": "true" }), failedWords(one)),
+  );
   if (request.moved_s !== null) {
-    lines.push(h("li", { data: { tone: "idle" } }, h("span", { class: "sign", "aria-hidden": "true" }), `after ${duration(request.moved_s)} its stream was moved to another engine`));
+    lines.push(
+      h(
+        "li",
+        { data: { tone: "idle" } },
+        h("span", { class: "sign", "aria-hidden": "true" }),
+        `after ${duration(request.moved_s)} its stream was moved to another engine`,
+      ),
+    );
   }
   return h("ul", { class: "notes" }, ...lines);
 }
@@ -167,6 +239,10 @@ function failedWords(one) {
 }
 
 function said(request, all) {
-  const words = all.map((part) => (part.one ? failedWords(part.one) : `${NAMES[part.name] ?? part.name} ${duration(part.end_s - part.begin_s)} at ${part.lane}`));
+  const words = all.map((part) =>
+    part.one
+      ? failedWords(part.one)
+      : `${NAMES[part.name] ?? part.name} ${duration(part.end_s - part.begin_s)} at ${part.lane}`,
+  );
   return `Request of ${duration(request.seconds)}: ${words.join(", ")}`;
 }

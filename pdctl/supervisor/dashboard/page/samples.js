@@ -30,7 +30,9 @@ export class Samples {
   /** The engines that have had this column, in the order in which they came. */
   engines(column) {
     const ending = `/${column}`;
-    return Object.keys(this.columns).filter((name) => name.endsWith(ending)).map((name) => name.slice(0, -ending.length));
+    return Object.keys(this.columns)
+      .filter((name) => name.endsWith(ending))
+      .map((name) => name.slice(0, -ending.length));
   }
 
   /** The sum of a column over all engines; null where no engine answered. */

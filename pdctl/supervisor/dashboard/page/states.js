@@ -7,7 +7,15 @@ const BUSY = ["starting", "draining", "drained", "pending", "clearing", "stoppin
 const COMES_BACK = ["pending", "starting", "clearing", "backoff"];
 const SERVICE = { ready: "good", starting: "busy", degraded: "bad", failed: "bad", stopping: "idle" };
 const BAD_EVENTS = ["failed", "not_alive", "apply_failed", "node_lost", "no_log"];
-const CAREFUL_EVENTS = ["blocked", "drain_over", "role_drain_over", "node_silent", "shared_memory", "run_dir_restored", "restarted_with"];
+const CAREFUL_EVENTS = [
+  "blocked",
+  "drain_over",
+  "role_drain_over",
+  "node_silent",
+  "shared_memory",
+  "run_dir_restored",
+  "restarted_with",
+];
 const GOOD_EVENTS = ["ready", "service_ready", "role_done", "drained", "node_answers", "adopted"];
 const TROUBLE = /FALLBACK|no link to|cannot be|did not accept/;
 
@@ -38,9 +46,20 @@ export function processWords(process) {
   return parts.join(" · ");
 }
 
+/** Whether an engine that pdctl does not start fails to answer. */
+export const isSilent = (engine, silent) => engine.name in silent || engine.answers === false;
+
 export function attachedTone(engine, silent) {
-  if (engine.name in silent || engine.answers === false) return "bad";
+  if (isSilent(engine, silent)) return "bad";
+  if (engine.answers === null) return "idle";
   return engine.leaving ? "busy" : "good";
+}
+
+export function attachedWords(engine, silent) {
+  if (isSilent(engine, silent))
+    return silent[engine.name] ? `does not answer: ${silent[engine.name]}` : "does not answer";
+  if (engine.leaving) return "leaving";
+  return engine.registered ? "registered itself" : "attached";
 }
 
 /** good, bad (no link, or a fallback), or idle (not yet). */

@@ -28,7 +28,9 @@ export function withUnit(value, unit) {
 
 /** A round value, for an axis. */
 export function roundWithUnit(value, unit) {
-  return isKnown(value) ? `${value.toLocaleString("en", { maximumFractionDigits: 3 })}${unit ? GAP : ""}${unit}` : NOTHING;
+  return isKnown(value)
+    ? `${value.toLocaleString("en", { maximumFractionDigits: 3 })}${unit ? GAP : ""}${unit}`
+    : NOTHING;
 }
 
 /** Thousands as k, for an axis. */
@@ -45,7 +47,12 @@ export function duration(seconds) {
   if (!isKnown(seconds)) return NOTHING;
   if (seconds < 1) return withUnit(seconds * 1000, "ms");
   if (seconds < 60) return withUnit(seconds, "s");
-  const units = [["d", 86400], ["h", 3600], ["m", 60], ["s", 1]];
+  const units = [
+    ["d", 86400],
+    ["h", 3600],
+    ["m", 60],
+    ["s", 1],
+  ];
   const first = units.findIndex(([, size]) => seconds >= size);
   const [[large, by], [small, rest]] = [units[first], units[first + 1]];
   return `${Math.floor(seconds / by)}${GAP}${large} ${Math.floor((seconds % by) / rest)}${GAP}${small}`;
@@ -54,7 +61,12 @@ export function duration(seconds) {
 /** How long ago, in its largest unit. */
 export function ago(seconds) {
   if (seconds < 1) return "just now";
-  for (const [unit, size] of [["d", 86400], ["h", 3600], ["m", 60], ["s", 1]]) {
+  for (const [unit, size] of [
+    ["d", 86400],
+    ["h", 3600],
+    ["m", 60],
+    ["s", 1],
+  ]) {
     if (seconds >= size) return `${Math.floor(seconds / size)}${GAP}${unit} ago`;
   }
   return "just now";
@@ -103,7 +115,8 @@ export function h(tag, properties = {}, ...children) {
   for (const [name, value] of Object.entries(properties)) {
     if (name === "data") Object.assign(node.dataset, value);
     else if (name === "on") for (const [event, act] of Object.entries(value)) node.addEventListener(event, act);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
+    else if (value !== null && value !== undefined && value !== false)
+      node.setAttribute(name, value === true ? "" : value);
   }
   node.append(...children.filter((child) => child !== null && child !== undefined));
   return node;

@@ -1,10 +1,36 @@
 // The topology as a picture: hosts, what runs there and on which device, by role, and the links between engines.
 
 import { drawWires } from "./wires.js";
-import { attachedTone, isEngine, linkName, linkTone, linkWhy, processTone, processWords } from "./states.js";
-import { byId, bytes, h, keyed, NOTHING, number, percent, put, putAttribute, putData, ranges, withUnit } from "./text.js";
+import {
+  attachedTone,
+  attachedWords,
+  isEngine,
+  linkName,
+  linkTone,
+  linkWhy,
+  processTone,
+  processWords,
+} from "./states.js";
+import {
+  byId,
+  bytes,
+  h,
+  keyed,
+  NOTHING,
+  number,
+  percent,
+  put,
+  putAttribute,
+  putData,
+  ranges,
+  withUnit,
+} from "./text.js";
 
-const COLUMNS = [["prefill", "Prefill"], ["hybrid", "Hybrid"], ["decode", "Decode"]];
+const COLUMNS = [
+  ["prefill", "Prefill"],
+  ["hybrid", "Hybrid"],
+  ["decode", "Decode"],
+];
 const LOOPBACK = /^(127\.|localhost$|::1$)/;
 
 /** The picture and the table of links. `onChoose(name)`: somebody wants to see a process. */
@@ -23,7 +49,13 @@ export class Topology {
     const nodes = nodesOf(view);
     const roles = COLUMNS.filter(([role]) => nodes.some((node) => node.role === role));
     const hosts = hostsOf(nodes, view.about);
-    keyed(this.hosts, hosts, (host) => host.name, (host) => this.makeHost(host), (frame, host) => this.drawHost(frame, host, roles));
+    keyed(
+      this.hosts,
+      hosts,
+      (host) => host.name,
+      (host) => this.makeHost(host),
+      (frame, host) => this.drawHost(frame, host, roles),
+    );
     keyed(this.links, view.service.links, (link) => `${link.peer}>${link.reader}`, makeLink, drawLink);
     byId("links").hidden = view.service.links.length === 0;
     drawWires(byId("picture"), view.service.links);
@@ -37,24 +69,59 @@ export class Topology {
   drawHost(frame, host, roles) {
     const [head, bar, columns] = frame.children;
     put(head.lastChild, host.devices);
-    keyed(bar, host.nodes.filter((node) => node.kind === "other"), (node) => node.name, (node) => this.makeCard(node), drawCard);
+    keyed(
+      bar,
+      host.nodes.filter((node) => node.kind === "other"),
+      (node) => node.name,
+      (node) => this.makeCard(node),
+      drawCard,
+    );
     bar.hidden = bar.childElementCount === 0;
     putData(columns, "count", String(roles.length));
-    keyed(columns, roles, ([role]) => role, makeColumn, (column, [role]) => {
-      const engines = host.nodes.filter((node) => node.kind === "engine" && node.role === role);
-      putData(column, "empty", String(engines.length === 0));
-      keyed(column.lastChild, engines, (node) => node.name, (node) => this.makeCard(node), drawCard);
-    });
+    keyed(
+      columns,
+      roles,
+      ([role]) => role,
+      makeColumn,
+      (column, [role]) => {
+        const engines = host.nodes.filter((node) => node.kind === "engine" && node.role === role);
+        putData(column, "empty", String(engines.length === 0));
+        keyed(
+          column.lastChild,
+          engines,
+          (node) => node.name,
+          (node) => this.makeCard(node),
+          drawCard,
+        );
+      },
+    );
   }
 
   makeCard(node) {
-    const name = h("button", { type: "button", class: "card-name", on: { click: () => this.onChoose(node.name) } }, node.name);
-    const head = h("div", { class: "card-head" }, h("span", { class: "sign", "aria-hidden": "true" }), name, h("span", { class: "role" }));
+    const name = h(
+      "button",
+      { type: "button", class: "card-name", on: { click: () => this.onChoose(node.name) } },
+      node.name,
+    );
+    const head = h(
+      "div",
+      { class: "card-head" },
+      h("span", { class: "sign", "aria-hidden": "true" }),
+      name,
+      h("span", { class: "role" }),
+    );
     const state = h("p", { class: "card-state" });
     const parts = [head, state];
     if (node.kind === "engine") {
       const meter = h("div", { class: "meter" }, h("span", {}, "KV"), h("div", { class: "track" }, h("i")), h("b"));
-      parts.push(meter, h("dl", { class: "loads" }, ...["computes", "waiting", "output"].map((word) => h("div", {}, h("dt", {}, word), h("dd")))));
+      parts.push(
+        meter,
+        h(
+          "dl",
+          { class: "loads" },
+          ...["computes", "waiting", "output"].map((word) => h("div", {}, h("dt", {}, word), h("dd"))),
+        ),
+      );
     }
     parts.push(h("p", { class: "device" }, h("span", { class: "chip" }), h("span", { class: "restarts" })));
     return h("article", { class: `card ${node.kind}`, data: { name: node.name } }, ...parts);
@@ -75,7 +142,10 @@ function drawCard(card, node) {
   const device = card.lastChild;
   put(device.firstChild, node.device);
   putAttribute(device.firstChild, "title", node.device);
-  put(device.lastChild, node.restarts ? `${number(node.restarts)} ${node.restarts === 1 ? "restart" : "restarts"}` : "");
+  put(
+    device.lastChild,
+    node.restarts ? `${number(node.restarts)} ${node.restarts === 1 ? "restart" : "restarts"}` : "",
+  );
   if (node.kind === "engine") drawLoad(card.children[2], card.children[3], node.live);
 }
 
@@ -100,7 +170,10 @@ function nodesOf(view) {
     host: "",
     gpus: process.gpus,
     tone: process.state === "ready" && process.name in silent ? "busy" : processTone(process),
-    words: process.state === "ready" && process.name in silent ? `ready · does not answer: ${silent[process.name]}` : processWords(process),
+    words:
+      process.state === "ready" && process.name in silent
+        ? `ready · does not answer: ${silent[process.name]}`
+        : processWords(process),
     device: deviceOf(process, view),
     restarts: process.restarts,
     live: process.state === "ready" || process.state === "draining" ? engines[process.name] : undefined,
@@ -112,7 +185,7 @@ function nodesOf(view) {
     host: LOOPBACK.test(engine.host) ? "" : engine.host,
     gpus: [],
     tone: attachedTone(engine, silent),
-    words: silent[engine.name] ? `does not answer: ${silent[engine.name]}` : engine.leaving ? "leaving" : engine.registered ? "registered itself" : "attached",
+    words: attachedWords(engine, silent),
     device: `${engine.kind} at ${engine.host}:${engine.port}`,
     restarts: 0,
     live: engines[engine.name],
@@ -149,12 +222,24 @@ function gpuWords(gpus, nodes) {
 }
 
 function makeLink() {
-  return h("tr", {}, ...["", "", "", "number", "number", "number", "why"].map((name) => h("td", name ? { class: name } : {})));
+  return h(
+    "tr",
+    {},
+    ...["", "", "", "number", "number", "number", "why"].map((name) => h("td", name ? { class: name } : {})),
+  );
 }
 
 function drawLink(row, link) {
   putData(row, "tone", linkTone(link));
-  const cells = [link.peer, link.reader, linkName(link), speed(link), link.pulls ? bytes(link.bytes) : NOTHING, number(link.pulls), linkWhy(link)];
+  const cells = [
+    link.peer,
+    link.reader,
+    linkName(link),
+    speed(link),
+    link.pulls ? bytes(link.bytes) : NOTHING,
+    number(link.pulls),
+    linkWhy(link),
+  ];
   cells.forEach((text, place) => put(row.children[place], text));
   putAttribute(row.lastChild, "title", linkWhy(link));
 }

@@ -15,17 +15,37 @@ const [ASIDE, BELOW] = [8, 26];
 export function drawWires(picture, links) {
   const svg = picture.querySelector(".wires");
   const box = picture.getBoundingClientRect();
-  const places = new Map([...picture.querySelectorAll(".card.engine")].map((card) => [card.dataset.name, place(card, box)]));
-  const wires = links.filter((link) => places.has(link.peer) && places.has(link.reader))
-    .map((link) => ({ key: `${link.peer}>${link.reader}`, link, tone: linkTone(link), curve: curve(places.get(link.peer), places.get(link.reader)) }));
+  const places = new Map(
+    [...picture.querySelectorAll(".card.engine")].map((card) => [card.dataset.name, place(card, box)]),
+  );
+  const wires = links
+    .filter((link) => places.has(link.peer) && places.has(link.reader))
+    .map((link) => ({
+      key: `${link.peer}>${link.reader}`,
+      link,
+      tone: linkTone(link),
+      curve: curve(places.get(link.peer), places.get(link.reader)),
+    }));
   putAttribute(svg, "viewBox", `0 0 ${box.width} ${box.height}`);
-  keyed(svg, wires, (wire) => wire.key, () => document.createElementNS(SVG, "path"), (path, wire) => {
-    putData(path, "tone", wire.tone);
-    putAttribute(path, "d", path2d(wire.curve));
-  });
+  keyed(
+    svg,
+    wires,
+    (wire) => wire.key,
+    () => document.createElementNS(SVG, "path"),
+    (path, wire) => {
+      putData(path, "tone", wire.tone);
+      putAttribute(path, "d", path2d(wire.curve));
+    },
+  );
   const named = wires.filter((wire) => wires.length <= MOST_NAMED || wire.tone === "bad").slice(0, MOST_NAMED);
   const names = picture.querySelector(".wire-labels");
-  keyed(names, named, (wire) => wire.key, () => h("span", {}, h("i", { class: "sign" }), h("b")), drawName);
+  keyed(
+    names,
+    named,
+    (wire) => wire.key,
+    () => h("span", {}, h("i", { class: "sign" }), h("b")),
+    drawName,
+  );
   placeNames(names, named);
 }
 
@@ -41,7 +61,8 @@ function placeNames(names, wires) {
   const placed = wires.map(({ curve: [from, first, second, to] }, number) => {
     const [x, y] = [0, 1].map((axis) => at(NAME_AT, from[axis], first[axis], second[axis], to[axis]));
     const half = names.children[number].offsetWidth / 2;
-    const [low, high] = from[0] < to[0] ? [from[0] + half + ASIDE, to[0] - half - ASIDE] : [from[0] + half + ASIDE, Infinity];
+    const [low, high] =
+      from[0] < to[0] ? [from[0] + half + ASIDE, to[0] - half - ASIDE] : [from[0] + half + ASIDE, Infinity];
     return { label: names.children[number], x: Math.max(low, Math.min(high, x)), y };
   });
   let free = -Infinity;
@@ -61,12 +82,22 @@ function place(card, box) {
 function curve(from, to) {
   if (Math.abs(from.left - to.left) < 20) {
     const out = Math.max(from.right, to.right) + 70;
-    return [[from.right, from.y], [out, from.y], [out, to.y], [to.right, to.y]];
+    return [
+      [from.right, from.y],
+      [out, from.y],
+      [out, to.y],
+      [to.right, to.y],
+    ];
   }
   const forward = from.left < to.left;
   const [begin, end] = forward ? [from.right, to.left] : [from.left, to.right];
   const middle = (begin + end) / 2;
-  return [[begin, from.y], [middle, from.y], [middle, to.y], [end, to.y]];
+  return [
+    [begin, from.y],
+    [middle, from.y],
+    [middle, to.y],
+    [end, to.y],
+  ];
 }
 
 function path2d([from, first, second, to]) {
