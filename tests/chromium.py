@@ -73,7 +73,7 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def until(self, script: str, within_s: float = 20.0) -> Any:
+    def until(self, script: str, within_s: float = 120.0) -> Any:
         """Evaluate until the result is true, and return it."""
         deadline = time.monotonic() + within_s
         while not (found := self.evaluate(script)):
