@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from pdctl.bench import Record
 from pdctl.bench.client import Run
 from pdctl.bench.compare import Ratio, Resampled, compare, with_goodput
 from pdctl.bench.measurements import Measurements, Targets, measurements, over_runs, pooled
+from pdctl.cli import app
 from pdctl.commands.bench.compare import _titles, verdicts
+from tests.bench.test_report import result as made_result
 
 
 @given(st.lists(st.lists(st.floats(0.1, 100), min_size=1, max_size=5), min_size=1, max_size=20), st.integers(0, 9))
@@ -150,7 +154,32 @@ def test_starts_that_differ_widen_intervals() -> None:
 
 
 def test_names_of_two_are_different() -> None:
-    assert _titles(Path("pd.toml"), Path("one.toml")) == ("pd", "one")
-    assert _titles(Path("a/pd.toml"), Path("b/pd.toml")) == ("a-pd", "b-pd")
-    assert _titles(Path("pd.toml"), Path("pd.toml")) == ("pd-1", "pd-2")
-    assert _titles(Path("pd.v1.toml"), Path("pd.v2.toml")) == ("pd.v1", "pd.v2")
+    for names, titles in (
+        ("pd.toml one.toml", "pd one"), ("a/pd.toml b/pd.toml", "a-pd b-pd"), ("pd.toml pd.toml", "pd-1 pd-2"),
+        ("pd.v1.toml pd.v2.toml", "pd.v1 pd.v2"), ("a/r.json b/r.json c.json", "a-r b-r c"),
+    ):  # fmt: skip
+        assert _titles(list(map(Path, names.split()))) == titles.split()
+
+
+def test_several_results(tmp_path: Path) -> None:
+    files = []
+    for number in (1, 2, 3):
+        files.append(str(tmp_path / f"r{number}.json"))
+        Path(files[-1]).write_text(json.dumps(made_result(0.01 * number)))
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["bench", "compare", *files, "--html", str(page)])
+    assert done.exit_code == 0, done.output
+    assert [line.split()[:2] for line in done.stdout.splitlines() if "RATIO" in line] == [["R1", "R2"], ["R1", "R3"]]
+    assert "r1 is better in: " in done.stdout
+    for words in ("r1 against r2", "r1 against r3", "<th scope=\"col\">r3</th>"):
+        assert words in page.read_text()
+    found = json.loads(CliRunner().invoke(app, ["bench", "compare", *files, "--json"]).stdout)
+    assert {name: [one["ratio"] for one in ratios if one["name"] == "ITL p50"] for name, ratios in found.items()} == {
+        "r2": [pytest.approx(1 / 2, rel=0.02)], "r3": [pytest.approx(1 / 3, rel=0.02)],
+    }  # fmt: skip
+    two = json.loads(CliRunner().invoke(app, ["bench", "compare", *files[:2], "--json"]).stdout)
+    assert two == found["r2"], "two results are a list, as they always were"
+    three = CliRunner().invoke(app, ["bench", "compare", "a.toml", "b.toml", "c.toml"])
+    assert "only two topologies" in str(three.exception)
+    mixed = CliRunner().invoke(app, ["bench", "compare", files[0], files[1], "c.toml"])
+    assert "of different kinds" in str(mixed.exception)

@@ -19,8 +19,8 @@ from pdctl.bench.client import Run
 from pdctl.bench.compare import compare, read
 from pdctl.bench.measurements import Measurements, Targets, measurements, percentile
 from pdctl.bench.report.observations import Curves, in_rows, on_engines, series
-from pdctl.bench.report.page import curves, page, text
-from pdctl.bench.report.plots import curve, lanes
+from pdctl.bench.report.page import comparison, curves, page, text
+from pdctl.bench.report.plots import cdf, curve, lanes
 from pdctl.errors import PdctlError
 
 
@@ -100,11 +100,11 @@ class Checker(HTMLParser):
         if tag in ("script", "img", "iframe", "object"):
             self.fetched.append(tag)
         self.fetched += [value for name, value in attrs if name in ("src", "href") and value and value != "data:,"]
-        if tag not in ("meta", "link", "rect", "line", "polyline", "circle"):
+        if tag not in ("meta", "link", "rect", "path", "polyline"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in ("rect", "line", "polyline", "circle"):
+        if tag not in ("rect", "path", "polyline"):
             assert self.open.pop() == tag
 
 
@@ -116,10 +116,10 @@ def test_a_page_is_whole_and_fetches_nothing() -> None:
     assert not checker.fetched
     assert "a &lt;b&gt; &amp; c" in made
     assert "note &lt;x&gt;" in made
-    assert made.count("<svg") == 4
-    for x, y in re.findall(r"(\d+\.\d),(\d+\.\d)", made):
-        assert 0 <= float(x) <= 640
-        assert 0 <= float(y) <= 260
+    assert made.count('class="frame"') == 4
+    for x, y in re.findall(r"(-?\d+\.\d),(-?\d+\.\d)", made):
+        assert 0 <= float(x) <= 1000
+        assert 0 <= float(y) <= 1000
     empty = page(measurements(Run(started_at=0, ended_at=1), Targets()), "empty", (50,))
     Checker().feed(empty)
 
@@ -170,8 +170,8 @@ def test_curves() -> None:
     found = Curves("GB/s by size", "MiB", {"shm": [(1, 2.0), (64, 4.0)], "a <b>": [(64, 1.0)]})
     drawn = curve(found)
     assert drawn.count("<polyline") == 2
-    assert re.findall(r">(1|64)</text>", drawn) == ["1", "64"]
-    points = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    assert re.findall(r'class="x"[^>]*>(\d+)<', drawn) == ["1", "64"]
+    points = re.findall(r'class="dot s\d" d="M([\d.]+),([\d.]+)h0"', drawn)
     assert points[1][0] == points[2][0], "one place for one value"
     assert float(points[0][1]) > float(points[1][1]), "more is higher"
     checker = Checker()
@@ -217,3 +217,51 @@ def test_what_a_picture_shows_lies_within_it(tmp_path: Path, monkeypatch: pytest
     pictures.pictures(tmp_path, {"": found})
     pictures.curve_pictures(tmp_path, {"size": Curves("GB/s", "MiB", {"shm": [(1, 12.0), (64, 7.0)]})})
     assert observed == dict.fromkeys(("ttft", "itl", "e2e", "requests", "running", "kv_used", "leases", "size"), True)
+
+
+def test_percentiles_are_marked() -> None:
+    values = [float(value) for value in range(1, 201)]
+    drawn = cdf({"": values})
+    assert re.findall(r'class="m"[^>]*>([^<]*)<', drawn) == ["p50 100 ms", "p90 180 ms", "p99 198 ms"]
+    dots = [(float(x), float(y)) for x, y in re.findall(r'class="dot s0" d="M([\d.]+),([\d.]+)h0"', drawn)]
+    most = percentile(values, 99.5)
+    assert [x for x, _ in dots] == pytest.approx([1000 * percentile(values, part) / most for part in (50, 90, 99)],
+                                                 abs=0.1)  # fmt: skip
+    assert [y for _, y in dots] == [500, 100, 10]
+    assert re.findall(r'class="x[ "][^>]*>([^<]*)<', drawn) == ["0", "50", "100", "150"]
+    assert ">ms<" in drawn
+    outlier = cdf({"": [*values, 9000.0, 9000.0]})
+    assert re.findall(r'class="x[ "][^>]*>([^<]*)<', outlier)[-1] == "200", "outliers do not press the rest together"
+    slow = cdf({"a": [20_000.0 + value for value in values], "b": values})
+    assert ">s<" in slow, "an axis of seconds"
+    assert "20.1 s" in slow
+    assert 'class="m"' not in slow, "with several, the values stand in the legend"
+    assert re.findall(r"<th>(p\d+)</th>", slow) == ["p50", "p90", "p99"]
+
+
+def test_several_runs_on_one_page() -> None:
+    made = comparison({f"r{n}": result(0.01 * n) for n in (1, 2, 3)}, {"r2": [], "r3": []}, "three")
+    rows = [re.findall(r"<td( class=.best.)?>([^<]*)</td>", row) for row in re.findall(r"<tr>.*?</tr>", made)]
+    by_name = {row[0][1]: row[1:] for row in rows if row}
+    assert [bool(best) for best, _ in by_name["ITL p50, ms"]] == [True, False, False], "less is better"
+    assert [bool(best) for best, _ in by_name["answered"]] == [False] * 3, "all the same"
+    assert float(by_name["ITL p50, ms"][1][1]) == pytest.approx(20, rel=0.02)
+    quick = comparison({"a": result(0.01, failed=9), "b": result(0.01)}, {"b": []}, "two")
+    answered = re.findall(r"<td>answered</td><td( class=.best.)?>51</td><td( class=.best.)?>60</td>", quick)
+    assert [tuple(map(bool, found)) for found in answered] == [(False, True)], "more is better"
+    checker = Checker()
+    checker.feed(made)
+    assert not checker.open
+    assert not checker.fetched
+
+
+def test_the_load_of_a_result_is_said() -> None:
+    found = result(0.02) | {"model_id": "m<1>", "request_rate": 4.0, "max_concurrency": None, "num_prompts": 60}
+    assert "model: m&lt;1&gt;; requests: 60; requests/s: 4.0</p>" in page(found, "t", (50,))
+    assert 'class="faint"' not in page(result(0.02), "t", (50,))
+
+
+def test_what_a_phone_leaves_out() -> None:
+    few, many = (curve(Curves("t", "x", {"a": [(n, 1.0) for n in range(count)]})) for count in (3, 6))
+    assert 'class="x"' in few
+    assert 'class="x many"' in many

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from pdctl import console
-from pdctl.bench.measurements import Measurements, Targets
+from pdctl.bench.measurements import Measurements, Targets, percentile
 from pdctl.bench.report.observations import Curves, number, on_engines, sampled, series, spans
 from pdctl.bench.report.plots import cdf, curve, lanes, over_time, timeline
+from pdctl.bench.report.style import STYLE
 
 _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
 _REPEATED = {
@@ -16,18 +18,19 @@ _REPEATED = {
     "p99_tpot_ms": "TPOT p99 ms", "p99_itl_ms": "ITL p99 ms", "request_throughput": "requests/s",
     "request_goodput": "goodput/s", "output_throughput": "tokens/s",
 }  # fmt: skip
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:44rem;padding:0 1rem;color:#222;"
-    "background:#fff}"
-    "h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}"
-    "table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}"
-    "th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid #ddd}"
-    "th:first-child,td:first-child{text-align:left}"
-    "svg{width:100%;height:auto}.t{font-size:14px}@media(max-width:600px){.t{font-size:20px}}"
-    ".legend{margin:0;font-size:.85rem}.legend span{margin-right:1rem;white-space:nowrap}"
-    ".warn{background:#fff3cd;padding:.5rem .75rem;border-left:4px solid #c2571a}"
-    ".scroll{overflow-x:auto}"
-)
+# What a comparison of runs shows of each: title, samples or measurement, percentile, whether more is better.
+_COMPARED: tuple[tuple[str, str, int, bool], ...] = (
+    ("TTFT p50, ms", "Time to first token", 50, False), ("TTFT p90, ms", "Time to first token", 90, False),
+    ("TTFT p99, ms", "Time to first token", 99, False), ("ITL p50, ms", "Inter-token latency", 50, False),
+    ("ITL p90, ms", "Inter-token latency", 90, False), ("ITL p99, ms", "Inter-token latency", 99, False),
+    ("E2E p50, ms", "End-to-end latency", 50, False), ("E2E p90, ms", "End-to-end latency", 90, False),
+    ("E2E p99, ms", "End-to-end latency", 99, False), ("requests/s", "request_throughput", 0, True),
+    ("goodput, requests/s", "request_goodput", 0, True), ("output tokens/s", "output_throughput", 0, True),
+    ("answered", "completed", 0, True), ("failed", "failed", 0, False),
+)  # fmt: skip
+# The settings of a load that a result has, as the page names them.
+_LOAD = {"model_id": "model", "num_prompts": "requests", "request_rate": "requests/s", "max_concurrency": "at once",
+         "date": "measured"}  # fmt: skip
 
 
 def rows(measurements: Measurements, quantiles: Sequence[int]) -> list[list[str]]:
@@ -97,13 +100,48 @@ def page(measurements: Measurements, title: str, quantiles: Sequence[int], note:
     began = min((sent for sent, *_ in times), default=0.0)
     over = {"Requests over time": timeline(times), "Requests on each engine": lanes(on_engines(measurements), began)}
     plots = cdfs({"": measurements}) | over | _engines(measurements)
-    return _page(title, note, summary, _table(head, rows(measurements, quantiles)), plots)
+    table = _table(head, rows(measurements, quantiles))
+    return _page(title, note, summary, table, plots, _load(measurements))
 
 
-def comparison(results: dict[str, Measurements], ratios: list[list[str]], title: str) -> str:
-    """A complete HTML page of two results; `ratios`: rows of the table that the command prints."""
-    head = ["", *results, "ratio", "95%", "of the first"]
-    return _page(title, "", "Times are in milliseconds, rates per second.", _table(head, ratios), cdfs(results))
+def _load(measurements: Measurements) -> str:
+    """The load of a result, as far as the result says."""
+    said = {name: measurements[key] for key, name in _LOAD.items() if measurements.get(key) not in (None, "", "inf")}
+    return "; ".join(f"{name}: {value}" for name, value in said.items())
+
+
+def comparison(results: dict[str, Measurements], ratios: dict[str, list[list[str]]], title: str) -> str:
+    """A complete HTML page of two or more results. `ratios`: for each but the first, the rows of the table that the
+    command prints, of the first over it."""
+    first = next(iter(results))
+    table = _table(["", *results], *_beside(results))
+    against = {
+        f"{first} against {name}": _table(["", first, name, "ratio", "95%", "of the first"], found, kind="dense")
+        for name, found in ratios.items()
+    }
+    summary = "Times are in milliseconds, rates per second. The best value of each line is bold."
+    return _page(title, "", summary, table, cdfs(results) | against)
+
+
+def _beside(results: dict[str, Measurements]) -> tuple[list[list[str]], set[tuple[int, int]]]:
+    """A row for each measurement with a column for each result, and the cells (row, column) with the best value."""
+    found = [(measurements, series(measurements)) for measurements in results.values()]
+    body: list[list[str]] = []
+    best: set[tuple[int, int]] = set()
+    for title, name, part, is_more_better in _COMPARED:
+        values = [
+            (percentile(samples[name], part) if samples[name] else None) if part
+            else (number(measurements, name) if name in measurements else None)
+            for measurements, samples in found
+        ]  # fmt: skip
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        top = max(known) if is_more_better else min(known)
+        if len(set(known)) > 1:
+            best |= {(len(body), column) for column, value in enumerate(values, 1) if value == top}
+        body.append([title, *("-" if value is None else f"{value:,.4g}" for value in values)])
+    return body, best
 
 
 def curves(
@@ -114,22 +152,35 @@ def curves(
     return _page(title, note, summary, _table(*table), plots)
 
 
-def _page(title: str, note: str, summary: str, table: str, plots: dict[str, str]) -> str:
+def _page(title: str, note: str, summary: str, table: str, plots: dict[str, str], load: str = "") -> str:
     marked = f'<p class="warn">{html.escape(note)}</p>' if note else ""
-    drawn = "".join(f"<h2>{html.escape(name)}</h2>{plot}" for name, plot in plots.items() if plot)
+    about = f'<p class="faint">{html.escape(load)}</p>' if load else ""
+    drawn = "".join(f"<section><h2>{html.escape(name)}</h2>{plot}</section>" for name, plot in plots.items() if plot)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         # An empty icon: browsers otherwise request one from the server.
         '<link rel="icon" href="data:,">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>{html.escape(title)}</h1>{marked}<p>{html.escape(summary)}</p>{table}{drawn}</body></html>\n"
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body><main>'
+        f"<h1>{html.escape(title)}</h1>{marked}<p>{html.escape(summary)}</p>{about}{table}"
+        f'<div class="plots">{drawn}</div></main></body></html>\n'
     )
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    rest = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{rest}</tbody></table></div>'
+def _table(
+    head: Sequence[str], body: Sequence[Sequence[str]], best: AbstractSet[tuple[int, int]] = frozenset(), kind: str = ""
+) -> str:
+    """A table; `best`: the cells (row, column) that stand out; `kind`: its class."""
+    top = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    rest = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="best">{html.escape(cell)}</td>' if (row, column) in best else f"<td>{html.escape(cell)}</td>"
+            for column, cell in enumerate(cells)
+        )
+        + "</tr>"
+        for row, cells in enumerate(body)
+    )
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{rest}</tbody></table></div>'
 
 
 def cdfs(results: dict[str, Measurements]) -> dict[str, str]:
@@ -139,22 +190,22 @@ def cdfs(results: dict[str, Measurements]) -> dict[str, str]:
     for metric in ("Time to first token", "Inter-token latency", "End-to-end latency"):
         lines = {name: values[metric] for name, values in found.items() if values[metric]}
         if lines:
-            plots[f"{metric}, cumulative"] = cdf(lines)
+            plots[metric] = cdf(lines)
     return plots
 
 
 _OVER_TIME = {
-    "running": "Requests running, by engine",
-    "waiting": "Requests waiting, by engine",
-    "kv_used": "KV cache in use, by engine",
-    "leases": "Leases on KV, by engine",
+    "running": ("Requests running, by engine", "requests"),
+    "waiting": ("Requests waiting, by engine", "requests"),
+    "kv_used": ("KV cache in use, by engine", ""),
+    "leases": ("Leases on KV, by engine", "leases"),
 }
 
 
 def _engines(measurements: Measurements) -> dict[str, str]:
     times, engines = sampled(measurements)
     return {
-        title: over_time(times, {name: lists[what] for name, lists in engines.items()}, what == "kv_used")
-        for what, title in _OVER_TIME.items()
+        title: over_time(times, {name: lists[what] for name, lists in engines.items()}, unit)
+        for what, (title, unit) in _OVER_TIME.items()
         if times and any(value for lists in engines.values() for value in lists[what])
     }

@@ -1,34 +1,54 @@
-"""Plots as SVG, for pages without scripts and external files."""
+"""Plots for pages without scripts and external files: SVG for what is stretched to the frame, HTML for text, which is
+not."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from pdctl.bench.measurements import percentile
+from pdctl.bench.measurements import QUANTILES, percentile
 from pdctl.bench.report.observations import Curves, Stretch, in_rows, joined
+from pdctl.bench.report.scales import MOST_TICKS, Axis, ceiling, counted, latency, numbered, of_time, parts
+from pdctl.bench.report.style import SERIES
 
-_COLOURS = ("#0b6e99", "#c2571a", "#3d7a3d", "#7a3d7a", "#8a6d00", "#b0325f", "#4a5568", "#00806a")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 68, 28
+# Width and height of a frame in the units of its SVG, which is stretched to the frame's own size.
+UNITS = 1000
 # More points than this cannot be distinguished in a plot.
 _MOST_POINTS = 400
-# More labels than this would overlap on a phone.
-_MOST_TICKS = 7
+# Labels of an x axis that all fit on a phone.
+_MANY = 4
+# The part of a frame below which what is drawn cannot be seen.
+_LEAST = 1 / 640
+# An x axis of a cumulative distribution ends at this percentile, or this factor beyond p99: then follow outliers.
+_LAST_PART, _BEYOND = 99.5, 1.25
+# Where the text of a mark would leave the frame, and from where on it stands above its point.
+_RIGHT_END, _HIGHEST = 0.8, 0.95
+# More names than this cannot be told apart.
+_MOST_NAMED = 24
 
 
-def over_time(times: list[float], lines: dict[str, list[float | None]], is_part: bool = False) -> str:
-    """One line per engine, with gaps where values are unknown."""
-    most = max((value for values in lines.values() for value in values if value is not None), default=0.0) or 1.0
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """A text at a place of the frame, both 0 to 1 from its lower left corner."""
+
+    x: float
+    y: float
+    text: str
+
+
+def over_time(times: list[float], lines: dict[str, list[float | None]], unit: str) -> str:
+    """One line per engine, with gaps where values are unknown. `times`: seconds; `unit`: of values, which are counts;
+    empty for fractions."""
+    most = max((value for values in lines.values() for value in values if value is not None), default=0.0)
+    up, top = counted(unit, most) if unit else (parts("in use"), 1.0)
     last = max(times[-1], 1e-9)
     drawn = []
-    step = max(1, len(times) // _MOST_POINTS)
-    for colour, values in zip(cycle(_COLOURS), lines.values(), strict=False):
-        for piece in _pieces(times[::step], values[::step]):
-            points = " ".join(f"{_x(at / last):.1f},{_y(value / most):.1f}" for at, value in piece)
-            drawn.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
-    top = f"{most:.0%}" if is_part else f"{most:.4g}"
-    return _framed("".join(drawn), f"{last:.4g} s", top, list(lines))
+    apart = max(1, len(times) // _MOST_POINTS)
+    for number, values in enumerate(lines.values()):
+        for piece in _pieces(times[::apart], values[::apart]):
+            drawn.append(_line([(at / last, value / top) for at, value in piece], number))
+    return _framed("".join(drawn), numbered("seconds since the first request", last), up, _legend(list(lines)))
 
 
 def _pieces(times: list[float], values: list[float | None]) -> list[list[tuple[float, float]]]:
@@ -42,16 +62,41 @@ def _pieces(times: list[float], values: list[float | None]) -> list[list[tuple[f
 
 
 def cdf(lines_of: dict[str, list[float]]) -> str:
-    """Cumulative distribution in milliseconds, up to the 99.5th percentile of the slowest series."""
-    most = max((percentile(values, 99.5) for values in lines_of.values() if values), default=0.0) or 1.0
-    lines = []
-    for colour, values in zip(cycle(_COLOURS), lines_of.values(), strict=False):
-        ordered = sorted(values)
-        step = max(1, len(ordered) // _MOST_POINTS)
-        points = [(ordered[n], (n + 1) / len(ordered)) for n in range(0, len(ordered), step) if ordered[n] <= most]
-        path = " ".join(f"{_x(value / most):.1f},{_y(part):.1f}" for value, part in points)
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
-    return _framed("".join(lines), f"{most:.4g} ms", "100%", list(lines_of) if len(lines_of) > 1 else [])
+    """Cumulative distribution of latencies in milliseconds, up to a little beyond p99 of the slowest series. Each of
+    QUANTILES is marked."""
+    found = {name: sorted(values) for name, values in lines_of.items() if values}
+    most = max(map(_last, found.values()), default=0.0) or 1.0
+    factor, unit = of_time(most)
+    lines, dots, marks = [], [], []
+    for number, values in enumerate(found.values()):
+        apart = max(1, len(values) // _MOST_POINTS)
+        points = [(values[n], (n + 1) / len(values)) for n in range(0, len(values), apart) if values[n] <= most]
+        lines.append(_line([(value / most, part) for value, part in points], number))
+        for part in QUANTILES:
+            at = percentile(values, part)
+            dots.append(_dot(at / most, part / 100, number))
+            marks.append(_Mark(at / most, part / 100, f"p{part} {latency(at)}"))
+    across = numbered(unit, most * factor)
+    up = Axis("part that was at least this fast", [(part / 100, f"{part}%") for part in (0, *QUANTILES)])
+    if len(found) > 1:
+        return _framed("".join(lines + dots), across, up, _quantiles(found), is_marked=True)
+    return _framed("".join(lines + dots), across, up, marks=marks, is_marked=True)
+
+
+def _last(values: Sequence[float]) -> float:
+    return min(percentile(values, _LAST_PART), _BEYOND * percentile(values, QUANTILES[-1]))
+
+
+def _quantiles(found: dict[str, list[float]]) -> str:
+    """A legend with the marked values."""
+    head = "".join(f"<th>p{part}</th>" for part in QUANTILES)
+    body = "".join(
+        f"<tr><td>{_key(number)}{html.escape(name)}</td>"
+        + "".join(f"<td>{latency(percentile(values, part))}</td>" for part in QUANTILES)
+        + "</tr>"
+        for number, (name, values) in enumerate(found.items())
+    )
+    return f'<div class="scroll"><table class="legend"><tr><th></th>{head}</tr>{body}</table></div>'
 
 
 def timeline(spans: Sequence[tuple[float, float, float]]) -> str:
@@ -61,13 +106,15 @@ def timeline(spans: Sequence[tuple[float, float, float]]) -> str:
     spans = spans[:: max(1, len(spans) // _MOST_POINTS)]
     first, last = min(span[0] for span in spans), max(span[2] for span in spans)
     width = max(1e-9, last - first)
-    height = (_HEIGHT - _BOTTOM) / len(spans)
+    height = 1 / len(spans)
     bars = [
-        _bar((begin - first) / width, (stop - first) / width, place * height, height, colour)
+        _bar((begin - first) / width, (stop - first) / width, place * height, height, kind)
         for place, (start, token, end) in enumerate(spans)
-        for begin, stop, colour in ((start, token, "#b8d4e0"), (token, end, _COLOURS[0]))
+        for begin, stop, kind in ((start, token, "wait"), (token, end, "f0"))
     ]
-    return _framed("".join(bars), f"{width:.4g} s", "", note="light: waiting for the first token; dark: decoding")
+    keys = _keys([("wait", "waiting for the first token"), ("f0", "decoding")])
+    up = Axis("requests, in the order in which they were sent, from the top")
+    return _framed("".join(bars), numbered("seconds since the first request", width), up, keys)
 
 
 def lanes(engines: dict[str, list[Stretch]], first: float) -> str:
@@ -77,26 +124,26 @@ def lanes(engines: dict[str, list[Stretch]], first: float) -> str:
     if not any(bands):
         return ""
     last = max(stretch[1] for band in bands for row in band for stretch in row)
-    width, height = max(1e-9, last - first), (_HEIGHT - _BOTTOM) / sum(map(len, bands))
-    bars, at = [], 0
-    for colour, band in zip(cycle(_COLOURS), bands, strict=False):
+    width, height = max(1e-9, last - first), 1 / sum(map(len, bands))
+    bars, names, at = [], [], 0
+    for number, (name, band) in enumerate(zip(engines, bands, strict=True)):
+        names.append((1 - (at + len(band) / 2) * height, name))
         for row in band:
             bars += [
-                _bar((begin - first) / width, (end - first) / width, at * height, height, colour)
-                for begin, end in joined(row, width / _WIDTH)
+                _bar((begin - first) / width, (end - first) / width, at * height, height, f"f{number % SERIES}")
+                for begin, end in joined(row, width * _LEAST)
             ]
             at += 1
-        y = at * height
-        bars.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - 8}" y2="{y:.1f}" stroke="#999"/>')
-    note = "answered requests, on the engines that finished them"
-    return _framed("".join(bars), f"{width:.4g} s", "", list(engines), note)
+        bars.append(_path("axis", f"M0,{_units(at * height)}H{UNITS}"))
+    up = Axis("answered requests, on the engines that finished them", names[:_MOST_NAMED])
+    return _framed("".join(bars), numbered("seconds since the first request", width), up, is_named=True)
 
 
-def _bar(begin: float, end: float, y: float, height: float, colour: str) -> str:
-    x = _x(begin)
+def _bar(begin: float, end: float, y: float, height: float, kind: str) -> str:
+    wide, high = max(_LEAST, end - begin), max(_LEAST, height * 0.8)
     return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(0.5, _x(end) - x):.1f}" height="{max(0.5, height * 0.8):.2f}" '
-        f'fill="{colour}"/>'
+        f'<rect x="{_units(min(begin, 1 - _LEAST))}" y="{_units(y)}" width="{_units(min(wide, 1 - begin + _LEAST))}" '
+        f'height="{_units(high)}" class="{kind}"/>'
     )
 
 
@@ -104,66 +151,114 @@ def curve(curves: Curves) -> str:
     """Lines through measured points. The x values are evenly spaced, in order."""
     values = curves.places
     most = max((up for line in curves.lines.values() for _, up in line), default=0.0) or 1.0
+    top = ceiling(most)
     drawn = []
-    for colour, line in zip(cycle(_COLOURS), curves.lines.values(), strict=False):
-        at = [(_x(_place(across, values)), _y(0.95 * up / most)) for across, up in line]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        drawn.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{points}"/>')
-        drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in at]
-    step = max(1, -(-len(values) // _MOST_TICKS))
-    ticks = [(_place(value, values), f"{value:.4g}") for value in values[::step]]
-    return _framed("".join(drawn), "", f"{most / 0.95:.3g}", list(curves.lines), curves.across, ticks)
+    for number, line in enumerate(curves.lines.values()):
+        at = [(_place(across, values), up / top) for across, up in line]
+        drawn.append(_line(at, number))
+        drawn += [_dot(x, y, number) for x, y in at]
+    apart = max(1, -(-len(values) // MOST_TICKS))
+    across = Axis(curves.across, [(_place(value, values), f"{value:.4g}") for value in values[::apart]])
+    return _framed("".join(drawn), across, numbered("", top), _legend(list(curves.lines)))
 
 
 def _place(value: float, values: Sequence[float]) -> float:
     return (values.index(value) + 0.5) / len(values)
 
 
-def _x(part: float) -> float:
-    return _LEFT + part * (_WIDTH - _LEFT - 8)
+# -- shapes ------------------------------------------------------------------------------------------------
 
 
-def _y(part: float) -> float:
-    return (1 - part) * (_HEIGHT - _BOTTOM)
+def _units(part: float) -> str:
+    return f"{part * UNITS:.1f}"
+
+
+def _point(x: float, y: float) -> str:
+    """A place of the frame, from its lower left corner, as SVG writes it."""
+    return f"{_units(x)},{_units(1 - y)}"
+
+
+def _line(points: Sequence[tuple[float, float]], number: int) -> str:
+    text = " ".join(_point(x, y) for x, y in points)
+    return f'<polyline class="line s{number % SERIES}" points="{text}"/>'
+
+
+def _dot(x: float, y: float, number: int) -> str:
+    """A round dot, however the frame is stretched: a line without length and with round ends. A ring keeps it apart
+    from lines below it."""
+    at = f"M{_point(x, y)}h0"
+    return _path("ring", at) + _path(f"dot s{number % SERIES}", at)
+
+
+def _path(kind: str, drawn: str) -> str:
+    return f'<path class="{kind}" d="{drawn}"/>'
 
 
 def _framed(
-    content: str, right: str, top: str, names: Sequence[str] = (), note: str = "",
-    ticks: Sequence[tuple[float, str]] = (),
+    content: str, across: Axis, up: Axis, legend: str = "", marks: Sequence[_Mark] = (), is_named: bool = False,
+    is_marked: bool = False,
 ) -> str:  # fmt: skip
-    floor = _HEIGHT - _BOTTOM
-    label = html.escape(", ".join([*names, *([note] if note else [])]))
-    below = " ".join(filter(None, [html.escape(note), _legend(names)]))
-    marks = "".join(
-        f'<text x="{_x(part):.0f}" y="{_HEIGHT - 6}" text-anchor="middle">{html.escape(text)}</text>'
-        for part, text in ticks
+    """The plot with axes, ticks and titles. `is_named`: names stand at the y axis; `is_marked`: its ticks are marks to
+    compare with."""
+    lines = "".join(_path("grid", f"M{_units(x)},0V{UNITS}") for x, _ in across.ticks)
+    if not is_named:
+        kind = "mark" if is_marked else "grid"
+        lines += "".join(_path(kind, f"M0,{_units(1 - y)}H{UNITS}") for y, _ in up.ticks)
+    axes = _path("axis", f"M0,0V{UNITS}H{UNITS}")
+    many = " many" if len(across.ticks) > _MANY else ""
+    texts = "".join(
+        f'<span class="x{many}" style="left:{100 * x:.1f}%">{html.escape(text)}</span>' for x, text in across.ticks
     )
-    ends = (
-        f'<text x="{_LEFT}" y="{_HEIGHT - 6}">0</text>'
-        f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 6}" text-anchor="end">{html.escape(right)}</text>'
+    texts += "".join(
+        f'<div class="y" style="bottom:{100 * y:.1f}%" title="{html.escape(text)}">{html.escape(text)}</div>'
+        for y, text in up.ticks
     )
+    texts += "".join(map(_marked, marks))
+    title = f'<p class="yt">{html.escape(up.title)}</p>' if up.title else ""
+    about = "; ".join(filter(None, [up.title, across.title, *(mark.text for mark in marks)]))
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label or "plot"}">{_grid(floor)}'
-        f'<line x1="{_LEFT}" y1="{floor}" x2="{_WIDTH - 8}" y2="{floor}" stroke="#999"/>'
-        f'<line x1="{_LEFT}" y1="0" x2="{_LEFT}" y2="{floor}" stroke="#999"/>{content}'
-        f'<g class="t" fill="#555">{marks or ends}'
-        f'<text x="{_LEFT - 6}" y="20" text-anchor="end">{html.escape(top)}</text></g></svg>'
-        + (f'<p class="legend">{below}</p>' if below else "")
+        f'<figure class="plot{" named" if is_named else ""}">{title}'
+        f'<div class="frame" role="img" aria-label="{html.escape(about)}">'
+        f'<svg viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none" aria-hidden="true">{lines}{content}{axes}</svg>'
+        f'{texts}<div class="xt">{html.escape(across.title)}</div></div>{legend}</figure>'
     )
 
 
-def _grid(floor: int) -> str:
-    """Grid lines at the quarters of both axes."""
-    across = "".join(
-        f'<line x1="{_LEFT}" y1="{floor * n / 4}" x2="{_WIDTH - 8}" y2="{floor * n / 4}"/>' for n in range(4)
+def _marked(mark: _Mark) -> str:
+    """The text of a mark, where a cumulative distribution leaves room: above the highest points; else to the right of
+    the point and below it, or to its left if the frame ends."""
+    is_left = mark.x > _RIGHT_END
+    if mark.y > _HIGHEST:
+        bottom, gap = f"calc({100 * mark.y:.1f}% + .4rem)", "-.2rem"
+    else:
+        bottom, gap = f"calc({100 * mark.y:.1f}% - 1.15rem)", ".6rem"
+    side = f"right:calc({100 - 100 * mark.x:.1f}% + {gap})" if is_left else f"left:calc({100 * mark.x:.1f}% + {gap})"
+    return f'<div class="m" style="{side};bottom:{bottom}">{html.escape(mark.text)}</div>'
+
+
+def _key(number: int) -> str:
+    """The line of a series, for a legend."""
+    return (
+        f'<svg class="key" viewBox="0 0 36 12" aria-hidden="true"><path class="line s{number % SERIES}" '
+        'd="M0,6H36"/></svg>'
     )
-    down = "".join(f'<line x1="{_x(n / 4):.0f}" y1="0" x2="{_x(n / 4):.0f}" y2="{floor}"/>' for n in range(1, 5))
-    return f'<g stroke="#e5e5e5">{across}{down}</g>'
 
 
 def _legend(names: Sequence[str]) -> str:
-    """The names, each in the colour of its line and with a marker."""
-    return "".join(
-        f'<span style="color:{colour}">\u25ac\u00a0{html.escape(name)}</span> '
-        for name, colour in zip(names, cycle(_COLOURS), strict=False)
+    """The name of each line; nothing for a single one."""
+    if len(names) < 2:
+        return ""
+    return _listed(_key(number) + html.escape(name) for number, name in enumerate(names))
+
+
+def _keys(kinds: Sequence[tuple[str, str]]) -> str:
+    """The meaning of each kind of bar."""
+    return _listed(
+        f'<svg class="key" viewBox="0 0 36 12" aria-hidden="true"><rect class="{kind}" width="36" height="12"/></svg>'
+        + html.escape(text)
+        for kind, text in kinds
     )
+
+
+def _listed(items: Iterable[str]) -> str:
+    return f'<ul class="legend">{"".join(f"<li>{item}</li>" for item in items)}</ul>'

@@ -42,6 +42,7 @@ def compare(
     load: Load,
     first: Path = typer.Argument(..., help="Topology (.toml) or result file of bench serve --out."),
     second: Path = typer.Argument(..., help="Topology or result file to compare with; same kind as the first."),
+    more: list[Path] = typer.Argument(None, help="With results: more of them, each compared with the first."),
     rounds: int = typer.Option(
         3, "--rounds", min=1, max=30, help="With topologies: how many times each is started and measured."
     ),
@@ -60,19 +61,16 @@ def compare(
     is started in turn, gets the same load, and is stopped. Their services must not be running."""
     if pictures is not None:
         drawing()
-    targets, given = load.targets, given_options(context)
-    kinds = {one.suffix == ".toml" for one in (first, second)}
-    if len(kinds) > 1:
-        raise PdctlError(f"{first} and {second} are of different kinds", "give two topologies (.toml), or two results")
-    names = _titles(first, second)
+    targets, given, files = load.targets, given_options(context), (first, second, *(more or ()))
+    are_topologies = _kind_of(files)
     expected: list[Measurements] = []
-    if kinds == {False}:
+    if not are_topologies:
         _refuse_load_options(given)
         from pdctl.bench.compare import read, with_goodput
 
-        results = (read(first), read(second))
+        results = tuple(map(read, files))
         if targets.are_any:
-            results = (with_goodput(results[0], targets), with_goodput(results[1], targets))
+            results = tuple(with_goodput(result, targets) for result in results)
     else:
         load.check(given)
         if profile is not None and not simulated:
@@ -80,19 +78,32 @@ def compare(
         # Before the measurement: engines learn from that.
         expected = predictions((first, second), load, profile) if simulated else []
         results = _measured((first, second), load, rounds)
-    _tell(results, names, expected, as_json)
-    _keep(results, names, out, page, pictures)
+    found = dict(zip(_titles(files), results, strict=True))
+    _tell(found, expected, as_json)
+    _keep(found, out, page, pictures)
 
 
-def _titles(first: Path, second: Path) -> tuple[str, str]:
-    """Short, distinct titles of the two files."""
-    if first.stem != second.stem:
-        return first.stem, second.stem
-    named = [f"{path.parent.name}-{path.stem}".lstrip("-") for path in (first, second)]
-    return (named[0], named[1]) if named[0] != named[1] else (f"{named[0]}-1", f"{named[1]}-2")
+def _kind_of(files: Sequence[Path]) -> bool:
+    """Whether these are topologies, not results. Raises PdctlError for a mixture, and for more than two topologies."""
+    kinds = {one.suffix == ".toml" for one in files}
+    if len(kinds) > 1:
+        told = f"{', '.join(map(str, files[:-1]))} and {files[-1]} are of different kinds"
+        raise PdctlError(told, "give two topologies (.toml), or results")
+    if kinds == {True} and len(files) > 2:
+        hint = "measure them in pairs with --out FOLDER, then compare the results"
+        raise PdctlError("only two topologies can be measured in turn", hint)
+    return kinds == {True}
 
 
-_OF_RESULTS = {"first", "second", "goodput", "page", "pictures", "as_json"}
+def _titles(files: Sequence[Path]) -> list[str]:
+    """Short, distinct titles of the files: their names, with the folder or a number where these are the same."""
+    for named in ([path.stem for path in files], [f"{path.parent.name}-{path.stem}".lstrip("-") for path in files]):
+        if len(set(named)) == len(named):
+            return named
+    return [f"{name}-{number}" for number, name in enumerate(named, 1)]
+
+
+_OF_RESULTS = {"first", "second", "more", "goodput", "page", "pictures", "as_json"}
 
 
 def _refuse_load_options(given: dict[str, str]) -> None:
@@ -228,13 +239,7 @@ def _held_back() -> Iterator[threading.Event]:
 # -- both --------------------------------------------------------------------------------------------------
 
 
-def _keep(
-    results: tuple[Measurements, Measurements],
-    names: tuple[str, str],
-    out: Path | None,
-    page: Path | None,
-    pictures: Path | None,
-) -> None:
+def _keep(results: dict[str, Measurements], out: Path | None, page: Path | None, pictures: Path | None) -> None:
     from pdctl.bench.report import page as report
 
     if out is not None:
@@ -242,44 +247,52 @@ def _keep(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
             raise PdctlError(f"{out} cannot be made: {failure.strerror}") from None
-        for name, measurements in zip(names, results, strict=True):
+        for name, measurements in results.items():
             write(out / f"{name}.json", json.dumps(measurements))
-    both = dict(zip(names, results, strict=True))
     if page is not None:
-        write(page, report.comparison(both, _rows(results), " vs. ".join(names)))
+        found = {name: _rows(ratios) for name, ratios in _ratios(results).items()}
+        write(page, report.comparison(results, found, " vs. ".join(results)))
     if pictures is not None:
-        draw(pictures, both)
+        draw(pictures, results)
 
 
-def _rows(results: tuple[Measurements, Measurements]) -> list[list[str]]:
+def _ratios(results: dict[str, Measurements]) -> dict[str, list[Ratio]]:
+    """The ratios of the first result over each other one, by the name of that."""
     from pdctl.bench.compare import compare as ratios
 
-    return [
-        [r.name, f"{r.first:.4g}", f"{r.second:.4g}", f"{r.ratio:.3f}", r.interval, r.verdict] for r in ratios(*results)
-    ]
+    first, *others = results
+    return {name: ratios(results[first], results[name]) for name in others}
 
 
-def _tell(
-    results: tuple[Measurements, Measurements], names: tuple[str, str], expected: Sequence[Measurements], as_json: bool
-) -> None:
-    from pdctl.bench.compare import compare as ratios
+def _rows(found: list[Ratio]) -> list[list[str]]:
+    return [[r.name, f"{r.first:.4g}", f"{r.second:.4g}", f"{r.ratio:.3f}", r.interval, r.verdict] for r in found]
 
-    found = ratios(*results)
-    if not found:
-        raise PdctlError("the two results have no measurement in common")
-    pairs = list(zip(results, expected, strict=False))
+
+def _tell(results: dict[str, Measurements], expected: Sequence[Measurements], as_json: bool) -> None:
+    found, first = _ratios(results), next(iter(results))
+    for name, ratios in found.items():
+        if not ratios:
+            raise PdctlError(f"{first} and {name} have no measurement in common")
+    pairs = list(zip(results.values(), expected, strict=False))
     if as_json:
-        told: object = [{**asdict(ratio), "verdict": ratio.verdict} for ratio in found]
-        if pairs:
-            told = {"ratios": told, "predicted": [[asdict(one) for one in beside(*pair)] for pair in pairs]}
-        console.out(json.dumps(told, indent=2))
+        _tell_json(found, pairs)
         return
-    console.out(console.table(["", names[0].upper(), names[1].upper(), "RATIO", "95%", ""], _rows(results)))
-    console.out("")
-    for line in verdicts(found, names[0]):
-        console.out(line)
+    for number, (name, ratios) in enumerate(found.items()):
+        table_of = console.table(["", first.upper(), name.upper(), "RATIO", "95%", ""], _rows(ratios))
+        console.out(("\n" if number else "") + table_of + "\n")
+        for line in verdicts(ratios, first):
+            console.out(line)
     if pairs:
-        console.out("\n" + table(names, pairs))
+        console.out("\n" + table(list(results), pairs))
+
+
+def _tell_json(found: dict[str, list[Ratio]], pairs: Sequence[tuple[Measurements, Measurements]]) -> None:
+    """Two results as a list of ratios; more of them by the name of the second."""
+    by_name = {name: [{**asdict(one), "verdict": one.verdict} for one in ratios] for name, ratios in found.items()}
+    told: object = by_name if len(by_name) > 1 else next(iter(by_name.values()))
+    if pairs:
+        told = {"ratios": told, "predicted": [[asdict(one) for one in beside(*pair)] for pair in pairs]}
+    console.out(json.dumps(told, indent=2))
 
 
 def verdicts(found: list[Ratio], name: str) -> list[str]:
