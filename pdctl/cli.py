@@ -25,6 +25,7 @@ from pdctl.commands.inspect.kv import kv
 from pdctl.commands.inspect.logs import logs
 from pdctl.commands.inspect.metrics import app as metrics
 from pdctl.commands.inspect.status import status
+from pdctl.commands.inspect.top import top
 from pdctl.commands.inspect.why import why
 from pdctl.commands.predict.recommend import recommend
 from pdctl.commands.predict.simulate import simulate
@@ -45,8 +46,8 @@ app = typer.Typer(
 )
 
 for verb in (
-    init, plan, up, status, dash, logs, events, why, restart, stop, start, drain, role, scale, apply, kv, ask, doctor,
-    key, down, simulate, recommend,
+    init, plan, up, status, top, dash, logs, events, why, restart, stop, start, drain, role, scale, apply, kv, ask,
+    doctor, key, down, simulate, recommend,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(bench, name="bench")

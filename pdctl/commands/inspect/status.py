@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,22 +13,11 @@ import typer
 
 from pdctl import console
 from pdctl.commands.common import FileOption, JsonOption, ServiceOption, as_json_text, control, find_service
+from pdctl.commands.inspect import cells
 
 if TYPE_CHECKING:
     from pdctl.control_api import AttachedStatus, KeysStatus, KeyStatus, Link, MeasuredProcess, MeasuredStatus
 
-_COLOURS = {
-    "ready": "green",
-    "starting": "yellow",
-    "draining": "yellow",
-    "drained": "yellow",
-    "backoff": "yellow",
-    "stopping": "yellow",
-    "clearing": "yellow",
-    "failed": "red",
-    "answers": "green",
-    "silent": "red",
-}
 # Seconds between two refreshes of --watch.
 _WATCH_S = 1.0
 
@@ -68,13 +56,13 @@ def show(found: MeasuredStatus) -> None:
     if found.apply is not None and found.apply.state == "running":
         console.out(f"applying: {found.apply.step}")
     console.out("")
-    console.out(console.table(*_fitting(found.processes), _COLOURS))
+    console.out(console.table(*_fitting(found.processes), cells.COLOURS))
     if found.attached:
         header = ["ATTACHED", "ROLE", "KIND", "ADDRESS", "STATE", "ADDED BY"]
-        console.out("\n" + console.table(header, [_attached(engine) for engine in found.attached], _COLOURS))
+        console.out("\n" + console.table(header, [_attached(engine) for engine in found.attached], cells.COLOURS))
     if found.links:
         header = ["KV FROM", "TO", "TRANSPORT", "OVER", "TRANSFERS", "MOVED", "GB/S", "WHY"]
-        console.out("\n" + console.table(header, [_link(link) for link in found.links], _COLOURS))
+        console.out("\n" + console.table(header, [_link(link) for link in found.links], cells.COLOURS))
         _shout(found.links)
 
 
@@ -101,7 +89,7 @@ def _key(key: KeyStatus) -> list[str]:
         "-" if key.ttft_s is None else f"{1000 * key.ttft_s:.0f}ms",
         "-" if key.requests_left is None else f"{key.requests_left} of {key.requests_per_minute}",
         "-" if key.tokens_left is None else f"{key.tokens_left} of {key.tokens_per_minute}",
-        _number(key.streams),
+        cells.number(key.streams),
     ]
 
 
@@ -112,41 +100,26 @@ def _columns() -> list[tuple[str, int, Callable[[MeasuredProcess], str]]]:
     """Header, rank and cell function per column. On a narrow screen the columns with the highest rank go first."""
     return [
         ("PROCESS", 0, lambda p: p.name),
-        ("ROLE", 5, _role),
+        ("ROLE", 5, cells.role_of),
         ("STATE", 0, lambda p: p.state),
-        ("SINCE", 2, lambda p: f"{p.phase}, {p.phase_s:.0f}s" if p.phase_s is not None else _since(p.ready_since)),
+        ("SINCE", 2, lambda p: f"{p.phase}, {p.phase_s:.0f}s" if p.phase_s is not None else cells.since(p.ready_since)),
         ("RESTARTS", 1, lambda p: str(p.restarts)),
         ("PID", 2, lambda p: str(p.pid or "-")),
         ("DEVICE", 7, lambda p: ",".join(p.gpus) if p.gpus else p.device),
-        ("CPUS", 9, lambda p: _ranges(p.cpus)),
+        ("CPUS", 9, lambda p: cells.ranges(p.cpus)),
         ("PORT", 8, lambda p: ",".join(map(str, p.ports.values()))),
-        ("CPU", 5, lambda p: _number(p.cpu_percent, "%.0f%%")),
-        ("MEMORY", 4, lambda p: _bytes(p.rss_bytes)),
-        ("GPU MEM", 6, lambda p: _bytes(p.gpu_memory_bytes)),
-        ("RUN", 3, lambda p: _number(p.running)),
-        ("QUEUE", 3, lambda p: _number(p.waiting)),
+        ("CPU", 5, lambda p: cells.number(p.cpu_percent, "%.0f%%")),
+        ("MEMORY", 4, lambda p: cells.size(p.rss_bytes)),
+        ("GPU MEM", 6, lambda p: cells.size(p.gpu_memory_bytes)),
+        ("RUN", 3, lambda p: cells.number(p.running)),
+        ("QUEUE", 3, lambda p: cells.number(p.waiting)),
         ("KV", 3, lambda p: "-" if p.kv_used is None else f"{100 * p.kv_used:.0f}%"),
         ("HITS", 6, lambda p: "-" if p.prefix_hit_rate is None else f"{100 * p.prefix_hit_rate:.0f}%"),
-        ("LEASES", 6, lambda p: _number(p.leases)),
-        ("TOK/S", 4, lambda p: _number(p.tokens_per_s, "%.0f")),
-        ("INLINE", 6, _inline),
-        ("LAST EXIT", 1, _last_exit),
+        ("LEASES", 6, lambda p: cells.number(p.leases)),
+        ("TOK/S", 4, lambda p: cells.number(p.tokens_per_s, "%.0f")),
+        ("INLINE", 6, cells.inline_part),
+        ("LAST EXIT", 1, cells.last_exit_of),
     ]
-
-
-def _role(process: MeasuredProcess) -> str:
-    """The role; after a change, that it was asked for, and what is left of the one before."""
-    if process.leaving_role:
-        what = "prefills" if process.leaving_role == "prefill" else "answers"
-        left = "last" if process.leaving_work is None else str(process.leaving_work)
-        return f"{process.role} (asked), hybrid until {left} {what} are done"
-    return f"{process.role} (asked)" if process.planned_role else process.role
-
-
-def _inline(process: MeasuredProcess) -> str:
-    """The part of a decode engine's prompts that it computed itself."""
-    own, received = process.prompts_own or 0, process.prompts_received or 0
-    return f"{100 * own / (own + received):.0f}%" if process.role == "decode" and own + received else "-"
 
 
 def _fitting(processes: Sequence[MeasuredProcess]) -> tuple[list[str], list[list[str]]]:
@@ -159,34 +132,6 @@ def _fitting(processes: Sequence[MeasuredProcess]) -> tuple[list[str], list[list
         columns.remove(max(columns, key=lambda column: column[1]))
     rows = [list(row) for row in zip(*(cells for _, _, cells in columns), strict=True)]
     return [header for header, _, _ in columns], rows
-
-
-def _last_exit(process: MeasuredProcess) -> str:
-    last, reason = process.last_exit, process.reason
-    if reason and process.state not in ("ready", "starting"):
-        return reason
-    return f"{last.reason} {_since(last.at)} ago" if last else reason or "-"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """0-3,8 for [0, 1, 2, 3, 8]."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(f"{a}-{b}" if b > a + 1 else f"{a},{b}" if b > a else f"{a}" for a, b in spans) or "-"
-
-
-def _number(value: float | None, form: str = "%d") -> str:
-    return "-" if value is None else form % value
-
-
-def _bytes(value: int | None) -> str:
-    if not value:
-        return "-"
-    return f"{value / 2**20:.0f}M" if value < 10 * 2**30 else f"{value / 2**30:.1f}G"
 
 
 # -- the rest ----------------------------------------------------------------------------------------------
@@ -219,7 +164,3 @@ def _shout(links: Sequence[Link]) -> None:
             console.out(f"{mark} from {pair}: {link.fallback}; {link.protocol} carries the KV")
         elif link.error:
             console.out(f"{console.paint('NO LINK', 'red', sys.stdout)} from {pair}: {link.error}")
-
-
-def _since(at: str | None) -> str:
-    return console.duration(max(0.0, time.time() - datetime.fromisoformat(at).timestamp())) if at else "-"

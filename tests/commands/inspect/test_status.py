@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pdctl.commands.inspect import status
+from pdctl.commands.inspect import cells, status
 from pdctl.control_api import MeasuredProcess
 
 
@@ -40,6 +40,6 @@ def test_as_many_columns_as_the_screen_is_wide(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_numbers_are_put_together() -> None:
-    assert status._ranges([0, 1, 2, 3, 8]) == "0-3,8"
-    assert status._ranges([4, 5]) == "4,5"
-    assert status._ranges([]) == "-"
+    assert cells.ranges([0, 1, 2, 3, 8]) == "0-3,8"
+    assert cells.ranges([4, 5]) == "4,5"
+    assert cells.ranges([]) == "-"
