@@ -5,6 +5,7 @@ Times are monotonic seconds, and become wall time when a span begins or ends.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 _EXPORT_MS = 1000
 # Time limit of one export, seconds.
 _EXPORT_S = 3
+# Exports begin for this long after the end of the process was asked for, seconds.
+_CLOSE_S = 2
 
 
 class Spans:
@@ -46,8 +49,8 @@ class Spans:
         self._propagator = TraceContextTextMapPropagator()
         self._within, self._kinds, self._error = trace.set_span_in_context, trace.SpanKind, trace.StatusCode.ERROR
         self._provider: TracerProvider = TracerProvider(resource=Resource.create({"service.name": service}))
-        exporter = OTLPSpanExporter(endpoint=traces_url(endpoint), timeout=_EXPORT_S)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_EXPORT_MS))
+        self._exporter = OTLPSpanExporter(endpoint=traces_url(endpoint), timeout=_EXPORT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter, schedule_delay_millis=_EXPORT_MS))
         self._tracer: Tracer = self._provider.get_tracer(scope)
 
     def received(
@@ -58,8 +61,12 @@ class Spans:
         return self._begun(name, context, self._kinds.SERVER, began, attributes or {})
 
     def close(self) -> None:
-        """Export the remaining spans. It may take as long as one export."""
+        """Export the remaining spans. A collector that does not answer delays this by a few seconds."""
+        # The SDK itself waits 30 seconds. An exporter that is shut down drops what is left.
+        limit = threading.Timer(_CLOSE_S, self._exporter.shutdown)
+        limit.start()
         self._provider.shutdown()
+        limit.cancel()
 
     # -- for Span ------------------------------------------------------------------------------------------
 
