@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 from pdctl.boards.panels import Dashboard, Panel, Query, Row
 from pdctl.boards.promql import ENGINE, metric, quantile, rate, ratio, total
@@ -99,6 +100,32 @@ _ACCEPTED = ratio(
     total(rate(_engine("pdctl_engine_drafted_tokens_total")), "engine"),
 )
 
+
+class _Names(NamedTuple):
+    """What another kind of engine calls these. `dropped`: requests whose KV was dropped; "" if the kind tells none."""
+
+    running: str
+    waiting: str
+    tokens: str
+    kv: str
+    dropped: str = ""
+
+
+def _others(title: str, names: _Names) -> Row:
+    """Engines of another kind, as they count themselves. One engine may have several series, of its ranks."""
+    tokens = total(rate(_engine(names.tokens)), "engine")
+    panels: tuple[Panel, ...] = (
+        Panel("Running and waiting", "Requests.", "short",
+              (_each(names.running, "{{engine}} running"), _each(names.waiting, "{{engine}} waiting"))),
+        Panel("Tokens", "Tokens generated per second.", "short", (Query(tokens, "{{engine}}"),)),
+        Panel("KV in use", "Part of the KV cache in use.", "percentunit", (_each(names.kv),), red_from=0.95),
+    )  # fmt: skip
+    if names.dropped:
+        about = "Requests whose KV was dropped to make room."
+        panels += (Panel("Preemptions", about, "short", (_rates(names.dropped),)),)
+    return Row(title, panels)
+
+
 ENGINES = Dashboard(
     uid="pdctl-engines",
     title="pdctl: engines",
@@ -126,15 +153,17 @@ ENGINES = Dashboard(
             Panel("Error of predicted steps", "Mean relative error of the latency model.", "percentunit",
                   (Query(_ERROR, "{{engine}} {{kind}}"),), red_from=0.5),
         )),
-        Row("vLLM engines", (
-            Panel("Running and waiting", "Requests, as vLLM counts them.", "short",
-                  (_each("vllm:num_requests_running", "{{engine}} running"),
-                   _each("vllm:num_requests_waiting", "{{engine}} waiting"))),
-            Panel("Tokens", "Tokens generated per second.", "short", (_rates("vllm:generation_tokens_total"),)),
-            Panel("KV in use", "Part of the KV cache in use.", "percentunit", (_each("vllm:kv_cache_usage_perc"),),
-                  red_from=0.95),
-            Panel("Preemptions", "Requests whose KV was dropped to make room.", "short",
-                  (_rates("vllm:num_preemptions_total"),)),
+        _others("vLLM engines", _Names(
+            "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:generation_tokens_total",
+            "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total",
+        )),
+        _others("SGLang engines", _Names(
+            "sglang:num_running_reqs", "sglang:num_queue_reqs", "sglang:generation_tokens_total",
+            "sglang:token_usage",
+        )),
+        _others("LMDeploy engines", _Names(
+            "lmdeploy:num_requests_running", "lmdeploy:num_requests_waiting", "lmdeploy:generation_tokens_total",
+            "lmdeploy:gpu_cache_usage_perc",
         )),
     ),
 )  # fmt: skip

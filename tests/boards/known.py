@@ -24,10 +24,12 @@ from pdctl.wire import EngineState
 
 # What Prometheus adds.
 ADDED = {"service", "job", "instance"}
-# vLLM 0.11's metrics that the boards use; its own labels are model_name and engine.
-_VLLM = (
+# Metrics of other kinds that the boards use (vLLM 0.11, SGLang 0.5.23, LMDeploy 0.18). Their own labels do not matter.
+_OTHERS = (
     "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:generation_tokens_total",
-    "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total",
+    "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total", "sglang:num_running_reqs", "sglang:num_queue_reqs",
+    "sglang:generation_tokens_total", "sglang:token_usage", "lmdeploy:num_requests_running",
+    "lmdeploy:num_requests_waiting", "lmdeploy:generation_tokens_total", "lmdeploy:gpu_cache_usage_perc",
 )  # fmt: skip
 
 
@@ -74,6 +76,6 @@ def known() -> dict[str, set[str]]:
     for family in text_string_to_metric_families(engine_text()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels, {"engine"})
-    found |= {name: {"engine", "model_name"} for name in _VLLM}
+    found |= {name: {"engine"} for name in _OTHERS}
     found["up"] = set()
     return {name: labels | ADDED for name, labels in found.items()}
