@@ -71,7 +71,7 @@ def test_keys_exist(path: Path) -> None:
 
 
 def test_a_wrong_command_is_found() -> None:
-    assert wrong("pdctl stattus") == "there is no command stattus"
+    assert wrong("pdctl stat") == "there is no command stat"
     assert wrong("pdctl status --jason") == "no option --jason"
     assert wrong("pdctl bench serve --rat 4") == "no option --rat"
     assert not wrong("pdctl bench serve --rate 4 > out.txt")
