@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from tests.service import free_port
 
-BINARY = os.environ.get("PDCTL_TEST_ETCD") or shutil.which("etcd")
+BINARY = shutil.which("etcd")
 # An election within 0.2 s, and leases of 1 s.
 _QUICK = ("--heartbeat-interval", "20", "--election-timeout", "200")
 
