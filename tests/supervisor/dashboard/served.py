@@ -26,7 +26,7 @@ class Served(NamedTuple):
     def client(self, token: str, **headers: str) -> httpx.Client:
         """A client with that token, "" for none."""
         given = {"authorization": f"Bearer {token}"} if token else {}
-        return httpx.Client(base_url=self.url, headers={**given, **headers}, trust_env=False, timeout=30)
+        return httpx.Client(base_url=self.url, headers={**given, **headers}, trust_env=False, timeout=120)
 
     def link(self, write: bool = False) -> str:
         return f"{self.url}/#{self.write if write else self.read}"
@@ -53,6 +53,6 @@ def served() -> Iterator[Served]:
             yield Served(stage, url, gate.token(write=False), gate.token(write=True))
         finally:
             loop.call_soon_threadsafe(stop.set)
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive()
             loop.close()

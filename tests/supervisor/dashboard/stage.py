@@ -145,6 +145,7 @@ class Stage:
         self.plan: Any = SimpleNamespace(source="")
         self.journal = Journal(folder, lambda process, message: None)
         self.asked: list[tuple[str, ...]] = []
+        self.looked_at = 0.0
         self.processes = [
             process("prefill-0", "prefill", 0), process("prefill-1", "prefill", 1), process("decode-0", "decode", 2),
             process("decode-1", "decode", 3, restarts=2, last_exit=msgspec.structs.replace(KILLED, at=now_text(400))),
@@ -214,12 +215,14 @@ class Stage:
     def look_at(self, now: float) -> Look:
         """A load that goes up and down."""
         wave = 1 + 0.4 * math.sin(now / 60) + random.Random(int(now / 5)).uniform(-0.08, 0.08)
+        seconds, self.looked_at = now - self.looked_at if self.looked_at else 1.0, now
         for name in self.tokens:
-            self.tokens[name] += int((1900 if "prefill" not in name else 12) * wave)
+            self.tokens[name] += int((1900 if "prefill" not in name else 12) * wave * seconds)
         ttft, itl = 0.09 * wave**2, 0.011 * (1 + wave / 4)
         old = self.figures
         self.figures = Figures(
-            old.answered + 6 * wave, old.failed, 0, old.prompt_tokens + 5200 * wave, 1, int(max(0, wave - 1.1) * 20),
+            old.answered + 6 * wave * seconds, old.failed, 0, old.prompt_tokens + 5200 * wave * seconds, 1,
+            int(max(0, wave - 1.1) * 20),
             counted(old.ttft, [ttft * 0.7, ttft, ttft, ttft * 2.2]), counted(old.itl, [itl * 0.8, itl, itl, itl * 1.9]),
         )  # fmt: skip
         states: dict[str, EngineState | str] = {

@@ -37,7 +37,7 @@ def stage(tmp_path: Path) -> Configured:
 async def running(stage: Configured) -> AsyncIterator[Dashboard]:
     found = Dashboard(stage, "secret")
     found.follow()
-    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(300), asyncio.TaskGroup() as tasks:
         task = tasks.create_task(found.run_forever())
         yield found
         task.cancel()
@@ -52,7 +52,7 @@ async def answers(url: str) -> bool:
 
 
 async def until(url: str, wanted: bool) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while await answers(url) is not wanted:
             await asyncio.sleep(0.01)
 

@@ -32,7 +32,7 @@ def programs(monkeypatch: pytest.MonkeyPatch, *scripts: str) -> list[list[str]]:
 @asynccontextmanager
 async def running(source: str = "") -> AsyncIterator[DoctorRuns]:
     doctor = DoctorRuns(lambda: source)
-    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(300), asyncio.TaskGroup() as tasks:
         task = tasks.create_task(doctor.run_forever())
         yield doctor
         task.cancel()

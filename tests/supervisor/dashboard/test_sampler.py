@@ -32,7 +32,7 @@ class Looks:
 
 async def samples_until(looks: Looks, viewers: Viewers) -> Sampler:
     found = Sampler(looks, viewers)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(found.run_forever())
         await looks.enough.wait()
         running.cancel()
@@ -74,7 +74,7 @@ async def test_a_first_viewer_need_not_wait(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sampler, "IDLE_S", 1e9)
     viewers, looks = Viewers(), Looks(2)
     found = Sampler(looks, viewers)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+    async with asyncio.timeout(120), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(found.run_forever())
         while not looks.count:
             await asyncio.sleep(0)
