@@ -101,8 +101,9 @@ def test_each_sample_comes_once(ours: Served) -> None:
 
 def test_the_number_of_viewers_is_bounded(ours: Served) -> None:
     with ours.client(ours.read) as client, ExitStack() as stack:
-        for _ in range(16):
-            assert next(frames(stack.enter_context(client.stream("GET", "/api/live"))))
+        # A generator that nobody keeps would close its connection.
+        kept = [frames(stack.enter_context(client.stream("GET", "/api/live"))) for _ in range(16)]
+        assert all(next(one) for one in kept)
         assert client.get("/api/live").status_code == 503
 
 
