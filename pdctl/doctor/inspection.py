@@ -282,9 +282,12 @@ class Inspection:
         from pdctl.doctor.areas import environment, runtime
 
         cuda = any(group.device is Device.CUDA for group in self.started)
-        builtin = self.topology is None or any(launcher(group.kind).packages for group in self.started)
+        ours = [group for group in self.started if launcher(group.kind).packages]
+        builtin = bool(ours) if self.topology else bool(self.host.python)
         mooncake = self.topology is not None and self.topology.transfer.backend == "mooncake"
-        yield from runtime.check(runtime.RuntimeFacts(self.where.env, self.wants_rdma and mooncake, cuda, builtin))
+        facts = runtime.RuntimeFacts(self.where.env, self.wants_rdma and mooncake, cuda, builtin)
+        for python in dict.fromkeys(group.python or self.host.python for group in ours) or [self.host.python]:
+            yield from runtime.check(facts if python == self.host.program else runtime.elsewhere(facts, python))
         up = {device.name: device.is_active for device in self.host.rdma}
         for env in self._environments():
             yield from environment.check(environment.EnvironmentFacts(env, self.wants_rdma, up, self._backend()))

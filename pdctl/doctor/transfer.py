@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from pdctl.errors import PdctlError
+from pdctl.host import program
 from pdctl.host.devices.rdma import RdmaTree
 from pdctl.plan import Plan, ProcessSpec
+from pdctl.plan.interpreter import interpreter_of
 from pdctl.transports import TRANSPORTS
 
 PROTOCOLS = ("auto", "tcp", "rdma")
@@ -29,9 +30,11 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One transport between two locations. `pair`: the engines' names, "" without a plan; empty `cpus` mean any.
-    `pieces`: additional measurements with all bytes split into this many pieces."""
+    """One transport between two locations. `python`: the interpreter with the engine; `pair`: the engines' names, ""
+    without a plan; empty `cpus` mean any. `pieces`: additional measurements with all bytes split into this many pieces.
+    """
 
+    python: str
     transport: str
     protocol: str
     mib: int
@@ -50,25 +53,26 @@ class Probe:
             ("--peer-devices", self.peer_devices), ("--pieces", self.pieces),
         ):  # fmt: skip
             words += [name, ",".join(map(str, values))] if values else []
-        return [sys.executable, "-m", "pdctl.engine", *words]
+        return program.engine(self.python, *words)
 
 
 def probes(plan: Plan | None, only: str | None, protocol: str, mib: int) -> list[Probe]:
-    """One probe per transport and per pair of locations between which the plan hands over KV."""
+    """One probe per transport and per pair of locations between which the plan hands over KV. Raises PdctlError."""
+    python = interpreter_of(plan, "timing transfers")
     names = [only] if only else [name for name, info in TRANSPORTS.items() if not info.on_gpu]
     if plan is None:
-        return [Probe(name, protocol, mib) for name in names]
+        return [Probe(python, name, protocol, mib) for name in names]
     places: dict[tuple[object, ...], Probe] = {}
     for prefill in _with_role(plan, "decode"):
         for decode in _with_role(plan, "prefill"):
             if prefill.name == decode.name:
                 continue
             for name in names:
-                probe = Probe(name, protocol, mib, f"{prefill.name} to {decode.name}", decode.cpus, prefill.cpus,
-                              decode.rdma, prefill.rdma)  # fmt: skip
+                pair = f"{prefill.name} to {decode.name}"
+                probe = Probe(python, name, protocol, mib, pair, decode.cpus, prefill.cpus, decode.rdma, prefill.rdma)
                 # Replicas in the same location need no further probe.
                 places.setdefault((name, probe.cpus, probe.peer_cpus, probe.devices, probe.peer_devices), probe)
-    return list(places.values()) or [Probe(name, protocol, mib) for name in names]
+    return list(places.values()) or [Probe(python, name, protocol, mib) for name in names]
 
 
 def _with_role(plan: Plan, other: str) -> list[ProcessSpec]:

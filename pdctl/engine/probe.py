@@ -22,6 +22,7 @@ import numpy as np
 from pdctl.engine.cache.layout import Span
 from pdctl.engine.cache.memory import Memory, NoMemory
 from pdctl.engine.transfer import Settings, TransferError, Transport, transport_kind
+from pdctl.host import program
 from pdctl.transports import TRANSPORTS
 
 _BLOCK = 64 * 1024
@@ -190,7 +191,7 @@ def _timed(act: Callable[[], object]) -> float:
 def scratch_peer(place: Place, cpus: set[int]) -> Iterator[str]:
     """The address of a temporary process that serves known bytes, on these CPUs if given."""
     words = [*place.words(), "--serve", *(["--cpus", ",".join(map(str, cpus))] if cpus else [])]
-    argv = [sys.executable, "-m", "pdctl.engine", "probe", *words]
+    argv = program.this_engine("probe", *words)
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

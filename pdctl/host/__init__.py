@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from pdctl.host.memory import read_memory
 from pdctl.host.packages import installed_package
 from pdctl.host.processes.ports import PortHolder, listening_ports
 from pdctl.host.processes.stamps import stamp_of
+from pdctl.host.program import engine_python, executable
 from pdctl.host.users import cache_root, run_root, state_root
 from pdctl.net import LOOPBACK
 
@@ -58,8 +58,10 @@ class Host:
     """The facts that a plan needs. `cpus`: the CPUs that this process may use, ascending; `memory` in bytes.
 
     `gpus` and `rdma`: the devices that the environment makes available (`gpus_by` and `rdma_by` name the variable that
-    limits them); `gpu_holders`: by UUID, the processes that use the GPU now. `address`: where other processes of the
-    service reach those on this host. `package_in` reads a package's version from another Python environment.
+    limits them); `gpu_holders`: by UUID, the processes that use the GPU now. `python`: the interpreter of engines whose
+    group names none, "" if there is none; `program`: the executable of pdctl's own parts, "" if that is `python`.
+    `address`: where other processes of the service reach those on this host. `package_in` reads a package's version
+    from another Python environment.
     """
 
     cpus: tuple[int, ...]
@@ -77,6 +79,7 @@ class Host:
     rdma_by: str = ""
     address: str = LOOPBACK
     gpu_holders: dict[str, tuple[Holder, ...]] = field(default_factory=dict, hash=False)
+    program: str = ""
     package_in: Callable[[str, tuple[str, ...]], tuple[str, str] | None] = installed_package
 
     def gpu_named(self, name: int | str) -> Gpu | None:
@@ -104,7 +107,8 @@ def read_host(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) 
         gpus=gpus,
         memory=read_memory(proc_root)[0],
         listening=listening_ports(proc_root),
-        python=sys.executable,
+        python=engine_python(),
+        program=executable(),
         cache_root=cache_root(),
         run_root=run_root(),
         state_root=state_root(),

@@ -219,7 +219,7 @@ def _proxies(site: Site, engines: list[ProcessSpec]) -> list[ProcessSpec]:
 def _proxy(
     topology: Topology, host: Host, run_dir: Path, worker: int, ports: dict[str, int], engines: tuple[str, ...]
 ) -> ProcessSpec:
-    argv = [host.python, "-m", "pdctl.proxy", "--config", str(run_dir / "proxy.json")]
+    argv = [host.program or host.python, "-m", "pdctl.proxy", "--config", str(run_dir / "proxy.json")]
     base = f"http://{_in_url(topology.proxy.host)}:{topology.proxy.port}"
     if "control" in ports:
         argv += ["--worker", str(worker), "--control-port", str(ports["control"])]

@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pdctl import __version__
 from pdctl.adapters import Installed, launcher
 from pdctl.errors import Problem
 from pdctl.host import OTLP_PACKAGES, Host
 from pdctl.host.models import UnknownModel, locate_model
+from pdctl.host.program import ENGINE_HINT
 from pdctl.stores import store_launcher
 from pdctl.topology.document import Document
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
@@ -36,7 +38,14 @@ def _package_problems(document: Document, topology: Topology, host: Host) -> Ite
     for index, group in enumerate(topology.engines):
         if group.is_attached:
             continue
+        python = group.python or host.python
+        if not python:
+            yield document.problem(("engines", index), _NO_PYTHON, _python_hint(group))
+            continue
         yield from _python_problems(document, index, group, host)
+        if launcher(group.kind).packages and python != (host.program or host.python):
+            yield from _own_engine_problems(document, index, group, host)
+            continue
         missing = host.lacks(launcher(group.kind).packages)
         if missing:
             hint = f"install them with: pip install '{launcher(group.kind).requirement(group.device)}'"
@@ -44,6 +53,42 @@ def _package_problems(document: Document, topology: Topology, host: Host) -> Ite
             yield document.problem(("engines", index), message, hint)
             # One report is enough: other groups usually miss the same packages.
             return
+
+
+_NO_PYTHON = "python is missing: this pdctl is a binary, which has none for other processes"
+
+
+def _python_hint(group: EngineGroup) -> str:
+    if launcher(group.kind).packages:
+        return ENGINE_HINT
+    wanted = launcher(group.kind).requirement(group.device)
+    return f"set python to the interpreter of the environment that has {wanted}, such as ~/{group.kind}/bin/python"
+
+
+def _own_engine_problems(document: Document, index: int, group: EngineGroup, host: Host) -> Iterator[Problem]:
+    """pdctl's own engine is not in the environment of the group's interpreter, or another version of it."""
+    python = group.python or host.python
+    path: KeyPath = ("engines", index, "python") if group.python else ("engines", index)
+    wanted = launcher(group.kind).requirement(group.device)
+    install = f"install it there: {python} -m pip install '{wanted.replace(']', f']=={__version__}')}'"
+    if not os.access(python, os.X_OK):
+        hint = f"make the environment: python3 -m venv {Path(python).parent.parent}; then {install}"
+        yield document.problem(path, f"{python} does not exist or cannot be executed", hint)
+        return
+    _, found = host.package_in(python, ("pdctl",)) or ("", "")
+    if found != __version__:
+        said = f"has pdctl {found}, and this is pdctl {__version__}" if found else "has no package pdctl"
+        yield document.problem(path, f"the environment of {python} {said}", install)
+        return
+    needed = launcher(group.kind).packages
+    missing = [name for name in needed if host.package_in(python, _NAMES.get(name, (name,))) is None]
+    if missing:
+        message = f"the environment of {python} lacks packages of the engine: {', '.join(missing)}"
+        yield document.problem(path, message, install)
+
+
+# The distribution of a module that has another name.
+_NAMES = {"zmq": ("pyzmq",)}
 
 
 def _python_problems(document: Document, index: int, group: EngineGroup, host: Host) -> Iterator[Problem]:
@@ -75,7 +120,10 @@ def _program_problems(document: Document, topology: Topology, host: Host) -> Ite
             yield document.problem(path, f"{program} does not exist or cannot be executed", hint)
     for index, store in enumerate(topology.stores):
         starts, python = store_launcher(store.kind), store.python or host.python
-        if host.package_in(python, starts.distributions) is None:
+        if not python:
+            hint = f"set python to the interpreter of the environment that has {starts.requirement}"
+            yield document.problem(("stores", index, "kind"), _NO_PYTHON, hint)
+        elif host.package_in(python, starts.distributions) is None:
             message = f"the environment of {python} has no package {' or '.join(starts.distributions)}"
             hint = f"install it there: {python} -m pip install {starts.requirement}"
             yield document.problem(("stores", index, "python" if store.python else "kind"), message, hint)

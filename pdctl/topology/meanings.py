@@ -209,7 +209,7 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "interpreter of the environment that has the engine. It gets neither `PYTHONPATH` nor "
             "`VIRTUAL_ENV` of pdctl; "
             "programs beside it come first in `PATH`",
-            "pdctl's own",
+            "`PDCTL_PYTHON`, else pdctl's own; [the binary](../install.md) has none",
         ),
         "args": Meaning("added to the engine's command line", "none"),
         "tensor_parallel": Meaning("one engine uses as many GPUs as the product of its three parallel sizes"),
@@ -257,7 +257,7 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
     "stores": {
         "name": Meaning("its name, for `engines[].store`"),
         "kind": Meaning("which store"),
-        "python": Meaning("interpreter of the environment that has the store", "pdctl's own"),
+        "python": Meaning("interpreter of the environment that has the store", "`PDCTL_PYTHON`, else pdctl's own"),
         "args": Meaning("added to its command line", "none"),
         "env": Meaning("added to pdctl's environment", "none"),
         "cpus": Meaning("CPU pins", "all available"),

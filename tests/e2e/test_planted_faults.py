@@ -369,7 +369,7 @@ def test_why_a_probe_failed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     script = "import sys; sys.stderr.write('the library said why'); print('{\"error\": \"the peer\"}')"
     monkeypatch.setattr(Probe, "argv", lambda _: [sys.executable, "-c", script])
-    found = run(Probe("nixl", "auto", 1))
+    found = run(Probe(sys.executable, "nixl", "auto", 1))
     assert (found["error"], found["said"]) == ("the peer", "the library said why")
 
 
@@ -390,7 +390,7 @@ def test_rates_of_links(bench: Bench) -> None:
     tree = Tree(bench.folder / "sys")
     tree.hca("mlx5_0", {1: Port()})
     snapshot = read_tree(tree.root, bench.folder)
-    probe = Probe("mooncake", "rdma", 8)
+    probe = Probe(sys.executable, "mooncake", "rdma", 8)
     assert _link_gbps(probe, {"protocol": "rdma", "gbps": 40.0}, snapshot) == 50.0
     assert _link_gbps(probe, {"protocol": "tcp", "gbps": 40.0}, snapshot) is None
 

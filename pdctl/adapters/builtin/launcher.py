@@ -27,7 +27,7 @@ class BuiltinLauncher(BaseLauncher):
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
             "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
-            "schedule_ahead", "gpu_memory_utilization", "speculative",
+            "schedule_ahead", "gpu_memory_utilization", "speculative", "python",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})

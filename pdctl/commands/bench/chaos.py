@@ -19,6 +19,7 @@ from pdctl.commands.bench.load import endpoint_of, vocabulary
 from pdctl.commands.bench.watch import Leaks
 from pdctl.commands.common import FileOption, JsonOption, ServiceOption, control, find_service
 from pdctl.errors import NotAnswering, NotRunning, PdctlError, Verdict
+from pdctl.host import program
 
 if TYPE_CHECKING:
     from pdctl.bench import Asked
@@ -233,7 +234,7 @@ class _Schedule:
         try:
             # In its own session: Ctrl-C must not leave the service without a supervisor.
             done = subprocess.run(
-                [sys.executable, "-m", "pdctl", *words], capture_output=True, timeout=self._back_s, check=False,
+                program.pdctl(*words), capture_output=True, timeout=self._back_s, check=False,
                 start_new_session=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

@@ -23,6 +23,7 @@ from pdctl.commands.bench.load import Load, endpoint_of, takes_load, vocabulary
 from pdctl.commands.bench.predicted import beside, predictions, table
 from pdctl.commands.common import control, find_service, given_options, running_services
 from pdctl.errors import PdctlError
+from pdctl.host import program
 from pdctl.host.users import run_root
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _pdctl(words: list[str], within_s: float) -> None:
 
     Raises PdctlError, KeyboardInterrupt.
     """
-    argv = [sys.executable, "-m", "pdctl", *words]
+    argv = program.pdctl(*words)
     # In its own session: a terminal sends Ctrl-C to the whole foreground process group.
     with (
         _held_back() as interrupted,

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pdctl import console
 from pdctl.commands.common import FileOption, control, is_interactive
 from pdctl.commands.setup.plan import load_plan, warn_of_shared_gpus
 from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
+from pdctl.host import program
 
 if TYPE_CHECKING:
     from pdctl.control_api import ProcessStatus, ServiceStatus
@@ -129,7 +129,7 @@ class Detached:
 def _spawn(planned: Plan, told: int) -> subprocess.Popen[bytes]:
     """Start the supervisor. Raises PdctlError if its log file cannot be created."""
     log = Path(planned.log_dir) / "supervisor.log"
-    argv = [sys.executable, "-m", "pdctl.supervisor", "--reason-fd", str(told)]
+    argv = program.part("pdctl.supervisor", "--reason-fd", str(told))
     try:
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from pathlib import Path
 
 import typer
 
 from pdctl import console
 from pdctl.errors import PdctlError
+from pdctl.host import program
 
 
 def init(
@@ -40,7 +41,7 @@ def init(
 
 def _unit(path: Path) -> str:
     """A systemd unit: the service notifies systemd when it is ready, and feeds its watchdog."""
-    command = f"{sys.executable} -m pdctl up --file {path}"
+    command = shlex.join(program.lasting("up", "--file", str(path)))
     return _UNIT.format(path=path, folder=path.parent, command=command)
 
 

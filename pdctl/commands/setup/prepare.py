@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdctl import console
 from pdctl.errors import PdctlError
+from pdctl.host import program
 
 if TYPE_CHECKING:
     from pdctl.plan import Plan
@@ -28,13 +28,16 @@ def with_model(planned: Plan) -> Plan:
     """Convert or download the model unless that was done before. Raises PdctlError."""
     if planned.model_ready or _engines_download(planned):
         return planned
+    from pdctl.plan.interpreter import interpreter_of
+
     kept = (
         f"(once; it is kept in {Path(planned.model_path).parent})"
         if planned.model_path.startswith("/")
         else "from the Hub"
     )
     console.note(f"preparing {planned.model} {kept}")
-    argv = [sys.executable, "-m", "pdctl.engine", "prepare", planned.model, planned.model_path]
+    python = interpreter_of(planned, f"preparing {planned.model}")
+    argv = program.engine(python, "prepare", planned.model, planned.model_path)
     done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
     if done.returncode == 1:
         raise PdctlError(f"model {planned.model} cannot be used (see above)")

@@ -6,10 +6,11 @@ import ctypes
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdctl.doctor import Finding, Severity
+from pdctl.host.packages import installed_package
 
 # Package to its purpose and how to install it.
 _PACKAGES = {
@@ -85,6 +86,19 @@ class RuntimeFacts:
     exactly: Callable[[str], bool] = lambda name: _installed(name) is not None
 
 
+def elsewhere(facts: RuntimeFacts, python: str) -> RuntimeFacts:
+    """The same facts about the environment of another interpreter; "" for one that is not known."""
+
+    def installed(name: str) -> str | None:
+        found = installed_package(python, (name,)) if python else None
+        return found[1] if found else None
+
+    def version(name: str) -> str | None:
+        return installed(name) or (installed(_ALSO[name]) if name in _ALSO else None)
+
+    return replace(facts, version=version, folder=lambda _: None, exactly=lambda name: installed(name) is not None)
+
+
 def check(facts: RuntimeFacts) -> list[Finding]:
     """Run all checks."""
     return [finding for one in CHECKS for finding in one(facts)]
@@ -97,7 +111,7 @@ def packages(facts: RuntimeFacts) -> Iterator[Finding]:
         if version is not None:
             yield Finding("runtime.package", Severity.OK, name, version)
         else:
-            severity = Severity.WARNING if name in _NEEDED else Severity.INFO
+            severity = Severity.WARNING if name in _NEEDED and facts.builtin else Severity.INFO
             yield Finding(
                 "runtime.package", severity, name, "not installed", f"for {purpose}", "importlib.metadata", "", fix
             )

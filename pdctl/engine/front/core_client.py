@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -45,6 +44,7 @@ from pdctl.engine.ipc.messages import (
     Withdrawn,
 )
 from pdctl.engine.options import EngineOptions
+from pdctl.host import program
 from pdctl.wire import KvEndpoint
 
 _log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class CoreClient:
 
     async def run_core(self) -> None:
         """Start the core and wait until it exits. Raises CoreGone unless the front requested it."""
-        argv = [sys.executable, "-m", "pdctl.engine", "core", *self._options.to_argv()]
+        argv = program.this_engine("core", *self._options.to_argv())
         process = await asyncio.create_subprocess_exec(*argv, env={**os.environ}, stdin=asyncio.subprocess.DEVNULL)
         try:
             code = await process.wait()

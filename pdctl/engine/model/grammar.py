@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pdctl.engine.ipc.messages import Thinking
 from pdctl.engine.lifeline import die_with_parent
 from pdctl.engine.model.compilers import BadGrammar, Compilers, serve
 from pdctl.engine.schedule.sequence import Sequence
+from pdctl.host import program
 
 if TYPE_CHECKING:
     import xgrammar
@@ -176,7 +176,7 @@ class _Tokens:
         """The command of a compiler process for this vocabulary."""
         words = ["--model", str(self.model or ""), "--vocab-size", str(self.vocab_size)]
         words += ["--stops", ",".join(map(str, self.stops)), "--parent", str(os.getpid())]
-        return [sys.executable, "-m", "pdctl.engine", "grammars", *words]
+        return program.this_engine("grammars", *words)
 
     @cached_property
     def info(self) -> xgrammar.TokenizerInfo:

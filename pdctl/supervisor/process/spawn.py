@@ -16,11 +16,11 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdctl.host import program
 from pdctl.plan import ProcessSpec
 from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, SECRET_ENV, UNIT_ENV
 
@@ -89,7 +89,7 @@ def spawn(start: Start, log: int) -> int:
 def _environment(start: Start) -> dict[str, str]:
     spec, command = start.spec, Path(start.spec.argv[0])
     inherited = dict(os.environ)
-    if command.is_absolute() and command.name.startswith("python") and command != Path(sys.executable):
+    if command.is_absolute() and command.name.startswith("python") and command != Path(program.executable()):
         # An engine with an environment of its own must not import pdctl's packages, and needs the tools beside its
         # interpreter (compilers of kernels look for ninja in PATH).
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
@@ -197,7 +197,7 @@ def _argv(start: Start) -> list[str]:
         return _recorded(start, join)
     setpriv = _found("setpriv", os.environ.get("PATH", ""))
     if setpriv is None:
-        return [sys.executable, "-I", "-S", str(_SHIM), str(os.getpid()), join, *command]
+        return program.spawn_shim(_SHIM, str(os.getpid()), join, *command)
     return ["/bin/sh", "-c", f'{_JOIN} exec {setpriv} --pdeathsig TERM -- "$@"', str(os.getpid()), join, *command]
 
 
