@@ -24,7 +24,10 @@ from pdctl.control_api import SOCKET, ControlClient, LastExit, MeasuredProcess, 
 from pdctl.host.processes.stamps import stamped
 
 REPOSITORY = Path(__file__).parent.parent
-CLI = [sys.executable, "-m", "pdctl"]
+# The pdctl under test: this environment's, or a binary, whose engines run in this environment.
+PROGRAM = os.path.abspath(os.environ["PDCTL_PROGRAM"]) if os.environ.get("PDCTL_PROGRAM") else ""  # noqa: PTH100
+CLI = [PROGRAM] if PROGRAM else [sys.executable, "-m", "pdctl"]
+SUPERVISOR = [PROGRAM or sys.executable, "-m", "pdctl.supervisor"]
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Run:
             "PDCTL_TRACE_DIR": str(self.folder / "trace"),
             "PDCTL_POISON_FREED": "1" if self.poison else "",
         }
+        if PROGRAM:
+            extra["PDCTL_PYTHON"] = sys.executable
         return {**os.environ, **extra}
 
     def cli(

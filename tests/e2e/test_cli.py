@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.service import CLI, Run, Service, pid_of, running, single, topology, wait_until
+from tests.service import CLI, SUPERVISOR, Run, Service, pid_of, running, single, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -255,7 +256,7 @@ def test_a_full_disk_under_its_log_does_not_end_the_service(run: Run) -> None:
     plan = run.cli("plan", "--json", check=True).stdout
     with open("/dev/full", "w") as full:  # noqa: PTH123 - a device, every write to which fails with ENOSPC
         supervisor = subprocess.Popen(
-            [sys.executable, "-m", "pdctl.supervisor"], env=run.env, stdin=subprocess.PIPE, stderr=full, text=True
+            SUPERVISOR, env=run.env, stdin=subprocess.PIPE, stderr=full, text=True
         )
         assert supervisor.stdin is not None
         supervisor.stdin.write(plan)
@@ -295,7 +296,7 @@ def test_devices_are_named_as_ibstatus_takes_them(run: Run) -> None:
 
 
 def shell(run: Run, line: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    command = f"{sys.executable} -m pdctl {line}"
+    command = f"{shlex.join(CLI)} {line}"
     return subprocess.run(
         ["bash", "-c", command], env={**run.env, **extra}, cwd=run.folder, capture_output=True, text=True, timeout=300
     )

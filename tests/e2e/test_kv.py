@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.service import Engine, Run, Service, pid_of, running, topology, wait_until
+from tests.service import SUPERVISOR, Engine, Run, Service, pid_of, running, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -317,8 +316,9 @@ def test_pools_that_do_not_fit_are_refused_at_start(run: Run, tiny_model: Path) 
     for process in plan["processes"]:
         if process["name"] == "decode-0":
             process["argv"] = [str(other) if word == str(tiny_model) else word for word in process["argv"]]
-    argv = [sys.executable, "-m", "pdctl.supervisor"]
-    done = subprocess.run(argv, input=json.dumps(plan), env=run.env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        SUPERVISOR, input=json.dumps(plan), env=run.env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 1
     assert "decode-0 cannot use the KV of prefill-0: its KV does not fit: the models differ" in done.stderr
     assert run.processes() == []

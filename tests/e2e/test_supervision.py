@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.service import Run, Service, free_port, last_exit_of, pid_of, running, single, topology, wait_until
+from tests.service import CLI, Run, Service, free_port, last_exit_of, pid_of, running, single, topology, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -197,7 +196,7 @@ def _drained_while_streaming(service: Service) -> bool:
         next(lines)
         busy = "decode-0"
         drain = subprocess.Popen(
-            [sys.executable, "-m", "pdctl", "drain", busy], env=service.run.env, cwd=service.run.folder,
+            [*CLI, "drain", busy], env=service.run.env, cwd=service.run.folder,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         state = service.wait(lambda: (now := service.process(busy).state) in ("draining", "drained") and now)
@@ -527,7 +526,7 @@ def test_a_unit_for_systemd(run: Run) -> None:
         listener.bind(address)
         listener.settimeout(90)
         env = {**run.env, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"}
-        argv = [sys.executable, "-m", "pdctl", "up"]
+        argv = [*CLI, "up"]
         out = (run.folder / "out").open("wb")
         with out, subprocess.Popen(argv, env=env, cwd=run.folder, stdout=out, stderr=out) as up:
             said = [listener.recv(4096).decode()]
@@ -570,7 +569,7 @@ def test_another_users_service_is_left_alone(run: Run) -> None:
         pytest.skip("needs root, to become somebody else")
     with running(run, single(kv_cache_gb=0.1)) as service:
         before = pids(service)
-        argv = ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-m", "pdctl"]
+        argv = ["setpriv", "--reuid", "65534", "--clear-groups", *CLI]
         for words in (["status", "-s", "t"], ["down", "-s", "t"], ["restart", "hybrid", "-s", "t"]):
             done = subprocess.run(
                 [*argv, *words], env=run.env, cwd="/", capture_output=True, text=True, check=False, timeout=300
