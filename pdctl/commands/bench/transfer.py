@@ -43,17 +43,19 @@ def transfer(
     no transport works."""
     from pdctl.doctor import transfer as moving
     from pdctl.host.devices.rdma import read_tree
+    from pdctl.plan.interpreter import interpreter_of
 
     for option, value, known in (("--transport", only, TRANSPORTS), ("--protocol", protocol, moving.PROTOCOLS)):
         if value and value not in known:
             raise PdctlError(f"{option} {value!r} is unknown", f"one of: {', '.join(known)}")
     if pictures is not None:
         drawing()
+    python = interpreter_of(None, "timing transfers")
     sizes, counts, tree, found = sorted(set(mib)), tuple(sorted(set(blocks))), read_tree(), []
     for name in [only] if only else [name for name, info in TRANSPORTS.items() if not info.on_gpu]:
         for size in sizes:
             console.note(f"{name}: moving {size} MiB between two processes ...")
-            found.append(moving.run(moving.Probe(name, protocol, size, pieces=counts), tree) | {"mib": size})
+            found.append(moving.run(moving.Probe(python, name, protocol, size, pieces=counts), tree) | {"mib": size})
     table = (_HEADER, [row for entry in found for row in _rows(entry)])
     console.out(json.dumps(found, indent=2) if as_json else console.table(*table))
     troubles = [f"{entry['transport']}, {entry['mib']} MiB: {why}" for entry in found if (why := _trouble(entry))]
