@@ -1,4 +1,5 @@
-"""The command line. Each verb imports what it needs inside its function, so that `--help` and `status` stay fast."""
+"""The command line. A verb is imported when it is used, and imports what it needs inside its function: `--help` and
+`status` stay fast."""
 
 from __future__ import annotations
 
@@ -11,49 +12,23 @@ import typer
 from typer.exceptions import TyperException
 
 from pdctl import __version__, console
-from pdctl.commands.ask import ask
-from pdctl.commands.bench import app as bench
-from pdctl.commands.control.apply import apply, scale
-from pdctl.commands.control.down import down
-from pdctl.commands.control.process import drain, restart, start, stop
-from pdctl.commands.control.role import role
-from pdctl.commands.control.up import up
-from pdctl.commands.doctor import doctor
-from pdctl.commands.inspect.dash import dash
-from pdctl.commands.inspect.events import events
-from pdctl.commands.inspect.kv import kv
-from pdctl.commands.inspect.logs import logs
-from pdctl.commands.inspect.metrics import app as metrics
-from pdctl.commands.inspect.status import status
-from pdctl.commands.inspect.top import top
-from pdctl.commands.inspect.why import why
-from pdctl.commands.predict.recommend import recommend
-from pdctl.commands.predict.simulate import simulate
-from pdctl.commands.setup.init import init
-from pdctl.commands.setup.key import key
-from pdctl.commands.setup.plan import plan
+from pdctl.commands.verbs import Verbs
 from pdctl.errors import ConfigError, PdctlError, Verdict
-from pdctl.host.users import make_variables_absolute
 
 app = typer.Typer(
     name="pdctl",
+    cls=Verbs,
     help="Run prefill/decode-disaggregated LLM serving with one command.",
     no_args_is_help=True,
-    add_completion=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for verb in (
-    init, plan, up, status, top, dash, logs, events, why, restart, stop, start, drain, role, scale, apply, kv, ask,
-    doctor, key, down, simulate, recommend,
-):  # fmt: skip
-    app.command()(verb)
-app.add_typer(bench, name="bench")
-app.add_typer(metrics, name="metrics")
 
-
+# Set by the completion scripts: the words are incomplete, and what may follow is wanted.
+COMPLETION_ENV = "PDCTL_COMPLETION"
 # Errors of writing to a stdout that is full, closed or gone.
 _FULL = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)
 
@@ -71,12 +46,19 @@ def _root(
     ),
 ) -> None:
     """Run prefill/decode-disaggregated LLM serving with one command."""
+    from pdctl.host.users import make_variables_absolute
+
+    make_variables_absolute()
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 success, 1 an error that the user can fix, 2 an unexpected error."""
     console.prepare()
-    make_variables_absolute()
+    if COMPLETION_ENV in os.environ:
+        from pdctl.commands.shell.completion import answer
+
+        answer(app)
+        return
     try:
         sys.exit(_run())
     except KeyboardInterrupt:

@@ -84,16 +84,21 @@ def as_json_text(answer: Struct | Sequence[Struct], indent: int | None = 2) -> s
     return json.dumps(msgspec.to_builtins(answer), indent=indent)
 
 
-def _name_in(path: Path) -> str:
-    """The service name in a topology file. The rest of the file is not checked."""
+def read_topology(path: Path) -> dict[str, object]:
+    """The contents of a topology file, not checked against any key. Raises PdctlError."""
     import tomli
 
     try:
-        found = tomli.loads(read_user_text(path)).get("service", {})
+        return tomli.loads(read_user_text(path))
     except FileNotFoundError:
         raise PdctlError(f"topology file {path} does not exist", "create one with: pdctl init") from None
     except (OSError, tomli.TOMLDecodeError, UnicodeDecodeError) as failure:
         raise PdctlError(f"topology file {path} cannot be read: {failure}") from None
+
+
+def _name_in(path: Path) -> str:
+    """The service name in a topology file. The rest of the file is not checked."""
+    found = read_topology(path).get("service", {})
     name = found.get("name", "pdctl") if isinstance(found, dict) else "pdctl"
     return str(name)
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pdctl.bench.client import Endpoint, Run
     from pdctl.bench.measurements import Measurements, Targets
 
-app = typer.Typer(help="Measure a service under load and compare results.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Measure a service under load and compare results.", no_args_is_help=True, rich_markup_mode=None,
+                  add_completion=False)  # fmt: skip
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Verbs for shells and readers: completion scripts and the man page."""
