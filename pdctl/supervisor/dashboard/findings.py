@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import msgspec
 
+from pdctl.host import program
 from pdctl.supervisor.dashboard.messages import Findings
 
 _DEADLINE_S = 120.0
@@ -46,7 +46,7 @@ class DoctorRuns:
 
     async def _run(self) -> Findings:
         source = self._source()
-        argv = [sys.executable, "-m", "pdctl", "doctor", "--json", *(["--against", source] if source else [])]
+        argv = program.pdctl("doctor", "--json", *(["--against", source] if source else []))
         try:
             with _started(argv) as process:
                 try:

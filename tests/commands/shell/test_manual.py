@@ -19,7 +19,7 @@ KEPT = Path(__file__).parents[3] / "docs/pdctl.1"
 
 def test_the_kept_page_is_the_one_that_is_made() -> None:
     made = CliRunner().invoke(app, ["manual"]).stdout
-    assert made == KEPT.read_text(), "make it again: .venv/bin/python -m pdctl manual > docs/pdctl.1"
+    assert made == KEPT.read_text(), "make it again: scripts/docs reference"
 
 
 def _options(command: Any, path: str = "pdctl") -> list[tuple[str, str]]:
