@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parents[2]
-ROUNDS = 9
+ROUNDS = int(os.environ.get("ROUNDS", "9"))
 
 
 def size_mb(path: Path) -> float:
