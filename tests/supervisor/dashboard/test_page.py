@@ -61,8 +61,9 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_is_wrong(ours: Served, ope
 
 def test_the_token_leaves_the_address(ours: Served, opened: Browser) -> None:
     assert opened.evaluate("location.href") == f"{ours.url}/"
-    opened.evaluate("location.reload()")
-    opened.until(f"document.readyState === 'complete' && {DRAWN}")
+    # The old page is there until the new one begins.
+    opened.evaluate("window.isOld = true; location.reload()")
+    opened.until(f"!window.isOld && document.readyState === 'complete' && {DRAWN}")
 
 
 def test_a_link_without_a_token_says_what_to_do(ours: Served) -> None:
@@ -225,8 +226,9 @@ def test_dark_and_light_are_chosen(opened: Browser) -> None:
     opened.evaluate(choose("dark"))
     dark = opened.evaluate(ground)
     assert light != dark
-    opened.evaluate("location.reload()")
-    opened.until(f"document.readyState === 'complete' && {DRAWN}")
+    # The old page is there until the new one begins.
+    opened.evaluate("window.isOld = true; location.reload()")
+    opened.until(f"!window.isOld && document.readyState === 'complete' && {DRAWN}")
     assert opened.evaluate(ground) == dark
     opened.evaluate(choose(""))
     opened.scheme(dark=True)
