@@ -27,6 +27,8 @@ BEFORE = {
     "until pdctl why proxy | grep -q SIGKILL; do sleep 0.2; done",
 }
 WITH_COMMANDS = [page for page in pages() if any(block.kind == "run" for block in blocks(page))]
+# scripts/slow runs these too.
+QUICK = ("README.md", "first-five-minutes.md", "rdma.md")
 
 
 class Page:
@@ -70,7 +72,13 @@ class Page:
             self.run(block.text, f"{block.page}:{block.line}", block.language)
 
 
-@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.name, marks=() if path.name in QUICK else pytest.mark.slow)
+        for path in WITH_COMMANDS
+    ],
+)
 def test_commands_of(path: Path, run: Run) -> None:
     page = Page(run)
     try:
