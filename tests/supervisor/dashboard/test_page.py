@@ -277,7 +277,9 @@ def test_axe_finds_nothing(ours: Served, chromium: Browser, width: int, dark: bo
 # Every text that is drawn, with the contrast to the ground that it is on: WCAG 2.1's formula.
 CONTRASTS = """
 (() => {
-  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  // Mixed colours have parts from 0 to 1.
+  const scaled = (colour) => (part, at) => (colour.startsWith('color(') && at < 3 ? part * 255 : part);
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number).map(scaled(colour));
   const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
     .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
     .reduce((sum, c, at) => sum + c * [0.2126, 0.7152, 0.0722][at], 0);
