@@ -82,6 +82,11 @@ def _run() -> int:
     try:
         # Not click's standalone mode: it prints messages of lower libraries unchanged and exits with 2.
         return int(app(standalone_mode=False) or 0)
+    except SystemExit as ended:
+        # click ends the program with 1 when the reader of stdout has exited, in each of its modes.
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None
+        raise
     except TyperException as failure:
         _usage_error(failure)
         return 1
