@@ -331,18 +331,25 @@ def test_transfers_between_the_places_of_a_plan(bench: Bench) -> None:
     assert done.returncode == 0
 
 
+def planned(name: str, role: str, **options: object) -> object:
+    """What the probes look at of a planned process."""
+    from types import SimpleNamespace
+
+    asked = {"kind": "builtin", "argv": (sys.executable,), "cpus": (), "rdma": (), **options}
+    return SimpleNamespace(name=name, role=role, is_engine=role != "proxy", **asked)
+
+
 def test_the_plan_of_a_wide_machine_is_not_asked_for_each_replica() -> None:
     from types import SimpleNamespace
 
     from pdctl.doctor.transfer import probes
 
     specs = [
-        SimpleNamespace(name=f"{role}-{n}", is_engine=True, role=role, cpus=(number,), rdma=())
+        planned(f"{role}-{n}", role, cpus=(number,))
         for number, role in enumerate(("prefill", "decode"))
         for n in range(4)
     ]
-    proxy = SimpleNamespace(name="proxy", is_engine=False, role="proxy", cpus=(), rdma=())
-    plan = cast(Plan, SimpleNamespace(processes=(*specs, proxy)))  # what `probes` looks at of one
+    plan = cast(Plan, SimpleNamespace(processes=(*specs, planned("proxy", "proxy", kind="proxy"))))
     found = probes(plan, None, "auto", 8)
     assert [(probe.transport, probe.pair) for probe in found] == [
         (name, "prefill-0 to decode-0") for name in ("shm", "mooncake", "nixl")
@@ -355,11 +362,8 @@ def test_each_end_of_a_transfer_gets_its_own_devices() -> None:
 
     from pdctl.doctor.transfer import probes
 
-    specs = [
-        SimpleNamespace(name=role, is_engine=True, role=role, cpus=(), rdma=(f"mlx5_{number}",))
-        for number, role in enumerate(("prefill", "decode"))
-    ]
-    plan = cast(Plan, SimpleNamespace(processes=specs))  # what `probes` looks at of one
+    specs = [planned(role, role, rdma=(f"mlx5_{number}",)) for number, role in enumerate(("prefill", "decode"))]
+    plan = cast(Plan, SimpleNamespace(processes=specs))
     [found] = probes(plan, "mooncake", "auto", 8)
     assert found.argv()[-4:] == ["--devices", "mlx5_1", "--peer-devices", "mlx5_0"]
 
