@@ -1,6 +1,7 @@
 """One API key sends 50 times what another one does: how long the other one waits for its first token.
 
     python -m benchmarks.fairness [--rounds 3] [--seconds 30] [--rate 2] [--model tiny-qwen3] [--chunk 512] [--hybrid]
+                                  [--short]
     python -m benchmarks.fairness --virtual
 
 Real engines (1 prefill + 1 decode, or one hybrid). In each round, in turn: the key alone; the key beside the flood of
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import uvloop
@@ -60,8 +61,7 @@ class Traffic:
     seconds: float
 
 
-async def one(client: ConnectionPool, key: str, traffic: Traffic, outcome: Outcome) -> None:
-    prompt = " ".join(random.choices(WORDS, k=traffic.words))
+async def one(client: ConnectionPool, key: str, traffic: Traffic, prompt: str, outcome: Outcome) -> None:
     fields = {"prompt": prompt, "max_tokens": traffic.tokens, "stream": True, "ignore_eos": True}
     head = f"content-type: application/json\r\nauthorization: Bearer {secret(key)}\r\n{TIMING_HEADER}: 1\r\n".encode()
     started = time.monotonic()
@@ -84,33 +84,39 @@ async def one(client: ConnectionPool, key: str, traffic: Traffic, outcome: Outco
     outcome.ttft_s.append(first - started)
 
 
-async def send(client: ConnectionPool, key: str, traffic: Traffic, outcome: Outcome) -> None:
+async def send(client: ConnectionPool, key: str, traffic: Traffic, draw: random.Random, outcome: Outcome) -> None:
     end, at = time.monotonic() + traffic.seconds, time.monotonic()
     async with asyncio.TaskGroup() as tasks:
-        while (at := at + random.expovariate(traffic.rate)) < end:
+        while (at := at + draw.expovariate(traffic.rate)) < end:
+            # A prompt that no earlier phase has had: it must not be found in the cache.
+            prompt = f"{random.random()} " + " ".join(random.choices(WORDS, k=traffic.words))
             await asyncio.sleep(max(0.0, at - time.monotonic()))
-            tasks.create_task(one(client, key, traffic, outcome))
+            tasks.create_task(one(client, key, traffic, prompt, outcome))
 
 
-async def phase(client: ConnectionPool, single: Traffic, flood: Traffic | None, key: str) -> dict[str, Outcome]:
+async def phase(
+    client: ConnectionPool, single: Traffic, flood: Traffic | None, key: str, number: int
+) -> dict[str, Outcome]:
+    """Within a round the key's requests come at the same times in each phase: they meet each other alike."""
     found = {name: Outcome() for name in KEYS}
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(send(client, "single", single, found["single"]))
+        tasks.create_task(send(client, "single", single, random.Random(number), found["single"]))
         if flood is not None:
-            tasks.create_task(send(client, key, flood, found["flood"]))
+            tasks.create_task(send(client, key, flood, random.Random(-1 - number), found["flood"]))
     return found
 
 
-async def measure(service: Service, single: Traffic, flood: Traffic, rounds: int) -> int:
+async def measure(service: Service, single: Traffic, flood: Traffic, rounds: int, is_short: bool) -> int:
     client = ConnectionPool("127.0.0.1", int(service.url.rpartition(":")[2]), connect_s=10)
     every: dict[str, dict[str, Outcome]] = {}
     try:
-        await phase(client, single, None, "")  # engines and proxy are warm afterwards
+        await phase(client, replace(single, seconds=20.0), None, "", 0)  # engines and proxy are warm afterwards
+        kinds: list[tuple[str, Traffic | None, str]] = [("alone", None, ""), ("beside another key", flood, "flood")]
+        if not is_short:
+            kinds.append(("beside its own flood", flood, "single"))
         for number in range(rounds):
-            for name, other, key in (
-                ("alone", None, ""), ("beside another key", flood, "flood"), ("beside its own flood", flood, "single"),
-            ):  # fmt: skip
-                found = await phase(client, single, other, key)
+            for name, other, key in kinds:
+                found = await phase(client, single, other, key, number)
                 total = every.setdefault(name, {key: Outcome() for key in KEYS})
                 for each, outcome in found.items():
                     total[each].ttft_s += outcome.ttft_s
@@ -162,6 +168,7 @@ def main() -> int:
     parser.add_argument("--model", default="tiny-qwen3")
     parser.add_argument("--chunk", type=int, default=512, help="max_num_batched_tokens of the engines")
     parser.add_argument("--hybrid", action="store_true")
+    parser.add_argument("--short", action="store_true", help="without the key's own flood")
     found = parser.parse_args()
     if found.virtual:
         virtual()
@@ -177,7 +184,7 @@ def main() -> int:
         lines = [f"{key} sha256:{hashlib.sha256(secret(key).encode()).hexdigest()}\n" for key in KEYS]
         run.write("".join(lines), "keys.txt")
         with running(run, text) as service:
-            return uvloop.run(measure(service, single, flood, found.rounds))
+            return uvloop.run(measure(service, single, flood, found.rounds, found.short))
 
 
 if __name__ == "__main__":
