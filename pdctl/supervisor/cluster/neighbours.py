@@ -4,6 +4,7 @@ not."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Never
@@ -13,8 +14,10 @@ from pdctl.registry.mirror import follow
 from pdctl.supervisor.cluster.entries import EngineEntry, Keys
 from pdctl.supervisor.cluster.membership import Membership
 
-# Engines of which the registry tells nothing are asked this often, so many at once, each with a deadline.
+# Engines of which the registry tells nothing are asked this often, so many at once. One that has not answered after
+# `_ANSWER_S` does not answer: it may be frozen.
 _ASK_S = 1.0
+_ANSWER_S = 2.0
 _AT_ONCE = 16
 
 
@@ -82,6 +85,8 @@ class Neighbours:
             await asyncio.sleep(_ASK_S)
 
     async def _ask_one(self, entry: EngineEntry) -> None:
-        async with self._limit:
-            epoch = await self._ask(entry)
+        epoch = None
+        with contextlib.suppress(TimeoutError):
+            async with self._limit, asyncio.timeout(_ANSWER_S):
+                epoch = await self._ask(entry)
         self._heard(self._membership.asked(entry.name, epoch))

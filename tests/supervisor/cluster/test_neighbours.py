@@ -11,6 +11,7 @@ import pytest
 
 from pdctl.registry import Delete, Put
 from pdctl.registry.memory import MemoryRegistry
+from pdctl.supervisor.cluster import neighbours
 from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys
 from pdctl.supervisor.cluster.membership import Membership
 from pdctl.supervisor.cluster.neighbours import Neighbours
@@ -31,6 +32,7 @@ class Rig:
         self.registry = MemoryRegistry()
         self.answering = {"decode-0": "e1", "decode-1": "e1"}
         self.asked: list[str] = []
+        self.frozen: set[str] = set()
         self.released: list[str] = []
         self.now = 0.0
         self._news = asyncio.Event()
@@ -42,6 +44,8 @@ class Rig:
     async def ask(self, entry: EngineEntry) -> str | None:
         self.asked.append(entry.name)
         self.woken()
+        if entry.name in self.frozen:
+            await asyncio.Event().wait()
         return self.answering.get(entry.name)
 
     def release(self, holders: list[str]) -> None:
@@ -96,3 +100,17 @@ async def test_engines_of_a_silent_node_are_used_while_they_answer_and_forgotten
         rig.now = 61.0
         await rig.until(lambda: rig.names == [])
         assert rig.released == ["decode-1@e1", "decode-0@e1"]
+
+
+async def test_an_engine_that_is_frozen_does_not_keep_the_others_from_being_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(neighbours, "_ANSWER_S", 0.05)
+    async with running() as rig:
+        await rig.put(DECODE, OTHER)
+        await rig.until(lambda: len(rig.names) == 2)
+        rig.frozen.add("decode-1")
+        await rig.registry.write([Delete(KEYS.engine("b", name)) for name in ("decode-0", "decode-1")])
+        await rig.until(lambda: rig.names == ["decode-0"])
+        await rig.until(lambda: rig.asked.count("decode-0") > 1)
+        assert rig.released == ["decode-1@e1"]
