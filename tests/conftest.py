@@ -30,6 +30,12 @@ _LONG = (
 )  # fmt: skip
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """What `pytest.mark.anyio` runs asynchronous tests with."""
+    return "asyncio"
+
+
 # The duration of an example depends on the machine and its load.
 settings.register_profile("pdctl", deadline=None)
 settings.load_profile("pdctl")

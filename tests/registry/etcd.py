@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def members(folder: Path, count: int) -> Iterator[list[Member]]:
     started = [Member(f"m{number}", folder, client, peer, cluster) for number, (client, peer) in enumerate(urls)]
     try:
         for member in started:
-            _until_ready(member)
+            until_ready(member)
         yield started
     finally:
         for member in started:
@@ -76,12 +77,17 @@ def members(folder: Path, count: int) -> Iterator[list[Member]]:
             member.kill()
 
 
-def _until_ready(member: Member) -> None:
+def until_ready(member: Member) -> None:
+    """Until it answers."""
     deadline = time.monotonic() + 120
     while True:
         try:
             member.post("/v3/kv/range", {"key": "AA=="})
             return
+        except urllib.error.HTTPError as refused:
+            # With access control: it answers.
+            if refused.code < 500:
+                return
         except OSError:
             assert time.monotonic() < deadline, f"{member.url} does not become ready"
             time.sleep(0.05)

@@ -20,11 +20,6 @@ LONG_S = 60
 Make = Callable[[], Registry]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def member(tmp_path_factory: pytest.TempPathFactory) -> Iterator[etcd.Member | None]:
     if etcd.BINARY is None:

@@ -25,11 +25,6 @@ pytestmark = [
 LONG_S = 120
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Followed:
     """What `follow` told: the present values, and whether they are known to be up to date."""
 

@@ -22,6 +22,7 @@ CALL_S = 1.0
 _PROOF_EVERY_S = 1.0
 _PROOFS_MISSED = 2
 _LONGEST_LINE = 16 * 1024 * 1024
+_STATUS = "/v3/maintenance/status"
 # gRPC's codes: what the user can mend, with a hint.
 _NOT_FOUND = 5
 _REFUSALS = {
@@ -81,6 +82,8 @@ class Gateway:
         """
         url = self._members.current
         try:
+            # A watch does not sign in by itself, and would be refused with a token that etcd has forgotten.
+            await self._signed(url, _STATUS, {}, Empty)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read(url, path, message, tell))
                 tasks.create_task(self._prove(url))
@@ -150,7 +153,7 @@ class Gateway:
         while True:
             await asyncio.sleep(_PROOF_EVERY_S)
             try:
-                await self._signed(url, "/v3/maintenance/status", {}, Empty)
+                await self._signed(url, _STATUS, {}, Empty)
                 missed = 0
             except Unavailable:
                 missed += 1

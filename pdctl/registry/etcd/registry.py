@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Never
 
-from pdctl.registry import Behind, Change, Created, Delete, LeaseGone, Listing, Modified, Put, Unavailable
+from pdctl.registry import Behind, Change, Created, Delete, LeaseGone, Listing, Modified, Put, Refused, Unavailable
 from pdctl.registry.etcd.gateway import Gateway, NotFound
 from pdctl.registry.etcd.messages import (
     Empty,
@@ -18,6 +18,9 @@ from pdctl.registry.etcd.messages import (
     transaction_request,
     watch_request,
 )
+
+# gRPC's names of what the user can mend, in the reason with which a watch is cancelled.
+_REFUSED = ("InvalidArgument", "PermissionDenied", "Unauthenticated")
 
 
 class EtcdRegistry:
@@ -71,7 +74,7 @@ class EtcdRegistry:
 
 
 def _groups(answer: WatchAnswer) -> list[tuple[Change, ...]]:
-    """The changes of one line. Raises Behind, Unavailable."""
+    """The changes of one line. Raises Behind, Refused, Unavailable."""
     if answer.error is not None:
         raise Unavailable(f"etcd ended the watch: {answer.error.message}")
     if answer.result is None:
@@ -79,5 +82,8 @@ def _groups(answer: WatchAnswer) -> list[tuple[Change, ...]]:
     if answer.result.compact_revision:
         raise Behind(f"etcd has forgotten what was before revision {answer.result.compact_revision}")
     if answer.result.canceled:
-        raise Unavailable(f"etcd ended the watch: {answer.result.cancel_reason}")
+        reason = answer.result.cancel_reason
+        if any(f"code = {code}" in reason for code in _REFUSED):
+            raise Refused(f"etcd refuses the watch: {reason}", "check user, password and role of [cluster] in etcd")
+        raise Unavailable(f"etcd ended the watch: {reason}")
     return answer.result.groups()

@@ -22,11 +22,6 @@ DECODE = EngineEntry("b", "decode-0", "builtin", "decode", "10.0.0.2", 8000, "e1
 OTHER = EngineEntry("b", "decode-1", "builtin", "decode", "10.0.0.2", 8001, "e1")
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Rig:
     def __init__(self) -> None:
         self.registry = MemoryRegistry()

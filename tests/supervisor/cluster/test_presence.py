@@ -18,11 +18,6 @@ pytestmark = pytest.mark.anyio
 KEYS = Keys("service")
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def engine(name: str, state: str = "ready") -> EngineEntry:
     return EngineEntry("a", name, "builtin", "decode", "10.0.0.1", 8000, "e1", state)
 
