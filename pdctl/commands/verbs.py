@@ -119,6 +119,6 @@ class Verbs(TyperGroup):
         return list(self.commands)
 
     def format_commands(self, context: Any, formatter: Any) -> None:
-        """Write the list of verbs, without importing their modules."""
-        shown = {name: TyperCommand(name, help=verb.help) for name, verb in VERBS.items()}
-        TyperGroup(commands=cast(Any, shown)).format_commands(context, formatter)
+        """Write the list of verbs with whole sentences, without importing their modules."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])

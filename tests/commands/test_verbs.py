@@ -47,6 +47,11 @@ def test_only_the_module_of_the_verb_is_imported(words: list[str], imported: set
     assert "asyncio" not in found
 
 
+def test_the_help_cuts_no_sentence() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
+    assert all(verb.help in shown for verb in VERBS.values())
+
+
 def test_a_mistyped_verb_is_corrected() -> None:
     done = CliRunner().invoke(app, ["statsu"])
     assert done.exit_code != 0
