@@ -78,10 +78,15 @@ class Dashboard:
 
         self._served = listener
         try:
-            async with asyncio.TaskGroup() as tasks:
-                serving = tasks.create_task(serve_page(self._service, gate, listener))
-                await self._changed.wait()
-                serving.cancel()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    serving = tasks.create_task(serve_page(self._service, gate, listener))
+                    await self._changed.wait()
+                    serving.cancel()
+            except* OSError as failures:
+                # Such as no file descriptor left: the service goes on without its page.
+                self._close()
+                self._service.journal.say("pdctl", f"the live page is closed: {_first(failures)}", "dashboard")
         finally:
             # A server that was cancelled before it began has not closed it.
             listener.close()
@@ -114,3 +119,11 @@ class Dashboard:
             self._listener.close()
         self._listener, self._gate, self._address, self._url = None, None, "", ""
         self._changed.set()
+
+
+def _first(failures: BaseExceptionGroup[OSError]) -> BaseException:
+    """The first failure, of groups within groups."""
+    found: BaseException = failures
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import pytest
 
 from pdctl.control_api import DashboardOrder
 from pdctl.supervisor.dashboard.dashboard import Dashboard
+from pdctl.supervisor.dashboard.rates import Look
 from tests.service import free_port
 from tests.supervisor.dashboard.loop import in_loop
 from tests.supervisor.dashboard.stage import Stage
@@ -95,6 +97,23 @@ async def test_it_follows_the_topology(stage: Configured) -> None:
     said = (stage.journal.folder / "events.jsonl").read_text()
     # The link's token is not in a file that is shown.
     assert f"http://127.0.0.1:{first}/; open it with: pdctl dash" in said
+
+
+@in_loop
+async def test_a_page_that_fails_is_closed_and_the_service_goes_on(
+    stage: Configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look() -> Look:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with running(stage) as page:
+        with monkeypatch.context() as broken:
+            broken.setattr(stage, "look", look)
+            url = page.order(DashboardOrder()).url
+            while "the live page is closed" not in (stage.journal.folder / "events.jsonl").read_text():
+                await asyncio.sleep(0.01)
+        assert not await answers(url)
+        await until(page.order(DashboardOrder()).url, True)
 
 
 @in_loop
