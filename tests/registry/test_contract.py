@@ -13,6 +13,7 @@ from pdctl.registry.etcd.gateway import Gateway
 from pdctl.registry.etcd.registry import EtcdRegistry
 from pdctl.registry.memory import MemoryRegistry
 from pdctl.registry.store import Store
+from tests.news import News
 from tests.registry import etcd
 
 pytestmark = pytest.mark.anyio
@@ -54,23 +55,21 @@ async def opened(make: Make) -> AsyncIterator[Registry]:
         await registry.close()
 
 
-class Seen:
+class Seen(News):
     """What a watch told, and a way to wait for it."""
 
     def __init__(self, registry: Registry, prefix: str, after: int) -> None:
+        super().__init__()
         self.groups: list[tuple[Change, ...]] = []
-        self._news = asyncio.Event()
         self.watch = registry.watch(prefix, after, self._take)
 
     def _take(self, changes: tuple[Change, ...]) -> None:
         self.groups.append(changes)
-        self._news.set()
+        self.tell()
 
-    async def until(self, count: int) -> list[tuple[Change, ...]]:
+    async def until_count(self, count: int) -> list[tuple[Change, ...]]:
         """At least `count` groups."""
-        while len(self.groups) < count:
-            self._news.clear()
-            await self._news.wait()
+        await self.until(lambda: len(self.groups) >= count)
         return self.groups
 
 
@@ -140,7 +139,7 @@ async def test_a_lease_that_is_revoked_takes_its_keys(make: Make, prefix: str) -
         start = (await registry.list(prefix)).revision
         async with watching(registry, prefix, start) as seen:
             await registry.revoke(lease)
-            groups = await seen.until(1)
+            groups = await seen.until_count(1)
         assert [change.key for change in groups[0]] == [prefix + "a", prefix + "b"]
         assert all(change.entry is None and change.revision == groups[0][0].revision for change in groups[0])
         assert [e.key for e in (await registry.list(prefix)).entries] == [prefix + "c"]
@@ -157,7 +156,7 @@ async def test_a_lease_that_is_not_kept_ends_and_watchers_hear_of_it(make: Make,
         revision = await registry.write([Put(prefix + "a", b"", lease), Put(prefix + "b", b"", kept)])
         assert revision is not None
         async with watching(registry, prefix, revision) as seen:
-            groups = await seen.until(1)
+            groups = await seen.until_count(1)
         assert [(change.key, change.entry) for change in groups[0]] == [(prefix + "a", None)]
         assert [e.key for e in (await registry.list(prefix)).entries] == [prefix + "b"]
 
@@ -176,10 +175,10 @@ async def test_a_watch_tells_everything_since_its_revision_in_order(make: Make, 
         start = (await registry.list(prefix)).revision
         await registry.write([Put(prefix + "a", b"1")])
         async with watching(registry, prefix, start) as seen:
-            await seen.until(1)
+            await seen.until_count(1)
             await registry.write([Put(prefix + "a", b"2"), Put(prefix + "b", b"2"), Put("/elsewhere", b"")])
             await registry.write([Delete(prefix + "a")])
-            groups = await seen.until(3)
+            groups = await seen.until_count(3)
         told = [[(c.key.removeprefix(prefix), c.entry and c.entry.value) for c in group] for group in groups]
         assert told == [[("a", b"1")], [("a", b"2"), ("b", b"2")], [("a", None)]]
         assert [group[0].revision for group in groups] == sorted({group[0].revision for group in groups})

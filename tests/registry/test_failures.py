@@ -15,6 +15,7 @@ from pdctl.registry import Change, Put, Registry, Unavailable
 from pdctl.registry.etcd.gateway import Gateway
 from pdctl.registry.etcd.registry import EtcdRegistry
 from pdctl.registry.mirror import follow, pause_s
+from tests.news import News
 from tests.registry import etcd
 
 pytestmark = [
@@ -25,42 +26,38 @@ pytestmark = [
 LONG_S = 120
 
 
-class Followed:
+class Followed(News):
     """What `follow` told: the present values, and whether they are known to be up to date."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.values: dict[str, bytes] = {}
         self.states: list[str | None] = []
-        self._news = asyncio.Event()
 
-    def tell(self, changes: tuple[Change, ...]) -> None:
+    def changed(self, changes: tuple[Change, ...]) -> None:
         for change in changes:
             if change.entry is None:
                 del self.values[change.key]
             else:
                 self.values[change.key] = change.entry.value
-        self._news.set()
+        self.tell()
 
     def state(self, failure: str | None) -> None:
         self.states.append(failure)
-        self._news.set()
+        self.tell()
 
     async def until_value(self, key: str, value: bytes) -> None:
-        while self.values.get(key) != value:
-            self._news.clear()
-            await self._news.wait()
+        await self.until(lambda: self.values.get(key) == value)
 
     async def until_state(self, known: bool) -> None:
-        while not self.states or (self.states[-1] is None) != known:
-            self._news.clear()
-            await self._news.wait()
+        await self.until(lambda: bool(self.states) and (self.states[-1] is None) == known)
 
 
 @asynccontextmanager
 async def following(registry: Registry) -> AsyncIterator[Followed]:
     followed = Followed()
     async with asyncio.timeout(LONG_S), asyncio.TaskGroup() as tasks:
-        task = tasks.create_task(follow(registry, "/n/", followed.tell, followed.state))
+        task = tasks.create_task(follow(registry, "/n/", followed.changed, followed.state))
         yield followed
         task.cancel()
 

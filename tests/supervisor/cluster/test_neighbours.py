@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -15,6 +15,7 @@ from pdctl.supervisor.cluster import neighbours
 from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys
 from pdctl.supervisor.cluster.membership import Membership
 from pdctl.supervisor.cluster.neighbours import Neighbours
+from tests.news import News
 
 pytestmark = pytest.mark.anyio
 KEYS = Keys("service")
@@ -22,33 +23,30 @@ DECODE = EngineEntry("b", "decode-0", "builtin", "decode", "10.0.0.2", 8000, "e1
 OTHER = EngineEntry("b", "decode-1", "builtin", "decode", "10.0.0.2", 8001, "e1")
 
 
-class Rig:
+class Rig(News):
     def __init__(self) -> None:
+        super().__init__()
         self.registry = MemoryRegistry()
         self.answering = {"decode-0": "e1", "decode-1": "e1"}
         self.asked: list[str] = []
         self.frozen: set[str] = set()
         self.released: list[str] = []
         self.now = 0.0
-        self._news = asyncio.Event()
         self.neighbours = Neighbours(
-            self.registry, KEYS, Membership("a", 60), self.ask, self.release, self.woken, lambda failure: None,
+            self.registry, KEYS, Membership("a", 60), self.ask, self.release, self.tell, lambda failure: None,
             lambda: self.now,
         )  # fmt: skip
 
     async def ask(self, entry: EngineEntry) -> str | None:
         self.asked.append(entry.name)
-        self.woken()
+        self.tell()
         if entry.name in self.frozen:
             await asyncio.Event().wait()
         return self.answering.get(entry.name)
 
     def release(self, holders: list[str]) -> None:
         self.released += holders
-        self.woken()
-
-    def woken(self) -> None:
-        self._news.set()
+        self.tell()
 
     async def put(self, *entries: EngineEntry) -> None:
         await self.registry.write([Put(KEYS.engine(e.node, e.name), msgspec.json.encode(e)) for e in entries])
@@ -56,12 +54,6 @@ class Rig:
     @property
     def names(self) -> list[str]:
         return [entry.name for entry in self.neighbours.used]
-
-    async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
-            while not holds():
-                self._news.clear()
-                await self._news.wait()
 
 
 @asynccontextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -13,6 +13,7 @@ from pdctl.registry import Change, Put
 from pdctl.registry.memory import MemoryRegistry
 from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys, NodeEntry, engine_of
 from pdctl.supervisor.cluster.presence import Presence
+from tests.news import News
 
 pytestmark = pytest.mark.anyio
 KEYS = Keys("service")
@@ -22,15 +23,15 @@ def engine(name: str, state: str = "ready") -> EngineEntry:
     return EngineEntry("a", name, "builtin", "decode", "10.0.0.1", 8000, "e1", state)
 
 
-class Rig:
+class Rig(News):
     """A registry, one node, and what a watcher sees."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.registry = MemoryRegistry()
         self.engines: list[EngineEntry] = []
         self.states: list[str | None] = []
         self.seen: list[tuple[str, str | None]] = []
-        self._news = asyncio.Event()
         self.presence = self.node("boot-1")
 
     def node(self, boot: str) -> Presence:
@@ -39,19 +40,13 @@ class Rig:
 
     def state(self, failure: str | None) -> None:
         self.states.append(failure)
-        self._news.set()
+        self.tell()
 
-    def tell(self, changes: tuple[Change, ...]) -> None:
+    def changed(self, changes: tuple[Change, ...]) -> None:
         for change in changes:
             entry = engine_of(change.entry) if change.entry is not None else None
             self.seen.append((change.key.removeprefix(KEYS.engines), entry.state if entry else None))
-        self._news.set()
-
-    async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
-            while not holds():
-                self._news.clear()
-                await self._news.wait()
+        self.tell()
 
 
 @asynccontextmanager
@@ -59,7 +54,7 @@ async def running() -> AsyncIterator[Rig]:
     rig = Rig()
     async with asyncio.TaskGroup() as tasks:
         started = [
-            tasks.create_task(rig.registry.watch(KEYS.engines, 0, rig.tell)),
+            tasks.create_task(rig.registry.watch(KEYS.engines, 0, rig.changed)),
             tasks.create_task(rig.presence.run_forever()),
         ]
         yield rig
