@@ -91,6 +91,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "lease_s": "seconds without a renewal after which prefill frees the KV of a hand-over",
         "elastic": "the `[elastic]` table, see [its keys](reference/topology.md#elastic)",
         "dashboard": "the `[dashboard]` table, see [its keys](reference/topology.md#dashboard)",
+        "node": "of a cluster, the node that runs this plan; else empty",
     },
     ProcessSpec: {
         "name": "such as `prefill-0`",

@@ -14,21 +14,25 @@ from pdctl.net import reachable
 from pdctl.plan.gpus import assign_gpus
 from pdctl.plan.helpers import Site, command_of, in_order, place_of, store_of
 from pdctl.plan.pins import Pins, pins_of
+from pdctl.plan.share import Share
 from pdctl.plan.spec import PROXY, Attached, Plan, Probe, ProcessSpec
 from pdctl.stores import Reader, StoreClient, store_launcher
 from pdctl.topology.spec import EngineGroup, Role, Topology
 
-__all__ = ["Attached", "Plan", "Probe", "ProcessSpec", "make_plan"]
+__all__ = ["Attached", "Plan", "Probe", "ProcessSpec", "Share", "make_plan"]
 
 # A proxy that does not listen after this long will never do so, seconds.
 _PROXY_STARTUP_S = 60.0
 
 
-def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Plan:
-    """Place every process of `topology` on `host`. Raises PdctlError if it does not fit.
+def make_plan(topology: Topology, host: Host, running: Plan | None = None, share: Share | None = None) -> Plan:
+    """Place every process of `topology` on `host`, or of a cluster's topology the node's share. Raises PdctlError if it
+    does not fit.
 
     Processes with the same name in `running` keep their ports and GPUs, so that they need no restart for these.
     """
+    if share is not None:
+        topology = share.of(topology, host.address)
     base = Path(topology.source).parent if topology.source else Path()
     model = _model(topology, host, base)
     run_dir = host.run_root / topology.service.name
@@ -39,7 +43,7 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
     engines = _engines(site, model.path)
     others = in_order([*stores, *commands, *engines])
     attached = tuple(_attached(group, others) for group in topology.engines if group.is_attached)
-    proxies = _proxies(site, engines)
+    proxies = _proxies(site, engines) if share is None or share.has_proxy(topology) else []
     return Plan(
         service=topology.service.name,
         model=topology.service.model,
@@ -61,6 +65,7 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None) -> Pl
         lease_s=topology.transfer.lease_s,
         elastic=topology.elastic,
         dashboard=topology.dashboard,
+        node=share.node if share is not None else "",
     )
 
 
@@ -226,8 +231,9 @@ def _proxy(
         base = f"http://{host.address}:{ports['control']}"
     # /health also depends on the engines, so liveness uses a path that answers whenever the proxy runs.
     alive = f"{base}/pdctl/v1/pool"
-    # An engine that will register itself cannot be waited for: it needs a proxy that is ready.
-    url = alive if topology.proxy.accept_nodes else f"{base}/health"
+    # An engine that will register itself cannot be waited for: it needs a proxy that is ready. Engines of other nodes may
+    # become ready much later.
+    url = alive if topology.proxy.accept_nodes or topology.cluster else f"{base}/health"
     return ProcessSpec(
         name="proxy" if topology.proxy.workers == 1 else f"proxy-{worker}",
         kind=PROXY,

@@ -112,7 +112,7 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that `pdctl up` starts, and where."""
+    """Everything that `pdctl up` starts, and where. `node`: of a cluster, the node that starts it."""
 
     service: str
     model: str
@@ -134,6 +134,7 @@ class Plan:
     lease_s: float = 30.0
     elastic: Elastic = field(default_factory=Elastic)
     dashboard: Dashboard = field(default_factory=Dashboard)
+    node: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """The plan for `--json` and for a detached supervisor."""

@@ -12,6 +12,7 @@ from pdctl.topology.document import Table
 from pdctl.topology.schema import API_KEY, COMMAND, ENGINE, STORE, TABLES, Key
 from pdctl.topology.spec import (
     ApiKey,
+    Cluster,
     Command,
     Dashboard,
     Device,
@@ -36,6 +37,9 @@ def build(data: Table, source: str | None) -> Topology:
     slo = _filled(data.get("slo", {}), TABLES["slo"])
     transfer = _filled(data.get("transfer", {}), TABLES["transfer"])
     supervision = _filled(data.get("supervisor", {}), TABLES["supervisor"])
+    if "cluster" in data and "on_supervisor_death" not in data.get("supervisor", {}):
+        # An agent that was killed is started again, by systemd or Ray, and takes its engines over.
+        supervision["on_supervisor_death"] = "survive"
     served = service["served_model_name"] or _last_part(service["model"])
     expect = _filled(data.get("expect", {}), TABLES["expect"])
     elastic = _filled(data.get("elastic", {}), TABLES["elastic"])
@@ -66,7 +70,15 @@ def build(data: Table, source: str | None) -> Topology:
             float(elastic["cooldown_s"]),
         ),
         dashboard=Dashboard(**_filled(data.get("dashboard", {}), TABLES["dashboard"])),
+        cluster=_cluster(data["cluster"], source) if "cluster" in data else None,
     )
+
+
+def _cluster(table: Table, source: str | None) -> Cluster:
+    values = _filled(table, TABLES["cluster"])
+    paths = {name: absolute(values[name], source) for name in ("secret_file", "certificates", "etcd_password_file")}
+    given = {"etcd": tuple(values["etcd"]), "etcd_user": values["etcd_user"] or "", **paths}
+    return Cluster(**{**values, **given, "node_lost_s": float(values["node_lost_s"])})
 
 
 def _supervision(values: Table) -> Supervision:
@@ -97,6 +109,7 @@ def _proxy(values: Table, source: str | None, keys: tuple[ApiKey, ...]) -> Proxy
         accept_nodes=values["accept_nodes"],
         node_keys=absolute(values["node_keys"], source),
         node_away_s=float(values["node_away_s"]),
+        nodes=tuple(values["nodes"]),
         keys=keys,
     )
 
@@ -173,6 +186,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         store=values["store"] or "",
         depends_on=tuple(values["depends_on"]),
         process=values["process"] or "",
+        nodes=tuple(values["nodes"]),
         given=frozenset(entry),
     )
 

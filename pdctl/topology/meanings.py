@@ -20,6 +20,7 @@ ABOUT: dict[str, str] = {
     "keys": "settings of an API key: [API keys](../keys.md).",
     "slo": "latency targets.",
     "elastic": "roles that follow the load: [roles](../elastic.md).",
+    "cluster": "a service over several machines: [clusters](../cluster.md).",
     "dashboard": "the live page: [live page](../dashboard.md).",
     "transfer": "how KV moves between engines: [transports](../transports.md), [leases](../kv.md).",
     "expect": "what RDMA ports should be. Only [`pdctl doctor`](../doctor.md) uses it.",
@@ -56,6 +57,7 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "port": Meaning("port for clients"),
         "routing": Meaning("[how engines are chosen](../proxy.md#routing)"),
         "cpus": Meaning("CPUs that the proxy may use", "all available"),
+        "nodes": Meaning("nodes of a [cluster](../cluster.md) that have a proxy", "all"),
         "workers": Meaning(
             "[proxy processes](../proxy.md#more-than-one-core) on the port; more if one core is not enough"
         ),
@@ -111,6 +113,21 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "interval_s": Meaning("seconds between two looks"),
         "cooldown_s": Meaning("an engine keeps a new role at least so many seconds"),
     },
+    "cluster": {
+        "etcd": Meaning('addresses of the members of etcd, such as `["https://10.0.0.1:2379"]`'),
+        "interface": Meaning(
+            "what a node listens on: the name of an interface, an address, or a network such as `10.0.0.0/24`"
+        ),
+        "secret_file": Meaning("file with the secret that all processes of the service share, the same on every node"),
+        "certificates": Meaning("folder with this node's certificate: [security](../cluster.md#security)", "none"),
+        "etcd_user": Meaning("user of etcd's own access control", "none"),
+        "etcd_password_file": Meaning("file with that user's password", "none"),
+        "launcher": Meaning("who starts `pdctl agent` on the nodes: `none`: systemd or you; `ray`: Ray"),
+        "agent_port": Meaning("port on which agents answer each other"),
+        "ttl_s": Meaning("a node that is silent for so many seconds is unknown, and its engines are asked directly"),
+        "node_lost_s": Meaning("the engines of such a node are placed on other nodes after so many seconds"),
+        "spare_nodes": Meaning("so many nodes may fail, and the others must have room for all engines"),
+    },
     "dashboard": {
         "listen": Meaning(
             "loopback address and port of the page, such as `127.0.0.1:8099`", "off; `pdctl dash` opens it"
@@ -154,6 +171,7 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         ),
         "bootstrap_port": Meaning("of an attached SGLang prefill engine", "8998"),
         "replicas": Meaning("number of equal engines"),
+        "nodes": Meaning("nodes of a [cluster](../cluster.md) that its engines may run on", "any"),
         "device": Meaning("where it computes", "`cuda` if `gpus` is set; else `builtin`: `cpu`, other kinds: `cuda`"),
         "gpus": Meaning(
             "driver indices, UUIDs or prefixes of them, or MIG slices; as many per replica as its parallel sizes need. "

@@ -27,6 +27,7 @@ UNKNOWN_FIELDS = ("warn", "refuse")
 STOP_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 LINK_LAYERS = ("any", "infiniband", "ethernet")
 ON_DEATH = ("terminate", "survive")
+LAUNCHERS = ("none", "ray")
 TRANSFER_PROTOCOLS = ("auto", "tcp", "rdma")
 
 # Returns what is wrong with a value ("must be ..."), or None.
@@ -245,6 +246,7 @@ TABLES: dict[str, dict[str, Key]] = {
         "port": Key(integer(1, 65535), 8000),
         "routing": Key(choice(*ROUTINGS), "min_expected_latency"),
         "cpus": Key(indices("CPU"), []),
+        "nodes": Key(texts("node"), []),
         "workers": Key(integer(1, 64), 1),
         "admission": Key(choice(*ADMISSIONS), "queue"),
         "max_queue": Key(integer(0, 65536), 256),
@@ -267,6 +269,19 @@ TABLES: dict[str, dict[str, Key]] = {
         "min_decode": Key(integer(0, 256), 1),
         "interval_s": Key(number(0.1, 3600), 2.0),
         "cooldown_s": Key(number(0, 86400), 30.0),
+    },
+    "cluster": {
+        "etcd": Key(texts("address"), required=True),
+        "interface": Key(text(), required=True),
+        "secret_file": Key(text(), required=True),
+        "certificates": Key(text()),
+        "etcd_user": Key(text()),
+        "etcd_password_file": Key(text()),
+        "launcher": Key(choice(*LAUNCHERS), "none"),
+        "agent_port": Key(integer(1, 65535), 18090),
+        "ttl_s": Key(integer(2, 3600), 5),
+        "node_lost_s": Key(number(0, 86400), 60.0),
+        "spare_nodes": Key(integer(0, 64), 0),
     },
     "dashboard": {"listen": Key(text(LOOPBACK_PORT, "a loopback address and a port, such as 127.0.0.1:8099"), "")},
     "transfer": {
@@ -310,6 +325,7 @@ ENGINE: dict[str, Key] = {
     "secret_file": Key(text()),
     "bootstrap_port": Key(integer(1, 65535), 0),
     "replicas": Key(integer(1, 256), 1),
+    "nodes": Key(texts("node"), []),
     "device": Key(choice(*(device.value for device in Device))),
     "gpus": Key(gpu_names(), []),
     "share_gpu": Key(boolean(), False),
@@ -384,7 +400,7 @@ LISTS: dict[str, dict[str, Key]] = {"engines": ENGINE, "processes": COMMAND, "st
 # Keys with an effect on engines of every kind that pdctl starts; each kind has more (Launcher.settings).
 EVERY_KIND = frozenset(
     {
-        "name", "role", "kind", "replicas", "device", "gpus", "share_gpu", "cpus", "ready", "restart_with", "env",
+        "name", "role", "kind", "replicas", "nodes", "device", "gpus", "share_gpu", "cpus", "ready", "restart_with", "env",
         "depends_on",
     }
 )  # fmt: skip

@@ -62,7 +62,7 @@ class Proxy:
     `admission`: "queue" queues requests until an engine has room, "slo" also refuses requests that would miss the
     targets. `unknown_fields`: "warn" drops request fields that no engine knows and reports them, "refuse" answers 400.
     `accept_nodes`: LMDeploy's engines may register themselves, with one of the keys in `node_keys`; those that have not
-    answered for `node_away_s` seconds are forgotten. `keys`: the settings of keys in `api_keys`.
+    answered for `node_away_s` seconds are forgotten. `nodes`: of a cluster, those with a proxy; empty: all. `keys`: the settings of keys in `api_keys`.
     """
 
     host: str
@@ -83,6 +83,7 @@ class Proxy:
     accept_nodes: bool = False
     node_keys: str = ""
     node_away_s: float = 90.0
+    nodes: tuple[str, ...] = ()
     keys: tuple[ApiKey, ...] = ()
 
 
@@ -103,6 +104,29 @@ class Dashboard:
     """The live page. `listen`: its loopback address, "" if it opens only when somebody asks for it."""
 
     listen: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The cluster that a service runs in. `etcd`: addresses of its members. `interface`: what a node listens on: the
+    name of an interface, an address, or a network such as 10.0.0.0/24. `certificates`: the folder with the node's
+    certificate, "" for none; `agent_port`: of agents, for each other. Paths are absolute.
+
+    `ttl_s`: a node that is silent for so many seconds is unknown; `node_lost_s`: its engines are placed elsewhere after
+    so many; `spare_nodes`: so many nodes may fail, and the rest must have room.
+    """
+
+    etcd: tuple[str, ...]
+    interface: str
+    secret_file: str
+    certificates: str = ""
+    etcd_user: str = ""
+    etcd_password_file: str = ""
+    launcher: str = "none"
+    agent_port: int = 18090
+    ttl_s: int = 5
+    node_lost_s: float = 60.0
+    spare_nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +191,9 @@ class EngineGroup:
     command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
     KV, "" for the kind's default; `store`: the store that it uses, "" for none. `depends_on`: groups, processes and
     stores that must be ready before its first start. `process`: the entry of [[processes]] that is this engine, instead
-    of a `url`. `given`: the keys that the file sets; the others have pdctl's defaults.
+    of a `url`. `nodes`: of a cluster, those that its engines may run on; empty: any. `numbers`: of the
+    replicas that one node has; empty: all. `given`: the keys that the file
+    sets; the others have pdctl's defaults.
     """
 
     name: str
@@ -210,6 +236,8 @@ class EngineGroup:
     store: str = ""
     depends_on: tuple[str, ...] = ()
     process: str = ""
+    nodes: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
     given: frozenset[str] = frozenset()
 
     @property
@@ -233,7 +261,9 @@ class EngineGroup:
     def replica_names(self) -> tuple[str, ...]:
         """Process names: `prefill-0`, `prefill-1` and so on. An attached engine is one process with the group's
         name."""
-        return (self.name,) if self.is_attached else tuple(f"{self.name}-{i}" for i in range(self.replicas))
+        if self.is_attached:
+            return (self.name,)
+        return tuple(f"{self.name}-{number}" for number in self.numbers or range(self.replicas))
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +355,7 @@ class Topology:
     stores: tuple[Store, ...] = ()
     elastic: Elastic = field(default_factory=Elastic)
     dashboard: Dashboard = field(default_factory=Dashboard)
+    cluster: Cluster | None = None
 
     def members(self, name: str) -> tuple[str, ...]:
         """The processes of a group, a process or a store of this name; empty if there is none."""

@@ -34,12 +34,34 @@ class EngineEntry(msgspec.Struct, frozen=True):
 
 
 class NodeEntry(msgspec.Struct, frozen=True):
-    """A node whose agent runs. `address`: where its engines listen; `boot`: the id of its boot."""
+    """A node whose agent runs. `address`: where its engines listen; `boot`: the id of its boot; `agent_port`: where its
+    agent answers other agents; `facts`: what a plan needs to know of it (host/facts.py)."""
 
     name: str
     address: str
     boot: str
     pdctl: str
+    agent_port: int = 0
+    facts: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class TopologyEntry(msgspec.Struct, frozen=True):
+    """The topology that is to run. `source`: the file that it came from."""
+
+    text: str
+    source: str
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What one node is to run: `engines` of the topology, and a proxy if the topology wants one there.
+
+    `term`: of the coordinator that gave the order; an agent obeys none with a lower term than it has seen.
+    """
+
+    term: int
+    node: str
+    topology: TopologyEntry
+    engines: tuple[str, ...]
 
 
 class Keys:
@@ -49,10 +71,18 @@ class Keys:
         self.all = f"/pdctl/{service}/"
         self.nodes = f"{self.all}nodes/"
         self.engines = f"{self.all}engines/"
+        self.desired = f"{self.all}desired/"
+        self.quarantine = f"{self.all}quarantine/"
+        self.topology = f"{self.all}topology"
+        self.coordinator = f"{self.all}coordinator"
 
     def node(self, node: str) -> str:
         """The key of a node."""
         return f"{self.nodes}{node}"
+
+    def order(self, node: str) -> str:
+        """The key of what a node is to run."""
+        return f"{self.desired}{node}"
 
     def engine(self, node: str, name: str) -> str:
         """The key of an engine."""
