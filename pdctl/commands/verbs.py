@@ -51,6 +51,7 @@ VERBS = {
     "apply": Verb("control.apply", "Apply the edited topology to the running service."),
     "kv": Verb("inspect.kv", "Show the KV blocks of each engine and the leases on them."),
     "ask": Verb("ask", "Complete a text through the proxy and print the answer as it arrives."),
+    "agent": Verb("cluster.agent", "Run this machine's part of a service that runs on several."),
     "doctor": Verb("doctor", "Check this machine."),
     "key": Verb("setup.key", "Create an API key."),
     "down": Verb("control.down", "Stop the service: the proxy first, then the engines."),

@@ -231,8 +231,8 @@ def _proxy(
         base = f"http://{host.address}:{ports['control']}"
     # /health also depends on the engines, so liveness uses a path that answers whenever the proxy runs.
     alive = f"{base}/pdctl/v1/pool"
-    # An engine that will register itself cannot be waited for: it needs a proxy that is ready. Engines of other nodes may
-    # become ready much later.
+    # An engine that will register itself cannot be waited for: it needs a proxy that is ready. Engines of other nodes
+    # may become ready much later.
     url = alive if topology.proxy.accept_nodes or topology.cluster else f"{base}/health"
     return ProcessSpec(
         name="proxy" if topology.proxy.workers == 1 else f"proxy-{worker}",

@@ -11,10 +11,12 @@ from pdctl.topology.spec import EngineGroup, Topology
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """`engines`: names of the engines that run on `node`; engines that are only attached belong to every node."""
+    """`engines`: names of the engines that run on `node`; engines that are only attached belong to every node.
+    `is_empty`: nothing runs there, no proxy either."""
 
     node: str
     engines: frozenset[str] = frozenset()
+    is_empty: bool = False
 
     def of(self, topology: Topology, address: str) -> Topology:
         """The part of a topology that this node runs. `address`: where its proxy listens, if the topology says no other
@@ -27,7 +29,7 @@ class Share:
 
     def has_proxy(self, topology: Topology) -> bool:
         """Whether this node runs a proxy."""
-        return not topology.proxy.nodes or self.node in topology.proxy.nodes
+        return not self.is_empty and (not topology.proxy.nodes or self.node in topology.proxy.nodes)
 
     def _part(self, group: EngineGroup) -> EngineGroup | None:
         if group.is_attached:

@@ -32,9 +32,15 @@ def load_file(path: Path, host: Host) -> Topology:
 def load_imagined(path: Path) -> Topology:
     """Load and check a topology file without comparing it with a machine: nothing of it will be started here. Raises
     ConfigError, PdctlError."""
-    document, topology = _built(_read(path), str(path))
+    return load_cluster_text(_read(path), str(path))
+
+
+def load_cluster_text(text: str, source: str) -> Topology:
+    """Load and check a topology that runs on other machines than this one, or not only on this one. Raises
+    ConfigError."""
+    document, topology = _built(text, source)
     if problems := [*topology_problems(document, topology)]:
-        raise ConfigError(str(path), sorted(problems, key=lambda problem: problem.line))
+        raise ConfigError(source, sorted(problems, key=lambda problem: problem.line))
     return topology
 
 

@@ -400,8 +400,8 @@ LISTS: dict[str, dict[str, Key]] = {"engines": ENGINE, "processes": COMMAND, "st
 # Keys with an effect on engines of every kind that pdctl starts; each kind has more (Launcher.settings).
 EVERY_KIND = frozenset(
     {
-        "name", "role", "kind", "replicas", "nodes", "device", "gpus", "share_gpu", "cpus", "ready", "restart_with", "env",
-        "depends_on",
+        "name", "role", "kind", "replicas", "nodes", "device", "gpus", "share_gpu", "cpus", "ready", "restart_with",
+        "env", "depends_on",
     }
 )  # fmt: skip
 # Keys with an effect on stores of every kind; each kind has more (StoreLauncher.settings).

@@ -62,7 +62,8 @@ class Proxy:
     `admission`: "queue" queues requests until an engine has room, "slo" also refuses requests that would miss the
     targets. `unknown_fields`: "warn" drops request fields that no engine knows and reports them, "refuse" answers 400.
     `accept_nodes`: LMDeploy's engines may register themselves, with one of the keys in `node_keys`; those that have not
-    answered for `node_away_s` seconds are forgotten. `nodes`: of a cluster, those with a proxy; empty: all. `keys`: the settings of keys in `api_keys`.
+    answered for `node_away_s` seconds are forgotten. `nodes`: of a cluster, those with a proxy;
+    empty: all. `keys`: the settings of keys in `api_keys`.
     """
 
     host: str

@@ -53,14 +53,15 @@ class TopologyEntry(msgspec.Struct, frozen=True):
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What one node is to run: `engines` of the topology, and a proxy if the topology wants one there.
+    """What one node is to run: `engines` of the topology, and a proxy if the topology wants one there; nothing without
+    a topology.
 
     `term`: of the coordinator that gave the order; an agent obeys none with a lower term than it has seen.
     """
 
     term: int
     node: str
-    topology: TopologyEntry
+    topology: TopologyEntry | None
     engines: tuple[str, ...]
 
 

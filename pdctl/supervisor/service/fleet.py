@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from pdctl.plan import Plan, ProcessSpec
+from pdctl.supervisor.cluster.entries import DRAINING, READY, EngineEntry
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.rundir.adoption import Record
 from pdctl.supervisor.service.kv import Member
@@ -123,6 +124,14 @@ class Fleet:
             if unit.spec.is_engine and unit.life.phase in _ANSWERING and unit.alive
         ]
 
+    def entries(self, node: str) -> list[EngineEntry]:
+        """Engines that answer, as other nodes see them."""
+        return [
+            entry_of(unit, node)
+            for unit in self
+            if unit.spec.is_engine and unit.life.phase in _ANSWERING and unit.alive
+        ]
+
     def serving(self) -> list[ProcessSpec]:
         """Proxies that answer."""
         return [unit.spec for unit in self if unit.spec.is_proxy and unit.life.phase is Phase.READY]
@@ -143,3 +152,22 @@ class Fleet:
     def specs(self) -> tuple[ProcessSpec, ...]:
         """The current spec of every unit."""
         return tuple(unit.spec for unit in self)
+
+
+def entry_of(unit: Unit, node: str) -> EngineEntry:
+    """One engine, as other nodes see it."""
+    spec = unit.spec
+    return EngineEntry(
+        node=node,
+        name=unit.name,
+        kind=spec.kind,
+        role=spec.role,
+        host=spec.host,
+        port=spec.ports["http"],
+        epoch=unit.epoch,
+        state=DRAINING if unit.life.phase in _DRAINED else READY,
+        role_epoch=spec.role_epoch,
+        connector=spec.connector,
+        ports={purpose: port for purpose, port in spec.ports.items() if purpose != "http"},
+        inline=spec.inline,
+    )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 
-from pdctl.adapters import Ability, Control, Peer, Target, control
+from pdctl.adapters import Ability, Control, Peer, Target, control, dialect
 from pdctl.control_api import EngineBlocks, KvStatus, Lease, Link
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
@@ -61,7 +61,7 @@ class Member:
 
 class KvWatch:
     """Calls to the engines of one service. `members` returns the ready engines, `attached` those that pdctl did not
-    start, `holders` the live holder names."""
+    start, `remote` those of other nodes, `holders` the live holder names."""
 
     def __init__(
         self,
@@ -70,10 +70,12 @@ class KvWatch:
         holders: Callable[[], set[str]],
         say: Callable[[str, str], None],
         attached: Callable[[], list[Member]] = list,
+        remote: Callable[[], list[Member]] = list,
     ) -> None:
         self.links: dict[tuple[str, str], LinkInfo] = {}
         self._members = members
         self._attached = attached
+        self._remote = remote
         self._holders = holders
         self._say = say
         self._caller = Caller(secret)
@@ -83,10 +85,19 @@ class KvWatch:
     # -- dead processes ------------------------------------------------------------------------------------
 
     async def reclaim(self, name: str, holder: str) -> None:
-        """`holder` has died: have every engine release its leases now. The calls run concurrently."""
+        """`holder` has died: have every engine release its leases now. The calls run concurrently.
+
+        Engines of other nodes are told directly: that is faster than any registry."""
+        async with asyncio.TaskGroup() as tasks:
+            for member in self._able(Ability.RELEASE_BY_HOLDER, also=self._remote()):
+                if member.name != name:
+                    tasks.create_task(self._reclaim_at(member, holder))
+
+    async def release_here(self, holders: Collection[str]) -> None:
+        """Holders on other nodes are gone: have this node's engines release their leases."""
         async with asyncio.TaskGroup() as tasks:
             for member in self._able(Ability.RELEASE_BY_HOLDER):
-                if member.name != name:
+                for holder in holders:
                     tasks.create_task(self._reclaim_at(member, holder))
 
     async def _reclaim_at(self, member: Member, holder: str) -> None:
@@ -115,9 +126,13 @@ class KvWatch:
             self._say(member.name, f"did not accept the role {member.role}: {failure}")
 
     def pairs_of(self, name: str) -> list[tuple[Member, Member]]:
-        """The (reader, server) pairs of ready engines that include this one, of kinds that keep their links."""
-        members = [member for member in self._able(Ability.LINK) if Ability.STATE in member.control.abilities]
-        return [pair for pair in pairs_among(members) if name in (pair[0].name, pair[1].name)]
+        """The (reader, server) pairs of ready engines that include this one, of kinds that keep their links. Readers of
+        other nodes are linked there."""
+        able = self._able(Ability.LINK, also=self._remote())
+        members = [member for member in able if Ability.STATE in member.control.abilities]
+        far = {member.name for member in self._remote()}
+        pairs = [pair for pair in pairs_among(members) if name in (pair[0].name, pair[1].name)]
+        return [pair for pair in pairs if pair[0].name not in far]
 
     async def link(self, name: str) -> None:
         """Make the links of an engine that has just become ready. The results are in `links`."""
@@ -165,7 +180,7 @@ class KvWatch:
         members = self._able(Ability.STATE)
         found = await asyncio.gather(*(self._state(member) for member in members))
         # An engine remembers peers that are not part of the service any more.
-        peers = {member.name for member in (*self._members(), *self._attached())} | {peer for _, peer in self.links}
+        peers = {member.name for member in self._everybody()} | {peer for _, peer in self.links}
         for member, state in zip(members, found, strict=True):
             if isinstance(state, EngineState):
                 for link in (link for link in state.links if link.peer in peers):
@@ -201,6 +216,18 @@ class KvWatch:
                 reasons.append(str(failure))
         return LeaseReply(False, "; ".join(reasons) or f"no running engine granted lease {lease_id}")
 
+    async def epoch_of(self, member: Member) -> str | None:
+        """The epoch with which an engine of another node answers; None if it does not. A kind whose engines do not tell
+        it answers for the start that is known."""
+        if Ability.STATE in member.control.abilities:
+            found = await self._state(member)
+            return found.epoch if isinstance(found, EngineState) else None
+        try:
+            answer = await self.target(member).pool.request("GET", dialect(member.kind).probe_path, timeout_s=_STATE_S)
+        except Unreachable:
+            return None
+        return member.epoch if answer.status < 500 else None
+
     async def state_of(self, name: str) -> EngineState | str:
         """One engine's state, or the reason why it is missing."""
         member = next((member for member in self._members() if member.name == name), None)
@@ -230,10 +257,13 @@ class KvWatch:
         leak = lease.leak if lease.holder in self._holders() else "its holder is gone"
         return Lease(**(msgspec.structs.asdict(lease) | {"engine": engine, "leak": leak}))
 
-    def _able(self, ability: Ability) -> list[Member]:
-        """Ready engines whose kind has the ability. A role says nothing about leases: streams that move have them, and
-        an engine may have had another role."""
-        return [member for member in self._members() if ability in member.control.abilities]
+    def _able(self, ability: Ability, also: Sequence[Member] = ()) -> list[Member]:
+        """Ready engines, those in `also` too, whose kind has the ability. A role says nothing about leases: streams
+        that move have them, and an engine may have had another role."""
+        return [member for member in (*self._members(), *also) if ability in member.control.abilities]
+
+    def _everybody(self) -> list[Member]:
+        return [*self._members(), *self._attached(), *self._remote()]
 
     async def _state(self, member: Member) -> EngineState | str:
         try:
@@ -245,7 +275,7 @@ class KvWatch:
         """How the supervisor reaches an engine."""
         pool = self._pools.get(member.holder)
         if pool is None:
-            self._close_but({member.holder for member in (*self._members(), *self._attached())})
+            self._close_but({member.holder for member in self._everybody()} | {member.holder})
             pool = self._pools[member.holder] = ConnectionPool(member.host, member.port)
         return Target(pool, self._caller if member.secret is None else Caller(member.secret))
 

@@ -69,6 +69,9 @@ class Proxies:
         # Engines whose streams go on elsewhere, beside those that drain.
         self.moving: set[str] = set()
         self.swept: dict[str, int] = {}
+        # Engines of other nodes, and those of them that drain.
+        self.remote: Callable[[], Sequence[EngineAddress]] = tuple
+        self.remote_draining: Callable[[], set[str]] = set
         self.unlinked: Callable[[Sequence[EngineAddress]], dict[str, list[str]]] = lambda _: {}
         self._run_dir = run_dir
         self._serving = serving
@@ -160,6 +163,8 @@ class Proxies:
     def _config(self, plan: Plan) -> ProxyConfig:
         engines = [_address(spec) for spec in plan.processes if spec.is_engine]
         engines += [EngineAddress(**asdict(attached)) for attached in (*plan.attached, *self.registered())]
+        engines += self.remote()
+        far = self.remote_draining()
         slots = self._slots.of(engine.name for engine in engines)
         proxy = plan.proxy
         return ProxyConfig(
@@ -185,8 +190,8 @@ class Proxies:
             otlp_endpoint=proxy.otlp_endpoint,
             accept_nodes=proxy.accept_nodes,
             node_keys=proxy.node_keys,
-            draining=sorted(self.draining | self.paused | self.leaving),
-            moving=sorted(self.draining | self.moving),
+            draining=sorted(self.draining | self.paused | self.leaving | far),
+            moving=sorted(self.draining | self.moving | far),
             unlinked=self.unlinked(engines),
             swept=dict(self.swept),
             # Running answers may finish during most of the time before the next signal.

@@ -96,8 +96,11 @@ class Reconciler:
     def _step(self) -> None:
         """Start all units that may start now or, when stopping, stop all units that may stop now."""
         state, plan = self._state, self._state.plan
-        if state.word(self._fleet.phases) == "ready" and not state.is_announced:
-            state.was_ready = state.is_announced = True
+        is_ready = state.word(self._fleet.phases) == "ready"
+        state.was_ready |= is_ready
+        # A node of a cluster starts without processes.
+        if is_ready and not state.is_announced and self._fleet.phases:
+            state.is_announced = True
             self._journal.say("pdctl", f"service {plan.service!r} is ready at {plan.proxy_url}", "service_ready")
             self._notifier.say("READY=1", f"STATUS=ready at {plan.proxy_url}")
         self._check_start()

@@ -25,6 +25,7 @@ from pdctl.errors import PdctlError
 from pdctl.plan import Attached, Plan
 from pdctl.plan.changes import Changes, diff, with_roles
 from pdctl.proxy_wire import RecentRequest
+from pdctl.supervisor.cluster.entries import EngineEntry
 from pdctl.supervisor.dashboard.dashboard import Dashboard
 from pdctl.supervisor.dashboard.rates import Look
 from pdctl.supervisor.process import logs
@@ -33,6 +34,7 @@ from pdctl.supervisor.process.tree import Trees, reap_strangers
 from pdctl.supervisor.rundir.adoption import AdoptableState
 from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.rundir.rundir import RunDir
+from pdctl.supervisor.service.change.apply import Progress
 from pdctl.supervisor.service.change.change_over import ChangeOver
 from pdctl.supervisor.service.change.elastic import ElasticRoles
 from pdctl.supervisor.service.change.roles import Roles
@@ -44,13 +46,14 @@ from pdctl.supervisor.service.links.keeper import LinkKeeper
 from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.links.sweeps import Sweeper
 from pdctl.supervisor.service.measurements import keys_status
+from pdctl.supervisor.service.others import ClusterSide, Others, OthersKeeper, member_of
 from pdctl.supervisor.service.proxies import Proxies
 from pdctl.supervisor.service.reconcile import Reconciler
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.service.status import StatusReader
 from pdctl.supervisor.surface.notify import Notifier
 from pdctl.supervisor.unit.exits import KernelLog
-from pdctl.supervisor.unit.unit import UnitContext
+from pdctl.supervisor.unit.unit import Unit, UnitContext
 from pdctl.supervisor.unit.verbs import event_of, objection
 from pdctl.wire import SECRET_ENV, LeaseReply
 
@@ -76,15 +79,24 @@ class RunningService:
     """A service with its plan and the processes to take over. Raises PdctlError if a resource cannot be opened."""
 
     def __init__(
-        self, resources: Resources, state: ServiceState, adoptable: AdoptableState | None, tasks: asyncio.TaskGroup
+        self,
+        resources: Resources,
+        state: ServiceState,
+        adoptable: AdoptableState | None,
+        tasks: asyncio.TaskGroup,
+        cluster: ClusterSide | None = None,
     ) -> None:
-        secret = adoptable.secret if adoptable else secrets.token_hex(16)
+        new_secret = cluster.secret if cluster else secrets.token_hex(16)
+        secret = adoptable.secret if adoptable else new_secret
+        self._cluster, self._others = cluster, Others(cluster.used) if cluster else Others()
         fleet, self.journal = resources.fleet, resources.journal
         self._state = state
         self._fleet = fleet
         self._notifier = resources.notifier
         self._attached = AttachedEngines(self._not_started, self.journal.say)
-        self._kv = KvWatch(secret, fleet.members, fleet.holders, self.journal.say, self._attached.members)
+        self._kv = KvWatch(
+            secret, fleet.members, self._holders, self.journal.say, self._attached.members, self._others.members
+        )
         self._proxies = proxies = Proxies(resources.rundir, secret, fleet.serving)
         self._links = self._link_keeper(resources)
         self._nodes = self._registered(resources)
@@ -93,6 +105,8 @@ class RunningService:
             self._nodes.load()
         proxies.registered = self._nodes.attached
         proxies.unlinked = self._links.unlinked
+        proxies.remote, proxies.remote_draining = self._others.addresses, self._others.draining
+        self.others = OthersKeeper(self._others, self._kv, self._tell)
         self._sweeper = Sweeper(self._kv, proxies, self._members, lambda: state.plan, self.journal.say)
         self._files = ServiceFiles(resources.rundir, secret, state, fleet, proxies, self.journal)
         self._reconciler = Reconciler(
@@ -108,7 +122,7 @@ class RunningService:
             tasks=tasks,
             journal=self.journal,
             kernel=resources.kernel,
-            changed=self._reconciler.unit_changed,
+            changed=self._unit_changed,
             ready=self._reconciler.unit_ready,
             died=self._reconciler.unit_died,
             drain=self._reconciler.drain,
@@ -173,6 +187,25 @@ class RunningService:
             if now >= log_due:
                 log_due = now + _LOGS_S
                 logs.cap_all([unit.log_path for unit in self._fleet], self._state.policy.log_bytes, self.journal.say)
+
+    # -- a part of a cluster (see ClusterSide) -------------------------------------------------------------
+
+    def engines(self) -> list[EngineEntry]:
+        """This node's engines that answer, as other nodes see them."""
+        return self._fleet.entries(self.plan.node)
+
+    async def epoch_of(self, entry: EngineEntry) -> str | None:
+        """Ask an engine of another node for its epoch; None if it does not answer."""
+        return await self._kv.epoch_of(member_of(entry))
+
+    async def until_applied(self) -> None:
+        """Return when no apply is under way. It ends by itself: each of its steps has a deadline."""
+        await self._change_over.until_over()
+
+    @property
+    def applied(self) -> Progress | None:
+        """The last apply, None before the first one."""
+        return self._change_over.progress
 
     def close(self) -> None:
         """Close connections to engines."""
@@ -284,6 +317,15 @@ class RunningService:
         self._change_over.cancel()
 
     # -- parts ---------------------------------------------------------------------------------------------
+
+    def _unit_changed(self, unit: Unit) -> None:
+        self._reconciler.unit_changed(unit)
+        if self._cluster is not None and unit.spec.is_engine:
+            self._cluster.engines_changed()
+
+    def _holders(self) -> set[str]:
+        """The names of everything alive that may hold leases. Proxies of other nodes are not known: see KvWatch."""
+        return self._fleet.holders() | self._others.holders()
 
     def _members(self) -> list[Member]:
         """All engines that answer, also those that pdctl did not start."""

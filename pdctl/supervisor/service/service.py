@@ -16,6 +16,7 @@ from pdctl.supervisor.rundir.adoption import AdoptableState, read_adoptable
 from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.rundir.rundir import RunDir
 from pdctl.supervisor.service.fleet import Fleet
+from pdctl.supervisor.service.others import ClusterSide
 from pdctl.supervisor.service.running import Resources, RunningService
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.surface.control import serve_control
@@ -29,13 +30,14 @@ class _Down(Exception):
 
 
 class Service:
-    """Runs a plan until it is stopped. `say(process, message)` is called for every event.
+    """Runs a plan until it is stopped. `say(process, message)` is called for every event. `cluster`: the other nodes.
 
     `failure`: after `run`, why the service did not start, or None.
     """
 
-    def __init__(self, plan: Plan, say: Callable[[str, str], None]) -> None:
+    def __init__(self, plan: Plan, say: Callable[[str, str], None], cluster: ClusterSide | None = None) -> None:
         self.failure: str | None = None
+        self._cluster = cluster
         self._plan = plan
         self._rundir = RunDir(Path(plan.run_dir))
         self._journal = Journal(Path(plan.log_dir), say)
@@ -74,10 +76,10 @@ class Service:
         # Before the parts exist: a signal that comes while they are made must not kill the supervisor.
         _on_signal(state.stop)
         async with asyncio.TaskGroup() as tasks:
-            running = RunningService(resources, state, adoptable, tasks)
+            running = RunningService(resources, state, adoptable, tasks, self._cluster)
             _on_signal(running.stop)
             try:
-                tasks.create_task(serve_control(self._rundir.control_socket, running))
+                self._answer(running, tasks)
                 tasks.create_task(running.keep_house_forever())
                 tasks.create_task(running.save_forever())
                 tasks.create_task(running.keep_links_forever())
@@ -85,10 +87,21 @@ class Service:
                 tasks.create_task(running.follow_load_forever())
                 tasks.create_task(running.show_forever())
                 await running.run()
+                if self._cluster is not None:
+                    await self._cluster.leave()
             finally:
                 self.failure = state.failure
                 running.close()
             raise _Down
+
+    def _answer(self, running: RunningService, tasks: asyncio.TaskGroup) -> None:
+        """Answer the control API, and be a part of the cluster if there is one."""
+        if self._cluster is None:
+            tasks.create_task(serve_control(self._rundir.control_socket, running))
+            return
+        tasks.create_task(running.others.run_forever())
+        tasks.create_task(self._cluster.run_forever(running))
+        tasks.create_task(serve_control(self._rundir.control_socket, self._cluster.control(running)))
 
 
 def _on_signal(stop: Callable[[], None]) -> None:

@@ -70,6 +70,11 @@ class ChangeOver:
         self._task = self._context.tasks.create_task(self._run(with_roles(self.plan, wanted)))
         return ""
 
+    async def until_over(self) -> None:
+        """Return when no apply is running."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
     def cancel(self) -> None:
         """Cancel the apply. The steps done so far are kept."""
         if self._task is not None:

@@ -1,0 +1,153 @@
+"""A supervisor as a part of a cluster: it tells the registry of its engines, follows those of other nodes, and obeys
+the orders for its node. Without the registry everything goes on as it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Never
+
+import msgspec
+
+from pdctl import __version__
+from pdctl.host.boot import boot_id
+from pdctl.host.facts import encode_facts
+from pdctl.plan import Plan
+from pdctl.registry import Refused, Registry
+from pdctl.supervisor.agent.contact import Contact
+from pdctl.supervisor.agent.orders import Orders
+from pdctl.supervisor.agent.plans import Planner, this_node
+from pdctl.supervisor.cluster.entries import EngineEntry, Keys, NodeEntry
+from pdctl.supervisor.cluster.membership import Membership
+from pdctl.supervisor.cluster.neighbours import Neighbours
+from pdctl.supervisor.cluster.presence import Presence
+from pdctl.supervisor.service.running import RunningService
+from pdctl.supervisor.surface.control import Controlled
+from pdctl.topology.spec import Cluster
+
+# After a refusal, which only an administrator can end, seconds.
+_REFUSED_S = 5.0
+_LEAVE_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """`node`: its name; `address`: where it listens; `empty`: its plan without processes; `state_dir`: what outlives a
+    run; `allow_commands`: see Planner."""
+
+    cluster: Cluster
+    node: str
+    address: str
+    secret: str
+    empty: Plan
+    state_dir: Path
+    allow_commands: bool = False
+
+
+class Agent:
+    """See ClusterSide. `say(process, message)` is called for what an operator should know."""
+
+    def __init__(self, settings: AgentSettings, registry: Registry, say: Callable[[str, str], None]) -> None:
+        self.secret = settings.secret
+        self.contact = Contact()
+        self.refused_order: str | None = None
+        self._settings = settings
+        self._say = say
+        cluster, node = settings.cluster, settings.node
+        keys = Keys(settings.empty.service)
+        planner = Planner(node, settings.address, settings.empty, settings.allow_commands, say)
+        self._running: RunningService | None = None
+        self._registry = registry
+        self.presence = Presence(registry, keys, self._entry(), cluster.ttl_s, self._engines, self._hears("presence"))
+        self.neighbours = Neighbours(
+            registry, keys, Membership(node, cluster.node_lost_s), self._ask, self._release, self._changed,
+            self._hears("engines"),
+        )  # fmt: skip
+        self.orders = Orders(
+            registry, keys, node, planner.plan_of, self._told_of_order, self._hears("orders"), settings.state_dir
+        )
+
+    # -- see ClusterSide -----------------------------------------------------------------------------------
+
+    def used(self) -> tuple[EngineEntry, ...]:
+        """See ClusterSide."""
+        return self.neighbours.used
+
+    def engines_changed(self) -> None:
+        """See ClusterSide."""
+        self.presence.changed()
+
+    def control(self, running: RunningService) -> Controlled:
+        """See ClusterSide."""
+        return running
+
+    async def run_forever(self, running: RunningService) -> Never:
+        """Be a part of the cluster until cancelled."""
+        self._running = running
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._always("presence", self.presence.run_forever))
+            tasks.create_task(self._always("engines", self.neighbours.run_forever))
+            tasks.create_task(self._always("orders", lambda: self.orders.run_forever(running)))
+        raise AssertionError("all tasks run for ever")
+
+    async def leave(self) -> None:
+        """See ClusterSide."""
+        try:
+            async with asyncio.timeout(_LEAVE_S):
+                await self.presence.leave()
+        except (TimeoutError, Refused):
+            self._say("pdctl", "the registry was not told that this node stops: its lease ends by itself")
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    async def _always(self, part: str, run: Callable[[], Awaitable[Never]]) -> Never:
+        """Run a part again when the registry refuses: engines must not stop because a permission is missing."""
+        while True:
+            try:
+                await run()
+            except* Refused as failures:
+                self._hears(part)(str(failures.exceptions[0]))
+            await asyncio.sleep(_REFUSED_S)
+
+    def _hears(self, part: str) -> Callable[[str | None], None]:
+        def told(reason: str | None) -> None:
+            if not self.contact.told(part, reason):
+                return
+            if reason is None:
+                self._say("pdctl", "etcd answers again")
+            else:
+                self._say("pdctl", f"etcd is not heard: {reason}; nothing changes until it is")
+
+        return told
+
+    def _told_of_order(self, reason: str | None) -> None:
+        if reason and reason != self.refused_order:
+            self._say("pdctl", f"the order for this node is not carried out: {reason}")
+        self.refused_order = reason
+
+    def _entry(self) -> NodeEntry:
+        settings = self._settings
+        return NodeEntry(
+            name=settings.node,
+            address=settings.address,
+            boot=boot_id(),
+            pdctl=__version__,
+            agent_port=settings.cluster.agent_port,
+            facts=msgspec.Raw(encode_facts(this_node(settings.address))),
+        )
+
+    def _engines(self) -> list[EngineEntry]:
+        return self._running.engines() if self._running is not None else []
+
+    async def _ask(self, entry: EngineEntry) -> str | None:
+        return await self._running.epoch_of(entry) if self._running is not None else None
+
+    def _release(self, holders: list[str]) -> None:
+        if self._running is not None:
+            self._running.others.release(holders)
+
+    def _changed(self) -> None:
+        if self._running is not None:
+            self._running.others.changed()

@@ -1,0 +1,66 @@
+"""The registry of a cluster as its topology names it, and what the last contact with it was."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pdctl.errors import PdctlError
+from pdctl.registry import Registry
+from pdctl.topology.spec import Cluster
+
+# Shorter secrets can be guessed.
+_LEAST_SECRET = 16
+
+
+@dataclass(slots=True)
+class Contact:
+    """What the parts of an agent were told of the registry. `reasons`: by part, why it does not hear the registry."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    since: float | None = None
+
+    def told(self, part: str, reason: str | None) -> bool:
+        """A part hears the registry (None), or not. Returns whether that is news."""
+        before = bool(self.reasons)
+        if reason is None:
+            self.reasons.pop(part, None)
+        else:
+            self.reasons[part] = reason
+        if bool(self.reasons) == before:
+            return False
+        self.since = time.monotonic() if self.reasons else None
+        return True
+
+    @property
+    def silent_s(self) -> float | None:
+        """For how long the registry has not been heard; None while it is."""
+        return None if self.since is None else time.monotonic() - self.since
+
+
+def registry_of(cluster: Cluster) -> Registry:
+    """A client of the cluster's etcd. Raises PdctlError."""
+    # Imported here: a service on one machine needs no etcd.
+    from pdctl.registry.etcd.gateway import Credentials, Gateway
+    from pdctl.registry.etcd.registry import EtcdRegistry
+
+    credentials = None
+    if cluster.etcd_user:
+        credentials = Credentials(cluster.etcd_user, read_secret(cluster.etcd_password_file, "etcd_password_file", 1))
+    return EtcdRegistry(Gateway(list(cluster.etcd), None, credentials))
+
+
+def read_secret(path: str, key: str, least: int = _LEAST_SECRET) -> str:
+    """The secret in a file that a key of [cluster] names. Raises PdctlError."""
+    try:
+        file = Path(path)
+        secret, mode = file.read_text().strip(), file.stat().st_mode
+    except (OSError, UnicodeDecodeError) as failure:
+        hint = "create it with: pdctl cluster init, and copy it to every node"
+        raise PdctlError(f"cluster.{key}: {path} cannot be read: {failure}", hint) from failure
+    if mode & 0o077:
+        raise PdctlError(f"cluster.{key}: others may read {path}", f"protect it with: chmod 600 {path}")
+    if len(secret) < least:
+        raise PdctlError(f"cluster.{key}: {path} has fewer than {least} characters")
+    return secret

@@ -1,0 +1,97 @@
+"""Makes this node's plan of an order: from the topology's text, the names of engines, and this machine's facts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from pdctl.errors import ConfigError, PdctlError
+from pdctl.host import Host, read_host
+from pdctl.plan import Plan, Share, make_plan
+from pdctl.plan.models import preparation, with_model_at
+from pdctl.supervisor.cluster.entries import Order
+from pdctl.topology.loader import load_cluster_text
+from pdctl.topology.spec import Topology
+
+# A model may have to be downloaded.
+_PREPARE_S = 3600.0
+
+
+def this_node(address: str) -> Host:
+    """The facts of this machine, as a node with this address."""
+    return replace(read_host(), address=address)
+
+
+class Planner:
+    """`empty`: the plan without processes, for a node that is to run nothing. `allow_commands`: whether a topology from
+    the registry may name programs, interpreters and options."""
+
+    def __init__(
+        self, node: str, address: str, empty: Plan, allow_commands: bool, say: Callable[[str, str], None]
+    ) -> None:
+        self._node = node
+        self._address = address
+        self._empty = empty
+        self._allow_commands = allow_commands
+        self._say = say
+
+    async def plan_of(self, order: Order, running: Plan) -> Plan:
+        """The plan of an order; processes that run keep their places. Raises PdctlError."""
+        if order.topology is None:
+            return replace(self._empty, service=running.service)
+        planned = await asyncio.to_thread(self._plan, order, running)
+        argv = preparation(planned)
+        if argv is None or not any(spec.is_engine for spec in planned.processes):
+            return planned
+        self._say("pdctl", f"preparing {planned.model}")
+        return with_model_at(planned, await _prepared(argv, planned.model))
+
+    def _plan(self, order: Order, running: Plan) -> Plan:
+        assert order.topology is not None
+        try:
+            topology = load_cluster_text(order.topology.text, order.topology.source)
+        except ConfigError as failure:
+            problem = failure.problems[0]
+            raise PdctlError(f"the topology is wrong here: line {problem.line}: {problem.message}") from failure
+        if topology.service.name != self._empty.service:
+            raise PdctlError(f"the topology is for service {topology.service.name!r}, not {self._empty.service!r}")
+        if not self._allow_commands and (named := commands_in(topology)):
+            hint = "start the agent with --allow-commands if everyone who may write to etcd may run commands here"
+            raise PdctlError(f"the topology sets {named}: this agent runs only what pdctl starts itself", hint)
+        share = Share(self._node, frozenset(order.engines))
+        return make_plan(topology, this_node(self._address), running, share)
+
+
+def commands_in(topology: Topology) -> str:
+    """The first key of a topology that names a program or its options; "" if there is none."""
+    if topology.processes:
+        return "[[processes]]"
+    if topology.stores:
+        return "[[stores]]"
+    for group in topology.engines:
+        for key in ("python", "args", "env"):
+            if getattr(group, key):
+                return f"{key} of group {group.name}"
+    return ""
+
+
+async def _prepared(argv: list[str], model: str) -> str:
+    """Run the command that prepares a model, and return the path that it prints. Raises PdctlError."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*argv, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+    try:
+        async with asyncio.timeout(_PREPARE_S):
+            out, told = await process.communicate()
+    except TimeoutError:
+        raise PdctlError(f"preparing {model} took more than {_PREPARE_S:g} s") from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        last = told.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+        raise PdctlError(f"model {model} cannot be used: {last[0]}")
+    return out.decode().strip().splitlines()[-1]
