@@ -87,10 +87,8 @@ def port_problems(topology: Topology, host: Host) -> list[Problem]:
     holder = host.listening.get(topology.proxy.port)
     if holder is None:
         return []
-    line = 0
-    if topology.source:
-        text = read_user_text(Path(topology.source))
-        line = key_lines(text).get(("proxy", "port"), 0)
+    # The text as it was read: the file may have changed, and the built-in topology has none.
+    line = key_lines(topology.text).get(("proxy", "port"), 0)
     message = f"port {topology.proxy.port} is in use by {holder.describe()}"
     hint = "stop that process or choose another port under [proxy]"
     if "pdctl.proxy" in holder.command:

@@ -213,6 +213,13 @@ def test_a_port_in_use_names_its_holder(tmp_path: Path) -> None:
     assert "pid 41 (python -m http.server)" in found[0].message
 
 
+def test_the_built_in_topology_has_a_port_in_use_too() -> None:
+    on = replace(host(), listening={8000: PortHolder(7, "nginx")})
+    found = port_problems(load_text(default_text(on), "the built-in default", on), on)
+    assert [problem.key for problem in found] == ["proxy.port"]
+    assert found[0].line > 0
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(PdctlError, match="does not exist"):
         load_file(tmp_path / "no.toml", host())

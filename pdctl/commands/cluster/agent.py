@@ -39,8 +39,8 @@ def agent(
         "commands on this machine.",
     ),
 ) -> None:
-    """Run this machine's part of a service that runs on several: [cluster] in the topology. The engines, and the proxy,
-    are those that `pdctl up` on any node asks for."""
+    """Run this machine's part of a service that runs on several. The topology's [cluster] says how the machines find
+    each other; engines and proxy are those that `pdctl up` on any of them asks for."""
     from pdctl.host.processes.presence import supervisor_of
     from pdctl.host.users import run_root
 
