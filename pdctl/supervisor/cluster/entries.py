@@ -5,14 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from pdctl.registry import Entry
+from pdctl.topology.spec import ENGINE_ROLES
 from pdctl.wire import Port
 
 READY, DRAINING, GONE = "ready", "draining", "gone"
 
 
 class EngineEntry(msgspec.Struct, frozen=True):
-    """One engine of a node. `state`: ready, draining (no new requests), or gone: written before the key is deleted, so
-    that a deleted key and one whose lease has ended are told apart."""
+    """One engine of a node, or its proxy: that holds leases, too. `state`: ready, draining (no new requests), or gone:
+    written before the key is deleted, so that a deleted key and one whose lease has ended are told apart."""
 
     node: str
     name: str
@@ -26,6 +27,11 @@ class EngineEntry(msgspec.Struct, frozen=True):
     connector: str = ""
     ports: dict[str, Port] = {}
     inline: bool = False
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether it computes requests."""
+        return self.role in ENGINE_ROLES
 
     @property
     def holder(self) -> str:

@@ -52,10 +52,10 @@ class Membership:
         self._see_mass(now)
         return released
 
-    def asked(self, name: str, epoch: str | None) -> list[str]:
+    def asked(self, entry: EngineEntry, epoch: str | None) -> list[str]:
         """An unknown engine was asked directly: its epoch, or None if it did not answer. Returns holders to release."""
         for key, unknown in list(self._unknown.items()):
-            if unknown.entry.name != name:
+            if (unknown.entry.node, unknown.entry.name) != (entry.node, entry.name):
                 continue
             if epoch is not None and epoch != unknown.entry.epoch:
                 # It was started again: the new one is used when its node tells of it.

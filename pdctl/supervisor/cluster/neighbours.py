@@ -89,4 +89,4 @@ class Neighbours:
         with contextlib.suppress(TimeoutError):
             async with self._limit, asyncio.timeout(_ANSWER_S):
                 epoch = await self._ask(entry)
-        self._heard(self._membership.asked(entry.name, epoch))
+        self._heard(self._membership.asked(entry, epoch))

@@ -125,11 +125,9 @@ class Fleet:
         ]
 
     def entries(self, node: str) -> list[EngineEntry]:
-        """Engines that answer, as other nodes see them."""
+        """Engines and proxies that answer, as other nodes see them."""
         return [
-            entry_of(unit, node)
-            for unit in self
-            if unit.spec.is_engine and unit.life.phase in _ANSWERING and unit.alive
+            entry_of(unit, node) for unit in self if unit.spec.is_ours and unit.life.phase in _ANSWERING and unit.alive
         ]
 
     def serving(self) -> list[ProcessSpec]:
@@ -155,15 +153,17 @@ class Fleet:
 
 
 def entry_of(unit: Unit, node: str) -> EngineEntry:
-    """One engine, as other nodes see it."""
+    """One engine or proxy, as other nodes see it."""
     spec = unit.spec
+    # A proxy with several workers, or with TLS for clients, answers its own service at another port.
+    port = spec.ports.get("control") or spec.ports["http"]
     return EngineEntry(
         node=node,
         name=unit.name,
         kind=spec.kind,
         role=spec.role,
         host=spec.host,
-        port=spec.ports["http"],
+        port=port,
         epoch=unit.epoch,
         state=DRAINING if unit.life.phase in _DRAINED else READY,
         role_epoch=spec.role_epoch,

@@ -14,6 +14,7 @@ from pdctl.adapters import Ability, Control, Peer, Target, control, dialect
 from pdctl.control_api import EngineBlocks, KvStatus, Lease, Link
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
+from pdctl.plan.spec import PROXY
 from pdctl.wire import EngineState, LeaseInfo, LeaseReply, LinkInfo, PeerAddress, RoleCall
 
 Result = TypeVar("Result")
@@ -25,6 +26,8 @@ _SERVERS = ("prefill", "hybrid")
 _CALL_S = 2.0
 _CALL_TRIES = 3
 _STATE_S = 1.0
+# Without the secret, a proxy that lives refuses it.
+_PROXY_PATH = "/pdctl/v1/pool"
 # An engine needs up to 10 s per link, and makes its links concurrently.
 _LINK_S = 30.0
 _LINK_TRIES = 3
@@ -217,13 +220,14 @@ class KvWatch:
         return LeaseReply(False, "; ".join(reasons) or f"no running engine granted lease {lease_id}")
 
     async def epoch_of(self, member: Member) -> str | None:
-        """The epoch with which an engine of another node answers; None if it does not. A kind whose engines do not tell
-        it answers for the start that is known."""
-        if Ability.STATE in member.control.abilities:
+        """The epoch with which an engine or a proxy of another node answers; None if it does not. What does not tell
+        its epoch answers for the start that is known."""
+        if member.kind != PROXY and Ability.STATE in member.control.abilities:
             found = await self._state(member)
             return found.epoch if isinstance(found, EngineState) else None
+        path = _PROXY_PATH if member.kind == PROXY else dialect(member.kind).probe_path
         try:
-            answer = await self.target(member).pool.request("GET", dialect(member.kind).probe_path, timeout_s=_STATE_S)
+            answer = await self.target(member).pool.request("GET", path, timeout_s=_STATE_S)
         except Unreachable:
             return None
         return member.epoch if answer.status < 500 else None

@@ -43,15 +43,15 @@ class ClusterSide(Protocol):
 
 
 class Others:
-    """`used` returns the engines; those of a kind that this pdctl does not know are left out."""
+    """`used` returns engines and proxies; engines of a kind that this pdctl does not know are left out."""
 
     def __init__(self, used: Callable[[], tuple[EngineEntry, ...]] = tuple) -> None:
         self._used = used
 
     def entries(self) -> list[EngineEntry]:
-        """All of them."""
+        """All engines."""
         known = set(kinds())
-        return [entry for entry in self._used() if entry.kind in known]
+        return [entry for entry in self._used() if entry.is_engine and entry.kind in known]
 
     def members(self) -> list[Member]:
         """As members, which can be called."""
@@ -66,8 +66,8 @@ class Others:
         return {entry.name for entry in self.entries() if entry.state == DRAINING}
 
     def holders(self) -> set[str]:
-        """The names under which they hold leases."""
-        return {entry.holder for entry in self.entries()}
+        """The names under which they, and the proxies of other nodes, hold leases."""
+        return {entry.holder for entry in self._used()}
 
 
 class OthersKeeper:

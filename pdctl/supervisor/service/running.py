@@ -191,7 +191,7 @@ class RunningService:
     # -- a part of a cluster (see ClusterSide) -------------------------------------------------------------
 
     def engines(self) -> list[EngineEntry]:
-        """This node's engines that answer, as other nodes see them."""
+        """This node's engines and proxies that answer, as other nodes see them."""
         return self._fleet.entries(self.plan.node)
 
     async def epoch_of(self, entry: EngineEntry) -> str | None:
@@ -320,11 +320,11 @@ class RunningService:
 
     def _unit_changed(self, unit: Unit) -> None:
         self._reconciler.unit_changed(unit)
-        if self._cluster is not None and unit.spec.is_engine:
+        if self._cluster is not None and unit.spec.is_ours:
             self._cluster.engines_changed()
 
     def _holders(self) -> set[str]:
-        """The names of everything alive that may hold leases. Proxies of other nodes are not known: see KvWatch."""
+        """The names of everything alive that may hold leases."""
         return self._fleet.holders() | self._others.holders()
 
     def _members(self) -> list[Member]:

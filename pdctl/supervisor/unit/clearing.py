@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from pdctl.host.devices.gpu import GpuUse, gpu_use
 from pdctl.host.processes.ports import listening_ports
-from pdctl.net import LOOPBACK
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process.tree import Tree, kill_tree
 
@@ -65,7 +64,7 @@ async def clear(remains: Remains, blocked: Callable[[str], None]) -> None:
 def in_the_way(spec: ProcessSpec, baseline: Baseline, ours: set[int], is_patient: bool = True) -> str:
     """What prevents the start of `spec`, or "". `is_patient`: also wait for GPU memory with an unknown holder."""
     for name, port in spec.ports.items():
-        if (spec.listen is None or spec.listen[1] != port) and not _is_free(port):
+        if (spec.listen is None or spec.listen[1] != port) and not _is_free(spec.host, port):
             holder = listening_ports().get(port)
             who = holder.describe() if holder else "a connection that is being closed"
             return f"its {name} port {port} is in use by {who}"
@@ -116,12 +115,12 @@ def _holders(pids: list[int]) -> str:
     return f"held by pids {pids}" if pids else "the driver has not freed it yet"
 
 
-def _is_free(port: int) -> bool:
+def _is_free(host: str, port: int) -> bool:
     """Whether an engine could listen there. SO_REUSEADDR, as engines do: connections in TIME_WAIT do not count."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True

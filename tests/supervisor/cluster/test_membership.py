@@ -55,11 +55,11 @@ def test_an_engine_whose_lease_ended_is_used_while_it_answers() -> None:
     membership.take([put(decode)], 0)
     assert membership.take([deleted(decode)], 10) == []
     assert names(membership) == ["decode-0"]
-    assert membership.asked("decode-0", "e1") == []
-    assert membership.asked("decode-0", None) == ["decode-0@e1"]
-    assert membership.asked("decode-0", None) == []
+    assert membership.asked(decode, "e1") == []
+    assert membership.asked(decode, None) == ["decode-0@e1"]
+    assert membership.asked(decode, None) == []
     assert names(membership) == []
-    assert membership.asked("decode-0", "e1") == []
+    assert membership.asked(decode, "e1") == []
     assert names(membership) == ["decode-0"]
     assert membership.forget(69) == []
     assert membership.forget(70) == ["decode-0@e1"]
@@ -70,7 +70,7 @@ def test_an_unknown_engine_that_answers_as_another_start_is_gone() -> None:
     membership, decode = Membership("a", 60), engine("b", "decode-0")
     membership.take([put(decode)], 0)
     membership.take([deleted(decode)], 1)
-    assert membership.asked("decode-0", "e2") == ["decode-0@e1"]
+    assert membership.asked(decode, "e2") == ["decode-0@e1"]
     assert membership.unknown == ()
 
 
@@ -81,7 +81,7 @@ def test_engines_of_several_nodes_that_vanish_at_once_stay() -> None:
     assert membership.take(map(deleted, engines[:4]), 5.0) == []
     assert membership.registry_failed
     for entry in engines[:4]:
-        assert membership.asked(entry.name, None) == []
+        assert membership.asked(entry, None) == []
     assert len(names(membership)) == 6
     membership.take(map(put, engines[:4]), 8.0)
     assert membership.unknown == ()
@@ -94,7 +94,7 @@ def test_a_lost_node_is_not_the_registry_s_fault() -> None:
     membership.take([put(engine("c", "c-0")), *map(put, engines)], 0)
     membership.take(map(deleted, engines), 5.0)
     assert not membership.registry_failed
-    assert [membership.asked(entry.name, None) for entry in engines] == [[entry.holder] for entry in engines]
+    assert [membership.asked(entry, None) for entry in engines] == [[entry.holder] for entry in engines]
     assert names(membership) == ["c-0"]
 
 
@@ -153,7 +153,7 @@ class Beliefs(RuleBasedStateMachine):
         unknown = self.membership.unknown
         if number < len(unknown):
             entry = unknown[number]
-            holders = self.membership.asked(entry.name, entry.epoch if answers else None)
+            holders = self.membership.asked(entry, entry.epoch if answers else None)
             assert holders in ([], [entry.holder])
             assert not (answers and holders)
             self.heard(holders)

@@ -1,0 +1,159 @@
+"""What a node does with orders: the newest one of a coordinator that still counts, and each only once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pdctl.errors import PdctlError
+from pdctl.plan import Plan
+from pdctl.plan.changes import Changes
+from pdctl.registry import Delete, Put
+from pdctl.registry.memory import MemoryRegistry
+from pdctl.supervisor.agent.orders import Orders
+from pdctl.supervisor.cluster.entries import Keys, Order, TopologyEntry
+from pdctl.supervisor.service.change.apply import Progress
+from tests.news import News
+from tests.supervisor.fleet import child, plan_of
+
+pytestmark = pytest.mark.anyio
+KEYS = Keys("service")
+TOPOLOGY = TopologyEntry("text", "/x/pdctl.toml")
+
+
+def plan(*names: str) -> Plan:
+    """A plan with these engines."""
+    return plan_of(Path("/nowhere"), *(child(name, "true", ports={}) for name in names))
+
+
+class Rig(News):
+    """A service whose plan is only the engines' names. `busy`: why an apply is refused; `fails`: how it ends."""
+
+    def __init__(self, state_dir: Path) -> None:
+        super().__init__()
+        self.registry = MemoryRegistry()
+        self.plan: Plan = plan()
+        self.applied: Progress | None = None
+        self.asked: list[tuple[str, ...]] = []
+        self.told: list[str | None] = []
+        self.busy: list[str] = []
+        self.fails = ""
+        self.wrong: set[str] = set()
+        self.orders = Orders(self.registry, KEYS, "a", self.plan_of, self._tell, lambda failure: None, state_dir)
+
+    def _tell(self, reason: str | None) -> None:
+        self.told.append(reason)
+        self.tell()
+
+    async def plan_of(self, order: Order, running: Plan) -> Plan:
+        assert running is self.plan
+        if self.wrong & set(order.engines):
+            raise PdctlError("no room")
+        return plan(*order.engines)
+
+    def changes(self, wanted: Plan) -> Changes:
+        return Changes() if wanted == self.plan else Changes(added=("x",))
+
+    def apply(self, wanted: Plan) -> str:
+        if self.busy:
+            return self.busy.pop(0)
+        self.asked.append(tuple(spec.name for spec in wanted.processes))
+        self.plan = wanted
+        self.applied = Progress("failed" if self.fails else "done", error=self.fails)
+        return ""
+
+    async def until_applied(self) -> None:
+        await asyncio.sleep(0)
+
+    async def order(self, term: int, *engines: str, node: str = "a") -> None:
+        order = Order(term, node, TOPOLOGY, engines)
+        await self.registry.write([Put(KEYS.order(node), msgspec.json.encode(order))])
+
+
+@asynccontextmanager
+async def obeying(rig: Rig) -> AsyncIterator[Rig]:
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(rig.orders.run_forever(rig))
+        yield rig
+        task.cancel()
+
+
+async def test_the_order_that_is_there_and_newer_ones_are_obeyed(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    await rig.order(5, "prefill-0")
+    async with obeying(rig):
+        await rig.until(lambda: rig.asked == [("prefill-0",)])
+        await rig.order(5, "prefill-0", "decode-0")
+        await rig.until(lambda: rig.asked == [("prefill-0",), ("prefill-0", "decode-0")])
+
+
+async def test_an_order_that_changes_nothing_is_no_apply(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    async with obeying(rig):
+        await rig.order(5, "prefill-0")
+        await rig.until(lambda: rig.told == [None])
+        await rig.order(6, "prefill-0")
+        await rig.until(lambda: rig.told == [None, None])
+    assert rig.asked == [("prefill-0",)]
+
+
+async def test_an_earlier_coordinator_is_not_obeyed_not_even_after_a_restart(tmp_path: Path) -> None:
+    async with obeying(Rig(tmp_path)) as rig:
+        await rig.order(7, "prefill-0")
+        await rig.until(lambda: len(rig.asked) == 1)
+    again = Rig(tmp_path)
+    await again.order(6, "decode-0")
+    async with obeying(again):
+        await again.order(7, "decode-1")
+        await again.until(lambda: again.asked == [("decode-1",)])
+
+
+async def test_orders_of_another_node_with_a_longer_name_are_not_ours(tmp_path: Path) -> None:
+    async with obeying(Rig(tmp_path)) as rig:
+        await rig.order(5, "decode-9", node="a2")
+        await rig.order(5, "decode-0")
+        await rig.until(lambda: rig.asked == [("decode-0",)])
+
+
+async def test_a_deleted_order_stops_nothing(tmp_path: Path) -> None:
+    async with obeying(Rig(tmp_path)) as rig:
+        await rig.order(5, "decode-0")
+        await rig.until(lambda: rig.asked == [("decode-0",)])
+        await rig.registry.write([Delete(KEYS.order("a"))])
+        await rig.order(5, "decode-1")
+        await rig.until(lambda: rig.asked[-1] == ("decode-1",))
+    assert len(rig.asked) == 2
+
+
+async def test_an_apply_of_somebody_else_is_waited_for(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.busy = ["another apply is in progress: adding x"] * 2
+    async with obeying(rig):
+        await rig.order(5, "decode-0")
+        await rig.until(lambda: rig.told[-1:] == [None])
+    assert rig.told == ["waiting: another apply is in progress: adding x"] * 2 + [None]
+
+
+@pytest.mark.parametrize("how", ["no room", "decode-0 failed"])
+async def test_why_an_order_is_not_carried_out_is_told_and_the_next_one_counts(tmp_path: Path, how: str) -> None:
+    rig = Rig(tmp_path)
+    rig.wrong, rig.fails = ({"decode-0"}, "") if how == "no room" else (set(), how)
+    async with obeying(rig):
+        await rig.order(5, "decode-0")
+        await rig.until(lambda: rig.told == [how])
+        rig.wrong, rig.fails = set(), ""
+        await rig.order(5, "decode-1")
+        await rig.until(lambda: rig.told == [how, None])
+
+
+async def test_an_order_that_is_no_order_is_told(tmp_path: Path) -> None:
+    async with obeying(Rig(tmp_path)) as rig:
+        await rig.registry.write([Put(KEYS.order("a"), b'{"term":"x"}')])
+        await rig.until(lambda: bool(rig.told))
+    assert rig.told[0] is not None
+    assert rig.told[0].startswith("the order in /pdctl/service/desired/a is not understood: ")
