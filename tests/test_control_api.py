@@ -25,8 +25,10 @@ from pdctl.control_api import (
     ProcessState,
     ProcessStatus,
     ServiceStatus,
+    cluster_messages,
     document,
     messages,
+    usage_messages,
 )
 from pdctl.control_api.client import event_of
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
@@ -57,7 +59,8 @@ def test_the_page_is_written_from_the_messages() -> None:
 
 
 def test_every_field_of_a_message_says_what_it_means() -> None:
-    kinds = [kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+    found = [kind for module in (messages, cluster_messages, usage_messages) for kind in vars(module).values()]
+    kinds = {kind for kind in found if isinstance(kind, type) and issubclass(kind, msgspec.Struct)}
     assert len(kinds) > 15
     for kind in kinds:
         assert kind is msgspec.Struct or all(meaning for _, _, meaning in document._fields(kind)), kind
@@ -71,7 +74,7 @@ def test_every_event_and_call_is_on_the_page() -> None:
     assert {"started", "exited", "asked", "service_ready"} <= said
     assert said <= set(re.findall(r"`([a-z_]+)`", text))
     for path in re.findall(r'Route\("([^"]+)"', "".join(supervisor)):
-        assert path.replace("{name}", "NAME").replace("{verb}", "VERB") in text
+        assert path.replace("{name:path}", "NAME").replace("{verb}", "VERB") in text
 
 
 def test_states_are_those_of_a_life() -> None:
@@ -82,13 +85,14 @@ def test_a_status_is_the_json_it_always_was() -> None:
     found = json.loads(msgspec.json.encode(STATUS))
     assert list(found) == [
         "service", "state", "failure", "proxy_url", "model", "served_model_name", "tls_cert", "supervisor_pid",
-        "run_dir", "log_dir", "source", "trees", "apply", "processes", "attached", "links",
+        "run_dir", "log_dir", "source", "trees", "apply", "processes", "attached", "links", "nodes",
+        "registry", "proxy_urls", "unplaced",
     ]  # fmt: skip
     assert list(found["processes"][0]) == [
         "name", "kind", "role", "group", "state", "reason", "pid", "restarts", "last_exit", "device", "cpus", "gpus",
         "rdma", "ports", "ready_since", "epoch", "adopted", "log", "phase", "phase_s", "planned_role",
-        "leaving_role", "rss_bytes", "cpu_percent", "gpu_memory_bytes", "running", "waiting", "kv_used", "leases",
-        "tokens_per_s", "leaving_work", "prompts_own", "latency",
+        "leaving_role", "node", "rss_bytes", "cpu_percent", "gpu_memory_bytes", "running", "waiting", "kv_used",
+        "leases", "tokens_per_s", "leaving_work", "prompts_own", "latency",
         "prompts_received", "attention", "cuda_graphs", "prefix_hit_rate",
     ]  # fmt: skip
     assert found["failure"] is None

@@ -1,6 +1,14 @@
 """The control API of a supervisor: its messages and a client. Reference: docs/status-json.md."""
 
 from pdctl.control_api.client import SOCKET, ControlClient, not_answering
+from pdctl.control_api.cluster_messages import (
+    ClusterNode,
+    ClusterNodeState,
+    NodeChanges,
+    PublishedTopology,
+    RegistryStatus,
+    TopologyOrder,
+)
 from pdctl.control_api.messages import (
     HEARTBEAT_S,
     MOST_WAITING,
@@ -9,15 +17,10 @@ from pdctl.control_api.messages import (
     AttachedStatus,
     DashboardOrder,
     DashboardReply,
-    EngineBlocks,
     Event,
     ExitReport,
     Exits,
-    KeysStatus,
-    KeyStatus,
-    KvStatus,
     LastExit,
-    Lease,
     Link,
     MeasuredProcess,
     MeasuredStatus,
@@ -35,8 +38,10 @@ from pdctl.control_api.messages import (
     StepLatency,
     StepPredictions,
     Stopping,
+    TopologyReply,
     Verb,
 )
+from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease
 
 __all__ = [
     "HEARTBEAT_S",
@@ -45,6 +50,8 @@ __all__ = [
     "ApplyProgress",
     "ApplyState",
     "AttachedStatus",
+    "ClusterNode",
+    "ClusterNodeState",
     "ControlClient",
     "DashboardOrder",
     "DashboardReply",
@@ -61,10 +68,13 @@ __all__ = [
     "MeasuredProcess",
     "MeasuredStatus",
     "Node",
+    "NodeChanges",
     "NodeStatus",
     "Nodes",
     "ProcessState",
     "ProcessStatus",
+    "PublishedTopology",
+    "RegistryStatus",
     "Reply",
     "ResourceUse",
     "RoleName",
@@ -74,6 +84,8 @@ __all__ = [
     "StepLatency",
     "StepPredictions",
     "Stopping",
+    "TopologyOrder",
+    "TopologyReply",
     "Verb",
     "not_answering",
 ]

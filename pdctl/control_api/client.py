@@ -12,14 +12,13 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
+from pdctl.control_api.cluster_messages import PublishedTopology, TopologyOrder
 from pdctl.control_api.messages import (
     HEARTBEAT_S,
     DashboardOrder,
     DashboardReply,
     Event,
     Exits,
-    KeysStatus,
-    KvStatus,
     MeasuredStatus,
     Node,
     Nodes,
@@ -28,8 +27,10 @@ from pdctl.control_api.messages import (
     RoleOrder,
     ServiceStatus,
     Stopping,
+    TopologyReply,
     Verb,
 )
+from pdctl.control_api.usage_messages import KeysStatus, KvStatus
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.processes.presence import is_stopped, left_running, living_services, supervisor_of
 
@@ -40,8 +41,11 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 SOCKET = "control.sock"
+_TOPOLOGY = "/v1/cluster/topology"
 # Timeout of one call to a supervisor, seconds.
 _CALL_S = 10.0
+# The same for a change of a cluster's topology, about which every node is asked.
+_PUBLISH_S = 30.0
 # Within _SOCKET_S seconds, a supervisor that starts has a socket, and one whose socket was removed has it again.
 _SOCKET_S, _LOOK_S = 5.0, 0.05
 # An event stream that is silent for longer counts as dead, seconds.
@@ -131,6 +135,18 @@ class ControlClient:
         reply = self._ask("POST", "/v1/dashboard", DashboardReply, order)
         return reply.url
 
+    def topology(self) -> PublishedTopology:
+        """The topology that the cluster runs."""
+        return self._ask("GET", _TOPOLOGY, PublishedTopology)
+
+    def publish(self, order: TopologyOrder) -> TopologyReply:
+        """Let the cluster run a topology, without waiting for it; or only say what it would change."""
+        return self._ask("POST", _TOPOLOGY, TopologyReply, msgspec.json.encode(order), _PUBLISH_S)
+
+    def withdraw(self) -> None:
+        """Let the cluster run nothing, without waiting for that."""
+        self._do(_TOPOLOGY, method="DELETE")
+
     def stop(self) -> None:
         """Stop the service. A second call kills the remaining processes."""
         self._ask("POST", "/v1/stop", Stopping)
@@ -145,7 +161,7 @@ class ControlClient:
         connection, answer = self._send("GET", path, None, _SILENT_S)
         try:
             if answer.status != 200:
-                raise PdctlError(_reason(answer.read()))
+                raise _refusal(answer.read())
             yield from _events(answer)
         except (OSError, http.client.HTTPException, ValueError):
             raise self._gone_or_silent() from None
@@ -154,18 +170,20 @@ class ControlClient:
 
     # -- parts ---------------------------------------------------------------------------------------------
 
-    def _do(self, path: str, body: bytes | None = None) -> None:
-        reply = self._ask("POST", path, Reply, body)
+    def _do(self, path: str, body: bytes | None = None, method: str = "POST") -> None:
+        reply = self._ask(method, path, Reply, body)
         if not reply.ok:
-            raise PdctlError(reply.reason)
+            raise PdctlError(reply.reason, reply.hint or None)
 
-    def _ask(self, method: str, path: str, kind: type[Answer], body: bytes | None = None) -> Answer:
-        connection, answer = self._send(method, path, body, _CALL_S)
+    def _ask(
+        self, method: str, path: str, kind: type[Answer], body: bytes | None = None, within_s: float = _CALL_S
+    ) -> Answer:
+        connection, answer = self._send(method, path, body, within_s, within_s)
         try:
             data = answer.read()
             # A refused call has a Reply as its body, whatever its usual answer is.
             if answer.status == 409 and kind is not Reply:
-                raise PdctlError(_reason(data))
+                raise _refusal(data)
             return msgspec.json.decode(data, type=kind)
         except msgspec.ValidationError as failure:
             raise self._of_another_version(failure) from None
@@ -175,12 +193,13 @@ class ControlClient:
             connection.close()
 
     def _send(
-        self, method: str, path: str, body: bytes | None, silent_s: float
+        self, method: str, path: str, body: bytes | None, silent_s: float, head_s: float = _CALL_S
     ) -> tuple[_UnixConnection, http.client.HTTPResponse]:
-        """Send a request and return its connection and answer. `silent_s`: timeout of each read of the body."""
+        """Send a request and return its connection and answer. `silent_s`: timeout of each read of the body, `head_s`
+        of what comes before."""
         deadline = time.monotonic() + _SOCKET_S
         while True:
-            connection = _UnixConnection(self._run_dir / SOCKET)
+            connection = _UnixConnection(self._run_dir / SOCKET, head_s)
             try:
                 connection.request(method, path, body)
                 answer = connection.getresponse()
@@ -230,9 +249,10 @@ def not_answering(service: str, pid: int) -> NotAnswering:
     return NotAnswering(f"the supervisor of service {service!r} (pid {pid}) is running but does not answer", end)
 
 
-def _reason(data: bytes) -> str:
+def _refusal(data: bytes) -> PdctlError:
     """Why a call was refused."""
-    return msgspec.json.decode(data, type=Reply).reason
+    reply = msgspec.json.decode(data, type=Reply)
+    return PdctlError(reply.reason, reply.hint or None)
 
 
 def _events(lines: Iterable[bytes]) -> Iterator[Event]:
@@ -262,11 +282,11 @@ def event_of(cursor: str, line: str | bytes) -> Event:
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_CALL_S)
+    def __init__(self, path: Path, within_s: float) -> None:
+        super().__init__("localhost", timeout=within_s)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_CALL_S)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))

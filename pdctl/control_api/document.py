@@ -12,20 +12,22 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from pdctl.control_api.cluster_messages import (
+    ClusterNode,
+    NodeChanges,
+    PublishedTopology,
+    RegistryStatus,
+    TopologyOrder,
+)
 from pdctl.control_api.messages import (
     HEARTBEAT_S,
     MOST_WAITING,
     ApplyProgress,
     AttachedStatus,
     DashboardOrder,
-    EngineBlocks,
     Event,
     ExitReport,
-    KeysStatus,
-    KeyStatus,
-    KvStatus,
     LastExit,
-    Lease,
     Link,
     MeasuredProcess,
     MeasuredStatus,
@@ -38,8 +40,10 @@ from pdctl.control_api.messages import (
     StepLatency,
     StepPredictions,
     Stopping,
+    TopologyReply,
     Verb,
 )
+from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease
 from pdctl.plan import Attached, Plan, Probe, ProcessSpec
 from pdctl.plan.changes import Changes
 from pdctl.topology.spec import Dashboard, Elastic, Proxy, Supervision
@@ -66,6 +70,12 @@ _SECTIONS: dict[type, str] = {
     RoleOrder: "Change of a role",
     DashboardOrder: "Order for the live page",
     Reply: "Reply",
+    ClusterNode: "Node of a cluster",
+    RegistryStatus: "Registry",
+    PublishedTopology: "Published topology",
+    TopologyOrder: "Order for a topology",
+    NodeChanges: "Changes of a node",
+    TopologyReply: "Reply to an order for a topology",
 }
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 # The meanings of fields of classes that are not messages.
@@ -188,8 +198,21 @@ _CALLS = (
     ),
     ("POST /v1/apply", "the body is a plan; [reply](#reply), once started"),
     ("POST /v1/apply?dry_run=1", "the body is a plan; as `pdctl apply --dry-run --json`"),
+    ("GET /v1/cluster/topology", "a [published topology](#published-topology)"),
+    (
+        "POST /v1/cluster/topology",
+        "the body is an [order for a topology](#order-for-a-topology); "
+        "[its reply](#reply-to-an-order-for-a-topology), once published",
+    ),
+    ("DELETE /v1/cluster/topology", "[reply](#reply), once no topology is published"),
     ("POST /v1/stop", f"`{msgspec.json.encode(Stopping()).decode()}`; a second call kills the remaining processes"),
 )
+_CLUSTER = """\
+In a cluster, the supervisor of each node answers for all nodes, and NAME may be NODE/NAME. A node that does not answer
+within two seconds is `silent` in `nodes`, and its part is missing. Without a cluster, the calls of `/v1/cluster` are
+refused; in one, `/v1/apply` is. Agents make the calls for status, exits, events, keys, KV and processes to each other,
+over TCP with the cluster's secret as bearer token, and `POST /v1/cluster/changes`, which says what an order would
+change there."""
 _REFUSED = f"""\
 VERB is one of {", ".join(f"`{verb}`" for verb in get_args(Verb))}. A refused call has status 409, and one with an
 invalid cursor status 400. Both have a [reply](#reply) with the reason."""
@@ -213,6 +236,7 @@ def text() -> str:
         f"These fields of a process are measurements, null if unknown: {_names(MeasuredProcess, ProcessStatus)}.",
         "Without a running service, the exit code is 1 and stdout is empty.",
         *_sections(MeasuredProcess, StepLatency, StepPredictions, LastExit, Link, AttachedStatus, ApplyProgress),
+        *_sections(ClusterNode, RegistryStatus),
         "## `pdctl status --keys --json`",
         "See [API keys](keys.md).",
         _table(KeysStatus),
@@ -241,7 +265,9 @@ def text() -> str:
         _API,
         "\n".join(["| call | answer |", "|---|---|", *(f"| `{call}` | {answer} |" for call, answer in _CALLS)]),
         _REFUSED,
+        _CLUSTER,
         *_sections(RoleOrder, DashboardOrder, Node, NodeStatus, Reply),
+        *_sections(PublishedTopology, TopologyOrder, TopologyReply, NodeChanges),
         "### Events as a stream",
         _STREAM,
     ]

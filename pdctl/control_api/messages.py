@@ -1,4 +1,5 @@
-"""All answers of the control API, which `--json` also prints. docs/status-json.md is generated from this file.
+"""Answers of the control API, which `--json` also prints. docs/status-json.md is generated from this file and from
+`cluster_messages.py` and `usage_messages.py`.
 
 Fields are added, not renamed or removed. A new field must have a default: the supervisor may be older than the command
 that calls it.
@@ -10,6 +11,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from pdctl.control_api.cluster_messages import ClusterNode, NodeChanges, RegistryStatus
+from pdctl.control_api.meanings import says
 from pdctl.net import LOOPBACK_PORT
 from pdctl.topology.spec import ENGINE_ROLES
 
@@ -18,7 +21,7 @@ HEARTBEAT_S = 15.0
 # If a reader lags by more events than this, its stream ends. It can resume with its cursor.
 MOST_WAITING = 1000
 
-ServiceState = Literal["starting", "ready", "degraded", "failed", "stopping"]
+ServiceState = Literal["starting", "ready", "degraded", "failed", "stopping", "empty"]
 ProcessState = Literal[
     "pending", "starting", "ready", "draining", "drained", "stopping", "clearing", "backoff", "stopped", "failed"
 ]
@@ -27,16 +30,19 @@ Verb = Literal["start", "stop", "restart", "drain"]
 RoleName = Literal["prefill", "decode", "hybrid"]
 
 
-def says(text: str) -> msgspec.Meta:
-    """The meaning of a field, for docs/status-json.md."""
-    return msgspec.Meta(description=text)
-
-
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the supervisor accepted a call."""
 
     ok: Annotated[bool, says("whether the action is done or started")]
     reason: Annotated[str, says("why not, else empty")] = ""
+    hint: Annotated[str, says("what to do then, or empty")] = ""
+
+
+class TopologyReply(Reply, frozen=True, kw_only=True):
+    """What a topology changes in a cluster."""
+
+    revision: Annotated[int, says("its revision in the registry; 0 if it was not published")] = 0
+    nodes: Annotated[tuple[NodeChanges, ...], says("what changes on each node")] = ()
 
 
 class Stopping(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +84,7 @@ class ExitReport(LastExit, frozen=True, kw_only=True):
     log: Annotated[str, says("its log file")]
     last_lines: Annotated[tuple[str, ...], says("the end of its log, at most 50 lines")]
     kernel: Annotated[tuple[str, ...], says("relevant lines of the kernel log within ten seconds")]
+    node: Annotated[str, says("the node of a cluster on which it ran, else empty")] = ""
 
 
 class Exits(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +128,7 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     phase_s: Annotated[float | None, says("how long that phase has lasted, seconds; null without a phase")]
     planned_role: Annotated[str, says("its role in the topology, if it has another one now, else empty")] = ""
     leaving_role: Annotated[str, says("the role whose last work it still does after a change, else empty")] = ""
+    node: Annotated[str, says("the node of a cluster on which it runs, else empty")] = ""
 
     @property
     def is_engine(self) -> bool:
@@ -252,7 +260,9 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """A service and its processes, without measurements."""
 
     service: Annotated[str, says("its name")]
-    state: Annotated[ServiceState, says("`degraded`: it was ready, but a process is not now")]
+    state: Annotated[
+        ServiceState, says("`degraded`: it was ready, but a process is not now; `empty`: a cluster without a topology")
+    ]
     failure: Annotated[str | None, says("why the start failed, or null")]
     proxy_url: Annotated[str, says("the address for clients")]
     model: Annotated[str, says("the model as written in the topology")]
@@ -267,6 +277,10 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     processes: Annotated[tuple[ProcessStatus, ...], says("in the order of the plan")]
     attached: Annotated[tuple[AttachedStatus, ...], says("engines that pdctl uses but does not start")]
     links: Annotated[tuple[Link, ...], says("how KV moves between engines")]
+    nodes: Annotated[tuple[ClusterNode, ...], says("the machines of a cluster; empty without one")] = ()
+    registry: Annotated[RegistryStatus | None, says("of a cluster; null without one")] = None
+    proxy_urls: Annotated[tuple[str, ...], says("the addresses for clients on all nodes of a cluster")] = ()
+    unplaced: Annotated[tuple[str, ...], says("engines of a cluster that no node runs")] = ()
 
     def process(self, name: str) -> ProcessStatus | None:
         """The process of that name."""
@@ -281,77 +295,6 @@ class MeasuredStatus(ServiceStatus, frozen=True, kw_only=True):
     def process(self, name: str) -> MeasuredProcess | None:
         """The process of that name."""
         return next((process for process in self.processes if process.name == name), None)
-
-
-class KeyStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """An API key, counted since the start of each proxy worker."""
-
-    name: Annotated[str, says("its name; the key itself is not stored")]
-    weight: Annotated[float, says("its share of the engines, relative to other keys")]
-    priority: Annotated[int, says("its class, lower goes first")]
-    running: Annotated[int, says("its answers that the engines work on")]
-    waiting: Annotated[int, says("its answers that wait in the proxy")]
-    requests: Annotated[int, says("requests, answered or not")]
-    refused: Annotated[int, says("those refused with 429: by a limit, or because too many requests waited")]
-    prompt_tokens: Annotated[int, says("tokens of its prompts")]
-    cached_tokens: Annotated[int, says("those found in a prefix cache")]
-    output_tokens: Annotated[int, says("tokens of its answers")]
-    queue_s: Annotated[float, says("mean seconds that its requests waited in the proxy")]
-    ttft_s: Annotated[float | None, says("mean seconds to the first token; null without one")]
-    requests_per_minute: Annotated[int | None, says("its limit; null for none")]
-    requests_left: Annotated[int | None, says("requests that it may send now; null without that limit")]
-    tokens_per_minute: Annotated[int | None, says("its limit; null for none")]
-    tokens_left: Annotated[int | None, says("tokens that it may use now; null without that limit")]
-    streams: Annotated[int | None, says("answers that it may have at once; null for any number")]
-
-
-class KeysStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The API keys of a service."""
-
-    keys: Annotated[tuple[KeyStatus, ...], says("by name")]
-
-
-class EngineBlocks(msgspec.Struct, frozen=True, kw_only=True):
-    """The use of an engine's KV blocks. The total is the sum of free, referenced, leased and quarantined."""
-
-    name: Annotated[str, says("the engine")]
-    blocks_total: Annotated[int, says("all")]
-    blocks_free: Annotated[int, says("free")]
-    blocks_cached: Annotated[int, says("those of the free ones that keep KV for prompts with the same beginning")]
-    blocks_referenced: Annotated[int, says("in use by requests")]
-    blocks_leased: Annotated[int, says("kept for peers under a lease")]
-    blocks_quarantined: Annotated[int, says("a late transfer may still write there")]
-    blocks_reserved: Annotated[int, says("those in use that wait for KV to arrive")]
-    counters: Annotated[
-        dict[str, int], says("more counts since the engine's start, such as `prefix_hits`, or vLLM's `expired_leases`")
-    ]
-
-
-class Lease(msgspec.Struct, frozen=True, kw_only=True):
-    """One live lease."""
-
-    id: Annotated[str, says("its id, for `pdctl kv --revoke`")]
-    request_id: Annotated[str, says("the request that it belongs to")]
-    holder: Annotated[str, says("the process that holds it: name and epoch")]
-    state: Annotated[str, says("`held` or `claimed`")]
-    age_s: Annotated[float, says("seconds since it was granted")]
-    quiet_s: Annotated[float, says("seconds since the holder's last sign of life")]
-    blocks: Annotated[int, says("KV blocks")]
-    bytes: Annotated[int, says("of KV")]
-    leak: Annotated[str, says("why it counts as a leak, or empty")]
-    engine: Annotated[str, says("the engine that granted it")]
-
-
-class KvStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The KV of a service: blocks per engine, and leases."""
-
-    engines: Annotated[tuple[EngineBlocks, ...], says("engines that answered")]
-    leases: Annotated[tuple[Lease, ...], says("all live leases")]
-    unreachable: Annotated[dict[str, str], says("engines that did not answer, each with the reason")]
-
-    def leaks_alone(self) -> KvStatus:
-        """The same, with only those leases that are leaks."""
-        return msgspec.structs.replace(self, leases=tuple(lease for lease in self.leases if lease.leak))
 
 
 class DashboardOrder(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,7 @@ from pdctl.supervisor.cluster.membership import Membership
 from pdctl.supervisor.cluster.neighbours import Neighbours
 from pdctl.supervisor.cluster.presence import Presence
 from pdctl.supervisor.service.running import RunningService
-from pdctl.supervisor.surface.control import Controlled
+from pdctl.supervisor.surface.controlled import Controlled, OneMachine
 from pdctl.topology.spec import Cluster
 
 # After a refusal, which only an administrator can end, seconds.
@@ -81,7 +81,7 @@ class Agent:
 
     def control(self, running: RunningService) -> Controlled:
         """See ClusterSide."""
-        return running
+        return OneMachine(running)
 
     async def run_forever(self, running: RunningService) -> Never:
         """Be a part of the cluster until cancelled."""

@@ -13,7 +13,7 @@ from pdctl.supervisor.service.kv import KvWatch, Member
 
 if TYPE_CHECKING:
     from pdctl.supervisor.service.running import RunningService
-    from pdctl.supervisor.surface.control import Controlled
+    from pdctl.supervisor.surface.controlled import Controlled
 
 
 class ClusterSide(Protocol):

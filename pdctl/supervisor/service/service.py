@@ -20,6 +20,7 @@ from pdctl.supervisor.service.others import ClusterSide
 from pdctl.supervisor.service.running import Resources, RunningService
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.surface.control import serve_control
+from pdctl.supervisor.surface.controlled import OneMachine
 from pdctl.supervisor.surface.notify import Notifier
 from pdctl.supervisor.unit.exits import KernelLog
 from pdctl.wire import UNIT_ENV
@@ -97,7 +98,7 @@ class Service:
     def _answer(self, running: RunningService, tasks: asyncio.TaskGroup) -> None:
         """Answer the control API, and be a part of the cluster if there is one."""
         if self._cluster is None:
-            tasks.create_task(serve_control(self._rundir.control_socket, running))
+            tasks.create_task(serve_control(self._rundir.control_socket, OneMachine(running)))
             return
         tasks.create_task(running.others.run_forever())
         tasks.create_task(self._cluster.run_forever(running))

@@ -41,6 +41,7 @@ from pdctl.supervisor.rundir import journal as journals
 from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.rundir.rundir import RunDir
 from pdctl.supervisor.surface.control import serve_control
+from pdctl.supervisor.surface.controlled import OneMachine
 from pdctl.supervisor.surface.events import EventStreams
 from pdctl.wire import LeaseReply
 from tests.supervisor.fleet import fleet, plan_of, shell
@@ -133,7 +134,8 @@ class Surface:
 
     async def _serve(self) -> None:
         streams = EventStreams(self.service.journal, *self._limits)
-        self._serving = asyncio.create_task(serve_control(self.run_dir.control_socket, self.service, streams))
+        serving = serve_control(self.run_dir.control_socket, OneMachine(self.service), streams)
+        self._serving = asyncio.create_task(serving)
         await asyncio.wait([self._serving])
 
     async def _say(self, message: str) -> None:

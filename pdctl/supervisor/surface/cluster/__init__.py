@@ -1,0 +1,1 @@
+"""The control API of a service that runs on several machines."""
