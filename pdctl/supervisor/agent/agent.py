@@ -68,6 +68,11 @@ class Agent:
         self.orders = Orders(
             registry, keys, node, planner.plan_of, self._told_of_order, self._hears("orders"), settings.state_dir
         )
+        self.coordinator = Coordinator(
+            registry, keys, node, cluster, lambda message: say("pdctl", message), self._hears("coordinator")
+        )
+        self.directory = Directory(registry, keys, node, _SHOWN_S, self._hears("nodes"))
+        self.publisher = Publisher(registry, keys, settings.empty.service, planner, self._service)
 
     # -- see ClusterSide -----------------------------------------------------------------------------------
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
+from pdctl.control_api import RegistryStatus
 from pdctl.errors import PdctlError
 from pdctl.registry import Registry
 from pdctl.topology.spec import Cluster
@@ -16,10 +17,11 @@ _LEAST_SECRET = 16
 
 @dataclass(slots=True)
 class Contact:
-    """What the parts of an agent were told of the registry. `reasons`: by part, why it does not hear the registry."""
+    """What the parts of an agent were told of the registry. `reasons`: by part, why it does not hear the registry;
+    `since`: when that began, ISO 8601, "" while all hear it."""
 
     reasons: dict[str, str] = field(default_factory=dict)
-    since: float | None = None
+    since: str = ""
 
     def told(self, part: str, reason: str | None) -> bool:
         """A part hears the registry (None), or not. Returns whether that is news."""
@@ -30,13 +32,13 @@ class Contact:
             self.reasons[part] = reason
         if bool(self.reasons) == before:
             return False
-        self.since = time.monotonic() if self.reasons else None
+        self.since = datetime.now(UTC).isoformat(timespec="seconds") if self.reasons else ""
         return True
 
     @property
-    def silent_s(self) -> float | None:
-        """For how long the registry has not been heard; None while it is."""
-        return None if self.since is None else time.monotonic() - self.since
+    def status(self) -> RegistryStatus:
+        """As `pdctl status` shows it."""
+        return RegistryStatus(ok=not self.reasons, since=self.since, reason=next(iter(self.reasons.values()), ""))
 
 
 def registry_of(cluster: Cluster) -> Registry:

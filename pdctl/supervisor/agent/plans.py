@@ -39,17 +39,20 @@ class Planner:
 
     async def plan_of(self, order: Order, running: Plan) -> Plan:
         """The plan of an order; processes that run keep their places. Raises PdctlError."""
-        if order.topology is None:
-            return replace(self._empty, service=running.service)
-        planned = await asyncio.to_thread(self._plan, order, running)
+        planned = await self.unprepared(order, running)
         argv = preparation(planned)
         if argv is None or not any(spec.is_engine for spec in planned.processes):
             return planned
         self._say("pdctl", f"preparing {planned.model}")
         return with_model_at(planned, await _prepared(argv, planned.model))
 
+    async def unprepared(self, order: Order, running: Plan) -> Plan:
+        """The same, but the model may not be here yet. Raises PdctlError."""
+        if not order.topology.text:
+            return self._empty
+        return await asyncio.to_thread(self._plan, order, running)
+
     def _plan(self, order: Order, running: Plan) -> Plan:
-        assert order.topology is not None
         try:
             topology = load_cluster_text(order.topology.text, order.topology.source)
         except ConfigError as failure:
