@@ -17,19 +17,28 @@ from pdctl.host.facts import encode_facts
 from pdctl.plan import Plan
 from pdctl.registry import Refused, Registry
 from pdctl.supervisor.agent.contact import Contact
+from pdctl.supervisor.agent.directory import Directory
 from pdctl.supervisor.agent.orders import Orders
-from pdctl.supervisor.agent.plans import Planner, this_node
+from pdctl.supervisor.agent.plans import Planner, engines_of, this_node
+from pdctl.supervisor.agent.publishing import Publisher
+from pdctl.supervisor.cluster.coordinator import Coordinator
 from pdctl.supervisor.cluster.entries import EngineEntry, Keys, NodeEntry
 from pdctl.supervisor.cluster.membership import Membership
 from pdctl.supervisor.cluster.neighbours import Neighbours
 from pdctl.supervisor.cluster.presence import Presence
 from pdctl.supervisor.service.running import RunningService
-from pdctl.supervisor.surface.controlled import Controlled, OneMachine
+from pdctl.supervisor.surface.cluster.agents import AgentAddress
+from pdctl.supervisor.surface.cluster.control import ClusterControl
+from pdctl.supervisor.surface.cluster.merge import ClusterFacts
+from pdctl.supervisor.surface.cluster.server import serve_agents
+from pdctl.supervisor.surface.controlled import Controlled
 from pdctl.topology.spec import Cluster
 
 # After a refusal, which only an administrator can end, seconds.
 _REFUSED_S = 5.0
 _LEAVE_S = 3.0
+# A node that is gone is shown for so long, seconds.
+_SHOWN_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,9 @@ class Agent:
 
     def control(self, running: RunningService) -> Controlled:
         """See ClusterSide."""
-        return OneMachine(running)
+        settings = self._settings
+        own = AgentAddress(settings.node, settings.address, settings.cluster.agent_port, version=__version__)
+        return ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher)
 
     async def run_forever(self, running: RunningService) -> Never:
         """Be a part of the cluster until cancelled."""
@@ -95,12 +106,16 @@ class Agent:
             tasks.create_task(self._always("presence", self.presence.run_forever))
             tasks.create_task(self._always("engines", self.neighbours.run_forever))
             tasks.create_task(self._always("orders", lambda: self.orders.run_forever(running)))
+            tasks.create_task(self._always("coordinator", self.coordinator.run_forever))
+            tasks.create_task(self._always("nodes", self.directory.run_forever))
+            tasks.create_task(self._serve(running))
         raise AssertionError("all tasks run for ever")
 
     async def leave(self) -> None:
         """See ClusterSide."""
         try:
             async with asyncio.timeout(_LEAVE_S):
+                await self.coordinator.leave()
                 await self.presence.leave()
         except (TimeoutError, Refused):
             self._say("pdctl", "the registry was not told that this node stops: its lease ends by itself")
@@ -115,6 +130,27 @@ class Agent:
             except* Refused as failures:
                 self._hears(part)(str(failures.exceptions[0]))
             await asyncio.sleep(_REFUSED_S)
+
+    async def _serve(self, running: RunningService) -> Never:
+        """Answer the agents of other nodes. Raises PdctlError if the address is taken."""
+        settings = self._settings
+        await serve_agents(
+            settings.address, settings.cluster.agent_port, running, self.publisher, self.secret, tls=None
+        )
+        raise AssertionError("it serves until it is cancelled")
+
+    def _service(self) -> RunningService:
+        assert self._running is not None, "the control API is served by a running service"
+        return self._running
+
+    def _facts(self) -> ClusterFacts:
+        """What this node knows of its cluster."""
+        order = self.orders.newest
+        places = dict.fromkeys(engines_of(order.topology) if order is not None else (), "")
+        places |= {entry.name: entry.node for entry in self.neighbours.used if entry.name in places}
+        own = order.engines if order is not None else ()
+        places |= {name: self._settings.node for name in own if name in places}
+        return ClusterFacts(self.contact.status, self.coordinator.holder or "", places)
 
     def _hears(self, part: str) -> Callable[[str | None], None]:
         def told(reason: str | None) -> None:

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import Host, read_host
 from pdctl.plan import Plan, Share, make_plan
+from pdctl.plan.cluster import wishes_of
 from pdctl.plan.models import preparation, with_model_at
-from pdctl.supervisor.cluster.entries import Order
-from pdctl.topology.loader import load_cluster_text
+from pdctl.supervisor.cluster.entries import Order, TopologyEntry
+from pdctl.topology.loader import load_cluster_text, parse_text
 from pdctl.topology.spec import Topology
 
 # A model may have to be downloaded.
@@ -65,6 +67,16 @@ class Planner:
             raise PdctlError(f"the topology sets {named}: this agent runs only what pdctl starts itself", hint)
         share = Share(self._node, frozenset(order.engines))
         return make_plan(topology, this_node(self._address), running, share)
+
+
+@lru_cache(maxsize=4)
+def engines_of(entry: TopologyEntry) -> tuple[str, ...]:
+    """The engines that a topology wants; none of one that this version does not understand."""
+    try:
+        topology = parse_text(entry.text, entry.source) if entry.text else None
+    except ConfigError:
+        return ()
+    return tuple(wish.name for wish in wishes_of(topology)) if topology is not None else ()
 
 
 def commands_in(topology: Topology) -> str:

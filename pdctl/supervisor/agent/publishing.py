@@ -66,7 +66,9 @@ class Publisher:
         async with _answering():
             written = await self._registry.write([put], conditions)
         if written is None:
-            raise PdctlError("another topology was published meanwhile", "look at the changes again: pdctl apply --dry-run")
+            raise PdctlError(
+                "another topology was published meanwhile", "look at the changes again: pdctl apply --dry-run"
+            )
         return written
 
     async def withdraw(self) -> None:

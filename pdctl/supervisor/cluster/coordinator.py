@@ -217,7 +217,7 @@ class _Term:
         if change.entry is None:
             self._books.vanished(name, self._clock())
         else:
-            self._books.is_there(name, _room_of(change.entry.value))
+            self._books.is_there(name, room_of_node(change.entry.value))
 
     def _take_topology(self, change: Change) -> None:
         if change.key != self._keys.topology:
@@ -284,7 +284,7 @@ def wanted_of(value: bytes) -> Wanted:
     return Wanted(entry, tuple(wishes_of(topology)), spare)
 
 
-def _room_of(value: bytes) -> Room | None:
+def room_of_node(value: bytes) -> Room | None:
     """What a node has; None if this version does not understand what it tells."""
     try:
         return room_of(decode_facts(bytes(msgspec.json.decode(value, type=NodeEntry).facts)))
