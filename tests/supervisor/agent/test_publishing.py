@@ -1,0 +1,171 @@
+"""Topologies in the registry: what each node would run, published once, refused where they cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pdctl.errors import ConfigError, PdctlError
+from pdctl.host import read_host
+from pdctl.host.facts import encode_facts
+from pdctl.plan import Plan, Share, make_plan
+from pdctl.plan.changes import Changes, diff
+from pdctl.registry import Put, Unavailable
+from pdctl.registry.memory import MemoryRegistry
+from pdctl.supervisor.agent.plans import Planner, commands_in, engines_of, this_node
+from pdctl.supervisor.agent.publishing import Publisher
+from pdctl.supervisor.cluster.entries import Keys, NodeEntry, Order, TopologyEntry
+from pdctl.topology.loader import load_cluster_text
+
+pytestmark = pytest.mark.anyio
+KEYS = Keys("service")
+TEXT = """
+[service]
+name = "service"
+model = "sample:tiny-qwen3"
+[cluster]
+etcd = ["http://127.0.0.1:1"]
+interface = "127.0.0.1"
+secret_file = "secret"
+[[engines]]
+name = "prefill"
+role = "prefill"
+replicas = 2
+[[engines]]
+name = "decode"
+role = "decode"
+"""
+SOURCE = "/x/pdctl.toml"
+
+
+class Service:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def changes(self, wanted: Plan) -> Changes:
+        return diff(self.plan, wanted)
+
+
+def empty() -> Plan:
+    topology = load_cluster_text(TEXT, SOURCE)
+    return make_plan(topology, this_node("127.0.0.2"), None, Share("a", is_empty=True))
+
+
+def planner(allow_commands: bool = False) -> Planner:
+    return Planner("a", "127.0.0.2", empty(), allow_commands, lambda name, message: None)
+
+
+async def published(registry: MemoryRegistry, *nodes: str) -> Publisher:
+    for node in nodes:
+        facts = msgspec.Raw(encode_facts(replace(read_host(), address="127.0.0.2")))
+        entry = NodeEntry(node, "127.0.0.2", "boot", "1.0", 18090, facts)
+        await registry.write([Put(KEYS.node(node), msgspec.json.encode(entry))])
+    service = Service(empty())
+    return Publisher(registry, KEYS, "service", planner(), lambda: service)  # type: ignore[arg-type, return-value]
+
+
+def engines(orders: tuple[Order, ...]) -> dict[str, list[str]]:
+    return {order.node: sorted(order.engines) for order in orders}
+
+
+async def test_every_node_gets_an_order_and_every_engine_one_place() -> None:
+    publisher = await published(MemoryRegistry(), "a", "b")
+    found = engines(await publisher.orders(TEXT, SOURCE))
+    assert sorted(found) == ["a", "b"]
+    assert sorted(name for names in found.values() for name in names) == ["decode-0", "prefill-0", "prefill-1"]
+
+
+async def test_a_topology_is_published_only_over_the_one_that_was_looked_at() -> None:
+    publisher = await published(MemoryRegistry(), "a")
+    assert (await publisher.topology()).revision == 0
+    first = await publisher.publish(TEXT, SOURCE, 0)
+    assert (await publisher.topology()).text == TEXT
+    second = await publisher.publish(TEXT + "# again", SOURCE, first)
+    with pytest.raises(PdctlError, match="another topology was published meanwhile"):
+        await publisher.publish(TEXT, SOURCE, first)
+    assert await publisher.publish(TEXT, SOURCE, None) > second
+    await publisher.withdraw()
+    assert (await publisher.topology()) == type(await publisher.topology())(text="", source="", revision=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('name = "service"', 'name = "other"'), "is for service 'other', not for 'service'"),
+        (("[cluster]", "[clutter]"), "1 problem"),
+        (("replicas = 2", "replicas = 0"), "1 problem"),
+    ],
+)
+async def test_what_no_node_could_run_is_not_published(change: tuple[str, str], message: str) -> None:
+    publisher = await published(MemoryRegistry(), "a")
+    with pytest.raises((ConfigError, PdctlError), match=message):
+        await publisher.publish(TEXT.replace(*change), SOURCE, None)
+    assert (await publisher.topology()).text == ""
+
+
+async def test_engines_without_a_node_are_told() -> None:
+    publisher = await published(MemoryRegistry())
+    with pytest.raises(PdctlError, match="no such node is there"):
+        await publisher.orders(TEXT, SOURCE)
+
+
+async def test_a_registry_that_does_not_answer_is_an_error_with_a_hint() -> None:
+    class Silent(MemoryRegistry):
+        async def list(self, prefix: str) -> object:  # type: ignore[override]
+            raise Unavailable("10.0.0.1:2379 did not answer")
+
+    publisher = await published(Silent())
+    with pytest.raises(PdctlError, match=r"etcd does not answer: 10\.0\.0\.1:2379") as found:
+        await publisher.topology()
+    assert found.value.hint is not None
+    assert found.value.hint.startswith("what runs goes on")
+
+
+async def test_a_preview_says_what_an_order_changes_here() -> None:
+    publisher = await published(MemoryRegistry(), "a")
+    order = Order(1, "a", TopologyEntry(TEXT, SOURCE), ("prefill-1", "decode-0"))
+    assert (await publisher.preview(order)).added == ("prefill-1", "decode-0", "proxy")
+
+
+async def test_the_plan_of_an_order_is_this_nodes_share_at_its_address() -> None:
+    order = Order(1, "a", TopologyEntry(TEXT, SOURCE), ("prefill-1",))
+    plan = await planner().unprepared(order, empty())
+    assert [(spec.name, spec.host) for spec in plan.processes] == [("prefill-1", "127.0.0.2"), ("proxy", "127.0.0.2")]
+    assert plan.proxy_url == "http://127.0.0.2:8000"
+    nothing = await planner().unprepared(Order(1, "a", TopologyEntry("", ""), ()), plan)
+    assert nothing.processes == ()
+
+
+COMMANDS = {
+    "[[processes]]": '[[processes]]\nname = "x"\ncommand = ["/bin/true"]\n',
+    "args of group far": '[[engines]]\nname = "far"\nrole = "decode"\nkind = "vllm"\nargs = ["--trust-remote-code"]\n',
+    "env of group far": '[[engines]]\nname = "far"\nrole = "decode"\nenv = { LD_PRELOAD = "/x.so" }\n',
+    "python of group far": f'[[engines]]\nname = "far"\nrole = "decode"\npython = "{Path("/bin/sh")}"\n',
+}
+
+
+@pytest.mark.parametrize("key", COMMANDS)
+async def test_whoever_may_write_to_the_registry_may_not_run_commands(key: str) -> None:
+    from pdctl.topology.loader import parse_text
+
+    assert commands_in(parse_text(TEXT + COMMANDS[key], SOURCE)) == key
+    order = Order(1, "a", TopologyEntry(TEXT + COMMANDS[key], SOURCE), ())
+    with pytest.raises(PdctlError):
+        await planner().unprepared(order, empty())
+
+
+async def test_a_topology_with_options_is_obeyed_if_the_agent_allows_commands() -> None:
+    order = Order(1, "a", TopologyEntry(TEXT + COMMANDS["env of group far"], SOURCE), ("far-0",))
+    with pytest.raises(PdctlError, match="the topology sets env of group far"):
+        await planner().unprepared(order, empty())
+    plan = await planner(allow_commands=True).unprepared(order, empty())
+    assert plan.processes[0].env["LD_PRELOAD"] == "/x.so"
+
+
+def test_the_engines_that_a_topology_wants() -> None:
+    assert engines_of(TopologyEntry(TEXT, SOURCE)) == ("prefill-0", "prefill-1", "decode-0")
+    assert engines_of(TopologyEntry("", "")) == ()
+    assert engines_of(TopologyEntry("x = ", SOURCE)) == ()
