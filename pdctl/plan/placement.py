@@ -8,88 +8,169 @@ engines, whose KV then stays on it, and a lost node takes few engines of one kin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
+from itertools import combinations, islice
 
 from pdctl.errors import PdctlError
+
+# Sets of nodes that are tried as lost, those with the most engines first. Of many nodes there are too many sets.
+_MOST_LOSSES = 500
+# A node, and what decides between nodes: engines of the group and of the role there, and free GPUs.
+_Rank = tuple[int, int, int, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """One engine to be placed. `gpus`: how many it needs on one node, 0 for CPUs; `nodes`: where it may run, empty for
-    anywhere."""
+    """One engine to be placed. `gpus`: how many it needs on one node, 0 for CPUs; `shares`: on GPUs that others use, if
+    none is free; `memory`: of the node, in bytes; `nodes`: where it may run, empty for anywhere."""
 
     name: str
     group: str
     role: str
     gpus: int = 0
     nodes: tuple[str, ...] = ()
+    shares: bool = False
+    memory: int = 0
 
     def may_run_on(self, node: str) -> bool:
         """Whether the topology allows this node."""
         return not self.nodes or node in self.nodes
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a node has for engines. `memory` in bytes."""
+
+    gpus: int
+    memory: int = 1 << 62
+
+
+@dataclass(slots=True)
+class Places:
+    """Engine name to node, and why the others have none."""
+
+    nodes: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, PdctlError] = field(default_factory=dict)
+
+
 def assign(
-    wishes: Sequence[Wish], gpus: Mapping[str, int], before: Mapping[str, str], spare: int = 0
+    wishes: Sequence[Wish], rooms: Mapping[str, Room], before: Mapping[str, str], spare: int = 0
 ) -> dict[str, str]:
-    """Engine name to node. `gpus`: how many each node has; `before`: where engines are now, by name.
+    """Engine name to node. `before`: where engines are now, by name.
 
     `spare`: so many nodes may fail, and the rest still has room. Raises PdctlError if there is no room.
     """
-    places = _assign(wishes, gpus, before)
-    if spare:
-        _check_spare(wishes, gpus, places, spare)
-    return {wish.name: places[wish.name] for wish in wishes}
+    places = fit(wishes, rooms, before)
+    if places.failures:
+        raise next(iter(places.failures.values()))
+    check_spare(wishes, rooms, places.nodes, spare)
+    return {wish.name: places.nodes[wish.name] for wish in wishes}
 
 
-def _assign(wishes: Sequence[Wish], gpus: Mapping[str, int], before: Mapping[str, str]) -> dict[str, str]:
-    free, places = dict(gpus), {}
-    groups: Counter[tuple[str, str]] = Counter()
-    roles: Counter[tuple[str, str]] = Counter()
-
-    def put(wish: Wish, node: str) -> None:
-        places[wish.name] = node
-        free[node] -= wish.gpus
-        groups[node, wish.group] += 1
-        roles[node, wish.role] += 1
-
+def fit(wishes: Sequence[Wish], rooms: Mapping[str, Room], before: Mapping[str, str]) -> Places:
+    """As `assign`, but engines without room are left out, and the others have their places."""
+    nodes, places = _Nodes(rooms), Places()
     for wish in wishes:
         node = before.get(wish.name, "")
-        if node in free and wish.may_run_on(node) and free[node] >= wish.gpus:
-            put(wish, node)
-    for wish in sorted(wishes, key=lambda wish: (-wish.gpus, len(wish.nodes) or len(gpus) + 1)):
-        if wish.name in places:
+        if node in rooms and wish.may_run_on(node) and nodes.has_room(node, wish):
+            nodes.put(node, wish)
+            places.nodes[wish.name] = node
+    for wish in sorted(wishes, key=lambda wish: (wish.shares, -wish.gpus, len(wish.nodes) or len(rooms) + 1)):
+        if wish.name in places.nodes:
             continue
-        fitting = [node for node in free if wish.may_run_on(node) and free[node] >= wish.gpus]
-        if not fitting:
-            raise _no_room(wish, gpus, free)
-        put(wish, min(fitting, key=lambda n: (groups[n, wish.group], roles[n, wish.role], -free[n], n)))
+        found = nodes.best(wish)
+        if found is None:
+            places.failures[wish.name] = nodes.no_room(wish)
+        else:
+            nodes.put(found, wish)
+            places.nodes[wish.name] = found
     return places
 
 
-def _check_spare(wishes: Sequence[Wish], gpus: Mapping[str, int], places: Mapping[str, str], spare: int) -> None:
+def check_spare(wishes: Sequence[Wish], rooms: Mapping[str, Room], places: Mapping[str, str], spare: int) -> None:
     """Raise PdctlError if some `spare` nodes cannot be done without."""
-    for lost in combinations(gpus, min(spare, len(gpus))):
-        rest = {node: count for node, count in gpus.items() if node not in lost}
-        try:
-            _assign(wishes, rest, places)
-        except PdctlError as failure:
-            hint = "lower replicas, add a node, or lower the number of nodes that may fail"
-            raise PdctlError(f"without {' and '.join(lost)}, {failure.message}", hint) from failure
+    if not spare:
+        return
+    used = Counter(places.values())
+    fullest = sorted(rooms, key=lambda node: -used[node])
+    for lost in islice(combinations(fullest, min(spare, len(fullest))), _MOST_LOSSES):
+        rest = {node: room for node, room in rooms.items() if node not in lost}
+        if failures := fit(wishes, rest, places).failures:
+            hint = "lower replicas, add a node, or lower spare_nodes of [cluster]"
+            failure = next(iter(failures.values()))
+            raise PdctlError(f"without {' and '.join(sorted(lost))}, {failure.message}", hint)
 
 
-def _no_room(wish: Wish, gpus: Mapping[str, int], free: Mapping[str, int]) -> PdctlError:
-    allowed = [node for node in gpus if wish.may_run_on(node)]
-    if not allowed:
-        known = ", ".join(gpus) or "none"
+class _Nodes:
+    """What is left on each node while engines are placed."""
+
+    def __init__(self, rooms: Mapping[str, Room]) -> None:
+        self._rooms = rooms
+        self._gpus = {node: room.gpus for node, room in rooms.items()}
+        self._memory = {node: room.memory for node, room in rooms.items()}
+        self._groups: Counter[tuple[str, str]] = Counter()
+        self._roles: Counter[tuple[str, str]] = Counter()
+        # Engines of one group and size find their nodes in one heap. Ranks in it may be old: they only grow.
+        self._heaps: dict[tuple[object, ...], list[_Rank]] = {}
+
+    def has_room(self, node: str, wish: Wish) -> bool:
+        gpus = self._rooms[node].gpus if wish.shares else self._gpus[node]
+        return gpus >= wish.gpus and self._memory[node] >= wish.memory
+
+    def put(self, node: str, wish: Wish) -> None:
+        self._gpus[node] = max(0, self._gpus[node] - wish.gpus)
+        self._memory[node] -= wish.memory
+        self._groups[node, wish.group] += 1
+        self._roles[node, wish.role] += 1
+
+    def best(self, wish: Wish) -> str | None:
+        """The node for an engine; None if no node has room."""
+        key = (wish.group, wish.role, wish.gpus, wish.nodes, wish.shares, wish.memory)
+        if key not in self._heaps:
+            self._heaps[key] = [self._rank(node, wish) for node in self._allowed(wish)]
+            heapify(self._heaps[key])
+        heap = self._heaps[key]
+        while heap:
+            rank, node = heap[0], heap[0][3]
+            if not self.has_room(node, wish):
+                heappop(heap)
+            elif rank != (now := self._rank(node, wish)):
+                heapreplace(heap, now)
+            else:
+                return node
+        return None
+
+    def no_room(self, wish: Wish) -> PdctlError:
+        """Why an engine has no node."""
+        allowed = [*self._allowed(wish)]
+        if not allowed:
+            known = _listed(self._rooms) or "none"
+            wanted = ", ".join(wish.nodes) or "any node"
+            return PdctlError(
+                f"{wish.name} may run on {wanted}, but no such node is there (known: {known})",
+                "start pdctl agent there, or change nodes of its group",
+            )
+        hint = "lower replicas, or add a node"
+        if all(self._gpus[node] < wish.gpus for node in allowed):
+            left = _listed(f"{node} {self._gpus[node]} of {self._rooms[node].gpus}" for node in allowed)
+            wanted = f"{wish.gpus} free GPU{'s' * (wish.gpus != 1)}"
+            return PdctlError(f"no node has {wanted} for {wish.name}; free: {left}", hint)
+        left = _listed(f"{node} {max(0, self._memory[node]) / 2**30:.0f} GiB" for node in allowed)
+        wanted = f"{wish.memory / 2**30:g} GiB of free memory"
         return PdctlError(
-            f"{wish.name} may run on {', '.join(wish.nodes) or 'any node'}, but no such node is there (known: {known})",
-            "start pdctl agent there, or change nodes of its group",
+            f"no node has {wanted} for {wish.name}; free: {left}", "lower kv_cache_gb or replicas, or add a node"
         )
-    left = ", ".join(f"{node} {free[node]} of {gpus[node]}" for node in allowed)
-    return PdctlError(
-        f"no node has {wish.gpus} free GPU{'s' * (wish.gpus != 1)} for {wish.name}; free: {left}",
-        "lower replicas, or add a node",
-    )
+
+    def _allowed(self, wish: Wish) -> Iterable[str]:
+        return (node for node in self._rooms if wish.may_run_on(node))
+
+    def _rank(self, node: str, wish: Wish) -> _Rank:
+        return (self._groups[node, wish.group], self._roles[node, wish.role], -self._gpus[node], node)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Up to eight of the names."""
+    found = [*names]
+    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")

@@ -55,6 +55,12 @@ def load_text(text: str, source: str, host: Host) -> Topology:
     return topology
 
 
+def parse_text(text: str, source: str) -> Topology:
+    """A topology given as text, of which only the keys are checked: the rest may be on another machine. Raises
+    ConfigError."""
+    return _built(text, source)[1]
+
+
 def _read(path: Path) -> str:
     try:
         return read_user_text(path)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.errors import PdctlError
-from pdctl.plan.placement import Wish, assign
+from pdctl.plan.placement import Room, Wish, assign, fit
 
-EIGHT = {"a": 8, "b": 8, "c": 8}
+EIGHT = {node: Room(8) for node in "abc"}
 
 
 def wishes(prefills: int, decodes: int, gpus: int = 1) -> list[Wish]:
@@ -29,7 +29,7 @@ def test_each_node_gets_engines_of_both_roles() -> None:
 
 def test_engines_stay_and_only_those_of_a_lost_node_move() -> None:
     before = assign(wishes(3, 6), EIGHT, {})
-    after = assign(wishes(3, 6), {"a": 8, "c": 8}, before)
+    after = assign(wishes(3, 6), {"a": Room(8), "c": Room(8)}, before)
     moved = {name for name in after if after[name] != before[name]}
     assert moved == {name for name, node in before.items() if node == "b"}
     assert assign(wishes(3, 6), EIGHT, after) == after
@@ -37,7 +37,7 @@ def test_engines_stay_and_only_those_of_a_lost_node_move() -> None:
 
 def test_large_engines_are_placed_before_small_ones_fill_the_nodes() -> None:
     mixed = [*wishes(4, 0, gpus=1), Wish("decode-0", "decode", "decode", 4), Wish("decode-1", "decode", "decode", 4)]
-    places = assign(mixed, {"a": 6, "b": 6}, {})
+    places = assign(mixed, {"a": Room(6), "b": Room(6)}, {})
     assert {places["decode-0"], places["decode-1"]} == {"a", "b"}
 
 
@@ -52,7 +52,7 @@ def test_named_nodes_are_obeyed_and_an_unknown_one_is_an_error() -> None:
 
 def test_too_few_gpus_are_an_error_that_tells_what_is_free() -> None:
     with pytest.raises(PdctlError, match="no node has 4 free GPUs for decode-2; free: a 0 of 4, b 0 of 4"):
-        assign(wishes(0, 3, gpus=4), {"a": 4, "b": 4}, {})
+        assign(wishes(0, 3, gpus=4), {"a": Room(4), "b": Room(4)}, {})
 
 
 def test_room_for_a_lost_node_is_kept_where_asked() -> None:
@@ -61,32 +61,72 @@ def test_room_for_a_lost_node_is_kept_where_asked() -> None:
         assign(wishes(0, 17), EIGHT, {}, spare=1)
 
 
-NODES = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from([0, 2, 4, 8]), min_size=1)
+NODES = st.dictionaries(
+    st.sampled_from("abcdef"), st.builds(Room, st.sampled_from([0, 2, 4, 8]), st.sampled_from([4, 64])), min_size=1
+)
 WISHES = st.lists(
     st.tuples(
-        st.sampled_from(["prefill", "decode"]), st.sampled_from([0, 1, 2, 4, 8]), st.sets(st.sampled_from("abc"))
+        st.sampled_from(["prefill", "decode"]), st.sampled_from([0, 1, 2, 4, 8]), st.sets(st.sampled_from("abc")),
+        st.sampled_from([0, 2, 5]),
     ),
     max_size=12,
 )
 
 
+Wanted = tuple[str, int, set[str], int]
+
+
+def asked_of(wanted: list[Wanted]) -> list[Wish]:
+    return [
+        Wish(f"e{n}", role, role, count, tuple(sorted(on)), memory=memory)
+        for n, (role, count, on, memory) in enumerate(wanted)
+    ]
+
+
 @given(NODES, WISHES, st.dictionaries(st.integers(0, 11), st.sampled_from("abcdefg")))
 def test_nothing_is_ever_placed_where_it_may_not_be(
-    gpus: dict[str, int], wanted: list[tuple[str, int, set[str]]], before: dict[int, str]
+    rooms: dict[str, Room], wanted: list[Wanted], before: dict[int, str]
 ) -> None:
-    asked = [Wish(f"e{n}", role, role, count, tuple(sorted(on))) for n, (role, count, on) in enumerate(wanted)]
+    asked = asked_of(wanted)
     was = {f"e{number}": node for number, node in before.items()}
-    try:
-        places = assign(asked, gpus, was)
-    except PdctlError:
-        return
-    assert places.keys() == {wish.name for wish in asked}
-    used: Counter[str] = Counter()
+    places = fit(asked, rooms, was)
+    assert places.nodes.keys() | places.failures.keys() == {wish.name for wish in asked}
+    assert not places.nodes.keys() & places.failures.keys()
+    gpus: Counter[str] = Counter()
+    memory: Counter[str] = Counter()
     for wish in asked:
-        assert wish.may_run_on(places[wish.name])
-        used[places[wish.name]] += wish.gpus
-    assert all(used[node] <= gpus[node] for node in used)
-    assert assign(asked, gpus, places) == places
+        if wish.name in places.nodes:
+            node = places.nodes[wish.name]
+            assert wish.may_run_on(node)
+            gpus[node] += wish.gpus
+            memory[node] += wish.memory
+    assert all(gpus[node] <= rooms[node].gpus and memory[node] <= rooms[node].memory for node in gpus)
+    for wish in asked:
+        if wish.name in places.failures:
+            left = [n for n in rooms if rooms[n].gpus - gpus[n] >= wish.gpus]
+            left = [n for n in left if rooms[n].memory - memory[n] >= wish.memory]
+            assert not any(map(wish.may_run_on, left)), "it has room"
+    if not places.failures:
+        assert assign(asked, rooms, places.nodes) == places.nodes
+
+
+@given(NODES, WISHES)
+def test_each_engine_goes_to_the_best_node(rooms: dict[str, Room], wanted: list[Wanted]) -> None:
+    """The same places as by looking at every node for every engine."""
+    asked = asked_of(wanted)
+    gpus = {node: room.gpus for node, room in rooms.items()}
+    memory = {node: room.memory for node, room in rooms.items()}
+    counts: Counter[tuple[str, str]] = Counter()
+    expected: dict[str, str] = {}
+    for wish in sorted(asked, key=lambda wish: (-wish.gpus, len(wish.nodes) or len(rooms) + 1)):
+        able = [n for n in rooms if wish.may_run_on(n) and gpus[n] >= wish.gpus and memory[n] >= wish.memory]
+        if able:
+            node = min(able, key=lambda n: (counts[n, wish.role], -gpus[n], n))
+            expected[wish.name] = node
+            gpus[node] -= wish.gpus
+            memory[node] -= wish.memory
+            counts[node, wish.role] += 1
+    assert fit(asked, rooms, {}).nodes == expected
 
 
 @given(st.lists(st.sampled_from([1, 2, 4, 8]), max_size=10), st.integers(1, 4))
@@ -95,4 +135,31 @@ def test_what_fits_on_equal_nodes_is_placed(sizes: list[int], nodes: int) -> Non
     if sum(sizes) > 8 * nodes:
         return
     asked = [Wish(f"e{n}", "decode", "decode", size) for n, size in enumerate(sizes)]
-    assign(asked, {str(n): 8 for n in range(nodes)}, {})
+    assign(asked, {str(n): Room(8) for n in range(nodes)}, {})
+
+
+def test_what_has_no_room_is_left_out_and_the_rest_is_placed() -> None:
+    places = fit(wishes(0, 3, gpus=4), {"a": Room(4), "b": Room(4)}, {"decode-1": "b"})
+    assert places.nodes == {"decode-1": "b", "decode-0": "a"}
+    assert [*places.failures] == ["decode-2"]
+
+
+def test_memory_counts_for_engines_on_cpus() -> None:
+    wish = Wish("p", "p", "prefill", memory=3 << 30)
+    assert assign([wish], {"a": Room(0, 2 << 30), "b": Room(0, 4 << 30)}, {}) == {"p": "b"}
+    with pytest.raises(PdctlError, match="no node has 3 GiB of free memory for p; free: a 2 GiB"):
+        assign([wish], {"a": Room(0, 2 << 30)}, {})
+
+
+def test_engines_that_share_gpus_take_free_ones_first() -> None:
+    sharing = [Wish(f"s-{n}", "s", "hybrid", 1, shares=True) for n in range(3)]
+    places = assign([*sharing, *wishes(1, 0)], {"a": Room(2), "b": Room(1), "c": Room(0)}, {})
+    assert Counter(places[wish.name] for wish in sharing) in ({"a": 2, "b": 1}, {"a": 1, "b": 2})
+    with pytest.raises(PdctlError, match="no node has 1 free GPU for s-0"):
+        assign(sharing, {"c": Room(0)}, {})
+
+
+def test_a_list_of_many_nodes_is_cut() -> None:
+    with pytest.raises(PdctlError, match="n7 0 of 1 and 12 more") as caught:
+        assign(wishes(0, 21), {f"n{n}": Room(1) for n in range(20)}, {})
+    assert "n8" not in caught.value.message

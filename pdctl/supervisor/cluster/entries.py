@@ -65,6 +65,21 @@ class Order(msgspec.Struct, frozen=True):
     engines: tuple[str, ...]
 
 
+class PlacementEntry(msgspec.Struct, frozen=True):
+    """What the coordinator tells of the places of engines. `node`: where it runs; `problem`: why some have none, or why
+    nothing is moved, "" if all is well; `hint`: what to do; `unplaced`: engines that run nowhere.
+
+    `away`: nodes of which the registry tells nothing, and which keep their engines; `lost`: those that lose them."""
+
+    term: int
+    node: str
+    problem: str = ""
+    hint: str = ""
+    unplaced: tuple[str, ...] = ()
+    away: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+
+
 class Keys:
     """The keys of one service."""
 
@@ -76,6 +91,7 @@ class Keys:
         self.quarantine = f"{self.all}quarantine/"
         self.topology = f"{self.all}topology"
         self.coordinator = f"{self.all}coordinator"
+        self.placement = f"{self.coordinator}/placement"
 
     def node(self, node: str) -> str:
         """The key of a node."""
