@@ -50,13 +50,13 @@ class Planner:
 
     async def unprepared(self, order: Order, running: Plan) -> Plan:
         """The same, but the model may not be here yet. Raises PdctlError."""
-        if not order.topology.text:
+        if order.topology is None:
             return self._empty
-        return await asyncio.to_thread(self._plan, order, running)
+        return await asyncio.to_thread(self._plan, order.topology, order.engines, running)
 
-    def _plan(self, order: Order, running: Plan) -> Plan:
+    def _plan(self, entry: TopologyEntry, engines: tuple[str, ...], running: Plan) -> Plan:
         try:
-            topology = load_cluster_text(order.topology.text, order.topology.source)
+            topology = load_cluster_text(entry.text, entry.source)
         except ConfigError as failure:
             problem = failure.problems[0]
             raise PdctlError(f"the topology is wrong here: line {problem.line}: {problem.message}") from failure
@@ -65,18 +65,19 @@ class Planner:
         if not self._allow_commands and (named := commands_in(topology)):
             hint = "start the agent with --allow-commands if everyone who may write to etcd may run commands here"
             raise PdctlError(f"the topology sets {named}: this agent runs only what pdctl starts itself", hint)
-        share = Share(self._node, frozenset(order.engines))
+        share = Share(self._node, frozenset(engines))
         return make_plan(topology, this_node(self._address), running, share)
 
 
 @lru_cache(maxsize=4)
-def engines_of(entry: TopologyEntry) -> tuple[str, ...]:
+def engines_of(entry: TopologyEntry | None) -> tuple[str, ...]:
     """The engines that a topology wants; none of one that this version does not understand."""
+    if entry is None:
+        return ()
     try:
-        topology = parse_text(entry.text, entry.source) if entry.text else None
+        return tuple(wish.name for wish in wishes_of(parse_text(entry.text, entry.source)))
     except ConfigError:
         return ()
-    return tuple(wish.name for wish in wishes_of(topology)) if topology is not None else ()
 
 
 def commands_in(topology: Topology) -> str:

@@ -22,7 +22,6 @@ from pdctl.supervisor.cluster.entries import Order, PlacementEntry, TopologyEntr
 
 # More than this part of all nodes that vanish within so many seconds: the registry's fault.
 _MASS_PART, _MASS_S = 1 / 3, 1.0
-_NOTHING = TopologyEntry("", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ class Assignments:
             message = f"{len(mass)} of {count} nodes vanished at one instant: nothing is moved until they are back"
             return self._stay(PdctlError(message, "look at the registry (etcd), and at the network"), waiting, lost)
         if self._wanted is None:
-            return self._decision({}, _NOTHING, self._say(waiting, lost))
+            return self._decision({}, None, self._say(waiting, lost))
         return self._place(self._wanted, waiting, lost)
 
     def audit(self) -> None:
@@ -142,9 +141,9 @@ class Assignments:
         orders = sorted(self._orders.values(), key=lambda order: (order.node in self._rooms, order.node))
         return {engine: order.node for order in orders for engine in order.engines}
 
-    def _decision(self, nodes: Mapping[str, str], topology: TopologyEntry, said: PlacementEntry) -> Decision:
+    def _decision(self, nodes: Mapping[str, str], topology: TopologyEntry | None, said: PlacementEntry) -> Decision:
         engines: dict[str, list[str]] = {name: [] for name in self._orders}
-        if topology != _NOTHING:
+        if topology is not None:
             # A node without engines may have a proxy.
             engines |= {name: [] for name in self._rooms}
         for engine, node in nodes.items():

@@ -304,7 +304,7 @@ def _batches(orders: Sequence[Order]) -> Iterator[list[Order]]:
     batch: list[Order] = []
     size = 0
     for order in orders:
-        length = len(order.topology.text) + sum(map(len, order.engines))
+        length = len(msgspec.json.encode(order))
         if batch and (len(batch) == _MOST_WRITES or size + length > _MOST_BYTES):
             yield batch
             batch, size = [], 0

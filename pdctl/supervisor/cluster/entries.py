@@ -67,7 +67,7 @@ class Order(msgspec.Struct, frozen=True):
 
     term: int
     node: str
-    topology: TopologyEntry
+    topology: TopologyEntry | None
     engines: tuple[str, ...]
 
 

@@ -135,7 +135,7 @@ async def test_the_plan_of_an_order_is_this_nodes_share_at_its_address() -> None
     plan = await planner().unprepared(order, empty())
     assert [(spec.name, spec.host) for spec in plan.processes] == [("prefill-1", "127.0.0.2"), ("proxy", "127.0.0.2")]
     assert plan.proxy_url == "http://127.0.0.2:8000"
-    nothing = await planner().unprepared(Order(1, "a", TopologyEntry("", ""), ()), plan)
+    nothing = await planner().unprepared(Order(1, "a", None, ()), plan)
     assert nothing.processes == ()
 
 
@@ -167,5 +167,5 @@ async def test_a_topology_with_options_is_obeyed_if_the_agent_allows_commands() 
 
 def test_the_engines_that_a_topology_wants() -> None:
     assert engines_of(TopologyEntry(TEXT, SOURCE)) == ("prefill-0", "prefill-1", "decode-0")
-    assert engines_of(TopologyEntry("", "")) == ()
+    assert engines_of(None) == ()
     assert engines_of(TopologyEntry("x = ", SOURCE)) == ()

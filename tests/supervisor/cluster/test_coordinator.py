@@ -215,7 +215,7 @@ async def test_without_room_the_reason_is_told_and_orders_come_when_there_is_roo
         await rig.until(lambda: rig.count == 4)
         await rig.until(lambda: rig.placements[-1].problem == "")
         await rig.registry.write([Delete(KEYS.topology)])
-        await rig.until(lambda: all(order.topology.text == "" for order in rig.orders.values()))
+        await rig.until(lambda: all(order.topology is None for order in rig.orders.values()))
         assert rig.count == 0
 
 

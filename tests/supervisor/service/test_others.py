@@ -1,4 +1,4 @@
-"""Engines of other nodes in a node's own calls, over real sockets: linked, told of deaths, released, given to proxies."""
+"""Engines of other nodes in this node's calls, over real sockets: linked, told of deaths, released, routed to."""
 
 from __future__ import annotations
 
