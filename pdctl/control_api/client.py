@@ -151,13 +151,15 @@ class ControlClient:
         """Stop the service. A second call kills the remaining processes."""
         self._ask("POST", "/v1/stop", Stopping)
 
-    def events(self, cursor: str = "") -> Generator[Event, None, None]:
-        """Yield the events after `cursor`, oldest first, and then new ones. With "", starts at the oldest kept event.
+    def events(self, cursor: str = "", follow: bool = True) -> Generator[Event, None, None]:
+        """Yield the events after `cursor`, oldest first, and then, with `follow`, new ones. With "", starts at the
+        oldest kept event.
 
         Ends when the supervisor ends the stream: because it stops, or because we read too slowly. To resume, pass the
         cursor of the last event.
         """
-        path = "/v1/events" + (f"?{urlencode({'after': cursor})}" if cursor else "")
+        query = {**({"after": cursor} if cursor else {}), **({} if follow else {"follow": "0"})}
+        path = "/v1/events" + (f"?{urlencode(query)}" if query else "")
         connection, answer = self._send("GET", path, None, _SILENT_S)
         try:
             if answer.status != 200:
@@ -272,7 +274,7 @@ def _events(lines: Iterable[bytes]) -> Iterator[Event]:
 
 def event_of(cursor: str, line: str | bytes) -> Event:
     """Parse one line of the journal."""
-    known = {"at": "", "process": "", "event": "", "message": ""}
+    known = {"at": "", "process": "", "event": "", "message": "", "node": ""}
     detail = msgspec.json.decode(line, type=dict[str, object])
     for name in known:
         known[name] = str(detail.pop(name, ""))

@@ -219,7 +219,8 @@ invalid cursor status 400. Both have a [reply](#reply) with the reason."""
 _STREAM = f"""\
 Server-sent events. `data` is a line of `pdctl events`, `id` the cursor of that event. The stream starts with the oldest
 kept event, which may be from an earlier run. With `?after=CURSOR`, or with the cursor in the header `Last-Event-ID`, it
-starts after that event or, if that event is no longer kept, with the oldest kept one. New events follow. After
+starts after that event or, if that event is no longer kept, with the oldest kept one. New events follow, but not with
+`?follow=0`. In a cluster, the events of all nodes are merged by time, and a cursor names the place in each. After
 {HEARTBEAT_S:g} seconds without an event, the stream sends a comment.
 
 The stream ends when the service is down. It also ends for a reader that lags by more than {MOST_WAITING:,} events; the

@@ -326,3 +326,4 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     event: Annotated[str, says("the kind of event")]
     message: Annotated[str, says("the event as text")]
     detail: Annotated[dict[str, object], says("fields that depend on the event")] = {}
+    node: Annotated[str, says("in a cluster, the node on which it happened; else not there")] = ""

@@ -16,7 +16,8 @@ from pdctl.errors import ConfigError, PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
 from pdctl.supervisor.rundir.journal_reader import BadCursor
-from pdctl.supervisor.surface.controlled import Controlled, Streams
+from pdctl.supervisor.surface.controlled import Controlled
+from pdctl.supervisor.surface.events import Streams
 
 _MOST_BYTES = 16 * 2**20
 _VERBS: dict[str, Verb] = {verb: verb for verb in get_args(Verb)}
@@ -84,7 +85,7 @@ class Api:
         # A browser that comes back asks as it did at first, and says in a header how far it got.
         cursor = request.headers.get("last-event-id") or request.query_params.get("after", "")
         try:
-            return self._streams.after(cursor)
+            return self._streams.after(cursor, follow=request.query_params.get("follow") != "0")
         except BadCursor as failure:
             return encoded(Reply(ok=False, reason=str(failure)), 400)
 

@@ -14,7 +14,8 @@ from starlette.applications import Starlette
 
 from pdctl.net.serving import Server, close_connections
 from pdctl.supervisor.surface.api import application
-from pdctl.supervisor.surface.controlled import Controlled, Streams
+from pdctl.supervisor.surface.controlled import Controlled
+from pdctl.supervisor.surface.events import Streams
 
 # Interval between checks that the socket's file exists, seconds.
 _LOOK_S = 0.25

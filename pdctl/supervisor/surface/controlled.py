@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Never, Protocol
 
-from starlette.types import ASGIApp
-
 from pdctl.control_api import (
     DashboardOrder,
     DashboardReply,
@@ -26,7 +24,7 @@ from pdctl.errors import PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
 from pdctl.supervisor.rundir.journal import Journal
-from pdctl.supervisor.surface.events import EventStreams
+from pdctl.supervisor.surface.events import EventStreams, Streams
 from pdctl.wire import LeaseReply
 
 
@@ -52,13 +50,6 @@ class LocalService(Protocol):
     def changes(self, wanted: Plan) -> Changes: ...
     def apply(self, wanted: Plan) -> str: ...
     def stop(self) -> None: ...
-
-
-class Streams(Protocol):
-    """Everybody who follows events. `after` raises BadCursor."""
-
-    def after(self, cursor: str) -> ASGIApp: ...
-    async def end(self, within_s: float) -> None: ...
 
 
 class Controlled(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Protocol
 
 import anyio
 from starlette.types import Receive, Scope, Send
@@ -18,28 +19,34 @@ from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.rundir.journal_reader import Entry, JournalReader
 
 # A line that begins with a colon is a comment, which clients skip.
-_HEARTBEAT = b": still here\n\n"
+HEARTBEAT = b": still here\n\n"
+# For another node's agent: what had happened before is told.
+UP_TO_DATE = b": up to date\n\n"
+_MARK = Entry("", b"")
 
 
-class EventStreams:
-    """Everybody who follows a service's events.
+class Stream(Protocol):
+    """What one reader gets: an ASGI application that answers one request."""
 
-    `heartbeat_s`: the longest silence, seconds; `most_waiting`: events that are kept for a reader who lags.
-    """
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+    def end(self) -> None: ...
 
-    def __init__(self, journal: Journal, heartbeat_s: float = HEARTBEAT_S, most_waiting: int = MOST_WAITING) -> None:
-        self._journal = journal
-        self._heartbeat_s = heartbeat_s
-        self._most_waiting = most_waiting
-        self._streams: set[EventStream] = set()
+
+class Streams:
+    """Everybody who follows events."""
+
+    def __init__(self) -> None:
+        self._streams: set[Stream] = set()
         self._one_left = asyncio.Event()
 
-    def after(self, cursor: str) -> EventStream:
-        """What follows the cursor, as an ASGI application that answers one request. Raises BadCursor."""
-        reader = JournalReader(self._journal.folder, cursor)
-        stream = EventStream(self._journal, reader, self._heartbeat_s, self._most_waiting, self._has_left)
+    def after(self, cursor: str, follow: bool = True) -> Stream:
+        """What follows the cursor; with `follow`, also what happens from now on. Raises BadCursor."""
+        stream = self._open(cursor, follow)
         self._streams.add(stream)
         return stream
+
+    def _open(self, cursor: str, follow: bool) -> Stream:
+        raise NotImplementedError
 
     async def end(self, within_s: float) -> None:
         """End every stream, with what has happened so far. One that is not read by then goes on."""
@@ -51,9 +58,37 @@ class EventStreams:
                     self._one_left.clear()
                     await self._one_left.wait()
 
-    def _has_left(self, stream: EventStream) -> None:
+    def _has_left(self, stream: Stream) -> None:
         self._streams.discard(stream)
         self._one_left.set()
+
+
+class EventStreams(Streams):
+    """Everybody who follows the events of this machine.
+
+    `heartbeat_s`: the longest silence, seconds; `most_waiting`: events that are kept for a reader who lags; `marks`:
+    tell where the past ends.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        heartbeat_s: float = HEARTBEAT_S,
+        most_waiting: int = MOST_WAITING,
+        marks: bool = False,
+    ) -> None:
+        super().__init__()
+        self._journal = journal
+        self._heartbeat_s = heartbeat_s
+        self._most_waiting = most_waiting
+        self._marks = marks
+
+    def _open(self, cursor: str, follow: bool) -> EventStream:
+        reader = JournalReader(self._journal.folder, cursor)
+        stream = EventStream(self._journal, reader, self._heartbeat_s, self._most_waiting, self._has_left, self._marks)
+        if not follow:
+            stream.end()
+        return stream
 
 
 class EventStream:
@@ -69,11 +104,13 @@ class EventStream:
         heartbeat_s: float,
         most_waiting: int,
         left: Callable[[EventStream], None],
+        marks: bool,
     ) -> None:
         self._journal = journal
         self._reader = reader
         self._heartbeat_s = heartbeat_s
         self._left = left
+        self._marks = marks
         self._waiting: asyncio.Queue[Entry | None] = asyncio.Queue(most_waiting)
         self._over = False
         self._changed = asyncio.Event()
@@ -115,6 +152,8 @@ class EventStream:
                 await self._waiting.put(None)
                 return
             else:
+                if self._marks and not is_up_to_date:
+                    await self._waiting.put(_MARK)
                 is_up_to_date = True
                 await self._changed.wait()
 
@@ -126,9 +165,10 @@ class EventStream:
                 async with asyncio.timeout(self._heartbeat_s):
                     entry = await self._waiting.get()
             except TimeoutError:
-                await send_part(send, _HEARTBEAT)
+                await send_part(send, HEARTBEAT)
                 continue
             if entry is None:
                 await send_part(send, b"", last=True)
                 return
-            await send_part(send, b"id: %b\ndata: %b\n\n" % (entry.cursor.encode(), entry.line))
+            told = UP_TO_DATE if entry is _MARK else b"id: %b\ndata: %b\n\n" % (entry.cursor.encode(), entry.line)
+            await send_part(send, told)

@@ -29,6 +29,7 @@ from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
 from pdctl.supervisor.cluster.entries import Order
 from pdctl.supervisor.surface.cluster.agents import AgentAddress, AgentClient, Agents, Silent
+from pdctl.supervisor.surface.cluster.events import ClusterStreams
 from pdctl.supervisor.surface.cluster.merge import (
     ClusterFacts,
     answered,
@@ -37,8 +38,8 @@ from pdctl.supervisor.surface.cluster.merge import (
     merged_status,
     owner_of,
 )
-from pdctl.supervisor.surface.controlled import LocalService, Streams
-from pdctl.supervisor.surface.events import EventStreams
+from pdctl.supervisor.surface.controlled import LocalService
+from pdctl.supervisor.surface.events import Streams
 from pdctl.wire import LeaseReply
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class ClusterControl:
 
     def streams(self) -> Streams:
         """The events of all nodes."""
-        return EventStreams(self.local.journal)
+        return ClusterStreams(self.local.journal, self._own.node, self.agents)
 
     def close(self) -> None:
         """Close the connections to other nodes."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Never
 
@@ -48,15 +50,22 @@ async def serve_agents(
         told = f"the agent cannot listen at {host}:{port}: {failure.strerror}"
         raise PdctlError(told, "change cluster.agent_port, the same on all nodes, or end what uses the port") from None
     listener.setblocking(False)
-    streams = EventStreams(service.journal)
+    streams = EventStreams(service.journal, marks=True)
     server = Server(_config(guarded(_application(service, publishing, streams), secret), tls))
     try:
         await server.serve(sockets=[listener])
     finally:
         await streams.end(_END_S)
         await close_connections(server)
-        listener.close()
+        _close(listener)
     raise AssertionError("it serves until it is cancelled")
+
+
+def _close(listener: socket.socket) -> None:
+    """Close it. A server that was cancelled while it began still watches it, and does not know that itself."""
+    if listener.fileno() != -1:
+        asyncio.get_running_loop().remove_reader(listener)
+        listener.close()
 
 
 def guarded(app: ASGIApp, secret: str) -> ASGIApp:
