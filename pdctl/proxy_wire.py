@@ -220,6 +220,45 @@ class KeysReply(msgspec.Struct, frozen=True):
     keys: dict[str, KeyUse]
 
 
+class KeySpent(msgspec.Struct, frozen=True, array_like=True):
+    """What a proxy worker took from the limits of one API key since its start: requests and tokens; its answers now;
+    and what of both limits is used and not refilled yet, by all proxies."""
+
+    requests: float
+    tokens: float
+    streams: float
+    requests_level: float
+    tokens_level: float
+
+
+class SourceSpent(msgspec.Struct, frozen=True):
+    """What one start of a proxy worker has taken, by key, as it was `age_s` seconds ago."""
+
+    age_s: float
+    keys: dict[str, KeySpent]
+
+
+class SpentNews(msgspec.Struct, frozen=True):
+    """What is told to a proxy worker. `elsewhere`: of the proxies of other nodes; `here`: of this node's workers, and
+    of their last starts. By the name of a start, which is unique in the cluster."""
+
+    elsewhere: dict[str, SourceSpent]
+    here: dict[str, SourceSpent]
+
+
+class SpentReply(msgspec.Struct, frozen=True):
+    """What a proxy worker answers: its epoch, and what it has taken."""
+
+    epoch: str
+    keys: dict[str, KeySpent]
+
+
+class Quarantined(msgspec.Struct, frozen=True):
+    """Digests of request bodies that killed engines, with the seconds for which they are refused."""
+
+    bodies: dict[str, float]
+
+
 def listener_path(run_dir: Path, name: str) -> Path:
     """The socket on which a proxy gives its listening socket back."""
     return run_dir / "ipc" / f"{name}.listen"

@@ -36,8 +36,10 @@ from pdctl.proxy.request.migration import Migration
 from pdctl.proxy.request.quarantine import Quarantine
 from pdctl.proxy.shares.accounts import Accounts
 from pdctl.proxy.shares.rules import KeyRules
+from pdctl.proxy.shares.shared_bodies import SharedBodies
 from pdctl.proxy.shares.shared_totals import SharedTotals
 from pdctl.proxy.surface.app import ProxyApp
+from pdctl.proxy.surface.elsewhere import ElsewhereSurface
 from pdctl.proxy.surface.figures import FiguresSurface
 from pdctl.proxy.surface.internal import Internal
 from pdctl.proxy.surface.reload import Reloader, admission_of
@@ -123,11 +125,13 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
     several = config.workers > 1
     run_dir = Path(config.run_dir)
     loads = SharedLoads(run_dir / "loads", config.workers, _SLOTS, worker) if several else None
+    bodies = SharedBodies(run_dir / "quarantine", config.workers, worker) if several else None
     if several:
         (run_dir / "metrics").mkdir(exist_ok=True)
     epoch = os.environ.get(EPOCH_ENV, "")
     by_slo = config.admission == "slo"
-    pool = EnginePool.of(config.engines, os.environ.get(SECRET_ENV, ""), loads, by_slo)
+    secret = os.environ.get(SECRET_ENV, "")
+    pool = EnginePool.of(config.engines, secret, loads, by_slo)
     pool.follow(config.engines, config.draining, by_slo, config.unlinked, config.moving)
     ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
     name = _name(config, worker)
@@ -139,7 +143,7 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
         policy=POLICIES[config.routing],
         metrics=metrics,
         releases=Releases(),
-        quarantine=Quarantine(),
+        quarantine=Quarantine(secret, bodies),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         wants_prefixes=config.routing == "prefix_aware",
@@ -169,7 +173,9 @@ def _name(config: ProxyConfig, worker: int) -> str:
 def _app(config: ProxyConfig, completions: Completions, path: Path) -> ASGIApp:
     internal = Internal(os.environ.get(SECRET_ENV, ""))
     reloader = Reloader(path, config, completions, internal)
+    epoch = os.environ.get(EPOCH_ENV, "")
     routes = [*reloader.routes(), *FiguresSurface(completions, internal).routes()]
+    routes += ElsewhereSurface(completions, internal, epoch).routes()
     if config.accept_nodes:
         # Imported here: other services need neither the control API's client nor its memory.
         from pdctl.proxy.surface.nodes import NodeSurface

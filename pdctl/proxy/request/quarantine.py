@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 
 from pdctl.net.openai_api import ApiError
 from pdctl.proxy.engines.engine import Engine
+from pdctl.proxy.shares.shared_bodies import DIGEST_BYTES, SharedBodies
 
 _DEATHS = 2
 # How long the same body is refused, in seconds, and the maximum number of bodies.
 _REMEMBERED_S = 600.0
 _MAX_REMEMBERED = 1024
+_NONE: dict[bytes, float] = {}
 # Within this time, probes show whether an engine is dead, seconds.
 _CERTAIN_S = 0.5
 _LOOK_S = 0.02
@@ -29,18 +31,27 @@ _TURN_S = 20.0
 
 
 class Quarantine:
-    """Shared by all requests of a proxy: the lock that runs suspects one at a time, and the refused bodies."""
+    """Shared by all requests of a proxy: the lock that runs suspects one at a time, and the refused bodies.
 
-    def __init__(self) -> None:
+    `secret`: of the service, so that whoever sees digests in the registry cannot try which prompts have them; `shared`:
+    the bodies of all workers of this proxy.
+    """
+
+    def __init__(self, secret: str = "", shared: SharedBodies | None = None) -> None:
         self.count = 0
         self.one_at_a_time = asyncio.Lock()
+        self._secret = secret.encode()[: hashlib.blake2b.MAX_KEY_SIZE]
+        self._shared = shared
         self._until: OrderedDict[bytes, float] = OrderedDict()
+        self._elsewhere: dict[bytes, float] = {}
 
     def put(self, body: bytes) -> ApiError:
         """Put a body in quarantine. Returns the error for its client."""
         self.count += 1
-        name = _digest(body)
-        self._until[name] = time.monotonic() + _REMEMBERED_S
+        name = self._digest(body)
+        self._until[name] = until = time.monotonic() + _REMEMBERED_S
+        if self._shared is not None:
+            self._shared.put(name, until)
         # A body that is added again becomes the newest, so it is removed last.
         self._until.move_to_end(name)
         while len(self._until) > _MAX_REMEMBERED:
@@ -49,8 +60,27 @@ class Quarantine:
 
     def check(self, body: bytes) -> None:
         """Raises ApiError if the body is in quarantine."""
-        if self._until and self._until.get(_digest(body), 0.0) > time.monotonic():
+        by_workers = self._shared.bodies() if self._shared is not None else _NONE
+        if not (self._until or self._elsewhere or by_workers):
+            return
+        name, now = self._digest(body), time.monotonic()
+        if any(known.get(name, 0.0) > now for known in (self._until, self._elsewhere, by_workers)):
             raise _refusal()
+
+    def found(self) -> dict[str, float]:
+        """The bodies that this proxy found, and the seconds for which they are still refused."""
+        now = time.monotonic()
+        by_workers = self._shared.bodies() if self._shared is not None else _NONE
+        return {name.hex(): until - now for name, until in {**by_workers, **self._until}.items() if until > now}
+
+    def told(self, bodies: dict[str, float]) -> None:
+        """The bodies that other proxies found are these. Raises ValueError for something else than digests."""
+        now = time.monotonic()
+        newest = sorted(bodies.items(), key=lambda body: -body[1])[:_MAX_REMEMBERED]
+        self._elsewhere = {bytes.fromhex(name): now + min(left_s, _REMEMBERED_S) for name, left_s in newest}
+
+    def _digest(self, body: bytes) -> bytes:
+        return hashlib.blake2b(body, digest_size=DIGEST_BYTES, key=self._secret).digest()
 
 
 @dataclass(slots=True)
@@ -99,10 +129,6 @@ class Suspicion:
         except TimeoutError:
             return
         self.holds_turn = True
-
-
-def _digest(body: bytes) -> bytes:
-    return hashlib.blake2b(body, digest_size=16).digest()
 
 
 def _refusal() -> ApiError:

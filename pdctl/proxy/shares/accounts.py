@@ -7,9 +7,11 @@ import time
 from dataclasses import dataclass
 
 from pdctl.net.openai_api import ApiError
+from pdctl.proxy.shares.elsewhere import Elsewhere
 from pdctl.proxy.shares.limits import Exceeded, KeyLimits
 from pdctl.proxy.shares.rules import KeyRules
 from pdctl.proxy.shares.shared_totals import SharedTotals
+from pdctl.proxy_wire import KeySpent, SpentNews
 
 _WORDS = {
     "requests_per_minute": "has sent its {limit} requests per minute",
@@ -43,6 +45,7 @@ class Accounts:
         self._rules = rules
         self._shared = shared
         self._limits: dict[str, KeyLimits] = {}
+        self._elsewhere = Elsewhere()
 
     def follow(self, rules: KeyRules) -> None:
         """Apply other settings. What was used stays used."""
@@ -66,14 +69,32 @@ class Accounts:
             limits.others_took(self._shared.others(key), now)
         if (exceeded := limits.take(tokens, streams, now)) is not None:
             raise _refusal(key, limits, exceeded)
-        self._publish(key, limits)
+        self._publish(key, limits, now)
         return Claim(key, tokens, streams)
 
     def settle(self, claim: Claim, tokens: float) -> None:
         """A request has ended and used so many tokens."""
-        limits = self._limits[claim.key]
-        limits.settle(claim.tokens, tokens, claim.streams, time.monotonic())
-        self._publish(claim.key, limits)
+        limits, now = self._limits[claim.key], time.monotonic()
+        limits.settle(claim.tokens, tokens, claim.streams, now)
+        self._publish(claim.key, limits, now)
+
+    def spent(self) -> dict[str, KeySpent]:
+        """What this worker has taken of each key's limits, and where they are."""
+        now = time.monotonic()
+        return {key: _spent(limits, now) for key, limits in self._limits.items()}
+
+    def spent_elsewhere(self, news: SpentNews) -> None:
+        """Count what the proxies of other nodes have taken."""
+        now = time.monotonic()
+        found = self._elsewhere.take(news, now)
+        for key, levels in found.levels:
+            if (limits := self._of(key)) is not None:
+                limits.raise_to(levels, now)
+        for key, taken in found.taken.items():
+            if (limits := self._of(key)) is not None:
+                limits.charge(taken.requests, taken.tokens, now)
+        for key, limits in self._limits.items():
+            limits.elsewhere = found.streams.get(key, 0.0)
 
     def headers(self, key: str) -> list[tuple[bytes, bytes]]:
         """Headers about the limits of a key."""
@@ -91,11 +112,19 @@ class Accounts:
             settings = self._rules.of(key)
             if settings.requests_per_minute or settings.tokens_per_minute or settings.streams:
                 found = self._limits[key] = KeyLimits(settings)
+                now = time.monotonic()
+                for levels in self._shared.meet(key, now) if self._shared is not None else ():
+                    found.raise_to(levels, now)
         return found
 
-    def _publish(self, key: str, limits: KeyLimits) -> None:
+    def _publish(self, key: str, limits: KeyLimits, now: float) -> None:
         if self._shared is not None:
-            self._shared.publish(key, limits.own)
+            self._shared.publish(key, limits.own, limits.levels(now), now)
+
+
+def _spent(limits: KeyLimits, now: float) -> KeySpent:
+    levels = limits.levels(now)
+    return KeySpent(*limits.own, levels.requests, levels.tokens)
 
 
 def _refusal(key: str, limits: KeyLimits, exceeded: Exceeded) -> LimitReached:

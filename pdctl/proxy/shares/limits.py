@@ -3,7 +3,8 @@
 A bucket of a minute's worth, as OpenAI's limits: all of it may come at once, and it refills evenly. A request is
 charged its prompt and its `max_tokens`, and gets back what it did not use.
 
-Several proxy workers count together: each adds what it took to totals that the others read (`shared_totals.py`).
+Several proxy workers count together: each adds what it took to totals that the others read (`shared_totals.py`). So do
+the proxies of several nodes, through their agents (`elsewhere.py`).
 """
 
 from __future__ import annotations
@@ -29,22 +30,28 @@ class Bucket:
 
     def remaining(self, now: float) -> float:
         """What may be taken now."""
-        return max(0.0, self.limit - self._used(now))
+        return max(0.0, self.limit - self.level(now))
 
     def wait_s(self, amount: float, now: float) -> float:
         """Seconds until `amount` may be taken; 0 if it may now. More than the limit may be taken if nothing is used."""
-        missing = self._used(now) + min(amount, self.limit) - self.limit
+        missing = self.level(now) + min(amount, self.limit) - self.limit
         return missing * _MINUTE_S / self.limit if missing > _TOLERANCE else 0.0
 
     def take(self, amount: float, now: float) -> None:
         """Take some, or give it back if `amount` is negative."""
-        self.used, self.at = max(0.0, self._used(now) + amount), max(self.at, now)
+        self.used, self.at = max(0.0, self.level(now) + amount), max(self.at, now)
 
     def full_s(self, now: float) -> float:
         """Seconds until nothing is used any more."""
-        return self._used(now) * _MINUTE_S / self.limit
+        return self.level(now) * _MINUTE_S / self.limit
 
-    def _used(self, now: float) -> float:
+    def raise_to(self, level: float, age_s: float, now: float) -> None:
+        """Somebody who counts the same things had `level` some seconds ago: have no less."""
+        refilled = age_s * self.limit / _MINUTE_S
+        self.used, self.at = max(self.level(now), level - refilled), max(self.at, now)
+
+    def level(self, now: float) -> float:
+        """What is used and not refilled yet."""
         if not self.used:
             return 0.0
         return max(0.0, self.used - max(0.0, now - self.at) * self.limit / _MINUTE_S)
@@ -61,6 +68,14 @@ class Totals(NamedTuple):
 NOTHING = Totals()
 
 
+class Levels(NamedTuple):
+    """What of a key's limits is used and not refilled yet: requests and tokens, as it was `age_s` ago."""
+
+    requests: float = 0.0
+    tokens: float = 0.0
+    age_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Exceeded:
     """A limit is reached. `limit`: its name in the settings; `retry_after_s`: seconds."""
@@ -71,10 +86,11 @@ class Exceeded:
 
 @dataclass(slots=True)
 class KeyLimits:
-    """The limits of one key. `own`: what this worker took since its start."""
+    """The limits of one key. `own`: what this worker took since its start; `elsewhere`: answers now at other nodes."""
 
     settings: KeySettings
     own: Totals = NOTHING
+    elsewhere: float = 0.0
     _others_streams: float = 0.0
     _requests: Bucket = field(init=False)
     _tokens: Bucket = field(init=False)
@@ -92,15 +108,29 @@ class KeyLimits:
     def others_took(self, others: Totals, now: float) -> None:
         """Count what other workers have taken since the last call, and their answers now."""
         self._others_streams = others.streams
-        if others.requests and self._requests.limit:
-            self._requests.take(others.requests, now)
-        if others.tokens and self._tokens.limit:
-            self._tokens.take(others.tokens, now)
+        self.charge(others.requests, others.tokens, now)
+
+    def charge(self, requests: float, tokens: float, now: float) -> None:
+        """Count what somebody else has taken, or has given back."""
+        if requests and self._requests.limit:
+            self._requests.take(requests, now)
+        if tokens and self._tokens.limit:
+            self._tokens.take(tokens, now)
+
+    def levels(self, now: float) -> Levels:
+        """What is used and not refilled yet."""
+        return Levels(*(bucket.level(now) if bucket.limit else 0.0 for bucket in (self._requests, self._tokens)))
+
+    def raise_to(self, levels: Levels, now: float) -> None:
+        """Begin where others are who have counted for longer."""
+        for bucket, level in ((self._requests, levels.requests), (self._tokens, levels.tokens)):
+            if bucket.limit:
+                bucket.raise_to(level, levels.age_s, now)
 
     def take(self, tokens: float, streams: int, now: float) -> Exceeded | None:
         """Take a request with so many tokens and answers, if all limits allow it."""
         limits = self.settings
-        if limits.streams and self.own.streams + self._others_streams + streams > limits.streams:
+        if limits.streams and self.own.streams + self._others_streams + self.elsewhere + streams > limits.streams:
             return Exceeded("streams", 1.0)
         if limits.requests_per_minute and (wait_s := self._requests.wait_s(1.0, now)):
             return Exceeded("requests_per_minute", wait_s)

@@ -22,15 +22,18 @@ from pdctl.proxy_wire import (
     KeysReply,
     PoolReply,
     ProxyConfig,
+    Quarantined,
     RecentReply,
     RecentRequest,
+    SpentNews,
+    SpentReply,
 )
 from pdctl.supervisor.rundir.rundir import RunDir
 
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 _RELOAD_S = 5.0
-# What only the live page wants, seconds.
+# For what nothing waits for: figures of the live page, news of other nodes. Seconds.
 _LOOK_S = 1.0
 _TRIES = 3
 
@@ -127,6 +130,26 @@ class Proxies:
         found = [request for reply in await asyncio.gather(*asked) if reply is not None for request in reply.requests]
         return tuple(sorted(found, key=lambda request: -request.at))
 
+    async def quarantined(self, told: dict[str, float] | None) -> dict[str, float]:
+        """Tell each proxy which bodies are in quarantine elsewhere (None: not known), and return what they found."""
+        path = "/pdctl/v1/quarantine"
+        specs = self._serving()
+        if told is None:
+            asked = [self._get(spec, path, Quarantined, _LOOK_S) for spec in specs]
+        else:
+            asked = [self._post(spec, path, Quarantined(told), Quarantined) for spec in specs]
+        found: dict[str, float] = {}
+        for reply in await asyncio.gather(*asked):
+            for name, left_s in reply.bodies.items() if reply is not None else ():
+                found[name] = max(left_s, found.get(name, 0.0))
+        return found
+
+    async def spent(self, news: SpentNews) -> dict[str, SpentReply]:
+        """Tell each proxy what API keys used elsewhere. Returns what they used at each that answers, by its name."""
+        specs = self._serving()
+        replies = await asyncio.gather(*(self._post(spec, "/pdctl/v1/spent", news, SpentReply) for spec in specs))
+        return {spec.name: reply for spec, reply in zip(specs, replies, strict=True) if reply is not None}
+
     def keep_only(self, names: set[str]) -> None:
         """Forget what is known of other engines than these."""
         self.swept = {name: count for name, count in self.swept.items() if name in names}
@@ -155,6 +178,15 @@ class Proxies:
         pool = _at(spec)
         try:
             return await self._caller.get(pool, path, kind, within_s)
+        except Unreachable:
+            return None
+        finally:
+            pool.close()
+
+    async def _post(self, spec: ProcessSpec, path: str, message: msgspec.Struct, kind: type[Answer]) -> Answer | None:
+        pool = _at(spec)
+        try:
+            return await self._caller.post(pool, path, message, kind, _LOOK_S)
         except Unreachable:
             return None
         finally:

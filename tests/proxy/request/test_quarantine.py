@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.request import quarantine as module
 from pdctl.proxy.request.quarantine import Quarantine, Suspicion
+from pdctl.proxy.shares.shared_bodies import SharedBodies
 from pdctl.proxy_wire import EngineAddress
 
 BODY = b'{"prompt":"hello"}'
@@ -226,6 +229,66 @@ def test_the_newest_bodies_are_refused_for_their_time(puts: list[tuple[str, floa
                 else:
                     assert not refused, (body, last, now)
         assert shared.count == len(puts)
+
+
+def refuses(quarantine: Quarantine, body: bytes) -> bool:
+    try:
+        quarantine.check(body)
+    except ApiError:
+        return True
+    return False
+
+
+def test_a_body_that_one_proxy_found_is_refused_by_all_of_one_secret() -> None:
+    one, other, stranger = Quarantine("secret"), Quarantine("secret"), Quarantine("another")
+    one.put(BODY)
+    bodies = one.found()
+    assert list(bodies.values()) == [pytest.approx(600, abs=5)]
+    for quarantine in (other, stranger):
+        quarantine.told(bodies)
+    assert refuses(other, BODY)
+    assert not refuses(other, BODY + b" ")
+    assert not refuses(stranger, BODY), "its digests are others"
+    assert other.found() == {}, "what it was told is not told on"
+    assert other.count == 0
+    other.told({})
+    assert not refuses(other, BODY)
+    with pytest.raises(ValueError, match="hex"):
+        other.told({"no digest": 5.0})
+
+
+def test_what_is_told_is_limited_in_number_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_REMEMBERED", 2)
+    one, other = Quarantine(), Quarantine()
+    for number in range(3):
+        one.put(b"%d" % number)
+    monkeypatch.setattr(module, "_MAX_REMEMBERED", 1)
+    first, second = one.found()
+    other.told({first: 1e9, second: 5.0})
+    assert refuses(other, b"1")
+    assert not refuses(other, b"2")
+    late = time.monotonic() + 600
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: late))
+    assert not refuses(other, b"1")
+
+
+def test_workers_refuse_what_one_of_them_found(tmp_path: Path) -> None:
+    def worker(number: int) -> Quarantine:
+        return Quarantine("secret", SharedBodies(tmp_path / "quarantine", 3, number))
+
+    workers = [worker(number) for number in range(3)]
+    assert not any(refuses(each, BODY) for each in workers)
+    workers[1].put(BODY)
+    assert all(refuses(each, BODY) for each in workers)
+    assert [list(each.found()) for each in workers] == [list(workers[1].found())] * 3
+    assert refuses(worker(1), BODY), "also after a restart"
+    for number in range(300):
+        workers[0].put(b"%d" % number)
+    assert refuses(workers[2], b"299")
+    assert not refuses(workers[2], b"0"), "only the newest of each worker"
+    assert refuses(workers[2], BODY)
+    (tmp_path / "quarantine").unlink()
+    assert not refuses(worker(0), BODY)
 
 
 @dataclass(eq=False)

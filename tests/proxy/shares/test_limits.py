@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pdctl.net.openai_api import ApiError
 from pdctl.proxy.shares import shared_totals
 from pdctl.proxy.shares.accounts import Accounts, LimitReached
-from pdctl.proxy.shares.limits import Bucket, Exceeded, KeyLimits, Totals, duration
+from pdctl.proxy.shares.limits import Bucket, Exceeded, KeyLimits, Levels, Totals, duration
 from pdctl.proxy.shares.rules import KeyRules
 from pdctl.proxy.shares.shared_totals import SharedTotals
 from pdctl.proxy_wire import KeySettings
@@ -130,23 +130,31 @@ class Workers:
         self.path, self.count = folder / "totals", count
         self.settings = KeySettings("k", **given_limits)
         self.totals = [SharedTotals(self.path, count, worker) for worker in range(count)]
-        self.limits = [KeyLimits(self.settings) for _ in range(count)]
+        self.limits: list[KeyLimits | None] = [None] * count
 
     def take(self, worker: int, tokens: float, now: float) -> bool:
-        limits, totals = self.limits[worker], self.totals[worker]
+        limits, totals = self.of(worker, now), self.totals[worker]
         limits.others_took(totals.others("k"), now)
         if limits.take(tokens, 1, now) is not None:
             return False
-        totals.publish("k", limits.own)
+        totals.publish("k", limits.own, limits.levels(now), now)
         return True
 
+    def of(self, worker: int, now: float) -> KeyLimits:
+        if (found := self.limits[worker]) is None:
+            found = self.limits[worker] = KeyLimits(self.settings)
+            for levels in self.totals[worker].meet("k", now):
+                found.raise_to(levels, now)
+        return found
+
     def settle(self, worker: int, taken: float, tokens: float, now: float) -> None:
-        self.limits[worker].settle(taken, tokens, 1, now)
-        self.totals[worker].publish("k", self.limits[worker].own)
+        limits = self.of(worker, now)
+        limits.settle(taken, tokens, 1, now)
+        self.totals[worker].publish("k", limits.own, limits.levels(now), now)
 
     def restart(self, worker: int) -> None:
         self.totals[worker] = SharedTotals(self.path, self.count, worker)
-        self.limits[worker] = KeyLimits(self.settings)
+        self.limits[worker] = None
 
 
 def test_workers_count_together(tmp_path: Path) -> None:
@@ -156,7 +164,7 @@ def test_workers_count_together(tmp_path: Path) -> None:
     for worker in taken:
         workers.settle(worker, 10, 4, 0.0)
     assert workers.take(0, 1, 2.0)
-    requests, tokens = workers.limits[0].remaining(2.0)
+    requests, tokens = workers.of(0, 2.0).remaining(2.0)
     assert requests == 0
     assert tokens == 10_000 - 1, "what 30 requests used is refilled"
 
@@ -177,14 +185,34 @@ def test_a_restarted_worker_counts_from_zero(tmp_path: Path) -> None:
     workers.restart(1)
     assert workers.take(1, 1, 0.0)
     assert workers.take(0, 1, 0.0)
-    assert workers.limits[0].remaining(0.0)[0] == 20 - 8 - 1 - 1 - 1, "nothing is counted twice or given back"
+    assert workers.of(0, 0.0).remaining(0.0)[0] == 20 - 8 - 1 - 1 - 1, "nothing is counted twice or given back"
+
+
+def test_a_restarted_worker_begins_where_the_others_are(tmp_path: Path) -> None:
+    workers = Workers(tmp_path, 2, requests_per_minute=20)
+    for now in range(0, 600, 60):
+        assert all(workers.take(0, 1, float(now)) for _ in range(20)), "a minute's worth, ten times"
+    workers.restart(1)
+    assert workers.of(1, 570.0).remaining(570.0)[0] == 10, "half of the last minute's worth is refilled"
+    assert [workers.take(number % 2, 1, 570.0) for number in range(11)] == [True] * 10 + [False]
+
+
+def test_a_worker_that_was_restarted_twice_as_busy_counts_from_zero(tmp_path: Path) -> None:
+    workers = Workers(tmp_path, 2, requests_per_minute=50)
+    assert workers.take(1, 1, 0.0)
+    assert workers.take(0, 1, 0.0)
+    workers.restart(1)
+    for _ in range(5):
+        assert workers.take(1, 1, 0.0)
+    assert workers.take(0, 1, 0.0)
+    assert workers.of(0, 0.0).remaining(0.0)[0] == 50 - 1 - 5 - 2
 
 
 def test_keys_beyond_the_table_are_counted_by_each_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_totals, "_MAX_KEYS", 2)
     one, other = (SharedTotals(tmp_path / "totals", 2, worker) for worker in range(2))
     for key in ("a", "b", "c"):
-        one.publish(key, Totals(5, 6, 7))
+        one.publish(key, Totals(5, 6, 7), Levels(5, 6), 0.0)
     assert [other.others(key) for key in ("a", "b", "c")] == [Totals(5, 6, 7), Totals(5, 6, 7), Totals()]
     assert other.others("a") == Totals(0, 0, 7), "only what is new"
 
