@@ -21,13 +21,14 @@ from pdctl.supervisor.agent.directory import Directory
 from pdctl.supervisor.agent.orders import Orders
 from pdctl.supervisor.agent.plans import Planner, engines_of, this_node
 from pdctl.supervisor.agent.publishing import Publisher
+from pdctl.supervisor.agent.sharing import SPENT_PATH, Sharing
 from pdctl.supervisor.cluster.coordinator import Coordinator
 from pdctl.supervisor.cluster.entries import EngineEntry, Keys, NodeEntry
 from pdctl.supervisor.cluster.membership import Membership
 from pdctl.supervisor.cluster.neighbours import Neighbours
 from pdctl.supervisor.cluster.presence import Presence
 from pdctl.supervisor.service.running import RunningService
-from pdctl.supervisor.surface.cluster.agents import AgentAddress
+from pdctl.supervisor.surface.cluster.agents import AgentAddress, Agents
 from pdctl.supervisor.surface.cluster.control import ClusterControl
 from pdctl.supervisor.surface.cluster.merge import ClusterFacts
 from pdctl.supervisor.surface.cluster.server import serve_agents
@@ -68,6 +69,7 @@ class Agent:
         keys = Keys(settings.empty.service)
         planner = Planner(node, settings.address, settings.empty, settings.allow_commands, say)
         self._running: RunningService | None = None
+        self._agents: Agents | None = None
         self._registry = registry
         self.presence = Presence(registry, keys, self._entry(), cluster.ttl_s, self._engines, self._hears("presence"))
         self.neighbours = Neighbours(
@@ -97,18 +99,24 @@ class Agent:
         """See ClusterSide."""
         settings = self._settings
         own = AgentAddress(settings.node, settings.address, settings.cluster.agent_port, version=__version__)
-        return ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher)
+        control = ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher)
+        self._agents = control.agents
+        return control
 
     async def run_forever(self, running: RunningService) -> Never:
         """Be a part of the cluster until cancelled."""
         self._running = running
+        assert self._agents is not None, "the control API is made first"
+        keys = Keys(self._settings.empty.service)
+        sharing = Sharing(self._registry, keys, self._settings.node, running, self._agents, self._hears("quarantine"))
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._always("quarantine", sharing.run_forever))
             tasks.create_task(self._always("presence", self.presence.run_forever))
             tasks.create_task(self._always("engines", self.neighbours.run_forever))
             tasks.create_task(self._always("orders", lambda: self.orders.run_forever(running)))
             tasks.create_task(self._always("coordinator", self.coordinator.run_forever))
             tasks.create_task(self._always("nodes", self.directory.run_forever))
-            tasks.create_task(self._serve(running))
+            tasks.create_task(self._serve(running, sharing))
         raise AssertionError("all tasks run for ever")
 
     async def leave(self) -> None:
@@ -131,11 +139,16 @@ class Agent:
                 self._hears(part)(str(failures.exceptions[0]))
             await asyncio.sleep(_REFUSED_S)
 
-    async def _serve(self, running: RunningService) -> Never:
+    async def _serve(self, running: RunningService, sharing: Sharing) -> Never:
         """Answer the agents of other nodes. Raises PdctlError if the address is taken."""
         settings = self._settings
         await serve_agents(
-            settings.address, settings.cluster.agent_port, running, self.publisher, self.secret, tls=None
+            settings.address,
+            settings.cluster.agent_port,
+            running,
+            self.publisher,
+            self.secret,
+            reports={SPENT_PATH: sharing.limits.report},
         )
         raise AssertionError("it serves until it is cancelled")
 

@@ -97,7 +97,7 @@ class RunningService:
         self._kv = KvWatch(
             secret, fleet.members, self._holders, self.journal.say, self._attached.members, self._others.members
         )
-        self._proxies = proxies = Proxies(resources.rundir, secret, fleet.serving)
+        self.proxies = proxies = Proxies(resources.rundir, secret, fleet.serving)
         self._links = self._link_keeper(resources)
         self._nodes = self._registered(resources)
         if adoptable is not None:
@@ -233,7 +233,7 @@ class RunningService:
 
     async def keys(self) -> KeysStatus:
         """The answer of `pdctl status --keys --json`."""
-        return keys_status(self.plan.proxy.keys, await self._proxies.keys())
+        return keys_status(self.plan.proxy.keys, await self.proxies.keys())
 
     async def leases(self) -> KvStatus:
         """The answer of `pdctl kv --json`."""
@@ -292,13 +292,13 @@ class RunningService:
     async def look(self) -> Look:
         """What the live page samples: the state of every engine, its leases, and the proxies' figures."""
         states, figures, _ = await asyncio.gather(
-            self._kv.states(), self._proxies.figures(), self._status.ask_attached()
+            self._kv.states(), self.proxies.figures(), self._status.ask_attached()
         )
         return Look(states, self._kv.status_of(states), figures)
 
     async def recent(self) -> tuple[RecentRequest, ...]:
         """The last requests of all proxies, newest first."""
-        return await self._proxies.recent()
+        return await self.proxies.recent()
 
     def changes(self, wanted: Plan) -> Changes:
         """The changes that `apply` would make."""
@@ -340,13 +340,13 @@ class RunningService:
         return {spec.name for spec in self.plan.processes} | {attached.name for attached in self._not_started()}
 
     async def _tell(self) -> None:
-        if (reason := await self._proxies.tell(self.plan)) and not self._state.is_stopping:
+        if (reason := await self.proxies.tell(self.plan)) and not self._state.is_stopping:
             self.journal.say("pdctl", f"not every proxy was updated: {reason}")
 
     def _tidy(self) -> None:
         """Forget what is known of engines that are gone."""
         names = self._names()
-        self._proxies.keep_only(names)
+        self.proxies.keep_only(names)
         self._sweeper.keep_only(names)
 
     def _link_keeper(self, resources: Resources) -> LinkKeeper:
@@ -358,7 +358,7 @@ class RunningService:
 
         return RegisteredEngines(
             plan=lambda: self._state.plan,
-            proxies=self._proxies,
+            proxies=self.proxies,
             state_of=self._kv.state_of,
             answering=answering,
             tell=self._tell,

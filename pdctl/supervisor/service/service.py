@@ -100,9 +100,10 @@ class Service:
         if self._cluster is None:
             tasks.create_task(serve_control(self._rundir.control_socket, OneMachine(running)))
             return
+        control = self._cluster.control(running)
+        tasks.create_task(serve_control(self._rundir.control_socket, control))
         tasks.create_task(running.others.run_forever())
         tasks.create_task(self._cluster.run_forever(running))
-        tasks.create_task(serve_control(self._rundir.control_socket, self._cluster.control(running)))
 
 
 def _on_signal(stop: Callable[[], None]) -> None:

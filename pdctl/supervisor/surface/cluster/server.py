@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Never
 
 import msgspec
@@ -42,8 +42,10 @@ async def serve_agents(
     publishing: Publishing,
     secret: str,
     tls: ssl.SSLContext | None = None,
+    reports: Mapping[str, Callable[[], msgspec.Struct]] | None = None,
 ) -> Never:
-    """Answer other agents until cancelled. Raises PdctlError if the address cannot be used."""
+    """Answer other agents until cancelled. `reports`: what else a GET of a path returns. Raises PdctlError if the
+    address cannot be used."""
     try:
         listener = listen_tcp(host, port)
     except OSError as failure:
@@ -51,7 +53,7 @@ async def serve_agents(
         raise PdctlError(told, "change cluster.agent_port, the same on all nodes, or end what uses the port") from None
     listener.setblocking(False)
     streams = EventStreams(service.journal, marks=True)
-    server = Server(_config(guarded(_application(service, publishing, streams), secret), tls))
+    server = Server(_config(guarded(_application(service, publishing, streams, reports or {}), secret), tls))
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -84,10 +86,23 @@ def guarded(app: ASGIApp, secret: str) -> ASGIApp:
     return checked
 
 
-def _application(service: LocalService, publishing: Publishing, streams: EventStreams) -> Starlette:
+def _application(
+    service: LocalService,
+    publishing: Publishing,
+    streams: EventStreams,
+    reports: Mapping[str, Callable[[], msgspec.Struct]],
+) -> Starlette:
     api = Api(OneMachine(service), streams)
     routes = [*api.node_routes(), Route("/v1/cluster/changes", _changes(publishing), methods=["POST"])]
+    routes += [Route(path, _report(report)) for path, report in reports.items()]
     return Starlette(routes=routes, exception_handlers={PdctlError: refusal})
+
+
+def _report(report: Callable[[], msgspec.Struct]) -> Callable[[Request], Awaitable[Response]]:
+    async def told(_: Request) -> Response:
+        return encoded(report())
+
+    return told
 
 
 def _changes(publishing: Publishing) -> Callable[[Request], Awaitable[Response]]:
