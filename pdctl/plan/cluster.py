@@ -2,16 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from pdctl.adapters import can_launch, kinds, launcher
+from pdctl.errors import PdctlError
 from pdctl.host import Host
-from pdctl.plan.placement import Room, Wish
+from pdctl.host.models import UnknownModel
+from pdctl.plan import Plan, make_plan
+from pdctl.plan.gpus import gpus_named
+from pdctl.plan.placement import Room, Wish, assign
+from pdctl.plan.share import Share
 from pdctl.topology.spec import Device, EngineGroup, Topology
+
+
+def place(
+    topology: Topology, hosts: Mapping[str, Host], before: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Plan]:
+    """The plan of each node. `hosts`: the facts of the nodes, by name; `before`: where engines are now.
+
+    Raises PdctlError if an engine has no place, or a node's part does not fit it.
+    """
+    rooms = {node: room_of(host) for node, host in hosts.items()}
+    spare = topology.cluster.spare_nodes if topology.cluster is not None else 0
+    nodes = assign(wishes_of(topology), rooms, before, spare)
+    return {node: _plan(topology, host, share_of(node, nodes)) for node, host in hosts.items()}
+
+
+def share_of(node: str, nodes: Mapping[str, str]) -> Share:
+    """A node's share. `nodes`: of every engine, by name."""
+    return Share(node, frozenset(name for name, where in nodes.items() if where == node))
+
+
+def unknown_nodes(topology: Topology, known: Mapping[str, Host]) -> list[str]:
+    """Nodes that the topology names, and which are not among the known ones."""
+    named = {*topology.proxy.nodes, *(node for group in topology.engines for node in group.nodes)}
+    return sorted(named - known.keys())
+
+
+def _plan(topology: Topology, host: Host, share: Share) -> Plan:
+    try:
+        return make_plan(topology, host, share=share)
+    except UnknownModel as failure:
+        hint = "the model's folder must have the same path on every node, and here"
+        raise PdctlError(str(failure), hint) from failure
+    except PdctlError as failure:
+        raise PdctlError(f"node {share.node}: {failure.message}", failure.hint) from failure
 
 
 def wishes_of(topology: Topology) -> list[Wish]:
     """The engines that pdctl starts, each with what it needs of a node."""
-    groups = (group for group in topology.engines if not group.is_attached)
-    return [_wish(group, number, name) for group in groups for number, name in enumerate(group.replica_names())]
+    named: set[tuple[int | str, ...]] = set()
+    found = []
+    for group in topology.engines:
+        for position, name in enumerate(() if group.is_attached else group.replica_names()):
+            gpus = {(*group.nodes, gpu) for gpu in gpus_named(group, position)}
+            # Engines that list the same GPU need it once.
+            found.append(_wish(group, name, shares=gpus <= named if gpus else group.share_gpu))
+            named |= gpus
+    return found
 
 
 def room_of(host: Host) -> Room:
@@ -25,7 +74,7 @@ def engine_packages() -> list[str]:
     return sorted({"pdctl", *(name for each in launchers for name in (*each.distributions, *each.tracing))})
 
 
-def _wish(group: EngineGroup, number: int, name: str) -> Wish:
+def _wish(group: EngineGroup, name: str, shares: bool) -> Wish:
     on_gpus = group.device is Device.CUDA
     return Wish(
         name=name,
@@ -33,7 +82,6 @@ def _wish(group: EngineGroup, number: int, name: str) -> Wish:
         role=group.role.value,
         gpus=group.gpus_per_replica if on_gpus else 0,
         nodes=group.nodes,
-        # All replicas use the GPUs of the first, if that many are listed and no more.
-        shares=on_gpus and (group.share_gpu or (number > 0 and len(group.gpus) == group.gpus_per_replica)),
+        shares=on_gpus and shares,
         memory=0 if on_gpus else int(group.kv_cache_gb * 2**30),
     )

@@ -59,11 +59,19 @@ def _check_shares(groups: list[EngineGroup], chosen: Mapping[str, tuple[str, ...
             )
 
 
+def gpus_named(group: EngineGroup, position: int) -> tuple[int | str, ...]:
+    """The GPUs that the topology names for the replica in this place of its group; empty if it names none."""
+    if not group.gpus:
+        return ()
+    each = group.gpus_per_replica
+    first = position * each % len(group.gpus)
+    return group.gpus[first : first + each]
+
+
 def _gpus_for(group: EngineGroup, position: int, name: str, host: Host, free: list[str]) -> tuple[str, ...]:
     each = group.gpus_per_replica
     if group.gpus:
-        first = position * each % len(group.gpus)
-        gpus = [host.gpu_named(gpu) for gpu in group.gpus[first : first + each]]
+        gpus = [host.gpu_named(gpu) for gpu in gpus_named(group, position)]
         return tuple(gpu.uuid for gpu in gpus if gpu is not None)
     if len(free) >= each:
         chosen = tuple(free[:each])

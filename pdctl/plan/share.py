@@ -21,11 +21,13 @@ class Share:
     def of(self, topology: Topology, address: str) -> Topology:
         """The part of a topology that this node runs. `address`: where its proxy listens, if the topology says no other
         address than the loopback one."""
-        groups = [self._part(group) for group in topology.engines]
+        parts = [(group, self._part(group)) for group in topology.engines]
+        here = tuple(part for _, part in parts if part is not None)
+        elsewhere = tuple(group for group, part in parts if part is None)
         proxy = topology.proxy
         if proxy.host == LOOPBACK:
             proxy = replace(proxy, host=address)
-        return replace(topology, engines=tuple(group for group in groups if group is not None), proxy=proxy)
+        return replace(topology, engines=here, elsewhere=elsewhere, proxy=proxy)
 
     def has_proxy(self, topology: Topology) -> bool:
         """Whether this node runs a proxy."""

@@ -61,6 +61,17 @@ def parse_text(text: str, source: str) -> Topology:
     return _built(text, source)[1]
 
 
+def check_part(topology: Topology, part: Topology, host: Host) -> None:
+    """Compare the part of a cluster's topology that one node runs with that node. Raises ConfigError, with lines of the
+    whole topology."""
+    places = {group.name: index for index, group in enumerate(topology.engines)}
+    groups = tuple(places[group.name] for group in part.engines)
+    document = Document(tomli.loads(topology.text), key_lines(topology.text), groups)
+    problems = [*host_problems(document, part, host)] or [*fault_problems(document, part, host)]
+    if problems:
+        raise ConfigError(topology.source or "the topology", sorted(problems, key=lambda problem: problem.line))
+
+
 def _read(path: Path) -> str:
     try:
         return read_user_text(path)

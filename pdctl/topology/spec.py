@@ -341,7 +341,8 @@ class Supervision:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """One service. `source`: the file it came from, or a name for the built-in default; `text`: the file's content."""
+    """One service. `source`: the file it came from, or a name for the built-in default; `text`: the file's content.
+    `elsewhere`: of one node's part of it, the groups that other nodes run."""
 
     service: Service
     proxy: Proxy
@@ -357,6 +358,12 @@ class Topology:
     elastic: Elastic = field(default_factory=Elastic)
     dashboard: Dashboard = field(default_factory=Dashboard)
     cluster: Cluster | None = None
+    elsewhere: tuple[EngineGroup, ...] = ()
+
+    @property
+    def all_engines(self) -> tuple[EngineGroup, ...]:
+        """All groups of the service: those of other nodes, too."""
+        return (*self.engines, *self.elsewhere)
 
     def members(self, name: str) -> tuple[str, ...]:
         """The processes of a group, a process or a store of this name; empty if there is none."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pdctl.adapters import Ability, control, launcher
 from pdctl.errors import PdctlError, Problem
+from pdctl.topology.cluster_checks import cluster_problems
 from pdctl.topology.document import Document
 from pdctl.topology.process_checks import order_problems, process_problems
 from pdctl.topology.spec import Device, EngineGroup, Proxy, Role, Topology
@@ -31,6 +32,7 @@ def topology_problems(document: Document, topology: Topology) -> Iterator[Proble
     yield from _elastic_problems(document, topology)
     yield from order_problems(document, topology)
     yield from process_problems(document, topology)
+    yield from cluster_problems(document, topology)
     yield from _transfer_problems(document, topology)
     yield from _service_problems(document, topology)
     roles = {group.role for group in topology.engines}

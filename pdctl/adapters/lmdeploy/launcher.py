@@ -108,7 +108,7 @@ def _argument_faults(topology: Topology, group: EngineGroup) -> Iterator[Fault]:
 
 
 def _peer_faults(topology: Topology, group: EngineGroup) -> Iterator[Fault]:
-    others = {other.role for other in topology.engines if other.kind == group.kind} - {group.role, Role.HYBRID}
+    others = {other.role for other in topology.all_engines if other.kind == group.kind} - {group.role, Role.HYBRID}
     if group.role is not Role.HYBRID and not others:
         message = f"no other engine can exchange KV with {group.name!r}"
         yield Fault("role", message, "add one of kind lmdeploy with the other role; hybrid engines work alone")

@@ -118,7 +118,7 @@ def _peers(topology: Topology, group: EngineGroup) -> list[EngineGroup]:
     """The groups with which this one exchanges KV. An SGLang engine of role hybrid exchanges none."""
     return [
         other
-        for other in topology.engines
+        for other in topology.all_engines
         if other.kind == group.kind and {other.role, group.role} == {Role.PREFILL, Role.DECODE}
     ]
 

@@ -123,14 +123,14 @@ def _connector(group: EngineGroup) -> str:
 
 
 def _exchanges_kv(topology: Topology) -> bool:
-    return any(group.role is not Role.HYBRID for group in topology.engines)
+    return any(group.role is not Role.HYBRID for group in topology.all_engines)
 
 
 def _peers(topology: Topology, group: EngineGroup) -> list[EngineGroup]:
     """The groups with which this one can exchange KV."""
     return [
         other
-        for other in topology.engines
+        for other in topology.all_engines
         if other.kind == group.kind
         and other.role is not group.role
         and _connector(other) == _connector(group)
