@@ -75,6 +75,11 @@ class Program:
         self._entered = entered
         self.pid = _child_of(entered)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._entered.poll() is None
+
     def signal(self, number: int) -> None:
         """Send a signal to the program alone."""
         with contextlib.suppress(ProcessLookupError):
