@@ -31,6 +31,12 @@ def addresses() -> dict[str, list[Address]]:
     return found
 
 
+def interface_of(address: str) -> str:
+    """The interface of this machine that has `address`; "" if none has."""
+    known = addresses().items()
+    return next((name for name, found in known if address in map(str, found)), "")
+
+
 def chosen(interface: str, known: Mapping[str, list[Address]]) -> str:
     """As `address_of`, of these interfaces. Of an interface's several addresses the first IPv4 one is taken."""
     if interface in known:

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 import pytest
 
 from pdctl.errors import PdctlError
-from pdctl.host.address import address_of, addresses, chosen
+from pdctl.host.address import address_of, addresses, chosen, interface_of
 
 KNOWN = {
     "lo": [ip_address("127.0.0.1"), ip_address("::1")],
@@ -50,3 +50,5 @@ def test_what_is_no_address_of_this_machine_is_told(interface: str, message: str
 def test_this_machine_has_its_loopback_interface() -> None:
     assert ip_address("127.0.0.1") in addresses()["lo"]
     assert address_of("lo") == "127.0.0.1"
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.9") == ""

@@ -20,18 +20,39 @@ BINARY = shutil.which("etcd")
 _QUICK = ("--heartbeat-interval", "20", "--election-timeout", "200")
 
 
+def command(name: str, folder: Path, client: str, peer: str, cluster: str) -> list[str]:
+    """The command line of a member that keeps its data in `folder`."""
+    assert BINARY
+    return [
+        BINARY, "--name", name, "--data-dir", str(folder / name), "--listen-client-urls", client,
+        "--advertise-client-urls", client, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+        "--initial-cluster", cluster, "--log-outputs", "stderr", *_QUICK,
+    ]  # fmt: skip
+
+
+def post(url: str, path: str, message: object) -> dict[str, object]:
+    """A member's answer to a call of its gateway."""
+    request = urllib.request.Request(url + path, json.dumps(message).encode())
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        said: dict[str, object] = json.load(answer)
+    return said
+
+
+def leads(url: str) -> bool:
+    """Whether this member leads the others."""
+    said = post(url, "/v3/maintenance/status", {})
+    header = said["header"]
+    assert isinstance(header, dict)
+    return bool(said.get("leader") == header["member_id"])
+
+
 class Member:
     """One etcd process, which can be killed, frozen and started again on its data."""
 
     def __init__(self, name: str, folder: Path, client: str, peer: str, cluster: str) -> None:
-        assert BINARY
         self.url = client
         self._log = folder / f"{name}.log"
-        self._argv = [
-            BINARY, "--name", name, "--data-dir", str(folder / name), "--listen-client-urls", client,
-            "--advertise-client-urls", client, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
-            "--initial-cluster", cluster, "--log-outputs", "stderr", *_QUICK,
-        ]  # fmt: skip
+        self._argv = command(name, folder, client, peer, cluster)
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -49,16 +70,10 @@ class Member:
         self.process = self._start()
 
     def post(self, path: str, message: object) -> dict[str, object]:
-        request = urllib.request.Request(self.url + path, json.dumps(message).encode())
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            said: dict[str, object] = json.load(answer)
-        return said
+        return post(self.url, path, message)
 
     def leads(self) -> bool:
-        said = self.post("/v3/maintenance/status", {})
-        header = said["header"]
-        assert isinstance(header, dict)
-        return bool(said.get("leader") == header["member_id"])
+        return leads(self.url)
 
 
 @contextmanager
@@ -69,7 +84,7 @@ def members(folder: Path, count: int) -> Iterator[list[Member]]:
     started = [Member(f"m{number}", folder, client, peer, cluster) for number, (client, peer) in enumerate(urls)]
     try:
         for member in started:
-            until_ready(member)
+            until_ready(member.url)
         yield started
     finally:
         for member in started:
@@ -77,17 +92,17 @@ def members(folder: Path, count: int) -> Iterator[list[Member]]:
             member.kill()
 
 
-def until_ready(member: Member) -> None:
-    """Until it answers."""
+def until_ready(url: str) -> None:
+    """Until a member answers."""
     deadline = time.monotonic() + 120
     while True:
         try:
-            member.post("/v3/kv/range", {"key": "AA=="})
+            post(url, "/v3/kv/range", {"key": "AA=="})
             return
         except urllib.error.HTTPError as refused:
             # With access control: it answers.
             if refused.code < 500:
                 return
         except OSError:
-            assert time.monotonic() < deadline, f"{member.url} does not become ready"
+            assert time.monotonic() < deadline, f"{url} does not become ready"
             time.sleep(0.05)

@@ -57,7 +57,7 @@ async def test_a_restart_of_etcd_forgets_tokens_and_nobody_notices(member: etcd.
     await registry.write([Put("/a", b"1")])
     member.kill()
     member.start()
-    etcd.until_ready(member)
+    etcd.until_ready(member.url)
     assert [entry.value for entry in (await registry.list("/a")).entries] == [b"1"]
     await registry.close()
 

@@ -8,8 +8,8 @@ from typing import Protocol
 from pdctl.engine.cache.memory import DeviceMemory, Memory
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.transfer import DeviceMemoryRefused, Settings, TransferError, Transport, transport_kind
-from pdctl.net import reachable
-from pdctl.transports import TRANSPORTS
+from pdctl.net import is_loopback, reachable
+from pdctl.transports import FAR, TRANSPORTS
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +28,9 @@ class Pool(Protocol):
 
 
 def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Transport]:
-    """Open the configured transport. `auto`: all engines of a topology are on this host and on one kind of device, so
-    it means `cuda_ipc` on GPUs, and else `shm`. Raises TransferError, NoMemory."""
+    """Open the configured transport. `auto`: for peers on this host `cuda_ipc` on GPUs, and else `shm`; if peers on
+    other hosts reach this engine, also the first that works of those that cross hosts. Raises TransferError, NoMemory.
+    """
     settings = Settings(
         epoch=options.epoch,
         host=reachable(options.host),
@@ -38,7 +39,10 @@ def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Transport]:
         ports=options.port_range,
     )
     if options.transfer == "auto":
-        return {transport.name: transport for transport in [_nearest(options, pool, settings)]}
+        opened = [_nearest(options, pool, settings)]
+        if not is_loopback(settings.host):
+            opened += _across_hosts(options, pool, settings)
+        return {transport.name: transport for transport in opened}
     return {options.transfer: _open(options.transfer, options, pool, settings)}
 
 
@@ -53,6 +57,18 @@ def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Transpor
     transport = _open("shm", options, pool, settings)
     transport.fallback = reason
     return transport
+
+
+def _across_hosts(options: EngineOptions, pool: Pool, settings: Settings) -> list[Transport]:
+    """One, or none with a warning: peers on this host are served without it."""
+    reasons = []
+    for name in FAR:
+        try:
+            return [_open(name, options, pool, settings)]
+        except TransferError as failure:
+            reasons.append(f"{name}: {failure}")
+    _log.warning("peers on other hosts cannot read the KV of this engine: %s", "; ".join(reasons))
+    return []
 
 
 def _on_gpu_or_host(name: str, pool: Pool, settings: Settings) -> Transport:

@@ -36,6 +36,9 @@ def choose(backend: str, host_id: str, ours: dict[str, str], fallbacks: dict[str
     name = common[0] if backend == "auto" else backend
     reason = f"{where}; both have {', '.join(common)}" if backend == "auto" else "named in the topology"
     protocol, fallback = _agreed(ours[name], theirs[name])
+    if not near:
+        # Shared memory, which a library would also use, is of one host.
+        protocol = protocol.removeprefix("sm+")
     return Chosen(name, theirs[name].address, protocol, reason, fallbacks.get(name, "") or fallback)
 
 

@@ -18,6 +18,8 @@ from typing import Protocol, cast
 from pdctl.engine.cache.layout import Span
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.transfer import Settings, TransferError, TransferUncertain, carrier, check_spans
+from pdctl.host.address import interface_of
+from pdctl.net import is_loopback
 
 _POLL_S = 0.0003
 _PACKAGES = ("nixl_cu12", "nixl_cu13")
@@ -200,6 +202,9 @@ def _set_environment(settings: Settings, protocol: str) -> None:
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     if protocol == "rdma" and settings.devices:
         os.environ.setdefault("UCX_NET_DEVICES", ",".join(f"{name}:1" for name in settings.devices))
+    elif protocol != "rdma" and not is_loopback(settings.host) and (interface := interface_of(settings.host)):
+        # UCX would listen on all interfaces, and offer peers on other hosts the address of loopback.
+        os.environ.setdefault("UCX_NET_DEVICES", interface)
 
 
 def _parts(address: str) -> tuple[int, str, bytes]:

@@ -11,7 +11,7 @@ from pdctl.engine.cache.memory import DeviceMemory, Memory
 from pdctl.engine.core import transports
 from pdctl.engine.core.transports import open_transports
 from pdctl.engine.options import EngineOptions, parse
-from pdctl.engine.transfer import TransferError, transport_kind
+from pdctl.engine.transfer import Settings, TransferError, transport_kind
 from tests.fakes import cudart
 
 
@@ -31,9 +31,9 @@ class Pool:
         return self.memory
 
 
-def options(device: str, transfer: str = "auto") -> EngineOptions:
+def options(device: str, transfer: str = "auto", host: str = "127.0.0.1") -> EngineOptions:
     words = ["--name", "e", "--model", "m", "--port", "1", "--run-dir", "/x", "--epoch", "ab", "--device", device]
-    return parse([*words, "--transfer", transfer])
+    return parse([*words, "--transfer", transfer, "--host", host])
 
 
 @pytest.mark.skipif(bool(cudart.NO_COMPILER), reason=cudart.NO_COMPILER)
@@ -76,3 +76,35 @@ def test_engines_on_cpus_share_memory(transfer: str, tmp_path: Path) -> None:
     [(name, transport)] = open_transports(options("cpu", transfer), pool).items()
     assert (name, pool.mirrors) == ("shm", 1)
     transport.close()
+
+
+class Opened:
+    """A transport of which only the name matters."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.protocol, self.fallback, self.address = "tcp", "", name
+
+
+@pytest.mark.parametrize(
+    ("missing", "wanted"),
+    [((), ["shm", "mooncake"]), (("mooncake",), ["shm", "nixl"]), (("mooncake", "nixl"), ["shm"])],
+)
+def test_an_engine_that_other_hosts_reach_opens_one_transport_for_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: tuple[str, ...], wanted: list[str]
+) -> None:
+    class Kind:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def open_transport(self, memory: object, settings: Settings) -> Opened:
+            if self.name in missing:
+                raise TransferError("not installed")
+            assert settings.host == "10.0.0.7"
+            return Opened(self.name)
+
+    monkeypatch.setattr(transports, "transport_kind", Kind)
+    with caplog.at_level(logging.WARNING):
+        assert list(open_transports(options("cpu", host="10.0.0.7"), Pool())) == wanted
+    alone = "cannot read the KV of this engine: mooncake: not installed; nixl: not installed"
+    assert (alone in caplog.text) == (wanted == ["shm"])

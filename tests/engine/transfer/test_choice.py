@@ -60,3 +60,8 @@ def test_a_fallback_on_either_side_is_carried_along() -> None:
     assert half.fallback == "one side has RDMA and the other has not"
     both = choose("mooncake", "x", {"mooncake": "rdma"}, {}, peer(Served("mooncake", "b", "rdma")))
     assert (both.protocol, both.fallback) == ("rdma", "")
+
+
+def test_what_only_one_host_has_is_not_said_of_two() -> None:
+    assert choose("auto", "here", ALL, {}, peer(NIXL, host="there")).protocol == "tcp"
+    assert choose("auto", "here", ALL, {}, peer(NIXL)).protocol == "sm+tcp"
