@@ -33,7 +33,9 @@ def ask(
     """Complete a text through the proxy and print the answer as it arrives."""
     import httpx
 
-    status = control(find_service(service, file)).status()
+    status = control(find_service(service, file)).status(measurements=False)
+    if status.nodes and not status.proxy_urls:
+        raise PdctlError("no node of the cluster runs a proxy", "see: pdctl status")
     body = {
         "model": status.served_model_name,
         "prompt": prompt,
@@ -64,7 +66,11 @@ def _verification(certificate: str) -> ssl.SSLContext | bool:
         return True
     import ssl
 
-    context = ssl.create_default_context(cafile=certificate)
+    try:
+        context = ssl.create_default_context(cafile=certificate)
+    except FileNotFoundError:
+        hint = "the proxy is on another node: copy its certificate to that path, or ask on that node"
+        raise PdctlError(f"{certificate}, the proxy's certificate, is not on this machine", hint) from None
     context.check_hostname = False
     return context
 

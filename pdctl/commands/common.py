@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pdctl.errors import NotRunning, PdctlError
+from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.processes.presence import left_running, living_services
 from pdctl.host.users import run_root
 from pdctl.user_files import read_user_text
@@ -75,6 +75,14 @@ def control(service: str) -> ControlClient:
     from pdctl.control_api import ControlClient
 
     return ControlClient(run_root() / service)
+
+
+def node_here(service: str) -> str:
+    """The name of this node, if the service runs in a cluster and its agent answers here; else ""."""
+    try:
+        return control(service).plan().node
+    except (NotRunning, NotAnswering):
+        return ""
 
 
 def as_json_text(answer: Struct | Sequence[Struct], indent: int | None = 2) -> str:

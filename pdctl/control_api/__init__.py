@@ -41,7 +41,7 @@ from pdctl.control_api.messages import (
     TopologyReply,
     Verb,
 )
-from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease
+from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease, LogNames, LogPart
 
 __all__ = [
     "HEARTBEAT_S",
@@ -65,6 +65,8 @@ __all__ = [
     "LastExit",
     "Lease",
     "Link",
+    "LogNames",
+    "LogPart",
     "MeasuredProcess",
     "MeasuredStatus",
     "Node",

@@ -30,7 +30,7 @@ from pdctl.control_api.messages import (
     TopologyReply,
     Verb,
 )
-from pdctl.control_api.usage_messages import KeysStatus, KvStatus
+from pdctl.control_api.usage_messages import KeysStatus, KvStatus, LogNames, LogPart
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.processes.presence import is_stopped, left_running, living_services, supervisor_of
 
@@ -134,6 +134,16 @@ class ControlClient:
         order = msgspec.json.encode(DashboardOrder(listen=listen, write=write, stop=stop))
         reply = self._ask("POST", "/v1/dashboard", DashboardReply, order)
         return reply.url
+
+    def log_names(self) -> LogNames:
+        """The processes that have logs, by node."""
+        return self._ask("GET", "/v1/logs", LogNames)
+
+    def log_part(self, name: str, place: str, previous: bool = False, last: int = 0) -> LogPart:
+        """A piece of a log, in a cluster of NODE/NAME: what follows `place`; for "" the last `last` bytes, or with
+        `previous` everything from the oldest start on that is kept."""
+        query = urlencode({"after": place, "previous": int(previous), "last": last})
+        return self._ask("GET", f"/v1/logs/{quote(name, safe='')}?{query}", LogPart)
 
     def topology(self) -> PublishedTopology:
         """The topology that the cluster runs."""

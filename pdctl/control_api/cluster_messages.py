@@ -57,6 +57,7 @@ class NodeChanges(msgspec.Struct, frozen=True, kw_only=True):
 
     node: Annotated[str, says("its name")]
     unknown: Annotated[str, says("why this is not known, else empty")] = ""
+    refused: Annotated[bool, says("whether the node will not carry it out, for that reason")] = False
     added: Annotated[tuple[str, ...], says("processes that are started")] = ()
     removed: Annotated[tuple[str, ...], says("processes that are drained and stopped")] = ()
     restarted: Annotated[dict[str, str], says("processes that are restarted, each with the reason")] = {}

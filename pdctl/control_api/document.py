@@ -43,7 +43,7 @@ from pdctl.control_api.messages import (
     TopologyReply,
     Verb,
 )
-from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease
+from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease, LogNames, LogPart
 from pdctl.plan import Attached, Plan, Probe, ProcessSpec
 from pdctl.plan.changes import Changes
 from pdctl.topology.spec import Dashboard, Elastic, Proxy, Supervision
@@ -70,6 +70,8 @@ _SECTIONS: dict[type, str] = {
     RoleOrder: "Change of a role",
     DashboardOrder: "Order for the live page",
     Reply: "Reply",
+    LogNames: "Logs",
+    LogPart: "Piece of a log",
     ClusterNode: "Node of a cluster",
     RegistryStatus: "Registry",
     PublishedTopology: "Published topology",
@@ -181,6 +183,12 @@ _CALLS = (
     ("GET /v1/plan", "as `pdctl plan --json`: the running plan"),
     ("GET /v1/exits", "`exits`: as `pdctl why --json`, for all processes, the last 200 of this run"),
     ("GET /v1/events", "[a stream](#events-as-a-stream)"),
+    ("GET /v1/logs", "the [logs](#logs) that there are"),
+    (
+        "GET /v1/logs/NAME",
+        "a [piece of a log](#piece-of-a-log): with `?after=PLACE` what follows, with `?last=N` the last N bytes, with "
+        "`?previous=1` also earlier starts",
+    ),
     ("GET /v1/keys", "as `pdctl status --keys --json`"),
     ("GET /v1/kv", "as `pdctl kv --json`"),
     ("POST /v1/kv/revoke?lease=ID", "[reply](#reply); its status is always 200"),
@@ -268,6 +276,7 @@ def text() -> str:
         _REFUSED,
         _CLUSTER,
         *_sections(RoleOrder, DashboardOrder, Node, NodeStatus, Reply),
+        *_sections(LogNames, LogPart),
         *_sections(PublishedTopology, TopologyOrder, TopologyReply, NodeChanges),
         "### Events as a stream",
         _STREAM,

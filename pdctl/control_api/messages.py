@@ -281,6 +281,7 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     registry: Annotated[RegistryStatus | None, says("of a cluster; null without one")] = None
     proxy_urls: Annotated[tuple[str, ...], says("the addresses for clients on all nodes of a cluster")] = ()
     unplaced: Annotated[tuple[str, ...], says("engines of a cluster that no node runs")] = ()
+    refused: Annotated[str, says("why nodes of a cluster do not carry out what they are to run, or empty")] = ""
 
     def process(self, name: str) -> ProcessStatus | None:
         """The process of that name."""

@@ -1,4 +1,4 @@
-"""Answers of the control API about what uses a service: API keys, and KV."""
+"""Answers of the control API about what uses a service (API keys, and KV), and about its logs."""
 
 from __future__ import annotations
 
@@ -78,3 +78,18 @@ class KvStatus(msgspec.Struct, frozen=True, kw_only=True):
     def leaks_alone(self) -> KvStatus:
         """The same, with only those leases that are leaks."""
         return msgspec.structs.replace(self, leases=tuple(lease for lease in self.leases if lease.leak))
+
+
+class LogNames(msgspec.Struct, frozen=True, kw_only=True):
+    """The processes that have logs."""
+
+    names: Annotated[dict[str, tuple[str, ...]], says("names by node; on one machine, the node is empty")]
+    silent: Annotated[dict[str, str], says("nodes that did not answer, each with the reason")] = {}
+
+
+class LogPart(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a process's log."""
+
+    place: Annotated[str, says("where the next piece begins")]
+    text: Annotated[str, says("whole lines")]
+    more: Annotated[bool, says("whether there may be more by now")]

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from pdctl.control_api import ProcessStatus, ServiceStatus, Verb
 
 _POLL_S = 0.05
-_NameArgument = typer.Argument(..., help="Process, such as decode-0, or engine group, such as decode.")
+# In a cluster each look asks every node.
+_CLUSTER_POLL_S = 0.3
+_NameArgument = typer.Argument(
+    ..., help="Process, such as decode-0, or engine group, such as decode; in a cluster, also NODE/NAME."
+)
 _DrainOption = typer.Option(
     False, "--drain", help="First stop sending requests to it and let its running requests finish."
 )
@@ -73,11 +77,21 @@ def _each(name: str, verb: Verb, drained: bool, wait_s: float, service: str) -> 
 
 def names_of(status: ServiceStatus, name: str) -> list[str]:
     """The processes that match a process or group name. Raises PdctlError if there are none."""
-    found = [process.name for process in status.processes if name in (process.name, process.group)]
+    found = [process.name for process in status.processes if name in (process.group, *_names(process))]
     if not found:
         names = ", ".join(process.name for process in status.processes)
-        raise PdctlError(f"no process {name!r} in service {status.service!r}", f"known: {names}")
+        raise PdctlError(f"no process {name!r} in service {status.service!r}", f"known: {names}{_missing(status)}")
     return found
+
+
+def _names(process: ProcessStatus) -> tuple[str, ...]:
+    """What a process may be called: in a cluster, NODE/NAME too."""
+    return (process.name, f"{process.node}/{process.name}") if process.node else (process.name,)
+
+
+def _missing(status: ServiceStatus) -> str:
+    silent = [node.name for node in status.nodes if node.state == "silent"]
+    return f"; no answer from {', '.join(silent)}" if silent else ""
 
 
 def _one(name: str, verb: Verb, drained: bool, wait_s: float, service: str) -> None:
@@ -98,24 +112,36 @@ def watch(service: str, name: str, reached: Callable[[ProcessStatus], bool], wai
     """Print a process's state changes until `reached` is true. Raises ServiceFailed on failure or timeout."""
     deadline, shown = time.monotonic() + wait_s, ""
     while True:
-        now = process_of(control(service).status(measurements=False), name)
-        if reached(now):
+        status = control(service).status(measurements=False)
+        if (now := _found(status, name)) is None and not _missing(status):
+            raise _gone(status, name)
+        if now is not None and reached(now):
             return now
-        said = f"{name}: {now.state}" + (f" ({now.reason})" if now.reason else "")
+        # A node that does not answer goes on with what it was told.
+        state = now.state if now is not None else _missing(status).removeprefix("; ")
+        said = f"{name}: {state}" + (f" ({now.reason})" if now is not None and now.reason else "")
         if said != shown:
             console.note(said)
             shown = said
-        if now.state == "failed":
+        if now is not None and now.state == "failed":
             raise ServiceFailed(f"{name} {now.reason}", f"see the cause with: pdctl why {name} -s {service}")
         if time.monotonic() > deadline:
             raise ServiceFailed(
-                f"{name} is still {now.state} after {wait_s:g} s", "the operation continues; see: pdctl status"
+                f"{name} is still {state} after {wait_s:g} s", "the operation continues; see: pdctl status"
             )
-        time.sleep(_POLL_S)
+        time.sleep(_CLUSTER_POLL_S if status.nodes else _POLL_S)
 
 
 def process_of(status: ServiceStatus, name: str) -> ProcessStatus:
     """One process of a status. Raises PdctlError if it is not there."""
-    if (process := status.process(name)) is not None:
+    if (process := _found(status, name)) is not None:
         return process
-    raise PdctlError(f"{name} is no longer part of service {status.service!r}")
+    raise _gone(status, name)
+
+
+def _found(status: ServiceStatus, name: str) -> ProcessStatus | None:
+    return next((process for process in status.processes if name in _names(process)), None)
+
+
+def _gone(status: ServiceStatus, name: str) -> PdctlError:
+    return PdctlError(f"{name} is no longer part of service {status.service!r}{_missing(status)}")

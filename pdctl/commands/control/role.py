@@ -44,11 +44,11 @@ def role(
         raise PdctlError(f"unknown role {wanted!r}", f"choose one of: {', '.join(_ROLES)}")
     found = find_service(service, file)
     process = process_of(control(found).status(measurements=False), name)
-    spec = next(spec for spec in control(found).plan().processes if spec.name == name)
     if process.role == chosen:
         console.out(f"{name} is {chosen}" + (" already" if not process.leaving_role else "; its change is in progress"))
         return
-    if process.is_engine and not spec.switches:
+    # In a cluster, the node that runs it says whether its role can change.
+    if process.is_engine and not process.node and not _switches(found, name):
         _restarted(found, name, chosen, dry_run, wait_s)
         return
     control(found).change_role(name, chosen, 0.0 if now else drain_s, dry_run)
@@ -57,6 +57,11 @@ def role(
         return
     _wait(found, name, wait_s)
     console.out(f"{name} is {chosen}")
+
+
+def _switches(service: str, name: str) -> bool:
+    """Whether an engine's role can change while it runs."""
+    return next(spec for spec in control(service).plan().processes if spec.name == name).switches
 
 
 def _wait(service: str, name: str, wait_s: float) -> None:

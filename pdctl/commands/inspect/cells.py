@@ -24,6 +24,7 @@ COLOURS = {
     "failed": "red",
     "answers": "green",
     "silent": "red",
+    "unknown": "yellow",
 }
 
 

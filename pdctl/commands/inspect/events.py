@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from pdctl import console
-from pdctl.commands.common import ServiceOption
+from pdctl.commands.common import ServiceOption, control, node_here
 from pdctl.commands.inspect.logs import age, service_meant
 from pdctl.errors import PdctlError
 from pdctl.host.users import state_root
@@ -30,7 +30,12 @@ def events(
     from pdctl.supervisor.rundir.journal import EVENTS
     from pdctl.supervisor.rundir.journal_reader import JournalReader
 
-    folder = state_root() / service_meant(service, file) / "logs"
+    meant = service_meant(service, file)
+    if node_here(meant):
+        with contextlib.suppress(KeyboardInterrupt) if follow else contextlib.nullcontext():
+            _show_all_nodes(meant, follow, age(since), name)
+        return
+    folder = state_root() / meant / "logs"
     if not (folder / EVENTS).exists() and not follow:
         raise PdctlError(f"no events in {folder}", "start the service with: pdctl up")
     reader, after = JournalReader(folder, ""), age(since)
@@ -43,8 +48,22 @@ def events(
 
 
 def _show(entry: dict[str, object], after: float, name: str | None) -> None:
-    if name in (None, entry.get("process")) and _at(entry) >= after:
+    names = (None, entry.get("process"), f"{entry.get('node')}/{entry.get('process')}")
+    if name in names and _at(entry) >= after:
         console.out(json.dumps(entry))
+
+
+def _show_all_nodes(service: str, follow: bool, after: float, name: str | None) -> None:
+    """The events of a cluster, as this node's agent hears of them. An agent that is started again goes on."""
+    cursor = ""
+    while True:
+        for event in control(service).events(cursor, follow):
+            cursor = event.cursor
+            fields = {"at": event.at, "process": event.process, "event": event.event, "message": event.message}
+            _show({**fields, **event.detail, "node": event.node}, after, name)
+        if not follow:
+            return
+        time.sleep(_POLL_S)
 
 
 def _at(entry: dict[str, object]) -> float:

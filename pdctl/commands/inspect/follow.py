@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -17,13 +18,33 @@ _CHUNK = 1 << 16
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?(?:Z|[+-]\d\d:?\d\d)?")
 
 
+class Labelled:
+    """Shows lines behind the names of their processes, each in a colour of its own."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._colours: dict[str, str] = {}
+        for name in names:
+            self.add(name)
+        self._width = max(map(len, (*self._colours, "pdctl")))
+
+    def add(self, name: str) -> None:
+        """One more process."""
+        self._colours[name] = console.name_colour(len(self._colours))
+
+    def show(self, name: str, line: str) -> None:
+        """Show a line of a process; of the supervisor, for another name."""
+        # The reader has exited or the disk is full: the service goes on.
+        with contextlib.suppress(OSError):
+            colour = self._colours.get(name, "dim")
+            console.out(f"{console.paint(name.ljust(self._width), colour, sys.stdout)} | {line}")
+
+
 class Follower:
     """Shows lines appended to the files from now on. Handles rotation."""
 
     def __init__(self, files: dict[str, Path]) -> None:
         self._files = files
-        self._width = max((len(name) for name in (*files, "pdctl")), default=5)
-        self._colours = {name: console.name_colour(index) for index, name in enumerate(files)}
+        self._shown = Labelled(files)
         self._places = {name: _place(path) for name, path in files.items()}
         self._partial: dict[str, str] = dict.fromkeys(files, "")
 
@@ -31,11 +52,11 @@ class Follower:
         """Show one more file, from its start."""
         if name not in self._files:
             self._files[name], self._places[name], self._partial[name] = path, (0, 0), ""
-            self._colours[name] = console.name_colour(len(self._colours))
+            self._shown.add(name)
 
     def show(self, name: str, line: str) -> None:
         """Show a log line of a process."""
-        self._line(name, line, self._colours[name])
+        self._shown.show(name, line)
 
     async def follow_forever(self) -> None:
         """Show new lines until cancelled."""
@@ -46,18 +67,13 @@ class Follower:
     def say(self, name: str, message: str) -> None:
         """Show a message of the supervisor about a process."""
         stamp = datetime.now().astimezone().strftime("%H:%M:%S")
-        self._line("pdctl", f"{stamp} {message}" if name == "pdctl" else f"{stamp} {name}: {message}", "dim")
+        self._shown.show("pdctl", f"{stamp} {message}" if name == "pdctl" else f"{stamp} {name}: {message}")
 
     def show_new(self) -> None:
         """Show the lines appended since the last call."""
         for name, path in self._files.items():
             for line in self._new_lines(name, path):
-                self._line(name, line, self._colours[name])
-
-    def _line(self, name: str, line: str, colour: str) -> None:
-        # The reader has exited or the disk is full: the service goes on.
-        with contextlib.suppress(OSError):
-            console.out(f"{console.paint(name.ljust(self._width), colour, sys.stdout)} | {line}")
+                self._shown.show(name, line)
 
     def _rest_of(self, name: str, path: Path, inode: int, offset: int) -> None:
         """Show the last lines of a log that has been rotated since the last call."""
@@ -69,7 +85,7 @@ class Follower:
                     text = self._partial[name] + file.read().decode(errors="replace")
                 self._partial[name] = ""
                 for line in text.splitlines():
-                    self._line(name, line, self._colours[name])
+                    self._shown.show(name, line)
                 return
 
     def _new_lines(self, name: str, path: Path) -> list[str]:
@@ -93,18 +109,26 @@ class Follower:
 
 
 def merged(files: dict[str, Path], follower: Follower, after: float, previous: bool) -> None:
-    """Show all lines in order of time. A line without a timestamp follows the line before it."""
+    """Show all lines in order of time."""
+    by_time({name: _lines(path, previous) for name, path in files.items()}, follower.show, after)
+
+
+def by_time(logs: Mapping[str, Iterable[str]], show: Callable[[str, str], None], after: float) -> None:
+    """Show lines in order of time, from a time on. A line without a timestamp follows the line before it."""
     entries = []
-    for index, (name, path) in enumerate(files.items()):
-        at, number = 0.0, 0
-        for part in _parts(path, previous):
-            for line in _text(part).splitlines():
-                at = _time_of(line) or at
-                number += 1
-                if at >= after:
-                    entries.append((at, index, number, name, line))
+    for index, (name, lines) in enumerate(logs.items()):
+        at = 0.0
+        for number, line in enumerate(lines):
+            at = _time_of(line) or at
+            if at >= after:
+                entries.append((at, index, number, name, line))
     for _, _, _, name, line in sorted(entries, key=lambda entry: entry[:3]):
-        follower.show(name, line)
+        show(name, line)
+
+
+def _lines(path: Path, previous: bool) -> Iterator[str]:
+    for part in _parts(path, previous):
+        yield from _text(part).splitlines()
 
 
 def _parts(path: Path, previous: bool) -> list[Path]:

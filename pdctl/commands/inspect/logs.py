@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from pdctl.commands.common import ServiceOption, find_service
+from pdctl.commands.common import ServiceOption, find_service, node_here
 from pdctl.errors import NotRunning, PdctlError
 from pdctl.host.users import state_root
 
@@ -17,7 +17,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def logs(
-    name: str | None = typer.Argument(None, help="Process, such as decode-0. Default: all."),
+    name: str | None = typer.Argument(None, help="Process, such as decode-0; NODE/NAME. Default: all."),
     follow: bool = typer.Option(False, "-f", "--follow", help="Keep printing new lines until Ctrl-C."),
     since: str | None = typer.Option(None, "--since", help="Only lines since then: 10m, 2h, or 2026-11-23T21:00."),
     previous: bool = typer.Option(
@@ -32,7 +32,13 @@ def logs(
 
     from pdctl.commands.inspect.follow import Follower, merged
 
-    files = _files(service_meant(service, file), name)
+    meant = service_meant(service, file)
+    if node_here(meant):
+        from pdctl.commands.cluster.logs import show_logs
+
+        show_logs(meant, name, follow, age(since), previous)
+        return
+    files = _files(meant, name)
     follower = Follower(files)
     merged(files, follower, age(since), previous)
     if follow:

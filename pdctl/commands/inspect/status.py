@@ -16,7 +16,15 @@ from pdctl.commands.common import FileOption, JsonOption, ServiceOption, as_json
 from pdctl.commands.inspect import cells
 
 if TYPE_CHECKING:
-    from pdctl.control_api import AttachedStatus, KeysStatus, KeyStatus, Link, MeasuredProcess, MeasuredStatus
+    from pdctl.control_api import (
+        AttachedStatus,
+        ClusterNode,
+        KeysStatus,
+        KeyStatus,
+        Link,
+        MeasuredProcess,
+        MeasuredStatus,
+    )
 
 # Seconds between two refreshes of --watch.
 _WATCH_S = 1.0
@@ -52,11 +60,16 @@ def status(
 
 def show(found: MeasuredStatus) -> None:
     """Print the status as tables."""
-    console.out(f"service {found.service}: {found.state}, {found.served_model_name} at {found.proxy_url}")
+    urls = ", ".join(found.proxy_urls) if found.nodes else found.proxy_url
+    served = f", {found.served_model_name} at {urls}" if urls else ""
+    console.out(f"service {found.service}: {found.state}{served}")
     if found.apply is not None and found.apply.state == "running":
         console.out(f"applying: {found.apply.step}")
-    console.out("")
-    console.out(console.table(*_fitting(found.processes), cells.COLOURS))
+    if found.nodes:
+        _show_cluster(found)
+    if found.processes or not found.nodes:
+        console.out("")
+        console.out(console.table(*_fitting(found.processes), cells.COLOURS))
     if found.attached:
         header = ["ATTACHED", "ROLE", "KIND", "ADDRESS", "STATE", "ADDED BY"]
         console.out("\n" + console.table(header, [_attached(engine) for engine in found.attached], cells.COLOURS))
@@ -64,6 +77,36 @@ def show(found: MeasuredStatus) -> None:
         header = ["KV FROM", "TO", "TRANSPORT", "OVER", "TRANSFERS", "MOVED", "GB/S", "WHY"]
         console.out("\n" + console.table(header, [_link(link) for link in found.links], cells.COLOURS))
         _shout(found.links)
+
+
+def _show_cluster(found: MeasuredStatus) -> None:
+    """Print the nodes, and what keeps the cluster from being what it should be."""
+    warning = console.paint("warning:", "yellow", sys.stdout)
+    if found.registry is not None and not found.registry.ok:
+        reason = f"{cells.since(found.registry.since)}: {found.registry.reason}"
+        console.out(f"{warning} etcd is not heard since {reason}; what runs goes on, and the plan is frozen")
+    if found.state == "empty":
+        console.out("no topology is published; publish one with: pdctl up -f FILE")
+    if found.unplaced:
+        console.out(f"{warning} no node runs {', '.join(found.unplaced)}; see: pdctl events")
+    if found.refused:
+        console.out(f"{warning} {found.refused}")
+    header = ["NODE", "AGENT", "STATE", "VERSION", "COORDINATOR", "WHY"]
+    console.out("\n" + console.table(header, [_node(node) for node in found.nodes], cells.COLOURS))
+
+
+def _node(node: ClusterNode) -> list[str]:
+    why = node.reason
+    if node.state == "silent" and node.engines:
+        why += f"; it ran {', '.join(node.engines)}"
+    return [
+        node.name,
+        node.address,
+        node.state,
+        node.version or "-",
+        "yes" if node.coordinator else "-",
+        why or "-",
+    ]
 
 
 def show_keys(found: KeysStatus) -> None:
@@ -100,6 +143,7 @@ def _columns() -> list[tuple[str, int, Callable[[MeasuredProcess], str]]]:
     """Header, rank and cell function per column. On a narrow screen the columns with the highest rank go first."""
     return [
         ("PROCESS", 0, lambda p: p.name),
+        ("NODE", 1, lambda p: p.node or "-"),
         ("ROLE", 5, cells.role_of),
         ("STATE", 0, lambda p: p.state),
         ("SINCE", 2, lambda p: f"{p.phase}, {p.phase_s:.0f}s" if p.phase_s is not None else cells.since(p.ready_since)),

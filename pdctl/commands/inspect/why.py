@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, JsonOption, ServiceOption, as_json_text, control
+from pdctl.commands.common import FileOption, JsonOption, ServiceOption, as_json_text, control, node_here
 from pdctl.commands.inspect.logs import service_meant
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.users import state_root
@@ -39,8 +39,9 @@ def why(
 
     meant = service_meant(service, file)
     folder = state_root() / meant / "logs"
+    node = node_here(meant)
     if elastic:
-        _show_decisions(folder, as_json)
+        _show_decisions(_events_of(meant, folder, node), as_json)
         return
     if not name:
         raise PdctlError("no process is named", "for example: pdctl why decode-0, or: pdctl why --elastic")
@@ -48,13 +49,14 @@ def why(
         # JSON is a list of exits, and there are none.
         console.out(as_json_text([]) if as_json else "\n".join(told[-count:]))
         return
-    reports = with_unwritten(read_exits(folder), meant)
-    found = [report for report in reports if report.process == name][-_KEPT:]
+    reports = with_unwritten([in_cluster(report, node) for report in read_exits(folder)], meant)
+    found = [report for report in reports if name in (report.process, f"{report.node}/{report.process}")][-_KEPT:]
     if not found:
-        known = sorted({path.name.removesuffix(".log") for path in folder.glob("*.log")} - {"supervisor"})
+        known = _known(meant, folder, node)
         if name not in known:
-            raise PdctlError(f"no process {name!r} in {folder}", f"known: {', '.join(known) or 'none'}")
-        console.note(f"no exit of {name} is recorded in {folder / EXITS}")
+            where = f"service {meant!r}" if node else folder
+            raise PdctlError(f"no process {name!r} in {where}", f"known: {', '.join(known) or 'none'}")
+        console.note(f"no exit of {name} is recorded in {folder / EXITS}{' or by other nodes' if node else ''}")
     if as_json:
         console.out(as_json_text(found[-count:]))
         return
@@ -62,16 +64,43 @@ def why(
         _show(report, lines)
 
 
-def _show_decisions(folder: Path, as_json: bool) -> None:
-    """The last ten decisions of the controller, and refusals, with the pressures: 1.0 is a target."""
+def in_cluster(report: ExitReport, node: str) -> ExitReport:
+    """A report from this node's own file, as other nodes tell it."""
+    import msgspec
+
+    return msgspec.structs.replace(report, node=node) if node else report
+
+
+def _known(service: str, folder: Path, node: str) -> list[str]:
+    """The processes that have logs; of a cluster, also as NODE/NAME."""
+    if not node:
+        return sorted({path.name.removesuffix(".log") for path in folder.glob("*.log")} - {"supervisor"})
+    names = control(service).log_names().names
+    return sorted({name for there in names.values() for name in there}) + [
+        f"{node}/{name}" for node, there in names.items() for name in there
+    ]
+
+
+def _events_of(service: str, folder: Path, node: str) -> list[dict[str, object]]:
+    """The events that are kept; of a cluster, those of all nodes."""
     from pdctl.supervisor.rundir.journal import EVENTS, read_entries
 
-    found = [entry for entry in read_entries(folder, EVENTS) if entry.get("event") == "elastic"][-_DECISIONS:]
+    if not node:
+        return read_entries(folder, EVENTS)
+    return [
+        {"at": e.at, "process": e.process, "event": e.event, "message": e.message, **e.detail, "node": e.node}
+        for e in control(service).events(follow=False)
+    ]
+
+
+def _show_decisions(events: Sequence[dict[str, object]], as_json: bool) -> None:
+    """The last ten decisions of the controller, and refusals, with the pressures: 1.0 is a target."""
+    found = [entry for entry in events if entry.get("event") == "elastic"][-_DECISIONS:]
     if as_json:
         console.out(json.dumps(found, indent=2))
         return
     if not found:
-        console.note(f"no decision about roles is recorded in {folder / EVENTS}; see [elastic] in the topology")
+        console.note("no decision about roles is recorded in the events; see [elastic] in the topology")
     for entry in found:
         pressures = ""
         for moment in ("now", "then"):
@@ -98,13 +127,15 @@ def with_unwritten(reports: Sequence[ExitReport], service: str) -> list[ExitRepo
         known = control(service).exits().exits
     except (NotRunning, NotAnswering):
         return [*reports]
-    written = {(report.process, report.epoch, report.at) for report in reports}
-    return [*reports, *(r for r in known if (r.process, r.epoch, r.at) not in written)]
+    written = {(report.node, report.process, report.epoch, report.at) for report in reports}
+    found = [*reports, *(r for r in known if (r.node, r.process, r.epoch, r.at) not in written)]
+    return sorted(found, key=lambda report: report.at) if any(report.node for report in known) else found
 
 
 def _show(report: ExitReport, lines: int) -> None:
     how = report.signal or (f"code {report.code}" if report.code is not None else "unknown")
-    console.out(f"{report.at}  {report.process} (pid {report.pid}): {report.reason}")
+    name = f"{report.node}/{report.process}" if report.node else report.process
+    console.out(f"{report.at}  {name} (pid {report.pid}): {report.reason}")
     console.out(f"  exit      {how}{', core dumped' if report.core_dumped else ''}")
     console.out(f"  by        {report.by}")
     console.out(f"  lived     {console.duration(report.lived_s)}")

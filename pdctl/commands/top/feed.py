@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import msgspec
+
 from pdctl.commands.top.rates import Rates, Window, counts_in
 from pdctl.commands.top.snapshot import Sample, Snapshot, merged, sample_of
 from pdctl.control_api import ControlClient, Event, MeasuredStatus, ServiceStatus
@@ -30,11 +32,14 @@ _MOST_SAMPLES = 240
 
 
 class Feed:
-    """Two threads: one for states and events, one for measurements. `snapshot` is what they know by now."""
+    """Two threads: one for states and events, one for measurements; in a cluster, a third for events. `snapshot` is
+    what they know by now."""
 
     def __init__(self, run_dir: Path, log_dir: Path, first: ServiceStatus) -> None:
         self._control = ControlClient(run_dir)
         self._journal = JournalReader(log_dir, "")
+        # In a cluster, the agent tells the events of all nodes.
+        self._is_cluster, self._cursor = bool(first.nodes), ""
         self._states = first
         self._trouble, self._is_running = "", True
         self._measured: MeasuredStatus | None = None
@@ -60,7 +65,10 @@ class Feed:
 
     def start(self) -> None:
         """Begin to read. The threads end with the process: a call that hangs must not keep it."""
-        for work, every_s in ((self.read_states, _STATES_S), (self.measure, _MEASURED_S)):
+        works = [(self.read_states, _STATES_S), (self.measure, _MEASURED_S)]
+        if self._is_cluster:
+            works.append((self.follow_events, _MEASURED_S))
+        for work, every_s in works:
             threading.Thread(target=self._repeat, args=(work, every_s), daemon=True).start()
 
     def stop(self) -> None:
@@ -91,11 +99,22 @@ class Feed:
     def _new_entries(self) -> list[Entry]:
         """Everything new in the journal, the newest at most."""
         found: deque[Entry] = deque(maxlen=_MOST_EVENTS)
+        if self._is_cluster:
+            return []
         # Such as a folder that was removed: there is nothing to show until it is back.
         with contextlib.suppress(OSError):
             while entries := self._journal.read():
                 found.extend(entries)
         return list(found)
+
+    def follow_events(self) -> None:
+        """Read the events of all nodes, until the agent ends them."""
+        with contextlib.suppress(PdctlError):
+            for event in self._control.events(self._cursor):
+                self._cursor = event.cursor
+                with self._lock:
+                    self._events.append(msgspec.structs.replace(event, process=f"{event.node}/{event.process}"))
+                    self._version += 1
 
     def measure(self) -> None:
         """Measure all processes and scrape the proxy, once."""

@@ -125,7 +125,15 @@ class Session:
         if self._view.page is not Page.LOGS:
             self._log, self._log_version = (), ("", 0, 0)
         elif not self._view.back:
-            process = self._feed.snapshot().status.process(self._view.chosen)
+            status = self._feed.snapshot().status
+            process = status.process(self._view.chosen)
+            here = next((node.name for node in status.nodes if node.asked), "")
+            if process is not None and process.node != here:
+                told = (
+                    f"this log is on node {process.node}; read it with: pdctl logs {process.name} -s {status.service}"
+                )
+                self._log, self._log_version = (clean(told),), ("", 0, 0)
+                return
             path = Path(process.log) if process is not None else None
             if (version := _version_of(path)) != self._log_version:
                 self._log = tuple(map(clean, tail(path, MOST_LINES, _LOG_BYTES))) if path is not None else ()

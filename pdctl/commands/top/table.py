@@ -93,6 +93,7 @@ _SEVERITY = ("failed", "backoff", "clearing", "stopped", "stopping", "starting",
 
 _COLUMNS: tuple[tuple[Heading, _Cell, _Value | None], ...] = (
     (Heading("PROCESS", 0), _plain(lambda p: p.name), lambda p: p.name),
+    (Heading("NODE", 2), _plain(lambda p: p.node or "-"), None),
     (Heading("ROLE", 3), _plain(lambda p: p.role + ("*" if p.planned_role or p.leaving_role else "")),
      lambda p: p.role),
     (Heading("STATE", 0), _state, lambda p: _SEVERITY.index(p.state) if p.state in _SEVERITY else len(_SEVERITY)),

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 
 class ClusterSide(Protocol):
-    """The rest of the cluster, for the service of one node. `secret`: what all processes of the service share."""
+    """The rest of the cluster, for the service of one node. `secret`: what all processes of the service share;
+    `refused_order`: why this node does not run what it is to run, else None."""
 
     secret: str
+    refused_order: str | None
 
     def used(self) -> tuple[EngineEntry, ...]:
         """Engines of other nodes that may get requests, or that drain."""

@@ -134,7 +134,9 @@ class RunningService:
             state, fleet, self._kv, proxies, self._files, resources.listeners, context, self._roles
         )
         self._dashboard = Dashboard(self, secret)
-        self._status = StatusReader(state, fleet, self._kv, self._change_over, self._nodes, resources.trees.method)
+        self._status = StatusReader(
+            state, fleet, self._kv, self._change_over, self._nodes, resources.trees.method, cluster
+        )
         self._open(resources, {record.spec.name for record in adoptable.processes} if adoptable else set())
         for spec in state.plan.processes:
             self._change_over.add(spec)

@@ -17,6 +17,7 @@ from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch, shown_links
 from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.measurements import MeasurementReader
+from pdctl.supervisor.service.others import ClusterSide
 from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.unit.views import status_of
 
@@ -35,6 +36,7 @@ class StatusReader:
         change_over: ChangeOver,
         nodes: RegisteredEngines,
         trees: str,
+        cluster: ClusterSide | None = None,
     ) -> None:
         self._state = state
         self._nodes = nodes
@@ -42,6 +44,7 @@ class StatusReader:
         self._kv = kv
         self._change_over = change_over
         self._trees = trees
+        self._cluster = cluster
         self._attached = AttachedWatch()
         self._measurements = MeasurementReader()
 
@@ -65,6 +68,7 @@ class StatusReader:
             processes=tuple(status_of(unit) for unit in self._fleet),
             attached=(*map(self._attached.status, plan.attached), *map(self._registered, self._nodes.attached())),
             links=shown_links(self._kv.links),
+            refused=(self._cluster.refused_order or "") if self._cluster is not None else "",
         )
 
     async def measured(self) -> MeasuredStatus:

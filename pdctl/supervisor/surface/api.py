@@ -16,10 +16,11 @@ from pdctl.errors import ConfigError, PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
 from pdctl.supervisor.rundir.journal_reader import BadCursor
-from pdctl.supervisor.surface.controlled import Controlled
+from pdctl.supervisor.surface.controlled import Controlled, LogPlace
 from pdctl.supervisor.surface.events import Streams
 
 _MOST_BYTES = 16 * 2**20
+_LONGEST_NUMBER = 12
 _VERBS: dict[str, Verb] = {verb: verb for verb in get_args(Verb)}
 
 
@@ -61,6 +62,8 @@ class Api:
             Route("/v1/status", self.status),
             Route("/v1/exits", self.exits),
             Route("/v1/events", self.events),
+            Route("/v1/logs", self.logs),
+            Route("/v1/logs/{name:path}", self.log),
             Route("/v1/keys", self.keys),
             Route("/v1/kv", self.kv),
             Route("/v1/kv/revoke", self.revoke, methods=["POST"]),
@@ -88,6 +91,22 @@ class Api:
             return self._streams.after(cursor, follow=request.query_params.get("follow") != "0")
         except BadCursor as failure:
             return encoded(Reply(ok=False, reason=str(failure)), 400)
+
+    async def logs(self, _: Request) -> Response:
+        return encoded(await self._service.log_names())
+
+    async def log(self, request: Request) -> Response:
+        query = request.query_params
+        last = query.get("last", "0")
+        place = LogPlace(
+            place=query.get("after", ""),
+            previous=query.get("previous") == "1",
+            last=int(last) if last.isdecimal() and len(last) < _LONGEST_NUMBER else 0,
+        )
+        try:
+            return encoded(await self._service.log_part(request.path_params["name"], place))
+        except LookupError as failure:
+            return answer(str(failure.args[0]))
 
     async def keys(self, _: Request) -> Response:
         return encoded(await self._service.keys())

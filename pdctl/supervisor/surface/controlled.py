@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
 from typing import Never, Protocol
 
 from pdctl.control_api import (
@@ -10,6 +12,8 @@ from pdctl.control_api import (
     ExitReport,
     KeysStatus,
     KvStatus,
+    LogNames,
+    LogPart,
     MeasuredStatus,
     Node,
     Nodes,
@@ -23,9 +27,19 @@ from pdctl.control_api import (
 from pdctl.errors import PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
+from pdctl.supervisor.process.log_parts import log_names, read_part
 from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.surface.events import EventStreams, Streams
 from pdctl.wire import LeaseReply
+
+
+@dataclass(frozen=True, slots=True)
+class LogPlace:
+    """Where to read a log on; see `read_part`."""
+
+    place: str
+    previous: bool
+    last: int
 
 
 class LocalService(Protocol):
@@ -55,7 +69,8 @@ class LocalService(Protocol):
 class Controlled(Protocol):
     """A service as the control API sees it: what may wait for another machine is awaited.
 
-    `ask` and the like return why they are refused, or "". Every method may raise PdctlError, as a refusal.
+    `ask` and the like return why they are refused, or "". Every method may raise PdctlError, as a refusal; `log_part`
+    raises LookupError for a process without a log.
     """
 
     @property
@@ -65,6 +80,8 @@ class Controlled(Protocol):
     async def fresh_status(self) -> MeasuredStatus: ...
     async def exits(self) -> tuple[ExitReport, ...]: ...
     async def keys(self) -> KeysStatus: ...
+    async def log_names(self) -> LogNames: ...
+    async def log_part(self, name: str, place: LogPlace) -> LogPart: ...
     async def leases(self) -> KvStatus: ...
     async def revoke(self, lease_id: str) -> LeaseReply: ...
     async def ask(self, name: str, verb: Verb, drain: bool) -> str: ...
@@ -101,6 +118,16 @@ class OneMachine:
     async def keys(self) -> KeysStatus:
         """The API keys."""
         return await self.local.keys()
+
+    async def log_names(self) -> LogNames:
+        """The processes that have logs."""
+        return LogNames(names={"": log_names(self.local.journal.folder)})
+
+    async def log_part(self, name: str, place: LogPlace) -> LogPart:
+        """A piece of a log."""
+        return await asyncio.to_thread(
+            read_part, self.local.journal.folder, name, place.place, place.previous, place.last
+        )
 
     async def leases(self) -> KvStatus:
         """Blocks and leases."""

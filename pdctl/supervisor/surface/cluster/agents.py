@@ -47,9 +47,10 @@ class AgentAddress:
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """A node that did not answer, and why."""
+    """A node that did not answer, and why; `refused`: it did, and refused the call."""
 
     reason: str
+    refused: bool = False
 
 
 class AgentClient:
@@ -186,10 +187,11 @@ class Agents:
                 async with self._limit:
                     found[node] = await call(client)
                 self._quiet.pop(node, None)
-            except (Unreachable, PdctlError) as failure:
+            except PdctlError as failure:
+                found[node] = Silent(str(failure), refused=True)
+            except Unreachable as failure:
                 found[node] = silent = Silent(str(failure))
-                if isinstance(failure, Unreachable):
-                    self._quiet[node] = (self._clock() + _QUIET_S, silent)
+                self._quiet[node] = (self._clock() + _QUIET_S, silent)
 
         async with asyncio.TaskGroup() as tasks:
             for node, client in clients.items():

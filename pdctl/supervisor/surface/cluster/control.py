@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Never, Protocol, TypeVar
+from urllib.parse import quote, urlencode
 
 import msgspec
 
@@ -13,6 +14,8 @@ from pdctl.control_api import (
     Exits,
     KeysStatus,
     KvStatus,
+    LogNames,
+    LogPart,
     MeasuredStatus,
     NodeChanges,
     ProcessStatus,
@@ -38,7 +41,7 @@ from pdctl.supervisor.surface.cluster.merge import (
     merged_status,
     owner_of,
 )
-from pdctl.supervisor.surface.controlled import LocalService
+from pdctl.supervisor.surface.controlled import LocalService, LogPlace, OneMachine
 from pdctl.supervisor.surface.events import Streams
 from pdctl.wire import LeaseReply
 
@@ -87,6 +90,7 @@ class ClusterControl:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.local = local
+        self._here = OneMachine(local)
         self.agents = Agents(others, secret, tls)
         self._own = own
         self._others = others
@@ -131,6 +135,27 @@ class ClusterControl:
         """Blocks and leases of all nodes."""
         own, others = await self._both(self.local.leases(), lambda agent: agent.get("/v1/kv", KvStatus))
         return merged_kv({self._own.node: own, **others})
+
+    async def log_names(self) -> LogNames:
+        """The processes that have logs on each node."""
+        own = await self._here.log_names()
+        answers = await self.agents.all(lambda agent: agent.get("/v1/logs", LogNames), patient=True)
+        found = {self._own.node: own.names, **{node: told.names for node, told in answered(answers).items()}}
+        return LogNames(
+            names={node: names[""] for node, names in sorted(found.items()) if "" in names},
+            silent={node: answer.reason for node, answer in answers.items() if isinstance(answer, Silent)},
+        )
+
+    async def log_part(self, name: str, place: LogPlace) -> LogPart:
+        """A piece of the log NODE/NAME. Raises LookupError."""
+        node, _, bare = name.partition("/")
+        if (client := self.agents.clients().get(node)) is None:
+            return await self._here.log_part(bare if node == self._own.node else name, place)
+        query = urlencode({"after": place.place, "previous": int(place.previous), "last": place.last})
+        try:
+            return await client.get(f"/v1/logs/{quote(bare, safe='')}?{query}", LogPart)
+        except Unreachable as failure:
+            raise PdctlError(f"node {node} does not answer: {failure}") from None
 
     # -- what is done --------------------------------------------------------------------------------------
 
@@ -234,9 +259,12 @@ class ClusterControl:
 
         found: dict[str, NodeChanges | Silent | None] = {**await self.agents.all(ask, patient=True)}
         if (mine := by_node.get(self._own.node)) is not None:
-            found[self._own.node] = await changes_of(self._publishing, mine)
+            try:
+                found[self._own.node] = await changes_of(self._publishing, mine)
+            except PdctlError as failure:
+                found[self._own.node] = Silent(f"node {self._own.node}: {failure}", refused=True)
         return tuple(
-            NodeChanges(node=node, unknown=told.reason) if isinstance(told, Silent) else told
+            NodeChanges(node=node, unknown=told.reason, refused=told.refused) if isinstance(told, Silent) else told
             for node, told in sorted(found.items())
             if told is not None
         )

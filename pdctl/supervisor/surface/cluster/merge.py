@@ -75,6 +75,7 @@ def merged_status(
         registry=facts.registry,
         proxy_urls=tuple(dict.fromkeys(status.proxy_url for status in told.values() if has_proxy(status))),
         unplaced=unplaced,
+        refused="; ".join(f"{node}: {status.refused}" for node, status in told.items() if status.refused),
     )
 
 
