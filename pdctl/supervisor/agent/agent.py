@@ -110,9 +110,8 @@ class Agent:
         self._running = running
         assert self._control is not None, "the control API is made first"
         keys = Keys(self._settings.empty.service)
-        sharing = Sharing(
-            self._registry, keys, self._settings.node, running, self._control.agents, self._hears("quarantine")
-        )
+        node, agents = self._settings.node, self._control.agents
+        sharing = Sharing(self._registry, keys, node, running, agents, self._hears("quarantine"))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._always("quarantine", sharing.run_forever))
             tasks.create_task(self._always("presence", self.presence.run_forever))

@@ -40,7 +40,7 @@ class Turns:
         self._look_s = look_s
 
     async def act(self, act: Callable[[], Awaitable[None]], give_up: Callable[[], bool]) -> None:
-        """Await `act` when it is this node's turn; do nothing once `give_up` holds. Raises what `act` does, and Refused.
+        """Await `act` when it is this node's turn; do nothing once `give_up` holds. Raises as `act` does, or Refused.
 
         The turn may be lost meanwhile, if the registry is away for long: what was begun is finished.
         """

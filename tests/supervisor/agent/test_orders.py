@@ -167,13 +167,36 @@ async def test_an_order_that_is_no_order_is_told(tmp_path: Path) -> None:
     assert rig.told[0].startswith("the order in /pdctl/service/desired/a is not understood: ")
 
 
+class Elsewhere:
+    """Another node that restarts something until it is told to end."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.begun, self.end = asyncio.Event(), asyncio.Event()
+        self._turns = Turns(rig.registry, KEYS, "b", 5, lambda node: None, look_s=0.01)
+
+    async def run(self) -> None:
+        await self._turns.act(self._act, lambda: False)
+
+    async def _act(self) -> None:
+        self.begun.set()
+        await self.end.wait()
+
+
+@asynccontextmanager
+async def restarting(rig: Rig) -> AsyncIterator[Elsewhere]:
+    elsewhere = Elsewhere(rig)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(elsewhere.run())
+        await elsewhere.begun.wait()
+        yield elsewhere
+        elsewhere.end.set()
+
+
 async def test_restarts_wait_for_those_of_another_node(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     rig.restarted = {"decode-0": "args changed"}
-    other = Turns(rig.registry, KEYS, "b", 5, lambda node: None, look_s=0.01)
     async with obeying(rig):
-        async with other.taken(lambda: False) as theirs:
-            assert theirs
+        async with restarting(rig):
             await rig.order(5, "decode-0")
             await rig.until(lambda: rig.waited == ["b"])
             assert rig.asked == []
@@ -185,8 +208,7 @@ async def test_restarts_wait_for_those_of_another_node(tmp_path: Path) -> None:
 async def test_a_newer_order_is_not_kept_by_one_that_waits(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     rig.restarted = {"decode-0": "args changed"}
-    other = Turns(rig.registry, KEYS, "b", 5, lambda node: None, look_s=0.01)
-    async with obeying(rig), other.taken(lambda: False):
+    async with obeying(rig), restarting(rig):
         await rig.order(5, "decode-0")
         await rig.until(lambda: rig.waited == ["b"])
         rig.restarted = {}
@@ -194,20 +216,28 @@ async def test_a_newer_order_is_not_kept_by_one_that_waits(tmp_path: Path) -> No
         await rig.until(lambda: rig.asked == [("decode-1",)])
 
 
-async def test_nodes_take_turns(tmp_path: Path) -> None:
+async def test_a_restart_that_fails_is_told_and_ends_the_turn(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.restarted, rig.fails = {"decode-0": "args changed"}, "decode-0 failed"
+    async with obeying(rig):
+        await rig.order(5, "decode-0")
+        await rig.until(lambda: rig.told == ["decode-0 failed"])
+        assert (await rig.registry.list(KEYS.turn)).entries == ()
+
+
+async def test_nodes_take_turns() -> None:
     registry, running, most = MemoryRegistry(), 0, 0
 
-    async def restart(node: str) -> None:
+    async def restart() -> None:
         nonlocal running, most
-        async with Turns(registry, KEYS, node, 5, lambda other: None, look_s=0.001).taken(lambda: False) as ours:
-            assert ours
-            running += 1
-            most = max(most, running)
-            await asyncio.sleep(0)
-            running -= 1
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
 
     async with asyncio.TaskGroup() as tasks:
         for number in range(8):
-            tasks.create_task(restart(f"n{number}"))
+            turns = Turns(registry, KEYS, f"n{number}", 5, lambda other: None, look_s=0.001)
+            tasks.create_task(turns.act(restart, lambda: False))
     assert (running, most) == (0, 1)
     assert (await registry.list(KEYS.turn)).entries == ()
