@@ -168,7 +168,9 @@ class Agent:
         places |= {entry.name: entry.node for entry in self.neighbours.used if entry.name in places}
         own = order.engines if order is not None else ()
         places |= {name: self._settings.node for name in own if name in places}
-        return ClusterFacts(self.contact.status, self.coordinator.holder or "", places)
+        said = self.coordinator.placement
+        problem = "; ".join(filter(None, (said.problem, said.hint))) if said is not None else ""
+        return ClusterFacts(self.contact.status, self.coordinator.holder or "", places, problem)
 
     def _hears(self, part: str) -> Callable[[str | None], None]:
         def told(reason: str | None) -> None:
