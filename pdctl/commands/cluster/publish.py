@@ -1,4 +1,4 @@
-"""`pdctl up`, `apply` and `down` in a cluster: the topology is published through the agent of this node, and every agent
+"""`pdctl up`, `apply` and `down` in a cluster: the topology is published through this node's agent, and every agent
 follows it."""
 
 from __future__ import annotations
