@@ -18,7 +18,7 @@ import uvloop
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, first_of
 from pdctl.net import LOOPBACK
 from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
 from pdctl.net.tracing import Spans
@@ -81,7 +81,7 @@ def main() -> int:
     except* _Stopped:
         pass
     except* PdctlError as failures:
-        failure = failures.exceptions[0]
+        failure = first_of(failures)
         assert isinstance(failure, PdctlError)
         sys.stderr.write(f"error: {failure}\n" + (f"hint: {failure.hint}\n" if failure.hint else ""))
         code = EXIT_CONFIG

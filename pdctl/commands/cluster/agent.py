@@ -15,7 +15,7 @@ import typer
 
 from pdctl import console
 from pdctl.commands.common import FileOption, control, topology_file
-from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
+from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed, first_of
 from pdctl.host import program
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _foreground(found: _Found, node: str, allow_commands: bool) -> None:
     try:
         asyncio.run(_run(settings))
     except* PdctlError as failures:
-        raise failures.exceptions[0] from None
+        raise first_of(failures) from None
 
 
 async def _run(settings: AgentSettings) -> None:

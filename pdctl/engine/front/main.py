@@ -34,7 +34,7 @@ from pdctl.engine.front.routers.transfers import Transfers
 from pdctl.engine.front.spans import EngineSpans
 from pdctl.engine.handover.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, first_of
 from pdctl.host.boot import new_epoch
 from pdctl.net.http_protocol import HttpProtocol
 from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
@@ -70,9 +70,9 @@ def main(options: EngineOptions) -> int:
     try:
         asyncio.run(_run(options, codec, spans))
     except* CoreRefused as refused:
-        code = _fail(str(refused.exceptions[0]), EXIT_CONFIG)
+        code = _fail(str(first_of(refused)), EXIT_CONFIG)
     except* (CoreGone, OSError) as failure:
-        code = _fail(str(failure.exceptions[0]), 1)
+        code = _fail(str(first_of(failure)), 1)
     except* _Stopped:
         pass
     return code

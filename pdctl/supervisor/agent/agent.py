@@ -12,6 +12,7 @@ from typing import Never
 import msgspec
 
 from pdctl import __version__
+from pdctl.errors import first_of
 from pdctl.host.boot import boot_id
 from pdctl.host.facts import encode_facts
 from pdctl.plan import Plan
@@ -141,7 +142,7 @@ class Agent:
             try:
                 await run()
             except* Refused as failures:
-                self._hears(part)(str(failures.exceptions[0]))
+                self._hears(part)(str(first_of(failures)))
             await asyncio.sleep(_REFUSED_S)
 
     async def _serve(self, running: RunningService, sharing: Sharing) -> Never:
