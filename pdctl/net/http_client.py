@@ -23,6 +23,8 @@ _PAUSE_AT = 256 * 1024
 _IDLE_S = 30.0
 _MAX_IDLE = 4096
 _MAX_HEADERS = 64 * 1024
+# OpenSSL's codes for a certificate whose CA is not known (x509_vfy.h).
+_STRANGE_CA = (18, 19, 20, 21)
 # What a TLS server says of our certificate when it ends the connection.
 _ALERTS = {
     "CERTIFICATE_REQUIRED": "it wants a certificate of its CA, and this process showed none",
@@ -360,7 +362,8 @@ class ConnectionPool:
 def explained(failure: Exception) -> str:
     """The words of a failed connection, also of one that failed by its certificates. Needs no import of ssl."""
     if verified := getattr(failure, "verify_message", ""):
-        return f"its certificate is not accepted: {verified}"
+        is_strange = getattr(failure, "verify_code", 0) in _STRANGE_CA
+        return f"its certificate is not accepted: {'it is of another CA' if is_strange else verified}"
     reason = str(getattr(failure, "reason", ""))
     return next((words for alert, words in _ALERTS.items() if reason.endswith(alert)), str(failure))
 

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pdctl.errors import PdctlError
+
 if TYPE_CHECKING:
     import ssl
 
     from pdctl.net.identity.contexts import Identity
 
 __all__ = [
-    "CERTIFICATES_ENV", "FILES", "PEER", "ContextFactory", "Who", "identity_in", "own_identity", "uri_of", "who_is",
+    "CERTIFICATES_ENV", "FILES", "PEER", "ContextFactory", "Who", "identity_for", "identity_in", "own_identity", "uri_of", "who_is",
 ]  # fmt: skip
 
 # The folder of the process's identity.
@@ -62,3 +64,13 @@ def identity_in(folder: str) -> Identity:
     from pdctl.net.identity.contexts import Identity
 
     return Identity(Path(folder))
+
+
+def identity_for(folder: str, service: str, node: str) -> Identity:
+    """The identity of this node. Raises PdctlError if the folder has another one's."""
+    found = identity_in(folder)
+    if found.who != Who(service, node):
+        of = f"node {found.who.node} of service {found.who.service}"
+        message = f"the certificate in {folder} is of {of}, not of node {node} of service {service}"
+        raise PdctlError(message, "name this node with --node, or make a certificate for it: pdctl cluster certify")
+    return found

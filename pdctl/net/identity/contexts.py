@@ -21,6 +21,7 @@ from pdctl.net.identity import FILES, Who, who_is
 # How often the files are looked at, seconds: at most at each new connection.
 LOOK_S = 5.0
 _OTHERS_MAY_READ = 0o007
+_ABOUT_CERTIFICATES = ("CERTIFICATE_VERIFY_FAILED", "PEER_DID_NOT_RETURN_A_CERTIFICATE")
 _HINT = "make certificates with: pdctl cluster init, and pdctl cluster certify or join"
 
 _log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Identity:
         # Without tickets every connection is checked anew, also one that begins after a certificate has ended.
         server.num_tickets = 0
         shown = _shown_to_itself(self.folder, server, client)
-        server.sni_callback = self._at_hello
+        server.sni_callback, server.sslobject_class = self._at_hello, _TellsWhy
         who = who_in(shown)
         if who is None:
             message = f"the certificate in {self.folder} does not name one node as spiffe://SERVICE/node/NAME"
@@ -120,6 +121,26 @@ class Identity:
         now = self._current().server
         if now is not context:
             connection.context = now
+
+
+class _TellsWhy(ssl.SSLObject):
+    """The server's end of a connection. asyncio and uvloop close one whose handshake fails without sending the alert
+    that tells the client why; so the failure is raised only at the next call, when the alert has been sent. A client
+    that stays is closed when the time for the handshake is over."""
+
+    _failure: ssl.SSLError | None = None
+
+    def do_handshake(self) -> None:
+        """As of SSLObject."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            super().do_handshake()
+        except ssl.SSLError as failure:
+            if failure.reason not in _ABOUT_CERTIFICATES:
+                raise
+            self._failure = failure
+            raise ssl.SSLWantReadError from None
 
 
 def who_in(certificate: Certificate) -> Who | None:
