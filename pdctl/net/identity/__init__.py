@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from pdctl.net.identity.contexts import Identity
 
 __all__ = [
-    "CERTIFICATES_ENV", "FILES", "PEER", "ContextFactory", "Who", "identity_for", "identity_in", "own_identity", "uri_of", "who_is",
+    "CERTIFICATES_ENV", "FILES", "PEER", "ContextFactory", "Who", "identity_for", "identity_in", "own_identity",
+    "uri_of", "who_is",
 ]  # fmt: skip
 
 # The folder of the process's identity.

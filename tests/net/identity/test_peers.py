@@ -64,13 +64,14 @@ def test_only_nodes_of_the_service_are_served_and_name_themselves_as_routers() -
 
     assert answers({PEER: Who("demo", "b")}) == ["served"]
     assert answers({PEER: Who("demo", "b")}, "proxy@b~1-2") == ["served"]
-    for peer, router, words in (
+    refused: tuple[tuple[dict[str, Who | None], str, bytes], ...] = (
         ({}, "", b"names no node"),
         ({PEER: None}, "", b"names no node"),
         ({PEER: Who("other", "b")}, "", b"b is a node of service 'other', and this is 'demo'"),
         ({PEER: Who("demo", "b")}, "proxy@a~1-2", b"does not speak for proxy@a~1-2"),
         ({PEER: Who("demo", "b")}, "router", b"which is of no node"),
-    ):
+    )
+    for peer, router, words in refused:
         head, body = answers(peer, router)
         assert head["status"] == 403
         assert words in body["body"]

@@ -45,8 +45,8 @@ async def serve_agents(
     identity: Identity | None = None,
     reports: Mapping[str, Callable[[], msgspec.Struct]] | None = None,
 ) -> Never:
-    """Answer other agents until cancelled. `identity`: of a cluster with certificates; `reports`: what else a GET of a path returns. Raises PdctlError if the
-    address cannot be used."""
+    """Answer other agents until cancelled. `identity`: of a cluster with certificates; `reports`: what else a GET of a
+    path returns. Raises PdctlError if the address cannot be used."""
     try:
         listener = listen_tcp(host, port)
     except OSError as failure:
