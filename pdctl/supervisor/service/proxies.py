@@ -192,7 +192,7 @@ class Proxies:
             pool.close()
 
     async def _post(self, spec: ProcessSpec, path: str, message: msgspec.Struct, kind: type[Answer]) -> Answer | None:
-        pool = _at(spec)
+        pool = _at(spec, self._tls)
         try:
             return await self._caller.post(pool, path, message, kind, _LOOK_S)
         except Unreachable:
