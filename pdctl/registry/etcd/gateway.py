@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Never
@@ -12,6 +11,7 @@ from typing import Never
 import httpx
 import msgspec
 
+from pdctl.net.identity import ContextFactory
 from pdctl.registry import Behind, Refused, Unavailable
 from pdctl.registry.etcd.members import Members
 from pdctl.registry.etcd.messages import Answer, Empty, Failure, Message, TokenAnswer, WatchAnswer, decoded
@@ -47,13 +47,14 @@ class Credentials:
 
 
 class Gateway:
-    """A pool of connections to all members."""
+    """A pool of connections to all members. `tls` gives one context, always the same."""
 
     def __init__(
-        self, urls: list[str], tls: ssl.SSLContext | None = None, credentials: Credentials | None = None
+        self, urls: list[str], tls: ContextFactory | None = None, credentials: Credentials | None = None
     ) -> None:
         self._members = Members(urls, random.randrange(len(urls)))  # noqa: S311 - spreading, no secret
-        self._client = httpx.AsyncClient(verify=tls if tls is not None else True, trust_env=False)
+        self._client = httpx.AsyncClient(verify=tls() if tls is not None else True, trust_env=False)
+        self._tls = tls
         self._credentials = credentials
         self._token: str | None = None
 
@@ -120,6 +121,8 @@ class Gateway:
 
     async def _post(self, url: str, path: str, message: Message, kind: type[Answer]) -> Answer:
         body = msgspec.json.encode(message)
+        if self._tls is not None:
+            self._tls()  # the same context: it follows a renewed certificate when it is asked for
         try:
             async with asyncio.timeout(CALL_S):
                 answer = await self._client.post(url + path, content=body, headers=self._headers(), timeout=CALL_S)
