@@ -23,15 +23,18 @@ def place(
 
     Raises PdctlError if an engine has no place, or a node's part does not fit it.
     """
+    shares = shares_of(topology, hosts, before)
+    return {node: _plan(topology, host, shares[node]) for node, host in hosts.items()}
+
+
+def shares_of(topology: Topology, hosts: Mapping[str, Host], before: Mapping[str, str]) -> dict[str, Share]:
+    """The share of each node. Raises PdctlError if an engine has no place."""
     rooms = {node: room_of(host) for node, host in hosts.items()}
     spare = topology.cluster.spare_nodes if topology.cluster is not None else 0
-    nodes = assign(wishes_of(topology), rooms, before, spare)
-    return {node: _plan(topology, host, share_of(node, nodes)) for node, host in hosts.items()}
-
-
-def share_of(node: str, nodes: Mapping[str, str]) -> Share:
-    """A node's share. `nodes`: of every engine, by name."""
-    return Share(node, frozenset(name for name, where in nodes.items() if where == node))
+    engines: dict[str, list[str]] = {node: [] for node in hosts}
+    for name, node in assign(wishes_of(topology), rooms, before, spare).items():
+        engines[node].append(name)
+    return {node: Share(node, frozenset(names)) for node, names in engines.items()}
 
 
 def unknown_nodes(topology: Topology, known: Mapping[str, Host]) -> list[str]:

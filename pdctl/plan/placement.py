@@ -1,8 +1,8 @@
 """Which node of a cluster each engine runs on. Pure: the same wishes and nodes give the same places.
 
 Engines stay where they are while their node is there and has the GPUs. The others go, largest first, to the node that
-has the fewest engines of their group, then of their role, then the most free GPUs: each node gets prefill and decode
-engines, whose KV then stays on it, and a lost node takes few engines of one kind along.
+has the fewest engines of their group, then of their role, then the most free GPUs, then the fewest engines: each node
+gets prefill and decode engines, whose KV then stays on it, and a lost node takes few engines of one kind along.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pdctl.errors import PdctlError
 
 # Sets of nodes that are tried as lost, those with the most engines first. Of many nodes there are too many sets.
 _MOST_LOSSES = 500
-# A node, and what decides between nodes: engines of the group and of the role there, and free GPUs.
-_Rank = tuple[int, int, int, str]
+# What decides between nodes: engines of the group and of the role there, free GPUs, all engines; and the node.
+_Rank = tuple[int, int, int, int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ class _Nodes:
         self._memory = {node: room.memory for node, room in rooms.items()}
         self._groups: Counter[tuple[str, str]] = Counter()
         self._roles: Counter[tuple[str, str]] = Counter()
+        self._all: Counter[str] = Counter()
         # Engines of one group and size find their nodes in one heap. Ranks in it may be old: they only grow.
         self._heaps: dict[tuple[object, ...], list[_Rank]] = {}
 
@@ -124,6 +125,7 @@ class _Nodes:
         self._memory[node] -= wish.memory
         self._groups[node, wish.group] += 1
         self._roles[node, wish.role] += 1
+        self._all[node] += 1
 
     def best(self, wish: Wish) -> str | None:
         """The node for an engine; None if no node has room."""
@@ -133,7 +135,7 @@ class _Nodes:
             heapify(self._heaps[key])
         heap = self._heaps[key]
         while heap:
-            rank, node = heap[0], heap[0][3]
+            rank, node = heap[0], heap[0][4]
             if not self.has_room(node, wish):
                 heappop(heap)
             elif rank != (now := self._rank(node, wish)):
@@ -167,7 +169,8 @@ class _Nodes:
         return (node for node in self._rooms if wish.may_run_on(node))
 
     def _rank(self, node: str, wish: Wish) -> _Rank:
-        return (self._groups[node, wish.group], self._roles[node, wish.role], -self._gpus[node], node)
+        counts = self._groups[node, wish.group], self._roles[node, wish.role]
+        return (*counts, -self._gpus[node], self._all[node], node)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -30,6 +30,25 @@ def host_problems(document: Document, topology: Topology, host: Host) -> Iterato
     yield from _memory_problems(document, topology, host)
 
 
+def facts_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
+    """Yield every requirement that a machine elsewhere does not meet, as far as its facts tell: its files are not
+    here."""
+    for index, group in enumerate(topology.engines):
+        if group.is_attached or group.python:
+            continue
+        starts = launcher(group.kind)
+        missing = host.lacks(starts.packages)
+        if starts.distributions and host.package_in(host.python, starts.distributions) is None:
+            missing.append(" or ".join(starts.distributions))
+        if missing:
+            hint = f"install them there: {host.python} -m pip install '{starts.requirement(group.device)}'"
+            message = f"engines of kind {group.kind!r} need packages that are not installed: {', '.join(missing)}"
+            yield document.problem(("engines", index), message, hint)
+    yield from _cpu_problems(document, topology, host)
+    yield from _gpu_problems(document, topology, host)
+    yield from _memory_problems(document, topology, host)
+
+
 def _package_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
     """Python packages that are needed but not installed."""
     if topology.proxy.otlp_endpoint and host.lacks(OTLP_PACKAGES):

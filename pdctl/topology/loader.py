@@ -16,7 +16,7 @@ from pdctl.errors import ConfigError, PdctlError, Problem
 from pdctl.host import Host
 from pdctl.topology.build import build
 from pdctl.topology.document import Document
-from pdctl.topology.host_checks import fault_problems, host_problems
+from pdctl.topology.host_checks import facts_problems, fault_problems, host_problems
 from pdctl.topology.key_checks import key_problems
 from pdctl.topology.spec import Topology
 from pdctl.topology.toml_lines import key_lines
@@ -61,13 +61,14 @@ def parse_text(text: str, source: str) -> Topology:
     return _built(text, source)[1]
 
 
-def check_part(topology: Topology, part: Topology, host: Host) -> None:
-    """Compare the part of a cluster's topology that one node runs with that node. Raises ConfigError, with lines of the
-    whole topology."""
+def check_part(topology: Topology, part: Topology, host: Host, is_here: bool = True) -> None:
+    """Compare the part of a cluster's topology that one node runs with that node, which is this machine if `is_here`.
+    Raises ConfigError, with lines of the whole topology."""
     places = {group.name: index for index, group in enumerate(topology.engines)}
     groups = tuple(places[group.name] for group in part.engines)
     document = Document(tomli.loads(topology.text), key_lines(topology.text), groups)
-    problems = [*host_problems(document, part, host)] or [*fault_problems(document, part, host)]
+    problems = [*(host_problems if is_here else facts_problems)(document, part, host)]
+    problems = problems or [*fault_problems(document, part, host)]
     if problems:
         raise ConfigError(topology.source or "the topology", sorted(problems, key=lambda problem: problem.line))
 

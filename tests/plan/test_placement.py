@@ -121,11 +121,12 @@ def test_each_engine_goes_to_the_best_node(rooms: dict[str, Room], wanted: list[
     for wish in sorted(asked, key=lambda wish: (-wish.gpus, len(wish.nodes) or len(rooms) + 1)):
         able = [n for n in rooms if wish.may_run_on(n) and gpus[n] >= wish.gpus and memory[n] >= wish.memory]
         if able:
-            node = min(able, key=lambda n: (counts[n, wish.role], -gpus[n], n))
+            node = min(able, key=lambda n: (counts[n, wish.role], -gpus[n], counts[n, ""], n))
             expected[wish.name] = node
             gpus[node] -= wish.gpus
             memory[node] -= wish.memory
             counts[node, wish.role] += 1
+            counts[node, ""] += 1
     assert fit(asked, rooms, {}).nodes == expected
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, JsonOption, ServiceOption, control, find_service
+from pdctl.commands.common import FileOption, JsonOption, ServiceOption, control, find_service, topology_file
 from pdctl.errors import PdctlError, ServiceFailed
 
 if TYPE_CHECKING:
+    from pdctl.control_api import NodeChanges
     from pdctl.plan import Plan
     from pdctl.plan.changes import Changes
 
@@ -31,6 +32,11 @@ def apply(
 
     service = find_service(None, file)
     running = control(service).plan()
+    if running.node:
+        from pdctl.commands.cluster.publish import apply_file
+
+        apply_file(service, topology_file(file), dry_run, as_json, wait_s)
+        return
     path = file or (Path(running.source) if running.source and Path(running.source).is_file() else None)
     wanted = load_plan(path, running=running)
     change_over(service, wanted, dry_run, as_json, wait_s)
@@ -55,6 +61,11 @@ def scale(
 
     name = find_service(service, file)
     running = control(name).plan()
+    if running.node:
+        from pdctl.commands.cluster.scale import scale_published
+
+        scale_published(name, dict(_count(word) for word in groups), dry_run, as_json, wait_s)
+        return
     host = read_host()
     # The file as it was at the last start or apply: later edits are left to `apply`.
     topology = load_text(running.text, running.source or "the running topology", host)
@@ -97,8 +108,8 @@ def change_over(service: str, wanted: Plan, dry_run: bool, as_json: bool, wait_s
     console.note("applied")
 
 
-def show_changes(changes: Changes) -> None:
-    """Print one line per changed process, then the unchanged ones."""
+def show_changes(changes: Changes | NodeChanges, node: str = "") -> None:
+    """Print one line per changed process, then the unchanged ones. `node`: what their names begin with."""
     import sys
 
     lines = [
@@ -108,9 +119,9 @@ def show_changes(changes: Changes) -> None:
         *(("*", "cyan", process, "changed without a restart", why) for process, why in changes.live.items()),
     ]
     for mark, colour, process, word, why in lines:
-        console.out(f"{console.paint(mark, colour, sys.stdout)} {process}: {word}" + (f" ({why})" if why else ""))
+        console.out(f"{console.paint(mark, colour, sys.stdout)} {node}{process}: {word}" + (f" ({why})" if why else ""))
     if changes.unchanged:
-        console.out(f"= unchanged: {', '.join(changes.unchanged)}")
+        console.out(f"= unchanged: {', '.join(f'{node}{process}' for process in changes.unchanged)}")
 
 
 def _follow(service: str, wait_s: float) -> None:

@@ -40,8 +40,22 @@ def down(
         if not _end_leftovers(run_dir):
             raise
     else:
+        if status.nodes:
+            _withdraw(name, now)
+            return
         _stop(name, status.supervisor_pid, [process.name for process in status.processes], now)
     console.out(f"{name} is down")
+
+
+def _withdraw(name: str, now: bool) -> None:
+    """Stop a service that runs in a cluster, on all nodes. Its agents stay."""
+    from pdctl.commands.cluster.publish import down as withdraw
+
+    if now:
+        hint = "stop it without --now; an agent that gets SIGTERM twice kills its node's processes"
+        raise PdctlError("--now is for a service on one machine", hint)
+    withdraw(name, _DEADLINE_S)
+    console.out(f"{name} is down; its agents run on")
 
 
 def _stop(name: str, supervisor_pid: int, processes: list[str], now: bool) -> None:

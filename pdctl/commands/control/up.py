@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, control, is_interactive
+from pdctl.commands.common import FileOption, control, find_service, is_interactive, read_topology, topology_file
 from pdctl.commands.setup.plan import load_plan, warn_of_shared_gpus
 from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
 from pdctl.host import program
@@ -34,15 +34,28 @@ def up(
     ),
     force: bool = typer.Option(False, "--force", help="Start despite critical findings of the doctor."),
     wait_s: float = typer.Option(
-        1800.0, "--wait", help="With -d: stop the service if it is not ready after this many seconds."
+        1800.0,
+        "--wait",
+        help="With -d: stop the service if it is not ready after this many seconds. In a cluster: stop waiting.",
     ),
 ) -> None:
-    """Start the service, or take over the processes of a killed supervisor. Ctrl-C stops it; a second Ctrl-C kills."""
+    """Start the service, or take over the processes of a killed supervisor. Ctrl-C stops it; a second Ctrl-C kills.
+
+    With [cluster] in the topology: publish it through the agent of this machine, and return when all nodes are ready.
+    """
     from pdctl.commands.setup.precheck import refuse_what_cannot_work
     from pdctl.commands.setup.prepare import with_model
     from pdctl.host.processes.presence import supervisor_of
     from pdctl.supervisor.rundir.adoption import read_adoptable
 
+    path = topology_file(file)
+    if path is not None and "cluster" in read_topology(path):
+        from pdctl.commands.cluster.publish import up as publish
+
+        if force:
+            raise PdctlError("--force is for a service on one machine", "check a node with: pdctl doctor")
+        publish(path, find_service(None, path), wait_s)
+        return
     planned = load_plan(file)
     if supervisor_of(Path(planned.run_dir)) is not None:
         hint = f"see it with: pdctl status -s {planned.service}    stop it with: pdctl down -s {planned.service}"

@@ -7,16 +7,44 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from pdctl import console
 from pdctl.commands.common import FileOption, JsonOption, topology_file
-from pdctl.errors import ConfigError
+from pdctl.errors import ConfigError, PdctlError
 
 if TYPE_CHECKING:
     from pdctl.plan import Plan
 
 
-def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
+def plan(
+    file: Path | None = FileOption,
+    facts: list[Path] = typer.Option(
+        [],
+        "--facts",
+        help="With [cluster]: the facts of a node, from --write-facts there. The file is named like the node. Once for "
+        "each node.",
+    ),
+    write_facts: Path | None = typer.Option(
+        None, "--write-facts", help="Write this machine's facts to a file, for --facts elsewhere, and show no plan."
+    ),
+    as_json: bool = JsonOption,
+) -> None:
     """Show the processes of a topology with roles, devices, CPU pins and ports. Starts nothing."""
+    from pdctl.commands.cluster import facts as cluster
+
+    path = topology_file(file)
+    if write_facts is not None:
+        cluster.write_facts(write_facts, file)
+    elif path is not None and (facts or cluster.names_cluster(path)):
+        cluster.show_nodes(path, facts, as_json)
+    elif facts:
+        raise PdctlError("--facts needs a topology file with [cluster]", "name it with -f FILE")
+    else:
+        _show(file, as_json)
+
+
+def _show(file: Path | None, as_json: bool) -> None:
     from pdctl.host.processes.presence import supervisor_of
 
     planned = load_plan(file)
@@ -31,6 +59,21 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
         console.out(json.dumps(planned.to_dict(), indent=2))
         return
     console.out(f"service {planned.service}: {planned.model} at {planned.proxy_url}\n")
+    console.out(rows_of(planned))
+    console.out("")
+    for spec in planned.processes:
+        for what, reason in spec.why.items():
+            console.out(f"{spec.name}: {what} {_shown(getattr(spec, what))}: {reason}")
+    warn_of_shared_gpus(planned)
+    _expected(planned)
+    if not planned.model_ready:
+        path = planned.model_path
+        where = f"converts the model into {path}" if path.startswith("/") else "downloads the model from the Hub"
+        console.note(f"\nthe first `pdctl up` {where}")
+
+
+def rows_of(planned: Plan) -> str:
+    """The processes of a plan as a table."""
     rows = [
         [
             spec.name,
@@ -48,17 +91,7 @@ def plan(file: Path | None = FileOption, as_json: bool = JsonOption) -> None:
         [spec.name, spec.role, spec.kind, "attached", "-", "-", f"{spec.host}:{spec.port}", "-"]
         for spec in planned.attached
     ]
-    console.out(console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "RDMA", "PORT", "AFTER"], rows))
-    console.out("")
-    for spec in planned.processes:
-        for what, reason in spec.why.items():
-            console.out(f"{spec.name}: {what} {_shown(getattr(spec, what))}: {reason}")
-    warn_of_shared_gpus(planned)
-    _expected(planned)
-    if not planned.model_ready:
-        path = planned.model_path
-        where = f"converts the model into {path}" if path.startswith("/") else "downloads the model from the Hub"
-        console.note(f"\nthe first `pdctl up` {where}")
+    return console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "RDMA", "PORT", "AFTER"], rows)
 
 
 def warn_of_shared_gpus(planned: Plan) -> None:

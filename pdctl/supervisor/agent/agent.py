@@ -22,13 +22,14 @@ from pdctl.supervisor.agent.orders import Orders
 from pdctl.supervisor.agent.plans import Planner, engines_of, this_node
 from pdctl.supervisor.agent.publishing import Publisher
 from pdctl.supervisor.agent.sharing import SPENT_PATH, Sharing
+from pdctl.supervisor.agent.turns import Turns
 from pdctl.supervisor.cluster.coordinator import Coordinator
 from pdctl.supervisor.cluster.entries import EngineEntry, Keys, NodeEntry
 from pdctl.supervisor.cluster.membership import Membership
 from pdctl.supervisor.cluster.neighbours import Neighbours
 from pdctl.supervisor.cluster.presence import Presence
 from pdctl.supervisor.service.running import RunningService
-from pdctl.supervisor.surface.cluster.agents import AgentAddress, Agents
+from pdctl.supervisor.surface.cluster.agents import AgentAddress
 from pdctl.supervisor.surface.cluster.control import ClusterControl
 from pdctl.supervisor.surface.cluster.merge import ClusterFacts
 from pdctl.supervisor.surface.cluster.server import serve_agents
@@ -69,16 +70,18 @@ class Agent:
         keys = Keys(settings.empty.service)
         planner = Planner(node, settings.address, settings.empty, settings.allow_commands, say)
         self._running: RunningService | None = None
-        self._agents: Agents | None = None
+        self._control: ClusterControl | None = None
         self._registry = registry
         self.presence = Presence(registry, keys, self._entry(), cluster.ttl_s, self._engines, self._hears("presence"))
         self.neighbours = Neighbours(
             registry, keys, Membership(node, cluster.node_lost_s), self._ask, self._release, self._changed,
             self._hears("engines"),
         )  # fmt: skip
+        turns = Turns(registry, keys, node, cluster.ttl_s, lambda other: say("pdctl", f"node {other} restarts first"))
         self.orders = Orders(
-            registry, keys, node, planner.plan_of, self._told_of_order, self._hears("orders"), settings.state_dir
-        )
+            registry, keys, node, planner.plan_of, self._told_of_order, self._hears("orders"), turns,
+            settings.state_dir,
+        )  # fmt: skip
         self.coordinator = Coordinator(
             registry, keys, node, cluster, lambda message: say("pdctl", message), self._hears("coordinator")
         )
@@ -99,16 +102,16 @@ class Agent:
         """See ClusterSide."""
         settings = self._settings
         own = AgentAddress(settings.node, settings.address, settings.cluster.agent_port, version=__version__)
-        control = ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher)
-        self._agents = control.agents
-        return control
+        self._control = ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher)
+        return self._control
 
     async def run_forever(self, running: RunningService) -> Never:
         """Be a part of the cluster until cancelled."""
         self._running = running
-        assert self._agents is not None, "the control API is made first"
+        assert self._control is not None, "the control API is made first"
         keys = Keys(self._settings.empty.service)
-        sharing = Sharing(self._registry, keys, self._settings.node, running, self._agents, self._hears("quarantine"))
+        node, agents = self._settings.node, self._control.agents
+        sharing = Sharing(self._registry, keys, node, running, agents, self._hears("quarantine"))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._always("quarantine", sharing.run_forever))
             tasks.create_task(self._always("presence", self.presence.run_forever))
@@ -121,6 +124,8 @@ class Agent:
 
     async def leave(self) -> None:
         """See ClusterSide."""
+        if self._control is not None:
+            self._control.close()
         try:
             async with asyncio.timeout(_LEAVE_S):
                 await self.coordinator.leave()
@@ -163,7 +168,9 @@ class Agent:
         places |= {entry.name: entry.node for entry in self.neighbours.used if entry.name in places}
         own = order.engines if order is not None else ()
         places |= {name: self._settings.node for name in own if name in places}
-        return ClusterFacts(self.contact.status, self.coordinator.holder or "", places)
+        said = self.coordinator.placement
+        problem = "; ".join(filter(None, (said.problem, said.hint))) if said is not None else ""
+        return ClusterFacts(self.contact.status, self.coordinator.holder or "", places, problem)
 
     def _hears(self, part: str) -> Callable[[str | None], None]:
         def told(reason: str | None) -> None:

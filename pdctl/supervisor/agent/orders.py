@@ -19,6 +19,7 @@ from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
 from pdctl.registry import Change, Registry
 from pdctl.registry.mirror import follow
+from pdctl.supervisor.agent.turns import Turns
 from pdctl.supervisor.cluster.entries import Keys, Order
 from pdctl.supervisor.service.change.apply import Progress
 
@@ -41,7 +42,7 @@ class Obeying(Protocol):
 
 class Orders:
     """`plan_of` makes the plan of an order, with what runs now; it raises PdctlError. `told` is called with why an
-    order is not obeyed, None once it is. `state_dir` keeps the highest term."""
+    order is not obeyed, None once it is. `turns`: for restarts. `state_dir` keeps the highest term."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Orders:
         plan_of: Callable[[Order, Plan], Awaitable[Plan]],
         told: Callable[[str | None], None],
         heard: Callable[[str | None], None],
+        turns: Turns,
         state_dir: Path,
     ) -> None:
         self.newest: Order | None = None
@@ -59,6 +61,7 @@ class Orders:
         self._plan_of = plan_of
         self._told = told
         self._heard = heard
+        self._turns = turns
         self._file = state_dir / _TERM
         self._term = _read_term(self._file)
         self._news = asyncio.Event()
@@ -102,8 +105,16 @@ class Orders:
         """Returns when the order is obeyed, or when there is a newer one. Raises PdctlError."""
         await service.until_applied()
         plan = await self._plan_of(order, service.plan)
-        if service.changes(plan).is_empty:
+        changes = service.changes(plan)
+        if changes.is_empty:
             return
+        if changes.restarted:
+            await self._turns.act(lambda: self._apply(service, plan), self._news.is_set)
+        else:
+            await self._apply(service, plan)
+
+    async def _apply(self, service: Obeying, plan: Plan) -> None:
+        """Returns when it is applied, or there is a newer order. Raises PdctlError."""
         while reason := service.apply(plan):
             if self._news.is_set():
                 return

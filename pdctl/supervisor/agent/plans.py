@@ -14,7 +14,7 @@ from pdctl.plan import Plan, Share, make_plan
 from pdctl.plan.cluster import wishes_of
 from pdctl.plan.models import preparation, with_model_at
 from pdctl.supervisor.cluster.entries import Order, TopologyEntry
-from pdctl.topology.loader import load_cluster_text, parse_text
+from pdctl.topology.loader import check_part, load_cluster_text, parse_text
 from pdctl.topology.spec import Topology
 
 # A model may have to be downloaded.
@@ -56,17 +56,22 @@ class Planner:
 
     def _plan(self, entry: TopologyEntry, engines: tuple[str, ...], running: Plan) -> Plan:
         try:
-            topology = load_cluster_text(entry.text, entry.source)
+            return self._checked_plan(entry, engines, running)
         except ConfigError as failure:
             problem = failure.problems[0]
-            raise PdctlError(f"the topology is wrong here: line {problem.line}: {problem.message}") from failure
+            message = f"the topology is wrong here: line {problem.line}: {problem.message}"
+            raise PdctlError(message, problem.hint) from failure
+
+    def _checked_plan(self, entry: TopologyEntry, engines: tuple[str, ...], running: Plan) -> Plan:
+        topology = load_cluster_text(entry.text, entry.source)
         if topology.service.name != self._empty.service:
             raise PdctlError(f"the topology is for service {topology.service.name!r}, not {self._empty.service!r}")
         if not self._allow_commands and (named := commands_in(topology)):
             hint = "start the agent with --allow-commands if everyone who may write to etcd may run commands here"
             raise PdctlError(f"the topology sets {named}: this agent runs only what pdctl starts itself", hint)
-        share = Share(self._node, frozenset(engines))
-        return make_plan(topology, this_node(self._address), running, share)
+        share, host = Share(self._node, frozenset(engines)), this_node(self._address)
+        check_part(topology, share.of(topology, host.address), host)
+        return make_plan(topology, host, running, share)
 
 
 @lru_cache(maxsize=4)

@@ -96,6 +96,7 @@ class Keys:
         self.desired = f"{self.all}desired/"
         self.quarantine = f"{self.all}quarantine/"
         self.topology = f"{self.all}topology"
+        self.turn = f"{self.all}turn"
         self.coordinator = f"{self.all}coordinator"
         self.placement = f"{self.coordinator}/placement"
 

@@ -16,6 +16,7 @@ from pdctl.plan.changes import Changes
 from pdctl.registry import Delete, Put
 from pdctl.registry.memory import MemoryRegistry
 from pdctl.supervisor.agent.orders import Orders
+from pdctl.supervisor.agent.turns import Turns
 from pdctl.supervisor.cluster.entries import Keys, Order, TopologyEntry
 from pdctl.supervisor.service.change.apply import Progress
 from tests.news import News
@@ -44,7 +45,14 @@ class Rig(News):
         self.busy: list[str] = []
         self.fails = ""
         self.wrong: set[str] = set()
-        self.orders = Orders(self.registry, KEYS, "a", self.plan_of, self._tell, lambda failure: None, state_dir)
+        self.restarted: dict[str, str] = {}
+        self.waited: list[str] = []
+        turns = Turns(self.registry, KEYS, "a", 5, self._waits, look_s=0.01)
+        self.orders = Orders(self.registry, KEYS, "a", self.plan_of, self._tell, lambda failure: None, turns, state_dir)
+
+    def _waits(self, node: str) -> None:
+        self.waited.append(node)
+        self.tell()
 
     def _tell(self, reason: str | None) -> None:
         self.told.append(reason)
@@ -57,7 +65,7 @@ class Rig(News):
         return plan(*order.engines)
 
     def changes(self, wanted: Plan) -> Changes:
-        return Changes() if wanted == self.plan else Changes(added=("x",))
+        return Changes() if wanted == self.plan else Changes(added=("x",), restarted=self.restarted)
 
     def apply(self, wanted: Plan) -> str:
         if self.busy:
@@ -157,3 +165,79 @@ async def test_an_order_that_is_no_order_is_told(tmp_path: Path) -> None:
         await rig.until(lambda: bool(rig.told))
     assert rig.told[0] is not None
     assert rig.told[0].startswith("the order in /pdctl/service/desired/a is not understood: ")
+
+
+class Elsewhere:
+    """Another node that restarts something until it is told to end."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.begun, self.end = asyncio.Event(), asyncio.Event()
+        self._turns = Turns(rig.registry, KEYS, "b", 5, lambda node: None, look_s=0.01)
+
+    async def run(self) -> None:
+        await self._turns.act(self._act, lambda: False)
+
+    async def _act(self) -> None:
+        self.begun.set()
+        await self.end.wait()
+
+
+@asynccontextmanager
+async def restarting(rig: Rig) -> AsyncIterator[Elsewhere]:
+    elsewhere = Elsewhere(rig)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(elsewhere.run())
+        await elsewhere.begun.wait()
+        yield elsewhere
+        elsewhere.end.set()
+
+
+async def test_restarts_wait_for_those_of_another_node(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.restarted = {"decode-0": "args changed"}
+    async with obeying(rig):
+        async with restarting(rig):
+            await rig.order(5, "decode-0")
+            await rig.until(lambda: rig.waited == ["b"])
+            assert rig.asked == []
+        await rig.until(lambda: rig.told == [None])
+        assert rig.asked == [("decode-0",)]
+    assert (await rig.registry.list(KEYS.turn)).entries == ()
+
+
+async def test_a_newer_order_is_not_kept_by_one_that_waits(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.restarted = {"decode-0": "args changed"}
+    async with obeying(rig), restarting(rig):
+        await rig.order(5, "decode-0")
+        await rig.until(lambda: rig.waited == ["b"])
+        rig.restarted = {}
+        await rig.order(5, "decode-1")
+        await rig.until(lambda: rig.asked == [("decode-1",)])
+
+
+async def test_a_restart_that_fails_is_told_and_ends_the_turn(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.restarted, rig.fails = {"decode-0": "args changed"}, "decode-0 failed"
+    async with obeying(rig):
+        await rig.order(5, "decode-0")
+        await rig.until(lambda: rig.told == ["decode-0 failed"])
+        assert (await rig.registry.list(KEYS.turn)).entries == ()
+
+
+async def test_nodes_take_turns() -> None:
+    registry, running, most = MemoryRegistry(), 0, 0
+
+    async def restart() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(8):
+            turns = Turns(registry, KEYS, f"n{number}", 5, lambda other: None, look_s=0.001)
+            tasks.create_task(turns.act(restart, lambda: False))
+    assert (running, most) == (0, 1)
+    assert (await registry.list(KEYS.turn)).entries == ()

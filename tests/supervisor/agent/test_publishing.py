@@ -169,3 +169,12 @@ def test_the_engines_that_a_topology_wants() -> None:
     assert engines_of(TopologyEntry(TEXT, SOURCE)) == ("prefill-0", "prefill-1", "decode-0")
     assert engines_of(None) == ()
     assert engines_of(TopologyEntry("x = ", SOURCE)) == ()
+
+
+async def test_a_node_refuses_what_its_machine_has_not() -> None:
+    wanted = TEXT.replace('role = "decode"', 'role = "decode"\ncpus = [9999]')
+    assert wanted != TEXT
+    order = Order(1, "a", TopologyEntry(wanted, SOURCE), ("decode-0",))
+    with pytest.raises(PdctlError, match=r"the topology is wrong here: line \d+: CPU 9999 does not exist"):
+        await planner().plan_of(order, empty())
+    assert (await planner().plan_of(Order(1, "a", TopologyEntry(wanted, SOURCE), ("prefill-0",)), empty())).processes

@@ -30,11 +30,13 @@ Answer = TypeVar("Answer")
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:
     """What a node knows of its cluster. `coordinator`: the node that places engines, "" if unknown; `places`: the node
-    that each engine of the published topology is to run on, "" for none."""
+    that each engine of the published topology is to run on, "" for none; `problem`: why they are not all placed, or
+    ""."""
 
     registry: RegistryStatus
     coordinator: str = ""
     places: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
 
 
 def merged_status(
@@ -75,7 +77,10 @@ def merged_status(
         registry=facts.registry,
         proxy_urls=tuple(dict.fromkeys(status.proxy_url for status in told.values() if has_proxy(status))),
         unplaced=unplaced,
-        refused="; ".join(f"{node}: {status.refused}" for node, status in told.items() if status.refused),
+        refused="; ".join(
+            [*([facts.problem] if facts.problem else [])]
+            + [f"{node}: {status.refused}" for node, status in told.items() if status.refused]
+        ),
     )
 
 
