@@ -19,6 +19,7 @@ class Area(StrEnum):
     NET = "net"
     RUNTIME = "runtime"
     TOPOLOGY = "topology"
+    CLUSTER = "cluster"
     TRANSFER = "transfer"
 
 

@@ -226,6 +226,22 @@ CHECKS = (
     Check("gpu.memory", "topology", "critical if weights and KV alone exceed it, else warning",
           "all engines on a GPU, with weights, KV and 2 GiB each, exceed its memory",
           "pdctl's own", "kv_cache_gb", "stub"),
+    Check("cluster.listen", "cluster", "critical",
+          "in a cluster, a process of the service listens at every address of the machine", "", "leave proxy.host out",
+          "tree, this machine"),
+    Check("cluster.library", "cluster", "warning",
+          "in a cluster, a library in an engine listens at every address", "", "a firewall", "tree"),
+    Check("cluster.plain_kv", "cluster", "info", "KV crosses machines by a transport without encryption", "",
+          "a network of its own", "planted"),
+    Check("cluster.certificates", "cluster", "warning",
+          "`[cluster]` has no `certificates`; a password for etcd is sent without TLS", "", "pdctl cluster init",
+          "planted"),
+    Check("cluster.secret", "cluster", "critical", "a secret of `[cluster]` cannot be read, or others can read it", "",
+          "chmod 600", "planted"),
+    Check("cluster.etcd", "cluster", "critical for half of them or more, else warning",
+          "a member of etcd does not answer", "", "start it", "planted, this machine"),
+    Check("cluster.etcd_version", "cluster", "warning", "etcd is older than 3.4 or newer than 3.7", "pdctl's own",
+          "another version", "planted"),
 )  # fmt: skip
 
 _COLUMNS = ("id", "area", "severity", "fires when", "source", "fix", "evidence")

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from pdctl.adapters import launcher
 from pdctl.doctor import Area, Finding
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import Host, read_host, state_root
+from pdctl.host.address import address_of
 from pdctl.host.boot import boot_id
 from pdctl.host.devices.gpu_health import GpuReport, read_gpu_facts
 from pdctl.host.devices.rdma import RdmaTree, read_tree
 from pdctl.host.devices.sysfs import Reader
 from pdctl.host.models import read_shape
+from pdctl.host.processes.ports import listeners_of
+from pdctl.host.processes.presence import supervisor_of
 from pdctl.host.processes.stamps import stamped
-from pdctl.plan import Plan, make_plan
-from pdctl.topology.loader import load_file
+from pdctl.host.users import run_root
+from pdctl.plan import Plan, ProcessSpec, Share, make_plan
+from pdctl.topology.loader import check_part, load_file, load_imagined
 from pdctl.topology.spec import Device, EngineGroup, Expect, Topology
 from pdctl.wire import UNIT_ENV
 
@@ -34,9 +41,12 @@ _SYS = Path("/sys")
 @dataclass(frozen=True, slots=True)
 class Where:
     """What to inspect. `file`: the topology, None for none; `is_running`: its service is up; `remembers`: store
-    counters for the next run."""
+    counters for the next run. Of a topology for several machines, this one is `node` and runs `engines`; None: those
+    that run here now."""
 
     file: Path | None = None
+    node: str = ""
+    engines: frozenset[str] | None = None
     is_running: bool = False
     sysfs_root: Path = _SYS
     kernel_log: Path = Path("/dev/kmsg")
@@ -52,6 +62,8 @@ class Inspection:
         self.reader = Reader()
         self.host: Host = read_host(sysfs_root=where.sysfs_root)
         self.topology: Topology | None = None
+        # The topology of all machines, if it is for several; `topology` is this one's part then.
+        self.whole: Topology | None = None
         self.plan: Plan | None = None
         self.refusals: list[Finding] = []
         # Set if the topology was refused for its GPUs: then GPUs are needed.
@@ -66,8 +78,14 @@ class Inspection:
         from pdctl.doctor.areas.topology import problems
 
         try:
-            self.topology = load_file(file, self.host)
-            self.plan = make_plan(self.topology, self.host)
+            with contextlib.suppress(ConfigError):
+                imagined = load_imagined(file)
+                self.whole = imagined if imagined.cluster is not None else None
+            if self.whole is not None:
+                self._load_part(self.whole)
+            else:
+                self.topology = load_file(file, self.host)
+                self.plan = make_plan(self.topology, self.host)
         except ConfigError as failure:
             self.refusals = problems(failure.source, failure.problems)
             self._lacks_gpus = any("GPU" in found.message and "CPU" not in found.message for found in failure.problems)
@@ -77,11 +95,22 @@ class Inspection:
                 Finding("topology.invalid", Severity.CRITICAL, str(file), failure.message, fix=failure.hint or "")
             ]
 
+    def _load_part(self, whole: Topology) -> None:
+        """This machine's part of a topology for several. Raises ConfigError, PdctlError."""
+        assert whole.cluster is not None
+        address = address_of(whole.cluster.interface)
+        self.host = replace(self.host, address=address)
+        running = _engines_in(run_root() / whole.service.name)
+        share = Share(self.where.node, running if self.where.engines is None else self.where.engines)
+        self.topology = share.of(whole, address)
+        check_part(whole, self.topology, self.host)
+        self.plan = make_plan(whole, self.host, None, share)
+
     def findings(self, areas: tuple[Area, ...]) -> list[Finding]:
         """The findings of these areas, in order."""
         looks = {
             Area.TOPOLOGY: self._topology, Area.RDMA: self._rdma, Area.GPU: self._gpu, Area.HOST: self._host,
-            Area.NET: self._net, Area.RUNTIME: self._runtime,
+            Area.NET: self._net, Area.RUNTIME: self._runtime, Area.CLUSTER: self._cluster,
         }  # fmt: skip
         # A refused topology is always reported, because the areas could not take it into account.
         found = [*self.refusals, *(finding for area, look in looks.items() if area in areas for finding in look())]
@@ -144,7 +173,7 @@ class Inspection:
         from pdctl.doctor.areas.topology import TopologyFacts, check
 
         if self.topology is not None:
-            yield from check(TopologyFacts(self.topology, self.host, self._model(), self._placed()))
+            yield from check(TopologyFacts(self.whole or self.topology, self.host, self._model(), self._placed()))
 
     def _rdma(self) -> Iterator[Finding]:
         from pdctl.doctor.areas import kernel, rdma
@@ -291,6 +320,31 @@ class Inspection:
         up = {device.name: device.is_active for device in self.host.rdma}
         for env in self._environments():
             yield from environment.check(environment.EnvironmentFacts(env, self.wants_rdma, up, self._backend()))
+
+    def _cluster(self) -> Iterator[Finding]:
+        from pdctl.doctor.areas.cluster import ClusterFacts, check
+
+        if self.whole is None or self.whole.cluster is None or self.plan is None:
+            return
+        run_dir = Path(self.plan.run_dir)
+        agent = supervisor_of(run_dir)
+        pids = [*our_processes(str(run_dir)), *([agent] if agent else [])]
+        ours = {port: f"{spec.name} {purpose}" for spec in _planned(run_dir) for purpose, port in spec.ports.items()}
+        ours[self.whole.cluster.agent_port] = "agent"
+        yield from check(ClusterFacts(self.whole, self.whole.cluster, listeners_of(pids), ours))
+
+
+def _planned(run_dir: Path) -> tuple[ProcessSpec, ...]:
+    """What the supervisor of this run directory runs; nothing if there is none."""
+    try:
+        return msgspec.json.decode((run_dir / "plan.json").read_bytes(), type=Plan).processes
+    except (OSError, msgspec.DecodeError):
+        return ()
+
+
+def _engines_in(run_dir: Path) -> frozenset[str]:
+    """The names of the engines that run there."""
+    return frozenset(spec.name for spec in _planned(run_dir) if spec.is_engine)
 
 
 def _pools(groups: list[EngineGroup]) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _LISTEN = "0A"  # include/net/tcp_states.h
 
@@ -21,19 +25,38 @@ class PortHolder:
         return f"pid {self.pid} ({self.command})" if self.pid else "a process of another user"
 
 
+class Listener(NamedTuple):
+    """A listening TCP socket of a process. `address`: 0.0.0.0 or :: if it takes connections at every address."""
+
+    address: str
+    port: int
+    pid: int
+
+
+def listeners_of(pids: Collection[int], proc_root: Path = Path("/proc")) -> tuple[Listener, ...]:
+    """The listening sockets of these processes, by port; those of several processes count for the first."""
+    sockets = _listening_sockets(proc_root)
+    found: dict[str, Listener] = {}
+    for pid in sorted(pids):
+        for inode in _sockets_of(proc_root / str(pid)) & set(sockets):
+            address, port = sockets[inode]
+            found.setdefault(inode, Listener(address, port, pid))
+    return tuple(sorted(found.values(), key=lambda listener: (listener.port, listener.address)))
+
+
 def listening_ports(proc_root: Path = Path("/proc")) -> dict[int, PortHolder]:
     """Port to holder, for every listening TCP socket (IPv4 and IPv6)."""
-    inodes = _listening_inodes(proc_root)
-    if not inodes:
+    sockets = _listening_sockets(proc_root)
+    if not sockets:
         return {}
-    owners = _socket_owners(proc_root, set(inodes))
+    owners = _socket_owners(proc_root, set(sockets))
     unknown = PortHolder(None, "?")
-    return {port: owners.get(inode, unknown) for inode, port in inodes.items()}
+    return {port: owners.get(inode, unknown) for inode, (_, port) in sockets.items()}
 
 
-def _listening_inodes(proc_root: Path) -> dict[str, int]:
-    """Socket inode to port."""
-    found: dict[str, int] = {}
+def _listening_sockets(proc_root: Path) -> dict[str, tuple[str, int]]:
+    """Socket inode to address and port."""
+    found: dict[str, tuple[str, int]] = {}
     for table in ("tcp", "tcp6"):
         try:
             lines = (proc_root / "net" / table).read_text().splitlines()[1:]
@@ -42,8 +65,15 @@ def _listening_inodes(proc_root: Path) -> dict[str, int]:
         for line in lines:
             fields = line.split()
             if len(fields) > 9 and fields[3] == _LISTEN:
-                found[fields[9]] = int(fields[1].rpartition(":")[2], 16)
+                address, _, port = fields[1].rpartition(":")
+                found[fields[9]] = _address(address), int(port, 16)
     return found
+
+
+def _address(text: str) -> str:
+    """An address as the kernel prints it: words of 32 bits in this machine's byte order."""
+    words = [int(text[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(text), 8)]
+    return str(ipaddress.ip_address(b"".join(words)))
 
 
 def _socket_owners(proc_root: Path, inodes: set[str]) -> dict[str, PortHolder]:
