@@ -40,8 +40,7 @@ def start(topology: Topology, say: Callable[[str], None]) -> None:
     for note in told.notes:
         say(note)
     for agent in told.agents:
-        how = "adopted" if agent.is_adopted else "started"
-        say(f"the agent of node {agent.node} is {how} (pid {agent.pid})")
+        say(f"the agent of node {agent.node} {'was running' if agent.is_adopted else 'runs'} (pid {agent.pid})")
 
 
 def give_back(topology: Topology, say: Callable[[str], None], now: bool = False) -> None:
@@ -67,7 +66,7 @@ def _ask(request: Request, cluster: Cluster, within_s: float) -> Told:
     with tempfile.TemporaryFile() as noise:
         child = subprocess.Popen(
             program.part("pdctl.launchers"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise,
-            env={**os.environ, **_environment(cluster)}, cwd="/",
+            env={**os.environ, **_environment(cluster)},
         )  # fmt: skip
         try:
             out, _ = child.communicate(msgspec.json.encode(request), timeout=within_s)

@@ -7,6 +7,7 @@ fork by itself: a small program does (daemon_shim.py).
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ def start_daemon(argv: Sequence[str], env: Mapping[str, str], log: Path, group: 
     order = {"argv": list(argv), "env": dict(env), "log": str(log), "group": group, "killer": killer}
     try:
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         done = subprocess.run(
             [sys.executable, "-I", "-S", str(_SHIM)], input=json.dumps(order).encode(), capture_output=True,
             start_new_session=True, cwd="/", timeout=_WITHIN_S, check=False,
@@ -41,6 +43,7 @@ def start_daemon(argv: Sequence[str], env: Mapping[str, str], log: Path, group: 
     except (OSError, subprocess.TimeoutExpired) as failure:
         raise PdctlError(f"{argv[0]} cannot be started: {failure}") from failure
     if not done.stdout:
-        raise PdctlError(f"{argv[0]} cannot be started: {done.stderr.decode(errors='replace').strip()}")
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise PdctlError(f"{argv[0]} cannot be started: {said[-1] if said else f'exit code {done.returncode}'}")
     told = json.loads(done.stdout)
     return Daemon(told["pid"], tuple(told["notes"]))

@@ -15,7 +15,6 @@ _PARENT_S = 2.0
 def main() -> None:
     """Runs in a session of its own. The caller reads stdout until the command is executed, or nothing is."""
     order = json.load(sys.stdin)
-    # Before the fork: what fails here is told on stderr.
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     first = os.getpid()
     if os.fork():

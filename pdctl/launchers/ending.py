@@ -14,7 +14,7 @@ from pdctl.errors import PdctlError
 from pdctl.host.processes.presence import left_running, supervisor_of
 from pdctl.host.users import run_root
 from pdctl.launchers.node import control_group, file_of
-from pdctl.supervisor.process.tree import SweptTree, end_tree
+from pdctl.supervisor.process.tree import SweptTree, end_tree, kill_quietly
 from pdctl.wire import UNIT_ENV
 
 # An agent drains its engines' streams first. With `now` it has less time, then it is killed with all below it. Seconds.
@@ -26,8 +26,10 @@ def end_agent(service: str, now: bool) -> bool:
     """Returns whether there was anything to end. Raises PdctlError."""
     run_dir = run_root() / service
     was_there = _end_supervisor(run_dir, now)
-    if left_running(run_dir):
+    if found := left_running(run_dir):
         was_there = True
+        for pid in found:
+            kill_quietly(pid, signal.SIGTERM)
         if left := asyncio.run(end_tree(SweptTree(f"{UNIT_ENV}={run_dir}:"), _TERM_S, _KILL_S)):
             raise PdctlError(f"pids {left} did not exit after SIGKILL")
     shutil.rmtree(run_dir, ignore_errors=True)

@@ -12,7 +12,7 @@ import tomli
 from pdctl.errors import PdctlError
 from pdctl.launchers.launcher import Wanted
 from pdctl.plan.cluster import wishes_of
-from pdctl.plan.placement import Room, Wish, assign, check_spare
+from pdctl.plan.placement import Room, Wish, assign, check_spare, fit
 from pdctl.topology.spec import Cluster, Topology
 from pdctl.topology.toml_lines import key_lines
 
@@ -84,8 +84,11 @@ def bundles_of(offers: Sequence[Offer], wanted: Wanted) -> list[Bundle]:
     """
     rooms = {offer.node: Room(offer.gpus[0]) for offer in offers}
     places = assign(wanted.engines, rooms, {})
-    gpus = _gpus(wanted.engines, places)
     check_spare(wanted.engines, rooms, places, wanted.spare)
+    gpus = _gpus(wanted.engines, places)
+    if fit(wanted.engines, {node: Room(count) for node, count in gpus.items()}, {}).failures:
+        # The coordinator places engines on what is reserved in its own order. It finds this one in all that is free.
+        gpus = Counter({node: rooms[node].gpus for node in gpus})
     if wanted.spare:
         on_gpus = any(wish.gpus for wish in wanted.engines)
         may = [o for o in offers if any(wish.may_run_on(o.node) for wish in wanted.engines)]
