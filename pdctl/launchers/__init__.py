@@ -25,12 +25,12 @@ _START_S, _END_S = 180.0, 3600.0
 _LAST_LINES = 8
 
 
-def start(topology: Topology, say: Callable[[str], None]) -> None:
-    """Get agents onto the nodes that a cluster's topology needs, and wait until they run. Nothing to do if nobody was
-    asked to. Raises PdctlError."""
+def start(topology: Topology, say: Callable[[str], None]) -> list[str]:
+    """Get agents onto the nodes that a cluster's topology needs, and wait until they run. Returns the nodes; none if
+    the topology names no launcher. Raises PdctlError."""
     cluster = topology.cluster
     if cluster is None or cluster.launcher == "none":
-        return
+        return []
     from pdctl.launchers.messages import Request
     from pdctl.launchers.reservation import wanted_of
 
@@ -41,20 +41,22 @@ def start(topology: Topology, say: Callable[[str], None]) -> None:
         say(note)
     for agent in told.agents:
         say(f"the agent of node {agent.node} {'was running' if agent.is_adopted else 'runs'} (pid {agent.pid})")
+    return [agent.node for agent in told.agents]
 
 
-def give_back(topology: Topology, say: Callable[[str], None], now: bool = False) -> None:
-    """End the agents of a cluster, and return what was reserved for them. Nothing to do if nobody was asked to. Raises
-    PdctlError."""
+def give_back(topology: Topology, say: Callable[[str], None], now: bool = False) -> bool:
+    """End the agents of a cluster, and return what was reserved for them. Returns whether the topology names a
+    launcher, whose agents they are. Raises PdctlError."""
     cluster = topology.cluster
     if cluster is None or cluster.launcher == "none":
-        return
+        return False
     from pdctl.launchers.messages import Request
 
     request = Request("give_back", cluster.launcher, cluster.ray_address, service=topology.service.name, now=now)
     told = _ask(request, cluster, _END_S)
     if told.ended:
         say(f"agents ended on: {', '.join(told.ended)}")
+    return True
 
 
 def _ask(request: Request, cluster: Cluster, within_s: float) -> Told:
