@@ -104,6 +104,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "elastic": "the `[elastic]` table, see [its keys](reference/topology.md#elastic)",
         "dashboard": "the `[dashboard]` table, see [its keys](reference/topology.md#dashboard)",
         "node": "of a cluster, the node that runs this plan; else empty",
+        "certificates": "of a cluster, the folder with this node's certificates; else empty",
     },
     ProcessSpec: {
         "name": "such as `prefill-0`",

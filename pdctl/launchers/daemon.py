@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdctl.errors import PdctlError
+from pdctl.host import program
 
 _SHIM = Path(__file__).with_name("daemon_shim.py")
 _WITHIN_S = 20.0
@@ -37,7 +37,7 @@ def start_daemon(argv: Sequence[str], env: Mapping[str, str], log: Path, group: 
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         done = subprocess.run(
-            [sys.executable, "-I", "-S", str(_SHIM)], input=json.dumps(order).encode(), capture_output=True,
+            [program.executable(), "-I", "-S", str(_SHIM)], input=json.dumps(order).encode(), capture_output=True,
             start_new_session=True, cwd="/", timeout=_WITHIN_S, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as failure:
