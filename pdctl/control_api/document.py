@@ -131,6 +131,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "switches": "whether its role can change while it runs",
         "planned_role": "its role in the topology, if it has another one now, else empty",
         "role_epoch": "counts the changes of its role",
+        "tls": "of a cluster: its ports want certificates",
     },
     Probe: {
         "ready": "readiness probe: `tcp:HOST:PORT`, `http://...`, `log:PATTERN`, or empty if ready at once",
