@@ -89,7 +89,15 @@ def _foreground(found: _Found, node: str, allow_commands: bool) -> None:
     try:
         asyncio.run(_run(settings))
     except* PdctlError as failures:
-        raise failures.exceptions[0] from None
+        raise _first(failures) from None
+
+
+def _first(failures: ExceptionGroup[PdctlError]) -> Exception:
+    """The first failure, of groups within groups."""
+    found: Exception = failures
+    while isinstance(found, ExceptionGroup):
+        found = found.exceptions[0]
+    return found
 
 
 async def _run(settings: AgentSettings) -> None:
