@@ -40,7 +40,7 @@ _NAMESPACE = "pdctl"
 # Of a node's own resource, which only names it.
 _NAMED = 0.001
 # Seconds: for Ray to reserve, an actor to answer or to let go, an agent to end, Ray to forget.
-_RESERVE_S, _ANSWER_S, _RELEASE_S, _END_S, _FORGET_S = 20.0, 5.0, 5.0, 700.0, 10.0
+_RESERVE_S, _ANSWER_S, _RELEASE_S, _END_S, _FORGET_S = 20.0, 5.0, 10.0, 700.0, 10.0
 _POLL_S = 0.05
 
 
@@ -53,7 +53,7 @@ class _Watcher(Protocol):
 
     launch: _Method
     standing: _Method
-    release: _Method
+    end: _Method
 
 
 class Watcher:
@@ -61,7 +61,9 @@ class Watcher:
 
     def __init__(self, launch: bytes) -> None:
         self._launch = launch
-        self._keeper = keeper_of(msgspec.json.decode(launch, type=Launch), int(os.environ["RAY_RAYLET_PID"]))
+        decoded = msgspec.json.decode(launch, type=Launch)
+        self._service = decoded.service
+        self._keeper = keeper_of(decoded, int(os.environ["RAY_RAYLET_PID"]))
         self._keeper.begin()
 
     def launch(self) -> bytes:
@@ -72,9 +74,11 @@ class Watcher:
         """How the agent is: a Standing as JSON."""
         return msgspec.json.encode(self._keeper.standing)
 
-    def release(self) -> bool:
-        """Leave the agent alone from now on. Returns whether that was reached."""
-        return self._keeper.release(_RELEASE_S)
+    def end(self, now: bool) -> bool:
+        """End the agent, and do not start it again. Returns whether there was one."""
+        if not self._keeper.release(_RELEASE_S):
+            raise PdctlError("its watcher is in the middle of a start")
+        return end_agent(self._service, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,29 +139,22 @@ class RayLauncher:
         """See Launcher. Of nodes that Ray has lost nothing is said."""
         there = {node.name for node in _nodes()}
         watchers = {node: watcher for node, watcher in _watchers(service).items() if node in there}
-        asked = {node: watcher.standing.remote() for node, watcher in watchers.items()}
-        if asked:
-            ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
-        return [_standing(node, answer) for node, answer in asked.items()]
+        told = _standings(watchers)
+        return [told.get(node) or Standing(node, STARTING, reason="its watcher does not answer") for node in watchers]
 
     def give_back(self, service: str, now: bool) -> list[str]:
         """See Launcher."""
-        released = [watcher.release.remote() for watcher in _watchers(service).values()]
-        if released:
-            ray.wait(released, num_returns=len(released), timeout=2 * _RELEASE_S)
+        watchers, nodes = _watchers(service), _nodes()
+        told = _standings({node.name: watchers[node.name] for node in nodes if node.name in watchers})
+        ended, _ = _answers({node: watchers[node].end.remote(now) for node in told})
         _forget(service)
-        # Also where no watcher is left: Ray forgets everything when its head starts anew, and agents go on.
-        ends = {node.name: _on(node).remote(service, now) for node in _nodes()}
-        ended, failures = [], []
-        for node, end in ends.items():
-            try:
-                if ray.get(end, timeout=_END_S):
-                    ended.append(node)
-            except RayError as failure:
-                failures.append(f"{node}: {_cause(failure)}")
+        # Also where no watcher is: Ray forgets everything when its head starts anew, and agents go on.
+        more, failures = _answers({n.name: _on(n).remote(service, now) for n in nodes if n.name not in ended})
+        failures |= dict.fromkeys(watchers.keys() - {node.name for node in nodes}, "Ray has lost the node")
         if failures:
-            raise PdctlError(f"agents may run on: {'; '.join(failures)}", "call pdctl down again")
-        return ended
+            listed = "; ".join(f"{node}: {why}" for node, why in failures.items())
+            raise PdctlError(f"agents may run on {listed}", "call pdctl down again when that has changed")
+        return [node for node, was_there in (ended | more).items() if was_there]
 
 
 # -- nodes -------------------------------------------------------------------------------------------------
@@ -262,11 +259,27 @@ def _watchers(service: str) -> dict[str, _Watcher]:
     return found
 
 
-def _standing(node: str, answer: object) -> Standing:
-    try:
-        return msgspec.json.decode(ray.get(answer, timeout=0), type=Standing)
-    except RayError:
-        return Standing(node, STARTING, reason="its watcher does not answer")
+def _answers(asked: Mapping[str, object]) -> tuple[dict[str, bool], dict[str, str]]:
+    """What nodes say of an end, and why others do not."""
+    answers, failures = {}, {}
+    for node, answer in asked.items():
+        try:
+            answers[node] = bool(ray.get(answer, timeout=_END_S))
+        except RayError as failure:
+            failures[node] = _cause(failure)
+    return answers, failures
+
+
+def _standings(watchers: Mapping[str, _Watcher]) -> dict[str, Standing]:
+    """How the agents are, of those whose watchers answer."""
+    asked = {node: watcher.standing.remote() for node, watcher in watchers.items()}
+    if asked:
+        ray.wait([*asked.values()], num_returns=len(asked), timeout=_ANSWER_S)
+    found = {}
+    for node, answer in asked.items():
+        with contextlib.suppress(RayError):
+            found[node] = msgspec.json.decode(ray.get(answer, timeout=0), type=Standing)
+    return found
 
 
 # -- small things ------------------------------------------------------------------------------------------
