@@ -58,7 +58,7 @@ def test_now_does_not_wait_for_streams(run_dir: Path) -> None:
 
 
 def test_what_ignores_signals_is_killed(run_dir: Path) -> None:
-    deaf = HOLDER.replace("time.sleep", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep")
+    deaf = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{HOLDER}"
     process = start(run_dir, deaf)
     os.kill(process.pid, signal.SIGSTOP)
     assert end_agent("x", now=True)

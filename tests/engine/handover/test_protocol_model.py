@@ -4,8 +4,8 @@ The environment is adversarial: messages are lost, repeated and late, the deadli
 are reused at any moment on either side, the prefill may be preempted while its first chunk is being read, a read may be
 given up while its bytes still arrive, and either engine may die and restart. A rumour may release the leases of a
 holder that lives, at any moment, as when a cluster believes that its node is lost. Checked: no state decodes KV that
-was overwritten, or not yet computed, when it was read; no late write hits another request's blocks; and from every state
-the blocks of both sides can still be freed."""
+was overwritten, or not yet computed, when it was read; no late write hits another request's blocks; and from every
+state the blocks of both sides can still be freed."""
 
 from __future__ import annotations
 
