@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pdctl.launchers.messages import Request, Told
     from pdctl.topology.spec import Cluster, Topology
 
-KINDS = {"ray": "pdctl.launchers.ray"}
+KINDS = {"ray": "pdctl.launchers.ray", "ssh": "pdctl.launchers.ssh"}
 # Longer than all deadlines inside. An end includes the streams that are drained.
 _START_S, _END_S = 180.0, 3600.0
 _LAST_LINES = 8
@@ -35,7 +35,7 @@ def start(topology: Topology, say: Callable[[str], None]) -> list[str]:
     from pdctl.launchers.reservation import wanted_of
 
     say(f"asking {cluster.launcher} for agents")
-    request = Request("start", cluster.launcher, cluster.ray_address, wanted=wanted_of(topology))
+    request = Request("start", cluster.launcher, _address_of(cluster), wanted=wanted_of(topology))
     told = _ask(request, cluster, _START_S)
     for note in told.notes:
         say(note)
@@ -52,7 +52,7 @@ def give_back(topology: Topology, say: Callable[[str], None], now: bool = False)
         return False
     from pdctl.launchers.messages import Request
 
-    request = Request("give_back", cluster.launcher, cluster.ray_address, service=topology.service.name, now=now)
+    request = Request("give_back", cluster.launcher, _address_of(cluster), service=topology.service.name, now=now)
     told = _ask(request, cluster, _END_S)
     if told.ended:
         say(f"agents ended on: {', '.join(told.ended)}")
@@ -85,6 +85,11 @@ def _ask(request: Request, cluster: Cluster, within_s: float) -> Told:
     if told.error:
         raise PdctlError(told.error, told.hint or None)
     return told
+
+
+def _address_of(cluster: Cluster) -> str:
+    """What the launcher connects to."""
+    return ",".join(cluster.ssh_nodes) if cluster.launcher == "ssh" else cluster.ray_address
 
 
 def _environment(cluster: Cluster) -> dict[str, str]:

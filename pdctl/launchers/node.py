@@ -58,16 +58,22 @@ def control_group(service: str) -> Path | None:
     return None
 
 
-def _start(launch: Launch, log: Path, host_process: int) -> Daemon:
-    """Raises PdctlError."""
-    file = file_of(launch.service)
+def write_file(service: str, text: str) -> Path:
+    """Keep the topology file of an agent. Raises PdctlError."""
+    file = file_of(service)
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         scratch = file.with_suffix(".tmp")
-        scratch.write_text(launch.file)
+        scratch.write_text(text)
         scratch.replace(file)
     except OSError as failure:
         raise PdctlError(f"{file} cannot be written: {failure.strerror}") from failure
+    return file
+
+
+def _start(launch: Launch, log: Path, host_process: int) -> Daemon:
+    """Raises PdctlError."""
+    file = write_file(launch.service, launch.file)
     words = ["agent", "-f", str(file), "--node", launch.node]
     argv = program.pdctl(*words, *(["--allow-commands"] if launch.allow_commands else []))
     gpus = read_gpus()

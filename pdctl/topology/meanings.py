@@ -122,7 +122,10 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "certificates": Meaning("folder with this node's certificate: [security](../cluster.md#security)", "none"),
         "etcd_user": Meaning("user of etcd's own access control", "none"),
         "etcd_password_file": Meaning("file with that user's password", "none"),
-        "launcher": Meaning("who starts `pdctl agent` on the nodes: `none`: systemd or you; `ray`: Ray"),
+        "launcher": Meaning(
+            "who starts `pdctl agent` on the nodes: `none`: systemd or you; `ray`: Ray; `ssh`: `pdctl up`, by ssh"
+        ),
+        "ssh_nodes": Meaning("hosts on which ssh starts agents, as ssh knows them; they name the nodes", "none"),
         "agent_port": Meaning("port on which agents answer each other"),
         "ttl_s": Meaning("a node that is silent for so many seconds is unknown, and its engines are asked directly"),
         "node_lost_s": Meaning("the engines of such a node are placed on other nodes after so many seconds"),

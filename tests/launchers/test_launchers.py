@@ -78,7 +78,8 @@ def test_without_ray_both_say_how_to_get_it(tmp_path: Path) -> None:
 
 def test_nothing_is_asked_of_nobody(tmp_path: Path) -> None:
     alone = TEXT[: TEXT.index("[cluster]")] + TEXT[TEXT.index("[[engines") :].replace('nodes = ["a", "b"]', "")
-    for text in (TEXT.replace('launcher = "ray"', ""), alone):
+    nobody = TEXT.replace('launcher = "ray"', "").replace('ray_token_file = "~/ray.token"', "")
+    for text in (nobody, alone):
         topology = load_cluster_text(text, str(tmp_path / "t.toml"))
         said: list[str] = []
         launchers.start(topology, said.append)
