@@ -7,6 +7,7 @@ Certificates have no common name: etcd refuses those that have one in calls of i
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -167,13 +168,21 @@ def _asked(request: bytes) -> CertificatePublicKeyTypes:
     return key
 
 
+def checked_addresses(addresses: Iterable[str]) -> tuple[str, ...]:
+    """IP addresses of one machine. Raises PdctlError for others."""
+    found = tuple(addresses)
+    for address in found:
+        try:
+            is_one = not ipaddress.ip_address(address).is_unspecified
+        except ValueError:
+            is_one = False
+        if not is_one:
+            raise PdctlError(f"{address} is not the address of a machine", "nodes call each other as 10.0.0.2")
+    return found
+
+
 def _ips(addresses: tuple[str, ...]) -> list[x509.GeneralName]:
-    try:
-        return [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
-    except ValueError as failure:
-        raise PdctlError(
-            f"not an IP address: {failure}", "nodes call each other by address, such as 10.0.0.2"
-        ) from None
+    return [x509.IPAddress(ipaddress.ip_address(address)) for address in checked_addresses(addresses)]
 
 
 def _begun(

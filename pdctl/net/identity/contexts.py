@@ -109,7 +109,7 @@ class Identity:
         # Without tickets every connection is checked anew, also one that begins after a certificate has ended.
         server.num_tickets = 0
         shown = _shown_to_itself(self.folder, server, client)
-        server.sni_callback, server.sslobject_class = self._at_hello, _TellsWhy
+        server.sni_callback, server.sslobject_class = self._at_hello, TellsWhy
         who = who_in(shown)
         if who is None:
             message = f"the certificate in {self.folder} does not name one node as spiffe://SERVICE/node/NAME"
@@ -123,7 +123,7 @@ class Identity:
             connection.context = now
 
 
-class _TellsWhy(ssl.SSLObject):
+class TellsWhy(ssl.SSLObject):
     """The server's end of a connection. asyncio and uvloop close one whose handshake fails without sending the alert
     that tells the client why; so the failure is raised only at the next call, when the alert has been sent. A client
     that stays is closed when the time for the handshake is over."""
