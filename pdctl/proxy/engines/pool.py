@@ -77,12 +77,13 @@ class EnginePool(Fleet):
         """
         known = {engine.address.identity: engine for engine in self.engines}
         wanted = [known.get(address.identity) or Engine.of(address, self._secret, self._tls) for address in addresses]
-        for engine in [engine for engine in self.engines if engine not in wanted]:
+        for engine in set(self.engines) - set(wanted):
             self._drop(engine)
         self.use(wanted, predicts)
+        drains, moves = frozenset(draining), frozenset(moving)
         for engine, address in zip(wanted, addresses, strict=True):
             engine.follow(address)
-            engine.draining, engine.moving = engine.name in draining, engine.name in moving
+            engine.draining, engine.moving = engine.name in drains, engine.name in moves
             lost = frozenset((unlinked or {}).get(engine.name, ()))
             for source in lost - engine.unlinked:
                 engine.cut_waiting(source)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from itertools import count
 from typing import TypeVar
 
 import msgspec
@@ -51,12 +52,13 @@ class Slots:
 
     def of(self, names: Iterable[str]) -> dict[str, int]:
         """The number of each name. Numbers of all other names become free."""
-        wanted = list(names)
+        wanted = dict.fromkeys(names)
         self._taken = {name: slot for name, slot in self._taken.items() if name in wanted}
+        used = set(self._taken.values())
+        free = (number for number in count() if number not in used)
         for name in wanted:
             if name not in self._taken:
-                used = set(self._taken.values())
-                self._taken[name] = next(number for number in range(len(wanted) + 1) if number not in used)
+                self._taken[name] = next(free)
         return self._taken
 
 
