@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Never, Protocol, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
+from starlette.routing import Route
 
 from pdctl.control_api import (
     ExitReport,
@@ -77,7 +78,7 @@ class Publishing(Protocol):
 
 class ClusterControl:
     """`local`: this node's part; `own`: this node's agent; `others`: agents of other nodes that are registered, or
-    were; `facts`: what the registry told last."""
+    were; `facts`: what the registry told last; `more`: further calls."""
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class ClusterControl:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.local = local
+        self.more: Sequence[Route] = ()
         self._here = OneMachine(local)
         self.agents = Agents(others, secret, tls)
         self._own = own
