@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 
 from pdctl import console
 from pdctl.commands.common import FILE_ENV, JsonOption, given_options, topology_file
+from pdctl.commands.inspect import transfers
 from pdctl.doctor import Area
 from pdctl.errors import PdctlError, Verdict
 from pdctl.transports import TRANSPORTS
@@ -38,6 +38,7 @@ class Protocol(StrEnum):
     RDMA = "rdma"
 
 
+_CLUSTER = "Several machines"
 _MODES = "Print something else instead of findings"
 
 
@@ -80,6 +81,19 @@ _OnlyOption = typer.Option(
 )
 
 
+_AllNodesOption = typer.Option(
+    False, "--all-nodes", help="In a cluster: check every node, and compare them.", rich_help_panel=_CLUSTER
+)
+_BetweenOption = typer.Option(
+    ("", ""),
+    "--between",
+    metavar="NODE NODE",
+    show_default=False,
+    help="Area transfer, in a cluster: move bytes from the first node to the second.",
+    rich_help_panel=_CLUSTER,
+)
+
+
 def doctor(
     context: typer.Context,
     words: list[str] = _WordsArgument,
@@ -99,6 +113,8 @@ def doctor(
     only: str = _OnlyOption,
     protocol: Protocol = typer.Option(Protocol.AUTO, "--protocol", help="Area transfer: network protocol to use."),
     mib: int = typer.Option(64, "--mib", min=1, max=16384, help="Area transfer: size of the transfer in MiB."),
+    all_nodes: bool = _AllNodesOption,
+    between: tuple[str, str] = _BetweenOption,
 ) -> None:
     """Check this machine. Exit codes: 0 ok, 1 warning, 2 critical, 3 unknown. The area transfer moves bytes over each
     transport and times it; it runs only when named."""
@@ -109,6 +125,12 @@ def doctor(
         _ibstatus(port, sysfs_root)
     if listed:
         return _list(as_json)
+    if all_nodes or between[0]:
+        from pdctl.commands.cluster import examine
+
+        if all_nodes:
+            return examine.all_nodes(against, as_json)
+        return examine.between(against, between, only, protocol.value, mib, as_json)
     inspection = _inspect(against, sysfs_root, kmsg)
     if devinfo:
         return _devinfo(inspection, port)
@@ -147,10 +169,14 @@ _HEEDED = {
     "matrix": {"against", "sysfs_root"},
     "listed": {"as_json"},
     "watch": {"against", "sysfs_root", "interval", "count", "as_json"},
+    "all_nodes": {"against", "as_json"},
+    "between": {"against", "as_json", "only", "protocol", "mib"},
     "transfer": {"only", "protocol", "mib"},
     "": {"against", "as_json", "bundle", "kmsg", "sysfs_root"},
 }
-_CHOICES = ("ibstatus", "devinfo", "matrix", "listed", "watch")
+# The area that may be named beside a mode; RDMA for the others.
+_AREA_OF = {"between": Area.TRANSFER, "all_nodes": None}
+_CHOICES = ("ibstatus", "devinfo", "matrix", "listed", "watch", "all_nodes", "between")
 
 
 def _refuse_what_would_be_ignored(given: dict[str, str], areas: list[Area]) -> None:
@@ -176,7 +202,8 @@ def _refuse_what_would_be_ignored(given: dict[str, str], areas: list[Area]) -> N
         raise PdctlError(
             f"{ignored[0]} does nothing {where}", f"use it {' or '.join(hints)}" if hints else "leave it out"
         )
-    if mode and (others := [area for area in areas if area is not Area.RDMA]):
+    of_mode = _AREA_OF.get(mode, Area.RDMA)
+    if mode and (others := [area for area in areas if area is not of_mode]):
         raise PdctlError(f"{given[mode]} does not check {others[0].value}", f"use: pdctl doctor {given[mode]}")
 
 
@@ -219,8 +246,8 @@ def _tell(found: list[Finding] | None, moved: list[Result] | None, as_json: bool
         console.out(json.dumps(document, indent=2))
     if moved is not None:
         if not as_json:
-            console.out(_table(moved))
-        _advise(moved)
+            console.out(transfers.table(moved))
+        transfers.advise(moved)
     if found is not None and not as_json:
         console.out(text(found))
         console.note(summary(found))
@@ -334,39 +361,3 @@ def _transfer(inspection: Inspection, only: str, protocol: Protocol, mib: int) -
         console.note(f"{probe.transport}{where}: moving {mib} MiB between two processes ...")
         found.append(transfer.run(probe, inspection.tree))
     return found
-
-
-def _table(found: list[Result]) -> str:
-    header = ["TRANSPORT", "PAIR", "OVER", "BYTES", "GB/S", "OF A COPY", "OF THE LINK", "64K BLOCKS", "GB/S",
-    "OF A COPY",
-              "64 BYTES"]  # fmt: skip
-    return console.table(header, [_row(entry) for entry in found], {"RIGHT": "green", "WRONG": "red"})
-
-
-def _row(entry: Result) -> list[str]:
-    names = [entry["transport"], entry["pair"] or "-"]
-    if "error" in entry:
-        return [*names, "-", "not available", *["-"] * 7]
-    return [
-        *names,
-        entry["protocol"],
-        "RIGHT" if entry["bytes_right"] else "WRONG",
-        f"{entry['gbps']:.2f}",
-        f"{entry['of_copy']:.0%}",
-        "-" if entry["of_link"] is None else f"{entry['of_link']:.0%}",
-        str(entry["blocks"]),
-        f"{entry['blocks_gbps']:.2f}",
-        f"{entry['blocks_of_copy']:.0%}",
-        f"{entry['latency_us']:.0f} us",
-    ]
-
-
-def _advise(found: list[Result]) -> None:
-    for entry in found:
-        if "error" in entry:
-            console.note(f"{entry['transport']}: {entry['error']}")
-            for line in entry.get("said", "").splitlines():
-                console.note(f"    {line}")
-        elif entry["fallback"]:
-            mark = console.paint("FALLBACK", "red", sys.stderr)
-            console.note(f"{entry['transport']}: {mark} to {entry['protocol']}: {entry['fallback']}")

@@ -13,6 +13,12 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from pdctl.control_api.cluster_messages import PublishedTopology, TopologyOrder
+from pdctl.control_api.examination_messages import (
+    ClusterExamination,
+    ExamineOrder,
+    TransferOrder,
+    TransferResult,
+)
 from pdctl.control_api.messages import (
     HEARTBEAT_S,
     DashboardOrder,
@@ -46,6 +52,8 @@ _TOPOLOGY = "/v1/cluster/topology"
 _CALL_S = 10.0
 # The same for a change of a cluster's topology, about which every node is asked.
 _PUBLISH_S = 30.0
+# For an inspection of all nodes, and for a transfer between two of them.
+_EXAMINE_S, _TRANSFER_S = 75.0, 200.0
 # Within _SOCKET_S seconds, a supervisor that starts has a socket, and one whose socket was removed has it again.
 _SOCKET_S, _LOOK_S = 5.0, 0.05
 # An event stream that is silent for longer counts as dead, seconds.
@@ -156,6 +164,14 @@ class ControlClient:
     def withdraw(self) -> None:
         """Let the cluster run nothing, without waiting for that."""
         self._do(_TOPOLOGY, method="DELETE")
+
+    def examine(self, order: ExamineOrder) -> ClusterExamination:
+        """Let every node of the cluster inspect itself."""
+        return self._ask("POST", "/v1/doctor", ClusterExamination, msgspec.json.encode(order), _EXAMINE_S)
+
+    def transfer(self, order: TransferOrder) -> TransferResult:
+        """Let one node of the cluster read from another, and time that."""
+        return self._ask("POST", "/v1/doctor/transfer", TransferResult, msgspec.json.encode(order), _TRANSFER_S)
 
     def stop(self) -> None:
         """Stop the service. A second call kills the remaining processes."""

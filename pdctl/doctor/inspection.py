@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +27,8 @@ from pdctl.host.processes.presence import supervisor_of
 from pdctl.host.processes.stamps import stamped
 from pdctl.host.users import run_root
 from pdctl.plan import Plan, ProcessSpec, Share, make_plan
-from pdctl.topology.loader import check_part, load_file, load_imagined
-from pdctl.topology.spec import Device, EngineGroup, Expect, Topology
+from pdctl.topology.loader import check_part, load_cluster_text, load_file, load_imagined
+from pdctl.topology.spec import Cluster, Device, EngineGroup, Expect, Topology
 from pdctl.wire import UNIT_ENV
 
 if TYPE_CHECKING:
@@ -73,31 +73,42 @@ class Inspection:
         if where.file is not None:
             self._load(where.file)
 
+    def use(self, text: str, source: str, cluster: Cluster) -> None:
+        """Inspect for a topology for several machines. `cluster`: what this machine's own file says of that."""
+        self._accept(source, lambda: self._load_part(replace(load_cluster_text(text, source), cluster=cluster)))
+
     def _load(self, file: Path) -> None:
+        with contextlib.suppress(ConfigError, PdctlError):
+            imagined = load_imagined(file)
+            if imagined.cluster is not None:
+                return self._accept(str(file), lambda: self._load_part(imagined))
+        return self._accept(str(file), lambda: self._load_whole(file))
+
+    def _accept(self, source: str, load: Callable[[], None]) -> None:
+        """Load a topology; the reasons why it is refused are findings."""
         from pdctl.doctor import Severity
         from pdctl.doctor.areas.topology import problems
 
         try:
-            with contextlib.suppress(ConfigError):
-                imagined = load_imagined(file)
-                self.whole = imagined if imagined.cluster is not None else None
-            if self.whole is not None:
-                self._load_part(self.whole)
-            else:
-                self.topology = load_file(file, self.host)
-                self.plan = make_plan(self.topology, self.host)
+            load()
         except ConfigError as failure:
             self.refusals = problems(failure.source, failure.problems)
             self._lacks_gpus = any("GPU" in found.message and "CPU" not in found.message for found in failure.problems)
         except PdctlError as failure:
             # The topology is valid but does not fit this machine.
             self.refusals = [
-                Finding("topology.invalid", Severity.CRITICAL, str(file), failure.message, fix=failure.hint or "")
+                Finding("topology.invalid", Severity.CRITICAL, source, failure.message, fix=failure.hint or "")
             ]
+
+    def _load_whole(self, file: Path) -> None:
+        """A topology for this machine alone. Raises ConfigError, PdctlError."""
+        self.topology = load_file(file, self.host)
+        self.plan = make_plan(self.topology, self.host)
 
     def _load_part(self, whole: Topology) -> None:
         """This machine's part of a topology for several. Raises ConfigError, PdctlError."""
         assert whole.cluster is not None
+        self.whole = whole
         address = address_of(whole.cluster.interface)
         self.host = replace(self.host, address=address)
         running = _engines_in(run_root() / whole.service.name)
@@ -324,9 +335,9 @@ class Inspection:
     def _cluster(self) -> Iterator[Finding]:
         from pdctl.doctor.areas.cluster import ClusterFacts, check
 
-        if self.whole is None or self.whole.cluster is None or self.plan is None:
+        if self.whole is None or self.whole.cluster is None:
             return
-        run_dir = Path(self.plan.run_dir)
+        run_dir = run_root() / self.whole.service.name
         agent = supervisor_of(run_dir)
         pids = [*our_processes(str(run_dir)), *([agent] if agent else [])]
         ours = {port: f"{spec.name} {purpose}" for spec in _planned(run_dir) for purpose, port in spec.ports.items()}

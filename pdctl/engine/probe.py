@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from pdctl.engine.cache.layout import Span
 from pdctl.engine.cache.memory import Memory, NoMemory
 from pdctl.engine.transfer import Settings, TransferError, Transport, transport_kind
 from pdctl.host import program
+from pdctl.net import LOOPBACK
 from pdctl.transports import TRANSPORTS
 
 _BLOCK = 64 * 1024
@@ -41,6 +42,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--serve", action="store_true", help="act as the peer: print an address and serve until stdin closes"
     )
+    parser.add_argument(
+        "--from-stdin", action="store_true", help="read from a peer on another host: its address is on stdin"
+    )
+    parser.add_argument("--host", default=LOOPBACK, help="this machine's address for peers")
     parser.add_argument("--cpus", type=_numbers, default=set(), help="CPUs of the reader; default: any")
     parser.add_argument("--peer-cpus", type=_numbers, default=set(), help="CPUs of the serving process")
     parser.add_argument("--devices", type=_names, default=(), help="RDMA devices")
@@ -51,12 +56,13 @@ def main(argv: list[str]) -> int:
     if options.cpus:
         os.sched_setaffinity(0, options.cpus)
     num_bytes = options.mib * 2**20
-    place = Place(options.transport, options.protocol, num_bytes, options.devices)
+    place = Place(options.transport, options.protocol, num_bytes, options.devices, options.host)
     if options.serve:
         return _serve(place)
     try:
         peer = replace(place, devices=options.peer_devices or place.devices)
-        found = probe(place, peer, options.peer_cpus, options.pieces)
+        opened = _told_peer() if options.from_stdin else scratch_peer(peer, options.peer_cpus)
+        found = probe(place, opened, options.pieces)
     except (TransferError, NoMemory) as failure:
         found = {"transport": options.transport, "error": str(failure)}
     sys.stdout.write(json.dumps(found) + "\n")
@@ -71,10 +77,11 @@ class Place:
     protocol: str
     num_bytes: int
     devices: tuple[str, ...] = ()
+    host: str = LOOPBACK
 
     def open(self, memory: Memory, epoch: str, serving: bool = True) -> Transport:
         """Open the transport. Raises TransferError if it cannot be used."""
-        settings = Settings(epoch, protocol=self.protocol, devices=self.devices, serving=serving)
+        settings = Settings(epoch, self.host, protocol=self.protocol, devices=self.devices, serving=serving)
         return transport_kind(self.transport).open_transport(memory, settings)
 
     def words(self) -> list[str]:
@@ -95,13 +102,14 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
-def probe(place: Place, peer: Place, peer_cpus: set[int], pieces: Sequence[int] = ()) -> dict[str, object]:
-    """Measure one transport between two locations. Raises TransferError if it cannot be used, NoMemory."""
+def probe(place: Place, opened: AbstractContextManager[str], pieces: Sequence[int] = ()) -> dict[str, object]:
+    """Measure one transport from a peer to here. `opened`: the peer's address while it serves. Raises TransferError if
+    it cannot be used, NoMemory."""
     name, num_bytes = place.transport, place.num_bytes
     epoch = f"probe-{os.getpid()}"
     memory = Memory(num_bytes, epoch)
     transport = place.open(memory, epoch, serving=False)
-    with scratch_peer(peer, peer_cpus) as address:
+    with opened as address:
         content = np.random.default_rng(_SEED).integers(0, 256, num_bytes, dtype=np.uint8)
 
         def read(spans: list[Span]) -> Callable[[], object]:
@@ -185,6 +193,12 @@ def _timed(act: Callable[[], object]) -> float:
     started = time.perf_counter()
     act()
     return time.perf_counter() - started
+
+
+@contextmanager
+def _told_peer() -> Iterator[str]:
+    """The address of a peer that somebody else has started."""
+    yield sys.stdin.readline().strip()
 
 
 @contextmanager

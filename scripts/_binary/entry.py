@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-PARTS = ("pdctl", "pdctl.proxy", "pdctl.supervisor", "pdctl.supervisor.process.spawn_shim")
+PARTS = ("pdctl", "pdctl.doctor", "pdctl.proxy", "pdctl.supervisor", "pdctl.supervisor.process.spawn_shim")
 
 
 def restore_library_path() -> None:

@@ -20,6 +20,7 @@ from pdctl.plan import Plan
 from pdctl.registry import Refused, Registry
 from pdctl.supervisor.agent.contact import Contact
 from pdctl.supervisor.agent.directory import Directory
+from pdctl.supervisor.agent.examiner import Examiner
 from pdctl.supervisor.agent.orders import Orders
 from pdctl.supervisor.agent.plans import Planner, engines_of, this_node
 from pdctl.supervisor.agent.publishing import Publisher
@@ -33,6 +34,7 @@ from pdctl.supervisor.cluster.presence import Presence
 from pdctl.supervisor.service.running import RunningService
 from pdctl.supervisor.surface.cluster.agents import AgentAddress
 from pdctl.supervisor.surface.cluster.control import ClusterControl
+from pdctl.supervisor.surface.cluster.examine import Examinations
 from pdctl.supervisor.surface.cluster.merge import ClusterFacts
 from pdctl.supervisor.surface.cluster.server import serve_agents
 from pdctl.supervisor.surface.controlled import Controlled
@@ -76,6 +78,7 @@ class Agent:
         planner = Planner(node, settings.address, cluster, settings.empty, settings.allow_commands, say)
         self._running: RunningService | None = None
         self._control: ClusterControl | None = None
+        self._examinations: Examinations | None = None
         self._registry = registry
         self.presence = Presence(registry, keys, self._entry(), cluster.ttl_s, self._engines, self._hears("presence"))
         self.neighbours = Neighbours(
@@ -108,10 +111,14 @@ class Agent:
         settings = self._settings
         own = AgentAddress(settings.node, settings.address, settings.cluster.agent_port, version=__version__)
         tls = self._identity.client_context if self._identity is not None else None
-        self._control = ClusterControl(
-            running, own, self.directory.others, self.secret, self._facts, self.publisher, tls
+        control = ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher, tls)
+        examiner = Examiner(
+            settings.node, settings.address, settings.cluster, settings.allow_commands, lambda: running.plan
         )
-        return self._control
+        self._examinations = Examinations(examiner, settings.node, control.agents)
+        control.more = self._examinations.routes()
+        self._control = control
+        return control
 
     async def run_forever(self, running: RunningService) -> Never:
         """Be a part of the cluster until cancelled."""
@@ -155,6 +162,7 @@ class Agent:
     async def _serve(self, running: RunningService, sharing: Sharing) -> Never:
         """Answer the agents of other nodes. Raises PdctlError if the address is taken."""
         settings = self._settings
+        assert self._examinations is not None, "the control API is made first"
         await serve_agents(
             settings.address,
             settings.cluster.agent_port,
@@ -163,6 +171,7 @@ class Agent:
             self.secret,
             self._identity,
             reports={SPENT_PATH: sharing.limits.report},
+            more=self._examinations.node_routes(),
         )
         raise AssertionError("it serves until it is cancelled")
 

@@ -54,6 +54,7 @@ class Api:
             Route("/v1/cluster/topology", self.publish, methods=["POST", "PUT"]),
             Route("/v1/cluster/topology", self.withdraw, methods=["DELETE"]),
             Route("/v1/stop", self.stop, methods=["POST"]),
+            *self._service.more,
         ]
 
     def node_routes(self) -> list[Route]:

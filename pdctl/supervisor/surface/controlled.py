@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Never, Protocol
+
+from starlette.routing import Route
 
 from pdctl.control_api import (
     DashboardOrder,
@@ -69,12 +72,14 @@ class LocalService(Protocol):
 class Controlled(Protocol):
     """A service as the control API sees it: what may wait for another machine is awaited.
 
-    `ask` and the like return why they are refused, or "". Every method may raise PdctlError, as a refusal; `log_part`
-    raises LookupError for a process without a log.
+    `more`: calls that only a cluster has. `ask` and the like return why they are refused, or "". Every method may raise
+    PdctlError, as a refusal; `log_part` raises LookupError for a process without a log.
     """
 
     @property
     def local(self) -> LocalService: ...
+    @property
+    def more(self) -> Sequence[Route]: ...
     def streams(self) -> Streams: ...
     async def status(self) -> ServiceStatus: ...
     async def fresh_status(self) -> MeasuredStatus: ...
@@ -95,6 +100,8 @@ class Controlled(Protocol):
 
 class OneMachine:
     """A service that runs on this machine alone; or of a cluster, only what this node runs."""
+
+    more: Sequence[Route] = ()
 
     def __init__(self, local: LocalService) -> None:
         self.local = local

@@ -63,10 +63,12 @@ class AgentClient:
         """GET a message."""
         return await self._call("GET", path, kind, b"", within_s)
 
-    async def post(self, path: str, message: msgspec.Struct | None, kind: type[Answer]) -> Answer:
+    async def post(
+        self, path: str, message: msgspec.Struct | None, kind: type[Answer], within_s: float = CALL_S
+    ) -> Answer:
         """POST a message, or nothing."""
         body = b"" if message is None else msgspec.json.encode(message)
-        return await self._call("POST", path, kind, body, CALL_S)
+        return await self._call("POST", path, kind, body, within_s)
 
     async def act(self, name: str, verb: Verb, drain: bool) -> str:
         """Execute a verb on a process of its node. Returns why it is refused, or ""."""

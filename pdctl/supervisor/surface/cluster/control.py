@@ -8,6 +8,7 @@ from typing import Never, Protocol, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
+from starlette.routing import Route
 
 from pdctl.control_api import (
     ExitReport,
@@ -75,7 +76,7 @@ class Publishing(Protocol):
 
 class ClusterControl:
     """`local`: this node's part; `own`: this node's agent; `others`: agents of other nodes that are registered, or
-    were; `facts`: what the registry told last."""
+    were; `facts`: what the registry told last; `more`: further calls."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class ClusterControl:
         tls: ContextFactory | None = None,
     ) -> None:
         self.local = local
+        self.more: Sequence[Route] = ()
         self._here = OneMachine(local)
         self.agents = Agents(others, secret, tls)
         self._own = own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Never
 
 import msgspec
@@ -44,9 +44,10 @@ async def serve_agents(
     secret: str,
     identity: Identity | None = None,
     reports: Mapping[str, Callable[[], msgspec.Struct]] | None = None,
+    more: Sequence[Route] = (),
 ) -> Never:
     """Answer other agents until cancelled. `identity`: of a cluster with certificates; `reports`: what else a GET of a
-    path returns. Raises PdctlError if the address cannot be used."""
+    path returns; `more`: further calls. Raises PdctlError if the address cannot be used."""
     try:
         listener = listen_tcp(host, port)
     except OSError as failure:
@@ -54,7 +55,7 @@ async def serve_agents(
         raise PdctlError(told, "change cluster.agent_port, the same on all nodes, or end what uses the port") from None
     listener.setblocking(False)
     streams = EventStreams(service.journal, marks=True)
-    app = guarded(_application(service, publishing, streams, reports or {}), secret)
+    app = guarded(_application(service, publishing, streams, reports or {}, more), secret)
     server = Server(_config(app if identity is None else NodesOnly(app, identity.who.service), identity))
     try:
         await server.serve(sockets=[listener])
@@ -93,10 +94,11 @@ def _application(
     publishing: Publishing,
     streams: EventStreams,
     reports: Mapping[str, Callable[[], msgspec.Struct]],
+    more: Sequence[Route],
 ) -> Starlette:
     api = Api(OneMachine(service), streams)
     routes = [*api.node_routes(), Route("/v1/cluster/changes", _changes(publishing), methods=["POST"])]
-    routes += [Route(path, _report(report)) for path, report in reports.items()]
+    routes += [*(Route(path, _report(report)) for path, report in reports.items()), *more]
     return Starlette(routes=routes, exception_handlers={PdctlError: refusal})
 
 

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
+from starlette.routing import Route
 
 from pdctl.control_api import (
     DashboardOrder,
@@ -198,6 +199,8 @@ class Cluster:
         self.published = Published(tuple(self.parts))
         self.control = ClusterControl(here, here.agent, lambda: self.known, secret, lambda: self.facts, self.published)
         self.serving: dict[str, asyncio.Task[None]] = {}
+        # Further calls that a node's agent answers.
+        self.more: dict[str, list[Route]] = {}
 
     async def end(self, node: str) -> None:
         """The agent of a node ends."""
@@ -221,7 +224,9 @@ async def start_agent(found: Cluster, part: Part) -> None:
     """Serve a node's agent, from now on."""
 
     async def serve() -> None:
-        await serve_agents(part.agent.host, part.agent.port, part, found.published, SECRET)
+        await serve_agents(
+            part.agent.host, part.agent.port, part, found.published, SECRET, more=found.more.get(part.node, ())
+        )
 
     found.serving[part.node] = asyncio.create_task(serve())
     # Its first step is to listen.
