@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 from pdctl.control_api import RegistryStatus
 from pdctl.supervisor.rundir.journal import EVENTS
 from pdctl.supervisor.surface.cluster.merge import ClusterFacts
-from tests.commands.cluster.served import Served, served
+from tests.commands.cluster.served import SERVICE, Served, served
 from tests.supervisor.surface.cluster.nodes import exit_of
 
 
@@ -156,3 +159,24 @@ def test_nobody_is_asked_without_a_proxy(found: Served) -> None:
     assert "no node of the cluster runs a proxy" in found.run("ask", "hello").error
     found.a.processes = (msgspec.structs.replace(found.a.processes[0], name="proxy", role="proxy"),)
     assert "http://127.0.0.20:8000 was cut off" in found.run("ask", "hello").error
+
+
+def test_followed_events_go_on_after_the_agent_was_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(tmp_path, monkeypatch) as found:
+        argv = [sys.executable, "-m", "pdctl", "events", "-f", "-s", SERVICE]
+        followed = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert followed.stdout is not None
+        assert followed.stderr is not None
+        for number in range(3):
+            found.b.journal.say("decode-0", str(number))
+            assert json.loads(followed.stdout.readline())["message"] == str(number)
+    assert "waiting for it" in followed.stderr.readline()
+    found.b.journal.say("decode-0", "3")
+    with served(tmp_path, monkeypatch) as found:
+        found.b.journal.say("decode-0", "4")
+        assert [json.loads(followed.stdout.readline())["message"] for _ in range(2)] == ["3", "4"]
+        followed.send_signal(signal.SIGINT)
+        assert followed.communicate(timeout=60)[0] == "", "nothing twice"
+    assert followed.returncode == 0
