@@ -39,9 +39,9 @@ class Node:
         assert not check or done.returncode == 0, f"pdctl {' '.join(words)} on {self.name}: {done.stderr}{done.stdout}"
         return done
 
-    def start(self, *words: str, log: str = "pdctl.log") -> Program:
+    def start(self, *words: str, log: str = "pdctl.log", env: dict[str, str] | None = None) -> Program:
         """Start a command of pdctl that stays."""
-        return self.host.start([*CLI, *words], self.folder / log, self.env)
+        return self.host.start([*CLI, *words], self.folder / log, {**self.env, **(env or {})})
 
     def python(self, *words: str, log: str, env: dict[str, str] | None = None) -> Program:
         """Start a Python program in this environment."""
