@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -113,6 +113,11 @@ class Host:
         self._init = 0
         self._entered: list[subprocess.Popen[bytes]] = []
         (self.folder / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
+
+    @property
+    def skew_s(self) -> float:
+        """By how much its clocks are ahead of this machine's."""
+        return self.number * _SKEW_S
 
     @property
     def is_up(self) -> bool:
@@ -271,7 +276,11 @@ class Lab:
 
     def ask(self, call: Callable[Given, Found], *given: Given.args, **named: Given.kwargs) -> Found:
         """What `call` returns in a thread that is in the hosts' network, beside them: no cut concerns it."""
-        return self._threads.submit(call, *given, **named).result()
+        return self.begin(call, *given, **named).result()
+
+    def begin(self, call: Callable[Given, Found], *given: Given.args, **named: Given.kwargs) -> Future[Found]:
+        """The same, without waiting for it."""
+        return self._threads.submit(call, *given, **named)
 
     # -- faults --------------------------------------------------------------------------------------------
 
