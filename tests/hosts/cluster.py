@@ -28,7 +28,7 @@ SERVICE = "t"
 PROXY_PORT = 8000
 SECRET = "0123456789abcdef-lab"
 # Quick, so that tests of what follows from silence are short. Seconds.
-TTL_S, NODE_LOST_S = 2, 6
+TTL_S, NODE_LOST_S = 2, 10
 LEASE_S = 4
 
 
