@@ -154,10 +154,11 @@ class Cluster:
         return {f"{entry.node}/{entry.name}": entry for entry in decoded}
 
     def registry(self, prefix: str) -> dict[str, bytes]:
-        """The keys under a prefix, as a member that answers has them."""
-        for member in self.etcd:
-            with contextlib.suppress(OSError):
-                return member.keys(prefix)
+        """The keys under a prefix; without a majority, as one member has them."""
+        for alone in (False, True):
+            for member in self.etcd:
+                with contextlib.suppress(OSError):
+                    return member.keys(prefix, alone)
         raise AssertionError("no etcd member answers")
 
     def engines(self) -> dict[str, EngineEntry]:

@@ -16,6 +16,8 @@ from tests.trace_check import check
 
 # Of a normal answer, before a fault and after it.
 _ANSWERS = 24
+# After a death whose agent lives, leases elsewhere are free within this, seconds.
+FREED_S = 0.1
 
 
 @dataclass
@@ -59,21 +61,19 @@ class Trial:
             self.go_on(streams)
             yield streams
 
-    def go_on(self, streams: Streams, nodes: Iterable[str] = (), answers: int = _ANSWERS, timeout: float = 60.0) -> float:
-        """Until there are so many more right answers to requests that begin now, of each of these nodes at least two.
-        Returns how long the first took."""
+    def go_on(
+        self, streams: Streams, nodes: Iterable[str] = (), answers: int = _ANSWERS, timeout: float = 60.0
+    ) -> None:
+        """Until there are so many more right answers to requests that begin now, of each of these nodes at least
+        two."""
         began = time.monotonic()
-        first = 0.0
 
         def enough() -> bool:
-            nonlocal first
             found = [outcome for outcome in list(streams.outcomes) if outcome.kind == "exact" and outcome.began > began]
-            first = first or (found[0].ended - began if found else 0.0)
             by_node = all(sum(outcome.node == node for outcome in found) >= 2 for node in nodes)
             return by_node and len(found) >= answers
 
-        wait_until(enough, timeout, f"{answers} right answers; so far {streams.counts()}")
-        return first
+        wait_until(enough, timeout, f"{answers} right answers of {nodes}; before: {streams.counts()}")
 
     def judge(self, what: str, streams: Streams, gone: Iterable[str] = (), may_refuse: bool = False) -> None:
         """After the load has ended and all is well again: no wrong token, no failed request, nothing leaked."""
@@ -107,7 +107,8 @@ class Trial:
     def holding(self, reader: EngineEntry) -> None:
         """Until a decode engine holds a lease of an engine on another node that it does not let go."""
         point = self.cluster.chaos / f"{reader.name}.before_read"
-        far = [entry for entry in self.cluster.engines().values() if entry.role == "prefill" and entry.node != reader.node]
+        found = self.cluster.engines().values()
+        far = [entry for entry in found if entry.role == "prefill" and entry.node != reader.node]
 
         def held() -> bool:
             point.touch()
@@ -118,7 +119,25 @@ class Trial:
 
         wait_until(held, 60, f"{reader.name} to hold a lease on another node")
 
-    def freed_after(self, reader: EngineEntry, died_at: float) -> list[float]:
+    def until_back(self, engine: EngineEntry) -> bool:
+        """Until another start of an engine of this name is ready, as its agent says."""
+
+        def back() -> bool:
+            found = next(p for p in self.cluster.status(engine.node).processes if p.name == engine.name)
+            return found.state == "ready" and found.epoch != engine.epoch
+
+        wait_until(back, 60, f"{engine.name} to be back")
+        return True
+
+    def freed(self, what: str, figure: str, reader: EngineEntry, died_at: float, within_s: float) -> None:
+        """What a decode engine held elsewhere is free soon after its death."""
+        waits = self._freed_after(reader, died_at)
+        for wait in waits:
+            self.report.figure(figure, wait)
+        holds = bool(waits) and max(waits) < within_s
+        self.report.hold(f"{what}: its leases on other nodes are free within {within_s:g} s", holds, waits)
+
+    def _freed_after(self, reader: EngineEntry, died_at: float) -> list[float]:
         """How long after its death each lease that it held elsewhere was freed."""
         far = {entry.epoch for entry in self.cluster.engines().values() if entry.node != reader.node}
         claimed: dict[str, float] = {}
