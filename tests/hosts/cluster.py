@@ -33,9 +33,8 @@ LEASE_S = 4
 
 
 def topology(lab: Lab, etcd: tuple[str, ...], engines: str = "", more: str = "") -> str:
-    """Two prefill and two decode engines, unless told otherwise, and a proxy on every node."""
+    """By default a prefill and a decode engine on each of two nodes, and a proxy on every node."""
     urls = ", ".join(f'"{client_url(lab[name])}"' for name in etcd)
-    groups = engines or group("prefill", 2) + group("decode", 2)
     return f"""
 [service]
 name = "{SERVICE}"
@@ -56,21 +55,33 @@ lease_s = {LEASE_S}
 grace_s = 5
 stable_s = 1
 {more}
-{groups}
+{engines or placed("a", "b")}
 """
 
 
-def group(role: str, replicas: int, extra: str = "", name: str = "") -> str:
-    """A group of engines."""
+def placed(*nodes: str, also: str = "") -> str:
+    """A prefill and a decode engine on each of these nodes: `prefill-a-0` and so on. `also`: another node that may run
+    those of the last one."""
+    found = ""
+    for node in nodes:
+        may = f'"{node}", "{also}"' if also and node == nodes[-1] else f'"{node}"'
+        for role in ("prefill", "decode"):
+            found += group(f"{role}-{node}", role, nodes=may)
+    return found
+
+
+def group(name: str, role: str, replicas: int = 1, nodes: str = "") -> str:
+    """A group of engines. All prompts go through a hand-over."""
+    where = f"nodes = [{nodes}]" if nodes else ""
     return f"""
 [[engines]]
-name = "{name or role}"
+name = "{name}"
 role = "{role}"
 replicas = {replicas}
 max_num_seqs = 32
 kv_cache_gb = 0.05
 inline_prefill = false
-{extra}
+{where}
 """
 
 
@@ -121,10 +132,10 @@ class Cluster:
         """The status as a node's agent tells it."""
         return self.control(name).status()
 
-    def up(self, name: str, wanted: int) -> None:
-        """Have the topology of this node's file run: `wanted` engines, and a proxy on each node."""
-        self.nodes[name].cli("up", check=True)
-        self.until_ready(wanted)
+    def apply(self, name: str, engines: str) -> None:
+        """Have a topology with these engines run, by a command on this node."""
+        file = self.nodes[name].write(topology(self.lab, tuple(self.nodes), engines))
+        self.nodes[name].cli("apply", "-f", str(file), check=True)
 
     def until_ready(self, engines: int, proxies: int | None = None, timeout: float = 120.0) -> None:
         """Until so many engines, and a proxy on each node, are ready and linked, as every live proxy sees it."""

@@ -7,7 +7,7 @@ import signal
 import time
 
 from pdctl.supervisor.cluster.entries import EngineEntry
-from tests.hosts.cluster import LEASE_S, TTL_S, Cluster
+from tests.hosts.cluster import LEASE_S, TTL_S, Cluster, placed
 from tests.hosts.trial import FREED_S, Trial
 from tests.service import wait_until
 
@@ -15,7 +15,7 @@ from tests.service import wait_until
 def engine_killed(trial: Trial) -> None:
     """SIGKILL of a decode engine that holds leases of an engine on another node."""
     cluster = trial.cluster
-    reader = cluster.engines()["decode-1"]
+    reader = cluster.engines()["decode-b-0"]
     with trial.streams() as streams:
         trial.holding(reader)
         died_at = cluster.kill(reader.node, reader.name)
@@ -28,7 +28,7 @@ def engine_killed(trial: Trial) -> None:
 def prefill_killed(trial: Trial) -> None:
     """SIGKILL of a prefill engine."""
     with trial.streams() as streams:
-        server = trial.cluster.engines()["prefill-0"]
+        server = trial.cluster.engines()["prefill-a-0"]
         trial.cluster.kill(server.node, server.name)
         trial.go_on(streams, trial.cluster.nodes)
     trial.recovered()
@@ -69,8 +69,9 @@ def ready_elsewhere(cluster: Cluster, node: str) -> list[EngineEntry]:
 def node_lost(trial: Trial) -> None:
     """Power off, its engines placed elsewhere, power on again."""
     cluster, lost = trial.cluster, "b"
-    reader = cluster.engines()["decode-1"]
-    assert reader.node == lost, "decode-1 runs on b"
+    reader = cluster.engines()["decode-b-0"]
+    assert reader.node == lost, "it runs on b"
+    cluster.apply("c", placed("a", "b", also="c"))
     moved = {entry.name for entry in cluster.engines().values() if entry.node == lost}
     with trial.streams() as streams:
         trial.holding(reader)
@@ -90,6 +91,18 @@ def node_lost(trial: Trial) -> None:
     cluster.start_agent(lost)
     trial.recovered()
     trial.judge("node lost", streams, gone=(lost,))
+    moved_back(trial)
+
+
+def moved_back(trial: Trial) -> None:
+    """A topology that places engines elsewhere is applied: streams move along."""
+    cluster = trial.cluster
+    with trial.streams() as streams:
+        cluster.apply("a", placed("a", "b"))
+        wait_until(lambda: {entry.node for entry in cluster.engines().values()} == {"a", "b"}, 60, "the old places")
+        trial.recovered()
+        trial.go_on(streams, cluster.nodes)
+    trial.judge("engines moved to another node", streams)
 
 
 def coordinator_frozen(trial: Trial) -> None:
@@ -126,7 +139,7 @@ def core_killed(trial: Trial) -> None:
     """SIGKILL of the part of an engine that computes; its front follows it."""
     cluster = trial.cluster
     with trial.streams() as streams:
-        front = cluster.pid("a", "decode-0")
+        front = cluster.pid("a", "decode-a-0")
         with open(f"/proc/{front}/task/{front}/children") as children:  # noqa: PTH123
             core = int(children.read().split()[0])
         os.kill(core, signal.SIGKILL)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.hosts.cluster import LEASE_S, TTL_S
+from tests.hosts.cluster import LEASE_S, TTL_S, placed
+from tests.hosts.deaths import moved_back
 from tests.hosts.members import CLIENT_PORT, PEER_PORT
 from tests.hosts.trial import Trial
 from tests.service import wait_until
@@ -62,8 +63,8 @@ def etcd_cut(trial: Trial) -> None:
     before = {name: entry.epoch for name, entry in cluster.entries().items()}
     with trial.streams() as streams:
         with cut(trial, "b", ports=(CLIENT_PORT, PEER_PORT)):
-            pause(2 * TTL_S)
-            trial.go_on(streams, cluster.nodes)
+            wait_until(lambda: not any(name.startswith("b/") for name in cluster.entries()), 30, "the end of b's lease")
+            trial.go_on(streams, cluster.nodes, answers=6)
         trial.go_on(streams, cluster.nodes)
     trial.recovered()
     now = {name: entry.epoch for name, entry in cluster.entries().items()}
@@ -87,6 +88,7 @@ def node_cut(trial: Trial) -> None:
 def node_cut_for_long(trial: Trial) -> None:
     """The same, until its engines are placed elsewhere: two engines of one name run at the same time."""
     cluster = trial.cluster
+    cluster.apply("a", placed("a", "b", also="c"))
     with trial.streams() as streams:
         with cut(trial, "b"):
             wait_until(lambda: {entry.node for entry in cluster.engines().values()} == {"a", "c"}, 60, "new places")
@@ -96,6 +98,7 @@ def node_cut_for_long(trial: Trial) -> None:
         trial.go_on(streams, cluster.nodes)
     trial.recovered()
     trial.judge("b cut from all and lost", streams)
+    moved_back(trial)
 
 
 def loss(trial: Trial, percent: float = 30.0) -> None:

@@ -70,7 +70,7 @@ def leader_frozen(trial: Trial) -> None:
 def quorum_lost(trial: Trial) -> None:
     """Two of three members die, and then an engine that holds leases on another node."""
     cluster = trial.cluster
-    reader = cluster.engines()["decode-1"]
+    reader = cluster.engines()["decode-b-0"]
     lost: list[Member] = cluster.etcd[1:]
     with trial.streams() as streams:
         trial.holding(reader)
