@@ -28,8 +28,8 @@ SERVICE = "t"
 PROXY_PORT = 8000
 SECRET = "0123456789abcdef-lab"
 # Quick, so that tests of what follows from silence are short. Seconds.
-TTL_S, NODE_LOST_S = 2, 10
-LEASE_S = 4
+TTL_S, NODE_LOST_S = 4, 15
+LEASE_S = 5
 
 
 def topology(lab: Lab, etcd: tuple[str, ...], engines: str = "", more: str = "") -> str:
@@ -55,18 +55,18 @@ lease_s = {LEASE_S}
 grace_s = 5
 stable_s = 1
 {more}
-{engines or placed("a", "b")}
+{engines or placed()}
 """
 
 
-def placed(*nodes: str, also: str = "") -> str:
-    """A prefill and a decode engine on each of these nodes: `prefill-a-0` and so on. `also`: another node that may run
-    those of the last one."""
+def placed(first: str = "a", *second: str) -> str:
+    """A prefill and a decode engine, `prefill-a-0` and `decode-a-0`, on one node, and `prefill-b-0` and `decode-b-0` on
+    any of some others."""
     found = ""
-    for node in nodes:
-        may = f'"{node}", "{also}"' if also and node == nodes[-1] else f'"{node}"'
+    for name, nodes in (("a", (first,)), ("b", second or ("b",))):
+        may = ", ".join(f'"{node}"' for node in nodes)
         for role in ("prefill", "decode"):
-            found += group(f"{role}-{node}", role, nodes=may)
+            found += group(f"{role}-{name}", role, nodes=may)
     return found
 
 
@@ -149,6 +149,12 @@ class Cluster:
             return all(self.healthy(entry) == engines for entry in serving)
 
         wait_until(ready, timeout, f"{engines} engines and {wanted} proxies to be ready")
+
+    def until_on(self, *nodes: str, timeout: float = 60.0) -> None:
+        """Until these nodes, and no others, have ready engines."""
+        wait_until(
+            lambda: {entry.node for entry in self.engines().values()} == set(nodes), timeout, f"engines on {nodes}"
+        )
 
     def healthy(self, proxy: EngineEntry) -> int:
         """How many engines a proxy uses."""

@@ -71,7 +71,7 @@ def node_lost(trial: Trial) -> None:
     cluster, lost = trial.cluster, "b"
     reader = cluster.engines()["decode-b-0"]
     assert reader.node == lost, "it runs on b"
-    cluster.apply("c", placed("a", "b", also="c"))
+    cluster.apply("c", placed("a", "b", "c"))
     moved = {entry.name for entry in cluster.engines().values() if entry.node == lost}
     with trial.streams() as streams:
         trial.holding(reader)
@@ -98,8 +98,8 @@ def moved_back(trial: Trial) -> None:
     """A topology that places engines elsewhere is applied: streams move along."""
     cluster = trial.cluster
     with trial.streams() as streams:
-        cluster.apply("a", placed("a", "b"))
-        wait_until(lambda: {entry.node for entry in cluster.engines().values()} == {"a", "b"}, 60, "the old places")
+        cluster.apply("a", placed())
+        cluster.until_on("a", "b")
         trial.recovered()
         trial.go_on(streams, cluster.nodes)
     trial.judge("engines moved to another node", streams)

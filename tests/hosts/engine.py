@@ -61,6 +61,10 @@ class Engine:
         body = {"prompt": prompt, "max_tokens": 24, "ignore_eos": True, "return_token_ids": True, **sampling, **more}
         return dict(self.call("POST", "/v1/completions", body))
 
+    def tokens(self, body: dict[str, Any]) -> list[int]:
+        """The answer to a request, which is made whole."""
+        return list(self.call("POST", "/v1/completions", {**body, "stream": False})["choices"][0]["token_ids"])
+
     def answer(self, prompt: str, seed: int | None, **more: object) -> list[int]:
         return list(self.complete(prompt, seed, **more)["choices"][0]["token_ids"])
 

@@ -13,6 +13,8 @@ from tests.registry.etcd import command, leads, post, until_ready
 from tests.service import wait_until
 
 CLIENT_PORT, PEER_PORT = 2379, 2380
+# Services with engines run beside them: an election takes a second, as by default.
+_PACE = ("--heartbeat-interval", "100", "--election-timeout", "1000")
 
 
 def client_url(host: Host) -> str:
@@ -27,7 +29,7 @@ class Member:
         self.url = client_url(host)
         self.host = host
         self._lab = lab
-        self._argv = command(host.name, host.folder, self.url, _peer_url(host), cluster)
+        self._argv = command(host.name, host.folder, self.url, _peer_url(host), cluster, _PACE)
         self.start()
 
     def start(self) -> None:

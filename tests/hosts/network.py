@@ -44,8 +44,17 @@ def pair_cut(trial: Trial) -> None:
     trial.judge("a and b cut", streams)
 
 
-def one_way_cut(trial: Trial, lost: str, hearing: str) -> None:
-    """What one node sends to another is lost."""
+def sending_cut(trial: Trial) -> None:
+    """What a sends to b is lost."""
+    _one_way_cut(trial, "a", "b")
+
+
+def hearing_cut(trial: Trial) -> None:
+    """What b sends to a is lost."""
+    _one_way_cut(trial, "b", "a")
+
+
+def _one_way_cut(trial: Trial, lost: str, hearing: str) -> None:
     cluster = trial.cluster
     with trial.streams() as streams:
         with cut(trial, lost, hearing, oneway=True):
@@ -88,10 +97,10 @@ def node_cut(trial: Trial) -> None:
 def node_cut_for_long(trial: Trial) -> None:
     """The same, until its engines are placed elsewhere: two engines of one name run at the same time."""
     cluster = trial.cluster
-    cluster.apply("a", placed("a", "b", also="c"))
+    cluster.apply("a", placed("a", "b", "c"))
     with trial.streams() as streams:
         with cut(trial, "b"):
-            wait_until(lambda: {entry.node for entry in cluster.engines().values()} == {"a", "c"}, 60, "new places")
+            cluster.until_on("a", "c")
             cluster.until_ready(trial.engines, len(cluster.nodes) - 1)
             trial.go_on(streams, cluster.nodes)
         wait_until(lambda: "b/proxy" in cluster.entries(), 60, "b to be back")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -62,7 +61,7 @@ class Trial:
             yield streams
 
     def go_on(
-        self, streams: Streams, nodes: Iterable[str] = (), answers: int = _ANSWERS, timeout: float = 60.0
+        self, streams: Streams, nodes: Iterable[str] = (), answers: int = _ANSWERS, timeout: float = 120.0
     ) -> None:
         """Until there are so many more right answers to requests that begin now, of each of these nodes at least
         two."""
@@ -149,10 +148,3 @@ class Trial:
                 freed[event["lease"]] = event["at"]
         held = [lease for lease in claimed if freed.get(lease, died_at + 1) > died_at]
         return [freed.get(lease, float("inf")) - died_at for lease in held]
-
-
-def several(act: Callable[[int], None], times: int) -> None:
-    """Do it several times."""
-    for turn in range(times):
-        print(f"-- {turn + 1} of {times}", file=sys.stderr, flush=True)
-        act(turn)
