@@ -8,15 +8,16 @@ gets prefill and decode engines, whose KV then stays on it, and a lost node take
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from itertools import combinations, islice
 
 from pdctl.errors import PdctlError
 
-# Sets of nodes that are tried as lost, those with the most engines first. Of many nodes there are too many sets.
-_MOST_LOSSES = 500
+# Sets of nodes that are tried as lost, times nodes. Of many nodes there are too many sets: those with the most engines
+# come first.
+_MOST_LOOKS = 50_000
 # What decides between nodes: engines of the group and of the role there, free GPUs, all engines; and the node.
 _Rank = tuple[int, int, int, int, str]
 
@@ -77,29 +78,38 @@ def fit(wishes: Sequence[Wish], rooms: Mapping[str, Room], before: Mapping[str, 
         if node in rooms and wish.may_run_on(node) and nodes.has_room(node, wish):
             nodes.put(node, wish)
             places.nodes[wish.name] = node
-    for wish in sorted(wishes, key=lambda wish: (wish.shares, -wish.gpus, len(wish.nodes) or len(rooms) + 1)):
-        if wish.name in places.nodes:
-            continue
+    _place([wish for wish in wishes if wish.name not in places.nodes], nodes, places)
+    return places
+
+
+def _place(wishes: Iterable[Wish], nodes: _Nodes, places: Places) -> None:
+    """Give engines the best nodes that are left, largest first."""
+    for wish in sorted(wishes, key=lambda wish: (wish.shares, -wish.gpus, len(wish.nodes) or nodes.count + 1)):
         found = nodes.best(wish)
         if found is None:
             places.failures[wish.name] = nodes.no_room(wish)
         else:
             nodes.put(found, wish)
             places.nodes[wish.name] = found
-    return places
 
 
 def check_spare(wishes: Sequence[Wish], rooms: Mapping[str, Room], places: Mapping[str, str], spare: int) -> None:
-    """Raise PdctlError if some `spare` nodes cannot be done without."""
+    """Raise PdctlError if some `spare` nodes cannot be done without. `places`: of all these engines."""
     if not spare:
         return
-    used = Counter(places.values())
-    fullest = sorted(rooms, key=lambda node: -used[node])
-    for lost in islice(combinations(fullest, min(spare, len(fullest))), _MOST_LOSSES):
-        rest = {node: room for node, room in rooms.items() if node not in lost}
-        if failures := fit(wishes, rest, places).failures:
+    nodes = _Nodes(rooms)
+    held: dict[str, list[Wish]] = {node: [] for node in rooms}
+    for wish in wishes:
+        nodes.put(places[wish.name], wish)
+        held[places[wish.name]].append(wish)
+    fullest = sorted(rooms, key=lambda node: -len(held[node]))
+    sets = combinations(fullest, min(spare, len(fullest)))
+    for lost in islice(sets, max(1, _MOST_LOOKS // max(1, len(rooms)))):
+        moved = Places()
+        _place([wish for node in lost for wish in held[node]], nodes.without(lost), moved)
+        if moved.failures:
             hint = "lower replicas, add a node, or lower spare_nodes of [cluster]"
-            failure = next(iter(failures.values()))
+            failure = next(iter(moved.failures.values()))
             raise PdctlError(f"without {' and '.join(sorted(lost))}, {failure.message}", hint)
 
 
@@ -115,6 +125,18 @@ class _Nodes:
         self._all: Counter[str] = Counter()
         # Engines of one group and size find their nodes in one heap. Ranks in it may be old: they only grow.
         self._heaps: dict[tuple[object, ...], list[_Rank]] = {}
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._rooms)
+
+    def without(self, lost: Collection[str]) -> _Nodes:
+        """The same nodes without some of them."""
+        rest = _Nodes({node: room for node, room in self._rooms.items() if node not in lost})
+        rest._gpus, rest._memory = ({n: held[n] for n in rest._rooms} for held in (self._gpus, self._memory))
+        rest._groups, rest._roles, rest._all = self._groups.copy(), self._roles.copy(), self._all.copy()
+        return rest
 
     def has_room(self, node: str, wish: Wish) -> bool:
         gpus = self._rooms[node].gpus if wish.shares else self._gpus[node]

@@ -155,7 +155,7 @@ ENGINE: dict[str, Key] = {
     "url": Key(text(_URL, "an address such as http://10.0.0.7:8100")),
     "secret_file": Key(text()),
     "bootstrap_port": Key(integer(1, 65535), 0),
-    "replicas": Key(integer(1, 256), 1),
+    "replicas": Key(integer(1, 10_000), 1),
     "nodes": Key(texts("node"), []),
     "device": Key(choice(*(device.value for device in Device))),
     "gpus": Key(gpu_names(), []),

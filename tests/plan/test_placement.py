@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.errors import PdctlError
-from pdctl.plan.placement import Room, Wish, assign, fit
+from pdctl.plan.placement import Room, Wish, assign, check_spare, fit
 
 EIGHT = {node: Room(8) for node in "abc"}
 
@@ -164,3 +165,22 @@ def test_a_list_of_many_nodes_is_cut() -> None:
     with pytest.raises(PdctlError, match="n7 0 of 1 and 12 more") as caught:
         assign(wishes(0, 21), {f"n{n}": Room(1) for n in range(20)}, {})
     assert "n8" not in caught.value.message
+
+
+@given(NODES, WISHES, st.integers(1, 2))
+def test_room_for_lost_nodes_is_what_placing_without_them_finds(
+    rooms: dict[str, Room], wanted: list[Wanted], spare: int
+) -> None:
+    asked = asked_of(wanted)
+    places = fit(asked, rooms, {})
+    if places.failures:
+        return
+    losses = combinations(rooms, min(spare, len(rooms)))
+    rests = [{node: room for node, room in rooms.items() if node not in lost} for lost in losses]
+    fits = not any(fit(asked, rest, places.nodes).failures for rest in rests)
+    try:
+        check_spare(asked, rooms, places.nodes, spare)
+    except PdctlError:
+        assert not fits
+    else:
+        assert fits
