@@ -27,6 +27,7 @@ etcd = ["http://127.0.0.1:2379"]
 interface = "eth0"
 secret_file = "secret"
 spare_nodes = {spare}
+cells = [{cells}]
 [[engines]]
 name = "prefill"
 role = "prefill"
@@ -41,7 +42,13 @@ replicas = {each}
 
 
 def node_name(number: int) -> str:
-    return f"node-{number:04}"
+    """32 nodes a rack: with 8 engines each, 256 engines."""
+    return f"rack{number // 32:02}-{number:04}"
+
+
+def cells(nodes: int) -> tuple[str, ...]:
+    """A cell for each rack."""
+    return tuple(f"rack{number:02}-*" for number in range(-(-nodes // 32)))
 
 
 def engine(number: int, place: int, name: str) -> EngineEntry:
@@ -72,9 +79,9 @@ def node_entry(number: int) -> NodeEntry:
     return NodeEntry(node_name(number), "10.0.0.1", "boot", "1", 18090, msgspec.Raw(encode_facts(node_host())))
 
 
-def text(engines: int, spare: int = 0) -> str:
+def text(engines: int, spare: int = 0, racks: tuple[str, ...] = ()) -> str:
     """The topology."""
-    return _TOPOLOGY.format(each=engines // 2, spare=spare)
+    return _TOPOLOGY.format(each=engines // 2, spare=spare, cells=", ".join(f'"{rack}"' for rack in racks))
 
 
 def addresses(entries: list[EngineEntry]) -> list[EngineAddress]:

@@ -1,9 +1,10 @@
 """1,250 agents with 10,000 engines over the registry in memory, in virtual time: start, lost nodes, a lost coordinator.
 
-    python -m benchmarks.cluster.simulated [--engines 64 1024 10000] [--listeners 4]
+    python -m benchmarks.cluster.simulated [--engines 64 1024 10000] [--listeners 4] [--cells]
 
 Each agent registers, stands for coordinator and follows its order with the code that ships; an engine is there as soon
-as it is ordered. `--listeners`: so many agents also follow all engines; what one of them hears, each of all would hear.
+as it is ordered. `--listeners`: so many agents also follow the engines of their cell and all nodes; what one of them
+hears, each of all would hear. `--cells`: 32 nodes a cell.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Never
 
 import msgspec
 
-from benchmarks.cluster.fleet import EACH, KEYS, engine, node_entry, node_name, text
+from benchmarks.cluster.fleet import EACH, KEYS, cells, engine, node_entry, node_name, text
 from pdctl.host.processor import cpu_name
 from pdctl.registry import Change, Created, Delete, Listing, Modified, Put
 from pdctl.registry.memory import MemoryRegistry
 from pdctl.registry.mirror import follow
 from pdctl.registry.store import Store
 from pdctl.supervisor.cluster.coordinator import Coordinator
-from pdctl.supervisor.cluster.entries import EngineEntry, Order, TopologyEntry
+from pdctl.supervisor.cluster.entries import EngineEntry, Keys, Order, TopologyEntry
 from pdctl.supervisor.cluster.membership import Membership
 from pdctl.supervisor.cluster.neighbours import Neighbours
 from pdctl.supervisor.cluster.presence import Presence
@@ -86,7 +88,7 @@ class Line:
 class Fleet:
     """All agents of one run."""
 
-    def __init__(self, nodes: int, listeners: int) -> None:
+    def __init__(self, nodes: int, listeners: int, racks: tuple[str, ...]) -> None:
         self.registry = MemoryRegistry(Store(history=50_000), now)
         self.counts: Counter[str] = Counter()
         self.orders: dict[str, Order] = {}
@@ -94,13 +96,15 @@ class Fleet:
         self.said: list[str] = []
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.nodes, self.listeners = nodes, listeners
+        self.cluster = replace(CLUSTER, cells=racks)
 
     def start(self, group: asyncio.TaskGroup) -> None:
         self.tasks = {node_name(number): group.create_task(self._agent(number)) for number in range(self.nodes)}
 
     async def _agent(self, number: int) -> None:
         name, line = node_name(number), Line(self.registry, self.counts)
-        presence = Presence(line, KEYS, node_entry(number), TTL_S, lambda: self._engines(number), _nothing)
+        keys = Keys("growth", self.cluster.cell_of(name))
+        presence = Presence(line, keys, node_entry(number), TTL_S, lambda: self._engines(number), _nothing)
 
         def ordered(changes: tuple[Change, ...]) -> None:
             for change in changes:
@@ -108,7 +112,7 @@ class Fleet:
                     self.orders[name] = msgspec.json.decode(change.entry.value, type=Order)
                     presence.changed()
 
-        coordinator = Coordinator(line, KEYS, name, CLUSTER, self.said.append, _nothing, now)
+        coordinator = Coordinator(line, keys, name, self.cluster, self.said.append, _nothing, now)
         await asyncio.sleep(random.random() * _STARTS_S)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(presence.run_forever())
@@ -116,9 +120,10 @@ class Fleet:
             tasks.create_task(follow(line, KEYS.order(name), ordered, _nothing))
             if number < self.listeners:
                 membership = Membership(name, LOST_S)
-                heard = Neighbours(line, KEYS, membership, _silence, _nothing, lambda: None, _nothing, now)
+                heard = Neighbours(line, keys, membership, _silence, _nothing, lambda: None, _nothing, now)
                 self.known.append(heard)
                 tasks.create_task(heard.run_forever())
+                tasks.create_task(follow(line, keys.nodes, _nothing, _nothing))
 
     def _engines(self, number: int) -> list[EngineEntry]:
         order = self.orders.get(node_name(number))
@@ -126,6 +131,16 @@ class Fleet:
 
     def count(self) -> int:
         return sum(len(order.engines) for name, order in self.orders.items() if not self.tasks[name].done())
+
+    def are_known(self, engines: int) -> bool:
+        """Whether the listeners know the engines of all other nodes in their cell."""
+        for number, each in enumerate(self.known):
+            cell = self.cluster.cell_of(node_name(0))
+            there = [len(order.engines) for name, order in self.orders.items()
+                     if self.cluster.cell_of(name) == cell and name != node_name(number)]  # fmt: skip
+            if len(each.used) < sum(there):
+                return False
+        return True
 
     async def until(self, holds: Callable[[], bool]) -> float:
         """Virtual seconds until it holds."""
@@ -156,19 +171,21 @@ async def _silence(_: EngineEntry) -> None:
     return None
 
 
-async def run(engines: int, listeners: int) -> None:
-    # One node in a hundred is spare room for those that are lost.
+async def run(engines: int, listeners: int, in_cells: bool) -> None:
+    # One node in fifty is spare room for those that are lost.
     needed = engines // EACH
-    fleet = Fleet(needed + max(2, needed // 50), listeners)
+    nodes = needed + max(2, needed // 50)
+    racks = cells(nodes) if in_cells else ()
+    fleet = Fleet(nodes, listeners, racks)
     began = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         fleet.start(group)
         await fleet.until(lambda: len(fleet.registry.store.listing(KEYS.nodes).entries) == fleet.nodes)
         await _phase(fleet, f"{fleet.nodes} nodes are registered", now(), began)
-        entry = msgspec.json.encode(TopologyEntry(text(engines), "growth.toml"))
+        entry = msgspec.json.encode(TopologyEntry(text(engines, racks=racks), "growth.toml"))
         await fleet.registry.write([Put(KEYS.topology, entry)])
         took = await fleet.until(lambda: fleet.count() == engines)
-        took += await fleet.until(lambda: all(len(each.used) >= engines - 2 * EACH for each in fleet.known))
+        took += await fleet.until(lambda: fleet.are_known(engines))
         await _phase(fleet, f"{engines} engines are placed and known", took, began)
         fleet.counts.clear()
         await asyncio.sleep(60)
@@ -196,13 +213,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", type=int, nargs="+", default=[64, 1024, 10_000])
     parser.add_argument("--listeners", type=int, default=4)
+    parser.add_argument("--cells", action="store_true")
     given = parser.parse_args()
     print(cpu_name())
     for engines in given.engines:
         print(f"{engines} engines:")
         random.seed(1)
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-            runner.run(run(engines, given.listeners))
+            runner.run(run(engines, given.listeners, given.cells))
 
 
 if __name__ == "__main__":

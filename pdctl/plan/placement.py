@@ -3,6 +3,9 @@
 Engines stay where they are while their node is there and has the GPUs. The others go, largest first, to the node that
 has the fewest engines of their group, then of their role, then the most free GPUs, then the fewest engines: each node
 gets prefill and decode engines, whose KV then stays on it, and a lost node takes few engines of one kind along.
+
+KV never leaves a cell: each cell that is used gets engines of both roles, in proportion to its size. A service with few
+engines of a role uses few cells.
 """
 
 from __future__ import annotations
@@ -42,10 +45,11 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a node has for engines. `memory` in bytes."""
+    """What a node has for engines. `memory` in bytes; `cell`: the part of the cluster that it is in."""
 
     gpus: int
     memory: int = 1 << 62
+    cell: str = ""
 
 
 @dataclass(slots=True)
@@ -66,13 +70,14 @@ def assign(
     places = fit(wishes, rooms, before)
     if places.failures:
         raise next(iter(places.failures.values()))
+    check_cells(wishes, places.nodes, {node: room.cell for node, room in rooms.items()})
     check_spare(wishes, rooms, places.nodes, spare)
     return {wish.name: places.nodes[wish.name] for wish in wishes}
 
 
 def fit(wishes: Sequence[Wish], rooms: Mapping[str, Room], before: Mapping[str, str]) -> Places:
     """As `assign`, but engines without room are left out, and the others have their places."""
-    nodes, places = _Nodes(rooms), Places()
+    nodes, places = _Nodes(rooms, _cells_to_use(wishes, rooms, before)), Places()
     for wish in wishes:
         node = before.get(wish.name, "")
         if node in rooms and wish.may_run_on(node) and nodes.has_room(node, wish):
@@ -97,7 +102,7 @@ def check_spare(wishes: Sequence[Wish], rooms: Mapping[str, Room], places: Mappi
     """Raise PdctlError if some `spare` nodes cannot be done without. `places`: of all these engines."""
     if not spare:
         return
-    nodes = _Nodes(rooms)
+    nodes = _Nodes(rooms, {rooms[node].cell for node in places.values()})
     held: dict[str, list[Wish]] = {node: [] for node in rooms}
     for wish in wishes:
         nodes.put(places[wish.name], wish)
@@ -113,11 +118,47 @@ def check_spare(wishes: Sequence[Wish], rooms: Mapping[str, Room], places: Mappi
             raise PdctlError(f"without {' and '.join(sorted(lost))}, {failure.message}", hint)
 
 
-class _Nodes:
-    """What is left on each node while engines are placed."""
+def check_cells(wishes: Sequence[Wish], places: Mapping[str, str], cells: Mapping[str, str]) -> None:
+    """Raise PdctlError if a cell has prefill engines only, or decode engines only, of a service that has both. `cells`:
+    by node."""
+    if not {"prefill", "decode"} <= {wish.role for wish in wishes}:
+        return
+    roles: dict[str, set[str]] = {}
+    for wish in wishes:
+        if wish.name in places:
+            roles.setdefault(cells[places[wish.name]], set()).add(wish.role)
+    for cell, found in roles.items():
+        if found in ({"prefill"}, {"decode"}):
+            [has] = found
+            lacks = "decode" if has == "prefill" else "prefill"
+            raise PdctlError(
+                f"cell {cell!r} would have {has} engines, but none for {lacks}",
+                f"raise replicas of {lacks} engines, or use fewer and larger cells",
+            )
 
-    def __init__(self, rooms: Mapping[str, Room]) -> None:
+
+def _cells_to_use(wishes: Sequence[Wish], rooms: Mapping[str, Room], before: Mapping[str, str]) -> set[str]:
+    """The cells that get engines: those that have some, then the largest; not more than there are engines of a role."""
+    sizes = Counter(room.cell for room in rooms.values())
+    for room in rooms.values():
+        sizes[room.cell] += room.gpus
+    roles = Counter(wish.role for wish in wishes)
+    few = min((count for role, count in roles.items() if role != "hybrid"), default=len(sizes))
+    used = Counter(rooms[node].cell for wish in wishes if (node := before.get(wish.name, "")) in rooms)
+    return set(sorted(sizes, key=lambda cell: (-used[cell], -sizes[cell], cell))[: max(1, few)])
+
+
+class _Nodes:
+    """What is left on each node while engines are placed. Cells that are not in `used` come last."""
+
+    def __init__(self, rooms: Mapping[str, Room], used: Collection[str]) -> None:
         self._rooms = rooms
+        self._used = used
+        self._cells: dict[str, list[str]] = {}
+        for node, room in rooms.items():
+            self._cells.setdefault(room.cell, []).append(node)
+        self._sizes = {cell: sum(1 + rooms[node].gpus for node in nodes) for cell, nodes in self._cells.items()}
+        self._in_cells: Counter[tuple[str, str]] = Counter()
         self._gpus = {node: room.gpus for node, room in rooms.items()}
         self._memory = {node: room.memory for node, room in rooms.items()}
         self._groups: Counter[tuple[str, str]] = Counter()
@@ -133,9 +174,14 @@ class _Nodes:
 
     def without(self, lost: Collection[str]) -> _Nodes:
         """The same nodes without some of them."""
-        rest = _Nodes({node: room for node, room in self._rooms.items() if node not in lost})
+        rest = _Nodes({node: room for node, room in self._rooms.items() if node not in lost}, self._used)
         rest._gpus, rest._memory = ({n: held[n] for n in rest._rooms} for held in (self._gpus, self._memory))
         rest._groups, rest._roles, rest._all = self._groups.copy(), self._roles.copy(), self._all.copy()
+        rest._in_cells = self._in_cells.copy()
+        for node in lost:
+            for (where, group), count in self._groups.items():
+                if where == node:
+                    rest._in_cells[self._rooms[node].cell, group] -= count
         return rest
 
     def has_room(self, node: str, wish: Wish) -> bool:
@@ -148,12 +194,21 @@ class _Nodes:
         self._groups[node, wish.group] += 1
         self._roles[node, wish.role] += 1
         self._all[node] += 1
+        self._in_cells[self._rooms[node].cell, wish.group] += 1
 
     def best(self, wish: Wish) -> str | None:
         """The node for an engine; None if no node has room."""
-        key = (wish.group, wish.role, wish.gpus, wish.nodes, wish.shares, wish.memory)
+        # In proportion to the sizes of the cells.
+        cells = sorted(
+            self._cells,
+            key=lambda cell: (cell not in self._used, self._in_cells[cell, wish.group] / self._sizes[cell], cell),
+        )
+        return next(filter(None, (self._best_in(cell, wish) for cell in cells)), None)
+
+    def _best_in(self, cell: str, wish: Wish) -> str | None:
+        key = (cell, wish.group, wish.role, wish.gpus, wish.nodes, wish.shares, wish.memory)
         if key not in self._heaps:
-            self._heaps[key] = [self._rank(node, wish) for node in self._allowed(wish)]
+            self._heaps[key] = [self._rank(node, wish) for node in self._cells[cell] if wish.may_run_on(node)]
             heapify(self._heaps[key])
         heap = self._heaps[key]
         while heap:

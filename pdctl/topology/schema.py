@@ -109,6 +109,7 @@ TABLES: dict[str, dict[str, Key]] = {
         "ttl_s": Key(integer(2, 3600), 5),
         "node_lost_s": Key(number(0, 86400), 60.0),
         "spare_nodes": Key(integer(0, 64), 0),
+        "cells": Key(texts("cell"), []),
         "ssh_nodes": Key(texts("node"), []),
         "ray_address": Key(text()),
         "ray_token_file": Key(text()),

@@ -280,8 +280,7 @@ def wanted_of(value: bytes) -> Wanted:
         problem = failure.problems[0]
         where = f"{entry.source}:{problem.line}" if problem.line else entry.source
         raise PdctlError(f"{where}: {problem.key or 'topology'}: {problem.message}", problem.hint) from failure
-    spare = topology.cluster.spare_nodes if topology.cluster is not None else 0
-    return Wanted(entry, tuple(wishes_of(topology)), spare)
+    return Wanted(entry, tuple(wishes_of(topology)), topology.cluster)
 
 
 def room_of_node(value: bytes) -> Room | None:
