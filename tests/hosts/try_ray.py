@@ -21,6 +21,7 @@ import httpx
 
 from pdctl.control_api import ControlClient
 from pdctl.launchers.environment import parse_environment
+from tests.hosts.guides import Guide, verified
 from tests.hosts.lab import Host, Lab, Program, lab
 from tests.hosts.load import Question, Streams, questions
 from tests.hosts.members import client_url, members
@@ -51,7 +52,8 @@ for name in names:
         standing[name] = {"state": type(failure).__name__, "pid": 0}
 free = available_resources_per_node()
 nodes = [node for node in ray.nodes() if node["Alive"]]
-print(json.dumps({
+# Ray says something now and then as well.
+print("found", json.dumps({
     "watchers": standing,
     "groups": [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"],
     "cpus": {node["NodeManagerHostname"]: free.get(node["NodeID"], {}).get("CPU", 0) for node in nodes},
@@ -63,7 +65,7 @@ _OTHER_JOB = """
 import logging, ray, sys
 ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
 group = ray.util.placement_group([{"CPU": int(sys.argv[2]), f"node:{sys.argv[1]}": 0.001}])
-print(group.wait(3))
+print("got", group.wait(3))
 """
 
 
@@ -195,7 +197,8 @@ ttl_s = 2
 
     def look(self) -> dict[str, Any]:
         """What Ray holds."""
-        return dict(json.loads(self.head.python(_LOOK).splitlines()[0]))
+        said = self.head.python(_LOOK).splitlines()
+        return dict(json.loads(next(line for line in said if line.startswith("found ")).removeprefix("found ")))
 
     def until(self, is_so: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
         """What Ray holds when that is so."""
@@ -353,8 +356,8 @@ def comes_up(service: Service) -> None:
     free = {name: count for name, count in found["cpus"].items() if name in NODES}
     # A CPU for each engine, and one for the agent.
     report.hold("CPUs are reserved for what runs", free == dict.fromkeys(NODES, _CPUS - 3), free)
-    other = service.head.python(_OTHER_JOB, service.a.host.address, str(_CPUS - 2)).strip()
-    report.hold("another job does not get what is reserved", other == "False", other)
+    other = service.head.python(_OTHER_JOB, service.a.host.address, str(_CPUS - 2))
+    report.hold("another job does not get what is reserved", "got False" in other, other)
     before, began = service.agents(), time.monotonic()
     done = service.up()
     same = service.agents() == before and done.returncode == 0
@@ -475,6 +478,27 @@ def _pss(pid: int) -> int:
     return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:")))
 
 
+def guides(service: Service) -> None:
+    """The guides for two servers, each on a Ray and an etcd of its own, or without Ray."""
+    for node in service.nodes.values():
+        node.stop()
+    for page in ("two-servers.md", "two-servers-ray.md"):
+        guide = Guide(page, service.a.node, service.b.node, service.lab.folder)
+        problem = ""
+        try:
+            guide.follow()
+        except AssertionError as failure:
+            problem = str(failure)
+        finally:
+            for node in (service.a, service.b):
+                node.node.cli("down", "-s", "llama")
+                node.host.run([_RAY, "stop", "--force"], node.env)
+            guide.close()
+        service.report.hold(f"the commands of {page} can be executed ({', '.join(guide.ran)})", not problem, problem)
+        problem = verified(guide.folder)
+        service.report.hold(f"systemd finds nothing wrong with the units of {page}", not problem, problem)
+
+
 def main() -> int:
     """All checks, in order: each stands on what the one before it has left."""
     report = Report()
@@ -488,6 +512,7 @@ def main() -> int:
         agent_killed(service)
         deaths(service)
         given_back(service)
+        guides(service)
     for name, values in report.figures.items():
         print(f"{name}: {', '.join(f'{value:.2f}' for value in values)}")
     for broken in report.broken:
