@@ -87,7 +87,7 @@ class Guide:
             ("10.0.0.2", b.host.address), ("/etc/pdctl", str(self.folder)), ("/opt/engine/bin/python", engine),
             ("/usr/bin/etcd", str(BINARY)), ("/var/lib/etcd-pdctl", str(self.folder / "etcd")),
             ("meta-llama/Llama-3.1-8B-Instruct", "sample:tiny-qwen3"), ("max_model_len = 8192", "max_model_len = 2048"),
-            ('device = "cuda"\n', "kv_cache_gb = 0.05\n"), ('protocol = "rdma"\ndevices = ["mlx5_0"]', "lease_s = 10"),
+            ('device = "cuda"\n', "kv_cache_gb = 0.05\n"), ('backend = "mooncake"\nprotocol = "rdma"\ndevices = ["mlx5_0"]', "lease_s = 10"),
             ("prefill=5 decode=9", "prefill=2 decode=1"),
         ):  # fmt: skip
             text = text.replace(there, here)
