@@ -50,7 +50,7 @@ def test_topologies_are_files() -> None:
 
 @pytest.mark.parametrize("block", TOPOLOGIES, ids=lambda block: f"{block.page}-{block.name}")
 def test_topologies_can_be_planned(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine with eight GPUs, or two of them, with the interpreters and key files that the page has made before."""
+    """On one or two machines with eight GPUs, with the interpreters and key files that the page has made before."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for python in re.findall(r'^python = "~/(.*)"', block.text, re.M):
         (tmp_path / python).parent.mkdir(parents=True, exist_ok=True)

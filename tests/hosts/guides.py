@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -81,15 +82,21 @@ class Guide:
     def _local(self, text: str) -> str:
         """The same for these hosts."""
         a, b = self.nodes
-        engine = a.env["PDCTL_PYTHON"]
-        for there, here in (
-            ("10.0.0.0/24", f"{a.host.address.rpartition('.')[0]}.0/24"), ("10.0.0.1", a.host.address),
-            ("10.0.0.2", b.host.address), ("/etc/pdctl", str(self.folder)), ("/opt/engine/bin/python", engine),
-            ("/usr/bin/etcd", str(BINARY)), ("/var/lib/etcd-pdctl", str(self.folder / "etcd")),
-            ("meta-llama/Llama-3.1-8B-Instruct", "sample:tiny-qwen3"), ("max_model_len = 8192", "max_model_len = 2048"),
-            ('device = "cuda"\n', "kv_cache_gb = 0.05\n"), ('backend = "mooncake"\nprotocol = "rdma"\ndevices = ["mlx5_0"]', "lease_s = 10"),
-            ("prefill=5 decode=9", "prefill=2 decode=1"),
-        ):  # fmt: skip
+        changed = {
+            "10.0.0.0/24": f"{a.host.address.rpartition('.')[0]}.0/24",
+            "10.0.0.1": a.host.address,
+            "10.0.0.2": b.host.address,
+            "/etc/pdctl": str(self.folder),
+            "/opt/engine/bin/python": os.environ.get("PDCTL_PYTHON", sys.executable),
+            "/usr/bin/etcd": str(BINARY),
+            "/var/lib/etcd-pdctl": str(self.folder / "etcd"),
+            "meta-llama/Llama-3.1-8B-Instruct": "sample:tiny-qwen3",
+            "max_model_len = 8192": "max_model_len = 2048",
+            'device = "cuda"\n': "kv_cache_gb = 0.05\n",
+            'backend = "mooncake"\nprotocol = "rdma"\ndevices = ["mlx5_0"]': "lease_s = 10",
+            "prefill=5 decode=9": "prefill=2 decode=1",
+        }
+        for there, here in changed.items():
             text = text.replace(there, here)
         return re.sub(r"^replicas = \d+", "replicas = 1", text, flags=re.M)
 
