@@ -108,8 +108,8 @@ async def test_engines_of_other_cells_are_not_heard_of() -> None:
     rig = Rig(here)
     async with asyncio.TaskGroup() as tasks:
         task = tasks.create_task(rig.neighbours.run_forever())
-        for keys, entry in ((there, OTHER), (here, DECODE)):
-            await rig.registry.write([Put(keys.engine("b", entry.name), msgspec.json.encode(entry))])
+        for keys, told in ((there, OTHER), (here, DECODE)):
+            await rig.registry.write([Put(keys.engine("b", told.name), msgspec.json.encode(told))])
         await rig.until(lambda: bool(rig.names))
         assert rig.names == ["decode-0"]
         task.cancel()
