@@ -20,7 +20,7 @@ from pdctl.host.facts import decode_facts
 from pdctl.plan.cluster import room_of, wishes_of
 from pdctl.plan.placement import Room
 from pdctl.registry import Change, Created, Entry, LeaseGone, Put, Registry, Unavailable
-from pdctl.registry.mirror import follow, pause_s
+from pdctl.registry.mirror import Mirror, follow, pause_s
 from pdctl.supervisor.cluster.assignments import Assignments, Wanted, orders_of
 from pdctl.supervisor.cluster.entries import Keys, NodeEntry, Order, PlacementEntry, TopologyEntry
 from pdctl.topology.loader import parse_text
@@ -55,6 +55,7 @@ class Coordinator:
         self._told = told
         self._clock = clock
         self._news = asyncio.Event()
+        self._mirror = Mirror()
         self._heard = False
         self._holder: Entry | None = None
         self._placement: PlacementEntry | None = None
@@ -73,7 +74,7 @@ class Coordinator:
     async def run_forever(self) -> Never:
         """Coordinate whenever nobody else does, until cancelled. Raises Refused."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(follow(self._registry, self._keys.coordinator, self._take, self._told))
+            tasks.create_task(follow(self._registry, self._keys.coordinator, self._take, self._told, self._mirror))
             tasks.create_task(self._stand_forever())
         raise AssertionError("both tasks run for ever")
 

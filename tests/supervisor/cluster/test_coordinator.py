@@ -275,3 +275,16 @@ async def test_a_write_of_a_coordinator_that_slept_too_long_is_refused() -> None
         line.awake.set()
         await rig.until(lambda: rig.said[-1].startswith(f"{first}: this node does not coordinate the cluster any more"))
         assert (await rig.registry.list(KEYS.desired)).entries == ()
+
+
+async def test_after_a_refusal_it_hears_that_the_key_is_free() -> None:
+    async with running("a") as rig:
+        await rig.until(lambda: len(rig.said) == 1)
+        made = rig.coordinators["a"]
+        rig.tasks["a"].cancel()
+        await asyncio.sleep(10)
+        async with asyncio.TaskGroup() as tasks:
+            again = tasks.create_task(made.run_forever())
+            await rig.until(lambda: len(rig.said) == 2)
+            again.cancel()
+        assert rig.said[1].startswith("a: this node coordinates the cluster")
