@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+Failure = TypeVar("Failure", bound=Exception)
+
+
+def first_of(failures: ExceptionGroup[Failure]) -> Failure:
+    """The first failure of a group. Task groups in task groups wrap a failure several times."""
+    first = failures.exceptions[0]
+    return first_of(first) if isinstance(first, ExceptionGroup) else first
 
 
 class PdctlError(Exception):

@@ -13,7 +13,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
 
     `slot`: its number in what several workers share; `ports`: what it opens beside its API, by purpose; `connector`:
     how it exchanges KV, "" for kinds with only one way; `inline`: as a decode engine it also takes whole requests;
-    `role_epoch`: counts the changes of its role.
+    `role_epoch`: counts the changes of its role; `tls`: it wants certificates of the cluster.
     """
 
     name: str
@@ -27,6 +27,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     connector: str = ""
     inline: bool = False
     role_epoch: int = 0
+    tls: bool = False
 
     @property
     def exchange(self) -> str:
@@ -36,7 +37,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     @property
     def identity(self) -> tuple[object, ...]:
         """Two addresses of one identity are the same engine, whatever role it has now."""
-        fixed = (self.name, self.kind, self.connector, self.host, self.port, self.secret_file, self.slot)
+        fixed = (self.name, self.kind, self.connector, self.host, self.port, self.secret_file, self.slot, self.tls)
         return (*fixed, *sorted(self.ports.items()))
 
 

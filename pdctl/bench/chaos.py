@@ -216,10 +216,25 @@ def _send(pids: Sequence[int], sign: signal.Signals) -> None:
             continue
 
 
-def pick(names: Sequence[str], weights: Sequence[str], rng: random.Random) -> tuple[str, str] | None:
-    """Choose the next fault: one of `weights` (such as kill:decode or freeze:prefill) and a process of its group."""
+# Orders to the supervisor, instead of signals to processes.
+ORDERS = ("restart", "role")
+
+
+def pick(
+    names: Sequence[str], weights: Sequence[str], rng: random.Random, far: Sequence[str] = ()
+) -> tuple[str, str] | None:
+    """Choose the next fault: one of `weights` (such as kill:decode or freeze:prefill) and a process of its group.
+
+    `far`: processes of other machines, which orders reach and signals do not.
+    """
     choices = [
         (what, name) for what, _, group in (word.partition(":") for word in weights)
-        for name in names if name == group or name.rpartition("-")[0] == group
+        for name in ([*names, *far] if what in ORDERS else names) if group in (name, group_of(name))
     ]  # fmt: skip
     return rng.choice(choices) if choices else None
+
+
+def group_of(name: str) -> str:
+    """The engine group of a process: its name without NODE/ and number."""
+    bare = name.rpartition("/")[2]
+    return bare.rpartition("-")[0] or bare

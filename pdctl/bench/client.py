@@ -71,8 +71,10 @@ class Endpoint:
         if host is None or parts.scheme not in ("http", "https") or path not in ("", "v1"):
             hint = "such as http://127.0.0.1:8000 or https://example.org/v1"
             raise PdctlError(f"{self.url!r} is not the URL of a service", hint)
-        tls = self._tls() if parts.scheme == "https" else None
-        return ConnectionPool(host, port or (443 if tls else 80), connect_s=_CONNECT_S, tls=tls)
+        if parts.scheme == "http":
+            return ConnectionPool(host, port or 80, connect_s=_CONNECT_S)
+        tls = self._tls()
+        return ConnectionPool(host, port or 443, connect_s=_CONNECT_S, tls=lambda: tls)
 
     def _tls(self) -> ssl.SSLContext:
         import ssl

@@ -52,6 +52,7 @@ VERBS = {
     "kv": Verb("inspect.kv", "Show the KV blocks of each engine and the leases on them."),
     "ask": Verb("ask", "Complete a text through the proxy and print the answer as it arrives."),
     "agent": Verb("cluster.agent", "Run this machine's part of a service that runs on several."),
+    "cluster": Verb("cluster.certificates", "Make the certificates of a cluster's nodes, and let machines join it."),
     "doctor": Verb("doctor", "Check this machine."),
     "key": Verb("setup.key", "Create an API key."),
     "down": Verb("control.down", "Stop the service: the proxy first, then the engines."),

@@ -124,6 +124,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "elastic": "the `[elastic]` table, see [its keys](reference/topology.md#elastic)",
         "dashboard": "the `[dashboard]` table, see [its keys](reference/topology.md#dashboard)",
         "node": "of a cluster, the node that runs this plan; else empty",
+        "certificates": "of a cluster, the folder with this node's certificates; else empty",
     },
     ProcessSpec: {
         "name": "such as `prefill-0`",
@@ -150,6 +151,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "switches": "whether its role can change while it runs",
         "planned_role": "its role in the topology, if it has another one now, else empty",
         "role_epoch": "counts the changes of its role",
+        "tls": "of a cluster: its ports want certificates",
     },
     Probe: {
         "ready": "readiness probe: `tcp:HOST:PORT`, `http://...`, `log:PATTERN`, or empty if ready at once",

@@ -12,9 +12,11 @@ def host_id(proc_root: Path = Path("/proc")) -> str:
     return f"{boot_id(proc_root)}/{(proc_root / 'self/ns/pid').readlink()}"
 
 
-def new_epoch(proc_root: Path = Path("/proc")) -> str:
-    """The epoch of a start: the boot id and a counter that only grows during the boot."""
-    return f"{boot_id(proc_root).replace('-', '')[:8]}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME):x}"
+def new_epoch(proc_root: Path = Path("/proc"), node: str = "") -> str:
+    """The epoch of a start: the boot id and a counter that only grows during the boot; of a node of a cluster, with its
+    name before that, so that whoever holds a lease says on which node it is."""
+    counted = f"{boot_id(proc_root).replace('-', '')[:8]}-{time.clock_gettime_ns(time.CLOCK_BOOTTIME):x}"
+    return f"{node}~{counted}" if node else counted
 
 
 @cache

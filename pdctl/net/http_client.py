@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 if TYPE_CHECKING:
-    import ssl
+    from pdctl.net.identity import ContextFactory
 
 # Reading from the socket pauses at this many buffered bytes, if the reader is slower than the engine.
 _PAUSE_AT = 256 * 1024
@@ -23,6 +23,15 @@ _PAUSE_AT = 256 * 1024
 _IDLE_S = 30.0
 _MAX_IDLE = 4096
 _MAX_HEADERS = 64 * 1024
+# OpenSSL's codes for a certificate whose CA is not known (x509_vfy.h).
+_STRANGE_CA = (18, 19, 20, 21)
+# What a TLS server says of our certificate when it ends the connection.
+_ALERTS = {
+    "CERTIFICATE_REQUIRED": "it wants a certificate of its CA, and this process showed none",
+    "CERTIFICATE_EXPIRED": "it says that our certificate has expired, or is not valid yet",
+    "UNKNOWN_CA": "it does not know the CA of our certificate",
+    "UNSUPPORTED_CERTIFICATE": "it says that our certificate is not one for clients",
+}
 
 
 class Unreachable(Exception):
@@ -96,7 +105,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         if not self.complete:
-            self.fail(f"{self.peer} closed the connection" + (f": {exc}" if exc else ""))
+            self.fail(f"{self.peer} closed the connection" + (f": {explained(exc)}" if exc else ""))
 
     # -- httptools callbacks --
 
@@ -272,9 +281,9 @@ class Exchange:
 
 
 class ConnectionPool:
-    """Connections to one address. `tls`: the context for a TLS server, else None."""
+    """Connections to one address. `tls`: for a TLS server, gives the context of the next connection."""
 
-    def __init__(self, host: str, port: int, connect_s: float = 2.0, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, host: str, port: int, connect_s: float = 2.0, tls: ContextFactory | None = None) -> None:
         self.host = host
         self.port = port
         self.connect_s = connect_s
@@ -342,12 +351,21 @@ class ConnectionPool:
         try:
             async with asyncio.timeout(self.connect_s):
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(peer), self.host, self.port, ssl=self._tls
+                    lambda: _Connection(peer), self.host, self.port, ssl=self._tls() if self._tls else None
                 )
         except (OSError, TimeoutError, ValueError, OverflowError) as failure:
             # ValueError and OverflowError: an invalid host or port.
-            raise Unreachable(f"{peer} cannot be reached: {failure or 'no answer'}") from None
+            raise Unreachable(f"{peer} cannot be reached: {explained(failure) or 'no answer'}") from None
         return connection
+
+
+def explained(failure: Exception) -> str:
+    """The words of a failed connection, also of one that failed by its certificates. Needs no import of ssl."""
+    if verified := getattr(failure, "verify_message", ""):
+        is_strange = getattr(failure, "verify_code", 0) in _STRANGE_CA
+        return f"its certificate is not accepted: {'it is of another CA' if is_strange else verified}"
+    reason = str(getattr(failure, "reason", ""))
+    return next((words for alert, words in _ALERTS.items() if reason.endswith(alert)), str(failure))
 
 
 def header_lines(headers: dict[str, str]) -> bytes:

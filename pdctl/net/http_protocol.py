@@ -4,6 +4,7 @@
 - Malformed HTTP, too large headers and internal errors are answered in OpenAI's error format.
 - A client that shuts down its sending side still gets its answer. A closed client looks the same at first: it is sent
   an interim response, to which its kernel replies with a reset.
+- A request says in its scope whose certificate its connection has, if servers ask for certificates.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from typing import cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from pdctl.net.identity import PEER, Who
 from pdctl.net.openai_api import ApiError
 
 # Limit of request line and headers together, in bytes.
@@ -38,6 +41,8 @@ class HttpProtocol(HttpToolsProtocol):
         self.in_head = True
         self._declined = False
         self._has_begun = False
+        certificate = transport.get_extra_info("peercert")
+        self._peer = (_who(certificate),) if certificate else ()
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -93,6 +98,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse_head()
             return
         self.in_head = False
+        if self._peer:
+            cast(dict[str, object], self.scope)[PEER] = self._peer[0]
         super().on_headers_complete()
         cycle = self.cycle
         cycle.send_500_response = lambda: _send_500(cycle)  # type: ignore[method-assign]
@@ -173,6 +180,12 @@ class HttpProtocol(HttpToolsProtocol):
                 return found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE
         except OSError:
             return True
+
+
+def _who(certificate: dict[str, object]) -> Who | None:
+    from pdctl.net.identity.contexts import who_in  # only servers with certificates pay for it
+
+    return who_in(certificate)
 
 
 async def _send_500(cycle: RequestResponseCycle) -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import uvicorn
+
+if TYPE_CHECKING:
+    import ssl
+
+    from pdctl.net.identity.contexts import Identity
 
 LOG_FORMAT = "%(asctime)s %(message)s"
 
@@ -29,6 +35,14 @@ class Server(uvicorn.Server):
         somebody else closed would take the next one of that number for it."""
         for listening in self.servers:
             listening.close()
+
+
+def wants_certificates(identity: Identity | None) -> Callable[..., ssl.SSLContext] | None:
+    """What makes a uvicorn server speak TLS and want certificates from its clients: for its `ssl_context_factory`."""
+    if identity is None:
+        return None
+    context = identity.server_context()
+    return lambda *_: context
 
 
 async def close_connections(server: Server) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from pdctl.adapters import Ability, Assignment, Launch, can_launch, control, launcher
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
-from pdctl.net import reachable
+from pdctl.net import LOOPBACK, reachable
+from pdctl.net.identity import CERTIFICATES_ENV
 from pdctl.plan.gpus import assign_gpus
 from pdctl.plan.helpers import Site, command_of, in_order, place_of, store_of
 from pdctl.plan.pins import Pins, pins_of
@@ -66,7 +67,17 @@ def make_plan(topology: Topology, host: Host, running: Plan | None = None, share
         elastic=topology.elastic,
         dashboard=topology.dashboard,
         node=share.node if share is not None else "",
+        certificates=_certificates(topology),
     )
+
+
+def _certificates(topology: Topology) -> str:
+    return topology.cluster.certificates if topology.cluster is not None else ""
+
+
+def _identity(topology: Topology) -> dict[str, str]:
+    """What our own processes need to speak TLS."""
+    return {CERTIFICATES_ENV: folder} if (folder := _certificates(topology)) else {}
 
 
 def _model(topology: Topology, host: Host, base: Path) -> ModelLocation:
@@ -141,18 +152,25 @@ def _tracing(assignment: Assignment, topology: Topology) -> dict[str, str]:
 def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
     group, topology = assignment.group, site.topology
     launch, client = launcher(group.kind).launch(topology, assignment), _client(site, assignment)
+    tls = bool(_certificates(topology)) and launcher(group.kind).certified
     return ProcessSpec(
         name=assignment.name,
         kind=group.kind,
         role=group.role.value,
         argv=launch.argv,
-        env={**_tracing(assignment, topology), **launch.env, **client.env, **dict(group.env)},
+        env={
+            **(_identity(topology) if tls else {}),
+            **_tracing(assignment, topology),
+            **launch.env,
+            **client.env,
+            **dict(group.env),
+        },
         device=group.device.value,
         cpus=pins.cpus,
         gpus=assignment.gpus,
         ports=assignment.ports,
         depends_on=site.members((*group.depends_on, *filter(None, (group.store,)))),
-        probe=_engine_probe(topology, group, launch, f"{assignment.host}:{assignment.ports['http']}"),
+        probe=_engine_probe(topology, group, launch, f"{assignment.host}:{assignment.ports['http']}", tls),
         listen=None,
         group=group.name,
         restart_with=site.members(group.restart_with),
@@ -164,6 +182,7 @@ def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
         files=client.files,
         inline=_inline(group),
         switches=Ability.ROLE in control(group.kind).abilities,
+        tls=tls,
     )
 
 
@@ -184,8 +203,8 @@ def _client(site: Site, assignment: Assignment) -> StoreClient:
     return store_launcher(store.kind).client(place_of(site, store), reader)
 
 
-def _engine_probe(topology: Topology, group: EngineGroup, launch: Launch, address: str) -> Probe:
-    base = f"http://{address}"
+def _engine_probe(topology: Topology, group: EngineGroup, launch: Launch, address: str, tls: bool) -> Probe:
+    base = f"{'https' if tls else 'http'}://{address}"
     ready = f"{base}{launch.ready_path}"
     if group.ready == "tcp":
         ready = f"tcp:{address}"
@@ -214,8 +233,9 @@ def _proxies(site: Site, engines: list[ProcessSpec]) -> list[ProcessSpec]:
     for worker in range(proxy.workers):
         name = "proxy" if proxy.workers == 1 else f"proxy-{worker}"
         ports = {"http": proxy.port}
-        if proxy.workers > 1 or proxy.tls_cert:
-            # Any worker may answer on the shared socket, and it may use TLS: the supervisor needs a port per worker.
+        if proxy.workers > 1 or proxy.tls_cert or _certificates(site.topology):
+            # Any worker may answer on the shared socket, and it may use TLS for clients, which have no certificate: the
+            # supervisor needs a port per worker.
             ports |= site.ports_of(name, ("control",))
         specs.append(_proxy(site.topology, site.host, site.run_dir, worker, ports, needed))
     return specs
@@ -228,7 +248,9 @@ def _proxy(
     base = f"http://{_in_url(topology.proxy.host)}:{topology.proxy.port}"
     if "control" in ports:
         argv += ["--worker", str(worker), "--control-port", str(ports["control"])]
-        base = f"http://{host.address}:{ports['control']}"
+        if host.address != LOOPBACK:
+            argv += ["--control-host", host.address]
+        base = f"{'https' if _certificates(topology) else 'http'}://{host.address}:{ports['control']}"
     # /health also depends on the engines, so liveness uses a path that answers whenever the proxy runs.
     alive = f"{base}/pdctl/v1/pool"
     # An engine that will register itself cannot be waited for: it needs a proxy that is ready. Engines of other nodes
@@ -239,7 +261,7 @@ def _proxy(
         kind=PROXY,
         role=PROXY,
         argv=tuple(argv),
-        env={},
+        env=_identity(topology),
         device="cpu",
         cpus=topology.proxy.cpus or host.cpus,
         gpus=(),
@@ -249,6 +271,7 @@ def _proxy(
         listen=(topology.proxy.host, topology.proxy.port),
         group="proxy",
         host=host.address,
+        tls=bool(_certificates(topology)),
     )
 
 

@@ -10,7 +10,7 @@ from pdctl.host import Host
 from pdctl.plan.ports import PortSearch, free_ports
 from pdctl.plan.spec import COMMAND, STORE, Probe, ProcessSpec
 from pdctl.stores import StorePlace, store_launcher
-from pdctl.topology.process_checks import PLACEHOLDER
+from pdctl.topology.checks.processes import PLACEHOLDER
 from pdctl.topology.spec import Command, Device, Store, Topology
 
 

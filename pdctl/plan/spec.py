@@ -43,7 +43,8 @@ class ProcessSpec:
     `api_key_env`: the variable in which the process gets the run's secret as its API key, "" for none. `connector`: how
     an engine exchanges KV. `files`: files that must exist before the start, content by path. `inline`: as a
     decode engine it also takes whole requests. `switches`: its role can change while it runs. `planned_role`: its role
-    in the topology, if it has another one now; `role_epoch`: counts the changes.
+    in the topology, if it has another one now; `role_epoch`: counts the changes. `tls`: its ports want certificates of
+    the cluster.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ProcessSpec:
     switches: bool = False
     planned_role: str = ""
     role_epoch: int = 0
+    tls: bool = False
 
     @property
     def is_engine(self) -> bool:
@@ -112,7 +114,8 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that `pdctl up` starts, and where. `node`: of a cluster, the node that starts it."""
+    """Everything that `pdctl up` starts, and where. `node`: of a cluster, the node that starts it; `certificates`: the
+    folder of its certificate, "" for none."""
 
     service: str
     model: str
@@ -135,6 +138,7 @@ class Plan:
     elastic: Elastic = field(default_factory=Elastic)
     dashboard: Dashboard = field(default_factory=Dashboard)
     node: str = ""
+    certificates: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """The plan for `--json` and for a detached supervisor."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import uvicorn
@@ -18,9 +19,11 @@ import uvloop
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, first_of
 from pdctl.net import LOOPBACK
-from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
+from pdctl.net.identity import own_identity
+from pdctl.net.identity.peers import NodesOnly
+from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp, wants_certificates
 from pdctl.net.tracing import Spans
 from pdctl.proxy.client.connections import BoundedProtocol, reap_forever
 from pdctl.proxy.client.keys import Keys
@@ -50,6 +53,9 @@ from pdctl.proxy.telemetry.spans import Tracing
 from pdctl.proxy_wire import ProxyConfig, listener_path
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, LISTEN_FD_ENV, SECRET_ENV
 
+if TYPE_CHECKING:
+    from pdctl.net.identity.contexts import Identity
+
 # Running answers may finish for at least this long after SIGTERM, seconds.
 _LEAST_DRAIN_S = 1
 # Number of engines for which workers can share load data.
@@ -67,9 +73,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pdctl.proxy")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--worker", type=int, default=0)
-    parser.add_argument(
-        "--control-port", type=int, default=0, help="loopback port on which the supervisor reaches this worker"
-    )
+    parser.add_argument("--control-port", type=int, default=0, help="port on which the supervisor reaches this worker")
+    parser.add_argument("--control-host", default=LOOPBACK, help="address of that port")
     arguments = parser.parse_args()
     config = msgspec.json.decode(arguments.config.read_bytes(), type=ProxyConfig)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
@@ -81,7 +86,7 @@ def main() -> int:
     except* _Stopped:
         pass
     except* PdctlError as failures:
-        failure = failures.exceptions[0]
+        failure = first_of(failures)
         assert isinstance(failure, PdctlError)
         sys.stderr.write(f"error: {failure}\n" + (f"hint: {failure.hint}\n" if failure.hint else ""))
         code = EXIT_CONFIG
@@ -91,8 +96,9 @@ def main() -> int:
 async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: socket.socket) -> None:
     control_port: int = arguments.control_port
     loop = asyncio.get_running_loop()
+    node = own_identity()
     async with asyncio.TaskGroup() as tasks:
-        completions = _completions(config, arguments.worker)
+        completions = _completions(config, arguments.worker, node)
         shared = completions.shared
         app = _app(config, completions, arguments.config)
         server = Server(_uvicorn(config, app))
@@ -107,7 +113,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         tasks.create_task(_keep_house(completions))
         tasks.create_task(reap_forever(server.server_state.connections))
         if control_port:
-            tasks.create_task(_serve_control(app, control_port))
+            tasks.create_task(_serve_control(app, arguments.control_host, control_port, node))
         _calm_collector()
         # uvicorn closes its socket on shutdown, but a new supervisor may still ask for this one.
         with giving_back(listener_path(Path(config.run_dir), _name(config, arguments.worker)), listener, loop):
@@ -120,7 +126,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         raise _Stopped
 
 
-def _completions(config: ProxyConfig, worker: int) -> Completions:
+def _completions(config: ProxyConfig, worker: int, node: Identity | None) -> Completions:
     """Build the request handler. Raises PdctlError for unusable files in the configuration."""
     several = config.workers > 1
     run_dir = Path(config.run_dir)
@@ -130,8 +136,8 @@ def _completions(config: ProxyConfig, worker: int) -> Completions:
         (run_dir / "metrics").mkdir(exist_ok=True)
     epoch = os.environ.get(EPOCH_ENV, "")
     by_slo = config.admission == "slo"
-    secret = os.environ.get(SECRET_ENV, "")
-    pool = EnginePool.of(config.engines, secret, loads, by_slo)
+    secret, tls = os.environ.get(SECRET_ENV, ""), node.client_context if node is not None else None
+    pool = EnginePool.of(config.engines, secret, loads, by_slo, tls)
     pool.follow(config.engines, config.draining, by_slo, config.unlinked, config.moving)
     ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
     name = _name(config, worker)
@@ -213,14 +219,16 @@ def _calm_collector() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-async def _serve_control(app: ASGIApp, port: int) -> None:
-    """Serve the same application on a loopback port of this worker, without TLS."""
-    listener = listen_tcp(LOOPBACK, port)
-    await Server(
-        uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", loop="none", http=BoundedProtocol, ws="none"
-        )
-    ).serve(sockets=[listener])
+async def _serve_control(app: ASGIApp, host: str, port: int, node: Identity | None) -> None:
+    """Serve the same application on a port of this worker's own: without TLS, or for nodes with certificates."""
+    listener = listen_tcp(host, port)
+    if node is not None:
+        app = NodesOnly(app, node.who.service)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", loop="none", http=BoundedProtocol, ws="none",
+        ssl_context_factory=wants_certificates(node),
+    )  # fmt: skip
+    await Server(config).serve(sockets=[listener])
 
 
 async def _keep_house(completions: Completions) -> None:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, first_of
 from pdctl.plan import Plan
 from pdctl.supervisor.service.service import Service
 
@@ -33,12 +33,12 @@ def main() -> int:
     try:
         asyncio.run(service.run())
     except* PdctlError as failures:
-        failure = failures.exceptions[0]
+        failure = first_of(failures)
         assert isinstance(failure, PdctlError)
         code = _fail(reason_fd, failure.message, failure.hint or "")
     except* Exception as failures:  # noqa: BLE001 - this is the outermost loop
         _write("".join(traceback.format_exception(failures)))
-        _fail(reason_fd, f"unexpected: {type(failures.exceptions[0]).__name__}: {failures.exceptions[0]}")
+        _fail(reason_fd, f"unexpected: {type(first_of(failures)).__name__}: {first_of(failures)}")
         code = 2
     if service.failure is not None:
         code = _fail(reason_fd, f"the service did not start: {service.failure}")

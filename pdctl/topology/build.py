@@ -76,8 +76,10 @@ def build(data: Table, source: str | None) -> Topology:
 
 def _cluster(table: Table, source: str | None) -> Cluster:
     values = _filled(table, TABLES["cluster"])
-    paths = {name: absolute(values[name], source) for name in ("secret_file", "certificates", "etcd_password_file")}
-    given = {"etcd": tuple(values["etcd"]), "etcd_user": values["etcd_user"] or "", **paths}
+    named = ("secret_file", "certificates", "etcd_password_file", "ray_token_file")
+    paths = {name: absolute(values[name], source) for name in named}
+    words = {name: values[name] or "" for name in ("etcd_user", "ray_address")}
+    given = {"etcd": tuple(values["etcd"]), "ssh_nodes": tuple(values["ssh_nodes"]), **words, **paths}
     return Cluster(**{**values, **given, "node_lost_s": float(values["node_lost_s"])})
 
 

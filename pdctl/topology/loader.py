@@ -15,12 +15,12 @@ import tomli
 from pdctl.errors import ConfigError, PdctlError, Problem
 from pdctl.host import Host
 from pdctl.topology.build import build
+from pdctl.topology.checks.consistency import topology_problems
+from pdctl.topology.checks.host import facts_problems, fault_problems, host_problems
+from pdctl.topology.checks.keys import key_problems
 from pdctl.topology.document import Document
-from pdctl.topology.host_checks import facts_problems, fault_problems, host_problems
-from pdctl.topology.key_checks import key_problems
 from pdctl.topology.spec import Topology
 from pdctl.topology.toml_lines import key_lines
-from pdctl.topology.topology_checks import topology_problems
 from pdctl.user_files import read_user_text
 
 

@@ -122,11 +122,19 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "certificates": Meaning("folder with this node's certificate: [security](../cluster.md#security)", "none"),
         "etcd_user": Meaning("user of etcd's own access control", "none"),
         "etcd_password_file": Meaning("file with that user's password", "none"),
-        "launcher": Meaning("who starts `pdctl agent` on the nodes: `none`: systemd or you; `ray`: Ray"),
+        "launcher": Meaning(
+            "who starts `pdctl agent` on the nodes: `none`: systemd or you; `ray`: Ray; `ssh`: `pdctl up`, by ssh"
+        ),
+        "ssh_nodes": Meaning("hosts on which ssh starts agents, as ssh knows them; they name the nodes", "none"),
         "agent_port": Meaning("port on which agents answer each other"),
         "ttl_s": Meaning("a node that is silent for so many seconds is unknown, and its engines are asked directly"),
         "node_lost_s": Meaning("the engines of such a node are placed on other nodes after so many seconds"),
         "spare_nodes": Meaning("so many nodes may fail, and the others must have room for all engines"),
+        "ray_address": Meaning(
+            "address of Ray's head, such as `10.0.0.1:6379`", "the Ray that this machine is a node of"
+        ),
+        "ray_token_file": Meaning("file with Ray's token, the same on every node", "as the environment says"),
+        "ray_allow_commands": Meaning("start agents with `--allow-commands`"),
     },
     "dashboard": {
         "listen": Meaning(

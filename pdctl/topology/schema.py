@@ -40,7 +40,7 @@ UNKNOWN_FIELDS = ("warn", "refuse")
 STOP_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 LINK_LAYERS = ("any", "infiniband", "ethernet")
 ON_DEATH = ("terminate", "survive")
-LAUNCHERS = ("none", "ray")
+LAUNCHERS = ("none", "ray", "ssh")
 TRANSFER_PROTOCOLS = ("auto", "tcp", "rdma")
 
 
@@ -109,6 +109,10 @@ TABLES: dict[str, dict[str, Key]] = {
         "ttl_s": Key(integer(2, 3600), 5),
         "node_lost_s": Key(number(0, 86400), 60.0),
         "spare_nodes": Key(integer(0, 64), 0),
+        "ssh_nodes": Key(texts("node"), []),
+        "ray_address": Key(text()),
+        "ray_token_file": Key(text()),
+        "ray_allow_commands": Key(boolean(), False),
     },
     "dashboard": {"listen": Key(text(LOOPBACK_PORT, "a loopback address and a port, such as 127.0.0.1:8099"), "")},
     "transfer": {

@@ -114,7 +114,9 @@ class Cluster:
     certificate, "" for none; `agent_port`: of agents, for each other. Paths are absolute.
 
     `ttl_s`: a node that is silent for so many seconds is unknown; `node_lost_s`: its engines are placed elsewhere after
-    so many; `spare_nodes`: so many nodes may fail, and the rest must have room.
+    so many; `spare_nodes`: so many nodes may fail, and the rest must have room. `ssh_nodes`: hosts
+    as ssh knows them, on which it starts agents. `ray_address`: of Ray's head, "" for
+    the Ray that this machine is a node of; `ray_allow_commands`: of the agents that Ray starts.
     """
 
     etcd: tuple[str, ...]
@@ -128,6 +130,10 @@ class Cluster:
     ttl_s: int = 5
     node_lost_s: float = 60.0
     spare_nodes: int = 0
+    ssh_nodes: tuple[str, ...] = ()
+    ray_address: str = ""
+    ray_token_file: str = ""
+    ray_allow_commands: bool = False
 
 
 @dataclass(frozen=True, slots=True)

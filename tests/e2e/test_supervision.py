@@ -543,6 +543,36 @@ def test_a_unit_for_systemd(run: Run) -> None:
     assert not run.processes()
 
 
+def test_a_unit_for_an_agent(run: Run) -> None:
+    """Of a topology with [cluster]. The agent is ready although it has nothing to run, and its registry is away."""
+    import shutil
+    import socket
+
+    cluster = f'[cluster]\netcd = ["http://127.0.0.1:{free_port()}"]\ninterface = "127.0.0.1"\nsecret_file = "secret"\n'
+    run.write(single() + cluster)
+    (run.folder / "secret").write_text("0123456789abcdef\n")
+    (run.folder / "secret").chmod(0o600)
+    unit = run.cli("init", "--systemd", "pdctl.toml", check=True).stdout
+    assert f"agent --file {run.folder}/pdctl.toml" in unit
+    assert {"Type=notify", "KillMode=process", "Restart=always"} <= set(unit.splitlines())
+    if shutil.which("systemd-analyze"):
+        path = run.write(unit, "pdctl-agent.service")
+        env = {**os.environ, "XDG_RUNTIME_DIR": str(run.folder)}
+        subprocess.run(["systemd-analyze", "verify", "--user", path], check=True, env=env)
+    address = str(run.folder / "notify.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(address)
+        listener.settimeout(90)
+        env = {**run.env, "NOTIFY_SOCKET": address, "WATCHDOG_USEC": "400000"}
+        out = (run.folder / "out").open("wb")
+        with out, subprocess.Popen([*CLI, "agent"], env=env, cwd=run.folder, stdout=out, stderr=out) as agent:
+            assert "READY=1" in listener.recv(4096).decode()
+            while "WATCHDOG=1" not in listener.recv(4096).decode():
+                pass
+            agent.send_signal(signal.SIGTERM)
+            assert agent.wait(60) == 0
+
+
 @pytest.mark.slow
 def test_workers_share_one_socket_and_restart_one_by_one(run: Run) -> None:
     with running(run, topology(kv_cache_gb=0.1, extra="workers = 2")) as service:

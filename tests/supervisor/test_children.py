@@ -150,7 +150,9 @@ def test_one_that_flaps_ends_in_failed_and_comes_back_when_asked(tmp_path: Path)
 @pytest.mark.parametrize("code", [2, 64, 78])
 def test_codes_that_a_restart_cannot_cure(tmp_path: Path, code: int) -> None:
     starting = replace(AT_ONCE, ready="log:never")
-    with fleet(tmp_path, shell("bad", f"sleep 0.1; exit {code}", probe=starting), shell("fine", SLEEP)) as found:
+    # The service did not start, so it ends. The other process takes its time, and the state can be looked at.
+    slow = shell("slow", "trap '' TERM; while :; do sleep 0.1; done")
+    with fleet(tmp_path, shell("bad", f"sleep 0.1; exit {code}", probe=starting), slow, grace_s=20.0) as found:
         found.until("bad", lambda now: now.state == "failed", "failed")
         assert found.of("bad").restarts == 0
         assert found.of("bad").reason == f"exited with code {code}: a restart would not help"

@@ -111,3 +111,26 @@ def test_without_cluster_nodes_have_no_effect() -> None:
         ("proxy.nodes", "nodes has no effect without [cluster]"),
         ("engines[0].nodes", "nodes has no effect without [cluster]"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "message"),
+    [
+        ('launcher = "ssh"', "cluster.launcher", 'launcher = "ssh" needs ssh_nodes'),
+        ('ssh_nodes = ["a"]', "cluster.ssh_nodes", "ssh_nodes has no effect with launcher 'none'"),
+        (
+            'launcher = "ssh"\nssh_nodes = ["a"]\nray_address = "10.0.0.1:6379"', "cluster.ray_address",
+            "ray_address has no effect with launcher 'ssh'",
+        ),
+    ],
+)  # fmt: skip
+def test_keys_of_another_launcher_have_no_effect(lines: str, key: str, message: str) -> None:
+    text = TEXT.replace('secret_file = "secret"', f'secret_file = "secret"\n{lines}')
+    assert [found[1:] for found in problems(text)] == [(key, message)]
+
+
+def test_ssh_with_its_nodes_is_right() -> None:
+    text = TEXT.replace('secret_file = "secret"', 'secret_file = "secret"\nlauncher = "ssh"\nssh_nodes = ["a", "b"]')
+    cluster = load_cluster_text(text, "x.toml").cluster
+    assert cluster is not None
+    assert (cluster.launcher, cluster.ssh_nodes) == ("ssh", ("a", "b"))

@@ -33,6 +33,7 @@ class BuiltinLauncher(BaseLauncher):
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
     packages = ENGINE_PACKAGES
     tracing = OTLP_EXPORTERS[:1]
+    certified = True
 
     def requirement(self, device: Device) -> str:
         """See Launcher.requirement."""

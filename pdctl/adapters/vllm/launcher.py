@@ -21,14 +21,16 @@ from pdctl.adapters import (
 )
 from pdctl.adapters.vllm.connectors import CONNECTORS, Exchange, transfer_config
 from pdctl.adapters.vllm.log import FAILURES, PHASES
+from pdctl.net.identity import FILES
 from pdctl.net.tracing import traces_url
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
 
+_CERT_REQUIRED = 2  # of Python's ssl
 # Options that pdctl sets. In `args` they would contradict the plan.
 _OURS = (
     "--host", "--port", "--model", "--served-model-name", "--max-model-len", "--api-key", "--kv-transfer-config",
     "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp", "--dtype",
-    "--uds",
+    "--uds", "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--enable-ssl-refresh",
 )  # fmt: skip
 # Variables that pdctl sets: ports, which must differ between engines, and what follows from other keys.
 _OUR_VARIABLES = frozenset(
@@ -68,6 +70,7 @@ class VllmLauncher(BaseLauncher):
     tracing = OTLP_EXPORTERS
     failures = FAILURES
     leaves_shared_memory = True
+    certified = True
 
     def requirement(self, device: Device) -> str:
         """See Launcher.requirement."""
@@ -209,10 +212,19 @@ def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
         yield from _gpu_memory(group)
     if assignment.otlp_endpoint and version_numbers(assignment.package[1]) >= _TRACES_FROM:
         yield from ("--otlp-traces-endpoint", traces_url(assignment.otlp_endpoint))
+    if topology.cluster is not None and topology.cluster.certificates:
+        yield from _certificates(topology.cluster.certificates)
     if _exchanges_kv(topology) or group.store:
         config = transfer_config(_connector(group), _exchange(topology, assignment))
         yield from ("--kv-transfer-config", json.dumps(config, separators=(",", ":")))
     yield from group.args
+
+
+def _certificates(folder: str) -> Iterator[str]:
+    """Speak TLS, with clients that have a certificate of the cluster only, and follow renewed ones."""
+    ca, cert, key = (f"{folder}/{name}" for name in FILES)
+    yield from ("--ssl-certfile", cert, "--ssl-keyfile", key, "--ssl-ca-certs", ca)
+    yield from ("--ssl-cert-reqs", str(_CERT_REQUIRED), "--enable-ssl-refresh")
 
 
 def _gpu_memory(group: EngineGroup) -> Iterator[str]:

@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from pdctl.bench import Asked
     from pdctl.bench.chaos import Difference, Observations
     from pdctl.bench.client import Endpoint
-    from pdctl.control_api import RoleName, ServiceStatus
+    from pdctl.control_api import ProcessStatus, RoleName, ServiceStatus
 
 _FAULTS = ("kill", "freeze", "restart", "role")
-# Orders to the supervisor, instead of signals to processes.
-_ORDERS = ("restart", "role")
 _ROLES: tuple[RoleName, ...] = ("prefill", "decode", "hybrid")
 _LOOK_S = 0.1
 _ANSWER_S = 600.0
@@ -71,9 +69,10 @@ def chaos(
 
     name = find_service(service, file)
     status = control(name).status(measurements=False)
-    names = [*(process.name for process in status.processes), SUPERVISOR]
+    names = [*(process.name for process in status.processes if is_here(status, process)), SUPERVISOR]
+    far = [process.name for process in status.processes if not is_here(status, process)]
     rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
-    _check(faults, names, rng, Path(status.run_dir))
+    _check(faults, names, far, rng, Path(status.run_dir))
     if seconds <= every:
         raise PdctlError(f"--for {seconds:g} ends before the first fault", f"give more than --every {every:g}")
     endpoint = endpoint_of(status.proxy_url, "", "", ignore_eos=True, timeout=_ANSWER_S)
@@ -135,15 +134,23 @@ async def _under_load(
         schedule.stop()
 
 
-def _check(faults: list[str], names: list[str], rng: random.Random, run_dir: Path) -> None:
-    from pdctl.bench.chaos import pick
+def is_here(status: ServiceStatus, process: ProcessStatus) -> bool:
+    """Whether a process runs on this machine, where signals reach it."""
+    return not status.nodes or any(node.asked and node.name == process.node for node in status.nodes)
+
+
+def _check(faults: list[str], names: list[str], far: list[str], rng: random.Random, run_dir: Path) -> None:
+    from pdctl.bench.chaos import group_of, pick
     from pdctl.supervisor.rundir.adoption import read_adoptable
 
     for word in faults:
         what = word.partition(":")[0]
-        if what not in _FAULTS or pick(names, [word], rng) is None:
-            hint = f"such as kill:decode; groups: {', '.join(sorted({n.rpartition('-')[0] or n for n in names}))}"
+        if what not in _FAULTS or pick(names, [word], rng, far) is None:
+            hint = f"such as kill:decode; groups: {', '.join(sorted(set(map(group_of, names))))}"
+            hint += "; signals reach the processes of this machine only" if far else ""
             raise PdctlError(f"--fault {word!r} does not match this service", hint)
+        if word.endswith(f":{SUPERVISOR}") and far:
+            raise PdctlError(f"--fault {word!r}: pdctl cannot start a node's agent again", "choose another fault")
         if word.endswith(f":{SUPERVISOR}") and (what != "kill" or read_adoptable(run_dir) is None):
             hint = 'only kill:supervisor works, and only with on_supervisor_death = "survive" under [supervisor]'
             raise PdctlError(f"--fault {word!r}: this service stops with its supervisor", hint)
@@ -188,30 +195,34 @@ class _Schedule:
             self._over.set()
 
     def _one(self, observed: Observations) -> None:
-        from pdctl.bench.chaos import Fault, carry_out, pick
+        from pdctl.bench.chaos import ORDERS, Fault, carry_out, pick
 
+        if (status := self._status()) is None:
+            return
         # A process that the supervisor has given up has no pid, and cannot be broken again.
-        status = self._status()
-        pids_of = {process.name: process.pid for process in status.processes if process.pid} if status else {}
-        chosen = pick([*sorted(pids_of), *([SUPERVISOR] if pids_of else [])], self._faults, self._rng)
-        if chosen is None or status is None:
+        alive = [process for process in status.processes if process.pid]
+        pids_of = {process.name: process.pid for process in alive if process.pid and is_here(status, process)}
+        far = sorted(process.name for process in alive if process.name not in pids_of)
+        chosen = pick([*sorted(pids_of), *([SUPERVISOR] if pids_of else [])], self._faults, self._rng, far)
+        if chosen is None:
             return
         what, name = chosen
-        pids = (status.supervisor_pid,) if name == SUPERVISOR else _tree(pids_of[name])
+        pids = (status.supervisor_pid,) if name == SUPERVISOR else _tree(pids_of[name]) if name in pids_of else ()
         fault = Fault(what, name, pids)
-        if what in _ORDERS and not self._order(what, name):
+        if what in ORDERS and not self._order(what, name):
             return
         began = time.monotonic()
         observed.faults.append(fault)
         observed.fault_times.append(began)
         console.note(f"{what} {name}; so far {observed.answered} answered, {sum(observed.failed.values())} failed, "
                      f"{observed.wrong} wrong")  # fmt: skip
-        if what not in _ORDERS:
+        if what not in ORDERS:
             carry_out(fault, self._frozen, self.wait)
         if name == SUPERVISOR:
             seconds = self._taken_over(began)
         else:
-            seconds = self._ready_again(name, fault.pids[0] if what in ("kill", "restart") else 0, began)
+            old_pid = next((one.pid for one in alive if one.name == name), None)
+            seconds = self._ready_again(name, old_pid if what in ("kill", "restart") else None, began)
         # If the wait was cut short by a stop, it is unknown whether the process would have recovered.
         if seconds is not None or not self._over.is_set():
             observed.recovered.append(seconds)
@@ -241,7 +252,7 @@ class _Schedule:
             return None
         return time.monotonic() - began if done.returncode == 0 else None
 
-    def _ready_again(self, name: str, old_pid: int, began: float) -> float | None:
+    def _ready_again(self, name: str, old_pid: int | None, began: float) -> float | None:
         while time.monotonic() - began < self._back_s and not self.is_over:
             status = self._status()
             now = status.process(name) if status is not None else None
@@ -308,10 +319,11 @@ def _differences(endpoint: Endpoint, observed: Observations) -> Difference:
 
 def _by_fault(observed: Observations) -> dict[str, list[float | None]]:
     """Seconds to recover, by fault and group."""
+    from pdctl.bench.chaos import group_of
+
     found: dict[str, list[float | None]] = {}
     for fault, seconds in zip(observed.faults, observed.recovered, strict=False):
-        group = fault.name.rpartition("-")[0] or fault.name
-        found.setdefault(f"{fault.what} {group}", []).append(seconds)
+        found.setdefault(f"{fault.what} {group_of(fault.name)}", []).append(seconds)
     return found
 
 

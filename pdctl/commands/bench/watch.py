@@ -94,7 +94,8 @@ def _service_at(url: str) -> str:
     """The running service with its proxy at this address; "" if there is none."""
     for name in running_services():
         try:
-            if control(name).status(measurements=False).proxy_url == url.rstrip("/").removesuffix("/v1"):
+            status = control(name).status(measurements=False)
+            if url.rstrip("/").removesuffix("/v1") in (status.proxy_url, *status.proxy_urls):
                 return name
         except PdctlError:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from pdctl import console
-from pdctl.commands.common import FileOption, control, topology_file
-from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
+from pdctl.commands.common import FileOption, control, find_service, topology_file
+from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed, first_of
 from pdctl.host import program
 
 if TYPE_CHECKING:
@@ -38,21 +39,48 @@ def agent(
         help="Also obey topologies that name programs, interpreters or options: whoever may write to etcd can then run "
         "commands on this machine.",
     ),
+    adopt: bool = typer.Option(False, "--adopt", help="With -d: an agent that runs already is no error."),
+    stop: bool = typer.Option(False, "--stop", help="End the agent of this machine, and what runs below it."),
+    service: str | None = typer.Option(None, "-s", "--service", help="With --stop: the service, if no file names it."),
+    now: bool = typer.Option(False, "--now", help="With --stop: do not wait for running requests."),
 ) -> None:
     """Run this machine's part of a service that runs on several. The topology's [cluster] says how the machines find
     each other; engines and proxy are those that `pdctl up` on any of them asks for."""
     from pdctl.host.processes.presence import supervisor_of
     from pdctl.host.users import run_root
 
-    found = _load(file)
+    if stop:
+        _stop(find_service(service, file), now)
+        return
+    found = _load(_kept(sys.stdin.read()) if str(file) == "-" else file)
     name = node or socket.gethostname().partition(".")[0]
     if supervisor_of(run_root() / found.topology.service.name) is not None:
+        if adopt and detach:
+            console.out(f"the agent of {found.topology.service.name} runs already")
+            return
         hint = f"see it with: pdctl status -s {found.topology.service.name}"
         raise AlreadyRunning(f"the agent of service {found.topology.service.name!r} runs here already", hint)
     if detach:
         _detached(found, name, allow_commands)
     else:
         _foreground(found, name, allow_commands)
+
+
+def _stop(service: str, now: bool) -> None:
+    """Raises PdctlError."""
+    from pdctl.launchers.ending import end_agent
+
+    if not end_agent(service, now):
+        raise NotRunning(f"no agent of service {service!r} runs on this machine")
+    console.out(f"the agent of {service} has ended")
+
+
+def _kept(text: str) -> Path:
+    """A topology from stdin, kept for the agent's restarts. Raises PdctlError."""
+    from pdctl.launchers.node import write_file
+    from pdctl.topology.loader import load_cluster_text
+
+    return write_file(load_cluster_text(text, "stdin").service.name, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +117,7 @@ def _foreground(found: _Found, node: str, allow_commands: bool) -> None:
     try:
         asyncio.run(_run(settings))
     except* PdctlError as failures:
-        raise failures.exceptions[0] from None
+        raise first_of(failures) from None
 
 
 async def _run(settings: AgentSettings) -> None:

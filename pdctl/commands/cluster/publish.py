@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdctl import console
-from pdctl.commands.common import as_json_text, control, is_interactive
+from pdctl.commands.common import as_json_text, control, is_interactive, topology_file
 from pdctl.commands.control.apply import show_changes
-from pdctl.errors import AlreadyRunning, NotRunning, PdctlError, ServiceFailed
+from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
 from pdctl.user_files import read_user_text
 
 if TYPE_CHECKING:
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 # Nodes that do nothing for so long, and are not as they should be, will not be: seconds.
 _STUCK_S = 15.0
+# For agents that have just been started to register, seconds.
+_REGISTER_S = 60.0
 
 
 def up(path: Path, service: str, wait_s: float) -> None:
     """Publish a file and wait until everything is ready. Raises PdctlError, ServiceFailed."""
     text, source = _checked(path)
+    _launch(service, text, source)
     try:
         published = control(service).topology()
     except NotRunning:
@@ -69,7 +72,7 @@ def change(
 
 
 def down(service: str, wait_s: float) -> None:
-    """Let the cluster run nothing, and wait until nothing runs. The agents stay. Raises PdctlError."""
+    """Let the cluster run nothing, and wait until nothing runs. Raises PdctlError."""
     control(service).withdraw()
     deadline, shown = time.monotonic() + wait_s, ""
     while True:
@@ -88,7 +91,40 @@ def down(service: str, wait_s: float) -> None:
             console.note(f"node {node.name} does not answer: it stops what it runs when it hears etcd again")
 
 
+def give_back(service: str, file: Path | None) -> bool:
+    """End the agents if a launcher has started them: their file, or else that of the command, names it. Raises
+    PdctlError."""
+    from pdctl import launchers
+    from pdctl.launchers.node import file_of
+    from pdctl.topology.loader import load_imagined
+
+    path = next((path for path in (file_of(service), topology_file(file)) if path is not None and path.is_file()), None)
+    return path is not None and launchers.give_back(load_imagined(path), console.note)
+
+
 # -- parts -------------------------------------------------------------------------------------------------
+
+
+def _launch(service: str, text: str, source: str) -> None:
+    """Get agents onto the nodes, and wait until this node's knows them all. Raises PdctlError."""
+    from pdctl import launchers
+    from pdctl.topology.loader import load_cluster_text
+
+    nodes = launchers.start(load_cluster_text(text, source), console.note)
+    deadline = time.monotonic() + _REGISTER_S
+    while nodes:
+        try:
+            known = {node.name for node in control(service).status(measurements=False).nodes if node.state != "silent"}
+        except (NotRunning, NotAnswering):
+            known = set()
+        if known.issuperset(nodes):
+            return
+        if time.monotonic() > deadline:
+            late = ", ".join(node for node in nodes if node not in known)
+            raise PdctlError(
+                f"agents run, but this node does not know of: {late}", "do they reach etcd? see their logs"
+            )
+        time.sleep(_POLL_S)
 
 
 def _checked(path: Path) -> tuple[str, str]:

@@ -37,25 +37,32 @@ def down(
     except NotAnswering:
         _end_silent(name, run_dir, now)
     except NotRunning:
-        if not _end_leftovers(run_dir):
+        was_there = _end_leftovers(run_dir)
+        if not _give_back(name, file) and not was_there:
             raise
     else:
         if status.nodes:
-            _withdraw(name, now)
+            _withdraw(name, file, now)
             return
         _stop(name, status.supervisor_pid, [process.name for process in status.processes], now)
     console.out(f"{name} is down")
 
 
-def _withdraw(name: str, now: bool) -> None:
-    """Stop a service that runs in a cluster, on all nodes. Its agents stay."""
+def _withdraw(name: str, file: Path | None, now: bool) -> None:
+    """Stop a service that runs in a cluster, on all nodes. Its agents stay, unless a launcher has started them."""
     from pdctl.commands.cluster.publish import down as withdraw
 
     if now:
         hint = "stop it without --now; an agent that gets SIGTERM twice kills its node's processes"
         raise PdctlError("--now is for a service on one machine", hint)
     withdraw(name, _DEADLINE_S)
-    console.out(f"{name} is down; its agents run on")
+    console.out(f"{name} is down" if _give_back(name, file) else f"{name} is down; its agents run on")
+
+
+def _give_back(name: str, file: Path | None) -> bool:
+    from pdctl.commands.cluster.publish import give_back
+
+    return give_back(name, file)
 
 
 def _stop(name: str, supervisor_pid: int, processes: list[str], now: bool) -> None:

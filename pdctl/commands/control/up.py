@@ -16,7 +16,7 @@ import typer
 from pdctl import console
 from pdctl.commands.common import FileOption, control, find_service, is_interactive, read_topology, topology_file
 from pdctl.commands.setup.plan import load_plan, warn_of_shared_gpus
-from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed
+from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed, first_of
 from pdctl.host import program
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _foreground(planned: Plan) -> None:
     try:
         asyncio.run(run())
     except* PdctlError as failures:
-        raise failures.exceptions[0] from None
+        raise first_of(failures) from None
     if service.failure is not None:
         raise ServiceFailed(f"the service did not start: {service.failure}", _log_hint(planned.service))
 

@@ -52,10 +52,11 @@ def why(
     reports = with_unwritten([in_cluster(report, node) for report in read_exits(folder)], meant)
     found = [report for report in reports if name in (report.process, f"{report.node}/{report.process}")][-_KEPT:]
     if not found:
-        known = _known(meant, folder, node)
+        known, silent = _known(meant, folder, node)
         if name not in known:
             where = f"service {meant!r}" if node else folder
-            raise PdctlError(f"no process {name!r} in {where}", f"known: {', '.join(known) or 'none'}")
+            missing = f"; no answer from {', '.join(silent)}" if silent else ""
+            raise PdctlError(f"no process {name!r} in {where}", f"known: {', '.join(known) or 'none'}{missing}")
         console.note(f"no exit of {name} is recorded in {folder / EXITS}{' or by other nodes' if node else ''}")
     if as_json:
         console.out(as_json_text(found[-count:]))
@@ -71,14 +72,13 @@ def in_cluster(report: ExitReport, node: str) -> ExitReport:
     return msgspec.structs.replace(report, node=node) if node else report
 
 
-def _known(service: str, folder: Path, node: str) -> list[str]:
-    """The processes that have logs; of a cluster, also as NODE/NAME."""
+def _known(service: str, folder: Path, node: str) -> tuple[list[str], list[str]]:
+    """The processes that have logs; of a cluster, also as NODE/NAME, and the nodes that do not answer."""
     if not node:
-        return sorted({path.name.removesuffix(".log") for path in folder.glob("*.log")} - {"supervisor"})
-    names = control(service).log_names().names
-    return sorted({name for there in names.values() for name in there}) + [
-        f"{node}/{name}" for node, there in names.items() for name in there
-    ]
+        return sorted({path.name.removesuffix(".log") for path in folder.glob("*.log")} - {"supervisor"}), []
+    logs = control(service).log_names()
+    bare = sorted({name for there in logs.names.values() for name in there})
+    return bare + [f"{node}/{name}" for node, there in logs.names.items() for name in there], [*logs.silent]
 
 
 def _events_of(service: str, folder: Path, node: str) -> list[dict[str, object]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from pdctl import console
+from pdctl.commands.common import read_topology
 from pdctl.errors import PdctlError
 from pdctl.host import program
 
@@ -40,9 +41,11 @@ def init(
 
 
 def _unit(path: Path) -> str:
-    """A systemd unit: the service notifies systemd when it is ready, and feeds its watchdog."""
-    command = shlex.join(program.lasting("up", "--file", str(path)))
-    return _UNIT.format(path=path, folder=path.parent, command=command)
+    """A systemd unit: the service notifies systemd when it is ready, and feeds its watchdog. Of a topology with
+    [cluster] the unit runs this node's agent."""
+    in_cluster = path.is_file() and "cluster" in read_topology(path)
+    command = shlex.join(program.lasting("agent" if in_cluster else "up", "--file", str(path)))
+    return (_AGENT if in_cluster else _UNIT).format(path=path, folder=path.parent, command=command)
 
 
 _UNIT = """\
@@ -65,6 +68,34 @@ WatchdogSec=30
 Restart=on-failure
 RestartPreventExitStatus=1
 # A cgroup for the service, in which each process gets its own.
+Delegate=yes
+LimitNOFILE=1048576
+LimitMEMLOCK=infinity
+
+[Install]
+WantedBy=default.target
+"""
+
+_AGENT = """\
+[Unit]
+Description=pdctl agent: {path}
+After=network-online.target
+Wants=network-online.target
+# It tries for ever: a node without agent is of no use.
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+WorkingDirectory={folder}
+# Engines outlive an agent that ends badly, and the next one takes them over. systemctl stop lets the agent end them.
+KillMode=process
+TimeoutStopSec=180
+WatchdogSec=30
+Restart=always
+RestartSec=1
+# A cgroup for the agent, in which each process gets its own.
 Delegate=yes
 LimitNOFILE=1048576
 LimitMEMLOCK=infinity

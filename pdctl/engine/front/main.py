@@ -10,8 +10,10 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pdctl.engine.front.api.control import Control
 from pdctl.engine.front.api.generate import Generator
@@ -34,11 +36,16 @@ from pdctl.engine.front.routers.transfers import Transfers
 from pdctl.engine.front.spans import EngineSpans
 from pdctl.engine.handover.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, first_of
 from pdctl.host.boot import new_epoch
 from pdctl.net.http_protocol import HttpProtocol
-from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp
+from pdctl.net.identity import own_identity
+from pdctl.net.identity.peers import NodesOnly
+from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp, wants_certificates
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
+
+if TYPE_CHECKING:
+    from pdctl.net.identity.contexts import Identity as NodeIdentity
 
 # Running streams may finish for this long after SIGTERM, seconds.
 _DRAIN_S = 5
@@ -63,16 +70,16 @@ def main(options: EngineOptions) -> int:
     except Exception as failure:  # noqa: BLE001 - tokenizers raises bare Exception for every unreadable file
         return _fail(f"{options.model} has no usable tokenizer.json: {failure}", EXIT_CONFIG)
     try:
-        spans = EngineSpans(options)
+        spans, node = EngineSpans(options), own_identity()
     except PdctlError as failure:
         return _fail(str(failure), EXIT_CONFIG)
     code = 0
     try:
-        asyncio.run(_run(options, codec, spans))
+        asyncio.run(_run(options, codec, spans, node))
     except* CoreRefused as refused:
-        code = _fail(str(refused.exceptions[0]), EXIT_CONFIG)
+        code = _fail(str(first_of(refused)), EXIT_CONFIG)
     except* (CoreGone, OSError) as failure:
-        code = _fail(str(failure.exceptions[0]), 1)
+        code = _fail(str(first_of(failure)), 1)
     except* _Stopped:
         pass
     return code
@@ -83,7 +90,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans) -> None:
+async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans, node: NodeIdentity | None) -> None:
     listener = _listen(options.host, options.port)
     secret = os.environ.get(SECRET_ENV, "")
     trace = Trace(options.name, options.epoch)
@@ -92,7 +99,7 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans) -> 
     if events is not None:
         core.on_kv_changes = events.take
     leases = LeaseDesk(LeaseTable(options.epoch, options.lease_s), core, trace)
-    peers = Peers(f"{options.name}@{options.epoch}", secret)
+    peers = Peers(f"{options.name}@{options.epoch}", secret, node.client_context if node is not None else None)
     links = LinkBook(peers, core)
     async with asyncio.TaskGroup() as tasks:
         receiver = Receiver(peers, core, links, trace, tasks)
@@ -105,7 +112,8 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans) -> 
         parsers = choose(options.tool_parser, options.reasoning_parser, codec.template)
         generator = Generator(codec, parsers, core, desk, peers, receiver, moves)
         transfers = Transfers(seal, options.open and bool(secret))
-        server = _server(options, EngineService(options, codec, core, control, generator, transfers, routers, spans))
+        service = EngineService(options, codec, core, control, generator, transfers, routers, spans)
+        server = _server(options, service.app(), node)
         core_task = tasks.create_task(core.run_core())
         tasks.create_task(core.receive())
         tasks.create_task(core.poke_forever())
@@ -126,11 +134,13 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans) -> 
         raise _Stopped
 
 
-def _server(options: EngineOptions, service: EngineService) -> Server:
+def _server(options: EngineOptions, app: ASGIApp, node: NodeIdentity | None) -> Server:
+    if node is not None:
+        app = NodesOnly(app, node.who.service)
     config = uvicorn.Config(
-        service.app(), host=options.host, port=options.port, log_level="warning", access_log=False,
+        app, host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="none",
-        http=HttpProtocol, ws="none",
+        http=HttpProtocol, ws="none", ssl_context_factory=wants_certificates(node),
     )  # fmt: skip
     server = Server(config)
     for sign in (signal.SIGTERM, signal.SIGINT):

@@ -20,14 +20,19 @@ Done = msgspec.Struct | Awaitable[msgspec.Struct]
 
 class Posted(Generic[Call]):
     """One POST endpoint: check the sender and the size, decode the message, act on it. `refused` gives the error for a
-    sender that may not call it."""
+    sender that may not call it, and `forbidden` for one that may not make this call."""
 
     def __init__(
-        self, kind: type[Call], act: Callable[[Call], Done], refused: Callable[[Request], ApiError | None] | None = None
+        self,
+        kind: type[Call],
+        act: Callable[[Call], Done],
+        refused: Callable[[Request], ApiError | None] | None = None,
+        forbidden: Callable[[Request, Call], ApiError | None] | None = None,
     ) -> None:
         self._decoder = msgspec.json.Decoder(kind)
         self._act = act
         self._refused = refused
+        self._forbidden = forbidden
 
     async def answer(self, request: Request) -> Response:
         """The endpoint, for Starlette."""
@@ -42,6 +47,8 @@ class Posted(Generic[Call]):
             call = self._decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as failure:
             return refusal(ApiError(400, f"malformed call: {failure}"))
+        if self._forbidden is not None and (refused := self._forbidden(request, call)) is not None:
+            return refusal(refused)
         done = self._act(call)
         return answer(await done if isinstance(done, Awaitable) else done)
 

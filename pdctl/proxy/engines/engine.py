@@ -11,6 +11,7 @@ from pathlib import Path
 from pdctl.adapters import Condition, Dialect, dialect
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool, Exchange, header_lines
+from pdctl.net.identity import ContextFactory
 from pdctl.proxy.engines.breaker import Breaker
 from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import LoadMeter, PrefixSet, Window
@@ -96,9 +97,12 @@ class Engine:
     took_s: deque[float] = field(default_factory=lambda: deque(maxlen=_CALLS_KEPT))
 
     @classmethod
-    def of(cls, address: EngineAddress, secret: str) -> Engine:
-        """An engine with the run's secret, or its own. Raises PdctlError for an unreadable secret."""
-        client, speaks = ConnectionPool(address.host, address.port), dialect(address.kind, address.connector)
+    def of(cls, address: EngineAddress, secret: str, tls: ContextFactory | None = None) -> Engine:
+        """An engine with the run's secret, or its own. `tls`: for engines that want certificates. Raises PdctlError for
+        an unreadable secret."""
+        assert tls is not None or not address.tls, f"{address.name} wants certificates, and this proxy has none"
+        client = ConnectionPool(address.host, address.port, tls=tls if address.tls else None)
+        speaks = dialect(address.kind, address.connector)
         key = _authorization(address, secret)
         return cls(address, client, speaks, address.slot, key + _epoch(address), key=key)
 

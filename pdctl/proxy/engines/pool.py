@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from pdctl.adapters import Condition
 from pdctl.net.http_client import Unreachable
+from pdctl.net.identity import ContextFactory
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.fleet import Fleet
 from pdctl.proxy.engines.kv_room import KvRoom
@@ -38,6 +39,7 @@ class EnginePool(Fleet):
         super().__init__(engines, time.monotonic, shared, predicts)
         self.changed = asyncio.Event()
         self._secret = ""
+        self._tls: ContextFactory | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._watches: dict[Engine, asyncio.Task[None]] = {}
         self._known_fields: dict[str, frozenset[str] | None] = {}
@@ -49,13 +51,15 @@ class EnginePool(Fleet):
         secret: str = "",
         shared: SharedLoads | None = None,
         predicts: bool = False,
+        tls: ContextFactory | None = None,
     ) -> EnginePool:
-        """A pool without known healthy engines yet; `predicts`: outlooks include a predicted TTFT.
+        """A pool without known healthy engines yet; `predicts`: outlooks include a predicted TTFT; `tls`: for engines
+        that want certificates.
 
         Raises PdctlError for an unreadable secret.
         """
-        found = cls([Engine.of(address, secret) for address in addresses], shared, predicts)
-        found._secret = secret
+        found = cls([Engine.of(address, secret, tls) for address in addresses], shared, predicts)
+        found._secret, found._tls = secret, tls
         return found
 
     def follow(
@@ -72,13 +76,14 @@ class EnginePool(Fleet):
         on elsewhere.
         """
         known = {engine.address.identity: engine for engine in self.engines}
-        wanted = [known.get(address.identity) or Engine.of(address, self._secret) for address in addresses]
-        for engine in [engine for engine in self.engines if engine not in wanted]:
+        wanted = [known.get(address.identity) or Engine.of(address, self._secret, self._tls) for address in addresses]
+        for engine in set(self.engines) - set(wanted):
             self._drop(engine)
         self.use(wanted, predicts)
+        drains, moves = frozenset(draining), frozenset(moving)
         for engine, address in zip(wanted, addresses, strict=True):
             engine.follow(address)
-            engine.draining, engine.moving = engine.name in draining, engine.name in moving
+            engine.draining, engine.moving = engine.name in drains, engine.name in moves
             lost = frozenset((unlinked or {}).get(engine.name, ()))
             for source in lost - engine.unlinked:
                 engine.cut_waiting(source)

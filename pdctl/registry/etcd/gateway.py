@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Never
 
 import httpx
 import msgspec
 
+from pdctl.net.identity import ContextFactory
 from pdctl.registry import Behind, Refused, Unavailable
 from pdctl.registry.etcd.members import Members
 from pdctl.registry.etcd.messages import Answer, Empty, Failure, Message, TokenAnswer, WatchAnswer, decoded
@@ -47,13 +47,14 @@ class Credentials:
 
 
 class Gateway:
-    """A pool of connections to all members."""
+    """A pool of connections to all members. `tls` gives one context, always the same."""
 
     def __init__(
-        self, urls: list[str], tls: ssl.SSLContext | None = None, credentials: Credentials | None = None
+        self, urls: list[str], tls: ContextFactory | None = None, credentials: Credentials | None = None
     ) -> None:
         self._members = Members(urls, random.randrange(len(urls)))  # noqa: S311 - spreading, no secret
-        self._client = httpx.AsyncClient(verify=tls if tls is not None else True, trust_env=False)
+        self._client = httpx.AsyncClient(verify=tls() if tls is not None else True, trust_env=False)
+        self._tls = tls
         self._credentials = credentials
         self._token: str | None = None
 
@@ -84,15 +85,10 @@ class Gateway:
         try:
             # A watch does not sign in by itself, and would be refused with a token that etcd has forgotten.
             await self._signed(url, _STATUS, {}, Empty)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._read(url, path, message, tell))
-                tasks.create_task(self._prove(url))
-        except* Unavailable as failures:
+            raise await _first_failure(self._read(url, path, message, tell), self._prove(url))
+        except Unavailable:
             self._members.failed(url)
-            raise failures.exceptions[0] from None
-        except* (Behind, Refused) as failures:
-            raise failures.exceptions[0] from None
-        raise AssertionError("both tasks run until they fail")
+            raise
 
     async def close(self) -> None:
         """Close all connections."""
@@ -120,6 +116,8 @@ class Gateway:
 
     async def _post(self, url: str, path: str, message: Message, kind: type[Answer]) -> Answer:
         body = msgspec.json.encode(message)
+        if self._tls is not None:
+            self._tls()  # the same context: it follows a renewed certificate when it is asked for
         try:
             async with asyncio.timeout(CALL_S):
                 answer = await self._client.post(url + path, content=body, headers=self._headers(), timeout=CALL_S)
@@ -166,6 +164,27 @@ class Gateway:
 
 class _NotReached(Unavailable):
     """No connection: nothing can have happened."""
+
+
+async def _first_failure(*works: Coroutine[None, None, Never]) -> Unavailable | Behind | Refused:
+    """What ends the first of these, which else run for ever. The others are cancelled.
+
+    Failures are values here: a task group that is told of one while it is cancelled raises it, and forgets that it was
+    cancelled (Python before 3.13). A connection that breaks because its read is cancelled is such a failure.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(_failure_of(work)) for work in works]
+        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in running:
+            task.cancel()
+    return next(iter(done)).result()
+
+
+async def _failure_of(work: Coroutine[None, None, Never]) -> Unavailable | Behind | Refused:
+    try:
+        await work
+    except (Unavailable, Behind, Refused) as failure:
+        return failure
 
 
 async def _each_line(url: str, answer: httpx.Response, tell: Callable[[WatchAnswer], None]) -> None:

@@ -12,8 +12,10 @@ from typing import Never
 import msgspec
 
 from pdctl import __version__
+from pdctl.errors import first_of
 from pdctl.host.boot import boot_id
 from pdctl.host.facts import encode_facts
+from pdctl.net.identity import identity_for
 from pdctl.plan import Plan
 from pdctl.registry import Refused, Registry
 from pdctl.supervisor.agent.contact import Contact
@@ -60,7 +62,8 @@ class AgentSettings:
 
 
 class Agent:
-    """See ClusterSide. `say(process, message)` is called for what an operator should know."""
+    """See ClusterSide. `say(process, message)` is called for what an operator should know. Raises PdctlError if the
+    node's certificate cannot be used."""
 
     def __init__(self, settings: AgentSettings, registry: Registry, say: Callable[[str, str], None]) -> None:
         self.secret = settings.secret
@@ -70,7 +73,9 @@ class Agent:
         self._say = say
         cluster, node = settings.cluster, settings.node
         keys = Keys(settings.empty.service)
-        planner = Planner(node, settings.address, settings.empty, settings.allow_commands, say)
+        folder = cluster.certificates
+        self._identity = identity_for(folder, settings.empty.service, node) if folder else None
+        planner = Planner(node, settings.address, cluster, settings.empty, settings.allow_commands, say)
         self._running: RunningService | None = None
         self._control: ClusterControl | None = None
         self._examinations: Examinations | None = None
@@ -105,7 +110,8 @@ class Agent:
         """See ClusterSide."""
         settings = self._settings
         own = AgentAddress(settings.node, settings.address, settings.cluster.agent_port, version=__version__)
-        control = ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher)
+        tls = self._identity.client_context if self._identity is not None else None
+        control = ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher, tls)
         examiner = Examiner(
             settings.node, settings.address, settings.cluster, settings.allow_commands, lambda: running.plan
         )
@@ -150,7 +156,7 @@ class Agent:
             try:
                 await run()
             except* Refused as failures:
-                self._hears(part)(str(failures.exceptions[0]))
+                self._hears(part)(str(first_of(failures)))
             await asyncio.sleep(_REFUSED_S)
 
     async def _serve(self, running: RunningService, sharing: Sharing) -> Never:
@@ -163,6 +169,7 @@ class Agent:
             running,
             self.publisher,
             self.secret,
+            self._identity,
             reports={SPENT_PATH: sharing.limits.report},
             more=self._examinations.node_routes(),
         )

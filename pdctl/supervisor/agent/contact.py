@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pdctl.control_api import RegistryStatus
 from pdctl.errors import PdctlError
+from pdctl.net.identity import identity_in
 from pdctl.registry import Registry
 from pdctl.topology.spec import Cluster
 
@@ -47,10 +48,12 @@ def registry_of(cluster: Cluster) -> Registry:
     from pdctl.registry.etcd.gateway import Credentials, Gateway
     from pdctl.registry.etcd.registry import EtcdRegistry
 
-    credentials = None
+    credentials, tls = None, None
+    if cluster.certificates and any(url.startswith("https:") for url in cluster.etcd):
+        tls = identity_in(cluster.certificates).lasting_context
     if cluster.etcd_user:
         credentials = Credentials(cluster.etcd_user, read_secret(cluster.etcd_password_file, "etcd_password_file", 1))
-    return EtcdRegistry(Gateway(list(cluster.etcd), None, credentials))
+    return EtcdRegistry(Gateway(list(cluster.etcd), tls, credentials))
 
 
 def read_secret(path: str, key: str, least: int = _LEAST_SECRET) -> str:

@@ -15,7 +15,7 @@ from pdctl.plan.cluster import wishes_of
 from pdctl.plan.models import preparation, with_model_at
 from pdctl.supervisor.cluster.entries import Order, TopologyEntry
 from pdctl.topology.loader import check_part, load_cluster_text, parse_text
-from pdctl.topology.spec import Topology
+from pdctl.topology.spec import Cluster, Topology
 
 # A model may have to be downloaded.
 _PREPARE_S = 3600.0
@@ -27,13 +27,20 @@ def this_node(address: str) -> Host:
 
 
 class Planner:
-    """`empty`: the plan without processes, for a node that is to run nothing. `allow_commands`: whether a topology from
-    the registry may name programs, interpreters and options."""
+    """`cluster`: as this node's own file has it; `empty`: the plan without processes, for a node that runs nothing;
+    `allow_commands`: whether a topology from the registry may name programs, interpreters and options."""
 
     def __init__(
-        self, node: str, address: str, empty: Plan, allow_commands: bool, say: Callable[[str, str], None]
+        self,
+        node: str,
+        address: str,
+        cluster: Cluster,
+        empty: Plan,
+        allow_commands: bool,
+        say: Callable[[str, str], None],
     ) -> None:
         self._node = node
+        self._cluster = cluster
         self._address = address
         self._empty = empty
         self._allow_commands = allow_commands
@@ -69,6 +76,8 @@ class Planner:
         if not self._allow_commands and (named := commands_in(topology)):
             hint = "start the agent with --allow-commands if everyone who may write to etcd may run commands here"
             raise PdctlError(f"the topology sets {named}: this agent runs only what pdctl starts itself", hint)
+        # Where this node's certificates and its secret are, and whether it has any, is for its own file to say.
+        topology = replace(topology, cluster=self._cluster)
         share, host = Share(self._node, frozenset(engines)), this_node(self._address)
         check_part(topology, share.of(topology, host.address), host)
         return make_plan(topology, host, running, share)

@@ -15,7 +15,7 @@ from typing import Never
 
 import msgspec
 
-from pdctl.errors import ConfigError, PdctlError
+from pdctl.errors import ConfigError, PdctlError, first_of
 from pdctl.host.facts import decode_facts
 from pdctl.plan.cluster import room_of, wishes_of
 from pdctl.plan.placement import Room
@@ -142,9 +142,9 @@ class Coordinator:
                 self._cluster.ttl_s
             )
         except* (LeaseGone, _Deposed) as group:
-            why = str(group.exceptions[0])
+            why = str(first_of(group))
         except* Unavailable as group:
-            why = f"the registry does not answer ({group.exceptions[0]})"
+            why = f"the registry does not answer ({first_of(group)})"
         self._lease = None
         self._say(f"this node does not coordinate the cluster any more: {why}")
 

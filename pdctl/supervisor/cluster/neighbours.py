@@ -45,14 +45,14 @@ class Neighbours:
         self._changed = changed
         self._told = told
         self._clock = clock
-        self._used: tuple[EngineEntry, ...] = ()
+        self._version = membership.version
         self._unknown = asyncio.Event()
         self._limit = asyncio.Semaphore(_AT_ONCE)
 
     @property
     def used(self) -> tuple[EngineEntry, ...]:
         """Engines of other nodes that may get requests, or that drain; by name."""
-        return self._used
+        return self._membership.used
 
     async def run_forever(self) -> Never:
         """Follow the registry, and ask engines that it does not know any more, until cancelled. Raises Refused."""
@@ -69,9 +69,9 @@ class Neighbours:
             self._release(holders)
         if self._membership.unknown:
             self._unknown.set()
-        used = self._membership.used
-        if used != self._used:
-            self._used = used
+        # When a fleet starts, thousands of news come one by one: the list is made when somebody wants it.
+        if self._membership.version != self._version:
+            self._version = self._membership.version
             self._changed()
 
     async def _ask_forever(self) -> Never:

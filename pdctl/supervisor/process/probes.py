@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pdctl.adapters import Progress
 from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
+from pdctl.net.identity import ContextFactory
 from pdctl.plan import Probe
 
 _JSON = {"content-type": "application/json"}
@@ -40,10 +41,18 @@ class Cadence:
 
 class Prober:
     """Probes one incarnation of one process. `secret`: sent with each request, "" for none; `read_progress` parses what
-    its state path answers; raises ValueError."""
+    its state path answers; raises ValueError. `tls`: for https probes."""
 
-    def __init__(self, probe: Probe, log: Path, secret: str, read_progress: Callable[[bytes], Progress]) -> None:
+    def __init__(
+        self,
+        probe: Probe,
+        log: Path,
+        secret: str,
+        read_progress: Callable[[bytes], Progress],
+        tls: ContextFactory | None = None,
+    ) -> None:
         self._probe = probe
+        self._tls = tls
         self._read_progress = read_progress
         self._log = log
         self._headers = header_lines({**({"authorization": f"Bearer {secret}"} if secret else {}), **_JSON})
@@ -56,11 +65,12 @@ class Prober:
     async def until_ready(self) -> bool:
         """Wait until the process is ready. False if the startup deadline passed."""
         kind, _, rest = self._probe.ready.partition(":")
-        ask = {"tcp": self._accepts, "log": self._logged, "http": self._answers}.get(kind, _at_once)
+        asks = {"tcp": self._accepts, "log": self._logged, "http": self._answers, "https": self._answers}
+        ask = asks.get(kind, _at_once)
         deadline = time.monotonic() + self._probe.startup_s
         try:
             while time.monotonic() < deadline:
-                if await ask(self._probe.ready if kind == "http" else rest):
+                if await ask(self._probe.ready if kind.startswith("http") else rest):
                     return True
                 await asyncio.sleep(self._probe.interval_s)
         finally:
@@ -205,10 +215,12 @@ class Prober:
         return answer.body if answer.status == 200 else None
 
     def _at(self, url: str) -> tuple[ConnectionPool, str]:
-        address, _, path = url.removeprefix("http://").partition("/")
+        scheme, _, rest = url.partition("://")
+        address, _, path = rest.partition("/")
         if address not in self._pools:
             host, _, port = address.rpartition(":")
-            self._pools[address] = ConnectionPool(host.strip("[]"), int(port))
+            tls = self._tls if scheme == "https" else None
+            self._pools[address] = ConnectionPool(host.strip("[]"), int(port), tls=tls)
         return self._pools[address], f"/{path}"
 
     def _close(self) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdctl.host import program
+from pdctl.net.identity import CERTIFICATES_ENV
 from pdctl.plan import ProcessSpec
 from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, SECRET_ENV, UNIT_ENV
 
@@ -95,6 +96,7 @@ def _environment(start: Start) -> dict[str, str]:
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             inherited.pop(name, None)
         inherited["PATH"] = f"{command.parent}:{inherited.get('PATH', os.defpath)}"
+    inherited.pop(CERTIFICATES_ENV, None)  # which processes have an identity is for the plan to say
     env = {**inherited, **spec.env, **start.env, EPOCH_ENV: start.epoch, "PYTHONUNBUFFERED": "1"}
     env[UNIT_ENV] = start.stamp.partition("=")[2]
     if not spec.is_ours:

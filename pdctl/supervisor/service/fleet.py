@@ -119,6 +119,7 @@ class Fleet:
                 unit.spec.ports["http"],
                 unit.epoch,
                 role_epoch=unit.spec.role_epoch,
+                tls=unit.spec.tls,
             )
             for unit in self
             if unit.spec.is_engine and unit.life.phase in _ANSWERING and unit.alive

@@ -13,6 +13,7 @@ import msgspec
 from pdctl.adapters import Ability, Control, Peer, Target, control, dialect
 from pdctl.control_api import EngineBlocks, KvStatus, Lease, Link
 from pdctl.net.http_client import ConnectionPool, Unreachable
+from pdctl.net.identity import ContextFactory
 from pdctl.net.internal_calls import Caller
 from pdctl.plan.spec import PROXY
 from pdctl.wire import EngineState, LeaseInfo, LeaseReply, LinkInfo, PeerAddress, RoleCall
@@ -35,7 +36,8 @@ _LINK_TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One running engine: its name, kind, role, API address and epoch. `secret`: its own, if pdctl did not start it."""
+    """One running engine: its name, kind, role, API address and epoch. `secret`: its own, if pdctl did not start it;
+    `tls`: it wants certificates of the cluster."""
 
     name: str
     kind: str
@@ -45,6 +47,7 @@ class Member:
     epoch: str
     secret: str | None = field(default=None, repr=False)
     role_epoch: int = 0
+    tls: bool = False
 
     @property
     def holder(self) -> str:
@@ -64,7 +67,7 @@ class Member:
 
 class KvWatch:
     """Calls to the engines of one service. `members` returns the ready engines, `attached` those that pdctl did not
-    start, `remote` those of other nodes, `holders` the live holder names."""
+    start, `remote` those of other nodes, `holders` the live holder names; `tls`: for engines that want certificates."""
 
     def __init__(
         self,
@@ -74,7 +77,9 @@ class KvWatch:
         say: Callable[[str, str], None],
         attached: Callable[[], list[Member]] = list,
         remote: Callable[[], list[Member]] = list,
+        tls: ContextFactory | None = None,
     ) -> None:
+        self._tls = tls
         self.links: dict[tuple[str, str], LinkInfo] = {}
         self._members = members
         self._attached = attached
@@ -280,7 +285,8 @@ class KvWatch:
         pool = self._pools.get(member.holder)
         if pool is None:
             self._close_but({member.holder for member in self._everybody()} | {member.holder})
-            pool = self._pools[member.holder] = ConnectionPool(member.host, member.port)
+            pool = ConnectionPool(member.host, member.port, tls=self._tls if member.tls else None)
+            self._pools[member.holder] = pool
         return Target(pool, self._caller if member.secret is None else Caller(member.secret))
 
     def _close_but(self, kept: set[str]) -> None:

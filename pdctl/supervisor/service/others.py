@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Never, Protocol
 
-from pdctl.adapters import kinds
+from pdctl.adapters import can_launch, kinds, launcher
+from pdctl.plan.spec import PROXY
 from pdctl.proxy_wire import EngineAddress
 from pdctl.supervisor.cluster.entries import DRAINING, EngineEntry
 from pdctl.supervisor.service.kv import KvWatch, Member
@@ -45,10 +46,12 @@ class ClusterSide(Protocol):
 
 
 class Others:
-    """`used` returns engines and proxies; engines of a kind that this pdctl does not know are left out."""
+    """`used` returns engines and proxies; engines of a kind that this pdctl does not know are left out. `certificates`:
+    the cluster has them, so engines of kinds that can are called by TLS, whatever the registry says."""
 
-    def __init__(self, used: Callable[[], tuple[EngineEntry, ...]] = tuple) -> None:
+    def __init__(self, used: Callable[[], tuple[EngineEntry, ...]] = tuple, certificates: bool = False) -> None:
         self._used = used
+        self._certificates = certificates
 
     def entries(self) -> list[EngineEntry]:
         """All engines."""
@@ -57,11 +60,11 @@ class Others:
 
     def members(self) -> list[Member]:
         """As members, which can be called."""
-        return [member_of(entry) for entry in self.entries()]
+        return [self.member_of(entry) for entry in self.entries()]
 
     def addresses(self) -> list[EngineAddress]:
         """As the proxies need them."""
-        return [_address(entry) for entry in self.entries()]
+        return [_address(entry, self._tls(entry)) for entry in self.entries()]
 
     def draining(self) -> set[str]:
         """The names of those that get no new requests."""
@@ -70,6 +73,18 @@ class Others:
     def holders(self) -> set[str]:
         """The names under which they, and the proxies of other nodes, hold leases."""
         return {entry.holder for entry in self._used()}
+
+    def member_of(self, entry: EngineEntry) -> Member:
+        """An engine of another node as a member."""
+        return Member(
+            entry.name, entry.kind, entry.role, entry.host, entry.port, entry.epoch, role_epoch=entry.role_epoch,
+            tls=self._tls(entry),
+        )  # fmt: skip
+
+    def _tls(self, entry: EngineEntry) -> bool:
+        """What a node tells of itself cannot make others call it without TLS."""
+        is_ours = entry.kind == PROXY or (can_launch(entry.kind) and launcher(entry.kind).certified)
+        return self._certificates and is_ours
 
 
 class OthersKeeper:
@@ -123,15 +138,8 @@ class OthersKeeper:
             await self._kv.release_here(gone)
 
 
-def member_of(entry: EngineEntry) -> Member:
-    """An engine of another node as a member."""
-    return Member(
-        entry.name, entry.kind, entry.role, entry.host, entry.port, entry.epoch, role_epoch=entry.role_epoch
-    )  # fmt: skip
-
-
-def _address(entry: EngineEntry) -> EngineAddress:
+def _address(entry: EngineEntry, tls: bool) -> EngineAddress:
     return EngineAddress(
         entry.name, entry.role, entry.kind, entry.host, entry.port, connector=entry.connector,
-        ports=dict(entry.ports), inline=entry.inline, role_epoch=entry.role_epoch,
+        ports=dict(entry.ports), inline=entry.inline, role_epoch=entry.role_epoch, tls=tls,
     )  # fmt: skip

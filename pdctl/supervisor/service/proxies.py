@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from itertools import count
 from typing import TypeVar
 
 import msgspec
 
 from pdctl.net import reachable
 from pdctl.net.http_client import ConnectionPool, Unreachable
+from pdctl.net.identity import ContextFactory
 from pdctl.net.internal_calls import Caller
 from pdctl.plan import Attached, Plan, ProcessSpec
 from pdctl.proxy_wire import (
@@ -50,19 +52,27 @@ class Slots:
 
     def of(self, names: Iterable[str]) -> dict[str, int]:
         """The number of each name. Numbers of all other names become free."""
-        wanted = list(names)
+        wanted = dict.fromkeys(names)
         self._taken = {name: slot for name, slot in self._taken.items() if name in wanted}
+        used = set(self._taken.values())
+        free = (number for number in count() if number not in used)
         for name in wanted:
             if name not in self._taken:
-                used = set(self._taken.values())
-                self._taken[name] = next(number for number in range(len(wanted) + 1) if number not in used)
+                self._taken[name] = next(free)
         return self._taken
 
 
 class Proxies:
-    """Calls to the proxies. `serving` returns those that answer now."""
+    """Calls to the proxies. `serving` returns those that answer now; `tls`: for those that want certificates."""
 
-    def __init__(self, run_dir: RunDir, secret: str, serving: Callable[[], list[ProcessSpec]]) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        secret: str,
+        serving: Callable[[], list[ProcessSpec]],
+        tls: ContextFactory | None = None,
+    ) -> None:
+        self._tls = tls
         self.draining: set[str] = set()
         # Engines that get no requests for a moment, and how often each engine was swept.
         self.paused: set[str] = set()
@@ -158,7 +168,7 @@ class Proxies:
         deadline, reason = time.monotonic() + _RELOAD_S, ""
         for _ in range(_TRIES):
             try:
-                pool = _at(spec)
+                pool = _at(spec, self._tls)
                 try:
                     await self._caller.post(pool, "/pdctl/v1/reload", Nothing(), PoolReply, _RELOAD_S)
                 finally:
@@ -175,7 +185,7 @@ class Proxies:
     async def _get(
         self, spec: ProcessSpec, path: str, kind: type[Answer], within_s: float = _RELOAD_S
     ) -> Answer | None:
-        pool = _at(spec)
+        pool = _at(spec, self._tls)
         try:
             return await self._caller.get(pool, path, kind, within_s)
         except Unreachable:
@@ -184,7 +194,7 @@ class Proxies:
             pool.close()
 
     async def _post(self, spec: ProcessSpec, path: str, message: msgspec.Struct, kind: type[Answer]) -> Answer | None:
-        pool = _at(spec)
+        pool = _at(spec, self._tls)
         try:
             return await self._caller.post(pool, path, message, kind, _LOOK_S)
         except Unreachable:
@@ -236,14 +246,14 @@ def _address(spec: ProcessSpec) -> EngineAddress:
     others = {purpose: port for purpose, port in spec.ports.items() if purpose != "http"}
     return EngineAddress(
         spec.name, spec.role, spec.kind, spec.host, spec.ports["http"], connector=spec.connector, ports=others,
-        inline=spec.inline, role_epoch=spec.role_epoch,
+        inline=spec.inline, role_epoch=spec.role_epoch, tls=spec.tls,
     )  # fmt: skip
 
 
-def _at(spec: ProcessSpec) -> ConnectionPool:
+def _at(spec: ProcessSpec, tls: ContextFactory | None) -> ConnectionPool:
     """Connections to the control port if there is one, else to the address that clients use."""
     if "control" in spec.ports:
-        return ConnectionPool(spec.host, spec.ports["control"])
+        return ConnectionPool(spec.host, spec.ports["control"], tls=tls if spec.tls else None)
     assert spec.listen is not None
     host, port = spec.listen
     return ConnectionPool(reachable(host), port)

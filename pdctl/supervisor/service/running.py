@@ -22,6 +22,7 @@ from pdctl.control_api import (
     Verb,
 )
 from pdctl.errors import PdctlError
+from pdctl.net.identity import identity_for
 from pdctl.plan import Attached, Plan
 from pdctl.plan.changes import Changes, diff, with_roles
 from pdctl.proxy_wire import RecentRequest
@@ -46,7 +47,7 @@ from pdctl.supervisor.service.links.keeper import LinkKeeper
 from pdctl.supervisor.service.links.nodes import RegisteredEngines
 from pdctl.supervisor.service.links.sweeps import Sweeper
 from pdctl.supervisor.service.measurements import keys_status
-from pdctl.supervisor.service.others import ClusterSide, Others, OthersKeeper, member_of
+from pdctl.supervisor.service.others import ClusterSide, Others, OthersKeeper
 from pdctl.supervisor.service.proxies import Proxies
 from pdctl.supervisor.service.reconcile import Reconciler
 from pdctl.supervisor.service.state import ServiceState
@@ -88,16 +89,18 @@ class RunningService:
     ) -> None:
         new_secret = cluster.secret if cluster else secrets.token_hex(16)
         secret = adoptable.secret if adoptable else new_secret
-        self._cluster, self._others = cluster, Others(cluster.used) if cluster else Others()
+        folder = state.plan.certificates
+        tls = identity_for(folder, state.plan.service, state.plan.node).client_context if folder else None
+        self._cluster, self._others = cluster, Others(cluster.used, bool(folder)) if cluster else Others()
         fleet, self.journal = resources.fleet, resources.journal
         self._state = state
         self._fleet = fleet
         self._notifier = resources.notifier
         self._attached = AttachedEngines(self._not_started, self.journal.say)
         self._kv = KvWatch(
-            secret, fleet.members, self._holders, self.journal.say, self._attached.members, self._others.members
+            secret, fleet.members, self._holders, self.journal.say, self._attached.members, self._others.members, tls
         )
-        self.proxies = proxies = Proxies(resources.rundir, secret, fleet.serving)
+        self.proxies = proxies = Proxies(resources.rundir, secret, fleet.serving, tls)
         self._links = self._link_keeper(resources)
         self._nodes = self._registered(resources)
         if adoptable is not None:
@@ -127,6 +130,8 @@ class RunningService:
             died=self._reconciler.unit_died,
             drain=self._reconciler.drain,
             our_pids=fleet.pids,
+            node=state.plan.node,
+            tls=tls,
         )
         self._roles = Roles(state, fleet, self._kv, proxies, self._files, self.journal, tasks)
         self._elastic = ElasticRoles(state, fleet, self._kv, self._roles, self.journal)
@@ -198,7 +203,7 @@ class RunningService:
 
     async def epoch_of(self, entry: EngineEntry) -> str | None:
         """Ask an engine of another node for its epoch; None if it does not answer."""
-        return await self._kv.epoch_of(member_of(entry))
+        return await self._kv.epoch_of(self._others.member_of(entry))
 
     async def until_applied(self) -> None:
         """Return when no apply is under way. It ends by itself: each of its steps has a deadline."""

@@ -81,6 +81,9 @@ class Service:
             _on_signal(running.stop)
             try:
                 self._answer(running, tasks)
+                if self._cluster is not None:
+                    # A node may have nothing to run for days: the agent is ready as soon as it answers.
+                    resources.notifier.say("READY=1", "STATUS=follows its cluster")
                 tasks.create_task(running.keep_house_forever())
                 tasks.create_task(running.save_forever())
                 tasks.create_task(running.keep_links_forever())

@@ -16,6 +16,7 @@ import msgspec
 
 from pdctl.control_api import LastExit
 from pdctl.host.boot import new_epoch
+from pdctl.net.identity import ContextFactory
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process import logs
 from pdctl.supervisor.process.probes import Cadence
@@ -62,7 +63,8 @@ class ProcessPolicy:
 @dataclass(frozen=True, slots=True)
 class UnitContext:
     """What a unit needs of its service. `changed` is called after every change of state, `died` the moment the
-    process ends, before what it left is cleared away; `drain` returns when nothing runs in it any more."""
+    process ends, before what it left is cleared away; `drain` returns when nothing runs in it any more. `node`: of a
+    cluster; `tls`: for calls of processes that want certificates."""
 
     policy: ProcessPolicy
     log_dir: Path
@@ -78,6 +80,8 @@ class UnitContext:
     died: Callable[[Unit], asyncio.Task[None]]
     drain: Callable[[Unit], Coroutine[None, None, None]]
     our_pids: Callable[[], set[int]]
+    node: str = ""
+    tls: ContextFactory | None = None
 
 
 @dataclass(slots=True)
@@ -175,7 +179,7 @@ class Unit:
 
     def _spawn(self) -> None:
         assert not self.alive, f"{self.name}: two incarnations at once"
-        self.epoch, self._by_us, self.blocked = new_epoch(), "", ""
+        self.epoch, self._by_us, self.blocked = new_epoch(node=self.around.node), "", ""
         if reason := in_the_way(self.spec, {}, self.around.our_pids()):
             self.feed(LifecycleEvent(Kind.CANNOT_SPAWN, detail=f"cannot be started: {reason}"))
             return
@@ -230,7 +234,8 @@ class Unit:
         self._notice_exit(pid)
         assert self.tree is not None
         self.tree.session = pid
-        self.watch = Watch(self.spec, self.log_path, self.around.secret, self.around.journal, self.tree, self.feed)
+        around = self.around
+        self.watch = Watch(self.spec, self.log_path, around.secret, around.journal, self.tree, self.feed, around.tls)
         self._arm("probe", self.watch.run(lambda: self.around.policy.cadence))
 
     def _notice_exit(self, pid: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pdctl.adapters import BaseLauncher, Launcher, NoControl, can_launch, control, kinds, launcher
+from pdctl.net.identity import ContextFactory
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process.probes import Cadence, Prober
 from pdctl.supervisor.process.shared_memory import mapped
@@ -36,6 +37,7 @@ class Watch:
         journal: Journal,
         tree: Tree,
         feed: Callable[[LifecycleEvent], None],
+        tls: ContextFactory | None = None,
     ) -> None:
         self.phase = ""
         self.shared_memory: set[str] = set()
@@ -46,7 +48,7 @@ class Watch:
         self._journal = journal
         self._feed = feed
         read_progress = control(spec.kind).progress if spec.probe.state else NoControl().progress
-        self._prober = Prober(spec.probe, log, secret if spec.is_ours else "", read_progress)
+        self._prober = Prober(spec.probe, log, secret if spec.is_ours else "", read_progress, tls)
 
     async def run(self, cadence: Callable[[], Cadence]) -> None:
         """Feed what the probes find: ready, too late, or not alive any more."""

@@ -2,9 +2,10 @@
 
 The environment is adversarial: messages are lost, repeated and late, the deadline may pass at any moment, freed blocks
 are reused at any moment on either side, the prefill may be preempted while its first chunk is being read, a read may be
-given up while its bytes still arrive, and either engine may die and restart. Checked: no state decodes KV that was
-overwritten, or not yet computed, when it was read; no late write hits another request's blocks; and from every state
-the blocks of both sides can still be freed."""
+given up while its bytes still arrive, and either engine may die and restart. A rumour may release the leases of a
+holder that lives, at any moment, as when a cluster believes that its node is lost. Checked: no state decodes KV that
+was overwritten, or not yet computed, when it was read; no late write hits another request's blocks; and from every
+state the blocks of both sides can still be freed."""
 
 from __future__ import annotations
 
@@ -45,11 +46,13 @@ class World:
 
 class Model:
     """Successors of a state. Without commit it decodes right after the read; without quarantine blocks are freed as
-    soon as their request is lost. Both as in other systems."""
+    soon as their request is lost. Both as in other systems. Without verdict, a rumour frees blocks and leaves the lease
+    as it is."""
 
-    def __init__(self, with_commit: bool, with_quarantine: bool) -> None:
+    def __init__(self, with_commit: bool, with_quarantine: bool, with_verdict: bool = True) -> None:
         self.with_commit = with_commit
         self.with_quarantine = with_quarantine
+        self.with_verdict = with_verdict
         self.tables: dict[tuple[object, ...], LeaseTable] = {}
 
     def key(self, table: LeaseTable) -> tuple[object, ...]:
@@ -115,9 +118,21 @@ class Model:
             moved = copy.deepcopy(table)
             freed = any(verdict.freed for verdict in moved.release_holder(HOLDER, self._now(world)))
             yield self._after_table(died, moved, freed)
+        if world.p_alive and world.epoch == 0:
+            yield from self._rumours(world)
         if world.landing:
             spoiled = world.spoiled or not world.target_held
             yield replace(world, landing=False, spoiled=spoiled)
+
+    def _rumours(self, world: World) -> Iterator[World]:
+        """A holder is believed to be dead: the proxy, or the reader, alive or not."""
+        for holder in ("proxy", HOLDER):
+            table = copy.deepcopy(self.tables[world.table])
+            freed = any(verdict.freed for verdict in table.release_holder(holder, self._now(world)))
+            if freed and self.with_verdict:
+                yield self._after_table(world, table, freed)
+            elif freed:
+                yield replace(world, owned=False)
 
     # -- messages --
 
@@ -206,10 +221,10 @@ class Found:
     leaking: list[World]
 
 
-def explore(with_commit: bool = True, with_quarantine: bool = True) -> Found:
+def explore(with_commit: bool = True, with_quarantine: bool = True, with_verdict: bool = True) -> Found:
     """All reachable states: how many, which decode bad KV, which let a late write corrupt another request, and from
     which the blocks of either side can never be freed."""
-    model = Model(with_commit, with_quarantine)
+    model = Model(with_commit, with_quarantine, with_verdict)
     first = model.first()
     observed = {first}
     parents: dict[World, list[World]] = {}
@@ -249,8 +264,12 @@ def test_the_check_catches_a_protocol_without_quarantine() -> None:
     assert explore(with_quarantine=False).spoiled, "a model that cannot fail checks nothing"
 
 
+def test_the_check_catches_rumours_that_free_blocks_without_ending_the_lease() -> None:
+    assert explore(with_verdict=False).corrupt, "a model that cannot fail checks nothing"
+
+
 if __name__ == "__main__":
-    for options in ({}, {"with_commit": False}, {"with_quarantine": False}):
+    for options in ({}, {"with_commit": False}, {"with_quarantine": False}, {"with_verdict": False}):
         result = explore(**options)
         print(
             f"{options or 'the protocol'}: {result.states} states, {len(result.corrupt)} decode bad KV, "

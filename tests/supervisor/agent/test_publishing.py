@@ -55,7 +55,9 @@ def empty() -> Plan:
 
 
 def planner(allow_commands: bool = False) -> Planner:
-    return Planner("a", "127.0.0.2", empty(), allow_commands, lambda name, message: None)
+    cluster = load_cluster_text(TEXT, SOURCE).cluster
+    assert cluster is not None
+    return Planner("a", "127.0.0.2", cluster, empty(), allow_commands, lambda name, message: None)
 
 
 async def published(registry: MemoryRegistry, *nodes: str) -> Publisher:
@@ -178,3 +180,14 @@ async def test_a_node_refuses_what_its_machine_has_not() -> None:
     with pytest.raises(PdctlError, match=r"the topology is wrong here: line \d+: CPU 9999 does not exist"):
         await planner().plan_of(order, empty())
     assert (await planner().plan_of(Order(1, "a", TopologyEntry(wanted, SOURCE), ("prefill-0",)), empty())).processes
+
+
+async def test_a_published_topology_cannot_take_away_a_nodes_certificates() -> None:
+    """Where they are, and whether there are any, is for the node's own file to say."""
+    own = load_cluster_text(TEXT, SOURCE).cluster
+    assert own is not None
+    mine = replace(own, certificates="/etc/pdctl")
+    planner = Planner("a", "127.0.0.2", mine, empty(), False, lambda name, message: None)
+    plan = await planner.unprepared(Order(1, "a", TopologyEntry(TEXT, SOURCE), ("prefill-1",)), empty())
+    assert plan.certificates == "/etc/pdctl"
+    assert all(spec.tls for spec in plan.processes)

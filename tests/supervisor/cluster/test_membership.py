@@ -116,6 +116,7 @@ class Beliefs(RuleBasedStateMachine):
         self.lost: dict[str, EngineEntry] = {}
         self.epochs = itertools.count()
         self.released: list[str] = []
+        self.before: tuple[int, tuple[EngineEntry, ...]] = (0, ())
 
     def heard(self, holders: list[str]) -> None:
         for holder in holders:
@@ -170,6 +171,9 @@ class Beliefs(RuleBasedStateMachine):
     @invariant()
     def books_are_right(self) -> None:
         self.membership.audit()
+        now = (self.membership.version, self.membership.used)
+        assert (now[0] != self.before[0]) == (now[1] != self.before[1]), "the version does not tell of a change"
+        self.before = now
 
 
 TestBeliefs = Beliefs.TestCase

@@ -26,6 +26,7 @@ from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.distserve import DistServe
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
+from pdctl.net.identity.peers import claims_too_much
 from pdctl.net.openai_api import ApiError
 from pdctl.wire import (
     AttemptCall,
@@ -76,14 +77,14 @@ class Control:
         """All routes except generation."""
         leases = self._leases
         posts = (
-            self._post("/pdctl/v1/leases/claim", LeaseCall, leases.claim),
-            self._post("/pdctl/v1/leases/commit", LeaseCall, leases.commit),
+            self._post("/pdctl/v1/leases/claim", LeaseCall, leases.claim, _holder),
+            self._post("/pdctl/v1/leases/commit", LeaseCall, leases.commit, _holder),
             self._post("/pdctl/v1/leases/release", LeaseCall, leases.release),
-            self._post("/pdctl/v1/leases/renew", RenewCall, leases.renew),
+            self._post("/pdctl/v1/leases/renew", RenewCall, leases.renew, _holder),
             self._post("/pdctl/v1/leases/revoke", RevokeCall, leases.revoke),
             self._post("/pdctl/v1/holders/release", HolderCall, leases.release_holder),
             self._post("/pdctl/v1/attempts/release", AttemptCall, leases.give_up),
-            self._post("/pdctl/v1/offers", Offer, self._receiver.offer),
+            self._post("/pdctl/v1/offers", Offer, self._receiver.offer, _epoch),
             self._post("/pdctl/v1/moves", MoveCall, self._moves.move),
             self._post("/pdctl/v1/links", LinkCall, self._links.make),
             self._post("/pdctl/v1/role", RoleCall, self.role.take),
@@ -183,13 +184,29 @@ class Control:
             return refusal(ApiError(404, 'kv_events is "off" for this engine'))
         return answer(self._events.snapshot())
 
-    def _post(self, path: str, kind: type[Call], act: Callable[[Call], Done]) -> Route:
-        return Route(path, Posted(kind, act, self._stranger).answer, methods=["POST"])
+    def _post(
+        self, path: str, kind: type[Call], act: Callable[[Call], Done], speaker: Callable[[Call], str] | None = None
+    ) -> Route:
+        """`speaker`: the holder or the epoch for which a call speaks, which must be of the caller's node. Ending leases
+        is harmless: the reader prefills again."""
+
+        def forbidden(request: Request, call: Call) -> ApiError | None:
+            return claims_too_much(request.scope, speaker(call)) if speaker is not None else None
+
+        return Route(path, Posted(kind, act, self._stranger, forbidden).answer, methods=["POST"])
 
     def _stranger(self, request: Request) -> ApiError | None:
         if self.is_internal(request.headers.get("authorization", "")):
             return None
         return ApiError(403, "only this service's own processes may use leases")
+
+
+def _holder(call: LeaseCall | RenewCall) -> str:
+    return call.holder
+
+
+def _epoch(call: Offer) -> str:
+    return call.epoch
 
 
 class Locked:

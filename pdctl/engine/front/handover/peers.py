@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from pdctl.net.http_client import ConnectionPool, Unreachable
+from pdctl.net.identity import ContextFactory
 from pdctl.net.internal_calls import Caller, CallRefused
 from pdctl.wire import (
     EndpointReply,
@@ -65,10 +66,12 @@ def of_offer(given: Offer) -> LeaseRef:
 
 
 class Peers:
-    """Persistent connections to other engines; `holder`: this engine's name and epoch as a lease holder."""
+    """Persistent connections to other engines; `holder`: this engine's name and epoch as a lease holder; `tls`: in a
+    cluster with certificates, which all its engines have."""
 
-    def __init__(self, holder: str, secret: str) -> None:
+    def __init__(self, holder: str, secret: str, tls: ContextFactory | None = None) -> None:
         self.holder = holder
+        self._tls = tls
         self._caller = Caller(secret)
         self._pools: dict[tuple[str, int], ConnectionPool] = {}
         self._slots: dict[tuple[str, int], asyncio.Semaphore] = {}
@@ -136,4 +139,4 @@ class Peers:
     def _pool(self, host: str, port: int) -> ConnectionPool:
         if (host, port) not in self._pools and len(self._pools) >= _MAX_PEERS:
             self._pools.pop(next(iter(self._pools))).close()
-        return self._pools.setdefault((host, port), ConnectionPool(host, port))
+        return self._pools.setdefault((host, port), ConnectionPool(host, port, tls=self._tls))

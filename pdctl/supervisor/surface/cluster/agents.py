@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -14,9 +14,7 @@ import msgspec
 from pdctl.control_api import Reply, RoleOrder, Verb
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool, Exchange, Unreachable, header_lines
-
-if TYPE_CHECKING:
-    import ssl
+from pdctl.net.identity import ContextFactory
 
 Answer = TypeVar("Answer")
 
@@ -56,7 +54,7 @@ class Silent:
 class AgentClient:
     """Calls one agent. Every method raises Unreachable; calls that it refuses raise PdctlError."""
 
-    def __init__(self, agent: AgentAddress, secret: str, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, agent: AgentAddress, secret: str, tls: ContextFactory | None = None) -> None:
         self.agent = agent
         self._pool = ConnectionPool(agent.host, agent.port, _CONNECT_S, tls)
         self._headers = header_lines({"authorization": f"Bearer {secret}", "content-type": "application/json"})
@@ -148,7 +146,7 @@ class Agents:
         self,
         others: Callable[[], Sequence[AgentAddress]],
         secret: str,
-        tls: ssl.SSLContext | None = None,
+        tls: ContextFactory | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._others = others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Never, Protocol, TypeVar
+from typing import Never, Protocol, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -29,6 +29,7 @@ from pdctl.control_api import (
 )
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import Unreachable
+from pdctl.net.identity import ContextFactory
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
 from pdctl.supervisor.cluster.entries import Order
@@ -45,9 +46,6 @@ from pdctl.supervisor.surface.cluster.merge import (
 from pdctl.supervisor.surface.controlled import LocalService, LogPlace, OneMachine
 from pdctl.supervisor.surface.events import Streams
 from pdctl.wire import LeaseReply
-
-if TYPE_CHECKING:
-    import ssl
 
 Answer = TypeVar("Answer")
 
@@ -88,7 +86,7 @@ class ClusterControl:
         secret: str,
         facts: Callable[[], ClusterFacts],
         publishing: Publishing,
-        tls: ssl.SSLContext | None = None,
+        tls: ContextFactory | None = None,
     ) -> None:
         self.local = local
         self.more: Sequence[Route] = ()

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pdctl.control_api import Reply
 from pdctl.errors import PdctlError
 from pdctl.net.http_protocol import HttpProtocol
-from pdctl.net.serving import Server, close_connections, listen_tcp
+from pdctl.net.identity.peers import NodesOnly
+from pdctl.net.serving import Server, close_connections, listen_tcp, wants_certificates
 from pdctl.supervisor.cluster.entries import Order
 from pdctl.supervisor.surface.api import Api, TooLarge, answer, body_of, encoded, refusal
 from pdctl.supervisor.surface.cluster.control import Publishing, changes_of
@@ -27,7 +28,7 @@ from pdctl.supervisor.surface.controlled import LocalService, OneMachine
 from pdctl.supervisor.surface.events import EventStreams
 
 if TYPE_CHECKING:
-    import ssl
+    from pdctl.net.identity.contexts import Identity
 
 # Connections and calls at once. Above this an agent answers 503.
 _MOST_CALLS = 512
@@ -41,12 +42,12 @@ async def serve_agents(
     service: LocalService,
     publishing: Publishing,
     secret: str,
-    tls: ssl.SSLContext | None = None,
+    identity: Identity | None = None,
     reports: Mapping[str, Callable[[], msgspec.Struct]] | None = None,
     more: Sequence[Route] = (),
 ) -> Never:
-    """Answer other agents until cancelled. `reports`: what else a GET of a path returns; `more`: further calls. Raises
-    PdctlError if the address cannot be used."""
+    """Answer other agents until cancelled. `identity`: of a cluster with certificates; `reports`: what else a GET of a
+    path returns; `more`: further calls. Raises PdctlError if the address cannot be used."""
     try:
         listener = listen_tcp(host, port)
     except OSError as failure:
@@ -54,8 +55,8 @@ async def serve_agents(
         raise PdctlError(told, "change cluster.agent_port, the same on all nodes, or end what uses the port") from None
     listener.setblocking(False)
     streams = EventStreams(service.journal, marks=True)
-    app = _application(service, publishing, streams, reports or {}, more)
-    server = Server(_config(guarded(app, secret), tls))
+    app = guarded(_application(service, publishing, streams, reports or {}, more), secret)
+    server = Server(_config(app if identity is None else NodesOnly(app, identity.who.service), identity))
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -119,13 +120,9 @@ def _changes(publishing: Publishing) -> Callable[[Request], Awaitable[Response]]
     return changes
 
 
-def _config(app: ASGIApp, tls: ssl.SSLContext | None) -> uvicorn.Config:
-    config = uvicorn.Config(
+def _config(app: ASGIApp, identity: Identity | None) -> uvicorn.Config:
+    return uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", loop="none", http=HttpProtocol, ws="none",
         server_header=False, proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=1,
-        limit_concurrency=_MOST_CALLS,
+        limit_concurrency=_MOST_CALLS, ssl_context_factory=wants_certificates(identity),
     )  # fmt: skip
-    # uvicorn makes a context from files; ours is made already.
-    config.load()
-    config.ssl = tls
-    return config

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pdctl.adapters import Ability, control, launcher
 from pdctl.errors import PdctlError, Problem
-from pdctl.topology.cluster_checks import cluster_problems
+from pdctl.topology.checks.cluster import cluster_problems
+from pdctl.topology.checks.processes import order_problems, process_problems
 from pdctl.topology.document import Document
-from pdctl.topology.process_checks import order_problems, process_problems
 from pdctl.topology.spec import Device, EngineGroup, Proxy, Role, Topology
 from pdctl.transports import TRANSPORTS
 from pdctl.user_files import read_api_keys, tls_problem

@@ -27,6 +27,7 @@ def cluster_problems(document: Document, topology: Topology) -> Iterator[Problem
         return
     yield from _member_problems(document, topology.cluster)
     yield from _access_problems(document, topology.cluster)
+    yield from _launcher_problems(document, topology.cluster)
     yield from _unsupported_problems(document, topology)
     yield from _transfer_problems(document, topology)
     yield from _proxy_problems(document, topology)
@@ -65,6 +66,17 @@ def _member_problems(document: Document, cluster: Cluster) -> Iterator[Problem]:
             schemes.add(found[1])
     if len(schemes) > 1:
         yield document.problem(path, "some members have https and others http", "use one of the two for all members")
+
+
+def _launcher_problems(document: Document, cluster: Cluster) -> Iterator[Problem]:
+    given = document.data["cluster"]
+    if cluster.launcher == "ssh" and not cluster.ssh_nodes:
+        yield document.problem(("cluster", "launcher"), 'launcher = "ssh" needs ssh_nodes', 'such as ssh_nodes = ["a"]')
+    for key in given:
+        kind = key.partition("_")[0]
+        if kind in ("ssh", "ray") and kind != cluster.launcher:
+            hint = f'set launcher = "{kind}", or remove {key}'
+            yield document.problem(("cluster", key), f"{key} has no effect with launcher {cluster.launcher!r}", hint)
 
 
 def _access_problems(document: Document, cluster: Cluster) -> Iterator[Problem]:
