@@ -19,6 +19,17 @@ from pdctl.control_api.cluster_messages import (
     RegistryStatus,
     TopologyOrder,
 )
+from pdctl.control_api.examination_messages import (
+    ClusterExamination,
+    ExamineOrder,
+    NodeExamination,
+    NodeFinding,
+    NodeReport,
+    NodeTraits,
+    RdmaPort,
+    TransferOrder,
+    TransferResult,
+)
 from pdctl.control_api.messages import (
     HEARTBEAT_S,
     MOST_WAITING,
@@ -78,6 +89,15 @@ _SECTIONS: dict[type, str] = {
     TopologyOrder: "Order for a topology",
     NodeChanges: "Changes of a node",
     TopologyReply: "Reply to an order for a topology",
+    ExamineOrder: "Order to examine all nodes",
+    ClusterExamination: "Examination of all nodes",
+    NodeExamination: "Examination of a node",
+    NodeReport: "Report of a node",
+    NodeFinding: "Finding",
+    NodeTraits: "Traits of a node",
+    RdmaPort: "RDMA port",
+    TransferOrder: "Order for a transfer",
+    TransferResult: "Result of a transfer",
 }
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 # The meanings of fields of classes that are not messages.
@@ -215,14 +235,24 @@ _CALLS = (
         "[its reply](#reply-to-an-order-for-a-topology), once published",
     ),
     ("DELETE /v1/cluster/topology", "[reply](#reply), once no topology is published"),
+    (
+        "POST /v1/doctor",
+        "in a cluster; the body is an [order to examine all nodes](#order-to-examine-all-nodes); "
+        "[their reports](#examination-of-all-nodes)",
+    ),
+    (
+        "POST /v1/doctor/transfer",
+        "in a cluster; the body is an [order for a transfer](#order-for-a-transfer); "
+        "[its result](#result-of-a-transfer)",
+    ),
     ("POST /v1/stop", f"`{msgspec.json.encode(Stopping()).decode()}`; a second call kills the remaining processes"),
 )
 _CLUSTER = """\
 In a cluster, the supervisor of each node answers for all nodes, and NAME may be NODE/NAME. A node that does not answer
 within two seconds is `silent` in `nodes`, and its part is missing. Without a cluster, the calls of `/v1/cluster` are
 refused; in one, `/v1/apply` is. Agents make the calls for status, exits, events, keys, KV and processes to each other,
-over TCP with the cluster's secret as bearer token, and `POST /v1/cluster/changes`, which says what an order would
-change there."""
+over TCP with the cluster's secret as bearer token, and calls below `/v1/cluster`: `changes` (what an order would change
+there), `spent` (what API keys used there), `clock`, `doctor` and `transfer` (a node's part of the doctor's calls)."""
 _REFUSED = f"""\
 VERB is one of {", ".join(f"`{verb}`" for verb in get_args(Verb))}. A refused call has status 409, and one with an
 invalid cursor status 400. Both have a [reply](#reply) with the reason."""
@@ -280,6 +310,8 @@ def text() -> str:
         *_sections(RoleOrder, DashboardOrder, Node, NodeStatus, Reply),
         *_sections(LogNames, LogPart),
         *_sections(PublishedTopology, TopologyOrder, TopologyReply, NodeChanges),
+        *_sections(ExamineOrder, ClusterExamination, NodeExamination, NodeReport, NodeFinding, NodeTraits, RdmaPort),
+        *_sections(TransferOrder, TransferResult),
         "### Events as a stream",
         _STREAM,
     ]

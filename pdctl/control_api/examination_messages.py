@@ -12,8 +12,6 @@ from pdctl.control_api.meanings import says
 MOST_MIB = 4096
 FarTransport = Literal["mooncake", "nixl"]
 TransferProtocol = Literal["auto", "tcp", "rdma"]
-NodeName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-Mib = Annotated[int, msgspec.Meta(ge=1, le=MOST_MIB)]
 
 
 class ExamineOrder(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,9 +87,9 @@ class Clock(msgspec.Struct, frozen=True):
 class ServeOrder(msgspec.Struct, frozen=True, kw_only=True):
     """A node is to serve known bytes for a moment."""
 
-    transport: FarTransport
-    protocol: TransferProtocol = "auto"
-    mib: Mib = 64
+    transport: Annotated[FarTransport, says("one that crosses hosts")]
+    protocol: Annotated[TransferProtocol, says("`auto`: RDMA if both have it")] = "auto"
+    mib: Annotated[int, msgspec.Meta(description="size of the transfer", ge=1, le=MOST_MIB)] = 64
 
 
 class ReadOrder(ServeOrder, frozen=True, kw_only=True):
@@ -103,8 +101,8 @@ class ReadOrder(ServeOrder, frozen=True, kw_only=True):
 class TransferOrder(ServeOrder, frozen=True, kw_only=True):
     """A node is to read bytes that another one serves, and to time that."""
 
-    serving: Annotated[NodeName, says("the node whose memory is read")]
-    reading: Annotated[NodeName, says("the node that reads")]
+    serving: Annotated[str, msgspec.Meta(description="the node whose memory is read", max_length=64)]
+    reading: Annotated[str, msgspec.Meta(description="the node that reads", max_length=64)]
 
 
 class TransferResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     try:
         peer = replace(place, devices=options.peer_devices or place.devices)
         opened = _told_peer() if options.from_stdin else scratch_peer(peer, options.peer_cpus)
-        found = probe(place, opened, options.pieces)
+        found = probe(place, opened, options.pieces, is_far=options.from_stdin)
     except (TransferError, NoMemory) as failure:
         found = {"transport": options.transport, "error": str(failure)}
     sys.stdout.write(json.dumps(found) + "\n")
@@ -102,9 +102,11 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
-def probe(place: Place, opened: AbstractContextManager[str], pieces: Sequence[int] = ()) -> dict[str, object]:
-    """Measure one transport from a peer to here. `opened`: the peer's address while it serves. Raises TransferError if
-    it cannot be used, NoMemory."""
+def probe(
+    place: Place, opened: AbstractContextManager[str], pieces: Sequence[int] = (), is_far: bool = False
+) -> dict[str, object]:
+    """Measure one transport from a peer to here. `opened`: the peer's address while it serves; `is_far`: it is on
+    another host. Raises TransferError if it cannot be used, NoMemory."""
     name, num_bytes = place.transport, place.num_bytes
     epoch = f"probe-{os.getpid()}"
     memory = Memory(num_bytes, epoch)
@@ -131,7 +133,8 @@ def probe(place: Place, opened: AbstractContextManager[str], pieces: Sequence[in
     _close(transport, memory)
     return {
         "transport": name,
-        "protocol": transport.protocol,
+        # Shared memory, which a library would also use, is of one host.
+        "protocol": transport.protocol.removeprefix("sm+") if is_far else transport.protocol,
         "fallback": transport.fallback,
         "bytes_right": right,
         "mib": num_bytes // 2**20,

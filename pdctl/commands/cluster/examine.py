@@ -104,12 +104,14 @@ def _findings(one: NodeExamination) -> list[Finding]:
 
 
 def _show(by_node: dict[str, list[Finding]], differences: list[Finding]) -> None:
+    from pdctl.doctor import Severity
     from pdctl.doctor.report import summary, text
 
     for node, findings in by_node.items():
         if findings:
             console.out(f"node {node}: {summary(findings)}")
-            console.out(text(findings))
+            # What is well would fill a screen for each node.
+            console.out(text([finding for finding in findings if finding.severity is not Severity.OK]))
             console.out()
     console.out("between the nodes:")
     console.out(text(differences))
