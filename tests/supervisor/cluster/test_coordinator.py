@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Never
 
@@ -58,7 +58,7 @@ class Line:
         self.asleep, self.awake = asyncio.Event(), asyncio.Event()
         self.awake.set()
         self.list, self.close = registry.list, registry.close
-        self.watch: Callable[..., Awaitable[Never]] = registry.watch
+        self.watch: Callable[..., Coroutine[Any, Any, Never]] = registry.watch
 
     async def _reach(self) -> MemoryRegistry:
         if not self.awake.is_set():
