@@ -60,6 +60,7 @@ class Coordinator:
         self._holder: Entry | None = None
         self._placement: PlacementEntry | None = None
         self._lease: int | None = None
+        self._has_left = False
 
     @property
     def placement(self) -> PlacementEntry | None:
@@ -79,7 +80,8 @@ class Coordinator:
         raise AssertionError("both tasks run for ever")
 
     async def leave(self) -> None:
-        """Give the key up, so that another agent takes it at once. One try: the lease ends by itself."""
+        """Give the key up, for ever, so that another agent takes it at once. One try: the lease ends by itself."""
+        self._has_left = True
         if self._lease is not None:
             with contextlib.suppress(Unavailable):
                 await self._registry.revoke(self._lease)
@@ -98,6 +100,10 @@ class Coordinator:
         """Take the key when it is free, and coordinate as long as it is ours."""
         failures = 0
         while True:
+            if self._has_left:
+                # A task group whose tasks fail while it is cancelled tells of their failures alone: whoever cancelled
+                # this task may do so in vain.
+                raise asyncio.CancelledError
             while not self._is_free():
                 self._news.clear()
                 await self._news.wait()
