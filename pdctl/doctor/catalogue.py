@@ -236,6 +236,8 @@ CHECKS = (
     Check("cluster.certificates", "cluster", "warning",
           "`[cluster]` has no `certificates`; a password for etcd is sent without TLS", "", "pdctl cluster init",
           "planted"),
+    Check("cluster.certificate", "cluster", "critical; warning when a quarter of its life is left",
+          "this node's certificate cannot be used, has ended or ends soon", "", "pdctl cluster renew", "planted"),
     Check("cluster.secret", "cluster", "critical", "a secret of `[cluster]` cannot be read, or others can read it", "",
           "chmod 600", "planted"),
     Check("cluster.etcd", "cluster", "critical for half of them or more, else warning",

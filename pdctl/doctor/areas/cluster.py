@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,13 +16,17 @@ from pathlib import Path
 import msgspec
 
 from pdctl.doctor import Finding, Severity
+from pdctl.errors import PdctlError
 from pdctl.host.processes.ports import Listener
+from pdctl.net.identity import identity_in
 from pdctl.topology.spec import Cluster, Topology
 from pdctl.transports import TRANSPORTS
 
 ANY_ADDRESS = ("0.0.0.0", "::")
 _OLDEST, _NEWEST = (3, 4), (3, 7)
 _ANSWER_S = 2.0
+# Of a certificate's life, what may be left before somebody should have renewed it.
+_RENEWED_BY = 0.25
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -123,6 +128,35 @@ def certificates(facts: ClusterFacts) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def own_certificate(facts: ClusterFacts) -> Iterator[Finding]:
+    """This node's certificate: whether it can be used, and whether somebody renews it."""
+    if not (folder := facts.cluster.certificates):
+        return
+    try:
+        found = identity_in(folder)
+    except PdctlError as failure:
+        yield Finding(
+            "cluster.certificate", Severity.CRITICAL, "cluster.certificates", str(failure), "a usable one",
+            folder, "the agent cannot start, or others refuse its processes soon", failure.hint or "",
+        )  # fmt: skip
+        return
+    service, left_s = facts.topology.service.name, found.ends - time.time()
+    if found.who.service != service:
+        yield Finding(
+            "cluster.certificate", Severity.CRITICAL, "cluster.certificates", f"it is of service {found.who.service}",
+            service, folder, "the agent cannot start", "pdctl cluster join, or certify",
+        )  # fmt: skip
+    elif left_s < _RENEWED_BY * (found.ends - found.begins):
+        yield Finding(
+            "cluster.certificate", Severity.WARNING, f"node {found.who.node}", f"it ends in {left_s / 86400:.1f} days",
+            "renewed when half of its life is over", folder, "then all other nodes refuse this one",
+            "a timer for: pdctl cluster renew",
+        )  # fmt: skip
+    else:
+        until = time.strftime("%Y-%m-%d", time.gmtime(found.ends))
+        yield Finding("cluster.certificate", Severity.OK, f"node {found.who.node}", f"certified until {until}")
+
+
 def secret(facts: ClusterFacts) -> Iterator[Finding]:
     """Secrets that are missing, or that other users can read."""
     named = [("cluster.secret_file", facts.cluster.secret_file)]
@@ -178,5 +212,5 @@ def _number(version: str) -> tuple[int, int] | None:
 
 
 CHECKS: tuple[Callable[[ClusterFacts], Iterator[Finding]], ...] = (
-    wildcards, plain_kv, certificates, secret, registry,
+    wildcards, plain_kv, certificates, own_certificate, secret, registry,
 )  # fmt: skip

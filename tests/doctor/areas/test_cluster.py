@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from pdctl.doctor.inspection import Inspection, Where
 from pdctl.host.processes.ports import Listener, listeners_of
 from pdctl.topology.loader import load_cluster_text
 from pdctl.topology.spec import Topology
+from tests.certificates import EXPIRED, made_ca, made_node
 
 TEXT = """
 [service]
@@ -63,11 +65,15 @@ def said(found: ClusterFacts) -> dict[str, list[str]]:
 
 
 def test_a_cluster_without_faults(tmp_path: Path) -> None:
+    ca = made_ca(tmp_path / "ca", "chat")
+    made_node(ca, tmp_path / "certificates", "a", "10.0.0.1", days=20.0)
+    until = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 20 * 86400))
     text = TEXT.replace("secret_file", 'certificates = "certificates"\nsecret_file')
     found = facts(topology(tmp_path, text), Listener("10.0.0.1", 8000, 41), Listener("::1", 18090, 40))
     assert said(found) == {
         "cluster.listen": ["ok listeners: 2 of the service, each at one address"],
         "cluster.plain_kv": [said(found)["cluster.plain_kv"][0]],
+        "cluster.certificate": [f"ok node a: certified until {until}"],
         "cluster.etcd": ["ok etcd: 3 of 3 members answer: 3.4.23"],
     }
     assert "unencrypted" in said(found)["cluster.plain_kv"][0]
@@ -94,6 +100,21 @@ def test_certificates_and_passwords_in_the_clear(tmp_path: Path) -> None:
     assert told["cluster.certificates"] == ["warning cluster.etcd: http://10.0.0.1:2379 is not https"]
     assert told["cluster.secret"] == ["critical cluster.etcd_password_file: none cannot be read: No such file or "
                                       "directory"]  # fmt: skip
+
+
+def test_a_certificate_that_ends_has_ended_or_is_of_others(tmp_path: Path) -> None:
+    found = facts(topology(tmp_path, TEXT.replace("secret_file", 'certificates = "certificates"\nsecret_file')))
+    (missing,) = said(found)["cluster.certificate"]
+    assert missing.startswith("critical cluster.certificates: the certificates in ")
+    assert "No such file or directory" in missing
+    ca = made_ca(tmp_path / "ca", "chat")
+    # Backdated by an hour: of 79 minutes, 19 are left.
+    made_node(ca, tmp_path / "certificates", "a", "10.0.0.1", days=19 / 1440)
+    assert said(found)["cluster.certificate"] == ["warning node a: it ends in 0.0 days"]
+    made_node(ca, tmp_path / "certificates", "a", "10.0.0.1", days=EXPIRED)
+    assert "certificate has expired" in said(found)["cluster.certificate"][0]
+    made_node(made_ca(tmp_path / "other", "talk"), tmp_path / "certificates", "a", "10.0.0.1")
+    assert said(found)["cluster.certificate"] == ["critical cluster.certificates: it is of service talk"]
 
 
 def test_a_secret_that_others_can_read_or_nobody(tmp_path: Path) -> None:
