@@ -74,9 +74,9 @@ def node_host() -> Host:
     return host(tuple(gpus), tuple(range(96)))
 
 
-def node_entry(number: int) -> NodeEntry:
+def node_entry(number: int, cell: str = "") -> NodeEntry:
     """What a node tells of itself."""
-    return NodeEntry(node_name(number), "10.0.0.1", "boot", "1", 18090, msgspec.Raw(encode_facts(node_host())))
+    return NodeEntry(node_name(number), "10.0.0.1", "boot", "1", 18090, msgspec.Raw(encode_facts(node_host())), cell)
 
 
 def text(engines: int, spare: int = 0, racks: tuple[str, ...] = ()) -> str:
