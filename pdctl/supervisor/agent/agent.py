@@ -220,6 +220,7 @@ class Agent:
             pdctl=__version__,
             agent_port=settings.cluster.agent_port,
             facts=msgspec.Raw(encode_facts(this_node(settings.address))),
+            cell=settings.cluster.cell_of(settings.node),
         )
 
     def _engines(self) -> list[EngineEntry]:
