@@ -233,9 +233,9 @@ CHECKS = (
           "in a cluster, a library in an engine listens at every address", "", "a firewall", "tree"),
     Check("cluster.plain_kv", "cluster", "info", "KV crosses machines by a transport without encryption", "",
           "a network of its own", "planted"),
-    Check("cluster.certificates", "cluster", "warning",
-          "`[cluster]` has no `certificates`; a password for etcd is sent without TLS", "", "pdctl cluster init",
-          "planted"),
+    Check("cluster.certificates", "cluster", "critical, warning",
+          "the node's certificate cannot be used; `[cluster]` has no `certificates`; a password for etcd is sent "
+          "without TLS", "", "pdctl cluster init", "planted"),
     Check("cluster.secret", "cluster", "critical", "a secret of `[cluster]` cannot be read, or others can read it", "",
           "chmod 600", "planted"),
     Check("cluster.etcd", "cluster", "critical for half of them or more, else warning",

@@ -15,7 +15,9 @@ from pathlib import Path
 import msgspec
 
 from pdctl.doctor import Finding, Severity
+from pdctl.errors import PdctlError
 from pdctl.host.processes.ports import Listener
+from pdctl.net.identity import identity_in
 from pdctl.topology.spec import Cluster, Topology
 from pdctl.transports import TRANSPORTS
 
@@ -48,16 +50,26 @@ def ask_etcd(url: str) -> tuple[str, str]:
         return "", str(failure) or type(failure).__name__
 
 
+def fault_of(folder: str) -> str:
+    """Why this machine's certificate cannot be used, or ""."""
+    try:
+        identity_in(folder)
+    except PdctlError as failure:
+        return failure.message
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:
     """Facts for these checks. `listeners`: of the service's processes on this machine; `ours`: the ports that pdctl
-    opens itself, with their purpose: others are opened by libraries. Tests replace `etcd`."""
+    opens itself, with their purpose: others are opened by libraries. Tests replace `etcd` and `fault_of`."""
 
     topology: Topology
     cluster: Cluster
     listeners: tuple[Listener, ...] = ()
     ours: dict[int, str] = field(default_factory=dict, hash=False)
     etcd: Callable[[str], tuple[str, str]] = ask_etcd
+    fault_of: Callable[[str], str] = fault_of
 
 
 def check(facts: ClusterFacts) -> list[Finding]:
@@ -108,8 +120,15 @@ def plain_kv(facts: ClusterFacts) -> Iterator[Finding]:
 
 
 def certificates(facts: ClusterFacts) -> Iterator[Finding]:
-    """Prompts and the secret in the clear between nodes."""
-    if not facts.cluster.certificates:
+    """Prompts and the secret in the clear between nodes; a certificate that cannot be used."""
+    if folder := facts.cluster.certificates:
+        if why := facts.fault_of(folder):
+            yield Finding(
+                "cluster.certificates", Severity.CRITICAL, "cluster.certificates", why, "this node's certificate",
+                folder, "no process of this node can reach another node",
+                "pdctl cluster certify, or pdctl cluster join",
+            )  # fmt: skip
+    else:
         yield Finding(
             "cluster.certificates", Severity.WARNING, "cluster.certificates", "not set", "a certificate for each node",
             "the topology", "prompts, answers and the service's secret cross the network as they are",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pdctl.doctor import Area
-from pdctl.doctor.areas.cluster import ClusterFacts, ask_etcd, check
+from pdctl.doctor.areas.cluster import ClusterFacts, ask_etcd, check, fault_of
 from pdctl.doctor.inspection import Inspection, Where
 from pdctl.host.processes.ports import Listener, listeners_of
 from pdctl.topology.loader import load_cluster_text
@@ -52,7 +52,7 @@ def facts(found: Topology, *listeners: Listener, versions: dict[str, str] | None
     def etcd(url: str) -> tuple[str, str]:
         return (told[url], "") if url in told else ("", "no route")
 
-    return ClusterFacts(found, found.cluster, listeners, {8000: "proxy http", 18090: "agent"}, etcd)
+    return ClusterFacts(found, found.cluster, listeners, {8000: "proxy http", 18090: "agent"}, etcd, lambda _: "")
 
 
 def said(found: ClusterFacts) -> dict[str, list[str]]:
@@ -94,6 +94,16 @@ def test_certificates_and_passwords_in_the_clear(tmp_path: Path) -> None:
     assert told["cluster.certificates"] == ["warning cluster.etcd: http://10.0.0.1:2379 is not https"]
     assert told["cluster.secret"] == ["critical cluster.etcd_password_file: none cannot be read: No such file or "
                                       "directory"]  # fmt: skip
+
+
+def test_a_certificate_that_cannot_be_used(tmp_path: Path) -> None:
+    found = facts(topology(tmp_path, TEXT.replace("secret_file", 'certificates = "certificates"\nsecret_file')))
+    assert "cluster.certificates" not in said(found)
+    told = said(replace(found, fault_of=lambda folder: f"{Path(folder).name}: its certificate has ended"))
+    assert told["cluster.certificates"] == [
+        "critical cluster.certificates: certificates: its certificate has ended"
+    ]
+    assert fault_of(str(tmp_path / "certificates")), "there are no files"
 
 
 def test_a_secret_that_others_can_read_or_nobody(tmp_path: Path) -> None:
