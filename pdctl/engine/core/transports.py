@@ -6,10 +6,13 @@ import logging
 from typing import Protocol
 
 from pdctl.engine.cache.memory import DeviceMemory, Memory
+from pdctl.engine.handover.reading import Staging
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.transfer import DeviceMemoryRefused, Settings, TransferError, Transport, transport_kind
 from pdctl.net import reachable
 from pdctl.transports import TRANSPORTS
+
+_STAGING_BYTES = 32 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -30,16 +33,27 @@ class Pool(Protocol):
 def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Transport]:
     """Open the configured transport. `auto`: all engines of a topology are on this host and on one kind of device, so
     it means `cuda_ipc` on GPUs, and else `shm`. Raises TransferError, NoMemory."""
-    settings = Settings(
+    settings = _settings(options)
+    if options.transfer == "auto":
+        return {transport.name: transport for transport in [_nearest(options, pool, settings)]}
+    return {options.transfer: _open(options.transfer, options, pool, settings)}
+
+
+def open_staging(options: EngineOptions, name: str) -> Staging:
+    """A staging area, for a peer whose devices share the KV heads in another way. Raises TransferError, NoMemory."""
+    memory = Memory(_STAGING_BYTES, options.epoch)
+    return Staging(memory, transport_kind(name).open_transport(memory, _settings(options, serving=False)))
+
+
+def _settings(options: EngineOptions, serving: bool = True) -> Settings:
+    return Settings(
         epoch=options.epoch,
         host=reachable(options.host),
         protocol=options.transfer_protocol,
         devices=tuple(filter(None, options.transfer_devices.split(","))),
         ports=options.port_range,
+        serving=serving,
     )
-    if options.transfer == "auto":
-        return {transport.name: transport for transport in [_nearest(options, pool, settings)]}
-    return {options.transfer: _open(options.transfer, options, pool, settings)}
 
 
 def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Transport:
