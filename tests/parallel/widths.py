@@ -25,8 +25,8 @@ class Width(NamedTuple):
     def __str__(self) -> str:
         if not self.decode:
             return f"one engine of {self.prefill}"
-        blocks = "" if self.prefill_block == self.decode_block else f", blocks {self.prefill_block} -> {self.decode_block}"
-        return f"P {self.prefill} -> D {self.decode}{blocks}, {self.transport}"
+        blocks = f"blocks {self.prefill_block} -> {self.decode_block}"
+        return f"P {self.prefill} -> D {self.decode}, {blocks}, {self.transport}"
 
 
 SINGLE = Width(1)

@@ -3,9 +3,9 @@
 The environment is adversarial: messages are lost, repeated and late, the deadline may pass at any moment, freed blocks
 are reused at any moment on either side, the prefill may be preempted while its first chunk is being read, a read may be
 given up while its bytes still arrive, and either engine may die and restart. An engine of several devices is read shard
-by shard, under the one lease of its front; one of its ranks may die first, which its front notices later. Checked: no state decodes KV that was
-overwritten, or not yet computed, when it was read; no late write hits another request's blocks; and from every state
-the blocks of both sides can still be freed."""
+by shard, under the one lease of its front; one of its ranks may die first, which its front notices later. Checked: no
+state decodes KV that was overwritten, or not yet computed, when it was read; no late write hits another request's
+blocks; and from every state the blocks of both sides can still be freed."""
 
 from __future__ import annotations
 
@@ -115,11 +115,7 @@ class Model:
         if not world.owned and not world.reused:
             yield replace(world, reused=True, dirty=world.dirty or bool(world.reading))
         if self.shards > 1 and world.faults == 0:
-            # The front and its memory are still there.
-            if world.p_alive:
-                yield replace(world, p_whole=False, faults=1)
-            if world.d_alive:
-                yield replace(world, d_whole=False, faults=1)
+            yield from self._rank_died(world)
         if world.p_alive and (world.faults == 0 or not world.p_whole):
             yield replace(world, p_alive=False, owned=False, faults=1, dirty=world.dirty or bool(world.reading))
         if not world.p_alive:
@@ -135,6 +131,13 @@ class Model:
         if world.landing:
             spoiled = world.spoiled or not world.target_held
             yield replace(world, landing=False, spoiled=spoiled)
+
+    def _rank_died(self, world: World) -> Iterator[World]:
+        """The front and its memory are still there."""
+        if world.p_alive:
+            yield replace(world, p_whole=False, faults=1)
+        if world.d_alive:
+            yield replace(world, d_whole=False, faults=1)
 
     # -- messages --
 
