@@ -232,7 +232,7 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "args": Meaning("added to the engine's command line", "none"),
         "tensor_parallel": Meaning(
             "one engine uses as many GPUs as the product of its three parallel sizes. `builtin`: as many "
-            "[processes on CPUs](../engines.md#one-model-over-several-processes)"
+            "[processes on CPUs](../engines/parallel.md)"
         ),
         "pipeline_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
         "data_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),

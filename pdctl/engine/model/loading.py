@@ -21,6 +21,7 @@ from pdctl.engine.model.attention.batch import LayerNeed
 from pdctl.engine.model.attention.hook import HookCall
 from pdctl.engine.model.linear import Watch, speed_up
 from pdctl.engine.model.native.fuse import fuse
+from pdctl.engine.model.native.rows import kernels
 from pdctl.engine.model.parallel import Group
 from pdctl.engine.model.parallel.plan import CannotSplit
 from pdctl.engine.model.parallel.weights import load_part
@@ -85,6 +86,7 @@ def load_model(
             raise ModelRefused(f"{path} is an encoder-decoder model; only decoder-only models can be served")
         if group is not None:
             module = load_part(Path(path), config, dtype, group)
+            group.meet()
         else:
             module = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
     except CannotSplit as failure:
@@ -117,6 +119,10 @@ def hook_model(
     text_config = module.config.get_text_config()  # type: ignore[union-attr, operator]
     positions = _positions(calls, text_config, name)
     speed_up(module, watch, table, _room() - reserved)
+    if group is not None:
+        # One rank may have measured or compiled what the others then had. `fuse` runs parts of the model.
+        kernels(next(module.parameters()).dtype)
+        group.meet()
     fuse(module)
     shapes = [LayerShape(call.need.kv_heads, call.need.key_dim, call.need.value_dim) for call in calls]
     whole, part = _whole(shapes, text_config, group, name)

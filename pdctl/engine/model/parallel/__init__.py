@@ -21,6 +21,10 @@ class Group(Protocol):
     rank: int
     size: int
 
+    def meet(self) -> None:
+        """Wait until all ranks are here, for as long as they load. Raises RankLost."""
+        ...
+
     def add(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' `part`, in its place. Raises RankLost."""
         ...

@@ -13,6 +13,8 @@ from pdctl.engine.model.parallel import RankLost
 
 # All ranks of an engine are on one host.
 _INTERFACE = "lo"
+# Ranks may load the model at different speeds, from a disk or from the page cache.
+_MEET_S = 1800.0
 
 
 class Ranks:
@@ -33,6 +35,13 @@ class Ranks:
             )
         except RuntimeError as failure:
             raise RankLost(f"the ranks did not find each other: {_first_line(failure)}") from failure
+
+    def meet(self) -> None:
+        """See Group.meet."""
+        try:
+            dist.monitored_barrier(timeout=timedelta(seconds=_MEET_S))
+        except RuntimeError as failure:
+            raise RankLost(f"a rank did not load the model: {_first_line(failure)}") from failure
 
     def add(self, part: torch.Tensor) -> torch.Tensor:
         """See Group.add."""

@@ -30,6 +30,9 @@ class ThreadRank:
         self.size = meeting.size
         self._meeting = meeting
 
+    def meet(self) -> None:
+        self._meeting.barrier.wait()
+
     def add(self, part: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._all(part)).sum(0)
 
