@@ -243,9 +243,12 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "`PDCTL_PYTHON`, else pdctl's own; [the binary](../install.md) has none",
         ),
         "args": Meaning("added to the engine's command line", "none"),
-        "tensor_parallel": Meaning("one engine uses as many GPUs as the product of its three parallel sizes"),
-        "pipeline_parallel": Meaning("see `tensor_parallel`"),
-        "data_parallel": Meaning("see `tensor_parallel`"),
+        "tensor_parallel": Meaning(
+            "one engine uses as many GPUs as the product of its three parallel sizes. `builtin`: as many "
+            "[processes on CPUs](../engines/parallel.md)"
+        ),
+        "pipeline_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
+        "data_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
         "dtype": Meaning(
             "number type. `builtin`, `auto`: bfloat16 on GPUs, and on CPUs with AVX512_BF16 or AMX where "
             "answers stay equal; "
