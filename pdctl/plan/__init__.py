@@ -249,6 +249,7 @@ def _proxy(
         listen=(topology.proxy.host, topology.proxy.port),
         group="proxy",
         host=host.address,
+        slots=topology.proxy.slots,
     )
 
 

@@ -43,7 +43,8 @@ class ProcessSpec:
     `api_key_env`: the variable in which the process gets the run's secret as its API key, "" for none. `connector`: how
     an engine exchanges KV. `files`: files that must exist before the start, content by path. `inline`: as a
     decode engine it also takes whole requests. `switches`: its role can change while it runs. `planned_role`: its role
-    in the topology, if it has another one now; `role_epoch`: counts the changes.
+    in the topology, if it has another one now; `role_epoch`: counts the changes. `slots`: connections of clients that
+    outlive a proxy.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ProcessSpec:
     switches: bool = False
     planned_role: str = ""
     role_epoch: int = 0
+    slots: int = 0
 
     @property
     def is_engine(self) -> bool:

@@ -58,6 +58,7 @@ _COUNTERS = {
         'Prompts by why they were computed inline by this decode engine; "remote": by a prefill engine',
         ("engine", "why"),
     ),
+    "resumed": ("pdctl_proxy_resumed", "Answers begun by a proxy that died, and continued by this one", ()),
     "sheds": ("pdctl_proxy_sheds", "Requests refused with 429", ("reason",)),
     "key_requests": ("pdctl_proxy_key_requests", "Requests by API key and HTTP status", ("key", "status")),
     "key_refused": ("pdctl_proxy_key_refused", "Requests of an API key refused with 429", ("key", "reason")),
@@ -142,6 +143,10 @@ class Metrics:
     def moved(self, engine: str) -> None:
         """A stream went on from an engine at another one."""
         self.counters.count("moved", engine)
+
+    def resumed(self) -> None:
+        """An answer that another proxy began goes on here."""
+        self.counters.count("resumed")
 
     def shed(self, reason: str, key: str = ANYONE) -> None:
         """A request was refused with 429."""
