@@ -102,7 +102,7 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, _stop, server)
         if isinstance(server, CoveringServer):
-            completions.covers = server.covers.counts
+            shared.metrics.covers = server.covers.counts
             leave = partial(_leave, server, completions, config.drain_s)
             loop.add_signal_handler(LEAVE_SIGNAL, lambda: tasks.create_task(leave()))
         tasks.create_task(shared.pool.watch_forever())

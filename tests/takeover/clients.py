@@ -34,8 +34,8 @@ class Asked:
     @property
     def data(self) -> bytes:
         body = json.dumps(self.body).encode()
-        head = f"POST {self.path} HTTP/1.1\r\nhost: x\r\nx-request-id: {self.name}\r\ncontent-length: {len(body)}\r\n\r\n"
-        return head.encode() + body
+        head = f"POST {self.path} HTTP/1.1\r\nhost: x\r\nx-request-id: {self.name}\r\n"
+        return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Cut(Exception):

@@ -28,7 +28,6 @@ from pdctl.proxy.request.leg import Leg, Shared
 from pdctl.proxy.request.relay import Relay
 from pdctl.proxy.shares.accounts import Accounts, Claim, LimitReached
 from pdctl.proxy.shares.fair_queue import NO_WORK, Waiter, Work
-from pdctl.proxy.takeover.cover import CoverCounts
 from pdctl.proxy.takeover.notes import Resumed
 from pdctl.proxy.takeover.protocol import REPEATED, RESUMED
 from pdctl.proxy.telemetry.access_log import AccessLog
@@ -61,7 +60,6 @@ class Completions:
     unknown: UnknownFields = field(default_factory=UnknownFields)
     tracing: Tracing = field(default_factory=Tracing)
     recent: RecentRequests = field(default_factory=RecentRequests)
-    covers: CoverCounts | None = None
     _static: bytes = field(init=False)
 
     def __post_init__(self) -> None:

@@ -40,8 +40,8 @@ class CannotGoOn(Exception):
 class Adoptable:
     """How one connection goes on.
 
-    `unsent`: output that the kernel does not have; `input`: bytes of requests without a complete answer, of `input_size`
-    in the slot; `resumed`: the answer in progress; `forgets`: its output is dropped.
+    `unsent`: output that the kernel does not have; `input`: bytes of requests without a complete answer, of
+    `input_size` in the slot; `resumed`: the answer in progress; `forgets`: its output is dropped.
     """
 
     found: Found

@@ -10,7 +10,7 @@ from collections import deque
 
 import msgspec
 
-from pdctl.net.keeping import DROP, KEEP, REPORT, TAKEOVER_ENV, TakenOver, cookie_of, send
+from pdctl.net.keeping import DROP, KEEP, REPORT, TAKEOVER_ENV, UNCOVERED, TakenOver, cookie_of, send
 from pdctl.proxy.takeover.cover import Cover, CoverCounts
 from pdctl.proxy.takeover.journal import Journal, Slot
 from pdctl.proxy.takeover.kernel import counts_of
@@ -38,6 +38,8 @@ class Covers:
         slot = self.journal.slot() if self._keeper is not None else None
         if slot is None:
             self.counts.uncovered += 1
+            with contextlib.suppress(OSError):
+                self._say(UNCOVERED, 0)
             return None
         try:
             cookie, counts = cookie_of(connection.fileno()), counts_of(connection)

@@ -64,7 +64,7 @@ class CoveringServer(Server):
             self._accepting.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self.covers.counts.open_uncovered:
+                while self.covers.counts.open_uncovered:  # noqa: ASYNC110 - rare, and no event says it
                     await asyncio.sleep(_LEAVING_LOOK_S)
 
 

@@ -18,6 +18,7 @@ from pdctl.net.keeping import (
     KEPT,
     MOST_TOGETHER,
     REPORT,
+    UNCOVERED,
     Packet,
     TakenOver,
     channel,
@@ -37,8 +38,8 @@ _decode_report = msgspec.json.Decoder(TakenOver).decode
 class Keeper:
     """Keeps the connections of one proxy. `told` is called with what a proxy did with its predecessor's.
 
-    `takeovers`: starts that had connections to go on with; `total`: the sums of all reports; `refused`: packets that
-    were not as they must be.
+    `takeovers`: starts that had connections to go on with; `total`: the sums of all reports; `uncovered`: connections
+    that had no slot, so far; `refused`: packets that were not as they must be.
     """
 
     def __init__(self, name: str, slots: int, told: Callable[[TakenOver], None]) -> None:
@@ -46,6 +47,7 @@ class Keeper:
         self.slots = slots
         self.takeovers = 0
         self.refused = 0
+        self.uncovered = 0
         self.total = TakenOver()
         self._told = told
         self._kept: dict[int, int] = {}
@@ -140,6 +142,8 @@ class Keeper:
             os.close(descriptor)
         if packet.kind == DROP:
             self._drop(cookie)
+        elif packet.kind == UNCOVERED:
+            self.uncovered += 1
         elif packet.kind == REPORT:
             self._note(packet.body)
         else:
