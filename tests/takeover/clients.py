@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-PATIENCE_S = 120.0
+# Requests whose client has nothing yet begin again with each death: under many deaths they take long.
+PATIENCE_S = 600.0
 STALL_S = 10.0
 _CREATED = re.compile(rb'"created":(\d+)')
 _LOGPROB = re.compile(rb"-?\d+\.\d+(?:e-?\d+)?")
@@ -320,7 +321,7 @@ def completions() -> dict[str, Asked]:
         "stream": {**common, "max_tokens": 150, "stream": True, "return_token_ids": True},
         "long": {**common, "max_tokens": 400, "stream": True},
         "whole": {**common, "max_tokens": 20},
-        "gathered": {**common, "max_tokens": 150, "n": 2},
+        "gathered": {**common, "max_tokens": 50, "n": 2},
         "choices": {**common, "max_tokens": 60, "n": 3, "stream": True, "logprobs": 2},
         "prompts": {**common, "prompt": [PROMPT, "hello there", PROMPT + "x"], "max_tokens": 60, "stream": True},
     }

@@ -42,10 +42,17 @@ def clients_of(service: Service, with_chats: bool) -> Clients:
 
 
 async def kill_again_and_again(
-    service: Service, kills: int, count: int, with_chats: bool, pairs: int = 0, freeze: float = 0.1, say: Any = print
+    service: Service,
+    kills: int,
+    count: int,
+    with_chats: bool,
+    pairs: int = 0,
+    freeze: float = 0.1,
+    every_s: float = 0.5,
+    say: Any = print,
 ) -> Outcome:
     """`pairs`: of the kills, so many with an engine killed within 100 ms, in either order; `freeze`: the part of the
-    kills before which the proxy is frozen for a moment."""
+    kills before which the proxy is frozen for a moment; `every_s`: mean time that a proxy lives after it is ready."""
     clients = clients_of(service, with_chats)
     await clients.learn()
     outcome = Outcome(clients=clients)
@@ -54,7 +61,7 @@ async def kill_again_and_again(
         await asyncio.sleep(2)
         for number in range(kills):
             pid = await until_ready(service)
-            await asyncio.sleep(random.uniform(0.05, 0.8))
+            await asyncio.sleep(random.uniform(0.05, 2 * every_s))
             began = time.monotonic()
             if number < pairs:
                 await kill_pair(service, pid)

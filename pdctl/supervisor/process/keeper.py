@@ -121,6 +121,9 @@ class Keeper:
                 packet = receive(self._channel)
             except BlockingIOError:
                 return False
+            except ConnectionResetError:
+                # It died before it had read everything. What it said is still there.
+                continue
             except OSError:
                 packet = None
             if packet is None:
