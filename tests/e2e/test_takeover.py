@@ -123,6 +123,9 @@ def test_connections_without_a_slot_end_with_the_proxy_and_are_counted() -> None
             os.kill(pid_of(service.process("proxy")), signal.SIGKILL)
             await connection.answer()
 
-    with temporary_run() as run, running(run, single(extra="takeover = true\ntakeover_slots = 1")) as service:
-        with pytest.raises(Cut):
-            asyncio.run(work(service))
+    with (
+        temporary_run() as run,
+        running(run, single(extra="takeover = true\ntakeover_slots = 1")) as service,
+        pytest.raises(Cut),
+    ):
+        asyncio.run(work(service))

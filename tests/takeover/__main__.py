@@ -40,7 +40,8 @@ def checks(service: Service, outcome: Outcome, descriptors: int) -> list[tuple[s
     while supervisor_descriptors(service) > descriptors + _SPARE and time.monotonic() < deadline:
         time.sleep(0.1)
     left = supervisor_descriptors(service) - descriptors
-    assert (takeover := service.process("proxy").takeover) is not None
+    takeover = service.process("proxy").takeover
+    assert takeover is not None
     taken = [json.loads(line) for line in service.run.cli("events").stdout.splitlines() if '"took_over"' in line]
     resumed = sum(entry["resumed"] for entry in taken)
     return [

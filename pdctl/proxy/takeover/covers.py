@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 from collections import deque
@@ -11,9 +12,11 @@ from collections import deque
 import msgspec
 
 from pdctl.net.keeping import DROP, KEEP, REPORT, TAKEOVER_ENV, UNCOVERED, TakenOver, cookie_of, send
-from pdctl.proxy.takeover.cover import Cover, CoverCounts
+from pdctl.proxy.takeover.cover import CoverCounts
 from pdctl.proxy.takeover.journal import Journal, Slot
 from pdctl.proxy.takeover.kernel import counts_of
+
+_log = logging.getLogger(__name__)
 
 # Ended connections that the keeper has not been told of yet; beyond these it is told of none.
 _MAX_UNTOLD = 65536
@@ -52,10 +55,8 @@ class Covers:
         self.counts.covered += 1
         return cookie, slot
 
-    def ended(self, cover: Cover, cookie: int) -> None:
+    def ended(self, slot: Slot, cookie: int) -> None:
         """A covered connection has ended."""
-        slot = cover.slot or cover.lost
-        assert slot is not None
         self.drop(cookie)
         self.journal.give_back(slot)
 
@@ -111,4 +112,7 @@ def covers_of_environment() -> Covers | None:
     if not told:
         return None
     keeper, memory, slots = map(int, told.split(","))
-    return Covers(Journal(memory, slots), socket.socket(fileno=keeper))
+    journal = Journal(memory, slots)
+    if journal.refused:
+        _log.warning("nothing is taken over: %s", journal.refused)
+    return Covers(journal, socket.socket(fileno=keeper))

@@ -138,9 +138,13 @@ class Slot:
 
         Nearly every token takes this path.
         """
-        noted = self.noted + len(notes)
-        end = self._place(data)
-        if not end or noted > NOTE_BYTES:
+        at, noted = self.end & _OUT_MASK, self.noted + len(notes)
+        end, to = self.end + len(data), at + len(data)
+        if end - self.safe <= OUT_BYTES and to <= OUT_BYTES and end < _MOST_END:
+            self._out[at:to] = data
+        elif not self._place(data):
+            return False
+        if noted > NOTE_BYTES:
             return False
         if notes:
             self._notes[self.noted : noted] = notes

@@ -92,6 +92,11 @@ class CoveredConnection(asyncio.BufferedProtocol):
         self.http.cover = self.cover = Cover(transport, self._slot, self.http.is_between, self._covers.counts)
         self.http.connection_made(cast(asyncio.Transport, self.cover))
 
+    def never_made(self) -> None:
+        """The connection ended before `connection_made`."""
+        if self._slot is not None and self.cover is None:
+            self._covers.ended(self._slot, self._cookie)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol. A close alone does not end a connection that the keeper has, too."""
         if self.cover is None:
@@ -99,7 +104,9 @@ class CoveredConnection(asyncio.BufferedProtocol):
         else:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
-            self._covers.ended(self.cover, self._cookie)
+            slot = self.cover.slot or self.cover.lost
+            assert slot is not None
+            self._covers.ended(slot, self._cookie)
         self.http.connection_lost(exc)
 
     def get_buffer(self, sizehint: int) -> memoryview:

@@ -69,9 +69,12 @@ class CoveringServer(Server):
 
 
 async def _open(connection: socket.socket, opened: CoveredConnection) -> None:
-    # A client that has left already.
-    with contextlib.suppress(OSError):
+    try:
         await asyncio.get_running_loop().connect_accepted_socket(lambda: opened, connection)
+    except OSError:
+        # The client has left already.
+        opened.never_made()
+        connection.close()
 
 
 class Accepting:

@@ -1,4 +1,4 @@
-"""The keeper: it has connections until they end, or until a proxy claims them; no more than it may, and nothing else."""
+"""The keeper has connections until they end, or until a proxy claims them; no more than it may, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -131,10 +132,10 @@ def test_a_foreign_descriptor_is_refused(clients: Clients) -> None:
         send(channel, KEEP, b"", [served.fileno(), other.fileno()])
         send(channel, b"?", b"x")
         send(channel, REPORT, b"no report")
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         await until(lambda: keeper.refused == 6)
         assert keeper.held == 0
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
         channel.close()
 
     kept(work)
@@ -191,10 +192,10 @@ def test_many_connections_are_handed_over(clients: Clients) -> None:
 
     async def work(keeper: Keeper, _: list[TakenOver]) -> None:
         channel, _memory = keeper.hand_over()
-        for _client, served in ends:
+        for number, (_client, served) in enumerate(ends, 1):
             keep(channel, served)
-            if keeper.held % 50 == 0:
-                await asyncio.sleep(0)
+            if number % 50 == 0:
+                await until(lambda number=number: keeper.held == number)  # type: ignore[misc]
         channel.close()
         keeper.ended()
         assert keeper.held == 450
