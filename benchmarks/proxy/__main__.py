@@ -111,8 +111,6 @@ def show(case: str, by_proxy: dict[str, list[dict[str, float]]]) -> None:
     ours = medians.get("pdctl")
     for name, theirs in medians.items():
         if ours is not None and name != "pdctl":
-            if wanted := ours["cpu_chunks"] or ours["cpu_request"]:
-                print(f"  CPU of {name} relative to pdctl: {(medians[name]['cpu_chunks'] or medians[name]['cpu_request']) / wanted:.3f}")
             ratios = {title: ours[key] / theirs[key] for key, title in COLUMNS.items() if theirs[key]}
             print(f"  ours/{name}: " + "  ".join(f"{title} {ratio:.2f}" for title, ratio in ratios.items()))
     sys.stdout.flush()
