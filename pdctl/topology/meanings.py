@@ -85,6 +85,8 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "accept_nodes": Meaning(f"{_NODES}; then no `[[engines]]` is needed"),
         "node_keys": Meaning("file with the keys with which they do", "none"),
         "node_away_s": Meaning("such an engine is forgotten when it has not answered for so many seconds"),
+        "takeover": Meaning("[clients' connections outlive the proxy](../takeover.md)"),
+        "takeover_slots": Meaning("connections of each proxy process that do; others are served, but end with it"),
     },
     "keys": {
         "name": Meaning("name of a key in the file of `proxy.api_keys`; `*`: every key without an entry of its own"),
