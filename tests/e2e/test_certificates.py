@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -189,17 +190,27 @@ async def test_a_server_at_another_address_is_not_believed(service: Service) -> 
 
 @asynccontextmanager
 async def passing_on(host: str, to: Engine) -> AsyncIterator[int]:
+    connections: set[asyncio.Task[Any]] = set()
+
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
         writer.close()
 
     async def passed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connections.add(task)
         there, back = await asyncio.open_connection(to.host, to.port)
-        await asyncio.gather(copy(reader, back), copy(there, writer), return_exceptions=True)
+        await asyncio.gather(copy(reader, back), copy(there, writer))
+        for end in (back, writer):
+            with contextlib.suppress(OSError):
+                await end.wait_closed()
 
     async with await asyncio.start_server(passed, host, 0) as server:
         yield server.sockets[0].getsockname()[1]
+        await asyncio.wait(connections, timeout=30)
 
 
 async def test_a_nodes_certificate_does_not_speak_for_another_nodes_engines(service: Service) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -135,6 +136,8 @@ async def test_a_server_that_is_not_at_its_address_is_not_believed(ca: CaFolder,
         pem = ca.authority.pem
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(pem) + pem)
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     async with await asyncio.start_server(answer, HOST, 0, ssl=context) as server:
         port = server.sockets[0].getsockname()[1]

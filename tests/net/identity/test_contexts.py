@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -134,6 +135,8 @@ def test_a_server_that_is_not_the_node_is_not_believed(tmp_path: Path, loop: Loo
         await reader.read(1)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     async def main() -> None:
         if case == "plain":
@@ -192,6 +195,7 @@ def test_renewed_certificates_are_used_without_a_restart(
         _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=b.client_context())
         found: bytes = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
         writer.close()
+        await writer.wait_closed()
         return found
 
     async def main() -> None:
