@@ -9,6 +9,7 @@ import pytest
 
 _HEAVY = (
     "httpx", "ray", "cryptography", "torch", "pdctl.registry.etcd", "pdctl.registry.mirror", "pdctl.supervisor.agent",
+    "pdctl.net.identity.contexts",
 )  # fmt: skip
 _SCRIPT = "import sys, {module}; print(*[name for name in {heavy} if name in sys.modules])"
 
