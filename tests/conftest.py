@@ -24,7 +24,7 @@ _LONG = (
     "test_documented_commands",
     "test_tool_calls", "test_lmdeploy", "test_supervision", "test_sglang", "test_bench", "test_kv", "test_cli",
     "test_parity", "test_families", "test_death", "test_chaos", "test_lost_files", "test_locked_service",
-    "test_children", "test_clients",
+    "test_children", "test_clients", "test_cluster",
     "test_transfer", "test_proxy", "test_open_engines", "test_other_apis", "test_processes", "test_stores",
     "test_routers", "test_planted_faults", "test_fields", "test_schemas", "test_http", "test_api",
 )  # fmt: skip

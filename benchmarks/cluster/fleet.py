@@ -11,15 +11,14 @@ import msgspec
 
 from pdctl.host import Gpu, Host
 from pdctl.host.facts import encode_facts
+from pdctl.proxy_wire import EngineAddress
 from pdctl.supervisor.cluster.entries import EngineEntry, Keys, NodeEntry
 from pdctl.supervisor.service.others import Others
-from pdctl.topology.loader import parse_text
-from pdctl.topology.spec import Topology
 from tests.topology.test_loader import host
 
 EACH = 8
 KEYS = Keys("growth")
-TOPOLOGY = """
+_TOPOLOGY = """
 [service]
 name = "growth"
 model = "sample:tiny-qwen3"
@@ -28,6 +27,7 @@ etcd = ["http://127.0.0.1:2379"]
 interface = "eth0"
 secret_file = "secret"
 spare_nodes = {spare}
+cells = [{cells}]
 [[engines]]
 name = "prefill"
 role = "prefill"
@@ -42,47 +42,50 @@ replicas = {each}
 
 
 def node_name(number: int) -> str:
-    return f"node-{number:04}"
+    """32 nodes a rack: with 8 engines each, 256 engines."""
+    return f"rack{number // 32:02}-{number:04}"
 
 
-def engines_of(number: int) -> list[EngineEntry]:
-    """What one node tells of its engines."""
+def cells(nodes: int) -> tuple[str, ...]:
+    """A cell for each rack."""
+    return tuple(f"rack{number:02}-*" for number in range(-(-nodes // 32)))
+
+
+def engine(number: int, place: int, name: str) -> EngineEntry:
+    """An engine on a node, at one of its eight places."""
+    role = name.rpartition("-")[0]
     address = f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
-    return [
-        EngineEntry(
-            node_name(number), f"{role}-{number * EACH // 2 + n // 2}", "builtin", role, address, 18100 + n,
-            f"{number:08x}-{n:012x}", inline=role == "decode",
-        )
-        for n in range(EACH) for role in (("prefill", "decode")[n % 2],)
-    ]  # fmt: skip
+    epoch = f"{number:08x}-{place:012x}"
+    return EngineEntry(node_name(number), name, "builtin", role, address, 18100 + place, epoch, inline=role == "decode")
 
 
 def fleet(engines: int) -> list[EngineEntry]:
-    return [entry for number in range(engines // EACH) for entry in engines_of(number)]
-
-
-def facts() -> bytes:
-    """What a node of eight GPUs tells of itself."""
-    return encode_facts(node_host())
+    """All engines, as they are placed."""
+    return [
+        engine(number, place, f"{('prefill', 'decode')[place % 2]}-{(number * EACH + place) // 2}")
+        for number in range(engines // EACH)
+        for place in range(EACH)
+    ]
 
 
 def node_host() -> Host:
-    return host(tuple(Gpu(n, f"GPU-0123456789abcdef-{n}", "NVIDIA H200", 141 << 30, f"0000:{n:02x}:00.0") for n in range(EACH)))
+    """The facts of a node with eight GPUs."""
+    gpus = (Gpu(n, f"GPU-0123456789abcdef-{n}", "NVIDIA H200", 141 << 30, f"0000:{n:02x}:00.0") for n in range(EACH))
+    return host(tuple(gpus), tuple(range(96)))
 
 
 def node_entry(number: int) -> NodeEntry:
-    return NodeEntry(node_name(number), "10.0.0.1", "boot", "1", 18090, msgspec.Raw(facts()))
+    """What a node tells of itself."""
+    return NodeEntry(node_name(number), "10.0.0.1", "boot", "1", 18090, msgspec.Raw(encode_facts(node_host())))
 
 
-def topology(engines: int, spare: int = 0) -> Topology:
-    return parse_text(text(engines, spare), "growth.toml")
+def text(engines: int, spare: int = 0, racks: tuple[str, ...] = ()) -> str:
+    """The topology."""
+    return _TOPOLOGY.format(each=engines // 2, spare=spare, cells=", ".join(f'"{rack}"' for rack in racks))
 
 
-def text(engines: int, spare: int = 0) -> str:
-    return TOPOLOGY.format(each=engines // 2, spare=spare)
-
-
-def addresses(entries: list[EngineEntry]):  # type: ignore[no-untyped-def]
+def addresses(entries: list[EngineEntry]) -> list[EngineAddress]:
+    """As the proxies get them."""
     return Others(lambda: tuple(entries)).addresses()
 
 

@@ -1,6 +1,6 @@
 """What one proxy and one agent pay for each engine that they know: memory, routing, news, probes.
 
-    python -m benchmarks.cluster.members [--engines 64 256 1024 4096 10000]
+python -m benchmarks.cluster.members [--engines 64 256 1024 4096 10000]
 """
 
 from __future__ import annotations

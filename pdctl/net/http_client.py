@@ -29,6 +29,7 @@ _STRANGE_CA = (18, 19, 20, 21)
 _ALERTS = {
     "CERTIFICATE_REQUIRED": "it wants a certificate of its CA, and this process showed none",
     "CERTIFICATE_EXPIRED": "it says that our certificate has expired, or is not valid yet",
+    "BAD_CERTIFICATE": "it does not accept our certificate, or wants one and was shown none",
     "UNKNOWN_CA": "it does not know the CA of our certificate",
     "UNSUPPORTED_CERTIFICATE": "it says that our certificate is not one for clients",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from pdctl.adapters import can_launch, kinds, launcher
@@ -13,7 +14,7 @@ from pdctl.plan import Plan, make_plan
 from pdctl.plan.gpus import gpus_named
 from pdctl.plan.placement import Room, Wish, assign
 from pdctl.plan.share import Share
-from pdctl.topology.spec import Device, EngineGroup, Topology
+from pdctl.topology.spec import Cluster, Device, EngineGroup, Topology
 
 
 def place(
@@ -29,7 +30,7 @@ def place(
 
 def shares_of(topology: Topology, hosts: Mapping[str, Host], before: Mapping[str, str]) -> dict[str, Share]:
     """The share of each node. Raises PdctlError if an engine has no place."""
-    rooms = {node: room_of(host) for node, host in hosts.items()}
+    rooms = {node: in_cell(room_of(host), node, topology.cluster) for node, host in hosts.items()}
     spare = topology.cluster.spare_nodes if topology.cluster is not None else 0
     engines: dict[str, list[str]] = {node: [] for node in hosts}
     for name, node in assign(wishes_of(topology), rooms, before, spare).items():
@@ -69,6 +70,11 @@ def wishes_of(topology: Topology) -> list[Wish]:
 def room_of(host: Host) -> Room:
     """What a node has for engines."""
     return Room(len(host.gpus), host.memory)
+
+
+def in_cell(room: Room, node: str, cluster: Cluster | None) -> Room:
+    """What a node has, and the cell that its name says."""
+    return replace(room, cell=cluster.cell_of(node)) if cluster is not None else room
 
 
 def engine_packages() -> list[str]:

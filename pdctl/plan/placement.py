@@ -3,20 +3,24 @@
 Engines stay where they are while their node is there and has the GPUs. The others go, largest first, to the node that
 has the fewest engines of their group, then of their role, then the most free GPUs, then the fewest engines: each node
 gets prefill and decode engines, whose KV then stays on it, and a lost node takes few engines of one kind along.
+
+KV never leaves a cell: each cell that is used gets engines of both roles, in proportion to its size. A service with few
+engines of a role uses few cells.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
 from itertools import combinations, islice
 
 from pdctl.errors import PdctlError
 
-# Sets of nodes that are tried as lost, those with the most engines first. Of many nodes there are too many sets.
-_MOST_LOSSES = 500
+# Sets of nodes that are tried as lost, times nodes. Of many nodes there are too many sets: those with the most engines
+# come first.
+_MOST_LOOKS = 50_000
 # What decides between nodes: engines of the group and of the role there, free GPUs, all engines; and the node.
 _Rank = tuple[int, int, int, int, str]
 
@@ -41,10 +45,11 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a node has for engines. `memory` in bytes."""
+    """What a node has for engines. `memory` in bytes; `cell`: the part of the cluster that it is in."""
 
     gpus: int
     memory: int = 1 << 62
+    cell: str = ""
 
 
 @dataclass(slots=True)
@@ -65,49 +70,95 @@ def assign(
     places = fit(wishes, rooms, before)
     if places.failures:
         raise next(iter(places.failures.values()))
+    check_cells(wishes, places.nodes, {node: room.cell for node, room in rooms.items()})
     check_spare(wishes, rooms, places.nodes, spare)
     return {wish.name: places.nodes[wish.name] for wish in wishes}
 
 
 def fit(wishes: Sequence[Wish], rooms: Mapping[str, Room], before: Mapping[str, str]) -> Places:
     """As `assign`, but engines without room are left out, and the others have their places."""
-    nodes, places = _Nodes(rooms), Places()
+    nodes, places = _Nodes(rooms, _cells_to_use(wishes, rooms, before)), Places()
     for wish in wishes:
         node = before.get(wish.name, "")
         if node in rooms and wish.may_run_on(node) and nodes.has_room(node, wish):
             nodes.put(node, wish)
             places.nodes[wish.name] = node
-    for wish in sorted(wishes, key=lambda wish: (wish.shares, -wish.gpus, len(wish.nodes) or len(rooms) + 1)):
-        if wish.name in places.nodes:
-            continue
+    _place([wish for wish in wishes if wish.name not in places.nodes], nodes, places)
+    return places
+
+
+def _place(wishes: Iterable[Wish], nodes: _Nodes, places: Places) -> None:
+    """Give engines the best nodes that are left, largest first."""
+    for wish in sorted(wishes, key=lambda wish: (wish.shares, -wish.gpus, len(wish.nodes) or nodes.count + 1)):
         found = nodes.best(wish)
         if found is None:
             places.failures[wish.name] = nodes.no_room(wish)
         else:
             nodes.put(found, wish)
             places.nodes[wish.name] = found
-    return places
 
 
 def check_spare(wishes: Sequence[Wish], rooms: Mapping[str, Room], places: Mapping[str, str], spare: int) -> None:
-    """Raise PdctlError if some `spare` nodes cannot be done without."""
+    """Raise PdctlError if some `spare` nodes cannot be done without. `places`: of all these engines."""
     if not spare:
         return
-    used = Counter(places.values())
-    fullest = sorted(rooms, key=lambda node: -used[node])
-    for lost in islice(combinations(fullest, min(spare, len(fullest))), _MOST_LOSSES):
-        rest = {node: room for node, room in rooms.items() if node not in lost}
-        if failures := fit(wishes, rest, places).failures:
+    nodes = _Nodes(rooms, {rooms[node].cell for node in places.values()})
+    held: dict[str, list[Wish]] = {node: [] for node in rooms}
+    for wish in wishes:
+        nodes.put(places[wish.name], wish)
+        held[places[wish.name]].append(wish)
+    fullest = sorted(rooms, key=lambda node: -len(held[node]))
+    sets = combinations(fullest, min(spare, len(fullest)))
+    for lost in islice(sets, max(1, _MOST_LOOKS // max(1, len(rooms)))):
+        moved = Places()
+        _place([wish for node in lost for wish in held[node]], nodes.without(lost), moved)
+        if moved.failures:
             hint = "lower replicas, add a node, or lower spare_nodes of [cluster]"
-            failure = next(iter(failures.values()))
+            failure = next(iter(moved.failures.values()))
             raise PdctlError(f"without {' and '.join(sorted(lost))}, {failure.message}", hint)
 
 
-class _Nodes:
-    """What is left on each node while engines are placed."""
+def check_cells(wishes: Sequence[Wish], places: Mapping[str, str], cells: Mapping[str, str]) -> None:
+    """Raise PdctlError if a cell has prefill engines only, or decode engines only, of a service that has both. `cells`:
+    by node."""
+    if not {"prefill", "decode"} <= {wish.role for wish in wishes}:
+        return
+    roles: dict[str, set[str]] = {}
+    for wish in wishes:
+        if wish.name in places:
+            roles.setdefault(cells[places[wish.name]], set()).add(wish.role)
+    for cell, found in roles.items():
+        if found in ({"prefill"}, {"decode"}):
+            [has] = found
+            lacks = "decode" if has == "prefill" else "prefill"
+            raise PdctlError(
+                f"cell {cell!r} would have {has} engines, but none for {lacks}",
+                f"raise replicas of {lacks} engines, or use fewer and larger cells",
+            )
 
-    def __init__(self, rooms: Mapping[str, Room]) -> None:
+
+def _cells_to_use(wishes: Sequence[Wish], rooms: Mapping[str, Room], before: Mapping[str, str]) -> set[str]:
+    """The cells that get engines: those that have some, then the largest; not more than there are engines of a role."""
+    sizes = Counter(room.cell for room in rooms.values())
+    for room in rooms.values():
+        sizes[room.cell] += room.gpus
+    roles = Counter(wish.role for wish in wishes)
+    few = min((count for role, count in roles.items() if role != "hybrid"), default=len(sizes))
+    used = Counter(rooms[node].cell for wish in wishes if (node := before.get(wish.name, "")) in rooms)
+    return set(sorted(sizes, key=lambda cell: (-used[cell], -sizes[cell], cell))[: max(1, few)])
+
+
+class _Nodes:
+    """What is left on each node while engines are placed. Cells that are not in `used` come last."""
+
+    def __init__(self, rooms: Mapping[str, Room], used: Collection[str]) -> None:
         self._rooms = rooms
+        self._used = used
+        self._cells: dict[str, list[str]] = {}
+        for node, room in rooms.items():
+            self._cells.setdefault(room.cell, []).append(node)
+        self._sizes = {cell: sum(1 + rooms[node].gpus for node in nodes) for cell, nodes in self._cells.items()}
+        self._in_cells: Counter[tuple[str, str]] = Counter()
         self._gpus = {node: room.gpus for node, room in rooms.items()}
         self._memory = {node: room.memory for node, room in rooms.items()}
         self._groups: Counter[tuple[str, str]] = Counter()
@@ -115,6 +166,23 @@ class _Nodes:
         self._all: Counter[str] = Counter()
         # Engines of one group and size find their nodes in one heap. Ranks in it may be old: they only grow.
         self._heaps: dict[tuple[object, ...], list[_Rank]] = {}
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._rooms)
+
+    def without(self, lost: Collection[str]) -> _Nodes:
+        """The same nodes without some of them."""
+        rest = _Nodes({node: room for node, room in self._rooms.items() if node not in lost}, self._used)
+        rest._gpus, rest._memory = ({n: held[n] for n in rest._rooms} for held in (self._gpus, self._memory))
+        rest._groups, rest._roles, rest._all = self._groups.copy(), self._roles.copy(), self._all.copy()
+        rest._in_cells = self._in_cells.copy()
+        for node in lost:
+            for (where, group), count in self._groups.items():
+                if where == node:
+                    rest._in_cells[self._rooms[node].cell, group] -= count
+        return rest
 
     def has_room(self, node: str, wish: Wish) -> bool:
         gpus = self._rooms[node].gpus if wish.shares else self._gpus[node]
@@ -126,12 +194,21 @@ class _Nodes:
         self._groups[node, wish.group] += 1
         self._roles[node, wish.role] += 1
         self._all[node] += 1
+        self._in_cells[self._rooms[node].cell, wish.group] += 1
 
     def best(self, wish: Wish) -> str | None:
         """The node for an engine; None if no node has room."""
-        key = (wish.group, wish.role, wish.gpus, wish.nodes, wish.shares, wish.memory)
+        # In proportion to the sizes of the cells.
+        cells = sorted(
+            self._cells,
+            key=lambda cell: (cell not in self._used, self._in_cells[cell, wish.group] / self._sizes[cell], cell),
+        )
+        return next(filter(None, (self._best_in(cell, wish) for cell in cells)), None)
+
+    def _best_in(self, cell: str, wish: Wish) -> str | None:
+        key = (cell, wish.group, wish.role, wish.gpus, wish.nodes, wish.shares, wish.memory)
         if key not in self._heaps:
-            self._heaps[key] = [self._rank(node, wish) for node in self._allowed(wish)]
+            self._heaps[key] = [self._rank(node, wish) for node in self._cells[cell] if wish.may_run_on(node)]
             heapify(self._heaps[key])
         heap = self._heaps[key]
         while heap:

@@ -50,9 +50,10 @@ class MemoryRegistry:
         """As `Registry.watch`."""
         while True:
             self.store.expire(self._clock())
-            news = self._news
-            for group in self.store.changes(prefix, after):
-                after = group[0].revision
+            news, groups = self._news, self.store.changes(prefix, after)
+            # Changes elsewhere count as heard, too: else they would be looked at again, and be forgotten some day.
+            after = max(after, self.store.revision)
+            for group in groups:
                 tell(group)
             await self._until(news)
 

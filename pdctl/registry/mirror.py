@@ -51,13 +51,14 @@ async def follow(
     prefix: str,
     tell: Callable[[tuple[Change, ...]], None],
     state: Callable[[str | None], None],
+    mirror: Mirror | None = None,
 ) -> Never:
     """Tell what changes under `prefix`, from what is there now on, for ever.
 
     `state` is told None whenever the copy is known to be up to date, else why it may not be: entries stay as they were.
-    Raises Refused.
+    `mirror`: of whoever follows again after Refused, and must hear what was deleted meanwhile. Raises Refused.
     """
-    mirror, failures = Mirror(), 0
+    mirror, failures = mirror or Mirror(), 0
     clock = asyncio.get_running_loop().time
     while True:
         begun = clock()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import takewhile
 
 from pdctl.registry import NO_LEASE, Behind, Change, Created, Delete, Entry, LeaseGone, Listing, Modified, Put
 
@@ -27,12 +29,15 @@ class Store:
         self._entries: dict[str, Entry] = {}
         self._leases: dict[int, _Lease] = {}
         self._last_lease = 0
+        # When leases end, and their ids. A lease that was kept is in it several times: only its latest end counts.
+        self._ends: list[tuple[float, int]] = []
         self._history: deque[tuple[Change, ...]] = deque(maxlen=history)
 
     def grant(self, ttl_s: float, now: float) -> int:
         """A new lease."""
         self._last_lease += 1
         self._leases[self._last_lease] = _Lease(ttl_s, now + ttl_s)
+        heappush(self._ends, (now + ttl_s, self._last_lease))
         return self._last_lease
 
     def keep(self, lease: int, now: float) -> None:
@@ -40,6 +45,7 @@ class Store:
         self.expire(now)
         held = self._lease(lease)
         held.ends_at = now + held.ttl_s
+        heappush(self._ends, (held.ends_at, lease))
 
     def revoke(self, lease: int) -> None:
         """End a lease and delete its keys in one revision."""
@@ -49,12 +55,17 @@ class Store:
 
     def expire(self, now: float) -> None:
         """End the leases that were not kept in time."""
-        for lease in [lease for lease, held in self._leases.items() if held.ends_at <= now]:
-            self.revoke(lease)
+        while (end := self.next_end()) is not None and end <= now:
+            self.revoke(self._ends[0][1])
 
     def next_end(self) -> float | None:
         """When the next lease ends unless it is kept. None: no lease is held."""
-        return min((held.ends_at for held in self._leases.values()), default=None)
+        while self._ends:
+            end, lease = self._ends[0]
+            if (held := self._leases.get(lease)) is not None and held.ends_at == end:
+                return end
+            heappop(self._ends)
+        return None
 
     def write(self, writes: Sequence[Put | Delete], conditions: Sequence[Created | Modified]) -> int | None:
         """As `Registry.write`."""
@@ -77,9 +88,10 @@ class Store:
         oldest = self._history[0][0].revision if self._history else self.revision + 1
         if after + 1 < oldest and after < self.revision:
             raise Behind(f"revision {after + 1} is forgotten; the oldest is {oldest}")
-        groups = (group for group in self._history if group[0].revision > after)
-        seen = (tuple(change for change in group if change.key.startswith(prefix)) for group in groups)
-        return [group for group in seen if group]
+        # Watchers ask for the newest few of thousands.
+        newest = takewhile(lambda group: group[0].revision > after, reversed(self._history))
+        seen = [tuple(change for change in group if change.key.startswith(prefix)) for group in newest]
+        return [group for group in reversed(seen) if group]
 
     def audit(self) -> None:
         """Check the books: keys under leases are known to both sides, and revisions are in order."""

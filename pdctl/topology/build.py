@@ -79,7 +79,13 @@ def _cluster(table: Table, source: str | None) -> Cluster:
     named = ("secret_file", "certificates", "etcd_password_file", "ray_token_file")
     paths = {name: absolute(values[name], source) for name in named}
     words = {name: values[name] or "" for name in ("etcd_user", "ray_address")}
-    given = {"etcd": tuple(values["etcd"]), "ssh_nodes": tuple(values["ssh_nodes"]), **words, **paths}
+    given = {
+        "etcd": tuple(values["etcd"]),
+        "ssh_nodes": tuple(values["ssh_nodes"]),
+        "cells": tuple(values["cells"]),
+        **words,
+        **paths,
+    }
     return Cluster(**{**values, **given, "node_lost_s": float(values["node_lost_s"])})
 
 

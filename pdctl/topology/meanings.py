@@ -130,6 +130,11 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "ttl_s": Meaning("a node that is silent for so many seconds is unknown, and its engines are asked directly"),
         "node_lost_s": Meaning("the engines of such a node are placed on other nodes after so many seconds"),
         "spare_nodes": Meaning("so many nodes may fail, and the others must have room for all engines"),
+        "cells": Meaning(
+            'patterns of node names, such as `["rack1-*", "rack2-*"]`: parts of a large cluster. KV and requests stay '
+            "in the cell of a node, which is the first that its name matches",
+            "one cell",
+        ),
         "ray_address": Meaning(
             "address of Ray's head, such as `10.0.0.1:6379`", "the Ray that this machine is a node of"
         ),

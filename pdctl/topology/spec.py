@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatchcase
 
 from pdctl.speculative import Speculative
 
@@ -114,9 +115,9 @@ class Cluster:
     certificate, "" for none; `agent_port`: of agents, for each other. Paths are absolute.
 
     `ttl_s`: a node that is silent for so many seconds is unknown; `node_lost_s`: its engines are placed elsewhere after
-    so many; `spare_nodes`: so many nodes may fail, and the rest must have room. `ssh_nodes`: hosts
-    as ssh knows them, on which it starts agents. `ray_address`: of Ray's head, "" for
-    the Ray that this machine is a node of; `ray_allow_commands`: of the agents that Ray starts.
+    so many; `spare_nodes`: so many nodes may fail, and the rest must have room. `cells`: see
+    `cell_of`. `ssh_nodes`: hosts as ssh knows them, on which it starts agents. `ray_address`: of Ray's head, "" for the
+    Ray that this machine is a node of; `ray_allow_commands`: of the agents that Ray starts.
     """
 
     etcd: tuple[str, ...]
@@ -130,10 +131,18 @@ class Cluster:
     ttl_s: int = 5
     node_lost_s: float = 60.0
     spare_nodes: int = 0
+    cells: tuple[str, ...] = ()
     ssh_nodes: tuple[str, ...] = ()
     ray_address: str = ""
     ray_token_file: str = ""
     ray_allow_commands: bool = False
+
+    def cell_of(self, node: str) -> str:
+        """The cell of a node: the first of `cells`, patterns of names, that its name matches, else "-"; "" if there are
+        none. Engines exchange KV, and proxies use engines, inside a cell only."""
+        if not self.cells:
+            return ""
+        return next((pattern for pattern in self.cells if fnmatchcase(node, pattern)), "-")
 
 
 @dataclass(frozen=True, slots=True)

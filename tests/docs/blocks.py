@@ -16,6 +16,8 @@ GPUS = "needs GPUs: scripts/gpu runs the builtin engine on one, by hand"
 NETWORK = "installs packages from the network: scripts/release installs the wheel, scripts/demo the rest"
 DEVICES = "needs RDMA devices: tests/doctor runs it over trees of fake ones"
 HOSTS = "needs two hosts with RDMA"
+SEVERAL = "needs two hosts: scripts/try-ray executes it in two namespaces"
+SYSTEMD = "needs systemd: scripts/try-ray starts what the unit says, in two namespaces"
 # Blocks that no test executes, each with the reason. Their topologies are planned over fake GPUs nevertheless.
 EXCEPTED = {
     "README.md: install": NETWORK,
@@ -32,6 +34,23 @@ EXCEPTED = {
     "rdma.md: bandwidth": HOSTS,
     "rdma.md: vllm-serve": HOSTS,
     "rdma.md: attach-up": HOSTS,
+    "two-servers.md: bandwidth": HOSTS,
+    "two-servers.md: install": NETWORK,
+    "two-servers.md: etcd": SYSTEMD,
+    "two-servers.md: copy": SEVERAL,
+    "two-servers.md: firewall": SEVERAL,
+    "two-servers.md: agents": SYSTEMD,
+    "two-servers.md: by-hand": SEVERAL,
+    "two-servers.md: up": SEVERAL,
+    "two-servers.md: ask": SEVERAL,
+    "two-servers.md: daily": SEVERAL,
+    "two-servers.md: down": SEVERAL,
+    "two-servers-ray.md: install": NETWORK,
+    "two-servers-ray.md: head": SEVERAL,
+    "two-servers-ray.md: node": SEVERAL,
+    "two-servers-ray.md: up": SEVERAL,
+    "two-servers-ray.md: again": SEVERAL,
+    "two-servers-ray.md: down": SEVERAL,
 }
 
 

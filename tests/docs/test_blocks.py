@@ -12,7 +12,8 @@ import pytest
 
 from pdctl.host import Host
 from pdctl.plan import make_plan
-from pdctl.topology.loader import load_file
+from pdctl.plan.cluster import place
+from pdctl.topology.loader import load_file, load_imagined
 from tests.docs.blocks import EXCEPTED, Block, blocks, pages
 from tests.plan.test_examples import VERSIONS, host
 
@@ -49,7 +50,7 @@ def test_topologies_are_files() -> None:
 
 @pytest.mark.parametrize("block", TOPOLOGIES, ids=lambda block: f"{block.page}-{block.name}")
 def test_topologies_can_be_planned(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine with eight GPUs, with the interpreters and key files that the page has made before."""
+    """On one or two machines with eight GPUs, with the interpreters and key files that the page has made before."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for python in re.findall(r'^python = "~/(.*)"', block.text, re.M):
         (tmp_path / python).parent.mkdir(parents=True, exist_ok=True)
@@ -64,5 +65,9 @@ def test_topologies_can_be_planned(block: Block, tmp_path: Path, monkeypatch: py
     if not kinds:
         on = replace(on, package_in=lambda python, names: None)
     assert VERSIONS
+    if "[cluster]" in block.text:
+        plans = place(load_imagined(path), {"a": on, "b": on})
+        assert all({spec.role for spec in plan.processes} == {"prefill", "decode", "proxy"} for plan in plans.values())
+        return
     plan = make_plan(load_file(path, on), on)
     assert {spec.role for spec in plan.processes} | {far.role for far in plan.attached} >= {"proxy"}

@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -113,6 +113,11 @@ class Host:
         self._init = 0
         self._entered: list[subprocess.Popen[bytes]] = []
         (self.folder / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
+
+    @property
+    def skew_s(self) -> float:
+        """By how much its clocks are ahead of this machine's."""
+        return self.number * _SKEW_S
 
     @property
     def is_up(self) -> bool:
@@ -232,7 +237,8 @@ class Lab:
         _sweep()
         # Short: the path of a unix socket has at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="pl-", dir="/tmp"))
-        self._cut: set[tuple[str, str]] = set()
+        # Who sends what to whom in vain: the condition is "" for everything.
+        self._cut: set[tuple[str, str, str]] = set()
         self._loss: dict[str, float] = {}
         self.hosts: list[Host] = []
         self._switch = subprocess.Popen(
@@ -271,21 +277,28 @@ class Lab:
 
     def ask(self, call: Callable[Given, Found], *given: Given.args, **named: Given.kwargs) -> Found:
         """What `call` returns in a thread that is in the hosts' network, beside them: no cut concerns it."""
-        return self._threads.submit(call, *given, **named).result()
+        return self.begin(call, *given, **named).result()
+
+    def begin(self, call: Callable[Given, Found], *given: Given.args, **named: Given.kwargs) -> Future[Found]:
+        """The same, without waiting for it."""
+        return self._threads.submit(call, *given, **named)
 
     # -- faults --------------------------------------------------------------------------------------------
 
-    def cut(self, name: str, other: str | None = None, oneway: bool = False) -> None:
-        """Lose everything between a host and another, or all others; `oneway`: only what it sends. Silent, as behind a
-        dead switch: no reset, no error."""
+    def cut(self, name: str, other: str | None = None, oneway: bool = False, ports: tuple[int, ...] = ()) -> None:
+        """Lose everything between a host and another, or all others; `oneway`: only what it sends; `ports`: only TCP to
+        and from these ports. Silent, as behind a dead switch: no reset, no error."""
+        listed = ", ".join(map(str, ports))
+        conditions = [f"tcp dport {{ {listed} }}", f"tcp sport {{ {listed} }}"] if ports else [""]
         for peer in self._peers(name, other):
-            self._cut |= {(name, peer)} if oneway else {(name, peer), (peer, name)}
+            ways = [(name, peer)] if oneway else [(name, peer), (peer, name)]
+            self._cut |= {(*way, condition) for way in ways for condition in conditions}
         self._filter()
 
     def heal(self, name: str | None = None, other: str | None = None) -> None:
         """Undo cuts: all of them, those of a host, or those of two hosts."""
-        healed = {(name, peer) for peer in self._peers(name, other)} if name else set(self._cut)
-        self._cut -= healed | {(there, here) for here, there in healed}
+        healed = [{name, peer} for peer in self._peers(name, other)] if name else []
+        self._cut = {cut for cut in self._cut if name and {cut[0], cut[1]} not in healed}
         self._filter()
 
     def loss(self, name: str, percent: float) -> None:
@@ -324,9 +337,10 @@ class Lab:
 
     def _filter(self) -> None:
         """Replace the switch's rules in one step. Only IP: a host that finds no neighbour's card gets an error."""
-        rules = [f'iifname "p{self[a].number}" oifname "p{self[b].number}" drop' for a, b in sorted(self._cut)]
+        ports = {host.name: f'"p{host.number}"' for host in self.hosts}
+        rules = [f"iifname {ports[a]} oifname {ports[b]} {condition} drop" for a, b, condition in sorted(self._cut)]
         for name, percent in self._loss.items():
-            rules.append(f'oifname "p{self[name].number}" numgen random mod 1000 < {round(percent * 10)} drop')
+            rules.append(f"oifname {ports[name]} numgen random mod 1000 < {round(percent * 10)} drop")
         chain = ["type filter hook forward priority 0; policy accept", "ether type != ip accept", *rules]
         empty = ["table bridge lab", "delete table bridge lab"]
         text = "\n".join([*empty, "table bridge lab {", "chain forward {", *chain, "}", "}", ""])

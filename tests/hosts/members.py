@@ -12,12 +12,14 @@ from tests.hosts.lab import Host, Lab
 from tests.registry.etcd import command, leads, post, until_ready
 from tests.service import wait_until
 
-_CLIENT_PORT, _PEER_PORT = 2379, 2380
+CLIENT_PORT, PEER_PORT = 2379, 2380
+# Services with engines run beside them: an election takes a second, as by default.
+_PACE = ("--heartbeat-interval", "100", "--election-timeout", "1000")
 
 
 def client_url(host: Host) -> str:
     """Where the member in a host answers."""
-    return f"http://{host.address}:{_CLIENT_PORT}"
+    return f"http://{host.address}:{CLIENT_PORT}"
 
 
 class Member:
@@ -27,7 +29,7 @@ class Member:
         self.url = client_url(host)
         self.host = host
         self._lab = lab
-        self._argv = command(host.name, host.folder, self.url, _peer_url(host), cluster)
+        self._argv = command(host.name, host.folder, self.url, _peer_url(host), cluster, _PACE)
         self.start()
 
     def start(self) -> None:
@@ -62,11 +64,11 @@ class Member:
         assert isinstance(found, dict)
         return int(found["revision"])
 
-    def keys(self, prefix: str) -> dict[str, bytes]:
-        """All keys under a prefix, with their values."""
+    def keys(self, prefix: str, alone: bool = False) -> dict[str, bytes]:
+        """All keys under a prefix, with their values; `alone`: as this member has them, without asking the others."""
         first = prefix.encode()
         last = first[:-1] + bytes([first[-1] + 1])
-        words = {"key": _encoded(first), "range_end": _encoded(last)}
+        words = {"key": _encoded(first), "range_end": _encoded(last), "serializable": alone}
         found = self._lab.ask(post, self.url, "/v3/kv/range", words).get("kvs", [])
         assert isinstance(found, list)
         decoded = [(base64.b64decode(kv["key"]).decode(), base64.b64decode(kv.get("value", ""))) for kv in found]
@@ -96,7 +98,7 @@ def leader(started: list[Member]) -> Member:
 
 
 def _peer_url(host: Host) -> str:
-    return f"http://{host.address}:{_PEER_PORT}"
+    return f"http://{host.address}:{PEER_PORT}"
 
 
 def _encoded(key: bytes) -> str:

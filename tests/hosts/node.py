@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,17 +19,14 @@ class Node:
         self.name = host.name
         self.folder = host.folder
 
-    @property
-    def env(self) -> dict[str, str]:
-        """The variables of every pdctl process in this host."""
-        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH", "")])]
-        return {
+        # The variables of every pdctl process in this host.
+        self.env = {
             "PDCTL_RUN": str(self.folder / "r"),
             "PDCTL_STATE": str(self.folder / "s"),
             "PDCTL_CACHE": str(cache_root()),
             "PDCTL_TRACE_DIR": str(self.folder / "trace"),
             "PDCTL_POISON_FREED": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": str(REPOSITORY),
         }
 
     def cli(self, *words: str, check: bool = False, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
@@ -39,9 +35,9 @@ class Node:
         assert not check or done.returncode == 0, f"pdctl {' '.join(words)} on {self.name}: {done.stderr}{done.stdout}"
         return done
 
-    def start(self, *words: str, log: str = "pdctl.log") -> Program:
+    def start(self, *words: str, log: str = "pdctl.log", env: dict[str, str] | None = None) -> Program:
         """Start a command of pdctl that stays."""
-        return self.host.start([*CLI, *words], self.folder / log, self.env)
+        return self.host.start([*CLI, *words], self.folder / log, {**self.env, **(env or {})})
 
     def python(self, *words: str, log: str, env: dict[str, str] | None = None) -> Program:
         """Start a Python program in this environment."""

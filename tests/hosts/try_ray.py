@@ -6,312 +6,50 @@ Prints each check; the last line is the count of those that held. The exit statu
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import httpx
-
-from pdctl.control_api import ControlClient
 from pdctl.launchers.environment import parse_environment
-from tests.hosts.lab import Host, Lab, Program, lab
-from tests.hosts.load import Question, Streams, questions
-from tests.hosts.members import client_url, members
-from tests.hosts.node import Node
+from tests.hosts.guides import Guide, verified
+from tests.hosts.lab import lab
+from tests.hosts.members import members
+from tests.hosts.ray_service import (
+    CPUS,
+    GPUS,
+    HEAD,
+    NODES,
+    RAY,
+    SECRET,
+    RayNode,
+    Service,
+    give_secret,
+    one_machines_answers,
+)  # fmt: skip
 from tests.hosts.trial import Report
-from tests.service import wait_until
+from tests.service import REPOSITORY, wait_until
 
-SERVICE, PORT = "t", 8000
-HEAD, NODES = "head", ("a", "b")
-_RAY = str(Path(sys.executable).with_name("ray"))
-_SECRET = "/run/secret"
-_CPUS, _GPUS = 8, 4
-# A raylet that hears no head ends itself after a minute.
-_HEADLESS_S = 120.0
-_CLIENTS, _ANSWERS = 8, 16
-# What Ray holds, as a driver on the head sees it.
-_LOOK = """
-import json, logging, ray
-from ray._private.state import available_resources_per_node
-from ray.util import list_named_actors, placement_group_table
-ray.init(address="auto", namespace="pdctl", log_to_driver=False, logging_level=logging.ERROR)
-standing, names = {}, [actor["name"] for actor in list_named_actors(all_namespaces=True)]
-for name in names:
-    try:
-        asked = ray.get_actor(name, namespace="pdctl").standing.remote()
-        standing[name] = json.loads(ray.get(asked, timeout=5))
-    except (ray.exceptions.RayError, ValueError) as failure:
-        standing[name] = {"state": type(failure).__name__, "pid": 0}
-free = available_resources_per_node()
-nodes = [node for node in ray.nodes() if node["Alive"]]
-print(json.dumps({
-    "watchers": standing,
-    "groups": [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"],
-    "cpus": {node["NodeManagerHostname"]: free.get(node["NodeID"], {}).get("CPU", 0) for node in nodes},
-    "gpus": {node["NodeManagerHostname"]: free.get(node["NodeID"], {}).get("GPU", 0) for node in nodes},
-}))
-"""
+_STUB = REPOSITORY / "tests" / "fakes" / "nvml_stub.c"
 # Whether another job gets so many CPUs of a node.
 _OTHER_JOB = """
 import logging, ray, sys
 ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
 group = ray.util.placement_group([{"CPU": int(sys.argv[2]), f"node:{sys.argv[1]}": 0.001}])
-print(group.wait(3))
+print("got", group.wait(3))
 """
-
-
-class RayNode:
-    """A host with Ray and the files of pdctl."""
-
-    def __init__(self, host: Host, head: Host, token: Path) -> None:
-        self.host = host
-        self.node = Node(host)
-        self.program: Program | None = None
-        self._head = head
-        self._auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        # Ray's sockets lie below a path that is the same on all nodes.
-        Path("/tmp/ray").mkdir(exist_ok=True)
-        done = host.run(["mount", "-t", "tmpfs", "tmpfs", "/tmp/ray"])
-        assert done.returncode == 0, done.stderr
-
-    @property
-    def env(self) -> dict[str, str]:
-        """Of Ray's processes, and of agents that they start."""
-        return {**self.node.env, **self._auth}
-
-    def start(self) -> None:
-        """Start the head, or a node of it."""
-        place = ["--head", "--port", "6379"] if self.host is self._head else ["--address", f"{self._head.address}:6379"]
-        size = ["--num-cpus", str(_CPUS), "--num-gpus", str(_GPUS), "--object-store-memory", "80000000"]
-        quiet = ["--disable-usage-stats", "--include-log-monitor=false", "--block"]
-        words = [_RAY, "start", *place, "--node-ip-address", self.host.address, *size, *quiet]
-        if self.host is self._head:
-            words.append("--include-dashboard=false")
-        self.program = self.host.start(words, self.host.folder / "ray.log", self.env)
-
-    def stop(self) -> None:
-        """As an operator who has lost patience."""
-        self.host.run([_RAY, "stop", "--force"], self.env)
-        self.ended()
-
-    def kill(self, name: str) -> None:
-        """SIGKILL to Ray's processes of this name."""
-        found = self.named(name)
-        assert found, f"{self.host.name} has no {name}"
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def named(self, name: str) -> list[int]:
-        """Processes by the beginning of their title."""
-        found = []
-        for pid in self.host.pids():
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if Path(os.fsdecode(words[0])).name.startswith(name):
-                    found.append(pid)
-        return found
-
-    def ended(self) -> None:
-        """Until `ray start --block` has ended."""
-        assert self.program is not None
-        with contextlib.suppress(ProcessLookupError):
-            self.program.wait(_HEADLESS_S)
-
-    def python(self, code: str, *words: str) -> str:
-        """The output of a program."""
-        done = self.host.run([sys.executable, "-c", code, *words], self.env, 60)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    def cli(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command of pdctl, by an operator whose environment knows no token."""
-        return self.node.cli(*words)
-
-    def agent(self) -> int:
-        """The agent's pid in this host; 0 for none."""
-        with contextlib.suppress(OSError, ValueError):
-            pid = int((self.node.folder / "r" / SERVICE / "lock").read_text())
-            self.host.outer(pid)
-            return pid
-        return 0
-
-    def engines(self) -> dict[str, int]:
-        """The pids of this node's processes, by name."""
-        status = ControlClient(self.node.folder / "r" / SERVICE).status(measurements=False)
-        return {one.name: one.pid or 0 for one in status.processes if one.node == self.host.name}
-
-
-class Service:
-    """A head and two nodes, all with Ray, an etcd member beside the head, and a service that `pdctl up` on a starts."""
-
-    def __init__(self, hosts: Lab, report: Report) -> None:
-        self.lab = hosts
-        self.report = report
-        self.token = self.write("0123456789abcdef-of-ray", "token")
-        self.token.chmod(0o600)
-        self.nodes = {host.name: RayNode(host, hosts[HEAD], self.token) for host in hosts.hosts}
-        self.head, self.a, self.b = (self.nodes[name] for name in (HEAD, *NODES))
-        for node in (self.a, self.b):
-            give_secret(node)
-        self.file = self.write(self.text())
-        self.expected: dict[Question, list[int]] = {}
-
-    def write(self, text: str, name: str = "t.toml") -> Path:
-        """A file that all hosts see."""
-        path = self.lab.folder / name
-        path.write_text(text)
-        return path
-
-    def text(self, token: Path | None = None, more: str = "", replicas: int = 2) -> str:
-        """The topology. `more`: keys of all engines."""
-        cluster = f"""
-[cluster]
-etcd = ["{client_url(self.lab[HEAD])}"]
-interface = "eth0"
-secret_file = "{_SECRET}"
-launcher = "ray"
-ray_token_file = "{token or self.token}"
-ttl_s = 2
+# What `pdctl up` does first, or `pdctl down` last.
+_LAUNCH = """
+import sys
+from pathlib import Path
+from pdctl import launchers
+from pdctl.topology.loader import load_imagined
+getattr(launchers, sys.argv[1])(load_imagined(Path(sys.argv[2])), print)
 """
-        return _topology(SERVICE, cluster, 'nodes = ["a", "b"]', f'nodes = ["a", "b"]\n{more}', replicas)
-
-    # -- Ray -----------------------------------------------------------------------------------------------
-
-    def start_ray(self) -> None:
-        """Head and nodes, until all are there."""
-        self.head.start()
-        wait_until(lambda: self.head.named("gcs_server"), 60, "the head of Ray")
-        for node in (self.a, self.b):
-            node.start()
-        self.until(lambda found: len(found["cpus"]) == 3, "three nodes of Ray")
-
-    def look(self) -> dict[str, Any]:
-        """What Ray holds."""
-        return dict(json.loads(self.head.python(_LOOK).splitlines()[0]))
-
-    def until(self, is_so: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        """What Ray holds when that is so."""
-        found: dict[str, Any] = {}
-
-        def looked() -> bool:
-            found.clear()
-            with contextlib.suppress(AssertionError):
-                found.update(self.look())
-            return bool(found) and is_so(found)
-
-        wait_until(looked, 90, what)
-        return found
-
-    def watched(self, pids: Mapping[str, int]) -> dict[str, Any]:
-        """What Ray holds when both agents run and are watched."""
-
-        def both(found: dict[str, Any]) -> bool:
-            return {name: one["pid"] for name, one in found["watchers"].items()} == {
-                f"{SERVICE}/{node}": pid for node, pid in pids.items()
-            }
-
-        return self.until(both, f"watchers of {pids}")
-
-    # -- the service ---------------------------------------------------------------------------------------
-
-    def agents(self) -> dict[str, int]:
-        """The pids of the agents, by node."""
-        return {node.host.name: node.agent() for node in (self.a, self.b)}
-
-    def engines(self) -> dict[str, int]:
-        """The pids of all processes, by name."""
-        return self.a.engines() | self.b.engines()
-
-    def up(self, file: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """`pdctl up` on node a."""
-        return self.a.cli("up", "-d", "-f", str(file or self.file))
-
-    def down(self) -> subprocess.CompletedProcess[str]:
-        """`pdctl down` on node a."""
-        return self.a.cli("down", "-f", str(self.file))
-
-    @contextmanager
-    def streams(self, what: str) -> Iterator[Streams]:
-        """Clients of both proxies. None of them may see that something happens."""
-        addresses = {node.host.name: (node.host.address, PORT) for node in (self.a, self.b)}
-        with Streams(self.lab, addresses, list(self.expected), self.expected, _CLIENTS) as streams:
-            self.go_on(streams)
-            yield streams
-            self.go_on(streams)
-        found = streams.violations()
-        counts = dict(streams.counts())
-        self.report.hold(f"{what}: no stream fails, each token is right ({counts})", not found, found[:3])
-
-    def go_on(self, streams: Streams) -> None:
-        """Until there are some more answers to requests that begin now."""
-        began = time.monotonic()
-
-        def enough() -> bool:
-            return sum(one.began > began for one in list(streams.outcomes)) >= _ANSWERS
-
-        wait_until(enough, 120, f"answers; before: {streams.counts()}")
-
-
-def _topology(service: str, cluster: str, proxy: str, engines: str, replicas: int = 2) -> str:
-    groups = "".join(
-        f"""
-[[engines]]
-name = "{role}"
-role = "{role}"
-replicas = {replicas}
-max_num_seqs = 16
-kv_cache_gb = 0.05
-{engines}
-"""
-        for role in ("prefill", "decode")
-    )
-    return f"""
-[service]
-name = "{service}"
-model = "sample:tiny-qwen3"
-served_model_name = "m"
-max_model_len = 2048
-[proxy]
-port = {PORT}
-{proxy}
-[supervisor]
-stable_s = 1
-{cluster}
-{groups}
-"""
-
-
-def give_secret(node: RayNode) -> None:
-    """In a folder that each host has for itself."""
-    done = node.host.run(["sh", "-c", f"umask 077; echo 0123456789abcdef-lab >{_SECRET}"])
-    assert done.returncode == 0, done.stderr
-
-
-def one_machines_answers(service: Service) -> dict[Question, list[int]]:
-    """Answers of a service on one machine, without cluster."""
-    node, address = service.head.node, service.head.host.address
-    file = node.write(_topology("alone", "", f'host = "{address}"', ""), "alone.toml")
-    node.cli("up", "-d", "-f", str(file), check=True)
-
-    def ask(question: Question) -> list[int]:
-        body = question.body() | {"stream": False}
-        with httpx.Client(trust_env=False, timeout=60) as http:
-            answer = http.post(f"http://{address}:{PORT}/v1/completions", json=body)
-            assert answer.status_code == 200, answer.text
-            return list(answer.json()["choices"][0]["token_ids"])
-
-    try:
-        return {question: service.lab.ask(ask, question) for question in questions(1, 16)}
-    finally:
-        node.cli("down", "-f", str(file), check=True)
+# Ray's switch that makes raylets adopt daemons, and kill them.
+_SUBREAPER = "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
 
 
 # -- checks ------------------------------------------------------------------------------------------------
@@ -325,17 +63,43 @@ def refusals(service: Service) -> None:
     done = service.up(service.write(service.text(token=wrong), "wrong.toml"))
     report.hold("a wrong token is refused", done.returncode == 1 and "Ray cannot be used" in done.stderr, done.stderr)
     done = service.up(service.write(service.text(more='device = "cuda"', replicas=5), "large.toml"))
-    missing = f"no node has 1 free GPU for decode-3; free: a 0 of {_GPUS}, b 0 of {_GPUS}"
+    missing = f"no node has 1 free GPU for decode-3; free: a 0 of {GPUS}, b 0 of {GPUS}"
     report.hold("GPUs that are not there are named", missing in done.stderr, done.stderr)
-    service.b.host.run(["rm", _SECRET])
+    service.b.host.run(["rm", SECRET])
     done = service.up()
-    told = "the agent of node b does not run" in done.stderr and _SECRET in done.stderr
+    told = "the agent of node b does not run" in done.stderr and SECRET in done.stderr
     report.hold("an agent that does not start is told, with its reason", told, done.stderr)
     found = service.look()
     nothing = not found["watchers"] and not found["groups"] and not any(service.agents().values())
     report.hold("a start that fails gives back what it took", nothing, (found, service.agents()))
     give_secret(service.b)
     assert a.agent() == 0, "no agent is left"
+
+
+def on_gpus(service: Service) -> None:
+    """Reservations of GPUs. Node b has a driver's stub with four, and a Ray that adopts daemons."""
+    report, b = service.report, service.b
+    stub = service.lab.folder / "stub"
+    stub.mkdir()
+    built = ["gcc", "-shared", "-fPIC", "-o", str(stub / "libnvidia-ml.so.1"), str(_STUB)]
+    subprocess.run(built, check=True)
+    b.stop()
+    b.start({"LD_LIBRARY_PATH": str(stub), "PDCTL_STUBGPUS": str(GPUS), _SUBREAPER: "1"})
+    service.until(lambda found: len(found["cpus"]) == 3, "node b again")
+    file = service.write(service.text(more='device = "cuda"', replicas=3), "gpus.toml")
+    told = service.a.python(_LAUNCH, "start", str(file))
+    free = {name: count for name, count in service.look()["gpus"].items() if name in NODES}
+    report.hold("GPUs are reserved for what is to run", free == dict.fromkeys(NODES, GPUS - 3), free)
+    environ = Path(f"/proc/{b.host.outer(b.agent())}/environ").read_bytes()
+    seen = parse_environment(environ).get("CUDA_VISIBLE_DEVICES", "").split(",")
+    report.hold("the agent sees the GPUs that are reserved, by UUID", [one[:4] for one in seen] == ["GPU-"] * 3, seen)
+    report.hold("GPUs that only Ray believes in are told", "node a: 3 GPUs are reserved, but" in told, told)
+    report.hold("a Ray that kills daemons is told", "node b: the raylet has adopted" in told, told)
+    service.a.python(_LAUNCH, "give_back", str(file))
+    _nothing_left(service, "agents on GPUs")
+    b.stop()
+    b.start()
+    service.until(lambda found: len(found["cpus"]) == 3, "node b again")
 
 
 def comes_up(service: Service) -> None:
@@ -352,9 +116,9 @@ def comes_up(service: Service) -> None:
     found = service.look()
     free = {name: count for name, count in found["cpus"].items() if name in NODES}
     # A CPU for each engine, and one for the agent.
-    report.hold("CPUs are reserved for what runs", free == dict.fromkeys(NODES, _CPUS - 3), free)
-    other = service.head.python(_OTHER_JOB, service.a.host.address, str(_CPUS - 2)).strip()
-    report.hold("another job does not get what is reserved", other == "False", other)
+    report.hold("CPUs are reserved for what runs", free == dict.fromkeys(NODES, CPUS - 3), free)
+    other = service.head.python(_OTHER_JOB, service.a.host.address, str(CPUS - 2))
+    report.hold("another job does not get what is reserved", "got False" in other, other)
     before, began = service.agents(), time.monotonic()
     done = service.up()
     same = service.agents() == before and done.returncode == 0
@@ -445,7 +209,7 @@ def given_back(service: Service) -> None:
 
 
 def _nothing_left(service: Service, what: str) -> None:
-    found = service.until(lambda seen: set(seen["cpus"].values()) == {_CPUS}, "Ray to have all CPUs again")
+    found = service.until(lambda seen: set(seen["cpus"].values()) == {CPUS}, "Ray to have all CPUs again")
     held = {"watchers": found["watchers"], "groups": found["groups"]}
     service.report.hold(f"{what}: Ray holds nothing", not any(held.values()), held)
     left = [words for host in service.lab.hosts for pid in host.pids() if "pdctl" in (words := _words(pid))]
@@ -475,6 +239,27 @@ def _pss(pid: int) -> int:
     return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:")))
 
 
+def guides(service: Service) -> None:
+    """The guides for two servers, each on a Ray and an etcd of its own, or without Ray."""
+    for node in service.nodes.values():
+        node.stop()
+    for page in ("two-servers.md", "two-servers-ray.md"):
+        guide = Guide(page, service.a.node, service.b.node, service.lab.folder)
+        problem = ""
+        try:
+            guide.follow()
+        except AssertionError as failure:
+            problem = str(failure)
+        finally:
+            for node in (service.a, service.b):
+                node.node.cli("down", "-s", "llama")
+                node.host.run([RAY, "stop", "--force"], node.env)
+            guide.close()
+        service.report.hold(f"the commands of {page} can be executed ({', '.join(guide.ran)})", not problem, problem)
+        problem = verified(guide.folder)
+        service.report.hold(f"systemd finds nothing wrong with the units of {page}", not problem, problem)
+
+
 def main() -> int:
     """All checks, in order: each stands on what the one before it has left."""
     report = Report()
@@ -482,12 +267,14 @@ def main() -> int:
         service = Service(hosts, report)
         service.start_ray()
         refusals(service)
+        on_gpus(service)
         service.expected = one_machines_answers(service)
         comes_up(service)
         figures(service)
         agent_killed(service)
         deaths(service)
         given_back(service)
+        guides(service)
     for name, values in report.figures.items():
         print(f"{name}: {', '.join(f'{value:.2f}' for value in values)}")
     for broken in report.broken:

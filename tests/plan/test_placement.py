@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.errors import PdctlError
-from pdctl.plan.placement import Room, Wish, assign, fit
+from pdctl.plan.placement import Room, Wish, assign, check_spare, fit
 
 EIGHT = {node: Room(8) for node in "abc"}
 
@@ -164,3 +165,74 @@ def test_a_list_of_many_nodes_is_cut() -> None:
     with pytest.raises(PdctlError, match="n7 0 of 1 and 12 more") as caught:
         assign(wishes(0, 21), {f"n{n}": Room(1) for n in range(20)}, {})
     assert "n8" not in caught.value.message
+
+
+@given(NODES, WISHES, st.integers(1, 2))
+def test_room_for_lost_nodes_is_what_placing_without_them_finds(
+    rooms: dict[str, Room], wanted: list[Wanted], spare: int
+) -> None:
+    asked = asked_of(wanted)
+    places = fit(asked, rooms, {})
+    if places.failures:
+        return
+    losses = combinations(rooms, min(spare, len(rooms)))
+    rests = [{node: room for node, room in rooms.items() if node not in lost} for lost in losses]
+    fits = not any(fit(asked, rest, places.nodes).failures for rest in rests)
+    try:
+        check_spare(asked, rooms, places.nodes, spare)
+    except PdctlError:
+        assert not fits
+    else:
+        assert fits
+
+
+def in_cells(*sizes: int, gpus: int = 8) -> dict[str, Room]:
+    """Cells a, b, c of so many nodes."""
+    return {f"{cell}{n}": Room(gpus, cell=cell) for cell, size in zip("abc", sizes, strict=False) for n in range(size)}
+
+
+def roles_by_cell(places: dict[str, str]) -> Counter[tuple[str, str]]:
+    return Counter((node[0], name.split("-")[0]) for name, node in places.items())
+
+
+def test_each_cell_gets_engines_of_both_roles_in_proportion_to_its_size() -> None:
+    assert roles_by_cell(assign(wishes(6, 12), in_cells(4, 2), {})) == {
+        ("a", "prefill"): 4, ("a", "decode"): 8, ("b", "prefill"): 2, ("b", "decode"): 4,
+    }  # fmt: skip
+
+
+def test_few_engines_of_a_role_use_few_cells() -> None:
+    assert roles_by_cell(assign(wishes(1, 6), in_cells(2, 4, 2), {})) == {("b", "prefill"): 1, ("b", "decode"): 6}
+    kept = assign(wishes(1, 6), in_cells(2, 4, 2), {"prefill-0": "c0"})
+    assert roles_by_cell(kept) == {("c", "prefill"): 1, ("c", "decode"): 6}
+    hybrids = [Wish(f"hybrid-{n}", "hybrid", "hybrid", 1) for n in range(3)]
+    assert roles_by_cell(assign(hybrids, in_cells(1, 1, 1), {})).keys() == {(cell, "hybrid") for cell in "abc"}
+
+
+def test_a_cell_without_one_of_the_roles_is_an_error() -> None:
+    with pytest.raises(PdctlError, match=r"cell '.' would have decode engines, but none for prefill"):
+        assign(wishes(1, 10), in_cells(1, 1), {})
+
+
+def test_a_lost_node_s_engines_stay_in_its_cell_while_it_has_room() -> None:
+    rooms = in_cells(3, 3, gpus=4)
+    before = assign(wishes(6, 12), rooms, {})
+    after = assign(wishes(6, 12), {node: room for node, room in rooms.items() if node != "a1"}, before)
+    assert roles_by_cell(after).total() == 18
+    moved = {name for name in after if after[name] != before[name]}
+    assert moved == {name for name, node in before.items() if node == "a1"}
+    free = {node: 4 - count for node, count in Counter(before.values()).items()}
+    inside = sum(after[name][0] == "a" for name in moved)
+    assert inside == min(len(moved), free["a0"] + free["a2"])
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 20), st.integers(1, 20))
+def test_what_fits_in_the_cells_has_both_roles_in_each(sizes: list[int], prefills: int, decodes: int) -> None:
+    rooms = in_cells(*sizes)
+    try:
+        found = roles_by_cell(assign(wishes(prefills, decodes), rooms, {}))
+    except PdctlError:
+        # One engine of a role cannot serve several cells.
+        assert prefills + decodes > 8 * max(sizes)
+        return
+    assert {cell for cell, role in found if role == "prefill"} == {cell for cell, role in found if role == "decode"}

@@ -55,6 +55,7 @@ def line_of(text: str, start: str) -> int:
         ('nodes = ["a", "b"]\nreplicas = 2', 'nodes = ["a"]\ndevice = "cuda"\ngpus = [0]\n'
          '[[engines]]\nname = "more"\nrole = "prefill"\ndevice = "cuda"\nnodes = ["a"]\nrestart_with = ["prefill"]'),
         ('backend = "auto"', 'backend = "nixl"'),
+        ("interface", 'cells = ["rack1-*", "b?"]\ninterface'),
         ('secret_file = "secret"', 'secret_file = "secret"\netcd_user = "u"\netcd_password_file = "f"'),
         ('name = "decode"\nrole = "decode"', 'name = "decode"\nrole = "decode"\nurl = "http://10.0.0.7:8000"'),
     ],
@@ -74,6 +75,7 @@ def test_what_works_is_let_through(old: str, new: str) -> None:
         (TEXT.splitlines()[4], "etcd = []", "etcd", "cluster.etcd", "names no member of etcd"),
         ("interface", 'etcd_user = "u"\ninterface', "etcd_user", "cluster.etcd_user", "must be set together"),
         ("interface", 'etcd_password_file = "u"\ninterface', "etcd_pass", "cluster.etcd_password_file", "set together"),
+        ("interface", 'cells = ["rack/*"]\ninterface', "cells", "cluster.cells", "'rack/*' is no pattern"),
         ('backend = "auto"', 'backend = "shm"', "backend", "transfer.backend", "shm does not reach other machines"),
         ('nodes = ["a", "b"]', 'nodes = ["a/b"]', "nodes = [\"a/b", "engines[0].nodes", "'a/b' is no name of a node"),
         ("port = 8000", "accept_nodes = true\nnode_keys = \"/etc/hostname\"", "accept_nodes", "proxy.accept_nodes",
@@ -134,3 +136,12 @@ def test_ssh_with_its_nodes_is_right() -> None:
     cluster = load_cluster_text(text, "x.toml").cluster
     assert cluster is not None
     assert (cluster.launcher, cluster.ssh_nodes) == ("ssh", ("a", "b"))
+
+
+def test_a_node_is_in_the_first_cell_that_its_name_matches() -> None:
+    cluster = load_cluster_text(TEXT.replace("interface", 'cells = ["rack1-*", "rack*"]\ninterface'), "x").cluster
+    assert cluster is not None
+    assert [cluster.cell_of(name) for name in ("rack1-a", "rack2-a", "a")] == ["rack1-*", "rack*", "-"]
+    alone = load_cluster_text(TEXT, "x").cluster
+    assert alone is not None
+    assert alone.cell_of("rack1-a") == ""

@@ -43,6 +43,10 @@ def agent(
     stop: bool = typer.Option(False, "--stop", help="End the agent of this machine, and what runs below it."),
     service: str | None = typer.Option(None, "-s", "--service", help="With --stop: the service, if no file names it."),
     now: bool = typer.Option(False, "--now", help="With --stop: do not wait for running requests."),
+    join: str | None = typer.Option(
+        None, "--join", help="Join first, where `pdctl cluster serve` listens, if this node has no certificate yet."
+    ),
+    token_file: Path | None = typer.Option(None, "--token-file", help="With --join: file with the token."),
 ) -> None:
     """Run this machine's part of a service that runs on several. The topology's [cluster] says how the machines find
     each other; engines and proxy are those that `pdctl up` on any of them asks for."""
@@ -60,6 +64,8 @@ def agent(
             return
         hint = f"see it with: pdctl status -s {found.topology.service.name}"
         raise AlreadyRunning(f"the agent of service {found.topology.service.name!r} runs here already", hint)
+    if join is not None:
+        _join(found.cluster, join, token_file)
     if detach:
         _detached(found, name, allow_commands)
     else:
@@ -81,6 +87,20 @@ def _kept(text: str) -> Path:
     from pdctl.topology.loader import load_cluster_text
 
     return write_file(load_cluster_text(text, "stdin").service.name, text)
+
+
+def _join(cluster: Cluster, at: str, token_file: Path | None) -> None:
+    """Raises PdctlError."""
+    if not cluster.certificates:
+        raise PdctlError("--join needs a folder for certificates", "set certificates under [cluster]")
+    folder = Path(cluster.certificates)
+    if (folder / "node.pem").exists():
+        return
+    if token_file is None:
+        raise PdctlError("--join needs --token-file", "make a token beside the CA: pdctl cluster token DIR NODE")
+    from pdctl.commands.cluster.certificates import join_as
+
+    console.note(f"this machine has joined as node {join_as(at, token_file, folder, Path(cluster.secret_file))}")
 
 
 @dataclass(frozen=True, slots=True)

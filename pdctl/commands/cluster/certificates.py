@@ -115,17 +115,22 @@ def join(
     to: Path = typer.Option(..., "--to", help="Folder for this node's certificate, its key and the secret."),
 ) -> None:
     """Join a cluster: get this node's certificate and the service's secret with a token."""
+    node = join_as(at, token_file, to, to / "secret")
+    console.note(
+        f"this machine is node {node}: set certificates and secret_file under [cluster] to {to} and {to}/secret"
+    )
+    console.out(node)
+
+
+def join_as(at: str, token_file: Path, folder: Path, secret_file: Path) -> str:
+    """Join, and return the node's name. Raises PdctlError."""
     import asyncio
 
     with _needs_cryptography():
         from pdctl.commands.cluster.joining import join as joined
         from pdctl.commands.cluster.tokens import read_token
     host, port = _place(at)
-    node = asyncio.run(joined(host, port, read_token(token_file), to))
-    console.note(
-        f"this machine is node {node}: set certificates and secret_file under [cluster] to {to} and {to}/secret"
-    )
-    console.out(node)
+    return asyncio.run(joined(host, port, read_token(token_file), folder, secret_file))
 
 
 @app.command()

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pdctl.commands.cluster.authority import checked_addresses, new_key
-from pdctl.commands.cluster.folder import JOINED, SECRET, CaFolder, Joined
+from pdctl.commands.cluster.folder import JOINED, CaFolder, Joined
 from pdctl.commands.cluster.tokens import Token, Tokens
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool, Unreachable
@@ -198,14 +198,14 @@ def _caller(request: Request) -> str:
 # -- the machine that joins --------------------------------------------------------------------------------
 
 
-async def join(host: str, port: int, token: Token, folder: Path) -> str:
-    """Join with a token, and write the node's folder. Returns the node's name. Raises PdctlError."""
+async def join(host: str, port: int, token: Token, folder: Path, secret_file: Path) -> str:
+    """Join with a token: write the node's folder and the service's secret. Returns its name. Raises PdctlError."""
     ca = await _believed_ca(host, port, token)
     key = new_key()
     call = JoinCall(token.id, token.secret, key.request.decode())
     made = await _certified(host, port, ca, "/join", call, None)
     _keep(folder, made, ca, key.pem)
-    write_file(folder / SECRET, made.secret.encode())
+    write_file(secret_file, made.secret.encode())
     write_file(folder / JOINED, msgspec.json.encode(Joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")))
     return made.node
 

@@ -37,9 +37,10 @@ def up(path: Path, service: str, wait_s: float) -> None:
     if published.text and published.text != text:
         told = f"service {service!r} is already up, with another topology from {published.source}"
         raise AlreadyRunning(told, f"change it with: pdctl apply -f {path}")
+    waiting = _Waiting(service, text, source, None)
     if not published.text:
         _publish(service, text, source, published, _previewed(service, text, source, published, as_json=False))
-    status = _Waiting(service, text, source, None).until_done(wait_s)
+    status = waiting.until_done(wait_s)
     console.out(f"{service} is ready at {', '.join(status.proxy_urls) or 'no proxy'}")
 
 
@@ -65,9 +66,11 @@ def change(
     reply = _previewed(service, text, source, published, as_json)
     if dry_run or (text == published.text and all(_is_empty(one) for one in reply.nodes)):
         return
-    _publish(service, text, source, published, reply)
     changed = {f"{one.node}/{name}" for one in reply.nodes for name in (*one.added, *one.restarted)}
-    _Waiting(service, text, source, changed).until_done(wait_s)
+    # What has failed before is not this change's fault.
+    waiting = _Waiting(service, text, source, changed)
+    _publish(service, text, source, published, reply)
+    waiting.until_done(wait_s)
     console.note("applied")
 
 
@@ -193,8 +196,7 @@ class _Waiting:
         self._changed = changed
         self._shown = ""
         self._moved_at = time.monotonic()
-        first = control(service).status(measurements=False)
-        self._failed_before = _failed(first)
+        self._failed_before = _failed(self._status()) if changed is not None else set[str]()
 
     def until_done(self, wait_s: float) -> ServiceStatus:
         """Print progress until it is done. Raises ServiceFailed if it will not be, or not in time."""

@@ -13,10 +13,12 @@ import typer
 from pdctl import console
 from pdctl.commands.common import ServiceOption, control, node_here
 from pdctl.commands.inspect.logs import age, service_meant
-from pdctl.errors import PdctlError
+from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.users import state_root
 
 _POLL_S = 0.1
+# Until an agent that does not answer is asked again, seconds.
+_AGAIN_S = 0.5
 
 
 def events(
@@ -54,16 +56,23 @@ def _show(entry: dict[str, object], after: float, name: str | None) -> None:
 
 
 def _show_all_nodes(service: str, follow: bool, after: float, name: str | None) -> None:
-    """The events of a cluster, as this node's agent hears of them. An agent that is started again goes on."""
-    cursor = ""
+    """The events of a cluster, as this node's agent hears of them. After an agent that was started again it goes on."""
+    cursor, is_told = "", False
     while True:
-        for event in control(service).events(cursor, follow):
-            cursor = event.cursor
-            fields = {"at": event.at, "process": event.process, "event": event.event, "message": event.message}
-            _show({**fields, **event.detail, "node": event.node}, after, name)
+        try:
+            for event in control(service).events(cursor, follow):
+                cursor, is_told = event.cursor, False
+                fields = {"at": event.at, "process": event.process, "event": event.event, "message": event.message}
+                _show({**fields, **event.detail, "node": event.node}, after, name)
+        except (NotRunning, NotAnswering) as failure:
+            if not follow:
+                raise
+            if not is_told:
+                console.note(f"{failure.message}; waiting for it")
+            is_told = True
         if not follow:
             return
-        time.sleep(_POLL_S)
+        time.sleep(_AGAIN_S)
 
 
 def _at(entry: dict[str, object]) -> float:

@@ -11,6 +11,7 @@ from typing import Never
 import httpx
 import msgspec
 
+from pdctl.net.http_client import explained
 from pdctl.net.identity import ContextFactory
 from pdctl.registry import Behind, Refused, Unavailable
 from pdctl.registry.etcd.members import Members
@@ -123,8 +124,10 @@ class Gateway:
                 answer = await self._client.post(url + path, content=body, headers=self._headers(), timeout=CALL_S)
         except (httpx.ConnectError, httpx.ConnectTimeout) as failure:
             raise _NotReached(f"etcd at {url} is not reached: {failure or type(failure).__name__}") from failure
-        except (httpx.HTTPError, TimeoutError) as failure:
-            raise Unavailable(f"etcd at {url} does not answer: {failure or type(failure).__name__}") from failure
+        except (httpx.HTTPError, TimeoutError, OSError) as failure:
+            # An OSError of ssl comes as it is: with TLS 1.3 a server refuses a certificate when it is first read from.
+            told = explained(failure) or type(failure).__name__
+            raise Unavailable(f"etcd at {url} does not answer: {told}") from failure
         if answer.status_code != httpx.codes.OK:
             raise _failure(url, answer.status_code, answer.content)
         try:
@@ -142,7 +145,7 @@ class Gateway:
                 if answer.status_code != httpx.codes.OK:
                     raise _failure(url, answer.status_code, await answer.aread())
                 await _each_line(url, answer, tell)
-        except httpx.HTTPError as failure:
+        except (httpx.HTTPError, OSError) as failure:
             raise Unavailable(f"the watch at {url} broke: {failure or type(failure).__name__}") from failure
         raise Unavailable(f"etcd at {url} ended the watch")
 

@@ -72,7 +72,7 @@ class Agent:
         self._settings = settings
         self._say = say
         cluster, node = settings.cluster, settings.node
-        keys = Keys(settings.empty.service)
+        keys = Keys(settings.empty.service, cluster.cell_of(node))
         folder = cluster.certificates
         self._identity = identity_for(folder, settings.empty.service, node) if folder else None
         planner = Planner(node, settings.address, cluster, settings.empty, settings.allow_commands, say)
@@ -186,6 +186,9 @@ class Agent:
         places |= {entry.name: entry.node for entry in self.neighbours.used if entry.name in places}
         own = order.engines if order is not None else ()
         places |= {name: self._settings.node for name in own if name in places}
+        if self._settings.cluster.cells:
+            # Engines of other cells are known to their nodes only.
+            places = {name: node for name, node in places.items() if node}
         said = self.coordinator.placement
         problem = "; ".join(filter(None, (said.problem, said.hint))) if said is not None else ""
         return ClusterFacts(self.contact.status, self.coordinator.holder or "", places, problem)

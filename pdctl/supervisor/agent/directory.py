@@ -10,7 +10,7 @@ from typing import Never
 import msgspec
 
 from pdctl.registry import Change, Registry
-from pdctl.registry.mirror import follow
+from pdctl.registry.mirror import Mirror, follow
 from pdctl.supervisor.cluster.entries import Keys, NodeEntry
 from pdctl.supervisor.surface.cluster.agents import AgentAddress
 
@@ -42,11 +42,12 @@ class Directory:
         self._keep_s = keep_s
         self._heard = heard
         self._clock = clock
+        self._mirror = Mirror()
         self._known: dict[str, _Known] = {}
 
     async def run_forever(self) -> Never:
         """Follow the registry until cancelled. Raises Refused."""
-        await follow(self._registry, self._prefix, self._take, self._heard)
+        await follow(self._registry, self._prefix, self._take, self._heard, self._mirror)
 
     def others(self) -> list[AgentAddress]:
         """The agents of other nodes, by name."""

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import msgspec
 
 from pdctl.errors import PdctlError
-from pdctl.plan.placement import Places, Room, Wish, check_spare, fit
+from pdctl.plan.cluster import in_cell
+from pdctl.plan.placement import Places, Room, Wish, check_cells, check_spare, fit
 from pdctl.supervisor.cluster.entries import Order, PlacementEntry, TopologyEntry
+from pdctl.topology.spec import Cluster
 
 # More than this part of all nodes that vanish within so many seconds: the registry's fault.
 _MASS_PART, _MASS_S = 1 / 3, 1.0
@@ -26,11 +28,11 @@ _MASS_PART, _MASS_S = 1 / 3, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The topology that is to run, what its engines need, and how many nodes may fail."""
+    """The topology that is to run, and what its engines need. `cluster`: what it says of nodes."""
 
     topology: TopologyEntry
     wishes: tuple[Wish, ...] = ()
-    spare: int = 0
+    cluster: Cluster | None = None
 
 
 @dataclass(slots=True)
@@ -121,10 +123,10 @@ class Assignments:
             wish.may_run_on(node)
         }  # fmt: skip
         free = [wish for wish in wanted.wishes if wish.name not in pinned]
-        rooms = {name: room for name, room in self._rooms.items() if room is not None}
+        rooms = {name: in_cell(room, name, wanted.cluster) for name, room in self._rooms.items() if room is not None}
         places = fit(free, rooms, before)
         is_known = any(order.topology == wanted.topology for order in self._orders.values())
-        if not is_known and (refusal := _refusal(free, rooms, places, wanted.spare)) is not None:
+        if not is_known and (refusal := _refusal(free, rooms, places, wanted.cluster)) is not None:
             return self._stay(refusal, waiting, lost)
         nodes = {**pinned, **places.nodes}
         for name in places.failures:
@@ -132,7 +134,7 @@ class Assignments:
             if before.get(name, "") in lost:
                 nodes[name] = before[name]
         engines = {wish.name: nodes[wish.name] for wish in wanted.wishes if wish.name in nodes}
-        failure = next(iter(places.failures.values()), None)
+        failure = next(iter(places.failures.values()), None) or _lonely(wanted.wishes, nodes, wanted.cluster)
         said = self._say(waiting, lost, failure, tuple(places.failures))
         return self._decision(engines, wanted.topology, said)
 
@@ -173,12 +175,25 @@ class Assignments:
                 away.in_mass = True
 
 
-def _refusal(wishes: Sequence[Wish], rooms: Mapping[str, Room], places: Places, spare: int) -> PdctlError | None:
+def _refusal(
+    wishes: Sequence[Wish], rooms: Mapping[str, Room], places: Places, cluster: Cluster | None
+) -> PdctlError | None:
     """Why a new topology cannot run as a whole."""
     if places.failures:
         return next(iter(places.failures.values()))
     try:
-        check_spare(wishes, rooms, places.nodes, spare)
+        check_spare(wishes, rooms, places.nodes, cluster.spare_nodes if cluster is not None else 0)
+    except PdctlError as failure:
+        return failure
+    return _lonely(wishes, places.nodes, cluster)
+
+
+def _lonely(wishes: Sequence[Wish], nodes: Mapping[str, str], cluster: Cluster | None) -> PdctlError | None:
+    """Why engines of a cell have no counterpart in it."""
+    if cluster is None or not cluster.cells:
+        return None
+    try:
+        check_cells(wishes, nodes, {node: cluster.cell_of(node) for node in nodes.values()})
     except PdctlError as failure:
         return failure
     return None

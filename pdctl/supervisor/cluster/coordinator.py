@@ -20,7 +20,7 @@ from pdctl.host.facts import decode_facts
 from pdctl.plan.cluster import room_of, wishes_of
 from pdctl.plan.placement import Room
 from pdctl.registry import Change, Created, Entry, LeaseGone, Put, Registry, Unavailable
-from pdctl.registry.mirror import follow, pause_s
+from pdctl.registry.mirror import Mirror, follow, pause_s
 from pdctl.supervisor.cluster.assignments import Assignments, Wanted, orders_of
 from pdctl.supervisor.cluster.entries import Keys, NodeEntry, Order, PlacementEntry, TopologyEntry
 from pdctl.topology.loader import parse_text
@@ -55,10 +55,12 @@ class Coordinator:
         self._told = told
         self._clock = clock
         self._news = asyncio.Event()
+        self._mirror = Mirror()
         self._heard = False
         self._holder: Entry | None = None
         self._placement: PlacementEntry | None = None
         self._lease: int | None = None
+        self._has_left = False
 
     @property
     def placement(self) -> PlacementEntry | None:
@@ -73,12 +75,13 @@ class Coordinator:
     async def run_forever(self) -> Never:
         """Coordinate whenever nobody else does, until cancelled. Raises Refused."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(follow(self._registry, self._keys.coordinator, self._take, self._told))
+            tasks.create_task(follow(self._registry, self._keys.coordinator, self._take, self._told, self._mirror))
             tasks.create_task(self._stand_forever())
         raise AssertionError("both tasks run for ever")
 
     async def leave(self) -> None:
-        """Give the key up, so that another agent takes it at once. One try: the lease ends by itself."""
+        """Give the key up, for ever, so that another agent takes it at once. One try: the lease ends by itself."""
+        self._has_left = True
         if self._lease is not None:
             with contextlib.suppress(Unavailable):
                 await self._registry.revoke(self._lease)
@@ -97,6 +100,10 @@ class Coordinator:
         """Take the key when it is free, and coordinate as long as it is ours."""
         failures = 0
         while True:
+            if self._has_left:
+                # A task group whose tasks fail while it is cancelled tells of their failures alone: whoever cancelled
+                # this task may do so in vain.
+                raise asyncio.CancelledError
             while not self._is_free():
                 self._news.clear()
                 await self._news.wait()
@@ -280,8 +287,7 @@ def wanted_of(value: bytes) -> Wanted:
         problem = failure.problems[0]
         where = f"{entry.source}:{problem.line}" if problem.line else entry.source
         raise PdctlError(f"{where}: {problem.key or 'topology'}: {problem.message}", problem.hint) from failure
-    spare = topology.cluster.spare_nodes if topology.cluster is not None else 0
-    return Wanted(entry, tuple(wishes_of(topology)), spare)
+    return Wanted(entry, tuple(wishes_of(topology)), topology.cluster)
 
 
 def room_of_node(value: bytes) -> Room | None:

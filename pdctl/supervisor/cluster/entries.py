@@ -87,12 +87,12 @@ class PlacementEntry(msgspec.Struct, frozen=True):
 
 
 class Keys:
-    """The keys of one service."""
+    """The keys of one service, for the nodes of one cell; "": it has no cells."""
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, cell: str = "") -> None:
         self.all = f"/pdctl/{service}/"
         self.nodes = f"{self.all}nodes/"
-        self.engines = f"{self.all}engines/"
+        self.engines = f"{self.all}engines/{cell}/" if cell else f"{self.all}engines/"
         self.desired = f"{self.all}desired/"
         self.quarantine = f"{self.all}quarantine/"
         self.topology = f"{self.all}topology"

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Never
 
 from pdctl.registry import Change, Registry
-from pdctl.registry.mirror import follow
+from pdctl.registry.mirror import Mirror, follow
 from pdctl.supervisor.cluster.entries import EngineEntry, Keys
 from pdctl.supervisor.cluster.membership import Membership
 
@@ -46,6 +46,7 @@ class Neighbours:
         self._told = told
         self._clock = clock
         self._version = membership.version
+        self._mirror = Mirror()
         self._unknown = asyncio.Event()
         self._limit = asyncio.Semaphore(_AT_ONCE)
 
@@ -57,7 +58,7 @@ class Neighbours:
     async def run_forever(self) -> Never:
         """Follow the registry, and ask engines that it does not know any more, until cancelled. Raises Refused."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(follow(self._registry, self._keys.engines, self._take, self._told))
+            tasks.create_task(follow(self._registry, self._keys.engines, self._take, self._told, self._mirror))
             tasks.create_task(self._ask_forever())
         raise AssertionError("both tasks run for ever")
 

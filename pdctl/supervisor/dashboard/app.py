@@ -56,7 +56,8 @@ class Shown(Protocol):
 
 
 class DashboardApp:
-    """An ASGI application. `ended` is set when the service is down: then all updates end."""
+    """An ASGI application. `ended` is set when the service is down: then all updates end. `node`: of a cluster, the one
+    whose part is shown."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class DashboardApp:
         feed: Feed,
         doctor: DoctorRuns,
         gpus: tuple[GpuName, ...],
+        node: str = "",
     ) -> None:
         self.ended = asyncio.Event()
         self._shown = shown
@@ -76,6 +78,7 @@ class DashboardApp:
         self._feed = feed
         self._doctor = doctor
         self._gpus = gpus
+        self._machine = socket.gethostname() + (f", node {node}" if node else "")
         self._asked: dict[tuple[str, str], Answer] = {
             ("GET", "/api/history"): self._history,
             ("GET", "/api/requests"): self._requests,
@@ -118,7 +121,7 @@ class DashboardApp:
             return
         start = {"type": "http.response.start", "status": 200, "headers": _stream_headers()}
         about = About(
-            machine=socket.gethostname(),
+            machine=self._machine,
             version=__version__,
             write=self._gate.may_write(headers),
             gpus=self._gpus,

@@ -40,7 +40,7 @@ async def serve_page(service: Watched, gate: Gate, listener: socket.socket) -> N
     viewers, feed = Viewers(), Feed(service.journal)
     sampler, doctor = Sampler(service.look, viewers), DoctorRuns(lambda: service.plan.source)
     gpus = tuple(GpuName(gpu.uuid, gpu.index, gpu.name, gpu.memory) for gpu in await asyncio.to_thread(read_gpus))
-    app = DashboardApp(service, gate, viewers, sampler, feed, doctor, gpus)
+    app = DashboardApp(service, gate, viewers, sampler, feed, doctor, gpus, service.plan.node)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", loop="none", http=HttpProtocol, ws="none",
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=1, limit_concurrency=256,

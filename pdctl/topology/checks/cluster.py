@@ -16,6 +16,7 @@ from pdctl.transports import FAR, TRANSPORTS
 _MEMBER = re.compile(r"(https?)://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):([0-9]{1,5})/?")
 # Names of nodes are parts of keys in the registry, and of file names.
 _NODE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+_CELL = re.compile(r"[A-Za-z0-9*?][A-Za-z0-9._*?-]{0,63}")
 _ANY_ADDRESS = ("0.0.0.0", "::")
 _ONE_MACHINE = "works on one machine only so far: "
 
@@ -27,6 +28,7 @@ def cluster_problems(document: Document, topology: Topology) -> Iterator[Problem
         return
     yield from _member_problems(document, topology.cluster)
     yield from _access_problems(document, topology.cluster)
+    yield from _cell_problems(document, topology.cluster)
     yield from _launcher_problems(document, topology.cluster)
     yield from _unsupported_problems(document, topology)
     yield from _transfer_problems(document, topology)
@@ -84,6 +86,13 @@ def _access_problems(document: Document, cluster: Cluster) -> Iterator[Problem]:
         given = "etcd_user" if cluster.etcd_user else "etcd_password_file"
         message = "etcd_user and etcd_password_file must be set together"
         yield document.problem(("cluster", given), message, "set both or neither")
+
+
+def _cell_problems(document: Document, cluster: Cluster) -> Iterator[Problem]:
+    for pattern in cluster.cells:
+        if not _CELL.fullmatch(pattern):
+            hint = 'such as cells = ["rack1-*", "rack2-*"]'
+            yield document.problem(("cluster", "cells"), f"{pattern!r} is no pattern of node names", hint)
 
 
 def _unsupported_problems(document: Document, topology: Topology) -> Iterator[Problem]:

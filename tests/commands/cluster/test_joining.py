@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from pdctl.commands.cluster import joining
 from pdctl.commands.cluster.authority import Authority, checked_addresses, new_key, now, validity_of
 from pdctl.commands.cluster.folder import CaFolder, certify_here, is_due, joined_at, renew_here
-from pdctl.commands.cluster.joining import JoinServer, join, renew
+from pdctl.commands.cluster.joining import JoinServer, renew
 from pdctl.commands.cluster.tokens import Token, Tokens, read_token
 from pdctl.errors import PdctlError
 from pdctl.net.identity import Who, identity_in
@@ -38,6 +39,10 @@ async def serving(ca: CaFolder, said: list[str]) -> AsyncIterator[int]:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+
+async def join(host: str, port: int, token: Token, folder: Path) -> str:
+    return await joining.join(host, port, token, folder, folder / "secret")
 
 
 def token(ca: CaFolder, node: str = "b", *addresses: str, life_s: float = 60.0) -> Token:

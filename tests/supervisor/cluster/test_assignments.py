@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import msgspec
 from hypothesis import strategies as st
@@ -13,14 +14,16 @@ from pdctl.errors import PdctlError
 from pdctl.plan.placement import Room, Wish
 from pdctl.supervisor.cluster.assignments import Assignments, Decision, Wanted, orders_of
 from pdctl.supervisor.cluster.entries import Order, TopologyEntry
+from pdctl.topology.spec import Cluster
 
 LOST_S = 60.0
+CLUSTER = Cluster(("http://e:2379",), "eth0", "/secret")
 
 
 def wanted(prefills: int, decodes: int, text: str = "t1", spare: int = 0) -> Wanted:
     wishes = [Wish(f"prefill-{n}", "prefill", "prefill", 1) for n in range(prefills)]
     wishes += [Wish(f"decode-{n}", "decode", "decode", 1) for n in range(decodes)]
-    return Wanted(TopologyEntry(text, "f.toml"), tuple(wishes), spare)
+    return Wanted(TopologyEntry(text, "f.toml"), tuple(wishes), replace(CLUSTER, spare_nodes=spare))
 
 
 class Service:
@@ -155,6 +158,22 @@ def test_nodes_that_vanish_at_one_instant_are_lost_in_the_end() -> None:
     assert service.decide(69.0).placement.lost == ()
     assert service.decide(70.0).placement.lost == ("b", "c")
     assert service.engines.keys() == {"a"}
+
+
+def test_engines_of_a_lost_node_stay_in_its_cell_and_a_cell_without_a_role_is_told() -> None:
+    what = wanted(2, 2)
+    what = replace(what, cluster=replace(CLUSTER, cells=("x*", "y*")))
+    service = Service({"x1": 1, "x2": 1, "x3": 2, "y1": 2, "y2": 0}, what)
+    assert {node[0]: len(names) for node, names in service.engines.items() if node[0] == "y"} == {"y": 2}
+    roles = {cell: {name.split("-")[0] for node, names in service.engines.items() if node[0] == cell for name in names}
+             for cell in "xy"}  # fmt: skip
+    assert roles == {"x": {"prefill", "decode"}, "y": {"prefill", "decode"}}
+    before = service.engines["x3"] if "x3" in service.engines else service.engines["x1"]
+    victim = next(node for node, names in service.engines.items() if names == before)
+    service.books.vanished(victim, 0.0)
+    placement = service.decide(100.0).placement
+    assert placement.problem == ""
+    assert {name for node, names in service.engines.items() if node[0] == "x" for name in names} >= {*before}
 
 
 def test_a_node_of_another_version_keeps_its_engines_and_gets_no_more() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import Any, Never
 
 import msgspec
 import pytest
@@ -56,7 +57,8 @@ class Line:
         self.is_cut = False
         self.asleep, self.awake = asyncio.Event(), asyncio.Event()
         self.awake.set()
-        self.list, self.watch, self.close = registry.list, registry.watch, registry.close
+        self.list, self.close = registry.list, registry.close
+        self.watch: Callable[..., Coroutine[Any, Any, Never]] = registry.watch
 
     async def _reach(self) -> MemoryRegistry:
         if not self.awake.is_set():
@@ -167,6 +169,41 @@ async def test_one_of_several_agents_coordinates_and_another_takes_over_when_it_
         assert {order.term for order in rig.orders.values()} == {rig.placements[0].term}
 
 
+@pytest.mark.parametrize("ticks", range(12))
+async def test_a_coordinator_that_loses_its_key_while_it_is_cancelled_ends(ticks: int) -> None:
+    """An agent that stops does both: its failure must not hide the other."""
+    async with running("a") as rig:
+        await rig.until(lambda: len(rig.said) == 1)
+        await rig.coordinators["a"].leave()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        rig.tasks["a"].cancel()
+        await asyncio.wait([rig.tasks["a"]], timeout=60)
+        assert rig.tasks["a"].cancelled()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.5, 2.0])
+async def test_a_coordinator_that_leaves_does_not_come_back_and_can_be_cancelled(after_s: float) -> None:
+    """Also while it still ends what it did as a coordinator: a connection takes a while to close."""
+    async with running("a") as rig:
+
+        async def watch(*given: Any) -> Never:
+            try:
+                await rig.registry.watch(*given)
+            finally:
+                await asyncio.sleep(1)
+            raise AssertionError("a watch does not end by itself")
+
+        rig.lines["a"].watch = watch
+        await rig.until(lambda: len(rig.said) == 1)
+        await rig.coordinators["a"].leave()
+        await asyncio.sleep(after_s)
+        rig.tasks["a"].cancel()
+        await asyncio.wait([rig.tasks["a"]], timeout=60)
+        assert rig.tasks["a"].cancelled()
+        assert [text for text in rig.said if "this node coordinates" in text] == rig.said[:1]
+
+
 async def test_a_coordinator_that_leaves_is_followed_at_once() -> None:
     async with running("a", "b") as rig:
         await rig.until(lambda: len(rig.said) == 1)
@@ -275,3 +312,16 @@ async def test_a_write_of_a_coordinator_that_slept_too_long_is_refused() -> None
         line.awake.set()
         await rig.until(lambda: rig.said[-1].startswith(f"{first}: this node does not coordinate the cluster any more"))
         assert (await rig.registry.list(KEYS.desired)).entries == ()
+
+
+async def test_after_a_refusal_it_hears_that_the_key_is_free() -> None:
+    async with running("a") as rig:
+        await rig.until(lambda: len(rig.said) == 1)
+        made = rig.coordinators["a"]
+        rig.tasks["a"].cancel()
+        await asyncio.sleep(10)
+        async with asyncio.TaskGroup() as tasks:
+            again = tasks.create_task(made.run_forever())
+            await rig.until(lambda: len(rig.said) == 2)
+            again.cancel()
+        assert rig.said[1].startswith("a: this node coordinates the cluster")

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from pdctl.registry import Delete, Put
+from pdctl.registry import Delete, Listing, Put, Refused
 from pdctl.registry.memory import MemoryRegistry
 from pdctl.supervisor.cluster import neighbours
 from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys
@@ -24,7 +24,7 @@ OTHER = EngineEntry("b", "decode-1", "builtin", "decode", "10.0.0.2", 8001, "e1"
 
 
 class Rig(News):
-    def __init__(self) -> None:
+    def __init__(self, keys: Keys = KEYS) -> None:
         super().__init__()
         self.registry = MemoryRegistry()
         self.answering = {"decode-0": "e1", "decode-1": "e1"}
@@ -33,7 +33,7 @@ class Rig(News):
         self.released: list[str] = []
         self.now = 0.0
         self.neighbours = Neighbours(
-            self.registry, KEYS, Membership("a", 60), self.ask, self.release, self.tell, lambda failure: None,
+            self.registry, keys, Membership("a", 60), self.ask, self.release, self.tell, lambda failure: None,
             lambda: self.now,
         )  # fmt: skip
 
@@ -101,3 +101,42 @@ async def test_an_engine_that_is_frozen_does_not_keep_the_others_from_being_aske
         await rig.until(lambda: rig.names == ["decode-0"])
         await rig.until(lambda: rig.asked.count("decode-0") > 1)
         assert rig.released == ["decode-1@e1"]
+
+
+async def test_engines_of_other_cells_are_not_heard_of() -> None:
+    here, there = Keys("service", "rack1-*"), Keys("service", "rack2-*")
+    rig = Rig(here)
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(rig.neighbours.run_forever())
+        for keys, told in ((there, OTHER), (here, DECODE)):
+            await rig.registry.write([Put(keys.engine("b", told.name), msgspec.json.encode(told))])
+        await rig.until(lambda: bool(rig.names))
+        assert rig.names == ["decode-0"]
+        task.cancel()
+    [entry] = (await rig.registry.list(there.engines_of("b"))).entries
+    assert entry.key == "/pdctl/service/engines/rack2-*/b/decode-1"
+
+
+async def test_what_vanished_while_the_registry_refused_is_not_used_as_if_it_were_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig()
+
+    async def refused(_: str) -> Listing:
+        raise Refused("no permission")
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(rig.neighbours.run_forever())
+        await rig.put(DECODE)
+        await rig.until(lambda: rig.names == ["decode-0"])
+        task.cancel()
+    with monkeypatch.context() as patched, pytest.raises(ExceptionGroup):
+        patched.setattr(rig.registry, "list", refused)
+        await rig.neighbours.run_forever()
+    await rig.registry.write([Delete(KEYS.engine("b", "decode-0"))])
+    rig.answering.clear()
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(rig.neighbours.run_forever())
+        await rig.until(lambda: rig.names == [])
+        task.cancel()
+    assert rig.released == ["decode-0@e1"]

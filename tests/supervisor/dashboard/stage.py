@@ -142,7 +142,7 @@ class Stage:
 
     def __init__(self, folder: Path) -> None:
         # Of the plan, the page needs the topology file.
-        self.plan: Any = SimpleNamespace(source="")
+        self.plan: Any = SimpleNamespace(source="", node="")
         self.journal = Journal(folder, lambda process, message: None)
         self.asked: list[tuple[str, ...]] = []
         self.looked_at = 0.0

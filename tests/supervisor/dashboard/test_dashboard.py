@@ -25,7 +25,7 @@ class Configured(Stage):
     """Its topology says where the page is."""
 
     def listen(self, address: str) -> None:
-        self.plan = SimpleNamespace(source="", dashboard=SimpleNamespace(listen=address))
+        self.plan = SimpleNamespace(source="", node="", dashboard=SimpleNamespace(listen=address))
 
 
 @pytest.fixture
