@@ -109,7 +109,12 @@ def reclaim(count: Count, width: Width, model: str, wanted: list[Ask]) -> None:
 def ranks(engine: MeasuredProcess) -> list[int]:
     """The processes that share an engine's model: its core, then the others in their order."""
     [core] = psutil.Process(pid_of(engine)).children()
-    return [core.pid, *sorted(child.pid for child in core.children())]
+    return [core.pid, *(child.pid for child in sorted(core.children(), key=_rank))]
+
+
+def _rank(process: psutil.Process) -> int:
+    words = process.cmdline()
+    return int(words[words.index("--rank") + 1])
 
 
 def _tokens(running: Future[dict[str, object]]) -> list[int]:

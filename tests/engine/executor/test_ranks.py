@@ -112,13 +112,13 @@ def test_a_rank_that_is_killed_ends_the_steps_with_its_reason(tiny_model: Path, 
 
 
 def test_a_rank_that_stands_still_is_given_up(tiny_model: Path, tmp_path: Path) -> None:
-    with started(tiny_model, tmp_path, 2, step_s=5.0) as (executor, lost):
+    with started(tiny_model, tmp_path, 2, step_s=15.0) as (executor, lost):
         answer(executor, SAMPLINGS[0])
         os.kill(executor.others.pids[0], signal.SIGSTOP)
         began = time.monotonic()
-        with pytest.raises(RankLost, match="a rank did not take part in a step within 5 s"):
+        with pytest.raises(RankLost, match="a rank did not take part in a step within 15 s"):
             answer(executor, SAMPLINGS[0])
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 120
         assert lost.empty(), "it has not ended"
 
 
