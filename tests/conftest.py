@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # Files that take minutes, longest first: if started last, one of them would run alone at the end.
 _LONG = (
-    "test_documented_commands",
+    "test_documented_commands", "test_cluster", "test_takeover", "test_parallel", "test_ranks",
     "test_tool_calls", "test_lmdeploy", "test_supervision", "test_sglang", "test_bench", "test_kv", "test_cli",
     "test_parity", "test_families", "test_death", "test_chaos", "test_lost_files", "test_locked_service",
     "test_children", "test_clients", "test_cluster",

@@ -101,7 +101,9 @@ def test_apply_of_a_setting_that_needs_another_process_cuts_nothing(tiny_model: 
         assert took_over(service)[-1]["resumed"] == 1
 
 
-@pytest.mark.parametrize("fault", ["socket-first", "off-by-one", "no-keeper"])
+@pytest.mark.parametrize(
+    "fault", ["socket-first", *(pytest.param(name, marks=pytest.mark.slow) for name in ("off-by-one", "no-keeper"))]
+)
 def test_planted_faults_are_found(tiny_model: Path, fault: str) -> None:
     with planted(fault), temporary_run() as run, serving(run, tiny_model) as service:
         outcome = asyncio.run(kill_again_and_again(service, kills=10, count=14, with_chats=False))

@@ -18,6 +18,7 @@ from tests.service import wait_until
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.slow,
     pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip()),
     pytest.mark.skipif(etcd.BINARY is None, reason="etcd is not installed"),
 ]
