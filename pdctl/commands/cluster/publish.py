@@ -194,7 +194,7 @@ class _Waiting:
         self._text = text
         self._source = source
         self._changed = changed
-        self._shown = ""
+        self._shown = self._said = ""
         self._moved_at = time.monotonic()
         self._failed_before = _failed(self._status()) if changed is not None else set[str]()
 
@@ -231,10 +231,22 @@ class _Waiting:
         return f"{process.node}/{bare}" in self._changed
 
     def _runs_it(self, status: ServiceStatus) -> bool:
-        """Whether no node has anything to change any more. One that is silent is not waited for."""
+        """Whether no node has anything to change any more. One that is silent is not waited for. While etcd does not
+        answer, this is not known."""
         silent = {node.name for node in status.nodes if node.state == "silent"}
-        nodes = _ask(self._service, self._text, self._source).nodes
+        try:
+            nodes = _ask(self._service, self._text, self._source).nodes
+        except (NotRunning, NotAnswering):
+            raise
+        except PdctlError as failure:
+            self._say_once(failure.message)
+            return False
         return all(_is_empty(one) and (not one.unknown or one.node in silent) for one in nodes)
+
+    def _say_once(self, message: str) -> None:
+        if message != self._said:
+            self._said = message
+            console.note(f"waiting: {message}")
 
     def _show(self, status: ServiceStatus) -> None:
         line = "  ".join(_where(process) for process in status.processes if process.state != "ready")

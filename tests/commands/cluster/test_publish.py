@@ -45,6 +45,14 @@ def test_up_publishes_and_waits(found: Served) -> None:
     assert "pdctl apply" in said.error
 
 
+def test_etcd_may_be_away_while_a_command_waits(found: Served) -> None:
+    found.places.silent = 2
+    said = found.run("up")
+    assert said.failure is None
+    assert said.told.count("waiting: etcd does not answer: 10.0.0.1:2379") == 1
+    assert found.places.silent == 0
+
+
 def test_up_without_an_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PDCTL_RUN", str(tmp_path / "run"))
     (tmp_path / "pdctl.toml").write_text(TEXT)
