@@ -119,12 +119,15 @@ class Gateway:
         body = msgspec.json.encode(message)
         if self._tls is not None:
             self._tls()  # the same context: it follows a renewed certificate when it is asked for
+        before = _cancels()
         try:
             async with asyncio.timeout(CALL_S):
                 answer = await self._client.post(url + path, content=body, headers=self._headers(), timeout=CALL_S)
         except (httpx.ConnectError, httpx.ConnectTimeout) as failure:
+            _heed_cancel(before)
             raise _NotReached(f"etcd at {url} is not reached: {failure or type(failure).__name__}") from failure
         except (httpx.HTTPError, TimeoutError, OSError) as failure:
+            _heed_cancel(before)
             # An OSError of ssl comes as it is: with TLS 1.3 a server refuses a certificate when it is first read from.
             told = explained(failure) or type(failure).__name__
             raise Unavailable(f"etcd at {url} does not answer: {told}") from failure
@@ -138,7 +141,7 @@ class Gateway:
     async def _read(self, url: str, path: str, message: Message, tell: Callable[[WatchAnswer], None]) -> Never:
         headers = {**self._headers(), "Grpc-Metadata-hasleader": "true"}
         timeout = httpx.Timeout(CALL_S, read=None)
-        body = msgspec.json.encode(message)
+        body, before = msgspec.json.encode(message), _cancels()
         try:
             call = self._client.stream("POST", url + path, content=body, headers=headers, timeout=timeout)
             async with call as answer:
@@ -146,6 +149,7 @@ class Gateway:
                     raise _failure(url, answer.status_code, await answer.aread())
                 await _each_line(url, answer, tell)
         except (httpx.HTTPError, OSError) as failure:
+            _heed_cancel(before)
             raise Unavailable(f"the watch at {url} broke: {failure or type(failure).__name__}") from failure
         raise Unavailable(f"etcd at {url} ended the watch")
 
@@ -167,6 +171,18 @@ class Gateway:
 
 class _NotReached(Unavailable):
     """No connection: nothing can have happened."""
+
+
+def _cancels() -> int:
+    """How often this task was told to end."""
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
+
+
+def _heed_cancel(before: int) -> None:
+    """End a task that was told to end meanwhile: a connection that breaks at that moment takes the word away."""
+    if _cancels() > before:
+        raise asyncio.CancelledError
 
 
 async def _first_failure(*works: Coroutine[None, None, Never]) -> Unavailable | Behind | Refused:
