@@ -46,6 +46,8 @@ Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.05, le=3600)]
+# Devices of one engine.
+MOST_RANKS = 64
 
 
 class LayerShape(msgspec.Struct, frozen=True, array_like=True):
@@ -67,6 +69,18 @@ class Manifest(msgspec.Struct, frozen=True):
     segment: int = 0
 
 
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """What one device has of an engine's KV: in every layer the heads of rank `rank` of `ranks`, which share them
+    evenly. If there are fewer heads than ranks, several ranks have the same one."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.ranks <= MOST_RANKS:
+            raise ValueError(f"there is no rank {self.rank} of {self.ranks}")
+
+
 class Served(msgspec.Struct, frozen=True):
     """One way to read a pool. The transport defines `address`; `fallback`: why `protocol` is not the configured one."""
 
@@ -77,23 +91,25 @@ class Served(msgspec.Struct, frozen=True):
 
 
 class PoolEndpoint(msgspec.Struct, frozen=True):
-    """Where one pool can be read. `host_id` is the same for processes that can map each other's memory."""
+    """Where one pool can be read. `host_id` is the same for processes that can map each other's memory. `manifest`: of
+    the engine's whole KV, of which the pool has a `part`."""
 
     host_id: str
     served: list[Served]
     num_blocks: int
     manifest: Manifest
+    part: Part = Part()
 
 
 class KvEndpoint(msgspec.Struct, frozen=True):
-    """Where an engine's KV can be read: a pool for each of its devices. One today, which decoding checks."""
+    """Where an engine's KV can be read: a pool for each of its devices. A block has one id in all of them."""
 
-    shards: Annotated[tuple[PoolEndpoint, ...], msgspec.Meta(min_length=1, max_length=1)]
+    shards: Annotated[tuple[PoolEndpoint, ...], msgspec.Meta(min_length=1, max_length=MOST_RANKS)]
 
     @property
-    def pool(self) -> PoolEndpoint:
-        """The only shard."""
-        return self.shards[0]
+    def manifest(self) -> Manifest:
+        """Of the whole KV."""
+        return self.shards[0].manifest
 
 
 class HandOver(msgspec.Struct, frozen=True):

@@ -91,8 +91,8 @@ def test_a_status_is_the_json_it_always_was() -> None:
     assert list(found["processes"][0]) == [
         "name", "kind", "role", "group", "state", "reason", "pid", "restarts", "last_exit", "device", "cpus", "gpus",
         "rdma", "ports", "ready_since", "epoch", "adopted", "log", "phase", "phase_s", "planned_role",
-        "leaving_role", "node", "rss_bytes", "cpu_percent", "gpu_memory_bytes", "running", "waiting", "kv_used",
-        "leases", "tokens_per_s", "leaving_work", "prompts_own", "latency",
+        "leaving_role", "node", "takeover", "rss_bytes", "cpu_percent", "gpu_memory_bytes", "running", "waiting",
+        "kv_used", "leases", "tokens_per_s", "leaving_work", "prompts_own", "latency",
         "prompts_received", "attention", "cuda_graphs", "prefix_hit_rate",
     ]  # fmt: skip
     assert found["failure"] is None

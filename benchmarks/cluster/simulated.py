@@ -103,8 +103,9 @@ class Fleet:
 
     async def _agent(self, number: int) -> None:
         name, line = node_name(number), Line(self.registry, self.counts)
-        keys = Keys("growth", self.cluster.cell_of(name))
-        presence = Presence(line, keys, node_entry(number), TTL_S, lambda: self._engines(number), _nothing)
+        cell = self.cluster.cell_of(name)
+        keys = Keys("growth", cell)
+        presence = Presence(line, keys, node_entry(number, cell), TTL_S, lambda: self._engines(number), _nothing)
 
         def ordered(changes: tuple[Change, ...]) -> None:
             for change in changes:

@@ -11,6 +11,7 @@ import venv
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -156,7 +157,12 @@ def _lmdeploy_knows_its_engines(port: int) -> None:
 
 @contextmanager
 def pdctl(
-    cpu: int, folder: Path, decodes: tuple[int, ...] = (DECODE,), more: str = "", cpus: tuple[int, ...] = ()
+    cpu: int,
+    folder: Path,
+    decodes: tuple[int, ...] = (DECODE,),
+    more: str = "",
+    cpus: tuple[int, ...] = (),
+    name: str = "pdctl",
 ) -> Iterator[Proxy]:
     """pdctl with all features: metrics, failover, admission. `more`: keys of [proxy]; `cpus`: instead of one."""
     port = free_port()
@@ -185,13 +191,14 @@ cpus = {list(cpus or (cpu,))}
         status = json.loads(shown.stdout)
         pid = next(process["pid"] for process in status["processes"] if process["name"].startswith("proxy"))
         await_port(port)
-        yield Proxy("pdctl", port, pid)
+        yield Proxy(name, port, pid)
     finally:
         subprocess.run([*cli, "down"], cwd=folder, env=env, check=True, capture_output=True)
 
 
 PEERS: dict[str, Callable[[int, Path], AbstractContextManager[Proxy]]] = {
     "pdctl": pdctl,
+    "pdctl+takeover": partial(pdctl, more="takeover = true", name="pdctl+takeover"),
     "vllm-router": vllm_router,
     "sglang-router": sglang_router,
     "lmdeploy": lmdeploy,

@@ -38,6 +38,7 @@ from pdctl.control_api.messages import (
     StepLatency,
     StepPredictions,
     Stopping,
+    Takeover,
     TopologyReply,
     Verb,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "StepLatency",
     "StepPredictions",
     "Stopping",
+    "Takeover",
     "TopologyOrder",
     "TopologyReply",
     "Verb",

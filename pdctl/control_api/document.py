@@ -51,6 +51,7 @@ from pdctl.control_api.messages import (
     StepLatency,
     StepPredictions,
     Stopping,
+    Takeover,
     TopologyReply,
     Verb,
 )
@@ -73,6 +74,7 @@ _SECTIONS: dict[type, str] = {
     Lease: "Lease",
     KeyStatus: "API key",
     ResourceUse: "Resource use",
+    Takeover: "Takeover",
     ProcessSpec: "Planned process",
     Probe: "Probe",
     Attached: "Planned attached engine",
@@ -152,6 +154,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "planned_role": "its role in the topology, if it has another one now, else empty",
         "role_epoch": "counts the changes of its role",
         "tls": "of a cluster: its ports want certificates",
+        "slots": "connections of clients that outlive a proxy; 0: none",
     },
     Probe: {
         "ready": "readiness probe: `tcp:HOST:PORT`, `http://...`, `log:PATTERN`, or empty if ready at once",
@@ -194,9 +197,9 @@ _EVENT_NAMES = """\
 Events: `started`, `phase` (of a start), `ready`, `exited`, `failed`, `not_alive`, `blocked`, `draining`, `drained`,
 `drain_over`, `elastic` (a decision about roles), `role_changed`, `role_done`, `role_drain_over`, `stopped`, `adopted`,
 `asked`, `restarted_with`, `dashboard` (the live page opens, or cannot), `apply`, `apply_failed`, `service_ready`,
-`run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `note`. Of engines that register
-themselves: `node_added`, `node_answers`, `node_silent`, `node_leaving`, `node_removed`, `node_lost` (forgotten,
-because it did not answer)."""
+`run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `took_over` (a proxy goes on
+with the connections of another), `note`. Of engines that register themselves: `node_added`, `node_answers`,
+`node_silent`, `node_leaving`, `node_removed`, `node_lost` (forgotten, because it did not answer)."""
 _API = """\
 HTTP on the unix socket `control.sock` in the run directory, only for the service's user and root. In Python,
 `pdctl.control_api.ControlClient(run_dir)` has a method for each call."""
@@ -251,9 +254,9 @@ _CLUSTER = """\
 In a cluster, the supervisor of each node answers for all nodes, and NAME may be NODE/NAME. A node that does not answer
 within two seconds is `silent` in `nodes`, and its part is missing. Without a cluster, the calls of `/v1/cluster` are
 refused; in one, `/v1/apply` is. Agents make the calls for status, exits, events, keys, KV and processes to each other,
-over TCP with the cluster's secret as bearer token, and more: `/v1/cluster/changes` (what an order would change there),
-`/v1/cluster/spent` (what API keys used there), `/v1/cluster/clock`, `/v1/cluster/doctor` and `/v1/cluster/transfer` (a
-node's part of the doctor's calls)."""
+over TCP with the cluster's secret as bearer token, and further ones: `/v1/cluster/changes` says what an order would
+change there, `/v1/cluster/spent` what API keys used there, `/v1/cluster/clock` the time there; `/v1/cluster/doctor` and
+`/v1/cluster/transfer` are a node's part of the doctor's calls."""
 _REFUSED = f"""\
 VERB is one of {", ".join(f"`{verb}`" for verb in get_args(Verb))}. A refused call has status 409, and one with an
 invalid cursor status 400. Both have a [reply](#reply) with the reason."""
@@ -277,7 +280,9 @@ def text() -> str:
         _table(MeasuredStatus),
         f"These fields of a process are measurements, null if unknown: {_names(MeasuredProcess, ProcessStatus)}.",
         "Without a running service, the exit code is 1 and stdout is empty.",
-        *_sections(MeasuredProcess, StepLatency, StepPredictions, LastExit, Link, AttachedStatus, ApplyProgress),
+        *_sections(
+            MeasuredProcess, StepLatency, StepPredictions, LastExit, Takeover, Link, AttachedStatus, ApplyProgress
+        ),
         *_sections(ClusterNode, RegistryStatus),
         "## `pdctl status --keys --json`",
         "See [API keys](keys.md).",

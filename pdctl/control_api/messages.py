@@ -103,6 +103,20 @@ class RoleOrder(msgspec.Struct, frozen=True, kw_only=True):
     dry_run: Annotated[bool, says("only say whether it is possible")] = False
 
 
+class Takeover(msgspec.Struct, frozen=True, kw_only=True):
+    """Clients' connections that outlive a proxy, since the supervisor's start."""
+
+    slots: Annotated[int, says("connections that can, at once")]
+    kept: Annotated[int, says("connections that would, now")]
+    uncovered: Annotated[int, says("connections that found no slot")]
+    takeovers: Annotated[int, says("times that a proxy went on with the connections of another")]
+    connections: Annotated[int, says("connections that went on")]
+    resumed: Annotated[int, says("answers that went on in the middle")]
+    repeated: Annotated[int, says("requests that began again, because their clients had nothing of an answer yet")]
+    cut: Annotated[int, says("connections that could not go on")]
+    resent_bytes: Annotated[int, says("bytes that were sent for another proxy")]
+
+
 class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One process, without measurements."""
 
@@ -129,6 +143,7 @@ class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     planned_role: Annotated[str, says("its role in the topology, if it has another one now, else empty")] = ""
     leaving_role: Annotated[str, says("the role whose last work it still does after a change, else empty")] = ""
     node: Annotated[str, says("the node of a cluster on which it runs, else empty")] = ""
+    takeover: Annotated[Takeover | None, says("of a proxy whose clients' connections outlive it; else null")] = None
 
     @property
     def is_engine(self) -> bool:

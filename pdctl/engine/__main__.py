@@ -1,5 +1,5 @@
-"""`python -m pdctl.engine serve|core|prepare|probe|grammars ...`: the front, its core, model preparation, transfer
-timing, grammar compilation."""
+"""`python -m pdctl.engine serve|core|rank|prepare|probe|grammars ...`: the front, its core, a core's other ranks,
+model preparation, transfer timing, grammar compilation."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ def main() -> int:
         from pdctl.engine.front.main import main as serve
 
         return serve(parse(argv))
-    if verb == "core":
+    if verb in ("core", "rank"):
         # Objects created by these imports are long-lived. Without this, the garbage collector scans them repeatedly,
         # which takes a fifth of an engine's start time.
         gc.disable()
         import transformers.modeling_utils  # noqa: F401 - the slowest import; otherwise it would happen during loading
 
-        from pdctl.engine.core.main import main as core
+        if verb == "core":
+            from pdctl.engine.core.main import main as run
+        else:
+            from pdctl.engine.executor.rank import main as run
 
         gc.freeze()
         gc.enable()
-        return core(parse(argv))
+        return run(parse(argv))
     if verb == "prepare":
         from pdctl.engine.samples.prepare import main as prepare
 
@@ -40,7 +43,7 @@ def main() -> int:
         from pdctl.engine.model.grammar import main as grammars
 
         return grammars(argv)
-    sys.stderr.write("usage: python -m pdctl.engine serve|core|prepare|probe|grammars ...\n")
+    sys.stderr.write("usage: python -m pdctl.engine serve|core|rank|prepare|probe|grammars ...\n")
     return 2
 
 

@@ -41,6 +41,8 @@ class EngineOptions:
     enforce_eager: bool
     schedule_ahead: str
     speculative: str
+    tensor_parallel: int
+    rank_cpus: str
     transfer: str
     transfer_protocol: str
     transfer_devices: str
@@ -56,11 +58,22 @@ class EngineOptions:
     run_dir: Path
     epoch: str
     front_pid: int
+    rank: int
+    rank_fd: int
 
     @property
     def schedules_ahead(self) -> bool:
-        """Whether the next step is scheduled while one computes."""
-        return self.schedule_ahead == "true" or (self.schedule_ahead == "auto" and self.device == "cuda")
+        """Whether the next step is scheduled while one computes. Not over several devices: tokens would have to be
+        sent to the others first."""
+        is_single = self.tensor_parallel == 1
+        return self.schedule_ahead == "true" or (self.schedule_ahead == "auto" and self.device == "cuda" and is_single)
+
+    @property
+    def cpus_of_rank(self) -> set[int]:
+        """The CPUs of this rank; empty for those of the engine."""
+        if not self.rank_cpus:
+            return set()
+        return {int(number) for number in self.rank_cpus.split(";")[self.rank].split(",")}
 
     @property
     def port_range(self) -> tuple[int, int] | None:
@@ -131,6 +144,10 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--speculative", type=_speculative, default="", help='guess tokens: {"kind": "ngram", "tokens": 4}'
     )
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model, one process each")
+    parser.add_argument(
+        "--rank-cpus", default="", help="the CPUs of each of these processes: 0,1;2,3; default: the engine's"
+    )
     parser.add_argument("--transfer", default="auto")
     parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
     parser.add_argument(
@@ -152,6 +169,8 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--epoch", default="", help="set by the front for its core")
     parser.add_argument("--front-pid", type=int, default=0, help="set by the front for its core")
+    parser.add_argument("--rank", type=int, default=0, help="set by the core for its other ranks")
+    parser.add_argument("--rank-fd", type=int, default=-1, help="set by the core for its other ranks")
     found = vars(parser.parse_args(argv))
     found["served_model_name"] = found["served_model_name"] or Path(found["model"]).name
     return EngineOptions(**found)

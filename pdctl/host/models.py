@@ -79,6 +79,20 @@ def read_shape(directory: Path) -> ModelShape | None:
     return ModelShape(2 * 2 * layers * kv_heads * head_dim, size * 2 // item_bytes, positions)
 
 
+def cannot_split(directory: Path, ranks: int) -> str:
+    """Why so many devices cannot share the attention heads of a local model; "" if they can, or if it cannot be told
+    from its config.json."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        config = config.get("text_config") or config
+        heads = int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        unequal = heads % ranks or (kv_heads % ranks and ranks % kv_heads)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
+        return ""
+    return f"its {heads} attention heads and {kv_heads} KV heads cannot be shared by {ranks}" if unequal else ""
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Files with weights. Some repositories have the same weights twice: a single file comes first, then the files in
     the index, then any."""

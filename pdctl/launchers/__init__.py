@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 KINDS = {"ray": "pdctl.launchers.ray", "ssh": "pdctl.launchers.ssh"}
 # Longer than all deadlines inside. An end includes the streams that are drained.
-_START_S, _END_S = 180.0, 3600.0
+_START_S, _END_S = 300.0, 3600.0
 _LAST_LINES = 8
 
 

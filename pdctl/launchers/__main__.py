@@ -17,7 +17,7 @@ from pdctl.launchers.launcher import RUNNING, WAITING, Launcher, Standing
 from pdctl.launchers.messages import Request, Told
 
 # All agents must run after so long, seconds.
-_AGENTS_S = 90.0
+_AGENTS_S = 180.0
 _POLL_S = 0.1
 
 

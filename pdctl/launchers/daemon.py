@@ -28,11 +28,13 @@ class Daemon:
     notes: tuple[str, ...] = ()
 
 
-def start_daemon(argv: Sequence[str], env: Mapping[str, str], log: Path, group: str, killer: int = 0) -> Daemon:
-    """Start a command with its output at the end of `log`. `group`: the name of its control group. `killer`: a process
-    that kills its children: a note says so if it has become the parent, none should. Raises PdctlError.
+def start_daemon(
+    argv: Sequence[str], env: Mapping[str, str], log: Path, group: str, killers: Sequence[int] = ()
+) -> Daemon:
+    """Start a command with its output at the end of `log`. `group`: the name of its control group. `killers`:
+    processes that kill their children: a note says so if one of them has become the parent. Raises PdctlError.
     """
-    order = {"argv": list(argv), "env": dict(env), "log": str(log), "group": group, "killer": killer}
+    order = {"argv": list(argv), "env": dict(env), "log": str(log), "group": group, "killers": list(killers)}
     try:
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))

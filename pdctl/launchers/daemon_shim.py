@@ -19,7 +19,7 @@ def main() -> None:
     first = os.getpid()
     if os.fork():
         os._exit(0)
-    notes = [*_freed(first, order["killer"]), *_clean(), *_moved(order["group"])]
+    notes = [*_freed(first, order["killers"]), *_clean(), *_moved(order["group"])]
     os.write(1, json.dumps({"pid": os.getpid(), "notes": notes}).encode())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
@@ -32,15 +32,15 @@ def main() -> None:
         os._exit(127)
 
 
-def _freed(first: int, killer: int) -> list[str]:
+def _freed(first: int, killers: list[int]) -> list[str]:
     """Wait until this process has another parent than the first one."""
     deadline = time.monotonic() + _PARENT_S
     while (parent := os.getppid()) == first and time.monotonic() < deadline:
         time.sleep(0.001)
-    if parent != killer:
+    if parent not in killers:
         return []
     return [
-        "the raylet has adopted the agent and will kill it: start Ray without "
+        "Ray has adopted the agent and may kill it: start Ray without "
         "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper"
     ]
 

@@ -23,7 +23,7 @@ _SHORTEST_S, _LONGEST_S = 0.5, 30.0
 # A process that lived so long starts anew with the shortest pause.
 _STABLE_S = 60.0
 # From its start, a process holds its lock after so long, seconds.
-_LOCK_S = 60.0
+_LOCK_S = 120.0
 _LOOK_S = 0.05
 
 

@@ -80,7 +80,7 @@ def _start(launch: Launch, log: Path, host_process: int) -> Daemon:
     env = environment_of(
         _environment(host_process), os.environ, reserved_gpus(gpus, os.environ.get(_GPUS) if launch.gpus else None)
     )
-    started = start_daemon(argv, env, log, _group(launch.service), host_process)
+    started = start_daemon(argv, env, log, _group(launch.service), [host_process, os.getpid()])
     if launch.gpus <= len(gpus):
         return started
     note = f"{launch.gpus} GPUs are reserved, but pdctl finds {len(gpus)} there"

@@ -85,9 +85,9 @@ class Watcher:
 class _Node:
     """A node of Ray that lives. `id` changes whenever its raylet starts."""
 
-    id: str
     name: str
     address: str
+    id: str
     total: Mapping[str, float]
 
 
@@ -164,10 +164,8 @@ def _nodes() -> list[_Node]:
     # Of two raylets at one address, the one that is dead may not be known to be so yet.
     alive = {entry["NodeManagerAddress"]: entry for entry in ray.nodes() if entry["Alive"]}
     names = node_names([(entry["NodeManagerHostname"], address) for address, entry in alive.items()])
-    return [
-        _Node(entry["NodeID"], name, address, entry["Resources"])
-        for name, (address, entry) in zip(names, alive.items(), strict=True)
-    ]
+    found = sorted(zip(names, alive, strict=True))
+    return [_Node(name, at, alive[at]["NodeID"], alive[at]["Resources"]) for name, at in found]
 
 
 def _offers(nodes: Sequence[_Node]) -> list[Offer]:

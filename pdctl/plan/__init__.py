@@ -272,6 +272,7 @@ def _proxy(
         group="proxy",
         host=host.address,
         tls=bool(_certificates(topology)),
+        slots=topology.proxy.slots,
     )
 
 

@@ -44,7 +44,7 @@ class ProcessSpec:
     an engine exchanges KV. `files`: files that must exist before the start, content by path. `inline`: as a
     decode engine it also takes whole requests. `switches`: its role can change while it runs. `planned_role`: its role
     in the topology, if it has another one now; `role_epoch`: counts the changes. `tls`: its ports want certificates of
-    the cluster.
+    the cluster. `slots`: connections of clients that outlive a proxy.
     """
 
     name: str
@@ -72,6 +72,7 @@ class ProcessSpec:
     planned_role: str = ""
     role_epoch: int = 0
     tls: bool = False
+    slots: int = 0
 
     @property
     def is_engine(self) -> bool:

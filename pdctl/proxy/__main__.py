@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from pdctl.errors import PdctlError, first_of
 from pdctl.net import LOOPBACK
 from pdctl.net.identity import own_identity
 from pdctl.net.identity.peers import NodesOnly
+from pdctl.net.keeping import LEAVE_SIGNAL
 from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp, wants_certificates
 from pdctl.net.tracing import Spans
 from pdctl.proxy.client.connections import BoundedProtocol, reap_forever
@@ -47,6 +49,8 @@ from pdctl.proxy.surface.figures import FiguresSurface
 from pdctl.proxy.surface.internal import Internal
 from pdctl.proxy.surface.reload import Reloader, admission_of
 from pdctl.proxy.surface.return_listener import giving_back
+from pdctl.proxy.takeover.covers import covers_of_environment
+from pdctl.proxy.takeover.server import CoveringServer
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.metrics import SAVE_S, Metrics
 from pdctl.proxy.telemetry.spans import Tracing
@@ -101,9 +105,14 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         completions = _completions(config, arguments.worker, node)
         shared = completions.shared
         app = _app(config, completions, arguments.config)
-        server = Server(_uvicorn(config, app))
+        covers = covers_of_environment()
+        server = Server(_uvicorn(config, app)) if covers is None else CoveringServer(_uvicorn(config, app), covers)
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, _stop, server)
+        if isinstance(server, CoveringServer):
+            shared.metrics.covers = server.covers.counts
+            leave = partial(_leave, server, completions, config.drain_s)
+            loop.add_signal_handler(LEAVE_SIGNAL, lambda: tasks.create_task(leave()))
         tasks.create_task(shared.pool.watch_forever())
         tasks.create_task(shared.releases.run_forever())
         tasks.create_task(shared.unfinished.run_forever())
@@ -236,6 +245,16 @@ async def _keep_house(completions: Completions) -> None:
         await asyncio.sleep(SAVE_S)
         completions.shared.metrics.save()
         completions.keys.reload()
+
+
+async def _leave(server: CoveringServer, completions: Completions, drain_s: float) -> None:
+    """End, and leave all connections to the next proxy."""
+    await server.leave(drain_s)
+    completions.shared.metrics.save()
+    completions.log.flush()
+    completions.tracing.close()
+    # Nothing may end the connections on the way out.
+    os._exit(0)
 
 
 def _stop(server: uvicorn.Server) -> None:

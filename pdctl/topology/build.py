@@ -118,6 +118,8 @@ def _proxy(values: Table, source: str | None, keys: tuple[ApiKey, ...]) -> Proxy
         node_keys=absolute(values["node_keys"], source),
         node_away_s=float(values["node_away_s"]),
         nodes=tuple(values["nodes"]),
+        takeover=values["takeover"],
+        takeover_slots=values["takeover_slots"],
         keys=keys,
     )
 

@@ -85,6 +85,8 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "accept_nodes": Meaning(f"{_NODES}; then no `[[engines]]` is needed"),
         "node_keys": Meaning("file with the keys with which they do", "none"),
         "node_away_s": Meaning("such an engine is forgotten when it has not answered for so many seconds"),
+        "takeover": Meaning("[clients' connections outlive the proxy](../takeover.md)"),
+        "takeover_slots": Meaning("connections of each proxy process that do; others are served, but end with it"),
     },
     "keys": {
         "name": Meaning("name of a key in the file of `proxy.api_keys`; `*`: every key without an entry of its own"),
@@ -243,9 +245,12 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "`PDCTL_PYTHON`, else pdctl's own; [the binary](../install.md) has none",
         ),
         "args": Meaning("added to the engine's command line", "none"),
-        "tensor_parallel": Meaning("one engine uses as many GPUs as the product of its three parallel sizes"),
-        "pipeline_parallel": Meaning("see `tensor_parallel`"),
-        "data_parallel": Meaning("see `tensor_parallel`"),
+        "tensor_parallel": Meaning(
+            "one engine uses as many GPUs as the product of its three parallel sizes. `builtin`: as many "
+            "[processes on CPUs](../engines/parallel.md)"
+        ),
+        "pipeline_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
+        "data_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
         "dtype": Meaning(
             "number type. `builtin`, `auto`: bfloat16 on GPUs, and on CPUs with AVX512_BF16 or AMX where "
             "answers stay equal; "

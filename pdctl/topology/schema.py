@@ -88,6 +88,8 @@ TABLES: dict[str, dict[str, Key]] = {
         "accept_nodes": Key(boolean(), False),
         "node_keys": Key(text()),
         "node_away_s": Key(number(0, 86400), 90.0),
+        "takeover": Key(boolean(), False),
+        "takeover_slots": Key(integer(1, 65536), 512),
     },
     "slo": {"ttft_ms": Key(number(0), 2000.0), "tpot_ms": Key(number(0), 200.0)},
     "elastic": {

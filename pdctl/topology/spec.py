@@ -64,7 +64,8 @@ class Proxy:
     targets. `unknown_fields`: "warn" drops request fields that no engine knows and reports them, "refuse" answers 400.
     `accept_nodes`: LMDeploy's engines may register themselves, with one of the keys in `node_keys`; those that have not
     answered for `node_away_s` seconds are forgotten. `nodes`: of a cluster, those with a proxy;
-    empty: all. `keys`: the settings of keys in `api_keys`.
+    empty: all. `takeover`: clients' connections outlive the proxy, `takeover_slots` of each proxy process. `keys`: the
+    settings of keys in `api_keys`.
     """
 
     host: str
@@ -86,7 +87,15 @@ class Proxy:
     node_keys: str = ""
     node_away_s: float = 90.0
     nodes: tuple[str, ...] = ()
+    takeover: bool = False
+    takeover_slots: int = 512
     keys: tuple[ApiKey, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Connections of each proxy process that outlive it. TLS ends in the proxy, and what is written for pages of
+        other origins passes a middleware: these are not covered."""
+        return 0 if self.tls_cert or self.cors_origins or not self.takeover else self.takeover_slots
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
             who = made_node(ca, folder / node, node, host)
             engines.append(started(name, host, f"{node}~4fa-1", who, tiny_model))
         tls = {node: identity_in(str(folder / node)).client_context for node in ("a", "b")}
-        made = Service(*engines, tls, folder)
+        prefill, decode = engines
+        made = Service(prefill, decode, tls, folder)
         for engine in engines:
             wait_until(lambda engine=engine: is_ready(made, engine), what=f"{engine.name} to be ready")
         yield made

@@ -15,9 +15,12 @@ from typing import Any
 import httpx
 import msgspec
 
+from pdctl.commands.cluster.authority import Authority
 from pdctl.control_api import ControlClient, MeasuredStatus
 from pdctl.errors import NotAnswering, NotRunning
+from pdctl.net.identity import ContextFactory, identity_in
 from pdctl.supervisor.cluster.entries import READY, EngineEntry, Keys
+from tests.certificates import made_ca, made_node
 from tests.hosts.lab import Lab, Program, lab
 from tests.hosts.members import Member, client_url, members
 from tests.hosts.node import Node
@@ -27,12 +30,16 @@ _INJECT = Path(__file__).parents[1] / "chaos" / "inject"
 SERVICE = "t"
 PROXY_PORT = 8000
 SECRET = "0123456789abcdef-lab"
+# Of each node, if it has certificates: their folder.
+CERTIFICATES = "certificates"
 # Quick, so that tests of what follows from silence are short. Seconds.
 TTL_S, NODE_LOST_S = 4, 15
 LEASE_S = 5
 
 
-def topology(lab: Lab, etcd: tuple[str, ...], engines: str = "", more: str = "") -> str:
+def topology(
+    lab: Lab, etcd: tuple[str, ...], engines: str = "", more: str = "", certificates: bool = False
+) -> str:
     """By default a prefill and a decode engine on each of two nodes, and a proxy on every node."""
     urls = ", ".join(f'"{client_url(lab[name])}"' for name in etcd)
     return f"""
@@ -49,6 +56,7 @@ interface = "eth0"
 secret_file = "secret"
 ttl_s = {TTL_S}
 node_lost_s = {NODE_LOST_S}
+{f'certificates = "{CERTIFICATES}"' if certificates else ""}
 [transfer]
 lease_s = {LEASE_S}
 [supervisor]
@@ -99,6 +107,7 @@ class Cluster:
         self.keys = Keys(SERVICE)
         self.chaos = lab.folder / "chaos"
         self.chaos.mkdir()
+        self.tls: ContextFactory | None = None
 
     # -- agents --------------------------------------------------------------------------------------------
 
@@ -108,6 +117,14 @@ class Cluster:
             node.write(text)
             secret = node.write(SECRET, "secret")
             secret.chmod(0o600)
+
+    def certify(self) -> None:
+        """Give every node a certificate, and a new one if it has one. Tests call as one more node."""
+        folder = self.lab.folder / "ca"
+        ca = Authority.read(folder) if folder.exists() else made_ca(folder, SERVICE)
+        for name, node in self.nodes.items():
+            made_node(ca, node.folder / CERTIFICATES, name, node.host.address)
+        self.tls = identity_in(str(made_node(ca, self.lab.folder / "observer", "observer", "127.0.0.1"))).client_context
 
     def start_agent(self, name: str) -> None:
         """Start a node's agent, and wait until it answers."""
@@ -191,7 +208,9 @@ class Cluster:
 
     def get(self, host: str, port: int, path: str, timeout: float = 5.0) -> httpx.Response:
         """What one process answers. Raises httpx.TransportError."""
-        return self.lab.ask(_get, f"http://{host}:{port}{path}", timeout)
+        # Clients of a proxy have no certificates.
+        tls = self.tls if port != PROXY_PORT else None
+        return self.lab.ask(get, f"{'https' if tls else 'http'}://{host}:{port}{path}", timeout, tls)
 
     def state(self, entry: EngineEntry) -> dict[str, Any] | None:
         """An engine's state; None if it does not answer."""
@@ -247,16 +266,19 @@ class Cluster:
 
 
 @contextmanager
-def cluster(*names: str, engines: str = "") -> Iterator[Cluster]:
+def cluster(*names: str, engines: str = "", certificates: bool = False) -> Iterator[Cluster]:
     """Hosts of these names with an etcd member and an agent on each."""
     with lab(*names) as hosts, members(hosts, *names) as etcd:
         made = Cluster(hosts, etcd, names)
-        made.configure(topology(hosts, names, engines))
+        made.configure(topology(hosts, names, engines, certificates=certificates))
+        if certificates:
+            made.certify()
         for name in names:
             made.start_agent(name)
         yield made
 
 
-def _get(url: str, timeout: float) -> httpx.Response:
-    with httpx.Client(trust_env=False, timeout=timeout) as http:
+def get(url: str, timeout: float, tls: ContextFactory | None = None) -> httpx.Response:
+    """What a process answers to whoever has the secret. Raises httpx.TransportError."""
+    with httpx.Client(trust_env=False, timeout=timeout, verify=tls() if tls is not None else False) as http:
         return http.get(url, headers={"authorization": f"Bearer {SECRET}"})

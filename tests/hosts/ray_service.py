@@ -199,7 +199,7 @@ ttl_s = 2
                 found.update(self.look())
             return bool(found) and is_so(found)
 
-        wait_until(looked, 90, what)
+        wait_until(looked, 300, what)
         return found
 
     def watched(self, pids: Mapping[str, int]) -> dict[str, Any]:
@@ -249,7 +249,7 @@ ttl_s = 2
         def enough() -> bool:
             return sum(one.began > began for one in list(streams.outcomes)) >= _ANSWERS
 
-        wait_until(enough, 120, f"answers; before: {streams.counts()}")
+        wait_until(enough, 240, f"answers; before: {streams.counts()}")
 
 
 def _topology(service: str, cluster: str, proxy: str, engines: str, replicas: int = 2) -> str:

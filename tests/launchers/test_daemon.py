@@ -40,7 +40,7 @@ signal.signal(signal.SIGHUP, signal.SIG_IGN)
 Path("/proc/self/oom_score_adj").write_text("1000")
 os.set_inheritable(os.open("/dev/null", os.O_RDONLY), True)
 argv = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
-started = start_daemon(argv, {"A": "1"}, Path(sys.argv[3]), "pdctl.test", os.getpid())
+started = start_daemon(argv, {"A": "1"}, Path(sys.argv[3]), "pdctl.test", [os.getpid()])
 print(started.pid, os.getpid(), *started.notes, sep="\\n")
 """
 

@@ -186,10 +186,45 @@ def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_builtin_engines_refuse_the_settings_of_others() -> None:
-    text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\ntensor_parallel = 2\n'
+    text = '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\nquantization = "fp8"\n'
     [(line, key, message)] = problems(text)
-    assert (line, key) == (6, "engines[0].tensor_parallel")
-    assert message == "tensor_parallel has no effect on engines of kind 'builtin'"
+    assert (line, key) == (6, "engines[0].quantization")
+    assert message == "quantization has no effect on engines of kind 'builtin'"
+
+
+def shared(settings: str, model: str = "sample:tiny-qwen3") -> str:
+    return f'[service]\nmodel = "{model}"\n[[engines]]\nname = "e"\nrole = "hybrid"\n{settings}\n'
+
+
+def test_builtin_engines_share_a_model_between_processes() -> None:
+    argv = planned(shared("tensor_parallel = 2\ncpus = [1, 2, 3, 4]"))["e-0"].argv
+    assert argv[argv.index("--tensor-parallel") + 1] == "2"
+    assert argv[argv.index("--rank-cpus") + 1] == "1,2;3,4"
+    loose = planned(shared("tensor_parallel = 2"))["e-0"].argv
+    assert "--rank-cpus" not in loose, "CPUs that all processes use are not shared out"
+    odd = planned(shared("tensor_parallel = 2\ncpus = [1, 2, 3]"))["e-0"].argv
+    assert "--rank-cpus" not in odd
+    assert "--tensor-parallel" not in planned(shared("cpus = [1, 2]"))["e-0"].argv
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "said"),
+    [
+        ('device = "cuda"\ntensor_parallel = 2', "tensor_parallel", "on CPUs only, not yet between GPUs"),
+        ("schedule_ahead = true\ntensor_parallel = 2", "schedule_ahead", "cannot be scheduled ahead"),
+    ],
+)
+def test_what_builtin_engines_cannot_share_is_refused(settings: str, key: str, said: str) -> None:
+    found = problems(shared(settings), machine())
+    assert any(at == f"engines[0].{key}" and said in text for _, at, text in found), found
+
+
+def test_a_model_whose_heads_cannot_be_shared_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 8, "num_key_value_heads": 2}')
+    [(_, key, message)] = problems(shared("tensor_parallel = 3", str(tmp_path)))
+    assert key == "engines[0].tensor_parallel"
+    assert message.endswith("its 8 attention heads and 2 KV heads cannot be shared by 3")
+    load_text(shared("tensor_parallel = 4", str(tmp_path)), "x.toml", machine())
 
 
 def test_builtin_engines_of_a_pair_have_one_dtype() -> None:

@@ -27,7 +27,7 @@ class BuiltinLauncher(BaseLauncher):
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
             "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
-            "schedule_ahead", "gpu_memory_utilization", "speculative", "python",
+            "schedule_ahead", "gpu_memory_utilization", "speculative", "python", "tensor_parallel",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -54,6 +54,7 @@ class BuiltinLauncher(BaseLauncher):
         if group.schedule_ahead == "true" and group.speculative:
             message = "guesses need the newest tokens, so no step is scheduled ahead with them"
             yield Fault("schedule_ahead", message, "remove schedule_ahead, or speculative")
+        yield from _parallel_faults(group)
         # The engine checks it again, with whole blocks.
         fewest = SEGMENT_TOKENS + group.max_num_seqs
         if group.deterministic and group.max_num_batched_tokens < fewest:
@@ -90,6 +91,7 @@ class BuiltinLauncher(BaseLauncher):
             "--enforce-eager", str(group.enforce_eager).lower(),
             *(("--schedule-ahead", group.schedule_ahead) if group.schedule_ahead != "auto" else ()),
             *(("--speculative", format_speculative(group.speculative)) if group.speculative else ()),
+            *_parallel_argv(assignment),
             *_transfer_argv(topology.transfer, assignment.rdma),
             "--tool-parser", topology.service.tool_parser,
             "--reasoning-parser", topology.service.reasoning_parser,
@@ -119,6 +121,30 @@ def _events_argv(group: EngineGroup, ports: Mapping[str, int]) -> tuple[str, ...
         "--kv-events-port", str(ports["kv-events"]),
         "--kv-replay-port", str(ports["kv-replay"]),
     )  # fmt: skip
+
+
+def _parallel_faults(group: EngineGroup) -> Iterator[Fault]:
+    if group.tensor_parallel == 1:
+        return
+    if group.device is Device.CUDA:
+        message = "engines of kind 'builtin' share a model between processes on CPUs only, not yet between GPUs"
+        yield Fault("tensor_parallel", message, "remove tensor_parallel, or use an engine of another kind")
+    if group.schedule_ahead == "true":
+        message = "a step cannot be scheduled ahead over several devices"
+        yield Fault("schedule_ahead", message, "remove schedule_ahead, or tensor_parallel")
+
+
+def _parallel_argv(assignment: Assignment) -> tuple[str, ...]:
+    """How many processes share the model, and the CPUs of each: an equal share of the group's own, if it has any."""
+    count = assignment.group.tensor_parallel
+    if count == 1:
+        return ()
+    each, rest = divmod(len(assignment.cpus), count)
+    if not assignment.group.cpus or rest or not each:
+        return "--tensor-parallel", str(count)
+    shares = [assignment.cpus[rank * each : (rank + 1) * each] for rank in range(count)]
+    words = ";".join(",".join(map(str, share)) for share in shares)
+    return "--tensor-parallel", str(count), "--rank-cpus", words
 
 
 def _kv_argv(group: EngineGroup) -> tuple[str, ...]:

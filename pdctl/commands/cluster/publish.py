@@ -204,7 +204,7 @@ class _Waiting:
         while True:
             status = control(self._service).status(measurements=False)
             self._show(status)
-            if self._is_ready(status) and self._runs_it() and self._is_ready(status := self._status()):
+            if self._is_ready(status) and self._runs_it(status) and self._is_ready(status := self._status()):
                 self._end(status)
                 return status
             self._check(status)
@@ -230,9 +230,11 @@ class _Waiting:
         bare = process.name.removeprefix(f"{process.node}/")
         return f"{process.node}/{bare}" in self._changed
 
-    def _runs_it(self) -> bool:
-        """Whether no node has anything to change any more. One that does not answer is not waited for."""
-        return all(_is_empty(one) for one in _ask(self._service, self._text, self._source).nodes)
+    def _runs_it(self, status: ServiceStatus) -> bool:
+        """Whether no node has anything to change any more. One that is silent is not waited for."""
+        silent = {node.name for node in status.nodes if node.state == "silent"}
+        nodes = _ask(self._service, self._text, self._source).nodes
+        return all(_is_empty(one) and (not one.unknown or one.node in silent) for one in nodes)
 
     def _show(self, status: ServiceStatus) -> None:
         line = "  ".join(_where(process) for process in status.processes if process.state != "ready")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from pdctl.transports import TRANSPORTS
 ANY_ADDRESS = ("0.0.0.0", "::")
 _OLDEST, _NEWEST = (3, 4), (3, 7)
 _ANSWER_S = 2.0
+# Of a certificate's life, what may be left before somebody should have renewed it.
+_RENEWED_BY = 0.25
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -50,26 +53,16 @@ def ask_etcd(url: str) -> tuple[str, str]:
         return "", str(failure) or type(failure).__name__
 
 
-def fault_of(folder: str) -> str:
-    """Why this machine's certificate cannot be used, or ""."""
-    try:
-        identity_in(folder)
-    except PdctlError as failure:
-        return failure.message
-    return ""
-
-
 @dataclass(frozen=True, slots=True)
 class ClusterFacts:
     """Facts for these checks. `listeners`: of the service's processes on this machine; `ours`: the ports that pdctl
-    opens itself, with their purpose: others are opened by libraries. Tests replace `etcd` and `fault_of`."""
+    opens itself, with their purpose: others are opened by libraries. Tests replace `etcd`."""
 
     topology: Topology
     cluster: Cluster
     listeners: tuple[Listener, ...] = ()
     ours: dict[int, str] = field(default_factory=dict, hash=False)
     etcd: Callable[[str], tuple[str, str]] = ask_etcd
-    fault_of: Callable[[str], str] = fault_of
 
 
 def check(facts: ClusterFacts) -> list[Finding]:
@@ -120,15 +113,8 @@ def plain_kv(facts: ClusterFacts) -> Iterator[Finding]:
 
 
 def certificates(facts: ClusterFacts) -> Iterator[Finding]:
-    """Prompts and the secret in the clear between nodes; a certificate that cannot be used."""
-    if folder := facts.cluster.certificates:
-        if why := facts.fault_of(folder):
-            yield Finding(
-                "cluster.certificates", Severity.CRITICAL, "cluster.certificates", why, "this node's certificate",
-                folder, "no process of this node can reach another node",
-                "pdctl cluster certify, or pdctl cluster join",
-            )  # fmt: skip
-    else:
+    """Prompts and the secret in the clear between nodes."""
+    if not facts.cluster.certificates:
         yield Finding(
             "cluster.certificates", Severity.WARNING, "cluster.certificates", "not set", "a certificate for each node",
             "the topology", "prompts, answers and the service's secret cross the network as they are",
@@ -140,6 +126,35 @@ def certificates(facts: ClusterFacts) -> Iterator[Finding]:
             "cluster.certificates", Severity.WARNING, "cluster.etcd", f"{plain[0]} is not https", "https://",
             "the topology", "the password of cluster.etcd_user crosses the network as it is", "give etcd a certificate",
         )  # fmt: skip
+
+
+def own_certificate(facts: ClusterFacts) -> Iterator[Finding]:
+    """This node's certificate: whether it can be used, and whether somebody renews it."""
+    if not (folder := facts.cluster.certificates):
+        return
+    try:
+        found = identity_in(folder)
+    except PdctlError as failure:
+        yield Finding(
+            "cluster.certificate", Severity.CRITICAL, "cluster.certificates", str(failure), "a usable one",
+            folder, "the agent cannot start, or others refuse its processes soon", failure.hint or "",
+        )  # fmt: skip
+        return
+    service, left_s = facts.topology.service.name, found.ends - time.time()
+    if found.who.service != service:
+        yield Finding(
+            "cluster.certificate", Severity.CRITICAL, "cluster.certificates", f"it is of service {found.who.service}",
+            service, folder, "the agent cannot start", "pdctl cluster join, or certify",
+        )  # fmt: skip
+    elif left_s < _RENEWED_BY * (found.ends - found.begins):
+        yield Finding(
+            "cluster.certificate", Severity.WARNING, f"node {found.who.node}", f"it ends in {left_s / 86400:.1f} days",
+            "renewed when half of its life is over", folder, "then all other nodes refuse this one",
+            "a timer for: pdctl cluster renew",
+        )  # fmt: skip
+    else:
+        until = time.strftime("%Y-%m-%d", time.gmtime(found.ends))
+        yield Finding("cluster.certificate", Severity.OK, f"node {found.who.node}", f"certified until {until}")
 
 
 def secret(facts: ClusterFacts) -> Iterator[Finding]:
@@ -197,5 +212,5 @@ def _number(version: str) -> tuple[int, int] | None:
 
 
 CHECKS: tuple[Callable[[ClusterFacts], Iterator[Finding]], ...] = (
-    wildcards, plain_kv, certificates, secret, registry,
+    wildcards, plain_kv, certificates, own_certificate, secret, registry,
 )  # fmt: skip

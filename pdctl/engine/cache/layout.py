@@ -66,14 +66,11 @@ def spans(source: Half, target: Half, first: int, count: int) -> list[Span]:
     """
     if reason := mismatch(target.manifest, source.manifest):
         raise ValueError(reason)
-    for where, half in (("the peer's", source), ("our", target)):
-        if any(not 0 <= block < half.num_blocks for block in half.block_ids):
-            raise ValueError(f"a block lies outside {where} pool of {half.num_blocks}")
-        if first < 0 or count < 0 or first + count > len(half.block_ids) * half.manifest.block_size:
-            raise ValueError(f"tokens {first} to {first + count} need more than {len(half.block_ids)} blocks")
+    check(source, "the peer's", first, count)
+    check(target, "our", first, count)
     runs = _runs(source, target, first, count)
     found = []
-    for (source_start, source_size), (target_start, target_size) in zip(_rows(source), _rows(target), strict=True):
+    for (source_start, source_size), (target_start, target_size) in zip(rows(source), rows(target), strict=True):
         assert source_size == target_size
         found += [
             Span(source_start + from_ * source_size, target_start + to * source_size, tokens * source_size)
@@ -82,7 +79,21 @@ def spans(source: Half, target: Half, first: int, count: int) -> list[Span]:
     return found
 
 
-def _rows(half: Half) -> list[tuple[int, int]]:
+def check(half: Half, where: str, first: int, count: int) -> None:
+    """Raise ValueError for block ids outside the pool, or too few blocks for tokens `first` to `first + count`."""
+    if any(not 0 <= block < half.num_blocks for block in half.block_ids):
+        raise ValueError(f"a block lies outside {where} pool of {half.num_blocks}")
+    if first < 0 or count < 0 or first + count > len(half.block_ids) * half.manifest.block_size:
+        raise ValueError(f"tokens {first} to {first + count} need more than {len(half.block_ids)} blocks")
+
+
+def slot(half: Half, token: int) -> tuple[int, int]:
+    """A token's slot in the pool, and the number of tokens from there to the end of its block."""
+    block, offset = divmod(token, half.manifest.block_size)
+    return half.block_ids[block] * half.manifest.block_size + offset, half.manifest.block_size - offset
+
+
+def rows(half: Half) -> list[tuple[int, int]]:
     """(offset of the plane, bytes per token) for K and V of each layer."""
     size = half.manifest.block_size
     return [(start, per_block // size) for start, per_block in plane_offsets(half.manifest, half.num_blocks)]
@@ -93,8 +104,8 @@ def _runs(source: Half, target: Half, first: int, count: int) -> list[tuple[int,
     runs: list[tuple[int, int, int]] = []
     token, end = first, first + count
     while token < end:
-        from_, source_left = _slot(source, token)
-        to, target_left = _slot(target, token)
+        from_, source_left = slot(source, token)
+        to, target_left = slot(target, token)
         tokens = min(source_left, target_left, end - token)
         if runs and from_ == runs[-1][0] + runs[-1][2] and to == runs[-1][1] + runs[-1][2]:
             runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + tokens)
@@ -102,9 +113,3 @@ def _runs(source: Half, target: Half, first: int, count: int) -> list[tuple[int,
             runs.append((from_, to, tokens))
         token += tokens
     return runs
-
-
-def _slot(half: Half, token: int) -> tuple[int, int]:
-    """A token's slot in the pool, and the number of tokens from there to the end of its block."""
-    block, offset = divmod(token, half.manifest.block_size)
-    return half.block_ids[block] * half.manifest.block_size + offset, half.manifest.block_size - offset

@@ -35,13 +35,16 @@ class DeviceMemory:
 
 
 class Memory:
-    """`num_bytes` of zeroed shared memory with its pages populated. The descriptor is open as long as this object."""
+    """`num_bytes` of zeroed shared memory with its pages populated. The descriptor is open as long as this object.
+    `fd`: that of such memory of another process, which is used instead of a new one. `populated`: False if the other
+    process populates it, nearer to where it computes."""
 
-    def __init__(self, num_bytes: int, epoch: str) -> None:
+    def __init__(self, num_bytes: int, epoch: str, fd: int | None = None, populated: bool = True) -> None:
         self.num_bytes = num_bytes
-        self.fd = os.memfd_create(LABEL + epoch)
+        self.fd = os.memfd_create(LABEL + epoch) if fd is None else fd
         try:
-            os.ftruncate(self.fd, num_bytes)
+            if fd is None:
+                os.ftruncate(self.fd, num_bytes)
             mapped = mmap.mmap(self.fd, num_bytes)
         except (OSError, ValueError) as failure:
             os.close(self.fd)
@@ -50,7 +53,8 @@ class Memory:
         self.bytes: Bytes = np.frombuffer(mapped, dtype=np.uint8)
         self.base = int(self.bytes.ctypes.data)
         self.close = weakref.finalize(self, os.close, self.fd)
-        self._populate()
+        if populated:
+            self._populate()
 
     def _populate(self) -> None:
         """Populate the pages now: zeroing them during the first transfers would triple the transfer time."""

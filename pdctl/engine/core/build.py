@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 
 from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
-from pdctl.engine.cache.layout import block_bytes
+from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.cache.shards import Shard
 from pdctl.engine.core.inbox import Inbox
 from pdctl.engine.core.latency_file import LatencyFile
 from pdctl.engine.core.loop import Core, CoreEvent, Settled, report
 from pdctl.engine.core.outbox import Outbox
-from pdctl.engine.core.transports import open_transports
+from pdctl.engine.core.transports import open_staging, open_transports
 from pdctl.engine.core.warm_up import measured
+from pdctl.engine.executor.ranks import RanksExecutor
 from pdctl.engine.executor.single import SingleExecutor
-from pdctl.engine.handover.puller import PoolShape, Puller
+from pdctl.engine.handover.puller import OurSide, Puller
+from pdctl.engine.handover.reading import OurShard, ShardReader, whole_block_bytes
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.model.loading import LoadedModel, ModelRefused
 from pdctl.engine.options import EngineOptions
@@ -27,18 +31,20 @@ from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.host.boot import host_id
 from pdctl.host.users import cache_root
 from pdctl.speculative import parse_speculative
-from pdctl.wire import SECRET_ENV, PoolEndpoint, Served
+from pdctl.wire import SECRET_ENV, KvEndpoint, PoolEndpoint, Served
 
 
-def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
-    """Build everything that may fail. Raises ModelRefused, NoMemory, TransferError, torch.OutOfMemoryError."""
-    executor = SingleExecutor.load(options)
-    transports = open_transports(options, executor.pool)
+def build(options: EngineOptions, outbox: Outbox, lost: Callable[[str, bool], None]) -> tuple[Core, Ready]:
+    """Build everything that may fail. `lost`: see RanksExecutor. Raises ModelRefused, NoMemory, TransferError,
+    RankLost, torch.OutOfMemoryError."""
+    executor = SingleExecutor.load(options) if options.tensor_parallel == 1 else RanksExecutor.load_ranks(options, lost)
+    ours = [_shard(options, shard, pool) for shard, pool in zip(executor.shards, executor.pools, strict=True)]
     manifest, num_blocks = executor.manifest, executor.num_blocks
     limits = _limits(options, executor.loaded, num_blocks)
     inbox: Inbox[CoreEvent] = Inbox()
-    ours = PoolShape(manifest, executor.pool_blocks, host_id(), options.transfer, options.read_s)
-    puller = Puller(ours, transports, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
+    side = OurSide(manifest, host_id(), options.transfer, options.read_s)
+    reader = ShardReader(ours, partial(open_staging, options))
+    puller = Puller(side, reader, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
     journal = KvJournal(options.kv_events == "tokens") if options.kv_events != "off" else None
     allocator = BlockAllocator(num_blocks, executor.poison, journal.removed if journal else None)
     names = prefix.root(manifest, os.environ.get(SECRET_ENV, "")) if options.prefix_caching else None
@@ -48,18 +54,28 @@ def build(options: EngineOptions, outbox: Outbox) -> tuple[Core, Ready]:
     scheduler = Scheduler(limits, allocator, latency, time.monotonic, names, journal, guesses)
     ahead = options.schedules_ahead
     core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save, ahead)
-    served = [Served(t.name, t.address, t.protocol, t.fallback) for t in transports.values() if t.address]
     ready = Ready(
-        endpoint=PoolEndpoint(ours.host_id, served, executor.pool_blocks, manifest),
+        endpoint=KvEndpoint(tuple(_served(side.host_id, one) for one in ours)),
         num_blocks=num_blocks,
         block_size=options.block_size,
-        block_bytes=block_bytes(manifest),
+        block_bytes=whole_block_bytes(manifest, executor.shards),
         max_model_len=limits.max_model_len,
         vocab_size=executor.loaded.vocab_size,
         attention=executor.attention,
         graphs=executor.graphs,
     )
     return core, ready
+
+
+def _shard(options: EngineOptions, shard: Shard, pool: KvPool) -> OurShard:
+    transports = open_transports(options, pool)
+    # Opening them may have made the memory.
+    return OurShard(shard, pool.memory, transports)
+
+
+def _served(host_id: str, ours: OurShard) -> PoolEndpoint:
+    served = [Served(t.name, t.address, t.protocol, t.fallback) for t in ours.transports.values() if t.address]
+    return PoolEndpoint(host_id, served, ours.shard.num_blocks, ours.shard.manifest, ours.shard.part)
 
 
 def _measured(executor: SingleExecutor, limits: Limits, num_blocks: int) -> LatencyModel:

@@ -6,10 +6,13 @@ import logging
 from typing import Protocol
 
 from pdctl.engine.cache.memory import DeviceMemory, Memory
+from pdctl.engine.handover.reading import Staging
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.transfer import DeviceMemoryRefused, Settings, TransferError, Transport, transport_kind
 from pdctl.net import is_loopback, reachable
 from pdctl.transports import FAR, TRANSPORTS
+
+_STAGING_BYTES = 32 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -31,19 +34,30 @@ def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Transport]:
     """Open the configured transport. `auto`: for peers on this host `cuda_ipc` on GPUs, and else `shm`; if peers on
     other hosts reach this engine, also the first that works of those that cross hosts. Raises TransferError, NoMemory.
     """
-    settings = Settings(
-        epoch=options.epoch,
-        host=reachable(options.host),
-        protocol=options.transfer_protocol,
-        devices=tuple(filter(None, options.transfer_devices.split(","))),
-        ports=options.port_range,
-    )
+    settings = _settings(options)
     if options.transfer == "auto":
         opened = [_nearest(options, pool, settings)]
         if not is_loopback(settings.host):
             opened += _across_hosts(options, pool, settings)
         return {transport.name: transport for transport in opened}
     return {options.transfer: _open(options.transfer, options, pool, settings)}
+
+
+def open_staging(options: EngineOptions, name: str) -> Staging:
+    """A staging area, for a peer whose devices share the KV heads in another way. Raises TransferError, NoMemory."""
+    memory = Memory(_STAGING_BYTES, options.epoch)
+    return Staging(memory, transport_kind(name).open_transport(memory, _settings(options, serving=False)))
+
+
+def _settings(options: EngineOptions, serving: bool = True) -> Settings:
+    return Settings(
+        epoch=options.epoch,
+        host=reachable(options.host),
+        protocol=options.transfer_protocol,
+        devices=tuple(filter(None, options.transfer_devices.split(","))),
+        ports=options.port_range,
+        serving=serving,
+    )
 
 
 def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Transport:

@@ -13,6 +13,7 @@ from pdctl.engine.cache import prefix
 from pdctl.engine.cache.kv_pool import DTYPES, KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.shards import Shard
 from pdctl.engine.executor import Computed, Launched
 from pdctl.engine.executor.gpu_memory import kv_bytes, largest_step, measured
 from pdctl.engine.executor.launches import Launches, Step
@@ -22,6 +23,7 @@ from pdctl.engine.model.attention.choice import AttentionRefused, Chosen, choose
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.model.graphs import CudaRecorder, GraphsRefused
 from pdctl.engine.model.loading import LoadedModel, ModelRefused, load_model
+from pdctl.engine.model.parallel import Group
 from pdctl.engine.model.precision import choose_dtype
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.options import EngineOptions
@@ -63,6 +65,8 @@ class SingleExecutor:
         self.grammars = runner.grammars
         self.num_blocks = num_blocks
         self.pool_blocks = runner.pool.num_blocks
+        self.pools = [runner.pool]
+        self.shards = [Shard(manifest, runner.pool.num_blocks, loaded.part)]
         self.graphs = graphs
         self.poison: Callable[[list[int]], None] | None = runner.pool.poison if runner.poisoned else None
         self._runner = runner
@@ -73,7 +77,7 @@ class SingleExecutor:
         """Load the model and allocate its KV. Raises ModelRefused, NoMemory, torch.OutOfMemoryError."""
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         device = torch.device(options.device)
-        loaded, chosen = _loaded(options, device)
+        loaded, chosen = load_part(options, device)
         segment = prefix.segment(options.block_size) if options.deterministic else 0
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
         num_blocks = _num_blocks(options, manifest, lambda: _gpu_room(options, loaded, manifest, chosen, device))
@@ -122,18 +126,18 @@ class SingleExecutor:
         self.grammars.close()
 
 
-def _loaded(options: EngineOptions, device: torch.device) -> tuple[LoadedModel, Chosen]:
-    """The model and its attention. Raises ModelRefused."""
+def load_part(options: EngineOptions, device: torch.device, group: Group | None = None) -> tuple[LoadedModel, Chosen]:
+    """The model, or this rank's part of it, and its attention. Raises ModelRefused, RankLost."""
     dtype = choose_dtype(options.dtype, device)
     reserved = int(options.kv_cache_gb * 2**30) if device.type == "cpu" else 0
     table = cache_root() / "products"
-    loaded = load_model(options.model, device, dtype, table, reserved)
+    loaded = load_model(options.model, device, dtype, table, reserved, group)
     chosen = _attention(options, loaded, device)
     is_chosen = options.dtype == "auto" and device.type == "cpu" and dtype is not torch.float32
     if is_chosen and chosen.backend.name != "native":
         # See choose_dtype. Only the loaded model tells what its layers need.
         _log.info("computing in float32: %s", chosen.reason)
-        loaded = load_model(options.model, device, torch.float32, table, reserved)
+        loaded = load_model(options.model, device, torch.float32, table, reserved, group)
         chosen = _attention(options, loaded, device)
     assert loaded.dtype in DTYPES
     return loaded, chosen
@@ -170,9 +174,13 @@ def _rows(options: EngineOptions) -> int:
 def _num_blocks(options: EngineOptions, manifest: Manifest, gpu_room: Callable[[], int]) -> int:
     """The number of blocks that fit into `kv_cache_gb`, or into what is left of the GPU. Raises ModelRefused if that is
     too few or too many."""
-    size = block_bytes(manifest)
     if options.gpu_memory_utilization:
-        return max(_FEWEST_BLOCKS, gpu_room() // size)
+        return max(_FEWEST_BLOCKS, gpu_room() // block_bytes(manifest))
+    return number_of_blocks(options, block_bytes(manifest))
+
+
+def number_of_blocks(options: EngineOptions, size: int) -> int:
+    """The number of blocks of `size` bytes that fit into `kv_cache_gb`. Raises ModelRefused."""
     num_blocks = int(options.kv_cache_gb * 2**30) // size
     if num_blocks < _FEWEST_BLOCKS:
         raise ModelRefused(

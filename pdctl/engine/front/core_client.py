@@ -111,7 +111,7 @@ class CoreClient:
     def endpoint(self) -> KvEndpoint:
         """Where this engine's KV can be read; of an engine that is ready."""
         assert self.ready is not None
-        return KvEndpoint((self.ready.endpoint,))
+        return self.ready.endpoint
 
     async def run_core(self) -> None:
         """Start the core and wait until it exits. Raises CoreGone unless the front requested it."""
@@ -142,11 +142,12 @@ class CoreClient:
                     self._deliver(message.request_id, message)
                 case Ready():
                     self.ready = message
+                    served = message.endpoint.shards[0].served
                     _log.info(
                         "ready: epoch %s, %d KV blocks of %d tokens (%.2f GiB), transport %s, attention %s",
                         self._options.epoch, message.num_blocks, message.block_size,
                         message.num_blocks * message.block_bytes / 2**30,
-                        ", ".join(f"{s.transport} ({s.protocol})" for s in message.endpoint.served) or "not served",
+                        ", ".join(f"{s.transport} ({s.protocol})" for s in served) or "not served",
                         message.attention,
                     )  # fmt: skip
                     self.books = Books(blocks_free=message.num_blocks)

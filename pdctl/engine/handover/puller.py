@@ -7,15 +7,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from pdctl.engine.cache.layout import Half, block_bytes, mismatch, spans
+from pdctl.engine.cache.layout import mismatch
+from pdctl.engine.cache.memory import NoMemory
 from pdctl.engine.handover.pull_queue import PullQueue
+from pdctl.engine.handover.reading import ShardReader, Way, way
 from pdctl.engine.ipc.messages import Connect, Linked, Pull, Pulled
 from pdctl.engine.lifeline import vital
-from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
+from pdctl.engine.transfer import TransferError, TransferUncertain
 from pdctl.engine.transfer.choice import Chosen, choose
 from pdctl.transports import TRANSPORTS
-from pdctl.wire import LinkInfo, Manifest, PoolEndpoint
+from pdctl.wire import KvEndpoint, LinkInfo, Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -30,14 +33,20 @@ _SLOWEST = 50e6
 
 
 @dataclass(frozen=True, slots=True)
-class PoolShape:
-    """This engine's side of every transfer."""
+class OurSide:
+    """This engine's side of every transfer. `manifest`: of all its KV."""
 
     manifest: Manifest
-    num_blocks: int
     host_id: str
     backend: str
     read_s: float
+
+
+class _Link(NamedTuple):
+    """How a peer is read, and why."""
+
+    chosen: Chosen
+    way: Way
 
 
 class Puller:
@@ -45,19 +54,19 @@ class Puller:
 
     def __init__(
         self,
-        pool: PoolShape,
-        transports: dict[str, Transport],
+        side: OurSide,
+        reader: ShardReader,
         report: Callable[[Pulled | Linked], None],
         settled: Callable[[str], None],
     ) -> None:
-        self._pool = pool
-        self._transports = transports
+        self._side = side
+        self._reader = reader
         self._report = report
         self._settled = settled
         # A copy of mapped memory is never late, and two at once only compete for memory bandwidth.
-        per_peer = max((TRANSPORTS[name].reads_per_peer for name in transports), default=1)
+        per_peer = max((TRANSPORTS[name].reads_per_peer for name in self._ours()), default=1)
         self._queue: PullQueue[Pull | Connect] = PullQueue(per_peer)
-        self._links: dict[tuple[str, str], Chosen] = {}
+        self._links: dict[tuple[str, str], _Link] = {}
         self._late: dict[str, TransferUncertain] = {}
         self._condition = threading.Condition()
         self._wake_keeper = threading.Event()
@@ -93,8 +102,7 @@ class Puller:
         deadline = time.monotonic() + _CLOSE_S
         for thread in (self._keeper, *self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
-        for transport in self._transports.values():
-            transport.close()
+        self._reader.close()
 
     def _work(self) -> None:
         while True:
@@ -118,11 +126,11 @@ class Puller:
 
     def _connect(self, work: Connect) -> Linked:
         try:
-            chosen, _ = self._chosen(work.peer, work.epoch, work.endpoint)
-            self._transports[chosen.transport].connect(chosen.address, _bytes(work.endpoint))
-        except (TransferError, ValueError) as failure:
+            link, _ = self._chosen(work.peer, work.epoch, work.endpoint)
+            self._reader.connect(link.way, work.endpoint.shards)
+        except (TransferError, NoMemory, ValueError) as failure:
             return Linked(LinkInfo(work.peer, work.epoch, error=str(failure)))
-        return _linked(work.peer, work.epoch, chosen)
+        return _linked(work.peer, work.epoch, link.chosen)
 
     def _pull(self, pull: Pull) -> None:
         started = time.perf_counter()
@@ -131,7 +139,7 @@ class Puller:
             moved = self._read(pull)
         except TransferUncertain as failure:
             error, late = str(failure), failure
-        except (TransferError, ValueError) as failure:
+        except (TransferError, NoMemory, ValueError) as failure:
             error = str(failure)
         seconds = time.perf_counter() - started
         self._report(Pulled(pull.request_id, error, seconds, moved, late is not None))
@@ -142,34 +150,42 @@ class Puller:
             self._wake_keeper.set()
 
     def _read(self, pull: Pull) -> int:
-        ours, peer = self._pool, pull.endpoint
-        source = Half(peer.manifest, peer.num_blocks, pull.source_blocks)
-        todo = spans(source, Half(ours.manifest, ours.num_blocks, pull.target_blocks), pull.first, pull.count)
-        chosen, is_new = self._chosen(pull.peer, pull.epoch, peer)
+        link, is_new = self._chosen(pull.peer, pull.epoch, pull.endpoint)
         if is_new:
-            self._report(_linked(pull.peer, pull.epoch, chosen))
-        seconds = self._pool.read_s + sum(span.length for span in todo) / _SLOWEST
-        return self._transports[chosen.transport].read(chosen.address, _bytes(peer), todo, seconds)
+            self._report(_linked(pull.peer, pull.epoch, link.chosen))
+        return self._reader.read(link.way, pull, lambda num_bytes: self._side.read_s + num_bytes / _SLOWEST)
 
-    def _chosen(self, peer: str, epoch: str, endpoint: PoolEndpoint) -> tuple[Chosen, bool]:
-        """The transport for a peer, chosen once per epoch, and whether it was chosen now. Raises ValueError if there is
-        none."""
+    def _chosen(self, peer: str, epoch: str, endpoint: KvEndpoint) -> tuple[_Link, bool]:
+        """How to read a peer, chosen once per epoch, and whether it was chosen now. Raises ValueError if there is no
+        way."""
         with self._condition:
             if known := self._links.get((peer, epoch)):
                 return known, False
-        if reason := mismatch(self._pool.manifest, endpoint.manifest):
+        if reason := mismatch(self._side.manifest, endpoint.manifest):
             raise ValueError(reason)
-        ours = {name: transport.protocol for name, transport in self._transports.items()}
-        fallbacks = {name: transport.fallback for name, transport in self._transports.items()}
-        chosen = choose(self._pool.backend, self._pool.host_id, ours, fallbacks, endpoint)
+        link = self._link(endpoint)
         with self._condition:
             replaced = [link for key, link in self._links.items() if key[0] == peer]
             self._links = {key: link for key, link in self._links.items() if key[0] != peer}
-            self._links[peer, epoch] = chosen
-        for link in replaced:
-            if link.address != chosen.address:
-                self._transports[link.transport].forget(link.address)
-        return chosen, True
+            self._links[peer, epoch] = link
+        for old in replaced:
+            if old.way.addresses != link.way.addresses:
+                self._reader.forget(old.way)
+        return link, True
+
+    def _link(self, endpoint: KvEndpoint) -> _Link:
+        """One transport for all shards."""
+        fallbacks = {name: transport.fallback for name, transport in self._reader.ours[0].transports.items()}
+        side = self._side
+        found = [choose(side.backend, side.host_id, self._ours(), fallbacks, pool) for pool in endpoint.shards]
+        if len({chosen.transport for chosen in found}) > 1:
+            raise ValueError("the peer's devices do not serve their KV by the same transport")
+        addresses = [chosen.address for chosen in found]
+        return _Link(found[0], way(found[0].transport, addresses, self._reader.ours, endpoint.shards))
+
+    def _ours(self) -> dict[str, str]:
+        """Our transports, the same for all shards, with their protocols."""
+        return {name: transport.protocol for name, transport in self._reader.ours[0].transports.items()}
 
     def _keep_house(self) -> None:
         """Poll late reads; release memory of dead peers."""
@@ -186,13 +202,9 @@ class Puller:
                     self._settled(request_id)
             if time.monotonic() - pruned >= _PRUNE_S:
                 pruned = time.monotonic()
-                for transport in self._transports.values():
+                for transport in self._reader.transports():
                     transport.prune()
 
 
 def _linked(peer: str, epoch: str, chosen: Chosen) -> Linked:
     return Linked(LinkInfo(peer, epoch, chosen.transport, chosen.protocol, chosen.reason, chosen.fallback))
-
-
-def _bytes(endpoint: PoolEndpoint) -> int:
-    return block_bytes(endpoint.manifest) * endpoint.num_blocks

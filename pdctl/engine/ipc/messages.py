@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pdctl.latency import Work
-from pdctl.wire import LinkInfo, PoolEndpoint
+from pdctl.wire import KvEndpoint, LinkInfo
 
 
 class Thinking(msgspec.Struct, frozen=True, array_like=True):
@@ -126,7 +126,7 @@ class Connect(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     peer: str
     epoch: str
-    endpoint: PoolEndpoint
+    endpoint: KvEndpoint
 
 
 class Pull(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -135,7 +135,7 @@ class Pull(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
     peer: str
     epoch: str
-    endpoint: PoolEndpoint
+    endpoint: KvEndpoint
     source_blocks: list[int]
     target_blocks: list[int]
     first: int
@@ -174,7 +174,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     `attention`: its backend, and why. `graphs`: the decode steps that are CUDA graphs, or why none is; "" on a CPU."""
 
-    endpoint: PoolEndpoint
+    endpoint: KvEndpoint
     num_blocks: int
     block_size: int
     block_bytes: int

@@ -90,6 +90,11 @@ class Staged(NamedTuple):
     fields: Fields
     following: int
 
+    @property
+    def data(self) -> bytes:
+        """The inputs as bytes, for `InputBuffers.restage`."""
+        return self.buffer.host.numpy()[: self.shape.num_bytes].tobytes()
+
 
 class InputBuffers:
     """Builds the inputs of steps, each valid until the second next one is built. `tables`: shared with other buffers.
@@ -148,6 +153,12 @@ class InputBuffers:
             first = np.array([piece.start for piece in batch], dtype=np.int32)
             self._fill(fields, batch, np.ones(count, dtype=np.int32), first, sources)
         return Staged(buffer, shape, fields, len(sources or ()))
+
+    def restage(self, shape: Shape, data: bytes) -> Staged:
+        """What another rank has staged."""
+        buffer, fields = self._next(shape)
+        buffer.host.numpy()[: shape.num_bytes] = np.frombuffer(data, dtype=np.uint8)
+        return Staged(buffer, shape, fields, 0)
 
     def upload(self, staged: Staged, sampled: torch.Tensor | None = None) -> Inputs:
         """Copy what is staged to the device. `sampled` [n]: the tokens of the step before, where it follows one."""

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
+from pdctl.engine.cache.shards import heads
 from pdctl.engine.model.attention import hook, masks
 from pdctl.engine.model.attention.batch import LayerNeed
 from pdctl.engine.model.attention.hook import HookCall
 from pdctl.engine.model.linear import Watch, speed_up
 from pdctl.engine.model.native.fuse import fuse
+from pdctl.engine.model.native.rows import kernels
+from pdctl.engine.model.parallel import Group
+from pdctl.engine.model.parallel.plan import CannotSplit
+from pdctl.engine.model.parallel.weights import load_part
 from pdctl.host.memory import read_group_room, read_memory
 from pdctl.host.models import fingerprint
-from pdctl.wire import LayerShape
+from pdctl.wire import LayerShape, Part
 
 _CHECK_TOKENS = 32
 # Relative to the largest logit. fp32 sums in another order differ by about 1e-6; a wrong mask by 1e-1 and more.
@@ -44,9 +51,9 @@ class ModelRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with all layers using the attention hook. `shapes` in layer order; `needs`: what its layers ask of
-    attention; `fingerprint` identifies the weights; `max_positions`: the longest sequence that is computed as the model
-    says."""
+    """A model with all layers using the attention hook. `shapes` of its KV in layer order, of which this rank has a
+    `part`; `needs`: what its layers ask of attention; `fingerprint` identifies the weights; `max_positions`: the
+    longest sequence that is computed as the model says."""
 
     module: torch.nn.Module
     shapes: list[LayerShape]
@@ -56,12 +63,19 @@ class LoadedModel:
     max_positions: int
     fingerprint: str
     dtype: str
+    part: Part
 
 
 def load_model(
-    path: str, device: torch.device, dtype: torch.dtype, table: Path | None = None, reserved: int = 0
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    table: Path | None = None,
+    reserved: int = 0,
+    group: Group | None = None,
 ) -> LoadedModel:
-    """Load weights from a local directory onto `device`. `table`, `reserved`: see hook_model. Raises ModelRefused."""
+    """Load weights from a local directory onto `device`; with a `group`, only this rank's part of them. `table`,
+    `reserved`: see hook_model. Raises ModelRefused, RankLost."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -70,11 +84,17 @@ def load_model(
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelRefused(f"{path} is an encoder-decoder model; only decoder-only models can be served")
-        module = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
+        if group is not None:
+            module = load_part(Path(path), config, dtype, group)
+            group.meet()
+        else:
+            module = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
+    except CannotSplit as failure:
+        raise ModelRefused(f"tensor_parallel cannot serve {path}: {failure}") from failure
     except (OSError, ValueError, KeyError, ImportError) as failure:
         raise ModelRefused(f"transformers cannot load {path}: {failure}") from failure
     ids = _eos_token_ids(Path(path), config)
-    return hook_model(module.to(device), path, ids, fingerprint(Path(path)), table, reserved)
+    return hook_model(module.to(device), path, ids, fingerprint(Path(path)), table, reserved, group)
 
 
 def hook_model(
@@ -84,11 +104,12 @@ def hook_model(
     digest: str,
     table: Path | None = None,
     reserved: int = 0,
+    group: Group | None = None,
 ) -> LoadedModel:
     """Make a transformers model use the attention hook, and on a CPU our products and kernels. Raises ModelRefused.
 
     `name` is for messages. `table`: folder of the host's table of products; None: fixed rules. `reserved`: bytes of
-    memory that the caller still needs.
+    memory that the caller still needs. `group`: the ranks that have the other parts of the model.
     """
     hook.register()
     masks.register()
@@ -98,17 +119,37 @@ def hook_model(
     text_config = module.config.get_text_config()  # type: ignore[union-attr, operator]
     positions = _positions(calls, text_config, name)
     speed_up(module, watch, table, _room() - reserved)
+    if group is not None:
+        # One rank may have measured or compiled what the others then had. `fuse` runs parts of the model.
+        kernels(next(module.parameters()).dtype)
+        group.meet()
     fuse(module)
+    shapes = [LayerShape(call.need.kv_heads, call.need.key_dim, call.need.value_dim) for call in calls]
+    whole, part = _whole(shapes, text_config, group, name)
     return LoadedModel(
         module=module,
-        shapes=[LayerShape(call.need.kv_heads, call.need.key_dim, call.need.value_dim) for call in calls],
+        shapes=whole,
         needs=frozenset(call.need for call in calls),
         eos_token_ids=eos_token_ids,
         vocab_size=int(text_config.vocab_size),
         max_positions=positions,
         fingerprint=digest,
         dtype=str(next(module.parameters()).dtype).removeprefix("torch."),
+        part=part,
     )
+
+
+def _whole(shapes: list[LayerShape], config: object, group: Group | None, path: str) -> tuple[list[LayerShape], Part]:
+    """The shapes of the whole model's KV, and which part of it has the shapes of this rank."""
+    if group is None:
+        return shapes, Part()
+    query: int = config.num_attention_heads  # type: ignore[attr-defined]
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or query)
+    whole = [msgspec.structs.replace(shape, kv_heads=kv_heads) for shape in shapes]
+    for part in (Part(group.rank, group.size), Part()):
+        if [len(heads(shape.kv_heads, part)) for shape in whole] == [shape.kv_heads for shape in shapes]:
+            return whole, part
+    raise ModelRefused(f"tensor_parallel cannot serve {path}: its layers have different numbers of KV heads")
 
 
 def _room() -> int:
@@ -181,13 +222,13 @@ def dense_logits(loaded: LoadedModel, ids: torch.Tensor, implementation: str = "
         module.set_attn_implementation(hook.NAME)  # type: ignore[operator]
 
 
-def rounding_noise(loaded: LoadedModel, ids: torch.Tensor, dense: torch.Tensor) -> float:
-    """The difference of two correct dense attentions of this model, relative to the largest logit. 0 in fp32, where
-    they agree, and for a model with only one."""
+def rounding_noise(dense: torch.Tensor, other_way: Callable[[], torch.Tensor]) -> float:
+    """The difference of two correct dense attentions of a model, relative to the largest logit; `other_way` computes
+    the second one. 0 in fp32, where they agree, and for a model with only one."""
     if dense.dtype is torch.float32:
         return 0.0
     try:
-        other = dense_logits(loaded, ids, "sdpa")
+        other = other_way()
     except (ValueError, ImportError):
         return 0.0
     found = float((other - dense).abs().max()) / max(float(dense.abs().max()), 1e-6)

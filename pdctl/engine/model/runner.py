@@ -7,7 +7,7 @@ be prepared and started while the step before it computes, whose sampled tokens 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,7 +16,7 @@ from pdctl.engine.ipc.messages import Logprobs, Sampling
 from pdctl.engine.model.attention import Backend, hook, open_backend
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.model.graphs import Graphs, GraphsRefused, Recorder, batch_sizes
-from pdctl.engine.model.inputs import InputBuffers, Inputs, Staged
+from pdctl.engine.model.inputs import InputBuffers, Inputs, Shape, Staged
 from pdctl.engine.model.loading import (
     LoadedModel,
     check_agreement,
@@ -32,6 +32,18 @@ from pdctl.engine.schedule.sequence import Sequence
 # Limit of the time for capturing graphs; what is left is computed without.
 _CAPTURE_S = 60.0
 _USED_AFTER_FREE = "KV was read after its blocks were freed"
+
+
+class Others(Protocol):
+    """The other ranks of an engine: they compute what this one does."""
+
+    def step(self, staged: Staged) -> None:
+        """Have them compute a step."""
+        ...
+
+    def dense(self, ids: torch.Tensor, implementation: str) -> None:
+        """Have them compute `dense_logits`."""
+        ...
 
 
 class _PromptPart(NamedTuple):
@@ -115,6 +127,7 @@ class ModelRunner:
         poisoned: bool = False,
         grammars: Grammars | None = None,
         backend: Backend | None = None,
+        others: Others | None = None,
     ) -> None:
         self.loaded = loaded
         self.pool = pool
@@ -124,6 +137,7 @@ class ModelRunner:
         self.backend = backend or open_backend("gather", device)
         self._buffers = InputBuffers(pool.block_size, device)
         self._graphs: Graphs | None = None
+        self._others = others
 
     def prepare(self, batch: list[Slice], before: list[Slice] | None = None) -> Prepared:
         """The host's half of a step of plain slices. `before`: the step that samples their tokens, if that still
@@ -200,9 +214,15 @@ class ModelRunner:
         if is_graph:
             assert self._graphs is not None
             return self._graphs.replay(staged, sampled)
+        if self._others is not None:
+            self._others.step(staged)
         inputs = self._buffers.upload(staged, sampled)
         self._begin(inputs)
         return self._compute(inputs)
+
+    def follow(self, shape: Shape, data: bytes) -> None:
+        """Compute a step as another rank has staged it, which samples its tokens."""
+        self._logits(self._buffers.restage(shape, data), False)
 
     def capture(self, most: int, max_model_len: int, scratch: int, recorder: Recorder) -> list[int]:
         """Use graphs for decode steps of up to `most` tokens from now on; the sizes that have one. `scratch`: a block
@@ -245,8 +265,13 @@ class ModelRunner:
         cut = len(ids) - size // 2 - 1
         first = self.logits([Slice(sequence, 0, cut, False)], every_row=True)
         second = self.logits([Slice(sequence, cut, len(ids) - cut, True)], every_row=True)
-        dense = dense_logits(self.loaded, ids)
-        noise = rounding_noise(self.loaded, ids, dense)
+        dense = self._dense(ids)
+        noise = rounding_noise(dense, lambda: self._dense(ids, "sdpa"))
         check_agreement(torch.cat([first, second]), dense, type(self.loaded.module).__name__, noise)
         for plane in (*self.pool.keys, *self.pool.values):
             plane[: 2 * needed * size].zero_()
+
+    def _dense(self, ids: torch.Tensor, implementation: str = "eager") -> torch.Tensor:
+        if self._others is not None:
+            self._others.dense(ids, implementation)
+        return dense_logits(self.loaded, ids, implementation)

@@ -32,11 +32,12 @@ _Stamp = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """What one state of the files gives. `ends`: when the certificate ends, seconds since 1970."""
+    """What one state of the files gives. `begins`, `ends`: of the certificate, seconds since 1970."""
 
     server: ssl.SSLContext
     client: ssl.SSLContext
     who: Who
+    begins: float
     ends: float
 
 
@@ -55,6 +56,11 @@ class Identity:
     def who(self) -> Who:
         """The service and the node that it speaks for."""
         return self._pair.who
+
+    @property
+    def begins(self) -> float:
+        """When its certificate began, in seconds since 1970."""
+        return self._pair.begins
 
     @property
     def ends(self) -> float:
@@ -114,7 +120,8 @@ class Identity:
         if who is None:
             message = f"the certificate in {self.folder} does not name one node as spiffe://SERVICE/node/NAME"
             raise PdctlError(message, _HINT)
-        return _Pair(server, client, who, ssl.cert_time_to_seconds(str(shown["notAfter"])))
+        begins, ends = (ssl.cert_time_to_seconds(str(shown[name])) for name in ("notBefore", "notAfter"))
+        return _Pair(server, client, who, begins, ends)
 
     def _at_hello(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         """A client connects; called whether or not it names a server."""

@@ -16,6 +16,8 @@ from pdctl.net.openai_api import DONE, ApiError, Counts, usage
 from pdctl.proxy.answers.gather import Gathered
 from pdctl.proxy.answers.writer import AnswerHeaders, writer
 from pdctl.proxy.client.requests import ClientRequest
+from pdctl.proxy.takeover.notes import Facts, Progress, begun
+from pdctl.proxy.takeover.notes import tokens as noted
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.wire import TIMING_HEADER
 
@@ -45,8 +47,8 @@ class Sink(Protocol):
         """Take the next part; the last one has a finish_reason."""
         ...
 
-    async def pass_on(self, data: bytes) -> None:
-        """Take complete events as bytes."""
+    async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
+        """Take complete events as bytes; `ids`: their token ids, as text."""
         ...
 
     def start_over(self) -> bool:
@@ -54,8 +56,9 @@ class Sink(Protocol):
         ...
 
     @property
-    def part_now(self) -> Callable[[bytes], bool]:
-        """A function that sends more of a started stream without waiting; it returns False if it sent nothing."""
+    def part_now(self) -> Callable[[bytes, bytes], bool]:
+        """A function that sends more of a started stream without waiting, given its token ids as text, too; it returns
+        False if it sent nothing."""
         ...
 
 
@@ -92,12 +95,20 @@ class StreamAnswer:
             StreamSink(self, index, alone=len(request.legs) == 1) for index in range(len(request.legs))
         ]
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes, notes: bytes = b"") -> None:
         """Send events, after the head. Waits while the client is slower than the proxy."""
         if not self.started:
             self.started = True
-            await self.writer.start(timed(self.headers, self._timing))
-        await self.writer.part(data)
+            request = self.request
+            facts = Facts(request.envelope.request_id, request.envelope.created, request.seed, len(request.legs))
+            await self.writer.start(timed(self.headers, self._timing), facts)
+        await self.writer.part(data, notes)
+
+    def resume(self, legs: Sequence[Progress]) -> None:
+        """Go on with an answer that another proxy began."""
+        self.started = True
+        for sink, progress in zip(self.sinks, legs, strict=True):
+            sink.resume(progress)
 
     async def finish(self, wholes: Sequence[bytes | None], counts: Counts) -> None:
         """Every leg is complete; its parts were sent as they came. Timing that was unknown at the head is sent as a
@@ -133,11 +144,19 @@ class StreamSink:
         self.shows_token_ids = envelope.with_token_ids
         self._answer = answer
         self._index = index
+        self._alone = alone
         self._envelope = envelope
         self._first = True
 
+    def resume(self, progress: Progress) -> None:
+        """Go on after the parts that another proxy sent."""
+        self._first = not progress.begun
+        self._tokens = len(progress.token_ids)
+        self.prompt_tokens, self.cached_tokens = progress.prompt_tokens, progress.cached_tokens
+
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """See Sink.add."""
+        notes = self._begun() + noted(self._index, self._alone, token_ids, is_end(choice))
         if self._first:
             self._first = False
             choice = _with_role(choice)
@@ -146,19 +165,23 @@ class StreamSink:
         so_far = Counts(self.prompt_tokens, tokens, self.cached_tokens, self.reasoning_tokens)
         counts = usage(so_far) if self._counts_each else None
         token_ids = _known(token_ids) if self.shows_token_ids else token_ids
-        await self._answer.write(self._envelope.event(self._index, choice, token_ids, counts))
+        await self._answer.write(self._envelope.event(self._index, choice, token_ids, counts), notes)
 
-    async def pass_on(self, data: bytes) -> None:
+    async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
         """See Sink.pass_on."""
+        notes = self._begun() + (ids + b"," if ids else b"")
         self._first = False
-        await self._answer.write(data)
+        await self._answer.write(data, notes)
+
+    def _begun(self) -> bytes:
+        return begun(self._index, self._alone, self.prompt_tokens, self.cached_tokens) if self._first else b""
 
     def start_over(self) -> bool:
         """See Sink.start_over."""
         return self._first
 
     @property
-    def part_now(self) -> Callable[[bytes], bool]:
+    def part_now(self) -> Callable[[bytes, bytes], bool]:
         """See Sink.part_now."""
         return self._answer.writer.part_now
 
@@ -223,7 +246,7 @@ class WholeSink:
         """See Sink.add."""
         self.gathered.add(choice, _known(token_ids) if self.shows_token_ids else token_ids)
 
-    async def pass_on(self, data: bytes) -> None:
+    async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
         """Never called: this sink gathers parts."""
         raise AssertionError(f"{len(data)} bytes were passed to a sink that gathers")
 
@@ -233,9 +256,9 @@ class WholeSink:
         return True
 
     @property
-    def part_now(self) -> Callable[[bytes], bool]:
+    def part_now(self) -> Callable[[bytes, bytes], bool]:
         """See Sink.part_now. Not possible here, because parts are gathered."""
-        return lambda _: False
+        return lambda *_: False
 
 
 class _Body(msgspec.Struct):
@@ -259,6 +282,11 @@ def timing_comment(timing: Timing | None) -> bytes:
 def choice_of(whole: bytes) -> Choice:
     """The only choice of an engine's answer in one piece."""
     return shown(_decode_body(whole).choices[0])
+
+
+def is_end(choice: Choice) -> bool:
+    """Whether this is the last part of a choice."""
+    return bytes(choice.get("finish_reason", b"null")) != b"null"
 
 
 def _known(token_ids: list[int]) -> list[int]:

@@ -104,7 +104,8 @@ class EventReader:
             ordinary = self._ordinary(data, end) if self._passes and _PROMPT_LIST not in data else 0
             if ordinary:
                 data, tail = data[:ordinary], data[ordinary:end]
-                await self._sink.pass_on(self._noted(data, data.count(_END)))
+                ids = _ids_in(data)
+                await self._sink.pass_on(self._noted(data, ids), b",".join(ids))
             else:
                 tail = data[:end]
             if tail:
@@ -133,7 +134,7 @@ class EventReader:
         if self._ours:
             shown = self._ours + shown[len(self._theirs) :]
         now = time.monotonic()
-        if not self._part_now(shown):
+        if not self._part_now(shown, ids):
             return 0.0
         # There is no await here, so nothing can happen between sending and keeping.
         self._ids.append(ids)
@@ -160,15 +161,16 @@ class EventReader:
         count = data.count(_END)
         if not self._last_at or self._rest or not data.endswith(_END) or self._ordinary(data, len(data)) < len(data):
             return 0.0
-        if not self._part_now(self._shown(data)):
+        ids = _ids_in(data)
+        if not self._part_now(self._shown(data), b",".join(ids)):
             return 0.0
-        self._keep(data)
+        self._keep(data, ids)
         self._arrived(count)
         return self._last_at
 
-    def _keep(self, data: bytes) -> None:
+    def _keep(self, data: bytes, ids: list[bytes]) -> None:
         """Keep the token ids of ordinary events for later."""
-        self._ids += _IDS_OF.findall(data)
+        self._ids += ids
         self._reads.append(data)
         if len(self._ids) >= _KEPT:
             self.settle()
@@ -212,11 +214,11 @@ class EventReader:
                 return 0
         return 0
 
-    def _noted(self, data: bytes, count: int) -> bytes:
+    def _noted(self, data: bytes, ids: list[bytes]) -> bytes:
         """Ordinary events in the client's form; their tokens are recorded."""
-        self._arrived(count)
+        self._arrived(data.count(_END))
         # Record before sending: a token that may have reached the client is never sent again.
-        self._keep(data)
+        self._keep(data, ids)
         return self._shown(data)
 
     async def _event(self, event: bytes) -> None:
@@ -281,6 +283,11 @@ class EventReader:
         self._engine.heard_at = now
         self.tokens += tokens
         self._last_at = now
+
+
+def _ids_in(data: bytes) -> list[bytes]:
+    """The token ids of ordinary events, as text; events without one are left out."""
+    return [ids for ids in _IDS_OF.findall(data) if ids]
 
 
 def _held(reads: list[bytes]) -> tuple[int, bool]:

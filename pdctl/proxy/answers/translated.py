@@ -10,6 +10,7 @@ from pdctl.net.openai_api import ApiError, Counts
 from pdctl.proxy.answers.sinks import choice_of, timed, timing_comment
 from pdctl.proxy.answers.writer import AnswerHeaders, writer
 from pdctl.proxy.client.requests import ClientRequest
+from pdctl.proxy.takeover.notes import Facts, Progress
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy.translation import Api, Translated
 
@@ -53,14 +54,14 @@ class _TranslatedSink:
     takes_whole = False
     prompt_tokens = cached_tokens = completion_tokens = reasoning_tokens = 0
 
-    async def pass_on(self, data: bytes) -> None:
+    async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
         """Never called: this sink translates."""
         raise AssertionError(f"{len(data)} bytes were passed to a sink that translates")
 
     @property
-    def part_now(self) -> Callable[[bytes], bool]:
+    def part_now(self) -> Callable[[bytes, bytes], bool]:
         """See Sink.part_now. Not possible here, because events are translated."""
-        return lambda _: False
+        return lambda *_: False
 
 
 class TranslatedStream(_Translated):
@@ -97,10 +98,16 @@ class TranslatedStream(_Translated):
         else:
             await super().fail(failure)
 
+    def resume(self, legs: Sequence[Progress]) -> None:
+        """Another proxy began this answer. It can only fail."""
+        self._started = True
+
     async def _start(self) -> None:
         if not self._started:
             self._started = True
-            await self._writer.start(timed(self._headers, self._timing))
+            # The state of these events is not noted: another proxy can only end them with an error.
+            facts = Facts(self._request_id, self._envelope.created, 0)
+            await self._writer.start(timed(self._headers, self._timing), facts)
 
 
 class TranslatedStreamSink(_TranslatedSink):

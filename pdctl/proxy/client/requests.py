@@ -72,7 +72,7 @@ class ClientRequest:
     """A request to relay, with one leg per answer. `size`: bytes of the body; `priority`: lower goes first.
 
     `counts_each`: every event of a stream carries the counts so far; `wants_prompt_logprobs`: includes log
-    probabilities of the prompt; `ignored`: fields that were dropped."""
+    probabilities of the prompt; `ignored`: fields that were dropped; `seed`: of the first leg."""
 
     envelope: Envelope
     legs: list[dict[str, object]]
@@ -86,6 +86,7 @@ class ClientRequest:
     priority: int
     ignored: list[str] = field(default_factory=list)
     body: bytes = b""
+    seed: int = 0
 
 
 def parse(
@@ -96,8 +97,10 @@ def parse(
     served_model: str,
     unknown: UnknownFields = _IGNORING,
     engines_know: frozenset[str] | None = None,
+    seed: int | None = None,
 ) -> ClientRequest:
-    """Parse a request. Raises ApiError for errors that can be detected without an engine."""
+    """Parse a request. `seed`: for one without a seed. Raises ApiError for errors that can be detected without an
+    engine."""
     known, fields = _decoded(body)
     _check(known, fields, served_model)
     ignored = unknown.of(fields, engines_know)
@@ -107,7 +110,9 @@ def parse(
         ignored += [
             f"stream_options.{name}" for name in unknown.of(_decode_fields(fields["stream_options"]), _STREAM_OPTIONS)
         ]
-    legs = _legs(fields, known, chat)
+    # Choose a seed here if the client gave none, so that every engine samples the same tokens for this request.
+    seed = known.seed if known.seed is not None else random.getrandbits(62) if seed is None else seed
+    legs = _legs(fields, known, chat, seed)
     counts = bool(known.stream_options and known.stream_options.include_usage)
     return ClientRequest(
         envelope=Envelope(request_id, chat, served_model, bool(known.return_token_ids)),
@@ -121,6 +126,7 @@ def parse(
         max_tokens=_max_tokens(known, chat),
         priority=known.priority or 0,
         ignored=ignored,
+        seed=seed,
     )
 
 
@@ -172,10 +178,8 @@ def _max_tokens(known: _Known, chat: bool) -> int | None:
     return known.max_completion_tokens or known.max_tokens or (None if chat else 16)
 
 
-def _legs(fields: dict[str, msgspec.Raw], known: _Known, chat: bool) -> list[dict[str, object]]:
+def _legs(fields: dict[str, msgspec.Raw], known: _Known, chat: bool, seed: int) -> list[dict[str, object]]:
     """The legs in OpenAI's order: n answers to the first prompt, then to the second, and so on."""
-    # Choose a seed here if the client gave none, so that every engine samples the same tokens for this request.
-    seed = random.getrandbits(62) if known.seed is None else known.seed
     common: dict[str, object] = {**fields}
     for name in _LEG_FIELDS:
         common.pop(name, None)

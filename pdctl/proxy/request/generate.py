@@ -16,6 +16,7 @@ from pdctl.net import asgi
 from pdctl.net.openai_api import ApiError, Counts
 from pdctl.proxy.answers.sinks import Answer, StreamAnswer, WholeAnswer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
+from pdctl.proxy.answers.writer import end_stream
 from pdctl.proxy.client import requests
 from pdctl.proxy.client.connections import BoundedProtocol
 from pdctl.proxy.client.keys import ANYONE, API_KEY_HEADER, Keys
@@ -27,6 +28,8 @@ from pdctl.proxy.request.leg import Leg, Shared
 from pdctl.proxy.request.relay import Relay
 from pdctl.proxy.shares.accounts import Accounts, Claim, LimitReached
 from pdctl.proxy.shares.fair_queue import NO_WORK, Waiter, Work
+from pdctl.proxy.takeover.notes import Resumed
+from pdctl.proxy.takeover.protocol import REPEATED, RESUMED
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.recent import RecentRequests
 from pdctl.proxy.telemetry.spans import NO_TRACE, Answered, RequestTrace, Tracing
@@ -67,8 +70,10 @@ class Completions:
     ) -> None:
         """Answer one request. `api`: one that is translated to chat completions."""
         headers: RequestHeaders = dict(scope["headers"])
-        request_id = asgi.request_id(headers)
+        resumed: Resumed | None = scope.get(RESUMED)
+        request_id = asgi.request_id(headers) if resumed is None else resumed.facts.request_id
         job = _Job(self, scope["path"], chat, headers, request_id, api)
+        job.resumed, job.is_repeated = resumed, REPEATED in scope
         try:
             if scope["method"] != "POST":
                 raise ApiError(405, f"{scope['path']} takes POST", allow="POST")
@@ -129,6 +134,8 @@ def _order_line(order: int) -> bytes:
 
 @dataclass(slots=True)
 class _Job:
+    """One request. `is_repeated`: another proxy had it, and admitted it; `resumed`: the answer that it began."""
+
     completions: Completions
     path: str
     chat: bool
@@ -141,6 +148,8 @@ class _Job:
     over: bool = False
     timing: Timing = field(default_factory=Timing)
     trace: RequestTrace = NO_TRACE
+    resumed: Resumed | None = None
+    is_repeated: bool = False
 
     async def read(self, receive: asgi.Receive) -> ClientRequest:
         """Read and parse the request. Raises ApiError."""
@@ -153,13 +162,18 @@ class _Job:
         completions.shared.quarantine.check(body)
         request = self._parsed(body, self.path) if self.api is None else self._parsed_by(self.api, body)
         request.body = body
+        if self.resumed is not None:
+            request.envelope.created = self.resumed.facts.created
         completions.note_ignored(request.ignored)
         return request
 
     def _parsed(self, body: bytes, path: str) -> ClientRequest:
         completions = self.completions
         known = completions.shared.pool.known_fields(path)
-        return requests.parse(body, path, self.chat, self.request_id, completions.model, completions.unknown, known)
+        seed = None if self.resumed is None else self.resumed.facts.seed
+        return requests.parse(
+            body, path, self.chat, self.request_id, completions.model, completions.unknown, known, seed
+        )
 
     def _parsed_by(self, api: Api, body: bytes) -> ClientRequest:
         """Parse a request of an API that is translated."""
@@ -178,6 +192,9 @@ class _Job:
         """Answer with an error before any work has started."""
         self.completions.shared.metrics.failed(failure.status)
         self._note(failure.status, [])
+        if self.resumed is not None:
+            await end_stream(send, failure)
+            return
         body = None if self.api is None else self.api.error_body(failure, self.request_id)
         await asgi.respond_error(send, failure, self._id_headers(), body)
 
@@ -200,7 +217,8 @@ class _Job:
 
     def _claim(self, request: ClientRequest) -> Claim | None:
         """Raises ApiError."""
-        if self.key == ANYONE:
+        if self.key == ANYONE or self.is_repeated:
+            # It was counted when it came.
             return None
         completions, admission = self.completions, self.completions.door.admission
         output = request.max_tokens or admission.queue.state(self.key).output
@@ -221,10 +239,17 @@ class _Job:
         seat: Waiter | None = None
         self.trace = completions.tracing.begin(self.headers)
         try:
+            if self.resumed is not None:
+                self._resume(answer, request, self.resumed)
             size = float(request.size) / len(request.legs)
-            seat = await completions.door.enter(self.key, request.priority, size, request.max_tokens)
+            seat = await completions.door.enter(
+                self.key, request.priority, size, request.max_tokens, is_more=self.is_repeated
+            )
             timing.admitted_at = time.monotonic()
             legs += self._legs(request, answer)
+            if self.resumed is not None:
+                for leg, progress in zip(legs, self.resumed.legs, strict=True):
+                    leg.resume(progress)
             if len(legs) == 1:
                 self._seated(legs[0], seat)
                 await Relay(legs[0]).run()
@@ -250,6 +275,19 @@ class _Job:
             if seat is not None:
                 self._left(legs[0] if legs else None, seat, tpot)
             self._note(status, legs)
+
+    def _resume(self, answer: Answer, request: ClientRequest, resumed: Resumed) -> None:
+        """Begin an answer where another proxy left it. Raises ApiError if it cannot go on exactly."""
+        assert isinstance(answer, StreamAnswer | TranslatedStream), "only streams have facts"
+        answer.resume(resumed.legs)
+        engines = self.completions.shared.pool.engines
+        if isinstance(answer, TranslatedStream) or not all(engine.dialect.deterministic for engine in engines):
+            what = "answers of this API" if self.api is not None else "answers of these engines"
+            raise ApiError(
+                502, f"the proxy was restarted, and {what} cannot be continued by another one", "server_error"
+            )
+        assert len(request.legs) == len(resumed.legs)
+        self.completions.shared.metrics.resumed()
 
     def _seated(self, leg: Leg, seat: Waiter) -> None:
         """A leg goes to the engines. Between several keys, their order there matters."""

@@ -126,7 +126,7 @@ async def _prefill_beside(call: PairCall, sent: int) -> None:
 
 def _count(leg: Leg, done: Prefilled) -> None:
     leg.prompt_tokens = done.prompt_tokens or leg.prompt_tokens
-    if not leg.failures:
+    if not (leg.failures or leg.was_resumed):
         # A later prefill finds tokens of the answer, too.
         leg.cached_tokens = done.cached_tokens
 

@@ -17,6 +17,7 @@ from pdctl.proxy.engines.routing import RoutingPolicy
 from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.proxy.request.quarantine import Quarantine, Suspicion
 from pdctl.proxy.request.unfinished import Unfinished
+from pdctl.proxy.takeover.notes import Progress
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.spans import NO_TRACE, RequestTrace
 from pdctl.proxy.telemetry.timing import Timing
@@ -76,6 +77,8 @@ class Leg:
     trace: RequestTrace = NO_TRACE
     # Called when its prompt is computed.
     on_prefilled: Callable[[], None] | None = None
+    # Another proxy has sent a part of it.
+    was_resumed = False
     # The time of the first token of an answer in one piece is unknown. Where it matters, the engine must stream.
     must_stream = False
 
@@ -103,6 +106,12 @@ class Leg:
         self.pieces = pieces
         self.timing = timing
         self.suspicion = Suspicion(shared.quarantine)
+
+    def resume(self, progress: Progress) -> None:
+        """Go on after what another proxy has sent."""
+        self.state.emitted += progress.token_ids
+        self.prompt_tokens, self.cached_tokens = progress.prompt_tokens, progress.cached_tokens
+        self.finished, self.was_resumed = progress.finished, progress.begun
 
     @property
     def in_one_piece(self) -> bool:

@@ -20,6 +20,7 @@ from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.inline import Why
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.shares.fair_queue import FairQueue
+from pdctl.proxy.takeover.cover import CoverCounts
 from pdctl.proxy.telemetry.counters import Counters, Histogram, Key
 from pdctl.proxy.telemetry.timing import Timing
 
@@ -58,6 +59,18 @@ _COUNTERS = {
         'Prompts by why they were computed inline by this decode engine; "remote": by a prefill engine',
         ("engine", "why"),
     ),
+    "resumed": ("pdctl_proxy_resumed", "Answers begun by a proxy that died, and continued by this one", ()),
+    "connections": (
+        "pdctl_proxy_connections", "Connections by whether they would outlive the proxy", ("cover",),
+    ),
+    "covers_lost": (
+        "pdctl_proxy_covers_lost", "Requests and answers that did not fit into a slot", (),
+    ),
+    "adopted": (
+        "pdctl_proxy_adopted",
+        "What became of connections of the proxy before: connections, resumed, repeated or cut", ("what",),
+    ),
+    "resent": ("pdctl_proxy_resent_bytes", "Bytes sent for the proxy before", ()),
     "sheds": ("pdctl_proxy_sheds", "Requests refused with 429", ("reason",)),
     "key_requests": ("pdctl_proxy_key_requests", "Requests by API key and HTTP status", ("key", "status")),
     "key_refused": ("pdctl_proxy_key_refused", "Requests of an API key refused with 429", ("key", "reason")),
@@ -102,6 +115,7 @@ class Metrics:
     tpot_slo_s: float
     folder: Path | None = None
     worker: str = "proxy"
+    covers: CoverCounts | None = None
     counters: Counters = None  # type: ignore[assignment]  # made below
 
     def __post_init__(self) -> None:
@@ -143,6 +157,10 @@ class Metrics:
         """A stream went on from an engine at another one."""
         self.counters.count("moved", engine)
 
+    def resumed(self) -> None:
+        """An answer that another proxy began goes on here."""
+        self.counters.count("resumed")
+
     def shed(self, reason: str, key: str = ANYONE) -> None:
         """A request was refused with 429."""
         self.counters.count("sheds", reason)
@@ -177,8 +195,21 @@ class Metrics:
             self.counters.count("hand_over_seconds", prefill, decode, by=timing.stages.get("hand_over", 0.0))
             self.counters.count("hand_over_bytes", prefill, decode, by=timing.stages.get("bytes", 0.0))
 
+    def _note_covers(self) -> None:
+        if self.covers is not None:
+            values, found, before = self.counters.values, self.covers, self.covers.taken_over
+            values["connections", ("covered",)] = float(found.covered)
+            values["connections", ("uncovered",)] = float(found.uncovered)
+            values["covers_lost", ()] = float(found.lost)
+            values["adopted", ("connections",)] = float(before.connections)
+            values["adopted", ("resumed",)] = float(before.resumed)
+            values["adopted", ("repeated",)] = float(before.repeated)
+            values["adopted", ("cut",)] = float(before.cut)
+            values["resent", ()] = float(before.resent)
+
     def save(self) -> None:
         """Save the counts for the other workers."""
+        self._note_covers()
         if self.folder is not None:
             self.counters.save(self.folder / f"{self.worker}.json")
 
@@ -191,6 +222,7 @@ class Metrics:
         as_vllm: bool = False,
     ) -> bytes:
         """Prometheus text with the totals of all workers; `as_vllm`: under vLLM's names."""
+        self._note_covers()
         self.counters.values["quarantined", ()] = float(quarantined)
         self.counters.values["release_failures", ()] = float(release_failures)
         counters = self.counters

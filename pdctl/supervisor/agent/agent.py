@@ -75,6 +75,7 @@ class Agent:
         keys = Keys(settings.empty.service, cluster.cell_of(node))
         folder = cluster.certificates
         self._identity = identity_for(folder, settings.empty.service, node) if folder else None
+        self.tls = self._identity.client_context if self._identity is not None else None
         planner = Planner(node, settings.address, cluster, settings.empty, settings.allow_commands, say)
         self._running: RunningService | None = None
         self._control: ClusterControl | None = None
@@ -110,8 +111,9 @@ class Agent:
         """See ClusterSide."""
         settings = self._settings
         own = AgentAddress(settings.node, settings.address, settings.cluster.agent_port, version=__version__)
-        tls = self._identity.client_context if self._identity is not None else None
-        control = ClusterControl(running, own, self.directory.others, self.secret, self._facts, self.publisher, tls)
+        control = ClusterControl(
+            running, own, self.directory.others, self.secret, self._facts, self.publisher, self.tls
+        )
         examiner = Examiner(
             settings.node, settings.address, settings.cluster, settings.allow_commands, lambda: running.plan
         )
@@ -218,6 +220,7 @@ class Agent:
             pdctl=__version__,
             agent_port=settings.cluster.agent_port,
             facts=msgspec.Raw(encode_facts(this_node(settings.address))),
+            cell=settings.cluster.cell_of(settings.node),
         )
 
     def _engines(self) -> list[EngineEntry]:

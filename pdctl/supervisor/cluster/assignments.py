@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import msgspec
 
 from pdctl.errors import PdctlError
-from pdctl.plan.cluster import in_cell
 from pdctl.plan.placement import Places, Room, Wish, check_cells, check_spare, fit
 from pdctl.supervisor.cluster.entries import Order, PlacementEntry, TopologyEntry
 from pdctl.topology.spec import Cluster
@@ -117,13 +116,15 @@ class Assignments:
 
     def _place(self, wanted: Wanted, waiting: set[str], lost: set[str]) -> Decision:
         before = self._before()
-        stay = {*waiting, *(name for name, room in self._rooms.items() if room is None)}
+        rooms = {name: room for name, room in self._rooms.items() if room is not None}
+        strange = _strange(rooms, wanted.cluster)
+        rooms = {name: room for name, room in rooms.items() if name not in strange}
+        stay = {*waiting, *(name for name in self._rooms if name not in rooms)}
         pinned = {
             wish.name: node for wish in wanted.wishes if (node := before.get(wish.name, "")) in stay and
             wish.may_run_on(node)
         }  # fmt: skip
         free = [wish for wish in wanted.wishes if wish.name not in pinned]
-        rooms = {name: in_cell(room, name, wanted.cluster) for name, room in self._rooms.items() if room is not None}
         places = fit(free, rooms, before)
         is_known = any(order.topology == wanted.topology for order in self._orders.values())
         if not is_known and (refusal := _refusal(free, rooms, places, wanted.cluster)) is not None:
@@ -135,6 +136,7 @@ class Assignments:
                 nodes[name] = before[name]
         engines = {wish.name: nodes[wish.name] for wish in wanted.wishes if wish.name in nodes}
         failure = next(iter(places.failures.values()), None) or _lonely(wanted.wishes, nodes, wanted.cluster)
+        failure = failure or next(iter(strange.values()), None)
         said = self._say(waiting, lost, failure, tuple(places.failures))
         return self._decision(engines, wanted.topology, said)
 
@@ -186,6 +188,19 @@ def _refusal(
     except PdctlError as failure:
         return failure
     return _lonely(wishes, places.nodes, cluster)
+
+
+def _strange(rooms: Mapping[str, Room], cluster: Cluster | None) -> dict[str, PdctlError]:
+    """Nodes whose own file puts them into another cell: they keep what they have, and get nothing more."""
+    found = {}
+    for name, room in rooms.items():
+        cell = cluster.cell_of(name) if cluster is not None else ""
+        if room.cell != cell:
+            message = (
+                f"node {name} counts itself to cell {room.cell!r}, and the topology to {cell!r}: it gets no engines"
+            )
+            found[name] = PdctlError(message, "write the same cells into the files of all nodes, and restart its agent")
+    return found
 
 
 def _lonely(wishes: Sequence[Wish], nodes: Mapping[str, str], cluster: Cluster | None) -> PdctlError | None:

@@ -11,6 +11,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Never
 
 import msgspec
@@ -293,7 +294,8 @@ def wanted_of(value: bytes) -> Wanted:
 def room_of_node(value: bytes) -> Room | None:
     """What a node has; None if this version does not understand what it tells."""
     try:
-        return room_of(decode_facts(bytes(msgspec.json.decode(value, type=NodeEntry).facts)))
+        entry = msgspec.json.decode(value, type=NodeEntry)
+        return replace(room_of(decode_facts(bytes(entry.facts))), cell=entry.cell)
     except (msgspec.DecodeError, UnicodeDecodeError, PdctlError):
         return None
 

@@ -41,7 +41,7 @@ class EngineEntry(msgspec.Struct, frozen=True):
 
 class NodeEntry(msgspec.Struct, frozen=True):
     """A node whose agent runs. `address`: where its engines listen; `boot`: the id of its boot; `agent_port`: where its
-    agent answers other agents; `facts`: what a plan needs to know of it (host/facts.py)."""
+    agent answers other agents; `facts`: what a plan needs to know of it (host/facts.py); `cell`: Cluster.cell_of."""
 
     name: str
     address: str
@@ -49,6 +49,7 @@ class NodeEntry(msgspec.Struct, frozen=True):
     pdctl: str
     agent_port: int = 0
     facts: msgspec.Raw = msgspec.Raw(b"null")
+    cell: str = ""
 
 
 class TopologyEntry(msgspec.Struct, frozen=True):

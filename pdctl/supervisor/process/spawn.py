@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pdctl.host import program
 from pdctl.net.identity import CERTIFICATES_ENV
+from pdctl.net.keeping import TAKEOVER_ENV
 from pdctl.plan import ProcessSpec
 from pdctl.wire import EPOCH_ENV, LISTEN_FD_ENV, SECRET_ENV, UNIT_ENV
 
@@ -48,7 +49,7 @@ _libc = ctypes.PyDLL(None, use_errno=True)
 @dataclass(frozen=True, slots=True)
 class Start:
     """One start of a process. `record`: the file for its exit code and, beside it, its pid; None if it must not outlive
-    the supervisor."""
+    the supervisor. `takeover`: a proxy's channel to its keeper, and its journal."""
 
     spec: ProcessSpec
     env: dict[str, str]
@@ -57,6 +58,12 @@ class Start:
     listen_fd: int | None
     join: Path | None
     record: Path | None
+    takeover: tuple[int, int] | None = None
+
+    @property
+    def inherited(self) -> tuple[int, ...]:
+        """Descriptors that the process gets."""
+        return (*(() if self.listen_fd is None else (self.listen_fd,)), *(self.takeover or ()))
 
 
 def raise_limits() -> None:
@@ -105,6 +112,8 @@ def _environment(start: Start) -> dict[str, str]:
         env[spec.api_key_env] = start.env[SECRET_ENV]
     if start.listen_fd is not None:
         env[LISTEN_FD_ENV] = str(start.listen_fd)
+    if start.takeover is not None:
+        env[TAKEOVER_ENV] = ",".join(map(str, (*start.takeover, spec.slots)))
     return env
 
 
@@ -159,8 +168,8 @@ def _become(
         os.setsid()
         for file, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(file, target)
-        if start.listen_fd is not None:
-            os.set_inheritable(start.listen_fd, True)
+        for descriptor in start.inherited:
+            os.set_inheritable(descriptor, True)
         # Python ignores these two signals, and ignored signals stay ignored after exec.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -186,7 +195,7 @@ def _is_alone() -> bool:
 def _through_shell(start: Start, env: dict[str, str], log: int) -> int:
     process = subprocess.Popen(
         _argv(start), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        pass_fds=() if start.listen_fd is None else (start.listen_fd,),
+        pass_fds=start.inherited,
     )  # fmt: skip
     # The supervisor waits for the pid itself, as for all children.
     process.returncode = 0

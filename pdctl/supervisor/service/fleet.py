@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pdctl.plan import Plan, ProcessSpec
 from pdctl.supervisor.cluster.entries import DRAINING, READY, EngineEntry
+from pdctl.supervisor.process.keeper import Keepers
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.rundir.adoption import Record
 from pdctl.supervisor.service.kv import Member
@@ -21,9 +22,10 @@ _DRAINED = frozenset({Phase.DRAINING, Phase.DRAINED})
 class Fleet:
     """Units by name, in the plan's order. `stamp`: the common part of the stamps in their environments."""
 
-    def __init__(self, stamp: str, listeners: Listeners) -> None:
+    def __init__(self, stamp: str, listeners: Listeners, keepers: Keepers) -> None:
         self._stamp = stamp
         self._listeners = listeners
+        self._keepers = keepers
         self._units: dict[str, Unit] = {}
 
     def __iter__(self) -> Iterator[Unit]:
@@ -38,6 +40,7 @@ class Fleet:
         unit = Unit(spec, around, f"{self._stamp}:{spec.name}")
         if spec.listen is not None:
             unit.listen_fd = self._listeners.of(spec.listen).fileno()
+        unit.keeper = self._keepers.of(spec.name, spec.slots)
         self._units[spec.name] = unit
         return unit
 

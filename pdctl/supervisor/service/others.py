@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Never, Protocol
 
 from pdctl.adapters import can_launch, kinds, launcher
+from pdctl.net.identity import ContextFactory
 from pdctl.plan.spec import PROXY
 from pdctl.proxy_wire import EngineAddress
 from pdctl.supervisor.cluster.entries import DRAINING, EngineEntry
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 class ClusterSide(Protocol):
     """The rest of the cluster, for the service of one node. `secret`: what all processes of the service share;
-    `refused_order`: why this node does not run what it is to run, else None."""
+    `refused_order`: why this node does not run what it is to run, else None; `tls`: of a cluster with certificates."""
 
     secret: str
     refused_order: str | None
+    tls: ContextFactory | None
 
     def used(self) -> tuple[EngineEntry, ...]:
         """Engines of other nodes that may get requests, or that drain."""

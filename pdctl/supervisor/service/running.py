@@ -22,7 +22,6 @@ from pdctl.control_api import (
     Verb,
 )
 from pdctl.errors import PdctlError
-from pdctl.net.identity import identity_for
 from pdctl.plan import Attached, Plan
 from pdctl.plan.changes import Changes, diff, with_roles
 from pdctl.proxy_wire import RecentRequest
@@ -89,9 +88,8 @@ class RunningService:
     ) -> None:
         new_secret = cluster.secret if cluster else secrets.token_hex(16)
         secret = adoptable.secret if adoptable else new_secret
-        folder = state.plan.certificates
-        tls = identity_for(folder, state.plan.service, state.plan.node).client_context if folder else None
-        self._cluster, self._others = cluster, Others(cluster.used, bool(folder)) if cluster else Others()
+        tls = cluster.tls if cluster else None
+        self._cluster, self._others = cluster, Others(cluster.used, tls is not None) if cluster else Others()
         fleet, self.journal = resources.fleet, resources.journal
         self._state = state
         self._fleet = fleet

@@ -7,7 +7,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
+from pdctl.net.keeping import TakenOver
 from pdctl.plan import Plan
+from pdctl.supervisor.process.keeper import Keepers
 from pdctl.supervisor.process.leftovers import clear_leftovers
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.process.spawn import raise_limits
@@ -48,7 +52,8 @@ class Service:
         """Start everything, supervise it, and return when it is down. Raises PdctlError if it cannot start."""
         self._rundir.acquire()
         listeners = Listeners(self._rundir.path)
-        fleet = Fleet(self._stamp, listeners)
+        keepers = Keepers(self._took_over)
+        fleet = Fleet(self._stamp, listeners, keepers)
         kernel, trees = KernelLog(), Trees(self._stamp)
         resources = Resources(self._rundir, self._journal, Notifier(), kernel, trees, listeners, fleet)
         keep = False
@@ -64,10 +69,18 @@ class Service:
             await clear_leftovers(self._stamp, None, self._journal)
         finally:
             listeners.close()
+            keepers.close()
             kernel.close()
             trees.close()
             # If the supervisor ends because of an error, surviving processes can still be taken over.
             self._rundir.release(keep=keep or any(unit.alive for unit in fleet))
+
+    def _took_over(self, name: str, told: TakenOver) -> None:
+        went_on = (
+            f"{told.connections} connections, {told.resumed} answers in the middle, {told.repeated} from the start"
+        )
+        cut = f"; {told.cut} were cut: {'; '.join(told.reasons)}" if told.cut else ""
+        self._journal.say(name, f"goes on with {went_on}{cut}", "took_over", **msgspec.structs.asdict(told))
 
     async def _supervise(self, resources: Resources, adoptable: AdoptableState | None) -> None:
         """Raises _Down when everything has stopped."""

@@ -17,8 +17,10 @@ import msgspec
 from pdctl.control_api import LastExit
 from pdctl.host.boot import new_epoch
 from pdctl.net.identity import ContextFactory
+from pdctl.net.keeping import LEAVE_SIGNAL
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process import logs
+from pdctl.supervisor.process.keeper import Keeper
 from pdctl.supervisor.process.probes import Cadence
 from pdctl.supervisor.process.shared_memory import remove_unused
 from pdctl.supervisor.process.spawn import Start, spawn, write_files
@@ -29,10 +31,12 @@ from pdctl.supervisor.rundir.journal import Journal, now_text
 from pdctl.supervisor.unit.clearing import Baseline, Remains, baseline_of, clear, in_the_way
 from pdctl.supervisor.unit.exits import Ended, KernelLog, report, told_of
 from pdctl.supervisor.unit.lifecycle import (
+    ENDED,
     LIVE,
     Action,
     Do,
     Exit,
+    Goal,
     Kind,
     Life,
     LifecycleEvent,
@@ -89,7 +93,8 @@ class Unit:
     """Takes events; spawns, probes, signals and reports the process.
 
     `leaving_role`: the role whose last work it does after a change. `blocked`: what delays the next start; `reports`:
-    exit reports still being written; `exit_file`: where the exit code of a process that may outlive the supervisor is
+    exit reports still being written; `keeper`: of a proxy whose connections outlive it; `is_replaced`: another process
+    will go on with these; `exit_file`: where the exit code of a process that may outlive the supervisor is
     written.
     """
 
@@ -97,6 +102,8 @@ class Unit:
     around: UnitContext
     stamp: str
     listen_fd: int | None = None
+    keeper: Keeper | None = None
+    is_replaced: bool = False
     life: Life = field(default_factory=Life)
     pid: int | None = None
     epoch: str = ""
@@ -162,8 +169,9 @@ class Unit:
             case Do.DRAIN:
                 self._arm("drain", self._drain())
             case Do.SIGNAL:
-                self._by_us = f"pdctl, with {policy.stop_signals[action.number].name}"
-                self._signal(policy.stop_signals[action.number])
+                sign = LEAVE_SIGNAL if self._hands_over else policy.stop_signals[action.number]
+                self._by_us = f"pdctl, with {sign.name}"
+                self._signal(sign)
                 self._arm("grace", self._later(policy.grace_s, Kind.GRACE_OVER))
             case Do.KILL_TREE:
                 self.force()
@@ -191,14 +199,7 @@ class Unit:
             if self.exit_file is not None:
                 exits.mkdir(exist_ok=True)
             write_files(self.spec)
-            start = Start(
-                self.spec, self.around.env, self.stamp, self.epoch, self.listen_fd, self.tree.join, self.exit_file
-            )
-            log = self._open_log()
-            try:
-                pid = spawn(start, log)
-            finally:
-                os.close(log)
+            pid = self._start()
         except OSError as failure:
             self.feed(LifecycleEvent(Kind.CANNOT_SPAWN, detail=f"cannot be started: {failure}"))
             return
@@ -206,6 +207,28 @@ class Unit:
         self.around.journal.say(
             self.name, f"started, pid {self.pid}", "started", pid=self.pid, epoch=self.epoch, start=self.life.starts
         )
+
+    def _start(self) -> int:
+        """Start the process. Returns its pid. Raises OSError."""
+        assert self.tree is not None
+        with contextlib.ExitStack() as stack:
+            takeover = None
+            if self.keeper is not None:
+                channel, journal = self.keeper.hand_over()
+                stack.enter_context(channel)
+                takeover = (channel.fileno(), journal)
+            start = Start(
+                self.spec, self.around.env, self.stamp, self.epoch, self.listen_fd, self.tree.join, self.exit_file,
+                takeover,
+            )  # fmt: skip
+            log = self._open_log()
+            stack.callback(os.close, log)
+            return spawn(start, log)
+
+    @property
+    def _hands_over(self) -> bool:
+        """Whether another process goes on with its connections after a stop."""
+        return self.keeper is not None and (self.life.goal is Goal.AGAIN or self.is_replaced)
 
     def _open_log(self) -> int:
         """Open the log. If the disk accepts no new file, the output is lost; the process still starts."""
@@ -258,6 +281,8 @@ class Unit:
     def _ended(self, pid: int) -> None:
         ended = self._how(pid)
         self.alive = False
+        if self.keeper is not None:
+            self.keeper.ended()
         self.last_exit = told_of(ended)
         self.around.journal.say(self.name, self.last_exit.reason, "exited", **msgspec.structs.asdict(self.last_exit))
         told = self.around.died(self)
@@ -376,6 +401,8 @@ class Unit:
             journal.say(self.name, phase.value, phase.value)
         if phase not in LIVE:
             self.ready_since = None
+        if phase in ENDED and self.keeper is not None and not self.is_replaced:
+            self.keeper.drop_all()
         if phase is not Phase.BACKOFF and (timer := self._timers.pop("backoff", None)):
             timer.cancel()
         if before is Phase.DRAINING and (timer := self._timers.pop("drain", None)) and phase is not Phase.DRAINED:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from pdctl.control_api import ProcessStatus
+from pdctl.control_api import ProcessStatus, Takeover
+from pdctl.supervisor.process.keeper import Keeper
 from pdctl.supervisor.rundir.adoption import Record, start_ticks
 from pdctl.supervisor.unit.lifecycle import Phase
 from pdctl.supervisor.unit.unit import Unit
@@ -35,7 +36,23 @@ def status_of(unit: Unit) -> ProcessStatus:
         planned_role=unit.spec.planned_role,
         leaving_role=unit.leaving_role,
         phase=watch.phase if watch else "",
+        takeover=_takeover(unit.keeper) if unit.keeper is not None else None,
         phase_s=round(time.monotonic() - watch.since, 1) if watch and watch.phase else None,
+    )
+
+
+def _takeover(keeper: Keeper) -> Takeover:
+    total = keeper.total
+    return Takeover(
+        slots=keeper.slots,
+        kept=keeper.held,
+        uncovered=keeper.uncovered,
+        takeovers=keeper.takeovers,
+        connections=total.connections,
+        resumed=total.resumed,
+        repeated=total.repeated,
+        cut=total.cut,
+        resent_bytes=total.resent,
     )
 
 

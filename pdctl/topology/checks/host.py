@@ -12,7 +12,7 @@ from pdctl import __version__
 from pdctl.adapters import Installed, launcher
 from pdctl.errors import Problem
 from pdctl.host import OTLP_PACKAGES, Host
-from pdctl.host.models import UnknownModel, locate_model
+from pdctl.host.models import UnknownModel, cannot_split, locate_model
 from pdctl.host.program import ENGINE_HINT
 from pdctl.stores import store_launcher
 from pdctl.topology.document import Document
@@ -176,9 +176,15 @@ def _model_problems(document: Document, topology: Topology, host: Host) -> Itera
         return  # only the model's name is needed
     base = Path(topology.source).parent if topology.source else Path()
     try:
-        locate_model(topology.service.model, host.cache_root, base)
+        model = locate_model(topology.service.model, host.cache_root, base)
     except UnknownModel as failure:
         yield document.problem(("service", "model"), str(failure), _nearby_model(topology.service.model, base))
+        return
+    for index, group in enumerate(topology.engines):
+        wide = not group.is_attached and group.tensor_parallel > 1
+        if wide and model.ready and (reason := cannot_split(Path(model.path), group.tensor_parallel)):
+            message = f"{topology.service.model} cannot be split: {reason}"
+            yield document.problem(("engines", index, "tensor_parallel"), message, "each device needs whole heads")
 
 
 def _nearby_model(spec: str, base: Path) -> str | None:

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from pdctl.doctor import Area
-from pdctl.doctor.areas.cluster import ClusterFacts, ask_etcd, check, fault_of
+from pdctl.doctor.areas.cluster import ClusterFacts, ask_etcd, check
 from pdctl.doctor.inspection import Inspection, Where
 from pdctl.host.processes.ports import Listener, listeners_of
 from pdctl.topology.loader import load_cluster_text
 from pdctl.topology.spec import Topology
+from tests.certificates import EXPIRED, made_ca, made_node
 
 TEXT = """
 [service]
@@ -52,7 +54,7 @@ def facts(found: Topology, *listeners: Listener, versions: dict[str, str] | None
     def etcd(url: str) -> tuple[str, str]:
         return (told[url], "") if url in told else ("", "no route")
 
-    return ClusterFacts(found, found.cluster, listeners, {8000: "proxy http", 18090: "agent"}, etcd, lambda _: "")
+    return ClusterFacts(found, found.cluster, listeners, {8000: "proxy http", 18090: "agent"}, etcd)
 
 
 def said(found: ClusterFacts) -> dict[str, list[str]]:
@@ -63,11 +65,15 @@ def said(found: ClusterFacts) -> dict[str, list[str]]:
 
 
 def test_a_cluster_without_faults(tmp_path: Path) -> None:
+    ca = made_ca(tmp_path / "ca", "chat")
+    made_node(ca, tmp_path / "certificates", "a", "10.0.0.1", days=20.0)
+    until = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 20 * 86400))
     text = TEXT.replace("secret_file", 'certificates = "certificates"\nsecret_file')
     found = facts(topology(tmp_path, text), Listener("10.0.0.1", 8000, 41), Listener("::1", 18090, 40))
     assert said(found) == {
         "cluster.listen": ["ok listeners: 2 of the service, each at one address"],
         "cluster.plain_kv": [said(found)["cluster.plain_kv"][0]],
+        "cluster.certificate": [f"ok node a: certified until {until}"],
         "cluster.etcd": ["ok etcd: 3 of 3 members answer: 3.4.23"],
     }
     assert "unencrypted" in said(found)["cluster.plain_kv"][0]
@@ -96,14 +102,19 @@ def test_certificates_and_passwords_in_the_clear(tmp_path: Path) -> None:
                                       "directory"]  # fmt: skip
 
 
-def test_a_certificate_that_cannot_be_used(tmp_path: Path) -> None:
+def test_a_certificate_that_ends_has_ended_or_is_of_others(tmp_path: Path) -> None:
     found = facts(topology(tmp_path, TEXT.replace("secret_file", 'certificates = "certificates"\nsecret_file')))
-    assert "cluster.certificates" not in said(found)
-    told = said(replace(found, fault_of=lambda folder: f"{Path(folder).name}: its certificate has ended"))
-    assert told["cluster.certificates"] == [
-        "critical cluster.certificates: certificates: its certificate has ended"
-    ]
-    assert fault_of(str(tmp_path / "certificates")), "there are no files"
+    (missing,) = said(found)["cluster.certificate"]
+    assert missing.startswith("critical cluster.certificates: the certificates in ")
+    assert "No such file or directory" in missing
+    ca = made_ca(tmp_path / "ca", "chat")
+    # Backdated by an hour: of 79 minutes, 19 are left.
+    made_node(ca, tmp_path / "certificates", "a", "10.0.0.1", days=19 / 1440)
+    assert said(found)["cluster.certificate"] == ["warning node a: it ends in 0.0 days"]
+    made_node(ca, tmp_path / "certificates", "a", "10.0.0.1", days=EXPIRED)
+    assert "certificate has expired" in said(found)["cluster.certificate"][0]
+    made_node(made_ca(tmp_path / "other", "talk"), tmp_path / "certificates", "a", "10.0.0.1")
+    assert said(found)["cluster.certificate"] == ["critical cluster.certificates: it is of service talk"]
 
 
 def test_a_secret_that_others_can_read_or_nobody(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 The environment is adversarial: messages are lost, repeated and late, the deadline may pass at any moment, freed blocks
 are reused at any moment on either side, the prefill may be preempted while its first chunk is being read, a read may be
-given up while its bytes still arrive, and either engine may die and restart. A rumour may release the leases of a
-holder that lives, at any moment, as when a cluster believes that its node is lost. Checked: no state decodes KV that
-was overwritten, or not yet computed, when it was read; no late write hits another request's blocks; and from every
-state the blocks of both sides can still be freed."""
+given up while its bytes still arrive, and either engine may die and restart. An engine of several devices is read shard
+by shard, under the one lease of its front; one of its ranks may die first, which its front notices later. A rumour may
+release the leases of a holder that lives, at any moment, as when a cluster believes that its node is lost. Checked: no
+state decodes KV that was overwritten, or not yet computed, when it was read; no late write hits another request's
+blocks; and from every state the blocks of both sides can still be freed."""
 
 from __future__ import annotations
 
@@ -13,6 +14,9 @@ import copy
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
 
 from pdctl.engine.handover.lease import LeaseTable
 from pdctl.engine.handover.reception import Action, Phase, Reception, ReceptionEvent, advance
@@ -34,8 +38,11 @@ class World:
     computed: int = 1
     d_alive: bool = True
     state: Reception = field(default_factory=Reception)
-    reading: bool = False
+    reading: int = 0  # shards that are still to be read, one after the other; the first of them is being read
+    unread: int = 0  # shards that lack what was asked for
     dirty: bool = False
+    p_whole: bool = True  # no rank of the engine is dead
+    d_whole: bool = True
     net: frozenset[tuple[str, int | bool]] = frozenset({("offer", 1)})
     faults: int = 0
     late: bool = False  # the clock is past the deadline
@@ -45,13 +52,17 @@ class World:
 
 
 class Model:
-    """Successors of a state. Without commit it decodes right after the read; without quarantine blocks are freed as
-    soon as their request is lost. Both as in other systems. Without verdict, a rumour frees blocks and leaves the lease
-    as it is."""
+    """Successors of a state, for a peer of so many shards. Without commit it decodes right after the read; without
+    quarantine blocks are freed as soon as their request is lost, both as in other systems. Without `with_all` a read
+    counts as done after its first shard. Without verdict, a rumour frees blocks and leaves the lease as it is."""
 
-    def __init__(self, with_commit: bool, with_quarantine: bool, with_verdict: bool = True) -> None:
+    def __init__(
+        self, with_commit: bool, with_quarantine: bool, shards: int, with_all: bool, with_verdict: bool
+    ) -> None:
         self.with_commit = with_commit
         self.with_quarantine = with_quarantine
+        self.shards = shards
+        self.with_all = with_all
         self.with_verdict = with_verdict
         self.tables: dict[tuple[object, ...], LeaseTable] = {}
 
@@ -70,7 +81,8 @@ class Model:
 
     def successors(self, world: World) -> Iterator[World]:
         yield from self._environment(world)
-        if world.p_alive and world.epoch == 0 and world.computed < TOTAL:
+        if world.p_alive and world.p_whole and world.epoch == 0 and world.computed < TOTAL:
+            # A step is done when all ranks have computed it.
             yield from self._prefill(world)
         for message in world.net:
             # It stays in the network: it may be delivered again, or never (lost).
@@ -105,14 +117,16 @@ class Model:
             freed = any(verdict.freed for verdict in moved.expire(self._now(world)))
             yield self._after_table(world, moved, freed)
         if not world.owned and not world.reused:
-            yield replace(world, reused=True, dirty=world.dirty or world.reading)
-        if world.faults == 0 and world.p_alive:
-            yield replace(world, p_alive=False, owned=False, faults=1, dirty=world.dirty or world.reading)
+            yield replace(world, reused=True, dirty=world.dirty or bool(world.reading))
+        if self.shards > 1 and world.faults == 0:
+            yield from self._rank_died(world)
+        if world.p_alive and (world.faults == 0 or not world.p_whole):
+            yield replace(world, p_alive=False, owned=False, faults=1, dirty=world.dirty or bool(world.reading))
         if not world.p_alive:
             fresh = LeaseTable(EPOCHS[1], 10)
-            yield replace(world, p_alive=True, epoch=1, table=self.key(fresh), reused=True)
-        if world.faults == 0 and world.d_alive:
-            died = replace(world, d_alive=False, faults=1, reading=False, landing=False, target_held=False)
+            yield replace(world, p_alive=True, p_whole=True, epoch=1, table=self.key(fresh), reused=True)
+        if world.d_alive and (world.faults == 0 or not world.d_whole):
+            died = replace(world, d_alive=False, faults=1, reading=0, landing=False, target_held=False)
             yield died
             # the supervisor saw it
             moved = copy.deepcopy(table)
@@ -133,6 +147,13 @@ class Model:
                 yield self._after_table(world, table, freed)
             elif freed:
                 yield replace(world, owned=False)
+
+    def _rank_died(self, world: World) -> Iterator[World]:
+        """The front and its memory are still there."""
+        if world.p_alive:
+            yield replace(world, p_whole=False, faults=1)
+        if world.d_alive:
+            yield replace(world, d_whole=False, faults=1)
 
     # -- messages --
 
@@ -177,10 +198,11 @@ class Model:
         if phase in (Phase.QUEUED, Phase.READING, Phase.COMMITTING):
             yield self._advance(world, ReceptionEvent.CANCELLED)
         if world.reading:
-            done = replace(world, reading=False)
-            yield self._advance(done, ReceptionEvent.READ_OK)
+            yield self._shard_read(world)
+            done = replace(world, reading=0)
             yield self._advance(done, ReceptionEvent.READ_FAILED)
             if world.faults == 0:
+                # The other shards are not read any more: one read at most is late.
                 given_up = replace(done, landing=True, faults=1)
                 yield self._advance(given_up, ReceptionEvent.READ_FAILED)
         if phase is Phase.COMMITTING:
@@ -190,14 +212,25 @@ class Model:
         if phase is Phase.LOST and world.target_held and not busy:
             yield replace(world, target_held=False)
 
+    def _shard_read(self, world: World) -> World:
+        """One shard is read; what of it is wrong was noted when it began, or when its blocks were reused."""
+        left = world.reading - 1
+        after = replace(world, unread=world.unread - 1, reading=left if self.with_all else 0)
+        if after.reading:
+            return self._begun_shard(after)
+        return self._advance(after, ReceptionEvent.READ_OK)
+
+    def _begun_shard(self, world: World) -> World:
+        stale = not (world.owned and world.epoch == 0 and world.p_alive) and world.reused
+        ahead = world.state.asked > world.computed
+        return replace(world, dirty=world.dirty or stale or ahead)
+
     def _advance(self, world: World, event: ReceptionEvent, pieces: int = 0) -> World:
         state, actions = advance(world.state, event, pieces)
         world = replace(world, state=replace(state, reason=""))
         for action in actions:
             if action is Action.READ:
-                stale = not (world.owned and world.epoch == 0 and world.p_alive) and world.reused
-                ahead = state.asked > world.computed
-                world = replace(world, reading=True, dirty=world.dirty or stale or ahead)
+                world = self._begun_shard(replace(world, reading=self.shards, unread=self.shards))
             elif action is Action.COMMIT and not self.with_commit:
                 world = replace(world, state=replace(state, phase=Phase.DECODING))
             elif action is Action.COMMIT:
@@ -221,10 +254,16 @@ class Found:
     leaking: list[World]
 
 
-def explore(with_commit: bool = True, with_quarantine: bool = True, with_verdict: bool = True) -> Found:
+def explore(
+    with_commit: bool = True,
+    with_quarantine: bool = True,
+    shards: int = 1,
+    with_all: bool = True,
+    with_verdict: bool = True,
+) -> Found:
     """All reachable states: how many, which decode bad KV, which let a late write corrupt another request, and from
     which the blocks of either side can never be freed."""
-    model = Model(with_commit, with_quarantine, with_verdict)
+    model = Model(with_commit, with_quarantine, shards, with_all, with_verdict)
     first = model.first()
     observed = {first}
     parents: dict[World, list[World]] = {}
@@ -237,7 +276,7 @@ def explore(with_commit: bool = True, with_quarantine: bool = True, with_verdict
                 observed.add(after)
                 queue.append(after)
         assert len(observed) < 2_000_000
-    corrupt = [w for w in observed if w.state.phase is Phase.DECODING and w.dirty]
+    corrupt = [w for w in observed if w.state.phase is Phase.DECODING and (w.dirty or w.unread)]
     free = {w for w in observed if not w.owned and (not w.target_held or w.state.phase is Phase.DECODING)}
     stack = list(free)
     while stack:
@@ -248,9 +287,10 @@ def explore(with_commit: bool = True, with_quarantine: bool = True, with_verdict
     return Found(len(observed), corrupt, [w for w in observed if w.spoiled], [w for w in observed if w not in free])
 
 
-def test_no_interleaving_decodes_bad_kv_or_spoils_or_leaks() -> None:
-    found = explore()
-    assert found.states > 3000, "the model explores too little to mean anything"
+@pytest.mark.parametrize("shards", [1, 2])
+def test_no_interleaving_decodes_bad_kv_or_spoils_or_leaks(shards: int) -> None:
+    found = explore(shards=shards)
+    assert found.states > 3000 * shards, "the model explores too little to mean anything"
     assert found.corrupt == []
     assert found.spoiled == []
     assert found.leaking == []
@@ -268,8 +308,14 @@ def test_the_check_catches_rumours_that_free_blocks_without_ending_the_lease() -
     assert explore(with_verdict=False).corrupt, "a model that cannot fail checks nothing"
 
 
+def test_the_check_catches_a_read_of_one_shard_that_counts_for_all() -> None:
+    assert explore(shards=2, with_all=False).corrupt, "a model that cannot fail checks nothing"
+
+
 if __name__ == "__main__":
-    for options in ({}, {"with_commit": False}, {"with_quarantine": False}, {"with_verdict": False}):
+    tried: list[dict[str, Any]] = [{}, {"with_commit": False}, {"with_quarantine": False}, {"with_verdict": False}]
+    tried += [{"shards": 2}, {"shards": 2, "with_commit": False}, {"shards": 2, "with_quarantine": False}]
+    for options in [*tried, {"shards": 2, "with_all": False}]:
         result = explore(**options)
         print(
             f"{options or 'the protocol'}: {result.states} states, {len(result.corrupt)} decode bad KV, "

@@ -8,10 +8,12 @@ from typing import TypeVar
 import pytest
 
 from pdctl.engine.cache.layout import Span
-from pdctl.engine.handover.puller import PoolShape, Puller
+from pdctl.engine.cache.shards import Shard
+from pdctl.engine.handover.puller import OurSide, Puller
+from pdctl.engine.handover.reading import OurShard, ShardReader, Staging
 from pdctl.engine.ipc.messages import Connect, Linked, Pull, Pulled
 from pdctl.engine.transfer import TransferError, TransferUncertain
-from pdctl.wire import LayerShape, Manifest, PoolEndpoint, Served
+from pdctl.wire import KvEndpoint, LayerShape, Manifest, Part, PoolEndpoint, Served
 
 MANIFEST = Manifest("m", "float32", 4, [LayerShape(1, 2, 2)])
 
@@ -53,8 +55,9 @@ class Rig:
     def __init__(self) -> None:
         self.wire = Wire()
         self.said: queue.Queue[Pulled | Linked | str] = queue.Queue()
-        pool = PoolShape(MANIFEST, 8, "here", "auto", 1.0)
-        self.puller = Puller(pool, {"shm": self.wire}, self.said.put, self.said.put)
+        reader = ShardReader([OurShard(Shard(MANIFEST, 8, Part()), None, {"shm": self.wire})], no_staging)
+        side = OurSide(MANIFEST, "here", "auto", 1.0)
+        self.puller = Puller(side, reader, self.said.put, self.said.put)
 
     def pull(self, request: str, peer: str, source_blocks: Sequence[int] = (1,), count: int = 4) -> None:
         self.puller.submit(Pull(request, peer, "e", endpoint(peer), list(source_blocks), [2], 0, count))
@@ -66,8 +69,12 @@ class Rig:
                 return found
 
 
-def endpoint(address: str, manifest: Manifest = MANIFEST) -> PoolEndpoint:
-    return PoolEndpoint("here", [Served("shm", address, "shm")], 8, manifest)
+def no_staging(name: str) -> Staging:
+    raise AssertionError("equal widths need none")
+
+
+def endpoint(address: str, manifest: Manifest = MANIFEST) -> KvEndpoint:
+    return KvEndpoint((PoolEndpoint("here", [Served("shm", address, "shm")], 8, manifest),))
 
 
 @pytest.fixture
@@ -119,8 +126,27 @@ def test_links_tell_why_they_cannot_be_made(rig: Rig) -> None:
     other = Manifest("another model", "float32", 4, MANIFEST.layers)
     rig.puller.submit(Connect("dead", "e", endpoint("dead")))
     rig.puller.submit(Connect("odd", "e", endpoint("odd", other)))
-    errors = {said.link.error for said in (rig.next(Linked) for _ in range(2))}
-    assert errors == {"nobody there", "the models differ: another mode there, m here"}
+    apart = [
+        PoolEndpoint("here", [Served(name, "a", name)], 8, MANIFEST, Part(rank, 2))
+        for rank, name in enumerate(("shm", "mooncake"))
+    ]
+    rig.puller.submit(Connect("apart", "e", KvEndpoint(tuple(apart))))
+    errors = {said.link.error for said in (rig.next(Linked) for _ in range(3))}
+    assert errors == {
+        "nobody there", "the models differ: another mode there, m here",
+        "no transport is open on both sides: here shm; there mooncake",
+    }  # fmt: skip
+
+
+def test_a_peer_with_several_devices_is_read_from_each(rig: Rig) -> None:
+    shards = tuple(
+        PoolEndpoint("here", [Served("shm", address, "shm")], 8, MANIFEST, Part(rank, 2))
+        for rank, address in enumerate(("good", "late"))
+    )
+    pull = Pull("r", "both", "e", KvEndpoint(shards), [1], [2], 0, 4)
+    # Its one KV head is on both devices: only the first is read.
+    rig.puller.submit(pull)
+    assert rig.next(Pulled).bytes == 4 * 2 * 2 * 4
 
 
 def test_a_pull_outside_the_pools_is_refused(rig: Rig) -> None:

@@ -132,7 +132,7 @@ def test_what_was_passed_on_was_the_first_event(direct: bool) -> None:
         head = sink.event_head
         await sink.pass_on(head + b'{"index":0,"delta":{"role":"assistant","content":"a"}}]}\n\n')
         more = head + b'{"index":0,"delta":{"content":"b"}}]}\n\n'
-        if not sink.part_now(more):
+        if not sink.part_now(more, b""):
             assert not direct
             await sink.pass_on(more)
         await sink.add(delta("stop", content="c"), [3])
@@ -290,7 +290,7 @@ def test_a_body_in_one_piece_will_do_where_it_has_all_that_was_asked_for(fields:
         [sink] = answer.sinks
         assert sink.takes_whole == takes
         assert not sink.passes
-        assert not sink.part_now(b"x")
+        assert not sink.part_now(b"x", b"")
         with pytest.raises(AssertionError, match="3 bytes"):
             await sink.pass_on(b"xxx")
         await sink.add(text("a", "stop"), [1])

@@ -65,6 +65,7 @@ class Sink:
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self.ids: set[str] = set()
         self.added: list[int] = []
+        self.noted: list[int] = []
         self.observed: list[dict[str, object]] = []
         self._busy = busy
 
@@ -78,17 +79,23 @@ class Sink:
                 assert not set(HIDDEN) & set(choice), choice
             self.observed.append({key: value for key, value in choice.items() if key not in HIDDEN})
 
-    async def pass_on(self, data: bytes) -> None:
+    async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
         self._saw(data)
+        self._note(ids)
 
-    def part_now(self, data: bytes) -> bool:
+    def part_now(self, data: bytes, ids: bytes) -> bool:
         if self._busy():
             return False
         self._saw(data)
+        self._note(ids)
         return True
+
+    def _note(self, ids: bytes) -> None:
+        self.noted += map(int, ids.split(b",")) if ids else ()
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         self.added += token_ids
+        self.noted += token_ids
         self.observed.append({key: json.loads(bytes(value)) for key, value in choice.items() if key not in HIDDEN})
 
 
@@ -174,6 +181,7 @@ def test_cuts_change_nothing(kind: str, choices: list[dict[str, object]], data: 
     assert [choice["text"] for choice in sink.observed] == [choice["text"] for choice in choices]
     assert [choice["finish_reason"] for choice in sink.observed] == [choice["finish_reason"] for choice in choices]
     assert state.emitted == [token for choice in choices for token in ids_of(choice)]
+    assert sink.noted == state.emitted  # another proxy could go on
     assert reader.finished
     silent = list(itertools.takewhile(lambda choice: choice["text"] == "", reversed(choices)))
     assert state.held == sum(len(ids_of(choice)) for choice in silent)

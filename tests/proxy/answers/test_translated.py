@@ -142,6 +142,6 @@ def test_with_tools_the_order_of_parts_matters(api: Api) -> None:
 def test_nothing_is_passed_on_as_bytes(api: Api) -> None:
     [sink] = answer(api, Client(), stream=True).sinks
     assert not sink.passes
-    assert not sink.part_now(b"x")
+    assert not sink.part_now(b"x", b"")
     with pytest.raises(AssertionError, match="3 bytes"):
         asyncio.run(sink.pass_on(b"xxx"))

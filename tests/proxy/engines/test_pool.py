@@ -194,8 +194,10 @@ async def call(engine: Engine, served: Served, patience_s: float = 600.0, stream
             engine.tickets.discard(ticket)
             ticket.exchange.close()
 
-    task = asyncio.ensure_future(run())
-    await served.came.wait()
+    task, came = asyncio.ensure_future(run()), asyncio.ensure_future(served.came.wait())
+    # On a slow machine it may be cut before the server has seen it.
+    await asyncio.wait((task, came), return_when=asyncio.FIRST_COMPLETED)
+    came.cancel()
     served.came.clear()
     return task
 

@@ -168,15 +168,15 @@ class Gathering:
         self.began.set()
         self.text += msgspec.json.decode(choice.get("text", b'""'), type=str)
 
-    async def pass_on(self, data: bytes) -> None:
+    async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
         raise AssertionError(data)
 
     def start_over(self) -> bool:
         return not self.tokens
 
     @property
-    def part_now(self) -> Callable[[bytes], bool]:
-        return lambda _: False
+    def part_now(self) -> Callable[[bytes, bytes], bool]:
+        return lambda *_: False
 
 
 @dataclass

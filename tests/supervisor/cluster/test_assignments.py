@@ -34,7 +34,7 @@ class Service:
         self.term = 0
         self.take_over(0.0)
         for node, gpus in rooms.items():
-            self.books.is_there(node, Room(gpus))
+            self.books.is_there(node, Room(gpus, cell=what.cluster.cell_of(node) if what and what.cluster else ""))
         self.books.wants(what)
         self.decide(0.0)
 
@@ -174,6 +174,21 @@ def test_engines_of_a_lost_node_stay_in_its_cell_and_a_cell_without_a_role_is_to
     placement = service.decide(100.0).placement
     assert placement.problem == ""
     assert {name for node, names in service.engines.items() if node[0] == "x" for name in names} >= {*before}
+
+
+def test_a_node_that_counts_itself_to_another_cell_keeps_its_engines_and_gets_no_more() -> None:
+    service = Service({"x1": 2, "x2": 2}, wanted(1, 1))
+    before = service.engines
+    service.books.is_there("x2", Room(2, cell="rack*"))
+    what = wanted(2, 2, "t2")
+    service.books.wants(what)
+    placement = service.decide(1.0).placement
+    assert placement.problem.startswith("no node has 1 free GPU")
+    service.books.is_there("x1", Room(8))
+    placement = service.decide(2.0).placement
+    assert placement.problem == "node x2 counts itself to cell 'rack*', and the topology to '': it gets no engines"
+    assert service.engines["x2"] == before["x2"]
+    assert sum(map(len, service.engines.values())) == 4
 
 
 def test_a_node_of_another_version_keeps_its_engines_and_gets_no_more() -> None:

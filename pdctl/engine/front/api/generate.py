@@ -238,7 +238,7 @@ def _submission(request: GenerationRequest) -> tuple[Submit, int | None]:
         await_kv=hand_over is not None,
         kv_tokens=kv_tokens,
         # An answer's tokens are not computed in segments.
-        kv_segment=0 if hand_over is None or hand_over.moved else hand_over.endpoint.pool.manifest.segment,
+        kv_segment=0 if hand_over is None or hand_over.moved else hand_over.endpoint.manifest.segment,
         tenant=request.tenant,
         salt=request.salt,
         priority=request.priority,
@@ -270,7 +270,7 @@ def _check_tokens(hand_over: HandOver, token_ids: list[int], following: int) -> 
 
 def _check_shape(hand_over: HandOver) -> None:
     """Raise ApiError if the number of blocks does not match the tokens."""
-    size, tokens = hand_over.endpoint.pool.manifest.block_size, hand_over.remote_num_tokens
+    size, tokens = hand_over.endpoint.manifest.block_size, hand_over.remote_num_tokens
     needed, given = -(-tokens // size), len(hand_over.remote_block_ids)
     if not needed <= given <= needed + 1:
         message = f"kv_transfer_params: {given} blocks for {tokens} tokens of {size} a block"

@@ -82,11 +82,11 @@ class LinkBook:
         if ready is None or found.epoch != peer.epoch:
             link.info = LinkInfo(peer.name, peer.epoch, error=f"it now runs epoch {found.epoch}")
             return
-        if reason := mismatch(ready.endpoint.manifest, found.endpoint.pool.manifest):
+        if reason := mismatch(ready.endpoint.manifest, found.endpoint.manifest):
             link.info = LinkInfo(peer.name, peer.epoch, error=f"its KV does not fit: {reason}", refused=True)
             return
         link.decided.clear()
-        await self._core.send(Connect(peer.name, peer.epoch, found.endpoint.pool))
+        await self._core.send(Connect(peer.name, peer.epoch, found.endpoint))
         await link.decided.wait()
 
     def _link(self, peer: str, epoch: str) -> _Link:

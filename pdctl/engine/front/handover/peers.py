@@ -15,10 +15,10 @@ from pdctl.net.internal_calls import Caller, CallRefused
 from pdctl.wire import (
     EndpointReply,
     HandOver,
+    KvEndpoint,
     LeaseCall,
     LeaseReply,
     Offer,
-    PoolEndpoint,
     RenewCall,
     RenewReply,
     SessionCall,
@@ -46,14 +46,14 @@ class LeaseRef:
     lease_id: str
     lease_s: float
     block_ids: list[int]
-    endpoint: PoolEndpoint
+    endpoint: KvEndpoint
 
 
 def of_hand_over(given: HandOver) -> LeaseRef:
     """The lease of a finished prefill."""
     return LeaseRef(
         given.remote_engine_id, given.remote_host, given.remote_port, given.epoch, given.lease_id, given.lease_s,
-        given.remote_block_ids, given.endpoint.pool,
+        given.remote_block_ids, given.endpoint,
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def of_offer(given: Offer) -> LeaseRef:
     """The lease of a prefill that is still running."""
     return LeaseRef(
         given.engine, given.host, given.port, given.epoch, given.lease_id, given.lease_s, given.block_ids,
-        given.endpoint.pool,
+        given.endpoint,
     )  # fmt: skip
 
 

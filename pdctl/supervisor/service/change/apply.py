@@ -98,6 +98,7 @@ async def _replace(service: Managed, spec: ProcessSpec) -> None:
     """Drain and stop the process, and start it with the new spec."""
     unit = service.unit(spec.name)
     assert unit is not None
+    unit.is_replaced = spec.slots > 0
     unit.feed(LifecycleEvent(Kind.DRAIN, goal=Goal.STOP))
     await unit.until(ENDED)
     service.remove(unit)

@@ -21,9 +21,11 @@ Answer = TypeVar("Answer")
 # One call to an agent, seconds: it asks its own engines meanwhile, which have a second.
 CALL_S = 2.0
 _CONNECT_S = 1.0
+# All calls to all agents, seconds: with many that are silent, the last must not wait for every other.
+_ALL_S = 4.0
 # A node that did not answer is not asked for a status again for so long, seconds: others must not wait for it.
 _QUIET_S = 3.0
-_AT_ONCE = 64
+_AT_ONCE = 256
 _MOST_BYTES = 64 * 2**20
 
 
@@ -172,10 +174,11 @@ class Agents:
         return dict(sorted(self._clients.items()))
 
     async def all(
-        self, call: Callable[[AgentClient], Awaitable[Answer]], patient: bool = False
+        self, call: Callable[[AgentClient], Awaitable[Answer]], patient: bool = False, within_s: float = _ALL_S
     ) -> dict[str, Answer | Silent]:
-        """What each answers, by node. `patient`: ask also those that have just been silent."""
+        """What each answers, by node. `patient`: ask also those that have just been silent. `within_s`: for all."""
         clients = self.clients()
+        deadline = asyncio.get_running_loop().time() + within_s
         found: dict[str, Answer | Silent] = {}
 
         async def ask(node: str, client: AgentClient) -> None:
@@ -184,11 +187,13 @@ class Agents:
                 found[node] = silent
                 return
             try:
-                async with self._limit:
+                async with asyncio.timeout_at(deadline), self._limit:
                     found[node] = await call(client)
                 self._quiet.pop(node, None)
             except PdctlError as failure:
                 found[node] = Silent(str(failure), refused=True)
+            except TimeoutError:
+                found[node] = Silent(f"{client.agent.text} was not asked in time: too many do not answer")
             except Unreachable as failure:
                 found[node] = silent = Silent(str(failure))
                 self._quiet[node] = (self._clock() + _QUIET_S, silent)

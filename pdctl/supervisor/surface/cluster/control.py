@@ -49,6 +49,9 @@ from pdctl.wire import LeaseReply
 
 Answer = TypeVar("Answer")
 
+# A node makes a plan to say what would change, and reads the machine's facts for it, seconds.
+_PLAN_S = 10.0
+
 
 class Publishing(Protocol):
     """The cluster's topology, in its registry. Every method may raise PdctlError with the reason and a hint."""
@@ -255,9 +258,12 @@ class ClusterControl:
 
         async def ask(agent: AgentClient) -> NodeChanges | None:
             order = by_node.get(agent.agent.node)
-            return await agent.post("/v1/cluster/changes", order, NodeChanges) if order is not None else None
+            if order is None:
+                return None
+            return await agent.post("/v1/cluster/changes", order, NodeChanges, _PLAN_S)
 
-        found: dict[str, NodeChanges | Silent | None] = {**await self.agents.all(ask, patient=True)}
+        answers = await self.agents.all(ask, patient=True, within_s=_PLAN_S)
+        found: dict[str, NodeChanges | Silent | None] = {**answers}
         if (mine := by_node.get(self._own.node)) is not None:
             try:
                 found[self._own.node] = await changes_of(self._publishing, mine)

@@ -49,7 +49,8 @@ from pdctl.wire import (
 HOLDER = "d0@de"
 SECRET = "s3cret"
 TOKENS = 8
-POOL = PoolEndpoint("host", [Served("shm", "p", "shm")], 9, Manifest("m", "float32", 4, [LayerShape(1, 2, 2)]))
+_MANIFEST = Manifest("m", "float32", 4, [LayerShape(1, 2, 2)])
+ENDPOINT = KvEndpoint((PoolEndpoint("host", [Served("shm", "p", "shm")], 9, _MANIFEST),))
 
 Message = TypeVar("Message")
 Reply = LeaseReply | RenewReply
@@ -249,7 +250,7 @@ class Rig:
         """A prefill's answer."""
         return HandOver(
             "p0", lease.request_id, "127.0.0.1", self.prefill.port, [1, 2], TOKENS, "", lease.lease_id, "pe",
-            lease_s, 7, KvEndpoint((POOL,)),
+            lease_s, 7, ENDPOINT,
         )  # fmt: skip
 
     def offer(
@@ -260,7 +261,7 @@ class Rig:
         return self.receiver.offer(
             Offer(
                 "p0", "127.0.0.1", self.prefill.port, lease.lease_id, "pe", lease_s, TOKENS, readable, [1, 2],
-                KvEndpoint((POOL,)), withdrawn, token_ids or [], salt,
+                ENDPOINT, withdrawn, token_ids or [], salt,
             )
         )  # fmt: skip
 

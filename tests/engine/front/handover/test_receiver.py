@@ -15,7 +15,7 @@ from pdctl.engine.handover.reception import ReceptionEvent
 from pdctl.engine.ipc.messages import Abort, Failed, Pull, Pulled, Reserve, Reserved, Start, StepDone, Submit, Token
 from pdctl.engine.ipc.messages import Books as CoreBooks
 from pdctl.wire import LeaseCall, LeaseReply, RenewCall, RenewReply, RevokeCall
-from tests.engine.front.handover.rig import HOLDER, POOL, TOKENS, Act, Reader, Reply, Rig, cut, rig
+from tests.engine.front.handover.rig import ENDPOINT, HOLDER, TOKENS, Act, Reader, Reply, Rig, cut, rig
 
 
 def run(test: Callable[[Rig], Awaitable[None]], renews: bool = False, core_listens: bool = True) -> None:
@@ -90,7 +90,7 @@ def test_kv_is_claimed_pulled_committed_and_then_decoded() -> None:
         reader = found.reader(found.given(lease))
         await reserved(found)
         assert await found.prefill.call("claim") == LeaseCall(lease.lease_id, "pe", HOLDER)
-        assert await pulled(found) == Pull("r1", "p0", "pe", POOL, [1, 2], [4, 5], 0, TOKENS)
+        assert await pulled(found) == Pull("r1", "p0", "pe", ENDPOINT, [1, 2], [4, 5], 0, TOKENS)
         assert await found.prefill.call("commit") == LeaseCall(lease.lease_id, "pe", HOLDER)
         assert await found.core.next(Start) == Start("r1")
         await freed_at_prefill(found)

@@ -11,6 +11,7 @@ import pytest
 from pdctl.control_api import RegistryStatus, RoleOrder, TopologyOrder
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool
+from pdctl.supervisor.surface.cluster import agents
 from pdctl.supervisor.surface.cluster.agents import AgentAddress
 from pdctl.supervisor.surface.cluster.merge import ClusterFacts
 from tests.supervisor.surface.cluster.nodes import SECRET, Part, cluster, exit_of, key, process
@@ -202,3 +203,20 @@ async def test_a_port_in_use_is_told(a: Part, b: Part) -> None:
     with socket.create_server((b.agent.host, b.agent.port)), pytest.raises(PdctlError, match="cannot listen at"):
         async with cluster(a, b) as found:
             await found.serving["b"]
+
+
+async def test_many_that_are_silent_are_not_waited_for_one_after_the_other(
+    a: Part, b: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agents, "_AT_ONCE", 1)
+    with socket.create_server(("127.0.0.4", 0), backlog=8) as deaf:
+        async with cluster(a, b) as found:
+            port = deaf.getsockname()[1]
+            found.known[:0] = [AgentAddress(f"c{number}", "127.0.0.4", port) for number in range(20)]
+            began = asyncio.get_running_loop().time()
+            status = await found.control.status()
+            assert asyncio.get_running_loop().time() - began < 20
+    states = {node.name: node.state for node in status.nodes}
+    assert states.pop("a") == "ready"
+    assert {name for name, state in states.items() if state == "silent"} >= {f"c{number}" for number in range(20)}
+    assert "too many do not answer" in {node.name: node.reason for node in status.nodes}["c19"]

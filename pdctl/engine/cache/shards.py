@@ -1,0 +1,112 @@
+"""KV over several devices: which heads each has, and what one engine reads from which of another's devices.
+
+All devices have the same blocks of the same tokens, each of its own heads. Where both engines share the heads in the
+same way, rows are read into their place. Otherwise whole rows of the peer are read into a staging area, and the heads
+that are needed are copied from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from pdctl.engine.cache.layout import ITEM_BYTES, Half
+from pdctl.wire import Manifest, Part
+
+
+def heads(kv_heads: int, part: Part) -> range:
+    """The heads of a layer that a part has."""
+    first = part.rank * kv_heads // part.ranks
+    return range(first, max(first + 1, (part.rank + 1) * kv_heads // part.ranks))
+
+
+def local(manifest: Manifest, part: Part) -> Manifest:
+    """What a pool with this part has."""
+    layers = [msgspec.structs.replace(shape, kv_heads=len(heads(shape.kv_heads, part))) for shape in manifest.layers]
+    return msgspec.structs.replace(manifest, layers=layers)
+
+
+class Shard(NamedTuple):
+    """A pool of `num_blocks` with a part of the KV that `manifest` describes."""
+
+    manifest: Manifest
+    num_blocks: int
+    part: Part
+
+    def half(self, block_ids: list[int]) -> Half:
+        """A sequence's blocks in this pool, as one side of a transfer."""
+        return Half(local(self.manifest, self.part), self.num_blocks, block_ids)
+
+
+class Piece(NamedTuple):
+    """Bytes of each token's row in plane `plane` of the peer: from `source`, `length` of them, to `target` in the row
+    of our shard `shard`."""
+
+    shard: int
+    plane: int
+    source: int
+    target: int
+    length: int
+
+
+class Route(NamedTuple):
+    """What is read from the peer's shard `source`: whole rows for those of our shards in `same`, and for others
+    `pieces` of its rows."""
+
+    source: int
+    same: list[int]
+    pieces: list[Piece]
+
+
+def routes(manifest: Manifest, theirs: Sequence[Part], ours: Sequence[Part]) -> list[Route]:
+    """The routes that give each of our shards all its heads. Raises ValueError if the peer lacks some."""
+    found: dict[int, Route] = {}
+    for shard, part in enumerate(ours):
+        if (source := _with_same_heads(manifest, theirs, part, shard)) is not None:
+            _route(found, source).same.append(shard)
+            continue
+        for source, piece in _pieces(manifest, theirs, part, shard):
+            _route(found, source).pieces.append(piece)
+    return [found[source] for source in sorted(found)]
+
+
+def _route(found: dict[int, Route], source: int) -> Route:
+    return found.setdefault(source, Route(source, [], []))
+
+
+def _with_same_heads(manifest: Manifest, theirs: Sequence[Part], part: Part, shard: int) -> int | None:
+    """The peer's shard with the same heads, the one with our number if there are several."""
+    wanted = [heads(shape.kv_heads, part) for shape in manifest.layers]
+    same = [
+        index
+        for index, other in enumerate(theirs)
+        if [heads(shape.kv_heads, other) for shape in manifest.layers] == wanted
+    ]
+    return None if not same else shard if shard in same else same[0]
+
+
+def _pieces(manifest: Manifest, theirs: Sequence[Part], part: Part, shard: int) -> Iterator[tuple[int, Piece]]:
+    """For each plane the heads that are adjacent on both sides, each from the first of the peer's shards that has
+    it."""
+    item = ITEM_BYTES[manifest.dtype]
+    for layer, shape in enumerate(manifest.layers):
+        ours = heads(shape.kv_heads, part)
+        there = [heads(shape.kv_heads, other) for other in theirs]
+        for source, first, count in _runs(ours, there):
+            for plane, size in ((2 * layer, shape.key_dim * item), (2 * layer + 1, shape.value_dim * item)):
+                at = (first - there[source].start) * size
+                yield source, Piece(shard, plane, at, (first - ours.start) * size, count * size)
+
+
+def _runs(ours: range, there: list[range]) -> Iterator[tuple[int, int, int]]:
+    """(peer's shard, first head, number of heads)."""
+    head = ours.start
+    while head < ours.stop:
+        source = next((index for index, other in enumerate(there) if head in other), None)
+        if source is None:
+            raise ValueError(f"none of the peer's {len(there)} shards has KV head {head}")
+        count = min(ours.stop, there[source].stop) - head
+        yield source, head, count
+        head += count

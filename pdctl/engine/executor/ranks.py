@@ -1,0 +1,131 @@
+"""The executor of several devices on this host: the core's process is the first rank, and each other rank is a process
+of its own.
+
+All have the same blocks; each has its part of the weights and its KV heads (`model/parallel`). The first rank
+schedules, tells the others the inputs of each step once, computes with them, and samples. It maps the pools of all, so
+transfers need no other process. The end of a rank ends the engine, with that rank's reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pdctl.engine.cache import prefix
+from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.cache.layout import block_bytes
+from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.shards import Shard, local
+from pdctl.engine.executor.others import OtherRanks
+from pdctl.engine.executor.pipe import Here, Loaded, Pools, Started, device_of
+from pdctl.engine.executor.single import POISON_ENV, SingleExecutor, load_part, number_of_blocks
+from pdctl.engine.model.grammar import Grammars
+from pdctl.engine.model.loading import ModelRefused
+from pdctl.engine.model.parallel import RankLost
+from pdctl.engine.model.parallel.group import Ranks
+from pdctl.engine.model.runner import ModelRunner
+from pdctl.engine.options import EngineOptions
+from pdctl.wire import Manifest, Part
+
+# Time for a rank to import what it needs; to load the model; and to take part in a computation that another rank has
+# reached. Ranks compute the same, so this is what a rank may be behind on a loaded machine.
+_START_S = 300.0
+_LOAD_S = 1800.0
+STEP_S = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class RanksExecutor(SingleExecutor):
+    """See Executor and SingleExecutor, which computes the first rank's part."""
+
+    others: OtherRanks
+    _group: Ranks
+
+    @classmethod
+    def load_ranks(
+        cls, options: EngineOptions, lost: Callable[[str, bool], None], step_s: float = STEP_S
+    ) -> RanksExecutor:
+        """Start the other ranks, load the model and allocate its KV. `lost`: called from any thread with the reason
+        when a rank has ended, and whether a restart would not help. Raises ModelRefused, NoMemory, RankLost,
+        torch.OutOfMemoryError."""
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        if options.cpus_of_rank:
+            os.sched_setaffinity(0, options.cpus_of_rank)
+        began = time.monotonic()
+        others = OtherRanks(options, lost, step_s)
+        try:
+            executor = cls._joined(options, others, step_s)
+        except BaseException:
+            others.kill()
+            raise
+        _log.info("%d ranks, loaded in %.1f s", options.tensor_parallel, time.monotonic() - began)
+        return executor
+
+    @classmethod
+    def _joined(cls, options: EngineOptions, others: OtherRanks, step_s: float) -> RanksExecutor:
+        size = options.tensor_parallel
+        others.expect(Here, _START_S)
+        device = device_of(options.device, 0)
+        with tempfile.TemporaryDirectory(dir=options.run_dir, prefix="ranks-") as folder:
+            rendezvous = Path(folder) / "meet"
+            others.join(str(rendezvous))
+            group = Ranks(0, size, rendezvous, step_s, device)
+            loaded, chosen = load_part(options, device, group)
+        found = others.expect(Loaded, _LOAD_S)
+        ours = how_loaded(loaded.dtype, chosen.backend.name)
+        if different := [one.how for one in found if one.how != ours]:
+            raise ModelRefused(f"the ranks computed differently: {ours} and {different[0]}")
+        segment = prefix.segment(options.block_size) if options.deterministic else 0
+        manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
+        parts = [Part(rank, size) if loaded.part.ranks > 1 else Part() for rank in range(size)]
+        bytes_each = [block_bytes(local(manifest, part)) for part in parts]
+        num_blocks = number_of_blocks(options, sum(bytes_each))
+        memories = [
+            Memory(num_blocks * each, options.epoch, populated=rank == 0) for rank, each in enumerate(bytes_each)
+        ]
+        pools = [
+            KvPool(local(manifest, part), num_blocks, memory, device)
+            for part, memory in zip(parts, memories, strict=True)
+        ]
+        others.tell_each([Pools(num_blocks)] * (size - 1), [memory.fd for memory in memories[1:]])
+        others.expect(Started, _START_S)
+        grammars = Grammars(Path(options.model), loaded.vocab_size, loaded.eos_token_ids)
+        poisoned = bool(os.environ.get(POISON_ENV))
+        runner = ModelRunner(loaded, pools[0], device, poisoned, grammars, chosen.backend, others)
+        runner.self_check()
+        executor = cls(loaded, manifest, runner, f"{chosen.backend.name}: {chosen.reason}", num_blocks, "")
+        executor.others, executor._group = others, group
+        executor.pools = pools
+        executor.shards = [Shard(manifest, num_blocks, part) for part in parts]
+        executor.poison = executor._poison if poisoned else None
+        return executor
+
+    @property
+    def latency_key(self) -> tuple[str, ...]:
+        """See SingleExecutor.latency_key."""
+        return (*super().latency_key, f"{len(self.pools)} ranks")
+
+    def close(self) -> None:
+        """See Executor.close. The other ranks leave."""
+        self.others.leave()
+        self._group.close()
+        super().close()
+
+    def _poison(self, block_ids: list[int]) -> None:
+        for pool in self.pools:
+            pool.poison(block_ids)
+
+
+def how_loaded(dtype: str, attention: str) -> tuple[str, ...]:
+    """What must be equal on all ranks, or they would compute different things."""
+    return (dtype, attention, str(torch.__version__))
+
+
+__all__ = ["RankLost", "RanksExecutor", "how_loaded"]

@@ -1,0 +1,228 @@
+"""Reads a sequence's KV from all shards of a peer into all shards of this engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from pdctl.engine.cache.layout import Half, Span, block_bytes, check, rows, slot, spans
+from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.shards import Route, Shard, local, routes
+from pdctl.engine.ipc.messages import Pull
+from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
+from pdctl.wire import Manifest, PoolEndpoint
+
+# Staging areas that reads may still write to, at most, after they were given up.
+_MOST_LATE = 4
+
+
+class Staging(NamedTuple):
+    """Memory that rows of a peer are read into, and the transport that writes there."""
+
+    memory: Memory
+    transport: Transport
+
+
+@dataclass(frozen=True, slots=True)
+class OurShard:
+    """One of this engine's pools. `memory`: its bytes on the host; None if it is only in a GPU. `transports`: over
+    that memory, by name."""
+
+    shard: Shard
+    memory: Memory | None
+    transports: dict[str, Transport]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a peer is read: by transport `name`, from the `addresses` of its `shards`, in `routes`."""
+
+    name: str
+    addresses: list[str]
+    shards: list[Shard]
+    routes: list[Route]
+
+
+def way(name: str, addresses: list[str], ours: Sequence[OurShard], theirs: Sequence[PoolEndpoint]) -> Way:
+    """The way to read a peer. Raises ValueError if its shards do not have what ours need."""
+    shards = [_shard_of(other) for other in theirs]
+    manifest = shards[0].manifest
+    if any(other[:2] != shards[0][:2] for other in shards):
+        raise ValueError("the peer's shards do not fit together")
+    found = routes(manifest, [other.part for other in shards], [one.shard.part for one in ours])
+    if any(route.pieces for route in found) and any(one.memory is None for one in ours):
+        raise ValueError(f"the KV heads are shared by {len(theirs)} devices there and {len(ours)} here, on GPUs")
+    return Way(name, addresses, shards, found)
+
+
+class ShardReader:
+    """`stage`: opens a staging area for a transport. Used by several threads."""
+
+    def __init__(self, ours: Sequence[OurShard], stage: Callable[[str], Staging]) -> None:
+        self.ours = ours
+        self._stage = stage
+        self._staging: dict[str, Staging] = {}
+        self._staging_lock = threading.Lock()
+        self._late = 0
+
+    def connect(self, found: Way, theirs: Sequence[PoolEndpoint]) -> None:
+        """Prepare to read. Raises TransferError, NoMemory."""
+        for route in found.routes:
+            peer = theirs[route.source]
+            for shard in route.same:
+                self.ours[shard].transports[found.name].connect(found.addresses[route.source], num_bytes(peer))
+            if route.pieces:
+                with self._staging_lock:
+                    transport = self._area(found.name).transport
+                transport.connect(found.addresses[route.source], num_bytes(peer))
+
+    def forget(self, found: Way) -> None:
+        """Release a peer that has been replaced."""
+        areas = [self._staging[found.name].transport] if found.name in self._staging else []
+        for transport in [*areas, *(one.transports[found.name] for one in self.ours)]:
+            for address in found.addresses:
+                transport.forget(address)
+
+    def read(self, found: Way, pull: Pull, timeout_s: Callable[[int], float]) -> int:
+        """Read from one of the peer's shards after the other; returns bytes moved. `timeout_s`: for so many bytes.
+
+        Raises ValueError for a pull that does not fit, TransferError, and TransferUncertain: then only the last read
+        may still write."""
+        if [_shard_of(peer) for peer in pull.endpoint.shards] != found.shards:
+            raise ValueError("the peer's KV has another shape than when it was linked")
+        moved = 0
+        for route in found.routes:
+            peer = pull.endpoint.shards[route.source]
+            source = found.shards[route.source].half(pull.source_blocks)
+            address = found.addresses[route.source]
+            for index in route.same:
+                target = self.ours[index]
+                todo = spans(source, target.shard.half(pull.target_blocks), pull.first, pull.count)
+                seconds = timeout_s(sum(span.length for span in todo))
+                moved += target.transports[found.name].read(address, num_bytes(peer), todo, seconds)
+            if route.pieces:
+                with self._staging_lock:
+                    moved += self._read_staged(found, route, source, pull, timeout_s)
+        return moved
+
+    def transports(self) -> list[Transport]:
+        """All open transports."""
+        areas = [area.transport for area in list(self._staging.values())]
+        return [*areas, *(transport for one in self.ours for transport in one.transports.values())]
+
+    def close(self) -> None:
+        """Close all transports."""
+        for transport in self.transports():
+            transport.close()
+
+    def _area(self, name: str) -> Staging:
+        if name not in self._staging:
+            if self._late >= _MOST_LATE:
+                raise TransferError(f"{self._late} reads that were given up may still write")
+            self._staging[name] = self._stage(name)
+        return self._staging[name]
+
+    def _read_staged(
+        self, found: Way, route: Route, source: Half, pull: Pull, timeout_s: Callable[[int], float]
+    ) -> int:
+        """Read whole rows of one of the peer's shards, as many as the staging area holds, and copy what is needed."""
+        area = self._area(found.name)
+        check(source, "the peer's", pull.first, pull.count)
+        targets = {piece.shard: self.ours[piece.shard].shard.half(pull.target_blocks) for piece in route.pieces}
+        for target in targets.values():
+            check(target, "our", pull.first, pull.count)
+        most = area.memory.num_bytes // sum(size for _, size in rows(source))
+        if not most:
+            raise ValueError("a token's KV is larger than the staging area")
+        moved = 0
+        for first in range(pull.first, pull.first + pull.count, most):
+            count = min(most, pull.first + pull.count - first)
+            todo = _staging_spans(source, first, count)
+            address, peer = found.addresses[route.source], pull.endpoint.shards[route.source]
+            try:
+                seconds = timeout_s(sum(span.length for span in todo))
+                moved += area.transport.read(address, num_bytes(peer), todo, seconds)
+            except TransferUncertain as failure:
+                raise self._abandoned(found.name, failure) from failure
+            self._spread(area, route, source, targets, first, count)
+        return moved
+
+    def _spread(
+        self, area: Staging, route: Route, source: Half, targets: dict[int, Half], first: int, count: int
+    ) -> None:
+        """Copy the pieces of `count` rows of each plane from the staging area to our pools."""
+        slots = {shard: _slots(half, first, count) for shard, half in targets.items()}
+        planes = {shard: rows(half) for shard, half in targets.items()}
+        starts, at = [], 0
+        for _, size in rows(source):
+            starts.append((at, size))
+            at += count * size
+        for piece in route.pieces:
+            start, size = starts[piece.plane]
+            read = area.memory.bytes[start : start + count * size].reshape(count, size)
+            memory = self.ours[piece.shard].memory
+            assert memory is not None, "see way()"
+            start, size = planes[piece.shard][piece.plane]
+            end = start + size * targets[piece.shard].num_blocks * targets[piece.shard].manifest.block_size
+            plane = memory.bytes[start:end].reshape(-1, size)
+            plane[slots[piece.shard], piece.target : piece.target + piece.length] = read[
+                :, piece.source : piece.source + piece.length
+            ]
+
+    def _abandoned(self, name: str, failure: TransferUncertain) -> TransferUncertain:
+        """Use another staging area until this one is not written to any more."""
+        area = self._staging.pop(name)
+        self._late += 1
+
+        def settled() -> bool:
+            if not failure.settled():
+                return False
+            with self._staging_lock:
+                self._late -= 1
+            area.transport.close()
+            return True
+
+        return TransferUncertain(str(failure), settled)
+
+
+def _shard_of(pool: PoolEndpoint) -> Shard:
+    return Shard(pool.manifest, pool.num_blocks, pool.part)
+
+
+def num_bytes(pool: PoolEndpoint) -> int:
+    """The size of a peer's pool."""
+    return block_bytes(local(pool.manifest, pool.part)) * pool.num_blocks
+
+
+def whole_block_bytes(manifest: Manifest, shards: Sequence[Shard]) -> int:
+    """Bytes of one block in all of an engine's pools together."""
+    return sum(block_bytes(local(manifest, shard.part)) for shard in shards)
+
+
+def _staging_spans(source: Half, first: int, count: int) -> list[Span]:
+    """Rows of tokens `first` to `first + count`, plane after plane, token after token."""
+    runs: list[tuple[int, int, int]] = []  # slot, token, number of tokens
+    token = first
+    while token < first + count:
+        at, left = slot(source, token)
+        tokens = min(left, first + count - token)
+        if runs and runs[-1][0] + runs[-1][2] == at:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + tokens)
+        else:
+            runs.append((at, token, tokens))
+        token += tokens
+    found, target = [], 0
+    for start, size in rows(source):
+        found += [Span(start + at * size, target + (token - first) * size, tokens * size) for at, token, tokens in runs]
+        target += count * size
+    return found
+
+
+def _slots(half: Half, first: int, count: int) -> np.ndarray:
+    tokens = np.arange(first, first + count)
+    size = half.manifest.block_size
+    return np.array(half.block_ids)[tokens // size] * size + tokens % size

@@ -1,0 +1,229 @@
+"""Keeps duplicates of clients' connections, so that the end of a proxy does not end them, and the journal of what the
+proxy does with them. It reads neither."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+
+import msgspec
+
+from pdctl.net.keeping import (
+    DROP,
+    END,
+    KEEP,
+    KEPT,
+    MOST_TOGETHER,
+    REPORT,
+    UNCOVERED,
+    Packet,
+    TakenOver,
+    channel,
+    cookie_of,
+    receive,
+    send,
+)
+
+# Connections that no proxy has claimed for this long are ended, seconds.
+_UNCLAIMED_S = 60.0
+# Packets read before anything else is done.
+_MOST_AT_ONCE = 256
+
+_decode_report = msgspec.json.Decoder(TakenOver).decode
+
+
+class Keeper:
+    """Keeps the connections of one proxy. `told` is called with what a proxy did with its predecessor's.
+
+    `takeovers`: starts that had connections to go on with; `total`: the sums of all reports; `uncovered`: connections
+    that had no slot, so far; `refused`: packets that were not as they must be.
+    """
+
+    def __init__(self, name: str, slots: int, told: Callable[[TakenOver], None]) -> None:
+        self.name = name
+        self.slots = slots
+        self.takeovers = 0
+        self.refused = 0
+        self.uncovered = 0
+        self.total = TakenOver()
+        self._told = told
+        self._kept: dict[int, int] = {}
+        self._memory = os.memfd_create(f"pdctl-{name}", os.MFD_CLOEXEC)
+        self._channel: socket.socket | None = None
+        self._unclaimed: asyncio.TimerHandle | None = None
+        self._had = 0
+
+    @property
+    def held(self) -> int:
+        """Connections that it has."""
+        return len(self._kept)
+
+    def hand_over(self) -> tuple[socket.socket, int]:
+        """The channel for the next proxy, which has all connections in it, and the journal. The caller closes the
+        channel after the start."""
+        assert self._channel is None, "one proxy at a time"
+        ours, theirs = channel()
+        if not self._kept:
+            # Without connections nothing of an earlier journal matters.
+            os.ftruncate(self._memory, 0)
+        self._had = len(self._kept)
+        cookies = list(self._kept)
+        for begin in range(0, len(cookies), MOST_TOGETHER):
+            part = cookies[begin : begin + MOST_TOGETHER]
+            try:
+                send(ours, KEPT, b"", [self._kept[cookie] for cookie in part])
+            except OSError:
+                # More than a socket holds: these end.
+                for cookie in part:
+                    self._drop(cookie)
+        with contextlib.suppress(OSError):
+            send(ours, END)
+        self._channel = ours
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._read)
+        return theirs, self._memory
+
+    def ended(self) -> None:
+        """The proxy has ended: read what it said last. Its connections wait for the next one."""
+        if self._channel is None:
+            return
+        while self._read() and self._channel is not None:
+            pass
+        self._leave()
+        if self._kept and self._unclaimed is None:
+            self._unclaimed = asyncio.get_running_loop().call_later(_UNCLAIMED_S, self.drop_all)
+
+    def drop_all(self) -> None:
+        """End all connections: no proxy will go on with them."""
+        self._claimed()
+        for cookie in list(self._kept):
+            self._drop(cookie)
+
+    def close(self) -> None:
+        """End everything."""
+        self.drop_all()
+        self._leave()
+        os.close(self._memory)
+
+    def _leave(self) -> None:
+        if self._channel is not None:
+            asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            self._channel.close()
+            self._channel = None
+
+    def _read(self) -> bool:
+        """Returns False if there was nothing more to read."""
+        assert self._channel is not None
+        for _ in range(_MOST_AT_ONCE):
+            try:
+                packet = receive(self._channel)
+            except BlockingIOError:
+                return False
+            except ConnectionResetError:
+                # It died before it had read everything. What it said is still there.
+                continue
+            except OSError:
+                packet = None
+            if packet is None:
+                self._leave_later()
+                return False
+            self._take(packet)
+        return True
+
+    def _leave_later(self) -> None:
+        """The proxy has closed its end: it is ending, or has ended."""
+        assert self._channel is not None
+        asyncio.get_running_loop().remove_reader(self._channel.fileno())
+
+    def _take(self, packet: Packet) -> None:
+        cookie = int.from_bytes(packet.body[:8], "little")
+        if packet.kind == KEEP and len(packet.descriptors) == 1 and self._keep(cookie, packet.descriptors[0]):
+            return
+        for descriptor in packet.descriptors:
+            os.close(descriptor)
+        if packet.kind == DROP:
+            self._drop(cookie)
+        elif packet.kind == UNCOVERED:
+            self.uncovered += 1
+        elif packet.kind == REPORT:
+            self._note(packet.body)
+        else:
+            self.refused += 1
+
+    def _keep(self, cookie: int, descriptor: int) -> bool:
+        """Returns False for a descriptor that is not this connection, or that is one too many."""
+        try:
+            known = cookie_of(descriptor) == cookie
+        except OSError:
+            known = False
+        if not known or cookie in self._kept or len(self._kept) >= self.slots:
+            return False
+        self._kept[cookie] = descriptor
+        return True
+
+    def _drop(self, cookie: int) -> None:
+        descriptor = self._kept.pop(cookie, None)
+        if descriptor is None:
+            return
+        with socket.socket(fileno=descriptor) as connection, contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def _claimed(self) -> None:
+        if self._unclaimed is not None:
+            self._unclaimed.cancel()
+            self._unclaimed = None
+
+    def _note(self, body: bytes) -> None:
+        self._claimed()
+        try:
+            told = _decode_report(body)
+        except msgspec.DecodeError:
+            self.refused += 1
+            return
+        if self._had:
+            self.takeovers += 1
+            total = self.total
+            self.total = TakenOver(
+                total.connections + told.connections,
+                total.resumed + told.resumed,
+                total.repeated + told.repeated,
+                total.cut + told.cut,
+                total.resent + told.resent,
+                told.seconds,
+                told.reasons,
+            )
+            self._told(told)
+
+
+class Keepers:
+    """The keepers of a service, by the names of their proxies. They outlive changes of the plan."""
+
+    def __init__(self, told: Callable[[str, TakenOver], None]) -> None:
+        self._told = told
+        self._keepers: dict[str, Keeper] = {}
+
+    def of(self, name: str, slots: int) -> Keeper | None:
+        """The keeper of a proxy; None without slots. A change of `slots` counts from the moment at which it keeps
+        nothing."""
+        keeper = self._keepers.get(name)
+        if not slots:
+            if keeper is not None:
+                keeper.drop_all()
+            return None
+        if keeper is None:
+            keeper = self._keepers[name] = Keeper(name, slots, lambda told: self._told(name, told))
+        elif not keeper.held:
+            keeper.slots = slots
+        return keeper
+
+    def get(self, name: str) -> Keeper | None:
+        """The keeper of that name."""
+        return self._keepers.get(name)
+
+    def close(self) -> None:
+        """End all connections."""
+        for keeper in self._keepers.values():
+            keeper.close()
+        self._keepers.clear()

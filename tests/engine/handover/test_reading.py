@@ -1,0 +1,210 @@
+"""Reading from the shards of one engine into those of another: every byte, whatever the widths and block sizes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdctl.engine.cache.layout import Span, block_bytes
+from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.shards import Shard, heads, local
+from pdctl.engine.handover.reading import OurShard, ShardReader, Staging, Way, way
+from pdctl.engine.ipc.messages import Pull
+from pdctl.engine.transfer import Settings, TransferError, TransferUncertain
+from pdctl.engine.transfer.shm import ShmTransport, open_transport
+from pdctl.wire import KvEndpoint, LayerShape, Manifest, Part, PoolEndpoint, Served
+
+BLOCKS = 12
+SHAPES = [LayerShape(4, 3, 2), LayerShape(4, 1, 1)]
+
+
+def manifest(block_size: int, shapes: list[LayerShape] = SHAPES) -> Manifest:
+    return Manifest("m", "float32", block_size, shapes)
+
+
+@dataclass
+class Engine:
+    """Pools whose bytes tell layer, K or V, head, token and element."""
+
+    manifest: Manifest
+    size: int
+    blocks: list[int]
+    memories: list[Memory] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for shard in self.shards:
+            self.memories.append(Memory(block_bytes(local(self.manifest, shard.part)) * BLOCKS, "e"))
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [Shard(self.manifest, BLOCKS, Part(rank, self.size)) for rank in range(self.size)]
+
+    def planes(self, rank: int) -> list[np.ndarray]:
+        """[slot, head, element] of K and V of each layer."""
+        found, start = [], 0
+        values = self.memories[rank].bytes.view(np.float32)
+        for shape in local(self.manifest, Part(rank, self.size)).layers:
+            for dim in (shape.key_dim, shape.value_dim):
+                count = BLOCKS * self.manifest.block_size * shape.kv_heads * dim
+                found.append(values[start : start + count].reshape(-1, shape.kv_heads, dim))
+                start += count
+        return found
+
+    def slots(self, tokens: range) -> list[int]:
+        size = self.manifest.block_size
+        return [self.blocks[token // size] * size + token % size for token in tokens]
+
+    def endpoint(self, transports: list[ShmTransport]) -> KvEndpoint:
+        return KvEndpoint(
+            tuple(
+                PoolEndpoint("here", [Served("shm", transport.address, "shm")], BLOCKS, self.manifest, shard.part)
+                for shard, transport in zip(self.shards, transports, strict=True)
+            )
+        )
+
+    def ours(self) -> list[OurShard]:
+        return [
+            OurShard(shard, memory, {"shm": open_transport(memory, Settings("e"))})
+            for shard, memory in zip(self.shards, self.memories, strict=True)
+        ]
+
+
+def value(plane: int, head: int, token: int, element: int) -> float:
+    return plane * 1e5 + head * 1e4 + token * 10 + element
+
+
+def fill(engine: Engine, tokens: range) -> None:
+    for rank in range(engine.size):
+        for plane, rows in enumerate(engine.planes(rank)):
+            mine = heads(engine.manifest.layers[plane // 2].kv_heads, Part(rank, engine.size))
+            for token, slot in zip(tokens, engine.slots(tokens), strict=True):
+                for at, head in enumerate(mine):
+                    rows[slot, at] = [value(plane, head, token, element) for element in range(rows.shape[2])]
+
+
+def stage(num_bytes: int) -> Callable[[str], Staging]:
+    def opened(name: str) -> Staging:
+        memory = Memory(num_bytes, "staging")
+        return Staging(memory, open_transport(memory, Settings("e", serving=False)))
+
+    return opened
+
+
+def linked(source: Engine, target: Engine, staging: int = 1 << 16) -> tuple[ShardReader, Way, KvEndpoint]:
+    endpoint = source.endpoint([open_transport(memory, Settings("e")) for memory in source.memories])
+    ours = target.ours()
+    addresses = [shard.served[0].address for shard in endpoint.shards]
+    found = way("shm", addresses, ours, endpoint.shards)
+    reader = ShardReader(ours, stage(staging))
+    reader.connect(found, endpoint.shards)
+    return reader, found, endpoint
+
+
+def pull(endpoint: KvEndpoint, source: Engine, target: Engine, first: int, count: int) -> Pull:
+    return Pull("r", "p", "e", endpoint, source.blocks, target.blocks, first, count)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([2, 4, 8]),
+    st.sampled_from([2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(0, 10), st.integers(1, 14), st.randoms(),
+)  # fmt: skip
+def test_every_width_gets_every_byte_and_no_other(
+    there: int, here: int, size_there: int, size_here: int, kv_heads: int, first: int, count: int, chance: object
+) -> None:
+    shapes = [LayerShape(kv_heads, 3, 2), LayerShape(kv_heads, 1, 1)]
+    source = Engine(manifest(size_there, shapes), there, chance.sample(range(BLOCKS), BLOCKS))  # type: ignore[attr-defined]
+    target = Engine(manifest(size_here, shapes), here, chance.sample(range(BLOCKS), BLOCKS))  # type: ignore[attr-defined]
+    expected = Engine(manifest(size_here, shapes), here, target.blocks)
+    tokens = range(min(first, 23), min(first + count, 24))
+    fill(source, range(24))
+    fill(expected, tokens)
+    # Few rows at once.
+    reader, found, endpoint = linked(source, target, staging=3 * 4 * kv_heads * 7)
+    moved = reader.read(found, pull(endpoint, source, target, tokens.start, len(tokens)), lambda _: 1.0)
+    assert moved >= len(tokens) * 4 * kv_heads * 7
+    for ours, wanted in zip(target.memories, expected.memories, strict=True):
+        assert (ours.bytes == wanted.bytes).all()
+    reader.close()
+
+
+def test_equal_widths_are_read_into_their_place() -> None:
+    source, target = Engine(manifest(4), 2, [0, 1, 2]), Engine(manifest(4), 2, [3, 4, 5])
+    _, found, _ = linked(source, target)
+    assert all(route.same and not route.pieces for route in found.routes)
+
+
+class Late:
+    """A transport whose first read is given up and may still write."""
+
+    name = protocol = "shm"
+    address = fallback = ""
+
+    def __init__(self) -> None:
+        self.landed = threading.Event()
+        self.closed = False
+
+    def connect(self, address: str, peer_bytes: int) -> None: ...
+
+    def read(self, address: str, peer_bytes: int, spans: Sequence[Span], timeout_s: float) -> int:
+        raise TransferUncertain("too late", self.landed.is_set)
+
+    def forget(self, address: str) -> None: ...
+
+    def prune(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_staging_area_that_may_still_be_written_is_not_used_again() -> None:
+    source, target = Engine(manifest(4), 2, [0, 1, 2]), Engine(manifest(4), 1, [3, 4, 5])
+    fill(source, range(12))
+    _, found, endpoint = linked(source, target)
+    areas = [Late() for _ in range(4)]
+    given = iter(areas)
+
+    def stage_late(name: str) -> Staging:
+        return Staging(Memory(1 << 12, "staging"), next(given))
+
+    reader = ShardReader(target.ours(), stage_late)
+    work = pull(endpoint, source, target, 0, 12)
+    failures = []
+    for _ in areas:
+        with pytest.raises(TransferUncertain) as failure:
+            reader.read(found, work, lambda _: 1.0)
+        failures.append(failure.value)
+    with pytest.raises(TransferError, match="4 reads that were given up may still write"):
+        reader.read(found, work, lambda _: 1.0)
+    assert not failures[0].settled()
+    areas[0].landed.set()
+    assert failures[0].settled()
+    assert [area.closed for area in areas] == [True, False, False, False]
+
+
+def test_a_peer_whose_shards_do_not_fit_is_refused() -> None:
+    target = Engine(manifest(4), 1, [0])
+    shards = [PoolEndpoint("here", [], blocks, manifest(4), Part(rank, 2)) for rank, blocks in ((0, 8), (1, 9))]
+    with pytest.raises(ValueError, match="do not fit together"):
+        way("shm", ["a", "b"], target.ours(), shards)
+    on_gpu = [OurShard(target.shards[0], None, {})]
+    with pytest.raises(ValueError, match="shared by 2 devices there and 1 here, on GPUs"):
+        way("shm", ["a", "b"], on_gpu, [PoolEndpoint("here", [], 8, manifest(4), Part(rank, 2)) for rank in (0, 1)])
+
+
+def test_a_pull_of_another_shape_than_the_link_is_refused() -> None:
+    source, target = Engine(manifest(4), 2, [0, 1, 2]), Engine(manifest(4), 1, [3, 4, 5])
+    reader, found, endpoint = linked(source, target)
+    with pytest.raises(ValueError, match="another shape"):
+        reader.read(found, pull(KvEndpoint(endpoint.shards[:1]), source, target, 0, 4), lambda _: 1.0)
+    with pytest.raises(ValueError, match="outside the peer's pool"):
+        odd = Engine(manifest(4), 2, [0, BLOCKS])
+        reader.read(found, pull(endpoint, odd, target, 0, 4), lambda _: 1.0)
+
+

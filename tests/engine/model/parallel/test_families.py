@@ -1,0 +1,64 @@
+"""Model families by several ranks: what the parts compute together is what the whole model computes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from pdctl.engine.model.loading import forward
+from pdctl.engine.model.parallel.plan import CannotSplit
+from pdctl.engine.model.parallel.weights import load_part
+from tests.engine.model.parallel.threads import ranks, together
+from tests.engine.parity.families import FAMILIES, VOCAB, build
+
+TOKENS = 24
+REFUSED = {"gpt2", "gpt_bigcode", "opt", "stablelm", "hunyuan_v1_dense", "granitemoe", "phimoe", "gpt_oss"}
+# With two KV heads, so that two ranks have each; heads that are gathered; experts; latent attention; tied embeddings.
+BY_FOUR = ["llama", "phi3", "olmo2", "qwen3_moe", "deepseek_v3", "gemma3_text"]
+
+
+@pytest.mark.parametrize(("kind", "size"), [(kind, 2) for kind in FAMILIES] + [(kind, 4) for kind in BY_FOUR])
+def test_ranks_compute_what_the_whole_model_computes(kind: str, size: int, tmp_path: Path) -> None:
+    logging.disable_progress_bar()
+    plain = build(kind).plain
+    plain.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    if kind in REFUSED:
+        with pytest.raises(CannotSplit, match="no plan that splits its layers"):
+            load_part(tmp_path, config, torch.float32, ranks(size)[0])
+        return
+    parts = [load_part(tmp_path, config, torch.float32, rank).eval() for rank in ranks(size)]
+    for part in parts:
+        part.set_attn_implementation("eager")  # type: ignore[operator]
+    ids, positions = torch.arange(TOKENS) * 31 % VOCAB, torch.arange(TOKENS)
+    expected = forward(plain, ids, positions, positions)
+    for found in together([partial(forward, part, ids, positions, positions) for part in parts]):
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    whole, most = sum(w.numel() for w in plain.parameters()), max(sum(w.numel() for w in p.parameters()) for p in parts)
+    assert most < (0.65 if size == 2 else 0.5) * whole, "a rank has its part only"
+
+
+def test_models_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
+    build("llama").plain.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(CannotSplit, match="4 attention heads and 2 KV heads cannot be shared by 3 ranks"):
+        load_part(tmp_path, config, torch.float32, ranks(3)[0])
+    config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(CannotSplit, match="quantized"):
+        load_part(tmp_path, config, torch.float32, ranks(2)[0])
+
+
+def test_a_weight_that_is_missing_is_noticed(tmp_path: Path) -> None:
+    build("llama").plain.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(CannotSplit, match=r"lack 1 weights, such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_part(tmp_path, AutoConfig.from_pretrained(tmp_path), torch.float32, ranks(2)[1])

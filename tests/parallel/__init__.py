@@ -1,0 +1,1 @@
+"""Services whose engines run over several processes: the same answers as one process gives, also when ranks die."""

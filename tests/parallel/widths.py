@@ -1,0 +1,109 @@
+"""Services with engines of different widths, and what they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from tests.service import Service, free_port, running, temporary_run
+
+Answers = list[list[int]]
+
+
+class Width(NamedTuple):
+    """Processes of each prefill and decode engine, tokens of their blocks, and how KV moves. No decode engine: one
+    engine does both."""
+
+    prefill: int
+    decode: int = 0
+    prefill_block: int = 16
+    decode_block: int = 16
+    transport: str = "shm"
+
+    def __str__(self) -> str:
+        if not self.decode:
+            return f"one engine of {self.prefill}"
+        blocks = f"blocks {self.prefill_block} -> {self.decode_block}"
+        return f"P {self.prefill} -> D {self.decode}, {blocks}, {self.transport}"
+
+
+SINGLE = Width(1)
+MATRIX = [
+    Width(2),
+    Width(2, 2),
+    Width(2, 1),
+    Width(1, 2),
+    Width(2, 1, 16, 32),
+    Width(1, 2, 32, 16),
+    Width(2, 2, 16, 32),
+    Width(4, 2),
+    Width(2, 2, transport="mooncake"),
+    Width(2, 1, transport="mooncake"),
+    Width(1, 2, 16, 32, "mooncake"),
+]
+
+
+class Ask(NamedTuple):
+    """A request: prompt, and how tokens are chosen."""
+
+    prompt: list[int]
+    options: dict[str, Any]
+
+
+def asks(vocabulary: int, tokens: int) -> list[Ask]:
+    """Prompts of less than a block, of whole blocks, and of several chunks; greedy and seeded."""
+    prompts = [
+        [(index * 37 + length * 11) % (vocabulary - 10) + 3 for index in range(length)]
+        for length in (1, 15, 16, 33, 100, 320, 700)
+    ]
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 7},
+        {"temperature": 0.8, "seed": 8, "top_p": 0.9, "presence_penalty": 0.4},
+    ]
+    return [Ask(prompt, {**way, "max_tokens": tokens, "ignore_eos": True}) for prompt in prompts for way in ways]
+
+
+@contextmanager
+def service_of(width: Width, model: str, kv_cache_gb: float = 0.05) -> Iterator[Service]:
+    """A running service of these widths."""
+    with temporary_run() as run, running(run, _topology(width, model, kv_cache_gb)) as service:
+        service.healthy()
+        yield service
+
+
+def answers(service: Service, wanted: list[Ask], at_once: int = 4) -> Answers:
+    """The tokens of each answer."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda ask: list(service.stream(ask.prompt, **ask.options)["token_ids"]), wanted))
+
+
+def _topology(width: Width, model: str, kv_cache_gb: float) -> str:
+    engines = [("prefill", width.prefill, width.prefill_block), ("decode", width.decode, width.decode_block)]
+    if not width.decode:
+        engines = [("hybrid", width.prefill, width.prefill_block)]
+    text = f"""
+[service]
+name = "t"
+model = "{model}"
+served_model_name = "m"
+max_model_len = 2048
+[proxy]
+port = {free_port()}
+[transfer]
+backend = "{width.transport}"
+"""
+    for role, count, block in engines:
+        text += f"""
+[[engines]]
+name = "{role}"
+role = "{role}"
+dtype = "float32"
+tensor_parallel = {count}
+block_size = {block}
+kv_cache_gb = {kv_cache_gb}
+inline_prefill = false
+"""
+    return text

@@ -1,0 +1,1 @@
+"""Clients that compare every byte of their answers while the proxy dies again and again."""
