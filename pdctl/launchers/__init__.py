@@ -16,7 +16,7 @@ from pdctl.errors import PdctlError
 from pdctl.host import program
 
 if TYPE_CHECKING:
-    from pdctl.launchers.messages import Request, Told
+    from pdctl.launchers.launcher import Request, Told
     from pdctl.topology.spec import Cluster, Topology
 
 KINDS = {"ray": "pdctl.launchers.ray", "ssh": "pdctl.launchers.ssh"}
@@ -31,7 +31,7 @@ def start(topology: Topology, say: Callable[[str], None]) -> list[str]:
     cluster = topology.cluster
     if cluster is None or cluster.launcher == "none":
         return []
-    from pdctl.launchers.messages import Request
+    from pdctl.launchers.launcher import Request
     from pdctl.launchers.reservation import wanted_of
 
     say(f"asking {cluster.launcher} for agents")
@@ -50,7 +50,7 @@ def give_back(topology: Topology, say: Callable[[str], None], now: bool = False)
     cluster = topology.cluster
     if cluster is None or cluster.launcher == "none":
         return False
-    from pdctl.launchers.messages import Request
+    from pdctl.launchers.launcher import Request
 
     request = Request("give_back", cluster.launcher, _address_of(cluster), service=topology.service.name, now=now)
     told = _ask(request, cluster, _END_S)
@@ -63,7 +63,7 @@ def _ask(request: Request, cluster: Cluster, within_s: float) -> Told:
     """Have a process of its own do it. Raises PdctlError."""
     import msgspec
 
-    from pdctl.launchers.messages import Told
+    from pdctl.launchers.launcher import Told
 
     with tempfile.TemporaryFile() as noise:
         child = subprocess.Popen(

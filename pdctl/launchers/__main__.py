@@ -13,8 +13,7 @@ import msgspec
 from pdctl import __version__
 from pdctl.errors import PdctlError
 from pdctl.launchers import KINDS
-from pdctl.launchers.launcher import RUNNING, WAITING, Launcher, Standing
-from pdctl.launchers.messages import Request, Told
+from pdctl.launchers.launcher import RUNNING, WAITING, Launcher, Request, Standing, Told
 
 # All agents must run after so long, seconds.
 _AGENTS_S = 180.0

@@ -46,6 +46,27 @@ class Started(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
+class Request(msgspec.Struct, frozen=True):
+    """What to do. `verb`: start (with `wanted`) or give_back (with `service`); `address`: of the kind's own cluster."""
+
+    verb: str
+    kind: str
+    address: str
+    wanted: Wanted | None = None
+    service: str = ""
+    now: bool = False
+
+
+class Told(msgspec.Struct, frozen=True):
+    """How it went. `error`: why not, "" if it did; `ended`: the nodes where an agent was ended."""
+
+    agents: list[Standing] = []
+    notes: list[str] = []
+    ended: list[str] = []
+    error: str = ""
+    hint: str = ""
+
+
 class Launcher(Protocol):
     """Gets agents onto nodes. A launcher is used from a process of its own, which can be ended when it hangs."""
 

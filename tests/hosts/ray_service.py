@@ -118,7 +118,7 @@ class RayNode:
 
     def python(self, code: str, *words: str) -> str:
         """The output of a program."""
-        done = self.host.run([sys.executable, "-c", code, *words], self.env, 60)
+        done = self.host.run([sys.executable, "-c", code, *words], self.env, 300)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 

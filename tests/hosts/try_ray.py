@@ -104,6 +104,7 @@ def on_gpus(service: Service) -> None:
 
 def comes_up(service: Service) -> None:
     """From nothing to a service."""
+    service.expected = one_machines_answers(service)
     report, began = service.report, time.monotonic()
     done = service.up()
     report.figure("pdctl up, s", time.monotonic() - began)
@@ -260,21 +261,19 @@ def guides(service: Service) -> None:
         service.report.hold(f"systemd finds nothing wrong with the units of {page}", not problem, problem)
 
 
+_STAGES = (refusals, on_gpus, comes_up, figures, agent_killed, deaths, given_back, guides)
+
+
 def main() -> int:
-    """All checks, in order: each stands on what the one before it has left."""
+    """All stages, in order, or those whose names are given: each stands on what the one before it has left."""
     report = Report()
+    wanted = sys.argv[1:] or [stage.__name__ for stage in _STAGES]
     with lab(HEAD, *NODES) as hosts, members(hosts, HEAD):
         service = Service(hosts, report)
         service.start_ray()
-        refusals(service)
-        on_gpus(service)
-        service.expected = one_machines_answers(service)
-        comes_up(service)
-        figures(service)
-        agent_killed(service)
-        deaths(service)
-        given_back(service)
-        guides(service)
+        for stage in _STAGES:
+            if stage.__name__ in wanted:
+                stage(service)
     for name, values in report.figures.items():
         print(f"{name}: {', '.join(f'{value:.2f}' for value in values)}")
     for broken in report.broken:

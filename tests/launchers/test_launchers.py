@@ -11,8 +11,7 @@ import pytest
 from pdctl import __version__, launchers
 from pdctl.errors import PdctlError
 from pdctl.launchers.__main__ import done
-from pdctl.launchers.launcher import RUNNING, STARTING, WAITING, Launcher, Standing, Started, Wanted
-from pdctl.launchers.messages import Request
+from pdctl.launchers.launcher import RUNNING, STARTING, WAITING, Launcher, Request, Standing, Started, Wanted
 from pdctl.topology.loader import load_cluster_text
 from pdctl.topology.schema import LAUNCHERS
 from tests.launchers.test_reservation import TEXT
