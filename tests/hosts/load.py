@@ -128,7 +128,7 @@ class Streams:
                 pool.close()
 
     async def _ask(self, node: str, pool: ConnectionPool, question: Question) -> Outcome:
-        answer = _Answer(self.expected[question])
+        answer = Answer(self.expected[question])
         began = time.monotonic()
         kind, detail = "", ""
         try:
@@ -139,7 +139,7 @@ class Streams:
             kind, detail = "silent", f"nothing for {SILENT_S:g} s after {len(answer.ids)} tokens"
         return Outcome(node, kind, began, time.monotonic(), len(answer.ids), answer.gap_s, detail)
 
-    async def _read(self, pool: ConnectionPool, question: Question, answer: _Answer) -> tuple[str, str]:
+    async def _read(self, pool: ConnectionPool, question: Question, answer: Answer) -> tuple[str, str]:
         headers = b"content-type: application/json\r\n"
         exchange = pool.exchange("POST", "/v1/completions", headers, json.dumps(question.body()).encode())
         try:
@@ -159,7 +159,7 @@ class Streams:
             exchange.close()
 
 
-class _Answer:
+class Answer:
     """One stream as it arrives."""
 
     def __init__(self, expected: list[int]) -> None:

@@ -120,6 +120,23 @@ def test_a_one_way_cut_loses_what_one_host_sends(service: Lab, tmp_path: Path) -
     service.heal()
 
 
+def test_a_cut_of_ports_loses_nothing_else(service: Lab, tmp_path: Path) -> None:
+    serve = "import socket; s = [socket.create_server(('', port)) for port in (91, 92)]; print('up', flush=True); "
+    serve += "import time; time.sleep(60)"
+    call = "import socket, sys; s = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1)"
+    serving = service["b"].start([sys.executable, "-c", serve], tmp_path / "log")
+    wait_until(lambda: "up" in (tmp_path / "log").read_text())
+    service.cut("b", ports=(91,))
+    reached = {
+        port: service["a"].run([sys.executable, "-c", call, service["b"].address, str(port)]).returncode == 0
+        for port in (91, 92)
+    }
+    assert reached == {91: False, 92: True}
+    service.heal()
+    assert service["a"].run([sys.executable, "-c", call, service["b"].address, "91"]).returncode == 0
+    serving.kill()
+
+
 def test_a_part_of_what_a_host_gets_is_lost(service: Lab) -> None:
     service.loss("b", 50)
     assert 10 < back(service, "a", "b", 50) < 40
