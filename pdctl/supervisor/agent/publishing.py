@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -13,12 +15,18 @@ from pdctl.errors import PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
 from pdctl.registry import Delete, Entry, Modified, Put, Registry, Unavailable
+from pdctl.registry.mirror import pause_s
 from pdctl.supervisor.agent.plans import Planner
 from pdctl.supervisor.cluster.assignments import Assignments, orders_of
 from pdctl.supervisor.cluster.coordinator import room_of_node, wanted_of
 from pdctl.supervisor.cluster.entries import Keys, Order, TopologyEntry
 from pdctl.supervisor.service.running import RunningService
 from pdctl.topology.loader import load_cluster_text
+
+Found = TypeVar("Found")
+
+# A member that is lost, or a new leader, is no reason to fail: so long a command waits for an answer, seconds.
+_PATIENCE_S = 5.0
 
 
 class Publisher:
@@ -44,9 +52,8 @@ class Publisher:
     async def orders(self, text: str, source: str) -> tuple[Order, ...]:
         """See Publishing.orders: the coordinator's own decision, on what the registry has now."""
         self._check(text, source)
-        async with _answering():
-            nodes = await self._registry.list(self._keys.nodes)
-            orders = await self._registry.list(self._keys.desired)
+        nodes = await _answer(lambda: self._registry.list(self._keys.nodes))
+        orders = await _answer(lambda: self._registry.list(self._keys.desired))
         now, known = time.monotonic(), orders_of(entry.value for entry in orders.entries)
         books = Assignments(0, "", float("inf"), known, now)
         for entry in nodes.entries:
@@ -63,8 +70,10 @@ class Publisher:
         self._check(text, source)
         put = Put(self._keys.topology, msgspec.json.encode(TopologyEntry(text, source)))
         conditions = [] if revision is None else [Modified(self._keys.topology, revision)]
-        async with _answering():
-            written = await self._registry.write([put], conditions)
+        written = await _answer(lambda: self._registry.write([put], conditions))
+        if written is None and (entry := await self._published()) is not None and entry.value == put.value:
+            # It was written by a try whose answer was lost.
+            return entry.modified
         if written is None:
             raise PdctlError(
                 "another topology was published meanwhile", "look at the changes again: pdctl apply --dry-run"
@@ -73,8 +82,7 @@ class Publisher:
 
     async def withdraw(self) -> None:
         """See Publishing.withdraw."""
-        async with _answering():
-            await self._registry.write([Delete(self._keys.topology)])
+        await _answer(lambda: self._registry.write([Delete(self._keys.topology)]))
 
     async def preview(self, order: Order) -> Changes:
         """See Publishing.preview."""
@@ -83,8 +91,7 @@ class Publisher:
         return running.changes(plan)
 
     async def _published(self) -> Entry | None:
-        async with _answering():
-            found = await self._registry.list(self._keys.topology)
+        found = await _answer(lambda: self._registry.list(self._keys.topology))
         return next((entry for entry in found.entries if entry.key == self._keys.topology), None)
 
     def _check(self, text: str, source: str) -> None:
@@ -96,11 +103,15 @@ class Publisher:
             raise PdctlError(f"{source} is for service {topology.service.name!r}, not for {self._service!r}")
 
 
-@asynccontextmanager
-async def _answering() -> AsyncIterator[None]:
-    """Turns a registry that does not answer into an error for the user."""
-    try:
-        yield
-    except Unavailable as failure:
-        hint = "what runs goes on, and nothing can be changed until etcd answers; see: pdctl status"
-        raise PdctlError(f"etcd does not answer: {failure}", hint) from failure
+async def _answer(call: Callable[[], Awaitable[Found]]) -> Found:
+    """What an idempotent call gives, made again until the registry answers. Raises PdctlError if it does not."""
+    deadline, failures = time.monotonic() + _PATIENCE_S, 0
+    while True:
+        try:
+            return await call()
+        except Unavailable as failure:
+            if time.monotonic() > deadline:
+                hint = "what runs goes on, and nothing can be changed until etcd answers; see: pdctl status"
+                raise PdctlError(f"etcd does not answer: {failure}", hint) from failure
+        await asyncio.sleep(pause_s(failures, random.random()))  # noqa: S311 - jitter, no secret
+        failures += 1

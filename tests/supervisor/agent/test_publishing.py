@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from pdctl.host import read_host
 from pdctl.host.facts import encode_facts
 from pdctl.plan import Plan, Share, make_plan
 from pdctl.plan.changes import Changes, diff
-from pdctl.registry import Put, Unavailable
+from pdctl.registry import Created, Delete, Listing, Modified, Put, Unavailable
 from pdctl.registry.memory import MemoryRegistry
+from pdctl.supervisor.agent import publishing
 from pdctl.supervisor.agent.plans import Planner, commands_in, engines_of, this_node
 from pdctl.supervisor.agent.publishing import Publisher
 from pdctl.supervisor.cluster.entries import Keys, NodeEntry, Order, TopologyEntry
@@ -114,7 +116,43 @@ async def test_engines_without_a_node_are_told() -> None:
         await publisher.orders(TEXT, SOURCE)
 
 
-async def test_a_registry_that_does_not_answer_is_an_error_with_a_hint() -> None:
+class Forgetful(MemoryRegistry):
+    """Every other call is not answered; what it asks for is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    async def list(self, prefix: str) -> Listing:
+        found = await super().list(prefix)
+        self._forget()
+        return found
+
+    async def write(self, writes: Sequence[Put | Delete], conditions: Sequence[Created | Modified] = ()) -> int | None:
+        written = await super().write(writes, conditions)
+        self._forget()
+        return written
+
+    def _forget(self) -> None:
+        self.calls += 1
+        if self.calls % 2:
+            raise Unavailable("no answer")
+
+
+async def test_calls_that_are_not_answered_are_made_again_and_publish_once() -> None:
+    registry = Forgetful()
+    publisher = await published(registry)
+    revision = await publisher.publish(TEXT, SOURCE, 0)
+    assert (await publisher.topology()).revision == revision == registry.store.revision
+    with pytest.raises(PdctlError, match="another topology was published meanwhile"):
+        await publisher.publish(TEXT + "# another", SOURCE, 0)
+    await publisher.withdraw()
+    assert (await publisher.topology()).text == ""
+
+
+async def test_a_registry_that_does_not_answer_is_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "_PATIENCE_S", 0.0)
+
     class Silent(MemoryRegistry):
         async def list(self, prefix: str) -> object:  # type: ignore[override]
             raise Unavailable("10.0.0.1:2379 did not answer")
