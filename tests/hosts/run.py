@@ -168,10 +168,14 @@ def tell(report: Report) -> None:
 
 
 def tell_logs(cluster: Cluster) -> None:
-    """The ends of the agents' logs, on stderr."""
+    """The ends of the agents' logs, and what they say now, on stderr."""
     for name, node in cluster.nodes.items():
         lines = (node.folder / "agent.log").read_text().splitlines()[-60:]
         print(f"--- agent of {name}", *lines, sep="\n", file=sys.stderr)
+    for name in [name for name, node in cluster.nodes.items() if node.host.is_up and cluster.agents[name].is_running]:
+        print(cluster.nodes[name].cli("status").stdout, file=sys.stderr)
+    for entry in cluster.engines().values():
+        print(entry.name, cluster.state(entry), file=sys.stderr)
 
 
 if __name__ == "__main__":
