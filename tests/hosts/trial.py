@@ -130,7 +130,7 @@ class Trial:
             leases = [lease for state in states if state is not None for lease in state["leases"]]
             if any(lease["holder"] == reader.holder for lease in leases):
                 return True
-            # What was held up was read on its own node, or too late. One at a time: proxies avoid slow engines.
+            # What was held up was read on one node, or it is too late. One at a time: proxies avoid slow engines.
             point.write_text("delay 3")
             return False
 

@@ -145,7 +145,7 @@ class Connection:
         return Answer(head, await self._exactly(int(found[1])))
 
     async def _chunks(self) -> bytes:
-        parts = []
+        parts: list[bytes] = []
         while True:
             line = await self._until(b"\r\n")
             if not re.fullmatch(rb"[0-9a-f]+\r\n", line):

@@ -109,7 +109,7 @@ class CoveredConnection(asyncio.BufferedProtocol):
             self._covers.ended(slot, self._cookie)
         self.http.connection_lost(exc)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
+    def get_buffer(self, _: int) -> memoryview:
         """See asyncio.BufferedProtocol."""
         cover = self.cover
         if cover is not None:

@@ -74,7 +74,7 @@ def test_sources_that_are_gone_for_long_are_forgotten(monkeypatch: pytest.Monkey
     monkeypatch.setattr("pdctl.proxy.shares.elsewhere._MAX_SOURCES", 3)
     elsewhere = Elsewhere()
     for number in range(10):
-        elsewhere.take(news(**{f"s{number}": spent(1)}), float(number))
+        elsewhere.take(news(0.0, **{f"s{number}": spent(1)}), float(number))
     assert sorted(elsewhere._sources) == ["s7", "s8", "s9"]
     elsewhere.take(news(), 9.0 + 3600.0)
     assert not elsewhere._sources

@@ -56,9 +56,9 @@ def test_an_answer_that_nobody_has_begins_again() -> None:
 def test_a_stream_goes_on_after_what_was_taken() -> None:
     slot = slot_with()
     begun(slot)
-    assert slot.put(b"more", b"8,")
+    assert slot.put(b"what", b"8,")
     found = adopted(slot, taken=5)
-    assert found.unsent == b"ore"
+    assert found.unsent == b"hat"
     assert found.resumed is not None
     assert (found.resumed.facts.request_id, found.resumed.legs[0].token_ids) == ("id", [7, 8])
 

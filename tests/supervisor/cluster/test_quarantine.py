@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
 from pdctl.net.openai_api import ApiError
 from pdctl.proxy.request.quarantine import Quarantine
-from pdctl.registry import Put, Registry, Unavailable
+from pdctl.registry import Created, Delete, Listing, Modified, Put, Registry, Unavailable
 from pdctl.registry.etcd.gateway import Gateway
 from pdctl.registry.etcd.registry import EtcdRegistry
 from pdctl.registry.memory import MemoryRegistry
@@ -35,13 +35,13 @@ class Breaking(MemoryRegistry):
         self.is_down = False
         self.writes = 0
 
-    async def write(self, writes, conditions=()):  # type: ignore[no-untyped-def]
+    async def write(self, writes: Sequence[Put | Delete], conditions: Sequence[Created | Modified] = ()) -> int | None:
         self.writes += 1
         if self.is_down:
             raise Unavailable("down")
         return await super().write(writes, conditions)
 
-    async def list(self, prefix):  # type: ignore[no-untyped-def]
+    async def list(self, prefix: str) -> Listing:
         if self.is_down:
             raise Unavailable("down")
         return await super().list(prefix)

@@ -22,10 +22,12 @@ from pdctl.control_api import (
     MeasuredStatus,
     Node,
     Nodes,
+    ProcessState,
     ProcessStatus,
     PublishedTopology,
     RegistryStatus,
     RoleOrder,
+    ServiceState,
     ServiceStatus,
     Verb,
 )
@@ -45,7 +47,7 @@ from tests.supervisor.fleet import plan_of
 SECRET = "of all nodes"
 
 
-def process(name: str, role: str = "decode", state: str = "ready") -> MeasuredProcess:
+def process(name: str, role: str = "decode", state: ProcessState = "ready") -> MeasuredProcess:
     plain = ProcessStatus(
         name=name, kind="proxy" if role == "proxy" else "builtin", role=role, group=name.rpartition("-")[0] or name,
         state=state, reason="", pid=7, restarts=0, last_exit=None, device="cpu", cpus=(0,), gpus=(), rdma=(),
@@ -87,7 +89,7 @@ class Part:
         self.plan = plan_of(folder / node)
         self.journal = Journal(folder / node / "logs", lambda name, message: None)
         self.processes = processes
-        self.word = "ready"
+        self.word: ServiceState = "ready"
         self.reports: tuple[ExitReport, ...] = ()
         self.lease_ids: list[str] = []
         self.key_use: KeyStatus = key(1, 1.0, 3)

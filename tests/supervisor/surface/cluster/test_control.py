@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pdctl.control_api import RegistryStatus, RoleOrder, TopologyOrder
+from pdctl.control_api import RegistryStatus, RoleOrder, ServiceState, TopologyOrder
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool
 from pdctl.supervisor.surface.cluster import agents
@@ -163,10 +163,11 @@ async def test_exits_keys_and_leases_are_of_all_nodes(a: Part, b: Part) -> None:
 
 async def test_states_of_nodes_together(a: Part, b: Part) -> None:
     async with cluster(a, b) as found:
-        for words, word in {
+        together: dict[tuple[ServiceState, ServiceState], ServiceState] = {
             ("ready", "ready"): "ready", ("ready", "starting"): "starting", ("ready", "failed"): "failed",
             ("degraded", "starting"): "degraded", ("stopping", "failed"): "stopping",
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for words, word in together.items():
             a.word, b.word = words
             assert (await found.control.status()).state == word
         a.word = b.word = "ready"
