@@ -17,8 +17,7 @@ def engine_killed(trial: Trial) -> None:
     cluster = trial.cluster
     reader = cluster.engines()["decode-b-0"]
     with trial.streams() as streams:
-        trial.holding(reader)
-        died_at = cluster.kill(reader.node, reader.name)
+        died_at = trial.kill_holding(reader)
         trial.go_on(streams, cluster.nodes)
     trial.recovered()
     trial.freed("engine killed", "far exit to freed KV, s", reader, died_at, FREED_S)

@@ -73,13 +73,11 @@ def quorum_lost(trial: Trial) -> None:
     reader = cluster.engines()["decode-b-0"]
     lost: list[Member] = cluster.etcd[1:]
     with trial.streams() as streams:
-        trial.holding(reader)
         for member in lost:
             member.kill()
         silence_is_told(trial)
         trial.go_on(streams, cluster.nodes)
-        trial.holding(reader)
-        died_at = cluster.kill(reader.node, reader.name)
+        died_at = trial.kill_holding(reader)
         trial.go_on(streams, cluster.nodes)
         back = trial.until_back(reader)
         trial.go_on(streams, cluster.nodes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -116,6 +118,15 @@ class Trial:
             self.report.hold(f"the engines' events break no rule of hand-overs ({count} events)", count > 0)
 
     # -- deaths --------------------------------------------------------------------------------------------
+
+    def kill_holding(self, reader: EngineEntry) -> float:
+        """Kill a decode engine that holds a lease of an engine on another node. Returns when, by this machine's boot
+        clock."""
+        pid = self.cluster.pid(reader.node, reader.name)
+        self.holding(reader)
+        at = time.clock_gettime(time.CLOCK_BOOTTIME)
+        os.kill(pid, signal.SIGKILL)
+        return at
 
     def holding(self, reader: EngineEntry) -> None:
         """Until a decode engine holds a lease of an engine on another node that it does not let go."""
