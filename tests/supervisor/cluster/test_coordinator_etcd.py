@@ -30,9 +30,9 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(etcd.BINARY is None, reason="etcd is not installed"),
 ]
-LONG_S = 120
+LONG_S = 600
 KEYS = Keys("service")
-CLUSTER = Cluster(("http://e:2379",), "eth0", "/secret", ttl_s=1, node_lost_s=60.0)
+CLUSTER = Cluster(("http://e:2379",), "eth0", "/secret", ttl_s=3, node_lost_s=600.0)
 
 
 class Rig(News):
@@ -65,7 +65,7 @@ class Rig(News):
         registry = EtcdRegistry(Gateway([self.url]))
         facts = msgspec.Raw(encode_facts(host(GPUS[:1] * 4)))
         entry = NodeEntry(node, "10.0.0.1", node, "1", facts=facts)
-        presence = Presence(registry, KEYS, entry, 1, list, lambda failure: self.state(node, failure))
+        presence = Presence(registry, KEYS, entry, CLUSTER.ttl_s, list, lambda failure: self.state(node, failure))
         coordinator = Coordinator(
             registry, KEYS, node, CLUSTER, lambda text: self.say(node, text), lambda failure: None
         )
