@@ -113,7 +113,7 @@ async def until_ready(service: Service) -> int:
     deadline = time.monotonic() + _READY_S
     while time.monotonic() < deadline:
         processes = (await asyncio.to_thread(service.status)).processes
-        if all(process.state == "ready" for process in processes):
+        if all(process.state == "ready" and process.pid is not None for process in processes):
             return pid_of(next(process for process in processes if process.name == "proxy"))
         await asyncio.sleep(0.05)
     raise AssertionError("not every process came back")
