@@ -260,6 +260,11 @@ class Quarantined(msgspec.Struct, frozen=True):
     bodies: dict[str, float]
 
 
+# Memory that one client's connection may take in the journal of a proxy, in bytes: a page, 256 KiB of requests, 128 KiB
+# of output, 256 KiB of notes.
+SLOT_BYTES = 4096 + (256 + 128 + 256) * 1024
+
+
 def listener_path(run_dir: Path, name: str) -> Path:
     """The socket on which a proxy gives its listening socket back."""
     return run_dir / "ipc" / f"{name}.listen"

@@ -17,6 +17,7 @@ from pdctl.plan.helpers import Site, command_of, in_order, place_of, store_of
 from pdctl.plan.pins import Pins, pins_of
 from pdctl.plan.share import Share
 from pdctl.plan.spec import PROXY, Attached, Plan, Probe, ProcessSpec
+from pdctl.proxy_wire import SLOT_BYTES
 from pdctl.stores import Reader, StoreClient, store_launcher
 from pdctl.topology.spec import EngineGroup, Role, Topology
 
@@ -273,7 +274,13 @@ def _proxy(
         host=host.address,
         tls=bool(_certificates(topology)),
         slots=topology.proxy.slots,
+        why=_kept(topology.proxy.slots),
     )
+
+
+def _kept(slots: int) -> dict[str, str]:
+    memory = slots * SLOT_BYTES / 2**20
+    return {"slots": f"so many connections outlive it, with up to {memory:.0f} MiB of memory"} if slots else {}
 
 
 def _scheme(topology: Topology) -> str:

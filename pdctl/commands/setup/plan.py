@@ -123,6 +123,8 @@ def _port(purpose: str, port: int) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, int):
+        return str(value)
     return ",".join(map(str, value)) if isinstance(value, tuple) and value else "left open"
 
 

@@ -17,6 +17,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pdctl.proxy_wire import SLOT_BYTES
+
 _MAGIC = b"pdctl-takeover\0\0"
 _VERSION = 1
 PAGE = 4096
@@ -24,7 +26,7 @@ PAGE = 4096
 IN_BYTES = 256 * 1024
 OUT_BYTES = 128 * 1024
 NOTE_BYTES = 256 * 1024
-SLOT_BYTES = PAGE + IN_BYTES + OUT_BYTES + NOTE_BYTES
+assert SLOT_BYTES == PAGE + IN_BYTES + OUT_BYTES + NOTE_BYTES, "the plan says how much it is"
 FACT_BYTES = 1024
 
 _OUT_MASK = OUT_BYTES - 1
