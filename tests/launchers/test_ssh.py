@@ -65,7 +65,8 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     (tmp_path / "bin").mkdir()
     _executable(tmp_path / "bin" / "ssh", f'#!/bin/sh\nexec {SSH} -F {tmp_path}/ssh_config "$@"\n')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    argv = [sys.executable, "-m", "tests.launchers.ssh_server", tmp_path / "host", tmp_path / "user.pub", *words]
+    files = [str(tmp_path / "host"), str(tmp_path / "user.pub")]
+    argv = [sys.executable, "-m", "tests.launchers.ssh_server", *files, *words]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as server:
         try:
             assert server.stdout is not None
