@@ -16,6 +16,8 @@ from tests.registry.etcd import BINARY
 
 # Blocks that need hardware, systemd or packages, or would copy files that hosts here share.
 _SKIPPED = frozenset({"doctor", "bandwidth", "install", "etcd", "agents", "copy"})
+# What is given again: on a busy machine, one member of etcd is too slow at times.
+_TOO_SLOW, _TRIES = "etcd does not answer", 5
 _ON_B = frozenset({"node"})
 _ON_BOTH = frozenset({"firewall", "by-hand"})
 
@@ -68,7 +70,10 @@ class Guide:
     def _shell(self, node: Node, block: Block) -> None:
         env = {**node.env, "PATH": f"{self.folder / 'bin'}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"}
         script = f"cd {self.folder}\n{self._local(block.text)}"
-        done = node.host.run(["bash", "-euo", "pipefail", "-c", script], env, 300)
+        for _ in range(_TRIES):
+            done = node.host.run(["bash", "-euo", "pipefail", "-c", script], env, 300)
+            if _TOO_SLOW not in done.stderr:
+                break
         assert done.returncode == 0, f"{block.label} on {node.name}: {done.stdout}{done.stderr}"
 
     def _start(self, unit: str, nodes: tuple[Node, ...]) -> None:

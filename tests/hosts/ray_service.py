@@ -29,6 +29,8 @@ SERVICE, PORT = "t", 8000
 HEAD, NODES = "head", ("a", "b")
 RAY = str(Path(sys.executable).with_name("ray"))
 SECRET = "/run/secret"
+TOO_SLOW = "etcd does not answer"
+_TRIES = 5
 CPUS, GPUS = 8, 4
 # A raylet that hears no head ends itself after a minute.
 _HEADLESS_S = 120.0
@@ -123,8 +125,13 @@ class RayNode:
         return done.stdout
 
     def cli(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command of pdctl, by an operator whose environment knows no token."""
-        return self.node.cli(*words)
+        """A command of pdctl, by an operator whose environment knows no token. It is given again when etcd is too slow:
+        on a busy machine, its one member is at times."""
+        for _ in range(_TRIES):
+            done = self.node.cli(*words)
+            if TOO_SLOW not in done.stderr:
+                break
+        return done
 
     def agent(self) -> int:
         """The agent's pid in this host; 0 for none."""
@@ -170,7 +177,7 @@ interface = "eth0"
 secret_file = "{SECRET}"
 launcher = "ray"
 ray_token_file = "{token or self.token}"
-ttl_s = 2
+ttl_s = 5
 """
         return _topology(SERVICE, cluster, 'nodes = ["a", "b"]', f'nodes = ["a", "b"]\n{more}', replicas)
 
@@ -243,11 +250,12 @@ ttl_s = 2
         self.report.hold(f"{what}: no stream fails, each token is right ({counts})", not found, found[:3])
 
     def go_on(self, streams: Streams) -> None:
-        """Until there are some more answers to requests that begin now."""
+        """Until there are some more right answers to requests that begin now."""
         began = time.monotonic()
 
         def enough() -> bool:
-            return sum(one.began > began for one in list(streams.outcomes)) >= _ANSWERS
+            found = [one for one in list(streams.outcomes) if one.kind == "exact"]
+            return sum(one.began > began for one in found) >= _ANSWERS
 
         wait_until(enough, 240, f"answers; before: {streams.counts()}")
 

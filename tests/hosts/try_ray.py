@@ -241,24 +241,31 @@ def _pss(pid: int) -> int:
 
 
 def guides(service: Service) -> None:
-    """The guides for two servers, each on a Ray and an etcd of its own, or without Ray."""
+    """The guides for two servers. The second one uses the etcd of the first."""
     for node in service.nodes.values():
         node.stop()
-    for page in ("two-servers.md", "two-servers-ray.md"):
-        guide = Guide(page, service.a.node, service.b.node, service.lab.folder)
-        problem = ""
-        try:
-            guide.follow()
-        except AssertionError as failure:
-            problem = str(failure)
-        finally:
-            for node in (service.a, service.b):
-                node.node.cli("down", "-s", "llama")
-                node.host.run([RAY, "stop", "--force"], node.env)
+    pages = ("two-servers.md", "two-servers-ray.md")
+    made = [Guide(page, service.a.node, service.b.node, service.lab.folder) for page in pages]
+    try:
+        for guide in made:
+            _follow(service, guide)
+    finally:
+        for guide in made:
             guide.close()
-        service.report.hold(f"the commands of {page} can be executed ({', '.join(guide.ran)})", not problem, problem)
-        problem = verified(guide.folder)
-        service.report.hold(f"systemd finds nothing wrong with the units of {page}", not problem, problem)
+
+
+def _follow(service: Service, guide: Guide) -> None:
+    problem = ""
+    try:
+        guide.follow()
+    except AssertionError as failure:
+        problem = str(failure)
+    for node in (service.a, service.b):
+        node.host.run([RAY, "stop", "--force"], node.node.env)
+        node.node.cli("agent", "--stop", "-s", "llama")
+    service.report.hold(f"the commands of {guide.page} can be executed ({', '.join(guide.ran)})", not problem, problem)
+    problem = verified(guide.folder)
+    service.report.hold(f"systemd finds nothing wrong with the units of {guide.page}", not problem, problem)
 
 
 _STAGES = (refusals, on_gpus, comes_up, figures, agent_killed, deaths, given_back, guides)
