@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from pdctl.proxy.takeover.adoption import Adoptable, CannotGoOn, adoptable
-from pdctl.proxy.takeover.journal import CLOSES, IN_BYTES, OUT_BYTES, PAGE, SLOT_BYTES, Found, Frame, Slot
+from pdctl.proxy.takeover.journal import CLOSES, IN_BYTES, OUT_BYTES, PAGE, Found, Frame, Slot
 from pdctl.proxy.takeover.kernel import Counts
 from pdctl.proxy.takeover.notes import Facts, encode_facts
+from pdctl.proxy_wire import SLOT_BYTES
 
 REQUEST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
 FACTS = encode_facts(Facts("id", 1, 2))

@@ -19,12 +19,12 @@ from pdctl.proxy.takeover.journal import (
     NOTE_BYTES,
     OUT_BYTES,
     PAGE,
-    SLOT_BYTES,
     Frame,
     Journal,
     Slot,
     journal_bytes,
 )
+from pdctl.proxy_wire import SLOT_BYTES
 
 COOKIE = 77
 
