@@ -12,7 +12,7 @@ from pdctl.engine.transfer import DeviceMemoryRefused, Settings, TransferError, 
 from pdctl.net import is_loopback, reachable
 from pdctl.transports import FAR, TRANSPORTS
 
-_STAGING_BYTES = 32 << 20
+_STAGING_BYTES = 16 << 20
 
 _log = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ from pdctl.engine.ipc.messages import Pull
 from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
 from pdctl.wire import Manifest, PoolEndpoint
 
-# Staging areas that reads may still write to, at most, after they were given up.
-_MOST_LATE = 4
+# Staging areas at most: each read takes one, and keeps it while bytes may still arrive there.
+_MOST_AREAS = 8
+# A read waits for an area as long as others may take, at most.
+_AREA_S = 30.0
 
 
 class Staging(NamedTuple):
@@ -25,6 +28,40 @@ class Staging(NamedTuple):
 
     memory: Memory
     transport: Transport
+
+
+class _Areas:
+    """The staging areas of all transports, opened when they are needed."""
+
+    def __init__(self, stage: Callable[[str], Staging]) -> None:
+        self._stage = stage
+        self._changed = threading.Condition()
+        self._free: dict[str, list[Staging]] = {}
+        self._all: list[Staging] = []
+
+    def take(self, name: str) -> Staging:
+        """An area that nothing writes to. Raises TransferError, NoMemory."""
+        deadline = time.monotonic() + _AREA_S
+        with self._changed:
+            while not (free := self._free.setdefault(name, [])) and len(self._all) >= _MOST_AREAS:
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    raise TransferError(f"all {_MOST_AREAS} staging areas are in use")
+            if free:
+                return free.pop()
+            made = self._stage(name)
+            self._all.append(made)
+            return made
+
+    def give_back(self, name: str, area: Staging) -> None:
+        """Nothing writes to it any more."""
+        with self._changed:
+            self._free[name].append(area)
+            self._changed.notify()
+
+    def transports(self) -> list[Transport]:
+        """Of all areas."""
+        with self._changed:
+            return [area.transport for area in self._all]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +101,7 @@ class ShardReader:
 
     def __init__(self, ours: Sequence[OurShard], stage: Callable[[str], Staging]) -> None:
         self.ours = ours
-        self._stage = stage
-        self._staging: dict[str, Staging] = {}
-        self._staging_lock = threading.Lock()
-        self._late = 0
+        self._areas = _Areas(stage)
 
     def connect(self, found: Way, theirs: Sequence[PoolEndpoint]) -> None:
         """Prepare to read. Raises TransferError, NoMemory."""
@@ -76,14 +110,15 @@ class ShardReader:
             for shard in route.same:
                 self.ours[shard].transports[found.name].connect(found.addresses[route.source], num_bytes(peer))
             if route.pieces:
-                with self._staging_lock:
-                    transport = self._area(found.name).transport
-                transport.connect(found.addresses[route.source], num_bytes(peer))
+                area = self._areas.take(found.name)
+                try:
+                    area.transport.connect(found.addresses[route.source], num_bytes(peer))
+                finally:
+                    self._areas.give_back(found.name, area)
 
     def forget(self, found: Way) -> None:
         """Release a peer that has been replaced."""
-        areas = [self._staging[found.name].transport] if found.name in self._staging else []
-        for transport in [*areas, *(one.transports[found.name] for one in self.ours)]:
+        for transport in [one for one in self.transports() if one.name == found.name]:
             for address in found.addresses:
                 transport.forget(address)
 
@@ -105,50 +140,41 @@ class ShardReader:
                 seconds = timeout_s(sum(span.length for span in todo))
                 moved += target.transports[found.name].read(address, num_bytes(peer), todo, seconds)
             if route.pieces:
-                with self._staging_lock:
-                    moved += self._read_staged(found, route, source, pull, timeout_s)
+                moved += self._read_staged(found, route, source, pull, timeout_s)
         return moved
 
     def transports(self) -> list[Transport]:
         """All open transports."""
-        areas = [area.transport for area in list(self._staging.values())]
-        return [*areas, *(transport for one in self.ours for transport in one.transports.values())]
+        ours = [transport for one in self.ours for transport in one.transports.values()]
+        return [*self._areas.transports(), *ours]
 
     def close(self) -> None:
         """Close all transports."""
         for transport in self.transports():
             transport.close()
 
-    def _area(self, name: str) -> Staging:
-        if name not in self._staging:
-            if self._late >= _MOST_LATE:
-                raise TransferError(f"{self._late} reads that were given up may still write")
-            self._staging[name] = self._stage(name)
-        return self._staging[name]
-
     def _read_staged(
         self, found: Way, route: Route, source: Half, pull: Pull, timeout_s: Callable[[int], float]
     ) -> int:
-        """Read whole rows of one of the peer's shards, as many as the staging area holds, and copy what is needed."""
-        area = self._area(found.name)
+        """Read whole rows of one of the peer's shards, as many as a staging area holds, and copy what is needed."""
         check(source, "the peer's", pull.first, pull.count)
         targets = {piece.shard: self.ours[piece.shard].shard.half(pull.target_blocks) for piece in route.pieces}
         for target in targets.values():
             check(target, "our", pull.first, pull.count)
-        most = area.memory.num_bytes // sum(size for _, size in rows(source))
-        if not most:
-            raise ValueError("a token's KV is larger than the staging area")
-        moved = 0
-        for first in range(pull.first, pull.first + pull.count, most):
-            count = min(most, pull.first + pull.count - first)
-            todo = _staging_spans(source, first, count)
-            address, peer = found.addresses[route.source], pull.endpoint.shards[route.source]
-            try:
+        address, peer = found.addresses[route.source], pull.endpoint.shards[route.source]
+        area, moved = self._areas.take(found.name), 0
+        try:
+            for first, count in _portions(area, source, pull):
+                todo = _staging_spans(source, first, count)
                 seconds = timeout_s(sum(span.length for span in todo))
                 moved += area.transport.read(address, num_bytes(peer), todo, seconds)
-            except TransferUncertain as failure:
-                raise self._abandoned(found.name, failure) from failure
-            self._spread(area, route, source, targets, first, count)
+                self._spread(area, route, source, targets, first, count)
+        except TransferUncertain as failure:
+            raise self._late(found.name, area, failure) from failure
+        except (TransferError, ValueError):
+            self._areas.give_back(found.name, area)
+            raise
+        self._areas.give_back(found.name, area)
         return moved
 
     def _spread(
@@ -173,20 +199,25 @@ class ShardReader:
                 :, piece.source : piece.source + piece.length
             ]
 
-    def _abandoned(self, name: str, failure: TransferUncertain) -> TransferUncertain:
-        """Use another staging area until this one is not written to any more."""
-        area = self._staging.pop(name)
-        self._late += 1
+    def _late(self, name: str, area: Staging, failure: TransferUncertain) -> TransferUncertain:
+        """The area is used again when nothing is written to it any more."""
 
         def settled() -> bool:
             if not failure.settled():
                 return False
-            with self._staging_lock:
-                self._late -= 1
-            area.transport.close()
+            self._areas.give_back(name, area)
             return True
 
         return TransferUncertain(str(failure), settled)
+
+
+def _portions(area: Staging, source: Half, pull: Pull) -> Iterator[tuple[int, int]]:
+    """(first token, number of tokens) of what the area holds at once."""
+    most = area.memory.num_bytes // sum(size for _, size in rows(source))
+    if not most:
+        raise ValueError("a token's KV is larger than the staging area")
+    for first in range(pull.first, pull.first + pull.count, most):
+        yield first, min(most, pull.first + pull.count - first)
 
 
 def _shard_of(pool: PoolEndpoint) -> Shard:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pdctl.engine.cache.layout import Span, block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.shards import Shard, heads, local
+from pdctl.engine.handover import reading as module
 from pdctl.engine.handover.reading import OurShard, ShardReader, Staging, Way, way
 from pdctl.engine.ipc.messages import Pull
 from pdctl.engine.transfer import Settings, TransferError, TransferUncertain
@@ -163,29 +164,36 @@ class Late:
         self.closed = True
 
 
-def test_a_staging_area_that_may_still_be_written_is_not_used_again() -> None:
+def test_a_staging_area_that_may_still_be_written_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_AREA_S", 0.01)
     source, target = Engine(manifest(4), 2, [0, 1, 2]), Engine(manifest(4), 1, [3, 4, 5])
     fill(source, range(12))
     _, found, endpoint = linked(source, target)
-    areas = [Late() for _ in range(4)]
-    given = iter(areas)
+    areas: list[Late] = []
 
     def stage_late(name: str) -> Staging:
-        return Staging(Memory(1 << 12, "staging"), next(given))
+        areas.append(Late())
+        return Staging(Memory(1 << 12, "staging"), areas[-1])
 
     reader = ShardReader(target.ours(), stage_late)
     work = pull(endpoint, source, target, 0, 12)
-    failures = []
-    for _ in areas:
+
+    def read() -> TransferUncertain:
         with pytest.raises(TransferUncertain) as failure:
             reader.read(found, work, lambda _: 1.0)
-        failures.append(failure.value)
-    with pytest.raises(TransferError, match="4 reads that were given up may still write"):
+        return failure.value
+
+    failures = [read() for _ in range(8)]
+    assert len(areas) == 8, "one for each"
+    with pytest.raises(TransferError, match="all 8 staging areas are in use"):
         reader.read(found, work, lambda _: 1.0)
-    assert not failures[0].settled()
-    areas[0].landed.set()
-    assert failures[0].settled()
-    assert [area.closed for area in areas] == [True, False, False, False]
+    assert not failures[3].settled()
+    areas[3].landed.set()
+    assert failures[3].settled()
+    read()
+    assert len(areas) == 8, "the one that has settled was used again"
+    reader.close()
+    assert all(area.closed for area in areas)
 
 
 def test_a_peer_whose_shards_do_not_fit_is_refused() -> None:
