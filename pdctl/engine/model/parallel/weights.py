@@ -7,6 +7,7 @@ used; a converted weight is read as a whole and cut afterwards.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -74,6 +75,7 @@ def load_part(path: Path, config: object, dtype: torch.dtype, group: Group) -> M
 
 
 def _fill(module: Module, files: list[_File], cuts: Cuts, group: Group) -> None:
+    _keep_in_float32(module)
     wanted = dict(module.state_dict(keep_vars=True))
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
     rules = _Rules(module, set(wanted))
@@ -91,6 +93,19 @@ def _fill(module: Module, files: list[_File], cuts: Cuts, group: Group) -> None:
         converter = converted.setdefault(target, rules.converter(pattern))
         converter.add_tensor(target, source, pattern, where[source].get_tensor(source))
     _set_converted(module, converted, wanted, cuts, group)
+
+
+def _keep_in_float32(module: Module) -> None:
+    """Weights that a model computes with in float32 also in half precision, as transformers does when it loads them."""
+    words = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    if next(module.parameters()).dtype is torch.float16:
+        words |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if not words:
+        return
+    kept = re.compile(r"(^|\.)(" + "|".join(map(re.escape, sorted(words))) + r")($|\.)")
+    for name, weight in module.state_dict(keep_vars=True).items():
+        if kept.search(name) and weight.is_floating_point():
+            _set(module, name, weight.detach().float(), weight.detach().float())
 
 
 class _Rules:

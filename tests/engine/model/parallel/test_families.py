@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from pdctl.engine.model.loading import forward
@@ -62,3 +62,12 @@ def test_a_weight_that_is_missing_is_noticed(tmp_path: Path) -> None:
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(CannotSplit, match=r"lack 1 weights, such as model\.layers\.1\.mlp\.up_proj\.weight"):
         load_part(tmp_path, AutoConfig.from_pretrained(tmp_path), torch.float32, ranks(2)[1])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("deepseek_v3", torch.bfloat16), ("llama", torch.float16)])
+def test_weights_have_the_types_that_transformers_gives_them(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    build(kind).plain.save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    part = load_part(tmp_path, AutoConfig.from_pretrained(tmp_path), dtype, ranks(2)[0])
+    expected = {name: weight.dtype for name, weight in whole.state_dict().items()}
+    assert {name: weight.dtype for name, weight in part.state_dict().items()} == expected
