@@ -208,6 +208,20 @@ def test_builtin_engines_share_a_model_between_processes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "is_refused"), [("", True), ('dtype = "bfloat16"', True), ('dtype = "float32"', False)]
+)
+def test_widths_that_differ_need_float32(dtype: str, is_refused: bool) -> None:
+    """A stream that goes on at an engine of another width must not get another token."""
+    groups = [("prefill", "tensor_parallel = 2"), ("decode", "")]
+    engines = "".join(f'[[engines]]\nname = "{n}"\nrole = "{n}"\n{dtype}\n{width}\n' for n, width in groups)
+    text = f'[service]\nmodel = "sample:tiny-qwen3"\n{engines}'
+    if is_refused:
+        assert any("give equal tokens in float32 only" in said for _, _, said in problems(text, machine()))
+    else:
+        assert len(planned(text)) == 3
+
+
+@pytest.mark.parametrize(
     ("settings", "key", "said"),
     [
         ('device = "cuda"\ntensor_parallel = 2', "tensor_parallel", "on CPUs only, not yet between GPUs"),

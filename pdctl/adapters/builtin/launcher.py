@@ -64,6 +64,11 @@ class BuiltinLauncher(BaseLauncher):
     def pair_faults(self, prefill: Installed, decode: Installed) -> Iterator[Fault]:
         """See Launcher.pair_faults."""
         yield from different_installations(prefill, decode)
+        (ours, _), (other, _) = decode, prefill
+        if ours.tensor_parallel != other.tensor_parallel and ours.dtype != "float32":
+            # Sums are rounded in another order: a stream that goes on at the other width could get another token.
+            message = f"{ours.name!r} and {other.name!r} have different widths, which give equal tokens in float32 only"
+            yield Fault("tensor_parallel", message, 'set dtype = "float32" on both, or the same tensor_parallel')
 
     def launch(self, topology: Topology, assignment: Assignment) -> Launch:
         """See Launcher.launch."""
