@@ -6,8 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from hashlib import blake2s
+from functools import partial
 
 import msgspec
 
@@ -24,7 +23,7 @@ from pdctl.proxy.client.requests import ClientRequest
 from pdctl.proxy.client.unknown_fields import UnknownFields, header
 from pdctl.proxy.engines.load import pieces_of
 from pdctl.proxy.request.door import AdmissionDoor
-from pdctl.proxy.request.leg import Leg, Shared
+from pdctl.proxy.request.leg import Leg, Shared, order_line, slo_line, tenant_line
 from pdctl.proxy.request.relay import Relay
 from pdctl.proxy.shares.accounts import Accounts, Claim, LimitReached
 from pdctl.proxy.shares.fair_queue import NO_WORK, Waiter, Work
@@ -35,7 +34,7 @@ from pdctl.proxy.telemetry.recent import RecentRequests
 from pdctl.proxy.telemetry.spans import NO_TRACE, Answered, RequestTrace, Tracing
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy.translation import CHAT_PATH, Api, Translated
-from pdctl.wire import ORDER_HEADER, ROUTER_HEADER, SLO_HEADER, STARTED_HEADER, TENANT_HEADER, TIMING_HEADER
+from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TIMING_HEADER
 
 # nginx's status for a client that closed the connection before its answer. It is only used in the log.
 _CLIENT_LEFT = 499
@@ -112,24 +111,8 @@ class Completions:
     def engine_headers(self, job: _Job, started: int) -> bytes:
         """Headers for the engines."""
         shared = self.shared
-        lines = _tenant_line(job.key), _slo_line(shared.ttft_s, shared.tpot_s)
+        lines = tenant_line(job.key), slo_line(shared.ttft_s, shared.tpot_s)
         return b"%b%b: %d\r\n%b%b" % (self._static, STARTED_HEADER.encode(), started, *lines)
-
-
-@lru_cache(maxsize=1024)
-def _tenant_line(key: str) -> bytes:
-    """A hash of the key: engines can group requests by tenant, but do not learn the key's name."""
-    return f"{TENANT_HEADER}: {blake2s(key.encode(), digest_size=8).hexdigest()}\r\n".encode()
-
-
-@lru_cache(maxsize=4)
-def _slo_line(ttft_s: float, tpot_s: float) -> bytes:
-    return f"{SLO_HEADER}: {ttft_s * 1000:g} {tpot_s * 1000:g}\r\n".encode()
-
-
-@lru_cache(maxsize=512)
-def _order_line(order: int) -> bytes:
-    return f"{ORDER_HEADER}: {order}\r\n".encode()
 
 
 @dataclass(slots=True)
@@ -292,7 +275,7 @@ class _Job:
     def _seated(self, leg: Leg, seat: Waiter) -> None:
         """A leg goes to the engines. Between several keys, their order there matters."""
         if self.key != ANYONE:
-            leg.headers += _order_line(seat.order)
+            leg.headers += order_line(seat.order)
             leg.on_prefilled = partial(self.completions.door.prefilled, seat)
 
     def _left(self, leg: Leg | None, seat: Waiter, tpot_s: float | None) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2s
 from typing import NamedTuple
 
 from pdctl.adapters import RequestState
@@ -21,6 +23,7 @@ from pdctl.proxy.takeover.notes import Progress
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.spans import NO_TRACE, RequestTrace
 from pdctl.proxy.telemetry.timing import Timing
+from pdctl.wire import ORDER_HEADER, SLO_HEADER, TENANT_HEADER
 
 # An answer that is not streamed and has at most this many tokens is requested in one piece: computing it again after a
 # failure is cheaper than relaying it token by token.
@@ -123,3 +126,21 @@ class Leg:
     def has_one_token_left(self) -> bool:
         """Whether one prefill completes the answer."""
         return self.max_tokens is not None and self.max_tokens - len(self.state.emitted) <= 1
+
+
+@lru_cache(maxsize=1024)
+def tenant_line(key: str) -> bytes:
+    """A hash of the key: engines can group requests by tenant, but do not learn the key's name."""
+    return f"{TENANT_HEADER}: {blake2s(key.encode(), digest_size=8).hexdigest()}\r\n".encode()
+
+
+@lru_cache(maxsize=4)
+def slo_line(ttft_s: float, tpot_s: float) -> bytes:
+    """The service's targets, as a header line for engines."""
+    return f"{SLO_HEADER}: {ttft_s * 1000:g} {tpot_s * 1000:g}\r\n".encode()
+
+
+@lru_cache(maxsize=512)
+def order_line(order: int) -> bytes:
+    """The order among requests of several keys, as a header line for engines."""
+    return f"{ORDER_HEADER}: {order}\r\n".encode()

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pdctl import control_api
 from pdctl.plan import Plan
 from pdctl.supervisor.unit.lifecycle import Phase
-from pdctl.supervisor.unit.policy import policy_of
-from pdctl.supervisor.unit.unit import ProcessPolicy
+from pdctl.supervisor.unit.policy import ProcessPolicy, policy_of
 
 
 @dataclass(slots=True)

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 
 from pdctl.plan import Plan
 from pdctl.supervisor.process.probes import Cadence
 from pdctl.supervisor.unit.lifecycle import RestartPolicy
-from pdctl.supervisor.unit.unit import ProcessPolicy
+
+
+@dataclass(slots=True)
+class ProcessPolicy:
+    """Settings for all processes of a service; `apply` changes them while the processes run."""
+
+    restarts: RestartPolicy
+    cadence: Cadence
+    stop_signals: tuple[signal.Signals, ...]
+    grace_s: float
+    stable_s: float
+    log_bytes: int
+    survives: bool
 
 
 def policy_of(plan: Plan, into: ProcessPolicy | None = None) -> ProcessPolicy:

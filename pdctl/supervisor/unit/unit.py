@@ -21,7 +21,6 @@ from pdctl.net.keeping import LEAVE_SIGNAL
 from pdctl.plan import ProcessSpec
 from pdctl.supervisor.process import logs
 from pdctl.supervisor.process.keeper import Keeper
-from pdctl.supervisor.process.probes import Cadence
 from pdctl.supervisor.process.shared_memory import remove_unused
 from pdctl.supervisor.process.spawn import Start, spawn, write_files
 from pdctl.supervisor.process.startup import NO_WORDS, LastWords, last_words
@@ -41,27 +40,14 @@ from pdctl.supervisor.unit.lifecycle import (
     Life,
     LifecycleEvent,
     Phase,
-    RestartPolicy,
     advance,
 )
+from pdctl.supervisor.unit.policy import ProcessPolicy
 from pdctl.supervisor.unit.watch import Watch, launcher_of
 
 # How long clearing up waits until the peers of a dead process are informed, seconds.
 _TELL_S = 0.1
 _REPORT_AFTER_S = 0.05
-
-
-@dataclass(slots=True)
-class ProcessPolicy:
-    """Settings for all processes of a service; `apply` changes them while the processes run."""
-
-    restarts: RestartPolicy
-    cadence: Cadence
-    stop_signals: tuple[signal.Signals, ...]
-    grace_s: float
-    stable_s: float
-    log_bytes: int
-    survives: bool
 
 
 @dataclass(frozen=True, slots=True)
