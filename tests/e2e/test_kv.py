@@ -116,7 +116,10 @@ def test_hand_overs_of_the_wrong_shape_are_refused(service: Service, prefill: En
     [pool] = good["endpoint"]["shards"]
     assert decode.decode("hello there", {**good, "remote_block_ids": list(range(10**5))}).status_code == 400
     assert decode.decode("hello there", {**good, "remote_block_ids": []}).status_code == 400
-    assert decode.decode("hello there", {**good, "endpoint": {"shards": [pool, pool]}}).status_code == 400
+    # Two ranks that both have all heads.
+    twice = decode.decode("hello there", {**prefill.hold("hello there"), "endpoint": {"shards": [pool, pool]}})
+    assert twice.status_code == 409
+    assert "the peer's KV has another shape than when it was linked" in twice.json()["error"]["message"]
     other = {**pool, "manifest": {**pool["manifest"], "dtype": "float16"}}
     refused = decode.decode("hello there", {**good, "remote_engine_id": "odd", "endpoint": {"shards": [other]}})
     assert refused.status_code == 409
