@@ -150,8 +150,6 @@ class Host:
         if self._outer is None:
             return
         outer, self._outer = self._outer, None
-        # First the cable: what dies in it cannot say so to anybody.
-        self._lab.unplug(self)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._init, signal.SIGKILL)
         self._continue_entered()
@@ -321,10 +319,6 @@ class Lab:
              "ip link set eth0 up && ip route add default via " + f"{_NET}.1"]
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-
-    def unplug(self, host: Host) -> None:
-        """Pull the cable."""
-        self._in_switch(f"sh -c 'ip link set p{host.number} down 2>/dev/null || :'")
 
     def cgroup(self, name: str) -> Path | None:
         """The control group of a host, made if needed; None where this machine has none to give."""

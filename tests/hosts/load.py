@@ -16,7 +16,7 @@ from pdctl.net.http_client import ConnectionPool, Unreachable
 from tests.hosts.lab import Lab
 
 # A stream that gives nothing for so long counts as silent. A proxy retries for less.
-SILENT_S = 20.0
+SILENT_S = 30.0
 _THINK_S = 0.1
 _WORDS = "the quick brown fox jumps over a lazy dog while seven old wizards brew potent ale near my box".split()  # noqa: SIM905
 
