@@ -41,8 +41,32 @@ settings.register_profile("pdctl", deadline=None)
 settings.load_profile("pdctl")
 
 
+# Tests that say again, in other circumstances, what a quicker one says, and take 15 to 60 s each: `scripts/slow`.
+_SLOW = (
+    "test_cluster.py::test_every_promise_holds[power]", "test_cluster.py::test_every_promise_holds[cut]",
+    "test_parallel.py::test_answers_survive_the_death_of_a_rank",
+    "test_takeover.py::test_planted_faults_are_found[socket-first]",
+    "test_ranks.py::test_a_rank_that_stands_still_is_given_up",
+    "test_parity.py::test_gemma_equals_generate[lengths0-8]",
+    "test_inline.py::test_a_busy_prefill_engine_is_avoided_and_no_token_changes",
+    "test_bench.py::test_a_sweep_ends_at_a_rate", "test_bench.py::test_two_topologies_are_compared_in_turn",
+    "test_tool_calls.py::test_calls_of_a_family[llama3]", "test_tool_calls.py::test_calls_of_a_family[qwen3_coder]",
+    "test_tool_calls.py::test_the_parsers_can_be_chosen",
+    "test_keys.py::test_shares_of_keys", "test_keys.py::test_a_full_queue_has_room_for_a_key_with_less",
+    "test_migration.py::test_a_stream_moves_at_a_drain_and_no_token_changes[log probabilities]",
+    "test_migration.py::test_a_stream_moves_at_a_drain_and_no_token_changes[greedy]",
+    "test_lmdeploy.py::test_prompts_never_need_more_kv_than_prefill_has[real]",
+    "test_lmdeploy.py::test_an_error_is_an_error_whatever_its_status_was[busy]",
+    "test_locked_service.py::test_the_other_bench_verbs", "test_stores.py::test_a_killed_store_costs_no_answer",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order long files first; xdist distributes files in this order."""
+    """Order long files first; xdist distributes files in this order. Mark slow tests before they are chosen."""
+    for item in items:
+        if item.nodeid.endswith(_SLOW):
+            item.add_marker(pytest.mark.slow)
     place = {name: number for number, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(_LONG)))
 
