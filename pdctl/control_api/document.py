@@ -255,8 +255,9 @@ In a cluster, the supervisor of each node answers for all nodes, and NAME may be
 within two seconds is `silent` in `nodes`, and its part is missing. Without a cluster, the calls of `/v1/cluster` are
 refused; in one, `/v1/apply` is. Agents make the calls for status, exits, events, keys, KV and processes to each other,
 over TCP with the cluster's secret as bearer token, and further ones: `/v1/cluster/changes` says what an order would
-change there, `/v1/cluster/spent` what API keys used there, `/v1/cluster/clock` the time there; `/v1/cluster/doctor` and
-`/v1/cluster/transfer` are a node's part of the doctor's calls."""
+change there, `/v1/cluster/spent` what API keys used there, `/v1/cluster/calls` how many calls its proxies have at an
+engine, `/v1/cluster/clock` the time there; `/v1/cluster/doctor` and `/v1/cluster/transfer` are a node's part of the
+doctor's calls."""
 _REFUSED = f"""\
 VERB is one of {", ".join(f"`{verb}`" for verb in get_args(Verb))}. A refused call has status 409, and one with an
 invalid cursor status 400. Both have a [reply](#reply) with the reason."""

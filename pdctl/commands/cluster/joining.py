@@ -28,10 +28,10 @@ from pdctl.commands.cluster.tokens import Token, Tokens
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.http_client import Response as Answer
-from pdctl.net.http_protocol import HttpProtocol
 from pdctl.net.identity import PEER, Who
 from pdctl.net.identity.contexts import TellsWhy
 from pdctl.net.identity.files import write_file, write_identity
+from pdctl.net.prompt_protocol import PromptProtocol
 from pdctl.net.serving import Server, close_connections, listen_tcp
 
 Message = TypeVar("Message", bound=msgspec.Struct)
@@ -98,7 +98,7 @@ class JoinServer:
         context.load_verify_locations(cadata=self._ca.authority.pem.decode())
         self._certify_own(context, host)
         config = uvicorn.Config(
-            self._app(), log_level="warning", access_log=False, lifespan="off", loop="none", http=HttpProtocol,
+            self._app(), log_level="warning", access_log=False, lifespan="off", loop="none", http=PromptProtocol,
             ws="none", limit_concurrency=_AT_ONCE, timeout_keep_alive=5, ssl_context_factory=lambda *_: context,
         )  # fmt: skip
         ready(listener.getsockname()[1])

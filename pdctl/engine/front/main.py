@@ -38,9 +38,9 @@ from pdctl.engine.handover.lease import LeaseTable
 from pdctl.engine.options import EngineOptions
 from pdctl.errors import PdctlError, first_of
 from pdctl.host.boot import new_epoch
-from pdctl.net.http_protocol import HttpProtocol
 from pdctl.net.identity import own_identity
 from pdctl.net.identity.peers import NodesOnly
+from pdctl.net.prompt_protocol import PromptProtocol
 from pdctl.net.serving import LOG_FORMAT, Server, listen_tcp, wants_certificates
 from pdctl.wire import EPOCH_ENV, EXIT_CONFIG, SECRET_ENV
 
@@ -140,7 +140,7 @@ def _server(options: EngineOptions, app: ASGIApp, node: NodeIdentity | None) -> 
     config = uvicorn.Config(
         app, host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="none",
-        http=HttpProtocol, ws="none", ssl_context_factory=wants_certificates(node),
+        http=PromptProtocol, ws="none", ssl_context_factory=wants_certificates(node),
     )  # fmt: skip
     server = Server(config)
     for sign in (signal.SIGTERM, signal.SIGINT):

@@ -20,6 +20,7 @@ from pdctl.plan import Plan
 from pdctl.registry import Refused, Registry
 from pdctl.supervisor.agent.contact import Contact
 from pdctl.supervisor.agent.directory import Directory
+from pdctl.supervisor.agent.drains import calls_elsewhere, calls_route
 from pdctl.supervisor.agent.examiner import Examiner
 from pdctl.supervisor.agent.orders import Orders
 from pdctl.supervisor.agent.plans import Planner, engines_of, this_node
@@ -79,6 +80,7 @@ class Agent:
         planner = Planner(node, settings.address, cluster, settings.empty, settings.allow_commands, say)
         self._running: RunningService | None = None
         self._control: ClusterControl | None = None
+        self._has_left = False
         self._examinations: Examinations | None = None
         self._registry = registry
         self.presence = Presence(registry, keys, self._entry(), cluster.ttl_s, self._engines, self._hears("presence"))
@@ -106,6 +108,10 @@ class Agent:
     def engines_changed(self) -> None:
         """See ClusterSide."""
         self.presence.changed()
+
+    async def calls_elsewhere(self, engine: str) -> int:
+        """See ClusterSide."""
+        return await calls_elsewhere(self._control.agents, engine) if self._control is not None else 0
 
     def control(self, running: RunningService) -> Controlled:
         """See ClusterSide."""
@@ -141,6 +147,7 @@ class Agent:
 
     async def leave(self) -> None:
         """See ClusterSide."""
+        self._has_left = True
         if self._control is not None:
             self._control.close()
         try:
@@ -152,9 +159,12 @@ class Agent:
 
     # -- parts ---------------------------------------------------------------------------------------------
 
-    async def _always(self, part: str, run: Callable[[], Awaitable[Never]]) -> Never:
-        """Run a part again when the registry refuses: engines must not stop because a permission is missing."""
-        while True:
+    async def _always(self, part: str, run: Callable[[], Awaitable[Never]]) -> None:
+        """Run a part again when the registry refuses: engines must not stop because a permission is missing.
+
+        Python 3.11's task groups lose a cancellation that comes as a task fails: a node that leaves ends here, too.
+        """
+        while not self._has_left:
             try:
                 await run()
             except* Refused as failures:
@@ -173,7 +183,7 @@ class Agent:
             self.secret,
             self._identity,
             reports={SPENT_PATH: sharing.limits.report},
-            more=self._examinations.node_routes(),
+            more=[*self._examinations.node_routes(), calls_route(running.proxies.own_calls_at)],
         )
         raise AssertionError("it serves until it is cancelled")
 

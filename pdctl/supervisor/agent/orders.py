@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Never, Protocol
@@ -26,6 +27,8 @@ from pdctl.supervisor.service.change.apply import Progress
 _TERM = "term"
 # An apply that is in the way is waited for: it is looked at this often.
 _LOOK_S = 0.2
+# An order that could not be carried out is tried again after so many seconds, doubled each time up to the longest.
+_AGAIN_S, _LONGEST_AGAIN_S = 5.0, 60.0
 
 
 class Obeying(Protocol):
@@ -54,6 +57,7 @@ class Orders:
         heard: Callable[[str | None], None],
         turns: Turns,
         state_dir: Path,
+        again_s: float = _AGAIN_S,
     ) -> None:
         self.newest: Order | None = None
         self._registry = registry
@@ -62,6 +66,7 @@ class Orders:
         self._told = told
         self._heard = heard
         self._turns = turns
+        self._again_s = again_s
         self._file = state_dir / _TERM
         self._term = _read_term(self._file)
         self._news = asyncio.Event()
@@ -84,12 +89,17 @@ class Orders:
                 self._told(f"the order in {self._key} is not understood: {failure}")
                 continue
             if order.term < self._term:
+                self._told(
+                    f"the order is of term {order.term}, but term {self._term} was seen: a coordinator before gave it. "
+                    f"If etcd was set up anew, remove {self._file} and start the agent again"
+                )
                 continue
             self._keep_term(order.term)
             self.newest = order
             self._news.set()
 
     async def _obey_forever(self, service: Obeying) -> Never:
+        failures = 0
         while True:
             await self._news.wait()
             self._news.clear()
@@ -98,8 +108,19 @@ class Orders:
             try:
                 await self._obey(service, order)
                 self._told(None)
+                failures = 0
             except PdctlError as failure:
                 self._told(failure.message)
+                await self._until_again(failures)
+                failures += 1
+
+    async def _until_again(self, failures: int) -> None:
+        """What failed may work later: a GPU that was in use, a full disk, a model that could not be downloaded."""
+        pause_s = min(_LONGEST_AGAIN_S, self._again_s * 2.0 ** min(failures, 10))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s * (0.5 + random.random() / 2)):  # noqa: S311 - jitter, no secret
+                await self._news.wait()
+        self._news.set()
 
     async def _obey(self, service: Obeying, order: Order) -> None:
         """Returns when the order is obeyed, or when there is a newer one. Raises PdctlError."""

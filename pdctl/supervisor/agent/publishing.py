@@ -46,7 +46,11 @@ class Publisher:
         entry = await self._published()
         if entry is None:
             return PublishedTopology(text="", source="", revision=0)
-        found = msgspec.json.decode(entry.value, type=TopologyEntry)
+        try:
+            found = msgspec.json.decode(entry.value, type=TopologyEntry)
+        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+            hint = "use the same version of pdctl on all nodes, or publish a topology anew: pdctl down, then pdctl up"
+            raise PdctlError(f"the topology in the registry is not understood: {failure}", hint) from failure
         return PublishedTopology(text=found.text, source=found.source, revision=entry.modified)
 
     async def orders(self, text: str, source: str) -> tuple[Order, ...]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import uvicorn
 
 from pdctl.host.devices.gpu import read_gpus
-from pdctl.net.http_protocol import HttpProtocol
+from pdctl.net.prompt_protocol import PromptProtocol
 from pdctl.net.serving import Server, close_connections
 from pdctl.plan import Plan
 from pdctl.supervisor.dashboard.access import Gate
@@ -42,7 +42,7 @@ async def serve_page(service: Watched, gate: Gate, listener: socket.socket) -> N
     gpus = tuple(GpuName(gpu.uuid, gpu.index, gpu.name, gpu.memory) for gpu in await asyncio.to_thread(read_gpus))
     app = DashboardApp(service, gate, viewers, sampler, feed, doctor, gpus, service.plan.node)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", loop="none", http=HttpProtocol, ws="none",
+        app, log_level="warning", access_log=False, lifespan="off", loop="none", http=PromptProtocol, ws="none",
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=1, limit_concurrency=256,
     )  # fmt: skip
     server = Server(config)

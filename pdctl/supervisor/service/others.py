@@ -34,6 +34,10 @@ class ClusterSide(Protocol):
         """An engine of this node is new, has changed or has gone."""
         ...
 
+    async def calls_elsewhere(self, engine: str) -> int:
+        """Calls that proxies of other nodes have at an engine of this node."""
+        ...
+
     def control(self, running: RunningService) -> Controlled:
         """What the control API of this node answers with."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict
 from itertools import count
 from typing import TypeVar
@@ -85,6 +85,7 @@ class Proxies:
         # Engines of other nodes, and those of them that drain.
         self.remote: Callable[[], Sequence[EngineAddress]] = tuple
         self.remote_draining: Callable[[], set[str]] = set
+        self.calls_elsewhere: Callable[[str], Awaitable[int]] = _none
         self.unlinked: Callable[[Sequence[EngineAddress]], dict[str, list[str]]] = lambda _: {}
         self._run_dir = run_dir
         self._serving = serving
@@ -107,7 +108,11 @@ class Proxies:
         return "; ".join(filter(None, said))
 
     async def calls_at(self, engine: str) -> int:
-        """Current calls of all proxies to an engine. A proxy that does not answer counts as having none."""
+        """Current calls of all proxies to an engine, in a cluster also of other nodes' proxies."""
+        return await self.own_calls_at(engine) or await self.calls_elsewhere(engine)
+
+    async def own_calls_at(self, engine: str) -> int:
+        """Those of this machine's proxies. A proxy that does not answer counts as having none."""
         return sum(load.calls for load in await self.loads_at(engine))
 
     async def loads_at(self, engine: str) -> list[EngineLoad]:
@@ -240,6 +245,11 @@ class Proxies:
             lease_s=plan.lease_s,
             drain_s=min(plan.supervision.drain_s, plan.supervision.grace_s * 0.9),
         )
+
+
+async def _none(_: str) -> int:
+    """One machine has no other proxies."""
+    return 0
 
 
 def _address(spec: ProcessSpec) -> EngineAddress:

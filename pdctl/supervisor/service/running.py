@@ -107,6 +107,8 @@ class RunningService:
         proxies.registered = self._nodes.attached
         proxies.unlinked = self._links.unlinked
         proxies.remote, proxies.remote_draining = self._others.addresses, self._others.draining
+        if cluster is not None:
+            proxies.calls_elsewhere = cluster.calls_elsewhere
         self.others = OthersKeeper(self._others, self._kv, self._tell)
         self._sweeper = Sweeper(self._kv, proxies, self._members, lambda: state.plan, self.journal.say)
         self._files = ServiceFiles(resources.rundir, secret, state, fleet, proxies, self.journal)

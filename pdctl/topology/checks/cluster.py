@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pdctl.adapters import Ability, control
 from pdctl.errors import Problem
 from pdctl.net import LOOPBACK
 from pdctl.topology.document import Document
@@ -131,6 +132,10 @@ def _proxy_problems(document: Document, topology: Topology) -> Iterator[Problem]
 
 
 def _group_problems(document: Document, index: int, group: EngineGroup) -> Iterator[Problem]:
+    if Ability.SWEEP in control(group.kind).abilities:
+        # A sweep, and the room for KV, count the requests of this node's proxies. Others could still need that KV.
+        message = f"{_ONE_MACHINE}engines of kind {group.kind!r} do not protect the KV that other nodes still need"
+        yield document.problem(("engines", index, "kind"), message, "use another kind, or one machine")
     if group.gpus and group.device is Device.CUDA and len(group.nodes) != 1:
         hint = 'name that node: nodes = ["..."]; or remove gpus: each node chooses among its own'
         yield document.problem(("engines", index, "gpus"), "gpus names the GPUs of one node", hint)

@@ -35,7 +35,7 @@ def plan(*names: str) -> Plan:
 class Rig(News):
     """A service whose plan is only the engines' names. `busy`: why an apply is refused; `fails`: how it ends."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, again_s: float = 5.0) -> None:
         super().__init__()
         self.registry = MemoryRegistry()
         self.plan: Plan = plan()
@@ -48,7 +48,9 @@ class Rig(News):
         self.restarted: dict[str, str] = {}
         self.waited: list[str] = []
         turns = Turns(self.registry, KEYS, "a", 5, self._waits, look_s=0.01)
-        self.orders = Orders(self.registry, KEYS, "a", self.plan_of, self._tell, lambda failure: None, turns, state_dir)
+        self.orders = Orders(
+            self.registry, KEYS, "a", self.plan_of, self._tell, lambda failure: None, turns, state_dir, again_s
+        )
 
     def _waits(self, node: str) -> None:
         self.waited.append(node)
@@ -157,6 +159,37 @@ async def test_why_an_order_is_not_carried_out_is_told_and_the_next_one_counts(t
         rig.wrong, rig.fails = set(), ""
         await rig.order(5, "decode-1")
         await rig.until(lambda: rig.told == [how, None])
+
+
+@pytest.mark.parametrize("how", ["no room", "decode-0 failed"])
+async def test_an_order_that_could_not_be_carried_out_is_tried_again(tmp_path: Path, how: str) -> None:
+    """Nobody may give another order for hours: the GPU that was in use is free long before."""
+    rig = Rig(tmp_path, again_s=0.01)
+    rig.wrong, rig.fails = ({"decode-0"}, "") if how == "no room" else (set(), how)
+    rig.restarted = {}
+    async with obeying(rig):
+        await rig.order(5, "decode-0")
+        await rig.until(lambda: bool(rig.told))
+        if how != "no room":
+            rig.plan = plan()
+        rig.wrong, rig.fails = set(), ""
+        await rig.until(lambda: rig.told[-1] is None)
+    assert rig.plan == plan("decode-0")
+    assert set(rig.told[:-1]) == {how}
+
+
+async def test_orders_of_an_earlier_term_are_told_with_what_to_do(tmp_path: Path) -> None:
+    """The term of an etcd that was set up anew begins again: the node would obey nothing, and nobody would know why."""
+    async with obeying(Rig(tmp_path)) as rig:
+        await rig.order(7, "prefill-0")
+        await rig.until(lambda: rig.told == [None])
+        await rig.order(6, "decode-0")
+        await rig.until(lambda: len(rig.told) == 2)
+    assert rig.asked == [("prefill-0",)]
+    told = rig.told[1]
+    assert told is not None
+    assert told.startswith("the order is of term 6, but term 7 was seen")
+    assert f"remove {tmp_path / 'term'} and start the agent again" in told
 
 
 async def test_an_order_that_is_no_order_is_told(tmp_path: Path) -> None:

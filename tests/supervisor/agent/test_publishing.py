@@ -164,6 +164,17 @@ async def test_a_registry_that_does_not_answer_is_an_error_with_a_hint(monkeypat
     assert found.value.hint.startswith("what runs goes on")
 
 
+@pytest.mark.parametrize("value", [b"{", b'{"text":1}', b'{"text":"\xff"}'])
+async def test_a_topology_that_is_none_is_an_error_with_a_hint(value: bytes) -> None:
+    registry = MemoryRegistry()
+    publisher = await published(registry, "a")
+    await registry.write([Put(KEYS.topology, value)])
+    with pytest.raises(PdctlError, match="the topology in the registry is not understood") as found:
+        await publisher.topology()
+    assert found.value.hint is not None
+    assert "the same version of pdctl" in found.value.hint
+
+
 async def test_a_preview_says_what_an_order_changes_here() -> None:
     publisher = await published(MemoryRegistry(), "a")
     order = Order(1, "a", TopologyEntry(TEXT, SOURCE), ("prefill-1", "decode-0"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from pdctl.plan import Plan, ProcessSpec
@@ -58,7 +59,8 @@ class Roles:
             return f"engines of kind {unit.spec.kind!r} cannot change their role while they run"
         if unit.life.phase is not Phase.READY:
             return f"{name} is {unit.life.phase.value}: only a ready engine can change its role"
-        return lacking(self._state.plan, name, role)
+        elsewhere = [address.role for address in self._proxies.remote()]
+        return lacking(self._state.plan, name, role, elsewhere)
 
     def change(self, name: str, role: str, drain_s: float) -> None:
         """Begin to change a role. A change to the current role does nothing, and one to the role before goes back."""
@@ -136,10 +138,10 @@ def left(state: EngineState, role: str) -> int:
     return {"decode": state.prefills, "prefill": state.answers}.get(role, 0)
 
 
-def lacking(plan: Plan, name: str, role: str) -> str:
-    """Why a service cannot do without this engine's old role, or ""."""
+def lacking(plan: Plan, name: str, role: str, elsewhere: Iterable[str] = ()) -> str:
+    """Why a service cannot do without this engine's old role, or "". `elsewhere`: roles of engines of other nodes."""
     roles = [spec.role for spec in plan.processes if spec.is_engine and spec.name != name]
-    roles += [*(attached.role for attached in plan.attached), role]
+    roles += [*elsewhere, *(attached.role for attached in plan.attached), role]
     for kind, verb in (("prefill", "prefills"), ("decode", "decodes")):
         if not {kind, "hybrid"} & set(roles):
             return f"no other engine {verb}: make {name} hybrid, or another one {kind} first"

@@ -95,7 +95,9 @@ class Examinations:
             report = await agent.post("/v1/cluster/doctor", order, NodeReport, EXAMINE_S)
             return NodeExamination(node=agent.agent.node, report=report, clock_s=ahead, clock_error_s=error)
 
-        own, others = await asyncio.gather(self._own_report(order), self._agents.all(ask, patient=True))
+        own, others = await asyncio.gather(
+            self._own_report(order), self._agents.all(ask, patient=True, within_s=EXAMINE_S)
+        )
         told = [
             NodeExamination(node=node, reason=found.reason) if isinstance(found, Silent) else found
             for node, found in others.items()

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdctl.control_api import Reply
 from pdctl.errors import PdctlError
-from pdctl.net.http_protocol import HttpProtocol
 from pdctl.net.identity.peers import NodesOnly
+from pdctl.net.prompt_protocol import PromptProtocol
 from pdctl.net.serving import Server, close_connections, listen_tcp, wants_certificates
 from pdctl.supervisor.cluster.entries import Order
 from pdctl.supervisor.surface.api import Api, TooLarge, answer, body_of, encoded, refusal
@@ -122,7 +122,7 @@ def _changes(publishing: Publishing) -> Callable[[Request], Awaitable[Response]]
 
 def _config(app: ASGIApp, identity: Identity | None) -> uvicorn.Config:
     return uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", loop="none", http=HttpProtocol, ws="none",
+        app, log_level="warning", access_log=False, lifespan="off", loop="none", http=PromptProtocol, ws="none",
         server_header=False, proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=1,
         limit_concurrency=_MOST_CALLS, ssl_context_factory=wants_certificates(identity),
     )  # fmt: skip

@@ -80,6 +80,12 @@ def test_a_service_keeps_one_engine_of_each(plan: Plan) -> None:
     assert lacking(changed(plan, "e", "hybrid"), "p", "decode") == ""
 
 
+def test_engines_of_other_nodes_count(plan: Plan) -> None:
+    """In a cluster, a node may have no other engine of a role: other nodes have."""
+    assert lacking(plan, "p", "decode", ["decode", "prefill"]) == ""
+    assert "prefills" in lacking(plan, "p", "decode", ["decode"])
+
+
 def test_only_work_of_the_old_role_is_waited_for() -> None:
     state = EngineState(
         "e", "decode", "x", 9, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, leases=[], links=[], transfers={}, prefills=2, answers=3

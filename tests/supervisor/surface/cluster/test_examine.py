@@ -24,6 +24,7 @@ from pdctl.control_api.examination_messages import (
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import ConnectionPool, header_lines
 from pdctl.supervisor.surface.cluster import examine
+from pdctl.supervisor.surface.cluster.agents import Agents
 from pdctl.supervisor.surface.cluster.examine import Examinations
 from tests.news import News
 from tests.supervisor.surface.cluster.nodes import SECRET, Cluster, Part, cluster, start_agent
@@ -109,6 +110,14 @@ async def test_every_node_reports(parts: tuple[Part, ...]) -> None:
         assert examined.nodes[0].clock_s is None
         assert examined.nodes[1].clock_s == pytest.approx(0.0, abs=0.5)
         assert found.nodes["b"].orders == [ORDER]
+
+
+async def test_a_report_may_take_longer_than_a_status(
+    parts: tuple[Part, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Agents.all, "__defaults__", (False, 0.0))
+    async with rig(parts[:2]) as found:
+        assert [one.reason for one in (await found.asked.examine(ORDER)).nodes] == ["", ""]
 
 
 async def test_a_node_that_does_not_answer_or_refuses_says_why(parts: tuple[Part, ...]) -> None:
