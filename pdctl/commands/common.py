@@ -13,6 +13,7 @@ import typer
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.processes.presence import left_running, living_services
 from pdctl.host.users import run_root
+from pdctl.service_names import checked_service
 from pdctl.user_files import read_user_text
 
 if TYPE_CHECKING:
@@ -46,10 +47,10 @@ def topology_file(file: Path | None) -> Path | None:
 def find_service(service: str | None, file: Path | None) -> str:
     """The service that a verb acts on: the one named, the file's, or the only one running. Raises PdctlError."""
     if service is not None:
-        return service
+        return checked_service(service)
     path = topology_file(file)
     if path is not None:
-        return _name_in(path)
+        return checked_service(_name_in(path))
     running = running_services() or _left_behind()
     if len(running) > 1:
         raise PdctlError(f"several services are running: {', '.join(running)}", "choose one with -s NAME")

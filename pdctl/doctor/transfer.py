@@ -84,7 +84,9 @@ def run(probe: Probe, tree: RdmaTree | None = None) -> Result:
     """The probe's measurements, or `error`. Raises PdctlError if the engine's packages are not installed."""
     limit = (_PROBE_S + probe.mib * _PER_MIB_S) * (1 + len(probe.pieces) / 2)
     try:
-        done = subprocess.run(probe.argv(), capture_output=True, text=True, timeout=limit, check=False)
+        done = subprocess.run(
+            probe.argv(), capture_output=True, text=True, errors="replace", timeout=limit, check=False
+        )
     except subprocess.TimeoutExpired:
         return _about(probe, {"error": f"no result within {limit:.0f} s"})
     try:

@@ -209,7 +209,7 @@ def scratch_peer(place: Place, cpus: set[int]) -> Iterator[str]:
     """The address of a temporary process that serves known bytes, on these CPUs if given."""
     words = [*place.words(), "--serve", *(["--cpus", ",".join(map(str, cpus))] if cpus else [])]
     argv = program.this_engine("probe", *words)
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         try:
             assert process.stdout is not None
             for line in process.stdout:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import shutil
 import signal
 from pathlib import Path
 
 from pdctl.errors import PdctlError
 from pdctl.host.processes.presence import left_running, supervisor_of
+from pdctl.host.processes.waiting import readable
 from pdctl.host.users import run_root
 from pdctl.launchers.node import control_group, file_of
+from pdctl.service_names import checked_service
 from pdctl.supervisor.process.tree import SweptTree, end_tree, kill_quietly
 from pdctl.wire import UNIT_ENV
 
@@ -24,7 +25,7 @@ _TERM_S, _KILL_S = 10.0, 10.0
 
 def end_agent(service: str, now: bool) -> bool:
     """Returns whether there was anything to end. Raises PdctlError."""
-    run_dir = run_root() / service
+    run_dir = run_root() / checked_service(service)
     was_there = _end_supervisor(run_dir, now)
     if found := left_running(run_dir):
         was_there = True
@@ -65,5 +66,4 @@ def _end_supervisor(run_dir: Path, now: bool) -> bool:
 
 
 def _has_ended(process: int, within_s: float) -> bool:
-    ready, _, _ = select.select([process], [], [], within_s)
-    return bool(ready)
+    return bool(readable([process], within_s))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import select
 import signal
 import threading
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 
 from pdctl import __version__
 from pdctl.errors import PdctlError
+from pdctl.host.processes.waiting import readable
 from pdctl.launchers.daemon import Daemon
 from pdctl.launchers.launcher import RUNNING, STARTING, WAITING, Standing
 
@@ -85,8 +85,8 @@ class Keeper:
                 if pid is not None:
                     self._watch(pid, is_adopted=started is None or started.pid != pid)
                 reason = self._kept.last_words()
-            except PdctlError as failure:
-                reason = failure.message
+            except (PdctlError, OSError) as failure:
+                reason = str(failure)
             if not self._released:
                 self._pause(self._pauses.after(time.monotonic() - began, random.random()), reason)  # noqa: S311
 
@@ -130,12 +130,11 @@ class Keeper:
 
     def _pause(self, pause_s: float, reason: str) -> None:
         self._tell(WAITING, reason=reason)
-        select.select([self._awake], [], [], pause_s)
+        readable([self._awake], pause_s)
 
     def _has_ended(self, process: int, within_s: float | None) -> bool:
         waiting = [process] if within_s is not None else [process, self._awake]
-        ready, _, _ = select.select(waiting, [], [], within_s)
-        return process in ready
+        return process in readable(waiting, within_s)
 
     def _tell(self, state: str, pid: int = 0, is_adopted: bool = False, reason: str = "") -> None:
         notes = () if is_adopted else self._notes

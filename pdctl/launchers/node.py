@@ -15,6 +15,7 @@ from pdctl.host.users import run_root, state_root
 from pdctl.launchers.daemon import Daemon, start_daemon
 from pdctl.launchers.environment import environment_of, parse_environment, reserved_gpus
 from pdctl.launchers.keeper import Keeper, Kept
+from pdctl.service_names import checked_service
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _LAST_LINES, _LAST_BYTES = 3, 4000
@@ -32,7 +33,7 @@ class Launch(msgspec.Struct, frozen=True):
 
 def keeper_of(launch: Launch, host_process: int) -> Keeper:
     """Keeps an agent alive on this machine. `host_process`: the raylet, which has the node's own environment."""
-    run_dir = run_root() / launch.service
+    run_dir = run_root() / checked_service(launch.service)
     log = _log_of(launch.service)
     return Keeper(
         Kept(

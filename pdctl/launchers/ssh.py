@@ -96,8 +96,8 @@ def _run(node: str, words: list[str], text: str, within_s: float) -> _Done:
         raise PdctlError("launcher ssh needs the command ssh", "install OpenSSH's client")
     try:
         done = subprocess.run(
-            [program, *options, "--", node, shlex.join(words)], input=text, capture_output=True, text=True,
-            timeout=within_s, check=False,
+            [program, *options, "--", node, shlex.join(words)], input=text, capture_output=True,
+            encoding="utf-8", errors="replace", timeout=within_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return _Done(_NOT_REACHED, "", f"no end within {within_s:g} s")

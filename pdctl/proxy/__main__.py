@@ -235,7 +235,7 @@ async def _serve_control(app: ASGIApp, host: str, port: int, node: Identity | No
         app = NodesOnly(app, node.who.service)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", loop="none", http=BoundedProtocol, ws="none",
-        ssl_context_factory=wants_certificates(node),
+        proxy_headers=False, ssl_context_factory=wants_certificates(node),
     )  # fmt: skip
     await Server(config).serve(sockets=[listener])
 

@@ -9,6 +9,7 @@ from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.net import LOOPBACK_PORT
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
 from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
+from pdctl.service_names import NAME, NAME_WORDS
 from pdctl.stores import store_kinds
 from pdctl.topology.spec import Device, Role
 from pdctl.topology.values import (
@@ -55,12 +56,10 @@ class Key:
 
 _HTTP = r"https?://[A-Za-z0-9.\[\]:-]+(/\S*)?"
 _URL = r"http://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}/?"
-_NAME = r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?"
-_NAME_WORDS = "lower-case letters, digits and inner dashes, at most 40"
 
 TABLES: dict[str, dict[str, Key]] = {
     "service": {
-        "name": Key(text(_NAME, _NAME_WORDS), "pdctl"),
+        "name": Key(text(NAME, NAME_WORDS), "pdctl"),
         "model": Key(text(), required=True),
         "served_model_name": Key(text()),
         "max_model_len": Key(integer(16, 1_048_576), 2048),
@@ -152,7 +151,7 @@ TABLES: dict[str, dict[str, Key]] = {
 }
 
 ENGINE: dict[str, Key] = {
-    "name": Key(text(_NAME, _NAME_WORDS), required=True),
+    "name": Key(text(NAME, NAME_WORDS), required=True),
     "role": Key(choice(*(role.value for role in Role)), required=True),
     "kind": Key(choice(*kinds()), "builtin"),
     "url": Key(text(_URL, "an address such as http://10.0.0.7:8100")),
@@ -190,13 +189,13 @@ ENGINE: dict[str, Key] = {
     "quantization": Key(text()),
     "gpu_memory_utilization": Key(number(0, 1), 0.0),
     "connector": Key(text()),
-    "store": Key(text(_NAME, _NAME_WORDS)),
+    "store": Key(text(NAME, NAME_WORDS)),
     "depends_on": Key(texts("process"), []),
-    "process": Key(text(_NAME, _NAME_WORDS)),
+    "process": Key(text(NAME, NAME_WORDS)),
 }
 _PROBES = r"tcp|http:/\S*"
 COMMAND: dict[str, Key] = {
-    "name": Key(text(_NAME, _NAME_WORDS), required=True),
+    "name": Key(text(NAME, NAME_WORDS), required=True),
     "command": Key(arguments('["node_exporter", "--web.listen-address=127.0.0.1:{port}"]', least=1), required=True),
     "ports": Key(port_names(), []),
     "ready": Key(text(rf"{_PROBES}|log:.+|none", "tcp, http:/PATH, log:PATTERN or none")),
@@ -209,7 +208,7 @@ COMMAND: dict[str, Key] = {
     "restart_with": Key(texts("group"), []),
 }
 STORE: dict[str, Key] = {
-    "name": Key(text(_NAME, _NAME_WORDS), required=True),
+    "name": Key(text(NAME, NAME_WORDS), required=True),
     "kind": Key(choice(*store_kinds()), required=True),
     "python": Key(text()),
     "args": Key(arguments('["--eviction_ratio=0.1"]'), []),

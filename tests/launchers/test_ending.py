@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pdctl.errors import PdctlError
 from pdctl.host.processes.presence import supervisor_of
 from pdctl.launchers.ending import end_agent
 from pdctl.launchers.node import file_of
@@ -71,3 +72,12 @@ def test_engines_of_a_killed_agent_end_too(run_dir: Path) -> None:
     wait_until(lambda: UNIT_ENV.encode() in Path(f"/proc/{left.pid}/environ").read_bytes(), what="its stamp")
     assert end_agent("x", now=False)
     assert left.wait() in (-signal.SIGTERM, -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("service", ["", ".", "..", "../r/x", "x/", "/tmp"])
+def test_what_is_no_service_ends_nothing(run_dir: Path, service: str) -> None:
+    """A script whose variable is empty must not remove the folders of all services."""
+    with pytest.raises(PdctlError, match="is not a service's name"):
+        end_agent(service, now=True)
+    assert run_dir.exists()
+    assert file_of("x").exists()

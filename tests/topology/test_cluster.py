@@ -89,7 +89,7 @@ def test_what_works_is_let_through(old: str, new: str) -> None:
          "[[processes]] works on one machine only"),
         ("replicas = 2", 'device = "cuda"\ngpus = [0]', "gpus", "engines[0].gpus", "gpus names the GPUs of one node"),
         ('role = "decode"', 'role = "decode"\nkind = "lmdeploy"\ndevice = "cuda"', "kind", "engines[1].kind",
-         "works on one machine only so far: engines of kind 'lmdeploy' do not protect the KV that other nodes still need"),
+         "on one machine only so far: engines of kind 'lmdeploy' do not protect the KV that other nodes still need"),
         ('nodes = ["a", "b"]\nreplicas = 2', 'url = "http://127.0.0.1:9000"', "url", "engines[0].url",
          "on each node, this is another machine: the node itself"),
         ('nodes = ["a", "b"]\nreplicas = 2', 'url = "http://[::1]:9000"', "url", "engines[0].url", "the node itself"),

@@ -197,7 +197,7 @@ def _pdctl(words: list[str], within_s: float) -> None:
     with (
         _held_back() as interrupted,
         subprocess.Popen(
-            argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         ) as process,
     ):
         said = _until_done(process, time.monotonic() + within_s, interrupted)

@@ -40,7 +40,9 @@ def init(
 ) -> None:
     """Make the CA of a service's cluster, and the secret that its processes share."""
     with _needs_cryptography():
-        from pdctl.commands.cluster.folder import CaFolder, checked_service
+        from pdctl.commands.cluster.folder import CaFolder
+    from pdctl.service_names import checked_service
+
     made = CaFolder.create(folder, checked_service(service))
     console.note(f"made the CA of service {service} in {folder}: whoever has {folder}/ca.key can be any node")
     console.note("then, for each node: pdctl cluster token, to let it join; or pdctl cluster certify, to copy files")

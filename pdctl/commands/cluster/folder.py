@@ -14,7 +14,6 @@ from pdctl.net.identity import identity_in
 from pdctl.net.identity.files import write_file, write_identity
 
 SECRET, JOINED = "secret", "joined.json"
-_SERVICE = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
@@ -75,13 +74,6 @@ def checked_node(node: str) -> str:
     if not _NODE.fullmatch(node) or node.startswith("."):
         raise PdctlError(f"{node!r} is not a node's name", "use letters, digits, dots, dashes and underscores")
     return node
-
-
-def checked_service(service: str) -> str:
-    """The name of a service. Raises PdctlError for one that no topology has."""
-    if not _SERVICE.fullmatch(service):
-        raise PdctlError(f"{service!r} is not a service's name", "use lower-case letters, digits and inner dashes")
-    return service
 
 
 def certify_here(ca: CaFolder, node: str, addresses: tuple[str, ...], to: Path, days: float) -> None:

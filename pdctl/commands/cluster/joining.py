@@ -38,6 +38,8 @@ Message = TypeVar("Message", bound=msgspec.Struct)
 
 # The server's own certificate is made again so often, and lives longer. Days.
 _OWN_EVERY, _OWN_LIFE = 1.0, 3.0
+# After a failure, in seconds.
+_OWN_AGAIN_S = 3600.0
 _CALL_S = 10.0
 _MOST_BYTES = 16 * 1024
 _AT_ONCE = 64
@@ -99,7 +101,8 @@ class JoinServer:
         self._certify_own(context, host)
         config = uvicorn.Config(
             self._app(), log_level="warning", access_log=False, lifespan="off", loop="none", http=PromptProtocol,
-            ws="none", limit_concurrency=_AT_ONCE, timeout_keep_alive=5, ssl_context_factory=lambda *_: context,
+            ws="none", server_header=False, proxy_headers=False, limit_concurrency=_AT_ONCE, timeout_keep_alive=5,
+            ssl_context_factory=lambda *_: context,
         )  # fmt: skip
         ready(listener.getsockname()[1])
         server = Server(config)
@@ -131,10 +134,11 @@ class JoinServer:
         addresses = kept.addresses or (_caller(request),)
         # A request that cannot be certified leaves the token as it is.
         certificate = self._ca.authority.certify(call.request.encode(), kept.node, addresses, self._days)
-        self._tokens.use(call.id)
-        self._ca.remember(kept.node, addresses)
+        with self._tokens.used(call.id):
+            self._ca.remember(kept.node, addresses)
+            secret = self._ca.secret.decode()
         self._say(f"node {kept.node} joined from {_caller(request)}, with {', '.join(addresses)}")
-        return self._certified(kept.node, certificate, self._ca.secret.decode())
+        return self._certified(kept.node, certificate, secret)
 
     async def _renew(self, request: Request) -> Response:
         call = await _decoded(request, RenewCall)
@@ -154,18 +158,30 @@ class JoinServer:
         return Response(msgspec.json.encode(Refusal(str(failure))), 403, media_type="application/json")
 
     async def _renew_own(self, context: ssl.SSLContext, host: str) -> Never:
+        wait_s = _OWN_EVERY * _DAY_S
         while True:
-            await asyncio.sleep(_OWN_EVERY * _DAY_S)
-            self._certify_own(context, host)
+            await asyncio.sleep(wait_s)
+            try:
+                self._certify_own(context, host)
+                wait_s = _OWN_EVERY * _DAY_S
+            except PdctlError as failure:
+                # The one in use has not ended: a full disk now must not keep nodes from renewing.
+                self._say(f"{failure}; again in {_OWN_AGAIN_S / 60:g} minutes")
+                wait_s = _OWN_AGAIN_S
 
     def _certify_own(self, context: ssl.SSLContext, host: str) -> None:
+        """Raises PdctlError."""
         key = new_key()
         certificate = self._ca.authority.certify_server(key.request, host, _OWN_LIFE)
         # ssl reads certificates from files only; this one is readable by its owner only, and gone at once.
-        with tempfile.NamedTemporaryFile(dir=self._ca.folder, prefix=".own.") as file:
-            file.write(key.pem + certificate)
-            file.flush()
-            context.load_cert_chain(file.name)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._ca.folder, prefix=".own.") as file:
+                file.write(key.pem + certificate)
+                file.flush()
+                context.load_cert_chain(file.name)
+        except OSError as failure:
+            message = f"the certificate of this server cannot be written in {self._ca.folder}: {failure.strerror}"
+            raise PdctlError(message) from failure
 
 
 def _bounded(act: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -204,15 +220,21 @@ async def join(host: str, port: int, token: Token, folder: Path, secret_file: Pa
     key = new_key()
     call = JoinCall(token.id, token.secret, key.request.decode())
     made = await _certified(host, port, ca, "/join", call, None)
-    _keep(folder, made, ca, key.pem)
     write_file(secret_file, made.secret.encode())
     write_file(folder / JOINED, msgspec.json.encode(Joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")))
+    # The certificate last: a machine that was stopped before has not joined.
+    _keep(folder, made, ca, key.pem)
     return made.node
 
 
 async def renew(host: str, port: int, folder: Path) -> None:
     """Renew the certificate in a node's folder, with the one that is there. Raises PdctlError."""
-    ca, key = (folder / "ca.pem").read_bytes(), new_key()
+    try:
+        ca = (folder / "ca.pem").read_bytes()
+    except OSError as failure:
+        hint = "join again, or beside the CA: pdctl cluster certify"
+        raise PdctlError(f"{folder} has no certificate of the CA: {failure.strerror}", hint) from None
+    key = new_key()
     made = await _certified(host, port, ca, "/renew", RenewCall(key.request.decode()), folder)
     _keep(folder, made, ca, key.pem)
 

@@ -7,10 +7,13 @@ can do.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,12 +86,22 @@ class Tokens:
             raise PdctlError(_NO_TOKEN, _HINT)
         return kept
 
-    def use(self, token_id: str) -> None:
-        """Use a token that was checked. Raises PdctlError if somebody else has just used it."""
+    @contextmanager
+    def used(self, token_id: str) -> Iterator[None]:
+        """Use a token that was checked. It can be used again if what is done meanwhile fails. Raises PdctlError if
+        somebody else has just used it."""
+        file = self._file(token_id)
+        used = file.with_suffix(".used")
         try:
-            self._file(token_id).rename(self._file(token_id).with_suffix(".used"))
+            file.rename(used)
         except OSError:
             raise PdctlError(_NO_TOKEN, _HINT) from None
+        try:
+            yield
+        except PdctlError:
+            with contextlib.suppress(OSError):
+                used.rename(file)
+            raise
 
     def _file(self, token_id: str) -> Path:
         return self._folder / f"{token_id}.json"

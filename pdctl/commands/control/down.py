@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from pdctl import console
 from pdctl.commands.common import FileOption, ServiceOption, control, find_service
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.processes.presence import left_running, supervisor_of
+from pdctl.host.processes.waiting import readable
 from pdctl.host.users import run_root
 
 _DEADLINE_S = 3600.0
@@ -107,8 +107,7 @@ def _watched(name: str, pid: int) -> Iterator[int]:
 
 
 def _has_ended(descriptor: int, within_s: float) -> bool:
-    ended, _, _ = select.select([descriptor], [], [], within_s)
-    return bool(ended)
+    return bool(readable([descriptor], within_s))
 
 
 def _end_leftovers(run_dir: Path) -> bool:

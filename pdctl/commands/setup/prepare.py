@@ -28,7 +28,9 @@ def with_model(planned: Plan) -> Plan:
         else "from the Hub"
     )
     console.note(f"preparing {planned.model} {kept}")
-    done = subprocess.run(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, check=False)
+    done = subprocess.run(
+        argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, errors="replace", check=False
+    )
     if done.returncode == 1:
         raise PdctlError(f"model {planned.model} cannot be used (see above)")
     if done.returncode != 0:

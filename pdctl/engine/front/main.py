@@ -140,7 +140,7 @@ def _server(options: EngineOptions, app: ASGIApp, node: NodeIdentity | None) -> 
     config = uvicorn.Config(
         app, host=options.host, port=options.port, log_level="warning", access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=_DRAIN_S, lifespan="off", loop="none",
-        http=PromptProtocol, ws="none", ssl_context_factory=wants_certificates(node),
+        http=PromptProtocol, ws="none", proxy_headers=False, ssl_context_factory=wants_certificates(node),
     )  # fmt: skip
     server = Server(config)
     for sign in (signal.SIGTERM, signal.SIGINT):

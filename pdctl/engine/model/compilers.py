@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import subprocess
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from pdctl.host.processes.waiting import readable
 
 _log = logging.getLogger(__name__)
 
@@ -187,8 +188,7 @@ class _Worker:
         assert self.process.stdout is not None
         end, data, wanted = time.monotonic() + deadline_s, b"", _LENGTH_BYTES
         while len(data) < wanted:
-            ready, _, _ = select.select([self.process.stdout], [], [], _LOOK_S)
-            if ready:
+            if readable([self.process.stdout.fileno()], _LOOK_S):
                 part = os.read(self.process.stdout.fileno(), 1 << 20)
                 if not part:
                     raise _Ended("the compiling process ended over it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -19,13 +20,15 @@ def write_file(path: Path, data: bytes, mode: int = 0o600) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as failure:
-        scratch.unlink(missing_ok=True)
+        # This may fail for the same reason.
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise PdctlError(f"{path} cannot be written: {failure.strerror}") from failure
 
 
 def write_identity(folder: Path, ca: bytes, certificate: bytes, key: bytes) -> None:
     """Write the files that a process reads. One that reads between two of them finds that they do not fit, and reads
-    again."""
+    again. The certificate comes last: a folder that has one has all."""
     write_file(folder / "node.key", key)
-    write_file(folder / "node.pem", certificate, 0o644)
     write_file(folder / "ca.pem", ca, 0o644)
+    write_file(folder / "node.pem", certificate, 0o644)

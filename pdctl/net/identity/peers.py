@@ -37,8 +37,9 @@ class NodesOnly:
             return ApiError(403, "the certificate of this connection names no node of a service")
         if who.service != self._service:
             return ApiError(403, f"{who.node} is a node of service {who.service!r}, and this is {self._service!r}")
-        holder = next((value for name, value in scope["headers"] if name == ROUTER_HEADER.encode()), b"")
-        return claims_too_much(scope, holder.decode("latin-1")) if holder else None
+        # Each of them: whoever reads the header may take any one.
+        holders = [value.decode("latin-1") for name, value in scope["headers"] if name == ROUTER_HEADER.encode()]
+        return next((failure for holder in holders if holder and (failure := claims_too_much(scope, holder))), None)
 
 
 def claims_too_much(scope: _Scope, holder: str) -> ApiError | None:

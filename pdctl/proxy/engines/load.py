@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pdctl.proxy.engines.routing import Load, Recent
+from pdctl.proxy.shares.shared_memory import shared_memory
 
 # Weight of the newest sample in the speed's moving average, and the busy seconds per sample.
 _ALPHA = 0.3
@@ -131,10 +131,7 @@ class SharedLoads:
         self._worker = worker
         self._workers = workers
         size = max(1, workers * self._width) * 8
-        with path.open("a+b") as file:
-            file.truncate(size)
-            self._memory = mmap.mmap(file.fileno(), size)
-        self._table = memoryview(self._memory).cast("d")
+        self._table = memoryview(shared_memory(path, size)).cast("d")
         # Clear the pending work of a previous start of this worker.
         for number in range(self._width):
             self._table[worker * self._width + number] = 0.0

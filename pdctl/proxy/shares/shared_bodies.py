@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 import struct
 import time
 from pathlib import Path
+
+from pdctl.proxy.shares.shared_memory import shared_memory
 
 DIGEST_BYTES = 16
 # A body: its digest, and until when it is refused (monotonic clock).
@@ -23,9 +24,7 @@ class SharedBodies:
     def __init__(self, path: Path, workers: int, worker: int) -> None:
         self._width = _COUNT.size + _BODIES * _BODY.size
         size = workers * self._width
-        with path.open("a+b") as file:
-            file.truncate(size)
-            self._memory = mmap.mmap(file.fileno(), size)
+        self._memory = shared_memory(path, size)
         self._starts = [number * self._width for number in range(workers)]
         self._own = self._starts[worker]
         self._seen: list[int] = [0] * workers

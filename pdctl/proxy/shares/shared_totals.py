@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from hashlib import blake2s
 from pathlib import Path
 
 from pdctl.proxy.shares.limits import NOTHING, Levels, Totals
+from pdctl.proxy.shares.shared_memory import shared_memory
 
 # Keys with limits that workers count together. Further ones are counted by each worker alone.
 _MAX_KEYS = 1024
@@ -24,10 +24,7 @@ class SharedTotals:
     def __init__(self, path: Path, workers: int, worker: int) -> None:
         self._width = _HEAD + _MAX_KEYS * _NUMBERS
         size = workers * self._width * 8
-        with path.open("a+b") as file:
-            file.truncate(size)
-            self._memory = mmap.mmap(file.fileno(), size)
-        self._table = memoryview(self._memory).cast("d")
+        self._table = memoryview(shared_memory(path, size)).cast("d")
         self._own: dict[str, int] = {}
         self._start = worker * self._width
         self._others = [_Reader(self._table, other * self._width) for other in range(workers) if other != worker]

@@ -136,7 +136,8 @@ class Agent:
         node, agents = self._settings.node, self._control.agents
         sharing = Sharing(self._registry, keys, node, running, agents, self._hears("quarantine"))
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._always("quarantine", sharing.run_forever))
+            tasks.create_task(sharing.limits.run_forever())
+            tasks.create_task(self._always("quarantine", sharing.quarantine.run_forever))
             tasks.create_task(self._always("presence", self.presence.run_forever))
             tasks.create_task(self._always("engines", self.neighbours.run_forever))
             tasks.create_task(self._always("orders", lambda: self.orders.run_forever(running)))

@@ -6,7 +6,6 @@ Nothing of a command line comes from the network: what other nodes say is checke
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +18,7 @@ from pdctl.host import program
 from pdctl.plan import Plan
 from pdctl.plan.interpreter import interpreter_of
 from pdctl.supervisor.agent.plans import commands_in
+from pdctl.supervisor.agent.subprocesses import last_line, last_words, started
 from pdctl.topology.loader import parse_text
 from pdctl.topology.spec import Cluster
 
@@ -26,6 +26,8 @@ _REPORT_S = 45.0
 # A probe loads its transport's library before it tells its address.
 _ADDRESS_S = 60.0
 _READ_S = 150.0
+# An examination waits so long for another one.
+_TURN_S = 60.0
 _MOST_BYTES = 16 * 2**20
 _ADDRESS = re.compile(r"[!-~]{1,65536}")
 
@@ -52,8 +54,7 @@ class Examiner:
         self._cluster = cluster
         self._allow_commands = allow_commands
         self._plan = plan
-        # One after the other: measurements must not disturb each other.
-        self._one_at_a_time = asyncio.Lock()
+        self._turn = asyncio.Lock()
 
     async def report(self, order: ExamineOrder) -> NodeReport:
         """See Examining."""
@@ -62,7 +63,7 @@ class Examiner:
             raise PdctlError(f"the topology sets {named}: this agent starts only what pdctl starts itself", hint)
         engines = frozenset(spec.name for spec in self._plan().processes if spec.is_engine)
         task = _Task(self._node, self._address, self._cluster, engines, order.text, order.source)
-        async with self._one_at_a_time:
+        async with self._alone():
             out = await _output(program.part("pdctl.doctor"), msgspec.json.encode(task), _REPORT_S)
         try:
             return msgspec.json.decode(out, type=NodeReport)
@@ -72,7 +73,7 @@ class Examiner:
     @asynccontextmanager
     async def serving(self, order: ServeOrder) -> AsyncIterator[str]:
         """See Examining."""
-        async with _started([*self._probe(order), "--serve"]) as process:
+        async with started([*self._probe(order), "--serve"], _MOST_BYTES) as process:
             assert process.stdout is not None
             try:
                 async with asyncio.timeout(_ADDRESS_S):
@@ -82,20 +83,34 @@ class Examiner:
             except TimeoutError:
                 raise PdctlError(f"{order.transport} did not open within {_ADDRESS_S:g} s") from None
             if not line:
-                raise PdctlError(f"{order.transport} cannot serve here: {await _last_words(process)}")
+                raise PdctlError(f"{order.transport} cannot serve here: {await last_words(process)}")
             yield line.split()[1]
 
     async def read(self, order: ReadOrder) -> TransferResult:
         """See Examining."""
         if not _ADDRESS.fullmatch(order.address):
             raise PdctlError("the address to read from is malformed")
-        async with self._one_at_a_time:
+        async with self._alone():
             argv = [*self._probe(order), "--from-stdin"]
             out = await _output(argv, f"{order.address}\n".encode(), _READ_S, told_on_failure=True)
         try:
             return msgspec.json.decode(out.strip().rpartition(b"\n")[2], type=TransferResult)
         except (msgspec.DecodeError, UnicodeDecodeError) as failure:
             raise PdctlError(f"the probe's result is not understood: {failure}") from failure
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """One after the other: measurements must not disturb each other. Raises PdctlError."""
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            message = f"this node was busy with another examination for {_TURN_S:g} s"
+            raise PdctlError(message, "try again later") from None
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _probe(self, order: ServeOrder) -> list[str]:
         """The command line of a probe. Every word is ours: transport, protocol and size are of a few known ones."""
@@ -114,24 +129,9 @@ def _commands(order: ExamineOrder) -> str:
         return ""
 
 
-@asynccontextmanager
-async def _started(argv: Sequence[str]) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that is gone afterwards."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe, stderr=pipe, limit=_MOST_BYTES)
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        # Reads what is left, too: a pipe that is full would keep its end from being seen.
-        await process.communicate()
-
-
 async def _output(argv: Sequence[str], given: bytes, within_s: float, told_on_failure: bool = False) -> bytes:
     """What a process prints. `told_on_failure`: it prints its failure as a result. Raises PdctlError."""
-    async with _started(argv) as process:
+    async with started(argv) as process:
         try:
             async with asyncio.timeout(within_s):
                 out, said = await process.communicate(given)
@@ -139,14 +139,4 @@ async def _output(argv: Sequence[str], given: bytes, within_s: float, told_on_fa
             raise PdctlError(f"{argv[2]} took more than {within_s:g} s") from None
     if process.returncode == 0 or (told_on_failure and out.strip()):
         return out
-    raise PdctlError(f"{argv[2]} failed: {_last_line(said, process.returncode)}")
-
-
-async def _last_words(process: asyncio.subprocess.Process) -> str:
-    _, said = await process.communicate()
-    return _last_line(said, process.returncode)
-
-
-def _last_line(said: bytes, code: int | None) -> str:
-    lines = said.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"exit code {code}"
+    raise PdctlError(f"{argv[2]} failed: {last_line(said, process.returncode)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -13,6 +12,7 @@ from pdctl.host import Host, read_host
 from pdctl.plan import Plan, Share, make_plan
 from pdctl.plan.cluster import wishes_of
 from pdctl.plan.models import preparation, with_model_at
+from pdctl.supervisor.agent.subprocesses import last_line, started
 from pdctl.supervisor.cluster.entries import Order, TopologyEntry
 from pdctl.topology.loader import check_part, load_cluster_text, parse_text
 from pdctl.topology.spec import Cluster, Topology
@@ -109,19 +109,13 @@ def commands_in(topology: Topology) -> str:
 
 async def _prepared(argv: list[str], model: str) -> str:
     """Run the command that prepares a model, and return the path that it prints. Raises PdctlError."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*argv, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe)
-    try:
-        async with asyncio.timeout(_PREPARE_S):
-            out, told = await process.communicate()
-    except TimeoutError:
-        raise PdctlError(f"preparing {model} took more than {_PREPARE_S:g} s") from None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        last = told.decode(errors="replace").strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
-        raise PdctlError(f"model {model} cannot be used: {last[0]}")
-    return out.decode().strip().splitlines()[-1]
+    async with started(argv) as process:
+        try:
+            async with asyncio.timeout(_PREPARE_S):
+                out, said = await process.communicate()
+        except TimeoutError:
+            raise PdctlError(f"preparing {model} took more than {_PREPARE_S:g} s") from None
+    path = out.decode(errors="replace").strip().rpartition("\n")[2]
+    if process.returncode != 0 or not path:
+        raise PdctlError(f"model {model} cannot be used: {last_line(said, process.returncode)}")
+    return path

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from typing import Never
 
 from pdctl.errors import PdctlError
 from pdctl.net.http_client import Unreachable
@@ -21,7 +19,7 @@ SPENT_PATH = "/v1/cluster/spent"
 
 
 class Sharing:
-    """Of the proxies of `running`, with those of `agents`."""
+    """Of the proxies of `running`, with those of `agents`. The limits need no registry: each part runs by itself."""
 
     def __init__(
         self,
@@ -36,13 +34,6 @@ class Sharing:
         self._agents = agents
         self.limits = SharedLimits(node, self._nodes, self._fetch, running.proxies.spent, self._has_limits)
         self.quarantine = SharedQuarantine(registry, keys, node, running.proxies.quarantined, heard)
-
-    async def run_forever(self) -> Never:
-        """Share until cancelled. Raises Refused."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.limits.run_forever())
-            tasks.create_task(self.quarantine.run_forever())
-        raise AssertionError("both run for ever")
 
     def _nodes(self) -> list[str]:
         return list(self._agents.clients())

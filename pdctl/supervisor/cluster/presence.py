@@ -99,7 +99,7 @@ class Presence:
         found = await self._registry.list(key)
         held = next((entry for entry in found.entries if entry.key == key), None)
         if held is not None and not self._is_ours(held.value):
-            raise _Taken(f"another machine is registered as node {self._node.name!r}: {held.value.decode()}")
+            raise _Taken(f"another machine is registered as node {self._node.name!r}: {_whose(held.value)}")
         lease = await self._registry.grant(self._ttl_s)
         put = Put(key, msgspec.json.encode(self._node), lease)
         revision = await self._registry.write([put], [Created(key, held.created if held is not None else 0)])
@@ -133,6 +133,14 @@ class Presence:
                 await self._news.wait()
         except TimeoutError:
             return
+
+
+def _whose(value: bytes) -> str:
+    """Who holds a node's key."""
+    try:
+        return msgspec.json.decode(value, type=NodeEntry).address
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return "one with another version of pdctl"
 
 
 class _Taken(Exception):

@@ -60,7 +60,7 @@ async def _serve_until_removed(path: Path, app: Starlette, streams: Streams) -> 
         listener.listen(64)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", loop="none", http="h11", ws="none",
-            timeout_graceful_shutdown=1,
+            proxy_headers=False, timeout_graceful_shutdown=1,
         )  # fmt: skip
         server = Server(config)
         try:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import ssl
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Protocol
 
+import msgspec
 import pytest
 
 from pdctl.commands.cluster import joining
@@ -18,11 +23,20 @@ from pdctl.commands.cluster.folder import CaFolder, certify_here, is_due, joined
 from pdctl.commands.cluster.joining import JoinServer, renew
 from pdctl.commands.cluster.tokens import Token, Tokens, read_token
 from pdctl.errors import PdctlError
+from pdctl.net.http_client import ConnectionPool, header_lines
 from pdctl.net.identity import Who, identity_in
+from pdctl.net.identity.files import write_file
+from tests.news import News
 
 pytestmark = pytest.mark.anyio
 HOST = "127.0.0.1"
 DAYS = 90.0
+
+
+class Sayings(Protocol):
+    """Takes what is said."""
+
+    def append(self, line: str, /) -> None: ...
 
 
 @pytest.fixture
@@ -31,7 +45,7 @@ def ca(tmp_path: Path) -> CaFolder:
 
 
 @asynccontextmanager
-async def serving(ca: CaFolder, said: list[str]) -> AsyncIterator[int]:
+async def serving(ca: CaFolder, said: Sayings) -> AsyncIterator[int]:
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     task = asyncio.get_running_loop().create_task(JoinServer(ca, DAYS, said.append).run(HOST, 0, port.set_result))
     try:
@@ -104,6 +118,83 @@ async def test_one_of_two_who_use_a_token_at_once_joins(ca: CaFolder, tmp_path: 
         calls = (join(HOST, port, given, tmp_path / f"b{number}") for number in range(2))
         results = await asyncio.gather(*calls, return_exceptions=True)
     assert sorted(map(type, results), key=str) == [PdctlError, str]
+
+
+async def test_a_token_that_the_ca_could_not_note_is_not_used_up(ca: CaFolder, tmp_path: Path) -> None:
+    """The disk beside the CA is full for a while."""
+    given = token(ca)
+    (ca.folder / "issued").write_text("no folder")
+    async with serving(ca, []) as port:
+        with pytest.raises(PdctlError, match=r"refuses: .*issued/b\.json cannot be written"):
+            await join(HOST, port, given, tmp_path / "b")
+        assert not (tmp_path / "b").exists()
+        (ca.folder / "issued").unlink()
+        assert await join(HOST, port, given, tmp_path / "b") == "b"
+
+
+async def test_a_machine_that_was_stopped_while_it_joined_has_not_joined(ca: CaFolder, tmp_path: Path) -> None:
+    """A certificate says that all is there: an agent with one does not join again."""
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "b"
+    async with serving(ca, []) as port:
+        with pytest.raises(PdctlError, match="secret cannot be written"):
+            await joining.join(HOST, port, token(ca), folder, tmp_path / "file/secret")
+        assert not (folder / "node.pem").exists()
+        await joining.join(HOST, port, token(ca), folder, folder / "secret")
+    assert {path.name for path in folder.iterdir()} == {"node.key", "node.pem", "ca.pem", "secret", "joined.json"}
+
+
+async def test_a_machine_cannot_say_that_it_joins_from_elsewhere(ca: CaFolder, tmp_path: Path) -> None:
+    """Its certificate would have the address of another node. The server runs on loopback, whom uvicorn believes."""
+    said: list[str] = []
+    given, context = token(ca), ssl.create_default_context(cadata=ca.authority.pem.decode())
+    call = joining.JoinCall(given.id, given.secret, new_key().request.decode())
+    async with serving(ca, said) as port:
+        pool = ConnectionPool(HOST, port, tls=lambda: context)
+        headers = header_lines({"x-forwarded-for": "10.9.9.9", "content-type": "application/json"})
+        answer = await pool.request("POST", "/join", headers, msgspec.json.encode(call))
+        pool.close()
+    made = msgspec.json.decode(answer.body, type=joining.Certified)
+    assert validity_of(made.certificate.encode()).addresses == (HOST,)
+    assert said == [f"node b joined from {HOST}, with {HOST}"]
+
+
+async def test_a_server_that_cannot_renew_its_own_certificate_serves_on(
+    ca: CaFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Said(News):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+
+        def append(self, line: str) -> None:
+            self.lines.append(line)
+            self.tell()
+
+    said = Said()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(joining, "_OWN_EVERY", 1e-7)
+    async with serving(ca, said) as port:
+        with monkeypatch.context() as patched:
+            patched.setattr(tempfile, "NamedTemporaryFile", full)
+            await said.until(lambda: bool(said.lines))
+        assert await join(HOST, port, token(ca), tmp_path / "b") == "b"
+    assert said.lines[0].endswith("No space left on device; again in 60 minutes")
+
+
+async def test_a_folder_without_the_ca_says_so(tmp_path: Path) -> None:
+    with pytest.raises(PdctlError, match="has no certificate of the CA: No such file"):
+        await renew(HOST, 1, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "file/x"])
+def test_a_file_that_cannot_be_made_is_an_error_with_its_reason(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PdctlError, match="cannot be written: "):
+        write_file(tmp_path / name, b"")
 
 
 async def test_who_may_not_renew(ca: CaFolder, tmp_path: Path) -> None:

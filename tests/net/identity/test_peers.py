@@ -55,8 +55,8 @@ def test_only_nodes_of_the_service_are_served_and_name_themselves_as_routers() -
     async def send(message: Any) -> None:
         sent.append(message)
 
-    def answers(peer: dict[str, Who | None], router: str = "") -> list[Any]:
-        headers = [(b"x-pdctl-router", router.encode())] if router else []
+    def answers(peer: dict[str, Who | None], *routers: str) -> list[Any]:
+        headers = [(b"x-pdctl-router", router.encode()) for router in routers]
         scope = {"type": "http", "headers": headers, **peer}
         sent.clear()
         asyncio.run(NodesOnly(app, "demo")(scope, None, send))
@@ -64,14 +64,18 @@ def test_only_nodes_of_the_service_are_served_and_name_themselves_as_routers() -
 
     assert answers({PEER: Who("demo", "b")}) == ["served"]
     assert answers({PEER: Who("demo", "b")}, "proxy@b~1-2") == ["served"]
-    refused: tuple[tuple[dict[str, Who | None], str, bytes], ...] = (
-        ({}, "", b"names no node"),
-        ({PEER: None}, "", b"names no node"),
-        ({PEER: Who("other", "b")}, "", b"b is a node of service 'other', and this is 'demo'"),
-        ({PEER: Who("demo", "b")}, "proxy@a~1-2", b"does not speak for proxy@a~1-2"),
-        ({PEER: Who("demo", "b")}, "router", b"which is of no node"),
+    assert answers({PEER: Who("demo", "b")}, "proxy@b~1-2", "proxy@b~1-3") == ["served"]
+    refused: tuple[tuple[dict[str, Who | None], tuple[str, ...], bytes], ...] = (
+        ({}, (), b"names no node"),
+        ({PEER: None}, (), b"names no node"),
+        ({PEER: Who("other", "b")}, (), b"b is a node of service 'other', and this is 'demo'"),
+        ({PEER: Who("demo", "b")}, ("proxy@a~1-2",), b"does not speak for proxy@a~1-2"),
+        ({PEER: Who("demo", "b")}, ("router",), b"which is of no node"),
+        # A reader of headers may take the first or the last one.
+        ({PEER: Who("demo", "b")}, ("proxy@b~1-2", "proxy@a~1-2"), b"does not speak for proxy@a~1-2"),
+        ({PEER: Who("demo", "b")}, ("proxy@a~1-2", "proxy@b~1-2"), b"does not speak for proxy@a~1-2"),
     )
-    for peer, router, words in refused:
-        head, body = answers(peer, router)
+    for peer, routers, words in refused:
+        head, body = answers(peer, *routers)
         assert head["status"] == 403
         assert words in body["body"]

@@ -99,6 +99,16 @@ async def test_a_process_that_fails_or_hangs_is_told_and_ended(tmp_path: Path, m
             pytest.fail("it serves")
 
 
+async def test_a_node_that_is_busy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examiner, "_TURN_S", 0.05)
+    here = node(tmp_path)
+    async with here._alone():
+        with pytest.raises(PdctlError, match=r"busy with another examination for 0\.05 s"):
+            await here.report(ExamineOrder(text="", source="/x"))
+    async with here._alone():
+        pass
+
+
 async def test_the_command_line_is_made_of_known_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script, seen = tmp_path / "probe.py", tmp_path / "seen.json"
     script.write_text(

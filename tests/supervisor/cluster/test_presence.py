@@ -114,6 +114,17 @@ async def test_a_later_agent_of_the_node_takes_its_key_over_and_another_machine_
         assert msgspec.json.decode(node.value, type=NodeEntry).boot == "boot-1"
 
 
+@pytest.mark.parametrize("value", [b"\xff", b"{}", b"[" * 9])
+async def test_a_key_of_our_node_that_is_not_understood_is_told(value: bytes) -> None:
+    rig = Rig()
+    await rig.registry.write([Put(KEYS.node("a"), value)])
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(rig.presence.run_forever())
+        await rig.until(lambda: bool(rig.states))
+        task.cancel()
+    assert rig.states[0] == "another machine is registered as node 'a': one with another version of pdctl"
+
+
 async def test_a_write_of_an_agent_that_lost_its_node_changes_nothing() -> None:
     async with running() as rig:
         await rig.until(lambda: rig.states == [None])

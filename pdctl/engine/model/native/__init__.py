@@ -85,7 +85,13 @@ def _said(*words: str) -> str:
     """The output of a compiler's run. Raises NotCompiled."""
     try:
         done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_COMPILE_S, check=False
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_COMPILE_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as failure:
         raise NotCompiled(f"{words[0]} failed: {failure}") from failure

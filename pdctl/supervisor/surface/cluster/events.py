@@ -181,7 +181,7 @@ class MergedStream:
             while (line := await lines.read(_SILENT_S if source.is_live else CALL_S)) is not None:
                 name, _, value = line.partition(b": ")
                 if name == b"id":
-                    cursor = value.decode()
+                    cursor = value.decode("latin-1")
                 elif name == b"data" and cursor:
                     await source.put(Entry(cursor, value))
                 elif line == UP_TO_DATE.rstrip():

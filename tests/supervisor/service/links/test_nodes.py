@@ -244,8 +244,8 @@ def test_a_changed_topology_ends_memberships_that_do_not_fit_it(rig: Rig) -> Non
 def test_names_never_clash_with_those_of_a_topology() -> None:
     import re
 
-    from pdctl.topology.schema import _NAME
+    from pdctl.service_names import NAME
 
     for host in ("10.0.0.7", "prefill-0", "fd00::7"):
-        assert not re.fullmatch(_NAME, msgspec.structs.replace(DECODE, host=host).name)
+        assert not re.fullmatch(NAME, msgspec.structs.replace(DECODE, host=host).name)
     assert msgspec.structs.replace(DECODE, host="fd00::7").url == "http://[fd00::7]:23333"
