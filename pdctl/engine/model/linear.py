@@ -19,8 +19,9 @@ from torch.nn.functional import linear
 from pdctl.engine.model.products import DTYPES, PLAIN_WAYS, ROW_STEPS, agree, pack, packs, padded
 from pdctl.engine.model.ways import Size, Ways, choose
 
-# Below this, calls cost more than products, and `linear` has the cheapest call.
-_FEWEST_ELEMENTS = 1 << 17
+# Below this, calls cost more than products, and `linear` has the cheapest call. It rounds by rows, which has never
+# changed a token in float32; in bfloat16 it can.
+_FEWEST_ELEMENTS = {torch.float32: 1 << 17, torch.bfloat16: 1}
 # Names of a module's children that its forward gives the same tensor, one after the other.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -212,7 +213,7 @@ def _groups(module: torch.nn.Module, watch: Watch) -> Iterator[_Group]:
                 done.update(layers)
                 found.append(_Group(tuple(layers)))
     found += [_Group((layer,)) for layer in module.modules() if layer not in done and _suits(layer, watch)]
-    return (group for group in found if group.size[0] * group.size[1] >= _FEWEST_ELEMENTS)
+    return (group for group in found if group.size[0] * group.size[1] >= _FEWEST_ELEMENTS[group.dtype])
 
 
 def _fits_together(layers: list[torch.nn.Linear], watch: Watch) -> bool:

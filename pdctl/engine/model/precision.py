@@ -6,12 +6,14 @@ import torch
 
 from pdctl.engine.cache.kv_pool import DTYPES
 from pdctl.engine.model.native import NotCompiled, library
+from pdctl.engine.model.products import packs
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """`wanted`: a name, or "auto": bfloat16 on a GPU and on a CPU that is fast in it, else float32.
 
-    On a CPU, bfloat16 is chosen only where our own attention kernel runs. With it a token's logits are the same bits
+    On a CPU, bfloat16 is chosen only where our own attention kernel runs and products do not depend on the number of
+    rows. With both a token's logits are the same bits
     alone, in a batch, or in a prompt. With sums in another order, an answer that goes on after a failover would be
     another one where tokens are nearly tied (9 of 36 answers: docs/performance.md).
     """
@@ -29,4 +31,4 @@ def _is_fast_in_bfloat16() -> bool:
         library()
     except NotCompiled:
         return False
-    return True
+    return packs(torch.bfloat16)

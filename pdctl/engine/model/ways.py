@@ -21,14 +21,15 @@ from pdctl.host.cached_file import locked, replace
 from pdctl.host.processor import cpu_name
 
 # A new number discards what was measured by an older version.
-_FORMAT = 1
+_FORMAT = 2
 _MOST_SECONDS = 2.0
 _LOCK_SECONDS = 30.0
 _REPEATS = 3
 # Measured on a piece of a weight: its time grows in proportion to its outputs.
 _MOST_ELEMENTS = 4 << 20
 # The packed form is preferred until a plain way is this many times as fast: it gives the same bits for any number of
-# rows. Of the plain ways, `linear` is. Noise should not decide which of two equally fast ways a host uses.
+# rows, and in bfloat16, where other bits can be another token, always. Noise should not decide which of two equally
+# fast ways a host uses.
 _PREFERENCE = 1.25
 
 # A vocabulary projection; used by the fixed rules.
@@ -142,7 +143,8 @@ def _measured(size: Size, dtype: torch.dtype) -> Ways:
         plain.append(best)
         if packed_weight is not None:
             ratio *= _seconds(lambda rows, _: padded(rows, packed_weight), given, weight) / times[best]
-    packed = packed_weight is not None and ratio ** (1 / len(ROW_STEPS)) < _PREFERENCE
+    wins = dtype is not torch.float32 or ratio ** (1 / len(ROW_STEPS)) < _PREFERENCE
+    packed = packed_weight is not None and wins
     return Ways(packed, tuple(plain), measured=True)
 
 

@@ -91,7 +91,8 @@ def test_a_sped_up_model_computes_the_same(dtype: torch.dtype, bias: bool) -> No
     model, ids = Model(bias).to(dtype).requires_grad_(False), torch.arange(40)
     model.shared.weight = model.table.weight
     expected = model(ids)
-    assert sped(model, ids[:3]) == Sped(packed=6, plain=0, kept_bytes=512 * 512 * dtype.itemsize)
+    every = dtype is torch.bfloat16  # where other bits could be another token
+    assert sped(model, ids[:3]) == Sped(packed=6 + every, plain=0, kept_bytes=512 * 512 * dtype.itemsize)
     allowed = 1e-4 if dtype is torch.float32 else 5e-2
     for count in (40, 3, 1, 2):
         found = model(ids[:count])
@@ -100,7 +101,7 @@ def test_a_sped_up_model_computes_the_same(dtype: torch.dtype, bias: bool) -> No
     assert model.q_proj.weight.numel() == model.up_proj.weight.numel() == 0
     assert model.q_proj.weight.dtype is dtype
     assert model.table.weight is model.shared.weight
-    assert model.tiny.weight.numel()
+    assert bool(model.tiny.weight.numel()) is not every
     assert model.read.weight.numel()
 
 
