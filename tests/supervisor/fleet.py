@@ -44,6 +44,7 @@ class Fields(TypedDict, total=False):
     listen: tuple[str, int]
     restart_with: tuple[str, ...]
     probe: Probe
+    slots: int
 
 
 class Rules(TypedDict, total=False):

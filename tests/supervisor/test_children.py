@@ -21,7 +21,7 @@ from pdctl.errors import PdctlError
 from pdctl.plan import Probe
 from pdctl.supervisor.process.tree import Trees
 from tests.service import last_exit_of, pid_of, wait_until
-from tests.supervisor.fleet import AT_ONCE, Fields, Fleet, fleet, python, shell
+from tests.supervisor.fleet import AT_ONCE, Fields, Fleet, child, fleet, python, shell
 
 SLEEP = "exec sleep 600"
 SERVER = """
@@ -627,3 +627,19 @@ def found_group(found: Fleet) -> Path:
     mounts = [words.split() for words in Path("/proc/self/mountinfo").read_text().splitlines()]
     mount = next(words[4] for words in mounts if words[words.index("-") + 1] == "cgroup2")
     return (Path(mount) / line[3:].lstrip("/")).parent
+
+
+def test_a_proxy_that_could_not_be_started_is_started_later(tmp_path: Path) -> None:
+    """What its clients' connections were handed to is given up with the start."""
+    program, moved = tmp_path / "program", tmp_path / "moved"
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
+    program.chmod(0o755)
+    with fleet(tmp_path, child("proxy", str(program), slots=4)) as found:
+        before = found.ready("proxy")
+        program.rename(moved)
+        os.kill(pid_of(before), signal.SIGKILL)
+        failed = found.until("proxy", lambda now: now.state == "failed", "failed")
+        assert "cannot be started" in (failed.reason or "")
+        moved.rename(program)
+        found.ask("proxy", "start")
+        found.again("proxy", before)

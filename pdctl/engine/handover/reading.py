@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,31 +36,32 @@ class _Areas:
         self._stage = stage
         self._changed = threading.Condition()
         self._free: dict[str, list[Staging]] = {}
-        self._all: list[Staging] = []
+        self._all: dict[str, list[Staging]] = {}
 
     def take(self, name: str) -> Staging:
         """An area that nothing writes to. Raises TransferError, NoMemory."""
-        deadline = time.monotonic() + _AREA_S
         with self._changed:
-            while not (free := self._free.setdefault(name, [])) and len(self._all) >= _MOST_AREAS:
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    raise TransferError(f"all {_MOST_AREAS} staging areas are in use")
+            free, opened = self._free.setdefault(name, []), self._all.setdefault(name, [])
+            self._changed.wait_for(lambda: free or len(opened) < _MOST_AREAS, _AREA_S)
             if free:
                 return free.pop()
+            if len(opened) >= _MOST_AREAS:
+                raise TransferError(f"all {_MOST_AREAS} staging areas are in use")
             made = self._stage(name)
-            self._all.append(made)
+            opened.append(made)
             return made
 
     def give_back(self, name: str, area: Staging) -> None:
         """Nothing writes to it any more."""
         with self._changed:
             self._free[name].append(area)
-            self._changed.notify()
+            # Waiters want areas of different transports.
+            self._changed.notify_all()
 
     def transports(self) -> list[Transport]:
         """Of all areas."""
         with self._changed:
-            return [area.transport for area in self._all]
+            return [area.transport for opened in self._all.values() for area in opened]
 
 
 @dataclass(frozen=True, slots=True)

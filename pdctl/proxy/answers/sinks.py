@@ -80,12 +80,14 @@ class Answer(Protocol):
 
 
 class StreamAnswer:
-    """Server-sent events. `started`: the client has received something."""
+    """Server-sent events. `started`: the client has received something; `is_exact`: its engines would compute the same
+    again."""
 
     def __init__(
         self, request: ClientRequest, send: asgi.Send, headers: AnswerHeaders, timing: Timing | None = None
     ) -> None:
         self.started = False
+        self.is_exact = True
         self.request = request
         self.headers = headers
         self._send = send
@@ -100,7 +102,10 @@ class StreamAnswer:
         if not self.started:
             self.started = True
             request = self.request
-            facts = Facts(request.envelope.request_id, request.envelope.created, request.seed, len(request.legs))
+            facts = Facts(
+                request.envelope.request_id, request.envelope.created, request.seed, len(request.legs),
+                is_exact=self.is_exact,
+            )  # fmt: skip
             await self.writer.start(timed(self.headers, self._timing), facts)
         await self.writer.part(data, notes)
 
@@ -156,7 +161,9 @@ class StreamSink:
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
         """See Sink.add."""
-        notes = self._begun() + noted(self._index, self._alone, token_ids, is_end(choice))
+        notes = b""
+        if self._answer.writer.has_journal:
+            notes = self._begun() + noted(self._index, self._alone, token_ids, is_end(choice))
         if self._first:
             self._first = False
             choice = _with_role(choice)

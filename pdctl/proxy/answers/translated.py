@@ -106,7 +106,7 @@ class TranslatedStream(_Translated):
         if not self._started:
             self._started = True
             # The state of these events is not noted: another proxy can only end them with an error.
-            facts = Facts(self._request_id, self._envelope.created, 0)
+            facts = Facts(self._request_id, self._envelope.created, 0, is_exact=False)
             await self._writer.start(timed(self._headers, self._timing), facts)
 
 

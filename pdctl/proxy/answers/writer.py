@@ -16,7 +16,12 @@ AnswerHeaders = list[tuple[bytes, bytes]]
 
 
 class Writer(Protocol):
-    """Writes one answer. Waits while the client is slower than the proxy; a disconnected client discards everything."""
+    """Writes one answer. Waits while the client is slower than the proxy; a disconnected client discards everything.
+
+    `has_journal`: notes of parts are used.
+    """
+
+    has_journal: bool
 
     async def whole(self, body: bytes, headers: AnswerHeaders) -> None:
         """Write a JSON body with status 200."""
@@ -53,6 +58,8 @@ async def end_stream(send: asgi.Send, failure: ApiError) -> None:
 
 
 class _Asgi:
+    has_journal = False
+
     def __init__(self, send: asgi.Send) -> None:
         self._send = send
 
@@ -85,6 +92,7 @@ class _Direct:
         # A covered connection's: what it writes is noted first.
         transport: object = cycle.transport
         self._reply = transport if isinstance(transport, Reply) else None
+        self.has_journal = self._reply is not None
         self._unsent: tuple[bytes, AnswerHeaders] | None = None
         self._facts: Facts | None = None
         # HTTP/1.0 has no chunks: the stream ends with the connection.
@@ -113,7 +121,7 @@ class _Direct:
             self._write(framed)
         elif is_first and self._facts is not None:
             facts = msgspec.structs.replace(self._facts, closes=self._closes)
-            self._reply.begin(framed, notes, encode_facts(facts))
+            self._reply.begin(framed, notes, encode_facts(facts), facts.is_exact)
         else:
             self._reply.part(framed, notes)
 

@@ -263,14 +263,18 @@ class _Job:
         """Begin an answer where another proxy left it. Raises ApiError if it cannot go on exactly."""
         assert isinstance(answer, StreamAnswer | TranslatedStream), "only streams have facts"
         answer.resume(resumed.legs)
-        engines = self.completions.shared.pool.engines
-        if isinstance(answer, TranslatedStream) or not all(engine.dialect.deterministic for engine in engines):
+        if isinstance(answer, TranslatedStream) or not self._is_exact:
             what = "answers of this API" if self.api is not None else "answers of these engines"
             raise ApiError(
                 502, f"the proxy was restarted, and {what} cannot be continued by another one", "server_error"
             )
         assert len(request.legs) == len(resumed.legs)
         self.completions.shared.metrics.resumed()
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether engines compute the same tokens again."""
+        return all(engine.dialect.deterministic for engine in self.completions.shared.pool.engines)
 
     def _seated(self, leg: Leg, seat: Waiter) -> None:
         """A leg goes to the engines. Between several keys, their order there matters."""
@@ -327,7 +331,12 @@ class _Job:
             assert self.translated is not None
             kind = TranslatedStream if request.stream else TranslatedWhole
             return kind(request, self.api, self.translated, send, extra, timing)
-        return (StreamAnswer if request.stream else WholeAnswer)(request, send, extra, timing)
+        if not request.stream:
+            return WholeAnswer(request, send, extra, timing)
+        answer = StreamAnswer(request, send, extra, timing)
+        if answer.writer.has_journal:
+            answer.is_exact = self._is_exact
+        return answer
 
     def _legs(self, request: ClientRequest, answer: Answer) -> list[Leg]:
         shared, started, model = self.completions.shared, request.envelope.created, self.completions.model

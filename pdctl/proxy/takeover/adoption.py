@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 _GET_S = 5.0
 _LOOK_S = 0.005
 _MAX_REASONS = 8
+# Proxies that may go on with a request which none of them brings forward: the request may be what ends them.
+_MOST_TRIES = 4
 
 
 class CannotGoOn(Exception):
@@ -81,6 +83,12 @@ def adoptable(slot: Slot, found: Found, counts: Counts) -> Adoptable:
         found, taken, slot.output(taken, end), rest, size, resumed, forgets,
         bool(frame.flags & CLOSES), bool(frame.flags & CONTINUED),
     )  # fmt: skip
+
+
+def _done(plan: Adoptable, counts: Counts) -> int:
+    """A number that grows with what has been read and answered. An answer that begins again does not count."""
+    frame = plan.found.frame
+    return counts.read + frame.answered + (frame.answer_at if plan.forgets else plan.found.end)
 
 
 def _resumed(found: Found) -> Resumed:
@@ -187,7 +195,10 @@ class Adoption:
         found = slot.load()
         assert found is not None
         try:
-            plan = adoptable(slot, found, counts_of(connection))
+            counts = counts_of(connection)
+            plan = adoptable(slot, found, counts)
+            if plan.input and slot.tried(_done(plan, counts)) >= _MOST_TRIES:
+                raise CannotGoOn(f"{_MOST_TRIES} proxies have ended while they served its request")
             slot.resume(found, plan.taken, int)
             if plan.forgets:
                 slot.forget_output()

@@ -29,7 +29,8 @@ class Cover:
     """The transport of one connection. `slot`: None while it is not covered; `is_between`: no request of it is
     answered or half-read.
 
-    `at`: where in the slot's input the next bytes go; `read`: bytes of input so far.
+    `at`: where in the slot's input the next bytes go; `read`: bytes of input so far; `is_exact`: another proxy would
+    send exactly the rest of the stream in progress.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Cover:
         self.slot: Slot | None = slot
         self.at = 0
         self.read = 0
+        self.is_exact = True
         self.transport = transport
         self.is_between = is_between
         self.lost: Slot | None = None
@@ -79,6 +81,21 @@ class Cover:
             self.slot.lose()
             self.lost, self.slot = self.slot, None
 
+    def end(self) -> Slot:
+        """The connection has ended: nothing more is noted. Returns its slot, for another one."""
+        slot = self.slot or self.lost
+        assert slot is not None
+        self.slot = self.lost = None
+        return slot
+
+    def can_go_on(self) -> bool:
+        """Whether another proxy could go on with it now, exactly."""
+        slot = self.slot
+        if slot is None:
+            return False
+        has_begun = slot.end > slot.frame.answer_at
+        return not has_begun or bool(slot.frame.facts and self.is_exact)
+
     def regain(self, taken: int, read: int) -> None:
         """The slot has everything again. `taken`, `read`: bytes of the connection so far."""
         assert self.lost is not None
@@ -90,13 +107,21 @@ class Cover:
 class Reply:
     """The transport of one request's answer."""
 
-    __slots__ = ("_cover", "_cycle", "_head", "close", "is_closing")
+    __slots__ = ("_cover", "_cycle", "_go_on", "_head", "_is_last", "is_closing")
 
     def __init__(self, cover: Cover, cycle: RequestResponseCycle) -> None:
         self._cover = cover
         self._cycle = cycle
         self._head = b""
-        self.close, self.is_closing = cover.close, cover.is_closing
+        self._is_last = False
+        self._go_on, cycle.on_response = cycle.on_response, self._completed
+        self.is_closing = cover.is_closing
+
+    def close(self) -> None:
+        """Close the connection, after the answer if it is complete."""
+        if self._cycle.response_complete:
+            self._settle()
+        self._cover.close()
 
     def write(self, data: bytes) -> None:
         """Write what uvicorn made of an ASGI message. The head waits for the body: together they are one part."""
@@ -112,9 +137,10 @@ class Reply:
             else:
                 self.part(whole)
 
-    def begin(self, data: bytes, notes: bytes, facts: bytes) -> None:
-        """Write the first part of an answer that another proxy can continue."""
+    def begin(self, data: bytes, notes: bytes, facts: bytes, is_exact: bool) -> None:
+        """Write the first part of an answer that another proxy can continue, or end with an error."""
         slot = self._cover.slot
+        self._cover.is_exact = is_exact
         if slot is not None:
             frame = replace(slot.frame, facts=len(facts))
             if not slot.change(frame, data, notes, facts):
@@ -131,6 +157,7 @@ class Reply:
 
     def last(self, data: bytes, closes: bool) -> None:
         """Write the last part, or a whole answer. `closes`: the connection ends with it."""
+        self._is_last = True
         cover = self._cover
         slot = cover.slot
         if slot is not None:
@@ -139,7 +166,17 @@ class Reply:
                 cover.lose()
             elif not frame.answered:
                 cover.at = 0
-        cover.send(data)
+        if data:
+            cover.send(data)
+
+    def _completed(self) -> None:
+        self._settle()
+        self._go_on()
+
+    def _settle(self) -> None:
+        """The answer is complete. Some end without a part that says so: to HEAD, without a body, in chunks."""
+        if not self._is_last:
+            self.last(b"" if self._head == _SENT else self._head, not self._cycle.keep_alive)
 
 
 _SENT = b"\0"

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections import deque
+from typing import Protocol
 
 import msgspec
 
@@ -18,18 +19,27 @@ from pdctl.proxy.takeover.kernel import counts_of
 
 _log = logging.getLogger(__name__)
 
-# Ended connections that the keeper has not been told of yet; beyond these it is told of none.
+# Packets that the keeper has had no room for yet; beyond these there are no more.
 _MAX_UNTOLD = 65536
 
 
+class Leaving(Protocol):
+    """A connection, as a proxy that is about to leave sees it."""
+
+    def may_be_left(self) -> bool:
+        """Whether the process may end now without harm to it. Asked again and again; nothing new begins on it."""
+        ...
+
+
 class Covers:
-    """Makes covers, and ends them."""
+    """Makes covers, and ends them. `open`: connections, covered or not."""
 
     def __init__(self, journal: Journal, keeper: socket.socket) -> None:
         self.journal = journal
         self.counts = CoverCounts()
         self._keeper: socket.socket | None = keeper
-        self._untold: deque[bytes] = deque()
+        self._untold: deque[tuple[bytes, bytes]] = deque()
+        self.open: set[Leaving] = set()
 
     @property
     def keeper(self) -> socket.socket | None:
@@ -62,42 +72,44 @@ class Covers:
 
     def drop(self, cookie: int) -> None:
         """Have the keeper close its duplicate."""
-        body = cookie.to_bytes(8, "little")
-        if self._untold:
-            self._wait(body)
-            return
-        try:
-            self._say(DROP, cookie)
-        except BlockingIOError:
-            self._wait(body)
-        except OSError:
-            self._keeper = None
+        self._tell_surely(DROP, cookie.to_bytes(8, "little"))
 
     def report(self, taken_over: TakenOver) -> None:
         """Tell the supervisor what became of the predecessor's connections."""
         self.counts.taken_over = taken_over
-        if self._keeper is not None:
-            with contextlib.suppress(OSError):
-                send(self._keeper, REPORT, msgspec.json.encode(taken_over))
+        self._tell_surely(REPORT, msgspec.json.encode(taken_over))
 
     def _say(self, kind: bytes, cookie: int, descriptors: list[int] | None = None) -> None:
         if self._keeper is None:
             raise OSError("the supervisor is gone")
         send(self._keeper, kind, cookie.to_bytes(8, "little"), descriptors)
 
-    def _wait(self, body: bytes) -> None:
-        """The keeper is busy: tell it later. The connection itself has been shut down."""
+    def _tell_surely(self, kind: bytes, body: bytes) -> None:
+        """Tell the keeper now, or later if it is busy."""
+        if self._keeper is None:
+            return
+        if self._untold:
+            self._wait(kind, body)
+            return
+        try:
+            send(self._keeper, kind, body)
+        except BlockingIOError:
+            self._wait(kind, body)
+        except OSError:
+            self._keeper = None
+
+    def _wait(self, kind: bytes, body: bytes) -> None:
         if len(self._untold) < _MAX_UNTOLD and self._keeper is not None:
             if not self._untold:
                 asyncio.get_running_loop().add_writer(self._keeper.fileno(), self._tell)
-            self._untold.append(body)
+            self._untold.append((kind, body))
 
     def _tell(self) -> None:
         assert self._keeper is not None
         loop = asyncio.get_running_loop()
         try:
             while self._untold:
-                send(self._keeper, DROP, self._untold[0])
+                send(self._keeper, *self._untold[0])
                 self._untold.popleft()
         except BlockingIOError:
             return

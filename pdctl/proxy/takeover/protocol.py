@@ -84,6 +84,7 @@ class CoveredConnection(asyncio.BufferedProtocol):
         """See asyncio.BaseProtocol."""
         # uvloop's transports do what asyncio's do, but are no subclass.
         transport = cast(asyncio.Transport, transport)
+        self._covers.open.add(self)
         if self._slot is None:
             self._covers.counts.open_uncovered += 1
             self.http.connection_made(transport)
@@ -99,22 +100,21 @@ class CoveredConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol. A close alone does not end a connection that the keeper has, too."""
+        self._covers.open.discard(self)
         if self.cover is None:
             self._covers.counts.open_uncovered -= 1
         else:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
-            slot = self.cover.slot or self.cover.lost
-            assert slot is not None
-            self._covers.ended(slot, self._cookie)
+            # A handler may still write, and the slot is another client's from now on.
+            self._covers.ended(self.cover.end(), self._cookie)
         self.http.connection_lost(exc)
 
     def get_buffer(self, _: int) -> memoryview:
         """See asyncio.BufferedProtocol."""
         cover = self.cover
         if cover is not None:
-            if cover.slot is None and cover.is_between() and not cover.get_write_buffer_size():
-                self._regain(cover)
+            self._try_to_regain(cover)
             if cover.slot is not None:
                 self._room = cover.slot.room_in(cover.at)
                 if len(self._room):
@@ -144,10 +144,26 @@ class CoveredConnection(asyncio.BufferedProtocol):
         """See asyncio.BaseProtocol."""
         self.http.resume_writing()
 
-    def _regain(self, cover: Cover) -> None:
-        if self.http.cycle is not None and not self.http.cycle.response_complete:
+    def may_be_left(self) -> bool:
+        """See Leaving. A request that has not begun is left to the next proxy; one that ends here is the last."""
+        if self.cover is None or self.cover.lost is not None:
+            if not self.http.leaving:
+                self.http.shutdown()
+            return False
+        has_no_request = self.cover.at == 0 or self.http.is_between()
+        if has_no_request and self._is_answered and not self.cover.is_closing():
+            self.cover.pause_reading()
+        return self.cover.can_go_on()
+
+    @property
+    def _is_answered(self) -> bool:
+        return self.http.cycle is None or self.http.cycle.response_complete
+
+    def _try_to_regain(self, cover: Cover) -> None:
+        if cover.lost is None or not cover.is_between() or cover.get_write_buffer_size():
+            return
+        if not self._is_answered:
             return
         with contextlib.suppress(OSError):
             counts = counts_of(self._connection)
-            assert cover.lost is not None
             cover.regain(counts.taken - cover.lost.origin, counts.read)

@@ -59,12 +59,13 @@ class CoveringServer(Server):
 
     async def leave(self, within_s: float) -> None:
         """Accept no more connections, and return when the process may end: the next one goes on with all connections
-        that are covered; answers of others are waited for."""
+        that it can continue exactly; answers of others are waited for."""
         if self._accepting is not None:
             self._accepting.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while self.covers.counts.open_uncovered:  # noqa: ASYNC110 - rare, and no event says it
+                # Asked of each one every time: it also keeps new requests out.
+                while not all([connection.may_be_left() for connection in tuple(self.covers.open)]):  # noqa: ASYNC110,C419 - rare, and no event says it
                     await asyncio.sleep(_LEAVING_LOOK_S)
 
 

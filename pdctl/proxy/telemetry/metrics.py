@@ -5,6 +5,7 @@ vLLM's names, at a separate path because Prometheus' linter refuses their colons
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pdctl.proxy.shares.fair_queue import FairQueue
 from pdctl.proxy.takeover.cover import CoverCounts
 from pdctl.proxy.telemetry.counters import Counters, Histogram, Key
 from pdctl.proxy.telemetry.timing import Timing
+
+_log = logging.getLogger(__name__)
 
 _LONG = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -117,6 +120,7 @@ class Metrics:
     worker: str = "proxy"
     covers: CoverCounts | None = None
     counters: Counters = None  # type: ignore[assignment]  # made below
+    _cannot_save: bool = False
 
     def __post_init__(self) -> None:
         self.counters = Counters({name: Histogram(bounds) for name, (_, _, bounds) in _HISTOGRAMS.items()})
@@ -210,8 +214,16 @@ class Metrics:
     def save(self) -> None:
         """Save the counts for the other workers."""
         self._note_covers()
-        if self.folder is not None:
+        if self.folder is None:
+            return
+        try:
             self.counters.save(self.folder / f"{self.worker}.json")
+            self._cannot_save = False
+        except OSError as failure:
+            # A full disk: the proxy serves, and the next save has everything.
+            if not self._cannot_save:
+                _log.warning("the counts cannot be saved for other workers: %s", failure)
+            self._cannot_save = True
 
     def render(
         self,

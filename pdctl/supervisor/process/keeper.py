@@ -138,6 +138,8 @@ class Keeper:
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
 
     def _take(self, packet: Packet) -> None:
+        # Whatever it says, a proxy is there that has the connections.
+        self._claimed()
         cookie = int.from_bytes(packet.body[:8], "little")
         if packet.kind == KEEP and len(packet.descriptors) == 1 and self._keep(cookie, packet.descriptors[0]):
             return
@@ -176,7 +178,6 @@ class Keeper:
             self._unclaimed = None
 
     def _note(self, body: bytes) -> None:
-        self._claimed()
         try:
             told = _decode_report(body)
         except msgspec.DecodeError:

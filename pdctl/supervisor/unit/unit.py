@@ -187,6 +187,8 @@ class Unit:
             write_files(self.spec)
             pid = self._start()
         except OSError as failure:
+            if self.keeper is not None:
+                self.keeper.ended()
             self.feed(LifecycleEvent(Kind.CANNOT_SPAWN, detail=f"cannot be started: {failure}"))
             return
         self._is_alive(pid, time.monotonic())

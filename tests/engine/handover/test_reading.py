@@ -196,6 +196,24 @@ def test_a_staging_area_that_may_still_be_written_is_not_used_again(monkeypatch:
     assert all(area.closed for area in areas)
 
 
+def test_areas_of_one_transport_leave_room_for_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_AREA_S", 5.0)
+    areas = module._Areas(lambda name: Staging(Memory(1 << 12, name), Late()))
+    first = [areas.take("local") for _ in range(module._MOST_AREAS)]
+    second = [areas.take("mooncake") for _ in range(module._MOST_AREAS)]
+    assert len(areas.transports()) == 2 * module._MOST_AREAS
+    waiting = {name: threading.Thread(target=areas.take, args=(name,)) for name in ("local", "mooncake")}
+    for thread in waiting.values():
+        thread.start()
+    # Each one is woken by its own transport's, whoever waits longer.
+    areas.give_back("mooncake", second[0])
+    waiting["mooncake"].join(4)
+    assert not waiting["mooncake"].is_alive()
+    areas.give_back("local", first[0])
+    waiting["local"].join(4)
+    assert not waiting["local"].is_alive()
+
+
 def test_a_peer_whose_shards_do_not_fit_is_refused() -> None:
     target = Engine(manifest(4), 1, [0])
     shards = [PoolEndpoint("here", [], blocks, manifest(4), Part(rank, 2)) for rank, blocks in ((0, 8), (1, 9))]

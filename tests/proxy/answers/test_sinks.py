@@ -343,3 +343,17 @@ def test_a_stream_put_together_is_the_whole_answer(
         assert [part["finish_reason"] for part in mine][-1] == choice["finish_reason"] == "stop"
         if ids:
             assert [token for part in mine for token in cast(list[int], part["token_ids"])] == choice["token_ids"]
+
+
+@ways
+def test_notes_are_made_for_a_journal_only(direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost more than the rest of a part."""
+    monkeypatch.setattr("pdctl.proxy.answers.sinks.noted", None)
+
+    async def script(answer: StreamAnswer | WholeAnswer) -> None:
+        assert isinstance(answer, StreamAnswer)
+        assert not answer.writer.has_journal
+        await answer.sinks[0].add(text("a", "stop"), [1])
+        await answer.finish([None], Counts(3, 1))
+
+    assert [choice["text"] for choice in choices(answered(asked(stream=True), script, direct).body)] == ["a"]

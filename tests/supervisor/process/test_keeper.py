@@ -73,6 +73,11 @@ def kept(work: Callable[[Keeper, list[TakenOver]], Awaitable[None]], slots: int 
     asyncio.run(run())
 
 
+def is_waiting(keeper: Keeper) -> bool:
+    """Whether connections will be ended unless a proxy claims them."""
+    return keeper._unclaimed is not None
+
+
 def test_a_connection_outlives_its_proxy(clients: Clients) -> None:
     client, served = clients.connect()
 
@@ -169,6 +174,25 @@ def test_what_no_proxy_claims_is_ended(clients: Clients, monkeypatch: pytest.Mon
         assert keeper.held == 1
         await until(lambda: keeper.held == 0)
         assert await asyncio.to_thread(client.recv, 1) == b""
+
+    kept(work)
+
+
+def test_a_proxy_that_says_anything_has_claimed_them(clients: Clients) -> None:
+    """Its report may be late, or lost."""
+    (_, served), (_, new) = clients.connect(), clients.connect()
+
+    async def work(keeper: Keeper, _: list[TakenOver]) -> None:
+        channel, _memory = keeper.hand_over()
+        keep(channel, served)
+        channel.close()
+        keeper.ended()
+        assert is_waiting(keeper)
+        again, _memory = keeper.hand_over()
+        keep(again, new)
+        await until(lambda: keeper.held == 2)
+        assert not is_waiting(keeper)
+        again.close()
 
     kept(work)
 

@@ -1,0 +1,37 @@
+"""What a rank does with the messages of the first rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+
+from pdctl.engine.executor import rank
+from pdctl.engine.executor.pipe import Join, PipeClosed, Pools
+
+
+class Sent:
+    """A pipe whose messages come without descriptors, as when the process has too many open files."""
+
+    def __init__(self, *messages: msgspec.Struct) -> None:
+        self._messages = [msgspec.msgpack.encode(message) for message in messages]
+
+    def receive(self) -> tuple[bytes, None]:
+        return self._messages.pop(0), None
+
+    def send(self, _: msgspec.Struct) -> None: ...
+
+
+def test_a_pool_without_its_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In memory of its own a rank would write KV that nobody reads: wrong tokens elsewhere."""
+    loaded = SimpleNamespace(dtype="float32", part=None)
+    monkeypatch.setattr(rank, "Ranks", lambda *_: None)
+    monkeypatch.setattr(rank, "load_part", lambda *_: (loaded, SimpleNamespace(backend=SimpleNamespace(name="x"))))
+    monkeypatch.setattr(rank, "how_loaded", lambda *_: ())
+    monkeypatch.setattr(rank, "device_of", lambda *_: torch.device("cpu"))
+    options = SimpleNamespace(device="cpu", rank=1, tensor_parallel=2)
+    with pytest.raises(PipeClosed, match="no descriptor was free"):
+        rank._loaded(options, Sent(Join(str(tmp_path)), Pools(4)))  # type: ignore[arg-type]
