@@ -1,8 +1,8 @@
 """The messages between a proxy and the keeper of its clients' connections, one per packet of a unix socket.
 
 A proxy sends KEEP with a connection as it comes, or UNCOVERED without it if it has no slot; DROP when it has ended; and
-one REPORT after it has taken over. A new
-proxy first gets packets of KEPT with connections, then END.
+one REPORT after it has taken over. A new proxy first gets packets of KEPT with connections, then END, which has CRASHED
+in it if its predecessor ended of itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 KEEP, DROP, UNCOVERED, REPORT, KEPT, END = b"K", b"D", b"U", b"R", b"A", b"E"
+CRASHED = b"C"
 # Descriptors of one packet; the kernel's limit is 253 (SCM_MAX_FD).
 MOST_TOGETHER = 200
 _PACKET = 4096

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import httptools
 
-from pdctl.net.keeping import END, KEPT, TakenOver, cookie_of, receive
+from pdctl.net.keeping import CRASHED, END, KEPT, TakenOver, cookie_of, receive
 from pdctl.proxy.takeover.covers import Covers
 from pdctl.proxy.takeover.journal import CLOSES, CONTINUED, IN_BYTES, LOST, OUT_BYTES, Found, Slot
 from pdctl.proxy.takeover.kernel import Counts, counts_of
@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 _GET_S = 5.0
 _LOOK_S = 0.005
 _MAX_REASONS = 8
-# Proxies that may go on with a request which none of them brings forward: the request may be what ends them.
-_MOST_TRIES = 4
+# Proxies that may crash while they have a request which none of them brings forward: it may be what ends them.
+_MOST_TRIES = 3
 
 
 class CannotGoOn(Exception):
@@ -142,6 +142,7 @@ class Adoption:
         self._covers = covers
         self._make = make
         self._sum = _Sum()
+        self._after_crash = False
 
     async def run(self) -> None:
         """Adopt, and tell the supervisor what became of the connections."""
@@ -184,6 +185,7 @@ class Adoption:
             except OSError:
                 break
             if packet is None or packet.kind == END:
+                self._after_crash = packet is not None and packet.body == CRASHED
                 break
             if packet.kind == KEPT:
                 for descriptor in packet.descriptors:
@@ -197,8 +199,8 @@ class Adoption:
         try:
             counts = counts_of(connection)
             plan = adoptable(slot, found, counts)
-            if plan.input and slot.tried(_done(plan, counts)) >= _MOST_TRIES:
-                raise CannotGoOn(f"{_MOST_TRIES} proxies have ended while they served its request")
+            if self._after_crash and plan.input and slot.crashed(_done(plan, counts)) >= _MOST_TRIES:
+                raise CannotGoOn(f"{_MOST_TRIES} proxies have crashed while they had its request")
             slot.resume(found, plan.taken, int)
             if plan.forgets:
                 slot.forget_output()

@@ -32,7 +32,7 @@ FACT_BYTES = 1024
 _OUT_MASK = OUT_BYTES - 1
 _HEAD = struct.Struct("16sIIIII")
 # Positions in a slot's first page.
-_COOKIE, _WORD, _ORIGIN, _TRIES, _DONE, _FRAMES, _FACTS = 0, 8, 16, 24, 32, 64, 256
+_COOKIE, _WORD, _ORIGIN, _CRASHES, _DONE, _FRAMES, _FACTS = 0, 8, 16, 24, 32, 64, 256
 _FRAME = struct.Struct("QQIII")
 _FRAME_ROOM = 64
 _END_BITS, _NOTE_BITS = 40, 23
@@ -114,7 +114,7 @@ class Slot:
         self.unsent, self.origin = unsent, origin
         self._begin(cookie, Frame(), 0, 0, 0)
         self._words[_ORIGIN // 8] = origin
-        self._words[_TRIES // 8] = self._words[_DONE // 8] = 0
+        self._words[_CRASHES // 8] = self._words[_DONE // 8] = 0
         _FRAME.pack_into(self._memory, self._base + _FRAMES, 0, 0, 0, 0, 0)
         self._words[self._word] = 0
         self._words[_COOKIE // 8] = cookie
@@ -130,12 +130,12 @@ class Slot:
         self._begin(found.cookie, found.frame, found.end, len(found.notes), self._words[self._word] >> _SELECT_SHIFT)
         self.safe = taken
 
-    def tried(self, done: int) -> int:
-        """Another process goes on with the request in progress. `done`: grows with what was read and answered. Returns
-        how many have before it while nothing was done."""
-        tries = self._words[_TRIES // 8] if self._words[_DONE // 8] == done else 0
-        self._words[_DONE // 8], self._words[_TRIES // 8] = done, tries + 1
-        return tries
+    def crashed(self, done: int) -> int:
+        """A process has crashed while it had the request in progress. `done`: grows with what was read and answered.
+        Returns how many have, this one included, while nothing was done."""
+        crashes = 1 + (self._words[_CRASHES // 8] if self._words[_DONE // 8] == done else 0)
+        self._words[_DONE // 8], self._words[_CRASHES // 8] = done, crashes
+        return crashes
 
     # -- writing -------------------------------------------------------------------------------------------
 

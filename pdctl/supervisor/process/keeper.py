@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from pdctl.net.keeping import (
+    CRASHED,
     DROP,
     END,
     KEEP,
@@ -55,6 +56,7 @@ class Keeper:
         self._channel: socket.socket | None = None
         self._unclaimed: asyncio.TimerHandle | None = None
         self._had = 0
+        self._crashed = False
 
     @property
     def held(self) -> int:
@@ -80,13 +82,15 @@ class Keeper:
                 for cookie in part:
                     self._drop(cookie)
         with contextlib.suppress(OSError):
-            send(ours, END)
+            send(ours, END, CRASHED if self._crashed else b"")
         self._channel = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._read)
         return theirs, self._memory
 
-    def ended(self) -> None:
-        """The proxy has ended: read what it said last. Its connections wait for the next one."""
+    def ended(self, crashed: bool = False) -> None:
+        """The proxy has ended: read what it said last. Its connections wait for the next one. `crashed`: it ended of
+        itself, so that a request may be the cause."""
+        self._crashed = crashed
         if self._channel is None:
             return
         while self._read() and self._channel is not None:

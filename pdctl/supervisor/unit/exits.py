@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import resource
+import signal
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ class Ended:
     core_dumped: bool = False
     words: str = ""
     uses_gpus: bool = False
+
+    @property
+    def of_itself(self) -> bool:
+        """Whether what it did may have ended it: a crash, or a hang that pdctl ended; nobody else's signal."""
+        by_others = self.exit.signal in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT) and not self.by_us
+        return self.exit != Exit(None, None) and not self.expected and not by_others
 
 
 def told_of(ended: Ended, oom: bool = False, xid: str = "") -> LastExit:

@@ -270,7 +270,7 @@ class Unit:
         ended = self._how(pid)
         self.alive = False
         if self.keeper is not None:
-            self.keeper.ended()
+            self.keeper.ended(ended.of_itself)
         self.last_exit = told_of(ended)
         self.around.journal.say(self.name, self.last_exit.reason, "exited", **msgspec.structs.asdict(self.last_exit))
         told = self.around.died(self)

@@ -60,3 +60,19 @@ def test_a_killed_engine_that_said_nothing_ends_with_what_the_driver_says(tmp_pa
 @pytest.mark.parametrize("other", [replace(ENDED, uses_gpus=False), replace(ENDED, expected=True)])
 def test_processes_that_it_does_not_concern(other: Ended, tmp_path: Path) -> None:
     assert report(other, tmp_path / "log", None, Kernel(XID)).reason == told_of(other).reason
+
+
+@pytest.mark.parametrize(
+    ("exit_", "by_us", "expected", "of_itself"),
+    [
+        (Exit(None, 11), "", False, True),
+        (Exit(1, None), "", False, True),
+        (Exit(None, 9), "pdctl, with SIGKILL (hung)", False, True),
+        (Exit(None, 9), "", False, False),
+        (Exit(None, 15), "", False, False),
+        (Exit(0, None), "pdctl, with SIGTERM", True, False),
+        (Exit(None, None), "", False, False),
+    ],
+)
+def test_a_signal_from_outside_is_not_a_crash(exit_: Exit, by_us: str, expected: bool, of_itself: bool) -> None:
+    assert replace(ENDED, exit=exit_, by_us=by_us, expected=expected).of_itself is of_itself
