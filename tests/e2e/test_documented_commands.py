@@ -28,7 +28,7 @@ BEFORE = {
 }
 WITH_COMMANDS = [page for page in pages() if any(block.kind == "run" for block in blocks(page))]
 # scripts/slow runs these too.
-QUICK = ("README.md", "first-five-minutes.md", "rdma.md")
+QUICK = ("first-five-minutes.md", "rdma.md")
 
 
 class Page:

@@ -69,7 +69,9 @@ def test_the_spans_of_a_request(traced: tuple[Service, Collector]) -> None:
     for name, call in calls.items():
         inside = one(spans, f"engine.{name}")
         assert (inside.parent, inside.service) == (call.id, f"pdctl/t/{call.attributes['pdctl.engine']}")
-        assert call.began <= inside.began <= inside.ended <= call.ended, "clocks of one host"
+        # An engine's span ends after its last byte, when the caller may have it already.
+        assert call.began <= inside.began <= call.ended, "clocks of one host"
+        assert inside.began <= inside.ended
     decode = one(spans, "engine.decode")
     parts = [one(spans, name) for name in ("admission", "hand_over", "first_step")]
     assert all(part.parent == decode.id for part in parts)

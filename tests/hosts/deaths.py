@@ -8,7 +8,7 @@ import time
 
 from pdctl.supervisor.cluster.entries import EngineEntry
 from tests.hosts.cluster import LEASE_S, TTL_S, Cluster, placed
-from tests.hosts.trial import FREED_S, Trial
+from tests.hosts.trial import Trial
 from tests.service import wait_until
 
 
@@ -20,7 +20,7 @@ def engine_killed(trial: Trial) -> None:
         died_at = trial.kill_holding(reader)
         trial.go_on(streams, cluster.nodes)
     trial.recovered()
-    trial.freed("engine killed", "far exit to freed KV, s", reader, died_at, FREED_S)
+    trial.freed("engine killed", "far exit to freed KV, s", reader, died_at, trial.freed_s)
     trial.judge("engine killed", streams)
 
 

@@ -6,7 +6,7 @@ import time
 
 from tests.hosts.cluster import TTL_S, Cluster
 from tests.hosts.members import Member, leader
-from tests.hosts.trial import FREED_S, Trial
+from tests.hosts.trial import Trial
 from tests.service import wait_until
 
 
@@ -87,7 +87,7 @@ def quorum_lost(trial: Trial) -> None:
             member.until_ready()
     trial.recovered()
     trial.report.hold("quorum lost: an engine that dies is started again", back)
-    trial.freed("quorum lost", "far exit to freed KV without etcd, s", reader, died_at, FREED_S)
+    trial.freed("quorum lost", "far exit to freed KV without etcd, s", reader, died_at, trial.freed_s)
     trial.judge("quorum lost", streams)
 
 

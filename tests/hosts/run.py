@@ -28,7 +28,7 @@ from tests.hosts.cluster import Cluster, cluster
 from tests.hosts.engine import start
 from tests.hosts.lab import reason_to_skip
 from tests.hosts.load import Question, questions
-from tests.hosts.trial import Report, Trial
+from tests.hosts.trial import FREED_S, Report, Trial
 from tests.registry import etcd
 
 NAMES = ("a", "b", "c")
@@ -82,7 +82,9 @@ def answers_of_one_machine(cluster: Cluster, path: Path, asked: list[Question]) 
 
 
 @contextmanager
-def trial(report: Report, clients: int = 16, certificates: bool = False) -> Iterator[Trial]:
+def trial(
+    report: Report, clients: int = 16, certificates: bool = False, freed_s: float = FREED_S
+) -> Iterator[Trial]:
     """A service on three hosts."""
     path = model()
     with cluster(*NAMES, certificates=certificates) as made:
@@ -91,7 +93,7 @@ def trial(report: Report, clients: int = 16, certificates: bool = False) -> Iter
         done = made.nodes["b"].cli("up")
         report.hold("up on b starts the service on a and b, and a proxy on each node", done.returncode == 0, done)
         report.figure("up, s", time.monotonic() - began)
-        found = Trial(made, expected, report, clients=clients)
+        found = Trial(made, expected, report, clients=clients, freed_s=freed_s)
         try:
             found.recovered()
             yield found

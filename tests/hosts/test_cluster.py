@@ -9,7 +9,7 @@ import pytest
 
 from tests.hosts.lab import reason_to_skip
 from tests.hosts.run import CHECKS, trial
-from tests.hosts.trial import Report, Trial
+from tests.hosts.trial import FREED_UNDER_LOAD_S, Report, Trial
 from tests.registry import etcd
 
 pytestmark = [
@@ -22,7 +22,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def service() -> Iterator[Trial]:
     report = Report()
-    with trial(report) as found:
+    with trial(report, freed_s=FREED_UNDER_LOAD_S) as found:
         yield found
         found.check_trace()
     assert not report.broken
