@@ -114,8 +114,8 @@ async def plain(scope: asgi.Message, receive: asgi.Receive, send: asgi.Send) -> 
         headers = []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     if path == "/chunks":
-        await send({"type": "http.response.body", "body": b"te", "more_body": True})
-        await send({"type": "http.response.body", "body": b"xt"})
+        await send({"type": "http.response.body", "body": b"tex", "more_body": True})
+        await send({"type": "http.response.body", "body": b"t"})
     else:
         await send({"type": "http.response.body", "body": b"" if path == "/nothing" else b"text"})
 
