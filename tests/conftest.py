@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from tests.service import Run, temporary_run
 
 # scripts/demo tells users to export this, but tests have their own services.
 os.environ.pop("PDCTL_FILE", None)
+# Some tests press Ctrl-C. A shell without job control starts what runs in the background with these ignored, and
+# children would inherit that.
+for _ignored in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_ignored) is signal.SIG_IGN:
+        signal.signal(_ignored, signal.default_int_handler if _ignored is signal.SIGINT else signal.SIG_DFL)
 # As in an engine. OpenMP's threads wait for each other by spinning: on a busy machine, two take six times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -82,6 +88,23 @@ _SLOW = (
     "test_top.py::test_a_service_that_stops_meanwhile",
     "test_parity.py::test_tiny_equals_generate[1H]",
     "test_lmdeploy.py::test_an_error_is_an_error_whatever_its_status_was[error200]",
+    "test_lmdeploy.py::test_m_many_pairs_are_linked_once_each",
+    "test_lmdeploy.py::test_l_an_engine_that_is_removed_is_unlinked",
+    "test_lmdeploy.py::test_answers_are_right_and_nothing_is_left_in_every_style_of_ids[uuid]",
+    "test_lmdeploy.py::test_answers_are_right_and_nothing_is_left_in_every_style_of_ids[neg1]",
+    "test_cli.py::test_a_full_disk_under_its_log_does_not_end_the_service", "test_cli.py::test_a_second_ctrl_c_forces",
+    "test_death.py::test_stream_leaves_a_frozen_engine",
+    "test_supervision.py::test_a_stale_run_directory_of_another_boot_is_no_obstacle",
+    "test_supervision.py::test_down_ends_what_a_killed_supervisor_left",
+    "test_inline.py::test_off_by_a_key", "test_bench.py::test_the_latency_model",
+    "test_bench.py::test_chaos_that_is_interrupted_breaks_nothing_more",
+    "test_families.py::test_every_way_to_run_gives_the_same_tokens[gpt_oss]",
+    "test_dash.py::test_the_link", "test_lost_files.py::test_why_knows_exits_that_could_not_be_written",
+    "test_lost_files.py::test_relative_directories_mean_the_same_to_every_process",
+    "test_prefix.py::test_deterministic_engines_find_whole_segments_on_both_sides",
+    "test_roles.py::test_the_role_stays_over_restarts_and_applies",
+    "test_transfer.py::test_a_peer_killed_during_a_read_ends_it[cuda_ipc]",
+    "test_transfer.py::test_a_frozen_peer_does_not_freeze_us_and_nothing_lands_after_it_is_settled[cuda_ipc]",
 )  # fmt: skip
 
 
