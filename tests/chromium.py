@@ -31,6 +31,10 @@ _ANSWER_S = 60.0
 _KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
+class _Navigated(Exception):
+    """The page that was asked is gone: another one has begun."""
+
+
 class Browser:
     """One page. `fetched`: requested URLs; `complaints`: errors of scripts, console and network."""
 
@@ -76,10 +80,17 @@ class Browser:
     def until(self, script: str, within_s: float = 120.0) -> Any:
         """Evaluate until the result is true, and return it."""
         deadline = time.monotonic() + within_s
-        while not (found := self.evaluate(script)):
+        while not (found := self._evaluate_in_any(script)):
             assert time.monotonic() < deadline, f"not within {within_s} s: {script}; complaints: {self.complaints}"
             time.sleep(0.02)
         return found
+
+    def _evaluate_in_any(self, script: str) -> Any:
+        """None if the page gave way to another one meanwhile."""
+        try:
+            return self.evaluate(script)
+        except _Navigated:
+            return None
 
     def press(self, key: str) -> None:
         """Press a key, such as Tab, Enter or ArrowDown."""
@@ -105,6 +116,8 @@ class Browser:
         while True:
             found = self._next(deadline)
             if found.get("id") == number:
+                if "navigated" in str(found.get("error", "")):
+                    raise _Navigated
                 assert "error" not in found, found
                 return dict(found["result"])
 
