@@ -48,6 +48,13 @@ class Member:
         """Continue after a freeze."""
         self.process.signal(signal.SIGCONT)
 
+    def be_back(self) -> None:
+        """Run again, whatever a check has done to it."""
+        if self.process.is_running:
+            self.thaw()
+        else:
+            self.start()
+
     def until_ready(self) -> None:
         """Until it answers, which it does with a majority only."""
         self._lab.ask(until_ready, self.url)

@@ -105,6 +105,9 @@ class Trial:
             if node.host.is_up:
                 node.host.thaw()
         try:
+            for member in cluster.etcd:
+                if member.host.is_up:
+                    member.be_back()
             self.recovered()
         except AssertionError:
             return False
