@@ -99,7 +99,7 @@ def _loaded(options: EngineOptions, pipe: Pipe) -> ModelRunner:
     assert isinstance(pools, Pools), pools
     if fd is None:
         # Memory of its own would be a pool that no other engine can read.
-        raise PipeClosed("the pool's memory did not come with its message: no descriptor was free")
+        raise RankLost("the pool's memory did not come with its message: no descriptor was free")
     manifest = local(_manifest(options, loaded), loaded.part)
     memory = Memory(pools.num_blocks * block_bytes(manifest), options.epoch, fd)
     runner = ModelRunner(loaded, KvPool(manifest, pools.num_blocks, memory, device), device, backend=chosen.backend)

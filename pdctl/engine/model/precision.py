@@ -13,9 +13,9 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """`wanted`: a name, or "auto": bfloat16 on a GPU and on a CPU that is fast in it, else float32.
 
     On a CPU, bfloat16 is chosen only where our own attention kernel runs and products do not depend on the number of
-    rows. With both a token's logits are the same bits
-    alone, in a batch, or in a prompt. With sums in another order, an answer that goes on after a failover would be
-    another one where tokens are nearly tied (9 of 36 answers: docs/performance.md).
+    rows. With both, a token's logits are the same bits alone, in a batch, or in a prompt. With sums in another order,
+    an answer that goes on after a failover would be another one where tokens are nearly tied (9 of 36 answers:
+    docs/performance.md).
     """
     if wanted != "auto":
         return DTYPES[wanted]

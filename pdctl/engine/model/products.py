@@ -29,7 +29,7 @@ _PIECE = 2048
 _FEWEST_ROWS = 4
 # Rows that oneDNN gets at once, tried one after the other: all, or as many as always have one kernel.
 _ALL = 0
-BLOCKS = (_ALL, 64)
+_BLOCKS = (_ALL, 64)
 DTYPES = (torch.float32, torch.bfloat16)
 # What is tried on this CPU, in less than 0.1 s: [outputs, inputs], and numbers of rows.
 _SHAPES_TRIED = ((256, 640), (128, 3072))
@@ -117,7 +117,7 @@ def block_rows(dtype: torch.dtype) -> int | None:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
-        ways = {block: partial(_by_onednn, bias=None, block=block) for block in BLOCKS}
+        ways = {block: partial(_by_onednn, bias=None, block=block) for block in _BLOCKS}
         return next((block for block, way in ways.items() if same_bits(way, _reordered, dtype)), None)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return None

@@ -145,7 +145,9 @@ class CoveredConnection(asyncio.BufferedProtocol):
         self.http.resume_writing()
 
     def may_be_left(self) -> bool:
-        """See Leaving. A request that has not begun is left to the next proxy; one that ends here is the last."""
+        """See Leaving. A connection that the next proxy cannot take over is closed after its answer."""
+        if self.cover is not None:
+            self._try_to_regain(self.cover)
         if self.cover is None or self.cover.lost is not None:
             if not self.http.leaving:
                 self.http.shutdown()

@@ -64,9 +64,13 @@ class CoveringServer(Server):
             self._accepting.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                # Asked of each one every time: it also keeps new requests out.
-                while not all([connection.may_be_left() for connection in tuple(self.covers.open)]):  # noqa: ASYNC110,C419 - rare, and no event says it
+                while not self._may_end():  # noqa: ASYNC110 - rare, and no event says it
                     await asyncio.sleep(_LEAVING_LOOK_S)
+
+    def _may_end(self) -> bool:
+        """Asks every connection, also after one that may not be left: being asked keeps new requests out."""
+        asked = [connection.may_be_left() for connection in tuple(self.covers.open)]
+        return all(asked)
 
 
 async def _open(connection: socket.socket, opened: CoveredConnection) -> None:

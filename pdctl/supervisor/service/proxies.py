@@ -108,7 +108,8 @@ class Proxies:
         return "; ".join(filter(None, said))
 
     async def calls_at(self, engine: str) -> int:
-        """Current calls of all proxies to an engine, in a cluster also of other nodes' proxies."""
+        """How many calls keep an engine from being idle: of this machine's proxies, or, where these have none, of other
+        nodes'."""
         return await self.own_calls_at(engine) or await self.calls_elsewhere(engine)
 
     async def own_calls_at(self, engine: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pdctl.engine.executor import rank
-from pdctl.engine.executor.pipe import Join, PipeClosed, Pools
+from pdctl.engine.executor.pipe import Failed, Join, Pools
 
 
 class Sent:
@@ -18,11 +18,13 @@ class Sent:
 
     def __init__(self, *messages: msgspec.Struct) -> None:
         self._messages = [msgspec.msgpack.encode(message) for message in messages]
+        self.sent: list[msgspec.Struct] = []
 
     def receive(self) -> tuple[bytes, None]:
         return self._messages.pop(0), None
 
-    def send(self, _: msgspec.Struct) -> None: ...
+    def send(self, word: msgspec.Struct) -> None:
+        self.sent.append(word)
 
 
 def test_a_pool_without_its_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -33,5 +35,7 @@ def test_a_pool_without_its_memory_is_refused(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(rank, "how_loaded", lambda *_: ())
     monkeypatch.setattr(rank, "device_of", lambda *_: torch.device("cpu"))
     options = SimpleNamespace(device="cpu", rank=1, tensor_parallel=2)
-    with pytest.raises(PipeClosed, match="no descriptor was free"):
-        rank._loaded(options, Sent(Join(str(tmp_path)), Pools(4)))  # type: ignore[arg-type]
+    pipe = Sent(Join(str(tmp_path)), Pools(4))
+    assert rank._run(options, pipe) == 1  # type: ignore[arg-type]
+    (said,) = (word for word in pipe.sent if isinstance(word, Failed))
+    assert "no descriptor was free" in said.reason, "the first rank hears why"

@@ -21,6 +21,7 @@ from pdctl.proxy.takeover import adoption
 from pdctl.proxy.takeover.covers import Covers
 from pdctl.proxy.takeover.journal import PAGE, Journal, Slot
 from pdctl.proxy.takeover.notes import Facts
+from pdctl.proxy.takeover.protocol import CoveredConnection
 from pdctl.proxy.takeover.server import CoveringServer
 from pdctl.proxy_wire import SLOT_BYTES
 from pdctl.supervisor.process.keeper import Keeper
@@ -214,6 +215,23 @@ def test_a_server_that_leaves_waits_for_streams_that_another_one_cannot_continue
         more.set()
 
     tried(streaming(is_exact, more, asked), work)
+
+
+def test_a_connection_that_did_not_fit_is_handed_over_after_its_answer() -> None:
+    """And not closed: nothing of it is in progress."""
+
+    async def work(served: Served, server: CoveringServer) -> None:
+        streams = await served.connect()
+        await ask(streams, GET % b"", b"text")
+        (connection,) = server.covers.open
+        assert isinstance(connection, CoveredConnection)
+        assert connection.cover is not None
+        connection.cover.lose()
+        await server.leave(10.0)
+        assert connection.cover.slot is not None
+        assert connection in server.covers.open
+
+    tried(plain, work)
 
 
 def test_a_server_that_leaves_waits_for_answers_without_a_slot() -> None:
