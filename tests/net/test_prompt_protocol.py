@@ -18,10 +18,12 @@ _WHOLE = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class _Hasty(PromptProtocol):
-    head_s = 0.2
+    head_s, body_s = 0.2, 0.3
 
 
 async def _app(scope: Scope, receive: Receive, send: Send) -> None:
+    while (await receive()).get("more_body"):
+        pass
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
@@ -57,19 +59,31 @@ async def ended(reader: asyncio.StreamReader) -> bool:
             return True
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HT", _WHOLE[:-2]])
+_BODY = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", _WHOLE[:-2], _BODY, _BODY + b"half"])
 async def test_a_request_that_is_not_sent_ends_the_connection(sent: bytes) -> None:
     async with serving() as port, connected(port) as (reader, writer):
         writer.write(sent)
         assert await ended(reader)
 
 
-async def test_a_second_head_has_a_deadline_too() -> None:
+@pytest.mark.parametrize("sent", [_WHOLE[:-2], _BODY + b"half"])
+async def test_a_second_request_has_a_deadline_too(sent: bytes) -> None:
     async with serving() as port, connected(port) as (reader, writer):
         writer.write(_WHOLE)
         assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
-        writer.write(_WHOLE[:-2])
+        writer.write(sent)
         assert await ended(reader)
+
+
+async def test_a_body_in_parts_is_read() -> None:
+    async with serving() as port, connected(port) as (reader, writer):
+        for part in (_BODY, b"1234", b"56789"):
+            writer.write(part)
+            await writer.drain()
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
 
 
 async def test_an_idle_connection_is_kept_after_a_request() -> None:

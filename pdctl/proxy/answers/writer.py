@@ -10,7 +10,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from pdctl.net import asgi
 from pdctl.net.openai_api import ApiError
 from pdctl.proxy.takeover.cover import Reply
-from pdctl.proxy.takeover.notes import Facts, encode_facts
+from pdctl.proxy.takeover.notes import Facts
 
 AnswerHeaders = list[tuple[bytes, bytes]]
 
@@ -120,8 +120,7 @@ class _Direct:
         if self._reply is None:
             self._write(framed)
         elif is_first and self._facts is not None:
-            facts = msgspec.structs.replace(self._facts, closes=self._closes)
-            self._reply.begin(framed, notes, encode_facts(facts), facts.is_exact)
+            self._reply.begin(framed, notes, msgspec.structs.replace(self._facts, closes=self._closes))
         else:
             self._reply.part(framed, notes)
 

@@ -31,7 +31,7 @@ _GET_S = 5.0
 _LOOK_S = 0.005
 _MAX_REASONS = 8
 # Proxies that may crash while they have a request which none of them brings forward: it may be what ends them.
-_MOST_TRIES = 3
+_MOST_CRASHES = 3
 
 
 class CannotGoOn(Exception):
@@ -85,7 +85,7 @@ def adoptable(slot: Slot, found: Found, counts: Counts) -> Adoptable:
     )  # fmt: skip
 
 
-def _done(plan: Adoptable, counts: Counts) -> int:
+def _progress(plan: Adoptable, counts: Counts) -> int:
     """A number that grows with what has been read and answered. An answer that begins again does not count."""
     frame = plan.found.frame
     return counts.read + frame.answered + (frame.answer_at if plan.forgets else plan.found.end)
@@ -199,8 +199,8 @@ class Adoption:
         try:
             counts = counts_of(connection)
             plan = adoptable(slot, found, counts)
-            if self._after_crash and plan.input and slot.crashed(_done(plan, counts)) >= _MOST_TRIES:
-                raise CannotGoOn(f"{_MOST_TRIES} proxies have crashed while they had its request")
+            if self._after_crash and plan.input and slot.crashed(_progress(plan, counts)) >= _MOST_CRASHES:
+                raise CannotGoOn(f"{_MOST_CRASHES} proxies have crashed while they had its request")
             slot.resume(found, plan.taken, int)
             if plan.forgets:
                 slot.forget_output()

@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from pdctl.net.keeping import TakenOver
 from pdctl.proxy.takeover.journal import CLOSES, CONTINUED, Frame, Slot
+from pdctl.proxy.takeover.notes import Facts, encode_facts
 
 
 @dataclass(slots=True)
@@ -137,13 +138,13 @@ class Reply:
             else:
                 self.part(whole)
 
-    def begin(self, data: bytes, notes: bytes, facts: bytes, is_exact: bool) -> None:
+    def begin(self, data: bytes, notes: bytes, facts: Facts) -> None:
         """Write the first part of an answer that another proxy can continue, or end with an error."""
         slot = self._cover.slot
-        self._cover.is_exact = is_exact
+        self._cover.is_exact = facts.is_exact
         if slot is not None:
-            frame = replace(slot.frame, facts=len(facts))
-            if not slot.change(frame, data, notes, facts):
+            noted = encode_facts(facts)
+            if not slot.change(replace(slot.frame, facts=len(noted)), data, notes, noted):
                 self._cover.lose()
         self._cover.send(data)
 

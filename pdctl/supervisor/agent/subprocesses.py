@@ -16,8 +16,8 @@ _END_S = 5.0
 
 @asynccontextmanager
 async def started(argv: Sequence[str], most_bytes: int = 2**16) -> AsyncIterator[Process]:
-    """A process with pipes. Afterwards, it is killed with all that it started. `most_bytes`: of a line that it prints,
-    and of what is read ahead."""
+    """A process with pipes. If it still runs afterwards, it is killed with its process group. `most_bytes`: of a line
+    that it prints, and of what is read ahead."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *argv, stdin=pipe, stdout=pipe, stderr=pipe, limit=most_bytes, start_new_session=True

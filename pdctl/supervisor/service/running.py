@@ -22,6 +22,7 @@ from pdctl.control_api import (
     Verb,
 )
 from pdctl.errors import PdctlError
+from pdctl.net.identity import ContextFactory
 from pdctl.plan import Attached, Plan
 from pdctl.plan.changes import Changes, diff, with_roles
 from pdctl.proxy_wire import RecentRequest
@@ -115,24 +116,7 @@ class RunningService:
         self._reconciler = Reconciler(
             state, fleet, self._kv, self._links, proxies, self.journal, resources.notifier, tasks
         )
-        context = UnitContext(
-            policy=state.policy,
-            log_dir=Path(state.plan.log_dir),
-            run_dir=resources.rundir.path,
-            env={SECRET_ENV: secret},
-            secret=secret,
-            trees=resources.trees,
-            tasks=tasks,
-            journal=self.journal,
-            kernel=resources.kernel,
-            changed=self._unit_changed,
-            ready=self._reconciler.unit_ready,
-            died=self._reconciler.unit_died,
-            drain=self._reconciler.drain,
-            our_pids=fleet.pids,
-            node=state.plan.node,
-            tls=tls,
-        )
+        context = self._context(resources, tasks, secret, tls)
         self._roles = Roles(state, fleet, self._kv, proxies, self._files, self.journal, tasks)
         self._elastic = ElasticRoles(state, fleet, self._kv, self._roles, self.journal)
         self._change_over = ChangeOver(
@@ -355,6 +339,29 @@ class RunningService:
         names = self._names()
         self.proxies.keep_only(names)
         self._sweeper.keep_only(names)
+
+    def _context(
+        self, resources: Resources, tasks: asyncio.TaskGroup, secret: str, tls: ContextFactory | None
+    ) -> UnitContext:
+        plan = self._state.plan
+        return UnitContext(
+            policy=self._state.policy,
+            log_dir=Path(plan.log_dir),
+            run_dir=resources.rundir.path,
+            env={SECRET_ENV: secret},
+            secret=secret,
+            trees=resources.trees,
+            tasks=tasks,
+            journal=self.journal,
+            kernel=resources.kernel,
+            changed=self._unit_changed,
+            ready=self._reconciler.unit_ready,
+            died=self._reconciler.unit_died,
+            drain=self._reconciler.drain,
+            our_pids=self._fleet.pids,
+            node=plan.node,
+            tls=tls,
+        )
 
     def _link_keeper(self, resources: Resources) -> LinkKeeper:
         return LinkKeeper(self._kv, self._fleet.members, self._attached, self._names, self._tell, resources.rundir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import termios
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from pdctl.proxy.takeover import kernel
 from pdctl.proxy.takeover.kernel import counts_of
+from tests.service import wait_until
 
 Ends = tuple[socket.socket, socket.socket]
 
@@ -38,19 +40,20 @@ def fill(connection: socket.socket) -> int:
 def drain(client: socket.socket, served: socket.socket) -> None:
     """Read everything, until its arrival is acknowledged."""
     client.setblocking(False)
-    while kernel._ioctl(served, termios.TIOCOUTQ):
-        try:
+
+    def is_empty() -> bool:
+        with contextlib.suppress(BlockingIOError):
             client.recv(1 << 20)
-        except BlockingIOError:
-            continue
+        return not kernel._ioctl(served, termios.TIOCOUTQ)
+
+    wait_until(is_empty, 10, "all to be acknowledged")
 
 
 def test_bytes_of_both_sides_are_counted(ends: Ends) -> None:
     client, served = ends
     sent = fill(served)
     client.sendall(b"request")
-    while counts_of(served).read != 0 or not kernel._ioctl(served, termios.FIONREAD):
-        pass
+    wait_until(lambda: kernel._ioctl(served, termios.FIONREAD) == len(b"request"), 10, "the request")
     assert (counts_of(served).taken, counts_of(served).read, counts_of(served).open) == (sent, 0, True)
     served.recv(3)
     assert counts_of(served).read == 3

@@ -271,7 +271,7 @@ def test_a_request_that_crashes_every_proxy_is_given_up(crashes: bool, monkeypat
                 client.sendall(GET % b"")
                 connection.recv_into(found[1].room_in(0))
             cuts = []
-            for _ in range(adoption._MOST_TRIES):
+            for _ in range(adoption._MOST_CRASHES):
                 with served.process(crashes) as covers:
                     await adoption.Adoption(covers, served.server(covers).protocol).run()
                     cuts.append(covers.counts.taken_over.cut)
