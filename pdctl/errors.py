@@ -57,6 +57,10 @@ class AlreadyRunning(PdctlError):
     """`up` was called for a service that is already running."""
 
 
+class PortsTaken(PdctlError):
+    """Another service has claimed a planned port. A new plan has other ports."""
+
+
 class ServiceFailed(PdctlError):
     """The service did not become ready; the message gives the reason."""
 

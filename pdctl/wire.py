@@ -39,6 +39,8 @@ TIMING_HEADER = "x-pdctl-timing"
 
 # Exit code of an engine that a restart cannot fix (bad arguments, an unsupported model); sysexits.h EX_CONFIG.
 EXIT_CONFIG = 78
+# Exit code of a supervisor whose ports another service claimed first: a new plan may start; sysexits.h EX_TEMPFAIL.
+EXIT_PORTS_TAKEN = 75
 
 
 # Peers' messages are validated when decoded: for example an impossible port, or a lease too short to renew.

@@ -15,6 +15,7 @@ from pdctl.host.devices.pci import Layout, read_layout
 from pdctl.host.devices.rdma import RdmaDevice, read_rdma
 from pdctl.host.memory import read_memory
 from pdctl.host.packages import installed_package
+from pdctl.host.processes.claims import claimed_ports
 from pdctl.host.processes.ports import PortHolder, listening_ports
 from pdctl.host.processes.stamps import stamp_of
 from pdctl.host.program import engine_python, executable
@@ -61,7 +62,7 @@ class Host:
     limits them); `gpu_holders`: by UUID, the processes that use the GPU now. `python`: the interpreter of engines whose
     group names none, "" if there is none; `program`: the executable of pdctl's own parts, "" if that is `python`.
     `address`: where other processes of the service reach those on this host. `package_in` reads a package's version
-    from another Python environment.
+    from another Python environment. `claimed`: ports that services of pdctl keep for their processes.
     """
 
     cpus: tuple[int, ...]
@@ -80,6 +81,7 @@ class Host:
     address: str = LOOPBACK
     gpu_holders: dict[str, tuple[Holder, ...]] = field(default_factory=dict, hash=False)
     program: str = ""
+    claimed: frozenset[int] = frozenset()
     package_in: Callable[[str, tuple[str, ...]], tuple[str, str] | None] = installed_package
 
     def gpu_named(self, name: int | str) -> Gpu | None:
@@ -107,6 +109,7 @@ def read_host(proc_root: Path = Path("/proc"), sysfs_root: Path = Path("/sys")) 
         gpus=gpus,
         memory=read_memory(proc_root)[0],
         listening=listening_ports(proc_root),
+        claimed=claimed_ports(proc_root),
         python=engine_python(),
         program=executable(),
         cache_root=cache_root(),

@@ -29,7 +29,7 @@ class Site:
     def __post_init__(self) -> None:
         given = [port for entry in self.topology.processes for _, port in entry.ports]
         kept = [port for spec in self.kept.values() for port in spec.ports.values()]
-        self.taken = {self.topology.proxy.port, *self.host.listening, *given, *kept}
+        self.taken = {self.topology.proxy.port, *self.host.listening, *self.host.claimed, *given, *kept}
 
     def ports_of(self, name: str, purposes: tuple[str, ...]) -> dict[str, int]:
         """A port for each purpose of a process: the one that it had, or a free one. Raises PdctlError."""

@@ -13,13 +13,15 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from pdctl.errors import PdctlError, first_of
+from pdctl.errors import PdctlError, PortsTaken, first_of
 from pdctl.plan import Plan
 from pdctl.supervisor.service.service import Service
+from pdctl.wire import EXIT_PORTS_TAKEN
 
 
 def main() -> int:
-    """Run the supervisor. Exit code: 0 after a clean stop, 1 if the service could not start, 2 for a bug in pdctl."""
+    """Run the supervisor. Exit code: 0 after a clean stop, 1 if the service could not start, 2 for a bug in pdctl,
+    EXIT_PORTS_TAKEN if another plan could be started."""
     parser = argparse.ArgumentParser(prog="python -m pdctl.supervisor")
     parser.add_argument(
         "--reason-fd", type=int, default=-1, help="file descriptor on which to report why the service could not start"
@@ -36,6 +38,7 @@ def main() -> int:
         failure = first_of(failures)
         assert isinstance(failure, PdctlError)
         code = _fail(reason_fd, failure.message, failure.hint or "")
+        code = EXIT_PORTS_TAKEN if isinstance(failure, PortsTaken) else code
     except* Exception as failures:  # noqa: BLE001 - this is the outermost loop
         _write("".join(traceback.format_exception(failures)))
         _fail(reason_fd, f"unexpected: {type(first_of(failures)).__name__}: {first_of(failures)}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pdctl.host.processes.claims import PortClaims
 from tests.service import CLI, SUPERVISOR, Run, Service, pid_of, running, single, topology, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -110,6 +111,36 @@ def test_a_model_that_cannot_be_hooked_is_refused_with_the_reason(run: Run) -> N
 def test_a_pool_too_small_for_a_block_is_refused(run: Run) -> None:
     run.write(single(kv_cache_gb=0.00001))
     assert "at least, for 8 blocks" in refused(run, "up", "-d")
+
+
+SEES_NO_CLAIMS = """
+import sys
+import pdctl.host
+from pdctl.cli import main
+read, calls = pdctl.host.claimed_ports, []
+# The plans that `up` makes before it starts the supervisor: one to find the service, one to check the ports.
+pdctl.host.claimed_ports = lambda *a: frozenset() if calls.append(1) or len(calls) < 3 else read(*a)
+sys.argv[0] = "pdctl"
+main()
+"""
+
+
+def test_ports_that_another_service_chooses_at_the_same_time(run: Run) -> None:
+    run.write(single())
+    planned = json.loads(run.cli("plan", "--json", check=True).stdout)
+    ports = {port for process in planned["processes"] for port in process["ports"].values()}
+    theirs = PortClaims()
+    assert theirs.claim(ports - {planned["proxy"]["port"]}) == []
+    words = [sys.executable, "-c", SEES_NO_CLAIMS, "up", "-d"]
+    try:
+        started = subprocess.run(words, env=run.env, cwd=run.folder, capture_output=True, text=True, timeout=600)
+        assert started.returncode == 0, started.stderr
+        assert "at the same time; choosing others" in started.stderr
+        status = json.loads(run.cli("status", "--json", check=True).stdout)
+        assert status["state"] == "ready"
+    finally:
+        run.cli("down")
+        theirs.close()
 
 
 def test_foreground_shows_logs_and_stops_on_ctrl_c(run: Run) -> None:

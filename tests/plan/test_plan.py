@@ -67,10 +67,12 @@ def test_a_plan_is_pure() -> None:
 def test_engines_avoid_ports_that_are_taken() -> None:
     topology = load_text(EXAMPLE, "x", host())
     first = make_plan(topology, host()).processes[0].ports["http"]
-    busy = replace(host(), listening={first: PortHolder(1, "x")})
-    ports = [spec.ports["http"] for spec in make_plan(topology, busy).processes]
-    assert first not in ports
-    assert len(set(ports)) == 3
+    for busy in (
+        replace(host(), listening={first: PortHolder(1, "x")}), replace(host(), claimed=frozenset({first}))
+    ):  # fmt: skip
+        ports = [spec.ports["http"] for spec in make_plan(topology, busy).processes]
+        assert first not in ports
+        assert len(set(ports)) == 3
 
 
 def test_gpus_are_pinned_by_uuid_and_free_ones_are_chosen_in_order() -> None:

@@ -18,8 +18,10 @@ import psutil
 import pytest
 
 from pdctl.errors import PdctlError
+from pdctl.host.processes.claims import PortClaims, claimed_ports
 from pdctl.plan import Probe
 from pdctl.supervisor.process.tree import Trees
+from pdctl.wire import EXIT_PORTS_TAKEN
 from tests.service import last_exit_of, pid_of, wait_until
 from tests.supervisor.fleet import AT_ONCE, Fields, Fleet, child, fleet, python, shell
 
@@ -643,3 +645,43 @@ def test_a_proxy_that_could_not_be_started_is_started_later(tmp_path: Path) -> N
         moved.rename(program)
         found.ask("proxy", "start")
         found.again("proxy", before)
+
+
+def test_ports_are_claimed_while_their_processes_exist(tmp_path: Path) -> None:
+    ours = PortClaims()
+    with fleet(tmp_path, shell("a", SLEEP), shell("b", SLEEP), on_supervisor_death="survive") as found:
+        ports = [spec.ports["http"] for spec in found.plan.processes]
+        found.ready("a")
+        found.ready("b")
+        assert ours.claim(ports) == sorted(ports)
+        written_down(found, 2)
+        killed(found)
+        found.start()
+        found.until("b", lambda _: set(ports) <= claimed_ports(), "claimed again")
+
+        third = shell("c", SLEEP)
+        assert ours.claim(third.ports.values()) == []
+        found.apply(replace(found.plan, processes=(*found.plan.processes, third)))
+        found.until("a", lambda _: has_applied(found, "failed"), "refused")
+        progress = found.status().apply
+        assert progress is not None
+        assert "at the same time" in progress.error
+        assert [process.name for process in found.status().processes] == ["a", "b"]
+
+        found.apply(replace(found.plan, processes=found.plan.processes[:1]))
+        found.until("a", lambda _: has_applied(found, "done"), "applied")
+        assert ours.claim(ports) == [ports[0]]
+        assert ours.claim(ports[1:]) == []
+    assert ours.claim(ports) == []
+    ours.close()
+
+
+def test_a_supervisor_whose_ports_are_claimed_asks_for_another_plan(tmp_path: Path) -> None:
+    ours = PortClaims()
+    spec = shell("a", SLEEP)
+    ours.claim(spec.ports.values())
+    with fleet(tmp_path, spec) as found:
+        assert found.process.wait(60) == EXIT_PORTS_TAKEN
+        assert f"chosen port {spec.ports['http']}" in found.log()
+        assert not found.stamped()
+    ours.close()

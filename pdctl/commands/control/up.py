@@ -16,7 +16,7 @@ import typer
 from pdctl import console
 from pdctl.commands.common import FileOption, control, find_service, is_interactive, read_topology, topology_file
 from pdctl.commands.setup.plan import load_plan, warn_of_shared_gpus
-from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, ServiceFailed, first_of
+from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, PortsTaken, ServiceFailed, first_of
 from pdctl.host import program
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.1
 _LAST_LINES = 12
+# Plans that are tried where each time another service claims one of the ports at the same moment.
+_MOST_PLANS = 4
 
 
 def up(
@@ -43,11 +45,6 @@ def up(
 
     With [cluster] in the topology: publish it through the agent of this machine, and return when all nodes are ready.
     """
-    from pdctl.commands.setup.precheck import refuse_what_cannot_work
-    from pdctl.commands.setup.prepare import with_model
-    from pdctl.host.processes.presence import supervisor_of
-    from pdctl.supervisor.rundir.adoption import read_adoptable
-
     path = topology_file(file)
     if path is not None and "cluster" in read_topology(path):
         from pdctl.commands.cluster.publish import up as publish
@@ -56,6 +53,25 @@ def up(
             raise PdctlError("--force is for a service on one machine", "check a node with: pdctl doctor")
         publish(path, find_service(None, path), wait_s)
         return
+    planned = _first_plan(file, force)
+    warn_of_shared_gpus(planned)
+    for left in reversed(range(_MOST_PLANS)):
+        try:
+            _start(planned, detach, wait_s)
+            return
+        except PortsTaken as failure:
+            if not left:
+                raise
+            console.note(f"{failure.message}; choosing others")
+            planned = load_plan(file, check_port=True)
+
+
+def _first_plan(file: Path | None, force: bool) -> Plan:
+    """The plan for a start, or for taking over what runs. Raises PdctlError if neither can work."""
+    from pdctl.commands.setup.precheck import refuse_what_cannot_work
+    from pdctl.host.processes.presence import supervisor_of
+    from pdctl.supervisor.rundir.adoption import read_adoptable
+
     planned = load_plan(file)
     if supervisor_of(Path(planned.run_dir)) is not None:
         hint = f"see it with: pdctl status -s {planned.service}    stop it with: pdctl down -s {planned.service}"
@@ -64,10 +80,14 @@ def up(
     if adoptable is None:
         planned = load_plan(file, check_port=True)
         refuse_what_cannot_work(file, force)
-    else:
-        console.note(f"taking over running processes: {', '.join(record.spec.name for record in adoptable.processes)}")
-        planned = load_plan(file, running=adoptable.plan)
-    warn_of_shared_gpus(planned)
+        return planned
+    console.note(f"taking over running processes: {', '.join(record.spec.name for record in adoptable.processes)}")
+    return load_plan(file, running=adoptable.plan)
+
+
+def _start(planned: Plan, detach: bool, wait_s: float) -> None:
+    from pdctl.commands.setup.prepare import with_model
+
     planned = with_model(planned)
     if detach:
         _detached(planned, wait_s)
@@ -200,6 +220,10 @@ def _not_started(planned: Plan, code: int, told: str) -> PdctlError:
     if is_interactive():
         console.note("")
     reason, hint = json.loads(told) if told else (f"the supervisor exited with code {code}", "")
+    from pdctl.wire import EXIT_PORTS_TAKEN
+
+    if code == EXIT_PORTS_TAKEN:
+        return PortsTaken(reason, hint)
     failed = next((name.name for name in planned.processes if f"{name.name} " in reason), None)
     if failed:
         console.note(f"last lines of {failed}:")

@@ -1,25 +1,32 @@
-"""The sockets that clients connect to, bound by the supervisor: no connection is refused while a proxy restarts."""
+"""The sockets that clients connect to, bound by the supervisor: no connection is refused while a proxy restarts.
+
+Also the claims on the ports of all processes.
+"""
 
 from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
-from pdctl.errors import PdctlError
+from pdctl.errors import PdctlError, PortsTaken
+from pdctl.host.processes.claims import PortClaims
 from pdctl.host.processes.ports import listening_ports
 from pdctl.net.serving import listen_tcp
+from pdctl.plan import ProcessSpec
 from pdctl.supervisor.rundir.adoption import listener_from
 
 Address = tuple[str, int]
 
 
 class Listeners:
-    """One listening socket per address."""
+    """One listening socket per address, and one claim per port."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._sockets: dict[Address, socket.socket] = {}
+        self._claims = PortClaims()
 
     def __contains__(self, address: Address) -> bool:
         return address in self._sockets
@@ -35,8 +42,21 @@ class Listeners:
             self._sockets[address] = _listen(address)
         return self._sockets[address]
 
+    def claim(self, specs: Iterable[ProcessSpec]) -> None:
+        """Claim the ports of processes. Raises PortsTaken if another service has claimed one of them."""
+        if refused := self._claims.claim(port for spec in specs for port in spec.ports.values()):
+            ports = " and ".join(map(str, refused))
+            message = f"another service of pdctl on this machine has chosen port {ports} at the same time"
+            raise PortsTaken(message, "repeat the command: it chooses other ports")
+
+    def claim_only(self, specs: Iterable[ProcessSpec]) -> None:
+        """Claim the ports of these processes, which exist already, and give all other claims up. What another service
+        has claimed while this one had no supervisor is passed over."""
+        self._claims.keep({port for spec in specs for port in spec.ports.values()})
+
     def close(self) -> None:
         """Stop listening."""
+        self._claims.close()
         for listener in self._sockets.values():
             listener.close()
 

@@ -391,6 +391,10 @@ class RunningService:
                 raise PdctlError(f"{longest} is too long for a unix socket", hint)
             if spec.listen is not None and spec.listen not in listeners:
                 listeners.open(spec.listen, [name for name in names if name in adopted])
+        if adopted:
+            listeners.claim_only(self.plan.processes)
+        else:
+            listeners.claim(self.plan.processes)
         self._files.write()
 
     def _adopt(self, adoptable: AdoptableState) -> None:

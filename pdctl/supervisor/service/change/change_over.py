@@ -93,10 +93,12 @@ class ChangeOver:
         return unit
 
     def open_sockets(self, specs: list[ProcessSpec]) -> None:
-        """Open the sockets that the specs listen on. Raises PdctlError, before any process is changed."""
+        """Open the sockets that the specs listen on, and claim their ports. Raises PdctlError, before any process is
+        changed."""
         for spec in specs:
             if spec.listen is not None:
                 self._listeners.of(spec.listen)
+        self._listeners.claim(specs)
 
     def remove(self, unit: Unit) -> None:
         """Remove a process that has ended."""
@@ -134,6 +136,7 @@ class ChangeOver:
         finally:
             # Even after a partial apply, the plan must match the existing processes.
             self._state.plan = replace(self.plan, processes=self._fleet.specs())
+            self._listeners.claim_only(self.plan.processes)
             self._files.keep_plan()
             self._task = None
             self._state.changed.set()
