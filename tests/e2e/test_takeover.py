@@ -37,11 +37,11 @@ def address(service: Service) -> tuple[str, int]:
 
 def test_kills_under_mixed_clients(service: Service) -> None:
     descriptors = supervisor_descriptors(service)
-    outcome = asyncio.run(kill_again_and_again(service, kills=8, count=14, with_chats=True))
+    outcome = asyncio.run(kill_again_and_again(service, kills=4, count=8, with_chats=True))
     held = checks(service, outcome, descriptors)
     assert outcome.clients is not None
     assert all(is_true for _, is_true in held), (held, outcome.clients.tally.said)
-    assert outcome.kills == 8
+    assert outcome.kills == 4
 
 
 def test_a_restart_on_purpose_cuts_nothing(service: Service) -> None:

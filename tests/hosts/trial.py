@@ -134,7 +134,24 @@ class Trial:
         return at
 
     def holding(self, reader: EngineEntry) -> None:
-        """Until a decode engine holds a lease of an engine on another node that it does not let go."""
+        """Until a decode engine holds a lease of an engine on another node that it does not let go. Meanwhile the
+        prefill engines of its own node are drained: proxies may prefer them."""
+        near = [e.name for e in self.cluster.engines().values() if e.role == "prefill" and e.node == reader.node]
+        control = self.cluster.control(reader.node)
+        for name in near:
+            control.act(name, "drain")
+        self._until_state(reader.node, near, "drained")
+        self._until_held(reader)
+        for name in near:
+            control.act(name, "start")
+
+    def _until_state(self, node: str, names: list[str], state: str) -> None:
+        def reached() -> bool:
+            return all(p.state == state for p in self.cluster.status(node).processes if p.name in names)
+
+        wait_until(reached, 60, f"{names} to be {state}")
+
+    def _until_held(self, reader: EngineEntry) -> None:
         point = self.cluster.chaos / f"{reader.name}.before_read"
         found = self.cluster.engines().values()
         far = [entry for entry in found if entry.role == "prefill" and entry.node != reader.node]

@@ -159,6 +159,15 @@ class Engine:
         self.hand_over_s = 0.0
         self.took_s.clear()
 
+    def forget_what_is_old(self, now: float) -> None:
+        """What was measured long ago is unknown: an engine that was slow may be fast by now."""
+        if self.prompts.is_old(now):
+            self.prompts.forget()
+            self.prefill_s.clear()
+        if self.streams.is_old(now):
+            self.streams.forget()
+            self.token_s.clear()
+
     def others_at_failure(self) -> int:
         """The number of other calls when the process failed, as counted by the first call that ended."""
         now = time.monotonic()

@@ -53,6 +53,7 @@ class Fleet:
         now = self._clock()
         found = []
         for engine in self.engines:
+            engine.forget_what_is_old(now)
             prompts, streams = self._loads(engine)
             work = engine.condition.work
             # An engine that is not ours may predict anything.
@@ -121,7 +122,7 @@ class Fleet:
     def _loads(self, engine: Engine) -> tuple[Load, Load]:
         """The prompts and streams that the engine has from all workers."""
         if self._shared is not None:
-            return self._shared.loads(engine.index)
+            return self._shared.loads(engine.index, self._clock())
         prompts, streams = engine.prompts, engine.streams
         return Load(prompts.pending, prompts.speed), Load(streams.pending, streams.speed)
 
@@ -148,7 +149,9 @@ class Fleet:
 
     def _others_streams(self, engine: Engine) -> float:
         """Streams of other workers at an engine."""
-        return self._shared.loads(engine.index)[1].pending - engine.streams.pending if self._shared else 0.0
+        return (
+            self._shared.loads(engine.index, self._clock())[1].pending - engine.streams.pending if self._shared else 0.0
+        )
 
     def _ttft(self, engine: Engine, size: float) -> float:
         if (prospect := self._prospect(engine, ())) is not None:

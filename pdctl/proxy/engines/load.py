@@ -13,6 +13,8 @@ from pdctl.proxy.shares.shared_memory import shared_memory
 # Weight of the newest sample in the speed's moving average, and the busy seconds per sample.
 _ALPHA = 0.3
 _SAMPLE_S = 0.25
+# An idle engine's speed is unknown after this long, seconds. One that was slow once would else never be tried again.
+_KNOWN_S = 30.0
 # Duration that an error counts as in the recent window, seconds: slower than any successful answer.
 _ERROR_S = 30.0
 _WINDOW = 32
@@ -53,6 +55,19 @@ class LoadMeter:
                 sample = self._done / max(self._busy, 1e-6)
                 self.speed = sample if not self.speed else (1 - _ALPHA) * self.speed + _ALPHA * sample
                 self._busy = self._done = 0.0
+
+    def is_old(self, now: float) -> bool:
+        """Whether the speed was measured too long ago to say anything."""
+        return not self.active and now - self._mark > _KNOWN_S
+
+    def forget(self) -> None:
+        """The speed is unknown."""
+        self.speed = self._busy = self._done = 0.0
+
+    @property
+    def changed_at(self) -> float:
+        """When work was last begun or ended."""
+        return self._mark
 
 
 @dataclass(slots=True)
@@ -120,14 +135,16 @@ def pieces_of(prompt: bytes) -> list[int]:
 class SharedLoads:
     """The pending work of each proxy worker at each engine, in memory shared by all workers.
 
-    One row per worker with four numbers per engine. Each worker writes only its own row and reads all. A number that is
-    being written is read either before or after the write, which is enough for routing.
+    One row per worker with numbers for each engine: of its prompts and of its streams the pending work, the speed and
+    the time of the last change. Each worker writes only its own row and reads all. A number that is being written is
+    read either before or after the write, which is enough for routing.
     """
 
-    _NUMBERS = 4
+    _KINDS = 2
+    _EACH = 3
 
     def __init__(self, path: Path, workers: int, engines: int, worker: int) -> None:
-        self._width = engines * self._NUMBERS
+        self._width = engines * self._KINDS * self._EACH
         self._worker = worker
         self._workers = workers
         size = max(1, workers * self._width) * 8
@@ -143,16 +160,22 @@ class SharedLoads:
 
     def publish(self, engine: int, prompts: LoadMeter, streams: LoadMeter) -> None:
         """Write this worker's numbers for one engine."""
-        at = self._worker * self._width + engine * self._NUMBERS
+        at = self._worker * self._width + engine * self._KINDS * self._EACH
         table = self._table
-        table[at], table[at + 1] = prompts.pending, prompts.speed
-        table[at + 2], table[at + 3] = streams.pending, streams.speed
+        for meter in (prompts, streams):
+            table[at], table[at + 1], table[at + 2] = meter.pending, meter.speed, meter.changed_at
+            at += self._EACH
 
-    def loads(self, engine: int) -> tuple[Load, Load]:
+    def loads(self, engine: int, now: float) -> tuple[Load, Load]:
         """The total load of all workers: prompts and streams."""
-        table, at = self._table, engine * self._NUMBERS
-        rows = range(at, self._workers * self._width, self._width)
-        return (
-            Load(sum(table[row] for row in rows), sum(table[row + 1] for row in rows)),
-            Load(sum(table[row + 2] for row in rows), sum(table[row + 3] for row in rows)),
-        )
+        at = engine * self._KINDS * self._EACH
+        return self._load(at, now), self._load(at + self._EACH, now)
+
+    def _load(self, at: int, now: float) -> Load:
+        table, pending, speed = self._table, 0.0, 0.0
+        for row in range(at, self._workers * self._width, self._width):
+            pending += table[row]
+            # What a worker measured long ago does not count, as in LoadMeter.
+            if table[row] or now - table[row + 2] <= _KNOWN_S:
+                speed += table[row + 1]
+        return Load(pending, speed)

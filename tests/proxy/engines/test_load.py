@@ -57,7 +57,23 @@ def test_workers_see_each_others_loads_and_a_new_life_begins_empty(tmp_path: Pat
     tables[0].publish(1, busy, LoadMeter(pending=1.0))
     tables[1].publish(1, busy, LoadMeter(pending=2.0, speed=5.0))
     for table in tables:
-        assert table.loads(1) == (Load(14, 4), Load(3, 5))
-        assert table.loads(0) == (Load(0, 0), Load(0, 0))
+        assert table.loads(1, 0.0) == (Load(14, 4), Load(3, 5))
+        assert table.loads(0, 0.0) == (Load(0, 0), Load(0, 0))
     SharedLoads(tmp_path / "loads", 2, 3, 0)
-    assert tables[1].loads(1) == (Load(7, 2), Load(2, 5))
+    assert tables[1].loads(1, 0.0) == (Load(7, 2), Load(2, 5))
+
+
+def test_what_an_idle_engine_was_measured_at_is_forgotten(tmp_path: Path) -> None:
+    table = SharedLoads(tmp_path / "loads", 1, 1, 0)
+    meter = LoadMeter()
+    meter.begin(10, 100)
+    meter.end(10, 105, True)
+    table.publish(0, meter, LoadMeter())
+    assert not meter.is_old(135)
+    assert table.loads(0, 135)[0] == Load(0, 2)
+    assert meter.is_old(136)
+    assert table.loads(0, 136)[0] == Load(0, 0)
+    meter.begin(1, 200)
+    table.publish(0, meter, LoadMeter())
+    assert not meter.is_old(300), "work that takes long is no idleness"
+    assert table.loads(0, 300)[0] == Load(1, 2)

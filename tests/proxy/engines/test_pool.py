@@ -29,7 +29,7 @@ from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.load import SharedLoads
 from pdctl.proxy.engines.outlook import Outlook, Room
 from pdctl.proxy.engines.pool import EnginePool
-from pdctl.proxy.engines.routing import EnginePair
+from pdctl.proxy.engines.routing import POLICIES, Ask, EnginePair, choose
 from pdctl.proxy.request import calls
 from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.proxy_wire import EngineAddress
@@ -602,3 +602,18 @@ def test_prompts_from_the_cache_do_not_shorten_what_is_expected_of_an_engine() -
     assert pool.predicted_s(engine) == pytest.approx(3.0)
     leg = SimpleNamespace(in_one_piece=False, shared=SimpleNamespace(pool=pool, failover=FailoverPolicy()))
     assert calls._patience_s(leg, engine) == pytest.approx(30.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("ago_s", "known"), [(31.0, False), (20.0, True)])
+def test_an_engine_that_was_slow_once_is_tried_again(ago_s: float, known: bool) -> None:
+    pool = idle(at("p0", "prefill"), at("p1", "prefill", slot=1), at("d0", "decode", slot=2))
+    now = time.monotonic()
+    for engine, took_s, end in ((pool.engines[0], 20.0, now - ago_s), (pool.engines[1], 0.1, now)):
+        engine.prompts.begin(100.0, end - took_s)
+        engine.prompts.end(100.0, end, True)
+        engine.prefill_s.add(took_s)
+    views = pool.views()
+    assert (views[0].prompts.speed > 0) == known
+    assert (views[0].prefill_s.samples > 0) == known
+    chosen = {choose(POLICIES["min_expected_latency"], views, Ask(100.0, number, 0.0, 1.0, 1.0)) for number in range(4)}
+    assert ({pair.prefill for pair in chosen if pair} == {"p1"}) == known
