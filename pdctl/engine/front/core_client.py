@@ -45,6 +45,7 @@ from pdctl.engine.ipc.messages import (
 )
 from pdctl.engine.options import EngineOptions
 from pdctl.host import program
+from pdctl.net.pauses import overslept
 from pdctl.wire import KvEndpoint
 
 _log = logging.getLogger(__name__)
@@ -164,8 +165,10 @@ class CoreClient:
     async def poke_forever(self) -> None:
         """Poke a quiet core to check that its step loop is running; only once until it answers."""
         while True:
-            await asyncio.sleep(_POKE_S)
+            stood_still = await overslept(_POKE_S)
             now = time.monotonic()
+            if stood_still and self._asked_at:
+                self._asked_at = now
             if self.ready is not None and not self._asked_at and now - self._heard_at > _POKE_S and not self._closing:
                 self._asked_at = now
                 # Sending to a core that has just died would block; this must not wait.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from pdctl.net.http_protocol import HttpProtocol
+from pdctl.net.pauses import overslept
 
 # Time limit for a connection's first request, or for the rest of a started one, seconds.
 _HEAD_S = 15.0
@@ -114,21 +115,26 @@ class BoundedProtocol(HttpProtocol):
         (count,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))
         return bool(count)
 
-    def late(self, now: float) -> bool:
-        """Whether the client takes too long to send a request, or has been idle for too long."""
-        if self.stuck_since and now - self.stuck_since > _STUCK_S:
+    def late(self, now: float, awake_since: float = 0.0) -> bool:
+        """Whether the client takes too long to send a request, or has been idle for too long. `awake_since`: before
+        that, this process could have heard nothing."""
+        waited = now - awake_since
+        if self.stuck_since and min(waited, now - self.stuck_since) > _STUCK_S:
             return True
         if self.receiving:
-            return now - self.began_at > (_HEAD_S if self.in_head else _BODY_S)
-        return bool(self.cycle is None or self.cycle.response_complete) and now - self.idle_since > _IDLE_S
+            return min(waited, now - self.began_at) > (_HEAD_S if self.in_head else _BODY_S)
+        is_idle = bool(self.cycle is None or self.cycle.response_complete)
+        return is_idle and min(waited, now - self.idle_since) > _IDLE_S
 
 
 async def reap_forever(connections: set[Any]) -> None:
     """Close connections of slow clients (slow loris); `connections` is uvicorn's set."""
+    awake_since = 0.0
     while True:
-        await asyncio.sleep(_LOOK_S)
+        stood_still = await overslept(_LOOK_S)
         now = time.monotonic()
+        awake_since = now if stood_still else awake_since
         for connection in tuple(connections):
             protocol = cast(BoundedProtocol, connection)
-            if protocol.late(now):
+            if protocol.late(now, awake_since):
                 protocol.transport.abort()

@@ -191,14 +191,15 @@ class Engine:
                 ticket.kv_lost = True
                 ticket.exchange.cut(f"{self.name} was waiting for KV of {source}, which is gone")
 
-    def stuck_s(self, now: float) -> float | None:
-        """Seconds without a token on any of its streams, if that is too long; else None."""
+    def stuck_s(self, now: float, awake_since: float = 0.0) -> float | None:
+        """Seconds without a token on any of its streams, if that is too long; else None. `awake_since`: before that,
+        this process could have heard nothing."""
         limit = min(max(_STALL_S[0], _STALL_GAPS * self.gap_s) * 2 ** min(self.stalls, 8), _STALL_S[1])
         since = [ticket.exchange.waiting_since for ticket in self.tickets if ticket.streaming]
         waiting = [at for at in since if at]
         if not waiting:
             return None
-        silent = now - max(self.heard_at, min(waiting))
+        silent = now - max(self.heard_at, min(waiting), awake_since)
         return silent if silent > limit else None
 
 

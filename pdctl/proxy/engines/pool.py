@@ -11,6 +11,7 @@ from dataclasses import replace
 from pdctl.adapters import Condition
 from pdctl.net.http_client import Unreachable
 from pdctl.net.identity import ContextFactory
+from pdctl.net.pauses import overslept
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.fleet import Fleet
 from pdctl.proxy.engines.kv_room import KvRoom
@@ -158,15 +159,17 @@ class EnginePool(Fleet):
             engine.client.close()
 
     async def _watch_calls(self) -> None:
+        awake_since = 0.0
         while True:
-            await asyncio.sleep(_WATCH_S)
+            stood_still = await overslept(_WATCH_S)
             now = time.monotonic()
+            awake_since = now if stood_still else awake_since
             for engine in self.engines:
                 for ticket in tuple(engine.tickets):
-                    since = ticket.exchange.waiting_since
-                    if since and now - since > ticket.patience_s:
+                    since = max(awake_since, ticket.exchange.waiting_since)
+                    if ticket.exchange.waiting_since and now - since > ticket.patience_s:
                         ticket.exchange.cut(f"{engine.name} sent nothing for {now - since:.1f} s")
-                silent = engine.stuck_s(now)
+                silent = engine.stuck_s(now, awake_since)
                 if silent is not None:
                     _log.warning("%s produced no token on any stream for %.1f s", engine.name, silent)
                     engine.stalls += 1

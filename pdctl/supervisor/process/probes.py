@@ -19,6 +19,7 @@ from pathlib import Path
 from pdctl.adapters import Progress
 from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
 from pdctl.net.identity import ContextFactory
+from pdctl.net.pauses import overslept
 from pdctl.plan import Probe
 
 _JSON = {"content-type": "application/json"}
@@ -149,7 +150,8 @@ class Prober:
                 said = str(failure)
             if missed >= now.failures:
                 return f"not alive: {missed} probes in a row failed ({said})"
-            await asyncio.sleep(now.liveness_s)
+            if await overslept(now.liveness_s):
+                missed, self._stuck_since = 0, time.monotonic()
 
     def _progress(self, body: bytes, progress_s: float) -> str | None:
         if not progress_s or not self._probe.state:

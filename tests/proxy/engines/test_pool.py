@@ -617,3 +617,30 @@ def test_an_engine_that_was_slow_once_is_tried_again(ago_s: float, known: bool) 
     assert (views[0].prefill_s.samples > 0) == known
     chosen = {choose(POLICIES["min_expected_latency"], views, Ask(100.0, number, 0.0, 1.0, 1.0)) for number in range(4)}
     assert ({pair.prefill for pair in chosen if pair} == {"p1"}) == known
+
+
+def test_a_proxy_that_stood_still_blames_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_STALL_S", (0.3, 60.0))
+
+    async def work() -> None:
+        pool = idle(at("d0", "decode"))
+        [engine] = pool.engines
+        ticket = Ticket(engine.client.exchange("POST", "/"), 0.3, streaming=True)
+        watching = asyncio.ensure_future(pool._watch_calls())
+        await asyncio.sleep(pools._WATCH_S / 2)  # it has begun to wait
+        ticket.exchange._opened_at = engine.heard_at = time.monotonic()
+        engine.tickets.add(ticket)
+        time.sleep(1.5)  # this loop stands still
+        for _ in range(10):
+            await asyncio.sleep(0)
+        before = (engine.stalls, ticket.exchange._cut)
+        async with asyncio.timeout(60):
+            while not engine.stalls:
+                await asyncio.sleep(0.01)
+        assert before == (0, None)
+        assert ticket.exchange._cut is not None, "an engine that stays silent is blamed"
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        pool.close()
+
+    asyncio.run(work())
