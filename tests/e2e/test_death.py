@@ -217,6 +217,23 @@ def test_stream_leaves_a_frozen_engine(service: Service, quiet: dict[str, Any]) 
 
 
 @pytest.mark.slow
+def test_a_frozen_proxy_blames_no_engine(service: Service, quiet: dict[str, Any]) -> None:
+    service.healthy()
+    before = service.process("proxy")
+    thaw = threading.Timer(7.0, os.kill, [pid_of(before), signal.SIGCONT])
+
+    def freeze() -> None:
+        os.kill(pid_of(before), signal.SIGSTOP)
+        thaw.start()
+
+    assert stream_with(service, 20, freeze) == quiet["token_ids"]
+    thaw.join()
+    assert service.process("proxy").epoch == before.epoch
+    assert "produced no token" not in service.run.cli("logs", "proxy", check=True).stdout
+    service.idle()
+
+
+@pytest.mark.slow
 def test_a_frozen_orphan_of_another_topology_is_ended_by_the_next_start(run: Run) -> None:
     run.write(topology(prefills=2))
     run.cli("up", "-d", check=True)
