@@ -64,12 +64,12 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     new requests; `moving`: those whose streams go on elsewhere; `lease_s`: how long prefill keeps KV, for kinds that do
     not verify it themselves. `unlinked`: by decode engine, the prefill engines whose KV it cannot read. `swept`: how
     many times an engine was freed of what requests had left there. `accept_nodes`: engines may register themselves,
-    with a key of `node_keys`.
+    with a key of `node_keys`. `takeover`: clients' connections are to outlive the proxy, where that is possible.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = (
         "service", "model", "max_model_len", "workers", "run_dir", "tls_cert", "tls_key", "cors_origins",
-        "otlp_endpoint", "accept_nodes",
+        "otlp_endpoint", "takeover", "accept_nodes",
     )  # fmt: skip
 
     service: str
@@ -92,6 +92,7 @@ class ProxyConfig(msgspec.Struct, frozen=True):
     cors_origins: list[str] = []
     access_log: str = ""
     otlp_endpoint: str = ""
+    takeover: bool = False
     accept_nodes: bool = False
     node_keys: str = ""
     draining: list[str] = []

@@ -49,8 +49,10 @@ from pdctl.proxy.surface.figures import FiguresSurface
 from pdctl.proxy.surface.internal import Internal
 from pdctl.proxy.surface.reload import Reloader, admission_of
 from pdctl.proxy.surface.return_listener import giving_back
+from pdctl.proxy.takeover.cover import CoverCounts
 from pdctl.proxy.takeover.covers import covers_of_environment
 from pdctl.proxy.takeover.server import CoveringServer
+from pdctl.proxy.takeover.uncovered import UncoveredProtocol
 from pdctl.proxy.telemetry.access_log import AccessLog
 from pdctl.proxy.telemetry.metrics import SAVE_S, Metrics
 from pdctl.proxy.telemetry.spans import Tracing
@@ -106,13 +108,17 @@ async def _run(config: ProxyConfig, arguments: argparse.Namespace, listener: soc
         shared = completions.shared
         app = _app(config, completions, arguments.config)
         covers = covers_of_environment()
-        server = Server(_uvicorn(config, app)) if covers is None else CoveringServer(_uvicorn(config, app), covers)
+        settings = _uvicorn(config, app)
+        server = Server(settings) if covers is None else CoveringServer(settings, covers)
         for sign in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sign, _stop, server)
         if isinstance(server, CoveringServer):
             shared.metrics.covers = server.covers.counts
             leave = partial(_leave, server, completions, config.drain_s)
             loop.add_signal_handler(LEAVE_SIGNAL, lambda: tasks.create_task(leave()))
+        elif config.takeover:
+            shared.metrics.covers = CoverCounts()
+            settings.http = partial(UncoveredProtocol, shared.metrics.covers)  # type: ignore[assignment]  # as good as a class
         tasks.create_task(shared.pool.watch_forever())
         tasks.create_task(shared.releases.run_forever())
         tasks.create_task(shared.unfinished.run_forever())

@@ -21,7 +21,7 @@ def service(module_run: Run) -> Iterator[Service]:
     subprocess.run([*words, "-keyout", folder / "k.pem", "-out", folder / "c.pem"], check=True, capture_output=True)
     made = module_run.cli("key", "me", "--file", str(folder / "keys.txt"), check=True)
     module_run.key = made.stdout.split()[0]
-    proxy = 'host = "::1"\nworkers = 2\napi_keys = "keys.txt"\ntls_cert = "c.pem"\ntls_key = "k.pem"'
+    proxy = 'host = "::1"\nworkers = 2\napi_keys = "keys.txt"\ntls_cert = "c.pem"\ntls_key = "k.pem"\ntakeover = true'
     text = topology(model="sample:tiny-chat", extra=proxy, port=free_port())
     with running(module_run, text) as found:
         yield found
@@ -41,6 +41,14 @@ def test_it_is_locked(service: Service) -> None:
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{service.url}/v1/models", trust_env=False)
     assert service.run.cli("ask", "x").returncode == 1, "without a key"
+
+
+def test_connections_that_takeover_cannot_cover_are_counted(service: Service) -> None:
+    headers = {"authorization": f"Bearer {service.run.key}"}
+    text = httpx.get(f"{service.url}/metrics", trust_env=False, verify=False, headers=headers).text
+    counts = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if "_connections_total{" in line}
+    assert counts['pdctl_proxy_connections_total{cover="uncovered"}'] > 0
+    assert counts['pdctl_proxy_connections_total{cover="covered"}'] == 0
 
 
 @pytest.mark.parametrize("more", [(), ("--chat",), ("--workload", "shared-prefix")])

@@ -236,6 +236,7 @@ class Proxies:
             cors_origins=list(proxy.cors_origins),
             access_log=proxy.access_log,
             otlp_endpoint=proxy.otlp_endpoint,
+            takeover=proxy.takeover,
             accept_nodes=proxy.accept_nodes,
             node_keys=proxy.node_keys,
             draining=sorted(self.draining | self.paused | self.leaving | far),
