@@ -50,6 +50,8 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0.05, le=3600)]
 # Devices of one engine.
 MOST_RANKS = 64
+# Of a model.
+MOST_LAYERS = 4096
 
 
 class LayerShape(msgspec.Struct, frozen=True, array_like=True):
@@ -72,15 +74,22 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
-    """What one device has of an engine's KV: in every layer the heads of rank `rank` of `ranks`, which share them
-    evenly. If there are fewer heads than ranks, several ranks have the same one."""
+    """What one device has of an engine's KV: in each of its layers the heads of rank `rank` of `ranks`, which share
+    them evenly. If there are fewer heads than ranks, several ranks have the same one. `layers`: so many, from
+    `first_layer` on; 0: all."""
 
     rank: int = 0
     ranks: int = 1
+    first_layer: int = 0
+    layers: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.ranks <= MOST_RANKS:
             raise ValueError(f"there is no rank {self.rank} of {self.ranks}")
+        if not 0 <= self.first_layer <= MOST_LAYERS or not 0 <= self.layers <= MOST_LAYERS:
+            raise ValueError(f"there are no {self.layers} layers from {self.first_layer} on")
+        if self.first_layer and not self.layers:
+            raise ValueError("a part that has all layers begins with the first")
 
 
 class Served(msgspec.Struct, frozen=True):

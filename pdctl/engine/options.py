@@ -42,6 +42,7 @@ class EngineOptions:
     schedule_ahead: str
     speculative: str
     tensor_parallel: int
+    pipeline_parallel: int
     rank_cpus: str
     transfer: str
     transfer_protocol: str
@@ -65,8 +66,13 @@ class EngineOptions:
     def schedules_ahead(self) -> bool:
         """Whether the next step is scheduled while one computes. Not over several devices: tokens would have to be
         sent to the others first."""
-        is_single = self.tensor_parallel == 1
-        return self.schedule_ahead == "true" or (self.schedule_ahead == "auto" and self.device == "cuda" and is_single)
+        is_alone = self.num_ranks == 1
+        return self.schedule_ahead == "true" or (self.schedule_ahead == "auto" and self.device == "cuda" and is_alone)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share the model."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def cpus_of_rank(self) -> set[int]:
@@ -144,7 +150,10 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--speculative", type=_speculative, default="", help='guess tokens: {"kind": "ngram", "tokens": 4}'
     )
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model, one process each")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="devices that share each layer, one process each"
+    )
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="groups of these, which share the layers")
     parser.add_argument(
         "--rank-cpus", default="", help="the CPUs of each of these processes: 0,1;2,3; default: the engine's"
     )

@@ -93,6 +93,17 @@ def cannot_split(directory: Path, ranks: int) -> str:
     return f"its {heads} attention heads and {kv_heads} KV heads cannot be shared by {ranks}" if unequal else ""
 
 
+def cannot_stage(directory: Path, stages: int) -> str:
+    """Why so many stages cannot share the layers of a local model; "" if they can, or if it cannot be told from its
+    config.json."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        layers = int((config.get("text_config") or config)["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return f"its {layers} layers cannot be shared by {stages}" if layers < stages else ""
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Files with weights. Some repositories have the same weights twice: a single file comes first, then the files in
     the index, then any."""

@@ -249,7 +249,7 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "one engine uses as many GPUs as the product of its three parallel sizes. `builtin`: as many "
             "[processes on CPUs](../engines/parallel.md)"
         ),
-        "pipeline_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
+        "pipeline_parallel": Meaning("see `tensor_parallel`"),
         "data_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
         "dtype": Meaning(
             "number type. `builtin`, `auto`: bfloat16 on GPUs, and on CPUs with AVX512_BF16 or AMX where "

@@ -22,7 +22,9 @@ TOKENS = 16
 # Streams that run while a rank dies are longer.
 LONG = 160
 # Of which widths ranks are killed.
-KILLED = [Width(2, 1), Width(1, 2), Width(2, 2, transport="mooncake")]
+KILLED = [
+    Width(2, 1), Width(1, 2), Width(2, 2, transport="mooncake"), Width(1, 1, prefill_stages=2, decode_stages=2),
+]  # fmt: skip
 
 
 @dataclass
@@ -73,7 +75,7 @@ def kills(count: Count, width: Width, model: str, wanted: list[Ask], expected: A
     with service_of(width, model) as service:
         for number in range(rounds):
             victim = chance.choice(service.engines())
-            rank = chance.randrange(width.prefill if victim.role == "prefill" else width.decode)
+            rank = chance.randrange(width.prefill_ranks if victim.role == "prefill" else width.decode_ranks)
             chosen = chance.sample(range(len(wanted)), 4)
             what = f"{width}, {victim.name} rank {rank} killed"
             with ThreadPoolExecutor(4) as pool:

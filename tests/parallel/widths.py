@@ -13,20 +13,37 @@ Answers = list[list[int]]
 
 
 class Width(NamedTuple):
-    """Processes of each prefill and decode engine, tokens of their blocks, and how KV moves. No decode engine: one
-    engine does both."""
+    """Processes of each stage of each prefill and decode engine, tokens of their blocks, how KV moves, and stages. No
+    decode engine: one engine does both."""
 
     prefill: int
     decode: int = 0
     prefill_block: int = 16
     decode_block: int = 16
     transport: str = "shm"
+    prefill_stages: int = 1
+    decode_stages: int = 1
+
+    @property
+    def prefill_ranks(self) -> int:
+        """Processes of each prefill engine."""
+        return self.prefill * self.prefill_stages
+
+    @property
+    def decode_ranks(self) -> int:
+        """Processes of each decode engine."""
+        return self.decode * self.decode_stages
 
     def __str__(self) -> str:
+        prefill, decode = _size(self.prefill, self.prefill_stages), _size(self.decode, self.decode_stages)
         if not self.decode:
-            return f"one engine of {self.prefill}"
+            return f"one engine of {prefill}"
         blocks = f"blocks {self.prefill_block} -> {self.decode_block}"
-        return f"P {self.prefill} -> D {self.decode}, {blocks}, {self.transport}"
+        return f"P {prefill} -> D {decode}, {blocks}, {self.transport}"
+
+
+def _size(ranks: int, stages: int) -> str:
+    return f"{ranks} x {stages} stages" if stages > 1 else str(ranks)
 
 
 SINGLE = Width(1)
@@ -42,6 +59,13 @@ MATRIX = [
     Width(2, 2, transport="mooncake"),
     Width(2, 1, transport="mooncake"),
     Width(1, 2, 16, 32, "mooncake"),
+    Width(1, prefill_stages=2),
+    Width(2, prefill_stages=2),
+    Width(1, 1, prefill_stages=2, decode_stages=2),
+    Width(1, 1, prefill_stages=2),
+    Width(1, 1, 16, 32, decode_stages=2),
+    Width(2, 1, 16, 32, prefill_stages=2),
+    Width(1, 2, transport="mooncake", prefill_stages=2),
 ]
 
 
@@ -81,9 +105,12 @@ def answers(service: Service, wanted: list[Ask], at_once: int = 4) -> Answers:
 
 
 def _topology(width: Width, model: str, kv_cache_gb: float) -> str:
-    engines = [("prefill", width.prefill, width.prefill_block), ("decode", width.decode, width.decode_block)]
+    engines = [
+        ("prefill", width.prefill, width.prefill_stages, width.prefill_block),
+        ("decode", width.decode, width.decode_stages, width.decode_block),
+    ]
     if not width.decode:
-        engines = [("hybrid", width.prefill, width.prefill_block)]
+        engines = [("hybrid", width.prefill, width.prefill_stages, width.prefill_block)]
     text = f"""
 [service]
 name = "t"
@@ -95,13 +122,14 @@ port = {free_port()}
 [transfer]
 backend = "{width.transport}"
 """
-    for role, count, block in engines:
+    for role, count, stages, block in engines:
         text += f"""
 [[engines]]
 name = "{role}"
 role = "{role}"
 dtype = "float32"
 tensor_parallel = {count}
+pipeline_parallel = {stages}
 block_size = {block}
 kv_cache_gb = {kv_cache_gb}
 inline_prefill = false

@@ -205,6 +205,10 @@ def test_builtin_engines_share_a_model_between_processes() -> None:
     odd = planned(shared("tensor_parallel = 2\ncpus = [1, 2, 3]"))["e-0"].argv
     assert "--rank-cpus" not in odd
     assert "--tensor-parallel" not in planned(shared("cpus = [1, 2]"))["e-0"].argv
+    both = planned(shared("tensor_parallel = 2\npipeline_parallel = 2\ncpus = [1, 2, 3, 4]"))["e-0"].argv
+    assert both[both.index("--pipeline-parallel") + 1] == "2"
+    assert both[both.index("--rank-cpus") + 1] == "1;2;3;4"
+    assert "--pipeline-parallel" not in argv
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,9 @@ def test_widths_that_differ_need_float32(dtype: str, is_refused: bool) -> None:
     ("settings", "key", "said"),
     [
         ('device = "cuda"\ntensor_parallel = 2', "tensor_parallel", "on CPUs only, not yet between GPUs"),
+        ('device = "cuda"\npipeline_parallel = 2', "pipeline_parallel", "on CPUs only, not yet between GPUs"),
         ("schedule_ahead = true\ntensor_parallel = 2", "schedule_ahead", "cannot be scheduled ahead"),
+        ("schedule_ahead = true\npipeline_parallel = 2", "schedule_ahead", "cannot be scheduled ahead"),
     ],
 )
 def test_what_builtin_engines_cannot_share_is_refused(settings: str, key: str, said: str) -> None:
@@ -239,6 +245,14 @@ def test_a_model_whose_heads_cannot_be_shared_is_refused_before_anything_starts(
     assert key == "engines[0].tensor_parallel"
     assert message.endswith("its 8 attention heads and 2 KV heads cannot be shared by 3")
     load_text(shared("tensor_parallel = 4", str(tmp_path)), "x.toml", machine())
+
+
+def test_a_model_with_fewer_layers_than_stages_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 3}')
+    [(_, key, message)] = problems(shared("pipeline_parallel = 4", str(tmp_path)))
+    assert key == "engines[0].pipeline_parallel"
+    assert message.endswith("its 3 layers cannot be shared by 4")
+    load_text(shared("pipeline_parallel = 3", str(tmp_path)), "x.toml", machine())
 
 
 def test_builtin_engines_of_a_pair_have_one_dtype() -> None:

@@ -28,6 +28,7 @@ class BuiltinLauncher(BaseLauncher):
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
             "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
             "schedule_ahead", "gpu_memory_utilization", "speculative", "python", "tensor_parallel",
+            "pipeline_parallel",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -129,27 +130,32 @@ def _events_argv(group: EngineGroup, ports: Mapping[str, int]) -> tuple[str, ...
 
 
 def _parallel_faults(group: EngineGroup) -> Iterator[Fault]:
-    if group.tensor_parallel == 1:
+    key = "tensor_parallel" if group.tensor_parallel > 1 else "pipeline_parallel"
+    if group.tensor_parallel * group.pipeline_parallel == 1:
         return
     if group.device is Device.CUDA:
         message = "engines of kind 'builtin' share a model between processes on CPUs only, not yet between GPUs"
-        yield Fault("tensor_parallel", message, "remove tensor_parallel, or use an engine of another kind")
+        yield Fault(key, message, f"remove {key}, or use an engine of another kind")
     if group.schedule_ahead == "true":
         message = "a step cannot be scheduled ahead over several devices"
-        yield Fault("schedule_ahead", message, "remove schedule_ahead, or tensor_parallel")
+        yield Fault("schedule_ahead", message, f"remove schedule_ahead, or {key}")
 
 
 def _parallel_argv(assignment: Assignment) -> tuple[str, ...]:
     """How many processes share the model, and the CPUs of each: an equal share of the group's own, if it has any."""
-    count = assignment.group.tensor_parallel
+    group = assignment.group
+    count = group.tensor_parallel * group.pipeline_parallel
     if count == 1:
         return ()
+    argv: tuple[str, ...] = ("--tensor-parallel", str(group.tensor_parallel))
+    if group.pipeline_parallel > 1:
+        argv += ("--pipeline-parallel", str(group.pipeline_parallel))
     each, rest = divmod(len(assignment.cpus), count)
-    if not assignment.group.cpus or rest or not each:
-        return "--tensor-parallel", str(count)
+    if not group.cpus or rest or not each:
+        return argv
     shares = [assignment.cpus[rank * each : (rank + 1) * each] for rank in range(count)]
     words = ";".join(",".join(map(str, share)) for share in shares)
-    return "--tensor-parallel", str(count), "--rank-cpus", words
+    return *argv, "--rank-cpus", words
 
 
 def _kv_argv(group: EngineGroup) -> tuple[str, ...]:

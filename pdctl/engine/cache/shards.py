@@ -1,8 +1,8 @@
-"""KV over several devices: which heads each has, and what one engine reads from which of another's devices.
+"""KV over several devices: which layers and heads each has, and what one engine reads from which of another's devices.
 
-All devices have the same blocks of the same tokens, each of its own heads. Where both engines share the heads in the
-same way, rows are read into their place. Otherwise whole rows of the peer are read into a staging area, and the heads
-that are needed are copied from there.
+All devices have the same blocks of the same tokens, each of its own layers and heads. Where a device of both engines
+has the same, rows are read into their place. Otherwise whole rows of the peer are read into a staging area, and what is
+needed is copied from there.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ def heads(kv_heads: int, part: Part) -> range:
     return range(first, max(first + 1, (part.rank + 1) * kv_heads // part.ranks))
 
 
+def layers(count: int, part: Part) -> range:
+    """The layers, of `count`, that a part has."""
+    return range(part.first_layer, min(count, part.first_layer + part.layers)) if part.layers else range(count)
+
+
 def local(manifest: Manifest, part: Part) -> Manifest:
     """What a pool with this part has."""
-    layers = [msgspec.structs.replace(shape, kv_heads=len(heads(shape.kv_heads, part))) for shape in manifest.layers]
-    return msgspec.structs.replace(manifest, layers=layers)
+    shapes = [manifest.layers[layer] for layer in layers(len(manifest.layers), part)]
+    own = [msgspec.structs.replace(shape, kv_heads=len(heads(shape.kv_heads, part))) for shape in shapes]
+    return msgspec.structs.replace(manifest, layers=own)
 
 
 class Shard(NamedTuple):
@@ -41,11 +47,12 @@ class Shard(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes of each token's row in plane `plane` of the peer: from `source`, `length` of them, to `target` in the row
-    of our shard `shard`."""
+    """Bytes of each token's row in plane `source_plane` of the peer: from `source`, `length` of them, to `target` in
+    the row of plane `target_plane` of our shard `shard`."""
 
     shard: int
-    plane: int
+    source_plane: int
+    target_plane: int
     source: int
     target: int
     length: int
@@ -61,10 +68,10 @@ class Route(NamedTuple):
 
 
 def routes(manifest: Manifest, theirs: Sequence[Part], ours: Sequence[Part]) -> list[Route]:
-    """The routes that give each of our shards all its heads. Raises ValueError if the peer lacks some."""
+    """The routes that give each of our shards all its layers and heads. Raises ValueError if the peer lacks some."""
     found: dict[int, Route] = {}
     for shard, part in enumerate(ours):
-        if (source := _with_same_heads(manifest, theirs, part, shard)) is not None:
+        if (source := _with_the_same(manifest, theirs, part, shard)) is not None:
             _route(found, source).same.append(shard)
             continue
         for source, piece in _pieces(manifest, theirs, part, shard):
@@ -76,37 +83,41 @@ def _route(found: dict[int, Route], source: int) -> Route:
     return found.setdefault(source, Route(source, [], []))
 
 
-def _with_same_heads(manifest: Manifest, theirs: Sequence[Part], part: Part, shard: int) -> int | None:
-    """The peer's shard with the same heads, the one with our number if there are several."""
-    wanted = [heads(shape.kv_heads, part) for shape in manifest.layers]
-    same = [
-        index
-        for index, other in enumerate(theirs)
-        if [heads(shape.kv_heads, other) for shape in manifest.layers] == wanted
-    ]
+def _with_the_same(manifest: Manifest, theirs: Sequence[Part], part: Part, shard: int) -> int | None:
+    """The peer's shard with the same layers and heads, the one with our number if there are several."""
+    wanted = _had(manifest, part)
+    same = [index for index, other in enumerate(theirs) if _had(manifest, other) == wanted]
     return None if not same else shard if shard in same else same[0]
+
+
+def _had(manifest: Manifest, part: Part) -> list[tuple[int, range]]:
+    """(layer, heads) of a part."""
+    own = layers(len(manifest.layers), part)
+    return [(layer, heads(manifest.layers[layer].kv_heads, part)) for layer in own]
 
 
 def _pieces(manifest: Manifest, theirs: Sequence[Part], part: Part, shard: int) -> Iterator[tuple[int, Piece]]:
     """For each plane the heads that are adjacent on both sides, each from the first of the peer's shards that has
     it."""
     item = ITEM_BYTES[manifest.dtype]
-    for layer, shape in enumerate(manifest.layers):
-        ours = heads(shape.kv_heads, part)
-        there = [heads(shape.kv_heads, other) for other in theirs]
-        for source, first, count in _runs(ours, there):
-            for plane, size in ((2 * layer, shape.key_dim * item), (2 * layer + 1, shape.value_dim * item)):
-                at = (first - there[source].start) * size
-                yield source, Piece(shard, plane, at, (first - ours.start) * size, count * size)
+    had = [dict(_had(manifest, other)) for other in theirs]
+    for plane, (layer, ours) in enumerate(_had(manifest, part)):
+        shape = manifest.layers[layer]
+        there = [other.get(layer, range(0)) for other in had]
+        for source, first, count in _runs(layer, ours, there):
+            theirs_at = layer - theirs[source].first_layer
+            for half, size in enumerate((shape.key_dim * item, shape.value_dim * item)):
+                at, to = (first - there[source].start) * size, (first - ours.start) * size
+                yield source, Piece(shard, 2 * theirs_at + half, 2 * plane + half, at, to, count * size)
 
 
-def _runs(ours: range, there: list[range]) -> Iterator[tuple[int, int, int]]:
+def _runs(layer: int, ours: range, there: list[range]) -> Iterator[tuple[int, int, int]]:
     """(peer's shard, first head, number of heads)."""
     head = ours.start
     while head < ours.stop:
         source = next((index for index, other in enumerate(there) if head in other), None)
         if source is None:
-            raise ValueError(f"none of the peer's {len(there)} shards has KV head {head}")
+            raise ValueError(f"none of the peer's {len(there)} shards has KV head {head} of layer {layer}")
         count = min(ours.stop, there[source].stop) - head
         yield source, head, count
         head += count

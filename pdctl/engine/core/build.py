@@ -37,7 +37,7 @@ from pdctl.wire import SECRET_ENV, KvEndpoint, PoolEndpoint, Served
 def build(options: EngineOptions, outbox: Outbox, lost: Callable[[str, bool], None]) -> tuple[Core, Ready]:
     """Build everything that may fail. `lost`: see RanksExecutor. Raises ModelRefused, NoMemory, TransferError,
     RankLost, torch.OutOfMemoryError."""
-    executor = SingleExecutor.load(options) if options.tensor_parallel == 1 else RanksExecutor.load_ranks(options, lost)
+    executor = SingleExecutor.load(options) if options.num_ranks == 1 else RanksExecutor.load_ranks(options, lost)
     ours = [_shard(options, shard, pool) for shard, pool in zip(executor.shards, executor.pools, strict=True)]
     manifest, num_blocks = executor.manifest, executor.num_blocks
     limits = _limits(options, executor.loaded, num_blocks)

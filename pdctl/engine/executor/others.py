@@ -82,7 +82,7 @@ class OtherRanks:
     def __init__(self, options: EngineOptions, lost: Callable[[str, bool], None], timeout_s: float) -> None:
         self._lost = lost
         self._leaving = False
-        self._ranks = [_Rank(options, number, timeout_s) for number in range(1, options.tensor_parallel)]
+        self._ranks = [_Rank(options, number, timeout_s) for number in range(1, options.num_ranks)]
         for rank in self._ranks:
             work = vital(lambda rank=rank: self._listen(rank))  # type: ignore[misc]
             threading.Thread(target=work, name=f"rank-{rank.number}", daemon=True).start()

@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from pdctl.engine.model.inputs import Shape
+from pdctl.wire import LayerShape
 
 # No message is larger; a longer one would be a broken stream.
 _MOST_BYTES = 1 << 28
@@ -54,9 +55,12 @@ class Here(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Its part of the model is loaded. `how`: what must be equal on all ranks."""
+    """Its part of the model is loaded. `how`: what must be equal on all ranks; `shapes`: the whole KV of its layers;
+    `max_positions`: the longest sequence that these compute as the model says."""
 
     how: tuple[str, ...]
+    shapes: list[LayerShape]
+    max_positions: int
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -43,7 +43,7 @@ from pdctl.engine.model.parallel.group import Ranks
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.options import EngineOptions
 from pdctl.net.serving import LOG_FORMAT
-from pdctl.wire import EXIT_CONFIG, Manifest
+from pdctl.wire import EXIT_CONFIG, Manifest, Part
 
 
 def main(options: EngineOptions) -> int:
@@ -92,15 +92,18 @@ def _loaded(options: EngineOptions, pipe: Pipe) -> ModelRunner:
     device = device_of(options.device, options.rank)
     join = _next(pipe)[0]
     assert isinstance(join, Join), join
-    group = Ranks(options.rank, options.tensor_parallel, Path(join.rendezvous), STEP_S, device)
+    width = (options.tensor_parallel, options.pipeline_parallel)
+    group = Ranks(options.rank, *width, Path(join.rendezvous), STEP_S, device)
     loaded, chosen = load_part(options, device, group)
-    pipe.send(Loaded(how_loaded(loaded.dtype, chosen.backend.name)))
+    how = how_loaded(loaded.dtype, chosen.backend.name)
+    pipe.send(Loaded(how, loaded.shapes, loaded.max_positions))
     pools, fd = _next(pipe)
     assert isinstance(pools, Pools), pools
     if fd is None:
         # Memory of its own would be a pool that no other engine can read.
         raise RankLost("the pool's memory did not come with its message: no descriptor was free")
-    manifest = local(_manifest(options, loaded), loaded.part)
+    # The shapes are those of this rank's layers already.
+    manifest = local(_manifest(options, loaded), Part(loaded.part.rank, loaded.part.ranks))
     memory = Memory(pools.num_blocks * block_bytes(manifest), options.epoch, fd)
     runner = ModelRunner(loaded, KvPool(manifest, pools.num_blocks, memory, device), device, backend=chosen.backend)
     gc.collect()

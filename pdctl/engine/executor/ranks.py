@@ -1,9 +1,9 @@
 """The executor of several devices on this host: the core's process is the first rank, and each other rank is a process
 of its own.
 
-All have the same blocks; each has its part of the weights and its KV heads (`model/parallel`). The first rank
-schedules, tells the others the inputs of each step once, computes with them, and samples. It maps the pools of all, so
-transfers need no other process. The end of a rank ends the engine, with that rank's reason.
+All have the same blocks; each has its part of the weights, and KV of its layers and heads (`model/parallel`). The first
+rank schedules, tells the others the inputs of each step once, computes with them, and samples. It maps the pools of
+all, so transfers need no other process. The end of a rank ends the engine, with that rank's reason.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,9 +27,10 @@ from pdctl.engine.executor.others import OtherRanks
 from pdctl.engine.executor.pipe import Here, Loaded, Pools, Started, device_of
 from pdctl.engine.executor.single import POISON_ENV, SingleExecutor, load_part, number_of_blocks
 from pdctl.engine.model.grammar import Grammars
-from pdctl.engine.model.loading import ModelRefused
+from pdctl.engine.model.loading import LoadedModel, ModelRefused
 from pdctl.engine.model.parallel import RankLost
 from pdctl.engine.model.parallel.group import Ranks
+from pdctl.engine.model.parallel.stages import layers_of_stage
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.options import EngineOptions
 from pdctl.wire import Manifest, Part
@@ -65,26 +67,27 @@ class RanksExecutor(SingleExecutor):
         except BaseException:
             others.kill()
             raise
-        _log.info("%d ranks, loaded in %.1f s", options.tensor_parallel, time.monotonic() - began)
+        _log.info("%d ranks, loaded in %.1f s", options.num_ranks, time.monotonic() - began)
         return executor
 
     @classmethod
     def _joined(cls, options: EngineOptions, others: OtherRanks, step_s: float) -> RanksExecutor:
-        size = options.tensor_parallel
+        size, stages = options.tensor_parallel, options.pipeline_parallel
         others.expect(Here, _START_S)
         device = device_of(options.device, 0)
         with tempfile.TemporaryDirectory(dir=options.run_dir, prefix="ranks-") as folder:
             rendezvous = Path(folder) / "meet"
             others.join(str(rendezvous))
-            group = Ranks(0, size, rendezvous, step_s, device)
+            group = Ranks(0, size, stages, rendezvous, step_s, device)
             loaded, chosen = load_part(options, device, group)
         found = others.expect(Loaded, _LOAD_S)
         ours = how_loaded(loaded.dtype, chosen.backend.name)
         if different := [one.how for one in found if one.how != ours]:
             raise ModelRefused(f"the ranks computed differently: {ours} and {different[0]}")
+        loaded = _whole(loaded, found[size - 1 :: size])
         segment = prefix.segment(options.block_size) if options.deterministic else 0
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
-        parts = [Part(rank, size) if loaded.part.ranks > 1 else Part() for rank in range(size)]
+        parts = [_part(number, loaded, size, stages) for number in range(size * stages)]
         bytes_each = [block_bytes(local(manifest, part)) for part in parts]
         num_blocks = number_of_blocks(options, sum(bytes_each))
         memories = [
@@ -94,7 +97,7 @@ class RanksExecutor(SingleExecutor):
             KvPool(local(manifest, part), num_blocks, memory, device)
             for part, memory in zip(parts, memories, strict=True)
         ]
-        others.tell_each([Pools(num_blocks)] * (size - 1), [memory.fd for memory in memories[1:]])
+        others.tell_each([Pools(num_blocks)] * len(memories[1:]), [memory.fd for memory in memories[1:]])
         others.expect(Started, _START_S)
         grammars = Grammars(Path(options.model), loaded.vocab_size, loaded.eos_token_ids)
         poisoned = bool(os.environ.get(POISON_ENV))
@@ -121,6 +124,21 @@ class RanksExecutor(SingleExecutor):
     def _poison(self, block_ids: list[int]) -> None:
         for pool in self.pools:
             pool.poison(block_ids)
+
+
+def _whole(loaded: LoadedModel, later: list[Loaded]) -> LoadedModel:
+    """The first rank's model with the layers of all stages. `later`: the first rank of each stage behind it."""
+    shapes = [shape for stage in (loaded.shapes, *(one.shapes for one in later)) for shape in stage]
+    positions = min(loaded.max_positions, *(one.max_positions for one in later)) if later else loaded.max_positions
+    return replace(loaded, shapes=shapes, max_positions=positions)
+
+
+def _part(number: int, loaded: LoadedModel, size: int, stages: int) -> Part:
+    """What the rank with this number has of the KV. `loaded`: the first one's model, with the layers of all stages."""
+    stage, rank = divmod(number, size)
+    own = layers_of_stage(len(loaded.shapes), stage, stages)
+    place = (own.start, len(own)) if stages > 1 else (0, 0)
+    return Part(rank, size, *place) if loaded.part.ranks > 1 else Part(0, 1, *place)
 
 
 def how_loaded(dtype: str, attention: str) -> tuple[str, ...]:

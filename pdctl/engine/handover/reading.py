@@ -92,7 +92,7 @@ def way(name: str, addresses: list[str], ours: Sequence[OurShard], theirs: Seque
         raise ValueError("the peer's shards do not fit together")
     found = routes(manifest, [other.part for other in shards], [one.shard.part for one in ours])
     if any(route.pieces for route in found) and any(one.memory is None for one in ours):
-        raise ValueError(f"the KV heads are shared by {len(theirs)} devices there and {len(ours)} here, on GPUs")
+        raise ValueError(f"layers or heads are shared by {len(theirs)} devices there and {len(ours)} here, on GPUs")
     return Way(name, addresses, shards, found)
 
 
@@ -188,11 +188,11 @@ class ShardReader:
             starts.append((at, size))
             at += count * size
         for piece in route.pieces:
-            start, size = starts[piece.plane]
+            start, size = starts[piece.source_plane]
             read = area.memory.bytes[start : start + count * size].reshape(count, size)
             memory = self.ours[piece.shard].memory
             assert memory is not None, "see way()"
-            start, size = planes[piece.shard][piece.plane]
+            start, size = planes[piece.shard][piece.target_plane]
             end = start + size * targets[piece.shard].num_blocks * targets[piece.shard].manifest.block_size
             plane = memory.bytes[start:end].reshape(-1, size)
             plane[slots[piece.shard], piece.target : piece.target + piece.length] = read[

@@ -24,6 +24,7 @@ from pdctl.engine.model.native.fuse import fuse
 from pdctl.engine.model.native.rows import kernels
 from pdctl.engine.model.parallel import Group
 from pdctl.engine.model.parallel.plan import CannotSplit
+from pdctl.engine.model.parallel.stages import layers_of_stage
 from pdctl.engine.model.parallel.weights import load_part
 from pdctl.host.memory import read_group_room, read_memory
 from pdctl.host.models import fingerprint
@@ -51,9 +52,10 @@ class ModelRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with all layers using the attention hook. `shapes` of its KV in layer order, of which this rank has a
-    `part`; `needs`: what its layers ask of attention; `fingerprint` identifies the weights; `max_positions`: the
-    longest sequence that is computed as the model says."""
+    """A model with all layers using the attention hook. `shapes` of the whole KV of its layers in their order, of which
+    this rank has a `part`; of several stages, each has the shapes of its own layers. `needs`: what its layers ask of
+    attention; `fingerprint` identifies the weights; `max_positions`: the longest sequence that is computed as the model
+    says."""
 
     module: torch.nn.Module
     shapes: list[LayerShape]
@@ -90,7 +92,7 @@ def load_model(
         else:
             module = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)
     except CannotSplit as failure:
-        raise ModelRefused(f"tensor_parallel cannot serve {path}: {failure}") from failure
+        raise ModelRefused(f"{path} cannot be shared by several ranks: {failure}") from failure
     except (OSError, ValueError, KeyError, ImportError) as failure:
         raise ModelRefused(f"transformers cannot load {path}: {failure}") from failure
     ids = _eos_token_ids(Path(path), config)
@@ -115,7 +117,7 @@ def hook_model(
     masks.register()
     module = module.eval().requires_grad_(False)
     with Watch(module) as watch:
-        calls = _hook_calls(module, module.config, name)
+        calls = _hook_calls(module, module.config, name, group)
     text_config = module.config.get_text_config()  # type: ignore[union-attr, operator]
     positions = _positions(calls, text_config, name)
     speed_up(module, watch, table, _room() - reserved)
@@ -140,13 +142,17 @@ def hook_model(
 
 
 def _whole(shapes: list[LayerShape], config: object, group: Group | None, path: str) -> tuple[list[LayerShape], Part]:
-    """The shapes of the whole model's KV, and which part of it has the shapes of this rank."""
+    """The shapes of the whole KV of these layers, and which part of the model's has the shapes of this rank."""
     if group is None:
         return shapes, Part()
+    own = layers_of_stage(int(config.num_hidden_layers), group.stage, group.stages)  # type: ignore[attr-defined]
+    place = (own.start, len(own)) if group.stages > 1 else (0, 0)
+    if group.size == 1:
+        return shapes, Part(0, 1, *place)
     query: int = config.num_attention_heads  # type: ignore[attr-defined]
     kv_heads = int(getattr(config, "num_key_value_heads", None) or query)
     whole = [msgspec.structs.replace(shape, kv_heads=kv_heads) for shape in shapes]
-    for part in (Part(group.rank, group.size), Part()):
+    for part in (Part(group.rank, group.size, *place), Part(0, 1, *place)):
         if [len(heads(shape.kv_heads, part)) for shape in whole] == [shape.kv_heads for shape in shapes]:
             return whole, part
     raise ModelRefused(f"tensor_parallel cannot serve {path}: its layers have different numbers of KV heads")
@@ -159,9 +165,10 @@ def _room() -> int:
     return (available if room is None else min(room, available)) - _SPARE_BYTES
 
 
-def _hook_calls(module: torch.nn.Module, config: object, path: str) -> list[HookCall]:
-    """Switch to the hook, run three tokens, and record each layer's call."""
-    layers = int(copy.copy(config).get_text_config().num_hidden_layers)  # type: ignore[attr-defined]
+def _hook_calls(module: torch.nn.Module, config: object, path: str, group: Group | None) -> list[HookCall]:
+    """Switch to the hook, run three tokens, and record the call of each layer that this rank has."""
+    count = int(copy.copy(config).get_text_config().num_hidden_layers)  # type: ignore[attr-defined]
+    layers = layers_of_stage(count, group.stage, group.stages) if group is not None else range(count)
     log = hook.HookLog()
     family = type(module).__name__
     try:
@@ -174,10 +181,10 @@ def _hook_calls(module: torch.nn.Module, config: object, path: str) -> list[Hook
     finally:
         hook.set_context(None)
     called = sorted(call.layer for call in log.calls)
-    if called != list(range(layers)):
+    if called != list(layers):
         raise ModelRefused(
-            f"{family} ({path}) cannot be served: {len(set(called))} of its {layers} layers call the attention hook "
-            f"({len(called)} calls). Models whose attention does not go through transformers' AttentionInterface, "
+            f"{family} ({path}) cannot be served: {len(set(called))} of its {len(layers)} layers call the attention "
+            f"hook ({len(called)} calls). Models whose attention does not go through transformers' AttentionInterface, "
             "or with linear-attention layers, are not supported"
         )
     return sorted(log.calls, key=lambda call: call.layer)

@@ -246,7 +246,7 @@ class ModelRunner:
     def _compute(self, inputs: Inputs) -> torch.Tensor:
         # A recorded step must make its own notes: another step's would be part of the recording.
         inputs.batch.notes.clear()
-        hook.set_context(hook.Step(self.pool, self.backend, inputs.batch))
+        hook.set_context(hook.Step(self.pool, self.backend, inputs.batch, self.loaded.part.first_layer))
         try:
             return forward(self.loaded.module, inputs.ids, inputs.positions, inputs.keep)
         finally:

@@ -12,7 +12,7 @@ from pdctl import __version__
 from pdctl.adapters import Installed, launcher
 from pdctl.errors import Problem
 from pdctl.host import OTLP_PACKAGES, Host
-from pdctl.host.models import UnknownModel, cannot_split, locate_model
+from pdctl.host.models import UnknownModel, cannot_split, cannot_stage, locate_model
 from pdctl.host.program import ENGINE_HINT
 from pdctl.stores import store_launcher
 from pdctl.topology.document import Document
@@ -181,10 +181,15 @@ def _model_problems(document: Document, topology: Topology, host: Host) -> Itera
         yield document.problem(("service", "model"), str(failure), _nearby_model(topology.service.model, base))
         return
     for index, group in enumerate(topology.engines):
-        wide = not group.is_attached and group.tensor_parallel > 1
-        if wide and model.ready and (reason := cannot_split(Path(model.path), group.tensor_parallel)):
+        if group.is_attached or not model.ready:
+            continue
+        path = Path(model.path)
+        if group.tensor_parallel > 1 and (reason := cannot_split(path, group.tensor_parallel)):
             message = f"{topology.service.model} cannot be split: {reason}"
             yield document.problem(("engines", index, "tensor_parallel"), message, "each device needs whole heads")
+        if group.pipeline_parallel > 1 and (reason := cannot_stage(path, group.pipeline_parallel)):
+            message = f"{topology.service.model} cannot be split: {reason}"
+            yield document.problem(("engines", index, "pipeline_parallel"), message, "each device needs a layer")
 
 
 def _nearby_model(spec: str, base: Path) -> str | None:

@@ -31,17 +31,20 @@ TOKENS = 12
 PROMPT = [(index * 37 + 11) % 300 + 3 for index in range(40)]
 
 
-def options(model: Path, folder: Path, ranks: int) -> EngineOptions:
+def options(model: Path, folder: Path, ranks: int, stages: int = 1) -> EngineOptions:
     return parse([
         "--name", "e", "--model", str(model), "--port", "1", "--run-dir", str(folder), "--epoch", "e1",
         "--kv-cache-gb", "0.01", "--dtype", "float32", "--tensor-parallel", str(ranks),
+        "--pipeline-parallel", str(stages),
     ])  # fmt: skip
 
 
 @contextmanager
-def started(model: Path, folder: Path, ranks: int, step_s: float = 60.0) -> Iterator[tuple[RanksExecutor, Lost]]:
+def started(
+    model: Path, folder: Path, ranks: int, step_s: float = 60.0, stages: int = 1
+) -> Iterator[tuple[RanksExecutor, Lost]]:
     lost: Lost = queue.SimpleQueue()
-    executor = RanksExecutor.load_ranks(options(model, folder, ranks), lambda *end: lost.put(end), step_s)
+    executor = RanksExecutor.load_ranks(options(model, folder, ranks, stages), lambda *end: lost.put(end), step_s)
     pids = executor.others.pids
     try:
         yield executor, lost
@@ -88,6 +91,23 @@ def test_ranks_answer_as_one_process_does(ranks: int, tiny_model: Path, tmp_path
         assert not any(psutil.pid_exists(pid) for pid in pids), "they left"
         assert lost.empty()
     assert list(tmp_path.iterdir()) == [], "nothing is left of the meeting"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stages_answer_as_one_process_does(ranks: int, tiny_model: Path, tmp_path: Path) -> None:
+    single = SingleExecutor.load(options(tiny_model, tmp_path, 1))
+    expected = [answer(single, sampling) for sampling in SAMPLINGS]
+    single.close()
+    with started(tiny_model, tmp_path, ranks, stages=2) as (executor, lost):
+        assert [answer(executor, sampling) for sampling in SAMPLINGS] == expected
+        assert executor.manifest == single.manifest
+        layers = [len(pool.keys) for pool in executor.pools]
+        assert sum(layers) == ranks * len(single.manifest.layers)
+        places = [(shard.part.first_layer, shard.part.layers, shard.part.rank) for shard in executor.shards]
+        each = len(single.manifest.layers) // 2
+        assert places == [(first, each, rank) for first in (0, each) for rank in range(ranks)]
+        executor.close()
+        assert lost.empty()
 
 
 def test_freed_blocks_are_poisoned_on_every_rank(

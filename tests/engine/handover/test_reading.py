@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ class Engine:
     manifest: Manifest
     size: int
     blocks: list[int]
+    stages: int = 1
     memories: list[Memory] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -44,13 +47,18 @@ class Engine:
 
     @property
     def shards(self) -> list[Shard]:
-        return [Shard(self.manifest, BLOCKS, Part(rank, self.size)) for rank in range(self.size)]
+        layers = len(self.manifest.layers)
+        places = [(0, 0)]
+        if self.stages > 1:
+            cuts = [stage * layers // self.stages for stage in range(self.stages + 1)]
+            places = [(first, end - first) for first, end in pairwise(cuts)]
+        return [Shard(self.manifest, BLOCKS, Part(rank, self.size, *at)) for at in places for rank in range(self.size)]
 
-    def planes(self, rank: int) -> list[np.ndarray]:
-        """[slot, head, element] of K and V of each layer."""
+    def planes(self, number: int) -> list[np.ndarray]:
+        """[slot, head, element] of K and V of each of a shard's layers."""
         found, start = [], 0
-        values = self.memories[rank].bytes.view(np.float32)
-        for shape in local(self.manifest, Part(rank, self.size)).layers:
+        values = self.memories[number].bytes.view(np.float32)
+        for shape in local(self.manifest, self.shards[number].part).layers:
             for dim in (shape.key_dim, shape.value_dim):
                 count = BLOCKS * self.manifest.block_size * shape.kv_heads * dim
                 found.append(values[start : start + count].reshape(-1, shape.kv_heads, dim))
@@ -81,9 +89,9 @@ def value(plane: int, head: int, token: int, element: int) -> float:
 
 
 def fill(engine: Engine, tokens: range) -> None:
-    for rank in range(engine.size):
-        for plane, rows in enumerate(engine.planes(rank)):
-            mine = heads(engine.manifest.layers[plane // 2].kv_heads, Part(rank, engine.size))
+    for number, shard in enumerate(engine.shards):
+        for plane, rows in enumerate(engine.planes(number), 2 * shard.part.first_layer):
+            mine = heads(engine.manifest.layers[plane // 2].kv_heads, shard.part)
             for token, slot in zip(tokens, engine.slots(tokens), strict=True):
                 for at, head in enumerate(mine):
                     rows[slot, at] = [value(plane, head, token, element) for element in range(rows.shape[2])]
@@ -111,25 +119,36 @@ def pull(endpoint: KvEndpoint, source: Engine, target: Engine, first: int, count
     return Pull("r", "p", "e", endpoint, source.blocks, target.blocks, first, count)
 
 
+WIDTHS = st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3]))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
-    st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([2, 4, 8]),
+    WIDTHS, WIDTHS, st.sampled_from([2, 4, 8]),
     st.sampled_from([2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(0, 10), st.integers(1, 14), st.randoms(),
 )  # fmt: skip
 def test_every_width_gets_every_byte_and_no_other(
-    there: int, here: int, size_there: int, size_here: int, kv_heads: int, first: int, count: int, chance: object
+    there: tuple[int, int],
+    here: tuple[int, int],
+    size_there: int,
+    size_here: int,
+    kv_heads: int,
+    first: int,
+    count: int,
+    chance: random.Random,
 ) -> None:
-    shapes = [LayerShape(kv_heads, 3, 2), LayerShape(kv_heads, 1, 1)]
-    source = Engine(manifest(size_there, shapes), there, chance.sample(range(BLOCKS), BLOCKS))  # type: ignore[attr-defined]
-    target = Engine(manifest(size_here, shapes), here, chance.sample(range(BLOCKS), BLOCKS))  # type: ignore[attr-defined]
-    expected = Engine(manifest(size_here, shapes), here, target.blocks)
+    """`there`, `here`: ranks of each stage, and stages."""
+    shapes = [LayerShape(kv_heads, *dims) for dims in ((2, 2), (1, 1), (3, 1))]
+    source = Engine(manifest(size_there, shapes), there[0], chance.sample(range(BLOCKS), BLOCKS), there[1])
+    target = Engine(manifest(size_here, shapes), here[0], chance.sample(range(BLOCKS), BLOCKS), here[1])
+    expected = Engine(manifest(size_here, shapes), here[0], target.blocks, here[1])
     tokens = range(min(first, 23), min(first + count, 24))
     fill(source, range(24))
     fill(expected, tokens)
     # Few rows at once.
-    reader, found, endpoint = linked(source, target, staging=3 * 4 * kv_heads * 7)
+    reader, found, endpoint = linked(source, target, staging=3 * 4 * kv_heads * 10)
     moved = reader.read(found, pull(endpoint, source, target, tokens.start, len(tokens)), lambda _: 1.0)
-    assert moved >= len(tokens) * 4 * kv_heads * 7
+    assert moved >= len(tokens) * 4 * kv_heads * 10
     for ours, wanted in zip(target.memories, expected.memories, strict=True):
         assert (ours.bytes == wanted.bytes).all()
     reader.close()

@@ -22,11 +22,12 @@ NAME = "pdctl"
 
 @dataclass(slots=True)
 class Step:
-    """The context of one forward pass."""
+    """The context of one forward pass. `first_layer`: the first one whose KV the pool has."""
 
     pool: KvPool
     backend: Backend
     batch: Batch
+    first_layer: int = 0
 
 
 class HookCall(NamedTuple):
@@ -88,9 +89,10 @@ def attend(
         need = LayerNeed(*sizes, sliding_window, softcap, s_aux is not None)
         _current.calls.append(HookCall(layer, need, attention_mask))
         return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
-    keys, values = _current.pool.keys[layer], _current.pool.values[layer]
-    for rows, plane in ((k, keys), (v, values)):
-        _write(rows, plane, _current.batch.write_slots)
+    plane = layer - _current.first_layer
+    keys, values = _current.pool.keys[plane], _current.pool.values[plane]
+    for rows, pooled in ((k, keys), (v, values)):
+        _write(rows, pooled, _current.batch.write_slots)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     call = Call(scale, sliding_window, softcap, s_aux)
     return _current.backend.attend(q, keys, values, _current.batch, call)[None], None

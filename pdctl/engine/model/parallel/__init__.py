@@ -1,7 +1,8 @@
-"""A model over several devices: each rank has a part of the weights, and the parts of a product are added or joined.
+"""A model over several devices: each rank has a part of the weights.
 
-`plan` says, by the model's own table, which part of each weight a rank has and what its layers exchange; `weights`
-loads only these parts; `group` exchanges tensors.
+Ranks of a stage share each product, whose parts are added or joined; stages have different layers. `plan` says, by the
+model's own table, which part of each weight a rank has and what its layers exchange; `stages` says which layers it has;
+`weights` loads only these parts; `group` exchanges tensors.
 """
 
 from __future__ import annotations
@@ -16,19 +17,31 @@ class RankLost(Exception):
 
 
 class Group(Protocol):
-    """The ranks of one engine. All call the same functions in the same order."""
+    """The ranks of one engine. All call the same functions in the same order. `rank` of `size`: in the stage `stage` of
+    `stages`."""
 
     rank: int
     size: int
+    stage: int
+    stages: int
 
     def meet(self) -> None:
         """Wait until all ranks are here, for as long as they load. Raises RankLost."""
         ...
 
     def add(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' `part`, in its place. Raises RankLost."""
+        """The sum of the `part` of all ranks of this stage, in its place. Raises RankLost."""
         ...
 
     def join(self, part: torch.Tensor) -> torch.Tensor:
-        """All ranks' parts [..., n], which have one shape, side by side: [..., size * n]. Raises RankLost."""
+        """The parts [..., n] of all ranks of this stage, which have one shape, side by side: [..., size * n]. Raises
+        RankLost."""
+        ...
+
+    def pass_on(self, hidden: torch.Tensor) -> None:
+        """Give the next stage hidden states; the last one gives them to the first. Raises RankLost."""
+        ...
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """The hidden states of the stage before, with the shape and type of `like`. Raises RankLost."""
         ...

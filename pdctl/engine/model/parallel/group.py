@@ -18,21 +18,30 @@ _MEET_S = 1800.0
 
 
 class Ranks:
-    """See Group. A call that some rank does not join within `timeout_s` raises RankLost."""
+    """See Group. A call that some rank does not join within `timeout_s` raises RankLost. `number`: of `size` times
+    `stages` ranks; those of a stage follow each other."""
 
-    def __init__(self, rank: int, size: int, rendezvous: Path, timeout_s: float, device: torch.device) -> None:
-        self.rank = rank
-        self.size = size
+    def __init__(
+        self, number: int, size: int, stages: int, rendezvous: Path, timeout_s: float, device: torch.device
+    ) -> None:
+        self.size, self.stages = size, stages
+        self.stage, self.rank = divmod(number, size)
+        self._number = number
+        self._stage_group: dist.ProcessGroup | None = None
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _INTERFACE
         self._timeout_s = timeout_s
         try:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 init_method=f"file://{rendezvous}",
-                rank=rank,
-                world_size=size,
+                rank=number,
+                world_size=size * stages,
                 timeout=timedelta(seconds=timeout_s),
             )
+            if stages > 1:
+                # Every rank makes all of them, in the same order.
+                groups = [dist.new_group(list(range(first, first + size))) for first in range(0, size * stages, size)]
+                self._stage_group = groups[self.stage]
         except RuntimeError as failure:
             raise RankLost(f"the ranks did not find each other: {_first_line(failure)}") from failure
 
@@ -47,7 +56,7 @@ class Ranks:
         """See Group.add."""
         part = part.contiguous()
         try:
-            dist.all_reduce(part)
+            dist.all_reduce(part, group=self._stage_group)
         except RuntimeError as failure:
             raise self._lost(failure) from failure
         return part
@@ -56,10 +65,26 @@ class Ranks:
         """See Group.join."""
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
         try:
-            dist.all_gather(parts, part.contiguous())
+            dist.all_gather(parts, part.contiguous(), group=self._stage_group)
         except RuntimeError as failure:
             raise self._lost(failure) from failure
         return torch.cat(parts, -1)
+
+    def pass_on(self, hidden: torch.Tensor) -> None:
+        """See Group.pass_on."""
+        try:
+            dist.send(hidden.contiguous(), (self._number + self.size) % (self.size * self.stages))
+        except RuntimeError as failure:
+            raise self._lost(failure) from failure
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """See Group.take."""
+        found = torch.empty_like(like, memory_format=torch.contiguous_format)
+        try:
+            dist.recv(found, (self._number - self.size) % (self.size * self.stages))
+        except RuntimeError as failure:
+            raise self._lost(failure) from failure
+        return found
 
     def close(self) -> None:
         """Leave the group. Nothing may be exchanged afterwards."""

@@ -19,6 +19,7 @@ from torch.nn import Module, Parameter
 
 from pdctl.engine.model.parallel import Group
 from pdctl.engine.model.parallel.plan import CannotSplit, Cut, Cuts, Heads, split
+from pdctl.engine.model.parallel.stages import cut_layers
 from pdctl.host.models import weight_files
 
 
@@ -63,11 +64,16 @@ def load_part(path: Path, config: object, dtype: torch.dtype, group: Group) -> M
     text = config.get_text_config()  # type: ignore[attr-defined]
     query = int(text.num_attention_heads)
     heads = Heads(query, int(getattr(text, "num_key_value_heads", None) or query))
-    cuts = split(module, dict(getattr(module, "tp_plan", None) or {}), heads, group)
+    table = dict(getattr(module, "tp_plan", None) or {})
+    cuts = split(module, table, heads, group) if group.size > 1 else {}
+    if group.stages > 1:
+        cut_layers(module, int(text.num_hidden_layers), group)
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, "pt")) for file in weight_files(path)]
         _fill(module, cast(list[_File], opened), cuts, group)
-    module.tie_weights()  # type: ignore[operator]
+    if not group.stage:
+        # Other stages have no embeddings.
+        module.tie_weights()  # type: ignore[operator]
     missing = [name for name, weight in module.named_parameters() if weight.is_meta]
     if missing:
         raise CannotSplit(f"its files lack {len(missing)} weights, such as {missing[0]}")

@@ -44,6 +44,41 @@ def test_ranks_compute_what_the_whole_model_computes(kind: str, size: int, tmp_p
     assert most < (0.65 if size == 2 else 0.5) * whole, "a rank has its part only"
 
 
+# All of their layers need the embeddings.
+NEED_EMBEDDINGS = {"gemma4_text"}
+
+
+@pytest.mark.parametrize(("kind", "size"), [(kind, 1) for kind in FAMILIES] + [("llama", 2), ("gemma3_text", 2)])
+def test_stages_compute_what_the_whole_model_computes(kind: str, size: int, tmp_path: Path) -> None:
+    logging.disable_progress_bar()
+    plain = build(kind).plain
+    plain.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    stages = int(config.num_hidden_layers)
+    parts = [load_part(tmp_path, config, torch.float32, rank).eval() for rank in ranks(size, stages)]
+    for part in parts:
+        part.set_attn_implementation("eager")  # type: ignore[operator]
+    ids, positions = torch.arange(TOKENS) * 31 % VOCAB, torch.arange(TOKENS)
+    expected = forward(plain, ids, positions, positions)
+    found = together([partial(forward, part, ids, positions, positions) for part in parts])
+    if kind in NEED_EMBEDDINGS:
+        assert not any(torch.isfinite(logits).any() for logits in found[:size]), "the check at load refuses it"
+        return
+    for logits in found[:size]:
+        assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    whole = sum(weight.numel() for weight in plain.parameters())
+    assert all(sum(weight.numel() for weight in part.parameters()) < whole for part in parts)
+    others = [weight for part in parts[size:] for weight in part.parameters()]
+    assert not any(VOCAB in weight.shape for weight in others), "only the first stage has the vocabulary"
+
+
+def test_more_stages_than_layers_are_refused(tmp_path: Path) -> None:
+    build("llama").plain.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(CannotSplit, match=r"its \d+ layers cannot be shared by 99 stages"):
+        load_part(tmp_path, config, torch.float32, ranks(1, 99)[0])
+
+
 def test_models_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
     build("llama").plain.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,12 @@ import torch
 from pdctl.engine.model.parallel import Group
 
 Result = TypeVar("Result")
+Passed = queue.SimpleQueue[torch.Tensor]
 
 
 class _Meeting:
+    """Of the ranks of a stage."""
+
     def __init__(self, size: int) -> None:
         self.size = size
         self.barrier = threading.Barrier(size, timeout=60)
@@ -23,15 +27,25 @@ class _Meeting:
 
 
 class ThreadRank:
-    """See Group."""
+    """See Group. `before`, `after`: from and to the rank with the same number in the stages beside its own."""
 
-    def __init__(self, rank: int, meeting: _Meeting) -> None:
+    def __init__(self, rank: int, meeting: _Meeting, place: tuple[int, int], before: Passed, after: Passed) -> None:
         self.rank = rank
         self.size = meeting.size
+        self.stage, self.stages = place
         self._meeting = meeting
+        self._before, self._after = before, after
 
     def meet(self) -> None:
         self._meeting.barrier.wait()
+
+    def pass_on(self, hidden: torch.Tensor) -> None:
+        self._after.put(hidden.clone())
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        found = self._before.get(timeout=60)
+        assert (found.shape, found.dtype) == (like.shape, like.dtype)
+        return found
 
     def add(self, part: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._all(part)).sum(0)
@@ -50,10 +64,15 @@ class ThreadRank:
         return found
 
 
-def ranks(size: int) -> list[Group]:
-    """The ranks of a group."""
-    meeting = _Meeting(size)
-    return [ThreadRank(rank, meeting) for rank in range(size)]
+def ranks(size: int, stages: int = 1) -> list[Group]:
+    """The ranks of a group, stage after stage."""
+    passed: list[list[Passed]] = [[queue.SimpleQueue() for _ in range(size)] for _ in range(stages)]
+    found: list[Group] = []
+    for stage in range(stages):
+        meeting = _Meeting(size)
+        for rank in range(size):
+            found.append(ThreadRank(rank, meeting, (stage, stages), passed[stage - 1][rank], passed[stage][rank]))
+    return found
 
 
 def together(work: list[Callable[[], Result]]) -> list[Result]:
