@@ -43,6 +43,7 @@ class EngineOptions:
     speculative: str
     tensor_parallel: int
     pipeline_parallel: int
+    sequence_parallel: int
     rank_cpus: str
     transfer: str
     transfer_protocol: str
@@ -72,7 +73,7 @@ class EngineOptions:
     @property
     def num_ranks(self) -> int:
         """Processes that share the model."""
-        return self.tensor_parallel * self.pipeline_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.sequence_parallel
 
     @property
     def cpus_of_rank(self) -> set[int]:
@@ -154,6 +155,7 @@ def parse(argv: list[str]) -> EngineOptions:
         "--tensor-parallel", type=int, default=1, help="devices that share each layer, one process each"
     )
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="groups of these, which share the layers")
+    parser.add_argument("--sequence-parallel", type=int, default=1, help="processes that share the rows of prompts")
     parser.add_argument(
         "--rank-cpus", default="", help="the CPUs of each of these processes: 0,1;2,3; default: the engine's"
     )

@@ -189,6 +189,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         tensor_parallel=values["tensor_parallel"],
         pipeline_parallel=values["pipeline_parallel"],
         data_parallel=values["data_parallel"],
+        sequence_parallel=values["sequence_parallel"],
         dtype=values["dtype"],
         quantization=values["quantization"] or "",
         gpu_memory_utilization=float(values["gpu_memory_utilization"]),

@@ -251,6 +251,9 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         ),
         "pipeline_parallel": Meaning("see `tensor_parallel`"),
         "data_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
+        "sequence_parallel": Meaning(
+            "`builtin`: [processes on CPUs](../engines/parallel.md) that share the tokens of prompts"
+        ),
         "dtype": Meaning(
             "number type. `builtin`, `auto`: bfloat16 on GPUs, and on CPUs with AVX512_BF16 or AMX where "
             "answers stay equal; "

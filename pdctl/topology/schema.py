@@ -185,6 +185,7 @@ ENGINE: dict[str, Key] = {
     "tensor_parallel": Key(integer(1, 64), 1),
     "pipeline_parallel": Key(integer(1, 64), 1),
     "data_parallel": Key(integer(1, 64), 1),
+    "sequence_parallel": Key(integer(1, 64), 1),
     "dtype": Key(choice("auto", "float16", "bfloat16", "float32"), "auto"),
     "quantization": Key(text()),
     "gpu_memory_utilization": Key(number(0, 1), 0.0),

@@ -254,6 +254,7 @@ class EngineGroup:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
+    sequence_parallel: int = 1
     dtype: str = "auto"
     quantization: str = ""
     gpu_memory_utilization: float = 0.0

@@ -128,7 +128,9 @@ def host_frozen(trial: Trial) -> None:
         trial.go_on(streams, ("a", "c"))
         wait_until(lambda: time.monotonic() - began > LEASE_S + 1)
         cluster.nodes[frozen].host.thaw()
+        trial.report.figure("host frozen for, s", time.monotonic() - began)
         trial.go_on(streams, cluster.nodes)
+        trial.report.figure("host frozen to answers there again, s", time.monotonic() - began)
     trial.recovered()
     # What that machine's proxy carried came late, but was right.
     trial.judge("host frozen", streams, gone=(frozen,))

@@ -89,8 +89,10 @@ class Trial:
         report.hold(f"{what}: no request fails that must not ({counts})", not others, others[:3])
         leaks = self.cluster.leaks()
         report.hold(f"{what}: nothing is leaked", not leaks, leaks[:3])
-        if streams.outcomes:
-            report.figure(f"{what}: longest wait for a token, s", max(outcome.gap_s for outcome in streams.outcomes))
+        lost = set(gone)
+        if waits := [outcome.gap_s for outcome in streams.outcomes if outcome.node not in lost]:
+            where = f", except on {', '.join(sorted(lost))}" if lost else ""
+            report.figure(f"{what}: longest wait for a token{where}, s", max(waits))
 
     def recovered(self, proxies: int | None = None, timeout: float = 120.0) -> None:
         """Until all is as it was."""

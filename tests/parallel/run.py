@@ -24,6 +24,7 @@ LONG = 160
 # Of which widths ranks are killed.
 KILLED = [
     Width(2, 1), Width(1, 2), Width(2, 2, transport="mooncake"), Width(1, 1, prefill_stages=2, decode_stages=2),
+    Width(1, 1, prefill_stripes=2),
 ]  # fmt: skip
 
 

@@ -13,8 +13,8 @@ Answers = list[list[int]]
 
 
 class Width(NamedTuple):
-    """Processes of each stage of each prefill and decode engine, tokens of their blocks, how KV moves, and stages. No
-    decode engine: one engine does both."""
+    """Processes of each stage of each prefill and decode engine, tokens of their blocks, how KV moves, stages, and
+    stripes. No decode engine: one engine does both."""
 
     prefill: int
     decode: int = 0
@@ -23,26 +23,31 @@ class Width(NamedTuple):
     transport: str = "shm"
     prefill_stages: int = 1
     decode_stages: int = 1
+    prefill_stripes: int = 1
+    decode_stripes: int = 1
 
     @property
     def prefill_ranks(self) -> int:
         """Processes of each prefill engine."""
-        return self.prefill * self.prefill_stages
+        return self.prefill * self.prefill_stages * self.prefill_stripes
 
     @property
     def decode_ranks(self) -> int:
         """Processes of each decode engine."""
-        return self.decode * self.decode_stages
+        return self.decode * self.decode_stages * self.decode_stripes
 
     def __str__(self) -> str:
-        prefill, decode = _size(self.prefill, self.prefill_stages), _size(self.decode, self.decode_stages)
+        prefill = _size(self.prefill, self.prefill_stages, self.prefill_stripes)
+        decode = _size(self.decode, self.decode_stages, self.decode_stripes)
         if not self.decode:
             return f"one engine of {prefill}"
         blocks = f"blocks {self.prefill_block} -> {self.decode_block}"
         return f"P {prefill} -> D {decode}, {blocks}, {self.transport}"
 
 
-def _size(ranks: int, stages: int) -> str:
+def _size(ranks: int, stages: int, stripes: int) -> str:
+    if stripes > 1:
+        return f"{stripes} stripes"
     return f"{ranks} x {stages} stages" if stages > 1 else str(ranks)
 
 
@@ -66,6 +71,10 @@ MATRIX = [
     Width(1, 1, 16, 32, decode_stages=2),
     Width(2, 1, 16, 32, prefill_stages=2),
     Width(1, 2, transport="mooncake", prefill_stages=2),
+    Width(1, prefill_stripes=2),
+    Width(1, 1, prefill_stripes=2),
+    Width(1, 1, 16, 32, decode_stripes=2),
+    Width(1, 2, 32, 16, "mooncake", prefill_stripes=2),
 ]
 
 
@@ -106,11 +115,11 @@ def answers(service: Service, wanted: list[Ask], at_once: int = 4) -> Answers:
 
 def _topology(width: Width, model: str, kv_cache_gb: float) -> str:
     engines = [
-        ("prefill", width.prefill, width.prefill_stages, width.prefill_block),
-        ("decode", width.decode, width.decode_stages, width.decode_block),
+        ("prefill", width.prefill, width.prefill_stages, width.prefill_stripes, width.prefill_block),
+        ("decode", width.decode, width.decode_stages, width.decode_stripes, width.decode_block),
     ]
     if not width.decode:
-        engines = [("hybrid", width.prefill, width.prefill_stages, width.prefill_block)]
+        engines = [("hybrid", *engines[0][1:])]
     text = f"""
 [service]
 name = "t"
@@ -122,7 +131,7 @@ port = {free_port()}
 [transfer]
 backend = "{width.transport}"
 """
-    for role, count, stages, block in engines:
+    for role, count, stages, stripes, block in engines:
         text += f"""
 [[engines]]
 name = "{role}"
@@ -130,6 +139,7 @@ role = "{role}"
 dtype = "float32"
 tensor_parallel = {count}
 pipeline_parallel = {stages}
+sequence_parallel = {stripes}
 block_size = {block}
 kv_cache_gb = {kv_cache_gb}
 inline_prefill = false

@@ -209,6 +209,10 @@ def test_builtin_engines_share_a_model_between_processes() -> None:
     assert both[both.index("--pipeline-parallel") + 1] == "2"
     assert both[both.index("--rank-cpus") + 1] == "1;2;3;4"
     assert "--pipeline-parallel" not in argv
+    striped = planned(shared("sequence_parallel = 2\ncpus = [1, 2]"))["e-0"].argv
+    assert striped[striped.index("--sequence-parallel") + 1] == "2"
+    assert striped[striped.index("--rank-cpus") + 1] == "1;2"
+    assert "--tensor-parallel" not in striped
 
 
 @pytest.mark.parametrize(
@@ -231,6 +235,8 @@ def test_widths_that_differ_need_float32(dtype: str, is_refused: bool) -> None:
         ('device = "cuda"\ntensor_parallel = 2', "tensor_parallel", "on CPUs only, not yet between GPUs"),
         ('device = "cuda"\npipeline_parallel = 2', "pipeline_parallel", "on CPUs only, not yet between GPUs"),
         ("schedule_ahead = true\ntensor_parallel = 2", "schedule_ahead", "cannot be scheduled ahead"),
+        ("sequence_parallel = 2\ntensor_parallel = 2", "sequence_parallel", "cannot be combined"),
+        ("sequence_parallel = 2\npipeline_parallel = 2", "sequence_parallel", "cannot be combined"),
         ("schedule_ahead = true\npipeline_parallel = 2", "schedule_ahead", "cannot be scheduled ahead"),
     ],
 )

@@ -19,6 +19,8 @@ from pdctl.policy_names import SEGMENT_TOKENS
 from pdctl.speculative import format_speculative
 from pdctl.topology.spec import Device, EngineGroup, Topology, Transfer
 
+_PARALLEL = ("tensor_parallel", "pipeline_parallel", "sequence_parallel")
+
 
 class BuiltinLauncher(BaseLauncher):
     """See Launcher. The supervisor sets an engine's role after the start: see control.py."""
@@ -28,7 +30,7 @@ class BuiltinLauncher(BaseLauncher):
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
             "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
             "schedule_ahead", "gpu_memory_utilization", "speculative", "python", "tensor_parallel",
-            "pipeline_parallel",
+            "pipeline_parallel", "sequence_parallel",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
@@ -130,9 +132,12 @@ def _events_argv(group: EngineGroup, ports: Mapping[str, int]) -> tuple[str, ...
 
 
 def _parallel_faults(group: EngineGroup) -> Iterator[Fault]:
-    key = "tensor_parallel" if group.tensor_parallel > 1 else "pipeline_parallel"
-    if group.tensor_parallel * group.pipeline_parallel == 1:
+    key = next((key for key in _PARALLEL if getattr(group, key) > 1), "")
+    if not key:
         return
+    if group.sequence_parallel > 1 and key != "sequence_parallel":
+        message = f"sequence_parallel and {key} cannot be combined"
+        yield Fault("sequence_parallel", message, f"remove sequence_parallel, or {key}")
     if group.device is Device.CUDA:
         message = "engines of kind 'builtin' share a model between processes on CPUs only, not yet between GPUs"
         yield Fault(key, message, f"remove {key}, or use an engine of another kind")
@@ -144,12 +149,11 @@ def _parallel_faults(group: EngineGroup) -> Iterator[Fault]:
 def _parallel_argv(assignment: Assignment) -> tuple[str, ...]:
     """How many processes share the model, and the CPUs of each: an equal share of the group's own, if it has any."""
     group = assignment.group
-    count = group.tensor_parallel * group.pipeline_parallel
-    if count == 1:
+    count = group.tensor_parallel * group.pipeline_parallel * group.sequence_parallel
+    used = [key for key in _PARALLEL if getattr(group, key) > 1]
+    argv = tuple(word for key in used for word in (f"--{key.replace('_', '-')}", str(getattr(group, key))))
+    if not argv:
         return ()
-    argv: tuple[str, ...] = ("--tensor-parallel", str(group.tensor_parallel))
-    if group.pipeline_parallel > 1:
-        argv += ("--pipeline-parallel", str(group.pipeline_parallel))
     each, rest = divmod(len(assignment.cpus), count)
     if not group.cpus or rest or not each:
         return argv

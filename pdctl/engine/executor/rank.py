@@ -34,7 +34,7 @@ from pdctl.engine.executor.pipe import (
     ToRank,
     device_of,
 )
-from pdctl.engine.executor.ranks import STEP_S, how_loaded
+from pdctl.engine.executor.ranks import STEP_S, how_loaded, width_of
 from pdctl.engine.executor.single import load_part
 from pdctl.engine.lifeline import die_with_parent
 from pdctl.engine.model.loading import LoadedModel, ModelRefused, dense_logits
@@ -92,8 +92,7 @@ def _loaded(options: EngineOptions, pipe: Pipe) -> ModelRunner:
     device = device_of(options.device, options.rank)
     join = _next(pipe)[0]
     assert isinstance(join, Join), join
-    width = (options.tensor_parallel, options.pipeline_parallel)
-    group = Ranks(options.rank, *width, Path(join.rendezvous), STEP_S, device)
+    group = Ranks(options.rank, width_of(options), Path(join.rendezvous), STEP_S, device)
     loaded, chosen = load_part(options, device, group)
     how = how_loaded(loaded.dtype, chosen.backend.name)
     pipe.send(Loaded(how, loaded.shapes, loaded.max_positions))
@@ -105,7 +104,8 @@ def _loaded(options: EngineOptions, pipe: Pipe) -> ModelRunner:
     # The shapes are those of this rank's layers already.
     manifest = local(_manifest(options, loaded), Part(loaded.part.rank, loaded.part.ranks))
     memory = Memory(pools.num_blocks * block_bytes(manifest), options.epoch, fd)
-    runner = ModelRunner(loaded, KvPool(manifest, pools.num_blocks, memory, device), device, backend=chosen.backend)
+    pool = KvPool(manifest, pools.num_blocks, memory, device)
+    runner = ModelRunner(loaded, pool, device, backend=chosen.backend, group=group)
     gc.collect()
     gc.freeze()
     pipe.send(Started())

@@ -29,7 +29,7 @@ from pdctl.engine.executor.single import POISON_ENV, SingleExecutor, load_part, 
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.model.loading import LoadedModel, ModelRefused
 from pdctl.engine.model.parallel import RankLost
-from pdctl.engine.model.parallel.group import Ranks
+from pdctl.engine.model.parallel.group import Ranks, Width
 from pdctl.engine.model.parallel.stages import layers_of_stage
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.options import EngineOptions
@@ -72,22 +72,23 @@ class RanksExecutor(SingleExecutor):
 
     @classmethod
     def _joined(cls, options: EngineOptions, others: OtherRanks, step_s: float) -> RanksExecutor:
-        size, stages = options.tensor_parallel, options.pipeline_parallel
+        width = width_of(options)
         others.expect(Here, _START_S)
         device = device_of(options.device, 0)
         with tempfile.TemporaryDirectory(dir=options.run_dir, prefix="ranks-") as folder:
             rendezvous = Path(folder) / "meet"
             others.join(str(rendezvous))
-            group = Ranks(0, size, stages, rendezvous, step_s, device)
+            group = Ranks(0, width, rendezvous, step_s, device)
             loaded, chosen = load_part(options, device, group)
         found = others.expect(Loaded, _LOAD_S)
         ours = how_loaded(loaded.dtype, chosen.backend.name)
         if different := [one.how for one in found if one.how != ours]:
             raise ModelRefused(f"the ranks computed differently: {ours} and {different[0]}")
-        loaded = _whole(loaded, found[size - 1 :: size])
+        if width.stages > 1:
+            loaded = _whole(loaded, found[width.size - 1 :: width.size])
         segment = prefix.segment(options.block_size) if options.deterministic else 0
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
-        parts = [_part(number, loaded, size, stages) for number in range(size * stages)]
+        parts = [_part(number, loaded, width) for number in range(width.ranks)]
         bytes_each = [block_bytes(local(manifest, part)) for part in parts]
         num_blocks = number_of_blocks(options, sum(bytes_each))
         memories = [
@@ -101,7 +102,7 @@ class RanksExecutor(SingleExecutor):
         others.expect(Started, _START_S)
         grammars = Grammars(Path(options.model), loaded.vocab_size, loaded.eos_token_ids)
         poisoned = bool(os.environ.get(POISON_ENV))
-        runner = ModelRunner(loaded, pools[0], device, poisoned, grammars, chosen.backend, others)
+        runner = ModelRunner(loaded, pools[0], device, poisoned, grammars, chosen.backend, others, group)
         runner.self_check()
         executor = cls(loaded, manifest, runner, f"{chosen.backend.name}: {chosen.reason}", num_blocks, "")
         executor.others, executor._group = others, group
@@ -129,16 +130,23 @@ class RanksExecutor(SingleExecutor):
 def _whole(loaded: LoadedModel, later: list[Loaded]) -> LoadedModel:
     """The first rank's model with the layers of all stages. `later`: the first rank of each stage behind it."""
     shapes = [shape for stage in (loaded.shapes, *(one.shapes for one in later)) for shape in stage]
-    positions = min(loaded.max_positions, *(one.max_positions for one in later)) if later else loaded.max_positions
+    positions = min(loaded.max_positions, *(one.max_positions for one in later))
     return replace(loaded, shapes=shapes, max_positions=positions)
 
 
-def _part(number: int, loaded: LoadedModel, size: int, stages: int) -> Part:
+def _part(number: int, loaded: LoadedModel, width: Width) -> Part:
     """What the rank with this number has of the KV. `loaded`: the first one's model, with the layers of all stages."""
-    stage, rank = divmod(number, size)
-    own = layers_of_stage(len(loaded.shapes), stage, stages)
-    place = (own.start, len(own)) if stages > 1 else (0, 0)
-    return Part(rank, size, *place) if loaded.part.ranks > 1 else Part(0, 1, *place)
+    if width.stripes > 1:
+        return Part()
+    stage, rank = divmod(number, width.size)
+    own = layers_of_stage(len(loaded.shapes), stage, width.stages)
+    place = (own.start, len(own)) if width.stages > 1 else (0, 0)
+    return Part(rank, width.size, *place) if loaded.part.ranks > 1 else Part(0, 1, *place)
+
+
+def width_of(options: EngineOptions) -> Width:
+    """Over how many ranks an engine is."""
+    return Width(options.tensor_parallel, options.pipeline_parallel, options.sequence_parallel)
 
 
 def how_loaded(dtype: str, attention: str) -> tuple[str, ...]:
@@ -146,4 +154,4 @@ def how_loaded(dtype: str, attention: str) -> tuple[str, ...]:
     return (dtype, attention, str(torch.__version__))
 
 
-__all__ = ["RankLost", "RanksExecutor", "how_loaded"]
+__all__ = ["RankLost", "RanksExecutor", "how_loaded", "width_of"]

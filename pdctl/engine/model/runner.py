@@ -25,6 +25,8 @@ from pdctl.engine.model.loading import (
     forward,
     rounding_noise,
 )
+from pdctl.engine.model.parallel import Group
+from pdctl.engine.model.parallel.stripes import settle, stripe_of
 from pdctl.engine.model.sampler import choose, most_likely, prompt_tokens, sample, shape
 from pdctl.engine.schedule.batch import Slice
 from pdctl.engine.schedule.sequence import Sequence
@@ -128,7 +130,9 @@ class ModelRunner:
         grammars: Grammars | None = None,
         backend: Backend | None = None,
         others: Others | None = None,
+        group: Group | None = None,
     ) -> None:
+        """`others`, `group`: the other ranks, of which the first one tells the others its steps."""
         self.loaded = loaded
         self.pool = pool
         self.device = device
@@ -138,6 +142,7 @@ class ModelRunner:
         self._buffers = InputBuffers(pool.block_size, device)
         self._graphs: Graphs | None = None
         self._others = others
+        self._group = group if group is not None and group.stripes > 1 else None
 
     def prepare(self, batch: list[Slice], before: list[Slice] | None = None) -> Prepared:
         """The host's half of a step of plain slices. `before`: the step that samples their tokens, if that still
@@ -217,8 +222,16 @@ class ModelRunner:
         if self._others is not None:
             self._others.step(staged)
         inputs = self._buffers.upload(staged, sampled)
-        self._begin(inputs)
-        return self._compute(inputs)
+        group = self._group
+        stripe = stripe_of(inputs, group) if group is not None else None
+        if stripe is None or group is None:
+            self._begin(inputs)
+            logits = self._compute(inputs)
+            if group is not None:
+                settle(group)
+            return logits
+        self._begin(stripe.inputs)
+        return stripe.whole(self._compute(stripe.inputs, lambda part: stripe.exchanged(part, group)), group)
 
     def follow(self, shape: Shape, data: bytes) -> None:
         """Compute a step as another rank has staged it, which samples its tokens."""
@@ -243,10 +256,11 @@ class ModelRunner:
     def _begin(self, inputs: Inputs) -> None:
         self.backend.begin(inputs.batch)
 
-    def _compute(self, inputs: Inputs) -> torch.Tensor:
+    def _compute(self, inputs: Inputs, exchange: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         # A recorded step must make its own notes: another step's would be part of the recording.
         inputs.batch.notes.clear()
-        hook.set_context(hook.Step(self.pool, self.backend, inputs.batch, self.loaded.part.first_layer))
+        first_layer = self.loaded.part.first_layer
+        hook.set_context(hook.Step(self.pool, self.backend, inputs.batch, first_layer, exchange))
         try:
             return forward(self.loaded.module, inputs.ids, inputs.positions, inputs.keep)
         finally:

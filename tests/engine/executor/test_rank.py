@@ -34,7 +34,7 @@ def test_a_pool_without_its_memory_is_refused(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(rank, "load_part", lambda *_: (loaded, SimpleNamespace(backend=SimpleNamespace(name="x"))))
     monkeypatch.setattr(rank, "how_loaded", lambda *_: ())
     monkeypatch.setattr(rank, "device_of", lambda *_: torch.device("cpu"))
-    options = SimpleNamespace(device="cpu", rank=1, tensor_parallel=2, pipeline_parallel=1)
+    options = SimpleNamespace(device="cpu", rank=1, tensor_parallel=2, pipeline_parallel=1, sequence_parallel=1)
     pipe = Sent(Join(str(tmp_path)), Pools(4))
     assert rank._run(options, pipe) == 1  # type: ignore[arg-type]
     (said,) = (word for word in pipe.sent if isinstance(word, Failed))

@@ -31,20 +31,21 @@ TOKENS = 12
 PROMPT = [(index * 37 + 11) % 300 + 3 for index in range(40)]
 
 
-def options(model: Path, folder: Path, ranks: int, stages: int = 1) -> EngineOptions:
+def options(model: Path, folder: Path, ranks: int, stages: int = 1, stripes: int = 1) -> EngineOptions:
     return parse([
         "--name", "e", "--model", str(model), "--port", "1", "--run-dir", str(folder), "--epoch", "e1",
         "--kv-cache-gb", "0.01", "--dtype", "float32", "--tensor-parallel", str(ranks),
-        "--pipeline-parallel", str(stages),
+        "--pipeline-parallel", str(stages), "--sequence-parallel", str(stripes),
     ])  # fmt: skip
 
 
 @contextmanager
 def started(
-    model: Path, folder: Path, ranks: int, step_s: float = 60.0, stages: int = 1
+    model: Path, folder: Path, ranks: int, step_s: float = 60.0, stages: int = 1, stripes: int = 1
 ) -> Iterator[tuple[RanksExecutor, Lost]]:
     lost: Lost = queue.SimpleQueue()
-    executor = RanksExecutor.load_ranks(options(model, folder, ranks, stages), lambda *end: lost.put(end), step_s)
+    given = options(model, folder, ranks, stages, stripes)
+    executor = RanksExecutor.load_ranks(given, lambda *end: lost.put(end), step_s)
     pids = executor.others.pids
     try:
         yield executor, lost
@@ -106,6 +107,23 @@ def test_stages_answer_as_one_process_does(ranks: int, tiny_model: Path, tmp_pat
         places = [(shard.part.first_layer, shard.part.layers, shard.part.rank) for shard in executor.shards]
         each = len(single.manifest.layers) // 2
         assert places == [(first, each, rank) for first in (0, each) for rank in range(ranks)]
+        executor.close()
+        assert lost.empty()
+
+
+@pytest.mark.parametrize("stripes", [2, 3])
+def test_stripes_answer_as_one_process_does(stripes: int, tiny_model: Path, tmp_path: Path) -> None:
+    single = SingleExecutor.load(options(tiny_model, tmp_path, 1))
+    expected = [answer(single, sampling, chunk=25) for sampling in SAMPLINGS]
+    kept = [plane.clone() for plane in (*single.pool.keys, *single.pool.values)]
+    single.close()
+    with started(tiny_model, tmp_path, 1, stripes=stripes) as (executor, lost):
+        assert [answer(executor, sampling, chunk=25) for sampling in SAMPLINGS] == expected
+        assert [shard.part for shard in executor.shards] == [Part()] * stripes
+        used = [block * 16 + at for block in (7, 2, 5, 9) for at in range(16)][: len(PROMPT) + TOKENS - 1]
+        for pool in executor.pools:
+            for plane, wanted in zip((*pool.keys, *pool.values), kept, strict=True):
+                assert torch.allclose(plane[used], wanted[used], atol=1e-5), "every rank has all KV"
         executor.close()
         assert lost.empty()
 

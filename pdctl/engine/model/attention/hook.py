@@ -7,6 +7,7 @@ models drop keyword arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,12 +23,14 @@ NAME = "pdctl"
 
 @dataclass(slots=True)
 class Step:
-    """The context of one forward pass. `first_layer`: the first one whose KV the pool has."""
+    """The context of one forward pass. `first_layer`: the first one whose KV the pool has. `exchange`: makes the keys
+    and values [rows, n] of all ranks from those of this one, which has not all rows of the step."""
 
     pool: KvPool
     backend: Backend
     batch: Batch
     first_layer: int = 0
+    exchange: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class HookCall(NamedTuple):
@@ -89,6 +92,8 @@ def attend(
         need = LayerNeed(*sizes, sliding_window, softcap, s_aux is not None)
         _current.calls.append(HookCall(layer, need, attention_mask))
         return q.new_zeros(1, q.shape[0], q.shape[1], v.shape[2]), None
+    if _current.exchange is not None:
+        k, v = _exchanged(k, v, _current.exchange)
     plane = layer - _current.first_layer
     keys, values = _current.pool.keys[plane], _current.pool.values[plane]
     for rows, pooled in ((k, keys), (v, values)):
@@ -96,6 +101,15 @@ def attend(
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     call = Call(scale, sliding_window, softcap, s_aux)
     return _current.backend.attend(q, keys, values, _current.batch, call)[None], None
+
+
+def _exchanged(
+    k: torch.Tensor, v: torch.Tensor, exchange: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k and v [T, Hk, D] of all rows, in one exchange."""
+    found = exchange(torch.cat([k.flatten(1), v.flatten(1)], 1))
+    width = k[0].numel()
+    return found[:, :width].reshape(-1, *k.shape[1:]), found[:, width:].reshape(-1, *v.shape[1:])
 
 
 def _write(rows: torch.Tensor, plane: torch.Tensor, slots: torch.Tensor) -> None:

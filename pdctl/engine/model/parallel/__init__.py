@@ -1,12 +1,14 @@
-"""A model over several devices: each rank has a part of the weights.
+"""A model over several devices.
 
-Ranks of a stage share each product, whose parts are added or joined; stages have different layers. `plan` says, by the
-model's own table, which part of each weight a rank has and what its layers exchange; `stages` says which layers it has;
-`weights` loads only these parts; `group` exchanges tensors.
+Ranks of a stage share each product, whose parts are added or joined; stages have different layers; or each rank has the
+whole model, and computes a stripe of a step's rows. `plan` says, by the model's own table, which part of each weight a
+rank has and what its layers exchange; `stages` says which layers it has; `weights` loads only these parts; `stripes`
+cuts steps; `group` exchanges tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,12 +20,14 @@ class RankLost(Exception):
 
 class Group(Protocol):
     """The ranks of one engine. All call the same functions in the same order. `rank` of `size`: in the stage `stage` of
-    `stages`."""
+    `stages`; or `stripe` of `stripes`, and then nothing else is shared."""
 
     rank: int
     size: int
     stage: int
     stages: int
+    stripe: int
+    stripes: int
 
     def meet(self) -> None:
         """Wait until all ranks are here, for as long as they load. Raises RankLost."""
@@ -36,6 +40,10 @@ class Group(Protocol):
     def join(self, part: torch.Tensor) -> torch.Tensor:
         """The parts [..., n] of all ranks of this stage, which have one shape, side by side: [..., size * n]. Raises
         RankLost."""
+        ...
+
+    def gather(self, part: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """The parts [counts[stripe], n] of all stripes, one after the other: [sum(counts), n]. Raises RankLost."""
         ...
 
     def pass_on(self, hidden: torch.Tensor) -> None:

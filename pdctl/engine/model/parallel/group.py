@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,15 +19,28 @@ _INTERFACE = "lo"
 _MEET_S = 1800.0
 
 
-class Ranks:
-    """See Group. A call that some rank does not join within `timeout_s` raises RankLost. `number`: of `size` times
-    `stages` ranks; those of a stage follow each other."""
+class Width(NamedTuple):
+    """Over how many ranks a model is: those that share each layer, stages of these, or stripes."""
 
-    def __init__(
-        self, number: int, size: int, stages: int, rendezvous: Path, timeout_s: float, device: torch.device
-    ) -> None:
-        self.size, self.stages = size, stages
-        self.stage, self.rank = divmod(number, size)
+    size: int = 1
+    stages: int = 1
+    stripes: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.size * self.stages * self.stripes
+
+
+class Ranks:
+    """See Group. A call that some rank does not join within `timeout_s` raises RankLost. `number`: of all ranks; those
+    of a stage follow each other."""
+
+    def __init__(self, number: int, width: Width, rendezvous: Path, timeout_s: float, device: torch.device) -> None:
+        self.size, self.stages, self.stripes = size, stages, stripes = width
+        assert stripes == 1 or size * stages == 1
+        self.stripe, inside = divmod(number, size * stages)
+        self.stage, self.rank = divmod(inside, size)
         self._number = number
         self._stage_group: dist.ProcessGroup | None = None
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _INTERFACE
@@ -35,7 +50,7 @@ class Ranks:
                 "nccl" if device.type == "cuda" else "gloo",
                 init_method=f"file://{rendezvous}",
                 rank=number,
-                world_size=size * stages,
+                world_size=width.ranks,
                 timeout=timedelta(seconds=timeout_s),
             )
             if stages > 1:
@@ -69,6 +84,18 @@ class Ranks:
         except RuntimeError as failure:
             raise self._lost(failure) from failure
         return torch.cat(parts, -1)
+
+    def gather(self, part: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """See Group.gather."""
+        # gloo gathers parts of one size.
+        own = part.new_zeros(max(counts), part.shape[1])
+        own[: part.shape[0]] = part
+        parts = [torch.empty_like(own) for _ in counts]
+        try:
+            dist.all_gather(parts, own)
+        except RuntimeError as failure:
+            raise self._lost(failure) from failure
+        return torch.cat([one[:count] for one, count in zip(parts, counts, strict=True)])
 
     def pass_on(self, hidden: torch.Tensor) -> None:
         """See Group.pass_on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -33,11 +33,15 @@ class ThreadRank:
         self.rank = rank
         self.size = meeting.size
         self.stage, self.stages = place
+        self.stripe, self.stripes = 0, 1
         self._meeting = meeting
         self._before, self._after = before, after
 
     def meet(self) -> None:
         self._meeting.barrier.wait()
+
+    def gather(self, part: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        raise AssertionError("no rows are shared")
 
     def pass_on(self, hidden: torch.Tensor) -> None:
         self._after.put(hidden.clone())
