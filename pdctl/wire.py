@@ -16,6 +16,8 @@ EPOCH_ENV = "PDCTL_EPOCH"
 LISTEN_FD_ENV = "PDCTL_LISTEN_FD"
 # When the client's request began, in whole seconds since 1970: the current time for chat templates.
 STARTED_HEADER = "x-pdctl-started"
+# The version that began the answer: an engine of another version, in the middle of an upgrade, does not sign it.
+FINGERPRINT_HEADER = "x-pdctl-fingerprint"
 # The calling router: it holds the leases it is granted until a reader claims them.
 ROUTER_HEADER = "x-pdctl-router"
 # Identifies one call. A router that abandons a prefill ends its lease by this id, answered or not, and has a stream

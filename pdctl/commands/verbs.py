@@ -49,6 +49,10 @@ VERBS = {
     "role": Verb("control.role", "Give an engine another role."),
     "scale": Verb("control.apply", "Change the number of replicas of an engine group."),
     "apply": Verb("control.apply", "Apply the edited topology to the running service."),
+    "upgrade": Verb(
+        "control.upgrade",
+        "Have this version of pdctl take over the running service: the supervisor, then every process that changes.",
+    ),
     "kv": Verb("inspect.kv", "Show the KV blocks of each engine and the leases on them."),
     "ask": Verb("ask", "Complete a text through the proxy and print the answer as it arrives."),
     "agent": Verb("cluster.agent", "Run this machine's part of a service that runs on several."),

@@ -40,6 +40,7 @@ from pdctl.control_api.messages import (
     Stopping,
     Takeover,
     TopologyReply,
+    UpgradeOrder,
     Verb,
 )
 from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease, LogNames, LogPart
@@ -90,6 +91,7 @@ __all__ = [
     "Takeover",
     "TopologyOrder",
     "TopologyReply",
+    "UpgradeOrder",
     "Verb",
     "not_answering",
 ]

@@ -34,6 +34,7 @@ from pdctl.control_api.messages import (
     ServiceStatus,
     Stopping,
     TopologyReply,
+    UpgradeOrder,
     Verb,
 )
 from pdctl.control_api.usage_messages import KeysStatus, KvStatus, LogNames, LogPart
@@ -123,6 +124,10 @@ class ControlClient:
     def apply(self, wanted: Plan) -> None:
         """Start to apply a plan. The status shows the progress."""
         self._do("/v1/apply", msgspec.json.encode(wanted))
+
+    def upgrade(self, program: list[str], wanted: Plan) -> None:
+        """Have the supervisor become this program, which applies the plan. It does not answer meanwhile."""
+        self._do("/v1/upgrade", msgspec.json.encode(UpgradeOrder(program, msgspec.Raw(msgspec.json.encode(wanted)))))
 
     def nodes(self) -> Nodes:
         """The engines that registered themselves, with their load."""

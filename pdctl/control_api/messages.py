@@ -103,6 +103,13 @@ class RoleOrder(msgspec.Struct, frozen=True, kw_only=True):
     dry_run: Annotated[bool, says("only say whether it is possible")] = False
 
 
+class UpgradeOrder(msgspec.Struct, frozen=True):
+    """The supervisor is to become another version of pdctl."""
+
+    program: Annotated[list[str], says("the command line of that version's supervisor")]
+    plan: Annotated[msgspec.Raw, says("the plan that it applies, as that version writes it")]
+
+
 class Takeover(msgspec.Struct, frozen=True, kw_only=True):
     """Clients' connections that outlive a proxy, since the supervisor's start."""
 
@@ -284,6 +291,8 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: Annotated[str, says("the model's name for clients")]
     tls_cert: Annotated[str, says("the proxy's certificate file, or empty")]
     supervisor_pid: Annotated[int, says("the supervisor's process id")]
+    supervisor_epoch: Annotated[str, says("another one after each start of a supervisor, and after an upgrade")] = ""
+    version: Annotated[str, says("the supervisor's version of pdctl")] = ""
     run_dir: Annotated[str, says("its run directory")]
     log_dir: Annotated[str, says("the directory of its logs and events")]
     source: Annotated[str, says("the topology file, or empty for the built-in default")]

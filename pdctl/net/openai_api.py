@@ -122,6 +122,7 @@ class Envelope:
     model: str
     with_token_ids: bool
     created: int = field(default_factory=lambda: int(time.time()))
+    fingerprint: str = FINGERPRINT
 
     def event(
         self, index: int, choice: Mapping[str, object], token_ids: list[int], counts: dict[str, object] | None = None
@@ -170,7 +171,7 @@ class Envelope:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": FINGERPRINT,
+            "system_fingerprint": self.fingerprint,
         }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pdctl import __version__
 from pdctl.adapters import Ability, Assignment, Launch, can_launch, control, launcher
 from pdctl.host import Host
 from pdctl.host.models import ModelLocation, locate_model
@@ -23,6 +24,8 @@ from pdctl.topology.spec import EngineGroup, Role, Topology
 
 __all__ = ["Attached", "Plan", "Probe", "ProcessSpec", "Share", "make_plan"]
 
+# Engines that are a part of pdctl.
+_OUR_KIND = "builtin"
 # A proxy that does not listen after this long will never do so, seconds.
 _PROXY_STARTUP_S = 60.0
 
@@ -184,6 +187,7 @@ def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
         inline=_inline(group),
         switches=Ability.ROLE in control(group.kind).abilities,
         tls=tls,
+        version=__version__ if group.kind == _OUR_KIND else "",
     )
 
 
@@ -274,6 +278,7 @@ def _proxy(
         host=host.address,
         tls=bool(_certificates(topology)),
         slots=topology.proxy.slots,
+        version=__version__,
         why=_kept(topology.proxy.slots),
     )
 

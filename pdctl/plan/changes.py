@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pdctl.plan import Plan, ProcessSpec
 
 # Fields of ProcessSpec that cannot change while the process runs.
-_FIXED = ("argv", "role", "env", "cpus", "gpus", "ports", "listen", "api_key_env", "files")
+_FIXED = ("argv", "role", "env", "cpus", "gpus", "ports", "listen", "api_key_env", "files", "version")
 # Settings of the proxy that need a restart.
 _PROXY_FIXED = ("tls_cert", "tls_key", "cors_origins", "otlp_endpoint", "accept_nodes", "takeover", "takeover_slots")
 

@@ -44,7 +44,8 @@ class ProcessSpec:
     an engine exchanges KV. `files`: files that must exist before the start, content by path. `inline`: as a
     decode engine it also takes whole requests. `switches`: its role can change while it runs. `planned_role`: its role
     in the topology, if it has another one now; `role_epoch`: counts the changes. `tls`: its ports want certificates of
-    the cluster. `slots`: connections of clients that outlive a proxy.
+    the cluster. `slots`: connections of clients that outlive a proxy. `version`: of pdctl, for its own engines and
+    proxies.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ProcessSpec:
     role_epoch: int = 0
     tls: bool = False
     slots: int = 0
+    version: str = ""
 
     @property
     def is_engine(self) -> bool:
@@ -94,7 +96,7 @@ class ProcessSpec:
         ports = sorted(self.ports.items())
         env = (*sorted(self.env.items()), self.api_key_env, *sorted(self.files.items()))
         role = "" if self.switches else self.role
-        fixed = (self.argv, env, role, self.cpus, self.gpus, ports, self.listen)
+        fixed = (self.argv, env, role, self.cpus, self.gpus, ports, self.listen, self.version)
         return hashlib.blake2b(repr(fixed).encode(), digest_size=8).hexdigest()
 
 

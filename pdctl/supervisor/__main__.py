@@ -15,6 +15,7 @@ import msgspec
 
 from pdctl.errors import PdctlError, PortsTaken, first_of
 from pdctl.plan import Plan
+from pdctl.supervisor.process.succession import received
 from pdctl.supervisor.service.service import Service
 from pdctl.wire import EXIT_PORTS_TAKEN
 
@@ -26,11 +27,14 @@ def main() -> int:
     parser.add_argument(
         "--reason-fd", type=int, default=-1, help="file descriptor on which to report why the service could not start"
     )
-    reason_fd: int = parser.parse_args().reason_fd
+    parser.add_argument("--succession", type=int, default=-1, help="what the supervisor gives that became this one")
+    arguments = parser.parse_args()
+    reason_fd: int = arguments.reason_fd
     if reason_fd >= 0:
         os.set_inheritable(reason_fd, False)
-    plan = msgspec.json.decode(sys.stdin.buffer.read(), type=Plan)
-    service = Service(plan, _say)
+    succession = received(arguments.succession) if arguments.succession >= 0 else None
+    plan = msgspec.json.decode(sys.stdin.buffer.read() if succession is None else succession.plan, type=Plan)
+    service = Service(plan, _say, succession=succession)
     code = 0
     try:
         asyncio.run(service.run())

@@ -17,7 +17,8 @@ def engine_killed(trial: Trial) -> None:
     cluster = trial.cluster
     reader = cluster.engines()["decode-b-0"]
     with trial.streams() as streams:
-        died_at = trial.kill_holding(reader)
+        with trial.only_far(reader):
+            died_at = trial.kill_holding(reader)
         trial.go_on(streams, cluster.nodes)
     trial.recovered()
     trial.freed("engine killed", "far exit to freed KV, s", reader, died_at, trial.freed_s)
@@ -73,9 +74,10 @@ def node_lost(trial: Trial) -> None:
     cluster.apply("c", placed("a", "b", "c"))
     moved = {entry.name for entry in cluster.engines().values() if entry.node == lost}
     with trial.streams() as streams:
-        trial.holding(reader)
-        died_at = time.clock_gettime(time.CLOCK_BOOTTIME)
-        cluster.nodes[lost].host.kill()
+        with trial.only_far(reader):
+            trial.holding(reader)
+            died_at = time.clock_gettime(time.CLOCK_BOOTTIME)
+            cluster.nodes[lost].host.kill()
         trial.go_on(streams, ("a", "c"))
         wait_until(lambda: {entry.name for entry in ready_elsewhere(cluster, lost)} >= moved, 60, "a new place")
         placed_s = time.clock_gettime(time.CLOCK_BOOTTIME) - died_at

@@ -73,11 +73,12 @@ def quorum_lost(trial: Trial) -> None:
     reader = cluster.engines()["decode-b-0"]
     lost: list[Member] = cluster.etcd[1:]
     with trial.streams() as streams:
-        for member in lost:
-            member.kill()
-        silence_is_told(trial)
-        trial.go_on(streams, cluster.nodes)
-        died_at = trial.kill_holding(reader)
+        with trial.only_far(reader):
+            for member in lost:
+                member.kill()
+            silence_is_told(trial)
+            trial.go_on(streams, cluster.nodes)
+            died_at = trial.kill_holding(reader)
         trial.go_on(streams, cluster.nodes)
         back = trial.until_back(reader)
         trial.go_on(streams, cluster.nodes)

@@ -6,9 +6,10 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from pdctl.errors import NotRunning
 from pdctl.supervisor.cluster.entries import EngineEntry
 from tests.hosts.cluster import PROXY_PORT, Cluster
 from tests.hosts.load import Question, Streams
@@ -135,25 +136,27 @@ class Trial:
         os.kill(pid, signal.SIGKILL)
         return at
 
-    def holding(self, reader: EngineEntry) -> None:
-        """Until a decode engine holds a lease of an engine on another node that it does not let go. Meanwhile the
-        prefill engines of its own node are drained: proxies may prefer them."""
+    @contextmanager
+    def only_far(self, reader: EngineEntry) -> Iterator[None]:
+        """Meanwhile the prefill engines of a decode engine's own node are drained: its KV comes from other nodes."""
         near = [e.name for e in self.cluster.engines().values() if e.role == "prefill" and e.node == reader.node]
         control = self.cluster.control(reader.node)
         for name in near:
             control.act(name, "drain")
-        self._until_state(reader.node, near, "drained")
-        self._until_held(reader)
-        for name in near:
-            control.act(name, "start")
+        # Without etcd, others would not hear of it.
+        wait_until(lambda: self._are_drained(near), 60, f"{near} to be drained, on every node")
+        yield
+        with suppress(NotRunning):  # the node may have died
+            for name in near:
+                control.act(name, "start")
 
-    def _until_state(self, node: str, names: list[str], state: str) -> None:
-        def reached() -> bool:
-            return all(p.state == state for p in self.cluster.status(node).processes if p.name in names)
+    def _are_drained(self, names: list[str]) -> bool:
+        nodes = [node for node in self.cluster.nodes.values() if node.host.is_up]
+        found = [p for node in nodes for p in self.cluster.status(node.name).processes if p.name in names]
+        return len(found) == len(nodes) * len(names) and all(p.state == "drained" for p in found)
 
-        wait_until(reached, 60, f"{names} to be {state}")
-
-    def _until_held(self, reader: EngineEntry) -> None:
+    def holding(self, reader: EngineEntry) -> None:
+        """Until a decode engine holds a lease of an engine on another node that it does not let go."""
         point = self.cluster.chaos / f"{reader.name}.before_read"
         found = self.cluster.engines().values()
         far = [entry for entry in found if entry.role == "prefill" and entry.node != reader.node]

@@ -19,7 +19,7 @@ import pytest
 
 from pdctl.errors import PdctlError
 from pdctl.host.processes.claims import PortClaims, claimed_ports
-from pdctl.plan import Probe
+from pdctl.plan import Plan, Probe
 from pdctl.supervisor.process.tree import Trees
 from pdctl.wire import EXIT_PORTS_TAKEN
 from tests.service import last_exit_of, pid_of, wait_until
@@ -685,3 +685,51 @@ def test_a_supervisor_whose_ports_are_claimed_asks_for_another_plan(tmp_path: Pa
         assert f"chosen port {spec.ports['http']}" in found.log()
         assert not found.stamped()
     ours.close()
+
+
+def upgraded(found: Fleet, plan: Plan, program: list[str]) -> None:
+    """Have the supervisor become `program`; return when that one answers."""
+    before = found.status()
+    found.control.upgrade(program, plan)
+    found.until(
+        before.processes[0].name, lambda _: found.status().supervisor_epoch != before.supervisor_epoch, "succeeded"
+    )
+    assert found.status().supervisor_pid == before.supervisor_pid
+
+
+def test_a_supervisor_becomes_another_version_and_no_process_notices(tmp_path: Path) -> None:
+    """Not even one that dies with its supervisor."""
+    with fleet(tmp_path, shell("a", SLEEP), shell("b", SLEEP)) as found:
+        a, b = found.ready("a"), found.ready("b")
+        first, second = found.plan.processes
+        wanted = replace(found.plan, processes=(first, replace(second, version="0.2.0")))
+        upgraded(found, wanted, [sys.executable, "-m", "pdctl.supervisor"])
+        found.until("b", lambda _: has_applied(found, "done"), "applied")
+        assert found.ready("a").pid == a.pid
+        assert found.of("a").adopted
+        after = found.ready("b")
+        assert after.pid != b.pid
+        # They are still its children: an exit is told with its signal.
+        os.kill(pid_of(a), signal.SIGKILL)
+        again = found.again("a", a)
+        assert last_exit_of(again).signal == "SIGKILL"
+        assert {event["event"] for event in found.events()} >= {"upgrade", "adopted"}
+
+
+@pytest.mark.parametrize("program", [["/none/python", "-m", "pdctl.supervisor"], ["python"], []])
+def test_a_version_that_cannot_be_executed_is_refused(tmp_path: Path, program: list[str]) -> None:
+    with fleet(tmp_path, shell("a", SLEEP)) as found:
+        a = found.ready("a")
+        with pytest.raises(PdctlError, match="cannot be executed"):
+            found.control.upgrade(program, found.plan)
+        assert found.ready("a").pid == a.pid
+
+
+def test_a_version_that_fails_at_once_leaves_the_processes_to_the_next(tmp_path: Path) -> None:
+    """The supervisor's end is told to processes that die with it."""
+    with fleet(tmp_path, shell("a", SLEEP), on_supervisor_death="survive") as found:
+        a = found.ready("a")
+        found.control.upgrade([shutil.which("false") or "/bin/false"], found.plan)
+        assert found.process.wait(60) == 1
+        found.start()
+        assert found.ready("a").pid == a.pid

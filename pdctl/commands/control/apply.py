@@ -104,7 +104,7 @@ def change_over(service: str, wanted: Plan, dry_run: bool, as_json: bool, wait_s
     if dry_run or changes.is_empty:
         return
     supervised.apply(wanted)
-    _follow(service, wait_s)
+    follow_apply(service, wait_s)
     console.note("applied")
 
 
@@ -124,7 +124,8 @@ def show_changes(changes: Changes | NodeChanges, node: str = "") -> None:
         console.out(f"= unchanged: {', '.join(f'{node}{process}' for process in changes.unchanged)}")
 
 
-def _follow(service: str, wait_s: float) -> None:
+def follow_apply(service: str, wait_s: float) -> None:
+    """Print the steps of the apply that is under way, until it is done. Raises ServiceFailed."""
     deadline, shown = time.monotonic() + wait_s, ""
     while time.monotonic() < deadline:
         progress = control(service).status(measurements=False).apply

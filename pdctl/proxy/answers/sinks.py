@@ -104,7 +104,7 @@ class StreamAnswer:
             request = self.request
             facts = Facts(
                 request.envelope.request_id, request.envelope.created, request.seed, len(request.legs),
-                is_exact=self.is_exact,
+                fingerprint=request.envelope.fingerprint, is_exact=self.is_exact,
             )  # fmt: skip
             await self.writer.start(timed(self.headers, self._timing), facts)
         await self.writer.part(data, notes)

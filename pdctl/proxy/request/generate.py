@@ -12,7 +12,7 @@ import msgspec
 
 from pdctl.adapters import RequestState
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError, Counts
+from pdctl.net.openai_api import FINGERPRINT, ApiError, Counts, Envelope
 from pdctl.proxy.answers.sinks import Answer, StreamAnswer, WholeAnswer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
 from pdctl.proxy.answers.writer import end_stream
@@ -34,7 +34,9 @@ from pdctl.proxy.telemetry.recent import RecentRequests
 from pdctl.proxy.telemetry.spans import NO_TRACE, Answered, RequestTrace, Tracing
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy.translation import CHAT_PATH, Api, Translated
-from pdctl.wire import ROUTER_HEADER, STARTED_HEADER, TIMING_HEADER
+from pdctl.wire import FINGERPRINT_HEADER, ROUTER_HEADER, STARTED_HEADER, TIMING_HEADER
+
+_STARTED, _FINGERPRINT = STARTED_HEADER.encode(), FINGERPRINT_HEADER.encode()
 
 # nginx's status for a client that closed the connection before its answer. It is only used in the log.
 _CLIENT_LEFT = 499
@@ -108,11 +110,13 @@ class Completions:
         for label in self.unknown.labels(names):
             self.shared.metrics.ignored(label)
 
-    def engine_headers(self, job: _Job, started: int) -> bytes:
+    def engine_headers(self, job: _Job, envelope: Envelope) -> bytes:
         """Headers for the engines."""
         shared = self.shared
         lines = tenant_line(job.key), slo_line(shared.ttft_s, shared.tpot_s)
-        return b"%b%b: %d\r\n%b%b" % (self._static, STARTED_HEADER.encode(), started, *lines)
+        return b"%b%b: %d\r\n%b: %b\r\n%b%b" % (
+            self._static, _STARTED, envelope.created, _FINGERPRINT, envelope.fingerprint.encode(), *lines,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -146,7 +150,9 @@ class _Job:
         request = self._parsed(body, self.path) if self.api is None else self._parsed_by(self.api, body)
         request.body = body
         if self.resumed is not None:
-            request.envelope.created = self.resumed.facts.created
+            facts = self.resumed.facts
+            request.envelope.created = facts.created
+            request.envelope.fingerprint = facts.fingerprint or FINGERPRINT
         completions.note_ignored(request.ignored)
         return request
 
@@ -339,7 +345,7 @@ class _Job:
         return answer
 
     def _legs(self, request: ClientRequest, answer: Answer) -> list[Leg]:
-        shared, started, model = self.completions.shared, request.envelope.created, self.completions.model
+        shared, model = self.completions.shared, self.completions.model
         shared.budget.request()
         size = float(request.size) / len(request.legs)
         legs = []
@@ -350,7 +356,7 @@ class _Job:
                 sink,
                 # Each leg has a different name: engines that use it as a key would treat two legs as one request.
                 f"{self.request_id}-{number}" if number else self.request_id,
-                self.completions.engine_headers(self, started),
+                self.completions.engine_headers(self, request.envelope),
                 size,
                 request.max_tokens,
                 request.body,

@@ -14,13 +14,14 @@ import msgspec
 
 class Facts(msgspec.Struct, frozen=True):
     """What every part of an answer repeats, and what it depends on. `closes`: the connection ends with the answer;
-    `legs`: choices; `is_exact`: another proxy can continue it exactly."""
+    `legs`: choices; `fingerprint`: of the version that began; `is_exact`: another proxy can continue it exactly."""
 
     request_id: str
     created: int
     seed: int
     legs: int = 1
     closes: bool = False
+    fingerprint: str = ""
     is_exact: bool = True
 
 

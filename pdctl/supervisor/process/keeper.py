@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import msgspec
 
@@ -27,6 +28,7 @@ from pdctl.net.keeping import (
     receive,
     send,
 )
+from pdctl.supervisor.process.succession import KeptConnections
 
 # Connections that no proxy has claimed for this long are ended, seconds.
 _UNCLAIMED_S = 60.0
@@ -62,6 +64,36 @@ class Keeper:
     def held(self) -> int:
         """Connections that it has."""
         return len(self._kept)
+
+    def kept(self) -> KeptConnections:
+        """Everything, for a succession."""
+        return KeptConnections(
+            name=self.name,
+            slots=self.slots,
+            memory=self._memory,
+            channel=-1 if self._channel is None else self._channel.fileno(),
+            connections=dict(self._kept),
+            had=self._had,
+            takeovers=self.takeovers,
+            uncovered=self.uncovered,
+            refused=self.refused,
+            total=self.total,
+        )
+
+    @classmethod
+    def restored(cls, kept: KeptConnections, told: Callable[[TakenOver], None]) -> Keeper:
+        """The keeper of the supervisor that this process was before."""
+        found = cls(kept.name, kept.slots, told)
+        os.close(found._memory)
+        found._memory, found._kept, found._had = kept.memory, dict(kept.connections), kept.had
+        found.takeovers, found.uncovered, found.refused = kept.takeovers, kept.uncovered, kept.refused
+        found.total = kept.total
+        if kept.channel >= 0:
+            found._channel = socket.socket(fileno=kept.channel)
+            asyncio.get_running_loop().add_reader(kept.channel, found._read)
+        elif found._kept:
+            found._unclaimed = asyncio.get_running_loop().call_later(_UNCLAIMED_S, found.drop_all)
+        return found
 
     def hand_over(self) -> tuple[socket.socket, int]:
         """The channel for the next proxy, which has all connections in it, and the journal. The caller closes the
@@ -222,6 +254,15 @@ class Keepers:
         elif not keeper.held:
             keeper.slots = slots
         return keeper
+
+    def kept(self) -> list[KeptConnections]:
+        """All of them, for a succession."""
+        return [keeper.kept() for keeper in self._keepers.values()]
+
+    def restore(self, kept: Iterable[KeptConnections]) -> None:
+        """Go on as the supervisor that this process was before."""
+        for one in kept:
+            self._keepers[one.name] = Keeper.restored(one, partial(self._told, one.name))
 
     def get(self, name: str) -> Keeper | None:
         """The keeper of that name."""

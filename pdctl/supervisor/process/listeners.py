@@ -15,6 +15,7 @@ from pdctl.host.processes.claims import PortClaims
 from pdctl.host.processes.ports import listening_ports
 from pdctl.net.serving import listen_tcp
 from pdctl.plan import ProcessSpec
+from pdctl.supervisor.process.succession import KeptSocket
 from pdctl.supervisor.rundir.adoption import listener_from
 
 Address = tuple[str, int]
@@ -41,6 +42,14 @@ class Listeners:
         if address not in self._sockets:
             self._sockets[address] = _listen(address)
         return self._sockets[address]
+
+    def kept(self) -> list[KeptSocket]:
+        """All sockets, for a succession."""
+        return [KeptSocket(*address, listener.fileno()) for address, listener in self._sockets.items()]
+
+    def restore(self, kept: Iterable[KeptSocket]) -> None:
+        """Go on with the sockets of the supervisor that this process was before."""
+        self._sockets |= {(one.host, one.port): socket.socket(fileno=one.descriptor) for one in kept}
 
     def claim(self, specs: Iterable[ProcessSpec]) -> None:
         """Claim the ports of processes. Raises PortsTaken if another service has claimed one of them."""

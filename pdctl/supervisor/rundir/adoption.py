@@ -57,15 +57,17 @@ class AdoptableState(msgspec.Struct, frozen=True):
     processes: list[Record]
 
 
-def read_adoptable(run_dir: Path) -> AdoptableState | None:
-    """The state to adopt; None if none of its processes run, or if the service does not outlive its supervisor."""
+def read_adoptable(run_dir: Path, is_succession: bool = False) -> AdoptableState | None:
+    """The state to adopt; None if none of its processes run, or if the service does not outlive its supervisor.
+    `is_succession`: that supervisor was this process."""
     try:
         plan = msgspec.json.decode((run_dir / PLAN).read_bytes(), type=Plan)
         records = msgspec.json.decode((run_dir / STATE).read_bytes(), type=Records)
         secret = (run_dir / SECRET).read_text()
     except (OSError, msgspec.DecodeError):
         return None
-    if plan.supervision.on_supervisor_death != "survive" or records.host_id != host_id():
+    survives = plan.supervision.on_supervisor_death == "survive" or is_succession
+    if not survives or records.host_id != host_id():
         return None
     alive = [record for record in records.processes if start_ticks(record.pid) == record.start_ticks]
     if not alive:

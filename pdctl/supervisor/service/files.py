@@ -55,13 +55,21 @@ class ServiceFiles:
         self._state.unsaved.set()
         self._journal.say("pdctl", f"{self._rundir.path} had been removed; it was restored", "run_dir_restored")
 
+    def save_now(self) -> None:
+        """Write everything for a later supervisor. Raises OSError, PdctlError."""
+        self._write()
+        self._rundir.write_json(STATE, self._records())
+
+    def _records(self) -> object:
+        return msgspec.to_builtins(Records(host_id(), self._fleet.records()))
+
     async def save_forever(self) -> None:
         """Write the state for a later supervisor after changes. Changes in quick succession are written together."""
         while True:
             await self._state.unsaved.wait()
             await asyncio.sleep(_SAVE_S)
             self._state.unsaved.clear()
-            self._keep(STATE, msgspec.to_builtins(Records(host_id(), self._fleet.records())))
+            self._keep(STATE, self._records())
 
     def _write(self) -> None:
         """Raises OSError."""

@@ -19,6 +19,7 @@ from pdctl.control_api import (
     Nodes,
     RoleOrder,
     ServiceStatus,
+    UpgradeOrder,
     Verb,
 )
 from pdctl.errors import PdctlError
@@ -30,6 +31,7 @@ from pdctl.supervisor.cluster.entries import EngineEntry
 from pdctl.supervisor.dashboard.dashboard import Dashboard
 from pdctl.supervisor.dashboard.rates import Look
 from pdctl.supervisor.process import logs
+from pdctl.supervisor.process.keeper import Keepers
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.process.tree import Trees, reap_strangers
 from pdctl.supervisor.rundir.adoption import AdoptableState
@@ -39,6 +41,7 @@ from pdctl.supervisor.service.change.apply import Progress
 from pdctl.supervisor.service.change.change_over import ChangeOver
 from pdctl.supervisor.service.change.elastic import ElasticRoles
 from pdctl.supervisor.service.change.roles import Roles
+from pdctl.supervisor.service.change.upgrade import Upgrade
 from pdctl.supervisor.service.files import ServiceFiles
 from pdctl.supervisor.service.fleet import Fleet
 from pdctl.supervisor.service.kv import KvWatch, Member
@@ -73,6 +76,7 @@ class Resources:
     kernel: KernelLog
     trees: Trees
     listeners: Listeners
+    keepers: Keepers
     fleet: Fleet
 
 
@@ -122,6 +126,7 @@ class RunningService:
         self._change_over = ChangeOver(
             state, fleet, self._kv, proxies, self._files, resources.listeners, context, self._roles
         )
+        self._upgrade = Upgrade(resources.listeners, resources.keepers, self.journal, self._files.save_now)
         self._dashboard = Dashboard(self, secret)
         self._status = StatusReader(
             state, fleet, self._kv, self._change_over, self._nodes, resources.trees.method, cluster
@@ -298,6 +303,16 @@ class RunningService:
     def apply(self, wanted: Plan) -> str:
         """Start to apply a plan. Returns the reason if it is refused, else ""."""
         return self._change_over.begin(wanted)
+
+    def upgrade(self, order: UpgradeOrder) -> str:
+        """Become another version's supervisor. Returns the reason if it is refused, else ""."""
+        if self._cluster is not None:
+            return "the agent of a cluster's node is upgraded by a restart"
+        if self._state.is_stopping:
+            return "the service is stopping"
+        if self._change_over.is_under_way:
+            return f"an apply is in progress: {self._change_over.step}"
+        return self._upgrade.begin(order)
 
     def stop(self) -> None:
         """Stop the proxy, then the engines. A second call kills the remaining processes."""

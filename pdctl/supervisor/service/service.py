@@ -15,6 +15,7 @@ from pdctl.supervisor.process.keeper import Keepers
 from pdctl.supervisor.process.leftovers import clear_leftovers
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.process.spawn import raise_limits
+from pdctl.supervisor.process.succession import Succession
 from pdctl.supervisor.process.tree import Trees, become_subreaper
 from pdctl.supervisor.rundir.adoption import AdoptableState, read_adoptable
 from pdctl.supervisor.rundir.journal import Journal
@@ -40,10 +41,18 @@ class Service:
     `failure`: after `run`, why the service did not start, or None.
     """
 
-    def __init__(self, plan: Plan, say: Callable[[str, str], None], cluster: ClusterSide | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        say: Callable[[str, str], None],
+        cluster: ClusterSide | None = None,
+        succession: Succession | None = None,
+    ) -> None:
+        """`succession`: of the supervisor that this process was before."""
         self.failure: str | None = None
         self._cluster = cluster
         self._plan = plan
+        self._succession = succession
         self._rundir = RunDir(Path(plan.run_dir))
         self._journal = Journal(Path(plan.log_dir), say)
         self._stamp = f"{UNIT_ENV}={plan.run_dir}"
@@ -55,10 +64,13 @@ class Service:
         keepers = Keepers(self._took_over)
         fleet = Fleet(self._stamp, listeners, keepers)
         kernel, trees = KernelLog(), Trees(self._stamp)
-        resources = Resources(self._rundir, self._journal, Notifier(), kernel, trees, listeners, fleet)
+        resources = Resources(self._rundir, self._journal, Notifier(), kernel, trees, listeners, keepers, fleet)
         keep = False
+        if self._succession is not None:
+            listeners.restore(self._succession.sockets)
+            keepers.restore(self._succession.keepers)
         try:
-            adoptable = read_adoptable(self._rundir.path)
+            adoptable = read_adoptable(self._rundir.path, self._succession is not None)
             keep = adoptable is not None
             await clear_leftovers(self._stamp, adoptable, self._journal)
             if adoptable is None:

@@ -8,8 +8,10 @@ from dataclasses import asdict
 
 import msgspec
 
+from pdctl import __version__
 from pdctl.adapters import dialect
 from pdctl.control_api import AttachedStatus, MeasuredStatus, ServiceStatus
+from pdctl.host.boot import new_epoch
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.plan import Attached
 from pdctl.supervisor.service.change.change_over import ChangeOver
@@ -47,6 +49,7 @@ class StatusReader:
         self._cluster = cluster
         self._attached = AttachedWatch()
         self._measurements = MeasurementReader()
+        self._epoch = new_epoch()
 
     def status(self) -> ServiceStatus:
         """The status without measurements."""
@@ -60,6 +63,8 @@ class StatusReader:
             served_model_name=plan.served_model_name,
             tls_cert=plan.proxy.tls_cert,
             supervisor_pid=os.getpid(),
+            supervisor_epoch=self._epoch,
+            version=__version__,
             run_dir=plan.run_dir,
             log_dir=plan.log_dir,
             source=plan.source,

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from pdctl.control_api import DashboardOrder, Exits, Node, Reply, RoleOrder, Stopping, TopologyOrder, Verb
+from pdctl.control_api import DashboardOrder, Exits, Node, Reply, RoleOrder, Stopping, TopologyOrder, UpgradeOrder, Verb
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
@@ -50,6 +50,7 @@ class Api:
             Route("/v1/nodes/remove", self.remove_node, methods=["POST"]),
             Route("/v1/dashboard", self.dashboard, methods=["POST"]),
             Route("/v1/apply", self.apply, methods=["POST"]),
+            Route("/v1/upgrade", self.upgrade, methods=["POST"]),
             Route("/v1/cluster/topology", self.topology),
             Route("/v1/cluster/topology", self.publish, methods=["POST", "PUT"]),
             Route("/v1/cluster/topology", self.withdraw, methods=["DELETE"]),
@@ -163,6 +164,15 @@ class Api:
         if request.query_params.get("dry_run") == "1":
             return encoded(await self._service.changes(wanted))
         return answer(await self._service.apply(wanted))
+
+    async def upgrade(self, request: Request) -> Response:
+        try:
+            order = msgspec.json.decode(await body_of(request), type=UpgradeOrder)
+        except TooLarge as failure:
+            return answer(f"the order has {failure}")
+        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+            return answer(f"not a valid order: {failure}")
+        return answer(self._service.local.upgrade(order))
 
     async def topology(self, _: Request) -> Response:
         return encoded(await self._service.topology())

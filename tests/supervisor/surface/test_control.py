@@ -32,6 +32,7 @@ from pdctl.control_api import (
     NodeStatus,
     RoleOrder,
     ServiceStatus,
+    UpgradeOrder,
     Verb,
 )
 from pdctl.errors import NotRunning, PdctlError
@@ -99,6 +100,9 @@ class Quiet:
 
     def apply(self, wanted: Plan) -> str:
         return "" if wanted == self.plan else f"{wanted.service} is another"
+
+    def upgrade(self, order: UpgradeOrder) -> str:
+        raise AssertionError("not asked for")
 
     def stop(self) -> None:
         self.journal.say("pdctl", "asked to stop")

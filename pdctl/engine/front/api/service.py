@@ -35,10 +35,11 @@ from pdctl.engine.front.spans import EngineSpans
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError, Envelope, decode_request
+from pdctl.net.openai_api import FINGERPRINT, ApiError, Envelope, decode_request
 from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pdctl.wire import (
     ATTEMPT_HEADER,
+    FINGERPRINT_HEADER,
     ROLE_EPOCH_HEADER,
     ROUTER_HEADER,
     SLO_HEADER,
@@ -124,7 +125,14 @@ class EngineService:
         request = GenerationRequest(
             # A client request may reach one engine twice, so the internal id is unique.
             request_id=f"{request_id}.{uuid4().hex[:8]}",
-            envelope=Envelope(request_id, chat, served, bool(parsed.return_token_ids), int(began)),
+            envelope=Envelope(
+                request_id,
+                chat,
+                served,
+                bool(parsed.return_token_ids),
+                int(began),
+                internal.get(FINGERPRINT_HEADER) or FINGERPRINT,
+            ),
             token_ids=token_ids,
             sampling=sampling,
             stops=openai.stop_strings(parsed),

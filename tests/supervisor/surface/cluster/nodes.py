@@ -29,6 +29,7 @@ from pdctl.control_api import (
     RoleOrder,
     ServiceState,
     ServiceStatus,
+    UpgradeOrder,
     Verb,
 )
 from pdctl.errors import PdctlError
@@ -148,6 +149,9 @@ class Part:
 
     def apply(self, wanted: Plan) -> str:
         return ""
+
+    def upgrade(self, order: UpgradeOrder) -> str:
+        raise AssertionError("not asked for")
 
     def stop(self) -> None:
         self.asked.append("stop")
