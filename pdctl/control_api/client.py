@@ -127,7 +127,9 @@ class ControlClient:
 
     def upgrade(self, program: list[str], wanted: Plan) -> None:
         """Have the supervisor become this program, which applies the plan. It does not answer meanwhile."""
-        self._do("/v1/upgrade", msgspec.json.encode(UpgradeOrder(program, msgspec.Raw(msgspec.json.encode(wanted)))))
+        self._do(
+            "/v1/upgrade", msgspec.json.encode(UpgradeOrder(tuple(program), msgspec.Raw(msgspec.json.encode(wanted))))
+        )
 
     def nodes(self) -> Nodes:
         """The engines that registered themselves, with their load."""

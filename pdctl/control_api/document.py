@@ -53,6 +53,7 @@ from pdctl.control_api.messages import (
     Stopping,
     Takeover,
     TopologyReply,
+    UpgradeOrder,
     Verb,
 )
 from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease, LogNames, LogPart
@@ -81,6 +82,7 @@ _SECTIONS: dict[type, str] = {
     Node: "Registration",
     NodeStatus: "Registered engine",
     RoleOrder: "Change of a role",
+    UpgradeOrder: "Order to upgrade",
     DashboardOrder: "Order for the live page",
     Reply: "Reply",
     LogNames: "Logs",
@@ -155,6 +157,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "role_epoch": "counts the changes of its role",
         "tls": "of a cluster: its ports want certificates",
         "slots": "connections of clients that outlive a proxy; 0: none",
+        "version": "of pdctl, for its own engines and proxies; else empty",
     },
     Probe: {
         "ready": "readiness probe: `tcp:HOST:PORT`, `http://...`, `log:PATTERN`, or empty if ready at once",
@@ -196,7 +199,8 @@ One object per line. In addition to these fields, it has fields that depend on t
 _EVENT_NAMES = """\
 Events: `started`, `phase` (of a start), `ready`, `exited`, `failed`, `not_alive`, `blocked`, `draining`, `drained`,
 `drain_over`, `elastic` (a decision about roles), `role_changed`, `role_done`, `role_drain_over`, `stopped`, `adopted`,
-`asked`, `restarted_with`, `dashboard` (the live page opens, or cannot), `apply`, `apply_failed`, `service_ready`,
+`asked`, `restarted_with`, `dashboard` (the live page opens, or cannot), `apply`, `apply_failed`, `upgrade`,
+`upgrade_failed`, `service_ready`,
 `run_dir_restored`, `no_log`, `shared_memory` (removed after a killed engine), `took_over` (a proxy goes on
 with the connections of another), `note`. Of engines that register themselves: `node_added`, `node_answers`,
 `node_silent`, `node_leaving`, `node_removed`, `node_lost` (forgotten, because it did not answer)."""
@@ -231,6 +235,11 @@ _CALLS = (
     ),
     ("POST /v1/apply", "the body is a plan; [reply](#reply), once started"),
     ("POST /v1/apply?dry_run=1", "the body is a plan; as `pdctl apply --dry-run --json`"),
+    (
+        "POST /v1/upgrade",
+        "the body is an [order to upgrade](#order-to-upgrade); [reply](#reply). Then it does not answer until "
+        "it is the new version's",
+    ),
     ("GET /v1/cluster/topology", "a [published topology](#published-topology)"),
     (
         "POST /v1/cluster/topology",
@@ -314,7 +323,7 @@ def text() -> str:
         "\n".join(["| call | answer |", "|---|---|", *(f"| `{call}` | {answer} |" for call, answer in _CALLS)]),
         _REFUSED,
         _CLUSTER,
-        *_sections(RoleOrder, DashboardOrder, Node, NodeStatus, Reply),
+        *_sections(RoleOrder, UpgradeOrder, DashboardOrder, Node, NodeStatus, Reply),
         *_sections(LogNames, LogPart),
         *_sections(PublishedTopology, TopologyOrder, TopologyReply, NodeChanges),
         *_sections(ExamineOrder, ClusterExamination, NodeExamination, NodeReport, NodeFinding, NodeTraits, RdmaPort),
@@ -374,7 +383,7 @@ def _worded(hint: object, plural: str = "") -> str:
         return f"list of {_worded(arguments[0], 's')}"
     if origin is dict:
         return f"object of {_worded(arguments[1], 's')}"
-    if hint in (Proxy, Supervision, Elastic, Dashboard):
+    if hint in (Proxy, Supervision, Elastic, Dashboard, msgspec.Raw):
         return "object"
     assert isinstance(hint, type)
     if hint in _SECTIONS:

@@ -106,7 +106,7 @@ class RoleOrder(msgspec.Struct, frozen=True, kw_only=True):
 class UpgradeOrder(msgspec.Struct, frozen=True):
     """The supervisor is to become another version of pdctl."""
 
-    program: Annotated[list[str], says("the command line of that version's supervisor")]
+    program: Annotated[tuple[str, ...], says("the command line of that version's supervisor")]
     plan: Annotated[msgspec.Raw, says("the plan that it applies, as that version writes it")]
 
 

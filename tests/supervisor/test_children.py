@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdctl.errors import PdctlError
+from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.processes.claims import PortClaims, claimed_ports
 from pdctl.plan import Plan, Probe
 from pdctl.supervisor.process.tree import Trees
@@ -690,10 +690,14 @@ def test_a_supervisor_whose_ports_are_claimed_asks_for_another_plan(tmp_path: Pa
 def upgraded(found: Fleet, plan: Plan, program: list[str]) -> None:
     """Have the supervisor become `program`; return when that one answers."""
     before = found.status()
+
+    def is_another() -> bool:
+        with suppress(NotRunning, NotAnswering):
+            return found.status().supervisor_epoch != before.supervisor_epoch
+        return False
+
     found.control.upgrade(program, plan)
-    found.until(
-        before.processes[0].name, lambda _: found.status().supervisor_epoch != before.supervisor_epoch, "succeeded"
-    )
+    wait_until(is_another, what="the supervisor to become another")
     assert found.status().supervisor_pid == before.supervisor_pid
 
 

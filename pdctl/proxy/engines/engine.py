@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ _STALL_GAPS = 50
 _STALL_S = (5.0, 60.0)
 # Calls that fail within this time count as one failure, seconds.
 _ONE_FAILURE_S = 1.0
-# Consecutive lost hand-overs after which a pair is not used for a while, and that time in seconds.
+# Consecutive lost hand-overs after which a pair is not used for a while; that time, which grows with each further one,
+# and the longest, in seconds.
 _PAIR_LOSSES = 3
-_PAIR_PAUSE_S = 5.0
+_PAIR_PAUSE_S, _LONGEST_PAIR_PAUSE_S = 5.0, 60.0
 # Durations of answered calls that are kept, as many as LMDeploy's proxy keeps.
 _CALLS_KEPT = 15
 # Weight of the newest hand-over in their usual time.
@@ -127,16 +129,19 @@ class Engine:
         observed = {
             name
             for name, (count, at) in self.pair_losses.items()
-            if count >= _PAIR_LOSSES and now - at < _PAIR_PAUSE_S * (count - _PAIR_LOSSES + 1)
+            if count >= _PAIR_LOSSES
+            and now - at < min(_LONGEST_PAIR_PAUSE_S, _PAIR_PAUSE_S * (count - _PAIR_LOSSES + 1))
         }
         return known | observed
 
-    def handed_over(self, prefill: str, now: float, good: bool) -> None:
-        """A hand-over from `prefill` succeeded or was lost."""
+    def handed_over(self, prefill: str, began: float, now: float, good: bool) -> None:
+        """A hand-over from `prefill` succeeded or was lost. Those that had begun when another one was lost count as one
+        with it: a machine that stood still loses all that it had."""
+        count, at = self.pair_losses.get(prefill, (0, -math.inf))
         if good:
             self.pair_losses.pop(prefill, None)
-        else:
-            self.pair_losses[prefill] = (self.pair_losses.get(prefill, (0, 0.0))[0] + 1, now)
+        elif began >= at:
+            self.pair_losses[prefill] = (count + 1, now)
 
     def took_over(self, seconds: float) -> None:
         """Record the time from the end of a prefill to the first token here."""

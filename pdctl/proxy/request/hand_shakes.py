@@ -179,12 +179,12 @@ async def _decoded(
     on_first_token: Callable[[], None] | None,
     valid_until: float = math.inf,
 ) -> None:
-    leg, name = call.leg, call.prefill.name
+    leg, name, began = call.leg, call.prefill.name, time.monotonic()
     try:
         await decode(leg, call.decode, call.attempt, hand_over, call.prefill, on_first_token, valid_until)
     except CallFailed as failed:
         if failed.failure.cause is Cause.KV_LOST:
-            call.decode.handed_over(name, time.monotonic(), good=False)
+            call.decode.handed_over(name, began, time.monotonic(), good=False)
         raise
-    call.decode.handed_over(name, time.monotonic(), good=True)
+    call.decode.handed_over(name, began, time.monotonic(), good=True)
     leg.shared.metrics.handed_over(name, call.decode.name, leg.timing)

@@ -164,7 +164,7 @@ class Pair:
         self._stream.token(self._prefilled_at)
         self._client.token()
         if token.finish_reason:
-            self._decode.engine.handed_over(self._prefill.node.name, self._wires.time(), good=True)
+            self._decode.engine.handed_over(self._prefill.node.name, self._prefilled_at, self._wires.time(), good=True)
             self._stream.end(done=True)
             self._is_over = True
             self._client.done(self._prefill.node.name, node.name)
@@ -297,7 +297,7 @@ class Pair:
             self._fail(self._prefill.node, Cause.BROKE, f"{self._prefill.node.name} sent nothing")
 
     def _kv_lost(self, reason: str) -> None:
-        self._decode.engine.handed_over(self._prefill.node.name, self._wires.time(), good=False)
+        self._decode.engine.handed_over(self._prefill.node.name, self._prefilled_at, self._wires.time(), good=False)
         self._fail(self._decode.node, Cause.KV_LOST, reason)
 
     def _fail(self, node: Node, cause: Cause, reason: str) -> None:

@@ -7,7 +7,7 @@ and clients' connections have their keeper all the time. See pdctl/supervisor/se
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -60,7 +60,7 @@ class Succession(msgspec.Struct, frozen=True):
             yield from keeper.connections.values()
 
 
-def become(argv: list[str], given: Succession) -> None:
+def become(argv: Sequence[str], given: Succession) -> None:
     """Become the supervisor `argv`, which gets the option --succession FD. Raises OSError; otherwise never returns."""
     told = os.memfd_create("pdctl-succession", 0)
     open_ones = [*given.descriptors]
@@ -93,7 +93,7 @@ def received(descriptor: int) -> Succession:
     return given
 
 
-def refusal(argv: list[str]) -> str:
+def refusal(argv: Sequence[str]) -> str:
     """Why this cannot be executed, or ""."""
     if not argv or not Path(argv[0]).is_absolute() or not os.access(argv[0], os.X_OK):
         return f"{argv[0] if argv else 'nothing'} cannot be executed"

@@ -320,7 +320,7 @@ class TestWatch:
                     for _ in range(4):
                         engine.breaker.failed(time.monotonic())
                     engine.prefixes.add([1])
-                    engine.handed_over("p0", time.monotonic(), good=False)
+                    engine.handed_over("p0", time.monotonic(), time.monotonic(), good=False)
                     running = await call(engine, one)
                     life = engine.lives
                     await one.stop()
@@ -452,7 +452,7 @@ def test_a_peer_is_lost_after_three_losses_and_for_longer_each_time() -> None:
     pool = idle(at("p0", "prefill"), at("d0", "decode", slot=1))
     engine, now = pool.by_name["d0"], time.monotonic()
     for count, pause_s in ((1, 0.0), (2, 0.0), (3, 5.0), (4, 10.0), (5, 15.0)):
-        engine.handed_over("p0", now, good=False)
+        engine.handed_over("p0", now, now, good=False)
         assert engine.lost_peers(now + 0.01) == (frozenset({"p0"}) if pause_s else frozenset()), count
         assert engine.lost_peers(now + pause_s - 0.01 if pause_s else now) == engine.lost_peers(now + 0.01)
         assert engine.lost_peers(now + pause_s + 0.01) == frozenset()
@@ -460,8 +460,20 @@ def test_a_peer_is_lost_after_three_losses_and_for_longer_each_time() -> None:
     assert pool.views()[1].lost == {"p0"}
     engine.condition = Condition(True, lost_peers=frozenset({"p9"}))
     assert engine.lost_peers(now) == {"p0", "p9"}
-    engine.handed_over("p0", now, good=True)
+    engine.handed_over("p0", now, now, good=True)
     assert engine.lost_peers(now) == {"p9"}
+
+
+def test_hand_overs_that_are_lost_together_count_once_and_no_pause_is_endless() -> None:
+    pool = idle(at("p0", "prefill"), at("d0", "decode", slot=1))
+    engine, now = pool.by_name["d0"], time.monotonic()
+    for late_s in range(20):
+        engine.handed_over("p0", now - 1.0, now + late_s / 100, good=False)
+    assert engine.lost_peers(now + 0.3) == frozenset()
+    for _ in range(50):
+        engine.handed_over("p0", now + 1.0, now + 1.0, good=False)
+    assert engine.lost_peers(now + 60.9) == {"p0"}
+    assert engine.lost_peers(now + 61.1) == frozenset()
 
 
 class TestOutlook:
