@@ -51,7 +51,7 @@ from pdctl.adapters.launcher import (
     version_numbers,
 )
 from pdctl.errors import PdctlError
-from pdctl.net.openai_answers import Choice, EngineError, shown
+from pdctl.net.openai.answers import Choice, EngineError, shown
 
 __all__ = [
     "ALL_ROLES", "KINDS_ENV", "OTLP_EXPORTERS", "UNKNOWN_TOKEN", "Ability", "Assignment", "Attempt", "BaseLauncher",

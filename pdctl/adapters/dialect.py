@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 from pdctl.adapters.retelling import CannotResume, Retelling
 from pdctl.latency import Work
-from pdctl.net.openai_answers import Choice, EngineError
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.answers import Choice, EngineError
+from pdctl.net.openai.api import Counts
 from pdctl.proxy_wire import EngineAddress
 
 __all__ = [

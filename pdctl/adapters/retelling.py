@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdctl.net.openai_answers import EngineError
+from pdctl.net.openai.answers import EngineError
 
 
 class CannotResume(EngineError):

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pdctl.net.content_encoding import unpacked
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 # ASGI's own message type: https://asgi.readthedocs.io/en/latest/specs/main.html
 Message = MutableMapping[str, Any]

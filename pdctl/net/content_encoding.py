@@ -6,7 +6,7 @@ import zlib
 
 import anyio.to_thread
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 # Clients compress once. Each further encoding, and each further member of a gzip body, costs as much as the first.
 _MAX_ENCODINGS, _MAX_MEMBERS = 2, 16

@@ -18,7 +18,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from pdctl.net.identity import PEER, Who
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 # Limit of request line and headers together, in bytes.
 MAX_HEADER_BYTES = 64 * 1024

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.adapters import Attempt, Call, Choice, Condition, EngineError, RequestState, dialect
-from pdctl.net.openai_api import Counts
-from pdctl.net.openai_fields import KNOWN_FIELDS
+from pdctl.net.openai.api import Counts
+from pdctl.net.openai.fields import KNOWN_FIELDS
 from pdctl.proxy_wire import EngineAddress
 
 BUILTIN = dialect("builtin")

@@ -32,7 +32,7 @@ from pdctl.adapters import (
 from pdctl.host import Host
 from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.internal_calls import Caller
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy_wire import EngineAddress
 from pdctl.topology.loader import load_text
 from pdctl.topology.schema import ENGINE, EVERY_KIND

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.net.content_encoding import decoded, unpacked
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 # Without the time, which would appear in a test's name and differ between test processes.
 packed = partial(gzip.compress, mtime=0)

@@ -19,9 +19,9 @@ from pdctl.adapters import (
     stream_fields,
 )
 from pdctl.latency import Work
-from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
-from pdctl.net.openai_api import Counts
-from pdctl.net.openai_fields import KNOWN_FIELDS
+from pdctl.net.openai.answers import first_choice, parse_answer, refusal, whole_counts
+from pdctl.net.openai.api import Counts
+from pdctl.net.openai.fields import KNOWN_FIELDS
 from pdctl.proxy_wire import EngineAddress
 from pdctl.wire import ATTEMPT_HEADER, AttemptCall, LeaseCall, MoveCall
 

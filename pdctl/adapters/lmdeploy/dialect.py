@@ -37,7 +37,7 @@ from pdctl.adapters import (
     without,
 )
 from pdctl.adapters.lmdeploy.messages import TRANSFER, CacheFree, MigrationRequest, engine_id, kv_tokens
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy_wire import EngineAddress
 
 # Later versions accept the fields of a hand-over only with this header (LMDeploy #4969).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pdctl.adapters import CannotResume, Choice, Condition, EngineError, RequestState, Retelling, shown
-from pdctl.net.openai_answers import Answer, ErrorBody, KnownChoice, first_choice, parse_answer
+from pdctl.net.openai.answers import Answer, ErrorBody, KnownChoice, first_choice, parse_answer
 
 # How the scheduler begins the message of an error that is neither engine's fault: the KV did not arrive.
 _KV_LOST = (

@@ -35,8 +35,8 @@ from pdctl.adapters import (
     without,
 )
 from pdctl.adapters.sglang import answers
-from pdctl.net.openai_answers import whole_counts
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.answers import whole_counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy_wire import EngineAddress
 
 # SGLang's default of --disaggregation-bootstrap-port, for an attached engine.

@@ -33,8 +33,8 @@ from pdctl.adapters import (
     without,
 )
 from pdctl.adapters.vllm.connectors import CONNECTORS
-from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.answers import first_choice, parse_answer, refusal, whole_counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy_wire import EngineAddress
 
 _HIDDEN = ("token_ids", "prompt_token_ids")

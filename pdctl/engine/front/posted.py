@@ -9,7 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 # These messages are small: a hand-over of the longest prompt has a few thousand block ids.
 _MAX_BODY = 4 * 2**20

@@ -10,7 +10,7 @@ from typing import Any
 
 from pdctl.net import asgi
 from pdctl.net.identity import PEER, Who
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.wire import ROUTER_HEADER
 
 _Scope = Mapping[str, Any]

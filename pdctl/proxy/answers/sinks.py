@@ -12,7 +12,7 @@ import msgspec
 
 from pdctl.adapters import UNKNOWN_TOKEN, Choice, shown
 from pdctl.net import asgi
-from pdctl.net.openai_api import DONE, ApiError, Counts, usage
+from pdctl.net.openai.api import DONE, ApiError, Counts, usage
 from pdctl.proxy.answers.gather import Gathered
 from pdctl.proxy.answers.writer import AnswerHeaders, writer
 from pdctl.proxy.client.requests import ClientRequest

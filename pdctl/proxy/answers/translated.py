@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pdctl.adapters import Choice
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError, Counts
+from pdctl.net.openai.api import ApiError, Counts
 from pdctl.proxy.answers.sinks import choice_of, timed, timing_comment
 from pdctl.proxy.answers.writer import AnswerHeaders, writer
 from pdctl.proxy.client.requests import ClientRequest

@@ -8,7 +8,7 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.takeover.cover import Reply
 from pdctl.proxy.takeover.notes import Facts
 

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from pdctl.errors import PdctlError
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.user_files import read_api_keys
 
 _log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import msgspec
 
-from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_number
+from pdctl.net.openai.api import ApiError, Envelope, decode_request, shown_number
 from pdctl.proxy.client.unknown_fields import UnknownFields
 
 # Fields of hand-overs, of every kind: with these a client could read or free another request's KV.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 # Limits of names in an answer's header, and of names with their own counter: clients can invent names.
 _TOLD = 16

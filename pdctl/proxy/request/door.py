@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.engines.outlook import Outlook
 from pdctl.proxy.request.admission import Admission, Refusal
 from pdctl.proxy.shares.fair_queue import NO_WORK, Waiter, Work

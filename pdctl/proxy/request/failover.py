@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from pdctl.net.openai_answers import EngineError
+from pdctl.net.openai.answers import EngineError
 from pdctl.proxy.engines.breaker import RetryBudget
 from pdctl.wire import ROLE_CHANGED
 

@@ -12,7 +12,7 @@ import msgspec
 
 from pdctl.adapters import RequestState
 from pdctl.net import asgi
-from pdctl.net.openai_api import FINGERPRINT, ApiError, Counts, Envelope
+from pdctl.net.openai.api import FINGERPRINT, ApiError, Counts, Envelope
 from pdctl.proxy.answers.sinks import Answer, StreamAnswer, WholeAnswer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
 from pdctl.proxy.answers.writer import end_stream

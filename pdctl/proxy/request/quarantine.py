@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.shares.shared_bodies import DIGEST_BYTES, SharedBodies
 

@@ -14,7 +14,7 @@ import time
 
 from pdctl.adapters import Attempt
 from pdctl.net.asgi import new_name
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.routing import Ask, EnginePair
 from pdctl.proxy.request.calls import CallFailed, decode, release

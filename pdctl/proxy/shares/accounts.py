@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.shares.elsewhere import Elsewhere
 from pdctl.proxy.shares.limits import Exceeded, KeyLimits
 from pdctl.proxy.shares.rules import KeyRules

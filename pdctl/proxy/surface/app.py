@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from pdctl import __version__
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.engines.routing import Ask, choose, round_robin
 from pdctl.proxy.request.generate import Completions
 from pdctl.proxy.surface.not_here import API_ERRORS

@@ -24,7 +24,7 @@ from pdctl.control_api import ControlClient, Node, Nodes, NodeStatus
 from pdctl.errors import PdctlError
 from pdctl.net import asgi, http_client
 from pdctl.net.http_client import ConnectionPool, Unreachable
-from pdctl.net.openai_api import ApiError, decode_request
+from pdctl.net.openai.api import ApiError, decode_request
 from pdctl.proxy.client.keys import API_KEY_HEADER, Keys
 from pdctl.proxy.surface.tokens import error_answer
 from pdctl.proxy_wire import ProxyConfig

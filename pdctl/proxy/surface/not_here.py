@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.translation import APIS, Api
 
 # Endpoints of OpenAI's API, vLLM's and Anthropic's, each with all paths below it.

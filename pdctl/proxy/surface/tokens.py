@@ -11,8 +11,8 @@ from starlette.routing import Route
 
 from pdctl.net import asgi, http_client
 from pdctl.net.http_client import Unreachable, header_lines
-from pdctl.net.openai_answers import refusal
-from pdctl.net.openai_api import ApiError, decode_request
+from pdctl.net.openai.answers import refusal
+from pdctl.net.openai.api import ApiError, decode_request
 from pdctl.proxy.client.keys import API_KEY_HEADER
 from pdctl.proxy.client.unknown_fields import header
 from pdctl.proxy.engines.engine import Engine

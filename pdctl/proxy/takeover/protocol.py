@@ -13,7 +13,7 @@ from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.client.connections import BoundedProtocol
 from pdctl.proxy.takeover.cover import Cover, Reply
 from pdctl.proxy.takeover.covers import Covers

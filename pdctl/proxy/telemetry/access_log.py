@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from pdctl.errors import PdctlError
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy.telemetry.timing import Timing
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy_wire import FailedTry, RecentRequest, RequestPhase
 

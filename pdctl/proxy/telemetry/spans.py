@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 from pdctl.net.http_client import header_lines
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.net.tracing import TRACE_HEADERS, Attributes, Span, Spans
 from pdctl.proxy.telemetry.timing import Timing
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Counts, Envelope
+from pdctl.net.openai.api import ApiError, Counts, Envelope
 from pdctl.proxy.client.unknown_fields import UnknownFields
 
 Json = dict[str, object]

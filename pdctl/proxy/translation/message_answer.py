@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Counts, Envelope
+from pdctl.net.openai.api import ApiError, Counts, Envelope
 from pdctl.proxy.translation.api import Json, event
 from pdctl.proxy.translation.parts import Action, Kind, OutputParts, Part, Step, arguments_of
 

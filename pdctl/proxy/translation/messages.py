@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from pdctl.net.openai_api import ApiError, Envelope, decode_request
+from pdctl.net.openai.api import ApiError, Envelope, decode_request
 from pdctl.proxy.client.requests import check_encoding
 from pdctl.proxy.client.unknown_fields import UnknownFields
 from pdctl.proxy.translation.api import PASSED, Json, Translated, renamed

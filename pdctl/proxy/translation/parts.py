@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.translation.api import Json
 
 _NULL, _NOTHING = msgspec.Raw(b"null"), msgspec.Raw(b"{}")

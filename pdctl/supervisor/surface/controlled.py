@@ -31,7 +31,7 @@ from pdctl.control_api import (
 from pdctl.errors import PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
-from pdctl.supervisor.process.log_parts import log_names, read_part
+from pdctl.supervisor.process.logs.parts import log_names, read_part
 from pdctl.supervisor.rundir.journal import Journal
 from pdctl.supervisor.surface.events import EventStreams, Streams
 from pdctl.wire import LeaseReply

@@ -18,8 +18,8 @@ from pdctl.adapters import (
     shown,
     stream_fields,
 )  # fmt: skip
-from pdctl.net.openai_answers import first_choice, parse_answer, refusal, whole_counts
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.answers import first_choice, parse_answer, refusal, whole_counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy_wire import EngineAddress
 
 _encode = msgspec.json.Encoder().encode

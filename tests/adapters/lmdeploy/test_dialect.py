@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pdctl.adapters import UNKNOWN_TOKEN, EngineError, dialect
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from tests.adapters.lmdeploy.messages import ATTEMPT, HELD, state
 
 SPEAKS = dialect("lmdeploy")

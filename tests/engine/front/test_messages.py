@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pdctl.engine.front.api.messages import messages_of
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 
 def call(arguments: Any) -> dict[str, Any]:

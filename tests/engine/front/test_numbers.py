@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from pdctl.engine.front.api import openai
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.client import requests
 
 WHOLE = ("max_tokens", "seed", "top_k", "n", "min_tokens", "priority", "logprobs", "prompt_logprobs")

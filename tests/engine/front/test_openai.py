@@ -6,8 +6,8 @@ import pytest
 
 from pdctl.engine.front.api.messages import messages_of
 from pdctl.engine.front.api.openai import bad_words, parse_body, sampling_of, stop_strings, template_variables
-from pdctl.net.openai_api import ApiError
-from pdctl.net.openai_fields import ChatBody
+from pdctl.net.openai.api import ApiError
+from pdctl.net.openai.fields import ChatBody
 
 
 def refused(body: object, chat: bool = False) -> ApiError:

@@ -13,7 +13,7 @@ from pdctl.engine.front.api.parsers import choose
 from pdctl.engine.front.api.parsers.tool_calls import ToolFormat
 from pdctl.engine.front.api.text import TextCodec
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.net.openai_api import Envelope
+from pdctl.net.openai.api import Envelope
 from tests.marked_model import IDS, make, template
 
 CALLS = {

@@ -15,7 +15,7 @@ from xgrammar.testing import _is_grammar_accept_string
 
 from pdctl.engine.front.api.schemas import check_schema, narrowed, unsupported_pattern
 from pdctl.engine.model.grammar import _MAX_BLANKS, json_grammar
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 STRING, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
 A_AND_B = {"type": "object", "properties": {"a": INTEGER, "b": STRING}}

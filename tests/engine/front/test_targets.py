@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pdctl.engine.front.api.targets import priority_in, targets
-from pdctl.net.openai_fields import RequestSlo
+from pdctl.net.openai.fields import RequestSlo
 from pdctl.wire import ORDER_HEADER
 
 

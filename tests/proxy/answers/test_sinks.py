@@ -18,7 +18,7 @@ from pdctl.adapters import Choice
 from pdctl.net import asgi
 from pdctl.net.http_client import ConnectionPool, Response
 from pdctl.net.http_protocol import HttpProtocol
-from pdctl.net.openai_api import ApiError, Counts
+from pdctl.net.openai.api import ApiError, Counts
 from pdctl.proxy.answers.sinks import StreamAnswer, WholeAnswer
 from pdctl.proxy.client.requests import ClientRequest, parse
 from pdctl.proxy.telemetry.timing import Timing

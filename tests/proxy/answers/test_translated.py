@@ -8,7 +8,7 @@ import json
 import pytest
 
 from pdctl.net import asgi
-from pdctl.net.openai_api import ApiError, Counts
+from pdctl.net.openai.api import ApiError, Counts
 from pdctl.proxy.answers.sinks import Answer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
 from pdctl.proxy.client.requests import parse

@@ -5,7 +5,7 @@ import json
 import msgspec
 import pytest
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.client.requests import ClientRequest, parse
 from pdctl.proxy.client.unknown_fields import UnknownFields, header
 

@@ -21,7 +21,7 @@ from pdctl.adapters.builtin.dialect import BuiltinDialect
 from pdctl.errors import PdctlError
 from pdctl.latency import StepTimes, Work
 from pdctl.net.http_client import Unreachable
-from pdctl.net.openai_fields import KNOWN_FIELDS
+from pdctl.net.openai.fields import KNOWN_FIELDS
 from pdctl.proxy.engines import engine as engines
 from pdctl.proxy.engines import fleet
 from pdctl.proxy.engines import pool as pools

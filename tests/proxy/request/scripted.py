@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from pdctl.adapters import Call, Choice, RequestState
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.engines.releases import Releases
 from pdctl.proxy.engines.routing import POLICIES

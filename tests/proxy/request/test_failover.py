@@ -8,7 +8,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.net.openai_answers import EngineError
+from pdctl.net.openai.answers import EngineError
 from pdctl.proxy.engines.breaker import RetryBudget
 from pdctl.proxy.request.failover import (
     Cause,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.engines.engine import Engine, Ticket
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.request import quarantine as module

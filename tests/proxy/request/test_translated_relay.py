@@ -10,7 +10,7 @@ import pytest
 
 from pdctl.adapters import Choice
 from pdctl.net import asgi
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy.answers.translated import TranslatedStream
 from pdctl.proxy.client.requests import parse
 from pdctl.proxy.client.unknown_fields import UnknownFields

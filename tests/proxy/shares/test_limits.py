@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.shares import shared_totals
 from pdctl.proxy.shares.accounts import Accounts, LimitReached
 from pdctl.proxy.shares.limits import Bucket, Exceeded, KeyLimits, Levels, Totals, duration

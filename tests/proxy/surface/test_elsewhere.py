@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from starlette.applications import Starlette
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.request.quarantine import Quarantine
 from pdctl.proxy.shares.accounts import Accounts, LimitReached
 from pdctl.proxy.shares.rules import KeyRules

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from starlette.applications import Starlette
 
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy.surface.figures import FiguresSurface
 from pdctl.proxy.surface.internal import Internal
 from pdctl.proxy.telemetry.counters import Counters, Histogram

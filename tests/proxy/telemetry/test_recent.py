@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.proxy.telemetry.recent import RecentRequests
 from pdctl.proxy.telemetry.timing import FailedCall, Timing
 from pdctl.proxy_wire import RecentRequest

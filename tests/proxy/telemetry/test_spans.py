@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 from pdctl.net.tracing import Spans
 from pdctl.proxy.telemetry.spans import NO_TRACE, Answered, EngineCall, Tracing
 from pdctl.proxy.telemetry.timing import Timing

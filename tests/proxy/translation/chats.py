@@ -10,7 +10,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import Counts, Envelope
+from pdctl.net.openai.api import Counts, Envelope
 from pdctl.proxy.client.unknown_fields import UnknownFields
 from pdctl.proxy.translation import Api, Translated
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Counts, Envelope
+from pdctl.net.openai.api import ApiError, Counts, Envelope
 from pdctl.proxy.client.unknown_fields import UnknownFields
 from pdctl.proxy.translation.messages import MESSAGES
 from tests.proxy.translation.chats import Json, call, chat_of, events, outputs, part, streamed, translated, whole

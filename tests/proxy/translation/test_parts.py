@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.translation.parts import Action, Kind, OutputParts, Part, arguments_of
 from tests.proxy.translation.chats import call, outputs, part
 

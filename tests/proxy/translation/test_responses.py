@@ -12,7 +12,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from pdctl.adapters import Choice
-from pdctl.net.openai_api import ApiError, Counts, Envelope
+from pdctl.net.openai.api import ApiError, Counts, Envelope
 from pdctl.proxy.client.unknown_fields import UnknownFields
 from pdctl.proxy.translation.responses import RESPONSES
 from tests.proxy.translation.chats import Json, call, chat_of, events, outputs, part, streamed, translated, whole

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.proxy.request.quarantine import Quarantine
 from pdctl.registry import Created, Delete, Listing, Modified, Put, Registry, Unavailable
 from pdctl.registry.etcd.gateway import Gateway

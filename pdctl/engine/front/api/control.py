@@ -27,7 +27,7 @@ from pdctl.engine.front.routers.distserve import DistServe
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
 from pdctl.net.identity.peers import claims_too_much
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.wire import (
     AttemptCall,
     EndpointReply,

@@ -21,7 +21,7 @@ from pdctl.engine.front.handover.peers import Peers, of_hand_over
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Thinking, Token, Withdrawn
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.net.tracing import Attributes
 from pdctl.wire import ROLE_CHANGED, HandOver, token_digest
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from pdctl.engine.front.api.parsers.tool_calls import ToolFormat
 from pdctl.engine.front.api.schemas import check_schema, narrowed, unsupported_pattern
-from pdctl.net.openai_api import ApiError
-from pdctl.net.openai_fields import ChatBody, CompletionBody, Structured, is_lmdeploys
+from pdctl.net.openai.api import ApiError
+from pdctl.net.openai.fields import ChatBody, CompletionBody, Structured, is_lmdeploys
 
 # Maximum characters of a schema as JSON.
 _MAX_GRAMMAR = 65_536

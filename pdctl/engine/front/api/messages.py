@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 
 def messages_of(messages: list[dict[str, object]]) -> list[dict[str, object]]:

@@ -13,8 +13,8 @@ from pdctl.engine.front.api.targets import MOST_MS
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.front.spans import NOT_RECORDED, AnswerSpan
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.net.openai_api import ApiError, Envelope, decode_request, shown_number
-from pdctl.net.openai_fields import ChatBody, CompletionBody, MigrationRequest, OfferTo, TokenizeBody
+from pdctl.net.openai.api import ApiError, Envelope, decode_request, shown_number
+from pdctl.net.openai.fields import ChatBody, CompletionBody, MigrationRequest, OfferTo, TokenizeBody
 from pdctl.wire import HandOver
 
 _MAX_STOPS = 16

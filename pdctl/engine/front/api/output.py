@@ -14,7 +14,7 @@ from pdctl.engine.front.api.parsers.tool_calls import ToolCall, ToolFormat, join
 from pdctl.engine.front.api.text import OutputText, TextCodec
 from pdctl.engine.front.api.token_text import text_of
 from pdctl.engine.ipc.messages import Logprobs, PromptToken, Thinking
-from pdctl.net.openai_api import DONE, Counts, usage
+from pdctl.net.openai.api import DONE, Counts, usage
 from pdctl.wire import TIMING_HEADER, HandOver
 
 # Enough prompt tokens for the detokenizer to join the first output token to the prompt.

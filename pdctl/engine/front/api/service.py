@@ -35,8 +35,8 @@ from pdctl.engine.front.spans import EngineSpans
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
-from pdctl.net.openai_api import FINGERPRINT, ApiError, Envelope, decode_request
-from pdctl.net.openai_fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from pdctl.net.openai.api import FINGERPRINT, ApiError, Envelope, decode_request
+from pdctl.net.openai.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pdctl.wire import (
     ATTEMPT_HEADER,
     FINGERPRINT_HEADER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pdctl.net.openai_fields import RequestSlo
+from pdctl.net.openai.fields import RequestSlo
 from pdctl.wire import ORDER_HEADER
 
 # A day.

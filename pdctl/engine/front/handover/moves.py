@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.offers import Offering
-from pdctl.net.openai_fields import OfferTo
+from pdctl.net.openai.fields import OfferTo
 from pdctl.wire import MoveCall, MoveReply
 
 

@@ -14,7 +14,7 @@ from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.handover.lease import Lease
 from pdctl.engine.ipc.messages import Held, Progress, Submit
 from pdctl.net.http_client import Unreachable
-from pdctl.net.openai_fields import OfferTo
+from pdctl.net.openai.fields import OfferTo
 from pdctl.wire import Offer, RevokeCall
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pdctl.engine.front.core_client import CoreClient
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 from pdctl.wire import ROLE_CHANGED, RoleCall
 
 

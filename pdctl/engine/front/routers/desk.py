@@ -15,7 +15,7 @@ from pdctl.engine.front.routers.seal import Seal
 from pdctl.engine.front.routers.sessions import SessionBook, new_session
 from pdctl.engine.front.routers.transfers import Router, Transfer
 from pdctl.net.http_client import Unreachable
-from pdctl.net.openai_fields import MigrationRequest
+from pdctl.net.openai.fields import MigrationRequest
 from pdctl.wire import HandOver, LeaseCall, PeerAddress, SessionCall, SessionReply
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.posted import Posted, answer, refusal
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.options import EngineOptions
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 # LMDeploy's DistServeConnectionStatus.
 _SUCCESS, _FAIL = 1, 2

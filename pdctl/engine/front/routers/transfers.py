@@ -9,8 +9,8 @@ from typing import TypeVar
 import msgspec
 
 from pdctl.engine.front.routers.seal import Seal
-from pdctl.net.openai_api import ApiError
-from pdctl.net.openai_fields import ChatBody, CompletionBody, HoldRequest, MigrationRequest, OfferTo, is_lmdeploys
+from pdctl.net.openai.api import ApiError
+from pdctl.net.openai.fields import ChatBody, CompletionBody, HoldRequest, MigrationRequest, OfferTo, is_lmdeploys
 from pdctl.wire import HandOver
 
 _T = TypeVar("_T")

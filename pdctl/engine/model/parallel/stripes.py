@@ -18,7 +18,7 @@ from pdctl.engine.model.inputs import Inputs
 from pdctl.engine.model.parallel import Group
 
 # Rows of a stripe, at least. Fewer take about as long as the exchanges (pdctl's own estimate).
-_FEWEST_ROWS = 8
+FEWEST_ROWS = 8
 
 
 class Stripe(NamedTuple):
@@ -43,7 +43,7 @@ class Stripe(NamedTuple):
 def stripe_of(inputs: Inputs, group: Group) -> Stripe | None:
     """This rank's part of a step on the host; None for one that every rank computes whole."""
     tokens = inputs.ids.shape[0]
-    if tokens < _FEWEST_ROWS * group.stripes:
+    if tokens < FEWEST_ROWS * group.stripes:
         return None
     cuts = [stripe * tokens // group.stripes for stripe in range(group.stripes + 1)]
     first, end = cuts[group.stripe], cuts[group.stripe + 1]

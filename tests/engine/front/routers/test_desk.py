@@ -9,7 +9,7 @@ import pytest
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.seal import Seal
 from pdctl.engine.front.routers.transfers import Router, Transfer
-from pdctl.net.openai_fields import MigrationRequest
+from pdctl.net.openai.fields import MigrationRequest
 from pdctl.wire import HandOver, LinkCall, PeerAddress, SessionCall
 from tests.engine.front.handover.rig import Rig, rig
 from tests.engine.front.routers.given import hand_over

@@ -9,8 +9,8 @@ import pytest
 
 from pdctl.engine.front.routers.seal import Seal
 from pdctl.engine.front.routers.transfers import Router, Transfer, Transfers
-from pdctl.net.openai_api import ApiError
-from pdctl.net.openai_fields import CompletionBody, MigrationRequest
+from pdctl.net.openai.api import ApiError
+from pdctl.net.openai.fields import CompletionBody, MigrationRequest
 from pdctl.wire import HandOver
 from tests.engine.front.routers.given import hand_over
 

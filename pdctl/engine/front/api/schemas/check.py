@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 
 from pdctl.engine.front.api.schemas.nodes import TELLING, Endings, Schema, are_disjoint, follow, is_of, types_of
-from pdctl.net.openai_api import ApiError
+from pdctl.net.openai.api import ApiError
 
 _MAX_NODES, _MAX_DEPTH = 4096, 64
 

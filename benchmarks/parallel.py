@@ -1,9 +1,9 @@
 """Steps of an engine over two processes against one process, and what their exchanges take at least.
 
-python -m benchmarks.tensor_parallel [--model sample:NAME] [--rounds N]
+python -m benchmarks.parallel [--by tensor|pipeline|sequence] [--model sample:NAME] [--rounds N]
 
-The floor is measured in the same run, between two processes that do nothing else: as many sums and one join of as many
-bytes as a step needs, over gloo. Everything is measured in turn, round by round.
+The floor is measured in the same run, between two processes that do nothing else: the exchanges of a step, of as many
+bytes, over gloo. Everything is measured in turn, round by round.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from pdctl.engine.executor.ranks import RanksExecutor
 from pdctl.engine.executor.single import SingleExecutor
 from pdctl.engine.ipc.messages import Sampling
+from pdctl.engine.model.parallel.stripes import FEWEST_ROWS
 from pdctl.engine.options import parse
 from pdctl.engine.samples.prepare import prepare
 from pdctl.engine.schedule.batch import Slice
@@ -39,16 +40,27 @@ _FLOOR = """
 import json, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-rank, meet, sums, rows, joined, hidden, vocab, rounds = int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:])
+rank, meet, exchanges, rounds = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def ring(part):
+    if rank == 0:
+        dist.send(part, 1)
+        dist.recv(part, 1)
+    else:
+        dist.recv(part, 0)
+        dist.send(part, 0)
+ways = {
+    "sum": dist.all_reduce, "ring": ring,
+    "gather": lambda part: dist.all_gather([torch.empty_like(part) for _ in range(2)], part),
+}
 found = []
 for _ in range(rounds):
-    part, logits = torch.ones(rows, hidden), torch.ones(joined, vocab // 2)
+    parts = [(ways[kind], torch.ones(rows, size), count) for kind, rows, size, count in exchanges]
     began = time.perf_counter()
-    for _ in range(sums):
-        dist.all_reduce(part)
-    dist.all_gather([torch.empty_like(logits) for _ in range(2)], logits)
+    for way, part, count in parts:
+        for _ in range(count):
+            way(part)
     found.append((time.perf_counter() - began) * 1e3)
 print(json.dumps(found))
 """
@@ -56,23 +68,29 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Shape:
-    """What is exchanged in a step: a sum for the embeddings, and two for each layer; the logits are joined."""
+    """Sizes of a model. `kv`: numbers of one token's keys and values in a layer."""
 
     layers: int
     hidden: int
     vocab: int
+    kv: int
 
-    @property
-    def sums(self) -> int:
-        """Number of them."""
-        return 1 + 2 * self.layers
+    def exchanges(self, by: str, rows: int, kept: int) -> list[tuple[str, int, int, int]]:
+        """(kind, rows, numbers in each, how often) of a step with so many rows, `kept` of them with logits."""
+        if by == "tensor":
+            # For the embeddings, and two in each layer; the logits are joined.
+            return [("sum", rows, self.hidden, 1 + 2 * self.layers), ("gather", kept, self.vocab // 2, 1)]
+        if by == "pipeline":
+            return [("ring", rows, self.hidden, 1)]
+        if rows < 2 * FEWEST_ROWS:
+            return [("gather", 1, 1, 1)]
+        return [("gather", rows // 2, self.kv, self.layers), ("gather", kept, self.vocab, 1)]
 
 
-def floor(shape: Shape, rows: int, joined: int, rounds: int) -> list[float]:
-    """Milliseconds of the exchanges alone of a step with so many rows, `joined` of them with logits."""
+def floor(exchanges: list[tuple[str, int, int, int]], rounds: int) -> list[float]:
+    """Milliseconds of the exchanges of a step alone."""
     with tempfile.TemporaryDirectory() as folder:
-        sizes = map(str, (shape.sums, rows, joined, shape.hidden, shape.vocab, rounds))
-        words = [f"{folder}/meet", *sizes]
+        words = [f"{folder}/meet", json.dumps(exchanges), str(rounds)]
         env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
         started = [
             subprocess.Popen([sys.executable, "-c", _FLOOR, str(rank), *words], stdout=subprocess.PIPE, env=env)
@@ -115,6 +133,7 @@ def main() -> int:
     """Print a table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="sample:tiny-qwen3")
+    parser.add_argument("--by", choices=["tensor", "pipeline", "sequence"], default="tensor")
     parser.add_argument("--rounds", type=int, default=40)
     given = parser.parse_args()
     path = prepare(given.model, locate_model(given.model, cache_root()).path, lambda *_: None)
@@ -135,10 +154,14 @@ def main() -> int:
         ]
         words += ["--kv-cache-gb", "0.3"]
         single = SingleExecutor.load(parse(words))
-        ranks = RanksExecutor.load_ranks(parse([*words, "--tensor-parallel", "2"]), lambda reason, _: print(reason))
+        wide = parse([*words, f"--{given.by}-parallel", "2"])
+        ranks = RanksExecutor.load_ranks(wide, lambda reason, _: print(reason))
         config = json.loads((Path(path) / "config.json").read_text())
-        shape = Shape(config["num_hidden_layers"], config["hidden_size"], config["vocab_size"])
-        print(f"{given.model} on {cpu_name()}, float32, one thread per process; milliseconds, least and median")
+        layer = single.manifest.layers[0]
+        kv = layer.kv_heads * (layer.key_dim + layer.value_dim)
+        shape = Shape(config["num_hidden_layers"], config["hidden_size"], config["vocab_size"], kv)
+        print(f"{given.model} on {cpu_name()}, float32, one thread per process; {given.by}_parallel = 2")
+        print("milliseconds, least and median")
         print(f"{'step':<24} {'one process':>17} {'two ranks':>17} {'exchanges alone':>17}")
         for name, rows in (("1 decode", 1), ("8 decodes", 8), (f"prompt of {CONTEXT}", 0)):
             times: tuple[list[float], list[float]] = ([], [])
@@ -146,7 +169,7 @@ def main() -> int:
                 for number, executor in enumerate((single, ranks)):
                     part = given.rounds // 4
                     times[number].extend(decodes(executor, rows, part) if rows else prompt(executor, part))
-            alone = floor(shape, rows or CONTEXT, rows or 1, given.rounds)
+            alone = floor(shape.exchanges(given.by, rows or CONTEXT, rows or 1), given.rounds)
             print(f"{name:<24} {_shown(times[0])} {_shown(times[1])} {_shown(alone)}")
         ranks.close()
         single.close()

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pdctl.supervisor.process import log_parts
-from pdctl.supervisor.process.log_parts import log_names, read_part
-from pdctl.supervisor.process.logs import archive_of, cap
+from pdctl.supervisor.process.logs import archive_of, cap, parts
+from pdctl.supervisor.process.logs.parts import log_names, read_part
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def test_only_whole_lines_of_the_end(log: Path) -> None:
 
 
 def test_pieces_are_bounded(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_parts, "_MOST", 10)
+    monkeypatch.setattr(parts, "_MOST", 10)
     log.write_text("".join(f"{number}\n" for number in range(50)) + "x" * 25 + "\nend\n")
     assert "".join(rest(log.parent)[0]) == "".join(map(str, range(50))) + "x" * 25 + "end"
     assert len(read_part(log.parent, "a", "", False, 1000).text) <= 10

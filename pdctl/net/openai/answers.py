@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pdctl.net.openai_api import Counts
+from pdctl.net.openai.api import Counts
 
 # A choice's fields, each as JSON that is passed on as it is.
 Choice = dict[str, msgspec.Raw]

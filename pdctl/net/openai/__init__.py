@@ -1,0 +1,1 @@
+"""OpenAI's API as pdctl's proxies and engines share it: requests, fields, answers, errors."""
