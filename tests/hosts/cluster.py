@@ -217,6 +217,12 @@ class Cluster:
             return dict(self.get(entry.host, entry.port, "/pdctl/v1/state").json())
         return None
 
+    def pool(self, node: str) -> dict[str, Any] | None:
+        """How a node's proxy sees the engines; None if it does not answer."""
+        with contextlib.suppress(httpx.TransportError, ValueError):
+            return dict(self.get(self.nodes[node].host.address, PROXY_PORT, "/pdctl/v1/pool").json())
+        return None
+
     def pid(self, node: str, name: str) -> int:
         """This machine's id of a node's process."""
         found = next(p for p in self.status(node).processes if p.name in (name, f"{node}/{name}"))

@@ -178,6 +178,8 @@ def tell_logs(cluster: Cluster) -> None:
         print(cluster.nodes[name].cli("status").stdout, file=sys.stderr)
     for entry in cluster.engines().values():
         print(entry.name, cluster.state(entry), file=sys.stderr)
+    for name in cluster.nodes:
+        print(f"the proxy of {name}", cluster.pool(name), file=sys.stderr)
 
 
 if __name__ == "__main__":

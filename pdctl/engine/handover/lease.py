@@ -76,7 +76,8 @@ class LeaseTable:
         self._live: dict[str, Lease] = {}
         self._tombstones: OrderedDict[str, Lease] = OrderedDict()
         self._given_up: OrderedDict[str, None] = OrderedDict()
-        self._dead: OrderedDict[str, None] = OrderedDict()
+        # Holders by when they were said to be dead.
+        self._dead: OrderedDict[str, float] = OrderedDict()
         self._granted = 0
         self._leased_block_s = 0.0
         self._leaked_block_s = 0.0
@@ -86,11 +87,18 @@ class LeaseTable:
         return list(self._live.values())
 
     def grant(
-        self, request_id: str, num_blocks: int, holder: str, now: float, sealed: bool = True, attempt: str = ""
+        self,
+        request_id: str,
+        num_blocks: int,
+        holder: str,
+        now: float,
+        sealed: bool = True,
+        attempt: str = "",
+        asked_at: float | None = None,
     ) -> Lease | None:
-        """Grant a lease on a prefill's blocks to the router `holder`. None if the router has given up the `attempt` or
-        is dead, because then no one would end the lease."""
-        if attempt in self._given_up or holder in self._dead:
+        """Grant a lease on a prefill's blocks to the router `holder`, which asked for it at `asked_at` (None: now).
+        None if the router has given up the `attempt` or is dead, because then no one would end the lease."""
+        if attempt in self._given_up or self._is_dead(holder, now if asked_at is None else asked_at):
             return None
         self._granted += 1
         lease_id = f"{self.epoch}.{self._granted}"
@@ -112,7 +120,7 @@ class LeaseTable:
         lease = self._find(lease_id, epoch, now)
         if isinstance(lease, Verdict):
             return lease
-        if holder in self._dead:
+        if self._is_dead(holder, now):
             return Verdict(False, f"{holder} is known to be dead")
         if lease.state is LeaseState.CLAIMED and lease.holder != holder:
             return Verdict(False, f"lease {lease_id} is claimed by {lease.holder}")
@@ -170,7 +178,8 @@ class LeaseTable:
     def release_holder(self, holder: str, now: float) -> list[Verdict]:
         """`holder` is dead: end everything that it claimed, or requested as a router, including calls that still
         arrive."""
-        self._dead[holder] = None
+        self._dead[holder] = now
+        self._dead.move_to_end(holder)
         while len(self._dead) > _MAX_TOMBSTONES:
             self._dead.popitem(last=False)
         mine = [lease for lease in self._live.values() if holder in (lease.holder, lease.router)]
@@ -199,6 +208,12 @@ class LeaseTable:
         for lease in self._live.values():
             assert lease.state in LIVE
             assert lease.granted_at <= lease.touched_at < lease.deadline
+
+    def _is_dead(self, holder: str, asked_at: float) -> bool:
+        """Whether a call that came at this time is one of the dead's. What comes much later proves that it lives: its
+        machine had only stood still. If that is wrong, a lease is left that ends at its deadline."""
+        died_at = self._dead.get(holder)
+        return died_at is not None and asked_at < died_at + self.lease_s
 
     def _find(self, lease_id: str, epoch: str, now: float) -> Lease | Verdict:
         """The live lease, or why there is none. A lease past its deadline is dead even before `expire` runs: a process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ from starlette.routing import Route
 from pdctl.errors import PdctlError
 from pdctl.proxy.client.keys import ANYONE, Keys
 from pdctl.proxy.engines.engine import Engine
+from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.routing import POLICIES
 from pdctl.proxy.request.admission import Admission
 from pdctl.proxy.request.generate import Completions
@@ -112,9 +114,15 @@ class Reloader:
 
 
 def _load(engine: Engine) -> EngineLoad:
-    # A request between its prefill call and its decode call still needs what prefill has for it.
-    calls = max(len(engine.tickets), engine.handing_over)
-    latency = tuple(round(seconds, 4) for seconds in engine.took_s)
-    if (room := engine.room) is None:
-        return EngineLoad(calls, engine.healthy, latency=latency)
-    return EngineLoad(calls, engine.healthy, room.leaked, room.leaked / (room.tokens or 1), room.sent, latency)
+    room = engine.room or KvRoom()
+    return EngineLoad(
+        # A request between its prefill call and its decode call still needs what prefill has for it.
+        calls=max(len(engine.tickets), engine.handing_over),
+        usable=engine.healthy,
+        left=room.leaked,
+        left_part=room.leaked / (room.tokens or 1),
+        sent=room.sent,
+        latency=tuple(round(seconds, 4) for seconds in engine.took_s),
+        speeds=(round(engine.prompts.speed, 1), round(engine.streams.speed, 3)),
+        avoids=tuple(sorted(engine.lost_peers(time.monotonic()))),
+    )

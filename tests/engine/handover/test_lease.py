@@ -109,6 +109,21 @@ def test_the_dead_leave_nothing_whatever_arrives_after_them() -> None:
     table.audit()
 
 
+def test_a_holder_whose_machine_had_only_stood_still_is_heard_again() -> None:
+    """Its calls come long after it was said to be dead."""
+    table = LeaseTable(EPOCH, 10)
+    table.release_holder("d", 1)
+    table.release_holder("proxy", 2)
+    other = granted(table, "other", 1, "another", 5)
+    assert not table.claim(other.lease_id, EPOCH, "d", 10.9).ok
+    assert table.claim(other.lease_id, EPOCH, "d", 11).ok
+    assert table.grant("asked for before", 1, "proxy", 20, asked_at=11.9) is None, "a long prefill"
+    assert table.grant("asked for after", 1, "proxy", 20, asked_at=12) is not None
+    table.release_holder("d", 21)
+    assert table.ended[LeaseState.HOLDER_DIED] == 1, "its lease ends with it"
+    table.audit()
+
+
 def test_a_call_that_its_router_gave_up_leaves_no_lease_before_or_after() -> None:
     table = LeaseTable(EPOCH, 10)
     table.grant("r", 3, "proxy", 0, attempt="one")

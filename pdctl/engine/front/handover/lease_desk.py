@@ -37,10 +37,18 @@ class LeaseDesk:
         self._core = core
         self._trace = trace
 
-    def grant(self, request_id: str, num_blocks: int, holder: str, attempt: str, sealed: bool = True) -> Lease | None:
-        """Grant a lease for a finished prefill, or (not `sealed`) for a running one. None if the router has given it
-        up."""
-        lease = self.table.grant(request_id, num_blocks, holder, boot_time(), sealed, attempt)
+    def grant(
+        self,
+        request_id: str,
+        num_blocks: int,
+        holder: str,
+        attempt: str,
+        sealed: bool = True,
+        asked_at: float | None = None,
+    ) -> Lease | None:
+        """Grant a lease for a finished prefill, or (not `sealed`) for a running one, that was asked for at `asked_at`
+        (None: now). None if the router has given it up, or was dead by then."""
+        lease = self.table.grant(request_id, num_blocks, holder, boot_time(), sealed, attempt, asked_at)
         if lease is not None:
             self._trace.write("grant", lease.lease_id, request=request_id)
         return lease

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from pdctl.engine.front.core_client import CoreClient
-from pdctl.engine.front.handover.lease_desk import LeaseDesk
+from pdctl.engine.front.handover.lease_desk import LeaseDesk, boot_time
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.handover.lease import Lease
 from pdctl.engine.ipc.messages import Held, Progress, Submit
@@ -84,6 +84,7 @@ class Offering:
         self._to = to
         self._lease: Lease | None = None
         self._block_ids: list[int] = []
+        self._asked_at = boot_time()
         self._num_tokens = len(submit.token_ids)
         self._has_told_tokens = False
 
@@ -118,7 +119,8 @@ class Offering:
             self._tell(lease, 0, withdrawn=True)
 
     def _grant(self, num_blocks: int, sealed: bool = True) -> Lease | None:
-        return self._desk.leases.grant(self._submit.request_id, num_blocks, self._router, self._attempt, sealed)
+        submit, leases = self._submit, self._desk.leases
+        return leases.grant(submit.request_id, num_blocks, self._router, self._attempt, sealed, self._asked_at)
 
     def _tell(self, lease: Lease, readable: int, withdrawn: bool = False) -> None:
         if self._to is not None:
