@@ -15,7 +15,7 @@ import pytest
 
 import pdctl
 from tests.e2e.test_takeover import address, took_over
-from tests.service import Run, pid_of, temporary_run
+from tests.service import Run, pid_of, running, single, temporary_run
 from tests.takeover.__main__ import serving
 from tests.takeover.clients import Asked, Connection, Pace, completions
 
@@ -102,3 +102,18 @@ def test_an_upgrade_under_load_cuts_nothing(tiny_model: Path, newer: Path) -> No
         again = with_newer(run, newer, "upgrade")
         assert again.returncode == 0, again.stderr
         assert [process.pid for process in service.status().processes] == [process.pid for process in after.processes]
+
+
+def test_a_version_that_does_not_start_changes_nothing(run: Run, newer: Path) -> None:
+    module = next(newer.parent.parent.glob("lib/python*/site-packages/pdctl")) / "supervisor" / "__main__.py"
+    text = module.read_text()
+    with running(run, single()) as service:
+        before = service.status()
+        module.write_text("import nothing_of_that_name\n")
+        try:
+            done = with_newer(run, newer, "upgrade")
+        finally:
+            module.write_text(text)
+        assert done.returncode == 1
+        assert f"the supervisor of pdctl {NEWER} does not start: ModuleNotFoundError" in done.stderr
+        assert service.status().supervisor_epoch == before.supervisor_epoch

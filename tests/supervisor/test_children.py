@@ -737,3 +737,20 @@ def test_a_version_that_fails_at_once_leaves_the_processes_to_the_next(tmp_path:
         assert found.process.wait(60) == 1
         found.start()
         assert found.ready("a").pid == a.pid
+
+
+def test_a_stop_in_the_middle_of_an_upgrade_is_a_stop(tmp_path: Path) -> None:
+    slow, reached = tmp_path / "slow", tmp_path / "reached"
+    slow.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\nopen({str(reached)!r}, 'w').close()\ntime.sleep(1)\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'pdctl.supervisor', *sys.argv[1:]])\n"
+    )
+    slow.chmod(0o755)
+    with fleet(tmp_path, shell("a", SLEEP)) as found:
+        a = found.ready("a")
+        found.control.upgrade([str(slow)], found.plan)
+        wait_until(reached.exists, what="the next version to begin")
+        found.process.send_signal(signal.SIGTERM)
+        assert found.process.wait(120) == 0
+        assert not psutil.pid_exists(pid_of(a))
+        assert "stopped" in [event["event"] for event in found.events() if event["process"] == "a"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,11 +61,22 @@ def upgrade(
     console.note(f"{name} is supervised by pdctl {__version__}")
 
 
+def _try_out() -> None:
+    """Raises PdctlError if this version's supervisor does not even start: the service would end with it."""
+    words = program.part("pdctl.supervisor", "--help")
+    done = subprocess.run(words, check=False, capture_output=True, text=True, errors="replace", timeout=_ANSWER_S)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise PdctlError(f"the supervisor of pdctl {__version__} does not start: {last}", "nothing was changed")
+
+
 def _succeed(service: str, wanted: Plan, epoch: str) -> None:
     """Have the supervisor become this version's, and wait until that one answers. Raises ServiceFailed."""
     from pdctl.commands.setup.prepare import with_model
 
-    control(service).upgrade(program.part("pdctl.supervisor"), with_model(wanted))
+    wanted = with_model(wanted)
+    _try_out()
+    control(service).upgrade(program.part("pdctl.supervisor"), wanted)
     deadline = time.monotonic() + _ANSWER_S
     while time.monotonic() < deadline:
         time.sleep(_POLL_S)

@@ -7,6 +7,7 @@ and clients' connections have their keeper all the time. See pdctl/supervisor/se
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from pdctl.errors import PdctlError
 from pdctl.host import program
 from pdctl.net.keeping import TakenOver
 
+# They wait until the new version has its handlers: by default they would end the process, and the service with it.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # They name packages of another interpreter.
 _OF_AN_INTERPRETER = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
@@ -64,6 +67,7 @@ def become(argv: Sequence[str], given: Succession) -> None:
     """Become the supervisor `argv`, which gets the option --succession FD. Raises OSError; otherwise never returns."""
     told = os.memfd_create("pdctl-succession", 0)
     open_ones = [*given.descriptors]
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         os.write(told, msgspec.json.encode(given))
         for descriptor in open_ones:
@@ -73,6 +77,7 @@ def become(argv: Sequence[str], given: Succession) -> None:
             env = {name: value for name, value in env.items() if name not in _OF_AN_INTERPRETER}
         os.execve(argv[0], [*argv, "--succession", str(told)], env)  # noqa: S606 - becoming the command is the point
     finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         for descriptor in open_ones:
             os.set_inheritable(descriptor, False)
         os.close(told)

@@ -15,7 +15,7 @@ from pdctl.supervisor.process.keeper import Keepers
 from pdctl.supervisor.process.leftovers import clear_leftovers
 from pdctl.supervisor.process.listeners import Listeners
 from pdctl.supervisor.process.spawn import raise_limits
-from pdctl.supervisor.process.succession import Succession
+from pdctl.supervisor.process.succession import STOP_SIGNALS, Succession
 from pdctl.supervisor.process.tree import Trees, become_subreaper
 from pdctl.supervisor.rundir.adoption import AdoptableState, read_adoptable
 from pdctl.supervisor.rundir.journal import Journal
@@ -135,5 +135,7 @@ class Service:
 
 
 def _on_signal(stop: Callable[[], None]) -> None:
-    for sign in (signal.SIGTERM, signal.SIGINT):
+    for sign in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(sign, stop)
+    # After a succession they are blocked until here.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
