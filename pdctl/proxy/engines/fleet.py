@@ -162,8 +162,9 @@ class Fleet:
     def expected_s(self, engine: Engine) -> float | None:
         """How long the prompts that the engine has should take; None if it is unknown."""
         meter = engine.prompts
+        speed = meter.speed or meter.usual
         # Prompts that were in the cache make an engine seem faster than it is.
-        return max(meter.pending / meter.speed, self.predicted_s(engine)) if meter.speed else None
+        return max(meter.pending / speed, self.predicted_s(engine)) if speed else None
 
     def predicted_s(self, engine: Engine) -> float:
         """Seconds for the prompts that the engine has, if none is in its cache; 0 if its kind does not predict."""

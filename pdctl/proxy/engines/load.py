@@ -26,10 +26,12 @@ _MAX_PIECES_EACH = 64
 
 @dataclass(slots=True)
 class LoadMeter:
-    """One kind of work: the pending amount, and the amount done per busy second (0: unknown)."""
+    """One kind of work: the pending amount, and the amount done per busy second (0: unknown). `usual`: the speed of
+    before, for those who only need an order of magnitude."""
 
     pending: float = 0.0
     speed: float = 0.0
+    usual: float = 0.0
     active: int = 0
     _mark: float = 0.0
     _busy: float = 0.0
@@ -62,6 +64,7 @@ class LoadMeter:
 
     def forget(self) -> None:
         """The speed is unknown."""
+        self.usual = self.speed or self.usual
         self.speed = self._busy = self._done = 0.0
 
     @property

@@ -627,6 +627,7 @@ def test_an_engine_that_was_slow_once_is_tried_again(ago_s: float, known: bool) 
     views = pool.views()
     assert (views[0].prompts.speed > 0) == known
     assert (views[0].prefill_s.samples > 0) == known
+    assert pool.expected_s(pool.engines[0]) == 0.0, "how long it may take is known all the same"
     chosen = {choose(POLICIES["min_expected_latency"], views, Ask(100.0, number, 0.0, 1.0, 1.0)) for number in range(4)}
     assert ({pair.prefill for pair in chosen if pair} == {"p1"}) == known
 
