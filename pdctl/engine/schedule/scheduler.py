@@ -81,8 +81,10 @@ class Scheduler:
         needed = self._room.blocks_for(max(longest, len(sequence.token_ids), sequence.kv_tokens))
         if needed > self.allocator.num_blocks:
             self.abort(sequence.request_id)
-            reason = f"needs {needed} KV blocks and the engine has {self.allocator.num_blocks}"
-            return Failed(sequence.request_id, f"{reason}; raise kv_cache_gb or lower max_tokens")
+            there = self.allocator.num_blocks
+            reason = f"needs {needed} KV blocks and the engine has {there}"
+            wider = f"an engine over {-(-needed // there)} times as many devices (tensor_parallel, pipeline_parallel)"
+            return Failed(sequence.request_id, f"{reason}; raise kv_cache_gb, use {wider}, or lower max_tokens")
         if sequence.request_id in self.sequences:
             return self._fill(self.sequences[sequence.request_id], sequence)
         self._arrivals += 1

@@ -319,3 +319,13 @@ def test_a_piece_that_began_before_the_last_ones_end_was_known_keeps_its_blocks(
     scheduler.pull_ended("a")
     assert scheduler.allocator.num_free == 32
     scheduler.audit()
+
+
+def test_a_prompt_that_never_fits_is_told_what_would_hold_it() -> None:
+    scheduler = make(blocks=8, block_size=4, longest=512)
+    failed = scheduler.add(sequence("long", 70, 20))
+    assert failed is not None
+    assert "needs 23 KV blocks and the engine has 8" in failed.reason
+    assert "over 3 times as many devices" in failed.reason
+    assert not scheduler.sequences
+    assert scheduler.add(sequence("fits", 28, 4)) is None
