@@ -125,6 +125,11 @@ _SLOW = (
     "test_engines.py::test_kv_crosses_hosts_and_tokens_are_those_of_one[nixl-nixl]",
     "test_http.py::test_lists_of_one_key_do_not_hold_up_another_key",
     "test_death.py::test_idle_process_is_restarted_and_says_why[decode-0]",
+    "test_parallel.py::test_engines_of_any_width_answer_as_one_process[P 1 x 2 stages -> D 1, blocks 16 -> 16, shm]",
+    "test_parallel.py::test_engines_of_any_width_answer_as_one_process[P 2 stripes -> D 1, blocks 16 -> 16, shm]",
+    "test_ranks.py::test_stages_answer_as_one_process_does[2]",
+    "test_ranks.py::test_stripes_answer_as_one_process_does[3]",
+    "test_upgrade.py::test_a_version_that_does_not_start_changes_nothing",
 )  # fmt: skip
 
 
