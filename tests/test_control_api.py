@@ -86,7 +86,7 @@ def test_a_status_is_the_json_it_always_was() -> None:
     assert list(found) == [
         "service", "state", "failure", "proxy_url", "model", "served_model_name", "tls_cert", "supervisor_pid",
         "run_dir", "log_dir", "source", "trees", "apply", "processes", "attached", "links", "nodes",
-        "registry", "proxy_urls", "unplaced", "refused",
+        "registry", "proxy_urls", "unplaced", "refused", "supervisor_epoch", "version",
     ]  # fmt: skip
     assert list(found["processes"][0]) == [
         "name", "kind", "role", "group", "state", "reason", "pid", "restarts", "last_exit", "device", "cpus", "gpus",

@@ -291,8 +291,6 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: Annotated[str, says("the model's name for clients")]
     tls_cert: Annotated[str, says("the proxy's certificate file, or empty")]
     supervisor_pid: Annotated[int, says("the supervisor's process id")]
-    supervisor_epoch: Annotated[str, says("another one after each start of a supervisor, and after an upgrade")] = ""
-    version: Annotated[str, says("the supervisor's version of pdctl")] = ""
     run_dir: Annotated[str, says("its run directory")]
     log_dir: Annotated[str, says("the directory of its logs and events")]
     source: Annotated[str, says("the topology file, or empty for the built-in default")]
@@ -306,6 +304,8 @@ class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
     proxy_urls: Annotated[tuple[str, ...], says("the addresses for clients on all nodes of a cluster")] = ()
     unplaced: Annotated[tuple[str, ...], says("engines of a cluster that no node runs")] = ()
     refused: Annotated[str, says("why nodes of a cluster do not carry out what they are to run, or empty")] = ""
+    supervisor_epoch: Annotated[str, says("another one after each start of a supervisor, and after an upgrade")] = ""
+    version: Annotated[str, says("the supervisor's version of pdctl")] = ""
 
     def process(self, name: str) -> ProcessStatus | None:
         """The process of that name."""
