@@ -199,7 +199,8 @@ def given_back(service: Service) -> None:
     report.hold("pdctl down succeeds", done.returncode == 0, done.stderr)
     _nothing_left(service, "pdctl down")
     # An agent that Ray has forgotten.
-    assert service.up().returncode == 0
+    started = service.up()
+    assert started.returncode == 0, started.stderr + started.stdout
     for node in (service.b, service.a, service.head):
         node.stop()
     service.start_ray()
