@@ -53,6 +53,8 @@ _TOPOLOGY = "/v1/cluster/topology"
 _CALL_S = 10.0
 # The same for a change of a cluster's topology, about which every node is asked.
 _PUBLISH_S = 30.0
+# The other version is tried first, which has 30 s.
+_UPGRADE_S = 45.0
 # For an inspection of all nodes, and for a transfer between two of them.
 _EXAMINE_S, _TRANSFER_S = 75.0, 200.0
 # Within _SOCKET_S seconds, a supervisor that starts has a socket, and one whose socket was removed has it again.
@@ -127,9 +129,8 @@ class ControlClient:
 
     def upgrade(self, program: list[str], wanted: Plan) -> None:
         """Have the supervisor become this program, which applies the plan. It does not answer meanwhile."""
-        self._do(
-            "/v1/upgrade", msgspec.json.encode(UpgradeOrder(tuple(program), msgspec.Raw(msgspec.json.encode(wanted))))
-        )
+        order = UpgradeOrder(tuple(program), msgspec.Raw(msgspec.json.encode(wanted)))
+        self._do("/v1/upgrade", msgspec.json.encode(order), within_s=_UPGRADE_S)
 
     def nodes(self) -> Nodes:
         """The engines that registered themselves, with their load."""
@@ -205,8 +206,8 @@ class ControlClient:
 
     # -- parts ---------------------------------------------------------------------------------------------
 
-    def _do(self, path: str, body: bytes | None = None, method: str = "POST") -> None:
-        reply = self._ask(method, path, Reply, body)
+    def _do(self, path: str, body: bytes | None = None, method: str = "POST", within_s: float = _CALL_S) -> None:
+        reply = self._ask(method, path, Reply, body, within_s)
         if not reply.ok:
             raise PdctlError(reply.reason, reply.hint or None)
 

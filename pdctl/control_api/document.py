@@ -237,8 +237,8 @@ _CALLS = (
     ("POST /v1/apply?dry_run=1", "the body is a plan; as `pdctl apply --dry-run --json`"),
     (
         "POST /v1/upgrade",
-        "the body is an [order to upgrade](#order-to-upgrade); [reply](#reply). Then it does not answer until "
-        "it is the new version's",
+        "the body is an [order to upgrade](#order-to-upgrade); [reply](#reply), after a trial of that version: "
+        "at most 30 s. Then it does not answer until it is the new version's",
     ),
     ("GET /v1/cluster/topology", "a [published topology](#published-topology)"),
     (
@@ -310,6 +310,7 @@ def text() -> str:
         *_sections(ProcessSpec, Probe, Attached),
         "## `pdctl apply --dry-run --json`, `pdctl scale --dry-run --json`",
         _table(Changes),
+        "`pdctl upgrade --json` has the same, and the versions `from` and `to`.",
         "## `pdctl events`",
         _EVENTS,
         _table(Event, but=("cursor", "detail")),

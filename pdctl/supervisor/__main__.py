@@ -15,7 +15,7 @@ import msgspec
 
 from pdctl.errors import PdctlError, PortsTaken, first_of
 from pdctl.plan import Plan
-from pdctl.supervisor.process.succession import received
+from pdctl.supervisor.process.succession import read_plan, received, say_if_it_works
 from pdctl.supervisor.service.service import Service
 from pdctl.wire import EXIT_PORTS_TAKEN
 
@@ -28,13 +28,30 @@ def main() -> int:
         "--reason-fd", type=int, default=-1, help="file descriptor on which to report why the service could not start"
     )
     parser.add_argument("--succession", type=int, default=-1, help="what the supervisor gives that became this one")
+    parser.add_argument("--try", dest="tries", action="store_true", help="only read what would be given, from stdin")
     arguments = parser.parse_args()
     reason_fd: int = arguments.reason_fd
     if reason_fd >= 0:
         os.set_inheritable(reason_fd, False)
-    succession = received(arguments.succession) if arguments.succession >= 0 else None
-    plan = msgspec.json.decode(sys.stdin.buffer.read() if succession is None else succession.plan, type=Plan)
-    service = Service(plan, _say, succession=succession)
+    try:
+        if arguments.tries:
+            say_if_it_works(sys.stdin.buffer.read())
+            return 0
+        service = _service(arguments.succession)
+    except PdctlError as failure:
+        return _fail(reason_fd, failure.message, failure.hint or "")
+    return _run(service, reason_fd)
+
+
+def _service(succession: int) -> Service:
+    """The service that is told on stdin, or by the supervisor that this process was before. Raises PdctlError."""
+    if succession < 0:
+        return Service(msgspec.json.decode(sys.stdin.buffer.read(), type=Plan), _say)
+    given = received(succession)
+    return Service(read_plan(given), _say, succession=given)
+
+
+def _run(service: Service, reason_fd: int) -> int:
     code = 0
     try:
         asyncio.run(service.run())

@@ -125,6 +125,24 @@ main()
 """
 
 
+def test_a_port_that_the_topology_sets_is_not_tried_again(run: Run) -> None:
+    run.write(single())
+    port = json.loads(run.cli("plan", "--json", check=True).stdout)["proxy"]["port"]
+    theirs = PortClaims()
+    assert theirs.claim([port]) == []
+    never = SEES_NO_CLAIMS.replace("len(calls) < 3", "True")
+    words = [sys.executable, "-c", never, "up", "-d"]
+    try:
+        done = subprocess.run(words, env=run.env, cwd=run.folder, capture_output=True, text=True, timeout=600)
+    finally:
+        theirs.close()
+    assert done.returncode == 1
+    assert f"chosen port {port} at the same time" in done.stderr
+    assert "hint: the topology sets this port: change it there" in done.stderr
+    assert "choosing others" not in done.stderr
+    assert not run.processes()
+
+
 def test_ports_that_another_service_chooses_at_the_same_time(run: Run) -> None:
     run.write(single())
     planned = json.loads(run.cli("plan", "--json", check=True).stdout)

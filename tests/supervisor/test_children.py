@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
@@ -729,26 +731,98 @@ def test_a_version_that_cannot_be_executed_is_refused(tmp_path: Path, program: l
         assert found.ready("a").pid == a.pid
 
 
+def as_program(path: Path, *lines: str) -> list[str]:
+    """A supervisor that passes its trial, and does this when it is to begin."""
+    path.write_text("\n".join([f"#!{sys.executable}", *PASSES_ITS_TRIAL, *lines]) + "\n")
+    path.chmod(0o755)
+    return [str(path)]
+
+
+PASSES_ITS_TRIAL = (
+    "import os, sys, time",
+    "if '--try' in sys.argv: os.execv(sys.executable, [sys.executable, '-m', 'pdctl.supervisor', '--try'])",
+)
+
+
+@pytest.mark.parametrize("survives", [False, True])
+def test_a_version_that_cannot_go_on_is_refused_before_anything_ends(tmp_path: Path, survives: bool) -> None:
+    """It reads what it would be given: what runs, and the plan."""
+    program = [sys.executable, "-m", "pdctl.supervisor"]
+    end = "survive" if survives else "terminate"
+    with fleet(tmp_path, shell("a", SLEEP), on_supervisor_death=end) as found:
+        a, epoch = found.ready("a"), found.status().supervisor_epoch
+        with pytest.raises(PdctlError, match="does not start: exit code"):
+            found.control.upgrade([shutil.which("false") or "/bin/false"], found.plan)
+        order = msgspec.json.encode({"program": program, "plan": {"of": "the future"}})
+        with pytest.raises(PdctlError, match="does not start: error: the plan is of another version"):
+            found.control._do("/v1/upgrade", order)
+        assert (found.ready("a").pid, found.status().supervisor_epoch) == (a.pid, epoch)
+        upgraded(found, found.plan, program)  # one that can is not refused afterwards
+        assert found.ready("a").pid == a.pid
+
+
+def test_what_the_next_version_would_start_again_is_started_first(tmp_path: Path) -> None:
+    with fleet(tmp_path, shell("a", SLEEP), shell("b", SLEEP)) as found:
+        found.ready("b")
+        found.control.act("b", "stop")
+        found.until("b", lambda process: process.state == "stopped", "stopped")
+        with pytest.raises(PdctlError, match="b is stopped: start it first"):
+            found.control.upgrade([sys.executable, "-m", "pdctl.supervisor"], found.plan)
+        found.control.act("b", "start")
+        found.ready("b")
+        upgraded(found, found.plan, [sys.executable, "-m", "pdctl.supervisor"])
+
+
+def test_nothing_begins_during_an_upgrade_and_a_stop_ends_it(tmp_path: Path) -> None:
+    """A stop in the last moment before the supervisor becomes another was lost with it."""
+    tried, go_on = tmp_path / "tried", tmp_path / "go_on"
+    program = tmp_path / "slow"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\nopen({str(tried)!r}, 'w').close()\n"
+        f"while not os.path.exists({str(go_on)!r}): time.sleep(0.01)\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'pdctl.supervisor', *sys.argv[1:]])\n"
+    )
+    program.chmod(0o755)
+    with fleet(tmp_path, shell("a", SLEEP)) as found, ThreadPoolExecutor(1) as others:
+        found.ready("a")
+        asked = others.submit(found.control.upgrade, [str(program)], found.plan)
+        wait_until(tried.exists, what="the trial to begin")
+        during = "an upgrade is in progress"
+        with pytest.raises(PdctlError, match=during):
+            found.control.apply(found.plan)
+        with pytest.raises(PdctlError, match=during):
+            found.control.act("a", "restart")
+        with pytest.raises(PdctlError, match=during):
+            found.control.upgrade([str(program)], found.plan)
+        found.control.stop()
+        go_on.touch()
+        with suppress(PdctlError):  # refused, or the supervisor has ended
+            asked.result(60)
+        assert found.process.wait(120) == 0
+        assert "upgrade" not in [event["event"] for event in found.events()]
+
+
 def test_a_version_that_fails_at_once_leaves_the_processes_to_the_next(tmp_path: Path) -> None:
     """The supervisor's end is told to processes that die with it."""
     with fleet(tmp_path, shell("a", SLEEP), on_supervisor_death="survive") as found:
         a = found.ready("a")
-        found.control.upgrade([shutil.which("false") or "/bin/false"], found.plan)
+        found.control.upgrade(as_program(tmp_path / "fails", "sys.exit(1)"), found.plan)
         assert found.process.wait(60) == 1
         found.start()
         assert found.ready("a").pid == a.pid
 
 
 def test_a_stop_in_the_middle_of_an_upgrade_is_a_stop(tmp_path: Path) -> None:
-    slow, reached = tmp_path / "slow", tmp_path / "reached"
-    slow.write_text(
-        f"#!{sys.executable}\nimport os, sys, time\nopen({str(reached)!r}, 'w').close()\ntime.sleep(1)\n"
-        "os.execv(sys.executable, [sys.executable, '-m', 'pdctl.supervisor', *sys.argv[1:]])\n"
+    reached = tmp_path / "reached"
+    slow = as_program(
+        tmp_path / "slow",
+        f"open({str(reached)!r}, 'w').close()",
+        "time.sleep(1)",
+        "os.execv(sys.executable, [sys.executable, '-m', 'pdctl.supervisor', *sys.argv[1:]])",
     )
-    slow.chmod(0o755)
     with fleet(tmp_path, shell("a", SLEEP)) as found:
         a = found.ready("a")
-        found.control.upgrade([str(slow)], found.plan)
+        found.control.upgrade(slow, found.plan)
         wait_until(reached.exists, what="the next version to begin")
         found.process.send_signal(signal.SIGTERM)
         assert found.process.wait(120) == 0

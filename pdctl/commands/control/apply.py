@@ -28,8 +28,6 @@ def apply(
     wait_s: float = typer.Option(7200.0, "--wait", help="Stop waiting after this many seconds; the change continues."),
 ) -> None:
     """Apply the edited topology to the running service. Unchanged processes keep running."""
-    from pdctl.commands.setup.plan import load_plan
-
     service = find_service(None, file)
     running = control(service).plan()
     if running.node:
@@ -37,9 +35,15 @@ def apply(
 
         apply_file(service, topology_file(file), dry_run, as_json, wait_s)
         return
+    change_over(service, wanted_plan(file, running), dry_run, as_json, wait_s)
+
+
+def wanted_plan(file: Path | None, running: Plan) -> Plan:
+    """The plan of a topology; by default of the file from which the service was started, if it is still there."""
+    from pdctl.commands.setup.plan import load_plan
+
     path = file or (Path(running.source) if running.source and Path(running.source).is_file() else None)
-    wanted = load_plan(path, running=running)
-    change_over(service, wanted, dry_run, as_json, wait_s)
+    return load_plan(path, running=running)
 
 
 def scale(

@@ -62,8 +62,15 @@ def up(
         except PortsTaken as failure:
             if not left:
                 raise
+            other = load_plan(file, check_port=True)
+            if _ports(other) == _ports(planned):
+                raise PdctlError(failure.message, "the topology sets this port: change it there") from None
             console.note(f"{failure.message}; choosing others")
-            planned = load_plan(file, check_port=True)
+            planned = other
+
+
+def _ports(planned: Plan) -> set[int]:
+    return {port for spec in planned.processes for port in spec.ports.values()}
 
 
 def _first_plan(file: Path | None, force: bool) -> Plan:
@@ -217,11 +224,11 @@ def _where(process: ProcessStatus) -> str:
 
 def _not_started(planned: Plan, code: int, told: str) -> PdctlError:
     """The error for a failed start, from the supervisor's report and the failed process's log."""
+    from pdctl.wire import EXIT_PORTS_TAKEN
+
     if is_interactive():
         console.note("")
     reason, hint = json.loads(told) if told else (f"the supervisor exited with code {code}", "")
-    from pdctl.wire import EXIT_PORTS_TAKEN
-
     if code == EXIT_PORTS_TAKEN:
         return PortsTaken(reason, hint)
     failed = next((name.name for name in planned.processes if f"{name.name} " in reason), None)

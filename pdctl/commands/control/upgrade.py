@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import typer
 
 from pdctl import __version__, console
 from pdctl.commands.common import FileOption, JsonOption, ServiceOption, control, find_service
-from pdctl.commands.control.apply import follow_apply, show_changes
+from pdctl.commands.control.apply import follow_apply, show_changes, wanted_plan
 from pdctl.errors import NotAnswering, NotRunning, PdctlError, ServiceFailed
 from pdctl.host import program
 
@@ -35,7 +34,6 @@ def upgrade(
 
     Engines are drained and restarted one by one. With `takeover` in [proxy], no client's connection is cut.
     """
-    from pdctl.commands.setup.plan import load_plan
     from pdctl.plan.changes import diff, with_roles
 
     name = find_service(service, file)
@@ -45,8 +43,7 @@ def upgrade(
         hint = "install the new version, then restart the agents one by one: systemctl restart pdctl-agent"
         raise PdctlError("the agents of a cluster are upgraded by a restart", hint)
     before = supervised.status(measurements=False)
-    path = file or (Path(running.source) if running.source and Path(running.source).is_file() else None)
-    wanted = load_plan(path, running=running)
+    wanted = wanted_plan(file, running)
     changes = diff(running, with_roles(running, wanted))
     if as_json:
         console.out(json.dumps({"from": before.version, "to": __version__} | changes.to_dict(), indent=2))
@@ -61,21 +58,11 @@ def upgrade(
     console.note(f"{name} is supervised by pdctl {__version__}")
 
 
-def _try_out() -> None:
-    """Raises PdctlError if this version's supervisor does not even start: the service would end with it."""
-    words = program.part("pdctl.supervisor", "--help")
-    done = subprocess.run(words, check=False, capture_output=True, text=True, errors="replace", timeout=_ANSWER_S)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise PdctlError(f"the supervisor of pdctl {__version__} does not start: {last}", "nothing was changed")
-
-
 def _succeed(service: str, wanted: Plan, epoch: str) -> None:
     """Have the supervisor become this version's, and wait until that one answers. Raises ServiceFailed."""
     from pdctl.commands.setup.prepare import with_model
 
     wanted = with_model(wanted)
-    _try_out()
     control(service).upgrade(program.part("pdctl.supervisor"), wanted)
     deadline = time.monotonic() + _ANSWER_S
     while time.monotonic() < deadline:

@@ -45,7 +45,7 @@ from pdctl.engine.ipc.messages import (
 )
 from pdctl.engine.options import EngineOptions
 from pdctl.host import program
-from pdctl.net.pauses import overslept
+from pdctl.net.pauses import Sleeper
 from pdctl.wire import KvEndpoint
 
 _log = logging.getLogger(__name__)
@@ -164,8 +164,9 @@ class CoreClient:
 
     async def poke_forever(self) -> None:
         """Poke a quiet core to check that its step loop is running; only once until it answers."""
+        sleeper = Sleeper()
         while True:
-            stood_still = await overslept(_POKE_S)
+            stood_still = await sleeper.overslept(_POKE_S)
             now = time.monotonic()
             if stood_still and self._asked_at:
                 self._asked_at = now

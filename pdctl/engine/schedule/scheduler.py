@@ -83,8 +83,8 @@ class Scheduler:
             self.abort(sequence.request_id)
             there = self.allocator.num_blocks
             reason = f"needs {needed} KV blocks and the engine has {there}"
-            wider = f"an engine over {-(-needed // there)} times as many devices (tensor_parallel, pipeline_parallel)"
-            return Failed(sequence.request_id, f"{reason}; raise kv_cache_gb, use {wider}, or lower max_tokens")
+            mend = f"raise kv_cache_gb at least {-(-needed // there)} times (with more devices: pipeline_parallel)"
+            return Failed(sequence.request_id, f"{reason}; {mend}, or lower max_tokens")
         if sequence.request_id in self.sequences:
             return self._fill(self.sequences[sequence.request_id], sequence)
         self._arrivals += 1

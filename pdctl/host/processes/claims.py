@@ -7,6 +7,7 @@ can be held once, are seen by all users (/proc/net/unix), and are free again whe
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 from collections.abc import Iterable, Set
@@ -25,27 +26,36 @@ def claimed_ports(proc_root: Path = Path("/proc")) -> frozenset[int]:
         return frozenset()
 
 
+class PortTaken(Exception):
+    """Another service claims it."""
+
+
 class PortClaims:
     """The claims of this process."""
 
     def __init__(self) -> None:
-        self._held: dict[int, socket.socket] = {}
+        self._held: dict[int, socket.socket | None] = {}
 
     def claim(self, ports: Iterable[int]) -> list[int]:
         """Claim these ports, or none of them. Returns those that another service holds."""
-        new = {port: _claim(port) for port in sorted(set(ports) - self._held.keys())}
-        refused = [port for port, claim in new.items() if claim is None]
-        for port, claim in new.items():
-            if claim is not None and refused:
-                claim.close()
-            elif claim is not None:
-                self._held[port] = claim
+        new: dict[int, socket.socket | None] = {}
+        refused = []
+        for port in sorted(set(ports) - self._held.keys()):
+            try:
+                new[port] = _claim(port)
+            except PortTaken:
+                refused.append(port)
+        if not refused:
+            self._held |= new
+        for claim in filter(None, new.values() if refused else ()):
+            claim.close()
         return refused
 
     def keep(self, ports: Set[int]) -> None:
         """Claim those of these ports that are free, and give all other claims up."""
         for port in self._held.keys() - ports:
-            self._held.pop(port).close()
+            if (claim := self._held.pop(port)) is not None:
+                claim.close()
         for port in ports:
             self.claim([port])
 
@@ -55,10 +65,17 @@ class PortClaims:
 
 
 def _claim(port: int) -> socket.socket | None:
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    """None if no claim can be made here, for instance as no descriptor is left: then the service goes without it.
+    Raises PortTaken."""
+    try:
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    except OSError:
+        return None
     try:
         claim.bind(f"\0{_NAME}{port}")
-    except OSError:  # EADDRINUSE
+    except OSError as failure:
         claim.close()
+        if failure.errno == errno.EADDRINUSE:
+            raise PortTaken from failure
         return None
     return claim

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from pdctl.net.http_protocol import HttpProtocol
-from pdctl.net.pauses import overslept
+from pdctl.net.pauses import Sleeper
 
 # Time limit for a connection's first request, or for the rest of a started one, seconds.
 _HEAD_S = 15.0
@@ -129,9 +129,9 @@ class BoundedProtocol(HttpProtocol):
 
 async def reap_forever(connections: set[Any]) -> None:
     """Close connections of slow clients (slow loris); `connections` is uvicorn's set."""
-    awake_since = 0.0
+    sleeper, awake_since = Sleeper(), 0.0
     while True:
-        stood_still = await overslept(_LOOK_S)
+        stood_still = await sleeper.overslept(_LOOK_S)
         now = time.monotonic()
         awake_since = now if stood_still else awake_since
         for connection in tuple(connections):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pdctl.adapters import Condition
 from pdctl.net.http_client import Unreachable
 from pdctl.net.identity import ContextFactory
-from pdctl.net.pauses import overslept
+from pdctl.net.pauses import Sleeper
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.fleet import Fleet
 from pdctl.proxy.engines.kv_room import KvRoom
@@ -159,9 +159,9 @@ class EnginePool(Fleet):
             engine.client.close()
 
     async def _watch_calls(self) -> None:
-        awake_since = 0.0
+        sleeper, awake_since = Sleeper(), 0.0
         while True:
-            stood_still = await overslept(_WATCH_S)
+            stood_still = await sleeper.overslept(_WATCH_S)
             now = time.monotonic()
             awake_since = now if stood_still else awake_since
             for engine in self.engines:

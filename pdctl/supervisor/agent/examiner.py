@@ -15,10 +15,10 @@ import msgspec
 from pdctl.control_api.examination_messages import ExamineOrder, NodeReport, ReadOrder, ServeOrder, TransferResult
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import program
+from pdctl.host.processes.subprocesses import last_line, last_words, started
 from pdctl.plan import Plan
 from pdctl.plan.interpreter import interpreter_of
 from pdctl.supervisor.agent.plans import commands_in
-from pdctl.supervisor.agent.subprocesses import last_line, last_words, started
 from pdctl.topology.loader import parse_text
 from pdctl.topology.spec import Cluster
 

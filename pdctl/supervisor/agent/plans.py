@@ -9,10 +9,10 @@ from functools import lru_cache
 
 from pdctl.errors import ConfigError, PdctlError
 from pdctl.host import Host, read_host
+from pdctl.host.processes.subprocesses import last_line, started
 from pdctl.plan import Plan, Share, make_plan
 from pdctl.plan.cluster import wishes_of
 from pdctl.plan.models import preparation, with_model_at
-from pdctl.supervisor.agent.subprocesses import last_line, started
 from pdctl.supervisor.cluster.entries import Order, TopologyEntry
 from pdctl.topology.loader import check_part, load_cluster_text, parse_text
 from pdctl.topology.spec import Cluster, Topology

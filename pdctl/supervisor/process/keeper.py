@@ -74,6 +74,7 @@ class Keeper:
             channel=-1 if self._channel is None else self._channel.fileno(),
             connections=dict(self._kept),
             had=self._had,
+            crashed=self._crashed,
             takeovers=self.takeovers,
             uncovered=self.uncovered,
             refused=self.refused,
@@ -87,7 +88,7 @@ class Keeper:
         os.close(found._memory)
         found._memory, found._kept, found._had = kept.memory, dict(kept.connections), kept.had
         found.takeovers, found.uncovered, found.refused = kept.takeovers, kept.uncovered, kept.refused
-        found.total = kept.total
+        found._crashed, found.total = kept.crashed, kept.total
         if kept.channel >= 0:
             found._channel = socket.socket(fileno=kept.channel)
             asyncio.get_running_loop().add_reader(kept.channel, found._read)

@@ -19,7 +19,7 @@ from pathlib import Path
 from pdctl.adapters import Progress
 from pdctl.net.http_client import ConnectionPool, Unreachable, header_lines
 from pdctl.net.identity import ContextFactory
-from pdctl.net.pauses import overslept
+from pdctl.net.pauses import Sleeper
 from pdctl.plan import Probe
 
 _JSON = {"content-type": "application/json"}
@@ -129,7 +129,7 @@ class Prober:
         """The reason why the process counts as dead; None if there is nothing to probe."""
         if not self._probe.alive and not self._probe.state:
             return None
-        missed = 0
+        missed, sleeper = 0, Sleeper()
         # Spread the probes, so that two hundred processes are not probed at the same moment.
         await asyncio.sleep(cadence().liveness_s * random.random())  # noqa: S311 - spreading, no secret
         while True:
@@ -150,7 +150,7 @@ class Prober:
                 said = str(failure)
             if missed >= now.failures:
                 return f"not alive: {missed} probes in a row failed ({said})"
-            if await overslept(now.liveness_s):
+            if await sleeper.overslept(now.liveness_s):
                 missed, self._stuck_since = 0, time.monotonic()
 
     def _progress(self, body: bytes, progress_s: float) -> str | None:

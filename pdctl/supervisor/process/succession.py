@@ -6,6 +6,7 @@ and clients' connections have their keeper all the time. See pdctl/supervisor/se
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterable, Sequence
@@ -15,12 +16,20 @@ import msgspec
 
 from pdctl.errors import PdctlError
 from pdctl.host import program
+from pdctl.host.processes.subprocesses import last_line, started
 from pdctl.net.keeping import TakenOver
+from pdctl.plan import Plan
+from pdctl.supervisor.rundir.adoption import read_adoptable
 
 # They wait until the new version has its handlers: by default they would end the process, and the service with it.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # They name packages of another interpreter.
 _OF_AN_INTERPRETER = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
+
+# The trial of a version may take so long, seconds; it needs less than one.
+_TRIAL_S = 30.0
+_WORKS = b"ok"
 
 
 class KeptSocket(msgspec.Struct, frozen=True, array_like=True):
@@ -41,6 +50,7 @@ class KeptConnections(msgspec.Struct, frozen=True):
     channel: int
     connections: dict[int, int]
     had: int
+    crashed: bool
     takeovers: int
     uncovered: int
     refused: int
@@ -72,10 +82,7 @@ def become(argv: Sequence[str], given: Succession) -> None:
         os.write(told, msgspec.json.encode(given))
         for descriptor in open_ones:
             os.set_inheritable(descriptor, True)
-        env = dict(os.environ)
-        if argv[0] != program.executable():
-            env = {name: value for name, value in env.items() if name not in _OF_AN_INTERPRETER}
-        os.execve(argv[0], [*argv, "--succession", str(told)], env)  # noqa: S606 - becoming the command is the point
+        os.execve(argv[0], [*argv, "--succession", str(told)], _env_of(argv))  # noqa: S606 - becoming it is the point
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         for descriptor in open_ones:
@@ -83,19 +90,56 @@ def become(argv: Sequence[str], given: Succession) -> None:
         os.close(told)
 
 
+async def tried(argv: Sequence[str], given: Succession) -> str:
+    """Have the supervisor `argv` read what it would be given, in a process of its own. Returns why it cannot, or ""."""
+    try:
+        async with asyncio.timeout(_TRIAL_S), started([*argv, "--try"], env=_env_of(argv)) as trial:
+            out, said = await trial.communicate(msgspec.json.encode(given))
+    except TimeoutError:
+        return f"has not read within {_TRIAL_S:g} s what it would go on with"
+    except OSError as failure:
+        return failure.strerror or str(failure)
+    # Its exit code may be unknown: the supervisor reaps every child that it does not know.
+    return "" if out.strip() == _WORKS else last_line(said, trial.returncode)
+
+
+def say_if_it_works(data: bytes) -> None:
+    """The trial, in the process that was started for it: raises PdctlError if this version cannot go on."""
+    plan = read_plan(decoded(data))
+    if read_adoptable(Path(plan.run_dir), is_succession=True) is None:
+        raise PdctlError("the files of the running processes are of a version that cannot be succeeded")
+    os.write(1, _WORKS + b"\n")
+
+
 def received(descriptor: int) -> Succession:
     """What the supervisor was given that this process was before. Raises PdctlError."""
     with os.fdopen(descriptor, "rb") as told:
         told.seek(0)
-        try:
-            given = msgspec.json.decode(told.read(), type=Succession)
-        except msgspec.DecodeError as failure:
-            raise PdctlError(
-                f"the supervisor of before is of a version that cannot be succeeded: {failure}"
-            ) from failure
+        given = decoded(told.read())
     for one in given.descriptors:
         os.set_inheritable(one, False)
     return given
+
+
+def decoded(data: bytes) -> Succession:
+    """Raises PdctlError."""
+    try:
+        return msgspec.json.decode(data, type=Succession)
+    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+        raise PdctlError(f"the supervisor of before is of a version that cannot be succeeded: {failure}") from failure
+
+
+def read_plan(given: Succession) -> Plan:
+    """The wanted plan. Raises PdctlError."""
+    try:
+        return msgspec.json.decode(given.plan, type=Plan)
+    except msgspec.DecodeError as failure:
+        raise PdctlError(f"the plan is of another version than this supervisor: {failure}") from failure
+
+
+def _env_of(argv: Sequence[str]) -> dict[str, str]:
+    without = () if argv[0] == program.executable() else _OF_AN_INTERPRETER
+    return {name: value for name, value in os.environ.items() if name not in without}
 
 
 def refusal(argv: Sequence[str]) -> str:

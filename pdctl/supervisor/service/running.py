@@ -57,12 +57,16 @@ from pdctl.supervisor.service.state import ServiceState
 from pdctl.supervisor.service.status import StatusReader
 from pdctl.supervisor.surface.notify import Notifier
 from pdctl.supervisor.unit.exits import KernelLog
+from pdctl.supervisor.unit.lifecycle import Phase
 from pdctl.supervisor.unit.unit import Unit, UnitContext
 from pdctl.supervisor.unit.verbs import event_of, objection
 from pdctl.wire import SECRET_ENV, LeaseReply
 
 _HOUSEKEEPING_S = 1.0
 _LOGS_S = 5.0
+_UPGRADING = "an upgrade is in progress"
+# Phases of a process that was asked to go, or that stays away.
+_HELD = frozenset({Phase.DRAINING, Phase.DRAINED, Phase.STOPPING, Phase.STOPPED})
 _LONGEST_SOCKET_PATH = 107  # sun_path in linux/un.h, without the final zero
 
 
@@ -126,7 +130,9 @@ class RunningService:
         self._change_over = ChangeOver(
             state, fleet, self._kv, proxies, self._files, resources.listeners, context, self._roles
         )
-        self._upgrade = Upgrade(resources.listeners, resources.keepers, self.journal, self._files.save_now)
+        self._upgrade = Upgrade(
+            resources.listeners, resources.keepers, self.journal, self._files.save_now, self._upgrade_objection
+        )
         self._dashboard = Dashboard(self, secret)
         self._status = StatusReader(
             state, fleet, self._kv, self._change_over, self._nodes, resources.trees.method, cluster
@@ -258,6 +264,8 @@ class RunningService:
             return f"no process {name!r}; known: {', '.join(unit.name for unit in self._fleet)}"
         if self._state.is_stopping:
             return "the service is stopping"
+        if self._upgrade.is_under_way:
+            return _UPGRADING
         if self._change_over.is_under_way and verb != "stop":
             # An apply waits for the processes that it stops. A start in between would keep it waiting.
             return f"an apply is in progress: {self._change_over.step}"
@@ -271,6 +279,8 @@ class RunningService:
         """Give an engine another role. Returns the reason if it is refused, else ""."""
         if self._state.is_stopping:
             return "the service is stopping"
+        if self._upgrade.is_under_way:
+            return _UPGRADING
         if self._change_over.is_under_way:
             return f"an apply is in progress: {self._change_over.step}"
         if reason := self._roles.objection(name, call.role):
@@ -302,17 +312,22 @@ class RunningService:
 
     def apply(self, wanted: Plan) -> str:
         """Start to apply a plan. Returns the reason if it is refused, else ""."""
-        return self._change_over.begin(wanted)
+        return _UPGRADING if self._upgrade.is_under_way else self._change_over.begin(wanted)
 
-    def upgrade(self, order: UpgradeOrder) -> str:
+    async def upgrade(self, order: UpgradeOrder) -> str:
         """Become another version's supervisor. Returns the reason if it is refused, else ""."""
+        return await self._upgrade.begin(order)
+
+    def _upgrade_objection(self) -> str:
         if self._cluster is not None:
             return "the agent of a cluster's node is upgraded by a restart"
         if self._state.is_stopping:
             return "the service is stopping"
         if self._change_over.is_under_way:
             return f"an apply is in progress: {self._change_over.step}"
-        return self._upgrade.begin(order)
+        # The next supervisor starts every process of its plan, and knows of no drain.
+        held = [f"{unit.name} is {unit.life.phase.value}" for unit in self._fleet if unit.life.phase in _HELD]
+        return f"{', '.join(held)}: start it first, or wait until it has ended" if held else ""
 
     def stop(self) -> None:
         """Stop the proxy, then the engines. A second call kills the remaining processes."""

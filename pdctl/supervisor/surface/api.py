@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import TypeVar, get_args
 
 import msgspec
 from starlette.applications import Starlette
@@ -127,63 +127,39 @@ class Api:
         return answer(await self._service.ask(name, verb, request.query_params.get("drain") == "1"))
 
     async def role(self, request: Request) -> Response:
-        try:
-            call = msgspec.json.decode(await body_of(request), type=RoleOrder)
-        except (msgspec.DecodeError, UnicodeDecodeError, TooLarge) as failure:
-            return answer(f"not a valid change of a role: {failure}")
+        call = await order_of(request, RoleOrder, "change of a role")
         return answer(await self._service.change_role(request.path_params["name"], call))
 
     async def nodes(self, _: Request) -> Response:
         return encoded(await self._service.local.nodes())
 
     async def add_node(self, request: Request) -> Response:
-        try:
-            node = msgspec.json.decode(await body_of(request), type=Node)
-        except (msgspec.DecodeError, UnicodeDecodeError, TooLarge) as failure:
-            return answer(f"not a valid registration: {failure}")
+        node = await order_of(request, Node, "registration")
         return answer(self._service.local.add_node(node))
 
     async def remove_node(self, request: Request) -> Response:
         return answer(self._service.local.remove_node(request.query_params.get("name", "")))
 
     async def dashboard(self, request: Request) -> Response:
-        try:
-            order = msgspec.json.decode(await body_of(request), type=DashboardOrder)
-        except (msgspec.DecodeError, UnicodeDecodeError, TooLarge) as failure:
-            return answer(f"not a valid order: {failure}")
+        order = await order_of(request, DashboardOrder, "order")
         reply = self._service.local.show(order)
         return encoded(reply, 200 if reply.ok else 409)
 
     async def apply(self, request: Request) -> Response:
-        try:
-            wanted = msgspec.json.decode(await body_of(request), type=Plan)
-        except TooLarge as failure:
-            return answer(f"the plan has {failure}")
-        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            return answer(f"not a valid plan: {failure}")
+        wanted = await order_of(request, Plan, "plan")
         if request.query_params.get("dry_run") == "1":
             return encoded(await self._service.changes(wanted))
         return answer(await self._service.apply(wanted))
 
     async def upgrade(self, request: Request) -> Response:
-        try:
-            order = msgspec.json.decode(await body_of(request), type=UpgradeOrder)
-        except TooLarge as failure:
-            return answer(f"the order has {failure}")
-        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            return answer(f"not a valid order: {failure}")
-        return answer(self._service.local.upgrade(order))
+        order = await order_of(request, UpgradeOrder, "order")
+        return answer(await self._service.local.upgrade(order))
 
     async def topology(self, _: Request) -> Response:
         return encoded(await self._service.topology())
 
     async def publish(self, request: Request) -> Response:
-        try:
-            order = msgspec.json.decode(await body_of(request), type=TopologyOrder)
-        except TooLarge as failure:
-            return answer(f"the topology has {failure}")
-        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            return answer(f"not a valid topology order: {failure}")
+        order = await order_of(request, TopologyOrder, "topology order")
         reply = await self._service.publish(order)
         return encoded(reply, 200 if reply.ok else 409)
 
@@ -193,6 +169,17 @@ class Api:
     async def stop(self, _: Request) -> Response:
         self._service.local.stop()
         return encoded(Stopping(), 202)
+
+
+Order = TypeVar("Order")
+
+
+async def order_of(request: Request, kind: type[Order], word: str) -> Order:
+    """The body of a call. Raises PdctlError, which refuses the call."""
+    try:
+        return msgspec.json.decode(await body_of(request), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, TooLarge) as failure:
+        raise PdctlError(f"not a valid {word}: {failure}") from failure
 
 
 async def body_of(request: Request) -> bytes:

@@ -326,6 +326,6 @@ def test_a_prompt_that_never_fits_is_told_what_would_hold_it() -> None:
     failed = scheduler.add(sequence("long", 70, 20))
     assert failed is not None
     assert "needs 23 KV blocks and the engine has 8" in failed.reason
-    assert "over 3 times as many devices" in failed.reason
+    assert "raise kv_cache_gb at least 3 times" in failed.reason
     assert not scheduler.sequences
     assert scheduler.add(sequence("fits", 28, 4)) is None

@@ -1,9 +1,14 @@
 """Claims on ports: one service at a time, free again when the holder is gone."""
 
+import errno
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from pdctl.host.processes.claims import PortClaims, claimed_ports
 
@@ -53,3 +58,29 @@ def test_a_kernel_that_shows_no_sockets(tmp_path: Path) -> None:
     lines += ["0: 2 0 0 2 1 52 @pdctl-port-x", "0: 2 0 0 2 1 53 /run/pdctl-port-18101", "0: 2 0 0 2 1 54"]
     (tmp_path / "net" / "unix").write_text("\n".join(lines) + "\n")
     assert claimed_ports(tmp_path) == {18100}
+
+
+@pytest.mark.parametrize("call", ["socket", "bind"])
+def test_what_cannot_be_claimed_is_not_taken_by_another(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A supervisor without a free descriptor starts its processes all the same."""
+
+    class Refused(socket.socket):
+        def __init__(self, *words: int) -> None:
+            if call == "socket":
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            super().__init__(*words)
+
+        def bind(self, address: object) -> None:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "socket", Refused)
+        ours = PortClaims()
+        assert ours.claim([71020, 71021]) == []
+        ours.keep({71021})
+    assert not claimed_ports() & {71020, 71021}
+    theirs = PortClaims()
+    assert theirs.claim([71020, 71021]) == []
+    ours.close()
+    assert claimed_ports() >= {71020, 71021}
+    theirs.close()

@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pdctl.net.keeping import DROP, END, KEEP, KEPT, REPORT, UNCOVERED, TakenOver, cookie_of, receive, send
+from pdctl.net.keeping import CRASHED, DROP, END, KEEP, KEPT, REPORT, UNCOVERED, TakenOver, cookie_of, receive, send
 from pdctl.supervisor.process import keeper as keepers
 from pdctl.supervisor.process.keeper import Keeper, Keepers
+from pdctl.supervisor.process.succession import KeptConnections
 
 
 class Clients:
@@ -106,6 +107,33 @@ def test_a_connection_outlives_its_proxy(clients: Clients) -> None:
     kept(work)
     assert client.recv(100, socket.MSG_WAITALL) == b"before after"
     assert client.recv(100) == b""  # the keeper's end ends it
+
+
+def test_a_supervisor_that_becomes_another_knows_that_the_proxy_crashed(clients: Clients) -> None:
+    """The next proxy suspects the requests that were under way."""
+    _, served = clients.connect()
+
+    async def work(keeper: Keeper, told: list[TakenOver]) -> None:
+        channel, _ = keeper.hand_over()
+        keep(channel, served)
+        channel.close()
+        keeper.ended(crashed=True)
+        kept_by_it = msgspec.json.decode(msgspec.json.encode(keeper.kept()), type=KeptConnections)
+        owned = {cookie: os.dup(descriptor) for cookie, descriptor in kept_by_it.connections.items()}
+        kept_by_it = msgspec.structs.replace(kept_by_it, memory=os.dup(kept_by_it.memory), connections=owned)
+        after = Keeper.restored(kept_by_it, told.append)
+        try:
+            again, _ = after.hand_over()
+            with again:
+                first, end = receive(again), receive(again)
+            assert first is not None
+            os.close(first.descriptors[0])
+            assert end is not None
+            assert (end.kind, end.body) == (END, CRASHED)
+        finally:
+            after.close()
+
+    kept(work)
 
 
 def test_an_ended_connection_is_dropped(clients: Clients) -> None:

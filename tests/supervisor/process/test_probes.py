@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pdctl.adapters import Progress
+from pdctl.net.pauses import Sleeper
 from pdctl.plan import Probe
 from pdctl.supervisor.process import probes
 from pdctl.supervisor.process.probes import Cadence, Prober
@@ -25,14 +26,15 @@ def test_its_own_silence_is_not_the_processs(monkeypatch: pytest.MonkeyPatch, pa
             asked.append(address)
             return b""
 
-    async def overslept(seconds: float) -> bool:
-        slept.append(seconds)
-        return len(slept) <= pauses
+    class Told(Sleeper):
+        async def overslept(self, seconds: float) -> bool:
+            slept.append(seconds)
+            return len(slept) <= pauses
 
     # An hour passes between two probes.
     clock = SimpleNamespace(monotonic=lambda: 1000.0 + 3600.0 * len(slept))
     monkeypatch.setattr(probes, "time", clock)
-    monkeypatch.setattr(probes, "overslept", overslept)
+    monkeypatch.setattr(probes, "Sleeper", Told)
     prober = Same(STATE, Path("/none"), "", lambda _: Progress(running=1, tokens_total=7, steps_total=7))
     reason = asyncio.run(prober._liveness(lambda: Cadence(1e-6, 3, 60.0, 0.0)))
     assert reason is not None

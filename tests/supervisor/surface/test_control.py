@@ -101,7 +101,7 @@ class Quiet:
     def apply(self, wanted: Plan) -> str:
         return "" if wanted == self.plan else f"{wanted.service} is another"
 
-    def upgrade(self, order: UpgradeOrder) -> str:
+    async def upgrade(self, order: UpgradeOrder) -> str:
         raise AssertionError("not asked for")
 
     def stop(self) -> None:

@@ -150,7 +150,7 @@ class Part:
     def apply(self, wanted: Plan) -> str:
         return ""
 
-    def upgrade(self, order: UpgradeOrder) -> str:
+    async def upgrade(self, order: UpgradeOrder) -> str:
         raise AssertionError("not asked for")
 
     def stop(self) -> None:

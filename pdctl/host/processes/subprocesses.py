@@ -1,4 +1,4 @@
-"""Processes that an agent starts for one answer. Whatever they do, nobody waits for them longer than told."""
+"""Processes that are started for one answer. Whatever they do, nobody waits for them longer than told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 # A process that was killed has so long to end. One in a driver's call may never do so.
@@ -15,12 +15,14 @@ _END_S = 5.0
 
 
 @asynccontextmanager
-async def started(argv: Sequence[str], most_bytes: int = 2**16) -> AsyncIterator[Process]:
+async def started(
+    argv: Sequence[str], most_bytes: int = 2**16, env: Mapping[str, str] | None = None
+) -> AsyncIterator[Process]:
     """A process with pipes. If it still runs afterwards, it is killed with its process group. `most_bytes`: of a line
-    that it prints, and of what is read ahead."""
+    that it prints, and of what is read ahead; `env`: its whole environment, None: as ours. Raises OSError."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=pipe, stdout=pipe, stderr=pipe, limit=most_bytes, start_new_session=True
+        *argv, stdin=pipe, stdout=pipe, stderr=pipe, limit=most_bytes, start_new_session=True, env=env
     )
     try:
         yield process

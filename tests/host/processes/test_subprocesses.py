@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pdctl.supervisor.agent import subprocesses
-from pdctl.supervisor.agent.subprocesses import last_words, started
+from pdctl.host.processes import subprocesses
+from pdctl.host.processes.subprocesses import last_words, started
 
 pytestmark = pytest.mark.anyio
 # Prints the pid of a child that holds its pipes, and sleeps.
