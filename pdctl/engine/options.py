@@ -108,6 +108,34 @@ def _speculative(word: str) -> str:
     return word
 
 
+def _add_parallel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="devices that share each layer, one process each"
+    )
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="groups of these, which share the layers")
+    parser.add_argument("--sequence-parallel", type=int, default=1, help="processes that share the rows of prompts")
+    parser.add_argument(
+        "--rank-cpus", default="", help="the CPUs of each of these processes: 0,1;2,3; default: the engine's"
+    )
+
+
+def _add_transfer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--transfer", default="auto")
+    parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
+    parser.add_argument(
+        "--transfer-devices", default="", help="RDMA devices, comma-separated; default: all active ones"
+    )
+    parser.add_argument("--transfer-ports", default="", help="port range FIRST-LAST for transports to listen on")
+    parser.add_argument("--lease-s", type=float, default=30.0)
+    parser.add_argument("--read-s", type=float, default=5.0, help="seconds after which a KV read is aborted")
+    parser.add_argument(
+        "--leased-max", type=float, default=0.75, help="fraction of the KV pool that may be leased to peers"
+    )
+    parser.add_argument(
+        "--chunked", type=_boolean, default=True, help="let peers read KV chunk by chunk during prefill"
+    )
+
+
 def parse(argv: list[str]) -> EngineOptions:
     """Parse the options. Raises SystemExit(2) with usage, as argparse does."""
     parser = argparse.ArgumentParser(prog="python -m pdctl.engine serve")
@@ -151,28 +179,8 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--speculative", type=_speculative, default="", help='guess tokens: {"kind": "ngram", "tokens": 4}'
     )
-    parser.add_argument(
-        "--tensor-parallel", type=int, default=1, help="devices that share each layer, one process each"
-    )
-    parser.add_argument("--pipeline-parallel", type=int, default=1, help="groups of these, which share the layers")
-    parser.add_argument("--sequence-parallel", type=int, default=1, help="processes that share the rows of prompts")
-    parser.add_argument(
-        "--rank-cpus", default="", help="the CPUs of each of these processes: 0,1;2,3; default: the engine's"
-    )
-    parser.add_argument("--transfer", default="auto")
-    parser.add_argument("--transfer-protocol", choices=["auto", "tcp", "rdma"], default="auto")
-    parser.add_argument(
-        "--transfer-devices", default="", help="RDMA devices, comma-separated; default: all active ones"
-    )
-    parser.add_argument("--transfer-ports", default="", help="port range FIRST-LAST for transports to listen on")
-    parser.add_argument("--lease-s", type=float, default=30.0)
-    parser.add_argument("--read-s", type=float, default=5.0, help="seconds after which a KV read is aborted")
-    parser.add_argument(
-        "--leased-max", type=float, default=0.75, help="fraction of the KV pool that may be leased to peers"
-    )
-    parser.add_argument(
-        "--chunked", type=_boolean, default=True, help="let peers read KV chunk by chunk during prefill"
-    )
+    _add_parallel(parser)
+    _add_transfer(parser)
     parser.add_argument("--open", type=_boolean, default=False, help="also serve callers without this run's secret")
     parser.add_argument("--tool-parser", choices=TOOL_PARSERS, default="auto")
     parser.add_argument("--reasoning-parser", choices=REASONING_PARSERS, default="auto")

@@ -122,17 +122,12 @@ class EngineService:
         if splits_reasoning and sampling.grammar:
             sampling = msgspec.structs.replace(sampling, thinking=self.generator.thinking(token_ids))
         ttft_s, tpot_s = targets(parsed.slo, headers.get(SLO_HEADER, ""))
+        signed = internal.get(FINGERPRINT_HEADER) or FINGERPRINT
+        envelope = Envelope(request_id, chat, served, bool(parsed.return_token_ids), int(began), signed)
         request = GenerationRequest(
             # A client request may reach one engine twice, so the internal id is unique.
             request_id=f"{request_id}.{uuid4().hex[:8]}",
-            envelope=Envelope(
-                request_id,
-                chat,
-                served,
-                bool(parsed.return_token_ids),
-                int(began),
-                internal.get(FINGERPRINT_HEADER) or FINGERPRINT,
-            ),
+            envelope=envelope,
             token_ids=token_ids,
             sampling=sampling,
             stops=openai.stop_strings(parsed),
