@@ -46,8 +46,8 @@ class Followed(News):
         self.states.append(failure)
         self.tell()
 
-    async def until_value(self, key: str, value: bytes) -> None:
-        await self.until(lambda: self.values.get(key) == value)
+    async def until_key(self, key: str) -> None:
+        await self.until(lambda: key in self.values)
 
     async def until_state(self, known: bool) -> None:
         await self.until(lambda: bool(self.states) and (self.states[-1] is None) == known)
@@ -62,11 +62,12 @@ async def following(registry: Registry) -> AsyncIterator[Followed]:
         task.cancel()
 
 
-async def write(registry: Registry, value: bytes) -> None:
-    """Until a member takes it."""
+async def write(registry: Registry, key: str) -> None:
+    """Until a member takes it. Each test writes a key once: a frozen member writes what it was asked to when it thaws,
+    over newer values."""
     while True:
         try:
-            await registry.write([Put("/n/a", value)])
+            await registry.write([Put(key, b"kept")])
             return
         except Unavailable:
             await asyncio.sleep(0.1)
@@ -79,11 +80,11 @@ async def test_news_goes_on_when_any_one_member_is_lost(tmp_path: Path, number: 
         watcher, writer = EtcdRegistry(Gateway(urls)), EtcdRegistry(Gateway(urls))
         async with following(watcher) as followed:
             for turn, member in enumerate(members):
-                await write(writer, f"before {turn}".encode())
-                await followed.until_value("/n/a", f"before {turn}".encode())
+                await write(writer, f"/n/before-{turn}")
+                await followed.until_key(f"/n/before-{turn}")
                 member.signal(number)
-                await write(writer, f"without {turn}".encode())
-                await followed.until_value("/n/a", f"without {turn}".encode())
+                await write(writer, f"/n/without-{turn}")
+                await followed.until_key(f"/n/without-{turn}")
                 if number == signal.SIGKILL:
                     member.process.wait()
                     member.start()
@@ -97,8 +98,8 @@ async def test_without_a_majority_entries_stay_and_their_age_is_told(tmp_path: P
     with etcd.members(tmp_path, 3) as members:
         registry = EtcdRegistry(Gateway([member.url for member in members]))
         async with following(registry) as followed:
-            await write(registry, b"kept")
-            await followed.until_value("/n/a", b"kept")
+            await write(registry, "/n/a")
+            await followed.until_key("/n/a")
             for member in members[1:]:
                 member.kill()
             await followed.until_state(known=False)
@@ -108,8 +109,8 @@ async def test_without_a_majority_entries_stay_and_their_age_is_told(tmp_path: P
             for member in members[1:]:
                 member.start()
             await followed.until_state(known=True)
-            await write(registry, b"again")
-            await followed.until_value("/n/a", b"again")
+            await write(registry, "/n/b")
+            await followed.until_key("/n/b")
         await registry.close()
 
 

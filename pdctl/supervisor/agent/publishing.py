@@ -14,12 +14,12 @@ from pdctl.control_api import PublishedTopology
 from pdctl.errors import PdctlError
 from pdctl.plan import Plan
 from pdctl.plan.changes import Changes
-from pdctl.registry import Delete, Entry, Modified, Put, Registry, Unavailable
+from pdctl.registry import Entry, Modified, Put, Registry, Unavailable
 from pdctl.registry.mirror import pause_s
 from pdctl.supervisor.agent.plans import Planner
 from pdctl.supervisor.cluster.assignments import Assignments, orders_of
 from pdctl.supervisor.cluster.coordinator import room_of_node, wanted_of
-from pdctl.supervisor.cluster.entries import Keys, Order, TopologyEntry
+from pdctl.supervisor.cluster.entries import WITHDRAWN, Keys, Order, TopologyEntry
 from pdctl.supervisor.service.running import RunningService
 from pdctl.topology.loader import load_cluster_text
 
@@ -27,6 +27,7 @@ Found = TypeVar("Found")
 
 # A member that is lost, or a new leader, is no reason to fail: so long a command waits for an answer, seconds.
 _PATIENCE_S = 5.0
+_OVERWRITES = 5
 
 
 class Publisher:
@@ -72,12 +73,10 @@ class Publisher:
     async def publish(self, text: str, source: str, revision: int | None) -> int:
         """See Publishing.publish."""
         self._check(text, source)
-        put = Put(self._keys.topology, msgspec.json.encode(TopologyEntry(text, source)))
-        conditions = [] if revision is None else [Modified(self._keys.topology, revision)]
-        written = await _answer(lambda: self._registry.write([put], conditions))
-        if written is None and (entry := await self._published()) is not None and entry.value == put.value:
-            # It was written by a try whose answer was lost.
-            return entry.modified
+        entry = TopologyEntry(text, source)
+        if revision is None:
+            return await self._overwrite(entry)
+        written = await self._write(entry, revision)
         if written is None:
             raise PdctlError(
                 "another topology was published meanwhile", "look at the changes again: pdctl apply --dry-run"
@@ -86,7 +85,26 @@ class Publisher:
 
     async def withdraw(self) -> None:
         """See Publishing.withdraw."""
-        await _answer(lambda: self._registry.write([Delete(self._keys.topology)]))
+        await self._overwrite(WITHDRAWN)
+
+    async def _overwrite(self, entry: TopologyEntry) -> int:
+        """Write it, whatever is there."""
+        for _attempt in range(_OVERWRITES):
+            found = await self._published()
+            written = await self._write(entry, found.modified if found is not None else 0)
+            if written is not None:
+                return written
+        raise PdctlError("other topologies are published all the time", "look who else runs pdctl up, apply or down")
+
+    async def _write(self, entry: TopologyEntry, revision: int) -> int | None:
+        """Write it over what was written in `revision`, so that a try whose answer was lost cannot happen later.
+        Returns the new revision; None if there is another topology by now."""
+        put = Put(self._keys.topology, msgspec.json.encode(entry))
+        written = await _answer(lambda: self._registry.write([put], [Modified(put.key, revision)]))
+        if written is None and (found := await self._published()) is not None and found.value == put.value:
+            # It was written by a try whose answer was lost.
+            return found.modified
+        return written
 
     async def preview(self, order: Order) -> Changes:
         """See Publishing.preview."""

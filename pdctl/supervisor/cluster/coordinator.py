@@ -21,9 +21,10 @@ from pdctl.host.facts import decode_facts
 from pdctl.plan.cluster import room_of, wishes_of
 from pdctl.plan.placement import Room
 from pdctl.registry import Change, Created, Entry, LeaseGone, Put, Registry, Unavailable
+from pdctl.registry.fence import Fence, NotOurs
 from pdctl.registry.mirror import Mirror, follow, pause_s
 from pdctl.supervisor.cluster.assignments import Assignments, Wanted, orders_of
-from pdctl.supervisor.cluster.entries import Keys, NodeEntry, Order, PlacementEntry, TopologyEntry
+from pdctl.supervisor.cluster.entries import WITHDRAWN, Keys, NodeEntry, Order, PlacementEntry, TopologyEntry
 from pdctl.topology.loader import parse_text
 from pdctl.topology.spec import Cluster
 
@@ -60,7 +61,8 @@ class Coordinator:
         self._heard = False
         self._holder: Entry | None = None
         self._placement: PlacementEntry | None = None
-        self._lease: int | None = None
+        # What we wrote to take the key.
+        self._own: Put | None = None
         self._has_left = False
 
     @property
@@ -83,10 +85,10 @@ class Coordinator:
     async def leave(self) -> None:
         """Give the key up, for ever, so that another agent takes it at once. One try: the lease ends by itself."""
         self._has_left = True
-        if self._lease is not None:
+        if self._own is not None:
             with contextlib.suppress(Unavailable):
-                await self._registry.revoke(self._lease)
-            self._lease = None
+                await self._registry.revoke(self._own.lease)
+            self._own = None
 
     def _take(self, changes: tuple[Change, ...]) -> None:
         self._heard = True
@@ -135,25 +137,24 @@ class Coordinator:
         if term is None:
             await self._registry.revoke(lease)
             return None
-        self._lease = lease
+        self._own = put
         return term
 
     async def _coordinate(self, term: int) -> None:
         """Until the key is not ours any more."""
-        assert self._lease is not None
+        assert self._own is not None
         why = ""
         try:
             listing = await self._registry.list(self._keys.desired)
             orders = orders_of(entry.value for entry in listing.entries)
             books = Assignments(term, self._node, self._cluster.node_lost_s, orders, self._clock())
-            await _Term(self._registry, self._keys, term, self._lease, books, self._say, self._clock).run(
-                self._cluster.ttl_s
-            )
+            began = _Term(self._registry, self._keys, term, self._own, books, self._say, self._clock)
+            await began.run(self._cluster.ttl_s)
         except* (LeaseGone, _Deposed) as group:
             why = str(first_of(group))
         except* Unavailable as group:
             why = f"the registry does not answer ({first_of(group)})"
-        self._lease = None
+        self._own = None
         self._say(f"this node does not coordinate the cluster any more: {why}")
 
 
@@ -169,15 +170,15 @@ class _Term:
         registry: Registry,
         keys: Keys,
         term: int,
-        lease: int,
+        own: Put,
         books: Assignments,
         say: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
         self._registry = registry
         self._keys = keys
-        self._term = term
-        self._lease = lease
+        self._lease = own.lease
+        self._fence = Fence(registry, own, term, term)
         self._books = books
         self._say = say
         self._clock = clock
@@ -244,8 +245,9 @@ class _Term:
             try:
                 await self._decide()
                 failures = 0
+            except NotOurs as failure:
+                raise _Deposed("another agent has taken over") from failure
             except Unavailable:
-                # Whatever of it was written is the same when it is written again.
                 await asyncio.sleep(pause_s(failures, random.random()))  # noqa: S311 - jitter, no secret
                 failures += 1
                 self._news.set()
@@ -259,29 +261,36 @@ class _Term:
         self._news.clear()
 
     async def _decide(self) -> None:
+        """Write what is to change. After a lost answer, first look at what is there."""
+        placement_is_known = not self._fence.is_unsure
+        if self._fence.is_unsure:
+            await self._fence.settle()
+            listing = await self._registry.list(self._keys.desired)
+            self._books.wrote(orders_of(entry.value for entry in listing.entries))
         decision = self._books.decide(self._clock())
         for orders in _batches(decision.orders):
-            await self._write([Put(self._keys.order(order.node), msgspec.json.encode(order)) for order in orders])
+            await self._fence.write([Put(self._keys.order(order.node), msgspec.json.encode(order)) for order in orders])
             self._books.wrote(orders)
-        if decision.placement != self._said:
-            await self._write([Put(self._keys.placement, msgspec.json.encode(decision.placement), self._lease)])
+        if decision.placement != self._said or not placement_is_known:
+            said = Put(self._keys.placement, msgspec.json.encode(decision.placement), self._lease)
+            await self._fence.write([said])
             for sentence in _sentences(self._said, decision.placement):
                 self._say(sentence)
             self._said = decision.placement
 
-    async def _write(self, puts: list[Put]) -> None:
-        if await self._registry.write(puts, [Created(self._keys.coordinator, self._term)]) is None:
-            raise _Deposed("another agent has taken over")
 
+def wanted_of(value: bytes) -> Wanted | None:
+    """The topology that the registry has, and what its engines need; None: it was withdrawn.
 
-def wanted_of(value: bytes) -> Wanted:
-    """The topology that the registry has, and what its engines need. Raises PdctlError if this version does not
-    understand it."""
+    Raises PdctlError if this version does not understand it.
+    """
     try:
         entry = msgspec.json.decode(value, type=TopologyEntry)
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:
         hint = "use the same version of pdctl on all nodes"
         raise PdctlError(f"the topology in the registry is not readable: {failure}", hint) from failure
+    if entry == WITHDRAWN:
+        return None
     try:
         topology = parse_text(entry.text, entry.source)
     except ConfigError as failure:

@@ -59,6 +59,10 @@ class TopologyEntry(msgspec.Struct, frozen=True):
     source: str
 
 
+# Written instead of deleting the key: a late write of an earlier topology would find a deleted key as it expects it.
+WITHDRAWN = TopologyEntry("", "")
+
+
 class Order(msgspec.Struct, frozen=True):
     """What one node is to run: `engines` of the topology, and a proxy if the topology wants one there; nothing without
     a topology.

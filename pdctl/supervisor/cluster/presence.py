@@ -12,9 +12,10 @@ from typing import Never
 
 import msgspec
 
-from pdctl.registry import Created, Delete, LeaseGone, Put, Registry, Unavailable
+from pdctl.registry import Delete, LeaseGone, Modified, Put, Registry, Unavailable
+from pdctl.registry.fence import Fence, NotOurs
 from pdctl.registry.mirror import pause_s
-from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys, NodeEntry
+from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys, NodeEntry, engine_of
 
 # Of a lease's time: between two renewals.
 _KEEP_PART = 1 / 3
@@ -41,9 +42,10 @@ class Presence:
         self._told = told
         self._news = asyncio.Event()
         self._lease: int | None = None
-        # The revision that created our node's key: a write of ours counts only while that is ours.
-        self._created = 0
-        self._written: dict[str, EngineEntry] = {}
+        # A write of ours counts only while our node's key is ours.
+        self._fence: Fence | None = None
+        # None: the entry is one that we cannot read.
+        self._written: dict[str, EngineEntry | None] = {}
 
     def changed(self) -> None:
         """An engine is new, has changed or has gone."""
@@ -58,9 +60,9 @@ class Presence:
                 await self._speak()
                 self._told(None)
                 failures = 0
-            except (Unavailable, LeaseGone, _Taken) as failure:
-                if isinstance(failure, LeaseGone | _Taken):
-                    self._lease = None
+            except (Unavailable, LeaseGone, NotOurs, _Taken) as failure:
+                if isinstance(failure, LeaseGone | NotOurs | _Taken):
+                    self._lease = self._fence = None
                 self._told(str(failure))
                 delay_s = min(delay_s, pause_s(failures, random.random()))  # noqa: S311 - jitter, no secret
                 failures += 1
@@ -68,32 +70,47 @@ class Presence:
 
     async def leave(self) -> None:
         """Say that this node's engines are gone, and end the lease. One try: the lease ends by itself."""
-        if self._lease is None:
+        if self._lease is None or self._fence is None:
             return
         try:
-            gone = [self._put(key, msgspec.structs.replace(entry, state=GONE)) for key, entry in self._written.items()]
-            await self._registry.write(gone, [Created(self._keys.node(self._node.name), self._created)])
+            if self._fence.is_unsure:
+                await self._settle(self._fence)
+            gone = [self._gone(key, entry) for key, entry in self._written.items() if entry is not None]
+            if gone:
+                await self._fence.write(gone)
             await self._registry.revoke(self._lease)
-        except (Unavailable, LeaseGone):
+        except (Unavailable, LeaseGone, NotOurs):
             return
 
     async def _speak(self) -> None:
         """Renew the lease, or register, and write what has changed."""
         self._news.clear()
-        if self._lease is None:
-            await self._register()
+        if self._lease is None or self._fence is None:
+            self._fence = await self._register()
         else:
             await self._registry.keep(self._lease)
+        if self._fence.is_unsure:
+            await self._settle(self._fence)
         wanted = {self._keys.engine(entry.node, entry.name): entry for entry in self._engines()}
         puts = [self._put(key, entry) for key, entry in wanted.items() if self._written.get(key) != entry]
         gone = {key: entry for key, entry in self._written.items() if key not in wanted}
         # Two revisions: readers must see that it is gone before they see that nothing is left.
-        puts += [self._put(key, msgspec.structs.replace(entry, state=GONE)) for key, entry in gone.items()]
-        await self._write([*puts])
-        await self._write([Delete(key) for key in gone])
-        self._written = wanted
+        puts += [self._gone(key, entry) for key, entry in gone.items() if entry is not None]
+        if puts:
+            await self._fence.write(puts)
+        if gone:
+            await self._fence.write([Delete(key) for key in gone])
+        self._written = {**wanted}
 
-    async def _register(self) -> None:
+    async def _settle(self, fence: Fence) -> None:
+        """After a lost answer: look what has been written."""
+        await fence.settle()
+        found = await self._registry.list(self._keys.engines_of(self._node.name))
+        # What an earlier lease holds would end with that.
+        ours = [entry for entry in found.entries if entry.lease == self._lease]
+        self._written = {entry.key: engine_of(entry) for entry in ours}
+
+    async def _register(self) -> Fence:
         """Take a lease and the node's key. The key of an earlier agent of this node is taken over."""
         key = self._keys.node(self._node.name)
         found = await self._registry.list(key)
@@ -102,11 +119,11 @@ class Presence:
             raise _Taken(f"another machine is registered as node {self._node.name!r}: {_whose(held.value)}")
         lease = await self._registry.grant(self._ttl_s)
         put = Put(key, msgspec.json.encode(self._node), lease)
-        revision = await self._registry.write([put], [Created(key, held.created if held is not None else 0)])
+        revision = await self._registry.write([put], [Modified(key, held.modified if held is not None else 0)])
         if revision is None:
             raise _Taken(f"node {self._node.name!r} was registered by another agent at the same time")
-        self._lease, self._created = lease, held.created if held is not None else revision
-        self._written = {}
+        self._lease, self._written = lease, {}
+        return Fence(self._registry, put, held.created if held is not None else revision, revision)
 
     def _is_ours(self, value: bytes) -> bool:
         try:
@@ -119,11 +136,8 @@ class Presence:
         assert self._lease is not None
         return Put(key, msgspec.json.encode(entry), self._lease)
 
-    async def _write(self, writes: list[Put | Delete]) -> None:
-        if not writes:
-            return
-        if await self._registry.write(writes, [Created(self._keys.node(self._node.name), self._created)]) is None:
-            raise _Taken(f"node {self._node.name!r} is not registered any more")
+    def _gone(self, key: str, entry: EngineEntry) -> Put:
+        return self._put(key, msgspec.structs.replace(entry, state=GONE))
 
     async def _until_due(self, delay_s: float, at_news: bool) -> None:
         try:
@@ -144,4 +158,4 @@ def _whose(value: bytes) -> str:
 
 
 class _Taken(Exception):
-    """Our node's key is not ours (any more)."""
+    """Our node's key is another's."""

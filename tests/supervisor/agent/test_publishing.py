@@ -21,6 +21,7 @@ from pdctl.supervisor.agent.plans import Planner, commands_in, engines_of, this_
 from pdctl.supervisor.agent.publishing import Publisher
 from pdctl.supervisor.cluster.entries import Keys, NodeEntry, Order, TopologyEntry
 from pdctl.topology.loader import load_cluster_text
+from tests.registry.late import LateRegistry
 
 pytestmark = pytest.mark.anyio
 KEYS = Keys("service")
@@ -92,7 +93,9 @@ async def test_a_topology_is_published_only_over_the_one_that_was_looked_at() ->
         await publisher.publish(TEXT, SOURCE, first)
     assert await publisher.publish(TEXT, SOURCE, None) > second
     await publisher.withdraw()
-    assert (await publisher.topology()) == type(await publisher.topology())(text="", source="", revision=0)
+    withdrawn = await publisher.topology()
+    assert (withdrawn.text, withdrawn.source) == ("", "")
+    assert await publisher.publish(TEXT, SOURCE, withdrawn.revision) > withdrawn.revision
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,25 @@ async def test_calls_that_are_not_answered_are_made_again_and_publish_once() -> 
         await publisher.publish(TEXT + "# another", SOURCE, 0)
     await publisher.withdraw()
     assert (await publisher.topology()).text == ""
+
+
+@pytest.mark.parametrize("first", ["publish", "withdraw"])
+async def test_a_member_that_thaws_brings_back_no_topology(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "_PATIENCE_S", 0.0)
+    registry = LateRegistry()
+    publisher = await published(registry)
+    begun = await publisher.publish(TEXT, SOURCE, 0) if first == "withdraw" else 0
+    registry.is_frozen = True
+    with pytest.raises(PdctlError, match="the member is frozen"):
+        await (publisher.withdraw() if first == "withdraw" else publisher.publish(TEXT, SOURCE, begun))
+    registry.is_frozen = False
+    if first == "withdraw":
+        await publisher.publish(TEXT + "# again", SOURCE, begun)
+    else:
+        await publisher.withdraw()
+    expected = await publisher.topology()
+    await registry.thaw()
+    assert await publisher.topology() == expected
 
 
 async def test_a_registry_that_does_not_answer_is_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:

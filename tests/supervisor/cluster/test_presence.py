@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from pdctl.registry import Change, Put
-from pdctl.registry.memory import MemoryRegistry
 from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys, NodeEntry, engine_of
 from pdctl.supervisor.cluster.presence import Presence
 from tests.news import News
+from tests.registry.late import LateRegistry
 
 pytestmark = pytest.mark.anyio
 KEYS = Keys("service")
@@ -28,7 +28,7 @@ class Rig(News):
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry = MemoryRegistry()
+        self.registry = LateRegistry()
         self.engines: list[EngineEntry] = []
         self.states: list[str | None] = []
         self.seen: list[tuple[str, str | None]] = []
@@ -137,3 +137,37 @@ async def test_a_write_of_an_agent_that_lost_its_node_changes_nothing() -> None:
         rig.presence.changed()
         await rig.until(lambda: "another machine" in (rig.states[-1] or ""))
         assert rig.seen == []
+
+
+@pytest.mark.parametrize("wanted", ["ready", "draining", None])
+async def test_a_member_that_thaws_does_not_bring_back_what_was_before(wanted: str | None) -> None:
+    async with running() as rig:
+        rig.engines = [engine("decode-0")]
+        await rig.until(lambda: rig.seen == [("a/decode-0", "ready")])
+        rig.registry.is_frozen = True
+        rig.engines = [engine("decode-0", "stopping"), engine("decode-1")]
+        rig.presence.changed()
+        await rig.until(lambda: rig.states[-1] == "the member is frozen")
+        rig.registry.is_frozen = False
+        rig.engines = [engine("decode-0", wanted)] if wanted else []
+        await rig.until(lambda: rig.states[-1] is None)
+        expected = [entry.value for entry in (await rig.registry.list(KEYS.engines)).entries]
+        assert expected == [msgspec.json.encode(one) for one in rig.engines]
+        await rig.registry.thaw()
+        assert [entry.value for entry in (await rig.registry.list(KEYS.engines)).entries] == expected
+
+
+async def test_what_a_lost_answer_has_written_is_seen_and_mended() -> None:
+    async with running() as rig:
+        rig.engines = [engine("decode-0")]
+        await rig.until(lambda: rig.seen == [("a/decode-0", "ready")])
+        rig.registry.is_frozen = True
+        rig.engines = [engine("decode-0", "draining"), engine("decode-1")]
+        rig.presence.changed()
+        await rig.until(lambda: rig.states[-1] == "the member is frozen")
+        await rig.registry.thaw()
+        rig.engines = [engine("decode-0")]
+        await rig.until(lambda: rig.states[-1] is None)
+        entries = (await rig.registry.list(KEYS.engines)).entries
+        assert [entry.value for entry in entries] == [msgspec.json.encode(engine("decode-0"))]
+        assert ("a/decode-1", GONE) in rig.seen
