@@ -122,19 +122,25 @@ def coordinator_frozen(trial: Trial) -> None:
 
 
 def host_frozen(trial: Trial) -> None:
-    """A whole machine stops for longer than leases live, and goes on."""
+    """A whole machine stops for longer than leases live, and goes on. Nothing says that it has stopped."""
     cluster, frozen = trial.cluster, "b"
+    reader = cluster.engines()["decode-b-0"]
+    assert reader.node == frozen, "it runs on b"
     with trial.streams() as streams:
-        cluster.nodes[frozen].host.freeze()
-        began = time.monotonic()
-        # Not many: each client goes to that machine sooner or later, and waits there.
-        trial.go_on(streams, ("a", "c"), answers=6)
-        wait_until(lambda: time.monotonic() - began > LEASE_S + 1)
-        cluster.nodes[frozen].host.thaw()
-        trial.report.figure("host frozen for, s", time.monotonic() - began)
+        with trial.only_far(reader):
+            trial.holding(reader)
+            died_at = time.clock_gettime(time.CLOCK_BOOTTIME)
+            cluster.nodes[frozen].host.freeze()
+            began = time.monotonic()
+            # Not many: each client goes to that machine sooner or later, and waits there.
+            trial.go_on(streams, ("a", "c"), answers=6)
+            wait_until(lambda: time.monotonic() - began > LEASE_S + 1)
+            cluster.nodes[frozen].host.thaw()
+            trial.report.figure("host frozen for, s", time.monotonic() - began)
         trial.go_on(streams, cluster.nodes)
         trial.report.figure("host frozen to answers there again, s", time.monotonic() - began)
     trial.recovered()
+    trial.freed("host frozen", "silent node to freed KV, s", reader, died_at, TTL_S + 1)
     # What that machine's proxy carried came late, but was right.
     trial.judge("host frozen", streams, gone=(frozen,))
 

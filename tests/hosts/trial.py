@@ -193,7 +193,7 @@ class Trial:
         self.report.hold(f"{what}: its leases on other nodes are free within {within_s:g} s", holds, waits)
 
     def _freed_after(self, reader: EngineEntry, died_at: float) -> list[float]:
-        """How long after its death each lease that it held elsewhere was freed."""
+        """How long after its death each lease that it held elsewhere was freed. One that only stood still claims again."""
         far = {entry.epoch for entry in self.cluster.engines().values() if entry.node != reader.node}
         claimed: dict[str, float] = {}
         freed: dict[str, float] = {}
@@ -202,5 +202,5 @@ class Trial:
                 claimed[event["lease"]] = event["at"]
             elif event["event"] == "ended" and event["lease"] in claimed:
                 freed[event["lease"]] = event["at"]
-        held = [lease for lease in claimed if freed.get(lease, died_at + 1) > died_at]
+        held = [lease for lease, at in claimed.items() if at < died_at < freed.get(lease, died_at + 1)]
         return [freed.get(lease, float("inf")) - died_at for lease in held]
