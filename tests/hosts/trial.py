@@ -193,7 +193,7 @@ class Trial:
         self.report.hold(f"{what}: its leases on other nodes are free within {within_s:g} s", holds, waits)
 
     def _freed_after(self, reader: EngineEntry, died_at: float) -> list[float]:
-        """How long after its death each lease that it held elsewhere was freed. One that only stood still claims again."""
+        """How long after its death each lease that it held elsewhere was freed. What only stood still claims again."""
         far = {entry.epoch for entry in self.cluster.engines().values() if entry.node != reader.node}
         claimed: dict[str, float] = {}
         freed: dict[str, float] = {}
