@@ -257,9 +257,16 @@ def test_what_runs_out_of_memory_is_said_to(tmp_path: Path) -> None:
         swap = mine / ("memory.memsw.limit_in_bytes" if limit.name != "memory.max" else "memory.swap.max")
         with suppress(OSError):
             swap.write_text(str(30 << 20) if limit.name != "memory.max" else "0")
-        eat = f"open('{mine}/cgroup.procs', 'w').write('0')\nb = [bytearray(1 << 20) for _ in range(400)]"
+        told = tmp_path / "told"
+        eat = (
+            f"import os, time\nwhile not os.path.exists('{told}'): time.sleep(0.01)\n"
+            f"open('{mine}/cgroup.procs', 'w').write('0')\nb = [bytearray(1 << 20) for _ in range(400)]"
+        )
         with fleet(tmp_path, python("greedy", eat), shell("fine", SLEEP), max_restarts=0) as found:
-            found.process.wait(30) if found.process.poll() is None and not _up(found) else None
+            # A death before all are ready would end the service.
+            found.ready("greedy")
+            found.ready("fine")
+            told.touch()
             found.until("greedy", lambda now: now.state == "failed", "failed")
             last = found.exits("greedy")[0]
             assert last["oom"] is True
@@ -280,11 +287,6 @@ def _makes(folder: Path) -> bool:
     found = (probe / "memory.limit_in_bytes").exists() or (probe / "memory.max").exists()
     probe.rmdir()
     return found and os.access("/dev/kmsg", os.R_OK)
-
-
-def _up(found: Fleet) -> bool:
-    found.ready("fine")
-    return True
 
 
 def test_a_supervisor_that_is_killed_takes_its_children_with_it(tmp_path: Path, prefix: tuple[str, ...]) -> None:
