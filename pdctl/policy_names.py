@@ -6,5 +6,7 @@ POLICY_NAMES = ("fcfs", "ljf", "sjf", "edf")
 KV_EVENTS = ("off", "hashes", "tokens")
 # Whether the next step is scheduled while one computes; auto: on a GPU.
 SCHEDULE_AHEAD = ("auto", "true", "false")
+# Whether KV of a prompt's beginning is fetched from another engine; auto: where that is predicted to be faster.
+FETCH_PREFIXES = ("auto", "true", "false")
 # With `deterministic`, prompts are computed in segments of so many tokens, rounded up to whole blocks.
 SEGMENT_TOKENS = 128

@@ -277,6 +277,53 @@ class LinkCall(msgspec.Struct, frozen=True):
     peers: list[PeerAddress]
 
 
+class NeighboursCall(msgspec.Struct, frozen=True):
+    """All other engines of this kind that run, instead of those of the call before: any may have KV of a prompt's
+    beginning. The answer says how many are followed."""
+
+    peers: list[PeerAddress]
+
+
+class NeighboursReply(msgspec.Struct, frozen=True):
+    """How many engines are followed."""
+
+    followed: int
+
+
+class BlocksCall(msgspec.Struct, frozen=True):
+    """What changed after the change `after` of the start `epoch` in what can be found? An answer comes when something
+    has, or after `wait_s` seconds."""
+
+    epoch: str
+    after: int
+    wait_s: Annotated[float, msgspec.Meta(ge=0, le=60)]
+
+
+class BlocksReply(msgspec.Struct, frozen=True):
+    """The names of blocks, shortened to 64 bits, that can be found since then or not any more; `whole`: all that can be
+    found, because what was asked for is not known. `sequence`: of the newest change."""
+
+    epoch: str
+    sequence: int
+    whole: bool
+    stored: list[int]
+    removed: list[int]
+
+
+class PrefixCall(msgspec.Struct, frozen=True):
+    """Lend the KV of as many of a prompt's first tokens as there are to `holder`."""
+
+    holder: str
+    token_ids: list[TokenId]
+    salt: str
+
+
+class PrefixReply(msgspec.Struct, frozen=True):
+    """A lease on it, whose offer has no tokens; None: there is no such KV, or too much is leased."""
+
+    offer: Offer | None
+
+
 class EndpointReply(msgspec.Struct, frozen=True):
     """Where an engine's KV can be read, in this epoch."""
 

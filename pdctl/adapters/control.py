@@ -24,6 +24,7 @@ class Ability(Enum):
     RELEASE_BY_HOLDER = "end all leases that a dead process held"
     REVOKE = "revoke one lease"
     ROLE = "accept a role while they run"
+    NEIGHBOURS = "fetch beginnings of prompts from each other"
     SWEEP = "free the KV that requests have left, when none of them needs it any more"
 
 
@@ -95,6 +96,10 @@ class Control(Protocol):
         """Ability.ROLE: set the engine's role from now on."""
         ...
 
+    async def meet(self, engine: Target, others: list[PeerAddress], timeout_s: float) -> None:
+        """Ability.NEIGHBOURS: these other engines run now."""
+        ...
+
     async def unlink(self, reader: Target, peer: Peer, timeout_s: float) -> None:
         """Ability.LINK: end the link on both sides. It is no error if an engine does not answer or has no such link."""
         ...
@@ -142,6 +147,10 @@ class NoControl:
     async def set_role(self, engine: Target, role: RoleCall, timeout_s: float) -> None:
         """Never called: see `abilities`."""
         raise AssertionError("a kind without Ability.ROLE")
+
+    async def meet(self, engine: Target, others: list[PeerAddress], timeout_s: float) -> None:
+        """Never called: see `abilities`."""
+        raise AssertionError("a kind without Ability.NEIGHBOURS")
 
     async def unlink(self, reader: Target, peer: Peer, timeout_s: float) -> None:
         """Never called: see `abilities`."""

@@ -157,6 +157,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "role_epoch": "counts the changes of its role",
         "tls": "of a cluster: its ports want certificates",
         "slots": "connections of clients that outlive a proxy; 0: none",
+        "fetches": "whether it fetches beginnings of prompts from other engines",
         "version": "of pdctl, for its own engines and proxies; else empty",
     },
     Probe: {

@@ -9,7 +9,7 @@ from pathlib import Path
 from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.net import LOOPBACK
 from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
-from pdctl.policy_names import KV_EVENTS, POLICY_NAMES, SCHEDULE_AHEAD
+from pdctl.policy_names import FETCH_PREFIXES, KV_EVENTS, POLICY_NAMES, SCHEDULE_AHEAD
 from pdctl.speculative import parse_speculative
 
 
@@ -40,6 +40,7 @@ class EngineOptions:
     attention: str
     enforce_eager: bool
     schedule_ahead: str
+    fetch_prefixes: str
     speculative: str
     tensor_parallel: int
     pipeline_parallel: int
@@ -175,6 +176,10 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--schedule-ahead", choices=SCHEDULE_AHEAD, default="auto",
         help="schedule and launch the next step while one computes; auto: on a GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fetch-prefixes", choices=FETCH_PREFIXES, default="false",
+        help="fetch KV of a prompt's beginning from another engine; auto: where that is predicted to be faster",
     )  # fmt: skip
     parser.add_argument(
         "--speculative", type=_speculative, default="", help='guess tokens: {"kind": "ngram", "tokens": 4}'

@@ -188,6 +188,7 @@ def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
         switches=Ability.ROLE in control(group.kind).abilities,
         tls=tls,
         version=__version__ if group.kind == _OUR_KIND else "",
+        fetches=group.fetch_prefixes != "false",
     )
 
 

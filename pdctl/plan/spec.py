@@ -45,7 +45,7 @@ class ProcessSpec:
     decode engine it also takes whole requests. `switches`: its role can change while it runs. `planned_role`: its role
     in the topology, if it has another one now; `role_epoch`: counts the changes. `tls`: its ports want certificates of
     the cluster. `slots`: connections of clients that outlive a proxy. `version`: of pdctl, for its own engines and
-    proxies.
+    proxies. `fetches`: beginnings of prompts from other engines.
     """
 
     name: str
@@ -75,6 +75,7 @@ class ProcessSpec:
     tls: bool = False
     slots: int = 0
     version: str = ""
+    fetches: bool = False
 
     @property
     def is_engine(self) -> bool:

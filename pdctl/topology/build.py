@@ -177,6 +177,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         attention=values["attention"],
         enforce_eager=values["enforce_eager"],
         schedule_ahead=str(values["schedule_ahead"]).lower(),
+        fetch_prefixes=str(values["fetch_prefixes"]).lower(),
         speculative=_speculative(values["speculative"]),
         url=(values["url"] or "").rstrip("/"),
         secret_file=absolute(values["secret_file"], source),

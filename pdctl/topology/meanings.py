@@ -229,6 +229,10 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "the next decode step is [scheduled and launched while one computes]"
             "(../scheduling.md#steps-scheduled-ahead); `auto`: on GPUs"
         ),
+        "fetch_prefixes": Meaning(
+            "fetch KV of a prompt's beginning [from another engine](../kv.md#prefixes-of-other-engines); `auto`: where "
+            "that is predicted to be faster than to compute it"
+        ),
         "speculative": Meaning(
             "[guess next tokens](../scheduling.md#guessed-tokens); further keys: `min_ngram` (2), `max_ngram` (4)",
             "off",

@@ -176,6 +176,7 @@ ENGINE: dict[str, Key] = {
     "attention": Key(choice(*ATTENTION_NAMES), "auto"),
     "enforce_eager": Key(boolean(), False),
     "schedule_ahead": Key(switch(), "auto"),
+    "fetch_prefixes": Key(switch(), False),
     "speculative": Key(speculative()),
     "ready": Key(text(r"tcp|http:/\S*|log:.+", "tcp, http:/PATH or log:PATTERN")),
     "restart_with": Key(texts("group"), []),

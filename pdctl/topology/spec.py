@@ -210,7 +210,8 @@ class EngineGroup:
     `inline_prefill`: a decode engine takes whole requests, too, and sequences that decode keep their target.
     `attention`: how attention is computed. `enforce_eager`: no CUDA graphs. `schedule_ahead`: whether
     the next step is scheduled while one computes, a word of SCHEDULE_AHEAD. `speculative`: how next tokens are guessed,
-    None: not at all.
+    None: not at all. `fetch_prefixes`: whether KV of a prompt's beginning is fetched from another engine, a word of
+    FETCH_PREFIXES.
 
     `python`: the interpreter of the environment that has the engine, "" for pdctl's own. `args`: added to the engine's
     command line. `gpu_memory_utilization`: 0.0 for the engine's default. `connector`: how engines of this kind exchange
@@ -242,6 +243,7 @@ class EngineGroup:
     attention: str = "auto"
     enforce_eager: bool = False
     schedule_ahead: str = "auto"
+    fetch_prefixes: str = "false"
     speculative: Speculative | None = None
     url: str = ""
     secret_file: str = ""

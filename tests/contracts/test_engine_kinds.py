@@ -239,6 +239,7 @@ class TestControl:
             Ability.SWEEP: lambda target: asks.sweep(target, 0, 0, 1.0),
             Ability.RELEASE_BY_HOLDER: lambda target: asks.release_holder(target, "d0@e", 1.0),
             Ability.REVOKE: lambda target: asks.revoke(target, "l1", 1.0),
+            Ability.NEIGHBOURS: lambda target: asks.meet(target, [], 1.0),
             Ability.ROLE: lambda target: asks.set_role(target, RoleCall("decode"), 1.0),
         }
         assert set(calls) == set(Ability)

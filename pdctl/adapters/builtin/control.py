@@ -13,6 +13,9 @@ from pdctl.wire import (
     LinkCall,
     LinkInfo,
     LinkReply,
+    NeighboursCall,
+    NeighboursReply,
+    PeerAddress,
     RevokeCall,
     RoleCall,
 )
@@ -38,6 +41,11 @@ class BuiltinControl(NoControl):
         """See Control.link."""
         call = LinkCall([peer.address for peer in peers])
         return (await reader.caller.post(reader.pool, "/pdctl/v1/links", call, LinkReply, timeout_s)).links
+
+    async def meet(self, engine: Target, others: list[PeerAddress], timeout_s: float) -> None:
+        """See Control.meet."""
+        path = "/pdctl/v1/neighbours"
+        await engine.caller.post(engine.pool, path, NeighboursCall(others), NeighboursReply, timeout_s)
 
     async def unlink(self, reader: Target, peer: Peer, timeout_s: float) -> None:
         """See Control.unlink. An engine forgets a link when its peer has a new epoch."""

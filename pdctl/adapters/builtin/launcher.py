@@ -29,7 +29,7 @@ class BuiltinLauncher(BaseLauncher):
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
             "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
-            "schedule_ahead", "gpu_memory_utilization", "speculative", "python", "tensor_parallel",
+            "schedule_ahead", "fetch_prefixes", "gpu_memory_utilization", "speculative", "python", "tensor_parallel",
             "pipeline_parallel", "sequence_parallel",
         }
     )  # fmt: skip
@@ -51,6 +51,9 @@ class BuiltinLauncher(BaseLauncher):
         if group.kv_events != "off" and not group.prefix_caching:
             message = "there are no events without a prefix cache"
             yield Fault("kv_events", message, "remove kv_events, or set prefix_caching = true")
+        if group.fetch_prefixes != "false" and not group.prefix_caching:
+            message = "nothing is kept without a prefix cache"
+            yield Fault("fetch_prefixes", message, "remove fetch_prefixes, or set prefix_caching = true")
         if group.deterministic and not group.prefix_caching:
             message = "nothing is found without a prefix cache"
             yield Fault("deterministic", message, "remove deterministic, or set prefix_caching = true")
@@ -98,6 +101,7 @@ class BuiltinLauncher(BaseLauncher):
             "--attention", group.attention,
             "--enforce-eager", str(group.enforce_eager).lower(),
             *(("--schedule-ahead", group.schedule_ahead) if group.schedule_ahead != "auto" else ()),
+            *(("--fetch-prefixes", group.fetch_prefixes) if group.fetch_prefixes != "false" else ()),
             *(("--speculative", format_speculative(group.speculative)) if group.speculative else ()),
             *_parallel_argv(assignment),
             *_transfer_argv(topology.transfer, assignment.rdma),

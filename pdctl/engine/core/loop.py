@@ -21,7 +21,9 @@ from pdctl.engine.ipc.messages import (
     Abort,
     Connect,
     Failed,
+    Find,
     HandBack,
+    Keep,
     KvChanges,
     Linked,
     Move,
@@ -210,6 +212,13 @@ class Core:
             case Start(request_id):
                 self.executor.absorb(self.scheduler.pulled_blocks(request_id))
                 self.scheduler.start(request_id)
+            case Keep(request_id, kv_segment):
+                self.executor.absorb(self.scheduler.pulled_blocks(request_id))
+                self.scheduler.keep(request_id, kv_segment)
+            case Find(request_id, token_ids, salt):
+                found = self.scheduler.find(request_id, token_ids, salt)
+                self.executor.publish(found.block_ids)
+                self.outbox.put(found)
             case _:
                 raise AssertionError(f"unexpected {message}")
 
@@ -219,6 +228,9 @@ class Core:
             self._failed.append(Failed(name, "this engine does not prefill for others any more", elsewhere=True))
 
     def _reserve(self, message: Reserve) -> None:
+        if message.only_now and not self.scheduler.has_room(message.kv_tokens):
+            self._failed.append(Failed(message.request_id, "there is no room for KV that is not needed yet"))
+            return
         sequence = Sequence(
             message.request_id, message.token_ids, 0, Sampling(1), kv_tokens=message.kv_tokens, salt=message.salt,
             status=Status.AWAITING_BLOCKS,

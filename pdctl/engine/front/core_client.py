@@ -23,6 +23,7 @@ from pdctl.engine.ipc.messages import (
     Books,
     Broken,
     Failed,
+    Found,
     FromCore,
     HandBack,
     Held,
@@ -65,7 +66,7 @@ class Note(NamedTuple):
 
 
 # Events in a request's queue. Their number is limited by max_model_len per request.
-RequestEvent = Token | Held | Failed | Reserved | Pulled | Progress | Withdrawn | Note
+RequestEvent = Token | Held | Failed | Reserved | Found | Pulled | Progress | Withdrawn | Note
 RequestEvents = asyncio.Queue[RequestEvent]
 
 
@@ -90,7 +91,7 @@ class CoreClient:
         self.tokens_total = 0
         self.quarantined_block_s = 0.0
         self.on_linked: Callable[[Linked], None] = lambda _: None
-        self.on_kv_changes: Callable[[list[KvChange]], None] = lambda _: None
+        self.on_kv_changes: list[Callable[[list[KvChange]], None]] = []
         self._books_at = time.monotonic()
         self._asked_at = self._heard_at = 0.0
         self._closing = False
@@ -139,7 +140,7 @@ class CoreClient:
             match message:
                 case StepDone():
                     self._step_done(message)
-                case Reserved() | Pulled():
+                case Reserved() | Found() | Pulled():
                     self._deliver(message.request_id, message)
                 case Ready():
                     self.ready = message
@@ -153,7 +154,8 @@ class CoreClient:
                     )  # fmt: skip
                     self.books = Books(blocks_free=message.num_blocks)
                 case KvChanges(changes):
-                    self.on_kv_changes(changes)
+                    for take in self.on_kv_changes:
+                        take(changes)
                 case Linked():
                     self.on_linked(message)
                 case Broken(reason):

@@ -30,6 +30,7 @@ from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.front.handover.role import RoleDesk
 from pdctl.engine.front.handover.trace import Trace
 from pdctl.engine.front.kv_events import KvEvents
+from pdctl.engine.front.prefixes.desk import prefix_desk
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.seal import Seal
 from pdctl.engine.front.routers.transfers import Transfers
@@ -96,8 +97,6 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans, nod
     trace = Trace(options.name, options.epoch)
     core = CoreClient(options)
     events = KvEvents(options) if options.kv_events != "off" else None
-    if events is not None:
-        core.on_kv_changes = events.take
     leases = LeaseDesk(LeaseTable(options.epoch, options.lease_s), core, trace)
     peers = Peers(f"{options.name}@{options.epoch}", secret, node.client_context if node is not None else None)
     links = LinkBook(peers, core)
@@ -105,12 +104,20 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans, nod
         receiver = Receiver(peers, core, links, trace, tasks)
         identity = Identity(options.name, options.epoch, options.host, options.port, options.lease_s)
         desk = OfferDesk(identity, core, leases, peers, tasks)
+        prefixes = prefix_desk(options, core, leases, desk, peers, links, receiver, tasks)
+        core.on_kv_changes = [
+            *([events.take] if events is not None else []),
+            *([prefixes.feed.take] if prefixes is not None else []),
+        ]
         seal = Seal(secret)
         routers = RouterDesk(seal, leases, links, peers)
         moves = Moves(core)
-        control = Control(options, secret, core, leases, links, receiver, moves, RoleDesk(core), routers, events)
+        control = Control(
+            options, secret, core, leases, links, receiver, moves, RoleDesk(core), routers, events, prefixes
+        )
         parsers = choose(options.tool_parser, options.reasoning_parser, codec.template)
-        generator = Generator(codec, parsers, core, desk, peers, receiver, moves)
+        fetcher = prefixes.fetcher if prefixes is not None else None
+        generator = Generator(codec, parsers, core, desk, peers, receiver, moves, fetcher)
         transfers = Transfers(seal, options.open and bool(secret))
         service = EngineService(options, codec, core, control, generator, transfers, routers, spans)
         server = _server(options, service.app(), node)

@@ -113,12 +113,13 @@ class Poke(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Reserve(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Reserve blocks for `kv_tokens` tokens of a request that will follow. `token_ids` and `salt`: these tokens and the
-    request's salt, as far as they are known."""
+    request's salt, as far as they are known. `only_now`: fail if there is no room at once."""
 
     request_id: str
     kv_tokens: int
     token_ids: list[int] = []
     salt: str = ""
+    only_now: bool = False
 
 
 class Connect(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -148,6 +149,22 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
 
 
+class Keep(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The pulled KV was committed: others may find it, and the request that it was pulled for ends. `kv_segment`: see
+    Submit."""
+
+    request_id: str
+    kv_segment: int = 0
+
+
+class Find(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Look for the KV of a prompt's first tokens. What is found is held for a peer, until Abort."""
+
+    request_id: str
+    token_ids: list[int]
+    salt: str
+
+
 class Move(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Hold a sequence that decodes, for another engine: `offer`: in a few tokens, and report the KV so far at once."""
 
@@ -163,7 +180,7 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Leave the step loop and exit."""
 
 
-ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Move | HandBack | Shutdown
+ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Keep | Find | Move | HandBack | Shutdown
 
 
 # -- core to front -----------------------------------------------------------------------------------------
@@ -307,7 +324,7 @@ KvChange = KvStored | KvRemoved
 
 
 class KvChanges(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Changes of the prefix cache, in order. Sent only if the engine publishes them."""
+    """Changes of the prefix cache, in order. Sent only if the engine tells them to somebody."""
 
     changes: list[KvChange]
 
@@ -318,6 +335,15 @@ class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
     block_ids: list[int]
     cached: int = 0
+
+
+class Found(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The KV of the first `num_tokens` tokens is in these blocks, which are held; none: nothing was found, or too many
+    blocks are held already."""
+
+    request_id: str
+    block_ids: list[int]
+    num_tokens: int
 
 
 class Pulled(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -336,4 +362,4 @@ class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
     link: LinkInfo
 
 
-FromCore = Ready | StartRefused | Broken | StepDone | KvChanges | Reserved | Pulled | Linked
+FromCore = Ready | StartRefused | Broken | StepDone | KvChanges | Reserved | Found | Pulled | Linked

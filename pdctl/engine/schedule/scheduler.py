@@ -13,8 +13,18 @@ from collections.abc import Callable, Iterable
 from itertools import repeat
 
 from pdctl.engine.cache.blocks import BlockAllocator
-from pdctl.engine.ipc.messages import Books, Failed, Held, KvChange, Logprobs, Progress, Token, Withdrawn
-from pdctl.engine.schedule import moves
+from pdctl.engine.ipc.messages import (
+    Books,
+    Failed,
+    Found,
+    Held,
+    KvChange,
+    Logprobs,
+    Progress,
+    Token,
+    Withdrawn,
+)
+from pdctl.engine.schedule import lending, moves
 from pdctl.engine.schedule.ahead import Ahead
 from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice, launched
 from pdctl.engine.schedule.drafts import Drafts, Sampled, accepted
@@ -184,6 +194,29 @@ class Scheduler:
         self._room.pulled(sequence)
         self.running.put(sequence)
         return True
+
+    def keep(self, request_id: str, kv_segment: int) -> None:
+        """The pulled KV is committed, and stays for whoever asks for it next; its sequence ends."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None or sequence.status is not Status.AWAITING_KV or request_id in self._doomed:
+            return
+        assert request_id not in self._pulling
+        sequence.kv_segment = kv_segment
+        self._room.pulled(sequence)
+        self._forget(sequence)
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether blocks for KV from a peer could be reserved at once."""
+        is_first = not self._incoming and not self._prefills.has_preempted and self._prefills.has_seat
+        return is_first and self._room.blocks_for(num_tokens) <= self.allocator.num_free
+
+    def find(self, request_id: str, token_ids: list[int], salt: str) -> Found:
+        """Hold the KV of a prompt's first tokens for a peer, until an abort: see lending."""
+        held = lending.held(request_id, token_ids, salt, self._room) if request_id not in self.sequences else None
+        if held is None:
+            return Found(request_id, [], 0)
+        self.sequences[request_id] = held
+        return Found(request_id, list(held.block_ids), held.num_computed)
 
     def move(self, request_id: str, offer: bool) -> None:
         """Hold a sequence for a peer, if it decodes: see moves."""

@@ -123,6 +123,7 @@ class Fleet:
                 unit.epoch,
                 role_epoch=unit.spec.role_epoch,
                 tls=unit.spec.tls,
+                fetches=unit.spec.fetches,
             )
             for unit in self
             if unit.spec.is_engine and unit.life.phase in _ANSWERING and unit.alive

@@ -37,7 +37,7 @@ _LINK_TRIES = 3
 @dataclass(frozen=True, slots=True)
 class Member:
     """One running engine: its name, kind, role, API address and epoch. `secret`: its own, if pdctl did not start it;
-    `tls`: it wants certificates of the cluster."""
+    `tls`: it wants certificates of the cluster; `fetches`: beginnings of prompts from others."""
 
     name: str
     kind: str
@@ -48,6 +48,7 @@ class Member:
     secret: str | None = field(default=None, repr=False)
     role_epoch: int = 0
     tls: bool = False
+    fetches: bool = False
 
     @property
     def holder(self) -> str:
@@ -150,6 +151,23 @@ class KvWatch:
         async with asyncio.TaskGroup() as tasks:
             for reader, servers in by_reader.items():
                 tasks.create_task(self._link_from(reader, servers))
+        await self._introduce()
+
+    async def _introduce(self) -> None:
+        """Tell the engines here that fetch beginnings of prompts which others run."""
+        able = self._able(Ability.NEIGHBOURS, also=self._remote())
+        far = {member.name for member in self._remote()}
+        async with asyncio.TaskGroup() as tasks:
+            for member in able:
+                if member.fetches and member.name not in far:
+                    others = [one.peer for one in able if one.kind == member.kind and one.name != member.name]
+                    tasks.create_task(self._introduce_to(member, others))
+
+    async def _introduce_to(self, member: Member, others: list[PeerAddress]) -> None:
+        try:
+            await _retried(lambda: member.control.meet(self.target(member), others, _CALL_S))
+        except Unreachable as failure:
+            self._say(member.name, f"was not told which engines run: {failure}")
 
     def refused(self) -> str | None:
         """A message about a pair that can never work, or None."""

@@ -238,3 +238,83 @@ def test_a_hit_never_changes_a_token(
         found = shared.outputs.get(name, [])
         assert found == (expected[: len(found)] if name in aborted else expected)
     assert shared.scheduler.allocator.num_free == blocks
+
+
+def test_what_a_peer_asks_for_is_held_until_it_has_read_it() -> None:
+    engine = Engine(blocks=16)
+    engine.add("a", list(range(16)))
+    engine.run()
+    found = engine.scheduler.find("lent", [*range(12), 70, 71, 72, 73], "")
+    assert found.num_tokens == 12
+    assert [engine.slots[block * BLOCK] for block in found.block_ids] == [tuple(range(at + 1)) for at in (0, 4, 8)]
+    assert engine.scheduler.books(0).blocks_leased == 3
+    engine.scheduler.audit()
+    # All other blocks are needed: those that are held stay.
+    engine.add("b", [*range(200, 240)], output=8)
+    engine.run()
+    assert [engine.slots[block * BLOCK] for block in found.block_ids] == [tuple(range(at + 1)) for at in (0, 4, 8)]
+    engine.scheduler.abort("lent")
+    engine.scheduler.audit()
+    assert engine.scheduler.books(0).blocks_leased == 0
+    assert engine.scheduler.allocator.num_free == 16
+
+
+def test_nothing_is_held_for_a_peer_that_asks_for_what_is_not_here_or_too_much() -> None:
+    engine = Engine(leased=3)
+    engine.add("a", list(range(16)))
+    engine.run()
+    assert engine.scheduler.find("other", [70, *range(15)], "").num_tokens == 0
+    assert engine.scheduler.find("salt", list(range(16)), "s").num_tokens == 0
+    assert engine.scheduler.find("one", list(range(8)), "").num_tokens == 8
+    assert engine.scheduler.find("one", list(range(8)), "").num_tokens == 0, "it is held already"
+    assert engine.scheduler.find("two", list(range(8)), "").num_tokens == 0, "the limit of leased blocks"
+    engine.scheduler.abort("one")
+    assert engine.scheduler.find("two", list(range(8)), "").num_tokens == 8
+    engine.scheduler.abort("two")
+    engine.scheduler.audit()
+
+
+def test_fetched_kv_is_found_by_the_next_and_its_request_ends() -> None:
+    engine = Engine()
+    reserved = offered(engine, "kv", list(range(12)), salt="x")
+    pulled(engine, reserved, list(range(12)))
+    engine.scheduler.keep("kv", 0)
+    engine.scheduler.audit()
+    assert engine.scheduler.sequences == {}
+    assert engine.scheduler.allocator.num_free == 64
+    engine.add("b", list(range(16)), salt="x")
+    engine.run()
+    assert engine.cached["b"] == 12
+    engine.add("c", list(range(16)))
+    engine.run()
+    assert engine.cached["c"] == 0, "another salt"
+
+
+def test_fetched_kv_of_a_request_that_is_gone_is_not_kept() -> None:
+    engine = Engine()
+    reserved = offered(engine, "kv", list(range(12)))
+    assert engine.scheduler.pull_started("kv")
+    engine.scheduler.abort("kv")
+    engine.scheduler.keep("kv", 0)
+    assert reserved.block_ids, "a pull still writes to them"
+    engine.scheduler.pull_ended("kv")
+    engine.scheduler.keep("kv", 0)
+    engine.scheduler.audit()
+    engine.add("b", list(range(16)))
+    engine.run()
+    assert engine.cached["b"] == 0
+
+
+def test_kv_that_is_not_needed_yet_is_fetched_only_where_there_is_room() -> None:
+    engine = Engine(blocks=8, seqs=2)
+    assert engine.scheduler.has_room(32)
+    assert not engine.scheduler.has_room(33)
+    engine.add("a", list(range(20)), output=2)
+    engine.step()
+    assert not engine.scheduler.has_room(16)
+    assert engine.scheduler.has_room(12)
+    waiting = Sequence("w", [], 0, Sampling(1), kv_tokens=30, status=Status.AWAITING_BLOCKS)
+    assert engine.scheduler.add(waiting) is None
+    assert not engine.scheduler.has_room(4), "what waits for blocks goes first"
+    engine.scheduler.abort("w")
+    engine.run()

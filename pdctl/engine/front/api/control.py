@@ -17,11 +17,12 @@ from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.moves import Moves
-from pdctl.engine.front.handover.peers import SESSION_PATH
+from pdctl.engine.front.handover.peers import BLOCKS_PATH, PREFIX_PATH, SESSION_PATH
 from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.front.handover.role import RoleDesk
 from pdctl.engine.front.kv_events import KvEvents
 from pdctl.engine.front.posted import Done, Posted, answer, refusal
+from pdctl.engine.front.prefixes.desk import PrefixDesk
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.distserve import DistServe
 from pdctl.engine.options import EngineOptions
@@ -30,13 +31,16 @@ from pdctl.net.identity.peers import claims_too_much
 from pdctl.net.openai.api import ApiError
 from pdctl.wire import (
     AttemptCall,
+    BlocksCall,
     EndpointReply,
     EngineState,
     HolderCall,
     LeaseCall,
     LinkCall,
     MoveCall,
+    NeighboursCall,
     Offer,
+    PrefixCall,
     RenewCall,
     RevokeCall,
     RoleCall,
@@ -61,6 +65,7 @@ class Control:
         role: RoleDesk,
         desk: RouterDesk,
         events: KvEvents | None,
+        prefixes: PrefixDesk | None,
     ) -> None:
         self._options = options
         self._secret = secret
@@ -72,6 +77,7 @@ class Control:
         self.role = role
         self._desk = desk
         self._events = events
+        self._prefixes = prefixes
 
     def routes(self) -> list[Route]:
         """All routes except generation."""
@@ -90,6 +96,12 @@ class Control:
             self._post("/pdctl/v1/role", RoleCall, self.role.take),
             self._post(SESSION_PATH, SessionCall, self._desk.take),
         )
+        if (shared := self._prefixes) is not None:
+            posts += (
+                self._post("/pdctl/v1/neighbours", NeighboursCall, shared.follower.meet),
+                self._post(BLOCKS_PATH, BlocksCall, shared.feed.after),
+                self._post(PREFIX_PATH, PrefixCall, shared.lending.lend, _holder),
+            )
         distserve = DistServe(self._options, self._core, self._desk, lambda: self.role.role == "prefill")
         return [
             Route("/health", self._health),
@@ -131,6 +143,7 @@ class Control:
                 "prompts_received": books.prompts_received,
                 "drafted": books.drafted,
                 "accepted": books.accepted,
+                **(self._prefixes.counts() if self._prefixes is not None else {}),
                 **{f"{AHEAD}{result}": count for result, count in books.asked_ahead.items()},
             },
             blocks_referenced=books.blocks_referenced,
@@ -201,7 +214,7 @@ class Control:
         return ApiError(403, "only this service's own processes may use leases")
 
 
-def _holder(call: LeaseCall | RenewCall) -> str:
+def _holder(call: LeaseCall | RenewCall | PrefixCall) -> str:
     return call.holder
 
 

@@ -19,6 +19,7 @@ from pdctl.engine.front.handover.moves import Moves
 from pdctl.engine.front.handover.offers import OfferDesk, Offering
 from pdctl.engine.front.handover.peers import Peers, of_hand_over
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
+from pdctl.engine.front.prefixes.fetching import PrefixFetcher
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Thinking, Token, Withdrawn
 from pdctl.net.openai.api import ApiError
@@ -40,7 +41,10 @@ class Generator:
         peers: Peers,
         receiver: Receiver,
         moves: Moves,
+        fetcher: PrefixFetcher | None,
     ) -> None:
+        """`fetcher`: None: beginnings of prompts are never fetched."""
+        self._fetcher = fetcher
         self._identity = desk.identity
         self._codec = codec
         self._parsers = parsers
@@ -95,6 +99,8 @@ class Generator:
                 yield piece
                 return
         if request.hand_over is None:
+            if self._fetcher is not None and submit.sampling.prompt_logprobs < 0:
+                await self._fetcher.bring(submit.token_ids, submit.salt)
             async with self._core.request(submit) as events:
                 async for piece in self._pieces(request, submit, events, text):
                     yield piece

@@ -20,7 +20,7 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
     registry = CollectorRegistry()
     for name, (what, value) in _gauges(state).items():
         Gauge(name, what, registry=registry).set(value)
-    for name, (what, amount) in _counters(state).items():
+    for name, (what, amount) in {**_counters(state), **_shared(state.counters)}.items():
         Counter(name, what, registry=registry).inc(amount)
     _ahead(state.counters, registry)
     if state.work is not None:
@@ -81,6 +81,17 @@ def _counters(state: EngineState) -> dict[str, tuple[str, float]]:
             state.transfers["hand_over_seconds"],
         ),
     }
+
+
+def _shared(counters: dict[str, int]) -> dict[str, tuple[str, float]]:
+    """Of engines that fetch and lend beginnings of prompts."""
+    told = {
+        "prefixes_fetched": "Beginnings of prompts whose KV was fetched from another engine",
+        "prefix_tokens_fetched": "Tokens of these, which were not computed",
+        "prefixes_lost": "Beginnings of prompts whose KV did not come in time, and that were computed",
+        "prefixes_lent": "Beginnings of prompts whose KV was lent to another engine",
+    }
+    return {f"pdctl_engine_{name}": (what, counters[name]) for name, what in told.items() if name in counters}
 
 
 def _leases(leases: LeaseDesk, quarantined_block_s: float, registry: CollectorRegistry) -> None:

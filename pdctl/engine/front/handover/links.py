@@ -56,6 +56,11 @@ class LinkBook:
             link.bytes += num_bytes
             link.recent.append((num_bytes, seconds))
 
+    def speed(self, peer: str) -> float:
+        """Bytes per second over the last transfers from a peer; 0 before the first."""
+        link = self._links.get(peer)
+        return _speed(link) if link is not None else 0.0
+
     def addresses(self) -> list[PeerAddress]:
         """The peers' last addresses, as the supervisor gave them."""
         return list(self._addresses.values())
@@ -105,7 +110,11 @@ class LinkBook:
         link.decided.set()
 
 
-def _described(link: _Link) -> LinkInfo:
+def _speed(link: _Link) -> float:
     moved, seconds = sum(b for b, _ in link.recent), sum(s for _, s in link.recent)
-    gbps = round(moved / seconds / 1e9, 3) if seconds else 0.0
+    return moved / seconds if seconds else 0.0
+
+
+def _described(link: _Link) -> LinkInfo:
+    gbps = round(_speed(link) / 1e9, 3)
     return msgspec.structs.replace(link.info, pulls=link.pulls, bytes=link.bytes, gbps=gbps)

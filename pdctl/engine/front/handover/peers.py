@@ -13,12 +13,16 @@ from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.identity import ContextFactory
 from pdctl.net.internal_calls import Caller, CallRefused
 from pdctl.wire import (
+    BlocksCall,
+    BlocksReply,
     EndpointReply,
     HandOver,
     KvEndpoint,
     LeaseCall,
     LeaseReply,
     Offer,
+    PrefixCall,
+    PrefixReply,
     RenewCall,
     RenewReply,
     SessionCall,
@@ -29,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 # Timeout of a call, after which it is repeated or given up, seconds.
 _CALL_S = 5.0
+BLOCKS_PATH, PREFIX_PATH = "/pdctl/v1/blocks", "/pdctl/v1/prefixes"
 SESSION_PATH = "/pdctl/v1/sessions/take"
 _MAX_PEERS = 256
 _MAX_RELEASES = 1024
@@ -95,6 +100,14 @@ class Peers:
     async def endpoint(self, host: str, port: int) -> EndpointReply:
         """Where a peer's pool can be read. Raises Unreachable."""
         return await self._caller.get(self._pool(host, port), "/pdctl/v1/endpoint", EndpointReply, _CALL_S)
+
+    async def blocks(self, host: str, port: int, call: BlocksCall, wait_s: float) -> BlocksReply:
+        """What has changed in what a peer can find; `wait_s`: how long it may wait for that. Raises Unreachable."""
+        return await self._caller.post(self._pool(host, port), BLOCKS_PATH, call, BlocksReply, wait_s + _CALL_S)
+
+    async def prefix(self, host: str, port: int, call: PrefixCall) -> PrefixReply:
+        """Have a peer lend the KV of a prompt's beginning. Raises Unreachable."""
+        return await self._caller.post(self._pool(host, port), PREFIX_PATH, call, PrefixReply, _CALL_S)
 
     async def session(self, host: str, port: int, session: int) -> HandOver | None:
         """The hand-over of a session at a prefill engine, once. Raises Unreachable."""

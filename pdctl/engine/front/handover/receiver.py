@@ -16,7 +16,7 @@ from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.peers import LeaseRef, Peers, of_hand_over, of_offer
 from pdctl.engine.front.handover.trace import Trace
 from pdctl.engine.handover.reception import FINAL, Action, Phase, Reception, ReceptionEvent, advance
-from pdctl.engine.ipc.messages import Failed, Pull, Pulled, Reserve, Reserved, Start, Submit
+from pdctl.engine.ipc.messages import Failed, Keep, Pull, Pulled, Reserve, Reserved, Start, Submit
 from pdctl.net.http_client import Unreachable
 from pdctl.wire import HandOver, LeaseReply, Offer, RenewCall
 
@@ -90,6 +90,21 @@ class Receiver:
                 run.state, _ = advance(run.state, ReceptionEvent.CANCELLED)
                 self._peers.release_later(run.lease)
             self._end(given.lease_id)
+
+    async def fetch(self, offer: Offer, token_ids: list[int], salt: str, deadline_s: float) -> None:
+        """Bring KV here that a peer has lent, for whoever asks for it next. Raises KvLost."""
+        run = self._taken(of_offer(offer), f"kv.{offer.lease_id}")
+        run.keeps = True
+        try:
+            await self._core.send(Reserve(run.core_id, offer.num_tokens, token_ids, salt, only_now=True))
+            await self._bring(run, offer.num_tokens, deadline_s)
+        finally:
+            if run.state.phase not in FINAL:
+                run.state, _ = advance(run.state, ReceptionEvent.CANCELLED)
+                self._peers.release_later(run.lease)
+                self._core.abort(run.core_id)
+            self._core.keep(run.core_id)
+            self._end(offer.lease_id)
 
     def offer(self, offer: Offer) -> LeaseReply:
         """Accept an offer: a prefill lets its first chunks be read while it computes the rest."""
@@ -179,7 +194,7 @@ class Receiver:
         except TimeoutError:
             await self._advance(run, ReceptionEvent.DEADLINE)
         if run.state.phase is not Phase.DECODING:
-            self.totals.lost += 1
+            self.totals.lost += not run.keeps
             raise KvLost(f"the KV of {run.lease.engine} was lost ({run.state.reason}): {run.detail}")
 
     async def _read_early(self, run: _Run, offer: Offer) -> None:
@@ -237,6 +252,8 @@ class Receiver:
             case Action.COMMIT:
                 event, detail = await self._commit(run)
                 run.post(event, detail=detail)
+            case Action.DECODE if run.keeps:
+                await self._core.send(Keep(run.core_id, run.lease.endpoint.manifest.segment))
             case Action.DECODE:
                 await self._core.send(Start(run.core_id))
             case Action.RELEASE_LEASE:
@@ -293,7 +310,7 @@ class Receiver:
 @dataclass(slots=True)
 class _Run:
     """One hand-over in progress. `early`: started by an offer, before its request. `let_go`: no task drives it any
-    more."""
+    more. `keeps`: no request decodes from it; its KV stays for later ones."""
 
     lease: LeaseRef
     core_id: str
@@ -305,6 +322,7 @@ class _Run:
     reserved_at: float = 0.0
     bytes: int = 0
     early: bool = False
+    keeps: bool = False
     wanted_until: float = float("inf")
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -1,0 +1,75 @@
+"""Tells peers which blocks can be found here: each asks for what has changed since its last answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from pdctl.engine.front.kv_events import short
+from pdctl.engine.ipc.messages import KvChange, KvStored
+from pdctl.wire import BlocksCall, BlocksReply
+
+# Changes that are kept. Who has missed more gets all names.
+_KEPT = 4096
+# Changes come with every step: those of so many seconds are told at once.
+_TOGETHER_S = 0.02
+
+
+class BlockFeed:
+    """The names of this engine's blocks, and the newest changes. `epoch`: of this start."""
+
+    def __init__(self, epoch: str) -> None:
+        self._epoch = epoch
+        self._names: set[int] = set()
+        self._changes: deque[tuple[bool, list[int]]] = deque(maxlen=_KEPT)
+        self._sequence = 0
+        self._news = asyncio.Event()
+
+    def take(self, changes: Iterable[KvChange]) -> None:
+        """Note changes of the prefix cache, in order."""
+        for change in changes:
+            names, is_stored = [short(name) for name in change.names], isinstance(change, KvStored)
+            if is_stored:
+                self._names.update(names)
+            else:
+                self._names.difference_update(names)
+            self._changes.append((is_stored, names))
+            self._sequence += 1
+        self._news.set()
+
+    def leading(self, names: Sequence[int]) -> int:
+        """How many of the first of these blocks are here."""
+        return leading(names, self._names)
+
+    async def after(self, call: BlocksCall) -> BlocksReply:
+        """What has changed since the caller's last answer; nothing, if it takes too long."""
+        if call.wait_s and call.epoch == self._epoch and call.after == self._sequence:
+            try:
+                async with asyncio.timeout(call.wait_s):
+                    while call.after == self._sequence:
+                        self._news.clear()
+                        await self._news.wait()
+                    await asyncio.sleep(_TOGETHER_S)
+            except TimeoutError:
+                pass
+        return self._since(call)
+
+    def _since(self, call: BlocksCall) -> BlocksReply:
+        missed = self._sequence - call.after
+        if call.epoch != self._epoch or not 0 <= missed <= len(self._changes):
+            return BlocksReply(self._epoch, self._sequence, True, sorted(self._names), [])
+        # A name that came and went counts as it is now.
+        touched = {name for _, names in list(self._changes)[len(self._changes) - missed :] for name in names}
+        stored = touched & self._names
+        return BlocksReply(self._epoch, self._sequence, False, sorted(stored), sorted(touched - stored))
+
+    def audit(self) -> None:
+        """Check the changes against the names: the last change of each name decides."""
+        last = {name: is_stored for is_stored, names in self._changes for name in names}
+        assert all((name in self._names) == is_stored for name, is_stored in last.items()), "a change was lost"
+
+
+def leading(names: Sequence[int], known: set[int]) -> int:
+    """How many of the first names are known."""
+    return next((number for number, name in enumerate(names) if name not in known), len(names))

@@ -1,0 +1,153 @@
+"""Decides before a prompt is computed whether a peer's KV of its beginning is fetched, and fetches it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdctl.engine.cache import prefix
+from pdctl.engine.front.core_client import CoreClient
+from pdctl.engine.front.handover.links import LinkBook
+from pdctl.engine.front.handover.peers import Peers, of_offer
+from pdctl.engine.front.handover.receiver import KvLost, Receiver
+from pdctl.engine.front.kv_events import short
+from pdctl.engine.front.prefixes.directory import Directory
+from pdctl.engine.front.prefixes.feed import BlockFeed
+from pdctl.latency import Work
+from pdctl.net.http_client import Unreachable
+from pdctl.wire import SECRET_ENV, Offer, PeerAddress, PrefixCall
+
+_log = logging.getLogger(__name__)
+
+# A fetch must be predicted to take this part of the time to compute at most: predictions err, and it keeps two busy.
+_WORTH = 0.8
+# Until a peer was read from: bytes per second; and what a fetch takes beside its bytes, seconds.
+_USUAL_SPEED, _USUAL_EXTRA_S = 1e9, 0.01
+# Weight of the newest sample in the average of what a fetch takes beside its bytes.
+_ALPHA = 0.3
+# A fetch is given up after so many times its predicted time, or this long.
+_PATIENCE, _LEAST_S, _MOST_S = 4.0, 0.5, 10.0
+# More at once would only wait for each other. A peer from which one failed is left alone for a while, seconds.
+_AT_ONCE = 8
+_AVOIDED_S = 5.0
+
+
+@dataclass(slots=True)
+class FetchTotals:
+    """Counts since the start, for metrics. `tokens`: those that did not have to be computed."""
+
+    prefixes: int = 0
+    tokens: int = 0
+    lost: int = 0
+    seconds: float = 0.0
+
+
+class PrefixFetcher:
+    """`always`: fetch whatever a peer has more of, even if to compute it is predicted to be faster."""
+
+    def __init__(
+        self,
+        core: CoreClient,
+        feed: BlockFeed,
+        directory: Directory,
+        peers: Peers,
+        links: LinkBook,
+        receiver: Receiver,
+        always: bool,
+    ) -> None:
+        self.totals = FetchTotals()
+        self._core = core
+        self._feed = feed
+        self._directory = directory
+        self._peers = peers
+        self._links = links
+        self._receiver = receiver
+        self._always = always
+        self._extra_s = _USUAL_EXTRA_S
+        self._running = 0
+        self._avoided: dict[str, float] = {}
+
+    async def bring(self, token_ids: Sequence[int], salt: str) -> None:
+        """Bring the KV of a prompt's beginning here, if a peer has it and that is worth it. Never raises for a peer."""
+        ready = self._core.ready
+        assert ready is not None
+        size = ready.block_size
+        # The last token must be computed: it gives the first one of the answer.
+        names = self._names(token_ids[: (len(token_ids) - 1) // size * size], salt)
+        found = self._directory.best(names, self._shunned())
+        if found is None or self._running >= _AT_ONCE:
+            return
+        peer, count = found
+        own = self._feed.leading(names[:count])
+        if count <= own or not self._is_worth(peer, own * size, (count - own) * size):
+            return
+        self._running += 1
+        try:
+            await self._fetch(peer, list(token_ids[: count * size]), salt, own * size)
+        finally:
+            self._running -= 1
+
+    async def _fetch(self, peer: PeerAddress, token_ids: list[int], salt: str, own: int) -> None:
+        began, expected_s = time.monotonic(), self._predicted_s(peer, len(token_ids) - own)
+        try:
+            call = PrefixCall(self._peers.holder, token_ids, salt)
+            offer = (await self._peers.prefix(peer.host, peer.port, call)).offer
+            if offer is None:
+                return
+            if not own < offer.num_tokens <= len(token_ids):
+                self._peers.release_later(of_offer(offer))
+                return
+            limit_s = min(_MOST_S, max(_LEAST_S, _PATIENCE * expected_s))
+            await self._receiver.fetch(offer, token_ids[: offer.num_tokens], salt, limit_s)
+        except (KvLost, Unreachable) as failure:
+            _log.info("the beginning of a prompt is computed here: %s", failure)
+            self._avoided[peer.name] = time.monotonic() + _AVOIDED_S
+            self.totals.lost += 1
+            return
+        self._note(peer, offer, own, time.monotonic() - began)
+
+    def _note(self, peer: PeerAddress, offer: Offer, own: int, seconds: float) -> None:
+        tokens = offer.num_tokens - own
+        self.totals.prefixes += 1
+        self.totals.tokens += tokens
+        self.totals.seconds += seconds
+        extra_s = max(0.0, seconds - self._copy_s(peer, tokens))
+        self._extra_s += _ALPHA * (extra_s - self._extra_s)
+
+    def _names(self, token_ids: Sequence[int], salt: str) -> list[int]:
+        """The shortened names of a prompt's blocks."""
+        ready = self._core.ready
+        assert ready is not None
+        name = prefix.salted(prefix.root(ready.endpoint.manifest, os.environ.get(SECRET_ENV, "")), salt)
+        found = []
+        for start in range(0, len(token_ids), ready.block_size):
+            name = prefix.following(name, token_ids[start : start + ready.block_size])
+            found.append(short(name))
+        return found
+
+    def _is_worth(self, peer: PeerAddress, own: int, tokens: int) -> bool:
+        if self._always:
+            return True
+        work = self._core.books.work
+        return work is not None and self._predicted_s(peer, tokens) < _WORTH * compute_s(work, own, tokens)
+
+    def _predicted_s(self, peer: PeerAddress, tokens: int) -> float:
+        return self._extra_s + self._copy_s(peer, tokens)
+
+    def _copy_s(self, peer: PeerAddress, tokens: int) -> float:
+        ready = self._core.ready
+        assert ready is not None
+        return tokens / ready.block_size * ready.block_bytes / (self._links.speed(peer.name) or _USUAL_SPEED)
+
+    def _shunned(self) -> frozenset[str]:
+        now = time.monotonic()
+        self._avoided = {name: until for name, until in self._avoided.items() if until > now}
+        return frozenset(self._avoided)
+
+
+def compute_s(work: Work, own: int, tokens: int) -> float:
+    """The predicted seconds to compute `tokens` of a prompt after `own`, beside what waits already."""
+    return work.times.prompt_s(tokens, own, work.budget)
