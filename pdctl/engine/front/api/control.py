@@ -82,7 +82,7 @@ class Control:
     def routes(self) -> list[Route]:
         """All routes except generation."""
         leases = self._leases
-        posts = (
+        posts: tuple[Route, ...] = (
             self._post("/pdctl/v1/leases/claim", LeaseCall, leases.claim, _holder),
             self._post("/pdctl/v1/leases/commit", LeaseCall, leases.commit, _holder),
             self._post("/pdctl/v1/leases/release", LeaseCall, leases.release),

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from pdctl.engine.cache import prefix
+from pdctl.engine.front.handover.lease_desk import boot_time
 from pdctl.engine.front.handover.offers import Identity, OfferDesk
 from pdctl.engine.front.kv_events import short
 from pdctl.engine.front.prefixes import fetching, lending
@@ -157,7 +158,7 @@ def test_a_peer_that_fails_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyP
         await made.fetcher.bring(PROMPT, "")
         assert len(made.calls) == 1
         assert made.fetcher.totals.lost == 1
-        monkeypatch.setattr(fetching.time, "monotonic", lambda: 1e9)
+        monkeypatch.setattr("time.monotonic", lambda: 1e9)
         await made.fetcher.bring(PROMPT, "")
         assert len(made.calls) == 2
 
@@ -265,7 +266,7 @@ def test_what_is_not_lent_is_not_held(how: str, monkeypatch: pytest.MonkeyPatch)
         asked = asyncio.ensure_future(made.desk.lend(PrefixCall(HOLDER, PROMPT, "")))
         find = await made.core.next(Find)
         if how == "caller dead":
-            found.prefill.desk.table.release_holder(HOLDER, lending.boot_time())
+            found.prefill.desk.table.release_holder(HOLDER, boot_time())
         if how in ("nothing here", "caller dead"):
             await made.core.say(Found(find.request_id, [7] * (how == "caller dead"), 4 * (how == "caller dead")))
         if how == "caller gone":
