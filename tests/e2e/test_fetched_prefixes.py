@@ -93,3 +93,14 @@ def test_a_peer_that_dies_costs_time_only(service: Service) -> None:
     for victim in victims:
         service.restarted(victim)
     service.idle()
+    # The new ones tell, and are told.
+    before = sum(known(service).values())
+    prompt = tokens(6, 320)
+    expected = service.complete(prompt, max_tokens=6, cache_salt="anew")["token_ids"]
+    first = service.complete(prompt, max_tokens=6, cache_salt="q")
+    wait_until(lambda: sum(known(service).values()) >= before + 4 * 20)
+    fetched = total(service, FETCHED)
+    later = [service.complete(prompt, max_tokens=6, cache_salt="q") for _ in range(2)]
+    assert [answer["token_ids"] for answer in (first, *later)] == [expected] * 3
+    assert total(service, FETCHED) == fetched + 304
+    service.idle()

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +121,7 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans, nod
         generator = Generator(codec, parsers, core, desk, peers, receiver, moves, fetcher)
         transfers = Transfers(seal, options.open and bool(secret))
         service = EngineService(options, codec, core, control, generator, transfers, routers, spans)
-        server = _server(options, service.app(), node)
+        server = _server(options, service.app(), node, prefixes.feed.close if prefixes is not None else lambda: None)
         core_task = tasks.create_task(core.run_core())
         tasks.create_task(core.receive())
         tasks.create_task(core.poke_forever())
@@ -141,7 +142,8 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans, nod
         raise _Stopped
 
 
-def _server(options: EngineOptions, app: ASGIApp, node: NodeIdentity | None) -> Server:
+def _server(options: EngineOptions, app: ASGIApp, node: NodeIdentity | None, before_end: Callable[[], None]) -> Server:
+    """`before_end`: ends calls that would wait for long."""
     if node is not None:
         app = NodesOnly(app, node.who.service)
     config = uvicorn.Config(
@@ -151,7 +153,7 @@ def _server(options: EngineOptions, app: ASGIApp, node: NodeIdentity | None) -> 
     )  # fmt: skip
     server = Server(config)
     for sign in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(sign, _stop, server)
+        asyncio.get_running_loop().add_signal_handler(sign, _stop, server, before_end)
     return server
 
 
@@ -163,5 +165,6 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OSError(f"port {port} on {host} cannot be bound: {failure.strerror}") from failure
 
 
-def _stop(server: uvicorn.Server) -> None:
+def _stop(server: uvicorn.Server, before_end: Callable[[], None]) -> None:
     server.should_exit = True
+    before_end()

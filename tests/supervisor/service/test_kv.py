@@ -28,7 +28,7 @@ class Front:
                 path, body = head.split()[1].decode(), await reader.readexactly(length)
                 self.calls.append((path, msgspec.json.decode(body)))
                 status = self._statuses.pop(0) if self._statuses else 200
-                answer = body if path.endswith("role") else b'{"released":3}'
+                answer = body if path.endswith("role") else b'{"released":3,"followed":2}'
                 writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n%b" % (status, len(answer), answer))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
@@ -94,3 +94,23 @@ def test_a_kind_without_the_abilities_is_not_called(monkeypatch: pytest.MonkeyPa
 
     assert with_front(front, everything, kind="vllm") == []
     assert front.calls == []
+
+
+def test_engines_that_fetch_prefixes_are_told_of_all_others_of_their_kind() -> None:
+    front = Front(503)
+    others = [Member("p1", "builtin", "prefill", "h", 2, "e2"), Member("v", "vllm", "prefill", "h", 3, "e3")]
+    far = [Member("b0", "builtin", "prefill", "h", 4, "e4", fetches=True)]
+
+    async def run() -> None:
+        async with await asyncio.start_server(front.serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            member = Member("p0", "builtin", "prefill", "127.0.0.1", port, "e1", fetches=True)
+            watch = KvWatch("s", lambda: [member, *others], set, lambda *words: None, remote=lambda: far)
+            async with asyncio.timeout(60):
+                await watch.link("p1")
+            watch.close()
+
+    asyncio.run(run())
+    peers = [{"name": name, "host": "h", "port": port, "epoch": epoch} for name, port, epoch in
+             (("p1", 2, "e2"), ("b0", 4, "e4"))]  # fmt: skip
+    assert front.calls == [("/pdctl/v1/neighbours", {"peers": peers})] * 2

@@ -25,6 +25,12 @@ class BlockFeed:
         self._changes: deque[tuple[bool, list[int]]] = deque(maxlen=_KEPT)
         self._sequence = 0
         self._news = asyncio.Event()
+        self._closed = False
+
+    def close(self) -> None:
+        """Answer all who wait: the engine ends."""
+        self._closed = True
+        self._news.set()
 
     def take(self, changes: Iterable[KvChange]) -> None:
         """Note changes of the prefix cache, in order."""
@@ -47,10 +53,10 @@ class BlockFeed:
         if call.wait_s and call.epoch == self._epoch and call.after == self._sequence:
             try:
                 async with asyncio.timeout(call.wait_s):
-                    while call.after == self._sequence:
+                    while call.after == self._sequence and not self._closed:
                         self._news.clear()
                         await self._news.wait()
-                    await asyncio.sleep(_TOGETHER_S)
+                    await asyncio.sleep(0.0 if self._closed else _TOGETHER_S)
             except TimeoutError:
                 pass
         return self._since(call)

@@ -74,6 +74,8 @@ class PrefixFetcher:
         """Bring the KV of a prompt's beginning here, if a peer has it and that is worth it. Never raises for a peer."""
         ready = self._core.ready
         assert ready is not None
+        if not self._directory.size:
+            return
         size = ready.block_size
         # The last token must be computed: it gives the first one of the answer.
         names = self._names(token_ids[: (len(token_ids) - 1) // size * size], salt)

@@ -99,6 +99,19 @@ def test_an_answer_comes_with_the_news_or_when_the_time_is_over() -> None:
     asyncio.run(main())
 
 
+def test_an_engine_that_ends_answers_at_once() -> None:
+    async def main() -> None:
+        feed = BlockFeed("e1")
+        asked = [asyncio.ensure_future(feed.after(BlocksCall("e1", 0, 60.0))) for _ in range(2)]
+        await asyncio.sleep(0)
+        feed.close()
+        async with asyncio.timeout(10):
+            assert [(await one).stored for one in asked] == [[], []]
+            assert (await feed.after(BlocksCall("e1", 0, 60.0))).stored == []
+
+    asyncio.run(main())
+
+
 def test_an_answer_that_does_not_follow_what_is_known_is_not_believed() -> None:
     directory = met()
     directory.heard("p0", BlocksReply("e1", 5, True, [1, 2], []))
