@@ -134,6 +134,22 @@ _SLOW = (
     "test_ranks.py::test_stages_answer_as_one_process_does[2]",
     "test_ranks.py::test_stripes_answer_as_one_process_does[3]",
     "test_upgrade.py::test_a_version_that_does_not_start_changes_nothing",
+    "test_upgrade.py::test_an_upgrade_under_load_cuts_nothing",
+    "test_cluster.py::test_every_promise_holds[agent]",
+    "test_ahead.py::test_answers_are_those_of_generate",
+    "test_tool_calls.py::test_a_death_in_the_middle_of_a_call_changes_nothing[prefill-0]",
+    "test_other_apis.py::test_structured_output_of_a_response[100]",
+    "test_traces.py::test_a_request_that_met_a_decode_death",
+    "test_lmdeploy.py::test_b_a_pair_that_cannot_be_linked_is_not_used_until_it_can[p2p_connect]",
+    "test_lmdeploy.py::test_answers_are_right_and_nothing_is_left_in_every_style_of_ids[real]",
+    "test_lmdeploy.py::test_f_a_stream_that_cannot_continue_ends_with_an_error[die_mid_stream]",
+    "test_lmdeploy.py::test_f_a_stream_that_cannot_continue_ends_with_an_error[abort_mid_stream]",
+    "test_stores.py::test_the_metadata_service_is_started_if_wanted",
+    "test_stores.py::test_a_changed_store_restarts_what_uses_it",
+    "test_proxy.py::test_a_stream_cut_within_a_character_goes_on_and_stays_one_answer[False]",
+    "test_death.py::test_stream_survives_the_death_of_an_engine[core-prefill-0]",
+    "test_dash.py::test_a_restart_by_a_button",
+    "test_takeover.py::test_apply_of_a_setting_that_needs_another_process_cuts_nothing",
 )  # fmt: skip
 
 
