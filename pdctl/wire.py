@@ -211,7 +211,8 @@ class HolderCall(msgspec.Struct, frozen=True):
 
 
 class AttemptCall(msgspec.Struct, frozen=True):
-    """A router abandoned a prefill call: its lease ends, or is not granted if the call has not finished."""
+    """A router abandoned a prefill call, or an engine a call for a loan: its lease ends, or is not granted if the call
+    has not finished."""
 
     attempt: str
 
@@ -311,9 +312,11 @@ class BlocksReply(msgspec.Struct, frozen=True):
 
 
 class PrefixCall(msgspec.Struct, frozen=True):
-    """Lend the KV of as many of a prompt's first tokens as there are to `holder`."""
+    """Lend the KV of as many of a prompt's first tokens as there are to `holder`. `attempt`: its name for this call, by
+    which it gives up a loan that it got no answer about (AttemptCall)."""
 
     holder: str
+    attempt: str
     token_ids: list[TokenId]
     salt: str
 

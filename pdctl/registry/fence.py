@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pdctl.registry import Delete, Modified, Put, Registry, Unavailable
+from pdctl.registry import Delete, Listing, Modified, Put, Registry, Unavailable
 
 
 class NotOurs(Exception):
@@ -40,8 +40,9 @@ class Fence:
         if written is None:
             raise NotOurs(f"{self._own.key} is not ours any more")
 
-    async def settle(self) -> None:
-        """Make sure that no earlier write happens from now on: then look what has. Raises as `write` does."""
+    async def settle(self, prefix: str) -> Listing:
+        """Make sure that no earlier write happens from now on, and look what has, under `prefix`. Raises as `write`
+        does."""
         found = await self._registry.list(self._own.key)
         held = next((entry for entry in found.entries if entry.key == self._own.key), None)
         if held is None or held.created != self._created:
@@ -49,4 +50,8 @@ class Fence:
         modified = await self._registry.write([self._own], [Modified(self._own.key, held.modified)])
         if modified is None:
             raise Unavailable(f"{self._own.key} changed while it was written")
-        self._modified, self._is_unsure = modified, False
+        self._modified = modified
+        found = await self._registry.list(prefix)
+        # Not before: until then nobody knows what there is.
+        self._is_unsure = False
+        return found

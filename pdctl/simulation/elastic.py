@@ -12,7 +12,7 @@ import msgspec
 
 from pdctl.elastic import EngineView, RoleName, Rules
 from pdctl.elastic.controller import Memory, decide
-from pdctl.engine.schedule import moves
+from pdctl.engine.schedule.peers import moves
 from pdctl.engine.schedule.sequence import Sequence
 from pdctl.engine.virtual import VirtualTime
 from pdctl.proxy.engines.fleet import Fleet

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.registry import Delete, Put, Unavailable
+from pdctl.registry import Delete, Listing, Put, Unavailable
 from pdctl.registry.fence import Fence, NotOurs
 from tests.registry.late import LateRegistry
 
@@ -41,7 +41,7 @@ async def played(steps: list[str]) -> None:
         else:
             try:
                 if fence.is_unsure:
-                    await fence.settle()
+                    await fence.settle(KEY)
                 await fence.write([Put(KEY, str(number).encode())])
                 answered = str(number).encode()
             except Unavailable:
@@ -55,17 +55,43 @@ def test_what_was_answered_stays_until_it_is_written_over(steps: list[str]) -> N
     asyncio.run(played(steps))
 
 
-async def test_who_settles_sees_what_stays() -> None:
-    registry = LateRegistry()
+async def unsure(registry: LateRegistry) -> Fence:
+    """A fence that has written "late" and got no answer."""
     fence = await fenced(registry)
     registry.is_frozen = True
     with pytest.raises(Unavailable):
         await fence.write([Put(KEY, b"late")])
     registry.is_frozen = False
-    await fence.settle()
-    seen = await value(registry)
+    return fence
+
+
+async def test_who_settles_sees_what_stays() -> None:
+    registry = LateRegistry()
+    fence = await unsure(registry)
+    seen = (await fence.settle(KEY)).entries
     await registry.thaw()
-    assert await value(registry) == seen is None
+    assert seen == ()
+    assert await value(registry) is None
+
+
+async def test_nothing_is_sure_before_it_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = LateRegistry()
+    fence = await unsure(registry)
+    look = registry.list
+
+    async def silent(prefix: str) -> Listing:
+        if prefix == KEY:
+            raise Unavailable("no answer")
+        return await look(prefix)
+
+    monkeypatch.setattr(registry, "list", silent)
+    with pytest.raises(Unavailable):
+        await fence.settle(KEY)
+    assert fence.is_unsure
+    monkeypatch.undo()
+    await registry.thaw()
+    assert (await fence.settle(KEY)).entries == ()
+    assert not fence.is_unsure
 
 
 async def test_a_key_that_is_new_ends_writes() -> None:
@@ -80,15 +106,11 @@ async def test_a_key_that_is_new_ends_writes() -> None:
 
 async def test_a_lost_answer_does_not_make_another_s_key_ours() -> None:
     registry = LateRegistry()
-    fence = await fenced(registry)
-    registry.is_frozen = True
-    with pytest.raises(Unavailable):
-        await fence.write([Put(KEY, b"late")])
-    registry.is_frozen = False
+    fence = await unsure(registry)
     await registry.write([Delete(OWN)])
     with pytest.raises(NotOurs):
-        await fence.settle()
+        await fence.settle(KEY)
     await registry.write([Put(OWN, b"another's")])
     with pytest.raises(NotOurs):
-        await fence.settle()
+        await fence.settle(KEY)
     assert await value(registry, OWN) == b"another's"

@@ -25,8 +25,8 @@ from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.model.loading import LoadedModel, ModelRefused
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Limits
-from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.latency import LatencyModel
+from pdctl.engine.schedule.peers.kv_journal import KvJournal
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.host.boot import host_id
 from pdctl.host.users import cache_root

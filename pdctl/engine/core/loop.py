@@ -42,7 +42,7 @@ from pdctl.engine.ipc.messages import (
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.schedule.batch import Outcome, Slice
 from pdctl.engine.schedule.latency import LatencyModel
-from pdctl.engine.schedule.moves import unbegun
+from pdctl.engine.schedule.peers.moves import unbegun
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 

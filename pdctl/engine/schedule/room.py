@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.schedule.batch import Limits
-from pdctl.engine.schedule.kv_journal import KvJournal
+from pdctl.engine.schedule.peers.kv_journal import KvJournal
 from pdctl.engine.schedule.sequence import Sequence, Status
 
 # Part of the pool that admission leaves free, so that the running sequences can grow without preempting one.
@@ -64,6 +64,10 @@ class Room:
     def blocks_for(self, num_tokens: int) -> int:
         """The number of blocks that hold so many tokens."""
         return -(-num_tokens // self.limits.block_size)
+
+    def has(self, num_tokens: int) -> bool:
+        """Whether there are blocks for so many tokens, and those that admission leaves free."""
+        return self.blocks_for(num_tokens) + self._spare <= self.allocator.num_free
 
     def grow(self, sequence: Sequence, num_tokens: int, keep_spare: bool = False) -> bool:
         """Give the sequence the blocks for its first `num_tokens` tokens; False if there are too few."""

@@ -24,14 +24,14 @@ from pdctl.engine.ipc.messages import (
     Token,
     Withdrawn,
 )
-from pdctl.engine.schedule import lending, moves
 from pdctl.engine.schedule.ahead import Ahead
 from pdctl.engine.schedule.batch import Batch, Limits, Outcome, Slice, launched
 from pdctl.engine.schedule.drafts import Drafts, Sampled, accepted
 from pdctl.engine.schedule.endings import finish_reason
 from pdctl.engine.schedule.inline import prompt_tokens
-from pdctl.engine.schedule.kv_journal import KvJournal
 from pdctl.engine.schedule.latency import LatencyModel
+from pdctl.engine.schedule.peers import lending, moves
+from pdctl.engine.schedule.peers.kv_journal import KvJournal
 from pdctl.engine.schedule.prompts.prefills import Prefills
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
@@ -208,7 +208,7 @@ class Scheduler:
     def has_room(self, num_tokens: int) -> bool:
         """Whether blocks for KV from a peer could be reserved at once."""
         is_first = not self._incoming and not self._prefills.has_preempted and self._prefills.has_seat
-        return is_first and self._room.blocks_for(num_tokens) <= self.allocator.num_free
+        return is_first and self._room.has(num_tokens)
 
     def find(self, request_id: str, token_ids: list[int], salt: str) -> Found:
         """Hold the KV of a prompt's first tokens for a peer, until an abort: see lending."""

@@ -264,8 +264,7 @@ class _Term:
         """Write what is to change. After a lost answer, first look at what is there."""
         placement_is_known = not self._fence.is_unsure
         if self._fence.is_unsure:
-            await self._fence.settle()
-            listing = await self._registry.list(self._keys.desired)
+            listing = await self._fence.settle(self._keys.desired)
             self._books.wrote(orders_of(entry.value for entry in listing.entries))
         decision = self._books.decide(self._clock())
         for orders in _batches(decision.orders):

@@ -104,8 +104,7 @@ class Presence:
 
     async def _settle(self, fence: Fence) -> None:
         """After a lost answer: look what has been written."""
-        await fence.settle()
-        found = await self._registry.list(self._keys.engines_of(self._node.name))
+        found = await fence.settle(self._keys.engines_of(self._node.name))
         # What an earlier lease holds would end with that.
         ours = [entry for entry in found.entries if entry.lease == self._lease]
         self._written = {entry.key: engine_of(entry) for entry in ours}

@@ -25,9 +25,9 @@ from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.handover.lease import LeaseTable, Verdict
 from pdctl.engine.ipc.messages import Progress
-from pdctl.engine.schedule import moves
 from pdctl.engine.schedule import scheduler as scheduling
 from pdctl.engine.schedule.ahead import LAUNCHED
+from pdctl.engine.schedule.peers import moves
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence

@@ -11,7 +11,7 @@ from pdctl.engine.cache import prefix
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import KvRemoved, Sampling
 from pdctl.engine.schedule.batch import Limits, Outcome, Slice
-from pdctl.engine.schedule.kv_journal import KvJournal
+from pdctl.engine.schedule.peers.kv_journal import KvJournal
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
 from pdctl.speculative import Speculative

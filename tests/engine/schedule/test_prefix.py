@@ -318,3 +318,6 @@ def test_kv_that_is_not_needed_yet_is_fetched_only_where_there_is_room() -> None
     assert not engine.scheduler.has_room(4), "what waits for blocks goes first"
     engine.scheduler.abort("w")
     engine.run()
+    large = Engine(blocks=200)
+    assert large.scheduler.has_room(198 * BLOCK)
+    assert not large.scheduler.has_room(199 * BLOCK), "two are left for sequences that grow"

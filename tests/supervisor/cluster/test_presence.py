@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from pdctl.registry import Change, Put
+from pdctl.registry import Change, Listing, Put, Unavailable
 from pdctl.supervisor.cluster.entries import GONE, EngineEntry, Keys, NodeEntry, engine_of
 from pdctl.supervisor.cluster.presence import Presence
 from tests.news import News
@@ -139,35 +139,59 @@ async def test_a_write_of_an_agent_that_lost_its_node_changes_nothing() -> None:
         assert rig.seen == []
 
 
-@pytest.mark.parametrize("wanted", ["ready", "draining", None])
-async def test_a_member_that_thaws_does_not_bring_back_what_was_before(wanted: str | None) -> None:
+@asynccontextmanager
+async def unanswered(*engines: EngineEntry) -> AsyncIterator[Rig]:
+    """A node whose decode-0 was ready, and which tells of these engines while its member of the registry is frozen."""
     async with running() as rig:
         rig.engines = [engine("decode-0")]
         await rig.until(lambda: rig.seen == [("a/decode-0", "ready")])
         rig.registry.is_frozen = True
-        rig.engines = [engine("decode-0", "stopping"), engine("decode-1")]
+        rig.engines = [*engines]
         rig.presence.changed()
         await rig.until(lambda: rig.states[-1] == "the member is frozen")
+        yield rig
+
+
+async def told(rig: Rig) -> list[bytes]:
+    return [entry.value for entry in (await rig.registry.list(KEYS.engines)).entries]
+
+
+@pytest.mark.parametrize("wanted", ["ready", "draining", None])
+async def test_a_member_that_thaws_does_not_bring_back_what_was_before(wanted: str | None) -> None:
+    async with unanswered(engine("decode-0", "stopping"), engine("decode-1")) as rig:
         rig.registry.is_frozen = False
         rig.engines = [engine("decode-0", wanted)] if wanted else []
         await rig.until(lambda: rig.states[-1] is None)
-        expected = [entry.value for entry in (await rig.registry.list(KEYS.engines)).entries]
-        assert expected == [msgspec.json.encode(one) for one in rig.engines]
+        expected = [msgspec.json.encode(one) for one in rig.engines]
+        assert await told(rig) == expected
         await rig.registry.thaw()
-        assert [entry.value for entry in (await rig.registry.list(KEYS.engines)).entries] == expected
+        assert await told(rig) == expected
 
 
 async def test_what_a_lost_answer_has_written_is_seen_and_mended() -> None:
-    async with running() as rig:
-        rig.engines = [engine("decode-0")]
-        await rig.until(lambda: rig.seen == [("a/decode-0", "ready")])
-        rig.registry.is_frozen = True
-        rig.engines = [engine("decode-0", "draining"), engine("decode-1")]
-        rig.presence.changed()
-        await rig.until(lambda: rig.states[-1] == "the member is frozen")
+    async with unanswered(engine("decode-0", "draining"), engine("decode-1")) as rig:
         await rig.registry.thaw()
         rig.engines = [engine("decode-0")]
         await rig.until(lambda: rig.states[-1] is None)
-        entries = (await rig.registry.list(KEYS.engines)).entries
-        assert [entry.value for entry in entries] == [msgspec.json.encode(engine("decode-0"))]
+        assert await told(rig) == [msgspec.json.encode(engine("decode-0"))]
         assert ("a/decode-1", GONE) in rig.seen
+
+
+async def test_what_a_lost_answer_has_written_is_mended_also_if_the_next_look_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with unanswered(engine("decode-0", "draining"), engine("decode-1")) as rig:
+        look = rig.registry.list
+
+        async def silent(prefix: str) -> Listing:
+            if prefix.startswith(KEYS.engines):
+                raise Unavailable("no answer")
+            return await look(prefix)
+
+        monkeypatch.setattr(rig.registry, "list", silent)
+        await rig.registry.thaw()
+        rig.engines = [engine("decode-0")]
+        await rig.until(lambda: rig.states[-1] == "no answer")
+        monkeypatch.undo()
+        await rig.until(lambda: rig.states[-1] is None)
+        assert await told(rig) == [msgspec.json.encode(engine("decode-0"))]

@@ -17,7 +17,7 @@ from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.moves import Moves
-from pdctl.engine.front.handover.peers import BLOCKS_PATH, PREFIX_PATH, SESSION_PATH
+from pdctl.engine.front.handover.peers import ATTEMPTS_PATH, BLOCKS_PATH, PREFIX_PATH, SESSION_PATH
 from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.front.handover.role import RoleDesk
 from pdctl.engine.front.kv_events import KvEvents
@@ -89,7 +89,7 @@ class Control:
             self._post("/pdctl/v1/leases/renew", RenewCall, leases.renew, _holder),
             self._post("/pdctl/v1/leases/revoke", RevokeCall, leases.revoke),
             self._post("/pdctl/v1/holders/release", HolderCall, leases.release_holder),
-            self._post("/pdctl/v1/attempts/release", AttemptCall, leases.give_up),
+            self._post(ATTEMPTS_PATH, AttemptCall, leases.give_up),
             self._post("/pdctl/v1/offers", Offer, self._receiver.offer, _epoch),
             self._post("/pdctl/v1/moves", MoveCall, self._moves.move),
             self._post("/pdctl/v1/links", LinkCall, self._links.make),

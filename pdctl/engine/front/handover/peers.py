@@ -13,10 +13,12 @@ from pdctl.net.http_client import ConnectionPool, Unreachable
 from pdctl.net.identity import ContextFactory
 from pdctl.net.internal_calls import Caller, CallRefused
 from pdctl.wire import (
+    AttemptCall,
     BlocksCall,
     BlocksReply,
     EndpointReply,
     HandOver,
+    HolderReply,
     KvEndpoint,
     LeaseCall,
     LeaseReply,
@@ -33,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 # Timeout of a call, after which it is repeated or given up, seconds.
 _CALL_S = 5.0
-BLOCKS_PATH, PREFIX_PATH = "/pdctl/v1/blocks", "/pdctl/v1/prefixes"
+BLOCKS_PATH, PREFIX_PATH, ATTEMPTS_PATH = "/pdctl/v1/blocks", "/pdctl/v1/prefixes", "/pdctl/v1/attempts/release"
 SESSION_PATH = "/pdctl/v1/sessions/take"
 _MAX_PEERS = 256
 _MAX_RELEASES = 1024
@@ -52,6 +54,15 @@ class LeaseRef:
     lease_s: float
     block_ids: list[int]
     endpoint: KvEndpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A call for a loan whose answer nobody waits for any more: see PrefixCall."""
+
+    host: str
+    port: int
+    attempt: str
 
 
 def of_hand_over(given: HandOver) -> LeaseRef:
@@ -81,7 +92,7 @@ class Peers:
         self._pools: dict[tuple[str, int], ConnectionPool] = {}
         self._slots: dict[tuple[str, int], asyncio.Semaphore] = {}
         self._releasing = 0
-        self._releases: asyncio.Queue[LeaseRef] = asyncio.Queue(_MAX_RELEASES)
+        self._releases: asyncio.Queue[LeaseRef | Abandoned] = asyncio.Queue(_MAX_RELEASES)
 
     async def lease_call(self, lease: LeaseRef, verb: str) -> LeaseReply:
         """Claim, commit or release. Raises Unreachable."""
@@ -114,7 +125,7 @@ class Peers:
         call = SessionCall(session)
         return (await self._caller.post(self._pool(host, port), SESSION_PATH, call, SessionReply, _CALL_S)).hand_over
 
-    def release_later(self, lease: LeaseRef) -> None:
+    def release_later(self, lease: LeaseRef | Abandoned) -> None:
         """Release without waiting; works during cancellation. If the queue is full, the lease ends at its deadline."""
         with suppress(asyncio.QueueFull):
             self._releases.put_nowait(lease)
@@ -129,12 +140,16 @@ class Peers:
                     self._releasing += 1
                     tasks.create_task(self._release(lease, slots))
 
-    async def _release(self, lease: LeaseRef, slots: asyncio.Semaphore) -> None:
+    async def _release(self, lease: LeaseRef | Abandoned, slots: asyncio.Semaphore) -> None:
         try:
             async with slots:
-                await self.lease_call(lease, "release")
+                if isinstance(lease, LeaseRef):
+                    await self.lease_call(lease, "release")
+                else:
+                    pool, call = self._pool(lease.host, lease.port), AttemptCall(lease.attempt)
+                    await self._caller.post(pool, ATTEMPTS_PATH, call, HolderReply, _CALL_S)
         except Unreachable as failure:
-            _log.info("lease %s is left to its deadline: %s", lease.lease_id, failure)
+            _log.info("%s is left to its deadline: %s", lease, failure)
         finally:
             self._releasing -= 1
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pdctl.engine.front.prefixes.feed import leading
 from pdctl.wire import BlocksReply, PeerAddress
 
 
@@ -58,15 +57,18 @@ class Directory:
             return
         known.epoch, known.sequence = reply.epoch, reply.sequence
 
-    def best(self, names: Sequence[int], avoid: frozenset[str] = frozenset()) -> tuple[PeerAddress, int] | None:
-        """The peer that has most of the first of these blocks, and how many; None if nobody has the first."""
-        counts = [
-            (leading(names, known.names), known.address)
-            for name, known in self._peers.items()
-            if known.names and name not in avoid
-        ]
-        count, address = max(counts, key=lambda found: found[0], default=(0, None))
-        return (address, count) if count and address is not None else None
+    def best(self, names: Iterable[int], avoid: frozenset[str] = frozenset()) -> tuple[PeerAddress, int] | None:
+        """The peer that has most of the first of these blocks, and how many; None if nobody has the first.
+
+        Takes one name more than that at most, because each costs a digest."""
+        left = [known for name, known in self._peers.items() if name not in avoid]
+        count, best = 0, None
+        for name in names if any(known.names for known in left) else ():
+            left = [known for known in left if name in known.names]
+            if not left:
+                break
+            count, best = count + 1, left[0].address
+        return (best, count) if best is not None else None
 
     @property
     def size(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from pdctl.engine.front.kv_events import short
 from pdctl.engine.ipc.messages import KvChange, KvStored
 from pdctl.wire import BlocksCall, BlocksReply
 
-# Changes that are kept. Who has missed more gets all names.
-_KEPT = 4096
+# Names of changes that are kept. Who has missed more gets all names.
+_KEPT = 65_536
 # Changes come with every step: those of so many seconds are told at once.
 _TOGETHER_S = 0.02
 
@@ -22,7 +23,8 @@ class BlockFeed:
     def __init__(self, epoch: str) -> None:
         self._epoch = epoch
         self._names: set[int] = set()
-        self._changes: deque[tuple[bool, list[int]]] = deque(maxlen=_KEPT)
+        self._changes: deque[tuple[bool, list[int]]] = deque()
+        self._kept = 0
         self._sequence = 0
         self._news = asyncio.Event()
         self._closed = False
@@ -41,7 +43,10 @@ class BlockFeed:
             else:
                 self._names.difference_update(names)
             self._changes.append((is_stored, names))
+            self._kept += len(names)
             self._sequence += 1
+        while self._kept > _KEPT:
+            self._kept -= len(self._changes.popleft()[1])
         self._news.set()
 
     def leading(self, names: Sequence[int]) -> int:
@@ -66,12 +71,13 @@ class BlockFeed:
         if call.epoch != self._epoch or not 0 <= missed <= len(self._changes):
             return BlocksReply(self._epoch, self._sequence, True, sorted(self._names), [])
         # A name that came and went counts as it is now.
-        touched = {name for _, names in list(self._changes)[len(self._changes) - missed :] for name in names}
+        touched = {name for _, names in islice(reversed(self._changes), missed) for name in names}
         stored = touched & self._names
         return BlocksReply(self._epoch, self._sequence, False, sorted(stored), sorted(touched - stored))
 
     def audit(self) -> None:
         """Check the changes against the names: the last change of each name decides."""
+        assert self._kept == sum(len(names) for _, names in self._changes) <= _KEPT, "the number of names is off"
         last = {name: is_stored for is_stored, names in self._changes for name in names}
         assert all((name in self._names) == is_stored for name, is_stored in last.items()), "a change was lost"
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from uuid import uuid4
 
 from pdctl.engine.cache import prefix
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.links import LinkBook
-from pdctl.engine.front.handover.peers import Peers, of_offer
+from pdctl.engine.front.handover.peers import Abandoned, Peers, of_offer
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
 from pdctl.engine.front.kv_events import short
 from pdctl.engine.front.prefixes.directory import Directory
 from pdctl.engine.front.prefixes.feed import BlockFeed
+from pdctl.engine.ipc.messages import Ready
 from pdctl.latency import Work
 from pdctl.net.http_client import Unreachable
 from pdctl.wire import SECRET_ENV, Offer, PeerAddress, PrefixCall
@@ -72,14 +76,10 @@ class PrefixFetcher:
 
     async def bring(self, token_ids: Sequence[int], salt: str) -> None:
         """Bring the KV of a prompt's beginning here, if a peer has it and that is worth it. Never raises for a peer."""
-        ready = self._core.ready
-        assert ready is not None
-        if not self._directory.size:
-            return
-        size = ready.block_size
+        size = self._ready.block_size
+        names: list[int] = []
         # The last token must be computed: it gives the first one of the answer.
-        names = self._names(token_ids[: (len(token_ids) - 1) // size * size], salt)
-        found = self._directory.best(names, self._shunned())
+        found = self._directory.best(self._named(token_ids, (len(token_ids) - 1) // size, salt, names), self._shunned())
         if found is None or self._running >= _AT_ONCE:
             return
         peer, count = found
@@ -93,23 +93,43 @@ class PrefixFetcher:
             self._running -= 1
 
     async def _fetch(self, peer: PeerAddress, token_ids: list[int], salt: str, own: int) -> None:
-        began, expected_s = time.monotonic(), self._predicted_s(peer, len(token_ids) - own)
+        began = time.monotonic()
+        until = began + min(_MOST_S, max(_LEAST_S, _PATIENCE * self._predicted_s(peer, len(token_ids) - own)))
         try:
-            call = PrefixCall(self._peers.holder, token_ids, salt)
-            offer = (await self._peers.prefix(peer.host, peer.port, call)).offer
+            offer = await self._borrowed(peer, token_ids, salt, until)
             if offer is None:
                 return
-            if not own < offer.num_tokens <= len(token_ids):
+            if not own < offer.num_tokens <= len(token_ids) or not self._fits(offer):
+                # What it has told is not so any more, or of no use here.
                 self._peers.release_later(of_offer(offer))
+                self._avoid(peer)
                 return
-            limit_s = min(_MOST_S, max(_LEAST_S, _PATIENCE * expected_s))
-            await self._receiver.fetch(offer, token_ids[: offer.num_tokens], salt, limit_s)
-        except (KvLost, Unreachable) as failure:
-            _log.info("the beginning of a prompt is computed here: %s", failure)
-            self._avoided[peer.name] = time.monotonic() + _AVOIDED_S
+            await self._receiver.fetch(offer, token_ids[: offer.num_tokens], salt, until - time.monotonic())
+        except (KvLost, Unreachable, TimeoutError) as failure:
+            _log.info("the beginning of a prompt is computed here: %s", failure or f"{peer.name} does not answer")
+            self._avoid(peer)
             self.totals.lost += 1
             return
         self._note(peer, offer, own, time.monotonic() - began)
+
+    async def _borrowed(self, peer: PeerAddress, token_ids: list[int], salt: str, until: float) -> Offer | None:
+        """A loan, or None. Raises Unreachable, TimeoutError; whatever the peer grants after that is given back."""
+        attempt, is_answered = uuid4().hex, False
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                call = PrefixCall(self._peers.holder, attempt, token_ids, salt)
+                reply = await self._peers.prefix(peer.host, peer.port, call)
+                is_answered = True
+                return reply.offer
+        finally:
+            if not is_answered:
+                self._peers.release_later(Abandoned(peer.host, peer.port, attempt))
+
+    def _fits(self, offer: Offer) -> bool:
+        """Whether the KV can be found here afterwards: one that computes in segments finds those of others only if they
+        do, too."""
+        ours = self._ready.endpoint.manifest.segment
+        return not ours or offer.endpoint.manifest.segment == ours
 
     def _note(self, peer: PeerAddress, offer: Offer, own: int, seconds: float) -> None:
         tokens = offer.num_tokens - own
@@ -119,16 +139,22 @@ class PrefixFetcher:
         extra_s = max(0.0, seconds - self._copy_s(peer, tokens))
         self._extra_s += _ALPHA * (extra_s - self._extra_s)
 
-    def _names(self, token_ids: Sequence[int], salt: str) -> list[int]:
-        """The shortened names of a prompt's blocks."""
-        ready = self._core.ready
-        assert ready is not None
-        name = prefix.salted(prefix.root(ready.endpoint.manifest, os.environ.get(SECRET_ENV, "")), salt)
-        found = []
-        for start in range(0, len(token_ids), ready.block_size):
-            name = prefix.following(name, token_ids[start : start + ready.block_size])
-            found.append(short(name))
-        return found
+    def _named(self, token_ids: Sequence[int], count: int, salt: str, names: list[int]) -> Iterator[int]:
+        """The shortened names of a prompt's first blocks, each computed when it is asked for, and put into `names`."""
+        size, name = self._ready.block_size, prefix.salted(self._root, salt)
+        for start in range(0, count * size, size):
+            name = prefix.following(name, token_ids[start : start + size])
+            names.append(short(name))
+            yield names[-1]
+
+    @property
+    def _ready(self) -> Ready:
+        assert self._core.ready is not None
+        return self._core.ready
+
+    @cached_property
+    def _root(self) -> bytes:
+        return prefix.root(self._ready.endpoint.manifest, os.environ.get(SECRET_ENV, ""))
 
     def _is_worth(self, peer: PeerAddress, own: int, tokens: int) -> bool:
         if self._always:
@@ -140,9 +166,11 @@ class PrefixFetcher:
         return self._extra_s + self._copy_s(peer, tokens)
 
     def _copy_s(self, peer: PeerAddress, tokens: int) -> float:
-        ready = self._core.ready
-        assert ready is not None
+        ready = self._ready
         return tokens / ready.block_size * ready.block_bytes / (self._links.speed(peer.name) or _USUAL_SPEED)
+
+    def _avoid(self, peer: PeerAddress) -> None:
+        self._avoided[peer.name] = time.monotonic() + _AVOIDED_S
 
     def _shunned(self) -> frozenset[str]:
         now = time.monotonic()

@@ -35,7 +35,9 @@ class LendingDesk:
             assert isinstance(found, Found)
             lease = None
             if found.num_tokens:
-                lease = self._leases.grant(request_id, len(found.block_ids), call.holder, "", asked_at=asked_at)
+                lease = self._leases.grant(
+                    request_id, len(found.block_ids), call.holder, call.attempt, asked_at=asked_at
+                )
             if lease is None:
                 return PrefixReply(None)
             is_lent = True

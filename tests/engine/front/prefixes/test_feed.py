@@ -133,6 +133,9 @@ def test_the_peer_with_the_longest_beginning_is_best() -> None:
     assert directory.best([1, 2, 3, 4], frozenset({"p1"})) == (others[0], 2)
     assert directory.best([9]) is None
     assert directory.best([]) is None
+    taken = []
+    assert directory.best(name for name in (1, 2, 9, 3, 4) if not taken.append(name)) == (others[0], 2)  # type: ignore[func-returns-value]
+    assert taken == [1, 2, 9]
     assert directory.size == 8
     directory.drop("p1")
     assert directory.best([1, 2, 3, 4]) == (others[0], 2)

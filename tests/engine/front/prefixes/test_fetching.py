@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
 from pdctl.engine.cache import prefix
 from pdctl.engine.front.handover.lease_desk import boot_time
 from pdctl.engine.front.handover.offers import Identity, OfferDesk
+from pdctl.engine.front.handover.peers import Abandoned
 from pdctl.engine.front.kv_events import short
 from pdctl.engine.front.prefixes import fetching, lending
 from pdctl.engine.front.prefixes.directory import Directory
@@ -34,7 +36,7 @@ from pdctl.engine.ipc.messages import (
 )
 from pdctl.latency import StepTimes, Work
 from pdctl.net.http_client import Unreachable
-from pdctl.wire import BlocksReply, Offer, PeerAddress, PrefixCall, PrefixReply
+from pdctl.wire import AttemptCall, BlocksReply, KvEndpoint, Offer, PeerAddress, PrefixCall, PrefixReply
 from tests.engine.front.handover.rig import ENDPOINT, HOLDER, TOKENS, Rig, rig
 
 PEER = PeerAddress("p0", "127.0.0.1", 1, "pe")
@@ -72,6 +74,8 @@ class Fetching:
         self.directory.follow(PEER)
         self.calls: list[PrefixCall] = []
         self.reply: Offer | Unreachable | None = None
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
         found.peers.prefix = self.lend  # type: ignore[method-assign]
         self.fetcher = PrefixFetcher(
             found.core.link, self.feed, self.directory, found.peers, found.links, found.receiver, always
@@ -79,6 +83,7 @@ class Fetching:
 
     async def lend(self, host: str, port: int, call: PrefixCall) -> PrefixReply:
         self.calls.append(call)
+        await self.may_answer.wait()
         if isinstance(self.reply, Unreachable):
             raise self.reply
         return PrefixReply(self.reply)
@@ -112,7 +117,8 @@ def test_what_a_peer_has_is_read_certified_and_kept() -> None:
         await found.core.say(Pulled(core_id, "", 0.5, 100))
         assert await found.core.next(Keep) == Keep(core_id, 0)
         await work
-        assert made.calls == [PrefixCall(HOLDER, PROMPT[:8], "s")]
+        [call] = made.calls
+        assert (call.holder, call.token_ids, call.salt) == (HOLDER, PROMPT[:8], "s")
         assert found.prefill.desk.table.ended[LeaseState.COMMITTED] == 1
         assert (made.fetcher.totals.prefixes, made.fetcher.totals.tokens, made.fetcher.totals.lost) == (1, 8, 0)
         await found.core.hears_nothing()
@@ -211,6 +217,51 @@ def test_whatever_goes_wrong_leaves_nothing_on_either_side(how: str, monkeypatch
     run(test)
 
 
+@pytest.mark.parametrize("how", ["too slow", "client leaves"])
+def test_a_loan_without_an_answer_is_given_up(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer may grant it later: nobody would read it, and it would be held for the time of a lease."""
+    monkeypatch.setattr(fetching, "_MOST_S", 0.1 if how == "too slow" else 600.0)
+    monkeypatch.setattr(fetching, "_LEAST_S", 600.0)
+
+    async def test(found: Rig) -> None:
+        made, given_up = Fetching(found), list[object]()
+        monkeypatch.setattr(found.peers, "release_later", given_up.append)
+        made.has(PROMPT[:8])
+        made.may_answer.clear()
+        work = asyncio.ensure_future(made.fetcher.bring(PROMPT, ""))
+        while not made.calls:
+            await asyncio.sleep(0)
+        if how == "client leaves":
+            work.cancel()
+        await asyncio.wait([work])
+        assert given_up == [Abandoned(PEER.host, PEER.port, made.calls[0].attempt)]
+        assert made.fetcher.totals.lost == (how == "too slow")
+        await found.core.hears_nothing()
+
+    run(test)
+
+
+def test_kv_that_could_not_be_found_here_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that computes in segments finds only whole ones."""
+
+    async def test(found: Rig) -> None:
+        made = Fetching(found)
+        ready = found.core.link.ready
+        assert ready is not None
+        [pool] = ready.endpoint.shards
+        ours = msgspec.structs.replace(pool, manifest=msgspec.structs.replace(pool.manifest, segment=8))
+        found.core.link.ready = msgspec.structs.replace(ready, endpoint=KvEndpoint((ours,)))
+        made.has(PROMPT[:8])
+        lease = made.lends(8)
+        await made.fetcher.bring(PROMPT, "")
+        await made.fetcher.bring(PROMPT, "")
+        assert len(made.calls) == 1, "not asked again at once"
+        assert (await found.prefill.call("release")).lease_id == lease  # type: ignore[union-attr]
+        await found.core.hears_nothing()
+
+    run(test)
+
+
 class Lending:
     """The lender's side of a rig: its core is the prefill engine's."""
 
@@ -242,7 +293,7 @@ def run_lending(test: Callable[[Rig, Lending], Awaitable[None]]) -> None:
 
 def test_a_loan_is_a_lease_and_its_end_frees_the_blocks() -> None:
     async def test(found: Rig, made: Lending) -> None:
-        asked = asyncio.ensure_future(made.desk.lend(PrefixCall(HOLDER, PROMPT, "s")))
+        asked = asyncio.ensure_future(made.desk.lend(PrefixCall(HOLDER, "a1", PROMPT, "s")))
         find = await made.core.next(Find)
         assert (find.token_ids, find.salt) == (PROMPT, "s")
         await made.core.say(Found(find.request_id, [7, 8], 8))
@@ -258,17 +309,33 @@ def test_a_loan_is_a_lease_and_its_end_frees_the_blocks() -> None:
     run_lending(test)
 
 
-@pytest.mark.parametrize("how", ["nothing here", "core silent", "caller gone", "caller dead"])
+def test_a_loan_that_is_given_up_after_it_was_granted_ends() -> None:
+    async def test(found: Rig, made: Lending) -> None:
+        asked = asyncio.ensure_future(made.desk.lend(PrefixCall(HOLDER, "a1", PROMPT, "")))
+        find = await made.core.next(Find)
+        await made.core.say(Found(find.request_id, [7, 8], 8))
+        assert (await asked).offer is not None
+        assert found.prefill.desk.give_up(AttemptCall("a1")).released == 1
+        assert await made.core.next(Abort) == Abort(find.request_id)
+        assert not found.prefill.desk.table.live()
+
+    run_lending(test)
+
+
+@pytest.mark.parametrize("how", ["nothing here", "core silent", "caller gone", "caller dead", "given up"])
 def test_what_is_not_lent_is_not_held(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lending, "_FIND_S", 0.1 if how == "core silent" else 600.0)
 
     async def test(found: Rig, made: Lending) -> None:
-        asked = asyncio.ensure_future(made.desk.lend(PrefixCall(HOLDER, PROMPT, "")))
+        asked = asyncio.ensure_future(made.desk.lend(PrefixCall(HOLDER, "a1", PROMPT, "")))
         find = await made.core.next(Find)
         if how == "caller dead":
             found.prefill.desk.table.release_holder(HOLDER, boot_time())
-        if how in ("nothing here", "caller dead"):
-            await made.core.say(Found(find.request_id, [7] * (how == "caller dead"), 4 * (how == "caller dead")))
+        if how == "given up":
+            found.prefill.desk.give_up(AttemptCall("a1"))
+        if how in ("nothing here", "caller dead", "given up"):
+            blocks = [7] if how != "nothing here" else []
+            await made.core.say(Found(find.request_id, blocks, 4 * len(blocks)))
         if how == "caller gone":
             asked.cancel()
         await asyncio.wait([asked])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pdctl.engine.schedule import moves
 from pdctl.engine.schedule.batch import Batch, Outcome
+from pdctl.engine.schedule.peers import moves
 from pdctl.engine.schedule.sequence import Status
 from pdctl.speculative import Speculative
 from tests.engine.schedule.engine import BLOCK, Engine, cyclic
