@@ -74,14 +74,14 @@ class Mock:
         self._url = f"http://127.0.0.1:{port}/mock"
 
     def told(self) -> dict[str, Any]:
-        return dict(httpx.get(self._url, trust_env=False, timeout=10).json())
+        return dict(httpx.get(self._url, trust_env=False, timeout=60).json())
 
     def is_idle(self) -> bool:
         told = self.told()
         return not told["rooms"] and not told["running"]
 
     def fault(self, **faults: object) -> None:
-        assert httpx.post(self._url, json=faults, trust_env=False, timeout=10).status_code == 200
+        assert httpx.post(self._url, json=faults, trust_env=False, timeout=60).status_code == 200
 
 
 def mock(service: Service, name: str) -> Mock:

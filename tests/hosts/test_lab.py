@@ -86,7 +86,7 @@ def test_hosts_reach_each_other_by_name_and_the_test_reaches_them_all(service: L
 
     def call() -> bytes:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as caller:
-            caller.settimeout(5)
+            caller.settimeout(60)
             caller.sendto(b"hello", (service["b"].address, 7))
             return caller.recv(100)
 

@@ -14,4 +14,4 @@ def test_wildcards_are_reached_at_loopback(host: str, address: str) -> None:
 
 def test_a_listener_on_the_wildcard_is_reached() -> None:
     with socket.create_server(("0.0.0.0", 0)) as listener:
-        socket.create_connection((reachable("0.0.0.0"), listener.getsockname()[1]), timeout=10).close()
+        socket.create_connection((reachable("0.0.0.0"), listener.getsockname()[1]), timeout=60).close()

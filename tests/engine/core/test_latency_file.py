@@ -34,7 +34,7 @@ def test_only_the_first_start_measures(tmp_path: Path) -> None:
 
 
 def test_engines_that_start_together_measure_once(tmp_path: Path) -> None:
-    measured, inside = [], threading.Barrier(2, timeout=10)
+    measured, inside = [], threading.Barrier(2, timeout=60)
 
     def measure() -> LatencyModel:
         measured.append(1)

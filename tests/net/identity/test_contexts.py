@@ -59,7 +59,7 @@ async def serving(identity: Identity, host: str = "127.0.0.1") -> AsyncIterator[
 async def asked(port: int, tls: ContextFactory | None, host: str = "127.0.0.1") -> str:
     pool = ConnectionPool(host, port, tls=tls)
     try:
-        answer = await pool.request("GET", "/", timeout_s=10)
+        answer = await pool.request("GET", "/", timeout_s=60)
         return f"{answer.status} {answer.body.decode()}"
     except Unreachable as failure:
         return str(failure)

@@ -36,7 +36,7 @@ def filled(proxy: socket.socket) -> int:
 
 async def told(keeper: socket.socket, count: int) -> list[Packet]:
     found: list[Packet] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while len(found) < count:
             try:
                 packet = receive(keeper)

@@ -22,7 +22,7 @@ def ends() -> Iterator[Ends]:
         client = socket.create_connection(listener.getsockname())
         served, _ = listener.accept()
         with client, served:
-            client.settimeout(5)
+            client.settimeout(60)
             served.setblocking(False)
             yield client, served
 

@@ -87,7 +87,7 @@ class Served:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0)
 
@@ -103,7 +103,7 @@ def tried(app: App, work: Callable[[Served, CoveringServer], Awaitable[None]], s
 
 async def ask(streams: Streams, request: bytes, end: bytes) -> bytes:
     streams[1].write(request)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await streams[0].readuntil(end)
 
 
@@ -208,7 +208,7 @@ def test_a_server_that_leaves_waits_for_streams_that_another_one_cannot_continue
             idle[1].write(GET % b"later")
             await asyncio.wait({leaving}, timeout=0.1)
             more.set()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await streams[0].readuntil(b"done\r\n0\r\n\r\n")
                 await leaving
         assert asked == ["/"]
@@ -245,7 +245,7 @@ def test_a_server_that_leaves_waits_for_answers_without_a_slot() -> None:
         await asyncio.wait({leaving}, timeout=0.1)
         assert not leaving.done()
         more.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert b"done" in await uncovered[0].read()
             await leaving
 

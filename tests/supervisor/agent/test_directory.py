@@ -35,7 +35,7 @@ class Rig(News):
 
     async def sees(self, *wanted: tuple[str, bool]) -> None:
         """The registry in memory tells as soon as the loop turns."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.seen() != [*wanted]:
                 await asyncio.sleep(0)
 

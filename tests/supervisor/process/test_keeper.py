@@ -28,7 +28,7 @@ class Clients:
     def connect(self) -> tuple[socket.socket, socket.socket]:
         """Both ends: the client's, the proxy's."""
         client = self._stack.enter_context(socket.create_connection(self._listener.getsockname()))
-        client.settimeout(5)
+        client.settimeout(60)
         served, _ = self._listener.accept()
         return client, self._stack.enter_context(served)
 
@@ -48,7 +48,7 @@ def keep(channel: socket.socket, connection: socket.socket) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0)
 
