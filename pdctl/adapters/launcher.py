@@ -96,7 +96,8 @@ class Launcher(Protocol):
     the values of `connector`, the default first. `phases`: (regular expression for a line of the log, phase of the
     start that begins with it). `tracing`: packages that its environment needs to export spans; empty if the kind
     exports none. `failures`: tried in order. `leaves_shared_memory`: a killed engine leaves named shared
-    memory, which the supervisor removes. `certified`: with `[cluster] certificates`, its engines speak TLS and want
+    memory, which the supervisor removes. `replicates`: `data_parallel` makes so many engines of one, each with its own KV
+    endpoint. `certified`: with `[cluster] certificates`, its engines speak TLS and want
     certificates.
     """
 
@@ -110,6 +111,7 @@ class Launcher(Protocol):
     tracing: tuple[str, ...]
     failures: tuple[KnownFailure, ...]
     leaves_shared_memory: bool
+    replicates: bool
     certified: bool
 
     def requirement(self, device: Device) -> str:
@@ -177,6 +179,7 @@ class BaseLauncher:
     tracing: tuple[str, ...] = ()
     failures: tuple[KnownFailure, ...] = ()
     leaves_shared_memory = False
+    replicates = False
     certified = False
 
     def requirement(self, device: Device) -> str:

@@ -155,11 +155,12 @@ def _filled(table: Table, keys: dict[str, Key]) -> Table:
 
 def _group(entry: Table, source: str | None) -> EngineGroup:
     values = _filled(entry, ENGINE)
+    replicas, data_parallel = _replicas(values)
     return EngineGroup(
         name=values["name"],
         role=Role(values["role"]),
         kind=values["kind"],
-        replicas=values["replicas"],
+        replicas=replicas,
         device=_device(values),
         gpus=tuple(values["gpus"]),
         share_gpu=values["share_gpu"],
@@ -189,7 +190,7 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         args=tuple(values["args"]),
         tensor_parallel=values["tensor_parallel"],
         pipeline_parallel=values["pipeline_parallel"],
-        data_parallel=values["data_parallel"],
+        data_parallel=data_parallel,
         sequence_parallel=values["sequence_parallel"],
         dtype=values["dtype"],
         quantization=values["quantization"] or "",
@@ -201,6 +202,14 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         nodes=tuple(values["nodes"]),
         given=frozenset(entry),
     )
+
+
+def _replicas(values: Table) -> tuple[int, int]:
+    """The engines of a group, and the data-parallel ranks of each. An attached engine is one process."""
+    replicas, data_parallel = values["replicas"], values["data_parallel"]
+    if can_launch(values["kind"]) and not (values["url"] or values["process"]) and launcher(values["kind"]).replicates:
+        return replicas * data_parallel, 1
+    return replicas, data_parallel
 
 
 def _speculative(values: Table | None) -> Speculative | None:

@@ -254,7 +254,9 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "[processes on CPUs](../engines/parallel.md)"
         ),
         "pipeline_parallel": Meaning("see `tensor_parallel`"),
-        "data_parallel": Meaning("see `tensor_parallel`; not of `builtin`"),
+        "data_parallel": Meaning(
+            "see `tensor_parallel`. `builtin`: each of the replicas is so many engines, each with its own KV"
+        ),
         "sequence_parallel": Meaning(
             "`builtin`: [processes on CPUs](../engines/parallel.md) that share the tokens of prompts"
         ),

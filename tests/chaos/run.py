@@ -127,7 +127,7 @@ class Chaos:
         return True
 
     async def _freeze(self) -> bool:
-        """SIGSTOP a front or a core for a while."""
+        """SIGSTOP a front, a core or another rank for a while."""
         process = await self._process(self.chance.choice(ENGINES), self.chance.random() < 0.5)
         if process is None:
             return False
@@ -228,9 +228,14 @@ class Chaos:
             return None
         try:
             process = psutil.Process(found.pid)
-            return next((c for c in process.children() if "core" in c.cmdline()), None) if core else process
+            return self._one_rank(process) if core else process
         except psutil.NoSuchProcess:
             return None
+
+    def _one_rank(self, front: psutil.Process) -> psutil.Process | None:
+        """One of the processes that share an engine's model: its core, or another rank."""
+        found = [child for child in front.children(recursive=True) if {"core", "rank"} & set(child.cmdline())]
+        return self.chance.choice(found) if found else None
 
 
 def crashes(run: Run) -> list[str]:
@@ -261,9 +266,8 @@ def chaos(options: argparse.Namespace, weights: dict[str, float]) -> list[str]:
     run = ChaosRun(Path(tempfile.mkdtemp(prefix="pd-", dir="/tmp")))
     run.sabotage = options.sabotage or ""
     (run.folder / "chaos").mkdir()
-    text = topology(
-        prefills=2, decodes=2, lease_s=LEASE_S, kv_cache_gb=0.02, engine_extra="max_num_batched_tokens = 96"
-    )
+    sizes = f"max_num_batched_tokens = 96\ntensor_parallel = {options.tensor_parallel}"
+    text = topology(prefills=2, decodes=2, lease_s=LEASE_S, kv_cache_gb=0.02, engine_extra=sizes)
     text = text.replace("[transfer]", f'[transfer]\nbackend = "{options.transport}"\nread_s = 1.0')
     text = text.replace("[supervisor]", "[supervisor]\nmax_restarts = 1000\nwithin_s = 10")
     left: list[str] = []
@@ -329,6 +333,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=500)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--transport", choices=["auto", "shm", "mooncake", "nixl"], default="auto")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="processes of each engine")
     parser.add_argument("--sabotage", choices=sorted(_PROVOKE))
     parser.add_argument("--keep", action="store_true", help="keep the run's files when something was violated")
     options = parser.parse_args()

@@ -64,7 +64,9 @@ def parity(count: Count, width: Width, model: str, wanted: list[Ask], expected: 
         service.idle()
         count.check(f"{width}: blocks and leases are back", True)
         if width.decode:
-            moved = service.engine_state("decode-0")["transfers"]["hand_overs"]
+            decodes = [engine.name for engine in service.engines() if engine.role == "decode"]
+            count.check(f"{width}: {decodes} decode", len(decodes) == width.data_parallel)
+            moved = sum(service.engine_state(name)["transfers"]["hand_overs"] for name in decodes)
             count.check(f"{width}: {moved} of {len(wanted)} prompts were handed over", moved == len(wanted))
     sys.stdout.write(f"{width}: {len(wanted)} answers\n")
     sys.stdout.flush()

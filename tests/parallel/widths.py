@@ -25,6 +25,7 @@ class Width(NamedTuple):
     decode_stages: int = 1
     prefill_stripes: int = 1
     decode_stripes: int = 1
+    data_parallel: int = 1
 
     @property
     def prefill_ranks(self) -> int:
@@ -42,7 +43,8 @@ class Width(NamedTuple):
         if not self.decode:
             return f"one engine of {prefill}"
         blocks = f"blocks {self.prefill_block} -> {self.decode_block}"
-        return f"P {prefill} -> D {decode}, {blocks}, {self.transport}"
+        times = f"{self.data_parallel} times " if self.data_parallel > 1 else ""
+        return f"{times}P {prefill} -> D {decode}, {blocks}, {self.transport}"
 
 
 def _size(ranks: int, stages: int, stripes: int) -> str:
@@ -75,6 +77,8 @@ MATRIX = [
     Width(1, 1, prefill_stripes=2),
     Width(1, 1, 16, 32, decode_stripes=2),
     Width(1, 2, 32, 16, "mooncake", prefill_stripes=2),
+    Width(1, 1, data_parallel=2),
+    Width(2, 1, data_parallel=2),
 ]
 
 
@@ -139,6 +143,7 @@ role = "{role}"
 dtype = "float32"
 tensor_parallel = {count}
 pipeline_parallel = {stages}
+data_parallel = {width.data_parallel}
 sequence_parallel = {stripes}
 block_size = {block}
 kv_cache_gb = {kv_cache_gb}

@@ -100,6 +100,17 @@ def test_replicas_share_their_groups_cpus_evenly() -> None:
     assert [spec.cpus for spec in plan.processes if spec.role == "decode"] == [(4, 5), (6, 7)]
 
 
+def test_data_parallel_makes_engines_of_a_replica_with_an_endpoint_each() -> None:
+    on = host(cpus=tuple(range(8)))
+    text = EXAMPLE.replace('role = "decode"\nreplicas = 1', 'role = "decode"\nreplicas = 2\ndata_parallel = 2')
+    plan = make_plan(load_text(text, "x", on), on)
+    decodes = [spec for spec in plan.processes if spec.role == "decode"]
+    assert [spec.name for spec in decodes] == ["decode-0", "decode-1", "decode-2", "decode-3"]
+    assert len({spec.ports["http"] for spec in decodes}) == 4
+    alone = text.replace("data_parallel = 2", "")
+    assert len(make_plan(load_text(alone, "x", on), on).processes) == len(plan.processes) - 2
+
+
 def test_the_proxy_waits_for_every_engine_and_owns_no_socket_of_its_own() -> None:
     plan = make_plan(load_text(EXAMPLE, "x", host()), host())
     proxy = plan.processes[-1]

@@ -30,12 +30,13 @@ class BuiltinLauncher(BaseLauncher):
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
             "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
             "schedule_ahead", "fetch_prefixes", "gpu_memory_utilization", "speculative", "python", "tensor_parallel",
-            "pipeline_parallel", "sequence_parallel",
+            "pipeline_parallel", "data_parallel", "sequence_parallel",
         }
     )  # fmt: skip
     service_settings = frozenset({"tool_parser", "reasoning_parser"})
     packages = ENGINE_PACKAGES
     tracing = OTLP_EXPORTERS[:1]
+    replicates = True
     certified = True
 
     def requirement(self, device: Device) -> str:
