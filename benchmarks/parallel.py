@@ -35,6 +35,7 @@ from pdctl.host.processor import cpu_name
 from pdctl.host.users import cache_root
 
 CONTEXT = 256
+PROMPTS = (256, 1024)
 
 _FLOOR = """
 import json, sys, time
@@ -112,11 +113,21 @@ def decodes(executor: SingleExecutor, rows: int, rounds: int) -> list[float]:
     return [_ms(lambda: executor.execute(batch)) for _ in range(rounds)]
 
 
-def prompt(executor: SingleExecutor, rounds: int) -> list[float]:
+def prompt(executor: SingleExecutor, tokens: int, rounds: int) -> list[float]:
     """Milliseconds of a step with a prompt."""
-    ids = [(index * 37) % 300 + 3 for index in range(CONTEXT)]
-    sequence = Sequence("p", ids, len(ids), Sampling(1, temperature=0.0), block_ids=list(range(CONTEXT // 16)))
-    return [_ms(lambda: executor.execute([Slice(sequence, 0, CONTEXT, True)])) for _ in range(rounds)]
+    ids = [(index * 37) % 300 + 3 for index in range(tokens)]
+    sequence = Sequence("p", ids, len(ids), Sampling(1, temperature=0.0), block_ids=list(range(tokens // 16)))
+    return [_ms(lambda: executor.execute([Slice(sequence, 0, tokens, True)])) for _ in range(rounds)]
+
+
+def uncut(executor: SingleExecutor, tokens: int, rounds: int) -> list[float]:
+    """The same, but stages compute the whole prompt one after the other."""
+    assert isinstance(executor, RanksExecutor)
+    stages, executor._stages = executor._stages, 1
+    try:
+        return prompt(executor, tokens, rounds)
+    finally:
+        executor._stages = stages
 
 
 def _ms(work: Callable[[], object]) -> float:
@@ -163,14 +174,20 @@ def main() -> int:
         print(f"{given.model} on {cpu_name()}, float32, one thread per process; {given.by}_parallel = 2")
         print("milliseconds, least and median")
         print(f"{'step':<24} {'one process':>17} {'two ranks':>17} {'exchanges alone':>17}")
-        for name, rows in (("1 decode", 1), ("8 decodes", 8), (f"prompt of {CONTEXT}", 0)):
-            times: tuple[list[float], list[float]] = ([], [])
+        steps = [(f"{rows} decodes", decodes, rows, rows) for rows in (1, 8)]
+        steps += [(f"prompt of {tokens}", prompt, tokens, 1) for tokens in PROMPTS]
+        for name, work, rows, kept in steps:
+            times: list[list[float]] = [[], [], []]
             for _ in range(4):
-                for number, executor in enumerate((single, ranks)):
-                    part = given.rounds // 4
-                    times[number].extend(decodes(executor, rows, part) if rows else prompt(executor, part))
-            alone = floor(shape.exchanges(given.by, rows or CONTEXT, rows or 1), given.rounds)
+                part = given.rounds // 4
+                times[0].extend(work(single, rows, part))
+                times[1].extend(work(ranks, rows, part))
+                if given.by == "pipeline" and work is prompt:
+                    times[2].extend(uncut(ranks, rows, part))
+            alone = floor(shape.exchanges(given.by, rows, kept), given.rounds)
             print(f"{name:<24} {_shown(times[0])} {_shown(times[1])} {_shown(alone)}")
+            if times[2]:
+                print(f"{'  not cut':<24} {'':>17} {_shown(times[2])}")
         ranks.close()
         single.close()
     return 0

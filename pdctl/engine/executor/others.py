@@ -123,10 +123,10 @@ class OtherRanks:
         for rank, message, fd in zip(self._ranks, messages, fds, strict=True):
             self._send(rank, message, fd)
 
-    def step(self, staged: Staged) -> None:
+    def step(self, staged: Staged, gives_back: bool) -> None:
         """See Others.step."""
         assert not staged.following, "the tokens of a step before are only on the first rank"
-        self.tell(Step(staged.shape, staged.data))
+        self.tell(Step(staged.shape, staged.data, gives_back))
 
     def dense(self, ids: torch.Tensor, implementation: str) -> None:
         """See Others.dense."""

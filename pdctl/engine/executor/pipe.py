@@ -30,10 +30,11 @@ class Pools(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Compute a step. `shape`, `data`: see InputBuffers.restage."""
+    """Compute a step. `shape`, `data`: see InputBuffers.restage; `gives_back`: see Group."""
 
     shape: Shape
     data: bytes
+    gives_back: bool
 
 
 class Dense(msgspec.Struct, frozen=True, array_like=True, tag=True):

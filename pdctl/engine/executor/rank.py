@@ -119,8 +119,8 @@ def _manifest(options: EngineOptions, loaded: LoadedModel) -> Manifest:
 def _follow(runner: ModelRunner, pipe: Pipe) -> None:
     while True:
         match _next(pipe)[0]:
-            case Step(shape, data):
-                runner.follow(shape, data)
+            case Step(shape, data, gives_back):
+                runner.follow(shape, data, gives_back)
             case Dense(token_ids, implementation):
                 dense_logits(runner.loaded, torch.tensor(token_ids), implementation)
             case Leave():

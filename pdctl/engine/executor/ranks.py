@@ -23,6 +23,8 @@ from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.shards import Shard, local
+from pdctl.engine.executor import Launched
+from pdctl.engine.executor.microbatches import microbatches
 from pdctl.engine.executor.others import OtherRanks
 from pdctl.engine.executor.pipe import Here, Loaded, Pools, Started, device_of
 from pdctl.engine.executor.single import POISON_ENV, SingleExecutor, load_part, number_of_blocks
@@ -33,6 +35,7 @@ from pdctl.engine.model.parallel.group import Ranks, Width
 from pdctl.engine.model.parallel.stages import layers_of_stage
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.options import EngineOptions
+from pdctl.engine.schedule.batch import Slice
 from pdctl.wire import Manifest, Part
 
 # Time for a rank to import what it needs; to load the model; and to take part in a computation that another rank has
@@ -49,6 +52,7 @@ class RanksExecutor(SingleExecutor):
 
     others: OtherRanks
     _group: Ranks
+    _stages = 1
 
     @classmethod
     def load_ranks(
@@ -106,6 +110,8 @@ class RanksExecutor(SingleExecutor):
         runner.self_check()
         executor = cls(loaded, manifest, runner, f"{chosen.backend.name}: {chosen.reason}", num_blocks, "")
         executor.others, executor._group = others, group
+        # Segments of prompts are computed whole: their shape decides how sums are rounded.
+        executor._stages = 1 if options.deterministic else width.stages
         executor.pools = pools
         executor.shards = [Shard(manifest, num_blocks, part) for part in parts]
         executor.poison = executor._poison if poisoned else None
@@ -115,6 +121,13 @@ class RanksExecutor(SingleExecutor):
     def latency_key(self) -> tuple[str, ...]:
         """See SingleExecutor.latency_key."""
         return (*super().latency_key, f"{len(self.pools)} ranks")
+
+    def launch(self, batch: list[Slice], after: Launched | None = None) -> Launched:
+        """See Executor.launch. Stages compute several parts of a prompt at once."""
+        *early, last = microbatches(batch, self._stages)
+        for part in early:
+            self._runner.advance(part)
+        return super().launch(last, after)
 
     def close(self) -> None:
         """See Executor.close. The other ranks leave."""

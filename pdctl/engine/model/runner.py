@@ -39,8 +39,8 @@ _USED_AFTER_FREE = "KV was read after its blocks were freed"
 class Others(Protocol):
     """The other ranks of an engine: they compute what this one does."""
 
-    def step(self, staged: Staged) -> None:
-        """Have them compute a step."""
+    def step(self, staged: Staged, gives_back: bool) -> None:
+        """Have them compute a step. `gives_back`: see Group."""
         ...
 
     def dense(self, ids: torch.Tensor, implementation: str) -> None:
@@ -143,6 +143,7 @@ class ModelRunner:
         self._graphs: Graphs | None = None
         self._others = others
         self._group = group if group is not None and group.stripes > 1 else None
+        self._stages = group if group is not None and group.stages > 1 else None
 
     def prepare(self, batch: list[Slice], before: list[Slice] | None = None) -> Prepared:
         """The host's half of a step of plain slices. `before`: the step that samples their tokens, if that still
@@ -215,12 +216,22 @@ class ModelRunner:
                 return self._logits(found, True)[: len(batch)]
         return self._logits(self._buffers.stage(batch, every_row, rows), False)
 
+    def advance(self, batch: list[Slice]) -> None:
+        """Compute a part of a step that yields nothing, without waiting for later stages: they have computed it when
+        they have computed the part after it."""
+        assert self._stages is not None
+        self._stages.gives_back = False
+        try:
+            self.logits(batch)
+        finally:
+            self._stages.gives_back = True
+
     def _logits(self, staged: Staged, is_graph: bool, sampled: torch.Tensor | None = None) -> torch.Tensor:
         if is_graph:
             assert self._graphs is not None
             return self._graphs.replay(staged, sampled)
         if self._others is not None:
-            self._others.step(staged)
+            self._others.step(staged, self._stages is None or self._stages.gives_back)
         inputs = self._buffers.upload(staged, sampled)
         group = self._group
         stripe = stripe_of(inputs, group) if group is not None else None
@@ -233,8 +244,10 @@ class ModelRunner:
         self._begin(stripe.inputs)
         return stripe.whole(self._compute(stripe.inputs, lambda part: stripe.exchanged(part, group)), group)
 
-    def follow(self, shape: Shape, data: bytes) -> None:
-        """Compute a step as another rank has staged it, which samples its tokens."""
+    def follow(self, shape: Shape, data: bytes, gives_back: bool) -> None:
+        """Compute a step as another rank has staged it, which samples its tokens. `gives_back`: see Group."""
+        if self._stages is not None:
+            self._stages.gives_back = gives_back
         self._logits(self._buffers.restage(shape, data), False)
 
     def capture(self, most: int, max_model_len: int, scratch: int, recorder: Recorder) -> list[int]:

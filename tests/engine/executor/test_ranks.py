@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from pdctl.engine.executor import microbatches
 from pdctl.engine.executor.ranks import RanksExecutor
 from pdctl.engine.executor.single import POISON_ENV, SingleExecutor
 from pdctl.engine.ipc.messages import Sampling
@@ -74,6 +75,18 @@ def answer(executor: SingleExecutor, sampling: Sampling, chunk: int = 16) -> lis
         tokens, _ = executor.execute([Slice(sequence, len(sequence.token_ids) - 1, 1, True)])
 
 
+def count_parts(executor: RanksExecutor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each microbatch before the last ones of steps."""
+    found, advance = list[int](), executor._runner.advance
+
+    def counted(batch: list[Slice]) -> None:
+        found.append(sum(piece.num_rows for piece in batch))
+        advance(batch)
+
+    monkeypatch.setattr(executor._runner, "advance", counted)
+    return found
+
+
 SAMPLINGS = [
     Sampling(TOKENS, temperature=0.0),
     Sampling(TOKENS, temperature=1.0, seed=3),
@@ -99,13 +112,19 @@ def test_ranks_answer_as_one_process_does(ranks: int, tiny_model: Path, tmp_path
     assert list(tmp_path.iterdir()) == [], "nothing is left of the meeting"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_stages_answer_as_one_process_does(ranks: int, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "fewest"), [(1, 64), (1, 5), (2, 5)])
+def test_stages_answer_as_one_process_does(
+    ranks: int, fewest: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole chunks, or three microbatches of each."""
+    monkeypatch.setattr(microbatches, "_FEWEST_ROWS", fewest)
     single = SingleExecutor.load(options(tiny_model, tmp_path, 1))
     expected = [answer(single, sampling) for sampling in SAMPLINGS]
     single.close()
     with started(tiny_model, tmp_path, ranks, stages=2) as (executor, lost):
+        parts = count_parts(executor, monkeypatch)
         assert [answer(executor, sampling) for sampling in SAMPLINGS] == expected
+        assert bool(parts) == (fewest < 16), "chunks of 16 rows"
         assert executor.manifest == single.manifest
         layers = [len(pool.keys) for pool in executor.pools]
         assert sum(layers) == ranks * len(single.manifest.layers)

@@ -20,7 +20,8 @@ class RankLost(Exception):
 
 class Group(Protocol):
     """The ranks of one engine. All call the same functions in the same order. `rank` of `size`: in the stage `stage` of
-    `stages`; or `stripe` of `stripes`, and then nothing else is shared."""
+    `stages`; or `stripe` of `stripes`, and then nothing else is shared. `gives_back`: in the passes that follow, the last
+    stage gives its hidden states to the first, which waits for them."""
 
     rank: int
     size: int
@@ -28,6 +29,7 @@ class Group(Protocol):
     stages: int
     stripe: int
     stripes: int
+    gives_back: bool
 
     def meet(self) -> None:
         """Wait until all ranks are here, for as long as they load. Raises RankLost."""

@@ -39,6 +39,7 @@ class Ranks:
     def __init__(self, number: int, width: Width, rendezvous: Path, timeout_s: float, device: torch.device) -> None:
         self.size, self.stages, self.stripes = size, stages, stripes = width
         assert stripes == 1 or size * stages == 1
+        self.gives_back = True
         self.stripe, inside = divmod(number, size * stages)
         self.stage, self.rank = divmod(inside, size)
         self._number = number

@@ -1,7 +1,8 @@
 """Layers over several ranks, each of which has some that follow each other: a stage.
 
 A stage takes hidden states from the stage before it and passes them on to the next; the last one gives them back to the
-first, which has the embeddings and the projection to the vocabulary. Modules that a stage does not have are replaced
+first, which has the embeddings and the projection to the vocabulary (not if `Group.gives_back` is off: the first does
+not wait then, and what it computes behind its layers means nothing). Modules that a stage does not have are replaced
 before weights are loaded, so that they take no memory.
 """
 
@@ -62,7 +63,8 @@ def _taken(group: Group, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor,
 def _pass_on(group: Group, found: object) -> None:
     if not isinstance(found, torch.Tensor):
         raise TypeError("its layers return more than hidden states")
-    group.pass_on(found)
+    if group.stage < group.stages - 1 or group.gives_back:
+        group.pass_on(found)
 
 
 class _Elsewhere(Module):
@@ -80,7 +82,7 @@ class _Elsewhere(Module):
     def forward(self, hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         """Hidden states as they came, or as the last stage gives them back."""
         group: Group | None = object.__getattribute__(self, "_group")
-        return hidden if group is None else group.take(hidden)
+        return group.take(hidden) if group is not None and group.gives_back else hidden
 
 
 class _Blank(Module):

@@ -34,6 +34,7 @@ class ThreadRank:
         self.size = meeting.size
         self.stage, self.stages = place
         self.stripe, self.stripes = 0, 1
+        self.gives_back = True
         self._meeting = meeting
         self._before, self._after = before, after
 
