@@ -174,6 +174,7 @@ def main() -> int:
         print(f"{given.model} on {cpu_name()}, float32, one thread per process; {given.by}_parallel = 2")
         print("milliseconds, least and median")
         print(f"{'step':<24} {'one process':>17} {'two ranks':>17} {'exchanges alone':>17}")
+        steps: list[tuple[str, Callable[[SingleExecutor, int, int], list[float]], int, int]]
         steps = [(f"{rows} decodes", decodes, rows, rows) for rows in (1, 8)]
         steps += [(f"prompt of {tokens}", prompt, tokens, 1) for tokens in PROMPTS]
         for name, work, rows, kept in steps:

@@ -96,9 +96,8 @@ class Launcher(Protocol):
     the values of `connector`, the default first. `phases`: (regular expression for a line of the log, phase of the
     start that begins with it). `tracing`: packages that its environment needs to export spans; empty if the kind
     exports none. `failures`: tried in order. `leaves_shared_memory`: a killed engine leaves named shared
-    memory, which the supervisor removes. `replicates`: `data_parallel` makes so many engines of one, each with its own KV
-    endpoint. `certified`: with `[cluster] certificates`, its engines speak TLS and want
-    certificates.
+    memory, which the supervisor removes. `replicates`: `data_parallel` makes so many engines of one, each with its own
+    KV endpoint. `certified`: with `[cluster] certificates`, its engines speak TLS and want certificates.
     """
 
     device: Device

@@ -20,8 +20,8 @@ class RankLost(Exception):
 
 class Group(Protocol):
     """The ranks of one engine. All call the same functions in the same order. `rank` of `size`: in the stage `stage` of
-    `stages`; or `stripe` of `stripes`, and then nothing else is shared. `gives_back`: in the passes that follow, the last
-    stage gives its hidden states to the first, which waits for them."""
+    `stages`; or `stripe` of `stripes`, and then nothing else is shared. `gives_back`: in the passes that follow, the
+    last stage gives its hidden states to the first, which waits for them."""
 
     rank: int
     size: int
