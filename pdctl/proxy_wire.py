@@ -109,7 +109,8 @@ class EngineLoad(msgspec.Struct, frozen=True):
     `left`: tokens of KV that requests have left there and nobody can name; `left_part`: of all that it may have there;
     `sent`: prompts sent to it so far. All 0 for engines that free their KV themselves. `latency`: durations of the last
     answered calls, seconds, oldest first. `speeds`: bytes of prompts and streams per second, 0: unknown; `avoids`:
-    prefill engines whose KV it cannot read, or could not lately.
+    prefill engines whose KV it cannot read, or could not lately. `beginnings`: of prompts, of which it has told that it
+    has their KV.
     """
 
     calls: int
@@ -120,6 +121,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     latency: tuple[float, ...] = ()
     speeds: tuple[float, float] = (0.0, 0.0)
     avoids: tuple[str, ...] = ()
+    beginnings: int = 0
 
 
 class PoolReply(msgspec.Struct, frozen=True):

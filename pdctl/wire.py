@@ -31,6 +31,10 @@ TENANT_HEADER = "x-pdctl-tenant"
 # The place of a request in an engine's queue, before its own priority: a whole number, lower goes first.
 ORDER_HEADER = "x-pdctl-order"
 
+# The names of a prompt's first pieces, see net.beginnings; and where an engine tells which of them it has.
+BEGINNING_HEADER = "x-pdctl-beginning"
+PIECES_PATH = "/pdctl/v1/pieces"
+
 # The role epoch in which the sender knows the engine. A request for a role that the engine has left is refused.
 ROLE_EPOCH_HEADER = "x-pdctl-role-epoch"
 # The type of that refusal.

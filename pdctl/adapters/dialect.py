@@ -185,7 +185,7 @@ class Dialect(Protocol):
     failure, the continuation starts a new text, so the client's text must not end within a character; `deterministic`:
     the same request always has the same answer, independent of other requests in the engine; `verifies_leases`: an
     engine never decodes KV that it read after its lease ended. For other kinds the proxy discards an answer that begins
-    too late.
+    too late. `tells_pieces`: it takes the names of a prompt's pieces (net.beginnings), and tells of which it has KV.
     """
 
     hand_shake: HandShake
@@ -196,6 +196,7 @@ class Dialect(Protocol):
     deterministic: bool
     pairing: Pairing
     verifies_leases: bool
+    tells_pieces: bool
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """The request fields that the engine accepts at a path; None if only the engine knows them."""

@@ -154,6 +154,7 @@ def _completions(config: ProxyConfig, worker: int, node: Identity | None) -> Com
     secret, tls = os.environ.get(SECRET_ENV, ""), node.client_context if node is not None else None
     pool = EnginePool.of(config.engines, secret, loads, by_slo, tls)
     pool.follow(config.engines, config.draining, by_slo, config.unlinked, config.moving)
+    pool.wants_prefixes = config.routing == "prefix_aware"
     ttft_s, tpot_s = config.ttft_ms / 1000, config.tpot_ms / 1000
     name = _name(config, worker)
     metrics = Metrics(config.model, ttft_s, tpot_s, run_dir / "metrics" if several else None, f"{name}.{epoch}")
@@ -167,7 +168,6 @@ def _completions(config: ProxyConfig, worker: int, node: Identity | None) -> Com
         quarantine=Quarantine(secret, bodies),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
-        wants_prefixes=config.routing == "prefix_aware",
         lease_s=config.lease_s,
     )
     return Completions(

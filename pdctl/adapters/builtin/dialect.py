@@ -64,6 +64,7 @@ class BuiltinDialect:
     deterministic = True
     pairing = Pairing()
     verifies_leases = True
+    tells_pieces = True
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields."""

@@ -151,6 +151,7 @@ class LmdeployDialect:
     deterministic = False
     # KV has no deadline here: see `room`.
     verifies_leases = True
+    tells_pieces = False
     pairing = Pairing(
         # A prefill engine ends every answer after one token, and a hybrid one never reads KV.
         alone=frozenset({"decode", "hybrid"}),

@@ -76,6 +76,7 @@ class SglangDialect:
     deterministic = False
     # Prefill writes into memory that decode reserved for this room, and decode waits until it has said that it is done.
     verifies_leases = True
+    tells_pieces = False
     # An engine of a pair answers nothing without a room, and a hybrid engine has none.
     pairing = Pairing(alone=frozenset({"hybrid"}), one_token_alone=False, hybrids_pair=False)
 

@@ -79,6 +79,7 @@ class VllmDialect:
     deterministic = False
     pairing = Pairing()
     verifies_leases = False
+    tells_pieces = False
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields. They differ between versions of vLLM, and vLLM reports which ones it ignores."""

@@ -45,8 +45,7 @@ def build(options: EngineOptions, outbox: Outbox, lost: Callable[[str, bool], No
     side = OurSide(manifest, host_id(), options.transfer, options.read_s)
     reader = ShardReader(ours, partial(open_staging, options))
     puller = Puller(side, reader, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
-    tells = options.kv_events != "off" or options.fetch_prefixes != "false"
-    journal = KvJournal(options.kv_events == "tokens") if tells else None
+    journal = KvJournal(options.kv_events == "tokens") if options.prefix_caching else None
     allocator = BlockAllocator(num_blocks, executor.poison, journal.removed if journal else None)
     names = prefix.root(manifest, os.environ.get(SECRET_ENV, "")) if options.prefix_caching else None
     kept = LatencyFile(cache_root() / "latency", executor.latency_key)

@@ -108,7 +108,7 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans, nod
         prefixes = prefix_desk(options, core, leases, desk, peers, links, receiver, tasks)
         core.on_kv_changes = [
             *([events.take] if events is not None else []),
-            *([prefixes.feed.take] if prefixes is not None else []),
+            *([prefixes.take] if prefixes is not None else []),
         ]
         seal = Seal(secret)
         routers = RouterDesk(seal, leases, links, peers)
@@ -117,11 +117,10 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans, nod
             options, secret, core, leases, links, receiver, moves, RoleDesk(core), routers, events, prefixes
         )
         parsers = choose(options.tool_parser, options.reasoning_parser, codec.template)
-        fetcher = prefixes.fetcher if prefixes is not None else None
-        generator = Generator(codec, parsers, core, desk, peers, receiver, moves, fetcher)
+        generator = Generator(codec, parsers, core, desk, peers, receiver, moves, prefixes)
         transfers = Transfers(seal, options.open and bool(secret))
         service = EngineService(options, codec, core, control, generator, transfers, routers, spans)
-        server = _server(options, service.app(), node, prefixes.feed.close if prefixes is not None else lambda: None)
+        server = _server(options, service.app(), node, prefixes.close if prefixes is not None else lambda: None)
         core_task = tasks.create_task(core.run_core())
         tasks.create_task(core.receive())
         tasks.create_task(core.poke_forever())

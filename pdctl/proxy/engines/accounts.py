@@ -26,7 +26,7 @@ class PromptLoad:
     def answered(self, now: float, pieces: Sequence[int]) -> None:
         """It was answered. `pieces`: the prompt's prefixes."""
         self._engine.prefill_s.add(now - self._began)
-        answered(self._engine, now - self._began, pieces)
+        answered(self._engine, self._began, now, pieces)
 
 
 class AnswerLoad:
@@ -55,7 +55,7 @@ class AnswerLoad:
 
     def answered(self, now: float, pieces: Sequence[int]) -> None:
         """The whole answer is here. `pieces`: the prompt's prefixes."""
-        answered(self._engine, now - self._began, pieces)
+        answered(self._engine, self._began, now, pieces)
 
     def _begin(self, now: float) -> None:
         meter, amount = self._meter()
@@ -66,12 +66,12 @@ class AnswerLoad:
         return (self._engine.prompts, self._size) if self._in_prompt else (self._engine.streams, 1.0)
 
 
-def answered(engine: Engine, seconds: float, pieces: Sequence[int]) -> None:
+def answered(engine: Engine, began: float, now: float, pieces: Sequence[int]) -> None:
     """A call was answered."""
-    engine.took_s.append(seconds)
+    engine.took_s.append(now - began)
     engine.breaker.succeeded()
     if pieces:
-        engine.prefixes.add(pieces)
+        engine.prefixes.add(pieces, now)
 
 
 def unreachable(engine: Engine, now: float) -> None:

@@ -15,7 +15,8 @@ from pdctl.net.http_client import ConnectionPool, Exchange, header_lines
 from pdctl.net.identity import ContextFactory
 from pdctl.proxy.engines.breaker import Breaker
 from pdctl.proxy.engines.kv_room import KvRoom
-from pdctl.proxy.engines.load import LoadMeter, PrefixSet, Window
+from pdctl.proxy.engines.load import LoadMeter, Window
+from pdctl.proxy.engines.prefixes.known import KnownPrefixes
 from pdctl.proxy_wire import EngineAddress
 from pdctl.user_files import read_user_text
 from pdctl.wire import ROLE_EPOCH_HEADER
@@ -79,7 +80,7 @@ class Engine:
     streams: LoadMeter = field(default_factory=LoadMeter)
     prefill_s: Window = field(default_factory=Window)
     token_s: Window = field(default_factory=Window)
-    prefixes: PrefixSet = field(default_factory=PrefixSet)
+    prefixes: KnownPrefixes = field(default_factory=KnownPrefixes)
     pair_losses: dict[str, tuple[int, float]] = field(default_factory=dict)
     tickets: set[Ticket] = field(default_factory=set)
     heard_at: float = 0.0

@@ -70,7 +70,7 @@ class Fleet:
                     streams,
                     engine.prefill_s.recent(),
                     engine.token_s.recent(),
-                    engine.prefixes.matched(pieces) if pieces else 0.0,
+                    engine.prefixes.matched(pieces, now) if pieces else 0.0,
                     engine.lost_peers(now),
                     address.role in engine.dialect.pairing.alone,
                     address.role != "hybrid" or engine.dialect.pairing.hybrids_pair,
@@ -115,7 +115,7 @@ class Fleet:
         if work is None:
             return None
         prompts, streams = self._loads(engine)
-        cached = engine.prefixes.matched(pieces) * self._tokens_per_byte if pieces else 0.0
+        cached = engine.prefixes.matched(pieces, self._clock()) * self._tokens_per_byte if pieces else 0.0
         before = prompts.pending * self._tokens_per_byte
         return Prospect(work, before, streams.pending, cached, engine.hand_over_s)
 

@@ -1,9 +1,8 @@
-"""An engine's pending work, measured speed and known prefixes. Pure except for the shared table's memory."""
+"""An engine's pending work and measured speed. Pure except for the shared table's memory."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,6 @@ _KNOWN_S = 30.0
 # Duration that an error counts as in the recent window, seconds: slower than any successful answer.
 _ERROR_S = 30.0
 _WINDOW = 32
-# Size of the pieces in which prompt prefixes are compared, bytes, and number of pieces kept per engine.
-_PIECE = 256
-_MAX_PIECES = 65536
-_MAX_PIECES_EACH = 64
 
 
 @dataclass(slots=True)
@@ -100,39 +95,6 @@ class Window:
         """The number of samples and their mean."""
         count = len(self._samples)
         return Recent(count, self._sum / count if count else 0.0)
-
-
-class PrefixSet:
-    """Prompt prefixes that an engine has computed recently, so it probably still has their KV."""
-
-    def __init__(self) -> None:
-        self._observed: OrderedDict[int, None] = OrderedDict()
-
-    def add(self, pieces: Sequence[int]) -> None:
-        """Add a prompt; the least recently used pieces are dropped."""
-        for piece in pieces:
-            self._observed[piece] = None
-            self._observed.move_to_end(piece)
-        while len(self._observed) > _MAX_PIECES:
-            self._observed.popitem(last=False)
-
-    def matched(self, pieces: Sequence[int]) -> float:
-        """Length in bytes of the prompt's known prefix."""
-        count = next((number for number, piece in enumerate(pieces) if piece not in self._observed), len(pieces))
-        return float(count * _PIECE)
-
-    def clear(self) -> None:
-        """The engine is a new one."""
-        self._observed.clear()
-
-
-def pieces_of(prompt: bytes) -> list[int]:
-    """A prompt's pieces; each is a hash of the prompt up to its end."""
-    found, name = [], 0
-    for start in range(0, min(len(prompt), _PIECE * _MAX_PIECES_EACH) - _PIECE + 1, _PIECE):
-        name = hash((name, prompt[start : start + _PIECE]))
-        found.append(name)
-    return found
 
 
 class SharedLoads:

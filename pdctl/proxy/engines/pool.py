@@ -16,6 +16,7 @@ from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.fleet import Fleet
 from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import SharedLoads
+from pdctl.proxy.engines.prefixes.following import follow_forever
 from pdctl.proxy_wire import EngineAddress
 
 _log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class EnginePool(Fleet):
     def __init__(self, engines: list[Engine], shared: SharedLoads | None = None, predicts: bool = False) -> None:
         super().__init__(engines, time.monotonic, shared, predicts)
         self.changed = asyncio.Event()
+        # Whether engines are asked of which prompts they have KV.
+        self.wants_prefixes = False
         self._secret = ""
         self._tls: ContextFactory | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -177,6 +180,12 @@ class EnginePool(Fleet):
                     engine.cut(f"{engine.name} produced no token for {silent:.1f} s")
 
     async def _watch(self, engine: Engine) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._probe_forever(engine))
+            if engine.dialect.tells_pieces:
+                tasks.create_task(follow_forever(engine, lambda: self.wants_prefixes))
+
+    async def _probe_forever(self, engine: Engine) -> None:
         while True:
             started = time.monotonic()
             engine.asked.clear()

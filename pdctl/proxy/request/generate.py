@@ -12,6 +12,7 @@ import msgspec
 
 from pdctl.adapters import RequestState
 from pdctl.net import asgi
+from pdctl.net.beginnings import Beginning, beginning_of
 from pdctl.net.openai.api import FINGERPRINT, ApiError, Counts, Envelope
 from pdctl.proxy.answers.sinks import Answer, StreamAnswer, WholeAnswer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
@@ -21,7 +22,6 @@ from pdctl.proxy.client.connections import BoundedProtocol
 from pdctl.proxy.client.keys import ANYONE, API_KEY_HEADER, Keys
 from pdctl.proxy.client.requests import ClientRequest
 from pdctl.proxy.client.unknown_fields import UnknownFields, header
-from pdctl.proxy.engines.load import pieces_of
 from pdctl.proxy.request.door import AdmissionDoor
 from pdctl.proxy.request.leg import Leg, Shared, order_line, slo_line, tenant_line
 from pdctl.proxy.request.relay import Relay
@@ -360,7 +360,7 @@ class _Job:
                 size,
                 request.max_tokens,
                 request.body,
-                _pieces(fields) if shared.wants_prefixes else [],
+                _beginning(fields, self.key) if shared.pool.wants_prefixes else None,
                 Timing(self.timing.received_at, self.timing.admitted_at) if number else self.timing,
             )
             leg.trace = self.trace
@@ -402,6 +402,11 @@ def _work(leg: Leg | None, seat: Waiter) -> Work:
     return Work(prompt, float(leg.completion_tokens or len(leg.state.emitted)))
 
 
-def _pieces(fields: dict[str, object]) -> list[int]:
-    prompt = fields.get("prompt", fields.get("messages"))
-    return pieces_of(bytes(prompt)) if isinstance(prompt, msgspec.Raw) else []
+def _beginning(fields: dict[str, object], key: str) -> Beginning | None:
+    """The names of the prompt's pieces: of each key, and each `cache_salt`, others."""
+    prompt, salt = fields.get("prompt", fields.get("messages")), fields.get("cache_salt", b"")
+    if not isinstance(prompt, msgspec.Raw):
+        return None
+    salted = key.encode() + b"\0" + (bytes(salt) if isinstance(salt, msgspec.Raw) else b"")
+    found = beginning_of(bytes(prompt), salted)
+    return found if found.pieces else None

@@ -9,6 +9,7 @@ from hashlib import blake2s
 from typing import NamedTuple
 
 from pdctl.adapters import RequestState
+from pdctl.net.beginnings import Beginning
 from pdctl.proxy.answers.sinks import Sink
 from pdctl.proxy.engines.breaker import RetryBudget
 from pdctl.proxy.engines.engine import Engine
@@ -41,7 +42,6 @@ class Shared:
     quarantine: Quarantine
     ttft_s: float
     tpot_s: float
-    wants_prefixes: bool = False
     lease_s: float = 30.0
     failover: FailoverPolicy = field(default_factory=FailoverPolicy)
     budget: RetryBudget = field(default_factory=RetryBudget)
@@ -62,9 +62,10 @@ class Leg:
     answer.
 
     `name`: the request id for engines; `headers`: header lines for engines; `size`: of the prompt, in bytes of the
-    request; `body`: the client's request, which identifies it in quarantine; `pieces`: the prompt's prefixes; `whole`:
-    the body of an answer in one piece, as sent to the client; `failures`: calls that failed; `share`: the room of its
-    KV at a prefill engine; `move`: where its stream goes on; `trace`: of its request.
+    request; `body`: the client's request, which identifies it in quarantine; `beginning`: names of the prompt's first
+    pieces, None if nobody asks for them; `whole`: the body of an answer in one piece, as sent to the client;
+    `failures`: calls that failed; `share`: the room of its KV at a prefill engine; `move`: where its stream goes on;
+    `trace`: of its request.
     """
 
     # Class attributes: most requests never set these, and then they need no memory per request.
@@ -95,7 +96,7 @@ class Leg:
         size: float,
         max_tokens: int | None,
         body: bytes,
-        pieces: list[int],
+        beginning: Beginning | None,
         timing: Timing,
     ) -> None:
         self.shared = shared
@@ -106,7 +107,7 @@ class Leg:
         self.size = size
         self.max_tokens = max_tokens
         self.body = body
-        self.pieces = pieces
+        self.beginning = beginning
         self.timing = timing
         self.suspicion = Suspicion(shared.quarantine)
 
@@ -115,6 +116,11 @@ class Leg:
         self.state.emitted += progress.token_ids
         self.prompt_tokens, self.cached_tokens = progress.prompt_tokens, progress.cached_tokens
         self.finished, self.was_resumed = progress.finished, progress.begun
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """The names of the prompt's first pieces, as far as anybody asks for them."""
+        return self.beginning.pieces if self.beginning is not None else ()
 
     @property
     def in_one_piece(self) -> bool:

@@ -57,7 +57,7 @@ class Reloader:
                 engine.room.swept()
         completions.log.move_to(wanted.access_log)
         shared.policy = POLICIES[wanted.routing]
-        shared.wants_prefixes = wanted.routing == "prefix_aware"
+        shared.pool.wants_prefixes = wanted.routing == "prefix_aware"
         shared.ttft_s, shared.tpot_s = wanted.ttft_ms / 1000, wanted.tpot_ms / 1000
         shared.metrics.ttft_slo_s, shared.metrics.tpot_slo_s = shared.ttft_s, shared.tpot_s
         shared.lease_s = wanted.lease_s
@@ -125,4 +125,5 @@ def _load(engine: Engine) -> EngineLoad:
         latency=tuple(round(seconds, 4) for seconds in engine.took_s),
         speeds=(round(engine.prompts.speed, 1), round(engine.streams.speed, 3)),
         avoids=tuple(sorted(engine.lost_peers(time.monotonic()))),
+        beginnings=engine.prefixes.told,
     )

@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pdctl.bench import Record
+from pdctl.net.beginnings import beginning_of
 from pdctl.proxy.engines.engine import Engine
-from pdctl.proxy.engines.load import pieces_of
 from pdctl.proxy.engines.routing import Ask, EnginePair
 from pdctl.proxy.request.course import Course
 from pdctl.proxy.request.failover import Failure, GiveUp
@@ -34,7 +34,7 @@ class Journey:
         self._service, self._number = service, number
         self._course = Course()
         self._newest_at = 0.0
-        self._pieces = pieces_of(b"".join(token.to_bytes(_TOKEN_BYTES) for token in arrival.prompt))
+        self._pieces = beginning_of(b"".join(token.to_bytes(_TOKEN_BYTES) for token in arrival.prompt)).pieces
         self._seat: Waiter | None = None
         self._deadline = 0.0
 

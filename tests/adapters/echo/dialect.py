@@ -36,6 +36,7 @@ class EchoDialect:
     deterministic = True
     pairing = Pairing()
     verifies_leases = True
+    tells_pieces = False
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields."""

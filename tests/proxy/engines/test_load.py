@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.proxy.engines.load import LoadMeter, PrefixSet, SharedLoads, Window, pieces_of
+from pdctl.proxy.engines.load import LoadMeter, SharedLoads, Window
 from pdctl.proxy.engines.routing import Load
 
 
@@ -38,17 +38,6 @@ def test_a_window_is_the_mean_of_its_last_samples(samples: list[float]) -> None:
     found = window.recent()
     assert found.samples == len(last)
     assert found.seconds == pytest.approx(sum(last) / len(last) if last else 0.0, abs=1e-6)
-
-
-def test_prefixes_match_from_the_beginning_only() -> None:
-    observed = PrefixSet()
-    prompt = bytes(range(256)) * 4
-    observed.add(pieces_of(prompt))
-    assert observed.matched(pieces_of(prompt[:700] + b"x" * 300)) == 512
-    assert observed.matched(pieces_of(b"x" + prompt)) == 0
-    assert pieces_of(b"short") == []
-    observed.clear()
-    assert observed.matched(pieces_of(prompt)) == 0
 
 
 def test_workers_see_each_others_loads_and_a_new_life_begins_empty(tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ class TestWatch:
                     engine = pool.engines[0]
                     for _ in range(4):
                         engine.breaker.failed(time.monotonic())
-                    engine.prefixes.add([1])
+                    engine.prefixes.add([1], time.monotonic())
                     engine.handed_over("p0", time.monotonic(), time.monotonic(), good=False)
                     running = await call(engine, one)
                     life = engine.lives
@@ -336,7 +336,7 @@ class TestWatch:
                     assert engine.has_died_since(life)
                     assert not engine.has_died_since(engine.lives)
                     assert engine.breaker.state == "closed"
-                    assert (engine.prefixes.matched([1]), engine.pair_losses) == (0.0, {})
+                    assert (engine.prefixes.matched([1], time.monotonic()), engine.pair_losses) == (0.0, {})
 
         asyncio.run(main())
 

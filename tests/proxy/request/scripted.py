@@ -217,7 +217,7 @@ async def relay(
         asyncio.ensure_future(shared.unfinished.run_forever()),
     ]  # fmt: skip
     sink, error = sink or Gathering(), None
-    leg = Leg(shared, _state(max_tokens, chat), sink, "r1", b"", 5.0, max_tokens, b"x", [], Timing())
+    leg = Leg(shared, _state(max_tokens, chat), sink, "r1", b"", 5.0, max_tokens, b"x", None, Timing())
     try:
         async with asyncio.timeout(60):
             while not all(engine.healthy for engine in pool.engines):

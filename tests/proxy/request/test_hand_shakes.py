@@ -47,6 +47,7 @@ class Owned(BuiltinDialect):
 
 class Unfenced(BuiltinDialect):
     verifies_leases = False
+    tells_pieces = False
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from pdctl.net import asgi
 from pdctl.net.identity.peers import claims_too_much
 from pdctl.net.openai.api import ApiError
 from pdctl.wire import (
+    PIECES_PATH,
     AttemptCall,
     BlocksCall,
     EndpointReply,
@@ -96,12 +97,14 @@ class Control:
             self._post("/pdctl/v1/role", RoleCall, self.role.take),
             self._post(SESSION_PATH, SessionCall, self._desk.take),
         )
-        if (shared := self._prefixes) is not None:
-            posts += (
-                self._post("/pdctl/v1/neighbours", NeighboursCall, shared.follower.meet),
-                self._post(BLOCKS_PATH, BlocksCall, shared.feed.after),
-                self._post(PREFIX_PATH, PrefixCall, shared.lending.lend, _holder),
-            )
+        if (desk := self._prefixes) is not None:
+            posts += (self._post(PIECES_PATH, BlocksCall, desk.pieces.told.after),)
+            if (sharing := desk.sharing) is not None:
+                posts += (
+                    self._post("/pdctl/v1/neighbours", NeighboursCall, sharing.follower.meet),
+                    self._post(BLOCKS_PATH, BlocksCall, desk.blocks.after),
+                    self._post(PREFIX_PATH, PrefixCall, sharing.lending.lend, _holder),
+                )
         distserve = DistServe(self._options, self._core, self._desk, lambda: self.role.role == "prefill")
         return [
             Route("/health", self._health),

@@ -19,7 +19,7 @@ from pdctl.engine.front.handover.moves import Moves
 from pdctl.engine.front.handover.offers import OfferDesk, Offering
 from pdctl.engine.front.handover.peers import Peers, of_hand_over
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
-from pdctl.engine.front.prefixes.fetching import PrefixFetcher
+from pdctl.engine.front.prefixes.desk import PrefixDesk
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.ipc.messages import Failed, Held, Progress, Submit, Thinking, Token, Withdrawn
 from pdctl.net.openai.api import ApiError
@@ -41,10 +41,11 @@ class Generator:
         peers: Peers,
         receiver: Receiver,
         moves: Moves,
-        fetcher: PrefixFetcher | None,
+        prefixes: PrefixDesk | None,
     ) -> None:
-        """`fetcher`: None: beginnings of prompts are never fetched."""
-        self._fetcher = fetcher
+        """`prefixes`: None: nothing is kept for prompts that begin alike."""
+        self._index = prefixes.pieces if prefixes is not None else None
+        self._fetcher = prefixes.sharing.fetcher if prefixes is not None and prefixes.sharing is not None else None
         self._identity = desk.identity
         self._codec = codec
         self._parsers = parsers
@@ -98,9 +99,8 @@ class Generator:
                 self._let_go(request)
                 yield piece
                 return
+        await self._look_for(request, submit)
         if request.hand_over is None:
-            if self._fetcher is not None and submit.sampling.prompt_logprobs < 0:
-                await self._fetcher.bring(submit.token_ids, submit.salt)
             async with self._core.request(submit) as events:
                 async for piece in self._pieces(request, submit, events, text):
                     yield piece
@@ -118,6 +118,13 @@ class Generator:
                     request.stages["first_step"] = now - brought
                     request.span.part("first_step", brought, now)
                 yield piece
+
+    async def _look_for(self, request: GenerationRequest, submit: Submit) -> None:
+        """Note the prompt's beginning for proxies, and fetch what a peer has of it."""
+        if self._index is not None and request.beginning is not None:
+            self._index.note(request.beginning, request.token_ids, request.salt)
+        if self._fetcher is not None and request.hand_over is None and submit.sampling.prompt_logprobs < 0:
+            await self._fetcher.bring(submit.token_ids, submit.salt)
 
     async def _pieces(
         self, request: GenerationRequest, submit: Submit, events: RequestEvents, text: Output

@@ -13,6 +13,7 @@ from pdctl.engine.front.api.targets import MOST_MS
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.front.spans import NOT_RECORDED, AnswerSpan
 from pdctl.engine.ipc.messages import Sampling
+from pdctl.net.beginnings import Beginning
 from pdctl.net.openai.api import ApiError, Envelope, decode_request, shown_number
 from pdctl.net.openai.fields import ChatBody, CompletionBody, MigrationRequest, OfferTo, TokenizeBody
 from pdctl.wire import HandOver
@@ -78,6 +79,7 @@ class GenerationRequest:
     apart from the text; `shows_reasoning`: the client wants it.
     `router`: of which kind the caller is, and `holder` its name as the holder of the lease; `migration`: leads to the
     hand-over, if LMDeploy's proxy sent it.
+    `beginning`: the names that a proxy gives to the prompt's first pieces.
     `stages`: seconds of its hand-over so far, by phase, for x-pdctl-timing; `span`: where they are recorded.
     """
 
@@ -113,6 +115,7 @@ class GenerationRequest:
     shows_prompt_logprobs: bool = False
     router: Router = Router.OURS
     migration: MigrationRequest | None = None
+    beginning: Beginning | None = None
     stages: dict[str, float] = field(default_factory=dict)
     span: AnswerSpan = NOT_RECORDED
 

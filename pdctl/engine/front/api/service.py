@@ -35,10 +35,12 @@ from pdctl.engine.front.spans import EngineSpans
 from pdctl.engine.ipc.messages import Ready
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
+from pdctl.net.beginnings import from_header
 from pdctl.net.openai.api import FINGERPRINT, ApiError, Envelope, decode_request
 from pdctl.net.openai.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pdctl.wire import (
     ATTEMPT_HEADER,
+    BEGINNING_HEADER,
     FINGERPRINT_HEADER,
     ROLE_EPOCH_HEADER,
     ROUTER_HEADER,
@@ -153,6 +155,7 @@ class EngineService:
             tpot_s=tpot_s,
             tool_calls=guided.tool_format(parsed),
             tenant=internal.get(TENANT_HEADER, ""),
+            beginning=from_header(internal.get(BEGINNING_HEADER, "")),
             tools=parsed.tools if isinstance(parsed, ChatBody) else None,
             one_call=isinstance(parsed, ChatBody) and parsed.parallel_tool_calls is False,
             splits_reasoning=splits_reasoning,

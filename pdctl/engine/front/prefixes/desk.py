@@ -1,4 +1,4 @@
-"""All parts of this engine's side of shared beginnings of prompts."""
+"""All parts of this engine's side of shared beginnings of prompts: what proxies are told, and what engines share."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from pdctl.engine.front.handover.offers import OfferDesk
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.front.handover.receiver import Receiver
 from pdctl.engine.front.prefixes.directory import Directory
-from pdctl.engine.front.prefixes.feed import BlockFeed
+from pdctl.engine.front.prefixes.feed import BlockFeed, Feed
 from pdctl.engine.front.prefixes.fetching import PrefixFetcher
 from pdctl.engine.front.prefixes.following import Follower
 from pdctl.engine.front.prefixes.lending import LendingDesk
+from pdctl.engine.front.prefixes.names import BlockNames
+from pdctl.engine.front.prefixes.pieces import PieceIndex
+from pdctl.engine.ipc.messages import KvChange
 from pdctl.engine.options import EngineOptions
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixDesk:
+class Sharing:
     """What an engine with `fetch_prefixes` has."""
 
-    feed: BlockFeed
     directory: Directory
     follower: Follower
     lending: LendingDesk
@@ -41,6 +43,29 @@ class PrefixDesk:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixDesk:
+    """What an engine with a prefix cache has. `sharing`: None: it neither fetches nor lends."""
+
+    blocks: BlockFeed
+    pieces: PieceIndex
+    sharing: Sharing | None
+
+    def take(self, changes: list[KvChange]) -> None:
+        """Note changes of the prefix cache, in order."""
+        self.blocks.take(changes)
+        self.pieces.take(changes)
+
+    def close(self) -> None:
+        """Answer all who wait: the engine ends."""
+        self.blocks.close()
+        self.pieces.told.close()
+
+    def counts(self) -> dict[str, int]:
+        """What was fetched and lent since the start, for metrics."""
+        return self.sharing.counts() if self.sharing is not None else {}
+
+
 def prefix_desk(
     options: EngineOptions,
     core: CoreClient,
@@ -51,10 +76,14 @@ def prefix_desk(
     receiver: Receiver,
     tasks: asyncio.TaskGroup,
 ) -> PrefixDesk | None:
-    """None: the engine neither fetches nor lends."""
-    if options.fetch_prefixes == "false":
+    """None: the engine has no prefix cache."""
+    if not options.prefix_caching:
         return None
-    feed, directory = BlockFeed(options.epoch), Directory()
-    fetcher = PrefixFetcher(core, feed, directory, peers, links, receiver, always=options.fetch_prefixes == "true")
+    names, blocks = BlockNames(core), BlockFeed(options.epoch)
+    pieces = PieceIndex(blocks, Feed(options.epoch), names)
+    if options.fetch_prefixes == "false":
+        return PrefixDesk(blocks, pieces, None)
+    directory, always = Directory(), options.fetch_prefixes == "true"
+    fetcher = PrefixFetcher(core, blocks, directory, peers, links, receiver, names, always)
     follower = Follower(peers, directory, tasks)
-    return PrefixDesk(feed, directory, follower, LendingDesk(core, leases, desk), fetcher)
+    return PrefixDesk(blocks, pieces, Sharing(directory, follower, LendingDesk(core, leases, desk), fetcher))

@@ -1,4 +1,4 @@
-"""Tells peers which blocks can be found here: each asks for what has changed since its last answer."""
+"""Tells others what can be found here: each asks for what has changed since its last answer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _KEPT = 65_536
 _TOGETHER_S = 0.02
 
 
-class BlockFeed:
-    """The names of this engine's blocks, and the newest changes. `epoch`: of this start."""
+class Feed:
+    """The names of what can be found, and the newest changes. `epoch`: of this start."""
 
     def __init__(self, epoch: str) -> None:
         self._epoch = epoch
@@ -34,23 +34,25 @@ class BlockFeed:
         self._closed = True
         self._news.set()
 
-    def take(self, changes: Iterable[KvChange]) -> None:
-        """Note changes of the prefix cache, in order."""
-        for change in changes:
-            names, is_stored = [short(name) for name in change.names], isinstance(change, KvStored)
-            if is_stored:
-                self._names.update(names)
-            else:
-                self._names.difference_update(names)
-            self._changes.append((is_stored, names))
-            self._kept += len(names)
-            self._sequence += 1
+    def note(self, names: list[int], is_stored: bool) -> None:
+        """These can be found from now on, or not any more."""
+        if is_stored:
+            self._names.update(names)
+        else:
+            self._names.difference_update(names)
+        self._changes.append((is_stored, names))
+        self._kept += len(names)
+        self._sequence += 1
         while self._kept > _KEPT:
             self._kept -= len(self._changes.popleft()[1])
         self._news.set()
 
+    def has(self, name: int) -> bool:
+        """Whether it can be found."""
+        return name in self._names
+
     def leading(self, names: Sequence[int]) -> int:
-        """How many of the first of these blocks are here."""
+        """How many of the first of these can be found."""
         return leading(names, self._names)
 
     async def after(self, call: BlocksCall) -> BlocksReply:
@@ -80,6 +82,15 @@ class BlockFeed:
         assert self._kept == sum(len(names) for _, names in self._changes) <= _KEPT, "the number of names is off"
         last = {name: is_stored for is_stored, names in self._changes for name in names}
         assert all((name in self._names) == is_stored for name, is_stored in last.items()), "a change was lost"
+
+
+class BlockFeed(Feed):
+    """Of this engine's blocks."""
+
+    def take(self, changes: Iterable[KvChange]) -> None:
+        """Note changes of the prefix cache, in order."""
+        for change in changes:
+            self.note([short(name) for name in change.names], isinstance(change, KvStored))
 
 
 def leading(names: Sequence[int], known: set[int]) -> int:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from uuid import uuid4
 
-from pdctl.engine.cache import prefix
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.peers import Abandoned, Peers, of_offer
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
-from pdctl.engine.front.kv_events import short
 from pdctl.engine.front.prefixes.directory import Directory
 from pdctl.engine.front.prefixes.feed import BlockFeed
+from pdctl.engine.front.prefixes.names import BlockNames
 from pdctl.engine.ipc.messages import Ready
 from pdctl.latency import Work
 from pdctl.net.http_client import Unreachable
-from pdctl.wire import SECRET_ENV, Offer, PeerAddress, PrefixCall
+from pdctl.wire import Offer, PeerAddress, PrefixCall
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +57,7 @@ class PrefixFetcher:
         peers: Peers,
         links: LinkBook,
         receiver: Receiver,
+        names: BlockNames,
         always: bool,
     ) -> None:
         self.totals = FetchTotals()
@@ -69,6 +67,7 @@ class PrefixFetcher:
         self._peers = peers
         self._links = links
         self._receiver = receiver
+        self._names = names
         self._always = always
         self._extra_s = _USUAL_EXTRA_S
         self._running = 0
@@ -140,21 +139,15 @@ class PrefixFetcher:
         self._extra_s += _ALPHA * (extra_s - self._extra_s)
 
     def _named(self, token_ids: Sequence[int], count: int, salt: str, names: list[int]) -> Iterator[int]:
-        """The shortened names of a prompt's first blocks, each computed when it is asked for, and put into `names`."""
-        size, name = self._ready.block_size, prefix.salted(self._root, salt)
-        for start in range(0, count * size, size):
-            name = prefix.following(name, token_ids[start : start + size])
-            names.append(short(name))
-            yield names[-1]
+        """The names of a prompt's first blocks, put into `names` when they are asked for."""
+        for name in self._names.of(token_ids, count, salt):
+            names.append(name)
+            yield name
 
     @property
     def _ready(self) -> Ready:
         assert self._core.ready is not None
         return self._core.ready
-
-    @cached_property
-    def _root(self) -> bytes:
-        return prefix.root(self._ready.endpoint.manifest, os.environ.get(SECRET_ENV, ""))
 
     def _is_worth(self, peer: PeerAddress, own: int, tokens: int) -> bool:
         if self._always:

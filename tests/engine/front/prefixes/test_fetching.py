@@ -18,6 +18,7 @@ from pdctl.engine.front.prefixes.directory import Directory
 from pdctl.engine.front.prefixes.feed import BlockFeed
 from pdctl.engine.front.prefixes.fetching import PrefixFetcher
 from pdctl.engine.front.prefixes.lending import LendingDesk
+from pdctl.engine.front.prefixes.names import BlockNames
 from pdctl.engine.handover.lease import LeaseState
 from pdctl.engine.ipc.messages import (
     Abort,
@@ -78,8 +79,9 @@ class Fetching:
         self.may_answer.set()
         found.peers.prefix = self.lend  # type: ignore[method-assign]
         self.fetcher = PrefixFetcher(
-            found.core.link, self.feed, self.directory, found.peers, found.links, found.receiver, always
-        )
+            found.core.link, self.feed, self.directory, found.peers, found.links, found.receiver,
+            BlockNames(found.core.link), always,
+        )  # fmt: skip
 
     async def lend(self, host: str, port: int, call: PrefixCall) -> PrefixReply:
         self.calls.append(call)
