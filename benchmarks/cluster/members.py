@@ -63,6 +63,7 @@ def config(entries: list[EngineEntry]) -> ProxyConfig:
 def row(count: int) -> list[str]:
     entries = fleet(count)
     pool = pool_of(entries)
+    routing = seconds(partial(route, pool), 31)
     made = config(entries)
     text = json.dumps(msgspec.to_builtins(made)).encode()
     membership = known(entries)
@@ -70,7 +71,7 @@ def row(count: int) -> list[str]:
     reload = seconds(lambda: pool.follow(msgspec.json.decode(text, type=ProxyConfig).engines, (), False), 3)
     return [
         f"{count}",
-        f"{1e6 * seconds(partial(route, pool), 31):.0f}",
+        f"{1e6 * routing:.0f}",
         f"{memory(lambda: pool_of(entries)) / 2**20:.1f}",
         f"{memory(lambda: known(entries)) / 2**20:.1f}",
         f"{len(text) / 1000:.0f}",

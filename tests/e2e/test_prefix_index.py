@@ -14,7 +14,6 @@ from pdctl.proxy_wire import PoolReply
 from tests.e2e.test_prefix import cached, tokens
 from tests.service import Run, Service, pid_of, running, topology, wait_until
 
-
 pytestmark = pytest.mark.e2e
 
 PREFILLS = ("prefill-0", "prefill-1")

@@ -19,7 +19,7 @@ _MIN_SAMPLES = 3
 _EXPLORE_EVERY = 32
 # Engines of each role that are paired for one request. All pairs of many engines would take seconds to compare, and the
 # best of some is nearly as good (Mitzenmacher, The power of two choices in randomized load balancing, 2001).
-_PAIRED = 32
+_PAIRED = 16
 # The fraction of the prefill time that prefix_aware assumes a matched prefix to save.
 _PREFIX_GAIN = 0.9
 
@@ -222,36 +222,30 @@ def candidates(views: Sequence[View]) -> list[Candidate]:
     inline = [Candidate(view, view) for view in hybrids]
     if len(hybrids) == len(views):
         return inline
-    pairs = [
-        Candidate(prefill, decodes[(number + shift) % len(decodes)])
+    # Two hybrid engines do not move KV to each other: KV goes only from prefill to hybrid to decode engines. So no two
+    # engines, full of KV for each other, wait for each other's blocks. One loop: there may be hundreds of pairs.
+    able = [
+        Candidate(prefill, decode)
         for shift in range(len(decodes))
         for number, prefill in enumerate(prefills)
+        if (decode := decodes[(number + shift) % len(decodes)]).kind == prefill.kind
+        and prefill.name not in decode.lost
+        and not (prefill.role == decode.role == "hybrid")
     ]
-    able = [pair for pair in pairs if not (_are_hybrids(pair) or pair.is_one) and _reaches(pair)]
     return able + inline or [Candidate(view, view) for view in views if view.alone]
-
-
-def _are_hybrids(pair: Candidate) -> bool:
-    """Two hybrid engines do not move KV to each other: KV goes only from prefill to hybrid to decode engines. So no two
-    engines, full of KV for each other, wait for each other's blocks."""
-    return pair.prefill.role == pair.decode.role == "hybrid"
-
-
-def _reaches(pair: Candidate) -> bool:
-    return pair.prefill.kind == pair.decode.kind and pair.prefill.name not in pair.decode.lost
 
 
 def _expected(ask: Ask, pairs: Sequence[Candidate]) -> list[tuple[float, float]]:
     """Seconds of prefill and of decode for each pair."""
-    fastest = max(pair.prefill.prompts.speed for pair in pairs) or 1.0
-    quickest = max(pair.decode.streams.speed for pair in pairs) or 1.0
-    found = []
-    for pair in pairs:
-        prompts, streams = pair.prefill.prompts, pair.decode.streams
-        prefill_s = (prompts.pending + ask.size) / (prompts.speed or fastest)
-        # Streams of an engine share its speed: the cost is the share relative to an idle engine.
-        found.append((prefill_s, (streams.pending + 1) / (streams.speed or quickest)))
-    return found
+    # An engine is in many pairs.
+    prompts = {pair.prefill.name: pair.prefill.prompts for pair in pairs}
+    streams = {pair.decode.name: pair.decode.streams for pair in pairs}
+    fastest = max(load.speed for load in prompts.values()) or 1.0
+    quickest = max(load.speed for load in streams.values()) or 1.0
+    prefill_s = {name: (load.pending + ask.size) / (load.speed or fastest) for name, load in prompts.items()}
+    # Streams of an engine share its speed: the cost is the share relative to an idle engine.
+    decode_s = {name: (load.pending + 1) / (load.speed or quickest) for name, load in streams.items()}
+    return [(prefill_s[pair.prefill.name], decode_s[pair.decode.name]) for pair in pairs]
 
 
 def _both_best(ask: Ask, pairs: Sequence[Candidate], costs: Sequence[tuple[float, float]]) -> Candidate:
@@ -259,8 +253,12 @@ def _both_best(ask: Ask, pairs: Sequence[Candidate], costs: Sequence[tuple[float
 
     The parts are compared separately because the decode time of a long answer would dominate the prefill time.
     """
-    limits = [min(cost[half] for cost in costs) * _EQUAL for half in (0, 1)]
-    good = [pair for pair, cost in zip(pairs, costs, strict=True) if cost[0] <= limits[0] and cost[1] <= limits[1]]
+    longest_prefill, longest_decode = (min(cost[half] for cost in costs) * _EQUAL for half in (0, 1))
+    good = [
+        pair
+        for pair, (prefill_s, decode_s) in zip(pairs, costs, strict=True)
+        if prefill_s <= longest_prefill and decode_s <= longest_decode
+    ]
     return good[ask.number % len(good)] if good else _least(ask, pairs, [sum(cost) for cost in costs])
 
 
