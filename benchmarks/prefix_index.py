@@ -12,6 +12,7 @@ import argparse
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from benchmarks.cluster.fleet import addresses, fleet, memory, seconds
 from pdctl.adapters import Condition
@@ -24,6 +25,7 @@ from pdctl.wire import BlocksReply
 
 # Blocks of a reply of an engine that computes 10,000 tokens a second and is asked 50 times a second, and more.
 _NEWS = 16
+_KEY = b"key"
 
 
 def told(pool: EnginePool, prompts: Sequence[bytes], pieces: int) -> None:
@@ -31,14 +33,16 @@ def told(pool: EnginePool, prompts: Sequence[bytes], pieces: int) -> None:
     prefills = [engine for engine in pool.engines if engine.address.role == "prefill"]
     each = pieces // len(prefills)
     for number, engine in enumerate(prefills):
-        own = [piece for at, prompt in enumerate(prompts) if (at + number) % 4 == 0 for piece in beginning_of(prompt).pieces]
+        theirs = [prompt for at, prompt in enumerate(prompts) if (at + number) % 4 == 0]
+        own = [piece for prompt in theirs for piece in beginning_of(prompt, _KEY).pieces]
         others = [random.getrandbits(64) for _ in range(max(0, each - len(own)))]
         engine.prefixes.heard(BlocksReply("e", 1, True, [*own, *others], []), 0.0)
 
 
-def route(pool: EnginePool, policy: RoutingPolicy, prompt: bytes) -> None:
+def route(pool: EnginePool, policy: RoutingPolicy, prompts: Sequence[bytes]) -> None:
     """As the proxy does it for a request."""
-    pieces = beginning_of(prompt, b"key").pieces if policy is prefix_aware else ()
+    prompt = random.choice(prompts)
+    pieces = beginning_of(prompt, _KEY).pieces if policy is prefix_aware else ()
     ask = Ask(float(len(prompt)), random.randrange(10**6), random.random(), 2.0, 0.2)
     assert choose(policy, pool.views(pieces), ask) is not None
 
@@ -58,16 +62,17 @@ def main() -> None:
         engine.healthy, engine.condition = True, Condition(usable=True)
     prompts = [os.urandom(MOST_PIECES * PIECE_BYTES) for _ in range(16)]
     told(pool, prompts, given.pieces)
-    print(f"{given.engines} engines, {sum(e.prefixes.told for e in pool.engines)} pieces; {cpu_name()}; CPU time, medians")
-    for policy in (min_expected_latency, prefix_aware):
-        print(f"{policy.__name__:<40} {microseconds(lambda policy=policy: route(pool, policy, random.choice(prompts)))}")
+    pieces = sum(engine.prefixes.told for engine in pool.engines)
+    print(f"{given.engines} engines, {pieces} pieces; {cpu_name()}; CPU time, medians")
+    for name, policy in (("min_expected_latency", min_expected_latency), ("prefix_aware", prefix_aware)):
+        print(f"{name:<40} {microseconds(partial(route, pool, policy, prompts))}")
     found = beginning_of(prompts[0])
-    header = to_header(found)
     print(f"{'of which names of a prompt of 16 KiB':<40} {microseconds(lambda: beginning_of(prompts[0]))}")
-    print(f"{'its header, and reading it':<40} {microseconds(lambda: from_header(to_header(found).decode()))}, {len(header)} bytes")
+    both = microseconds(lambda: from_header(to_header(found).decode()))
+    print(f"{'its header, and reading it':<40} {both}, {len(to_header(found))} bytes")
     known = pool.engines[0].prefixes
-    news = [random.getrandbits(64) for _ in range(_NEWS)]
-    print(f"{f'news of {_NEWS} pieces':<40} {microseconds(lambda: known.heard(BlocksReply('e', 1, False, news, []), 0.0))}")
+    news = BlocksReply("e", 1, False, [random.getrandbits(64) for _ in range(_NEWS)], [])
+    print(f"{f'news of {_NEWS} pieces':<40} {microseconds(lambda: known.heard(news, 0.0))}")
 
     def one() -> KnownPrefixes:
         made = KnownPrefixes()

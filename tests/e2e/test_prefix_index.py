@@ -47,7 +47,7 @@ def test_a_new_proxy_sends_prompts_where_their_kv_is(service: Service) -> None:
     psutil.Process(pid_of(proxy)).kill()
     service.restarted(proxy)
     service.healthy()
-    wait_until(lambda: sum(told(service)[name] for name in PREFILLS) >= before + 6 * 5, what="the same from the new one")
+    wait_until(lambda: sum(told(service)[name] for name in PREFILLS) >= before + 6 * 5, what="the same news")
     answers = [service.complete(prompt, max_tokens=4) for prompt in asked]
     assert [answer["token_ids"] for answer in answers] == expected
     assert min(cached(answer) for answer in answers) >= 384, "all but the last block, of every prompt"
