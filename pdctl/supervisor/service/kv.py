@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Never, TypeVar
 
 import msgspec
 
@@ -27,6 +28,8 @@ _SERVERS = ("prefill", "hybrid")
 _CALL_S = 2.0
 _CALL_TRIES = 3
 _STATE_S = 1.0
+# Engines have it for load balancers. A connection that was idle for 30 s is not used again.
+_HEALTH_PATH, _STAY_S = "/health", 20.0
 # Without the secret, a proxy that lives refuses it.
 _PROXY_PATH = "/pdctl/v1/pool"
 # An engine needs up to 10 s per link, and makes its links concurrently.
@@ -108,6 +111,22 @@ class KvWatch:
             for member in self._able(Ability.RELEASE_BY_HOLDER):
                 for holder in holders:
                     tasks.create_task(self._reclaim_at(member, holder))
+
+    async def stay_connected_forever(self) -> Never:
+        """Keep a connection to each engine of other nodes that is to hear of deaths: to make one then, with TLS, takes
+        longer than the word itself."""
+        while True:
+            await asyncio.sleep(_STAY_S * (0.8 + 0.2 * random.random()))  # noqa: S311 - jitter, no secret
+            far = self._remote()
+            able = [member for member in self._able(Ability.RELEASE_BY_HOLDER, also=far) if member in far]
+            async with asyncio.TaskGroup() as tasks:
+                for member in able:
+                    tasks.create_task(self._stay_connected(member))
+
+    async def _stay_connected(self, member: Member) -> None:
+        # Who does not answer is told by new connections, with tries.
+        with contextlib.suppress(Unreachable):
+            await self.target(member).pool.request("GET", _HEALTH_PATH, timeout_s=_CALL_S)
 
     async def _reclaim_at(self, member: Member, holder: str) -> None:
         try:

@@ -156,6 +156,7 @@ class RunningService:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._links.keep_forever())
             tasks.create_task(self._sweeper.run_forever())
+            tasks.create_task(self._kv.stay_connected_forever())
 
     async def keep_nodes_forever(self) -> None:
         """Watch the engines that registered themselves."""

@@ -96,6 +96,46 @@ def test_a_kind_without_the_abilities_is_not_called(monkeypatch: pytest.MonkeyPa
     assert front.calls == []
 
 
+def test_engines_elsewhere_hear_of_a_death_over_a_connection_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdctl.supervisor.service.kv._STAY_S", 0.01)
+    connections, paths = list[asyncio.StreamWriter](), list[str]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                paths.append(head.split()[1].decode())
+                lengths = [int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-l")]
+                await reader.readexactly(sum(lengths))
+                writer.write(b'HTTP/1.1 200 X\r\ncontent-length: 14\r\n\r\n{"released":0}')
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def run() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server, asyncio.timeout(60):
+            far = Member("p0", "builtin", "prefill", "127.0.0.1", server.sockets[0].getsockname()[1], "e1")
+            silent = Member("p1", "builtin", "prefill", "127.0.0.1", 1, "e1")
+            near = Member("d0", "builtin", "decode", "127.0.0.1", 2, "e2")
+            watch = KvWatch("s", lambda: [near], set, lambda *words: None, remote=lambda: [far, silent])
+            staying = asyncio.create_task(watch.stay_connected_forever())
+            while len(paths) < 3:
+                await asyncio.sleep(0)
+            monkeypatch.setattr("pdctl.supervisor.service.kv._STAY_S", 1000.0)
+            while not watch.target(far).pool._idle:
+                await asyncio.sleep(0)
+            staying.cancel()
+            await watch.reclaim("d0", "d0@e2")
+            watch.close()
+            while any(not writer.is_closing() for writer in connections):
+                await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert paths == ["/health"] * (len(paths) - 1) + ["/pdctl/v1/holders/release"]
+    assert len(connections) == 1
+
+
 def test_engines_that_fetch_prefixes_are_told_of_all_others_of_their_kind() -> None:
     front = Front(503)
     others = [Member("p1", "builtin", "prefill", "h", 2, "e2"), Member("v", "vllm", "prefill", "h", 3, "e3")]
