@@ -24,7 +24,6 @@ from pdctl.engine.ipc.messages import (
     Find,
     HandBack,
     Keep,
-    KvChanges,
     Linked,
     Move,
     Poke,
@@ -303,11 +302,9 @@ class Core:
             self._steps += 1
             for block_ids in [done.block_ids for done in outcome.progress] + [done.block_ids for done in outcome.held]:
                 self.executor.publish(block_ids)
-        if changes := self.scheduler.kv_changes():
-            self.outbox.put(KvChanges(changes))
-        books = self.scheduler.books(self._steps)
+        books, changes = self.scheduler.books(self._steps), self.scheduler.kv_changes()
         self.outbox.put(
-            StepDone(outcome.tokens, outcome.held, self._failed, books, outcome.progress, outcome.withdrawn)
+            StepDone(outcome.tokens, outcome.held, self._failed, books, outcome.progress, outcome.withdrawn, changes)
         )
         self._failed = []
         self._books_due = False

@@ -28,7 +28,6 @@ from pdctl.engine.ipc.messages import (
     HandBack,
     Held,
     KvChange,
-    KvChanges,
     Linked,
     Move,
     Poke,
@@ -153,9 +152,6 @@ class CoreClient:
                         message.attention,
                     )  # fmt: skip
                     self.books = Books(blocks_free=message.num_blocks)
-                case KvChanges(changes):
-                    for take in self.on_kv_changes:
-                        take(changes)
                 case Linked():
                     self.on_linked(message)
                 case Broken(reason):
@@ -242,6 +238,9 @@ class CoreClient:
         self._asked_at, self._heard_at = 0.0, time.monotonic()
         self.books = step.books
         self.tokens_total += len(step.tokens) + len(step.held)
+        if step.kv_changes:
+            for take in self.on_kv_changes:
+                take(step.kv_changes)
         for withdrawn in step.withdrawn:
             self._deliver(withdrawn.request_id, withdrawn)
         for progress in step.progress:

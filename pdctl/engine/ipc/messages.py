@@ -294,17 +294,6 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     asked_ahead: dict[str, int] = {}
 
 
-class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The results of one step."""
-
-    tokens: list[Token]
-    held: list[Held]
-    failed: list[Failed]
-    books: Books
-    progress: list[Progress] = []
-    withdrawn: list[Withdrawn] = []
-
-
 class KvStored(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Blocks that can be found by their names now, each after the one before it; the first one after `parent`.
     `tokens`: those of all these blocks, if they are told."""
@@ -323,10 +312,16 @@ class KvRemoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
 KvChange = KvStored | KvRemoved
 
 
-class KvChanges(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Changes of the prefix cache, in order. Sent only if the engine tells them to somebody."""
+class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The results of one step. `kv_changes`: of the prefix cache, in order."""
 
-    changes: list[KvChange]
+    tokens: list[Token]
+    held: list[Held]
+    failed: list[Failed]
+    books: Books
+    progress: list[Progress] = []
+    withdrawn: list[Withdrawn] = []
+    kv_changes: list[KvChange] = []
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -362,4 +357,4 @@ class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
     link: LinkInfo
 
 
-FromCore = Ready | StartRefused | Broken | StepDone | KvChanges | Reserved | Found | Pulled | Linked
+FromCore = Ready | StartRefused | Broken | StepDone | Reserved | Found | Pulled | Linked
