@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from pdctl.errors import NotRunning
 from pdctl.supervisor.cluster.entries import EngineEntry
-from tests.hosts.cluster import PROXY_PORT, Cluster
+from tests.hosts.cluster import PROXY_PORT, TTL_S, Cluster
 from tests.hosts.load import Question, Streams
 from tests.service import wait_until
 from tests.trace_check import check
@@ -189,8 +190,19 @@ class Trial:
         waits = self._freed_after(reader, died_at)
         for wait in waits:
             self.report.figure(figure, wait)
+        if within_s < TTL_S and (seen := self._seen_after(reader, died_at)) is not None:
+            self.report.figure(f"of that, until its agent saw it: {what}, s", seen)
         holds = bool(waits) and max(waits) < within_s
         self.report.hold(f"{what}: its leases on other nodes are free within {within_s:g} s", holds, waits)
+
+    def _seen_after(self, reader: EngineEntry, died_at: float) -> float | None:
+        """How long after its death its agent, which lives, wrote it into the journal, to the millisecond."""
+        since_boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        for event in self.cluster.control(reader.node).events(follow=False):
+            after = datetime.fromisoformat(event.at).timestamp() - since_boot - died_at
+            if event.event == "exited" and event.process.endswith(reader.name) and after > -0.005:
+                return after
+        return None
 
     def _freed_after(self, reader: EngineEntry, died_at: float) -> list[float]:
         """How long after its death each lease that it held elsewhere was freed. What only stood still claims again."""
