@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from pdctl.engine.schedule.batch import Slice
 
-# With fewer rows a product costs hardly less. Of so many microbatches for each stage the pipeline's idle part is small:
-# (stages - 1) / (number + stages - 1).
-_FEWEST_ROWS, _MOST_EACH = 64, 4
+# With fewer rows a product costs hardly less (docs/performance.md). The pipeline's idle part is (stages - 1) / (number +
+# stages - 1): more microbatches make it smaller, but each costs a pass, and more of them were no faster.
+_FEWEST_ROWS, _MOST_EACH = 128, 2
 
 
 def microbatches(batch: list[Slice], stages: int) -> list[list[Slice]]:

@@ -112,7 +112,7 @@ def test_ranks_answer_as_one_process_does(ranks: int, tiny_model: Path, tmp_path
     assert list(tmp_path.iterdir()) == [], "nothing is left of the meeting"
 
 
-@pytest.mark.parametrize(("ranks", "fewest"), [(1, 64), (1, 5), (2, 5)])
+@pytest.mark.parametrize(("ranks", "fewest"), [(1, 128), (1, 5), (2, 5)])
 def test_stages_answer_as_one_process_does(
     ranks: int, fewest: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
