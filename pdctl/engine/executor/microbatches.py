@@ -15,7 +15,7 @@ from dataclasses import replace
 from pdctl.engine.schedule.batch import Slice
 
 # With fewer rows a product costs hardly less (docs/performance.md). The pipeline's idle part is
-# (stages - 1) / (number + stages - 1): more microbatches make it smaller, but each costs a pass, and more were no faster.
+# (stages - 1) / (number + stages - 1): more microbatches make it smaller, but each costs a pass; more were no faster.
 _FEWEST_ROWS, _MOST_EACH = 128, 2
 
 
