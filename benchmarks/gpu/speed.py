@@ -22,7 +22,6 @@ import torch
 
 from benchmarks.gpu.limits import copy_bytes_per_second, matrix_flops_per_second
 from benchmarks.gpu.models import SHAPES, Weights, make
-from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.cache.kv_pool import DTYPES, KvPool
 from pdctl.engine.cache.layout import block_bytes
@@ -37,6 +36,7 @@ from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.schedule.batch import Limits
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
+from pdctl.names.attention import ATTENTION_NAMES
 from pdctl.wire import Manifest
 
 _PROMPT = 128

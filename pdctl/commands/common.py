@@ -13,7 +13,7 @@ import typer
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.processes.presence import left_running, living_services
 from pdctl.host.users import run_root
-from pdctl.service_names import checked_service
+from pdctl.names.services import checked_service
 from pdctl.user_files import read_user_text
 
 if TYPE_CHECKING:

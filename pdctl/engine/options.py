@@ -6,10 +6,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdctl.attention_names import ATTENTION_NAMES
+from pdctl.names.attention import ATTENTION_NAMES
+from pdctl.names.parsers import REASONING_PARSERS, TOOL_PARSERS
+from pdctl.names.policies import FETCH_PREFIXES, KV_EVENTS, POLICY_NAMES, SCHEDULE_AHEAD
 from pdctl.net import LOOPBACK
-from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
-from pdctl.policy_names import FETCH_PREFIXES, KV_EVENTS, POLICY_NAMES, SCHEDULE_AHEAD
 from pdctl.speculative import parse_speculative
 
 

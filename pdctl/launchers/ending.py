@@ -14,7 +14,7 @@ from pdctl.host.processes.presence import left_running, supervisor_of
 from pdctl.host.processes.waiting import readable
 from pdctl.host.users import run_root
 from pdctl.launchers.node import control_group, file_of
-from pdctl.service_names import checked_service
+from pdctl.names.services import checked_service
 from pdctl.supervisor.process.tree import SweptTree, end_tree, kill_quietly
 from pdctl.wire import UNIT_ENV
 

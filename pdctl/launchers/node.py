@@ -15,7 +15,7 @@ from pdctl.host.users import run_root, state_root
 from pdctl.launchers.daemon import Daemon, start_daemon
 from pdctl.launchers.environment import environment_of, parse_environment, reserved_gpus
 from pdctl.launchers.keeper import Keeper, Kept
-from pdctl.service_names import checked_service
+from pdctl.names.services import checked_service
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _LAST_LINES, _LAST_BYTES = 3, 4000

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pdctl.adapters import kinds
-from pdctl.attention_names import ATTENTION_NAMES
+from pdctl.names.attention import ATTENTION_NAMES
+from pdctl.names.parsers import REASONING_PARSERS, TOOL_PARSERS
+from pdctl.names.policies import KV_EVENTS, POLICY_NAMES
+from pdctl.names.services import NAME, NAME_WORDS
 from pdctl.net import LOOPBACK_PORT
-from pdctl.parser_names import REASONING_PARSERS, TOOL_PARSERS
-from pdctl.policy_names import KV_EVENTS, POLICY_NAMES
-from pdctl.service_names import NAME, NAME_WORDS
 from pdctl.stores import store_kinds
 from pdctl.topology.spec import Device, Role
 from pdctl.topology.values import (

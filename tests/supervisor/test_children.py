@@ -19,6 +19,7 @@ import msgspec
 import psutil
 import pytest
 
+from pdctl.control_api import client
 from pdctl.errors import NotAnswering, NotRunning, PdctlError
 from pdctl.host.processes.claims import PortClaims, claimed_ports
 from pdctl.plan import Plan, Probe
@@ -757,7 +758,7 @@ def test_a_version_that_cannot_go_on_is_refused_before_anything_ends(tmp_path: P
             found.control.upgrade([shutil.which("false") or "/bin/false"], found.plan)
         order = msgspec.json.encode({"program": program, "plan": {"of": "the future"}})
         with pytest.raises(PdctlError, match="does not start: error: the plan is of another version"):
-            found.control._do("/v1/upgrade", order, within_s=60.0)
+            found.control._do("/v1/upgrade", order, within_s=client._UPGRADE_S)
         assert (found.ready("a").pid, found.status().supervisor_epoch) == (a.pid, epoch)
         upgraded(found, found.plan, program)  # one that can is not refused afterwards
         assert found.ready("a").pid == a.pid

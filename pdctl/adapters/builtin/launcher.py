@@ -15,7 +15,7 @@ from pdctl.adapters import (
     different_installations,
 )
 from pdctl.host import ENGINE_PACKAGES
-from pdctl.policy_names import SEGMENT_TOKENS
+from pdctl.names.policies import SEGMENT_TOKENS
 from pdctl.speculative import format_speculative
 from pdctl.topology.spec import Device, EngineGroup, Topology, Transfer
 

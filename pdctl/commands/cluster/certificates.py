@@ -41,7 +41,7 @@ def init(
     """Make the CA of a service's cluster, and the secret that its processes share."""
     with _needs_cryptography():
         from pdctl.commands.cluster.folder import CaFolder
-    from pdctl.service_names import checked_service
+    from pdctl.names.services import checked_service
 
     made = CaFolder.create(folder, checked_service(service))
     console.note(f"made the CA of service {service} in {folder}: whoever has {folder}/ca.key can be any node")

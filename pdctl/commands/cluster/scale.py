@@ -36,7 +36,11 @@ def with_replicas(text: str, source: str, counts: Mapping[str, int]) -> str:
         if group not in known:
             raise PdctlError(f"pdctl starts no engine group {group!r}", f"known: {', '.join(known)}")
     for group, count in counts.items():
-        text = _with_count(text, known[group], count)
+        # `data_parallel` may make several engines of each replica.
+        each = _counts(load_cluster_text(_with_count(text, known[group], 1), source))[group]
+        if count % each:
+            raise PdctlError(f"each replica of {group} is {each} engines", f"for example: pdctl scale {group}={each}")
+        text = _with_count(text, known[group], count // each)
     # A text that is written in another way than usual may be changed in the wrong place, or not at all.
     if _counts(load_cluster_text(text, source)) != _counts(topology) | dict(counts):
         hint = "edit replicas in the file, then: pdctl apply -f FILE"

@@ -126,7 +126,7 @@ class Imagined:
         """The whole service. Raises PdctlError."""
         import os
 
-        from pdctl.policy_names import POLICY_NAMES
+        from pdctl.names.policies import POLICY_NAMES
         from pdctl.simulation.engines.fleets import of_topology, parse_fault
         from pdctl.simulation.spec import Costs
 

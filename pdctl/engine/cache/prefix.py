@@ -11,7 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
-from pdctl.policy_names import SEGMENT_TOKENS
+from pdctl.names.policies import SEGMENT_TOKENS
 from pdctl.wire import Manifest
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from pdctl.adapters import Attempt, Call, CannotResume, EngineError, HandShake, Prefilled
 from pdctl.net.asgi import new_name
-from pdctl.net.beginnings import to_header
 from pdctl.net.http_client import Exchange, Unreachable
 from pdctl.proxy.answers.stream import EventReader
 from pdctl.proxy.engines.accounts import AnswerLoad, PromptLoad, unreachable
@@ -22,9 +21,9 @@ from pdctl.proxy.request.failover import Cause, Failure, classify
 from pdctl.proxy.request.leg import Leg, Move, Shared
 from pdctl.proxy.request.unfinished import Called
 from pdctl.proxy.telemetry.spans import EngineCall
-from pdctl.wire import ATTEMPT_HEADER, BEGINNING_HEADER, TIMING_HEADER
+from pdctl.wire import ATTEMPT_HEADER, TIMING_HEADER
 
-_ATTEMPT, _TIMING, _BEGINNING = (name.encode() for name in (ATTEMPT_HEADER, TIMING_HEADER, BEGINNING_HEADER))
+_ATTEMPT, _TIMING = ATTEMPT_HEADER.encode(), TIMING_HEADER.encode()
 # Interval of the checks of a suspect's stream, seconds.
 _SUSPECT_LOOK_S = 0.1
 # Longest wait for room for a prompt's KV, seconds; then another engine is tried.
@@ -289,9 +288,7 @@ def _lines(leg: Leg, engine: Engine, traced: bytes) -> bytes:
     Some engines treat two requests with the same id as one request.
     """
     name = f"{leg.name}-{new_name()}" if engine.dialect.keys_by_request_id else leg.name
-    beginning = b""
-    if leg.beginning is not None and engine.dialect.tells_pieces:
-        beginning = b"%b: %b\r\n" % (_BEGINNING, to_header(leg.beginning))
+    beginning = leg.beginning_line if engine.dialect.tells_pieces else b""
     return b"%b%b%b%bx-request-id: %b\r\n" % (engine.headers, leg.headers, beginning, traced, name.encode())
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2s
 from typing import NamedTuple
 
 from pdctl.adapters import RequestState
-from pdctl.net.beginnings import Beginning
+from pdctl.net.beginnings import Beginning, to_header
 from pdctl.proxy.answers.sinks import Sink
 from pdctl.proxy.engines.breaker import RetryBudget
 from pdctl.proxy.engines.engine import Engine
@@ -24,7 +24,7 @@ from pdctl.proxy.takeover.notes import Progress
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.spans import NO_TRACE, RequestTrace
 from pdctl.proxy.telemetry.timing import Timing
-from pdctl.wire import ORDER_HEADER, SLO_HEADER, TENANT_HEADER
+from pdctl.wire import BEGINNING_HEADER, ORDER_HEADER, SLO_HEADER, TENANT_HEADER
 
 # An answer that is not streamed and has at most this many tokens is requested in one piece: computing it again after a
 # failure is cheaper than relaying it token by token.
@@ -121,6 +121,11 @@ class Leg:
     def pieces(self) -> tuple[int, ...]:
         """The names of the prompt's first pieces, as far as anybody asks for them."""
         return self.beginning.pieces if self.beginning is not None else ()
+
+    @cached_property
+    def beginning_line(self) -> bytes:
+        """The names of the prompt's first pieces, as a header line: each of its calls carries it."""
+        return b"%b: %b\r\n" % (BEGINNING_HEADER.encode(), to_header(self.beginning)) if self.beginning else b""
 
     @property
     def in_one_piece(self) -> bool:

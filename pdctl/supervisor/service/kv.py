@@ -30,6 +30,8 @@ _CALL_TRIES = 3
 _STATE_S = 1.0
 # Engines have it for load balancers. A connection that was idle for 30 s is not used again.
 _HEALTH_PATH, _STAY_S = "/health", 20.0
+# Hundreds of engines are not called at once.
+_STAY_AT_ONCE = 16
 # Without the secret, a proxy that lives refuses it.
 _PROXY_PATH = "/pdctl/v1/pool"
 # An engine needs up to 10 s per link, and makes its links concurrently.
@@ -93,6 +95,7 @@ class KvWatch:
         self._caller = Caller(secret)
         # By holder: a restarted engine counts as another one, whatever its port.
         self._pools: dict[str, ConnectionPool] = {}
+        self._staying = asyncio.Semaphore(_STAY_AT_ONCE)
 
     # -- dead processes ------------------------------------------------------------------------------------
 
@@ -117,16 +120,16 @@ class KvWatch:
         longer than the word itself."""
         while True:
             await asyncio.sleep(_STAY_S * (0.8 + 0.2 * random.random()))  # noqa: S311 - jitter, no secret
-            far = self._remote()
-            able = [member for member in self._able(Ability.RELEASE_BY_HOLDER, also=far) if member in far]
             async with asyncio.TaskGroup() as tasks:
-                for member in able:
-                    tasks.create_task(self._stay_connected(member))
+                for member in self._remote():
+                    if Ability.RELEASE_BY_HOLDER in member.control.abilities:
+                        tasks.create_task(self._stay_connected(member))
 
     async def _stay_connected(self, member: Member) -> None:
         # Who does not answer is told by new connections, with tries.
-        with contextlib.suppress(Unreachable):
-            await self.target(member).pool.request("GET", _HEALTH_PATH, timeout_s=_CALL_S)
+        async with self._staying:
+            with contextlib.suppress(Unreachable):
+                await self.target(member).pool.request("GET", _HEALTH_PATH, timeout_s=_CALL_S)
 
     async def _reclaim_at(self, member: Member, holder: str) -> None:
         try:

@@ -158,6 +158,13 @@ def test_only_the_number_changes(text: str, group: str, count: int) -> None:
     assert [line for line in before if line not in after and "replicas" not in line] == []
 
 
+def test_engines_are_counted_whatever_a_replica_is() -> None:
+    text = TEXT.replace("replicas = 2   # both", "data_parallel = 2\nreplicas = 2   # both")
+    assert with_replicas(text, "f", {"prefill": 6}) == text.replace("replicas = 2   # both", "replicas = 3   # both")
+    with pytest.raises(PdctlError, match="each replica of prefill is 2 engines"):
+        with_replicas(text, "f", {"prefill": 3})
+
+
 def test_a_text_that_cannot_be_edited_is_left(found: Served) -> None:
     inline = TEXT.partition("[[engines]]")[0]
     inline = 'engines = [{name = "prefill", role = "prefill"}, {name = "decode", role = "decode"}]\n' + inline

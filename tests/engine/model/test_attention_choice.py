@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from pdctl.attention_names import ATTENTION_NAMES
 from pdctl.engine.model.attention import BACKENDS, Backend, choice, flashinfer, open_backend, varlen
 from pdctl.engine.model.attention.batch import LayerNeed, PoolNeed
 from pdctl.engine.model.attention.choice import AttentionRefused, choose, first_of
+from pdctl.names.attention import ATTENTION_NAMES
 from tests.engine.model.attention_mixes import Mix, mix
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from pdctl.engine.front.handover.receiver import KvLost
 from pdctl.engine.front.routers.desk import RouterDesk
 from pdctl.engine.front.routers.transfers import Router, Transfer, Transfers
 from pdctl.engine.front.spans import EngineSpans
-from pdctl.engine.ipc.messages import Ready
+from pdctl.engine.ipc.messages import Ready, Sampling
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
 from pdctl.net.beginnings import from_header
@@ -109,20 +109,13 @@ class EngineService:
         self._check_model(parsed.model)
         began = self._clock(headers)
         token_ids = self._prompt_ids(parsed, ready, began)
-        transfer = self._transfer(parsed, headers)
-        hand_over = transfer.hand_over
-        given = [*(parsed.resume_token_ids or []), *([hand_over.first_token_id] if hand_over else [])]
-        if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
-            raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
+        transfer = self._transfer(parsed, headers, ready)
         ours = transfer.router is Router.OURS
         options = parsed.stream_options
-        forbidden = self.codec.forbidden(openai.bad_words(parsed))
-        sampling = openai.sampling_of(parsed, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
         request_id = asgi.request_id({b"x-request-id": headers.get("x-request-id", "").encode()})
         internal = headers if self.control.is_internal(headers.get("authorization", "")) else {}
         splits_reasoning = chat and parsed.separate_reasoning is not False
-        if splits_reasoning and sampling.grammar:
-            sampling = msgspec.structs.replace(sampling, thinking=self.generator.thinking(token_ids))
+        sampling = self._sampling(parsed, token_ids, ready, splits_reasoning)
         ttft_s, tpot_s = targets(parsed.slo, headers.get(SLO_HEADER, ""))
         signed = internal.get(FINGERPRINT_HEADER) or FINGERPRINT
         envelope = Envelope(request_id, chat, served, bool(parsed.return_token_ids), int(began), signed)
@@ -137,7 +130,7 @@ class EngineService:
             include_usage=bool(options and options.include_usage),
             resume=parsed.resume_token_ids or [],
             hold=transfer.hold,
-            hand_over=hand_over,
+            hand_over=transfer.hand_over,
             include_stop=bool(parsed.include_stop_str_in_output),
             echo=self._echo(parsed, token_ids),
             # As in vLLM: only together with include_usage.
@@ -162,6 +155,16 @@ class EngineService:
             shows_reasoning=parsed.include_reasoning is not False,
         )
         return openai.only_for_kv(request) if request.hold and not ours else request
+
+    def _sampling(
+        self, body: CompletionBody | ChatBody, token_ids: list[int], ready: Ready, splits_reasoning: bool
+    ) -> Sampling:
+        """How its tokens are chosen. Raises ApiError."""
+        forbidden = self.codec.forbidden(openai.bad_words(body))
+        found = openai.sampling_of(body, len(token_ids), ready.max_model_len, ready.vocab_size, forbidden)
+        if splits_reasoning and found.grammar:
+            return msgspec.structs.replace(found, thinking=self.generator.thinking(token_ids))
+        return found
 
     def _clock(self, headers: dict[str, str]) -> float:
         """When the request began, from the proxy's header, so that all engines agree."""
@@ -212,11 +215,16 @@ class EngineService:
         whole = isinstance(body.prompt, str) and body.truncate_prompt_tokens is None
         return str(body.prompt) if whole else self.codec.shown(token_ids)
 
-    def _transfer(self, body: CompletionBody | ChatBody, headers: dict[str, str]) -> Transfer:
+    def _transfer(self, body: CompletionBody | ChatBody, headers: dict[str, str], ready: Ready) -> Transfer:
+        """What goes to another engine or comes from one. Raises ApiError."""
         internal = self.control.is_internal(headers.get("authorization", ""))
         if body.resume_token_ids and not internal:
             raise ApiError(403, "only this service's own processes may send resume_token_ids")
-        return self.transfers.of(body, internal)
+        found = self.transfers.of(body, internal)
+        given = [*(body.resume_token_ids or []), *([found.hand_over.first_token_id] if found.hand_over else [])]
+        if given and not 0 <= min(given) <= max(given) < ready.vocab_size:
+            raise ApiError(400, f"resumed token ids must be from 0 to {ready.vocab_size - 1}", param="resume_token_ids")
+        return found
 
     async def _models(self, _: Request) -> Response:
         card = {"id": self.options.served_model_name, "object": "model", "created": self._created, "owned_by": "pdctl"}

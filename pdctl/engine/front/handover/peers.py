@@ -55,6 +55,11 @@ class LeaseRef:
     block_ids: list[int]
     endpoint: KvEndpoint
 
+    @property
+    def what(self) -> str:
+        """For a log."""
+        return f"lease {self.lease_id}"
+
 
 @dataclass(frozen=True, slots=True)
 class Abandoned:
@@ -63,6 +68,11 @@ class Abandoned:
     host: str
     port: int
     attempt: str
+
+    @property
+    def what(self) -> str:
+        """For a log."""
+        return f"what call {self.attempt} was granted"
 
 
 def of_hand_over(given: HandOver) -> LeaseRef:
@@ -149,7 +159,7 @@ class Peers:
                     pool, call = self._pool(lease.host, lease.port), AttemptCall(lease.attempt)
                     await self._caller.post(pool, ATTEMPTS_PATH, call, HolderReply, _CALL_S)
         except Unreachable as failure:
-            _log.info("%s is left to its deadline: %s", lease, failure)
+            _log.info("%s is left to its deadline: %s", lease.what, failure)
         finally:
             self._releasing -= 1
 

@@ -10,7 +10,7 @@ from typing import Never
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.front.prefixes.directory import Directory
 from pdctl.net.http_client import Unreachable
-from pdctl.wire import BlocksCall, NeighboursCall, NeighboursReply, PeerAddress
+from pdctl.wire import NeighboursCall, NeighboursReply, PeerAddress
 
 _log = logging.getLogger(__name__)
 
@@ -44,16 +44,17 @@ class Follower:
     async def _follow_forever(self, peer: PeerAddress) -> Never:
         failures = 0
         while True:
-            epoch, sequence = self._directory.place(peer.name)
             try:
-                reply = await self._peers.blocks(peer.host, peer.port, BlocksCall(epoch, sequence, _WAIT_S), _WAIT_S)
-                failures = 0
-                self._directory.heard(peer.name, reply)
-                continue
+                call = self._directory.call(peer.name, _WAIT_S)
+                if self._directory.heard(peer.name, await self._peers.blocks(peer.host, peer.port, call, _WAIT_S)):
+                    failures = 0
+                    continue
+                reason = "its answer does not follow the one before"
             except Unreachable as failure:
-                if not failures:
-                    _log.info("what %s has is not known: %s", peer.name, failure)
+                reason = str(failure)
                 self._directory.forget(peer.name)
+            if not failures:
+                _log.info("what %s has is not known: %s", peer.name, reason)
             pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(failures, 10))
             await asyncio.sleep(pause_s * (0.5 + 0.5 * random.random()))  # noqa: S311 - jitter, no secret
             failures += 1

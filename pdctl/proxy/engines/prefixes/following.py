@@ -61,6 +61,6 @@ async def _ask(engine: Engine) -> str:
         return str(failure)
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:
         return f"its answer is not one: {failure}"
-    if engine.lives == life:
-        engine.prefixes.heard(reply, time.monotonic())
+    if engine.lives == life and not engine.prefixes.heard(reply, time.monotonic()):
+        return "its answer does not follow the one before"
     return ""

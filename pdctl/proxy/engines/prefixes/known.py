@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from pdctl.net.beginnings import PIECE_BYTES
+from pdctl.net.told import Told
 from pdctl.wire import BlocksCall, BlocksReply
 
 _MOST_PIECES = 65536
@@ -20,8 +21,7 @@ class KnownPrefixes:
 
     def __init__(self) -> None:
         self._seen: OrderedDict[int, float] = OrderedDict()
-        self._told: set[int] = set()
-        self._epoch, self._sequence = "", 0
+        self._told = Told()
         self._told_at: float | None = None
 
     def add(self, pieces: Sequence[int], now: float) -> None:
@@ -34,24 +34,18 @@ class KnownPrefixes:
 
     def call(self) -> BlocksCall:
         """What to ask it."""
-        return BlocksCall(self._epoch, self._sequence, WAIT_S)
+        return self._told.call(WAIT_S)
 
-    def heard(self, reply: BlocksReply, now: float) -> None:
-        """Its answer to `call`. One that does not follow what is known makes everything unknown, and is asked for."""
-        if reply.whole:
-            self._told = set(reply.stored)
-        elif reply.epoch == self._epoch and reply.sequence >= self._sequence:
-            self._told.update(reply.stored)
-            self._told.difference_update(reply.removed)
-        else:
-            self.lost()
-            return
-        self._epoch, self._sequence, self._told_at = reply.epoch, reply.sequence, now
+    def heard(self, reply: BlocksReply, now: float) -> bool:
+        """Its answer to `call`. One that does not follow what is known makes everything unknown; returns False then."""
+        follows = self._told.heard(reply)
+        self._told_at = now if follows else None
+        return follows
 
     def lost(self) -> None:
         """It did not answer: what it has told is not known any more."""
-        self._told.clear()
-        self._epoch, self._sequence, self._told_at = "", 0, None
+        self._told.forget()
+        self._told_at = None
 
     def matched(self, pieces: Sequence[int], now: float) -> float:
         """Length in bytes of the prompt's known beginning."""
@@ -61,7 +55,7 @@ class KnownPrefixes:
             fresh = now - _TOLD_WITHIN_S
             count = 0
             for piece in pieces:
-                if piece not in self._told and self._seen.get(piece, -1.0) < fresh:
+                if piece not in self._told.names and self._seen.get(piece, -1.0) < fresh:
                     break
                 count += 1
         return float(count * PIECE_BYTES)
@@ -69,7 +63,7 @@ class KnownPrefixes:
     @property
     def told(self) -> int:
         """How many pieces it has told of."""
-        return len(self._told)
+        return len(self._told.names)
 
     def clear(self) -> None:
         """The engine is a new one."""

@@ -5,7 +5,7 @@ import pytest
 from pdctl.engine.front.api.parsers import choose
 from pdctl.engine.front.api.parsers.reasoning import MISTRAL, THINK
 from pdctl.engine.front.api.parsers.tool_calls import family
-from pdctl.parser_names import REASONING_PARSERS, TOOL_FAMILIES, TOOL_PARSERS
+from pdctl.names.parsers import REASONING_PARSERS, TOOL_FAMILIES, TOOL_PARSERS
 
 # How the families' templates write calls, in short. The marks are those of vLLM's examples/tool_chat_template_*.jinja
 # for hermes, llama3.1_json, llama3.2_json, mistral3 and qwen3coder.

@@ -40,8 +40,8 @@ def met() -> Directory:
 
 
 def hear(directory: Directory, feed: BlockFeed) -> BlocksReply:
-    epoch, sequence = directory.place("p0")
-    reply = ask(feed, epoch, sequence)
+    call = directory.call("p0", 0.0)
+    reply = ask(feed, call.epoch, call.after)
     directory.heard("p0", reply)
     return reply
 
@@ -114,11 +114,11 @@ def test_an_engine_that_ends_answers_at_once() -> None:
 
 def test_an_answer_that_does_not_follow_what_is_known_is_not_believed() -> None:
     directory = met()
-    directory.heard("p0", BlocksReply("e1", 5, True, [1, 2], []))
+    assert directory.heard("p0", BlocksReply("e1", 5, True, [1, 2], []))
     assert directory.best([1, 2, 3]) == (PEER, 2)
-    directory.heard("p0", BlocksReply("e2", 6, False, [3], []))
+    assert not directory.heard("p0", BlocksReply("e2", 6, False, [3], [])), "it is asked again after a pause"
     assert directory.best([1]) is None
-    assert directory.place("p0") == ("", 0), "all is asked for again"
+    assert directory.call("p0", 1.0) == BlocksCall("", 0, 1.0), "all is asked for again"
     directory.heard("stranger", BlocksReply("e1", 5, True, [1], []))
     assert directory.best([1]) is None
 

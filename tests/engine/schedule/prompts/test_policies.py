@@ -16,7 +16,7 @@ from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.engine.schedule.prompts.share import LONGEST_WAIT_S
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
-from pdctl.policy_names import POLICY_NAMES
+from pdctl.names.policies import POLICY_NAMES
 
 CHUNK, BLOCK = 64, 16
 # Seconds that a step takes per token: what a latency model without measurements predicts.

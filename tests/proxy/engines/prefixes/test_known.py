@@ -58,7 +58,7 @@ def test_an_engine_that_is_silent_for_long_is_not_believed() -> None:
 def test_what_does_not_follow_makes_everything_unknown(reply: BlocksReply) -> None:
     known = KnownPrefixes()
     known.heard(told(1, 2, sequence=5), 0.0)
-    known.heard(BlocksReply(reply.epoch, reply.sequence, False, [3], []), 0.0)
+    assert not known.heard(BlocksReply(reply.epoch, reply.sequence, False, [3], []), 0.0)
     assert (known.matched([1], 0.0), known.matched([3], 0.0)) == (0, 0)
     assert known.call().epoch == "", "all is asked for"
 

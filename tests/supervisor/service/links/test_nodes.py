@@ -244,7 +244,7 @@ def test_a_changed_topology_ends_memberships_that_do_not_fit_it(rig: Rig) -> Non
 def test_names_never_clash_with_those_of_a_topology() -> None:
     import re
 
-    from pdctl.service_names import NAME
+    from pdctl.names.services import NAME
 
     for host in ("10.0.0.7", "prefill-0", "fd00::7"):
         assert not re.fullmatch(NAME, msgspec.structs.replace(DECODE, host=host).name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pdctl.engine.front.api.parsers.reasoning import MISTRAL, THINK, Marks, marks_of_template
 from pdctl.engine.front.api.parsers.tool_calls import Family, family, family_of_template
-from pdctl.parser_names import AUTO, NONE
+from pdctl.names.parsers import AUTO, NONE
 
 _MARKS = {"think": THINK, "mistral": MISTRAL}
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.engine.front.api.parsers.tool_calls import ToolFormat, joined, tool_text, whole_calls
-from pdctl.parser_names import TOOL_FAMILIES
+from pdctl.names.parsers import TOOL_FAMILIES
 from tests.engine.front.parsers.tool_calls.parsing import functions, parser, split
 from tests.engine.front.parsers.tool_calls.record_vllm import TEXTS, TOOLS
 

@@ -13,7 +13,7 @@ from typing import cast
 from pdctl.engine.front.api.parsers.tool_calls.calls import ToolCall, ToolText, joined, whole_calls
 from pdctl.engine.front.api.parsers.tool_calls.family import Family, PlainText
 from pdctl.engine.front.api.parsers.tool_calls.forced import ForcedCall
-from pdctl.parser_names import TOOL_FAMILIES
+from pdctl.names.parsers import TOOL_FAMILIES
 
 __all__ = [
     "Family", "PlainText", "ToolCall", "ToolFormat", "ToolText", "family", "family_of_template", "joined",
