@@ -32,6 +32,9 @@ class EngineOptions:
     block_size: int
     prefix_caching: bool
     deterministic: bool
+    prefix_quota: float
+    kv_offload_gb: float
+    store: str
     kv_events: str
     kv_events_port: int
     kv_replay_port: int
@@ -70,6 +73,11 @@ class EngineOptions:
         sent to the others first."""
         is_alone = self.num_ranks == 1
         return self.schedule_ahead == "true" or (self.schedule_ahead == "auto" and self.device == "cuda" and is_alone)
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether KV is kept elsewhere than in the pool."""
+        return bool(self.kv_offload_gb or self.store)
 
     @property
     def num_ranks(self) -> int:
@@ -162,6 +170,14 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--deterministic", type=_boolean, default=False, help="KV that is found has the bits of KV that is computed"
     )
+    parser.add_argument(
+        "--prefix-quota", type=float, default=1.0,
+        help="fraction of the kept KV that one API key may have while others need the room",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-offload-gb", type=float, default=0.0, help="host memory for KV that the pool has no room for"
+    )
+    parser.add_argument("--store", default="", help="kind of a KV store that engines share; its file: see docs")
     parser.add_argument(
         "--kv-events", choices=KV_EVENTS, default="off", help="publish which blocks of KV can be found, over ZeroMQ"
     )

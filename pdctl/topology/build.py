@@ -172,6 +172,8 @@ def _group(entry: Table, source: str | None) -> EngineGroup:
         block_size=values["block_size"],
         prefix_caching=values["prefix_caching"],
         deterministic=values["deterministic"],
+        prefix_quota=float(values["prefix_quota"]),
+        kv_offload_gb=float(values["kv_offload_gb"]),
         kv_events=values["kv_events"],
         policy=values["policy"],
         inline_prefill=values["inline_prefill"],

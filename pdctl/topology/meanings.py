@@ -214,6 +214,13 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "deterministic": Meaning(
             "a hit in the prefix cache changes [not even a bit](../kv.md#hits-and-rounding) of an answer"
         ),
+        "prefix_quota": Meaning(
+            "part of the kept KV that clients with one API key may have [while others need the room]"
+            "(../kv.md#quotas); 1: all of it"
+        ),
+        "kv_offload_gb": Meaning(
+            "GiB of host memory per engine for KV that its pool [has no room for](../kv.md#host-memory-and-stores)"
+        ),
         "kv_events": Meaning(
             "publish over ZeroMQ which blocks can be found, for [other routers](../kv.md#events-for-routers)"
         ),
@@ -272,7 +279,11 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "the engine's own; `builtin`: 0.9",
         ),
         "connector": Meaning("how engines of this kind exchange KV", "the kind's first"),
-        "store": Meaning("the entry of `[[stores]]` that its connector uses; the engine starts after it", "none"),
+        "store": Meaning(
+            "the entry of `[[stores]]` that it uses, or its connector does; the engine starts after it. `builtin`: for "
+            "[KV that the pool has no room for](../kv.md#host-memory-and-stores)",
+            "none",
+        ),
         "depends_on": Meaning("groups, processes and stores that must be ready before its first start", "none"),
         "process": Meaning("instead of `url`: the engine is this entry of `[[processes]]`, at its first port", "none"),
     },

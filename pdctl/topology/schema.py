@@ -170,6 +170,8 @@ ENGINE: dict[str, Key] = {
     "block_size": Key(integer(1, 1024), 16),
     "prefix_caching": Key(boolean(), True),
     "deterministic": Key(boolean(), False),
+    "prefix_quota": Key(number(0, 1), 1.0),
+    "kv_offload_gb": Key(number(-1, 65536), 0.0),
     "kv_events": Key(choice(*KV_EVENTS), "off"),
     "policy": Key(choice(*POLICY_NAMES), "fcfs"),
     "inline_prefill": Key(boolean(), True),

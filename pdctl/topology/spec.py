@@ -206,7 +206,9 @@ class EngineGroup:
     exits, this one is restarted too. `env`: added to pdctl's environment.
 
     `prefix_caching`: keep KV for prompts with the same beginning. `deterministic`: KV that is found has the bits of KV
-    that is computed. `kv_events`: what is published of it. `policy`: the order in which prompts are computed.
+    that is computed. `prefix_quota`: the part of what is kept that one API key may have while others need the room.
+    `kv_offload_gb`: GiB of host memory for KV that the pool has no room for.
+    `kv_events`: what is published of it. `policy`: the order in which prompts are computed.
     `inline_prefill`: a decode engine takes whole requests, too, and sequences that decode keep their target.
     `attention`: how attention is computed. `enforce_eager`: no CUDA graphs. `schedule_ahead`: whether
     the next step is scheduled while one computes, a word of SCHEDULE_AHEAD. `speculative`: how next tokens are guessed,
@@ -237,6 +239,8 @@ class EngineGroup:
     block_size: int
     prefix_caching: bool = True
     deterministic: bool = False
+    prefix_quota: float = 1.0
+    kv_offload_gb: float = 0.0
     kv_events: str = "off"
     policy: str = "fcfs"
     inline_prefill: bool = True

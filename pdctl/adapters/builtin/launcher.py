@@ -19,6 +19,8 @@ from pdctl.names.policies import SEGMENT_TOKENS
 from pdctl.speculative import format_speculative
 from pdctl.topology.spec import Device, EngineGroup, Topology, Transfer
 
+# Kinds of stores that its engines can use: see pdctl.engine.tiers.
+_STORES = ("mooncake",)
 _PARALLEL = ("tensor_parallel", "pipeline_parallel", "sequence_parallel")
 
 
@@ -28,7 +30,8 @@ class BuiltinLauncher(BaseLauncher):
     settings = frozenset(
         {
             "open", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gb", "block_size", "policy", "prefix_caching",
-            "deterministic", "inline_prefill", "kv_events", "dtype", "attention", "enforce_eager",
+            "deterministic", "inline_prefill", "kv_events", "prefix_quota", "kv_offload_gb", "store",
+            "dtype", "attention", "enforce_eager",
             "schedule_ahead", "fetch_prefixes", "gpu_memory_utilization", "speculative", "python", "tensor_parallel",
             "pipeline_parallel", "data_parallel", "sequence_parallel",
         }
@@ -55,6 +58,7 @@ class BuiltinLauncher(BaseLauncher):
         if group.fetch_prefixes != "false" and not group.prefix_caching:
             message = "nothing is kept without a prefix cache"
             yield Fault("fetch_prefixes", message, "remove fetch_prefixes, or set prefix_caching = true")
+        yield from _tier_faults(topology, group)
         if group.deterministic and not group.prefix_caching:
             message = "nothing is found without a prefix cache"
             yield Fault("deterministic", message, "remove deterministic, or set prefix_caching = true")
@@ -96,6 +100,7 @@ class BuiltinLauncher(BaseLauncher):
             "--block-size", str(group.block_size),
             "--prefix-caching", str(group.prefix_caching).lower(),
             *(("--deterministic", "true") if group.deterministic else ()),
+            *_tiers_argv(topology, group),
             *_events_argv(group, assignment.ports),
             "--policy", group.policy,
             "--inline-prefill", str(group.inline_prefill).lower(),
@@ -124,6 +129,31 @@ class BuiltinLauncher(BaseLauncher):
             ready_path="/health",
             generate_path="/v1/completions",
         )
+
+
+def _tier_faults(topology: Topology, group: EngineGroup) -> Iterator[Fault]:
+    used = [key for key in ("prefix_quota", "kv_offload_gb", "store") if key in group.given]
+    if used and not group.prefix_caching:
+        message = "nothing is kept without a prefix cache"
+        yield Fault(used[0], message, f"remove {used[0]}, or set prefix_caching = true")
+    kind = _store_kind(topology, group)
+    if kind not in ("", *_STORES):
+        message = f"engines of kind 'builtin' cannot use stores of kind {kind!r}"
+        yield Fault("store", message, f"use a store of kind {' or '.join(_STORES)}")
+
+
+def _tiers_argv(topology: Topology, group: EngineGroup) -> tuple[str, ...]:
+    kind = _store_kind(topology, group)
+    return (
+        *(("--prefix-quota", f"{group.prefix_quota:g}") if group.prefix_quota < 1 else ()),
+        *(("--kv-offload-gb", f"{group.kv_offload_gb:g}") if group.kv_offload_gb else ()),
+        *(("--store", kind) if kind else ()),
+    )
+
+
+def _store_kind(topology: Topology, group: EngineGroup) -> str:
+    """The kind of the store that the group uses, if it uses one."""
+    return next((store.kind for store in topology.stores if store.name == group.store), "")
 
 
 def _events_argv(group: EngineGroup, ports: Mapping[str, int]) -> tuple[str, ...]:

@@ -9,10 +9,12 @@ span.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain, combinations
 from operator import eq
+
+from pdctl.engine.cache.idle import Idle
 
 # How many idle blocks may be given up, as a multiple of those needed, to find a contiguous run.
 _MOST_EVICTED = 4
@@ -22,7 +24,7 @@ class BlockAllocator:
     """Manages ids 0 to num_blocks - 1. Every block is free, idle, shared by one or more owners, or quarantined.
 
     `num_free` counts free and idle blocks. `on_free` is called with blocks that have just been freed (used by the debug
-    option that poisons them), `on_drop` with a name that leads to no block any more.
+    option that poisons them), `on_drop` with a name that leads to no block any more. `quota`: see Idle.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class BlockAllocator:
         num_blocks: int,
         on_free: Callable[[list[int]], None] | None = None,
         on_drop: Callable[[bytes], None] | None = None,
+        quota: int = 0,
     ) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
@@ -38,10 +41,14 @@ class BlockAllocator:
         self._owners = [0] * num_blocks
         self._owned: dict[str, list[int]] = {}
         self._quarantine: dict[str, list[int]] = {}
-        # Idle blocks, the one to be given up next first.
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._idle: Idle[int] = Idle(quota)
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
+        self._tenant_of: dict[int, str] = {}
+        # How often each block has lost its name: its content is what it was as long as this is.
+        self._lives = [0] * num_blocks
+        # Called with blocks that are idle from now on, beginnings of chains first.
+        self.on_idle: Callable[[list[int]], None] | None = None
         self._on_free = on_free
         self._on_drop = on_drop
         self._cursor = 0
@@ -88,15 +95,24 @@ class BlockAllocator:
 
     # -- names ---------------------------------------------------------------------------------------------
 
-    def name(self, block: int, name: bytes) -> bool:
-        """Give an owned block a name: it can be found, and its content will not change. False if a block with this name
-        exists: a second one stays nameless."""
+    def name(self, block: int, name: bytes, tenant: str = "") -> bool:
+        """Give an owned block of `tenant` a name: it can be found, and its content will not change. False if a block
+        with this name exists: a second one stays nameless."""
         assert self._owners[block], "an unowned block has no content to name"
         if name in self._block_of or block in self._name_of:
             return False
         self._block_of[name] = block
         self._name_of[block] = name
+        self._tenant_of[block] = tenant
         return True
+
+    def named(self, block: int) -> tuple[bytes, str]:
+        """The name and the tenant of a named block."""
+        return self._name_of[block], self._tenant_of[block]
+
+    def life(self, block: int) -> int:
+        """A number that changes before a named block's content does. Any thread may ask."""
+        return self._lives[block]
 
     def names(self) -> set[bytes]:
         """The names by which a block can be found."""
@@ -117,7 +133,7 @@ class BlockAllocator:
         for block in blocks:
             assert block in self._name_of
             if not self._owners[block]:
-                del self._idle[block]
+                self._idle.remove(block)
                 self.num_free -= 1
             self._owners[block] += 1
         self._owned.setdefault(owner, []).extend(blocks)
@@ -159,24 +175,29 @@ class BlockAllocator:
         named = map(self._block_of.get, self._name_of.values())
         assert all(map(eq, named, self._name_of)), "a name leads to another block"
         assert self._idle.keys() <= self._name_of.keys(), "a nameless block is kept"
+        assert self._tenant_of.keys() == self._name_of.keys(), "a name without its tenant"
+        self._idle.audit()
 
     # -- parts ---------------------------------------------------------------------------------------------
 
     def _let_go(self, blocks: list[int]) -> None:
         """One owner less for each. The last ones become idle first, so that ends of chains are given up before their
         beginnings."""
-        nameless = []
+        nameless, idle = [], []
         for block in reversed(blocks):
             self._owners[block] -= 1
             assert self._owners[block] >= 0, f"block {block} freed twice"
             if self._owners[block]:
                 continue
             if block in self._name_of:
-                self._idle[block] = None
+                self._idle.put(block, self._tenant_of[block])
                 self.num_free += 1
+                idle.append(block)
             else:
                 nameless.append(block)
         self._reclaim(nameless[::-1])
+        if idle and self.on_idle is not None:
+            self.on_idle(idle[::-1])
 
     def _reclaim(self, blocks: list[int]) -> int:
         for block in blocks:
@@ -188,12 +209,13 @@ class BlockAllocator:
         return len(blocks)
 
     def _evict(self, count: int) -> int:
-        """Give up to `count` idle blocks free, those that were used longest ago first; their number."""
+        """Give up to `count` idle blocks free, in the order of Idle; their number."""
         given: list[int] = []
         while self._idle and len(given) < count:
-            block, _ = self._idle.popitem(last=False)
+            block = self._idle.pop()
+            self._lives[block] += 1
             name = self._name_of.pop(block)
-            del self._block_of[name]
+            del self._block_of[name], self._tenant_of[block]
             given.append(block)
             if self._on_drop is not None:
                 self._on_drop(name)

@@ -32,9 +32,9 @@ class KvPool:
         total = block_bytes(manifest) * num_blocks
         if device.type == "cpu":
             assert memory is not None
-            self._store = torch.frombuffer(memory.view, dtype=torch.uint8, count=total)
+            self.store = torch.frombuffer(memory.view, dtype=torch.uint8, count=total)
         else:
-            self._store = torch.zeros(total, dtype=torch.uint8, device=device)
+            self.store = torch.zeros(total, dtype=torch.uint8, device=device)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         for index, shape in enumerate(manifest.layers):
@@ -44,13 +44,13 @@ class KvPool:
     @property
     def device_memory(self) -> DeviceMemory:
         """The pool's place in a GPU's memory."""
-        return DeviceMemory(self._store.data_ptr(), len(self._store), self._store.device.index or 0)
+        return DeviceMemory(self.store.data_ptr(), len(self.store), self.store.device.index or 0)
 
     def mirror(self, epoch: str) -> Memory:
         """The pool's bytes in host memory, a copy on a GPU. Raises NoMemory."""
         if self.memory is None:
-            self.memory = Memory(len(self._store), epoch)
-            self._mirror = Mirror(self._store, self.memory, self._planes, self.num_blocks)
+            self.memory = Memory(len(self.store), epoch)
+            self._mirror = Mirror(self.store, self.memory, self._planes, self.num_blocks)
         return self.memory
 
     def publish(self, block_ids: Sequence[int]) -> None:
@@ -74,10 +74,10 @@ class KvPool:
 
     def settle(self) -> None:
         """Wait until the device has done all that was asked of it."""
-        if self._store.device.type == "cuda":
-            torch.cuda.current_stream(self._store.device).synchronize()
+        if self.store.device.type == "cuda":
+            torch.cuda.current_stream(self.store.device).synchronize()
 
     def _plane(self, index: int, heads: int, size: int) -> torch.Tensor:
         start, per_block = self._planes[index]
-        raw = self._store[start : start + per_block * self.num_blocks]
+        raw = self.store[start : start + per_block * self.num_blocks]
         return raw.view(DTYPES[self.manifest.dtype]).view(self.num_blocks * self.block_size, heads, size)

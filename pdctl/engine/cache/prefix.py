@@ -11,6 +11,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
+import msgspec
+
 from pdctl.names.policies import SEGMENT_TOKENS
 from pdctl.wire import Manifest
 
@@ -27,6 +29,20 @@ def root(manifest: Manifest, secret: str = "") -> bytes:
     shapes = [(shape.kv_heads, shape.key_dim, shape.value_dim) for shape in manifest.layers]
     parts = ("pdctl-kv1", secret, manifest.model, manifest.dtype, manifest.block_size, shapes)
     return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def salt_of(tenant: str, chosen: str | None) -> str:
+    """The salt of a tenant's requests: who has sent the same prompt before could be told by the time of an answer. A
+    client may divide further."""
+    return msgspec.json.encode([tenant, chosen or ""]).decode() if tenant or chosen else ""
+
+
+def tenant_of(salt: str) -> str:
+    """Whose requests have this salt. One that comes from elsewhere may be any text: then its requests are a tenant."""
+    try:
+        return msgspec.json.decode(salt, type=tuple[str, str])[0] if salt else ""
+    except msgspec.DecodeError:
+        return salt
 
 
 def salted(beginning: bytes, salt: str) -> bytes:

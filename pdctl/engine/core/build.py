@@ -15,6 +15,7 @@ from pdctl.engine.core.inbox import Inbox
 from pdctl.engine.core.latency_file import LatencyFile
 from pdctl.engine.core.loop import Core, CoreEvent, Settled, report
 from pdctl.engine.core.outbox import Outbox
+from pdctl.engine.core.tiers import open_tiers, quota_of
 from pdctl.engine.core.transports import open_staging, open_transports
 from pdctl.engine.core.warm_up import measured
 from pdctl.engine.executor.ranks import RanksExecutor
@@ -36,7 +37,7 @@ from pdctl.wire import SECRET_ENV, KvEndpoint, PoolEndpoint, Served
 
 def build(options: EngineOptions, outbox: Outbox, lost: Callable[[str, bool], None]) -> tuple[Core, Ready]:
     """Build everything that may fail. `lost`: see RanksExecutor. Raises ModelRefused, NoMemory, TransferError,
-    RankLost, torch.OutOfMemoryError."""
+    TierRefused, RankLost, torch.OutOfMemoryError."""
     executor = SingleExecutor.load(options) if options.num_ranks == 1 else RanksExecutor.load_ranks(options, lost)
     ours = [_shard(options, shard, pool) for shard, pool in zip(executor.shards, executor.pools, strict=True)]
     manifest, num_blocks = executor.manifest, executor.num_blocks
@@ -46,14 +47,16 @@ def build(options: EngineOptions, outbox: Outbox, lost: Callable[[str, bool], No
     reader = ShardReader(ours, partial(open_staging, options))
     puller = Puller(side, reader, partial(report, inbox, outbox), lambda name: inbox.put(Settled(name)))
     journal = KvJournal(options.kv_events == "tokens") if options.prefix_caching else None
-    allocator = BlockAllocator(num_blocks, executor.poison, journal.removed if journal else None)
+    on_drop, quota = journal.removed if journal else None, quota_of(options.prefix_quota, num_blocks)
+    allocator = BlockAllocator(num_blocks, executor.poison, on_drop, quota)
+    tiers = open_tiers(options, executor, allocator)
     names = prefix.root(manifest, os.environ.get(SECRET_ENV, "")) if options.prefix_caching else None
     kept = LatencyFile(cache_root() / "latency", executor.latency_key)
     latency = kept.load(partial(_measured, executor, limits, num_blocks))
     guesses = parse_speculative(options.speculative)
     scheduler = Scheduler(limits, allocator, latency, time.monotonic, names, journal, guesses)
     ahead = options.schedules_ahead
-    core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save, ahead)
+    core = Core(scheduler, executor, executor.grammars, puller, inbox, outbox, kept.save, ahead, tiers)
     ready = Ready(
         endpoint=KvEndpoint(tuple(_served(side.host_id, one) for one in ours)),
         num_blocks=num_blocks,

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec import structs
+
 from pdctl.engine.core.inbox import Inbox
 from pdctl.engine.core.outbox import Outbox
 from pdctl.engine.executor import Computed, Executor, Launched
@@ -25,6 +27,8 @@ from pdctl.engine.ipc.messages import (
     HandBack,
     Keep,
     Linked,
+    Load,
+    Look,
     Move,
     Poke,
     Pull,
@@ -44,6 +48,7 @@ from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.engine.schedule.peers.moves import unbegun
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence, Status
+from pdctl.engine.tiers.tiers import Tiers
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
@@ -89,7 +94,9 @@ class Core:
         outbox: Outbox,
         keep_latency: Callable[[LatencyModel], None] = lambda _: None,
         schedules_ahead: bool = False,
+        tiers: Tiers | None = None,
     ) -> None:
+        """`tiers`: None: KV is only in the pool."""
         self.scheduler = scheduler
         self.executor = executor
         self.grammars = grammars
@@ -98,6 +105,9 @@ class Core:
         self.outbox = outbox
         self._keep_latency = keep_latency
         self._schedules_ahead = schedules_ahead
+        self._tiers = tiers
+        if tiers is not None:
+            tiers.begin(scheduler.pull_started, partial(report, inbox, outbox), outbox.put)
         # Held while a message is handled: by the loop between steps and, while the runner computes, by the receiving
         # thread for messages that do not concern the batch.
         self._lock = threading.Lock()
@@ -115,8 +125,10 @@ class Core:
             self._step()
 
     def close(self) -> None:
-        """After `run`: close the puller and the executor."""
+        """After `run`: close the puller, the tiers and the executor."""
         self.puller.close()
+        if self._tiers is not None:
+            self._tiers.close()
         self.executor.close()
         self._keep_latency(self.scheduler.latency)
 
@@ -130,6 +142,9 @@ class Core:
             self.grammars.prepare(message.sampling.grammar, message.tenant, is_wanted, compiled)
         elif isinstance(message, Connect):
             self.puller.submit(message)
+        elif isinstance(message, Look | Load):
+            assert self._tiers is not None
+            self._tiers.submit(message)
         elif not isinstance(message, Pull):
             if isinstance(message, Abort):
                 with self._compiling_lock:
@@ -211,9 +226,9 @@ class Core:
             case Start(request_id):
                 self.executor.absorb(self.scheduler.pulled_blocks(request_id))
                 self.scheduler.start(request_id)
-            case Keep(request_id, kv_segment):
+            case Keep(request_id, kv_segment, kv_tokens):
                 self.executor.absorb(self.scheduler.pulled_blocks(request_id))
-                self.scheduler.keep(request_id, kv_segment)
+                self.scheduler.keep(request_id, kv_segment, kv_tokens)
             case Find(request_id, token_ids, salt):
                 found = self.scheduler.find(request_id, token_ids, salt)
                 self.executor.publish(found.block_ids)
@@ -303,9 +318,11 @@ class Core:
             for block_ids in [done.block_ids for done in outcome.progress] + [done.block_ids for done in outcome.held]:
                 self.executor.publish(block_ids)
         books, changes = self.scheduler.books(self._steps), self.scheduler.kv_changes()
-        self.outbox.put(
-            StepDone(outcome.tokens, outcome.held, self._failed, books, outcome.progress, outcome.withdrawn, changes)
-        )
+        done = StepDone(outcome.tokens, outcome.held, self._failed, books, outcome.progress, outcome.withdrawn, changes)
+        if self._tiers is not None:
+            books = structs.replace(books, tiers=self._tiers.books())
+            done = structs.replace(done, books=books, offloaded=self._tiers.changes())
+        self.outbox.put(done)
         self._failed = []
         self._books_due = False
         if not self.scheduler.has_work:

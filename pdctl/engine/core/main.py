@@ -27,6 +27,7 @@ from pdctl.engine.lifeline import die_with_parent, vital
 from pdctl.engine.model.loading import ModelRefused
 from pdctl.engine.model.parallel import RankLost
 from pdctl.engine.options import EngineOptions
+from pdctl.engine.tiers import TierRefused
 from pdctl.engine.transfer import TransferError
 from pdctl.net.serving import LOG_FORMAT
 from pdctl.wire import EXIT_CONFIG
@@ -46,7 +47,7 @@ def main(options: EngineOptions) -> int:
     end = End(outbox)
     try:
         core, ready = build(options, outbox, end.of_rank)
-    except (ModelRefused, NoMemory, TransferError, torch.OutOfMemoryError) as failure:
+    except (ModelRefused, NoMemory, TransferError, TierRefused, torch.OutOfMemoryError) as failure:
         end.tell(StartRefused(str(failure)), EXIT_CONFIG)
     except RankLost as failure:
         end.after_ranks(failure)

@@ -35,6 +35,7 @@ from pdctl.engine.ipc.messages import (
     Pulled,
     Ready,
     Reserved,
+    Seen,
     Shutdown,
     StartRefused,
     StepDone,
@@ -65,7 +66,7 @@ class Note(NamedTuple):
 
 
 # Events in a request's queue. Their number is limited by max_model_len per request.
-RequestEvent = Token | Held | Failed | Reserved | Found | Pulled | Progress | Withdrawn | Note
+RequestEvent = Token | Held | Failed | Reserved | Found | Seen | Pulled | Progress | Withdrawn | Note
 RequestEvents = asyncio.Queue[RequestEvent]
 
 
@@ -91,6 +92,7 @@ class CoreClient:
         self.quarantined_block_s = 0.0
         self.on_linked: Callable[[Linked], None] = lambda _: None
         self.on_kv_changes: list[Callable[[list[KvChange]], None]] = []
+        self.on_offloaded: Callable[[list[bytes], list[bytes]], None] = lambda came, went: None
         self._books_at = time.monotonic()
         self._asked_at = self._heard_at = 0.0
         self._closing = False
@@ -139,7 +141,7 @@ class CoreClient:
             match message:
                 case StepDone():
                     self._step_done(message)
-                case Reserved() | Found() | Pulled():
+                case Reserved() | Found() | Seen() | Pulled():
                     self._deliver(message.request_id, message)
                 case Ready():
                     self.ready = message
@@ -241,6 +243,8 @@ class CoreClient:
         if step.kv_changes:
             for take in self.on_kv_changes:
                 take(step.kv_changes)
+        if any(step.offloaded):
+            self.on_offloaded(*step.offloaded)
         for withdrawn in step.withdrawn:
             self._deliver(withdrawn.request_id, withdrawn)
         for progress in step.progress:

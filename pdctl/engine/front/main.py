@@ -110,6 +110,8 @@ async def _run(options: EngineOptions, codec: TextCodec, spans: EngineSpans, nod
             *([events.take] if events is not None else []),
             *([prefixes.take] if prefixes is not None else []),
         ]
+        if prefixes is not None:
+            core.on_offloaded = prefixes.take_offloaded
         seal = Seal(secret)
         routers = RouterDesk(seal, leases, links, peers)
         moves = Moves(core)

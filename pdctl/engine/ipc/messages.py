@@ -151,10 +151,26 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Keep(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The pulled KV was committed: others may find it, and the request that it was pulled for ends. `kv_segment`: see
-    Submit."""
+    Submit. `kv_tokens`: the tokens whose KV has come, if that is less than what was reserved."""
 
     request_id: str
     kv_segment: int = 0
+    kv_tokens: int | None = None
+
+
+class Look(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Ask what the tiers have of blocks that follow each other. The answer is Seen."""
+
+    request_id: str
+    names: list[bytes]
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Copy blocks from the tiers into those reserved for `request_id`, as many as come. The answer is Pulled."""
+
+    request_id: str
+    names: list[bytes]
+    block_ids: list[int]
 
 
 class Find(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -180,7 +196,9 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Leave the step loop and exit."""
 
 
-ToCore = Submit | Abort | Poke | Reserve | Connect | Pull | Start | Keep | Find | Move | HandBack | Shutdown
+ToCore = (
+    Submit | Abort | Poke | Reserve | Connect | Pull | Start | Keep | Look | Load | Find | Move | HandBack | Shutdown
+)
 
 
 # -- core to front -----------------------------------------------------------------------------------------
@@ -265,6 +283,20 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
     elsewhere: bool = False
 
 
+class TierBooks(msgspec.Struct, frozen=True, array_like=True):
+    """Counts of blocks of a tier: those that it has now (`blocks`; 0 of a store), and since the start. See TierCounts;
+    `dropped`: blocks that were not copied in time, or that it did not take."""
+
+    name: str
+    is_there: bool
+    blocks: int
+    stored: int
+    refused: int
+    loaded: int
+    wrong: int
+    dropped: int
+
+
 class Books(msgspec.Struct, frozen=True, array_like=True):
     """The core's counts after a step. Free, referenced, leased and quarantined blocks add up to the pool; `reserved`
     blocks (for KV that is being pulled) are part of the referenced ones. `held_back`: prefills that wait for leased
@@ -272,7 +304,8 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     tokens of all prompts so far, and those whose KV was found. `prompts_own`: prompts computed here for answers from
     here; `prompts_received`: those whose KV came from a peer. `work`: see there; None before the first step. `drafted`
     and `accepted`: guessed tokens that were verified so far, and those that were right. `asked_ahead`: steps so far by
-    whether the next one was scheduled while they computed (see `schedule.ahead`)."""
+    whether the next one was scheduled while they computed (see `schedule.ahead`). `tiers`: where KV is kept beside the
+    pool."""
 
     blocks_free: int = 0
     blocks_referenced: int = 0
@@ -292,6 +325,7 @@ class Books(msgspec.Struct, frozen=True, array_like=True):
     drafted: int = 0
     accepted: int = 0
     asked_ahead: dict[str, int] = {}
+    tiers: list[TierBooks] = []
 
 
 class KvStored(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -313,7 +347,8 @@ KvChange = KvStored | KvRemoved
 
 
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The results of one step. `kv_changes`: of the prefix cache, in order."""
+    """The results of one step. `kv_changes`: of the prefix cache, in order. `offloaded`: names of blocks that came to,
+    and went from, the engine's own memory beside its pool."""
 
     tokens: list[Token]
     held: list[Held]
@@ -322,6 +357,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag=True):
     progress: list[Progress] = []
     withdrawn: list[Withdrawn] = []
     kv_changes: list[KvChange] = []
+    offloaded: tuple[list[bytes], list[bytes]] = ([], [])
 
 
 class Reserved(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -341,14 +377,23 @@ class Found(msgspec.Struct, frozen=True, array_like=True, tag=True):
     num_tokens: int
 
 
+class Seen(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What the tiers have: (how many of the first blocks, the predicted seconds to load them), rising."""
+
+    request_id: str
+    runs: list[tuple[int, float]]
+
+
 class Pulled(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A pull ended. `error`: empty if every byte was copied. `uncertain`: bytes may still arrive in its blocks."""
+    """A pull ended. `error`: empty if every byte was copied. `uncertain`: bytes may still arrive in its blocks.
+    Also the end of a load: `blocks`: how many of those that were asked for are there now."""
 
     request_id: str
     error: str
     seconds: float
     bytes: int
     uncertain: bool = False
+    blocks: int = 0
 
 
 class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -357,4 +402,4 @@ class Linked(msgspec.Struct, frozen=True, array_like=True, tag=True):
     link: LinkInfo
 
 
-FromCore = Ready | StartRefused | Broken | StepDone | Reserved | Found | Pulled | Linked
+FromCore = Ready | StartRefused | Broken | StepDone | Reserved | Found | Seen | Pulled | Linked

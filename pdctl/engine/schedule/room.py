@@ -137,9 +137,9 @@ class Room:
         full = end // self.limits.block_size
         if self._root is None or full <= sequence.num_named:
             return
-        names, size = self._names(sequence, full), self.limits.block_size
+        names, size, tenant = self._names(sequence, full), self.limits.block_size, prefix.tenant_of(sequence.salt)
         for index in range(sequence.num_named, full):
-            is_new = self.allocator.name(sequence.block_ids[index], names[index])
+            is_new = self.allocator.name(sequence.block_ids[index], names[index], tenant)
             if is_new and self._journal is not None:
                 tokens = sequence.token_ids[index * size : (index + 1) * size]
                 self._journal.stored(names[index], names[index - 1] if index else None, tokens)

@@ -195,13 +195,16 @@ class Scheduler:
         self.running.put(sequence)
         return True
 
-    def keep(self, request_id: str, kv_segment: int) -> None:
-        """The pulled KV is committed, and stays for whoever asks for it next; its sequence ends."""
+    def keep(self, request_id: str, kv_segment: int, kv_tokens: int | None = None) -> None:
+        """The pulled KV is committed, and stays for whoever asks for it next; its sequence ends. `kv_tokens`: see
+        Keep."""
         sequence = self.sequences.get(request_id)
         if sequence is None or sequence.status is not Status.AWAITING_KV or request_id in self._doomed:
             return
         assert request_id not in self._pulling
         sequence.kv_segment = kv_segment
+        if kv_tokens is not None:
+            sequence.kv_tokens = min(sequence.kv_tokens, kv_tokens)
         self._room.pulled(sequence)
         self._forget(sequence)
 

@@ -218,17 +218,24 @@ def _cpu_problems(document: Document, topology: Topology, host: Host) -> Iterato
 
 
 def _memory_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:
-    wanted = sum(
-        group.kv_cache_gb * group.replicas
-        for group in topology.engines
-        if group.device is Device.CPU and not group.is_attached
-    )
+    needed = [_host_kv_gb(topology, group) for group in topology.engines]
     there = host.memory / 2**30
-    if wanted > there:
+    if sum(needed) > there:
         # The problem has no line of its own; report it at the group that needs most.
-        index, _ = max(enumerate(topology.engines), key=lambda entry: entry[1].kv_cache_gb * entry[1].replicas)
-        message = f"the engines' KV needs {wanted:g} GiB in total, but this machine has {there:.0f} GiB of memory"
-        yield document.problem(("engines", index, "kv_cache_gb"), message, "lower kv_cache_gb or replicas")
+        index = needed.index(max(needed))
+        largest = "kv_offload_gb" if topology.engines[index].kv_offload_gb else "kv_cache_gb"
+        message = f"the engines' KV needs {sum(needed):g} GiB in total, but this machine has {there:.0f} GiB of memory"
+        yield document.problem(("engines", index, largest), message, f"lower {largest} or replicas")
+
+
+def _host_kv_gb(topology: Topology, group: EngineGroup) -> float:
+    """GiB of this machine's memory for the KV of a group's engines, and for their part of a store."""
+    if group.is_attached:
+        return 0.0
+    of_store = next((store for store in topology.stores if store.name == group.store), None)
+    shared = of_store.segment_gb + of_store.buffer_gb if of_store is not None else 0.0
+    own = group.kv_cache_gb if group.device is Device.CPU else 0.0
+    return (own + group.kv_offload_gb + shared) * group.replicas
 
 
 def _gpu_problems(document: Document, topology: Topology, host: Host) -> Iterator[Problem]:

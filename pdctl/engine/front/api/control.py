@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pdctl.engine.front.api.metrics import AHEAD, render_metrics
+from pdctl.engine.front.api.metrics import AHEAD, render_metrics, tier_counters
 from pdctl.engine.front.core_client import CoreClient
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
 from pdctl.engine.front.handover.links import LinkBook
@@ -147,6 +147,7 @@ class Control:
                 "drafted": books.drafted,
                 "accepted": books.accepted,
                 **(self._prefixes.counts() if self._prefixes is not None else {}),
+                **tier_counters(books.tiers),
                 **{f"{AHEAD}{result}": count for result, count in books.asked_ahead.items()},
             },
             blocks_referenced=books.blocks_referenced,

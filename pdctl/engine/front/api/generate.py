@@ -45,7 +45,7 @@ class Generator:
     ) -> None:
         """`prefixes`: None: nothing is kept for prompts that begin alike."""
         self._index = prefixes.pieces if prefixes is not None else None
-        self._fetcher = prefixes.sharing.fetcher if prefixes is not None and prefixes.sharing is not None else None
+        self._bringer = prefixes.bringer if prefixes is not None else None
         self._identity = desk.identity
         self._codec = codec
         self._parsers = parsers
@@ -120,11 +120,11 @@ class Generator:
                 yield piece
 
     async def _look_for(self, request: GenerationRequest, submit: Submit) -> None:
-        """Note the prompt's beginning for proxies, and fetch what a peer has of it."""
+        """Note the prompt's beginning for proxies, and bring what is elsewhere of it."""
         if self._index is not None and request.beginning is not None:
             self._index.note(request.beginning, request.token_ids, request.salt)
-        if self._fetcher is not None and request.hand_over is None and submit.sampling.prompt_logprobs < 0:
-            await self._fetcher.bring(submit.token_ids, submit.salt)
+        if self._bringer is not None and request.hand_over is None and submit.sampling.prompt_logprobs < 0:
+            await self._bringer.bring(submit.token_ids, submit.salt)
 
     async def _pieces(
         self, request: GenerationRequest, submit: Submit, events: RequestEvents, text: Output

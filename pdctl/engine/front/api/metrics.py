@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
 
 from pdctl.engine.front.handover.lease_desk import LeaseDesk
+from pdctl.engine.ipc.messages import TierBooks
 from pdctl.latency import KINDS, Work
 from pdctl.wire import EngineState
 
@@ -13,6 +14,19 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # the package has no
 
 # Begins the names of counters of steps, by whether the next one was scheduled ahead.
 AHEAD = "ahead_"
+# Counters of tiers are called by the tier and what is counted, `host_stored`.
+_TIERS = ("host", "store")
+_TIER_GAUGES = {
+    "unavailable": "1 while the tier cannot be used",
+    "blocks": "KV blocks that are in the tier",
+}
+_TIER_COUNTERS = {
+    "stored": "KV blocks copied to the tier",
+    "refused": "KV blocks that the tier did not take",
+    "dropped": "KV blocks that were given up before they were copied to the tier",
+    "loaded": "KV blocks read from the tier",
+    "wrong": "KV blocks of the tier that were not what they should be, and were computed",
+}
 
 
 def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: float) -> bytes:
@@ -23,6 +37,7 @@ def render_metrics(state: EngineState, leases: LeaseDesk, quarantined_block_s: f
     for name, (what, amount) in {**_counters(state), **_shared(state.counters)}.items():
         Counter(name, what, registry=registry).inc(amount)
     _ahead(state.counters, registry)
+    _tiers(state.counters, registry)
     if state.work is not None:
         _predictions(state.work, registry)
     _leases(leases, quarantined_block_s, registry)
@@ -84,12 +99,15 @@ def _counters(state: EngineState) -> dict[str, tuple[str, float]]:
 
 
 def _shared(counters: dict[str, int]) -> dict[str, tuple[str, float]]:
-    """Of engines that fetch and lend beginnings of prompts."""
+    """Of engines that fetch and lend beginnings of prompts, or have tiers."""
     told = {
         "prefixes_fetched": "Beginnings of prompts whose KV was fetched from another engine",
         "prefix_tokens_fetched": "Tokens of these, which were not computed",
         "prefixes_lost": "Beginnings of prompts whose KV did not come in time, and that were computed",
         "prefixes_lent": "Beginnings of prompts whose KV was lent to another engine",
+        "tier_prefixes": "Beginnings of prompts whose KV was read from a tier",
+        "tier_prefix_tokens": "Tokens of these, which were not computed",
+        "tier_loads_lost": "Beginnings of prompts whose KV did not come from a tier in time, and that were computed",
     }
     return {f"pdctl_engine_{name}": (what, counters[name]) for name, what in told.items() if name in counters}
 
@@ -119,6 +137,30 @@ def _ahead(counters: dict[str, int], registry: CollectorRegistry) -> None:
     for name, count in counters.items():
         if name.startswith(AHEAD):
             results.labels(name.removeprefix(AHEAD)).inc(count)
+
+
+def tier_counters(tiers: list[TierBooks]) -> dict[str, int]:
+    """The counts of all tiers, by name."""
+    found = {}
+    for tier in tiers:
+        found[f"{tier.name}_unavailable"] = int(not tier.is_there)
+        for what in ("blocks", *_TIER_COUNTERS):
+            found[f"{tier.name}_{what}"] = getattr(tier, what)
+    return found
+
+
+def _tiers(counters: dict[str, int], registry: CollectorRegistry) -> None:
+    tiers = [tier for tier in _TIERS if f"{tier}_stored" in counters]
+    if not tiers:
+        return
+    for what, text in _TIER_GAUGES.items():
+        gauge = Gauge(f"pdctl_engine_tier_{what}", text, ["tier"], registry=registry)
+        for tier in tiers:
+            gauge.labels(tier).set(counters[f"{tier}_{what}"])
+    for what, text in _TIER_COUNTERS.items():
+        total = Counter(f"pdctl_engine_tier_{what}", text, ["tier"], registry=registry)
+        for tier in tiers:
+            total.labels(tier).inc(counters[f"{tier}_{what}"])
 
 
 def _predictions(work: Work, registry: CollectorRegistry) -> None:

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pdctl import __version__
+from pdctl.engine.cache import prefix
 from pdctl.engine.front.api import guided, openai
 from pdctl.engine.front.api.control import Control, Locked
 from pdctl.engine.front.api.generate import Generator
@@ -142,7 +143,7 @@ class EngineService:
             attempt=headers.get(ATTEMPT_HEADER, "") if ours else "",
             migration=transfer.migration,
             logprobs=sampling.logprobs,
-            salt=_salt(internal.get(TENANT_HEADER, ""), parsed.cache_salt),
+            salt=prefix.salt_of(internal.get(TENANT_HEADER, ""), parsed.cache_salt),
             priority=priority_in(internal, parsed.priority or 0),
             ttft_s=ttft_s,
             tpot_s=tpot_s,
@@ -398,12 +399,6 @@ class _Generate(_Post):
                 await asgi.send_part(send, b"data: " + error.body() + b"\n\n", last=True)
             else:
                 await asgi.respond_error(send, error)
-
-
-def _salt(tenant: str, chosen: str | None) -> str:
-    """Tenants share no KV: who has sent the same prompt before could be told by the time of an answer. A client may
-    divide further."""
-    return msgspec.json.encode([tenant, chosen or ""]).decode() if tenant or chosen else ""
 
 
 def _api_error(request: GenerationRequest, failure: ApiError | KvLost) -> ApiError:

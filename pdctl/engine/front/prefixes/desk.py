@@ -11,6 +11,8 @@ from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.offers import OfferDesk
 from pdctl.engine.front.handover.peers import Peers
 from pdctl.engine.front.handover.receiver import Receiver
+from pdctl.engine.front.prefixes.anywhere import Anywhere
+from pdctl.engine.front.prefixes.bringing import Bringer
 from pdctl.engine.front.prefixes.directory import Directory
 from pdctl.engine.front.prefixes.feed import BlockFeed, Feed
 from pdctl.engine.front.prefixes.fetching import PrefixFetcher
@@ -18,6 +20,8 @@ from pdctl.engine.front.prefixes.following import Follower
 from pdctl.engine.front.prefixes.lending import LendingDesk
 from pdctl.engine.front.prefixes.names import BlockNames
 from pdctl.engine.front.prefixes.pieces import PieceIndex
+from pdctl.engine.front.prefixes.prompt import Source
+from pdctl.engine.front.prefixes.tiers import TierLoader
 from pdctl.engine.ipc.messages import KvChange
 from pdctl.engine.options import EngineOptions
 
@@ -45,16 +49,24 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class PrefixDesk:
-    """What an engine with a prefix cache has. `sharing`: None: it neither fetches nor lends."""
+    """What an engine with a prefix cache has. `sharing`: None: it neither fetches nor lends; `loader`: None: it has no
+    tiers; `bringer`: None: neither."""
 
     blocks: BlockFeed
     pieces: PieceIndex
+    anywhere: Anywhere
     sharing: Sharing | None
+    loader: TierLoader | None
+    bringer: Bringer | None
 
     def take(self, changes: list[KvChange]) -> None:
         """Note changes of the prefix cache, in order."""
         self.blocks.take(changes)
-        self.pieces.take(changes)
+        self.pieces.take(self.anywhere.pool_changed(changes))
+
+    def take_offloaded(self, came: list[bytes], went: list[bytes]) -> None:
+        """Note changes of the memory beside the pool."""
+        self.pieces.take(self.anywhere.beside_changed(came, went))
 
     def close(self) -> None:
         """Answer all who wait: the engine ends."""
@@ -63,7 +75,12 @@ class PrefixDesk:
 
     def counts(self) -> dict[str, int]:
         """What was fetched and lent since the start, for metrics."""
-        return self.sharing.counts() if self.sharing is not None else {}
+        shared = self.sharing.counts() if self.sharing is not None else {}
+        if self.loader is None:
+            return shared
+        totals = self.loader.totals
+        loaded = {"prefixes": totals.prefixes, "prefix_tokens": totals.tokens, "loads_lost": totals.lost}
+        return {**shared, **{f"tier_{name}": count for name, count in loaded.items()}}
 
 
 def prefix_desk(
@@ -79,11 +96,16 @@ def prefix_desk(
     """None: the engine has no prefix cache."""
     if not options.prefix_caching:
         return None
-    names, blocks = BlockNames(core), BlockFeed(options.epoch)
-    pieces = PieceIndex(blocks, Feed(options.epoch), names)
-    if options.fetch_prefixes == "false":
-        return PrefixDesk(blocks, pieces, None)
-    directory, always = Directory(), options.fetch_prefixes == "true"
-    fetcher = PrefixFetcher(core, blocks, directory, peers, links, receiver, names, always)
-    follower = Follower(peers, directory, tasks)
-    return PrefixDesk(blocks, pieces, Sharing(directory, follower, LendingDesk(core, leases, desk), fetcher))
+    names, blocks, anywhere = BlockNames(core), BlockFeed(options.epoch), Anywhere()
+    pieces = PieceIndex(anywhere, Feed(options.epoch), names)
+    loader = TierLoader(core) if options.has_tiers else None
+    sharing = None
+    if options.fetch_prefixes != "false":
+        directory = Directory()
+        fetcher = PrefixFetcher(core, directory, peers, links, receiver)
+        follower = Follower(peers, directory, tasks)
+        sharing = Sharing(directory, follower, LendingDesk(core, leases, desk), fetcher)
+    sources: list[Source] = [*([loader] if loader else []), *([sharing.fetcher] if sharing else [])]
+    always = options.fetch_prefixes == "true"
+    bringer = Bringer(core, blocks, names, sources, always) if sources else None
+    return PrefixDesk(blocks, pieces, anywhere, sharing, loader, bringer)

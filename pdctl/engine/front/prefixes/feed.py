@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 
 from pdctl.engine.front.kv_events import short
@@ -51,10 +51,6 @@ class Feed:
         """Whether it can be found."""
         return name in self._names
 
-    def leading(self, names: Sequence[int]) -> int:
-        """How many of the first of these can be found."""
-        return leading(names, self._names)
-
     async def after(self, call: BlocksCall) -> BlocksReply:
         """What has changed since the caller's last answer; nothing, if it takes too long."""
         if call.wait_s and call.epoch == self._epoch and call.after == self._sequence:
@@ -91,8 +87,3 @@ class BlockFeed(Feed):
         """Note changes of the prefix cache, in order."""
         for change in changes:
             self.note([short(name) for name in change.names], isinstance(change, KvStored))
-
-
-def leading(names: Sequence[int], known: set[int]) -> int:
-    """How many of the first names are known."""
-    return next((number for number, name in enumerate(names) if name not in known), len(names))

@@ -1,12 +1,12 @@
-"""Decides before a prompt is computed whether a peer's KV of its beginning is fetched, and fetches it."""
+"""Fetches KV of a prompt's beginning from a peer that has it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from uuid import uuid4
 
 from pdctl.engine.front.core_client import CoreClient
@@ -14,25 +14,20 @@ from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.peers import Abandoned, Peers, of_offer
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
 from pdctl.engine.front.prefixes.directory import Directory
-from pdctl.engine.front.prefixes.feed import BlockFeed
-from pdctl.engine.front.prefixes.names import BlockNames
+from pdctl.engine.front.prefixes.prompt import Prompt, Way
 from pdctl.engine.ipc.messages import Ready
-from pdctl.latency import Work
 from pdctl.net.http_client import Unreachable
 from pdctl.wire import Offer, PeerAddress, PrefixCall
 
 _log = logging.getLogger(__name__)
 
-# A fetch must be predicted to take this part of the time to compute at most: predictions err, and it keeps two busy.
-_WORTH = 0.8
 # Until a peer was read from: bytes per second; and what a fetch takes beside its bytes, seconds.
 _USUAL_SPEED, _USUAL_EXTRA_S = 1e9, 0.01
 # Weight of the newest sample in the average of what a fetch takes beside its bytes.
 _ALPHA = 0.3
 # A fetch is given up after so many times its predicted time, or this long.
 _PATIENCE, _LEAST_S, _MOST_S = 4.0, 0.5, 10.0
-# More at once would only wait for each other. A peer from which one failed is left alone for a while, seconds.
-_AT_ONCE = 8
+# A peer from which one failed is left alone for a while, seconds.
 _AVOIDED_S = 5.0
 
 
@@ -47,49 +42,33 @@ class FetchTotals:
 
 
 class PrefixFetcher:
-    """`always`: fetch whatever a peer has more of, even if to compute it is predicted to be faster."""
+    """See Source: all peers of this engine."""
 
     def __init__(
-        self,
-        core: CoreClient,
-        feed: BlockFeed,
-        directory: Directory,
-        peers: Peers,
-        links: LinkBook,
-        receiver: Receiver,
-        names: BlockNames,
-        always: bool,
+        self, core: CoreClient, directory: Directory, peers: Peers, links: LinkBook, receiver: Receiver
     ) -> None:
         self.totals = FetchTotals()
         self._core = core
-        self._feed = feed
         self._directory = directory
         self._peers = peers
         self._links = links
         self._receiver = receiver
-        self._names = names
-        self._always = always
         self._extra_s = _USUAL_EXTRA_S
-        self._running = 0
         self._avoided: dict[str, float] = {}
 
-    async def bring(self, token_ids: Sequence[int], salt: str) -> None:
-        """Bring the KV of a prompt's beginning here, if a peer has it and that is worth it. Never raises for a peer."""
-        size = self._ready.block_size
-        names: list[int] = []
-        # The last token must be computed: it gives the first one of the answer.
-        found = self._directory.best(self._named(token_ids, (len(token_ids) - 1) // size, salt, names), self._shunned())
-        if found is None or self._running >= _AT_ONCE:
-            return
+    async def ways(self, prompt: Prompt) -> list[Way]:
+        """See Source.ways: the peer that has most of it, if one has more than this engine."""
+        found = self._directory.best(prompt.short_names(), self._shunned())
+        if found is None:
+            return []
         peer, count = found
-        own = self._feed.leading(names[:count])
-        if count <= own or not self._is_worth(peer, own * size, (count - own) * size):
-            return
-        self._running += 1
-        try:
-            await self._fetch(peer, list(token_ids[: count * size]), salt, own * size)
-        finally:
-            self._running -= 1
+        own = prompt.own(count)
+        if count <= own:
+            return []
+        size = prompt.block_size
+        seconds = self._predicted_s(peer, (count - own) * size)
+        tokens = list(prompt.token_ids[: count * size])
+        return [Way(count, seconds, partial(self._fetch, peer, tokens, prompt.salt, own * size))]
 
     async def _fetch(self, peer: PeerAddress, token_ids: list[int], salt: str, own: int) -> None:
         began = time.monotonic()
@@ -138,22 +117,10 @@ class PrefixFetcher:
         extra_s = max(0.0, seconds - self._copy_s(peer, tokens))
         self._extra_s += _ALPHA * (extra_s - self._extra_s)
 
-    def _named(self, token_ids: Sequence[int], count: int, salt: str, names: list[int]) -> Iterator[int]:
-        """The names of a prompt's first blocks, put into `names` when they are asked for."""
-        for name in self._names.of(token_ids, count, salt):
-            names.append(name)
-            yield name
-
     @property
     def _ready(self) -> Ready:
         assert self._core.ready is not None
         return self._core.ready
-
-    def _is_worth(self, peer: PeerAddress, own: int, tokens: int) -> bool:
-        if self._always:
-            return True
-        work = self._core.books.work
-        return work is not None and self._predicted_s(peer, tokens) < _WORTH * compute_s(work, own, tokens)
 
     def _predicted_s(self, peer: PeerAddress, tokens: int) -> float:
         return self._extra_s + self._copy_s(peer, tokens)
@@ -169,8 +136,3 @@ class PrefixFetcher:
         now = time.monotonic()
         self._avoided = {name: until for name, until in self._avoided.items() if until > now}
         return frozenset(self._avoided)
-
-
-def compute_s(work: Work, own: int, tokens: int) -> float:
-    """The predicted seconds to compute `tokens` of a prompt after `own`, beside what waits already."""
-    return work.times.prompt_s(tokens, own, work.budget)

@@ -1,4 +1,4 @@
-"""The shortened names of a prompt's blocks, as peers and proxies know them."""
+"""The names of a prompt's blocks; shortened, as peers and proxies know them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ class BlockNames:
         return self._core.ready.block_size
 
     def of(self, token_ids: Sequence[int], count: int, salt: str) -> Iterator[int]:
-        """The names of a prompt's first `count` blocks, each computed when it is asked for."""
+        """The short names of a prompt's first `count` blocks, each computed when it is asked for."""
+        return map(short, self.whole(token_ids, count, salt))
+
+    def whole(self, token_ids: Sequence[int], count: int, salt: str) -> Iterator[bytes]:
+        """Their names, each computed when it is asked for."""
         size, name = self.block_size, prefix.salted(self._root, salt)
         for start in range(0, count * size, size):
             name = prefix.following(name, token_ids[start : start + size])
-            yield short(name)
+            yield name
 
     @cached_property
     def _root(self) -> bytes:

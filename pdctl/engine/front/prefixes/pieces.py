@@ -11,10 +11,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from pdctl.engine.front.kv_events import short
-from pdctl.engine.front.prefixes.feed import BlockFeed, Feed
+from pdctl.engine.front.prefixes.anywhere import Anywhere
+from pdctl.engine.front.prefixes.feed import Feed
 from pdctl.engine.front.prefixes.names import BlockNames
-from pdctl.engine.ipc.messages import KvChange, KvStored
 from pdctl.net.beginnings import Beginning
 
 # Pieces that are known, of all prompts: 16 MiB of them. Those that were asked for longest ago are forgotten.
@@ -24,7 +23,7 @@ _MOST = 65_536
 class PieceIndex:
     """`told`: what proxies hear. `blocks` must have taken a change before `take` is called with it."""
 
-    def __init__(self, blocks: BlockFeed, told: Feed, names: BlockNames) -> None:
+    def __init__(self, blocks: Anywhere, told: Feed, names: BlockNames) -> None:
         self.told = told
         self._blocks = blocks
         self._names = names
@@ -43,12 +42,12 @@ class PieceIndex:
         while len(self._block_of) > _MOST:
             self._forget(next(iter(self._block_of)))
 
-    def take(self, changes: Iterable[KvChange]) -> None:
-        """Blocks can be found from now on, or not any more."""
-        for change in changes:
-            found = [piece for name in change.names for piece in self._pieces_of.get(short(name), ())]
+    def take(self, changes: Iterable[tuple[int, bool]]) -> None:
+        """Blocks can be found from now on (True), or not any more."""
+        for block, is_there in changes:
+            found = list(self._pieces_of.get(block, ()))
             if found:
-                self.told.note(found, isinstance(change, KvStored))
+                self.told.note(found, is_there)
 
     def _knows(self, pieces: Sequence[int]) -> bool:
         """Whether all of them are there. Then nothing is to be computed for them."""

@@ -62,7 +62,7 @@ def test_who_has_heard_knows_what_is_there(steps: list[KvChange | str], kept: in
         for step in [*steps, "hear"]:
             if step == "hear":
                 hear(directory, feed)
-                there = [number for number in range(1, 7) if feed.leading([number])]
+                there = [number for number in range(1, 7) if feed.has(number)]
                 known = [number for number in range(1, 7) if directory.best([number])]
                 assert known == there
             elif step == "lost":

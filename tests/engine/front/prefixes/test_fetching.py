@@ -14,6 +14,7 @@ from pdctl.engine.front.handover.offers import Identity, OfferDesk
 from pdctl.engine.front.handover.peers import Abandoned
 from pdctl.engine.front.kv_events import short
 from pdctl.engine.front.prefixes import fetching, lending
+from pdctl.engine.front.prefixes.bringing import Bringer
 from pdctl.engine.front.prefixes.directory import Directory
 from pdctl.engine.front.prefixes.feed import BlockFeed
 from pdctl.engine.front.prefixes.fetching import PrefixFetcher
@@ -78,10 +79,9 @@ class Fetching:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         found.peers.prefix = self.lend  # type: ignore[method-assign]
-        self.fetcher = PrefixFetcher(
-            found.core.link, self.feed, self.directory, found.peers, found.links, found.receiver,
-            BlockNames(found.core.link), always,
-        )  # fmt: skip
+        link, names = found.core.link, BlockNames(found.core.link)
+        self.fetcher = PrefixFetcher(link, self.directory, found.peers, found.links, found.receiver)
+        self.bringer = Bringer(link, self.feed, names, [self.fetcher], always)
 
     async def lend(self, host: str, port: int, call: PrefixCall) -> PrefixReply:
         self.calls.append(call)
@@ -111,7 +111,7 @@ def test_what_a_peer_has_is_read_certified_and_kept() -> None:
         made = Fetching(found)
         made.has(PROMPT[:8], "s")
         lease = made.lends(8)
-        work = asyncio.ensure_future(made.fetcher.bring(PROMPT, "s"))
+        work = asyncio.ensure_future(made.bringer.bring(PROMPT, "s"))
         core_id = f"kv.{lease}"
         assert await found.core.next(Reserve) == Reserve(core_id, 8, PROMPT[:8], "s", only_now=True)
         await found.core.say(Reserved(core_id, [4, 5]))
@@ -142,15 +142,15 @@ def test_only_what_is_worth_it_is_asked_for() -> None:
         for work, always, prompt, asks in cases:
             made = Fetching(found, always, work)
             made.has(PROMPT[:8])
-            await made.fetcher.bring(prompt, "")
+            await made.bringer.bring(prompt, "")
             assert bool(made.calls) == asks, prompt
             if asks:
                 assert made.calls[0].token_ids == PROMPT[: (len(prompt) - 1) // 4 * 4]
         made = Fetching(found)
         made.has(PROMPT[:8])
         made.feed.take([KvStored(named(PROMPT[:8]), None, [])])
-        await made.fetcher.bring(PROMPT, "")
-        await made.fetcher.bring(PROMPT, "another salt")
+        await made.bringer.bring(PROMPT, "")
+        await made.bringer.bring(PROMPT, "another salt")
         assert not made.calls, "it is here already"
         await found.core.hears_nothing()
 
@@ -162,12 +162,12 @@ def test_a_peer_that_fails_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyP
         made = Fetching(found)
         made.has(PROMPT[:8])
         made.reply = Unreachable("it is gone")
-        await made.fetcher.bring(PROMPT, "")
-        await made.fetcher.bring(PROMPT, "")
+        await made.bringer.bring(PROMPT, "")
+        await made.bringer.bring(PROMPT, "")
         assert len(made.calls) == 1
         assert made.fetcher.totals.lost == 1
         monkeypatch.setattr("time.monotonic", lambda: 1e9)
-        await made.fetcher.bring(PROMPT, "")
+        await made.bringer.bring(PROMPT, "")
         assert len(made.calls) == 2
 
     run(test)
@@ -179,7 +179,7 @@ def test_a_loan_of_nothing_new_is_given_back() -> None:
         made.has(PROMPT[:8])
         made.feed.take([KvStored(named(PROMPT[:4]), None, [])])
         lease = made.lends(4)
-        await made.fetcher.bring(PROMPT, "")
+        await made.bringer.bring(PROMPT, "")
         assert (await found.prefill.call("release")).lease_id == lease  # type: ignore[union-attr]
         await found.core.hears_nothing()
         assert made.fetcher.totals.prefixes == 0
@@ -197,7 +197,7 @@ def test_whatever_goes_wrong_leaves_nothing_on_either_side(how: str, monkeypatch
         made.has(PROMPT[:8])
         lease = made.lends(8)
         core_id = f"kv.{lease}"
-        work = asyncio.ensure_future(made.fetcher.bring(PROMPT, ""))
+        work = asyncio.ensure_future(made.bringer.bring(PROMPT, ""))
         await found.core.next(Reserve)
         if how == "no room":
             await found.core.say(StepDone([], [], [Failed(core_id, "no room")], Books()))
@@ -230,7 +230,7 @@ def test_a_loan_without_an_answer_is_given_up(how: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(found.peers, "release_later", given_up.append)
         made.has(PROMPT[:8])
         made.may_answer.clear()
-        work = asyncio.ensure_future(made.fetcher.bring(PROMPT, ""))
+        work = asyncio.ensure_future(made.bringer.bring(PROMPT, ""))
         while not made.calls:
             await asyncio.sleep(0)
         if how == "client leaves":
@@ -255,8 +255,8 @@ def test_kv_that_could_not_be_found_here_is_given_back(monkeypatch: pytest.Monke
         found.core.link.ready = msgspec.structs.replace(ready, endpoint=KvEndpoint((ours,)))
         made.has(PROMPT[:8])
         lease = made.lends(8)
-        await made.fetcher.bring(PROMPT, "")
-        await made.fetcher.bring(PROMPT, "")
+        await made.bringer.bring(PROMPT, "")
+        await made.bringer.bring(PROMPT, "")
         assert len(made.calls) == 1, "not asked again at once"
         assert (await found.prefill.call("release")).lease_id == lease  # type: ignore[union-attr]
         await found.core.hears_nothing()

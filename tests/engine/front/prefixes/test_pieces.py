@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdctl.engine.front.prefixes import pieces as module
-from pdctl.engine.front.prefixes.feed import BlockFeed, Feed
+from pdctl.engine.front.prefixes.anywhere import Anywhere
+from pdctl.engine.front.prefixes.feed import Feed
 from pdctl.engine.front.prefixes.names import BlockNames
 from pdctl.engine.front.prefixes.pieces import PieceIndex
 from pdctl.engine.ipc.messages import KvRemoved, KvStored
@@ -36,14 +37,13 @@ class Numbered(BlockNames):
 
 class Engine:
     def __init__(self) -> None:
-        self.names, self.blocks, self.told = Numbered(), BlockFeed("e"), Feed("e")
+        self.names, self.blocks, self.told = Numbered(), Anywhere(), Feed("e")
         self.index = PieceIndex(self.blocks, self.told, self.names)
 
     def change(self, is_stored: bool, *names: int) -> None:
         found = [name.to_bytes(8, "big") + bytes(24) for name in names]
         changes = [KvStored(found, None, []) if is_stored else KvRemoved(found)]
-        self.blocks.take(changes)
-        self.index.take(changes)
+        self.index.take(self.blocks.pool_changed(changes))
 
     def note(self, pieces: Sequence[int], tokens: int, first: int = 0) -> None:
         """A prompt of so many bytes as its pieces have."""
