@@ -116,7 +116,7 @@ class Service:
         return next(p for p in self.status().processes if p.name == name)
 
     def engines(self) -> list[MeasuredProcess]:
-        return [p for p in self.status().processes if p.kind != "proxy"]
+        return [p for p in self.status().processes if p.role not in ("proxy", "store")]
 
     def engine_state(self, name: str) -> dict[str, Any]:
         port = self.process(name).ports["http"]
