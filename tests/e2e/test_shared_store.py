@@ -1,4 +1,4 @@
-"""Builtin engines that share a real Mooncake Store, which is killed, frozen, filled and corrupted: answers stay right."""
+"""Builtin engines share a real Mooncake Store, which is killed, frozen, filled and corrupted: tokens stay right."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_full_store_refuses_and_costs_no_answer(service: Service) -> None:
 def corrupted(pid: int) -> int:
     """Change a byte of every block of the store that is in this process's memory; their number."""
     count, magic = 0, b"pdkv\x01\x00"
-    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+    with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             span, mode, *_ = line.split()
             begin, end = (int(part, 16) for part in span.split("-"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 
 import pytest
 
 from pdctl.host import Host
+from pdctl.plan import make_plan
 from pdctl.topology.loader import load_text
 from pdctl.topology.spec import Topology
 from tests.topology.test_loader import GPUS, host, problems
@@ -173,6 +175,44 @@ def test_a_store_that_is_not_installed_is_reported() -> None:
 
 
 def test_only_kinds_that_use_a_store_may_name_one() -> None:
-    text = store().replace('"hybrid"', '"hybrid"\nstore = "kv"', 1)
-    [(_, key, message)] = problems(text, with_mooncake())
-    assert (key, message) == ("engines[0].store", "store has no effect on engines of kind 'builtin'")
+    text = store().replace('"hybrid"', '"hybrid"\nkind = "lmdeploy"\nstore = "kv"', 1)
+    found = problems(text, with_mooncake())
+    assert ("engines[0].store", "store has no effect on engines of kind 'lmdeploy'") in [entry[1:] for entry in found]
+
+
+# -- stores of builtin engines -------------------------------------------------------------------------------
+
+
+def keeping(*lines: str, kind: str = "mooncake") -> str:
+    """A builtin engine with these keys, and a store."""
+    return store(kind=kind).replace('role = "hybrid"', "\n".join(['role = "hybrid"', *lines]), 1)
+
+
+def test_a_builtin_engine_uses_a_store_and_host_memory() -> None:
+    here = with_mooncake()
+    topology = load(keeping('store = "kv"', "kv_offload_gb = 2", "prefix_quota = 0.5"), here)
+    spec = next(spec for spec in make_plan(topology, here).processes if spec.name == "h-0")
+    words = " ".join(spec.argv)
+    assert "--store mooncake" in words
+    assert "--kv-offload-gb 2" in words
+    assert "--prefix-quota 0.5" in words
+    assert "kv" in spec.depends_on
+    config = json.loads(spec.files[spec.env["MOONCAKE_CONFIG_PATH"]])
+    assert config["global_segment_size"] == 4 << 30
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "key", "message"),
+    [
+        (['store = "kv"'], "lmcache", "store", "cannot use stores of kind 'lmcache'"),
+        (['store = "kv"', "prefix_caching = false"], "mooncake", "store", "nothing is kept without a prefix cache"),
+        (["kv_offload_gb = 1", "prefix_caching = false"], "mooncake", "kv_offload_gb", "nothing is kept"),
+        (["prefix_quota = 0.5", "prefix_caching = false"], "mooncake", "prefix_quota", "nothing is kept"),
+        (["prefix_quota = 0"], "mooncake", "prefix_quota", "must be a number greater than 0"),
+        (["kv_offload_gb = -1"], "mooncake", "kv_offload_gb", "must be a number, at least 0"),
+        (["kv_offload_gb = 1e4"], "mooncake", "kv_offload_gb", "needs 10001 GiB in total"),
+    ],
+)
+def test_what_a_builtin_engine_cannot_keep(lines: list[str], kind: str, key: str, message: str) -> None:
+    found = problems(keeping(*lines, kind=kind), with_mooncake())
+    assert [(path, message in said) for _, path, said in found] == [(f"engines[0].{key}", True)], found

@@ -124,7 +124,8 @@ class MooncakeTier:
             if row is None:
                 self.counts.wrong += 1
                 _log.warning("a block of the store is not what it should be; it is removed, and computed")
-                self._client.remove(self._key(name))
+                # By force: to read it has given it a lease. Who reads it meanwhile finds out as well.
+                self._client.remove(self._key(name), True)
                 break
             rows.append(row)
         return rows

@@ -11,14 +11,17 @@ class AllocatorMachine(RuleBasedStateMachine):
     """The counts are consistent after any order of allocations, names, shares and frees, and a name leads to the
     content that it was given for."""
 
-    @initialize(size=st.integers(1, 60))
-    def begin(self, size: int) -> None:
+    @initialize(size=st.integers(1, 60), quota=st.integers(0, 5))
+    def begin(self, size: int, quota: int) -> None:
         self.model: dict[str, list[int]] = {}
         self.quarantined: dict[str, list[int]] = {}
         self.freed: list[int] = []
         # The content of each block; None: overwritten.
         self.content: dict[int, bytes | None] = {}
-        self.allocator = BlockAllocator(size, self.freed.extend)
+        self.idle: list[int] = []
+        self.lives: dict[int, tuple[bytes, int]] = {}
+        self.allocator = BlockAllocator(size, self.freed.extend, quota=quota)
+        self.allocator.on_idle = self.idle.extend
 
     @rule(owner=st.sampled_from("abcdef"), count=st.integers(0, 20))
     def allocate(self, owner: str, count: int) -> None:
@@ -35,7 +38,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         for block in self.model.get(owner, [])[:1]:
             if self.content[block] is None:
                 self.content[block] = letters.encode()
-            self.allocator.name(block, self.content[block] or b"")
+            self.allocator.name(block, self.content[block] or b"", owner)
 
     @rule(owner=st.sampled_from("abcdef"), letters=st.lists(st.text("xy", min_size=1, max_size=3), max_size=4))
     def share(self, owner: str, letters: list[str]) -> None:
@@ -59,11 +62,13 @@ class AllocatorMachine(RuleBasedStateMachine):
     @rule(owner=st.sampled_from("abcdef"))
     def free(self, owner: str) -> None:
         self.freed.clear()
+        self.idle.clear()
         blocks = self.model.pop(owner, [])
         assert self.allocator.free(owner) == len(blocks)
         others = {block for held in self.model.values() for block in held}
         kept = set(self.allocator._name_of)
         assert self.freed == [block for block in blocks if block not in others | kept], "every free block is told of"
+        assert self.idle == [block for block in blocks if block in kept - others], "and every idle one"
 
     @rule(owner=st.sampled_from("abcdef"))
     def quarantine(self, owner: str) -> None:
@@ -80,6 +85,10 @@ class AllocatorMachine(RuleBasedStateMachine):
     def books_hold(self) -> None:
         if hasattr(self, "allocator"):
             self.allocator.audit()
+            for block, (name, life) in self.lives.items():
+                if self.allocator.life(block) == life:
+                    assert self.allocator.named(block)[0] == name, "another content in the same life"
+            self.lives = {block: (name, self.allocator.life(block)) for block, name in self.allocator._name_of.items()}
             assert all(self.allocator.owned(owner) == blocks for owner, blocks in self.model.items())
             assert self.allocator.num_quarantined == sum(map(len, self.quarantined.values()))
             held = {block for blocks in (*self.model.values(), *self.quarantined.values()) for block in blocks}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,3 +43,16 @@ def test_one_other_token_is_another_name(tokens: list[int], index: int, by: int)
     changed = list(tokens)
     changed[index % len(tokens)] += by
     assert name(MANIFEST, "", tokens) != name(MANIFEST, "", changed)
+
+
+@pytest.mark.parametrize(
+    ("tenant", "chosen"), [("", None), ("k1", None), ("", "mine"), ("k1", "mine"), ("k1", '"],["')]
+)
+def test_a_salt_says_whose_it_is(tenant: str, chosen: str | None) -> None:
+    assert prefix.tenant_of(prefix.salt_of(tenant, chosen)) == tenant
+    assert (prefix.salt_of(tenant, chosen) == "") == (not tenant and not chosen)
+
+
+@pytest.mark.parametrize("salt", ["x", "[", '["a"]', '{"a": 1}', "[1, 2]"])
+def test_a_salt_of_another_form_is_a_tenant_of_its_own(salt: str) -> None:
+    assert prefix.tenant_of(salt) == salt

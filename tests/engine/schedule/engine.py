@@ -76,12 +76,13 @@ class Engine:
         speculative: Speculative | None = None,
         segment: int = 0,
         ahead: random.Random | None = None,
+        quota: int = 0,
     ) -> None:
         self.slots: list[tuple[int, ...] | None] = [None] * (blocks * BLOCK)
         self.model = model
         self.journal = KvJournal(tells_tokens=True)
         self.told: set[bytes] = set()
-        allocator = BlockAllocator(blocks, self.poison, self.journal.removed)
+        allocator = BlockAllocator(blocks, self.poison, self.journal.removed, quota)
         limits = Limits(seqs, tokens, LONGEST, BLOCK, frozenset({EOS}), leased, policy, segment=segment)
         self.segment = segment
         root = b"root" if shares else None

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdctl.engine.cache.prefix import salt_of
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.schedule.prompts.policies import POLICIES
 from pdctl.engine.schedule.sequence import Sequence, Status
@@ -124,6 +125,34 @@ def test_blocks_read_ahead_of_their_request_belong_to_its_salt() -> None:
         engine.add(name, list(range(13)), salt=salt)
         engine.run()
         assert engine.cached[name] == found
+
+
+def test_one_api_key_does_not_drive_out_what_others_keep() -> None:
+    """Whatever salts its clients choose."""
+    engine = Engine(blocks=32, quota=12)
+    few, many = salt_of("few", None), [salt_of("many", f"salt {number}") for number in range(20)]
+    engine.add("a", list(range(16)), salt=few)
+    engine.run()
+    for number, salt in enumerate(many):
+        engine.add(f"b{number}", [100 + number, *range(30)], salt=salt)
+        engine.run()
+    engine.add("again", list(range(16)), salt=few)
+    engine.run()
+    assert engine.cached["again"] == 12
+    engine.scheduler.audit()
+
+
+def test_of_a_part_that_came_only_that_part_is_found() -> None:
+    engine, prompt = Engine(), list(range(17))
+    waiting = offered(engine, "load", prompt[:16])
+    assert engine.scheduler.pull_started("load")
+    engine.write(waiting, 0, prompt[:8])
+    engine.scheduler.pull_ended("load")
+    engine.scheduler.keep("load", 0, 8)
+    engine.scheduler.audit()
+    engine.add("a", prompt)
+    engine.run()
+    assert engine.cached["a"] == 8
 
 
 def offered(engine: Engine, name: str, tokens: list[int], salt: str = "") -> Sequence:

@@ -1,0 +1,85 @@
+"""Whole blocks as bytes: the same whatever the width of the engine that they come from, or go to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.cache.layout import block_bytes
+from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.shards import Shard, local
+from pdctl.engine.tiers.blocks import GpuBlocks, HostBlocks
+from pdctl.wire import LayerShape, Manifest, Part
+
+MANIFEST = Manifest("m", "float32", 4, [LayerShape(4, 2, 3), LayerShape(2, 5, 5), LayerShape(1, 2, 2)])
+BLOCKS = 6
+WIDTHS = {
+    "one": [Part()],
+    "tensor 2": [Part(0, 2), Part(1, 2)],
+    "tensor 4": [Part(rank, 4) for rank in range(4)],
+    "pipeline 2": [Part(0, 1, 0, 2), Part(0, 1, 2, 1)],
+    "both": [Part(0, 2, 0, 2), Part(1, 2, 0, 2), Part(0, 2, 2, 1), Part(1, 2, 2, 1)],
+    "stripes": [Part(), Part()],
+}
+
+
+def pools(parts: list[Part]) -> tuple[list[Shard], list[KvPool]]:
+    shards = [Shard(MANIFEST, BLOCKS, part) for part in parts]
+    made = []
+    for part in parts:
+        manifest = local(MANIFEST, part)
+        made.append(KvPool(manifest, BLOCKS, Memory(block_bytes(manifest) * BLOCKS, "e"), torch.device("cpu")))
+    return shards, made
+
+
+def blocks(parts: list[Part]) -> HostBlocks:
+    return HostBlocks(MANIFEST, *pools(parts))
+
+
+@pytest.mark.parametrize("theirs", WIDTHS)
+@pytest.mark.parametrize("ours", WIDTHS)
+def test_what_one_width_wrote_another_reads(ours: str, theirs: str) -> None:
+    one, other = blocks(WIDTHS[ours]), blocks(WIDTHS[theirs])
+    rows = np.random.default_rng(0).integers(0, 256, (2, one.block_bytes), dtype=np.uint8)
+    one.write([4, 1], rows)
+    other.write([0, 5], one.read([4, 1]))
+    assert (other.read([0, 5]) == rows).all()
+    assert not other.read([1, 2, 3, 4]).any(), "nothing else was touched"
+
+
+def test_every_shard_gets_its_own_heads() -> None:
+    shards, made = pools(WIDTHS["tensor 2"])
+    both = HostBlocks(MANIFEST, shards, made)
+    whole_shards, [whole] = pools([Part()])
+    whole.keys[0][:] = torch.arange(whole.keys[0].numel(), dtype=torch.float32).view(whole.keys[0].shape)
+    both.write([2], HostBlocks(MANIFEST, whole_shards, [whole]).read([2]))
+    slots = slice(2 * 4, 3 * 4)
+    assert torch.equal(made[0].keys[0][slots], whole.keys[0][slots, :2])
+    assert torch.equal(made[1].keys[0][slots], whole.keys[0][slots, 2:])
+
+
+@pytest.mark.parametrize("has_mirror", [False, True])
+def test_a_device_reads_and_writes_the_same_bytes(has_mirror: bool) -> None:
+    """Over a pool without host memory, on the CPU in place of a GPU."""
+    pool = _device_pool()
+    if has_mirror:
+        pool.mirror("e")
+    shards = [Shard(MANIFEST, BLOCKS, Part())]
+    device = GpuBlocks(MANIFEST, shards, [pool])
+    rows = np.random.default_rng(1).integers(0, 256, (2, device.block_bytes), dtype=np.uint8)
+    device.write([3, 0], rows)
+    pool.absorb([3, 0])
+    assert (device.read([3, 0]) == rows).all()
+    host = blocks([Part()])
+    host.write([1, 2], rows)
+    assert (host.read([1, 2]) == device.read([3, 0])).all()
+
+
+def _device_pool() -> KvPool:
+    pool = KvPool.__new__(KvPool)
+    whole = KvPool(MANIFEST, BLOCKS, Memory(block_bytes(MANIFEST) * BLOCKS, "e"), torch.device("cpu"))
+    pool.__dict__.update(whole.__dict__)
+    pool.memory, pool.store = None, whole.store.clone()
+    return pool
