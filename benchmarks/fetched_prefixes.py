@@ -1,10 +1,12 @@
 """Prompts that begin alike, over two prefill and two decode engines: what is computed, and the time to the first token.
 
     python -m benchmarks.fetched_prefixes [--model gemma-3-270m] [--rounds 2] [--conversations 4] [--turns 5]
-        [--requests 24] [--system 600]
+        [--requests 24] [--system 600] [--kv-gb 0.5] [--only NAME ...]
 
 Two loads: conversations that grow turn by turn, all at once; and requests with one system prompt. Each is given to
-services that differ in `routing` and `fetch_prefixes`, which run one after the other, in each round in another order.
+services that differ in `routing` and in where KV can come from: from other engines (`fetch_prefixes`), a Mooncake Store
+(`store`), host memory (`kv_offload_gb`). They run one after the other, in each round in another order. With a small
+`--kv-gb` pools give up what conversations need again.
 Exit code 1 if the tokens differ.
 """
 
@@ -23,9 +25,24 @@ from pathlib import Path
 from benchmarks.prefix_cache import ask
 from tests.service import Run, Service, running, topology
 
-WAYS = (
-    ("round_robin", "false"), ("prefix_aware", "false"), ("round_robin", '"auto"'), ("prefix_aware", '"auto"'),
-)  # fmt: skip
+STORE = """
+[[stores]]
+name = "kv"
+kind = "mooncake"
+segment_gb = 0.5
+buffer_gb = 0.125
+"""
+FETCH, KEEP, SHARE = 'fetch_prefixes = "auto"', "kv_offload_gb = 1", 'store = "kv"'
+# By name: routing, and keys of engines.
+WAYS = {
+    "round_robin": ("round_robin", ()),
+    "prefix_aware": ("prefix_aware", ()),
+    "round_robin, fetch": ("round_robin", (FETCH,)),
+    "prefix_aware, fetch": ("prefix_aware", (FETCH,)),
+    "round_robin, store": ("round_robin", (SHARE,)),
+    "prefix_aware, host memory": ("prefix_aware", (KEEP,)),
+    "prefix_aware, all three": ("prefix_aware", (FETCH, KEEP, SHARE)),
+}
 NEW, AT_ONCE = 60, 4
 
 
@@ -77,23 +94,24 @@ LOADS = {"conversations": conversations, "one system prompt": one_system_prompt}
 
 
 def counted(service: Service) -> tuple[float, float, float]:
-    """Tokens of prompts, those that were found, and those fetched, over the prefill engines."""
+    """Tokens of prompts, those that were found, and those that came from elsewhere, over the prefill engines."""
     states = [service.engine_state(p.name)["counters"] for p in service.engines() if p.name.startswith("prefill")]
-    return tuple(  # type: ignore[return-value]
-        float(sum(state.get(name, 0) for state in states))
-        for name in ("prefix_tokens", "prefix_hits", "prefix_tokens_fetched")
-    )
+    def total(*names: str) -> float:
+        return float(sum(state.get(name, 0) for state in states for name in names))
+
+    return total("prefix_tokens"), total("prefix_hits"), total("prefix_tokens_fetched", "tier_prefix_tokens")
 
 
 def tried(
-    way: tuple[str, str], args: argparse.Namespace, found: dict[tuple[str, str, str], Found]
+    way: str, args: argparse.Namespace, found: dict[tuple[str, str], Found]
 ) -> dict[str, list[list[int]]]:
     """One service of this way under all loads. Returns the answers by load."""
-    routing, fetch = way
+    routing, keys = WAYS[way]
     text = topology(
-        f"sample:{args.model}", prefills=2, decodes=2, kv_cache_gb=0.5, extra=f'routing = "{routing}"',
-        engine_extra=f"fetch_prefixes = {fetch}",
+        f"sample:{args.model}", prefills=2, decodes=2, kv_cache_gb=args.kv_gb, extra=f'routing = "{routing}"',
+        engine_extra="\n".join(keys),
     )  # fmt: skip
+    text += STORE if SHARE in keys else ""
     answers = {}
     with tempfile.TemporaryDirectory(prefix="px") as folder, running(Run(Path(folder), poison=False), text) as service:
         for number in range(4):
@@ -102,7 +120,7 @@ def tried(
             tokens, hits, fetched = counted(service)
             given = give(service, args)
             after = counted(service)
-            row = found[load, routing, fetch]
+            row = found[load, way]
             row.first_s += [first for _, first in given]
             row.tokens += after[0] - tokens
             row.computed += after[0] - tokens - (after[1] - hits)
@@ -119,21 +137,23 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--system", type=int, default=600)
+    parser.add_argument("--kv-gb", type=float, default=0.5)
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     args = parser.parse_args()
-    found: dict[tuple[str, str, str], Found] = defaultdict(Found)
+    found: dict[tuple[str, str], Found] = defaultdict(Found)
     expected: dict[str, list[list[int]]] = {}
     for number in range(args.rounds):
-        for way in random.Random(number).sample(WAYS, len(WAYS)):
+        for way in random.Random(number).sample(args.only, len(args.only)):
+            print(f"round {number}: {way}", file=sys.stderr)
             answers = tried(way, args, found)
             expected = expected or answers
             if answers != expected:
                 print(f"{way}: other tokens")
                 return 1
-    print(f"{'':42}TTFT p50  p99 ms    prompt  computed  fetched  saved")
+    print(f"{'':46}TTFT p50  p99 ms    prompt  computed  brought  saved")
     for load in LOADS:
-        for routing, fetch in WAYS:
-            what = f"{load}, {routing}" + (", fetch" if fetch != "false" else "")
-            print(f"{what:42}{found[load, routing, fetch].row()}")
+        for way in args.only:
+            print(f"{load + ', ' + way:46}{found[load, way].row()}")
     print("all answers have equal tokens")
     return 0
 

@@ -39,6 +39,8 @@ def service(module_run: Run) -> Iterator[Service]:
     # Nothing is fetched from peers: they do not follow each other before a first change, and a pool is small.
     extra = 'store = "kv"\nfetch_prefixes = true'
     text = topology(prefills=2, extra='routing = "round_robin"', kv_cache_gb=0.0016, engine_extra=extra) + STORE
+    # A frozen store is replaced after three probes.
+    text = text.replace("grace_s = 10", "grace_s = 10\nliveness_s = 0.5")
     with running(module_run, text) as found:
         wait_until(lambda: is_used(found), what="all engines use the store")
         yield found

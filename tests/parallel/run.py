@@ -61,13 +61,21 @@ def parity(count: Count, width: Width, model: str, wanted: list[Ask], expected: 
     """The answers of a service of these widths; afterwards every block is free and every lease has ended."""
     with service_of(width, model) as service:
         count.compare(str(width), answers(service, wanted), expected)
+        if width.keeps:
+            count.compare(f"{width}, again", answers(service, wanted), expected)
+            for engine in service.engines():
+                state = service.engine_state(engine.name)["counters"]
+                back = {tier: state[f"{tier}_loaded"] for tier in ("host", "store")}
+                came = sum(back.values()) > 0 or engine.role == "decode"
+                count.check(f"{width}: {engine.name} has blocks back: {back}", came)
         service.idle()
         count.check(f"{width}: blocks and leases are back", True)
         if width.decode:
             decodes = [engine.name for engine in service.engines() if engine.role == "decode"]
             count.check(f"{width}: {decodes} decode", len(decodes) == width.data_parallel)
             moved = sum(service.engine_state(name)["transfers"]["hand_overs"] for name in decodes)
-            count.check(f"{width}: {moved} of {len(wanted)} prompts were handed over", moved == len(wanted))
+            all_of_them = (2 if width.keeps else 1) * len(wanted)
+            count.check(f"{width}: {moved} of {all_of_them} prompts were handed over", moved == all_of_them)
     sys.stdout.write(f"{width}: {len(wanted)} answers\n")
     sys.stdout.flush()
 

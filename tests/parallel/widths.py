@@ -14,7 +14,8 @@ Answers = list[list[int]]
 
 class Width(NamedTuple):
     """Processes of each stage of each prefill and decode engine, tokens of their blocks, how KV moves, stages, and
-    stripes. No decode engine: one engine does both."""
+    stripes. No decode engine: one engine does both. `keeps`: pools are small, and what they give up goes to host memory
+    and a store."""
 
     prefill: int
     decode: int = 0
@@ -26,6 +27,7 @@ class Width(NamedTuple):
     prefill_stripes: int = 1
     decode_stripes: int = 1
     data_parallel: int = 1
+    keeps: bool = False
 
     @property
     def prefill_ranks(self) -> int:
@@ -40,11 +42,12 @@ class Width(NamedTuple):
     def __str__(self) -> str:
         prefill = _size(self.prefill, self.prefill_stages, self.prefill_stripes)
         decode = _size(self.decode, self.decode_stages, self.decode_stripes)
+        kept = ", small pools and a store" if self.keeps else ""
         if not self.decode:
-            return f"one engine of {prefill}"
+            return f"one engine of {prefill}{kept}"
         blocks = f"blocks {self.prefill_block} -> {self.decode_block}"
         times = f"{self.data_parallel} times " if self.data_parallel > 1 else ""
-        return f"{times}P {prefill} -> D {decode}, {blocks}, {self.transport}"
+        return f"{times}P {prefill} -> D {decode}, {blocks}, {self.transport}{kept}"
 
 
 def _size(ranks: int, stages: int, stripes: int) -> str:
@@ -79,7 +82,19 @@ MATRIX = [
     Width(1, 2, 32, 16, "mooncake", prefill_stripes=2),
     Width(1, 1, data_parallel=2),
     Width(2, 1, data_parallel=2),
+    Width(2, keeps=True),
+    Width(2, 1, keeps=True),
+    Width(1, 2, 16, 32, "mooncake", prefill_stages=2, keeps=True),
 ]
+# A pool of tiny models with 100 blocks or so.
+_SMALL_GB = 0.0016
+_STORE = """
+[[stores]]
+name = "kv"
+kind = "mooncake"
+segment_gb = 0.03125
+buffer_gb = 0.03125
+"""
 
 
 class Ask(NamedTuple):
@@ -135,6 +150,7 @@ port = {free_port()}
 [transfer]
 backend = "{width.transport}"
 """
+    kv_cache_gb = _SMALL_GB if width.keeps else kv_cache_gb
     for role, count, stages, stripes, block in engines:
         text += f"""
 [[engines]]
@@ -149,4 +165,5 @@ block_size = {block}
 kv_cache_gb = {kv_cache_gb}
 inline_prefill = false
 """
-    return text
+        text += f'kv_offload_gb = {_SMALL_GB}\nstore = "kv"\nfetch_prefixes = true\n' if width.keeps else ""
+    return text + (_STORE if width.keeps else "")
