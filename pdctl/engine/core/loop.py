@@ -107,7 +107,7 @@ class Core:
         self._schedules_ahead = schedules_ahead
         self._tiers = tiers
         if tiers is not None:
-            tiers.begin(scheduler.pull_started, partial(report, inbox, outbox), outbox.put)
+            tiers.begin(scheduler, partial(report, inbox, outbox), outbox.put)
         # Held while a message is handled: by the loop between steps and, while the runner computes, by the receiving
         # thread for messages that do not concern the batch.
         self._lock = threading.Lock()

@@ -155,6 +155,11 @@ class Scheduler:
             self._pulling[request_id] = self._pulling.get(request_id, 0) + 1
         return True
 
+    def pull_wanted(self, request_id: str) -> bool:
+        """Whether the sequence still waits for what is being pulled."""
+        with self._pulling_lock:
+            return request_id not in self._doomed
+
     def pull_ended(self, request_id: str, uncertain: bool = False) -> None:
         """A pull is over; an abort that waited for this takes effect. `uncertain`: the transfer may still write to the
         blocks, so they are not reused before `pull_settled`."""

@@ -6,10 +6,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Protocol
 
 from pdctl.engine.ipc.messages import Load, Look, Pulled, Seen
 from pdctl.engine.lifeline import vital
@@ -19,6 +18,8 @@ from pdctl.engine.tiers.blocks import WholeBlocks
 _log = logging.getLogger(__name__)
 
 _THREADS = 2
+# Blocks that are read and written at once.
+_AT_ONCE = 32
 # Questions and loads that wait, at most; more are answered with nothing.
 _MOST_WAITING = 64
 # Until a tier was read from: what a read takes beside its blocks, seconds, and bytes per second.
@@ -43,21 +44,32 @@ class Speed:
         self.block_s += _ALPHA * (block_s - self.block_s)
 
 
+class Pulls(Protocol):
+    """The scheduler's side of what is written into reserved blocks."""
+
+    def pull_started(self, request_id: str) -> bool:
+        """Writing begins. False: the request is gone, nothing may be written."""
+        ...
+
+    def pull_wanted(self, request_id: str) -> bool:
+        """Whether the request still waits for it."""
+        ...
+
+
 class Loader:
-    """`begin`: called before a request's blocks are written to; False if the request is gone. `loaded`: called after
-    that with the result. `answer`: called with what needs no end."""
+    """`loaded`: called with the result after a request's blocks were written to; `answer`: with all others."""
 
     def __init__(
         self,
         tiers: Sequence[Tier],
         blocks: WholeBlocks,
-        begin: Callable[[str], bool],
+        pulls: Pulls,
         loaded: Callable[[Pulled], None],
         answer: Callable[[Seen | Pulled], None],
     ) -> None:
         self._tiers = tiers
         self._blocks = blocks
-        self._begin = begin
+        self._pulls = pulls
         self._loaded = loaded
         self._answer = answer
         self._speeds = [Speed(blocks.block_bytes / _USUAL_SPEED) for _ in tiers]
@@ -107,31 +119,46 @@ class Loader:
         return runs
 
     def _load(self, load: Load) -> None:
-        began = time.perf_counter()
-        rows, error = self._rows(load.names)
-        if not len(rows):
+        began, done, error = time.perf_counter(), 0, ""
+        try:
+            for rows in self._pieces(load.names):
+                if not (
+                    self._pulls.pull_wanted(load.request_id) if done else self._pulls.pull_started(load.request_id)
+                ):
+                    error = "the request is gone"
+                    break
+                self._blocks.write(load.block_ids[done : done + len(rows)], rows)
+                done += len(rows)
+        except TierFailed as failure:
+            error = str(failure)
+        if not done:
+            # No write has begun, so the core need not know.
             self._answer(Pulled(load.request_id, error or "it is not there any more", 0.0, 0))
-        elif not self._begin(load.request_id):
-            self._answer(Pulled(load.request_id, "the request is gone", 0.0, 0))
-        else:
-            self._blocks.write(load.block_ids[: len(rows)], rows)
-            seconds = time.perf_counter() - began
-            self._loaded(Pulled(load.request_id, "", seconds, rows.nbytes, blocks=len(rows)))
+            return
+        num_bytes = done * self._blocks.block_bytes
+        self._loaded(Pulled(load.request_id, "", time.perf_counter() - began, num_bytes, blocks=done))
 
-    def _rows(self, names: Sequence[bytes]) -> tuple[Rows, str]:
-        """The first blocks, as many as come, and why others do not."""
-        parts, found, error = [np.empty((0, self._blocks.block_bytes), np.uint8)], 0, ""
+    def _pieces(self, names: Sequence[bytes]) -> Iterator[Rows]:
+        """The first blocks, as many as come, in pieces. Raises TierFailed if a tier failed, and none gave the rest."""
+        found, failed = 0, None
         for tier, speed in zip(self._tiers, self._speeds, strict=True):
-            if found == len(names) or not tier.is_there:
-                continue
-            began = time.perf_counter()
             try:
-                rows = tier.get(names[found:])
+                for rows in _read(tier, speed, names[found:] if tier.is_there else ()):
+                    found += len(rows)
+                    yield rows
             except TierFailed as failure:
-                error = str(failure)
-                continue
-            if len(rows):
-                speed.note(len(rows), time.perf_counter() - began)
-                found += len(rows)
-                parts.append(rows)
-        return np.concatenate(parts), error
+                failed = failure
+        if failed is not None and found < len(names):
+            raise failed
+
+
+def _read(tier: Tier, speed: Speed, names: Sequence[bytes]) -> Iterator[Rows]:
+    """The first of these blocks, up to one that the tier does not have. Raises TierFailed."""
+    for at in range(0, len(names), _AT_ONCE):
+        began, wanted = time.perf_counter(), names[at : at + _AT_ONCE]
+        rows = tier.get(wanted)
+        if len(rows):
+            speed.note(len(rows), time.perf_counter() - began)
+            yield rows
+        if len(rows) < len(wanted):
+            return

@@ -8,7 +8,7 @@ from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.ipc.messages import Load, Look, Pulled, Seen, TierBooks
 from pdctl.engine.tiers import Tier
 from pdctl.engine.tiers.blocks import WholeBlocks
-from pdctl.engine.tiers.loading import Loader
+from pdctl.engine.tiers.loading import Loader, Pulls
 from pdctl.engine.tiers.offload import IdleBlock, Offload
 
 
@@ -25,12 +25,12 @@ class Tiers:
 
     def begin(
         self,
-        started: Callable[[str], bool],
+        pulls: Pulls,
         loaded: Callable[[Pulled], None],
         answer: Callable[[Seen | Pulled], None],
     ) -> None:
         """Answer questions from now on: see Loader."""
-        self._loader = Loader(self._tiers, self._blocks, started, loaded, answer)
+        self._loader = Loader(self._tiers, self._blocks, pulls, loaded, answer)
 
     def submit(self, work: Look | Load) -> None:
         """Answer what is there, or load it. Never blocks."""

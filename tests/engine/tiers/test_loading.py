@@ -6,9 +6,10 @@ import queue
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from pdctl.engine.ipc.messages import Load, Look, Pulled, Seen
-from pdctl.engine.tiers import Rows, TierFailed
+from pdctl.engine.tiers import Rows, TierFailed, loading
 from pdctl.engine.tiers.host import HostTier
 from pdctl.engine.tiers.loading import Loader, Speed
 
@@ -60,7 +61,13 @@ class Rig:
         self.gone: set[str] = set()
         self.loaded: queue.Queue[Pulled] = queue.Queue()
         self.said: queue.Queue[Seen | Pulled] = queue.Queue()
-        self.loader = Loader(tiers, self.pool, lambda r: r not in self.gone, self.loaded.put, self.said.put)  # type: ignore[arg-type]
+        self.loader = Loader(tiers, self.pool, self, self.loaded.put, self.said.put)  # type: ignore[arg-type]
+
+    def pull_started(self, request_id: str) -> bool:
+        return request_id not in self.gone
+
+    def pull_wanted(self, request_id: str) -> bool:
+        return request_id not in self.gone
 
     def look(self, *numbers: int) -> list[int]:
         self.loader.submit(Look("r", [name(number) for number in numbers]))
@@ -95,6 +102,25 @@ def test_nothing_is_written_for_a_request_that_is_gone() -> None:
     assert said.error == "the request is gone"
     assert not rig.pool.rows
     assert rig.loaded.empty(), "the core was not told that a write has ended: none had begun"
+    rig.loader.close()
+
+
+def test_many_blocks_come_in_pieces_until_nobody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_AT_ONCE", 2)
+    rig = Rig(tier(1, 2, 3, 4, 5))
+    rig.load("r", 1, 2, 3, 4, 5, 6)
+    assert rig.loaded.get(timeout=60).blocks == 5
+    assert len(rig.pool.rows) == 5
+    rig.pool.rows.clear()
+
+    def write(block_ids: Sequence[int], rows: Rows) -> None:
+        Pool.write(rig.pool, block_ids, rows)
+        rig.gone.add("left")
+
+    monkeypatch.setattr(rig.pool, "write", write)
+    rig.load("left", 1, 2, 3, 4, 5)
+    assert rig.loaded.get(timeout=60).blocks == 2, "it ends between two pieces"
+    assert len(rig.pool.rows) == 2
     rig.loader.close()
 
 
