@@ -16,6 +16,7 @@ from pdctl.adapters import (
     Launch,
     Package,
     different_installations,
+    events_endpoints,
     option_faults,
     version_numbers,
 )
@@ -32,6 +33,8 @@ _OURS = (
     "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp", "--dtype",
     "--uds", "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--enable-ssl-refresh",
 )  # fmt: skip
+# Without a prefix cache there are no events; and a user's own subscribers need their address.
+_NO_EVENTS = ("--no-enable-prefix-caching", "--kv-events-config")
 # Variables that pdctl sets: ports, which must differ between engines, and what follows from other keys.
 _OUR_VARIABLES = frozenset(
     {
@@ -114,6 +117,7 @@ class VllmLauncher(BaseLauncher):
             generate_path="/v1/completions",
             ready_generates=True,
             api_key_env="VLLM_API_KEY",
+            kv_events=events_endpoints(topology, assignment, _NO_EVENTS),
         )
 
 
@@ -217,6 +221,9 @@ def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
     if _exchanges_kv(topology) or group.store:
         config = transfer_config(_connector(group), _exchange(topology, assignment))
         yield from ("--kv-transfer-config", json.dumps(config, separators=(",", ":")))
+    if (at := events_endpoints(topology, assignment, _NO_EVENTS)) is not None:
+        events = {"enable_kv_cache_events": True, "endpoint": at.events, "replay_endpoint": at.replay}
+        yield from ("--kv-events-config", json.dumps({**events, "publisher": "zmq"}, separators=(",", ":")))
     yield from group.args
 
 
