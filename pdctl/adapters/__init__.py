@@ -60,8 +60,8 @@ __all__ = [
     "Call", "CannotResume", "Choice", "Condition", "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields",
     "HandShake", "Installed", "KnownFailure", "Launch", "Launcher", "NoControl", "Package", "Pairing", "Peer",
     "Prefilled", "Progress", "RequestState", "Retelling", "RoomProbe", "Target", "Tokenizer", "can_launch", "control",
-    "dialect", "different_installations", "events_endpoints", "kinds", "launcher", "option_faults", "shown", "stream_fields",
-    "version_numbers", "without",
+    "dialect", "different_installations", "events_endpoints", "kinds", "launcher", "option_faults", "shown",
+    "stream_fields", "version_numbers", "without",
 ]  # fmt: skip
 
 KINDS_ENV = "PDCTL_ENGINE_KINDS"

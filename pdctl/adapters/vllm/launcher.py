@@ -218,13 +218,19 @@ def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
         yield from ("--otlp-traces-endpoint", traces_url(assignment.otlp_endpoint))
     if topology.cluster is not None and topology.cluster.certificates:
         yield from _certificates(topology.cluster.certificates)
+    yield from _kv(topology, assignment)
+    yield from group.args
+
+
+def _kv(topology: Topology, assignment: Assignment) -> Iterator[str]:
+    """Where KV goes, and who hears of it."""
+    group = assignment.group
     if _exchanges_kv(topology) or group.store:
         config = transfer_config(_connector(group), _exchange(topology, assignment))
         yield from ("--kv-transfer-config", json.dumps(config, separators=(",", ":")))
     if (at := events_endpoints(topology, assignment, _NO_EVENTS)) is not None:
         events = {"enable_kv_cache_events": True, "endpoint": at.events, "replay_endpoint": at.replay}
         yield from ("--kv-events-config", json.dumps({**events, "publisher": "zmq"}, separators=(",", ":")))
-    yield from group.args
 
 
 def _certificates(folder: str) -> Iterator[str]:
