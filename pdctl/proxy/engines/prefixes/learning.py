@@ -44,10 +44,13 @@ class Learner:
     async def run_forever(self) -> Never:
         """Learn what was put, one prompt after the other."""
         while True:
-            engine, beginning, state = await self._waiting.get()
-            sizes = {size for other in self._engines() if (size := other.prefixes.batches.index.block_size)}
-            if not all(self._places.knows(beginning.pieces, size, self._is_there) for size in sizes):
-                self._note(beginning, await self._tokens(engine, state), _salt(state), sizes)
+            await self._learn(*await self._waiting.get())
+            self._waiting.task_done()
+
+    async def _learn(self, engine: Engine, beginning: Beginning, state: RequestState) -> None:
+        sizes = {size for other in self._engines() if (size := other.prefixes.batches.index.block_size)}
+        if not all(self._places.knows(beginning.pieces, size, self._is_there) for size in sizes):
+            self._note(beginning, await self._tokens(engine, state), _salt(state), sizes)
 
     def _note(self, beginning: Beginning, token_ids: Sequence[int], salt: str, sizes: set[int]) -> None:
         # The numbers come from clients and engines.
