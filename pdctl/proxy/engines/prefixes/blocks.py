@@ -15,7 +15,7 @@ import msgspec
 
 from pdctl.kv_events import OWN_POOL, AllBlocksCleared, BlockHash, BlockRemoved, BlockStored
 
-# Blocks of one engine: 2 million tokens in blocks of 16, about 40 MiB. What comes beyond is not known.
+# Blocks of one engine: 2 million tokens in blocks of 16, 33 MiB. What comes beyond is not known.
 _MOST_BLOCKS = 131_072
 _NAME_BYTES = 8
 # Where an engine finds KV by itself, as bits. SGLang has its own word for its memory of the host.

@@ -96,7 +96,8 @@ def test_the_engine_is_asked_for_the_tokens_of_a_text(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_the_engine_is_asked_for_the_tokens_of_a_chat(kind: str) -> None:
-    rig, said = Rig(kind, ANSWER), {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}
+    said: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}
+    rig = Rig(kind, ANSWER)
     asked = state(**said, chat_template_kwargs={"a": 1}, temperature=0)
     del asked.fields["prompt"]
     assert learned(rig, asked) == 1
