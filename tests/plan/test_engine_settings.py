@@ -416,7 +416,9 @@ def test_only_builtin_engines_have_them(key: str) -> None:
     assert key.split()[0] in [where.rpartition(".")[2] for _, where, _ in problems(builtin(key, "vllm"), machine())]
 
 
-def followed(kind: str, engine: str = "", routing: str = "prefix_aware", role: str = "hybrid", on: Host | None = None) -> ProcessSpec:
+def followed(
+    kind: str, engine: str = "", routing: str = "prefix_aware", role: str = "hybrid", on: Host | None = None
+) -> ProcessSpec:
     text = f"""
 [service]
 model = "meta-llama/Llama-3.1-8B-Instruct"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import closing
 
@@ -29,18 +30,30 @@ class EventSockets:
         self._context = zmq.asyncio.Context.instance()
         self._live = self._connected(zmq.SUB, at.events, _LIVE_WAITING)
         self._live.subscribe(b"")
+        # ZeroMQ connects again by itself, which numbers alone would not always tell.
+        self._ends = self._live.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def close(self) -> None:
         """Close all sockets."""
+        self._live.disable_monitor()
+        self._ends.close(linger=0)
         self._live.close(linger=0)
 
     async def live(self, timeout_s: float) -> tuple[int, bytes] | None:
-        """The next batch and its number; None if there is none in time. Raises NotEvents."""
-        try:
+        """The next batch and its number; None if there is none in time. Raises NotEvents, also if the connection was
+        lost: then the engine may be another start of it."""
+        frames: list[bytes] | None = None
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                return _parted(await self._live.recv_multipart())
-        except TimeoutError:
-            return None
+                frames = await self._live.recv_multipart()
+        if self._was_cut():
+            raise NotEvents("the connection to its KV events was lost")
+        return None if frames is None else _parted(frames)
+
+    def _was_cut(self) -> bool:
+        events = self._ends.get(zmq.EVENTS)
+        assert isinstance(events, int)
+        return bool(events & zmq.POLLIN)
 
     async def replay(self, first: int, timeout_s: float) -> AsyncGenerator[tuple[int, bytes], None]:
         """The batches from `first` on that the engine still has. Raises NotEvents, also if the next one does not come

@@ -128,7 +128,13 @@ class Line:
         self.restart()
 
     def restart(self) -> None:
-        self.cache, self.published, self.kept = Cache(SIZE), list[bytes](), 0
+        self.cache, self.published, self.kept, self.is_unheard = Cache(SIZE), list[bytes](), 0, True
+
+    def lose(self) -> None:
+        """A batch is lost. If nothing was heard of this start, numbers may go on as if there was none: then the lost
+        connection tells (see sockets.py)."""
+        if self.is_unheard:
+            self.known.begin()
 
     def publish(self, events: list[Json]) -> bytes | None:
         if not events:
@@ -138,11 +144,13 @@ class Line:
         return self.published[-1]
 
     def live(self, number: int) -> None:
+        self.is_unheard = False
         if self.known.take(number, decode(self.published[number])) in {Verdict.MISSED, Verdict.RESTARTED}:
             self.catch_up()
 
     def catch_up(self, hole: int = -1) -> None:
         """What subscribing.py does, with a hole in the first answer."""
+        self.is_unheard = False
         for _ in range(50):
             first, verdict = self.known.ask(), Verdict.FOLLOWS
             first = max(first, self.kept)
@@ -181,31 +189,45 @@ STEPS = st.lists(
 )
 
 
+def changed(line: Line, what: str, value: object) -> list[Json]:
+    """What the engine does, and the events that tell of it."""
+    match what, value:
+        case "compute" | "lose", list() as prompt:
+            return line.cache.compute(prompt)
+        case "drop", int() as at if line.cache.blocks:
+            # From an end: an engine finds no block without those before it, and drops the last ones first.
+            return line.cache.drop(list(line.cache.blocks)[-1 - at % len(line.cache.blocks)])
+        case "clear", _:
+            return line.cache.clear()
+        case "restart", _:
+            line.restart()
+    return []
+
+
+def disturb(line: Line, what: str, at: int) -> None:
+    """What happens to the line."""
+    if what == "repeat" and line.published:
+        line.live(at % len(line.published))
+    elif what == "forget" and line.published:
+        # The newest one is always kept.
+        line.kept = min(len(line.published) - 1, line.kept + at % 3)
+    elif what in {"catch up", "hole"}:
+        line.catch_up(at % (len(line.published) + 1) if what == "hole" else -1)
+        line.check()
+
+
 @settings(max_examples=300)
 @given(STEPS)
 def test_whatever_is_lost_the_follower_has_what_the_engine_has(steps: list[tuple[str, object]]) -> None:
     line = Line()
     for what, value in steps:
-        changed: list[Json] = []
-        match what, value:
-            case "compute" | "lose", list() as prompt:
-                changed = line.cache.compute(prompt)
-            case "drop", int() as at if line.cache.blocks:
-                # From an end: an engine finds no block without those before it, and drops the last ones first.
-                changed = line.cache.drop(list(line.cache.blocks)[-1 - at % len(line.cache.blocks)])
-            case "clear", _:
-                changed = line.cache.clear()
-            case "restart", _:
-                line.restart()
-            case "repeat", int() as at if line.published:
-                line.live(at % len(line.published))
-            case "forget", int() as at if line.published:
-                # The newest one is always kept.
-                line.kept = min(len(line.published) - 1, line.kept + at % 3)
-            case "catch up" | "hole", int() as at:
-                line.catch_up(at % (len(line.published) + 1) if what == "hole" else -1)
-                line.check()
-        if line.publish(changed) and what != "lose":
+        if isinstance(value, int):
+            disturb(line, what, value)
+        if not line.publish(changed(line, what, value)):
+            continue
+        if what == "lose":
+            line.lose()
+        else:
             line.live(len(line.published) - 1)
             line.check()
     line.catch_up()

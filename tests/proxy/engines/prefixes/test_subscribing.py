@@ -184,14 +184,20 @@ def test_what_the_engine_does_not_keep_is_not_known_until_it_clears_all(tmp_path
     run(work, tmp_path)
 
 
-@pytest.mark.parametrize("more", [0, 1, 5], ids=["nothing yet", "fewer batches", "more batches"])
-def test_of_an_engine_that_was_restarted_nothing_old_is_believed(more: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "lost"),
+    [(0, 0), (1, 0), (5, 0), (3, 2)],
+    ids=["nothing yet", "fewer batches", "more batches", "numbers go on"],
+)
+def test_of_an_engine_that_was_restarted_nothing_old_is_believed(more: int, lost: int, tmp_path: Path) -> None:
     async def work(made: Rig) -> None:
         made.start()
         made.compute(FIRST, SECOND)
         await made.heals()
         await made.stop()
         made.start()
+        assert made.publisher is not None
+        made.publisher.lost = lost
         made.compute(*([10 + number] * 8 for number in range(more)))
         await made.heals()
 
