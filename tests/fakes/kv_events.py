@@ -72,13 +72,13 @@ class Cache:
 
 
 class Publisher:
-    """PUB and ROUTER sockets. `lost`: that many of the next batches are not sent; `holes`: numbers that are left out of
+    """PUB and ROUTER sockets (an XPUB is a PUB that tells of subscriptions). `lost`: that many of the next batches are not sent; `holes`: numbers that are left out of
     the next replay; `silent`: replays are not answered."""
 
     def __init__(self, events: str, replay: str, kept: int = 10_000) -> None:
         self.lost, self.holes, self.silent, self.replays = 0, set[int](), False, 0
         self._context = zmq.asyncio.Context()
-        self._pub: zmq.Socket[bytes] = zmq.Context(self._context).socket(zmq.PUB)
+        self._pub: zmq.Socket[bytes] = zmq.Context(self._context).socket(zmq.XPUB)
         self._router = self._context.socket(zmq.ROUTER)
         self._pub.bind(events)
         self._router.bind(replay)
@@ -96,6 +96,12 @@ class Publisher:
             self.lost -= 1
         else:
             self.send(number, payload)
+
+    async def subscribed(self) -> None:
+        """Return when somebody has subscribed."""
+        while not self._pub.poll(0):
+            await asyncio.sleep(0)
+        self._pub.recv()
 
     def send(self, number: int, payload: bytes) -> None:
         self._pub.send_multipart((b"", number.to_bytes(8, "big"), payload))
