@@ -72,8 +72,10 @@ class Cache:
 
 
 class Publisher:
-    """PUB and ROUTER sockets (an XPUB is a PUB that tells of subscriptions). `lost`: that many of the next batches are not sent; `holes`: numbers that are left out of
-    the next replay; `silent`: replays are not answered."""
+    """PUB and ROUTER sockets (an XPUB is a PUB that tells of subscriptions).
+
+    `lost`: that many of the next batches are not sent; `holes`: numbers that are left out of the next replay; `silent`:
+    replays are not answered."""
 
     def __init__(self, events: str, replay: str, kept: int = 10_000) -> None:
         self.lost, self.holes, self.silent, self.replays = 0, set[int](), False, 0

@@ -466,6 +466,11 @@ def test_engines_publish_nothing_that_nobody_reads(kind: str) -> None:
         assert not any("/ipc/" in word for word in spec.argv)
 
 
+@pytest.mark.parametrize(("version", "publishes"), [("0.18.0", False), ("0.21.0", True), ("1.0", True), ("", False)])
+def test_vllm_publishes_events_only_where_that_costs_it_nothing(version: str, publishes: bool) -> None:
+    assert (followed("vllm", on=machine(("vllm", version))).kv_events is not None) is publishes
+
+
 @pytest.mark.parametrize(("depth", "fits"), [(60, True), (90, False)])
 def test_a_run_directory_that_is_too_deep_has_no_place_for_sockets(depth: int, fits: bool) -> None:
     on = replace(machine(), run_root=Path("/" + "x" * depth))

@@ -22,6 +22,7 @@ from pdctl.adapters import (
 )
 from pdctl.adapters.vllm.connectors import CONNECTORS, Exchange, transfer_config
 from pdctl.adapters.vllm.log import FAILURES, PHASES
+from pdctl.kv_events import Endpoints
 from pdctl.net.identity import FILES
 from pdctl.net.tracing import traces_url
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
@@ -52,6 +53,9 @@ _OPTIONS = {
 _OLDEST = (0, 10, 2)
 # Earlier engines of version 1 refuse to start with a traces endpoint (vLLM #24297).
 _TRACES_FROM = (0, 11)
+# Earlier ones turn off their hybrid KV cache manager if they publish events: models with several kinds of layers then
+# take more memory, or do not start (vLLM #37688, #49537).
+_EVENTS_FROM = (0, 21)
 # vLLM sends a heartbeat every lease // 6 seconds; below 6 seconds that is 0, and leases are never renewed.
 _SHORTEST_LEASE_S = 6
 
@@ -117,7 +121,7 @@ class VllmLauncher(BaseLauncher):
             generate_path="/v1/completions",
             ready_generates=True,
             api_key_env="VLLM_API_KEY",
-            kv_events=events_endpoints(topology, assignment, _NO_EVENTS),
+            kv_events=_events(topology, assignment),
         )
 
 
@@ -228,9 +232,16 @@ def _kv(topology: Topology, assignment: Assignment) -> Iterator[str]:
     if _exchanges_kv(topology) or group.store:
         config = transfer_config(_connector(group), _exchange(topology, assignment))
         yield from ("--kv-transfer-config", json.dumps(config, separators=(",", ":")))
-    if (at := events_endpoints(topology, assignment, _NO_EVENTS)) is not None:
+    if (at := _events(topology, assignment)) is not None:
         events = {"enable_kv_cache_events": True, "endpoint": at.events, "replay_endpoint": at.replay}
         yield from ("--kv-events-config", json.dumps({**events, "publisher": "zmq"}, separators=(",", ":")))
+
+
+def _events(topology: Topology, assignment: Assignment) -> Endpoints | None:
+    """Where it publishes its KV events; None if it does not."""
+    if version_numbers(assignment.package[1]) < _EVENTS_FROM:
+        return None
+    return events_endpoints(topology, assignment, _NO_EVENTS)
 
 
 def _certificates(folder: str) -> Iterator[str]:
