@@ -12,7 +12,7 @@ import pytest
 from pdctl.proxy_wire import PoolReply
 from tests.fakes.kv_events import CLEARED, Cache, removed
 from tests.service import Service, running, temporary_run, wait_until
-from tests.vllm.conftest import PYTHON, Direct, alone, group
+from tests.vllm.conftest import PYTHON, Direct, alone, group, topology
 
 ENGINES = ("hybrid-0", "hybrid-1")
 BLOCK = 32
@@ -115,6 +115,18 @@ def test_chats_are_tokenized_as_they_are_computed(service: Service) -> None:
         assert service.client.post("/v1/chat/completions", json=body(f"{begin}{number}{after}")).status_code == 200
     assert hits(service)["hybrid-0"] == before["hybrid-0"]
     assert hits(service)["hybrid-1"] >= before["hybrid-1"] + 6 * BLOCK
+
+
+def test_a_prefill_engine_of_a_pair_is_followed() -> None:
+    text = topology(1, 1, f"block_size = {BLOCK}").replace("[proxy]", '[proxy]\nrouting = "prefix_aware"')
+    prompt = words("z")
+    with temporary_run() as run, running(run, text) as pair:
+        with Direct(pair, "decode-0") as alone_engine:
+            expected = alone_engine.complete(prompt, max_tokens=8)
+            tokens = alone_engine.http.post("/tokenize", json={"model": "m", "prompt": prompt}).json()["count"]
+        assert pair.stream(prompt, max_tokens=8)["token_ids"] == expected
+        wait_until(lambda: blocks(pair, "prefill-0") == tokens // BLOCK, 60, "news of the prompt")
+        assert blocks(pair, "decode-0") == 0, "nobody asks where a prompt is decoded"
 
 
 def test_vllms_classes_read_the_fake_engines_events() -> None:
