@@ -74,11 +74,12 @@ class Cache:
 class Publisher:
     """PUB and ROUTER sockets (an XPUB is a PUB that tells of subscriptions).
 
-    `lost`: that many of the next batches are not sent; `holes`: numbers that are left out of the next replay; `silent`:
-    replays are not answered."""
+    `lost`: that many of the next batches are not sent; `holes`: numbers that are left out of the next replay, or
+    `always`; `silent`: replays are not answered."""
 
     def __init__(self, events: str, replay: str, kept: int = 10_000) -> None:
-        self.lost, self.holes, self.silent, self.replays = 0, set[int](), False, 0
+        self.lost, self.replays = 0, 0
+        self.holes, self.always, self.silent = set[int](), False, False
         self._context = zmq.asyncio.Context()
         self._pub: zmq.Socket[bytes] = zmq.Context(self._context).socket(zmq.XPUB)
         self._router = self._context.socket(zmq.ROUTER)
@@ -118,7 +119,9 @@ class Publisher:
             self.replays += 1
             if self.silent:
                 continue
-            holes, self.holes = self.holes, set()
+            holes = self.holes
+            if not self.always:
+                self.holes = set()
             for number, payload in list(self._kept):
                 if number >= int.from_bytes(first, "big") and number not in holes:
                     await self._router.send_multipart((client, b"", b"", number.to_bytes(8, "big"), payload))

@@ -101,8 +101,8 @@ class BlockIndex:
         size, before = event.block_size, event.parent_block_hash
         if size <= 0 or len(event.token_ids) != size * len(event.block_hashes):
             return iter(())
+        self.block_size = size
         if before is None:
-            self.block_size = size
             return names(size, event.token_ids, _extras(event))
         known = self._blocks.get(before)
         return iter(()) if known is None else _following(known[0], size, event.token_ids, _extras(event))

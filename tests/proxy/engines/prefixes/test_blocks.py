@@ -82,7 +82,10 @@ def test_kv_of_an_adapter_or_of_a_second_cache_is_none_of_the_model() -> None:
 )
 def test_a_salt_makes_other_blocks(more: Json) -> None:
     index = index_of(stored([b"a", b"b"], None, [1, 2, 3, 4], SIZE, **more))
-    assert (has(index, [1, 2, 3, 4], "s"), has(index, [1, 2, 3, 4]), has(index, [1, 2], "t")) == (2, 0, 0)
+    later = {"extra_keys": [None]} if "extra_keys" in more else more
+    told(index, stored([b"c"], b"b", [5, 6], SIZE, **later))
+    prompt = [1, 2, 3, 4, 5, 6]
+    assert (has(index, prompt, "s"), has(index, prompt), has(index, prompt, "t")) == (3, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,19 @@ def test_what_is_beyond_the_bound_is_not_known(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_no_batch_is_refused(payload: bytes) -> None:
     with pytest.raises(msgspec.DecodeError):
         decode(payload)
+
+
+def test_of_what_was_missed_for_good_nothing_is_believed() -> None:
+    line = Line()
+    line.publish(line.cache.compute([0] * 4))
+    line.live(0)
+    line.publish(line.cache.drop(list(line.cache.blocks)[-1]))
+    line.publish(line.cache.compute([1] * 4))
+    line.kept = 2
+    line.catch_up()
+    line.check()
+    assert len(line.known.index) == 2
+    assert not line.known.index.is_complete
 
 
 class Line:

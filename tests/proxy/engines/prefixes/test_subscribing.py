@@ -154,6 +154,20 @@ def test_an_answer_with_gaps_is_asked_for_again_from_the_gap_on(tmp_path: Path) 
     run(work, tmp_path)
 
 
+def test_answers_that_always_have_gaps_are_no_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(made: Rig) -> None:
+        made.start()
+        assert made.publisher is not None
+        made.publisher.holes, made.publisher.always = {1}, True
+        with caplog.at_level("INFO"):
+            made.compute(FIRST, SECOND, THIRD)
+            await until(lambda: "its answers have gaps" in caplog.text)
+        made.publisher.holes = set()
+        await made.heals()
+
+    run(work, tmp_path)
+
+
 def test_batches_that_come_twice_count_once(tmp_path: Path) -> None:
     async def work(made: Rig) -> None:
         made.start()
@@ -217,7 +231,11 @@ def test_numbers_that_go_on_after_a_restart_hide_nothing(tmp_path: Path, monkeyp
     run(work, tmp_path)
 
 
-def test_an_engine_that_was_away_is_asked_for_everything_again(tmp_path: Path) -> None:
+def test_an_engine_that_was_away_is_asked_for_everything_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscribing, "WAIT_S", 100.0)
+
     async def work(made: Rig) -> None:
         made.start()
         made.compute(FIRST)
