@@ -168,3 +168,21 @@ def test_nobody_is_asked_for_tokens_that_are_known(service: Service) -> None:
     knows(service, "prefill-1", LENGTH // PAGE)
     assert asked(service, begin) == {"prefill-0": 0, "prefill-1": 6}
     assert tokenized(service) == before
+
+
+def test_engines_are_followed_when_the_routing_changes_and_not_before(service: Service) -> None:
+    path = service.run.folder / "pdctl.toml"
+    before = path.read_text()
+    path.write_text(before.replace('routing = "prefix_aware"', 'routing = "round_robin"'))
+    service.run.cli("apply", check=True)
+    direct(service, "prefill-0", text("i"))
+    assert not any("kv-events" in word for name in ENGINES for word in psutil.Process(pid(service, name)).cmdline())
+    assert known_blocks(service, "prefill-0") == 0
+    path.write_text(before)
+    service.run.cli("apply", check=True)
+    direct(service, "prefill-0", text("i"))
+    knows(service, "prefill-0", LENGTH // PAGE)
+
+
+def pid(service: Service, name: str) -> int:
+    return pid_of(service.process(name))
