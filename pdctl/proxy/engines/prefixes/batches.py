@@ -48,7 +48,7 @@ class Batches:
 
     def begin(self) -> None:
         """Nothing is known: all batches are wanted."""
-        self.index.clear(is_complete=False)
+        self.index = BlockIndex()
         self._next, self._ts = 0, 0.0
 
     def ask(self) -> int:

@@ -20,6 +20,8 @@ _MOST_BLOCKS = 131_072
 _NAME_BYTES = 8
 # Where an engine finds KV by itself, as bits. SGLang has its own word for its memory of the host.
 _MEDIA = {OWN_POOL: 1, None: 1, "CPU": 2, "CPU_PINNED": 2}
+# Caches that keep all of a prompt. What others have of it, such as a window, says little of what can be found.
+_WHOLE = frozenset({None, "full_attention", "mla_attention", "sink_full_attention", "unknown"})
 _NIL = b"\xc0"  # in msgpack
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -27,12 +29,13 @@ _encode = msgspec.msgpack.Encoder().encode
 
 class Stored(BlockStored, frozen=True, tag="BlockStored"):
     """BlockStored with what vLLM and SGLang add. `extra_keys`: by block, what its name depends on beside its tokens;
-    `cache_salt`: the same for the first block of a prompt, as SGLang writes it; `group_idx`: models with several kinds
-    of attention have several caches."""
+    `cache_salt`: the same for the first block of a prompt, as SGLang writes it; `group_idx`, `kv_cache_spec_kind`: of
+    several caches, which models with several kinds of layers have."""
 
     extra_keys: Sequence[msgspec.Raw] | None = None
     cache_salt: str | None = None
     group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
 
 
 class Removed(BlockRemoved, frozen=True, tag="BlockRemoved"):
@@ -45,15 +48,23 @@ Heard = Stored | Removed | AllBlocksCleared
 
 
 class BlockIndex:
-    """`block_size`: tokens of a block, 0 before the first one; `is_complete`: what is not here is not there."""
+    """Of one start of an engine. `block_size`: tokens of a block, 0 before the first one."""
 
     def __init__(self) -> None:
         self.block_size = 0
-        self.is_complete = False
+        self._is_whole = False
+        # The cache that is followed, and whether there are others of which nothing is kept.
+        self._group: int | None = None
+        self._has_others = False
         # By the engine's name: ours, and where it is.
         self._blocks: dict[BlockHash, tuple[int, int]] = {}
         # How often each of our names is there.
         self._names: dict[int, int] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """What is not here is not there."""
+        return self._is_whole and (self._group is not None or not self._has_others)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -66,7 +77,7 @@ class BlockIndex:
         """Begin anew. `is_complete`: nothing can be found, as far as anybody knows."""
         self._blocks.clear()
         self._names.clear()
-        self.is_complete = is_complete
+        self._is_whole = is_complete
 
     def take(self, event: Heard) -> None:
         """Follow an event."""
@@ -80,8 +91,8 @@ class BlockIndex:
 
     def _store(self, event: Stored) -> None:
         medium = _MEDIA.get(event.medium)
-        if medium is None or event.group_idx or event.lora_name or event.lora_id is not None:
-            # Not found by the engine itself, a second cache of the same tokens, or KV of another model.
+        if medium is None or event.lora_name or event.lora_id is not None or not self._is_followed(event):
+            # Not found by the engine itself, KV of another model, or another cache of the same tokens.
             return
         names = iter(self._named(event))
         for found in event.block_hashes:
@@ -90,11 +101,19 @@ class BlockIndex:
                 self._blocks[found] = (known[0], known[1] | medium)
             elif name is None or len(self._blocks) >= _MOST_BLOCKS:
                 # What follows is not known either, without its beginning.
-                self.is_complete = False
+                self._is_whole = False
                 return
             else:
                 self._blocks[found] = (name, medium)
                 self._names[name] = self._names.get(name, 0) + 1
+
+    def _is_followed(self, event: Stored) -> bool:
+        if event.kv_cache_spec_kind not in _WHOLE:
+            self._has_others = True
+            return False
+        if self._group is None:
+            self._group = event.group_idx or 0
+        return self._group == (event.group_idx or 0)
 
     def _named(self, event: Stored) -> Iterator[int]:
         """Our names of its blocks; none if its tokens or what is before them are not known."""
@@ -109,7 +128,7 @@ class BlockIndex:
 
     def _remove(self, event: Removed) -> None:
         medium = _MEDIA.get(event.medium)
-        if medium is None or event.group_idx:
+        if medium is None or self._group != (event.group_idx or 0):
             return
         for found in event.block_hashes:
             known = self._blocks.get(found)

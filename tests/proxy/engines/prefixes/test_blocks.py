@@ -70,11 +70,23 @@ def test_kv_of_an_adapter_or_of_a_second_cache_is_none_of_the_model() -> None:
     index = index_of(
         stored([b"a"], None, [1, 2], SIZE, lora_name="l", lora_id=1),
         stored([b"b"], b"a", [3, 4], SIZE, lora_name="l", lora_id=1),
-        stored([b"c"], None, [5, 6], SIZE, group_idx=1),
         stored([b"d"], None, [7, 8], SIZE, group_idx=0),
+        stored([b"c"], None, [5, 6], SIZE, group_idx=1),
         removed([b"d"], group_idx=1),
     )
     assert (len(index), index.is_complete, has(index, [7, 8])) == (1, True, 1)
+
+
+def test_of_several_caches_the_one_that_keeps_whole_prompts_is_followed() -> None:
+    window = {"group_idx": 0, "kv_cache_spec_kind": "sliding_window"}
+    index = index_of(stored([b"a"], None, [1, 2, 3, 4], SIZE, **window))
+    assert (len(index), index.is_complete) == (0, False), "nothing is known of an engine that has only windows"
+    told(index, stored([b"a", b"b"], None, [1, 2, 3, 4], SIZE, group_idx=1, kv_cache_spec_kind="full_attention"))
+    assert (has(index, [1, 2, 3, 4]), index.is_complete) == (2, True)
+    told(index, removed([b"a"], group_idx=0))
+    assert has(index, [1, 2, 3, 4]) == 2
+    told(index, removed([b"b"], group_idx=1))
+    assert has(index, [1, 2, 3, 4]) == 1
 
 
 @pytest.mark.parametrize(
