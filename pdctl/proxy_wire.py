@@ -7,13 +7,16 @@ from typing import ClassVar
 
 import msgspec
 
+from pdctl.kv_events import Endpoints
+
 
 class EngineAddress(msgspec.Struct, frozen=True):
     """One engine as the proxy is told of it.
 
     `slot`: its number in what several workers share; `ports`: what it opens beside its API, by purpose; `connector`:
     how it exchanges KV, "" for kinds with only one way; `inline`: as a decode engine it also takes whole requests;
-    `role_epoch`: counts the changes of its role; `tls`: it wants certificates of the cluster.
+    `role_epoch`: counts the changes of its role; `tls`: it wants certificates of the cluster;
+    `kv_events`: where it publishes which blocks it has, None if nowhere.
     """
 
     name: str
@@ -28,6 +31,7 @@ class EngineAddress(msgspec.Struct, frozen=True):
     inline: bool = False
     role_epoch: int = 0
     tls: bool = False
+    kv_events: Endpoints | None = None
 
     @property
     def exchange(self) -> str:
@@ -110,7 +114,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     `sent`: prompts sent to it so far. All 0 for engines that free their KV themselves. `latency`: durations of the last
     answered calls, seconds, oldest first. `speeds`: bytes of prompts and streams per second, 0: unknown; `avoids`:
     prefill engines whose KV it cannot read, or could not lately. `beginnings`: of prompts, of which it has told that it
-    has their KV.
+    has their KV; `blocks`: of KV that it has, by its events.
     """
 
     calls: int
@@ -122,6 +126,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     speeds: tuple[float, float] = (0.0, 0.0)
     avoids: tuple[str, ...] = ()
     beginnings: int = 0
+    blocks: int = 0
 
 
 class PoolReply(msgspec.Struct, frozen=True):

@@ -33,6 +33,7 @@ from pdctl.adapters.dialect import (
     RequestState,
     Retelling,
     RoomProbe,
+    Tokenizer,
     stream_fields,
     without,
 )
@@ -47,6 +48,7 @@ from pdctl.adapters.launcher import (
     Launcher,
     Package,
     different_installations,
+    events_endpoints,
     option_faults,
     version_numbers,
 )
@@ -57,9 +59,9 @@ __all__ = [
     "ALL_ROLES", "KINDS_ENV", "OTLP_EXPORTERS", "UNKNOWN_TOKEN", "Ability", "Assignment", "Attempt", "BaseLauncher",
     "Call", "CannotResume", "Choice", "Condition", "Control", "Delta", "Dialect", "EngineError", "Fault", "Fields",
     "HandShake", "Installed", "KnownFailure", "Launch", "Launcher", "NoControl", "Package", "Pairing", "Peer",
-    "Prefilled", "Progress", "RequestState", "Retelling", "RoomProbe", "Target", "can_launch", "control", "dialect",
-    "different_installations", "kinds", "launcher", "option_faults", "shown", "stream_fields",
-    "version_numbers", "without",
+    "Prefilled", "Progress", "RequestState", "Retelling", "RoomProbe", "Target", "Tokenizer", "can_launch", "control",
+    "dialect", "different_installations", "events_endpoints", "kinds", "launcher", "option_faults", "shown",
+    "stream_fields", "version_numbers", "without",
 ]  # fmt: skip
 
 KINDS_ENV = "PDCTL_ENGINE_KINDS"

@@ -15,7 +15,8 @@ from pdctl.proxy_wire import EngineAddress
 
 __all__ = [
     "ALL_ROLES", "UNKNOWN_TOKEN", "Attempt", "Call", "CannotResume", "Condition", "Delta", "Dialect", "Fields",
-    "HandShake", "Pairing", "Prefilled", "RequestState", "Retelling", "RoomProbe", "stream_fields", "without",
+    "HandShake", "Pairing", "Prefilled", "RequestState", "Retelling", "RoomProbe", "Tokenizer", "stream_fields",
+    "without",
 ]  # fmt: skip
 
 Fields = dict[str, object]
@@ -177,6 +178,14 @@ class Pairing:
     room: RoomProbe | None = None
 
 
+class Tokenizer(NamedTuple):
+    """How an engine is asked for the tokens of a request's prompt, and how its answer is read, which raises
+    EngineError."""
+
+    call: Callable[[RequestState], Call]
+    tokens: Callable[[bytes], list[int]]
+
+
 class Dialect(Protocol):
     """The dialect of an engine kind.
 
@@ -186,6 +195,7 @@ class Dialect(Protocol):
     the same request always has the same answer, independent of other requests in the engine; `verifies_leases`: an
     engine never decodes KV that it read after its lease ended. For other kinds the proxy discards an answer that begins
     too late. `tells_pieces`: it takes the names of a prompt's pieces (net.beginnings), and tells of which it has KV.
+    `tokenizer`: it says which tokens a prompt has; None if it cannot be asked.
     """
 
     hand_shake: HandShake
@@ -197,6 +207,7 @@ class Dialect(Protocol):
     pairing: Pairing
     verifies_leases: bool
     tells_pieces: bool
+    tokenizer: Tokenizer | None
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """The request fields that the engine accepts at a path; None if only the engine knows them."""

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from pdctl.topology.spec import Device, EngineGroup, Topology
+from pdctl.kv_events import Endpoints
+from pdctl.topology.spec import Device, EngineGroup, Role, Topology
 
 # A completion of one token, which every engine with an OpenAI API answers.
 ONE_TOKEN = '{"prompt":[1],"max_tokens":1,"temperature":0}'  # noqa: S105 - a request, not a secret
+
+# Bytes of the path of a socket.
+_LONGEST_SOCKET = 107
 
 # The name of an installed package and its version.
 Package = tuple[str, str]
@@ -46,7 +50,8 @@ class Launch:
     Paths of its HTTP server: `ready_path` answers 200 once the engine is usable and while it is alive;
     `generate_path` answers a POST of `generate_body` (JSON) with one token, "" if the kind has no such path.
     `ready_generates`: the engine is ready only after it has done that once. `api_key_env`: the variable from which the
-    engine reads its API key, "" if the run's secret is not its API key.
+    engine reads its API key, "" if the run's secret is not its API key. `kv_events`: where it publishes which blocks it
+    has, in the form of vLLM; None if it does not.
     """
 
     argv: tuple[str, ...]
@@ -56,6 +61,7 @@ class Launch:
     generate_body: str = ONE_TOKEN
     ready_generates: bool = False
     api_key_env: str = ""
+    kv_events: Endpoints | None = None
 
 
 class KnownFailure(NamedTuple):
@@ -154,6 +160,23 @@ def option_faults(group: EngineGroup, reserved: Collection[str]) -> Iterator[Fau
         option = argument.partition("=")[0]
         if option.replace("_", "-") in reserved:
             yield Fault("args", f"{option} is set by pdctl", "remove it; the topology's keys and the plan decide it")
+
+
+def events_endpoints(topology: Topology, assignment: Assignment, without: Collection[str]) -> Endpoints | None:
+    """Where an engine is to publish its KV events for the proxies of its machine; None if they would not read them.
+
+    `without`: arguments with which it publishes none, or elsewhere. They are sockets of the run directory, which only
+    this user can open: events contain prompts, and at an address of one interface vLLM does not listen.
+    """
+    group = assignment.group
+    given = {re.split(r"[=.]", argument)[0].replace("_", "-") for argument in group.args}
+    # Several ranks behind one address: nobody can choose the one that has a prompt.
+    if topology.proxy.routing != "prefix_aware" or group.role is Role.DECODE or group.data_parallel > 1:
+        return None
+    base = f"{assignment.run_dir}/ipc/{assignment.name}"
+    found = Endpoints(f"ipc://{base}.events", f"ipc://{base}.replay")
+    fits = len(base.encode()) + len(".events") <= _LONGEST_SOCKET
+    return found if fits and given.isdisjoint(without) else None
 
 
 # The packages that vLLM and SGLang need, together, whichever protocol is used.

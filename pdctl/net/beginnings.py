@@ -22,10 +22,13 @@ class Beginning(NamedTuple):
     size: int
     pieces: tuple[int, ...]
 
-    @property
-    def ends(self) -> tuple[float, ...]:
-        """The part of the prompt up to the end of each piece, from 0 to 1."""
-        return tuple((number + 1) * PIECE_BYTES / self.size for number in range(len(self.pieces)))
+    def blocks(self, tokens: int, block_size: int) -> list[int]:
+        """How many whole blocks are before the end of each piece, if the prompt has so many tokens.
+
+        A piece that ends at a part of the bytes is taken to end at the same part of the tokens. That is a guess, and
+        only used to choose an engine: what is found is decided by the names of blocks."""
+        per_piece = PIECE_BYTES / self.size * tokens
+        return [int((number + 1) * per_piece) // block_size for number in range(len(self.pieces))]
 
 
 def beginning_of(prompt: bytes, salt: bytes = b"") -> Beginning:

@@ -189,6 +189,7 @@ def _engine(site: Site, assignment: Assignment, pins: Pins) -> ProcessSpec:
         tls=tls,
         version=__version__ if group.kind == _OUR_KIND else "",
         fetches=group.fetch_prefixes != "false",
+        kv_events=launch.kv_events,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, field
 
+from pdctl.kv_events import Endpoints
 from pdctl.net import LOOPBACK
 from pdctl.topology.spec import ENGINE_ROLES, Dashboard, Elastic, Proxy, Supervision
 
@@ -45,7 +46,8 @@ class ProcessSpec:
     decode engine it also takes whole requests. `switches`: its role can change while it runs. `planned_role`: its role
     in the topology, if it has another one now; `role_epoch`: counts the changes. `tls`: its ports want certificates of
     the cluster. `slots`: connections of clients that outlive a proxy. `version`: of pdctl, for its own engines and
-    proxies. `fetches`: beginnings of prompts from other engines.
+    proxies. `fetches`: beginnings of prompts from other engines. `kv_events`: where an engine publishes which blocks it
+    has.
     """
 
     name: str
@@ -76,6 +78,7 @@ class ProcessSpec:
     slots: int = 0
     version: str = ""
     fetches: bool = False
+    kv_events: Endpoints | None = None
 
     @property
     def is_engine(self) -> bool:

@@ -107,6 +107,18 @@ class TestDialect:
             assert ("messages" if chat else "prompt") in body
         assert asked.fields == before
 
+    def test_tokens_are_asked_for_by_what_decides_about_the_prompt(self, kind: str, chat: bool) -> None:
+        tokenizer, asked = dialect(kind).tokenizer, state(chat)
+        assert (tokenizer is None) is (kind not in {"sglang", "vllm"})
+        if tokenizer is None:
+            return
+        said = "messages" if chat else "prompt"
+        everything = msgspec.json.decode(msgspec.json.encode(asked.fields), type=dict[str, object])
+        assert body_of(tokenizer.call(asked)) == {name: everything[name] for name in ("model", said)}
+        assert tokenizer.tokens(b'{"tokens":[1,2],"count":2}') == [1, 2]
+        with pytest.raises(EngineError):
+            tokenizer.tokens(b'{"error":"x"}')
+
     def test_streams_tell_token_ids_and_counts(self, kind: str, chat: bool) -> None:
         body = body_of(dialect(kind).decode_call(state(chat), attempt(kind), None, stream=True))
         assert body["stream"] is True

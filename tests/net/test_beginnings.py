@@ -30,7 +30,10 @@ def test_names_of_different_salts_have_nothing_in_common() -> None:
 
 def test_pieces_end_at_their_part_of_the_prompt() -> None:
     found = beginning_of(PROMPT + b"x" * 100)
-    assert found.ends == tuple(256 * (number + 1) / 1380 for number in range(5))
+    assert found.blocks(1380, 1) == [256, 512, 768, 1024, 1280], "a token for each byte"
+    assert found.blocks(345, 16) == [4, 8, 12, 16, 20], "64 tokens each, in blocks of 16"
+    assert found.blocks(60, 16) == [0, 1, 2, 2, 3], "the first one ends in the first block"
+    assert found.blocks(0, 16) == [0] * 5
     assert len(beginning_of(b"x" * 10**6).pieces) == MOST_PIECES
 
 

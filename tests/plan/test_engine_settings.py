@@ -414,3 +414,64 @@ def test_settings_of_the_prefix_cache_that_contradict_each_other(lines: str, key
 @pytest.mark.parametrize("key", ['kv_events = "hashes"', "deterministic = true"])
 def test_only_builtin_engines_have_them(key: str) -> None:
     assert key.split()[0] in [where.rpartition(".")[2] for _, where, _ in problems(builtin(key, "vllm"), machine())]
+
+
+def followed(
+    kind: str, engine: str = "", routing: str = "prefix_aware", role: str = "hybrid", on: Host | None = None
+) -> ProcessSpec:
+    text = f"""
+[service]
+model = "meta-llama/Llama-3.1-8B-Instruct"
+[proxy]
+routing = "{routing}"
+[[engines]]
+name = "e"
+role = "{role}"
+kind = "{kind}"
+python = "{PYTHON}"
+{engine}
+"""
+    if role != "hybrid":
+        other = "prefill" if role == "decode" else "decode"
+        text += f'[[engines]]\nname = "o"\nrole = "{other}"\nkind = "{kind}"\npython = "{PYTHON}"\n'
+    return planned(text, on or machine((kind, {"vllm": "0.32.0", "sglang": "0.5.23"}[kind])))["e-0"]
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_engines_publish_kv_events_to_those_who_route_by_prefixes(kind: str) -> None:
+    spec = followed(kind)
+    config = json.loads(option(spec, "--kv-events-config"))
+    assert spec.kv_events == (config["endpoint"], config["replay_endpoint"])
+    assert config["publisher"] == "zmq"
+    assert config.get("enable_kv_cache_events", kind == "sglang")
+    assert all(at.startswith("ipc:///") and "/ipc/e-0." in at for at in spec.kv_events)
+    assert followed(kind, role="prefill").kv_events == spec.kv_events
+    assert followed(kind, routing="slo").digest() != spec.digest(), "a change of the routing restarts it"
+
+
+OFF = {"vllm": "--no-enable-prefix-caching", "sglang": "--disable-radix-cache"}
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_engines_publish_nothing_that_nobody_reads(kind: str) -> None:
+    for spec in (
+        followed(kind, routing="min_expected_latency"),
+        followed(kind, role="decode"),
+        followed(kind, "data_parallel = 2"),
+        followed(kind, f'args = ["{OFF[kind]}"]'),
+        followed(kind, """args = ["--kv-events-config", '{"publisher":"zmq"}']"""),
+        followed(kind, 'args = ["--kv_events_config.publisher=zmq"]'),
+    ):
+        assert spec.kv_events is None
+        assert not any("/ipc/" in word for word in spec.argv)
+
+
+@pytest.mark.parametrize(("version", "publishes"), [("0.18.0", False), ("0.21.0", True), ("1.0", True), ("", False)])
+def test_vllm_publishes_events_only_where_that_costs_it_nothing(version: str, publishes: bool) -> None:
+    assert (followed("vllm", on=machine(("vllm", version))).kv_events is not None) is publishes
+
+
+@pytest.mark.parametrize(("depth", "fits"), [(60, True), (90, False)])
+def test_a_run_directory_that_is_too_deep_has_no_place_for_sockets(depth: int, fits: bool) -> None:
+    on = replace(machine(), run_root=Path("/" + "x" * depth))
+    assert (followed("vllm", on=on).kv_events is not None) is fits

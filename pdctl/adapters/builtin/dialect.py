@@ -65,6 +65,7 @@ class BuiltinDialect:
     pairing = Pairing()
     verifies_leases = True
     tells_pieces = True
+    tokenizer = None
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields."""

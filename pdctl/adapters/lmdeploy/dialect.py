@@ -152,6 +152,7 @@ class LmdeployDialect:
     # KV has no deadline here: see `room`.
     verifies_leases = True
     tells_pieces = False
+    tokenizer = None
     pairing = Pairing(
         # A prefill engine ends every answer after one token, and a hybrid one never reads KV.
         alone=frozenset({"decode", "hybrid"}),

@@ -30,11 +30,13 @@ from pdctl.adapters import (
     Pairing,
     Prefilled,
     RequestState,
+    Tokenizer,
     shown,
     stream_fields,
     without,
 )
 from pdctl.adapters.sglang import answers
+from pdctl.adapters.tokenizer import parse_tokens, tokenize_call
 from pdctl.net.openai.answers import whole_counts
 from pdctl.net.openai.api import Counts
 from pdctl.proxy_wire import EngineAddress
@@ -57,6 +59,11 @@ _NOT_REPEATED = (
     "tools", "functions", "logprobs", "top_logprobs", "session_id", "session_params", "return_hidden_states",
     "return_routed_experts", "custom_logit_processor",
 )  # fmt: skip
+# Fields that decide about the tokens of a prompt.
+_PROMPT = (
+    "model", "prompt", "messages", "tools", "tool_choice", "reasoning_effort", "continue_final_message",
+    "chat_template_kwargs", "add_special_tokens",
+)  # fmt: skip
 _SAYS_NOTHING = (b"null", b"[]", b'""', b"false", b"{}")
 # Values of penalties without effect.
 _NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
@@ -77,6 +84,7 @@ class SglangDialect:
     # Prefill writes into memory that decode reserved for this room, and decode waits until it has said that it is done.
     verifies_leases = True
     tells_pieces = False
+    tokenizer: Tokenizer | None = Tokenizer(lambda state: tokenize_call(state, _PROMPT), parse_tokens)
     # An engine of a pair answers nothing without a room, and a hybrid engine has none.
     pairing = Pairing(alone=frozenset({"hybrid"}), one_token_alone=False, hybrids_pair=False)
 

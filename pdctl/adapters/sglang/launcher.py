@@ -19,6 +19,7 @@ from pdctl.adapters import (
     Launch,
     Package,
     different_installations,
+    events_endpoints,
     option_faults,
     version_numbers,
 )
@@ -34,6 +35,8 @@ _OURS = (
     "--disaggregation-ib-device", "--disaggregation-enable-kv-checksum", "--api-key", "--admin-api-key", "--config",
     "--device", "--enable-metrics",
 )  # fmt: skip
+# Without a prefix cache there are no events; and a user's own subscribers need their address.
+_NO_EVENTS = ("--disable-radix-cache", "--kv-events-config")
 # Keys of a group that become options only if the file sets them: SGLang's own defaults depend on the device.
 _OPTIONS = {
     "max_num_seqs": "--max-running-requests",
@@ -103,6 +106,7 @@ class SglangLauncher(BaseLauncher):
             generate_path="/v1/completions",
             generate_body=json.dumps(_one_token(assignment.group.role), separators=(",", ":")),
             ready_generates=True,
+            kv_events=events_endpoints(topology, assignment, _NO_EVENTS),
         )
 
 
@@ -163,6 +167,9 @@ def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
         yield from ("--enable-trace", "--otlp-traces-endpoint", traces_url(assignment.otlp_endpoint))
     if group.role is not Role.HYBRID:
         yield from _disaggregation(assignment)
+    if (at := events_endpoints(topology, assignment, _NO_EVENTS)) is not None:
+        events = {"publisher": "zmq", "endpoint": at.events, "replay_endpoint": at.replay}
+        yield from ("--kv-events-config", json.dumps(events, separators=(",", ":")))
     yield from group.args
 
 

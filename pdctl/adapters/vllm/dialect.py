@@ -28,10 +28,12 @@ from pdctl.adapters import (
     Pairing,
     Prefilled,
     RequestState,
+    Tokenizer,
     shown,
     stream_fields,
     without,
 )
+from pdctl.adapters.tokenizer import parse_tokens, tokenize_call
 from pdctl.adapters.vllm.connectors import CONNECTORS
 from pdctl.net.openai.answers import first_choice, parse_answer, refusal, whole_counts
 from pdctl.net.openai.api import Counts
@@ -49,6 +51,11 @@ _NOT_CONTINUED = (
     "tools", "logprobs", "top_logprobs", "stop", "presence_penalty", "frequency_penalty", "echo", "suffix",
     "prompt_logprobs", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
     "structured_outputs",
+)  # fmt: skip
+# Fields that decide about the tokens of a prompt.
+_PROMPT = (
+    "model", "prompt", "messages", "tools", "add_special_tokens", "add_generation_prompt", "continue_final_message",
+    "chat_template", "chat_template_kwargs", "mm_processor_kwargs",
 )  # fmt: skip
 _SAYS_NOTHING = (b"null", b"[]", b'""', b"false", b"0.0")
 
@@ -80,6 +87,7 @@ class VllmDialect:
     pairing = Pairing()
     verifies_leases = False
     tells_pieces = False
+    tokenizer: Tokenizer | None = Tokenizer(lambda state: tokenize_call(state, _PROMPT), parse_tokens)
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields. They differ between versions of vLLM, and vLLM reports which ones it ignores."""

@@ -16,11 +16,13 @@ from pdctl.adapters import (
     Launch,
     Package,
     different_installations,
+    events_endpoints,
     option_faults,
     version_numbers,
 )
 from pdctl.adapters.vllm.connectors import CONNECTORS, Exchange, transfer_config
 from pdctl.adapters.vllm.log import FAILURES, PHASES
+from pdctl.kv_events import Endpoints
 from pdctl.net.identity import FILES
 from pdctl.net.tracing import traces_url
 from pdctl.topology.spec import Device, EngineGroup, Role, Topology
@@ -32,6 +34,8 @@ _OURS = (
     "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp", "--dtype",
     "--uds", "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--ssl-cert-reqs", "--enable-ssl-refresh",
 )  # fmt: skip
+# Without a prefix cache there are no events; and a user's own subscribers need their address.
+_NO_EVENTS = ("--no-enable-prefix-caching", "--kv-events-config")
 # Variables that pdctl sets: ports, which must differ between engines, and what follows from other keys.
 _OUR_VARIABLES = frozenset(
     {
@@ -49,6 +53,9 @@ _OPTIONS = {
 _OLDEST = (0, 10, 2)
 # Earlier engines of version 1 refuse to start with a traces endpoint (vLLM #24297).
 _TRACES_FROM = (0, 11)
+# Earlier ones turn off their hybrid KV cache manager if they publish events: models with several kinds of layers then
+# take more memory, or do not start (vLLM #37688, #49537).
+_EVENTS_FROM = (0, 21)
 # vLLM sends a heartbeat every lease // 6 seconds; below 6 seconds that is 0, and leases are never renewed.
 _SHORTEST_LEASE_S = 6
 
@@ -114,6 +121,7 @@ class VllmLauncher(BaseLauncher):
             generate_path="/v1/completions",
             ready_generates=True,
             api_key_env="VLLM_API_KEY",
+            kv_events=_events(topology, assignment),
         )
 
 
@@ -214,10 +222,26 @@ def _argv(topology: Topology, assignment: Assignment) -> Iterator[str]:
         yield from ("--otlp-traces-endpoint", traces_url(assignment.otlp_endpoint))
     if topology.cluster is not None and topology.cluster.certificates:
         yield from _certificates(topology.cluster.certificates)
+    yield from _kv(topology, assignment)
+    yield from group.args
+
+
+def _kv(topology: Topology, assignment: Assignment) -> Iterator[str]:
+    """Where KV goes, and who hears of it."""
+    group = assignment.group
     if _exchanges_kv(topology) or group.store:
         config = transfer_config(_connector(group), _exchange(topology, assignment))
         yield from ("--kv-transfer-config", json.dumps(config, separators=(",", ":")))
-    yield from group.args
+    if (at := _events(topology, assignment)) is not None:
+        events = {"enable_kv_cache_events": True, "endpoint": at.events, "replay_endpoint": at.replay}
+        yield from ("--kv-events-config", json.dumps({**events, "publisher": "zmq"}, separators=(",", ":")))
+
+
+def _events(topology: Topology, assignment: Assignment) -> Endpoints | None:
+    """Where it publishes its KV events; None if it does not."""
+    if version_numbers(assignment.package[1]) < _EVENTS_FROM:
+        return None
+    return events_endpoints(topology, assignment, _NO_EVENTS)
 
 
 def _certificates(folder: str) -> Iterator[str]:

@@ -1,8 +1,7 @@
 """Publishes which blocks of KV can be found, in the schema of vLLM's KV events, so that routers can read them.
 
-Frames: topic (empty), sequence number (8 bytes, big endian), msgpack payload. A subscriber that misses a number asks
-the replay socket for what is kept; if that is not enough, it takes a snapshot. Sequence numbers begin at 0 with each
-start of the engine, and the first event says that all earlier blocks are gone.
+A subscriber that misses a number asks the replay socket for what is kept; if that is not enough, it takes a snapshot.
+Sequence numbers begin at 0 with each start of the engine, and the first event says that all earlier blocks are gone.
 """
 
 from __future__ import annotations
@@ -19,50 +18,13 @@ import zmq.asyncio
 
 from pdctl.engine.ipc.messages import KvChange, KvRemoved, KvStored
 from pdctl.engine.options import EngineOptions
+from pdctl.kv_events import END, AllBlocksCleared, Batch, BlockRemoved, BlockStored, Event
 
 _log = logging.getLogger(__name__)
 
 # Batches that can be replayed, and those that are kept for a slow subscriber before it loses some.
 _KEPT = 4096
 _HIGH_WATER = 1024
-_END = (-1).to_bytes(8, "big", signed=True)
-# vLLM's word for an engine's own pool, on any device.
-_MEDIUM = "GPU"
-
-
-class BlockStored(msgspec.Struct, frozen=True, tag=True):
-    """vLLM's event: these blocks follow each other, the first one after `parent_block_hash`. `token_ids` is empty if
-    tokens are not told."""
-
-    block_hashes: list[int]
-    parent_block_hash: int | None
-    token_ids: list[int]
-    block_size: int
-    lora_id: int | None = None
-    medium: str | None = _MEDIUM
-    lora_name: str | None = None
-
-
-class BlockRemoved(msgspec.Struct, frozen=True, tag=True):
-    """vLLM's event: these blocks cannot be found any more."""
-
-    block_hashes: list[int]
-    medium: str | None = _MEDIUM
-
-
-class AllBlocksCleared(msgspec.Struct, frozen=True, tag=True):
-    """vLLM's event: nothing can be found."""
-
-
-Event = BlockStored | BlockRemoved | AllBlocksCleared
-
-
-class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """vLLM's KVEventBatch. `ts`: Unix time."""
-
-    ts: float
-    events: list[Event]
-    data_parallel_rank: int = 0
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -156,7 +118,7 @@ class KvEvents:
                 continue
             # Big endian: numbers are ordered as their bytes are.
             batches = [batch for batch in self._kept if batch[0] >= wanted]
-            for sequence, payload in (*batches, (_END, b"")):
+            for sequence, payload in (*batches, (END, b"")):
                 await self._replay.send_multipart((client, b"", b"", sequence, payload))
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from pdctl.proxy.engines.breaker import Breaker
 from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import LoadMeter, Window
 from pdctl.proxy.engines.prefixes.known import KnownPrefixes
+from pdctl.proxy.engines.prefixes.places import Places
 from pdctl.proxy_wire import EngineAddress
 from pdctl.user_files import read_user_text
 from pdctl.wire import ROLE_EPOCH_HEADER
@@ -100,14 +101,17 @@ class Engine:
     took_s: deque[float] = field(default_factory=lambda: deque(maxlen=_CALLS_KEPT))
 
     @classmethod
-    def of(cls, address: EngineAddress, secret: str, tls: ContextFactory | None = None) -> Engine:
-        """An engine with the run's secret, or its own. `tls`: for engines that want certificates. Raises PdctlError for
-        an unreadable secret."""
+    def of(
+        cls, address: EngineAddress, secret: str, tls: ContextFactory | None = None, places: Places | None = None
+    ) -> Engine:
+        """An engine with the run's secret, or its own. `tls`: for engines that want certificates; `places`: what all
+        engines know of prompts' tokens. Raises PdctlError for an unreadable secret."""
         assert tls is not None or not address.tls, f"{address.name} wants certificates, and this proxy has none"
         client = ConnectionPool(address.host, address.port, tls=tls if address.tls else None)
         speaks = dialect(address.kind, address.connector)
         key = _authorization(address, secret)
-        return cls(address, client, speaks, address.slot, key + _epoch(address), key=key)
+        prefixes = KnownPrefixes(places)
+        return cls(address, client, speaks, address.slot, key + _epoch(address), key=key, prefixes=prefixes)
 
     def follow(self, address: EngineAddress) -> None:
         """The same engine may have another role by now."""

@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pdctl.adapters import Condition
+from pdctl.adapters import Condition, RequestState
+from pdctl.net.beginnings import Beginning
 from pdctl.net.http_client import Unreachable
 from pdctl.net.identity import ContextFactory
 from pdctl.net.pauses import Sleeper
@@ -16,7 +17,11 @@ from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.fleet import Fleet
 from pdctl.proxy.engines.kv_room import KvRoom
 from pdctl.proxy.engines.load import SharedLoads
+from pdctl.proxy.engines.prefixes.asking import ask
 from pdctl.proxy.engines.prefixes.following import follow_forever
+from pdctl.proxy.engines.prefixes.learning import Learner
+from pdctl.proxy.engines.prefixes.places import Places
+from pdctl.proxy.engines.prefixes.subscribing import subscribe
 from pdctl.proxy_wire import EngineAddress
 
 _log = logging.getLogger(__name__)
@@ -37,8 +42,16 @@ _WATCH_S = 0.1
 class EnginePool(Fleet):
     """All engines, the probes that tell which of them answer, and the event that one has become available."""
 
-    def __init__(self, engines: list[Engine], shared: SharedLoads | None = None, predicts: bool = False) -> None:
+    def __init__(
+        self,
+        engines: list[Engine],
+        shared: SharedLoads | None = None,
+        predicts: bool = False,
+        places: Places | None = None,
+    ) -> None:
         super().__init__(engines, time.monotonic, shared, predicts)
+        self._places = places or Places()
+        self._learner = Learner(self._places, lambda: self.engines)
         self.changed = asyncio.Event()
         # Whether engines are asked of which prompts they have KV.
         self.wants_prefixes = False
@@ -62,7 +75,8 @@ class EnginePool(Fleet):
 
         Raises PdctlError for an unreadable secret.
         """
-        found = cls([Engine.of(address, secret, tls) for address in addresses], shared, predicts)
+        places = Places()
+        found = cls([Engine.of(address, secret, tls, places) for address in addresses], shared, predicts, places)
         found._secret, found._tls = secret, tls
         return found
 
@@ -80,7 +94,10 @@ class EnginePool(Fleet):
         on elsewhere.
         """
         known = {engine.address.identity: engine for engine in self.engines}
-        wanted = [known.get(address.identity) or Engine.of(address, self._secret, self._tls) for address in addresses]
+        wanted = [
+            known.get(address.identity) or Engine.of(address, self._secret, self._tls, self._places)
+            for address in addresses
+        ]
         for engine in set(self.engines) - set(wanted):
             self._drop(engine)
         self.use(wanted, predicts)
@@ -114,6 +131,11 @@ class EnginePool(Fleet):
             self._known_fields[path] = frozenset.intersection(*known) if known else None
         return self._known_fields[path]
 
+    def learn(self, engine: Engine, beginning: Beginning | None, state: RequestState) -> None:
+        """An engine has computed this prompt: learn what its pieces are in tokens, later, if that is of use."""
+        if beginning is not None:
+            self._learner.put(engine, beginning, state)
+
     def suspect(self, engine: Engine) -> None:
         """A call could not reach the engine: probe it now. Running calls continue until the result is known."""
         engine.asked.set()
@@ -144,6 +166,7 @@ class EnginePool(Fleet):
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             tasks.create_task(self._watch_calls())
+            tasks.create_task(self._learner.run_forever())
             for engine in self.engines:
                 self._watches[engine] = tasks.create_task(self._watch(engine))
 
@@ -183,7 +206,13 @@ class EnginePool(Fleet):
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._probe_forever(engine))
             if engine.dialect.tells_pieces:
-                tasks.create_task(follow_forever(engine, lambda: self.wants_prefixes))
+                tasks.create_task(follow_forever(engine, ask, lambda: self.wants_prefixes))
+            elif engine.dialect.tokenizer is not None:
+                # It may begin to publish events, when the plan changes.
+                tasks.create_task(follow_forever(engine, subscribe, lambda: self._wants_events(engine)))
+
+    def _wants_events(self, engine: Engine) -> bool:
+        return self.wants_prefixes and engine.address.kv_events is not None
 
     async def _probe_forever(self, engine: Engine) -> None:
         while True:

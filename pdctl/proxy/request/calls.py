@@ -173,6 +173,7 @@ async def decode(
             engine.room.give_back(share)
         load.end(time.monotonic(), leg.finished)
     load.answered(time.monotonic(), leg.pieces)
+    leg.shared.pool.learn(kv_from or engine, leg.beginning, leg.state)
 
 
 def _stay(leg: Leg) -> None:

@@ -126,4 +126,5 @@ def _load(engine: Engine) -> EngineLoad:
         speeds=(round(engine.prompts.speed, 1), round(engine.streams.speed, 3)),
         avoids=tuple(sorted(engine.lost_peers(time.monotonic()))),
         beginnings=engine.prefixes.told,
+        blocks=engine.prefixes.blocks,
     )

@@ -258,7 +258,7 @@ def _address(spec: ProcessSpec) -> EngineAddress:
     others = {purpose: port for purpose, port in spec.ports.items() if purpose != "http"}
     return EngineAddress(
         spec.name, spec.role, spec.kind, spec.host, spec.ports["http"], connector=spec.connector, ports=others,
-        inline=spec.inline, role_epoch=spec.role_epoch, tls=spec.tls,
+        inline=spec.inline, role_epoch=spec.role_epoch, tls=spec.tls, kv_events=spec.kv_events,
     )  # fmt: skip
 
 

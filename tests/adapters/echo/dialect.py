@@ -37,6 +37,7 @@ class EchoDialect:
     pairing = Pairing()
     verifies_leases = True
     tells_pieces = False
+    tokenizer = None
 
     def known_fields(self, path: str) -> frozenset[str] | None:
         """See Dialect.known_fields."""

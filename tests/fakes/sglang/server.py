@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.fakes.kv_events import Publisher, serve
 from tests.fakes.sglang import shapes
 from tests.fakes.sglang.shapes import Json, Shapes
 from tests.fakes.sglang.state import FAKE_HOST, Engine, Faults, Room, next_token
@@ -78,6 +80,8 @@ class Api:
     async def _prompt(self, body: Json, rid: str) -> list[int]:
         engine, mode = self.engine, self.engine.mode
         ids = _tokenized(body)
+        if mode != "decode":
+            engine.compute(ids)
         if mode == "null" or body.get("bootstrap_host") == FAKE_HOST:
             return ids
         if mode == "prefill":
@@ -175,6 +179,17 @@ class Api:
                 task.cancel()
         return Response()
 
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens of a prompt or a chat."""
+        self.engine.counts["tokenized"] += 1
+        ids = _tokenized(await request.json())
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": 2048})
+
+    async def flush_cache(self, _: Request) -> Response:
+        """Drop all blocks."""
+        self.engine.publish(self.engine.cache.clear())
+        return Response("Cache flushed.")
+
     async def loads(self, _: Request) -> Response:
         """What the scheduler published last."""
         core: Json = {
@@ -243,6 +258,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--disaggregation-decode-retraction-backup")
     parser.add_argument("--attention-backend")
     parser.add_argument("--enable-metrics", action="store_true")
+    parser.add_argument("--kv-events-config", type=json.loads)
     return parser.parse_args(argv)
 
 
@@ -254,11 +270,15 @@ async def main(argv: list[str] | None = None) -> None:
     """Serve until told to stop."""
     arguments = _arguments(argv)
     engine = Engine(arguments.disaggregation_mode)
+    if (config := arguments.kv_events_config) is not None:
+        assert config["publisher"] == "zmq"
+        engine.publisher = Publisher(config["endpoint"], config["replay_endpoint"])
     api, bootstrap = Api(engine), Bootstrap(engine)
     paths: list[tuple[str, Any, str]] = [
         ("/v1/completions", api.generate, "POST"), ("/v1/chat/completions", api.generate, "POST"),
         ("/abort_request", api.abort, "POST"), ("/v1/loads", api.loads, "GET"), ("/ready", api.ready, "GET"),
         ("/health", api.ready, "GET"), ("/health_generate", api.ready, "GET"),
+        ("/tokenize", api.tokenize, "POST"), ("/flush_cache", api.flush_cache, "POST"),
     ]  # fmt: skip
     routes = [Route(path, handler, methods=[method]) for path, handler, method in paths]
     routes.append(Route("/mock", api.mock, methods=["GET", "POST"]))
@@ -267,6 +287,8 @@ async def main(argv: list[str] | None = None) -> None:
         meeting = [Route("/route", bootstrap.route), Route("/rooms/{room:int}", bootstrap.pull, methods=["POST"])]
         servers.append(_server(meeting, arguments.host, arguments.disaggregation_bootstrap_port))
     async with asyncio.TaskGroup() as tasks:
+        if engine.publisher is not None:
+            tasks.create_task(serve(engine.publisher))
         for server in servers:
             tasks.create_task(server.serve())
         engine.registered = True

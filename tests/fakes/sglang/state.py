@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass, field
+from typing import Any
+
+from tests.fakes.kv_events import Cache, Publisher
 
 LETTERS = 26
+PAGE = 16
 # The bootstrap host for which SGLang transfers no KV.
 FAKE_HOST = "2.2.2.2"
 
@@ -46,7 +50,10 @@ class Engine:
         self.waiting: dict[str, asyncio.Task[object]] = {}
         self.streams = 0
         self.aborted: list[str] = []
-        self.counts = {"requests": 0, "reused": 0, "without_room": 0, "timeouts": 0, "prefilled": 0, "pulled": 0}
+        names = ("requests", "reused", "without_room", "timeouts", "prefilled", "pulled", "tokenized", "cached")
+        self.counts = dict.fromkeys(names, 0)
+        self.cache = Cache(PAGE)
+        self.publisher: Publisher | None = None
         self.tokens = self.steps = 0
         self.registered = False
         self.token_s = float(os.environ.get("MOCK_TOKEN_S", "0.005"))
@@ -54,6 +61,16 @@ class Engine:
         self.bootstrap_s = _seconds("BOOTSTRAP_TIMEOUT", 300)
         self.waiting_s = _seconds("WAITING_TIMEOUT", 300)
         self.lost_s = _seconds("HEARTBEAT_INTERVAL", 5) * _seconds("HEARTBEAT_MAX_FAILURE", 2)
+
+    def compute(self, ids: list[int]) -> None:
+        """Compute a prompt, as far as its KV is not there."""
+        self.counts["cached"] += self.cache.found(ids)
+        self.publish(self.cache.compute(ids))
+
+    def publish(self, events: list[dict[str, Any]]) -> None:
+        """Tell of a change, if anybody listens."""
+        if self.publisher is not None:
+            self.publisher.publish(events)
 
     def told(self) -> dict[str, object]:
         """What happened so far, and what is held now."""

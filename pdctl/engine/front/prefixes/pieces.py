@@ -1,8 +1,7 @@
 """Which beginnings of prompts have their KV here, by the names that proxies give them.
 
-A proxy names pieces of a prompt's bytes. The engine knows the prompt's blocks, and takes the piece that ends at a part
-of the bytes for the block that ends at the same part of the tokens. That is a guess, and only used to choose an engine:
-what is found is decided by the names of blocks.
+A proxy names pieces of a prompt's bytes. The engine knows the prompt's blocks, and guesses in which of them a piece
+ends (`Beginning.blocks`).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class PieceIndex:
 
     def note(self, beginning: Beginning, token_ids: Sequence[int], salt: str) -> None:
         """A prompt with this beginning is to be computed, or read."""
-        wanted = [int(end * len(token_ids)) // self._names.block_size for end in beginning.ends]
+        wanted = beginning.blocks(len(token_ids), self._names.block_size)
         if self._knows(beginning.pieces) or not wanted or not wanted[-1]:
             return
         names = list(islice(self._names.of(token_ids, wanted[-1], salt), wanted[-1]))

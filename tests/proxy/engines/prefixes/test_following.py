@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from pdctl.proxy.engines.engine import Engine
+from pdctl.proxy.engines.prefixes.asking import ask
 from pdctl.proxy.engines.prefixes.following import follow_forever
 from pdctl.proxy_wire import EngineAddress
 from pdctl.wire import BlocksCall, BlocksReply
@@ -56,7 +57,7 @@ def followed(front: Front, calls: int, monkeypatch: pytest.MonkeyPatch) -> tuple
             port = server.sockets[0].getsockname()[1]
             engine = Engine.of(EngineAddress("p0", "prefill", "builtin", "127.0.0.1", port), "s")
             engine.healthy = True
-            task = asyncio.ensure_future(follow_forever(engine, lambda: True))
+            task = asyncio.ensure_future(follow_forever(engine, ask, lambda: True))
             while len(front.calls) < calls:
                 await real_sleep(0)
             told = engine.prefixes.told
