@@ -1,8 +1,8 @@
-"""What it costs an engine to copy the KV of every prompt to host memory or to a store, and what it takes to get it back.
+"""What it costs to copy the KV of every prompt to host memory or to a store, and how long it takes to get it back.
 
     python -m benchmarks.tiers [--model gemma-3-270m] [--prompts 12] [--length 600] [--rounds 3]
 
-Three services with one engine each: without tiers, with `kv_offload_gb`, with `store`. All get the same prompts in turns.
+Three services with one engine each: without tiers, with `kv_offload_gb`, with `store`. All get equal prompts by turns.
 First prompts that nobody has asked before: CPU seconds of the core for each. Then all of them again, when the pool has
 given them up: seconds to the first token.
 """

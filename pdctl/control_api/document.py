@@ -57,6 +57,7 @@ from pdctl.control_api.messages import (
     Verb,
 )
 from pdctl.control_api.usage_messages import EngineBlocks, KeysStatus, KeyStatus, KvStatus, Lease, LogNames, LogPart
+from pdctl.kv_events import Endpoints
 from pdctl.plan import Attached, Plan, Probe, ProcessSpec
 from pdctl.plan.changes import Changes
 from pdctl.topology.spec import Dashboard, Elastic, Proxy, Supervision
@@ -150,6 +151,7 @@ _MEANINGS: dict[type, dict[str, str]] = {
         "why": "the reason for each choice, by field",
         "api_key_env": "variable in which it gets the run's secret as its API key, or empty",
         "connector": "how an engine exchanges KV, or empty",
+        "kv_events": "where an engine of another kind publishes which blocks can be found, and replays that, or null",
         "files": "files that are written before its start: content by path",
         "inline": "whether it also takes whole requests as a decode engine",
         "switches": "whether its role can change while it runs",
@@ -388,6 +390,8 @@ def _worded(hint: object, plural: str = "") -> str:
     if hint in (Proxy, Supervision, Elastic, Dashboard, msgspec.Raw):
         return "object"
     assert isinstance(hint, type)
+    if hint is Endpoints:
+        return "list of two addresses"
     if hint in _SECTIONS:
         heading = _SECTIONS[hint]
         return f"[{heading.lower()}](#{heading.lower().replace(' ', '-')})"
