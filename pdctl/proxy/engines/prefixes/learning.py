@@ -18,6 +18,8 @@ from pdctl.proxy.engines.prefixes.places import Places
 _MOST_WAITING, _MOST_BYTES = 16, 2**18
 _CALL_S = 5.0
 _TOKEN_LIMIT = 2**32
+# Types of the parts of a message that are no text. In a text, their quotes would have backslashes.
+_MEDIA = (b'"image_url"', b'"input_audio"', b'"audio_url"', b'"video_url"', b'"file"')
 _JSON = header_lines({"content-type": "application/json"})
 
 _decode_ids = msgspec.json.Decoder(list[int]).decode
@@ -36,7 +38,12 @@ class Learner:
     def put(self, engine: Engine, beginning: Beginning, state: RequestState) -> None:
         """An engine has computed this prompt. Dropped if there is nothing to learn, or too much to do."""
         index = engine.prefixes.batches.index
-        if engine.dialect.tokenizer is None or not index.block_size or beginning.size > _MOST_BYTES:
+        if (
+            engine.dialect.tokenizer is None
+            or not index.block_size
+            or beginning.size > _MOST_BYTES
+            or _has_media(state)
+        ):
             return
         if not self._waiting.full() and not self._places.knows(beginning.pieces, index.block_size, index.has):
             self._waiting.put_nowait((engine, beginning, state))
@@ -87,6 +94,12 @@ def _given(state: RequestState) -> list[int]:
         return _decode_ids(prompt)
     except msgspec.DecodeError:
         return []
+
+
+def _has_media(state: RequestState) -> bool:
+    """The names of its blocks depend on more than tokens, and an engine that is asked would load the media again."""
+    said = state.fields.get("messages")
+    return isinstance(said, msgspec.Raw) and any(word in bytes(said) for word in _MEDIA)
 
 
 def _salt(state: RequestState) -> str:
