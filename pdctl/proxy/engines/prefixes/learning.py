@@ -17,6 +17,7 @@ from pdctl.proxy.engines.prefixes.places import Places
 # Prompts that wait, and the longest one, in bytes. What comes beyond is not learned: the next one like it may be.
 _MOST_WAITING, _MOST_BYTES = 16, 2**18
 _CALL_S = 5.0
+_LATER_S = 0.5
 _TOKEN_LIMIT = 2**32
 # Types of the parts of a message that are no text. In a text, their quotes would have backslashes.
 _MEDIA = (b'"image_url"', b'"input_audio"', b'"audio_url"', b'"video_url"', b'"file"')
@@ -55,17 +56,29 @@ class Learner:
             self._waiting.task_done()
 
     async def _learn(self, engine: Engine, beginning: Beginning, state: RequestState) -> None:
-        sizes = {size for other in self._engines() if (size := other.prefixes.batches.index.block_size)}
-        if not all(self._places.knows(beginning.pieces, size, self._is_there) for size in sizes):
-            self._note(beginning, await self._tokens(engine, state), _salt(state), sizes)
-
-    def _note(self, beginning: Beginning, token_ids: Sequence[int], salt: str, sizes: set[int]) -> None:
+        if self._knows(beginning):
+            return
+        token_ids = await self._tokens(engine, state)
         # The numbers come from clients and engines.
         if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < _TOKEN_LIMIT:
             return
-        for size in sizes:
-            self._places.note(beginning, token_ids, salt, size, self._is_there)
+        self._note(beginning, token_ids, _salt(state))
+        if not self._knows(beginning):
+            # The events of its blocks may be later than its answer.
+            await asyncio.sleep(_LATER_S)
+            self._note(beginning, token_ids, _salt(state))
         self.learned += 1
+
+    def _note(self, beginning: Beginning, token_ids: Sequence[int], salt: str) -> None:
+        for size in self._sizes():
+            self._places.note(beginning, token_ids, salt, size, self._is_there)
+
+    def _knows(self, beginning: Beginning) -> bool:
+        return all(self._places.knows(beginning.pieces, size, self._is_there) for size in self._sizes())
+
+    def _sizes(self) -> set[int]:
+        """The block sizes of all engines that are followed."""
+        return {size for engine in self._engines() if (size := engine.prefixes.batches.index.block_size)}
 
     def _is_there(self, block: int) -> bool:
         return any(engine.prefixes.batches.index.has(block) for engine in self._engines())

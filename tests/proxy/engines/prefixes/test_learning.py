@@ -17,7 +17,7 @@ from pdctl.proxy.engines.prefixes.blocks import names, salt_of
 from pdctl.proxy.engines.prefixes.learning import Learner
 from pdctl.proxy.engines.prefixes.places import Places
 from pdctl.proxy_wire import EngineAddress
-from tests.fakes.kv_events import stored
+from tests.fakes.kv_events import CLEARED, stored
 
 SIZE = 4
 TOKENS = list(range(20, 36))
@@ -135,6 +135,19 @@ def test_an_answer_of_no_use_is_none(answer: bytes) -> None:
     rig = Rig("vllm", answer)
     assert learned(rig, state(), state(prompt_ids=TOKENS)) == 1, "the next prompt is learned"
     assert len(rig.calls) == 1
+
+
+def test_events_may_come_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig("vllm", b"")
+    batches = [msgspec.msgpack.encode([2.0, [CLEARED, stored([b"0"], None, [1] * SIZE, SIZE)]]), *rig.batches]
+    rig.batches = batches[:1]
+
+    async def later(_: float) -> None:
+        rig.engine.prefixes.heard_batch(1, batches[1], 1.0)
+
+    monkeypatch.setattr(asyncio, "sleep", later)
+    assert learned(rig, state(prompt_ids=TOKENS)) == 1
+    assert dict(rig.places.of(SIZE)) == ends()
 
 
 def test_what_is_known_and_there_is_not_learned_again() -> None:
