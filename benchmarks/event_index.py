@@ -66,7 +66,7 @@ def main() -> None:
             engine.prefixes.heard_batch(at, batch(ids, at), time.monotonic())
     places: Places = pool._places
     for text, ids in zip(prompts, tokens, strict=True):
-        places.note(beginning_of(text, _KEY), ids, "", _SIZE, lambda block: False)
+        places.note(beginning_of(text, _KEY), ids, "", _SIZE, lambda block: True)
     blocks = sum(engine.prefixes.blocks for engine in pool.engines)
     print(f"{given.engines} engines, {blocks} blocks; {cpu_name()}; CPU time, medians")
     print(f"{'a choice by prefix_aware':<40} {microseconds(partial(route, pool, prefix_aware, prompts))}")
@@ -77,7 +77,7 @@ def main() -> None:
 
     print(f"{f'news of a prompt of {_TOKENS} tokens':<40} {microseconds(read)}, {len(news)} bytes")
     beginning = beginning_of(prompts[0], _KEY)
-    learn = partial(Places().note, beginning, tokens[0], "", _SIZE, lambda block: False)
+    learn = partial(Places().note, beginning, tokens[0], "", _SIZE, lambda block: True)
     print(f"{'learning its pieces':<40} {microseconds(learn)}")
     print(f"{f'memory of {given.blocks} blocks':<40} {memory(lambda: filled(given.blocks)) / 2**20:8.1f} MiB")
 

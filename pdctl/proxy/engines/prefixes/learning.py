@@ -17,7 +17,10 @@ from pdctl.proxy.engines.prefixes.places import Places
 # Prompts that wait, and the longest one, in bytes. What comes beyond is not learned: the next one like it may be.
 _MOST_WAITING, _MOST_BYTES = 16, 2**18
 _CALL_S = 5.0
+_LATER_S = 0.5
 _TOKEN_LIMIT = 2**32
+# Types of the parts of a message that are no text. In a text, their quotes would have backslashes.
+_MEDIA = (b'"image_url"', b'"input_audio"', b'"audio_url"', b'"video_url"', b'"file"')
 _JSON = header_lines({"content-type": "application/json"})
 
 _decode_ids = msgspec.json.Decoder(list[int]).decode
@@ -36,7 +39,12 @@ class Learner:
     def put(self, engine: Engine, beginning: Beginning, state: RequestState) -> None:
         """An engine has computed this prompt. Dropped if there is nothing to learn, or too much to do."""
         index = engine.prefixes.batches.index
-        if engine.dialect.tokenizer is None or not index.block_size or beginning.size > _MOST_BYTES:
+        if (
+            engine.dialect.tokenizer is None
+            or not index.block_size
+            or beginning.size > _MOST_BYTES
+            or _has_media(state)
+        ):
             return
         if not self._waiting.full() and not self._places.knows(beginning.pieces, index.block_size, index.has):
             self._waiting.put_nowait((engine, beginning, state))
@@ -48,17 +56,29 @@ class Learner:
             self._waiting.task_done()
 
     async def _learn(self, engine: Engine, beginning: Beginning, state: RequestState) -> None:
-        sizes = {size for other in self._engines() if (size := other.prefixes.batches.index.block_size)}
-        if not all(self._places.knows(beginning.pieces, size, self._is_there) for size in sizes):
-            self._note(beginning, await self._tokens(engine, state), _salt(state), sizes)
-
-    def _note(self, beginning: Beginning, token_ids: Sequence[int], salt: str, sizes: set[int]) -> None:
+        if self._knows(beginning):
+            return
+        token_ids = await self._tokens(engine, state)
         # The numbers come from clients and engines.
         if not token_ids or not 0 <= min(token_ids) <= max(token_ids) < _TOKEN_LIMIT:
             return
-        for size in sizes:
-            self._places.note(beginning, token_ids, salt, size, self._is_there)
+        self._note(beginning, token_ids, _salt(state))
+        if not self._knows(beginning):
+            # The events of its blocks may be later than its answer.
+            await asyncio.sleep(_LATER_S)
+            self._note(beginning, token_ids, _salt(state))
         self.learned += 1
+
+    def _note(self, beginning: Beginning, token_ids: Sequence[int], salt: str) -> None:
+        for size in self._sizes():
+            self._places.note(beginning, token_ids, salt, size, self._is_there)
+
+    def _knows(self, beginning: Beginning) -> bool:
+        return all(self._places.knows(beginning.pieces, size, self._is_there) for size in self._sizes())
+
+    def _sizes(self) -> set[int]:
+        """The block sizes of all engines that are followed."""
+        return {size for engine in self._engines() if (size := engine.prefixes.batches.index.block_size)}
 
     def _is_there(self, block: int) -> bool:
         return any(engine.prefixes.batches.index.has(block) for engine in self._engines())
@@ -87,6 +107,12 @@ def _given(state: RequestState) -> list[int]:
         return _decode_ids(prompt)
     except msgspec.DecodeError:
         return []
+
+
+def _has_media(state: RequestState) -> bool:
+    """The names of its blocks depend on more than tokens, and an engine that is asked would load the media again."""
+    said = state.fields.get("messages")
+    return isinstance(said, msgspec.Raw) and any(word in bytes(said) for word in _MEDIA)
 
 
 def _salt(state: RequestState) -> str:

@@ -45,17 +45,19 @@ class Places:
         block_size: int,
         is_there: Callable[[int], bool],
     ) -> None:
-        """A prompt has these tokens. `is_there`: whether a block can be found anywhere. What is there stays: prompts
-        of other lengths guess other blocks."""
+        """A prompt that was just computed has these tokens. `is_there`: whether a block can be found anywhere.
+
+        What is there stays: prompts of other lengths guess other blocks. A block that is nowhere is not noted: if the
+        engine has computed other tokens than it tells, it must not seem to have nothing."""
         if block_size <= 0:
             return
         known, wanted = self._known(block_size), beginning.blocks(len(token_ids), block_size)
         chain = list(islice(names(block_size, token_ids, (salt_of(salt),)), max(wanted, default=0)))
         for piece, count in zip(beginning.pieces, wanted, strict=True):
-            before = known.get(piece, NO_BLOCK)
-            if before == NO_BLOCK or not is_there(before):
-                known[piece] = chain[count - 1] if count else NO_BLOCK
-            known.move_to_end(piece)
+            before = known.pop(piece, NO_BLOCK)
+            found = before if before != NO_BLOCK and is_there(before) else chain[count - 1] if count else NO_BLOCK
+            if found == NO_BLOCK or is_there(found):
+                known[piece] = found
         while len(known) > _MOST_PIECES:
             known.popitem(last=False)
 

@@ -109,7 +109,7 @@ class Followed:
     def __init__(self, tokens: list[int] = TOKENS, pieces: tuple[int, ...] = (1, 2)) -> None:
         self.places, self.cache, self.number = Places(), Cache(SIZE), 0
         self.known = KnownPrefixes(self.places)
-        self.places.note(Beginning(PIECE_BYTES * len(pieces), pieces), tokens, "", SIZE, lambda _: False)
+        self.places.note(Beginning(PIECE_BYTES * len(pieces), pieces), tokens, "", SIZE, lambda _: True)
 
     def hear(self, events: list[Json], now: float = 0.0) -> Verdict:
         payload = msgspec.msgpack.encode([1.0 + self.number, events])

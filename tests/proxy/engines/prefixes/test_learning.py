@@ -17,7 +17,7 @@ from pdctl.proxy.engines.prefixes.blocks import names, salt_of
 from pdctl.proxy.engines.prefixes.learning import Learner
 from pdctl.proxy.engines.prefixes.places import Places
 from pdctl.proxy_wire import EngineAddress
-from tests.fakes.kv_events import stored
+from tests.fakes.kv_events import CLEARED, stored
 
 SIZE = 4
 TOKENS = list(range(20, 36))
@@ -32,7 +32,10 @@ class Rig:
         self.calls: list[dict[str, Any]] = []
         self.places = Places()
         self.answer, self.closed = answer, asyncio.Event()
-        self.batches = [msgspec.msgpack.encode([1.0, [stored([b"a"], None, [1] * SIZE, SIZE)]])]
+        # The engine has computed the prompt, without and with a salt.
+        plain = stored([b"1", b"2", b"3", b"4"], None, TOKENS, SIZE)
+        salted = stored([b"5", b"6", b"7", b"8"], None, TOKENS, SIZE, cache_salt="s")
+        self.batches = [msgspec.msgpack.encode([1.0, [plain, salted]])]
         self._kind = kind
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -104,6 +107,17 @@ def test_the_engine_is_asked_for_the_tokens_of_a_chat(kind: str) -> None:
     assert rig.calls == [{"model": "m", **said, "chat_template_kwargs": {"a": 1}}]
 
 
+def test_a_prompt_with_media_is_not_learned_but_one_that_speaks_of_them_is() -> None:
+    rig = Rig("vllm", ANSWER)
+    asked, spoken = state(), state()
+    shown = {"type": "image_url", "image_url": {"url": "http://x"}}
+    for of, part in ((asked, shown), (spoken, 'what is "image_url"?')):
+        of.fields["messages"] = msgspec.Raw(msgspec.json.encode([{"role": "user", "content": part}]))
+    assert learned(rig, asked) == 0
+    assert learned(rig, spoken) == 1
+    assert len(rig.calls) == 1
+
+
 def test_nobody_is_asked_for_tokens_that_are_known() -> None:
     rig = Rig("vllm", b"")
     assert learned(rig, state(prompt_ids=TOKENS, cache_salt="s")) == 1
@@ -123,11 +137,21 @@ def test_an_answer_of_no_use_is_none(answer: bytes) -> None:
     assert len(rig.calls) == 1
 
 
+def test_events_may_come_after_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig("vllm", b"")
+    batches = [msgspec.msgpack.encode([2.0, [CLEARED, stored([b"0"], None, [1] * SIZE, SIZE)]]), *rig.batches]
+    rig.batches = batches[:1]
+
+    async def later(_: float) -> None:
+        rig.engine.prefixes.heard_batch(1, batches[1], 1.0)
+
+    monkeypatch.setattr(asyncio, "sleep", later)
+    assert learned(rig, state(prompt_ids=TOKENS)) == 1
+    assert dict(rig.places.of(SIZE)) == ends()
+
+
 def test_what_is_known_and_there_is_not_learned_again() -> None:
     rig = Rig("vllm", ANSWER)
-    batch = msgspec.msgpack.encode([2.0, [stored([b"1", b"2", b"3", b"4"], None, TOKENS, SIZE)]])
-
-    rig.batches.append(batch)
     assert learned(rig, state(), state()) == 1
     assert len(rig.calls) == 1
 
