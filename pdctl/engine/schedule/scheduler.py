@@ -8,7 +8,6 @@ what it changes: what waits is in heaps, and counts are kept.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable
 from itertools import repeat
 
@@ -32,6 +31,7 @@ from pdctl.engine.schedule.inline import prompt_tokens
 from pdctl.engine.schedule.latency import LatencyModel
 from pdctl.engine.schedule.peers import lending, moves
 from pdctl.engine.schedule.peers.kv_journal import KvJournal
+from pdctl.engine.schedule.peers.pulls import Pulls
 from pdctl.engine.schedule.prompts.prefills import Prefills
 from pdctl.engine.schedule.room import Room
 from pdctl.engine.schedule.running import Running
@@ -76,11 +76,7 @@ class Scheduler:
         self._received = 0
         # The target of the newest sequence that a peer handed over, and when it came.
         self._arriving = (0.0, -math.inf)
-        # Number of running pulls per request. Pulls start in another thread than the one that handles their end, so
-        # the next pull of a sequence may start before the end of the last one is known here.
-        self._pulling: dict[str, int] = {}
-        self._pulling_lock = threading.Lock()
-        self._doomed: set[str] = set()
+        self.pulls = Pulls()
         self._withdrawn: list[Withdrawn] = []
 
     # -- events --------------------------------------------------------------------------------------------
@@ -148,33 +144,28 @@ class Scheduler:
 
     def pull_started(self, request_id: str) -> bool:
         """Record that a transfer writes to this sequence's blocks; False if the sequence is already gone."""
-        with self._pulling_lock:
+
+        def is_waiting() -> bool:
             sequence = self.sequences.get(request_id)
-            if sequence is None or sequence.status is not Status.AWAITING_KV:
-                return False
-            self._pulling[request_id] = self._pulling.get(request_id, 0) + 1
-        return True
+            return sequence is not None and sequence.status is Status.AWAITING_KV
+
+        return self.pulls.start(request_id, is_waiting)
 
     def pull_wanted(self, request_id: str) -> bool:
         """Whether the sequence still waits for what is being pulled."""
-        with self._pulling_lock:
-            return request_id not in self._doomed
+        return not self.pulls.is_doomed(request_id)
 
     def pull_ended(self, request_id: str, uncertain: bool = False) -> None:
         """A pull is over; an abort that waited for this takes effect. `uncertain`: the transfer may still write to the
         blocks, so they are not reused before `pull_settled`."""
-        with self._pulling_lock:
-            left = self._pulling.pop(request_id) - 1
-            if left:
-                self._pulling[request_id] = left
+        left = self.pulls.end(request_id)
         assert not (uncertain and left), "a piece was pulled although the one before it failed"
+        if left:
+            return
+        doomed = self.pulls.settle(request_id)
         if uncertain:
-            self._doomed.discard(request_id)
-            sequence = self.sequences[request_id]
-            self._room.quarantine(sequence)
-            self._forget(sequence)
-        elif request_id in self._doomed and not left:
-            self._doomed.discard(request_id)
+            self._room.quarantine(self.sequences[request_id])
+        if uncertain or doomed:
             self._forget(self.sequences[request_id])
 
     def pull_settled(self, request_id: str) -> None:
@@ -189,9 +180,9 @@ class Scheduler:
     def start(self, request_id: str) -> bool:
         """The pulled KV is committed: the sequence starts decoding."""
         sequence = self.sequences.get(request_id)
-        if sequence is None or sequence.status is not Status.AWAITING_KV or request_id in self._doomed:
+        if sequence is None or sequence.status is not Status.AWAITING_KV or self.pulls.is_doomed(request_id):
             return False
-        assert request_id not in self._pulling
+        assert request_id not in self.pulls.running
         assert sequence.prompt_len, "decoding begins before the request came"
         self._received += 1
         self._arriving = (sequence.tpot_s, self._clock())
@@ -204,9 +195,9 @@ class Scheduler:
         """The pulled KV is committed, and stays for whoever asks for it next; its sequence ends. `kv_tokens`: see
         Keep."""
         sequence = self.sequences.get(request_id)
-        if sequence is None or sequence.status is not Status.AWAITING_KV or request_id in self._doomed:
+        if sequence is None or sequence.status is not Status.AWAITING_KV or self.pulls.is_doomed(request_id):
             return
-        assert request_id not in self._pulling
+        assert request_id not in self.pulls.running
         sequence.kv_segment = kv_segment
         if kv_tokens is not None:
             sequence.kv_tokens = min(sequence.kv_tokens, kv_tokens)
@@ -236,11 +227,7 @@ class Scheduler:
         sequence = self.sequences.get(request_id)
         if sequence is None:
             return
-        with self._pulling_lock:
-            if request_id in self._pulling:
-                self._doomed.add(request_id)
-                return
-            self._forget(sequence)
+        self.pulls.abort(request_id, lambda: self._forget(sequence))
 
     # -- a step --------------------------------------------------------------------------------------------
 

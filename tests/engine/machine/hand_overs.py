@@ -382,7 +382,7 @@ class Pair:
         growing = sum(s.hold_at > 0 for s in theirs)
         assert pinned <= most + growing or len(theirs) == 1
         waiting = {name for name, moving in self.moving.items() if moving.reading is not None}
-        assert waiting == set(self.d.scheduler._pulling)
+        assert waiting == set(self.d.scheduler.pulls.running)
         assert self.d.scheduler.allocator._quarantine.keys() == self.late.keys()
 
     def finish(self) -> None:
