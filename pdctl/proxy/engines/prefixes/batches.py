@@ -25,6 +25,10 @@ class Numbered(msgspec.Struct, frozen=True, array_like=True):
 decode = msgspec.msgpack.Decoder(Numbered).decode
 
 
+class NotEvents(Exception):
+    """What came is no batch of events, or nothing came."""
+
+
 class Verdict(Enum):
     """What a batch is. FOLLOWS: it was applied. REPEATED: it was known. MISSED: others must come before it. RESTARTED:
     it is of a new start of the engine."""

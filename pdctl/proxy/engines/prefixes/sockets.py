@@ -11,15 +11,12 @@ import zmq
 import zmq.asyncio
 
 from pdctl.kv_events import END, Endpoints
+from pdctl.proxy.engines.prefixes.batches import NotEvents
 
 # Batches that wait to be read; an engine drops what comes beyond, and they are asked for again.
 _LIVE_WAITING, _REPLAYED_WAITING = 4096, 16_384
 _MOST_BYTES = 64 * 2**20
 _NUMBER_BYTES = 8
-
-
-class NotEvents(Exception):
-    """What came is no batch of events, or nothing came."""
 
 
 class EventSockets:

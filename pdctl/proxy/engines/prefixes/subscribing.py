@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pdctl.proxy.engines.engine import Engine
-from pdctl.proxy.engines.prefixes.batches import Verdict
+from pdctl.proxy.engines.prefixes.batches import NotEvents, Verdict
 from pdctl.proxy.engines.prefixes.known import WAIT_S, KnownPrefixes
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ async def subscribe(engine: Engine, is_wanted: Callable[[], bool]) -> str:
     """Follow its events while it is wanted, there, and the same start; why that failed, or "". See follow_forever."""
     try:
         # Imported here: other services need neither ZeroMQ nor its threads.
-        from pdctl.proxy.engines.prefixes.sockets import EventSockets, NotEvents
+        from pdctl.proxy.engines.prefixes.sockets import EventSockets
     except ImportError:
         return "reading its KV events needs pyzmq"
     life, at = engine.lives, engine.address.kv_events
@@ -60,8 +60,6 @@ async def _follow(known: KnownPrefixes, sockets: EventSockets, goes_on: Callable
 
 async def _catch_up(known: KnownPrefixes, sockets: EventSockets) -> Verdict:
     """Ask once for what is missing. MISSED: some of it has come, but not all. Raises NotEvents without any progress."""
-    from pdctl.proxy.engines.prefixes.sockets import NotEvents
-
     verdict, has_progress = Verdict.FOLLOWS, False
     try:
         async with aclosing(sockets.replay(known.batches.ask(), _LATE_S)) as replay:
