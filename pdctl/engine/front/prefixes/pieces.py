@@ -36,8 +36,8 @@ class PieceIndex:
             return
         names = list(islice(self._names.of(token_ids, wanted[-1], salt), wanted[-1]))
         for piece, count in zip(beginning.pieces, wanted, strict=True):
-            if count:
-                self._put(piece, names[count - 1])
+            # One that ends in the first block is there with it: without it, no later one would count.
+            self._put(piece, names[max(count, 1) - 1])
         while len(self._block_of) > _MOST:
             self._forget(next(iter(self._block_of)))
 
