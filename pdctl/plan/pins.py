@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 from pdctl.adapters import launcher
 from pdctl.host import Holder, Host
+from pdctl.host.devices.gpu import DISTANCES
 from pdctl.host.devices.pci import CLASSES
+from pdctl.plan.gpus import spread
 from pdctl.topology.spec import Device, EngineGroup, Topology, Transfer
 from pdctl.transports import TRANSPORTS
 
+# Marks a reason as "the GPUs that share each layer are on different sockets"; `plan` and `up` warn of it, too.
+ACROSS_SOCKETS = "; on different sockets: each step waits for what crosses between them"
 # Marks a reason as "other processes use this GPU"; `plan` and `up` turn it into a warning.
 IN_USE = "; in use by "
 _MOST_HOLDERS = 3
@@ -33,16 +37,26 @@ def pins_of(topology: Topology, host: Host, group: EngineGroup, name: str, gpus:
     rdma, why_rdma = _rdma(topology, host, group, [places.get(uuid, "") for uuid in gpus] or [""])
     why = {"cpus": why_cpus, "rdma": why_rdma}
     if first is not None:
-        why["gpus"] = _why_gpu(host, group, first, pci, run_dir)
+        why["gpus"] = _why_gpu(host, group, gpus, pci, run_dir)
     return Pins(cpus, rdma, {key: reason for key, reason in why.items() if reason})
 
 
-def _why_gpu(host: Host, group: EngineGroup, uuid: str, pci: str, run_dir: str) -> str:
-    strangers = host.strangers_on(uuid, run_dir)
+def _why_gpu(host: Host, group: EngineGroup, gpus: tuple[str, ...], pci: str, run_dir: str) -> str:
+    strangers = host.strangers_on(gpus[0], run_dir)
     named = "named in the topology" if group.gpus else "the first free GPU" if strangers else "the first idle GPU"
     place = f", at {pci}" if pci else ""
     allotted = f", available through {host.gpus_by}" if host.gpus_by else ""
-    return f"{named}{place}{allotted}{IN_USE + _listed(strangers) if strangers else ''}"
+    together = _together(host, group, gpus)
+    return f"{named}{place}{allotted}{together}{IN_USE + _listed(strangers) if strangers else ''}"
+
+
+def _together(host: Host, group: EngineGroup, gpus: tuple[str, ...]) -> str:
+    """How the GPUs of an engine with several are connected, as far as that is known."""
+    if len(gpus) < 2 or not any(gpu.distances for gpu in host.gpus if gpu.uuid in gpus):
+        return ""
+    longest, _ = spread(host, gpus)
+    is_slow = longest == len(DISTANCES) - 1 and group.tensor_parallel > 1
+    return ACROSS_SOCKETS if is_slow else f"; connected by {DISTANCES[longest]}"
 
 
 def _listed(holders: tuple[Holder, ...]) -> str:

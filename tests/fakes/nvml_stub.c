@@ -139,6 +139,21 @@ int nvmlDeviceGetCurrentClocksThrottleReasons(void *device, unsigned long long *
     *reasons = found;
     return code;
 }
+/* Lines "GPU nvlinkN 1" and "GPU farN LEVEL" of the health file say how a GPU reaches a later one, N. */
+static int pair(void *one, void *other, const char *what, unsigned *into) {
+    char key[64];
+    void *low = one < other ? one : other, *high = one < other ? other : one;
+    snprintf(key, sizeof key, "%s%ld", what, (long)high - 1);
+    return answer(low, key, into);
+}
+int nvmlDeviceGetP2PStatus(void *one, void *other, unsigned index, unsigned *status) {
+    unsigned known;
+    if (index != 2) return NOT_SUPPORTED;
+    *status = pair(one, other, "nvlink", &known) == OK && known ? 0 : 5;
+    return OK;
+}
+int nvmlDeviceGetTopologyCommonAncestor(void *one, void *other, unsigned *level) { return pair(one, other, "far", level); }
+
 int nvmlDeviceGetComputeMode(void *device, unsigned *mode) { return answer(device, "mode", mode); }
 int nvmlDeviceGetPersistenceMode(void *device, unsigned *mode) { return answer(device, "persistence", mode); }
 int nvmlDeviceGetMigMode(void *device, unsigned *now, unsigned *next) {

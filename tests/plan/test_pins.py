@@ -3,10 +3,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pdctl.host import Gpu, Host
+from pdctl.host import Gpu, Holder, Host
+from pdctl.host.devices.gpu import DISTANCES
 from pdctl.host.devices.pci import Layout
 from pdctl.host.devices.rdma import RdmaDevice
 from pdctl.plan import Plan, make_plan
+from pdctl.plan.pins import ACROSS_SOCKETS
 from pdctl.topology.loader import load_text
 
 GPUS = tuple(Gpu(n, f"GPU-{n}", "H100", 80 << 30, f"0000:{n}0:00.0") for n in range(4))
@@ -120,3 +122,52 @@ def test_what_runs_keeps_its_place(tmp_path: Path) -> None:
     moved = plan(tmp_path, text.replace("replicas = 2\n", ""), running=fewer)
     assert pins(moved)["prefill-0"][0] == ("GPU-0",)
     assert pins(moved)["a-0"][0] == ("GPU-1",)
+
+
+def linked(*pairs: tuple[int, int]) -> tuple[Gpu, ...]:
+    """GPUs of which these pairs have NVLink; others are across sockets if their halves differ, else at one switch."""
+    near = {frozenset(pair) for pair in pairs}
+
+    def distance(one: Gpu, other: Gpu) -> int:
+        if {one.index, other.index} in near:
+            return 0
+        return DISTANCES.index("PIX" if one.index // 2 == other.index // 2 else "SYS")
+
+    return tuple(
+        replace(one, distances=tuple((other.uuid, distance(one, other)) for other in GPUS if other != one))
+        for one in GPUS
+    )
+
+
+def wide(tmp_path: Path, gpus: tuple[Gpu, ...], keys: str = "", busy: tuple[str, ...] = ()) -> Plan:
+    """A plan of two engines with two GPUs each."""
+    text = (
+        '[service]\nmodel = "sample:tiny-qwen3"\n[[engines]]\nname = "e"\nrole = "hybrid"\nkind = "vllm"\n'
+        f'device = "cuda"\ntensor_parallel = 2\nreplicas = 2\n{keys}\n'
+    )
+    holders: dict[str, tuple[Holder, ...]] = {uuid: (Holder(77, "train.py"),) for uuid in busy}
+    on = replace(host(tmp_path), gpus=gpus, gpu_holders=holders, package_in=lambda python, names: ("vllm", "0.32.0"))
+    return make_plan(load_text(text, "x.toml", on), on)
+
+
+def gpus_of(found: Plan) -> list[tuple[str, ...]]:
+    return [spec.gpus for spec in found.processes if spec.kind != "proxy"]
+
+
+def test_an_engine_with_several_gpus_gets_those_that_are_nearest(tmp_path: Path) -> None:
+    assert gpus_of(wide(tmp_path, GPUS)) == [("GPU-0", "GPU-1"), ("GPU-2", "GPU-3")], "in order, if nothing is known"
+    assert gpus_of(wide(tmp_path, linked((0, 3), (1, 2)))) == [("GPU-0", "GPU-3"), ("GPU-1", "GPU-2")]
+    assert gpus_of(wide(tmp_path, linked((2, 3)))) == [("GPU-2", "GPU-3"), ("GPU-0", "GPU-1")]
+
+
+def test_idle_gpus_go_before_near_ones(tmp_path: Path) -> None:
+    found = wide(tmp_path, linked((0, 1), (2, 3)), busy=("GPU-1", "GPU-2"))
+    assert gpus_of(found) == [("GPU-0", "GPU-3"), ("GPU-1", "GPU-2")]
+
+
+def test_the_reason_says_how_gpus_are_connected(tmp_path: Path) -> None:
+    first, second = (spec.why["gpus"] for spec in wide(tmp_path, linked((0, 1))).processes[:2])
+    assert first.endswith("; connected by NVLink")
+    assert second.endswith("; connected by PIX")
+    named = wide(tmp_path, linked((0, 1)), "gpus = [0, 2, 1, 3]").processes[0].why["gpus"]
+    assert named.endswith(ACROSS_SOCKETS)

@@ -15,7 +15,7 @@ import typer
 
 from pdctl import console
 from pdctl.commands.common import FileOption, control, find_service, is_interactive, read_topology, topology_file
-from pdctl.commands.setup.plan import load_plan, warn_of_shared_gpus
+from pdctl.commands.setup.plan import load_plan, warn_of_gpus
 from pdctl.errors import AlreadyRunning, NotAnswering, NotRunning, PdctlError, PortsTaken, ServiceFailed, first_of
 from pdctl.host import program
 
@@ -54,7 +54,7 @@ def up(
         publish(path, find_service(None, path), wait_s)
         return
     planned = _first_plan(file, force)
-    warn_of_shared_gpus(planned)
+    warn_of_gpus(planned)
     for left in reversed(range(_MOST_PLANS)):
         try:
             _start(planned, detach, wait_s)

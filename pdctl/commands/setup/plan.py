@@ -64,7 +64,7 @@ def _show(file: Path | None, as_json: bool) -> None:
     for spec in planned.processes:
         for what, reason in spec.why.items():
             console.out(f"{spec.name}: {what} {_shown(getattr(spec, what))}: {reason}")
-    warn_of_shared_gpus(planned)
+    warn_of_gpus(planned)
     _expected(planned)
     if not planned.model_ready:
         path = planned.model_path
@@ -94,15 +94,17 @@ def rows_of(planned: Plan) -> str:
     return console.table(["PROCESS", "ROLE", "KIND", "DEVICE", "CPUS", "RDMA", "PORT", "AFTER"], rows)
 
 
-def warn_of_shared_gpus(planned: Plan) -> None:
-    """Warn about engines placed on GPUs that other processes use."""
-    from pdctl.plan.pins import IN_USE
+def warn_of_gpus(planned: Plan) -> None:
+    """Warn about engines placed on GPUs that other processes use, or that are far from each other."""
+    from pdctl.plan.pins import ACROSS_SOCKETS, IN_USE
 
+    mark = console.paint("warning:", "yellow", sys.stderr)
     for spec in planned.processes:
-        _, in_use, who = spec.why.get("gpus", "").partition(IN_USE)
+        why, in_use, who = spec.why.get("gpus", "").partition(IN_USE)
         if in_use:
-            mark = console.paint("warning:", "yellow", sys.stderr)
             console.note(f"{mark} {spec.name}: GPU {','.join(spec.gpus)} is in use by {who}")
+        if ACROSS_SOCKETS in why:
+            console.note(f"{mark} {spec.name}: GPUs {','.join(spec.gpus)} are {ACROSS_SOCKETS.removeprefix('; ')}")
 
 
 def _expected(planned: Plan) -> None:

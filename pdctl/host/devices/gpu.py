@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from types import ModuleType
+
+# How two GPUs are connected, from near to far, in words of `nvidia-smi topo -m`: NVLink, one board, one PCIe switch,
+# several, a host bridge, a NUMA node, and across sockets.
+DISTANCES = ("NVLink", "PSB", "PIX", "PXB", "PHB", "NODE", "SYS")
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. `memory` in bytes; `pci`: its address in sysfs format, or ""."""
+    """One GPU. `memory` in bytes; `pci`: its address in sysfs format, or "". `distances`: to others by UUID, as places
+    in DISTANCES; empty if that is not known."""
 
     index: int
     uuid: str
     name: str
     memory: int
     pci: str = ""
+    distances: tuple[tuple[str, int], ...] = ()
+
+    def distance(self, uuid: str) -> int:
+        """To another one; 0 if it is not known."""
+        return dict(self.distances).get(uuid, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +43,8 @@ def read_gpus() -> tuple[Gpu, ...]:
     if pynvml is None:
         return ()
     try:
-        return tuple(gpu for index in range(pynvml.nvmlDeviceGetCount()) if (gpu := _able(pynvml, index)) is not None)
+        count = range(pynvml.nvmlDeviceGetCount())
+        return _with_distances(pynvml, tuple(gpu for index in count if (gpu := _able(pynvml, index)) is not None))
     except pynvml.NVMLError:
         return ()
     finally:
@@ -98,6 +110,37 @@ def gpu_of(pynvml: ModuleType, index: int) -> Gpu:
         memory=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
         pci=_pci(pynvml, handle),
     )
+
+
+def _with_distances(pynvml: ModuleType, gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """The GPUs with their distances from each other, as far as the driver tells."""
+    known = {(one.uuid, other.uuid): _distance(pynvml, one, other) for one, other in combinations(gpus, 2)}
+    found = []
+    for gpu in gpus:
+        near = [(pair, far) for pair, far in known.items() if gpu.uuid in pair and far is not None]
+        others = tuple((pair[0] if pair[1] == gpu.uuid else pair[1], far) for pair, far in near)
+        found.append(replace(gpu, distances=others))
+    return tuple(found)
+
+
+def _distance(pynvml: ModuleType, one: Gpu, other: Gpu) -> int | None:
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in (one, other)]
+        if _has_nvlink(pynvml, handles):
+            return 0
+        # NVML's levels are tens, from one board to the whole system.
+        return min(int(pynvml.nvmlDeviceGetTopologyCommonAncestor(*handles)) // 10 + 1, len(DISTANCES) - 1)
+    except pynvml.NVMLError:
+        return None
+
+
+def _has_nvlink(pynvml: ModuleType, handles: list[object]) -> bool:
+    """Whether two GPUs reach each other by NVLink, directly or through switches."""
+    try:
+        status = pynvml.nvmlDeviceGetP2PStatus(*handles, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    except pynvml.NVMLError:
+        return False
+    return bool(status == pynvml.NVML_P2P_STATUS_OK)
 
 
 def _pci(pynvml: ModuleType, handle: object) -> str:

@@ -99,3 +99,66 @@ def test_what_the_environment_allots_and_who_computes_where(library: Path, tmp_p
     )
     assert refused.returncode == 1
     assert "pdctl.toml:6: engines[0].device: the environment makes no GPU available" in refused.stderr
+
+
+def test_how_far_gpus_are_from_each_other(library: Path, tmp_path: Path) -> None:
+    health = tmp_path / "health"
+    # NVLink between 0 and 2, also where the PCI tree says "across sockets"; nothing is known of 1 and 2.
+    health.write_text("0 nvlink2 1\n0 far2 50\n0 far1 10\n1 nvlink2 0\n")
+    code = "from pdctl.host.devices.gpu import read_gpus; print([dict(g.distances) for g in read_gpus()])"
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "3", "PDCTL_STUB_HEALTH": str(health)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    one, two, three = "GPU-stub-0", "GPU-stub-1", "GPU-stub-2"
+    assert done.stdout.strip() == str([{two: 2, three: 0}, {one: 2}, {one: 0}])
+
+
+def test_plan_warns_of_gpus_on_different_sockets(library: Path, tmp_path: Path) -> None:
+    health = tmp_path / "health"
+    health.write_text("0 far1 50\n0 far2 50\n0 far3 50\n1 far2 50\n1 nvlink3 1\n2 far3 50\n")
+    (tmp_path / "pdctl.toml").write_text(WIDE.replace("PYTHON", str(_with_vllm(tmp_path))))
+    env = {**os.environ, "LD_LIBRARY_PATH": str(library), "PDCTL_STUB_GPUS": "4", "PDCTL_STUB_HEALTH": str(health)}
+    shown, told = (
+        subprocess.run(
+            [sys.executable, "-m", "pdctl", "plan", *words], env=env, cwd=tmp_path, capture_output=True, text=True,
+            check=True,
+        )
+        for words in (["--json"], [])
+    )  # fmt: skip
+    processes = {process["name"]: process for process in json.loads(shown.stdout)["processes"]}
+    assert processes["near-0"]["gpus"] == ["GPU-stub-1", "GPU-stub-3"]
+    assert processes["near-0"]["why"]["gpus"].endswith("; connected by NVLink")
+    assert processes["far-0"]["gpus"] == ["GPU-stub-0", "GPU-stub-2"]
+    assert "far-0: GPUs GPU-stub-0,GPU-stub-2 are on different sockets" in " ".join(told.stderr.split())
+    assert "near-0: GPUs" not in told.stderr
+
+
+WIDE = """
+[service]
+model = "sample:tiny-qwen3"
+[[engines]]
+name = "near"
+role = "prefill"
+kind = "vllm"
+python = "PYTHON"
+device = "cuda"
+tensor_parallel = 2
+[[engines]]
+name = "far"
+role = "decode"
+kind = "vllm"
+python = "PYTHON"
+device = "cuda"
+tensor_parallel = 2
+"""
+
+
+def _with_vllm(folder: Path) -> Path:
+    """The interpreter of an environment that says it has vLLM."""
+    packages = folder / "engine" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    for name in ("vllm-0.32.0", "nixl-1.0.0"):
+        (packages / f"{name}.dist-info").mkdir(parents=True)
+    python = folder / "engine" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
