@@ -19,9 +19,9 @@ from benchmarks.cluster.fleet import addresses, fleet, memory
 from benchmarks.prefix_index import microseconds, route
 from pdctl.adapters import Condition
 from pdctl.host.processor import cpu_name
-from pdctl.net.beginnings import MOST_PIECES, PIECE_BYTES, beginning_of
+from pdctl.net.prefixes.beginnings import MOST_PIECES, PIECE_BYTES, beginning_of
 from pdctl.proxy.engines.pool import EnginePool
-from pdctl.proxy.engines.prefixes.batches import Batches, decode
+from pdctl.proxy.engines.prefixes.batches import Batches, parsed
 from pdctl.proxy.engines.prefixes.places import Places
 from pdctl.proxy.engines.routing import prefix_aware
 
@@ -46,7 +46,7 @@ def filled(count: int) -> Batches:
     """So many blocks, of prompts that have nothing in common."""
     made = Batches()
     for number in range(count * _SIZE // _TOKENS):
-        made.take(number, decode(batch(prompt(), number)))
+        made.take(number, parsed(batch(prompt(), number)))
     return made
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     news = batch(prompt(), 1.0)
 
     def read() -> None:
-        Batches().take(0, decode(news))
+        Batches().take(0, parsed(news))
 
     print(f"{f'news of a prompt of {_TOKENS} tokens':<40} {microseconds(read)}, {len(news)} bytes")
     beginning = beginning_of(prompts[0], _KEY)

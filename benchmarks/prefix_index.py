@@ -17,7 +17,7 @@ from functools import partial
 from benchmarks.cluster.fleet import addresses, fleet, memory, seconds
 from pdctl.adapters import Condition
 from pdctl.host.processor import cpu_name
-from pdctl.net.beginnings import MOST_PIECES, PIECE_BYTES, beginning_of, from_header, to_header
+from pdctl.net.prefixes.beginnings import MOST_PIECES, PIECE_BYTES, beginning_of, from_header, to_header
 from pdctl.proxy.engines.pool import EnginePool
 from pdctl.proxy.engines.prefixes.known import KnownPrefixes
 from pdctl.proxy.engines.routing import Ask, RoutingPolicy, choose, min_expected_latency, prefix_aware

@@ -117,6 +117,32 @@ def _speculative(word: str) -> str:
     return word
 
 
+def _add_prefixes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefix-caching", type=_boolean, default=True, help="keep KV for prompts with the same beginning"
+    )
+    parser.add_argument(
+        "--deterministic", type=_boolean, default=False, help="KV that is found has the bits of KV that is computed"
+    )
+    parser.add_argument(
+        "--prefix-quota", type=float, default=1.0,
+        help="fraction of the kept KV that one API key may have while others need the room",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kv-offload-gb", type=float, default=0.0, help="host memory for KV that the pool has no room for"
+    )
+    parser.add_argument("--store", default="", help="kind of a KV store that engines share; its file: see docs")
+    parser.add_argument(
+        "--kv-events", choices=KV_EVENTS, default="off", help="publish which blocks of KV can be found, over ZeroMQ"
+    )
+    parser.add_argument("--kv-events-port", type=int, default=5557, help="for subscribers to --kv-events")
+    parser.add_argument("--kv-replay-port", type=int, default=5558, help="for events that a subscriber has missed")
+    parser.add_argument(
+        "--fetch-prefixes", choices=FETCH_PREFIXES, default="false",
+        help="fetch KV of a prompt's beginning from another engine; auto: where that is predicted to be faster",
+    )  # fmt: skip
+
+
 def _add_parallel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensor-parallel", type=int, default=1, help="devices that share each layer, one process each"
@@ -164,25 +190,7 @@ def parse(argv: list[str]) -> EngineOptions:
         help="fraction of a GPU's memory to use, for KV what is left of it; 0: --kv-cache-gb is the size",
     )  # fmt: skip
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument(
-        "--prefix-caching", type=_boolean, default=True, help="keep KV for prompts with the same beginning"
-    )
-    parser.add_argument(
-        "--deterministic", type=_boolean, default=False, help="KV that is found has the bits of KV that is computed"
-    )
-    parser.add_argument(
-        "--prefix-quota", type=float, default=1.0,
-        help="fraction of the kept KV that one API key may have while others need the room",
-    )  # fmt: skip
-    parser.add_argument(
-        "--kv-offload-gb", type=float, default=0.0, help="host memory for KV that the pool has no room for"
-    )
-    parser.add_argument("--store", default="", help="kind of a KV store that engines share; its file: see docs")
-    parser.add_argument(
-        "--kv-events", choices=KV_EVENTS, default="off", help="publish which blocks of KV can be found, over ZeroMQ"
-    )
-    parser.add_argument("--kv-events-port", type=int, default=5557, help="for subscribers to --kv-events")
-    parser.add_argument("--kv-replay-port", type=int, default=5558, help="for events that a subscriber has missed")
+    _add_prefixes(parser)
     parser.add_argument("--policy", choices=POLICY_NAMES, default="fcfs", help="which prompt is computed first")
     parser.add_argument(
         "--inline-prefill", type=_boolean, default=True, help="keep the TPOT target of requests beside prompts"
@@ -192,10 +200,6 @@ def parse(argv: list[str]) -> EngineOptions:
     parser.add_argument(
         "--schedule-ahead", choices=SCHEDULE_AHEAD, default="auto",
         help="schedule and launch the next step while one computes; auto: on a GPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--fetch-prefixes", choices=FETCH_PREFIXES, default="false",
-        help="fetch KV of a prompt's beginning from another engine; auto: where that is predicted to be faster",
     )  # fmt: skip
     parser.add_argument(
         "--speculative", type=_speculative, default="", help='guess tokens: {"kind": "ngram", "tokens": 4}'

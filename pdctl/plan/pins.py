@@ -52,9 +52,9 @@ def _why_gpu(host: Host, group: EngineGroup, gpus: tuple[str, ...], pci: str, ru
 
 def _together(host: Host, group: EngineGroup, gpus: tuple[str, ...]) -> str:
     """How the GPUs of an engine with several are connected, as far as that is known."""
-    if len(gpus) < 2 or not any(gpu.distances for gpu in host.gpus if gpu.uuid in gpus):
-        return ""
     longest, _ = spread(host, gpus)
+    if len(gpus) < 2 or longest == len(DISTANCES):
+        return ""
     is_slow = longest == len(DISTANCES) - 1 and group.tensor_parallel > 1
     return ACROSS_SOCKETS if is_slow else f"; connected by {DISTANCES[longest]}"
 

@@ -9,7 +9,7 @@ import msgspec
 import psutil
 import pytest
 
-from pdctl.net.beginnings import PIECE_BYTES
+from pdctl.net.prefixes.beginnings import PIECE_BYTES
 from pdctl.proxy_wire import PoolReply
 from tests.e2e.test_prefix import cached, tokens
 from tests.service import Run, Service, pid_of, running, topology, wait_until

@@ -171,3 +171,12 @@ def test_the_reason_says_how_gpus_are_connected(tmp_path: Path) -> None:
     assert second.endswith("; connected by PIX")
     named = wide(tmp_path, linked((0, 1)), "gpus = [0, 2, 1, 3]").processes[0].why["gpus"]
     assert named.endswith(ACROSS_SOCKETS)
+
+
+def test_what_is_not_known_is_not_near(tmp_path: Path) -> None:
+    some = (replace(GPUS[0], distances=(("GPU-3", 2),)), *GPUS[1:3], replace(GPUS[3], distances=(("GPU-0", 2),)))
+    found = wide(tmp_path, some)
+    assert gpus_of(found) == [("GPU-0", "GPU-3"), ("GPU-1", "GPU-2")]
+    first, second = (spec.why["gpus"] for spec in found.processes[:2])
+    assert first.endswith("; connected by PIX")
+    assert "connected" not in second

@@ -47,6 +47,7 @@ class _Call(Generic[Result]):
     def __init__(self, work: Callable[[], Result]) -> None:
         self._work = work
         self.done = threading.Event()
+        self.is_late = False
         self.result: list[Result] = []
         self.failure: TierFailed | None = None
 
@@ -76,18 +77,18 @@ class Caller:
     @property
     def is_free(self) -> bool:
         """Whether a call may be tried now."""
-        is_late = self._newest is not None and not self._newest.done.is_set()
-        return not is_late and self._breaker.allows(time.monotonic())
+        newest = self._newest
+        is_stuck = newest is not None and newest.is_late and not newest.done.is_set()
+        return not is_stuck and self._breaker.allows(time.monotonic())
 
     def call(self, work: Callable[[], Result], timeout_s: float) -> Result:
-        """The result. Raises TierFailed, at once if the last failure was just now."""
-        deadline = time.monotonic() + timeout_s
+        """The result: so long for its turn, and again for itself. Raises TierFailed, at once if it has just failed."""
         if not self._turn.acquire(timeout=timeout_s):
             raise TierFailed(f"{self._name} is busy")
         try:
             if not self.is_free:
                 raise TierFailed(f"{self._name} has failed just now")
-            return self._made(work, deadline)
+            return self._made(work, timeout_s)
         finally:
             self._turn.release()
 
@@ -95,11 +96,12 @@ class Caller:
         """Make no more calls."""
         self._calls.put(None)
 
-    def _made(self, work: Callable[[], Result], deadline: float) -> Result:
+    def _made(self, work: Callable[[], Result], timeout_s: float) -> Result:
         call = _Call(work)
         self._newest = cast("_Call[object]", call)
         self._calls.put(self._newest)
-        if not call.done.wait(max(0.0, deadline - time.monotonic())):
+        if not call.done.wait(timeout_s):
+            call.is_late = True
             self._breaker.failed(time.monotonic())
             raise TierFailed(f"{self._name} does not answer")
         if call.failure is not None:

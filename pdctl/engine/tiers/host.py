@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 
 from pdctl.engine.cache.idle import Idle
-from pdctl.engine.tiers import Rows, TierCounts
+from pdctl.engine.tiers import Rows, TierCounts, TierRefused
 
 
 class HostTier:
@@ -20,12 +21,15 @@ class HostTier:
 
     def __init__(self, capacity: int, block_bytes: int, quota: int = 0, pinned: bool = False) -> None:
         self.counts = TierCounts()
-        self._rows: Rows = torch.empty((capacity, block_bytes), dtype=torch.uint8, pin_memory=pinned).numpy()
+        try:
+            self._rows: Rows = torch.empty((capacity, block_bytes), dtype=torch.uint8, pin_memory=pinned).numpy()
+        except RuntimeError as failure:
+            raise TierRefused(f"no host memory of {capacity * block_bytes / 2**30:.2f} GiB: {failure}") from failure
         self._free = list(range(capacity - 1, -1, -1))
         self._slot_of: dict[bytes, int] = {}
         self._kept: Idle[bytes] = Idle(quota)
-        self._came: list[bytes] = []
-        self._went: list[bytes] = []
+        # Names that came or went. The step loop reads it, and must not wait for a copy.
+        self._changed: deque[bytes] = deque()
         # Copies happen under it: a slot must not get another block meanwhile.
         self._lock = threading.Lock()
 
@@ -70,15 +74,15 @@ class HostTier:
                 self._rows[slot] = row
                 self._slot_of[name] = slot
                 self._kept.put(name, tenant)
-                self._came.append(name)
+                self._changed.append(name)
                 self.counts.stored += 1
 
     def changes(self) -> tuple[list[bytes], list[bytes]]:
         """See Tier.changes."""
-        with self._lock:
-            came, went, self._came, self._went = self._came, self._went, [], []
-        # What came and went in between changes nothing, in whatever order.
-        return [name for name in came if name in self._slot_of], [name for name in went if name not in self._slot_of]
+        names = dict.fromkeys(self._changed.popleft() for _ in range(len(self._changed)))
+        # As it is now: a later change of a name is noted again.
+        is_here = {name: name in self._slot_of for name in names}
+        return [name for name, here in is_here.items() if here], [name for name, here in is_here.items() if not here]
 
     def close(self) -> None:
         """See Tier.close."""
@@ -97,7 +101,7 @@ class HostTier:
     def _give_up(self) -> None:
         name = self._kept.pop()
         self._free.append(self._slot_of.pop(name))
-        self._went.append(name)
+        self._changed.append(name)
 
 
 def capacity_of(gigabytes: float, block_bytes: int) -> int:

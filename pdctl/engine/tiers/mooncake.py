@@ -6,18 +6,21 @@ full refuses; whatever is not there is empty; contents are not checked.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
+from pdctl.engine.lifeline import vital
 from pdctl.engine.tiers import Rows, TierCounts, TierFailed, TierRefused
 from pdctl.engine.tiers.calls import LONGEST_PAUSE_S, Breaker, Caller
 from pdctl.engine.tiers.sealed import Sealed
@@ -33,6 +36,17 @@ _ASK_S, _COPY_S, _SLOWEST = 0.25, 0.5, 50e6
 _PUT_S = 6.0
 _NO_ROOM = -200
 CONFIG_ENV, HOST_ENV = "MOONCAKE_CONFIG_PATH", "MOONCAKE_REQUESTER_LOCAL_HOSTNAME"
+
+
+class Config(msgspec.Struct, frozen=True):
+    """The file that the supervisor writes for each engine, in Mooncake's words."""
+
+    metadata_server: str
+    master_server_address: str
+    protocol: str
+    device_name: str
+    global_segment_size: int
+    local_buffer_size: int
 
 
 class MooncakeTier:
@@ -56,10 +70,10 @@ class MooncakeTier:
         """See Tier.is_there."""
         return self._is_set_up.is_set() and self._reads.is_free
 
-    def set_up(self, config: dict[str, str | int], host: str) -> None:
+    def set_up(self, config: Config, host: str) -> None:
         """Connect, in the background and until it works: the store may be starting."""
         work = partial(self._set_up, config, host)
-        threading.Thread(target=work, name="store-setup", daemon=True).start()
+        threading.Thread(target=vital(work), name="store-setup", daemon=True).start()
 
     def leading(self, names: Sequence[bytes]) -> int:
         """See Tier.leading."""
@@ -97,11 +111,12 @@ class MooncakeTier:
 
     # -- in the callers' threads -----------------------------------------------------------------------------
 
-    def _set_up(self, config: dict[str, str | int], host: str) -> None:
+    def _set_up(self, config: Config, host: str) -> None:
         while (code := _setup(self._client, config, host)) != 0:
             _log.warning("the store cannot be used yet (Mooncake's code %d)", code)
-            time.sleep(LONGEST_PAUSE_S)
-        _log.info("the store at %s is used", config["master_server_address"])
+            # For as long as the engine runs: the store may come back at any time. Its engines do not come at once.
+            time.sleep(LONGEST_PAUSE_S * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, no secret
+        _log.info("the store at %s is used", config.master_server_address)
         self._is_set_up.set()
 
     def _key(self, name: bytes) -> str:
@@ -110,14 +125,17 @@ class MooncakeTier:
     def _exist(self, names: Sequence[bytes]) -> list[bool]:
         if not self._is_set_up.is_set():
             raise TierFailed("the store is not connected yet")
-        found = self._client.batch_is_exist([self._key(name) for name in names])
+        with _translated():
+            found = self._client.batch_is_exist([self._key(name) for name in names])
         if len(found) != len(names) or any(code < 0 for code in found):
             raise TierFailed(f"the store does not say what it has (Mooncake's code {min(found, default=0)})")
         return [code == 1 for code in found]
 
     def _opened(self, names: Sequence[bytes]) -> list[Rows]:
         rows: list[Rows] = []
-        for name, value in zip(names, self._client.get_batch([self._key(name) for name in names]), strict=False):
+        with _translated():
+            values = self._client.get_batch([self._key(name) for name in names])
+        for name, value in zip(names, values, strict=False):
             if not value:
                 break
             row = self._sealed.opened(name, value)
@@ -125,7 +143,8 @@ class MooncakeTier:
                 self.counts.wrong += 1
                 _log.warning("a block of the store is not what it should be; it is removed, and computed")
                 # By force: to read it has given it a lease. Who reads it meanwhile finds out as well.
-                self._client.remove(self._key(name), True)
+                with _translated():
+                    self._client.remove(self._key(name), True)
                 break
             rows.append(row)
         return rows
@@ -133,7 +152,8 @@ class MooncakeTier:
     def _put(self, names: Sequence[bytes], rows: Rows) -> None:
         keys = [self._key(name) for name in names]
         values = [self._sealed.seal(name, row) for name, row in zip(names, rows, strict=True)]
-        code = self._client.put_batch(keys, values)
+        with _translated():
+            code = self._client.put_batch(keys, values)
         if code == _NO_ROOM:
             raise TierFailed("the store is full")
         if code != 0:
@@ -142,13 +162,12 @@ class MooncakeTier:
 
 def open_store(prefix: str, secret: str, block_bytes: int) -> MooncakeTier:
     """See StoreKind.open_store."""
-    path = os.environ.get(CONFIG_ENV, "")
-    try:
-        config = json.loads(Path(path).read_text()) if path else None
-    except (OSError, ValueError) as failure:
-        raise TierRefused(f"the store's file {path} cannot be read: {failure}") from failure
-    if config is None:
+    if not (path := os.environ.get(CONFIG_ENV, "")):
         raise TierRefused(f"{CONFIG_ENV} does not name the store's file")
+    try:
+        config = msgspec.json.decode(Path(path).read_bytes(), type=Config)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as failure:
+        raise TierRefused(f"the store's file {path} cannot be used: {failure}") from failure
     try:
         from mooncake.store import MooncakeDistributedStore
     except ImportError as failure:
@@ -160,14 +179,29 @@ def open_store(prefix: str, secret: str, block_bytes: int) -> MooncakeTier:
     return tier
 
 
-def _setup(client: MooncakeDistributedStore, config: dict[str, str | int], host: str) -> int:
-    code: int = client.setup(
-        host,
-        config["metadata_server"],
-        config["global_segment_size"],
-        config["local_buffer_size"],
-        config["protocol"],
-        config["device_name"],
-        config["master_server_address"],
-    )
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Exceptions of Mooncake's client, which are those of C++, become TierFailed."""
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as failure:
+        raise TierFailed(f"the store's client failed: {failure}") from failure
+
+
+def _setup(client: MooncakeDistributedStore, config: Config, host: str) -> int:
+    """Mooncake's code; 0: it is connected."""
+    try:
+        with _translated():
+            code: int = client.setup(
+                host,
+                config.metadata_server,
+                config.global_segment_size,
+                config.local_buffer_size,
+                config.protocol,
+                config.device_name,
+                config.master_server_address,
+            )
+    except TierFailed as failure:
+        _log.warning("%s", failure)
+        return -1
     return code

@@ -62,7 +62,7 @@ class Offload:
             self._changed.notify_all()
 
     def wait_until_done(self, timeout_s: float) -> bool:
-        """Wait until nothing waits (for tests and benchmarks)."""
+        """Wait until nothing waits (for tests)."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
 

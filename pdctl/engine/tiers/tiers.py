@@ -61,10 +61,6 @@ class Tiers:
         for tier in self._tiers:
             tier.close()
 
-    def wait_until_done(self, timeout_s: float) -> bool:
-        """Wait until everything that is idle is copied or dropped (for tests and benchmarks)."""
-        return all(offload.wait_until_done(timeout_s) for offload in self._offloads)
-
     def _idle(self, block_ids: Sequence[int]) -> None:
         """These blocks are not used any more: copy them, before they are given up."""
         named, life = self._allocator.named, self._allocator.life

@@ -25,8 +25,8 @@ class Gpu:
     distances: tuple[tuple[str, int], ...] = ()
 
     def distance(self, uuid: str) -> int:
-        """To another one; 0 if it is not known."""
-        return dict(self.distances).get(uuid, 0)
+        """To another one; one that is not known counts as farther than all."""
+        return dict(self.distances).get(uuid, len(DISTANCES))
 
 
 @dataclass(frozen=True, slots=True)

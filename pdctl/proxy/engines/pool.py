@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pdctl.adapters import Condition, RequestState
-from pdctl.net.beginnings import Beginning
 from pdctl.net.http_client import Unreachable
 from pdctl.net.identity import ContextFactory
 from pdctl.net.pauses import Sleeper
+from pdctl.net.prefixes.beginnings import Beginning
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.fleet import Fleet
 from pdctl.proxy.engines.kv_room import KvRoom

@@ -12,8 +12,8 @@ import msgspec
 
 from pdctl.adapters import RequestState
 from pdctl.net import asgi
-from pdctl.net.beginnings import Beginning, beginning_of
 from pdctl.net.openai.api import FINGERPRINT, ApiError, Counts, Envelope
+from pdctl.net.prefixes.beginnings import Beginning, beginning_of
 from pdctl.proxy.answers.sinks import Answer, StreamAnswer, WholeAnswer
 from pdctl.proxy.answers.translated import TranslatedStream, TranslatedWhole
 from pdctl.proxy.answers.writer import end_stream

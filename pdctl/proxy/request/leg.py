@@ -9,7 +9,7 @@ from hashlib import blake2s
 from typing import NamedTuple
 
 from pdctl.adapters import RequestState
-from pdctl.net.beginnings import Beginning, to_header
+from pdctl.net.prefixes.beginnings import Beginning, to_header
 from pdctl.proxy.answers.sinks import Sink
 from pdctl.proxy.engines.breaker import RetryBudget
 from pdctl.proxy.engines.engine import Engine

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pdctl.bench import Record
-from pdctl.net.beginnings import beginning_of
+from pdctl.net.prefixes.beginnings import beginning_of
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.routing import Ask, EnginePair
 from pdctl.proxy.request.course import Course

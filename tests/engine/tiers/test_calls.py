@@ -45,6 +45,49 @@ def test_a_result_and_a_failure_reach_the_caller() -> None:
     caller.close()
 
 
+def test_a_call_that_is_not_late_keeps_nobody_away() -> None:
+    """A tier that is read is there: else what becomes idle meanwhile would be dropped."""
+    caller, begun, may_end = Caller("it", Breaker()), threading.Event(), threading.Event()
+
+    def slow() -> int:
+        begun.set()
+        may_end.wait(60)
+        return 1
+
+    results: list[int] = []
+    first = threading.Thread(target=lambda: results.append(caller.call(slow, 60)))
+    first.start()
+    assert begun.wait(60)
+    assert caller.is_free
+    second = threading.Thread(target=lambda: results.append(caller.call(lambda: 2, 60)))
+    second.start()
+    may_end.set()
+    first.join(60)
+    second.join(60)
+    assert results == [1, 2]
+    caller.close()
+
+
+def test_a_call_that_waited_for_its_turn_has_all_its_time() -> None:
+    caller, begun, may_end = Caller("it", Breaker()), threading.Event(), threading.Event()
+
+    def slow() -> int:
+        begun.set()
+        may_end.wait(60)
+        return 1
+
+    first = threading.Thread(target=caller.call, args=(slow, 60))
+    first.start()
+    assert begun.wait(60)
+    with pytest.raises(TierFailed, match="busy"):
+        caller.call(lambda: 2, 0.05)
+    assert caller.is_free, "that another call takes its time is no failure"
+    may_end.set()
+    first.join(60)
+    assert caller.call(lambda: 3, 60) == 3
+    caller.close()
+
+
 def test_while_a_call_is_late_nothing_waits_for_it() -> None:
     caller, may_end, calls = Caller("it", Always()), threading.Event(), list[int]()
 

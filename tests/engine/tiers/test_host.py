@@ -73,6 +73,15 @@ TestHostTier = HostMachine.TestCase
 TestHostTier.settings = settings(max_examples=60, stateful_step_count=40)
 
 
+def test_who_asks_for_changes_does_not_wait_for_a_copy() -> None:
+    """The step loop asks after every step."""
+    tier = HostTier(CAPACITY, SIZE)
+    tier.put([name(1)], rows([1]), [""])
+    with tier._lock:
+        assert tier.changes() == ([name(1)], [])
+        assert tier.changes() == ([], [])
+
+
 def test_a_tenant_over_its_quota_gives_up_its_own() -> None:
     tier = HostTier(6, SIZE, quota=3)
     tier.put([name(1), name(2)], rows([1, 2]), ["quiet"] * 2)

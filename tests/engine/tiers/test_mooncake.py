@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 from pdctl.engine.tiers import Rows, TierFailed, TierRefused, store_kind
-from pdctl.engine.tiers.mooncake import CONFIG_ENV, MooncakeTier, open_store
+from pdctl.engine.tiers.mooncake import CONFIG_ENV, Config, MooncakeTier, _setup, open_store
+from pdctl.engine.tiers.sealed import Sealed
 from tests.service import free_port, wait_until
 
 pytestmark = pytest.mark.skipif(find_spec("mooncake") is None, reason="needs the Mooncake package")
@@ -203,12 +205,37 @@ def test_a_frozen_store_does_not_hold_up(store_master: Master) -> None:
     closed(found)
 
 
+class Throwing:
+    """A client whose library throws, as pybind11 passes it on."""
+
+    def __getattr__(self, name: str) -> Any:
+        def throw(*_: object) -> None:
+            raise RuntimeError(f"{name}: bad things happened")
+
+        return throw
+
+
+def test_what_the_library_throws_ends_no_engine() -> None:
+    """An exception in a thread of the tier would: see lifeline.vital."""
+    found = MooncakeTier("t-", Sealed("s", SIZE), SIZE, Throwing())
+    found._is_set_up.set()
+    for call in (lambda: found.leading([name(1)]), lambda: put(found, 1)):
+        with pytest.raises(TierFailed, match="bad things"):
+            call()
+    assert _setup(Throwing(), Config("m", "a", "tcp", "", 1, 1), "h") == -1
+    found.close()
+
+
 def test_a_store_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TierRefused, match="lmcache"):
         store_kind("lmcache")
     monkeypatch.delenv(CONFIG_ENV, raising=False)
     with pytest.raises(TierRefused, match=CONFIG_ENV):
         open_store("t-", "s", SIZE)
-    monkeypatch.setenv(CONFIG_ENV, str(tmp_path / "none"))
-    with pytest.raises(TierRefused, match="cannot be read"):
-        open_store("t-", "s", SIZE)
+    for content in (None, "{", "{}", '{"metadata_server": 7}'):
+        path = tmp_path / "store.json"
+        if content is not None:
+            path.write_text(content)
+        monkeypatch.setenv(CONFIG_ENV, str(path))
+        with pytest.raises(TierRefused, match="cannot be used"):
+            open_store("t-", "s", SIZE)

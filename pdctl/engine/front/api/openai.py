@@ -13,9 +13,9 @@ from pdctl.engine.front.api.targets import MOST_MS
 from pdctl.engine.front.routers.transfers import Router
 from pdctl.engine.front.spans import NOT_RECORDED, AnswerSpan
 from pdctl.engine.ipc.messages import Sampling
-from pdctl.net.beginnings import Beginning
 from pdctl.net.openai.api import ApiError, Envelope, decode_request, shown_number
 from pdctl.net.openai.fields import ChatBody, CompletionBody, MigrationRequest, OfferTo, TokenizeBody
+from pdctl.net.prefixes.beginnings import Beginning
 from pdctl.wire import HandOver
 
 _MAX_STOPS = 16

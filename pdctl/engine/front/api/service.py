@@ -36,9 +36,9 @@ from pdctl.engine.front.spans import EngineSpans
 from pdctl.engine.ipc.messages import Ready, Sampling
 from pdctl.engine.options import EngineOptions
 from pdctl.net import asgi
-from pdctl.net.beginnings import from_header
 from pdctl.net.openai.api import FINGERPRINT, ApiError, Envelope, decode_request
 from pdctl.net.openai.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from pdctl.net.prefixes.beginnings import from_header
 from pdctl.wire import (
     ATTEMPT_HEADER,
     BEGINNING_HEADER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pdctl.net.told import Told
+from pdctl.net.prefixes.told import Told
 from pdctl.wire import BlocksCall, BlocksReply, PeerAddress
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from functools import partial
 from uuid import uuid4
 
@@ -14,7 +13,7 @@ from pdctl.engine.front.handover.links import LinkBook
 from pdctl.engine.front.handover.peers import Abandoned, Peers, of_offer
 from pdctl.engine.front.handover.receiver import KvLost, Receiver
 from pdctl.engine.front.prefixes.directory import Directory
-from pdctl.engine.front.prefixes.prompt import Prompt, Way
+from pdctl.engine.front.prefixes.prompt import Prompt, Totals, Way, patience_s
 from pdctl.engine.ipc.messages import Ready
 from pdctl.net.http_client import Unreachable
 from pdctl.wire import Offer, PeerAddress, PrefixCall
@@ -25,20 +24,8 @@ _log = logging.getLogger(__name__)
 _USUAL_SPEED, _USUAL_EXTRA_S = 1e9, 0.01
 # Weight of the newest sample in the average of what a fetch takes beside its bytes.
 _ALPHA = 0.3
-# A fetch is given up after so many times its predicted time, or this long.
-_PATIENCE, _LEAST_S, _MOST_S = 4.0, 0.5, 10.0
 # A peer from which one failed is left alone for a while, seconds.
 _AVOIDED_S = 5.0
-
-
-@dataclass(slots=True)
-class FetchTotals:
-    """Counts since the start, for metrics. `tokens`: those that did not have to be computed."""
-
-    prefixes: int = 0
-    tokens: int = 0
-    lost: int = 0
-    seconds: float = 0.0
 
 
 class PrefixFetcher:
@@ -47,7 +34,7 @@ class PrefixFetcher:
     def __init__(
         self, core: CoreClient, directory: Directory, peers: Peers, links: LinkBook, receiver: Receiver
     ) -> None:
-        self.totals = FetchTotals()
+        self.totals = Totals()
         self._core = core
         self._directory = directory
         self._peers = peers
@@ -72,7 +59,7 @@ class PrefixFetcher:
 
     async def _fetch(self, peer: PeerAddress, token_ids: list[int], salt: str, own: int) -> None:
         began = time.monotonic()
-        until = began + min(_MOST_S, max(_LEAST_S, _PATIENCE * self._predicted_s(peer, len(token_ids) - own)))
+        until = began + patience_s(self._predicted_s(peer, len(token_ids) - own))
         try:
             offer = await self._borrowed(peer, token_ids, salt, until)
             if offer is None:
@@ -111,9 +98,7 @@ class PrefixFetcher:
 
     def _note(self, peer: PeerAddress, offer: Offer, own: int, seconds: float) -> None:
         tokens = offer.num_tokens - own
-        self.totals.prefixes += 1
-        self.totals.tokens += tokens
-        self.totals.seconds += seconds
+        self.totals.note(tokens)
         extra_s = max(0.0, seconds - self._copy_s(peer, tokens))
         self._extra_s += _ALPHA * (extra_s - self._extra_s)
 

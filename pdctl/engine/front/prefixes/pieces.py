@@ -13,7 +13,7 @@ from itertools import islice
 from pdctl.engine.front.prefixes.anywhere import Anywhere
 from pdctl.engine.front.prefixes.feed import Feed
 from pdctl.engine.front.prefixes.names import BlockNames
-from pdctl.net.beginnings import Beginning
+from pdctl.net.prefixes.beginnings import Beginning
 
 # Pieces that are known, of all prompts: 16 MiB of them. Those that were asked for longest ago are forgotten.
 _MOST = 65_536

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from pdctl.engine.front.kv_events import short
@@ -41,6 +42,30 @@ class Prompt:
             if number >= count or not self._here.has(name):
                 return number
         return self.num_blocks
+
+
+# To bring KV is given up after so many times its predicted time, or this long, seconds.
+_PATIENCE, _LEAST_S, _MOST_S = 4.0, 0.5, 10.0
+
+
+def patience_s(predicted_s: float) -> float:
+    """How long to wait for KV that was predicted to take so long, seconds."""
+    return min(_MOST_S, max(_LEAST_S, _PATIENCE * predicted_s))
+
+
+@dataclass(slots=True)
+class Totals:
+    """What came from one source since the start, for metrics. `tokens`: those that did not have to be computed; `lost`:
+    beginnings of prompts that did not come."""
+
+    prefixes: int = 0
+    tokens: int = 0
+    lost: int = 0
+
+    def note(self, tokens: int) -> None:
+        """The KV of so many tokens has come."""
+        self.prefixes += 1
+        self.tokens += tokens
 
 
 class Way(NamedTuple):

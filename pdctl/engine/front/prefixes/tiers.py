@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from dataclasses import dataclass
 from functools import partial
 from uuid import uuid4
 
 from pdctl.engine.front.core_client import CoreClient, RequestEvents
-from pdctl.engine.front.prefixes.prompt import Prompt, Way
+from pdctl.engine.front.prefixes.prompt import Prompt, Totals, Way, patience_s
 from pdctl.engine.ipc.messages import Keep, Load, Look, Pulled, Reserve, Reserved, Seen
 
 _log = logging.getLogger(__name__)
 
 # The tiers answer within their own deadlines; this one is for a core that is busy.
 _LOOK_S = 1.0
-# A load is given up after so many times its predicted time, or this long.
-_PATIENCE, _LEAST_S, _MOST_S = 4.0, 0.5, 10.0
-
-
-@dataclass(slots=True)
-class LoadTotals:
-    """Counts since the start, for metrics. `tokens`: those that did not have to be computed."""
-
-    prefixes: int = 0
-    tokens: int = 0
-    lost: int = 0
-    seconds: float = 0.0
 
 
 class TierLoader:
     """See Source: the tiers of this engine."""
 
     def __init__(self, core: CoreClient) -> None:
-        self.totals = LoadTotals()
+        self.totals = Totals()
         self._core = core
 
     async def ways(self, prompt: Prompt) -> list[Way]:
@@ -62,17 +48,17 @@ class TierLoader:
 
     async def _load(self, prompt: Prompt, num_blocks: int, predicted_s: float) -> None:
         """Load blocks for whoever asks for them next."""
-        began, request_id, is_kept = time.monotonic(), f"load.{uuid4().hex}", False
+        request_id, is_kept = f"load.{uuid4().hex}", False
         events = self._core.open(request_id)
         try:
-            async with asyncio.timeout(min(_MOST_S, max(_LEAST_S, _PATIENCE * predicted_s))):
+            async with asyncio.timeout(patience_s(predicted_s)):
                 found, loaded = await self._loaded(request_id, events, prompt, num_blocks)
                 if loaded:
                     tokens = (found + loaded) * prompt.block_size
                     # What is in the tiers was computed as this engine computes.
                     await self._core.send(Keep(request_id, self._core.endpoint.manifest.segment, tokens))
                     is_kept = True
-                    self._note(loaded * prompt.block_size, time.monotonic() - began)
+                    self.totals.note(loaded * prompt.block_size)
         except TimeoutError:
             _log.info("KV did not come back in time, and is computed")
         finally:
@@ -95,8 +81,3 @@ class TierLoader:
             _log.info("KV did not come back, and is computed: %s", pulled)
             return found, 0
         return found, pulled.blocks
-
-    def _note(self, tokens: int, seconds: float) -> None:
-        self.totals.prefixes += 1
-        self.totals.tokens += tokens
-        self.totals.seconds += seconds

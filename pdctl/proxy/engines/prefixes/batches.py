@@ -22,11 +22,23 @@ class Numbered(msgspec.Struct, frozen=True, array_like=True):
     events: list[Heard]
 
 
-decode = msgspec.msgpack.Decoder(Numbered).decode
+_decode = msgspec.msgpack.Decoder(Numbered).decode
 
 
 class NotEvents(Exception):
     """What came is no batch of events, or nothing came."""
+
+
+class OtherForm(NotEvents):
+    """What came is no batch of events. To ask for it again would not help."""
+
+
+def parsed(payload: bytes) -> Numbered:
+    """A batch. Raises OtherForm."""
+    try:
+        return _decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+        raise OtherForm(f"its events have another form than vLLM's: {failure}") from failure
 
 
 class Verdict(Enum):

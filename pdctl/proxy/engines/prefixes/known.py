@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from pdctl.net.beginnings import PIECE_BYTES
-from pdctl.net.told import Told
-from pdctl.proxy.engines.prefixes.batches import Batches, Verdict, decode
+from pdctl.net.prefixes.beginnings import PIECE_BYTES
+from pdctl.net.prefixes.told import Told
+from pdctl.proxy.engines.prefixes.batches import Batches, Verdict, parsed
 from pdctl.proxy.engines.prefixes.places import NO_BLOCK, Places
 from pdctl.wire import BlocksCall, BlocksReply
 
@@ -50,12 +50,12 @@ class KnownPrefixes:
         return follows
 
     def heard_batch(self, number: int, payload: bytes, now: float) -> Verdict:
-        """A batch of its KV events. Raises msgspec.DecodeError."""
-        return self._judged(self.batches.take(number, decode(payload)), now)
+        """A batch of its KV events. Raises OtherForm."""
+        return self._judged(self.batches.take(number, parsed(payload)), now)
 
     def heard_replayed(self, number: int, payload: bytes) -> Verdict:
-        """One that was asked for. Raises msgspec.DecodeError."""
-        return self._judged(self.batches.replayed(number, decode(payload)), self._told_at)
+        """One that was asked for. Raises OtherForm."""
+        return self._judged(self.batches.replayed(number, parsed(payload)), self._told_at)
 
     def heard_end(self, now: float) -> Verdict:
         """All that was asked for is here."""

@@ -9,8 +9,8 @@ from typing import Never
 import msgspec
 
 from pdctl.adapters import EngineError, RequestState
-from pdctl.net.beginnings import Beginning
 from pdctl.net.http_client import Unreachable, header_lines
+from pdctl.net.prefixes.beginnings import Beginning
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.prefixes.places import Places
 

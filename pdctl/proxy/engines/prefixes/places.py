@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
-from pdctl.net.beginnings import Beginning
+from pdctl.net.prefixes.beginnings import Beginning
 from pdctl.proxy.engines.prefixes.blocks import names, salt_of
 
 # Pieces that are known, of all prompts, for each size of blocks; and sizes.

@@ -8,10 +8,8 @@ from collections.abc import Callable
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from pdctl.proxy.engines.engine import Engine
-from pdctl.proxy.engines.prefixes.batches import NotEvents, Verdict
+from pdctl.proxy.engines.prefixes.batches import NotEvents, OtherForm, Verdict
 from pdctl.proxy.engines.prefixes.known import WAIT_S, KnownPrefixes
 
 if TYPE_CHECKING:
@@ -39,8 +37,6 @@ async def subscribe(engine: Engine, is_wanted: Callable[[], bool]) -> str:
             return await _follow(engine.prefixes, sockets, goes_on)
     except NotEvents as failure:
         return str(failure)
-    except msgspec.DecodeError as failure:
-        return f"its events have another form than vLLM's: {failure}"
 
 
 async def _follow(known: KnownPrefixes, sockets: EventSockets, goes_on: Callable[[], bool]) -> str:
@@ -69,6 +65,8 @@ async def _catch_up(known: KnownPrefixes, sockets: EventSockets) -> Verdict:
                     break
                 has_progress = has_progress or verdict is Verdict.FOLLOWS
                 await sleep(0)
+    except OtherForm:
+        raise
     except NotEvents:
         verdict = Verdict.MISSED
         if not has_progress:

@@ -13,7 +13,8 @@ from pdctl.engine.front.handover.lease_desk import boot_time
 from pdctl.engine.front.handover.offers import Identity, OfferDesk
 from pdctl.engine.front.handover.peers import Abandoned
 from pdctl.engine.front.kv_events import short
-from pdctl.engine.front.prefixes import fetching, lending
+from pdctl.engine.front.prefixes import lending
+from pdctl.engine.front.prefixes import prompt as prompts
 from pdctl.engine.front.prefixes.bringing import Bringer
 from pdctl.engine.front.prefixes.directory import Directory
 from pdctl.engine.front.prefixes.feed import BlockFeed
@@ -189,8 +190,8 @@ def test_a_loan_of_nothing_new_is_given_back() -> None:
 
 @pytest.mark.parametrize("how", ["no room", "read fails", "too slow", "client leaves"])
 def test_whatever_goes_wrong_leaves_nothing_on_either_side(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "_LEAST_S", 0.2 if how == "too slow" else 600.0)
-    monkeypatch.setattr(fetching, "_MOST_S", 0.2 if how == "too slow" else 600.0)
+    monkeypatch.setattr(prompts, "_LEAST_S", 0.2 if how == "too slow" else 600.0)
+    monkeypatch.setattr(prompts, "_MOST_S", 0.2 if how == "too slow" else 600.0)
 
     async def test(found: Rig) -> None:
         made = Fetching(found)
@@ -222,8 +223,8 @@ def test_whatever_goes_wrong_leaves_nothing_on_either_side(how: str, monkeypatch
 @pytest.mark.parametrize("how", ["too slow", "client leaves"])
 def test_a_loan_without_an_answer_is_given_up(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peer may grant it later: nobody would read it, and it would be held for the time of a lease."""
-    monkeypatch.setattr(fetching, "_MOST_S", 0.1 if how == "too slow" else 600.0)
-    monkeypatch.setattr(fetching, "_LEAST_S", 600.0)
+    monkeypatch.setattr(prompts, "_MOST_S", 0.1 if how == "too slow" else 600.0)
+    monkeypatch.setattr(prompts, "_LEAST_S", 600.0)
 
     async def test(found: Rig) -> None:
         made, given_up = Fetching(found), list[object]()

@@ -14,7 +14,7 @@ from pdctl.engine.front.prefixes.feed import Feed
 from pdctl.engine.front.prefixes.names import BlockNames
 from pdctl.engine.front.prefixes.pieces import PieceIndex
 from pdctl.engine.ipc.messages import KvRemoved, KvStored
-from pdctl.net.beginnings import PIECE_BYTES, Beginning
+from pdctl.net.prefixes.beginnings import PIECE_BYTES, Beginning
 
 SIZE = 4
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from pdctl.engine.front.prefixes import prompt as prompts
 from pdctl.engine.front.prefixes import tiers
 from pdctl.engine.front.prefixes.feed import BlockFeed
 from pdctl.engine.front.prefixes.names import BlockNames
@@ -86,8 +87,8 @@ def test_blocks_are_reserved_loaded_and_kept() -> None:
 
 @pytest.mark.parametrize("how", ["no room", "nothing came", "too slow", "client leaves"])
 def test_whatever_goes_wrong_frees_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "_LEAST_S", 0.2 if how == "too slow" else 600.0)
-    monkeypatch.setattr(tiers, "_MOST_S", 0.2 if how == "too slow" else 600.0)
+    monkeypatch.setattr(prompts, "_LEAST_S", 0.2 if how == "too slow" else 600.0)
+    monkeypatch.setattr(prompts, "_MOST_S", 0.2 if how == "too slow" else 600.0)
 
     async def test(found: Rig, loader: TierLoader, prompt: Prompt, feed: BlockFeed) -> None:
         [way] = await ways(found, loader, prompt, (4, 0.01))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdctl.proxy.engines.prefixes import blocks as module
-from pdctl.proxy.engines.prefixes.batches import Batches, Verdict, decode
+from pdctl.proxy.engines.prefixes.batches import Batches, OtherForm, Verdict, parsed
 from pdctl.proxy.engines.prefixes.blocks import BlockIndex, names, salt_of
 from tests.fakes.kv_events import CLEARED, Cache, Json, removed, stored
 
@@ -20,7 +20,7 @@ def heard(*events: Json, ts: float = 1.0) -> bytes:
 
 
 def told(index: BlockIndex, *events: Json) -> BlockIndex:
-    for event in decode(heard(*events)).events:
+    for event in parsed(heard(*events)).events:
         index.take(event)
         index.audit()
     return index
@@ -128,11 +128,12 @@ def test_what_is_beyond_the_bound_is_not_known(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "payload",
     [b"", b"\xc1", heard({"type": "Other"}), heard(stored([b"a"], None, [-1], SIZE)),
-     heard(stored([b"a"], None, [2**32], SIZE)), heard({"type": "BlockRemoved"}), msgspec.msgpack.encode([1.0])],
+     heard(stored([b"a"], None, [2**32], SIZE)), heard({"type": "BlockRemoved"}), msgspec.msgpack.encode([1.0]),
+     b"\x92\x00\x91\x81\xa4type\xa3\xffoh"],
 )  # fmt: skip
 def test_what_is_no_batch_is_refused(payload: bytes) -> None:
-    with pytest.raises(msgspec.DecodeError):
-        decode(payload)
+    with pytest.raises(OtherForm):
+        parsed(payload)
 
 
 def test_of_what_was_missed_for_good_nothing_is_believed() -> None:
@@ -173,7 +174,7 @@ class Line:
 
     def live(self, number: int) -> None:
         self.is_unheard = False
-        if self.known.take(number, decode(self.published[number])) in {Verdict.MISSED, Verdict.RESTARTED}:
+        if self.known.take(number, parsed(self.published[number])) in {Verdict.MISSED, Verdict.RESTARTED}:
             self.catch_up()
 
     def catch_up(self, hole: int = -1) -> None:
@@ -185,7 +186,7 @@ class Line:
             for number in range(first, len(self.published)):
                 # A full queue drops neither the first one nor, here, the last: that is found out by the next one.
                 if number != hole or number in {first, len(self.published) - 1}:
-                    verdict = self.known.replayed(number, decode(self.published[number]))
+                    verdict = self.known.replayed(number, parsed(self.published[number]))
                     if verdict in {Verdict.MISSED, Verdict.RESTARTED}:
                         break
             if verdict not in {Verdict.MISSED, Verdict.RESTARTED}:

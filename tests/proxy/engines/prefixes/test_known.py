@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pdctl.engine.front.prefixes import feed as module
 from pdctl.engine.front.prefixes.feed import Feed
-from pdctl.net.beginnings import PIECE_BYTES, Beginning, beginning_of
+from pdctl.net.prefixes.beginnings import PIECE_BYTES, Beginning, beginning_of
 from pdctl.proxy.engines.prefixes.batches import Verdict
 from pdctl.proxy.engines.prefixes.known import WAIT_S, KnownPrefixes
 from pdctl.proxy.engines.prefixes.places import Places

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from pdctl.adapters import RequestState
-from pdctl.net.beginnings import PIECE_BYTES, Beginning
+from pdctl.net.prefixes.beginnings import PIECE_BYTES, Beginning
 from pdctl.proxy.engines.engine import Engine
 from pdctl.proxy.engines.prefixes import learning as module
 from pdctl.proxy.engines.prefixes.blocks import names, salt_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pdctl.net.beginnings import PIECE_BYTES, Beginning
+from pdctl.net.prefixes.beginnings import PIECE_BYTES, Beginning
 from pdctl.proxy.engines.prefixes import places as module
 from pdctl.proxy.engines.prefixes.blocks import names, salt_of
 from pdctl.proxy.engines.prefixes.places import NO_BLOCK, Places

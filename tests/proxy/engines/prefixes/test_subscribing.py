@@ -59,6 +59,12 @@ class Rig:
     def there(self) -> set[int]:
         return {list(names(SIZE, tokens))[-1] for tokens in self.cache.blocks.values()}
 
+    async def begins(self, *prompts: list[int]) -> None:
+        """The engine starts and computes, and that is known."""
+        self.start()
+        self.compute(*prompts)
+        await self.heals()
+
     async def heals(self) -> None:
         """The proxy comes to know exactly what is there."""
         known = self.engine.prefixes
@@ -106,9 +112,7 @@ def run(work: Callable[[Rig], Coroutine[None, None, None]], folder: Path) -> Non
 
 def test_what_was_published_before_is_asked_for_and_what_comes_is_heard(tmp_path: Path) -> None:
     async def work(made: Rig) -> None:
-        made.start()
-        made.compute(FIRST, SECOND)
-        await made.heals()
+        await made.begins(FIRST, SECOND)
         made.compute(THIRD, [*FIRST, 7, 7, 7, 7])
         await made.heals()
         assert made.publisher is not None
@@ -170,9 +174,7 @@ def test_answers_that_always_have_gaps_are_no_answers(tmp_path: Path, caplog: py
 
 def test_batches_that_come_twice_count_once(tmp_path: Path) -> None:
     async def work(made: Rig) -> None:
-        made.start()
-        made.compute(FIRST)
-        await made.heals()
+        await made.begins(FIRST)
         assert made.publisher is not None
         made.publisher.publish(made.cache.drop(made.cache.chain(FIRST)[-1]))
         for _ in range(3):
@@ -201,9 +203,7 @@ def test_what_the_engine_does_not_keep_is_not_known_until_it_clears_all(tmp_path
 @pytest.mark.parametrize("more", [0, 1, 5], ids=["nothing yet", "fewer batches", "more batches"])
 def test_of_an_engine_that_was_restarted_nothing_old_is_believed(more: int, tmp_path: Path) -> None:
     async def work(made: Rig) -> None:
-        made.start()
-        made.compute(FIRST, SECOND)
-        await made.heals()
+        await made.begins(FIRST, SECOND)
         await made.stop()
         made.start()
         made.compute(*([10 + number] * 8 for number in range(more)))
@@ -216,9 +216,7 @@ def test_numbers_that_go_on_after_a_restart_hide_nothing(tmp_path: Path, monkeyp
     monkeypatch.setattr(subscribing, "WAIT_S", 100.0)
 
     async def work(made: Rig) -> None:
-        made.start()
-        made.compute(FIRST, SECOND)
-        await made.heals()
+        await made.begins(FIRST, SECOND)
         await made.stop()
         made.start()
         assert made.publisher is not None
@@ -237,9 +235,7 @@ def test_an_engine_that_was_away_is_asked_for_everything_again(
     monkeypatch.setattr(subscribing, "WAIT_S", 100.0)
 
     async def work(made: Rig) -> None:
-        made.start()
-        made.compute(FIRST)
-        await made.heals()
+        await made.begins(FIRST)
         made.engine.renewed()
         assert made.engine.prefixes.blocks == 0
         await made.heals()
@@ -252,9 +248,7 @@ def test_one_that_does_not_answer_is_not_believed_for_long(tmp_path: Path, monke
     monkeypatch.setattr(subscribing, "_LATE_S", 0.05)
 
     async def work(made: Rig) -> None:
-        made.start()
-        made.compute(FIRST)
-        await made.heals()
+        await made.begins(FIRST)
         assert made.publisher is not None
         made.publisher.silent = True
         await until(lambda: made.engine.prefixes._told_at is None)
@@ -265,14 +259,16 @@ def test_one_that_does_not_answer_is_not_believed_for_long(tmp_path: Path, monke
     run(work, tmp_path)
 
 
-def test_what_is_no_event_is_followed_by_a_new_beginning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("payload", [b"\xc1", b"\x92\x00\x91\x81\xa4type\xa3\xffoh"], ids=["no msgpack", "no UTF-8"])
+def test_what_is_no_event_is_followed_by_a_new_beginning(
+    payload: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def work(made: Rig) -> None:
-        made.start()
-        made.compute(FIRST)
-        await made.heals()
+        await made.begins(FIRST)
         assert made.publisher is not None
+        await made.publisher.subscribed()
         with caplog.at_level("INFO"):
-            made.publisher.send(1, b"\xc1")
+            made.publisher.send(1, payload)
             await until(lambda: "another form than vLLM's" in caplog.text)
         await made.heals()
 
@@ -281,9 +277,7 @@ def test_what_is_no_event_is_followed_by_a_new_beginning(tmp_path: Path, caplog:
 
 def test_nobody_is_asked_who_is_not_wanted(tmp_path: Path) -> None:
     async def work(made: Rig) -> None:
-        made.start()
-        made.compute(FIRST)
-        await made.heals()
+        await made.begins(FIRST)
         made.wanted = False
         await until(lambda: not made.engine.prefixes.blocks)
         made.wanted = True

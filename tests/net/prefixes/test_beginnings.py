@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdctl.net.beginnings import MOST_PIECES, PIECE_BYTES, Beginning, beginning_of, from_header, to_header
+from pdctl.net.prefixes.beginnings import MOST_PIECES, PIECE_BYTES, Beginning, beginning_of, from_header, to_header
 
 PROMPT = bytes(range(256)) * 5
 
