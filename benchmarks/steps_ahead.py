@@ -87,9 +87,6 @@ class _Executor:
         """See Executor.launch."""
         return self._launches.launch(batch, cast(Step | None, after))
 
-    def absorb(self, block_ids: Sequence[int]) -> None:
-        """See Executor.absorb."""
-
     def publish(self, block_ids: Sequence[int]) -> None:
         """See Executor.publish."""
 

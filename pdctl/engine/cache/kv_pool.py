@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from pdctl.engine.cache.columns import Columns, Slots, fill_device, fill_host
 from pdctl.engine.cache.layout import block_bytes, plane_offsets
-from pdctl.engine.cache.memory import DeviceMemory, Memory
+from pdctl.engine.cache.memory import Bytes, DeviceMemory, Memory
 from pdctl.engine.cache.mirror import Mirror
 from pdctl.wire import Manifest
 
@@ -18,7 +19,8 @@ class KvPool:
     """Per layer `keys[l]`: [slots, kv_heads, key_dim] and `values[l]`; slot = block * block_size + offset.
 
     On the CPU the tensors are views of `memory`. On a GPU the pool is in the GPU's memory. If transports need host
-    memory, `mirror` gives it a copy there with the same layout, and `publish` and `absorb` copy blocks between the two.
+    memory, `mirror` gives it a copy there with the same layout, which `publish` copies blocks to. What is read from peers
+    never goes through that copy: it would have older rows beside those that are new.
     """
 
     def __init__(self, manifest: Manifest, num_blocks: int, memory: Memory | None, device: torch.device) -> None:
@@ -30,11 +32,13 @@ class KvPool:
         self._mirror: Mirror | None = None
         self._planes = plane_offsets(manifest, num_blocks)
         total = block_bytes(manifest) * num_blocks
-        if device.type == "cpu":
-            assert memory is not None
+        if memory is not None:
+            assert device.type == "cpu"
             self.store = torch.frombuffer(memory.view, dtype=torch.uint8, count=total)
         else:
             self.store = torch.zeros(total, dtype=torch.uint8, device=device)
+        self.is_on_host = memory is not None
+        self._beside = stream_beside(device)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         for index, shape in enumerate(manifest.layers):
@@ -58,10 +62,17 @@ class KvPool:
         if self._mirror is not None:
             self._mirror.publish(block_ids)
 
-    def absorb(self, block_ids: Sequence[int]) -> None:
-        """Copy blocks that a transfer has written into the pool."""
-        if self._mirror is not None:
-            self._mirror.absorb(block_ids)
+    def fill(self, read: Bytes, slots: Slots, columns: Sequence[Columns]) -> None:
+        """See handover.Target.fill. Runs beside the steps, in any thread."""
+        if self.is_on_host:
+            assert self.memory is not None
+            fill_host([self._host_plane(self.memory, *plane) for plane in self._planes], read, slots, columns)
+            return
+        with torch.cuda.stream(self._beside):
+            planes = [half.flatten(1) for layer in zip(self.keys, self.values, strict=True) for half in layer]
+            fill_device(planes, read, slots, columns)
+        if self._beside is not None:
+            self._beside.synchronize()
 
     def poison(self, block_ids: Sequence[int]) -> None:
         """Fill freed blocks with NaN, so that a use after free is detected."""
@@ -77,7 +88,17 @@ class KvPool:
         if self.store.device.type == "cuda":
             torch.cuda.current_stream(self.store.device).synchronize()
 
+    def _host_plane(self, memory: Memory, start: int, per_block: int) -> Bytes:
+        """[slots, bytes of a row]."""
+        raw = memory.bytes[start : start + per_block * self.num_blocks]
+        return raw.reshape(-1, per_block // self.block_size)
+
     def _plane(self, index: int, heads: int, size: int) -> torch.Tensor:
         start, per_block = self._planes[index]
         raw = self.store[start : start + per_block * self.num_blocks]
         return raw.view(DTYPES[self.manifest.dtype]).view(self.num_blocks * self.block_size, heads, size)
+
+
+def stream_beside(device: torch.device) -> torch.cuda.Stream | None:
+    """One for copies beside the steps. None on a CPU, which stands in for a GPU in tests."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A copy of a GPU's KV pool in host memory, for transports that read host memory.
+"""A copy of a GPU's KV pool in host memory, for transports that read host memory: it is written for peers, and never read here.
 
 Blocks are copied in batches: those of all layers are gathered on the device, cross the bus as one piece through pinned
 memory, and are spread on the host, while the next piece is on its way.
@@ -74,18 +74,6 @@ class Mirror:
             under_way.append((staging, piece, planes, ids))
         for one in under_way:
             _spread(*one)
-
-    def absorb(self, block_ids: Sequence[int]) -> None:
-        """Copy these blocks from the host to the device, before anything that is queued there later."""
-        for number, (planes, ids) in enumerate(self._pieces(block_ids)):
-            staging = self._stagings[number % _NUM_STAGINGS]
-            staging.wait()
-            shape = (planes.host.shape[0], len(ids), planes.host.shape[2])
-            piece = staging.memory[: shape[0] * shape[1] * shape[2]].view(shape)
-            torch.index_select(planes.host, 1, ids, out=piece)
-            part = piece.to(self._store.device, non_blocking=True)
-            staging.busy = _event(self._store)
-            planes.device.index_copy_(1, ids.to(self._store.device), part)
 
     def _pieces(self, block_ids: Sequence[int]) -> Iterator[tuple[_Planes, torch.Tensor]]:
         for planes in self._planes:

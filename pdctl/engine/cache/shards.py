@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from pdctl.engine.cache.layout import ITEM_BYTES, Half
+from pdctl.engine.cache.layout import ITEM_BYTES, Half, rows
 from pdctl.wire import Manifest, Part
 
 
@@ -81,6 +81,12 @@ def routes(manifest: Manifest, theirs: Sequence[Part], ours: Sequence[Part]) -> 
 
 def _route(found: dict[int, Route], source: int) -> Route:
     return found.setdefault(source, Route(source, [], []))
+
+
+def whole_rows(number: int, shard: Shard) -> list[Piece]:
+    """The pieces of a peer's shard with the same layers and heads as ours with this number: all of each row."""
+    sizes = [size for _, size in rows(shard.half([]))]
+    return [Piece(number, plane, plane, 0, 0, size) for plane, size in enumerate(sizes)]
 
 
 def _with_the_same(manifest: Manifest, theirs: Sequence[Part], part: Part, shard: int) -> int | None:

@@ -71,9 +71,9 @@ def build(options: EngineOptions, outbox: Outbox, lost: Callable[[str, bool], No
 
 
 def _shard(options: EngineOptions, shard: Shard, pool: KvPool) -> OurShard:
-    transports = open_transports(options, pool)
-    # Opening them may have made the memory.
-    return OurShard(shard, pool.memory, transports)
+    opened = open_transports(options, pool)
+    direct = frozenset(name for name, one in opened.items() if one.is_direct)
+    return OurShard(shard, pool, {name: one.transport for name, one in opened.items()}, direct)
 
 
 def _served(host_id: str, ours: OurShard) -> PoolEndpoint:

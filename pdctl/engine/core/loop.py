@@ -224,10 +224,8 @@ class Core:
             case Settled(request_id):
                 self.scheduler.pull_settled(request_id)
             case Start(request_id):
-                self.executor.absorb(self.scheduler.pulled_blocks(request_id))
                 self.scheduler.start(request_id)
             case Keep(request_id, kv_segment, kv_tokens):
-                self.executor.absorb(self.scheduler.pulled_blocks(request_id))
                 self.scheduler.keep(request_id, kv_segment, kv_tokens)
             case Find(request_id, token_ids, salt):
                 found = self.scheduler.find(request_id, token_ids, salt)

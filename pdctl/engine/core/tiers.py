@@ -9,7 +9,7 @@ from pdctl.engine.cache.blocks import BlockAllocator
 from pdctl.engine.executor.single import SingleExecutor
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.tiers import Tier, TierRefused, store_kind
-from pdctl.engine.tiers.blocks import whole_blocks
+from pdctl.engine.tiers.blocks import WholeBlocks
 from pdctl.engine.tiers.host import HostTier, capacity_of
 from pdctl.engine.tiers.tiers import Tiers
 from pdctl.host.memory import read_memory
@@ -20,7 +20,7 @@ def open_tiers(options: EngineOptions, executor: SingleExecutor, allocator: Bloc
     """The tiers that are configured, which follow the allocator; None: there are none. Raises TierRefused."""
     if not options.has_tiers:
         return None
-    blocks = whole_blocks(executor.manifest, executor.shards, executor.pools)
+    blocks = WholeBlocks(executor.manifest, executor.shards, executor.pools)
     tiers: list[Tier] = []
     if options.kv_offload_gb:
         tiers.append(_host(options, blocks.block_bytes))

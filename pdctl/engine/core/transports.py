@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pdctl.engine.cache.memory import DeviceMemory, Memory
 from pdctl.engine.handover.reading import Staging
@@ -30,7 +30,14 @@ class Pool(Protocol):
         ...
 
 
-def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Transport]:
+class Opened(NamedTuple):
+    """A transport over a pool. `is_direct`: it reads into the pool itself, not only from a copy of it in host memory."""
+
+    transport: Transport
+    is_direct: bool
+
+
+def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Opened]:
     """Open the configured transport. `auto`: for peers on this host `cuda_ipc` on GPUs, and else `shm`; if peers on
     other hosts reach this engine, also the first that works of those that cross hosts. Raises TransferError, NoMemory.
     """
@@ -39,7 +46,7 @@ def open_transports(options: EngineOptions, pool: Pool) -> dict[str, Transport]:
         opened = [_nearest(options, pool, settings)]
         if not is_loopback(settings.host):
             opened += _across_hosts(options, pool, settings)
-        return {transport.name: transport for transport in opened}
+        return {one.transport.name: one for one in opened}
     return {options.transfer: _open(options.transfer, options, pool, settings)}
 
 
@@ -60,7 +67,7 @@ def _settings(options: EngineOptions, serving: bool = True) -> Settings:
     )
 
 
-def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Transport:
+def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Opened:
     if options.device == "cpu":
         return _open("shm", options, pool, settings)
     try:
@@ -68,12 +75,12 @@ def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Transpor
     except TransferError as failure:
         reason = f"cuda_ipc: {failure}"
     _log.warning("%s; using shm, through host memory", reason)
-    transport = _open("shm", options, pool, settings)
-    transport.fallback = reason
-    return transport
+    opened = _open("shm", options, pool, settings)
+    opened.transport.fallback = reason
+    return opened
 
 
-def _across_hosts(options: EngineOptions, pool: Pool, settings: Settings) -> list[Transport]:
+def _across_hosts(options: EngineOptions, pool: Pool, settings: Settings) -> list[Opened]:
     """One, or none with a warning: peers on this host are served without it."""
     reasons = []
     for name in FAR:
@@ -85,12 +92,12 @@ def _across_hosts(options: EngineOptions, pool: Pool, settings: Settings) -> lis
     return []
 
 
-def _on_gpu_or_host(name: str, pool: Pool, settings: Settings) -> Transport:
+def _on_gpu_or_host(name: str, pool: Pool, settings: Settings) -> Opened:
     kind = transport_kind(name)
     try:
         transport = kind.open_transport(pool.device_memory, settings)
         _log.info("%s reads and writes the GPU's memory", name)
-        return transport
+        return Opened(transport, is_direct=True)
     except DeviceMemoryRefused as refused:
         reason = f"{name} goes through host memory: {refused}"
     transport = kind.open_transport(pool.mirror(settings.epoch), settings)
@@ -98,18 +105,20 @@ def _on_gpu_or_host(name: str, pool: Pool, settings: Settings) -> Transport:
         # RDMA could have done without the copies. Over TCP there is nothing better.
         transport.fallback = reason
     _log.warning("%s", reason)
-    return transport
+    return Opened(transport, is_direct=False)
 
 
-def _open(name: str, options: EngineOptions, pool: Pool, settings: Settings) -> Transport:
+def _open(name: str, options: EngineOptions, pool: Pool, settings: Settings) -> Opened:
     info = TRANSPORTS[name]
     if info.may_be_on_gpu and options.device == "cuda":
-        transport = _on_gpu_or_host(name, pool, settings)
+        opened = _on_gpu_or_host(name, pool, settings)
     else:
         memory = pool.device_memory if info.on_gpu else pool.mirror(settings.epoch)
         transport = transport_kind(name).open_transport(memory, settings)
+        opened = Opened(transport, is_direct=info.on_gpu or options.device == "cpu")
+    transport = opened.transport
     if transport.fallback:
         _log.warning("%s: %s; using %s", name, transport.fallback, transport.protocol)
     if info.is_open_to_strangers:
         _log.warning("%s listens on every interface without authentication: protect its ports with a firewall", name)
-    return transport
+    return opened

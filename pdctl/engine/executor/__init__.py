@@ -33,10 +33,6 @@ class Executor(Protocol):
         the tokens and the last blocks of its sequences may change, by what `Scheduler.schedule_ahead` allows."""
         ...
 
-    def absorb(self, block_ids: Sequence[int]) -> None:
-        """Make KV that has arrived from a peer in these blocks visible to the next step."""
-        ...
-
     def publish(self, block_ids: Sequence[int]) -> None:
         """Make the computed KV of these blocks readable for peers."""
         ...

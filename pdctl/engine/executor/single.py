@@ -112,10 +112,6 @@ class SingleExecutor:
         """Compute every slice of a step: launch and finish it."""
         return self.launch(batch).finish()
 
-    def absorb(self, block_ids: Sequence[int]) -> None:
-        """See Executor.absorb."""
-        self._runner.pool.absorb(block_ids)
-
     def publish(self, block_ids: Sequence[int]) -> None:
         """See Executor.publish."""
         self._runner.pool.publish(block_ids)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pdctl.engine.cache.columns import Columns, Slots
 from pdctl.engine.cache.layout import Half, Span, block_bytes, check, rows, slot, spans
-from pdctl.engine.cache.memory import Memory
-from pdctl.engine.cache.shards import Route, Shard, local, routes
+from pdctl.engine.cache.memory import Bytes, Memory
+from pdctl.engine.cache.shards import Route, Shard, local, routes, whole_rows
 from pdctl.engine.ipc.messages import Pull
 from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
 from pdctl.wire import Manifest, PoolEndpoint
@@ -64,14 +66,23 @@ class _Areas:
             return [area.transport for opened in self._all.values() for area in opened]
 
 
+class Target(Protocol):
+    """A pool that rows are copied into."""
+
+    def fill(self, read: Bytes, slots: Slots, columns: Sequence[Columns]) -> None:
+        """Copy columns of what was read into these slots, and wait until they are there."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class OurShard:
-    """One of this engine's pools. `memory`: its bytes on the host; None if it is only in a GPU. `transports`: over
-    that memory, by name."""
+    """One of this engine's pools. `transports`: by name; those in `direct` read into the pool, others only serve it,
+    from a copy in host memory."""
 
     shard: Shard
-    memory: Memory | None
+    pool: Target
     transports: dict[str, Transport]
+    direct: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +102,14 @@ def way(name: str, addresses: list[str], ours: Sequence[OurShard], theirs: Seque
     if any(other[:2] != shards[0][:2] for other in shards):
         raise ValueError("the peer's shards do not fit together")
     found = routes(manifest, [other.part for other in shards], [one.shard.part for one in ours])
-    if any(route.pieces for route in found) and any(one.memory is None for one in ours):
-        raise ValueError(f"layers or heads are shared by {len(theirs)} devices there and {len(ours)} here, on GPUs")
-    return Way(name, addresses, shards, found)
+    return Way(name, addresses, shards, [_reachable(name, route, ours) for route in found])
+
+
+def _reachable(name: str, route: Route, ours: Sequence[OurShard]) -> Route:
+    """The same route through a staging area for those of our shards that the transport cannot write to."""
+    indirect = [shard for shard in route.same if name not in ours[shard].direct]
+    whole = [piece for shard in indirect for piece in whole_rows(shard, ours[shard].shard)]
+    return Route(route.source, [shard for shard in route.same if shard not in indirect], route.pieces + whole)
 
 
 class ShardReader:
@@ -181,23 +197,14 @@ class ShardReader:
         self, area: Staging, route: Route, source: Half, targets: dict[int, Half], first: int, count: int
     ) -> None:
         """Copy the pieces of `count` rows of each plane from the staging area to our pools."""
-        slots = {shard: _slots(half, first, count) for shard, half in targets.items()}
-        planes = {shard: rows(half) for shard, half in targets.items()}
-        starts, at = [], 0
-        for _, size in rows(source):
-            starts.append((at, size))
-            at += count * size
-        for piece in route.pieces:
-            start, size = starts[piece.source_plane]
-            read = area.memory.bytes[start : start + count * size].reshape(count, size)
-            memory = self.ours[piece.shard].memory
-            assert memory is not None, "see way()"
-            start, size = planes[piece.shard][piece.target_plane]
-            end = start + size * targets[piece.shard].num_blocks * targets[piece.shard].manifest.block_size
-            plane = memory.bytes[start:end].reshape(-1, size)
-            plane[slots[piece.shard], piece.target : piece.target + piece.length] = read[
-                :, piece.source : piece.source + piece.length
+        starts = list(accumulate((count * size for _, size in rows(source)), initial=0))
+        for shard, half in targets.items():
+            columns = [
+                Columns(starts[piece.source_plane], starts[piece.source_plane + 1], *piece[2:])
+                for piece in route.pieces
+                if piece.shard == shard
             ]
+            self.ours[shard].pool.fill(area.memory.bytes[: starts[-1]], _slots(half, first, count), columns)
 
     def _late(self, name: str, area: Staging, failure: TransferUncertain) -> TransferUncertain:
         """The area is used again when nothing is written to it any more."""
@@ -253,7 +260,7 @@ def _staging_spans(source: Half, first: int, count: int) -> list[Span]:
     return found
 
 
-def _slots(half: Half, first: int, count: int) -> np.ndarray:
+def _slots(half: Half, first: int, count: int) -> Slots:
     tokens = np.arange(first, first + count)
     size = half.manifest.block_size
     return np.array(half.block_ids)[tokens // size] * size + tokens % size

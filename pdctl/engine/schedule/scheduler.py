@@ -172,11 +172,6 @@ class Scheduler:
         """Free the quarantined blocks: nothing writes to them any more."""
         self.allocator.settle(request_id)
 
-    def pulled_blocks(self, request_id: str) -> list[int]:
-        """The blocks of a request whose KV came from a peer."""
-        sequence = self.sequences.get(request_id)
-        return [] if sequence is None else sequence.block_ids[sequence.num_cached // self.limits.block_size :]
-
     def start(self, request_id: str) -> bool:
         """The pulled KV is committed: the sequence starts decoding."""
         sequence = self.sequences.get(request_id)

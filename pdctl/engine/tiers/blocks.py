@@ -6,134 +6,136 @@ A block's bytes are the same whatever the engine's width, so an engine of anothe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.cache.kv_pool import KvPool, stream_beside
 from pdctl.engine.cache.layout import ITEM_BYTES, block_bytes, plane_bytes, plane_offsets
+from pdctl.engine.cache.memory import Bytes
 from pdctl.engine.cache.shards import Shard, heads, layers
 from pdctl.engine.tiers import Rows
 from pdctl.wire import Manifest
 
 
-class _Plane(NamedTuple):
-    """A plane of a pool, and its place in a whole block: of each token's row of `row` bytes there, those from `first`.
-    `is_first`: no pool before this one has the same."""
+class _Place(NamedTuple):
+    """The place of a pool's plane in a whole block: of each token's row of `row` bytes there, `length` bytes from
+    `first`. `is_first`: no pool before this one has the same."""
 
-    pool: npt.NDArray[np.uint8]  # [blocks, tokens, bytes of a token]
     start: int
     row: int
     first: int
+    length: int
     is_first: bool
 
-    def part(self, rows: Rows, block_size: int) -> npt.NDArray[np.uint8]:
+    def part(self, rows: Rows, block_size: int) -> Bytes:
         """Its place in these rows: a view, [blocks, tokens, bytes of a token]."""
         whole = rows[:, self.start : self.start + block_size * self.row].reshape(len(rows), block_size, self.row)
-        return whole[:, :, self.first : self.first + self.pool.shape[2]]
+        return whole[:, :, self.first : self.first + self.length]
 
 
-class HostBlocks:
-    """Of an engine whose pools are in host memory."""
+class _Blocks(Protocol):
+    """The blocks of one pool."""
+
+    def read(self, block_ids: Sequence[int]) -> Iterator[Bytes]:
+        """A copy of these blocks of each plane, [blocks, bytes]."""
+        ...
+
+    def write(self, block_ids: Sequence[int], parts: Sequence[Bytes]) -> None:
+        """Copy into these blocks of each plane, [blocks, tokens, bytes of a token]."""
+        ...
+
+
+class _OnHost:
+    """See _Blocks."""
+
+    def __init__(self, pool: KvPool) -> None:
+        assert pool.memory is not None
+        raw = pool.memory.bytes
+        self._planes = [
+            raw[at : at + size * pool.num_blocks].reshape(pool.num_blocks, size)
+            for at, size in plane_offsets(pool.manifest, pool.num_blocks)
+        ]
+
+    def read(self, block_ids: Sequence[int]) -> Iterator[Bytes]:
+        """See _Blocks.read."""
+        return (plane[block_ids] for plane in self._planes)
+
+    def write(self, block_ids: Sequence[int], parts: Sequence[Bytes]) -> None:
+        """See _Blocks.write."""
+        for plane, part in zip(self._planes, parts, strict=True):
+            plane[block_ids] = part.reshape(len(block_ids), -1)
+
+
+class _OnDevice:
+    """See _Blocks. All planes cross the bus together, on a stream beside the steps."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self._device = pool.store.device
+        self._stream = stream_beside(self._device)
+        self._planes = [
+            pool.store[at : at + size * pool.num_blocks].view(pool.num_blocks, size)
+            for at, size in plane_offsets(pool.manifest, pool.num_blocks)
+        ]
+        self._ends = list(accumulate(plane.shape[1] for plane in self._planes))
+
+    def read(self, block_ids: Sequence[int]) -> Iterator[Bytes]:
+        """See _Blocks.read."""
+        with torch.cuda.stream(self._stream):
+            ids = torch.tensor(block_ids, device=self._device)
+            whole = torch.cat([plane.index_select(0, ids) for plane in self._planes], dim=1).to("cpu")
+        return iter(np.split(whole.numpy(), self._ends[:-1], axis=1))
+
+    def write(self, block_ids: Sequence[int], parts: Sequence[Bytes]) -> None:
+        """See _Blocks.write."""
+        whole = torch.from_numpy(np.concatenate([part.reshape(len(block_ids), -1) for part in parts], axis=1))
+        with torch.cuda.stream(self._stream):
+            ids, there = torch.tensor(block_ids, device=self._device), whole.to(self._device)
+            for plane, part in zip(self._planes, torch.tensor_split(there, self._ends[:-1], dim=1), strict=True):
+                plane.index_copy_(0, ids, part)
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class WholeBlocks:
+    """The blocks of an engine with these pools, on the host or on devices."""
 
     def __init__(self, manifest: Manifest, shards: Sequence[Shard], pools: Sequence[KvPool]) -> None:
         self.block_bytes = block_bytes(manifest)
         self._size = manifest.block_size
-        self._planes = list(_planes(manifest, shards, pools))
+        kinds = [(_OnHost if pool.is_on_host else _OnDevice)(pool) for pool in pools]
+        self._pools: list[tuple[_Blocks, list[_Place]]] = list(zip(kinds, _places(manifest, shards), strict=True))
 
     def read(self, block_ids: Sequence[int]) -> Rows:
         """A copy of these blocks."""
         rows = np.empty((len(block_ids), self.block_bytes), np.uint8)
-        for plane in self._planes:
-            if plane.is_first:
-                plane.part(rows, self._size)[:] = plane.pool[block_ids]
+        for pool, places in self._pools:
+            if any(place.is_first for place in places):
+                for place, part in zip(places, pool.read(block_ids), strict=True):
+                    place.part(rows, self._size)[:] = part.reshape(len(block_ids), self._size, -1)
         return rows
 
     def write(self, block_ids: Sequence[int], rows: Rows) -> None:
         """Copy rows into these blocks."""
-        for plane in self._planes:
-            plane.pool[block_ids] = plane.part(rows, self._size)
+        for pool, places in self._pools:
+            pool.write(block_ids, [place.part(rows, self._size) for place in places])
 
 
-def _planes(manifest: Manifest, shards: Sequence[Shard], pools: Sequence[KvPool]) -> Iterator[_Plane]:
-    starts = [0]
-    for shape in manifest.layers:
-        for size in plane_bytes(shape, manifest.block_size, manifest.dtype):
-            starts.append(starts[-1] + size)
+def _places(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[list[_Place]]:
+    """Of each shard's planes."""
+    sizes = [size for shape in manifest.layers for size in plane_bytes(shape, manifest.block_size, manifest.dtype)]
+    starts = list(accumulate(sizes, initial=0))
     item, seen = ITEM_BYTES[manifest.dtype], set[tuple[int, int, int]]()
-    for shard, pool in zip(shards, pools, strict=True):
-        assert pool.memory is not None
-        offsets = plane_offsets(pool.manifest, pool.num_blocks)
-        for local, layer in enumerate(layers(len(manifest.layers), shard.part)):
+    for shard in shards:
+        found = []
+        for layer in layers(len(manifest.layers), shard.part):
             shape = manifest.layers[layer]
             own = heads(shape.kv_heads, shard.part)
-            for half, dim in enumerate((shape.key_dim, shape.value_dim)):
-                at, size = offsets[2 * local + half]
-                raw = pool.memory.bytes[at : at + size * pool.num_blocks]
-                where = (2 * layer + half, own.start, own.stop)
-                yield _Plane(
-                    raw.reshape(pool.num_blocks, manifest.block_size, size // manifest.block_size),
-                    starts[2 * layer + half],
-                    shape.kv_heads * dim * item,
-                    own.start * dim * item,
-                    where not in seen,
-                )
+            for half, dim in enumerate((shape.key_dim * item, shape.value_dim * item)):
+                plane, where = 2 * layer + half, (2 * layer + half, own.start, own.stop)
+                place = _Place(starts[plane], shape.kv_heads * dim, own.start * dim, len(own) * dim, where not in seen)
+                found.append(place)
                 seen.add(where)
-
-
-class GpuBlocks:
-    """Of an engine with one GPU. Copies run on a stream of their own, beside the steps. Blocks are written where a
-    transport would write them: to the copy of the pool in host memory if there is one (the core absorbs it), else to
-    the GPU."""
-
-    def __init__(self, manifest: Manifest, shards: Sequence[Shard], pools: Sequence[KvPool]) -> None:
-        self._pool = pools[0]
-        self._planes = plane_offsets(manifest, self._pool.num_blocks)
-        self.block_bytes = block_bytes(manifest)
-        self._host = HostBlocks(manifest, shards, pools) if self._pool.memory is not None else None
-        self._stream = _stream(self._pool.store.device)
-
-    def read(self, block_ids: Sequence[int]) -> Rows:
-        """A copy of these blocks."""
-        with torch.cuda.stream(self._stream):
-            ids = torch.tensor(block_ids, device=self._pool.store.device)
-            parts = [plane.index_select(0, ids) for plane in self._views()]
-            rows = torch.cat(parts, dim=1).to("cpu", non_blocking=False)
-        return rows.numpy()
-
-    def write(self, block_ids: Sequence[int], rows: Rows) -> None:
-        """Copy rows into these blocks."""
-        if self._host is not None:
-            self._host.write(block_ids, rows)
-            return
-        with torch.cuda.stream(self._stream):
-            device = self._pool.store.device
-            ids, whole = torch.tensor(block_ids, device=device), torch.from_numpy(rows).to(device)
-            at = 0
-            for plane in self._views():
-                plane.index_copy_(0, ids, whole[:, at : at + plane.shape[1]])
-                at += plane.shape[1]
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def _views(self) -> Iterator[torch.Tensor]:
-        """Each plane, [blocks, bytes of a block]."""
-        for offset, size in self._planes:
-            num_bytes = size * self._pool.num_blocks
-            yield self._pool.store[offset : offset + num_bytes].view(self._pool.num_blocks, size)
-
-
-def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    """One beside the steps. None on a CPU, which stands in for a GPU in tests."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-
-
-WholeBlocks = HostBlocks | GpuBlocks
-
-
-def whole_blocks(manifest: Manifest, shards: Sequence[Shard], pools: Sequence[KvPool]) -> WholeBlocks:
-    """Access to the blocks of an engine with these pools."""
-    on_gpu = pools[0].store.device.type == "cuda"
-    return (GpuBlocks if on_gpu else HostBlocks)(manifest, shards, pools)
+        yield found

@@ -1,4 +1,4 @@
-"""Copies of blocks between a pool and its mirror, with a second CPU store instead of the device."""
+"""Copies of blocks from a pool to its mirror, with a second CPU store instead of the device."""
 
 from __future__ import annotations
 
@@ -41,13 +41,6 @@ def test_the_blocks_arrive_and_no_others(
         for ours, theirs in zip(blocks_of(store, manifest, block), blocks_of(host, manifest, block), strict=True):
             assert torch.equal(theirs, ours if block in ids else torch.zeros_like(ours))
 
-    before = store.clone()
-    host.copy_(torch.randint(1, 256, (total,), dtype=torch.uint8, generator=generator))
-    made.absorb(ids)
-    for block in range(BLOCKS):
-        expected = blocks_of(host if block in ids else before, manifest, block)
-        for ours, theirs in zip(blocks_of(store, manifest, block), expected, strict=True):
-            assert torch.equal(ours, theirs)
     memory.close()
 
 

@@ -47,9 +47,6 @@ class SlowExecutor:
     def publish(self, block_ids: Sequence[int]) -> None:
         pass
 
-    def absorb(self, block_ids: Sequence[int]) -> None:
-        pass
-
     def close(self) -> None:
         pass
 

@@ -40,7 +40,8 @@ def options(device: str, transfer: str = "auto", host: str = "127.0.0.1") -> Eng
 def test_engines_on_gpus_map_each_others_memory_and_have_no_copy_of_it() -> None:
     cudart.load()
     pool = Pool()
-    [(name, transport)] = open_transports(options("cuda"), pool).items()
+    [(name, (transport, is_direct))] = open_transports(options("cuda"), pool).items()
+    assert is_direct
     assert name == transport.name == "cuda_ipc"
     assert transport.address
     assert pool.mirrors == 0
@@ -60,7 +61,8 @@ def test_where_that_cannot_work_kv_goes_through_host_memory(
     monkeypatch.setattr(transports, "transport_kind", kind)
     pool = Pool()
     with caplog.at_level(logging.WARNING):
-        [(name, transport)] = open_transports(options("cuda"), pool).items()
+        [(name, (transport, is_direct))] = open_transports(options("cuda"), pool).items()
+    assert not is_direct, "what it reads is copied from a staging area"
     assert (name, pool.mirrors) == ("shm", 1)
     assert transport.fallback == "cuda_ipc: no handles in this container", "as status shows it"
     assert "no handles in this container; using shm" in caplog.text
@@ -73,7 +75,8 @@ def test_where_that_cannot_work_kv_goes_through_host_memory(
 @pytest.mark.parametrize("transfer", ["auto", "shm"])
 def test_engines_on_cpus_share_memory(transfer: str, tmp_path: Path) -> None:
     pool = Pool()
-    [(name, transport)] = open_transports(options("cpu", transfer), pool).items()
+    [(name, (transport, is_direct))] = open_transports(options("cpu", transfer), pool).items()
+    assert is_direct
     assert (name, pool.mirrors) == ("shm", 1)
     transport.close()
 

@@ -1,4 +1,4 @@
-"""The executor of one device: what it refuses, and that a block's KV counts from the moment it is absorbed."""
+"""The executor of one device: what it computes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def test_a_step_computes_the_same_wherever_its_blocks_lie(tiny_model: Path, tmp_
     assert 0 <= token < executor.loaded.vocab_size
     assert logprobs is None
     executor.publish([0, 1])
-    executor.absorb([0, 1])
     assert executor.execute([Slice(sequence([0, 1]), len(PROMPT) - 1, 1, True)])[0] == [token], "KV stays where it is"
     executor.close()
 

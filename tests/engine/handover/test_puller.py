@@ -7,7 +7,9 @@ from typing import TypeVar
 
 import pytest
 
+from pdctl.engine.cache.columns import Columns, Slots
 from pdctl.engine.cache.layout import Span
+from pdctl.engine.cache.memory import Bytes
 from pdctl.engine.cache.shards import Shard
 from pdctl.engine.handover.puller import OurSide, Puller
 from pdctl.engine.handover.reading import OurShard, ShardReader, Staging
@@ -48,6 +50,11 @@ class Wire:
         self.closed = True
 
 
+class NoPool:
+    def fill(self, read: Bytes, slots: Slots, columns: Sequence[Columns]) -> None:
+        raise AssertionError("equal widths need no staging area")
+
+
 _Said = TypeVar("_Said", Pulled, Linked, str)
 
 
@@ -55,7 +62,8 @@ class Rig:
     def __init__(self) -> None:
         self.wire = Wire()
         self.said: queue.Queue[Pulled | Linked | str] = queue.Queue()
-        reader = ShardReader([OurShard(Shard(MANIFEST, 8, Part()), None, {"shm": self.wire})], no_staging)
+        ours = OurShard(Shard(MANIFEST, 8, Part()), NoPool(), {"shm": self.wire}, frozenset({"shm"}))
+        reader = ShardReader([ours], no_staging)
         side = OurSide(MANIFEST, "here", "auto", 1.0)
         self.puller = Puller(side, reader, self.said.put, self.said.put)
 

@@ -10,9 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import Span, block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.shards import Shard, heads, local
@@ -77,11 +79,18 @@ class Engine:
             )
         )
 
-    def ours(self) -> list[OurShard]:
-        return [
-            OurShard(shard, memory, {"shm": open_transport(memory, Settings("e"))})
-            for shard, memory in zip(self.shards, self.memories, strict=True)
-        ]
+    def ours(self, on_device: bool = False) -> list[OurShard]:
+        """On a "device" (this one is the CPU), what transports write to is a copy of the pools in host memory, in which
+        older KV lies."""
+        found = []
+        for shard, memory in zip(self.shards, self.memories, strict=True):
+            pool = KvPool(local(self.manifest, shard.part), BLOCKS, None if on_device else memory, torch.device("cpu"))
+            if on_device:
+                memory = pool.mirror("e")
+                memory.bytes[:] = 7
+            direct = frozenset() if on_device else frozenset({"shm"})
+            found.append(OurShard(shard, pool, {"shm": open_transport(memory, Settings("e"))}, direct))
+        return found
 
 
 def value(plane: int, head: int, token: int, element: int) -> float:
@@ -105,9 +114,11 @@ def stage(num_bytes: int) -> Callable[[str], Staging]:
     return opened
 
 
-def linked(source: Engine, target: Engine, staging: int = 1 << 16) -> tuple[ShardReader, Way, KvEndpoint]:
+def linked(
+    source: Engine, target: Engine, staging: int = 1 << 16, on_device: bool = False
+) -> tuple[ShardReader, Way, KvEndpoint]:
     endpoint = source.endpoint([open_transport(memory, Settings("e")) for memory in source.memories])
-    ours = target.ours()
+    ours = target.ours(on_device)
     addresses = [shard.served[0].address for shard in endpoint.shards]
     found = way("shm", addresses, ours, endpoint.shards)
     reader = ShardReader(ours, stage(staging))
@@ -124,10 +135,11 @@ WIDTHS = st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3]))
 
 @settings(max_examples=80, deadline=None)
 @given(
-    WIDTHS, WIDTHS, st.sampled_from([2, 4, 8]),
+    st.booleans(), WIDTHS, WIDTHS, st.sampled_from([2, 4, 8]),
     st.sampled_from([2, 4, 8]), st.sampled_from([1, 2, 4]), st.integers(0, 10), st.integers(1, 14), st.randoms(),
 )  # fmt: skip
 def test_every_width_gets_every_byte_and_no_other(
+    on_device: bool,
     there: tuple[int, int],
     here: tuple[int, int],
     size_there: int,
@@ -146,11 +158,12 @@ def test_every_width_gets_every_byte_and_no_other(
     fill(source, range(24))
     fill(expected, tokens)
     # Few rows at once.
-    reader, found, endpoint = linked(source, target, staging=3 * 4 * kv_heads * 10)
+    reader, found, endpoint = linked(source, target, 3 * 4 * kv_heads * 10, on_device)
     moved = reader.read(found, pull(endpoint, source, target, tokens.start, len(tokens)), lambda _: 1.0)
     assert moved >= len(tokens) * 4 * kv_heads * 10
-    for ours, wanted in zip(target.memories, expected.memories, strict=True):
-        assert (ours.bytes == wanted.bytes).all()
+    for ours, wanted in zip(reader.ours, expected.memories, strict=True):
+        assert isinstance(ours.pool, KvPool)
+        assert (ours.pool.store.numpy() == wanted.bytes).all()
     reader.close()
 
 
@@ -158,6 +171,8 @@ def test_equal_widths_are_read_into_their_place() -> None:
     source, target = Engine(manifest(4), 2, [0, 1, 2]), Engine(manifest(4), 2, [3, 4, 5])
     _, found, _ = linked(source, target)
     assert all(route.same and not route.pieces for route in found.routes)
+    _, found, _ = linked(source, target, on_device=True)
+    assert all(route.pieces and not route.same for route in found.routes)
 
 
 class Late:
@@ -238,9 +253,6 @@ def test_a_peer_whose_shards_do_not_fit_is_refused() -> None:
     shards = [PoolEndpoint("here", [], blocks, manifest(4), Part(rank, 2)) for rank, blocks in ((0, 8), (1, 9))]
     with pytest.raises(ValueError, match="do not fit together"):
         way("shm", ["a", "b"], target.ours(), shards)
-    on_gpu = [OurShard(target.shards[0], None, {})]
-    with pytest.raises(ValueError, match="shared by 2 devices there and 1 here, on GPUs"):
-        way("shm", ["a", "b"], on_gpu, [PoolEndpoint("here", [], 8, manifest(4), Part(rank, 2)) for rank in (0, 1)])
 
 
 def test_a_pull_of_another_shape_than_the_link_is_refused() -> None:

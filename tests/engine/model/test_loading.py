@@ -151,30 +151,6 @@ def test_a_directory_that_is_no_model_is_refused(content: str | None, tmp_path: 
         load_model(str(tmp_path), torch.device("cpu"), torch.float32)
 
 
-def test_mirrored_pools_carry_blocks_between_device_and_host(tmp_path: Path) -> None:
-    """The code path of a GPU pool, with a second CPU store instead of the device."""
-    save("llama", tmp_path, {})
-    loaded = load_model(str(tmp_path), torch.device("cpu"), torch.float32)
-    manifest = Manifest(loaded.fingerprint, loaded.dtype, 8, loaded.shapes)
-    pools = [KvPool(manifest, 8, Memory(block_bytes(manifest) * 8, "test"), torch.device("cpu")) for _ in range(2)]
-    for pool in pools:
-        # As if its tensors were elsewhere.
-        pool.memory = None
-        pool.mirror("test")
-    source, target = pools
-    for plane in (*source.keys, *source.values):
-        plane.normal_()
-    source.publish([2, 5])
-    assert source.memory is not None
-    assert target.memory is not None
-    target.memory.bytes[:] = source.memory.bytes
-    target.absorb([2, 5])
-    for mine, theirs in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
-        assert torch.equal(mine[16:24], theirs[16:24])
-        assert torch.equal(mine[40:48], theirs[40:48])
-        assert not theirs[:16].any()
-
-
 def test_poisoned_blocks_are_nan_and_the_others_are_not(tmp_path: Path) -> None:
     save("llama", tmp_path, {})
     pool = runner_for(tmp_path, blocks=8).pool

@@ -10,7 +10,7 @@ from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.shards import Shard, local
-from pdctl.engine.tiers.blocks import GpuBlocks, HostBlocks
+from pdctl.engine.tiers.blocks import WholeBlocks
 from pdctl.wire import LayerShape, Manifest, Part
 
 MANIFEST = Manifest("m", "float32", 4, [LayerShape(4, 2, 3), LayerShape(2, 5, 5), LayerShape(1, 2, 2)])
@@ -25,23 +25,26 @@ WIDTHS = {
 }
 
 
-def pools(parts: list[Part]) -> tuple[list[Shard], list[KvPool]]:
+def pools(parts: list[Part], on_host: bool = True) -> tuple[list[Shard], list[KvPool]]:
+    """Those that are not on the host have a device's code over the CPU."""
     shards = [Shard(MANIFEST, BLOCKS, part) for part in parts]
     made = []
     for part in parts:
         manifest = local(MANIFEST, part)
-        made.append(KvPool(manifest, BLOCKS, Memory(block_bytes(manifest) * BLOCKS, "e"), torch.device("cpu")))
+        memory = Memory(block_bytes(manifest) * BLOCKS, "e") if on_host else None
+        made.append(KvPool(manifest, BLOCKS, memory, torch.device("cpu")))
     return shards, made
 
 
-def blocks(parts: list[Part]) -> HostBlocks:
-    return HostBlocks(MANIFEST, *pools(parts))
+def blocks(parts: list[Part], on_host: bool = True) -> WholeBlocks:
+    return WholeBlocks(MANIFEST, *pools(parts, on_host))
 
 
 @pytest.mark.parametrize("theirs", WIDTHS)
 @pytest.mark.parametrize("ours", WIDTHS)
-def test_what_one_width_wrote_another_reads(ours: str, theirs: str) -> None:
-    one, other = blocks(WIDTHS[ours]), blocks(WIDTHS[theirs])
+@pytest.mark.parametrize("places", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_what_one_width_wrote_another_reads(ours: str, theirs: str, places: tuple[bool, bool]) -> None:
+    one, other = blocks(WIDTHS[ours], places[0]), blocks(WIDTHS[theirs], places[1])
     rows = np.random.default_rng(0).integers(0, 256, (2, one.block_bytes), dtype=np.uint8)
     one.write([4, 1], rows)
     other.write([0, 5], one.read([4, 1]))
@@ -51,35 +54,23 @@ def test_what_one_width_wrote_another_reads(ours: str, theirs: str) -> None:
 
 def test_every_shard_gets_its_own_heads() -> None:
     shards, made = pools(WIDTHS["tensor 2"])
-    both = HostBlocks(MANIFEST, shards, made)
+    both = WholeBlocks(MANIFEST, shards, made)
     whole_shards, [whole] = pools([Part()])
     whole.keys[0][:] = torch.arange(whole.keys[0].numel(), dtype=torch.float32).view(whole.keys[0].shape)
-    both.write([2], HostBlocks(MANIFEST, whole_shards, [whole]).read([2]))
+    both.write([2], WholeBlocks(MANIFEST, whole_shards, [whole]).read([2]))
     slots = slice(2 * 4, 3 * 4)
     assert torch.equal(made[0].keys[0][slots], whole.keys[0][slots, :2])
     assert torch.equal(made[1].keys[0][slots], whole.keys[0][slots, 2:])
 
 
-@pytest.mark.parametrize("has_mirror", [False, True])
-def test_a_device_reads_and_writes_the_same_bytes(has_mirror: bool) -> None:
-    """Over a pool without host memory, on the CPU in place of a GPU."""
-    pool = _device_pool()
-    if has_mirror:
-        pool.mirror("e")
-    shards = [Shard(MANIFEST, BLOCKS, Part())]
-    device = GpuBlocks(MANIFEST, shards, [pool])
-    rows = np.random.default_rng(1).integers(0, 256, (2, device.block_bytes), dtype=np.uint8)
+def test_what_is_written_to_a_device_is_not_in_its_copy_on_the_host() -> None:
+    """That is for peers, and only what is published is there."""
+    shards, [pool] = pools([Part()], on_host=False)
+    host = pool.mirror("e")
+    device = WholeBlocks(MANIFEST, shards, [pool])
+    rows = np.random.default_rng(1).integers(1, 256, (2, device.block_bytes), dtype=np.uint8)
     device.write([3, 0], rows)
-    pool.absorb([3, 0])
     assert (device.read([3, 0]) == rows).all()
-    host = blocks([Part()])
-    host.write([1, 2], rows)
-    assert (host.read([1, 2]) == device.read([3, 0])).all()
-
-
-def _device_pool() -> KvPool:
-    pool = KvPool.__new__(KvPool)
-    whole = KvPool(MANIFEST, BLOCKS, Memory(block_bytes(MANIFEST) * BLOCKS, "e"), torch.device("cpu"))
-    pool.__dict__.update(whole.__dict__)
-    pool.memory, pool.store = None, whole.store.clone()
-    return pool
+    assert not host.bytes.any()
+    pool.publish([0])
+    assert np.count_nonzero(host.bytes) == device.block_bytes

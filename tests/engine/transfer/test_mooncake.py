@@ -81,7 +81,8 @@ class OnGpu(Pool):
 @pytest.mark.usefixtures("rdma")
 def test_the_memory_of_a_gpu_is_registered_and_has_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     library, pool = Library(monkeypatch), OnGpu()
-    [(name, transport)] = open_transports(options("cuda", "mooncake"), pool).items()
+    [(name, (transport, is_direct))] = open_transports(options("cuda", "mooncake"), pool).items()
+    assert is_direct
     assert (name, transport.protocol, transport.fallback, pool.mirrors) == ("mooncake", "rdma", "", 0)
     assert library.registered[0] == (BASE, 4096)
     assert f"/{BASE}/" in transport.address
@@ -109,7 +110,8 @@ def test_where_it_cannot_be_registered_a_copy_is_and_status_says_why(
 ) -> None:
     library, pool = Library(monkeypatch, cuda), OnGpu()
     library.refused = refused
-    [transport] = open_transports(options("cuda", "mooncake"), pool).values()
+    [(transport, is_direct)] = open_transports(options("cuda", "mooncake"), pool).values()
+    assert not is_direct
     assert pool.mirrors == 1
     assert library.registered[0] == (pool.memory.base, 4096)
     assert transport.fallback.startswith(f"mooncake goes through host memory: {reason}")
@@ -125,7 +127,8 @@ def test_over_tcp_there_is_a_copy_and_no_fallback(
     monkeypatch.setattr(transfer, "active_devices", list)
     library, pool = Library(monkeypatch), OnGpu()
     with caplog.at_level(logging.WARNING):
-        [transport] = open_transports(options("cuda", "mooncake"), pool).values()
+        [(transport, is_direct)] = open_transports(options("cuda", "mooncake"), pool).values()
+        assert not is_direct
     assert (transport.protocol, transport.fallback, pool.mirrors) == ("tcp", "", 1)
     assert BASE not in [base for base, _ in library.registered]
     assert "only RDMA reaches the memory of a GPU" in caplog.text
@@ -137,7 +140,8 @@ def test_over_tcp_there_is_a_copy_and_no_fallback(
 def test_engines_on_cpus_register_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Library(monkeypatch, cuda=False)
     pool = Pool()
-    [transport] = open_transports(options("cpu", "mooncake"), pool).values()
+    [(transport, is_direct)] = open_transports(options("cpu", "mooncake"), pool).values()
+    assert is_direct
     assert (transport.fallback, pool.mirrors) == ("", 1)
     assert library.registered[0] == (pool.memory.base, 4096)
     transport.close()
