@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from tests.fakes import gpu
 from tests.service import Service, free_port, running, temporary_run
 
 Answers = list[list[int]]
@@ -15,7 +19,7 @@ Answers = list[list[int]]
 class Width(NamedTuple):
     """Processes of each stage of each prefill and decode engine, tokens of their blocks, how KV moves, stages, and
     stripes. No decode engine: one engine does both. `keeps`: pools are small, and what they give up goes to host memory
-    and a store."""
+    and a store. `apart`: pools are in memory of their own, as on GPUs (tests/fakes/gpu)."""
 
     prefill: int
     decode: int = 0
@@ -28,6 +32,7 @@ class Width(NamedTuple):
     decode_stripes: int = 1
     data_parallel: int = 1
     keeps: bool = False
+    apart: bool = False
 
     @property
     def prefill_ranks(self) -> int:
@@ -42,7 +47,7 @@ class Width(NamedTuple):
     def __str__(self) -> str:
         prefill = _size(self.prefill, self.prefill_stages, self.prefill_stripes)
         decode = _size(self.decode, self.decode_stages, self.decode_stripes)
-        kept = ", small pools and a store" if self.keeps else ""
+        kept = (", small pools and a store" if self.keeps else "") + (", as on GPUs" if self.apart else "")
         if not self.decode:
             return f"one engine of {prefill}{kept}"
         blocks = f"blocks {self.prefill_block} -> {self.decode_block}"
@@ -85,6 +90,10 @@ MATRIX = [
     Width(2, keeps=True),
     Width(2, 1, keeps=True),
     Width(1, 2, 16, 32, "mooncake", prefill_stages=2, keeps=True),
+    Width(2, 2, transport="auto", apart=True),
+    Width(2, 1, 16, 32, transport="auto", keeps=True, apart=True),
+    Width(1, 2, transport="mooncake", prefill_stages=2, apart=True),
+    Width(1, 1, transport="shm", prefill_stripes=2, apart=True),
 ]
 # A pool of tiny models with 100 blocks or so.
 _SMALL_GB = 0.0016
@@ -121,9 +130,11 @@ def asks(vocabulary: int, tokens: int) -> list[Ask]:
 @contextmanager
 def service_of(width: Width, model: str, kv_cache_gb: float = 0.05) -> Iterator[Service]:
     """A running service of these widths."""
-    with temporary_run() as run, running(run, _topology(width, model, kv_cache_gb)) as service:
-        service.healthy()
-        yield service
+    with temporary_run() as run, TemporaryDirectory() as folder:
+        env = gpu.environment(Path(folder)) if width.apart else {}
+        with running(run, _topology(width, model, kv_cache_gb, env)) as service:
+            service.healthy()
+            yield service
 
 
 def answers(service: Service, wanted: list[Ask], at_once: int = 4) -> Answers:
@@ -132,7 +143,7 @@ def answers(service: Service, wanted: list[Ask], at_once: int = 4) -> Answers:
         return list(pool.map(lambda ask: list(service.stream(ask.prompt, **ask.options)["token_ids"]), wanted))
 
 
-def _topology(width: Width, model: str, kv_cache_gb: float) -> str:
+def _topology(width: Width, model: str, kv_cache_gb: float, env: dict[str, str]) -> str:
     engines = [
         ("prefill", width.prefill, width.prefill_stages, width.prefill_stripes, width.prefill_block),
         ("decode", width.decode, width.decode_stages, width.decode_stripes, width.decode_block),
@@ -164,6 +175,7 @@ sequence_parallel = {stripes}
 block_size = {block}
 kv_cache_gb = {kv_cache_gb}
 inline_prefill = false
+env = {{ {", ".join(f"{name} = {json.dumps(value)}" for name, value in env.items())} }}
 """
         text += f'kv_offload_gb = {_SMALL_GB}\nstore = "kv"\nfetch_prefixes = true\n' if width.keeps else ""
     return text + (_STORE if width.keeps else "")

@@ -19,11 +19,20 @@ class KvPool:
     """Per layer `keys[l]`: [slots, kv_heads, key_dim] and `values[l]`; slot = block * block_size + offset.
 
     On the CPU the tensors are views of `memory`. On a GPU the pool is in the GPU's memory. If transports need host
-    memory, `mirror` gives it a copy there with the same layout, which `publish` copies blocks to. What is read from peers
-    never goes through that copy: it would have older rows beside those that are new.
+    memory, `mirror` gives it a copy there with the same layout, which `publish` copies blocks to. What is read from
+    peers never goes through that copy: it would have older rows beside those that are new.
     """
 
-    def __init__(self, manifest: Manifest, num_blocks: int, memory: Memory | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        num_blocks: int,
+        memory: Memory | None,
+        device: torch.device,
+        store: torch.Tensor | None = None,
+        place: str = "",
+    ) -> None:
+        """`store`, `place`: of a pool that another process has allocated, see DeviceMemory."""
         # The memory must outlive the tensors over it.
         self.memory = memory
         self.manifest = manifest
@@ -36,7 +45,8 @@ class KvPool:
             assert device.type == "cpu"
             self.store = torch.frombuffer(memory.view, dtype=torch.uint8, count=total)
         else:
-            self.store = torch.zeros(total, dtype=torch.uint8, device=device)
+            self.store = store if store is not None else allocate(total, device)
+        self._place = place
         self.is_on_host = memory is not None
         self._beside = stream_beside(device)
         self.keys: list[torch.Tensor] = []
@@ -48,7 +58,7 @@ class KvPool:
     @property
     def device_memory(self) -> DeviceMemory:
         """The pool's place in a GPU's memory."""
-        return DeviceMemory(self.store.data_ptr(), len(self.store), self.store.device.index or 0)
+        return DeviceMemory(self.store.data_ptr(), len(self.store), self.store.device.index or 0, self._place)
 
     def mirror(self, epoch: str) -> Memory:
         """The pool's bytes in host memory, a copy on a GPU. Raises NoMemory."""
@@ -97,6 +107,16 @@ class KvPool:
         start, per_block = self._planes[index]
         raw = self.store[start : start + per_block * self.num_blocks]
         return raw.view(DTYPES[self.manifest.dtype]).view(self.num_blocks * self.block_size, heads, size)
+
+
+def is_apart(device: torch.device) -> bool:
+    """Whether pools of this device are in memory of its own, which is not the host's."""
+    return device.type == "cuda"
+
+
+def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Zeroed memory of a device, [num_bytes]."""
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 
 def stream_beside(device: torch.device) -> torch.cuda.Stream | None:

@@ -27,11 +27,13 @@ class NoMemory(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """A pool in a GPU's memory: its address there, and the GPU's number in this process."""
+    """A pool in a GPU's memory: its address there, and the GPU's number in this process. `place`: of one that another
+    process of this engine has allocated, as OFFSET/HANDLE: see CudaRuntime.place."""
 
     base: int
     num_bytes: int
     device: int
+    place: str = ""
 
 
 class Memory:

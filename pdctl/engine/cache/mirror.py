@@ -1,4 +1,5 @@
-"""A copy of a GPU's KV pool in host memory, for transports that read host memory: it is written for peers, and never read here.
+"""A copy of a GPU's KV pool in host memory, for transports that read host memory. It is written for peers, and never
+read here.
 
 Blocks are copied in batches: those of all layers are gathered on the device, cross the bus as one piece through pinned
 memory, and are spread on the host, while the next piece is on its way.

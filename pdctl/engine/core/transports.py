@@ -18,7 +18,9 @@ _log = logging.getLogger(__name__)
 
 
 class Pool(Protocol):
-    """What transports need of a KV pool."""
+    """What transports need of a KV pool. `is_on_host`: it is in host memory, and its own mirror."""
+
+    is_on_host: bool
 
     @property
     def device_memory(self) -> DeviceMemory:
@@ -31,7 +33,7 @@ class Pool(Protocol):
 
 
 class Opened(NamedTuple):
-    """A transport over a pool. `is_direct`: it reads into the pool itself, not only from a copy of it in host memory."""
+    """A transport over a pool. `is_direct`: it reads into the pool; others only serve a copy in host memory."""
 
     transport: Transport
     is_direct: bool
@@ -68,7 +70,7 @@ def _settings(options: EngineOptions, serving: bool = True) -> Settings:
 
 
 def _nearest(options: EngineOptions, pool: Pool, settings: Settings) -> Opened:
-    if options.device == "cpu":
+    if pool.is_on_host:
         return _open("shm", options, pool, settings)
     try:
         return _open("cuda_ipc", options, pool, settings)
@@ -110,12 +112,12 @@ def _on_gpu_or_host(name: str, pool: Pool, settings: Settings) -> Opened:
 
 def _open(name: str, options: EngineOptions, pool: Pool, settings: Settings) -> Opened:
     info = TRANSPORTS[name]
-    if info.may_be_on_gpu and options.device == "cuda":
+    if info.may_be_on_gpu and not pool.is_on_host:
         opened = _on_gpu_or_host(name, pool, settings)
     else:
         memory = pool.device_memory if info.on_gpu else pool.mirror(settings.epoch)
         transport = transport_kind(name).open_transport(memory, settings)
-        opened = Opened(transport, is_direct=info.on_gpu or options.device == "cpu")
+        opened = Opened(transport, is_direct=info.on_gpu or pool.is_on_host)
     transport = opened.transport
     if transport.fallback:
         _log.warning("%s: %s; using %s", name, transport.fallback, transport.protocol)

@@ -27,6 +27,7 @@ from pdctl.engine.executor.pipe import (
     Pipe,
     PipeClosed,
     Refused,
+    Room,
     Started,
     Step,
     ToRank,
@@ -41,7 +42,7 @@ from pdctl.host import program
 # Time for a rank to exit after its last word, or when it is asked to.
 _EXIT_S = 5.0
 
-Answer = TypeVar("Answer", Here, Loaded, Started)
+Answer = TypeVar("Answer", Here, Loaded, Room, Started)
 
 
 class _Rank:

@@ -23,10 +23,18 @@ class Join(msgspec.Struct, frozen=True, array_like=True, tag=True):
     rendezvous: str
 
 
-class Pools(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The model is loaded everywhere: use a pool of `num_blocks`. Its memory comes with this message."""
+class Measure(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Compute the step that follows over a pool of `num_blocks` on this rank's GPU, and say what room it leaves."""
 
     num_blocks: int
+
+
+class Pools(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The model is loaded everywhere: use a pool of `num_blocks`. `is_apart`: it is on this rank's GPU; otherwise its
+    memory comes with this message."""
+
+    num_blocks: int
+    is_apart: bool
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -48,7 +56,7 @@ class Leave(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The engine ends."""
 
 
-ToRank = Join | Pools | Step | Dense | Leave
+ToRank = Join | Measure | Pools | Step | Dense | Leave
 
 
 class Here(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -57,15 +65,24 @@ class Here(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Loaded(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Its part of the model is loaded. `how`: what must be equal on all ranks; `shapes`: the whole KV of its layers;
-    `max_positions`: the longest sequence that these compute as the model says."""
+    `max_positions`: the longest sequence that these compute as the model says; `free`: bytes of its device."""
 
     how: tuple[str, ...]
     shapes: list[LayerShape]
     max_positions: int
+    free: int
+
+
+class Room(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Bytes of its GPU that are left for KV."""
+
+    num_bytes: int
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """It has its pool, and follows."""
+    """It has its pool, and follows. `place`: of a pool on its GPU, see DeviceMemory."""
+
+    place: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -80,7 +97,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     reason: str
 
 
-FromRank = Here | Loaded | Started | Refused | Failed
+FromRank = Here | Loaded | Room | Started | Refused | Failed
 
 
 class PipeClosed(Exception):
@@ -142,6 +159,14 @@ class Pipe:
                 raise PipeClosed("the other end is closed")
             at += got
         return bytes(found)
+
+
+def own_device(kind: str, rank: int) -> torch.device:
+    """The device of this process, which is this rank: kernels and copies without a word go there."""
+    device = device_of(kind, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def device_of(kind: str, rank: int) -> torch.device:

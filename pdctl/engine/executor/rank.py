@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,8 @@ from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory, NoMemory
 from pdctl.engine.cache.shards import local
+from pdctl.engine.executor.exported import export
+from pdctl.engine.executor.gpu_memory import free_memory, room_after
 from pdctl.engine.executor.pipe import (
     Dense,
     Failed,
@@ -25,14 +28,16 @@ from pdctl.engine.executor.pipe import (
     Join,
     Leave,
     Loaded,
+    Measure,
     Pipe,
     PipeClosed,
     Pools,
     Refused,
+    Room,
     Started,
     Step,
     ToRank,
-    device_of,
+    own_device,
 )
 from pdctl.engine.executor.ranks import STEP_S, how_loaded, width_of
 from pdctl.engine.executor.single import load_part
@@ -66,7 +71,7 @@ def _run(options: EngineOptions, pipe: Pipe) -> int:
     try:
         pipe.send(Here())
         _follow(_loaded(options, pipe), pipe)
-    except (ModelRefused, NoMemory) as failure:
+    except (ModelRefused, NoMemory, torch.OutOfMemoryError) as failure:
         return _said(pipe, Refused(str(failure)), EXIT_CONFIG)
     except PipeClosed:
         # The first rank is gone; so will this process be.
@@ -89,27 +94,46 @@ def _said(pipe: Pipe, word: Refused | Failed, code: int) -> int:
 
 def _loaded(options: EngineOptions, pipe: Pipe) -> ModelRunner:
     """This rank's part of the model, over the pool that the first rank has made for it."""
-    device = device_of(options.device, options.rank)
+    device = own_device(options.device, options.rank)
     join = _next(pipe)[0]
     assert isinstance(join, Join), join
     group = Ranks(options.rank, width_of(options), Path(join.rendezvous), STEP_S, device)
     loaded, chosen = load_part(options, device, group)
     how = how_loaded(loaded.dtype, chosen.backend.name)
-    pipe.send(Loaded(how, loaded.shapes, loaded.max_positions))
-    pools, fd = _next(pipe)
-    assert isinstance(pools, Pools), pools
+    pipe.send(Loaded(how, loaded.shapes, loaded.max_positions, free_memory(device)))
+    # The shapes are those of this rank's layers already.
+    manifest = local(_manifest(options, loaded), Part(loaded.part.rank, loaded.part.ranks))
+
+    def runner_over(pool: KvPool) -> ModelRunner:
+        return ModelRunner(loaded, pool, device, backend=chosen.backend, group=group)
+
+    message, fd = _next(pipe)
+    if isinstance(message, Measure):
+        small = partial(KvPool, manifest, message.num_blocks, None, device)
+        pipe.send(Room(room_after(options, device, lambda: _one_step(pipe, runner_over(small())))))
+        message, fd = _next(pipe)
+    assert isinstance(message, Pools), message
+    pool = KvPool(manifest, message.num_blocks, _memory(options, message, manifest, fd), device)
+    gc.collect()
+    gc.freeze()
+    pipe.send(Started(export(pool) if message.is_apart else ""))
+    return runner_over(pool)
+
+
+def _one_step(pipe: Pipe, runner: ModelRunner) -> None:
+    step = _next(pipe)[0]
+    assert isinstance(step, Step), step
+    runner.follow(step.shape, step.data, step.gives_back)
+
+
+def _memory(options: EngineOptions, pools: Pools, manifest: Manifest, fd: int | None) -> Memory | None:
+    """What is shared with the core; None for a pool that is apart."""
+    if pools.is_apart:
+        return None
     if fd is None:
         # Memory of its own would be a pool that no other engine can read.
         raise RankLost("the pool's memory did not come with its message: no descriptor was free")
-    # The shapes are those of this rank's layers already.
-    manifest = local(_manifest(options, loaded), Part(loaded.part.rank, loaded.part.ranks))
-    memory = Memory(pools.num_blocks * block_bytes(manifest), options.epoch, fd)
-    pool = KvPool(manifest, pools.num_blocks, memory, device)
-    runner = ModelRunner(loaded, pool, device, backend=chosen.backend, group=group)
-    gc.collect()
-    gc.freeze()
-    pipe.send(Started())
-    return runner
+    return Memory(pools.num_blocks * block_bytes(manifest), options.epoch, fd)
 
 
 def _manifest(options: EngineOptions, loaded: LoadedModel) -> Manifest:

@@ -3,7 +3,7 @@ of its own.
 
 All have the same blocks; each has its part of the weights, and KV of its layers and heads (`model/parallel`). The first
 rank schedules, tells the others the inputs of each step once, computes with them, and samples. It maps the pools of
-all, so transfers need no other process. The end of a rank ends the engine, with that rank's reason.
+all, on GPUs too, so transfers need no other process. The end of a rank ends the engine, with that rank's reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +20,14 @@ import torch
 
 from pdctl.engine.cache import prefix
 from pdctl.engine.cache.kv_pool import KvPool
-from pdctl.engine.cache.layout import block_bytes
-from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.shards import Shard, local
 from pdctl.engine.executor import Launched
+from pdctl.engine.executor.gpu_memory import free_memory
 from pdctl.engine.executor.microbatches import microbatches
 from pdctl.engine.executor.others import OtherRanks
-from pdctl.engine.executor.pipe import Here, Loaded, Pools, Started, device_of
-from pdctl.engine.executor.single import POISON_ENV, SingleExecutor, load_part, number_of_blocks
+from pdctl.engine.executor.pipe import Here, Loaded, own_device
+from pdctl.engine.executor.rank_pools import AllRanks, open_pools
+from pdctl.engine.executor.single import POISON_ENV, SingleExecutor, load_part
 from pdctl.engine.model.grammar import Grammars
 from pdctl.engine.model.loading import LoadedModel, ModelRefused
 from pdctl.engine.model.parallel import RankLost
@@ -78,7 +78,7 @@ class RanksExecutor(SingleExecutor):
     def _joined(cls, options: EngineOptions, others: OtherRanks, step_s: float) -> RanksExecutor:
         width = width_of(options)
         others.expect(Here, _START_S)
-        device = device_of(options.device, 0)
+        device = own_device(options.device, 0)
         with tempfile.TemporaryDirectory(dir=options.run_dir, prefix="ranks-") as folder:
             rendezvous = Path(folder) / "meet"
             others.join(str(rendezvous))
@@ -93,22 +93,20 @@ class RanksExecutor(SingleExecutor):
         segment = prefix.segment(options.block_size) if options.deterministic else 0
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
         parts = [_part(number, loaded, width) for number in range(width.ranks)]
-        bytes_each = [block_bytes(local(manifest, part)) for part in parts]
-        num_blocks = number_of_blocks(options, sum(bytes_each))
-        memories = [
-            Memory(num_blocks * each, options.epoch, populated=rank == 0) for rank, each in enumerate(bytes_each)
-        ]
-        pools = [
-            KvPool(local(manifest, part), num_blocks, memory, device)
-            for part, memory in zip(parts, memories, strict=True)
-        ]
-        others.tell_each([Pools(num_blocks)] * len(memories[1:]), [memory.fd for memory in memories[1:]])
-        others.expect(Started, _START_S)
+        free = [free_memory(device), *(one.free for one in found)]
+        ranks = AllRanks(options, others, [local(manifest, part) for part in parts], free)
+
+        def runner_over(num_blocks: int) -> ModelRunner:
+            pool = KvPool(ranks.manifests[0], num_blocks, None, device)
+            return ModelRunner(loaded, pool, device, backend=chosen.backend, others=others, group=group)
+
+        pools = open_pools(ranks, runner_over)
+        num_blocks = pools[0].num_blocks
         grammars = Grammars(Path(options.model), loaded.vocab_size, loaded.eos_token_ids)
         poisoned = bool(os.environ.get(POISON_ENV))
         runner = ModelRunner(loaded, pools[0], device, poisoned, grammars, chosen.backend, others, group)
         runner.self_check()
-        executor = cls(loaded, manifest, runner, f"{chosen.backend.name}: {chosen.reason}", num_blocks, "")
+        executor = cls(loaded, manifest, runner, f"{chosen.backend.name}: {chosen.reason}", num_blocks, _graphs(device))
         executor.others, executor._group = others, group
         # Segments of prompts are computed whole: their shape decides how sums are rounded.
         executor._stages = 1 if options.deterministic else width.stages
@@ -135,9 +133,18 @@ class RanksExecutor(SingleExecutor):
         self._group.close()
         super().close()
 
+    def publish(self, block_ids: Sequence[int]) -> None:
+        """See Executor.publish."""
+        for pool in self.pools:
+            pool.publish(block_ids)
+
     def _poison(self, block_ids: list[int]) -> None:
         for pool in self.pools:
             pool.poison(block_ids)
+
+
+def _graphs(device: torch.device) -> str:
+    return "off: the GPUs exchange tensors in each step" if device.type == "cuda" else ""
 
 
 def _whole(loaded: LoadedModel, later: list[Loaded]) -> LoadedModel:

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from pdctl.engine.cache import prefix
-from pdctl.engine.cache.kv_pool import DTYPES, KvPool
+from pdctl.engine.cache.kv_pool import DTYPES, KvPool, is_apart
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.shards import Shard
 from pdctl.engine.executor import Computed, Launched
-from pdctl.engine.executor.gpu_memory import kv_bytes, largest_step, measured
+from pdctl.engine.executor.gpu_memory import blocks_in, free_memory, number_of_blocks, room_for_kv
 from pdctl.engine.executor.launches import Launches, Step
 from pdctl.engine.model import native
 from pdctl.engine.model.attention.batch import PoolNeed
@@ -28,7 +28,6 @@ from pdctl.engine.model.precision import choose_dtype
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Slice
-from pdctl.host.memory import read_memory
 from pdctl.host.processor import cpu_name
 from pdctl.host.users import cache_root
 from pdctl.speculative import parse_speculative
@@ -36,7 +35,6 @@ from pdctl.wire import Manifest
 
 # Debug option: freed blocks are filled with NaN, and a NaN in the logits ends the engine.
 POISON_ENV = "PDCTL_POISON_FREED"
-_FEWEST_BLOCKS = 8
 # Each size of a graph takes a part of a second at the start.
 _MOST_GUESSED_ROWS = 512
 
@@ -80,8 +78,16 @@ class SingleExecutor:
         loaded, chosen = load_part(options, device)
         segment = prefix.segment(options.block_size) if options.deterministic else 0
         manifest = Manifest(loaded.fingerprint, loaded.dtype, options.block_size, loaded.shapes, segment)
-        num_blocks = _num_blocks(options, manifest, lambda: _gpu_room(options, loaded, manifest, chosen, device))
-        on_host = Memory(num_blocks * block_bytes(manifest), options.epoch) if device.type == "cpu" else None
+
+        def runner_over(num_blocks: int) -> ModelRunner:
+            pool = KvPool(manifest, num_blocks, None, device)
+            return ModelRunner(loaded, pool, device, backend=chosen.backend)
+
+        if options.gpu_memory_utilization:
+            num_blocks = blocks_in(room_for_kv(options, device, runner_over), manifest)
+        else:
+            num_blocks = number_of_blocks(options, [block_bytes(manifest)], [free_memory(device)])
+        on_host = None if is_apart(device) else Memory(num_blocks * block_bytes(manifest), options.epoch)
         pool = KvPool(manifest, num_blocks, on_host, device)
         grammars = Grammars(Path(options.model), loaded.vocab_size, loaded.eos_token_ids)
         runner = ModelRunner(loaded, pool, device, bool(os.environ.get(POISON_ENV)), grammars, chosen.backend)
@@ -165,48 +171,3 @@ def _rows(options: EngineOptions) -> int:
     guesses = parse_speculative(options.speculative)
     wanted = options.max_num_seqs * (1 + guesses.tokens if guesses else 1)
     return max(options.max_num_seqs, min(wanted, _MOST_GUESSED_ROWS))
-
-
-def _num_blocks(options: EngineOptions, manifest: Manifest, gpu_room: Callable[[], int]) -> int:
-    """The number of blocks that fit into `kv_cache_gb`, or into what is left of the GPU. Raises ModelRefused if that is
-    too few or too many."""
-    if options.gpu_memory_utilization:
-        return max(_FEWEST_BLOCKS, gpu_room() // block_bytes(manifest))
-    return number_of_blocks(options, block_bytes(manifest))
-
-
-def number_of_blocks(options: EngineOptions, size: int) -> int:
-    """The number of blocks of `size` bytes that fit into `kv_cache_gb`. Raises ModelRefused."""
-    num_blocks = int(options.kv_cache_gb * 2**30) // size
-    if num_blocks < _FEWEST_BLOCKS:
-        raise ModelRefused(
-            f"kv_cache_gb = {options.kv_cache_gb:g} holds {num_blocks} blocks of {size} bytes; "
-            f"raise it to {_FEWEST_BLOCKS * size / 2**30:.3g} at least, for {_FEWEST_BLOCKS} blocks"
-        )
-    where = "memory"
-    _, available = read_memory()
-    if options.device == "cuda":
-        where = "the GPU's memory"
-        available, _ = torch.cuda.mem_get_info()
-    if num_blocks * size > available:
-        raise ModelRefused(
-            f"kv_cache_gb = {options.kv_cache_gb:g} does not fit: {available / 2**30:.1f} GiB of {where} are free"
-        )
-    return num_blocks
-
-
-def _gpu_room(
-    options: EngineOptions, loaded: LoadedModel, manifest: Manifest, chosen: Chosen, device: torch.device
-) -> int:
-    """Bytes for KV, after a step of the largest size over a small pool. Raises ModelRefused, torch.OutOfMemoryError."""
-    weights = torch.cuda.memory_allocated(device)
-
-    def step() -> None:
-        batch = largest_step(
-            options.max_num_seqs, options.max_num_batched_tokens, options.max_model_len, options.block_size
-        )
-        blocks = max(len(piece.sequence.block_ids) for piece in batch)
-        pool = KvPool(manifest, blocks, None, device)
-        ModelRunner(loaded, pool, device, backend=chosen.backend).execute(batch)
-
-    return kv_bytes(measured(device, weights, step), options.gpu_memory_utilization)

@@ -90,10 +90,11 @@ class CudaIpcTransport:
         self._life = -1
         self.address = ""
         if settings.serving:
-            base, _ = self._cuda.allocation(memory.base)
-            handle = self._cuda.export(base).hex()
+            # Only the process that has allocated memory can export it.
+            given = memory.place if isinstance(memory, DeviceMemory) else ""
+            place = given or self._cuda.place(memory.base)
             self._life = os.memfd_create(LABEL + settings.epoch)
-            self.address = f"{os.getpid()}/{self._life}/{settings.epoch}/{memory.base - base}/{handle}"
+            self.address = f"{os.getpid()}/{self._life}/{settings.epoch}/{place}"
 
     def connect(self, address: str, peer_bytes: int) -> None:
         """See Transport.connect."""

@@ -70,6 +70,11 @@ class CudaRuntime:
         self._check(self._get_handle(byref(handle), pointer), "cudaIpcGetMemHandle")
         return ctypes.string_at(byref(handle), HANDLE_BYTES)
 
+    def place(self, pointer: int) -> str:
+        """OFFSET/HANDLE: where other processes of this host find `pointer`."""
+        base, _ = self.allocation(pointer)
+        return f"{pointer - base}/{self.export(base).hex()}"
+
     def map(self, handle: bytes) -> int:
         """Map another process's allocation; its address here."""
         pointer = c_void_p()

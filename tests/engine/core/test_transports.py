@@ -18,7 +18,8 @@ from tests.fakes import cudart
 class Pool:
     """On a "GPU" that is host memory. Counts its mirrors."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_on_host: bool = False) -> None:
+        self.is_on_host = is_on_host
         self.memory = Memory(4096, "ab")
         self.mirrors = 0
 
@@ -74,7 +75,7 @@ def test_where_that_cannot_work_kv_goes_through_host_memory(
 
 @pytest.mark.parametrize("transfer", ["auto", "shm"])
 def test_engines_on_cpus_share_memory(transfer: str, tmp_path: Path) -> None:
-    pool = Pool()
+    pool = Pool(is_on_host=True)
     [(name, (transport, is_direct))] = open_transports(options("cpu", transfer), pool).items()
     assert is_direct
     assert (name, pool.mirrors) == ("shm", 1)
@@ -108,6 +109,6 @@ def test_an_engine_that_other_hosts_reach_opens_one_transport_for_them(
 
     monkeypatch.setattr(transports, "transport_kind", Kind)
     with caplog.at_level(logging.WARNING):
-        assert list(open_transports(options("cpu", host="10.0.0.7"), Pool())) == wanted
+        assert list(open_transports(options("cpu", host="10.0.0.7"), Pool(is_on_host=True))) == wanted
     alone = "cannot read the KV of this engine: mooncake: not installed; nixl: not installed"
     assert (alone in caplog.text) == (wanted == ["shm"])

@@ -11,6 +11,7 @@ import torch
 
 from pdctl.engine.executor import rank
 from pdctl.engine.executor.pipe import Failed, Join, Pools
+from pdctl.wire import Part
 
 
 class Sent:
@@ -29,13 +30,15 @@ class Sent:
 
 def test_a_pool_without_its_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In memory of its own a rank would write KV that nobody reads: wrong tokens elsewhere."""
-    loaded = SimpleNamespace(dtype="float32", part=None, shapes=[], max_positions=1)
+    loaded = SimpleNamespace(dtype="float32", part=Part(), shapes=[], max_positions=1, fingerprint="m")
     monkeypatch.setattr(rank, "Ranks", lambda *_: None)
     monkeypatch.setattr(rank, "load_part", lambda *_: (loaded, SimpleNamespace(backend=SimpleNamespace(name="x"))))
     monkeypatch.setattr(rank, "how_loaded", lambda *_: ())
-    monkeypatch.setattr(rank, "device_of", lambda *_: torch.device("cpu"))
-    options = SimpleNamespace(device="cpu", rank=1, tensor_parallel=2, pipeline_parallel=1, sequence_parallel=1)
-    pipe = Sent(Join(str(tmp_path)), Pools(4))
+    monkeypatch.setattr(rank, "own_device", lambda *_: torch.device("cpu"))
+    options = SimpleNamespace(
+        device="cpu", rank=1, tensor_parallel=2, pipeline_parallel=1, sequence_parallel=1, block_size=16, epoch="e"
+    )
+    pipe = Sent(Join(str(tmp_path)), Pools(4, is_apart=False))
     assert rank._run(options, pipe) == 1  # type: ignore[arg-type]
     (said,) = (word for word in pipe.sent if isinstance(word, Failed))
     assert "no descriptor was free" in said.reason, "the first rank hears why"

@@ -139,7 +139,7 @@ def test_over_tcp_there_is_a_copy_and_no_fallback(
 @pytest.mark.usefixtures("rdma")
 def test_engines_on_cpus_register_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Library(monkeypatch, cuda=False)
-    pool = Pool()
+    pool = Pool(is_on_host=True)
     [(transport, is_direct)] = open_transports(options("cpu", "mooncake"), pool).values()
     assert is_direct
     assert (transport.fallback, pool.mirrors) == ("", 1)

@@ -9,20 +9,30 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+_RUNTIME, _DRIVER = "libcudart.so.12", "libcuda.so.1"
 NO_COMPILER = "" if shutil.which("gcc") else "NOT TESTED: no gcc, to compile the CUDA runtime of the tests"
 
 
 @cache
 def load() -> None:
-    """Raises FileNotFoundError without a compiler."""
+    """Build it, and load it into this process. Raises FileNotFoundError without a compiler."""
     folder = Path(tempfile.mkdtemp())
-    runtime, driver = folder / "libcudart.so.12", folder / "libcuda.so.1"
-    source = Path(__file__).with_name("cudart.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-o", runtime, source], check=True)
-    driver.write_bytes(runtime.read_bytes())
-    for path in (runtime, driver):
-        ctypes.CDLL(str(path))
+    build(folder)
+    use(folder)
     # A file that is mapped can go; its name stays in /proc/self/maps, marked: so the folder is kept until the end.
     import atexit
 
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def build(folder: Path) -> None:
+    """Build it in a folder. Raises FileNotFoundError without a compiler."""
+    runtime, source = folder / _RUNTIME, Path(__file__).with_name("cudart.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-o", runtime, source], check=True)
+    (folder / _DRIVER).write_bytes(runtime.read_bytes())
+
+
+def use(folder: Path) -> None:
+    """Load what was built there into this process."""
+    for name in (_RUNTIME, _DRIVER):
+        ctypes.CDLL(str(folder / name))

@@ -55,10 +55,10 @@ int cudaIpcOpenMemHandle(void **pointer, Handle handle, unsigned flags) {
   memcpy(&content, &handle, sizeof content);
   if (flags != 1 || memcmp(content.mark, "FAKEGPU", 8)) return INVALID;
   snprintf(path, sizeof path, "/proc/%d/fd/%d", content.pid, content.fd);
-  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  int fd = open(path, O_RDWR | O_CLOEXEC);
   if (fd < 0) return INVALID;
   int bad = fstat(fd, &found) || found.st_size != content.size;
-  *pointer = bad ? MAP_FAILED : mmap(NULL, found.st_size, PROT_READ, MAP_SHARED, fd, 0);
+  *pointer = bad ? MAP_FAILED : mmap(NULL, found.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   close(fd);
   return *pointer == MAP_FAILED ? INVALID : OK;
 }

@@ -47,13 +47,18 @@ class Ranks:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _INTERFACE
         self._timeout_s = timeout_s
         try:
+            on_gpu = device.type == "cuda"
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
+                "nccl" if on_gpu else "gloo",
                 init_method=f"file://{rendezvous}",
                 rank=number,
                 world_size=width.ranks,
                 timeout=timedelta(seconds=timeout_s),
+                # NCCL then connects now, and finds a GPU that it cannot use.
+                device_id=device if on_gpu else None,
             )
+            # NCCL waits on the GPU, and says of no rank that it did not come.
+            self._meeting = dist.new_group(backend="gloo") if on_gpu else None
             if stages > 1:
                 # Every rank makes all of them, in the same order.
                 groups = [dist.new_group(list(range(first, first + size))) for first in range(0, size * stages, size)]
@@ -64,7 +69,7 @@ class Ranks:
     def meet(self) -> None:
         """See Group.meet."""
         try:
-            dist.monitored_barrier(timeout=timedelta(seconds=_MEET_S))
+            dist.monitored_barrier(self._meeting, timedelta(seconds=_MEET_S))
         except RuntimeError as failure:
             raise RankLost(f"a rank did not load the model: {_first_line(failure)}") from failure
 
