@@ -257,15 +257,15 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         ),
         "args": Meaning("added to the engine's command line", "none"),
         "tensor_parallel": Meaning(
-            "one engine uses as many GPUs as the product of its three parallel sizes. `builtin`: as many "
-            "[processes on CPUs](../engines/parallel.md)"
+            "one engine uses as many GPUs as the product of its parallel sizes. `builtin`: as many "
+            "[processes](../engines/parallel.md), on CPUs too"
         ),
         "pipeline_parallel": Meaning("see `tensor_parallel`"),
         "data_parallel": Meaning(
             "see `tensor_parallel`. `builtin`: each of the replicas is so many engines, each with its own KV"
         ),
         "sequence_parallel": Meaning(
-            "`builtin`: [processes on CPUs](../engines/parallel.md) that share the tokens of prompts"
+            "`builtin`: [processes](../engines/parallel.md), each with a GPU or on CPUs, that share prompts' tokens"
         ),
         "dtype": Meaning(
             "number type. `builtin`, `auto`: bfloat16 on GPUs, and on CPUs with AVX512_BF16 or AMX where "

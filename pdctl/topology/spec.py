@@ -275,7 +275,7 @@ class EngineGroup:
     @property
     def gpus_per_replica(self) -> int:
         """The number of GPUs that one engine of the group uses."""
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel * self.sequence_parallel
 
     @property
     def kv_share(self) -> float:

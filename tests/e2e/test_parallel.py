@@ -35,6 +35,7 @@ def expected(wanted: list[Ask], long: list[Ask]) -> tuple[Answers, Answers]:
         Width(2, 1, 16, 32),
         Width(1, 1, prefill_stages=2),
         Width(1, 1, prefill_stripes=2),
+        Width(2, 1, 16, 32, transport="auto", keeps=True, apart=True),
         pytest.param(Width(1, 1, data_parallel=2), marks=pytest.mark.slow),
         pytest.param(Width(2, 1, 16, 32, prefill_stages=2), marks=pytest.mark.slow),
         pytest.param(Width(1, 2, transport="mooncake"), marks=pytest.mark.slow),

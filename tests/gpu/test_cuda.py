@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from pdctl.engine.cache.columns import Columns
 from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import plane_offsets
 from pdctl.engine.cache.memory import Bytes
+from pdctl.engine.executor.exported import mapped
 from pdctl.engine.executor.launches import Launches, Step
 from pdctl.engine.executor.single import SingleExecutor
 from pdctl.engine.ipc.messages import Sampling
@@ -23,6 +26,7 @@ from pdctl.engine.model.attention.batch import LayerNeed, PoolNeed
 from pdctl.engine.model.attention.choice import check, choose
 from pdctl.engine.model.graphs import CudaRecorder
 from pdctl.engine.model.loading import load_model
+from pdctl.engine.model.parallel.group import Ranks, Width
 from pdctl.engine.model.runner import ModelRunner
 from pdctl.engine.model.sampler import sample
 from pdctl.engine.options import parse
@@ -30,7 +34,7 @@ from pdctl.engine.schedule.ahead import LAUNCHED
 from pdctl.engine.schedule.batch import Limits, Slice
 from pdctl.engine.schedule.scheduler import Scheduler
 from pdctl.engine.schedule.sequence import Sequence
-from pdctl.wire import Manifest
+from pdctl.wire import LayerShape, Manifest
 from tests.engine.model.test_loading import paged, reference
 
 pytestmark = [
@@ -206,3 +210,48 @@ def test_blocks_go_through_the_host_mirror(tiny_model: Path) -> None:
     target.fill(np.concatenate(read), slots, columns)
     for mine, theirs in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
         assert torch.equal(mine[48:80], theirs[48:80])
+
+
+_RANK = """
+import sys
+import torch
+from pdctl.engine.cache.kv_pool import KvPool
+from pdctl.engine.executor.exported import export
+from pdctl.wire import LayerShape, Manifest
+device = torch.device("cuda", 0)
+pool = KvPool(Manifest("m", "float16", 16, [LayerShape(2, 64, 64)] * 3), 64, None, device)
+pool.store.copy_(torch.arange(len(pool.store), device=device) % 251)
+torch.cuda.synchronize()
+print(export(pool), flush=True)
+sys.stdin.readline()
+print(int(pool.store[5]), flush=True)
+"""
+
+
+def test_the_pool_of_another_process_is_mapped() -> None:
+    """As the core maps those of its other ranks; here both have one GPU."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as rank:
+        assert rank.stdout is not None
+        assert rank.stdin is not None
+        manifest, device = Manifest("m", "float16", 16, [LayerShape(2, 64, 64)] * 3), torch.device("cuda", 0)
+        [pool] = mapped([manifest], 64, [rank.stdout.readline().strip()], [device])
+        assert pool.device_memory.place
+        assert torch.equal(pool.store, (torch.arange(len(pool.store), device=device) % 251).to(torch.uint8))
+        pool.store[5] = 77
+        torch.cuda.synchronize()
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+        assert rank.stdout.readline() == "77\n", "and what is written here is there"
+
+
+def test_one_rank_of_nccl_adds_and_joins(tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+    group = Ranks(0, Width(), tmp_path / "meet", 30.0, device)
+    group.meet()
+    part = torch.arange(6.0, device=device).view(2, 3)
+    assert torch.equal(group.add(part.clone()), part)
+    assert torch.equal(group.join(part), part)
+    assert torch.equal(group.gather(part, [2]), part)
+    group.close()

@@ -24,7 +24,7 @@ LONG = 160
 # Of which widths ranks are killed.
 KILLED = [
     Width(2, 1), Width(1, 2), Width(2, 2, transport="mooncake"), Width(1, 1, prefill_stages=2, decode_stages=2),
-    Width(1, 1, prefill_stripes=2),
+    Width(1, 1, prefill_stripes=2), Width(2, 1, transport="auto", apart=True),
 ]  # fmt: skip
 
 
@@ -57,12 +57,12 @@ class Count:
             self.broken.append(what)
 
 
-def parity(count: Count, width: Width, model: str, wanted: list[Ask], expected: Answers) -> None:
+def parity(count: Count, width: Width, model: str, asked: list[Ask], expected: Answers) -> None:
     """The answers of a service of these widths; afterwards every block is free and every lease has ended."""
     with service_of(width, model) as service:
-        count.compare(str(width), answers(service, wanted), expected)
+        count.compare(str(width), answers(service, asked), expected)
         if width.keeps:
-            count.compare(f"{width}, again", answers(service, wanted), expected)
+            count.compare(f"{width}, again", answers(service, asked), expected)
             for engine in service.engines():
                 state = service.engine_state(engine.name)["counters"]
                 back = {tier: state[f"{tier}_loaded"] for tier in ("host", "store")}
@@ -71,12 +71,15 @@ def parity(count: Count, width: Width, model: str, wanted: list[Ask], expected: 
         service.idle()
         count.check(f"{width}: blocks and leases are back", True)
         if width.decode:
+            used = {link.transport for link in service.status().links}
+            wanted = {"cuda_ipc" if width.transport == "auto" else width.transport}
+            count.check(f"{width}: KV moves by {used}", used == wanted)
             decodes = [engine.name for engine in service.engines() if engine.role == "decode"]
             count.check(f"{width}: {decodes} decode", len(decodes) == width.data_parallel)
             moved = sum(service.engine_state(name)["transfers"]["hand_overs"] for name in decodes)
-            all_of_them = (2 if width.keeps else 1) * len(wanted)
+            all_of_them = (2 if width.keeps else 1) * len(asked)
             count.check(f"{width}: {moved} of {all_of_them} prompts were handed over", moved == all_of_them)
-    sys.stdout.write(f"{width}: {len(wanted)} answers\n")
+    sys.stdout.write(f"{width}: {len(asked)} answers\n")
     sys.stdout.flush()
 
 

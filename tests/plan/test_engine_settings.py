@@ -215,6 +215,15 @@ def test_builtin_engines_share_a_model_between_processes() -> None:
     assert "--tensor-parallel" not in striped
 
 
+@pytest.mark.parametrize("keys", ["tensor_parallel", "pipeline_parallel", "sequence_parallel"])
+def test_builtin_engines_have_a_gpu_for_each_process(keys: str) -> None:
+    found = planned(shared(f'device = "cuda"\nreplicas = 2\n{keys} = 4'))
+    gpus = [found[name].env["CUDA_VISIBLE_DEVICES"].split(",") for name in ("e-0", "e-1")]
+    assert gpus == [[f"GPU-{n}" for n in range(first, first + 4)] for first in (0, 4)]
+    [(_, key, message)] = problems(shared(f'device = "cuda"\ngpus = [0, 1, 2]\n{keys} = 4'), machine())
+    assert (key, message) == ("engines[0].gpus", "3 gpus for 1 replicas of 4 GPUs")
+
+
 @pytest.mark.parametrize(
     ("dtype", "is_refused"), [("", True), ('dtype = "bfloat16"', True), ('dtype = "float32"', False)]
 )
@@ -232,8 +241,6 @@ def test_widths_that_differ_need_float32(dtype: str, is_refused: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "key", "said"),
     [
-        ('device = "cuda"\ntensor_parallel = 2', "tensor_parallel", "on CPUs only, not yet between GPUs"),
-        ('device = "cuda"\npipeline_parallel = 2', "pipeline_parallel", "on CPUs only, not yet between GPUs"),
         ("schedule_ahead = true\ntensor_parallel = 2", "schedule_ahead", "cannot be scheduled ahead"),
         ("sequence_parallel = 2\ntensor_parallel = 2", "sequence_parallel", "cannot be combined"),
         ("sequence_parallel = 2\npipeline_parallel = 2", "sequence_parallel", "cannot be combined"),

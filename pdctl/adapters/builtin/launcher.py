@@ -173,9 +173,6 @@ def _parallel_faults(group: EngineGroup) -> Iterator[Fault]:
     if group.sequence_parallel > 1 and key != "sequence_parallel":
         message = f"sequence_parallel and {key} cannot be combined"
         yield Fault("sequence_parallel", message, f"remove sequence_parallel, or {key}")
-    if group.device is Device.CUDA:
-        message = "engines of kind 'builtin' share a model between processes on CPUs only, not yet between GPUs"
-        yield Fault(key, message, f"remove {key}, or use an engine of another kind")
     if group.schedule_ahead == "true":
         message = "a step cannot be scheduled ahead over several devices"
         yield Fault("schedule_ahead", message, f"remove schedule_ahead, or {key}")

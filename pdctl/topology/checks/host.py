@@ -280,9 +280,7 @@ def _count_problem(document: Document, path: KeyPath, group: EngineGroup) -> Ite
             hint += f", or set tensor_parallel = {count} for one engine on {count} GPUs"
     else:
         message = f"{count} gpus for {group.replicas} replicas of {each} GPUs"
-        hint = (
-            f"list {each * group.replicas} GPUs: tensor_parallel x pipeline_parallel x data_parallel for each replica"
-        )
+        hint = f"list {each * group.replicas} GPUs: the product of the parallel sizes for each replica"
     yield document.problem(path, message, hint)
 
 

@@ -115,8 +115,9 @@ def test_a_pool_that_cannot_be_mapped_ends_the_engine(
 ) -> None:
     """As where two containers see each other's GPUs, and not each other's memory."""
     real = exported.mapped
+    nowhere = ["0/" + "00" * 64]
     monkeypatch.setattr(
-        rank_pools, "mapped", lambda manifests, blocks, places, devices: real(manifests, blocks, ["0/" + "00" * 64], devices)
+        rank_pools, "mapped", lambda manifests, blocks, places, devices: real(manifests, blocks, nowhere, devices)
     )
     with pytest.raises(RankLost, match="another rank's KV cannot be mapped"), started(options(tiny_model, tmp_path, 2)):
         pass
