@@ -14,7 +14,7 @@ import pytest
 from tests.service import Run, Service, pid_of, running, single, temporary_run
 from tests.takeover.__main__ import checks, serving
 from tests.takeover.clients import Asked, Connection, Cut, Pace, completions
-from tests.takeover.kills import kill_again_and_again, supervisor_descriptors
+from tests.takeover.kills import clients_of, kill_again_and_again, supervisor_descriptors
 from tests.takeover.plants import planted
 
 pytestmark = pytest.mark.e2e
@@ -110,6 +110,28 @@ def test_planted_faults_are_found(tiny_model: Path, fault: str) -> None:
         outcome = asyncio.run(kill_again_and_again(service, kills=10, count=14, with_chats=False))
     assert outcome.clients is not None
     assert outcome.clients.tally.cut + outcome.clients.tally.wrong > 0
+
+
+def test_no_client_notices_a_death_between_accept_and_the_duplicate(tiny_model: Path) -> None:
+    with planted("dies-at-accept"), temporary_run() as run, serving(run, tiny_model) as service:
+        before = service.process("proxy").restarts
+        clients = clients_of(service, with_chats=False)
+
+        async def ask(number: int) -> None:
+            asked = clients.requests[("whole", "stream")[number % 2]]
+            async with Connection(clients.address, Pace()) as connection:
+                await connection.send(asked.data)
+                clients.check(asked, await connection.answer())
+
+        async def work() -> None:
+            await clients.learn()
+            for begin in range(0, 20, 4):
+                await asyncio.gather(*map(ask, range(begin, begin + 4)))
+
+        asyncio.run(work())
+        assert clients.tally.answers == 20
+        service.idle()
+        assert service.process("proxy").restarts >= before + 2
 
 
 def test_connections_without_a_slot_end_with_the_proxy_and_are_counted() -> None:

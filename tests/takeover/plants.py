@@ -30,12 +30,26 @@ _NO_KEEPER = """
 from pdctl.supervisor.process import keeper
 keeper.Keeper._keep = lambda self, cookie, descriptor: False
 """
+# What no client notices: each proxy dies at the one moment at which nobody else was given its newest connection.
+_DIES_AT_ACCEPT = """
+from pdctl.proxy.takeover import covers
+import itertools, os, signal
+new, count = covers.Covers.new, itertools.count(1)
+
+def dying(self, connection):
+    if next(count) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return new(self, connection)
+
+covers.Covers.new = dying
+"""
 # Fault: what does it, and the process that it is for.
 PLANTS = {
     "": ("", ""),
     "socket-first": (_SOCKET_FIRST, "pdctl.proxy"),
     "off-by-one": (_OFF_BY_ONE, "pdctl.proxy"),
     "no-keeper": (_NO_KEEPER, "pdctl.supervisor"),
+    "dies-at-accept": (_DIES_AT_ACCEPT, "pdctl.proxy"),
 }
 
 

@@ -85,6 +85,13 @@ def adoptable(slot: Slot, found: Found, counts: Counts) -> Adoptable:
     )  # fmt: skip
 
 
+def _is_open(connection: socket.socket) -> bool:
+    try:
+        return counts_of(connection).open
+    except OSError:
+        return False
+
+
 def _progress(plan: Adoptable, counts: Counts) -> int:
     """A number that grows with what has been read and answered. An answer that begins again does not count."""
     frame = plan.found.frame
@@ -151,10 +158,13 @@ class Adoption:
         slots = {found.cookie: slot for slot in self._covers.journal.slots if (found := slot.load()) is not None}
         for cookie, connection in kept.items():
             slot = slots.pop(cookie, None)
-            if slot is None:
-                self._cut(cookie, connection, "it has no slot")
-                continue
-            await self._adopt(cookie, connection, slot)
+            if slot is not None:
+                await self._adopt(cookie, connection, slot)
+            elif _is_open(connection):
+                await self._begin(cookie, connection)
+            else:
+                connection.close()
+                self._covers.drop(cookie)
         for slot in slots.values():
             # Its connection ended together with the proxy.
             self._covers.journal.give_back(slot)
@@ -220,6 +230,25 @@ class Adoption:
             total.resumed += 1
         elif http.cycle is not None:
             total.repeated += 1
+
+    async def _begin(self, cookie: int, connection: socket.socket) -> None:
+        """A connection without a slot: it had only just been accepted, was not covered, or was about to be closed."""
+        slot = self._covers.journal.slot()
+        try:
+            counts = counts_of(connection)
+            if slot is None or counts.taken or counts.read:
+                raise CannotGoOn("it has no slot")
+            slot.take(cookie, counts.taken, int)
+            connection.setblocking(False)
+            made = CoveredConnection(self._covers, self._make(), connection, cookie, slot)
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: made, connection)
+        except (CannotGoOn, OSError) as failure:
+            if slot is not None:
+                self._covers.journal.give_back(slot)
+            self._cut(cookie, connection, str(failure))
+            return
+        self._covers.counts.covered += 1
+        self._sum.connections += 1
 
     def _cut(self, cookie: int, connection: socket.socket, reason: str) -> None:
         self._sum.cut += 1

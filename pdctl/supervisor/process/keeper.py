@@ -32,6 +32,8 @@ from pdctl.supervisor.process.succession import KeptConnections
 
 # Connections that no proxy has claimed for this long are ended, seconds.
 _UNCLAIMED_S = 60.0
+# How long the process that shares a dead proxy's descriptors may take to tell of them, seconds.
+_LAST_WORDS_S = 2.0
 # Packets read before anything else is done.
 _MOST_AT_ONCE = 256
 
@@ -57,6 +59,7 @@ class Keeper:
         self._memory = os.memfd_create(f"pdctl-{name}", os.MFD_CLOEXEC)
         self._channel: socket.socket | None = None
         self._unclaimed: asyncio.TimerHandle | None = None
+        self._silent = asyncio.Event()
         self._had = 0
         self._crashed = False
 
@@ -117,8 +120,16 @@ class Keeper:
         with contextlib.suppress(OSError):
             send(ours, END, CRASHED if self._crashed else b"")
         self._channel = ours
+        self._silent.clear()
         asyncio.get_running_loop().add_reader(ours.fileno(), self._read)
         return theirs, self._memory
+
+    async def told_all(self) -> None:
+        """The proxy has ended: wait until the process that shares its descriptors has told of them, and so has ended
+        too. It may be killed after that."""
+        if self._channel is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._silent.wait(), _LAST_WORDS_S)
 
     def ended(self, crashed: bool = False) -> None:
         """The proxy has ended: read what it said last. Its connections wait for the next one. `crashed`: it ended of
@@ -170,9 +181,10 @@ class Keeper:
         return True
 
     def _leave_later(self) -> None:
-        """The proxy has closed its end: it is ending, or has ended."""
+        """The other end is closed: the proxy has ended, and who shares its descriptors."""
         assert self._channel is not None
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
+        self._silent.set()
 
     def _take(self, packet: Packet) -> None:
         # Whatever it says, a proxy is there that has the connections.
@@ -197,9 +209,13 @@ class Keeper:
             known = cookie_of(descriptor) == cookie
         except OSError:
             known = False
-        if not known or cookie in self._kept or len(self._kept) >= self.slots:
+        if not known or (cookie not in self._kept and len(self._kept) >= self.slots):
             return False
-        self._kept[cookie] = descriptor
+        if cookie in self._kept:
+            # At its end a proxy's connections are told once more.
+            os.close(descriptor)
+        else:
+            self._kept[cookie] = descriptor
         return True
 
     def _drop(self, cookie: int) -> None:

@@ -269,8 +269,6 @@ class Unit:
     def _ended(self, pid: int) -> None:
         ended = self._how(pid)
         self.alive = False
-        if self.keeper is not None:
-            self.keeper.ended(ended.of_itself)
         self.last_exit = told_of(ended)
         self.around.journal.say(self.name, self.last_exit.reason, "exited", **msgspec.structs.asdict(self.last_exit))
         told = self.around.died(self)
@@ -298,6 +296,9 @@ class Unit:
     async def _clear_up(self, ended: Ended, told: asyncio.Task[None]) -> None:
         """Report the exit, and clear what is left before a replacement starts."""
         self._cancel_timers()
+        if self.keeper is not None:
+            await self.keeper.told_all()
+            self.keeper.ended(ended.of_itself)
         if self.exit_file is not None:
             self.exit_file.with_name(f"{self.exit_file.name}.pid").unlink(missing_ok=True)
             self.exit_file.unlink(missing_ok=True)
