@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.marked_model import make, template
 from tests.service import Run, Service, running, temporary_run, topology
-from tests.takeover.kills import Outcome, kill_again_and_again, supervisor_descriptors
+from tests.takeover.kills import Outcome, kill_again_and_again, part_of, supervisor_descriptors
 from tests.takeover.plants import PLANTS, planted
 
 _SAMPLE = "tiny-qwen3-r1"
@@ -54,6 +54,12 @@ def checks(service: Service, outcome: Outcome, descriptors: int) -> list[tuple[s
     ]
 
 
+def starts_of(service: Service) -> list[float]:
+    """Seconds from each start of the proxy to its readiness."""
+    events = (json.loads(line) for line in service.run.cli("events").stdout.splitlines())
+    return [entry["after_s"] for entry in events if entry["event"] == "ready" and entry["process"] == "proxy"]
+
+
 def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser()
@@ -71,12 +77,16 @@ def main() -> int:
         )
         outcome = asyncio.run(work)
         held = checks(service, outcome, descriptors)
+        starts = starts_of(service)
     held.append((f"{outcome.kills} kills, {outcome.engine_kills} of them with an engine", outcome.kills == found.kills))
     assert outcome.clients is not None
     for said in outcome.clients.tally.said:
         print(said)
     print(f"answers by kind of client: {outcome.clients.tally.kinds}")
-    print(f"pause of fast streams: p50 {outcome.pause(0.5):.2f} s, p99 {outcome.pause(0.99):.2f} s")
+    for what, pauses in (("the proxy died", outcome.pauses), ("an engine, too", outcome.with_engine)):
+        quantiles = ", ".join(f"p{part} {part_of(pauses, part / 100):.2f} s" for part in (50, 90, 99))
+        print(f"{len(pauses)} pauses of fast streams, {what}: {quantiles}")
+    print(f"from a proxy's start to ready: p50 {part_of(starts, 0.5):.2f} s, p99 {part_of(starts, 0.99):.2f} s")
     for what, is_true in held:
         print("held  " if is_true else "BROKEN", what)
     print(f"{sum(is_true for _, is_true in held)} of {len(held)} checks held")

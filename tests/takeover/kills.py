@@ -23,16 +23,20 @@ _READY_S = 120.0
 
 @dataclass
 class Outcome:
-    """What a run found. `pauses`: the longest pause of a fast stream around each kill."""
+    """What a run found. `pauses`: of each fast stream around the kill of a proxy alone, from the bytes before it to
+    those after it; `with_engine`: where an engine was killed, too, which has to start again."""
 
     kills: int = 0
     engine_kills: int = 0
     pauses: list[float] = field(default_factory=list)
+    with_engine: list[float] = field(default_factory=list)
     clients: Clients | None = None
 
-    def pause(self, part: float) -> float:
-        ordered = sorted(self.pauses)
-        return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
+
+def part_of(values: list[float], part: float) -> float:
+    """A quantile, 0.0 of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
 
 
 def clients_of(service: Service, with_chats: bool) -> Clients:
@@ -74,8 +78,7 @@ async def kill_again_and_again(
             await asyncio.sleep(0.3)
             gaps = [gap for at, gap in clients.tally.gaps if began < at and at - gap < began + 0.1]
             clients.tally.gaps.clear()
-            if gaps:
-                outcome.pauses.append(max(gaps))
+            (outcome.with_engine if number < pairs else outcome.pauses).extend(gaps)
             if number % 10 == 9:
                 tally = clients.tally
                 say(f"{outcome.kills} kills: {tally.answers} answers, {tally.cut} cut, {tally.wrong} wrong")
