@@ -13,13 +13,13 @@ from pdctl.proxy.takeover import cover
 import asyncio
 
 def part(self, data, notes=b""):
-    self._cover.send(data)
-    slot = self._cover.slot
+    self.send(data)
+    slot = self.slot
     # The note comes a moment later.
-    later = lambda: slot is not None and slot.cookie and (slot.put(data, notes) or self._cover.lose())
+    later = lambda: slot is not None and slot.cookie and (slot.put(data, notes) or self.lose())
     asyncio.get_running_loop().call_later(0.05, later)
 
-cover.Reply.part = part
+cover.Cover.part = part
 """
 _OFF_BY_ONE = """
 from pdctl.proxy.takeover import adoption, kernel

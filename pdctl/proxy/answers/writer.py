@@ -92,6 +92,7 @@ class _Direct:
         # A covered connection's: what it writes is noted first.
         transport: object = cycle.transport
         self._reply = transport if isinstance(transport, Reply) else None
+        self._note_and_write = self._reply.part if self._reply is not None else None
         self.has_journal = self._reply is not None
         self._unsent: tuple[bytes, AnswerHeaders] | None = None
         self._facts: Facts | None = None
@@ -134,10 +135,10 @@ class _Direct:
         if self._flow.write_paused or self._unsent or self._cycle.disconnected:
             return False
         framed = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
-        if self._reply is None:
+        if self._note_and_write is None:
             self._write(framed)
         else:
-            self._reply.part(framed, ids + b"," if ids else b"")
+            self._note_and_write(framed, ids + b"," if ids else b"")
         return True
 
     def _framed(self, data: bytes) -> bytes:

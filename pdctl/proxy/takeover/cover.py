@@ -66,6 +66,13 @@ class Cover:
                 self.lose()
         self.send(data)
 
+    def part(self, data: bytes, notes: bytes = b"") -> None:
+        """Write another part of an answer. Nearly every token takes this path."""
+        slot = self.slot
+        if slot is not None and not slot.put(data, notes):
+            self.lose()
+        self.send(data)
+
     def answered(self, size: int, closes: bool) -> Frame:
         """The frame after an answer whose last `size` bytes will be written now."""
         assert self.slot is not None
@@ -108,7 +115,7 @@ class Cover:
 class Reply:
     """The transport of one request's answer."""
 
-    __slots__ = ("_cover", "_cycle", "_go_on", "_head", "_is_last", "is_closing")
+    __slots__ = ("_cover", "_cycle", "_go_on", "_head", "_is_last", "is_closing", "part")
 
     def __init__(self, cover: Cover, cycle: RequestResponseCycle) -> None:
         self._cover = cover
@@ -116,7 +123,7 @@ class Reply:
         self._head = b""
         self._is_last = False
         self._go_on, cycle.on_response = cycle.on_response, self._completed
-        self.is_closing = cover.is_closing
+        self.is_closing, self.part = cover.is_closing, cover.part
 
     def close(self) -> None:
         """Close the connection, after the answer if it is complete."""
@@ -147,14 +154,6 @@ class Reply:
             if not slot.change(replace(slot.frame, facts=len(noted)), data, notes, noted):
                 self._cover.lose()
         self._cover.send(data)
-
-    def part(self, data: bytes, notes: bytes = b"") -> None:
-        """Write another part."""
-        cover = self._cover
-        slot = cover.slot
-        if slot is not None and not slot.put(data, notes):
-            cover.lose()
-        cover.send(data)
 
     def last(self, data: bytes, closes: bool) -> None:
         """Write the last part, or a whole answer. `closes`: the connection ends with it."""

@@ -33,6 +33,7 @@ _OUT_MASK = OUT_BYTES - 1
 _HEAD = struct.Struct("16sIIIII")
 # Positions in a slot's first page.
 _COOKIE, _WORD, _ORIGIN, _CRASHES, _DONE, _FRAMES, _FACTS = 0, 8, 16, 24, 32, 64, 256
+_WORD_AT = _WORD // 8
 _FRAME = struct.Struct("QQIII")
 _FRAME_ROOM = 64
 _END_BITS, _NOTE_BITS = 40, 23
@@ -81,8 +82,23 @@ class Slot:
     """The journal of one connection. Only its proxy writes, and reads none of it back."""
 
     __slots__ = (
-        "_base", "_facts", "_in", "_memory", "_notes", "_out", "_select", "_word", "_words", "cookie", "end", "frame",
-        "noted", "number", "origin", "safe", "unsent",
+        "_base",
+        "_facts",
+        "_in",
+        "_limit",
+        "_memory",
+        "_notes",
+        "_out",
+        "_safe",
+        "_select",
+        "_words",
+        "cookie",
+        "end",
+        "frame",
+        "noted",
+        "number",
+        "origin",
+        "unsent",
     )  # fmt: skip
 
     def __init__(self, memory: memoryview, number: int) -> None:
@@ -90,7 +106,6 @@ class Slot:
         self.number = number
         self._base, self._memory = base, memory
         self._words = memory[base : base + PAGE].cast("Q")
-        self._word = _WORD // 8
         self._facts = memory[base + _FACTS : base + _FACTS + FACT_BYTES]
         at = base + PAGE
         self._in = memory[at : at + IN_BYTES]
@@ -102,9 +117,19 @@ class Slot:
 
     def _begin(self, cookie: int, frame: Frame, end: int, noted: int, select: int) -> None:
         self.cookie, self.frame, self.end, self.noted = cookie, frame, end, noted
-        # Output before this has certainly been taken by the kernel.
         self.safe = end
         self._select = select << _SELECT_SHIFT
+
+    @property
+    def safe(self) -> int:
+        """The kernel has certainly taken output before this."""
+        return self._safe
+
+    @safe.setter
+    def safe(self, taken: int) -> None:
+        self._safe = taken
+        # Output that ends there has room in any case.
+        self._limit = min(taken + OUT_BYTES, _MOST_END - 1)
 
     # -- a connection's life -------------------------------------------------------------------------------
 
@@ -116,7 +141,7 @@ class Slot:
         self._words[_ORIGIN // 8] = origin
         self._words[_CRASHES // 8] = self._words[_DONE // 8] = 0
         _FRAME.pack_into(self._memory, self._base + _FRAMES, 0, 0, 0, 0, 0)
-        self._words[self._word] = 0
+        self._words[_WORD_AT] = 0
         self._words[_COOKIE // 8] = cookie
 
     def free(self) -> None:
@@ -127,7 +152,7 @@ class Slot:
     def resume(self, found: Found, taken: int, unsent: Callable[[], int]) -> None:
         """Go on with what `load` found. `taken`: output that the kernel has."""
         self.unsent, self.origin = unsent, found.origin
-        self._begin(found.cookie, found.frame, found.end, len(found.notes), self._words[self._word] >> _SELECT_SHIFT)
+        self._begin(found.cookie, found.frame, found.end, len(found.notes), self._words[_WORD_AT] >> _SELECT_SHIFT)
         self.safe = taken
 
     def crashed(self, done: int) -> int:
@@ -148,18 +173,18 @@ class Slot:
 
         Nearly every token takes this path.
         """
-        at, noted = self.end & _OUT_MASK, self.noted + len(notes)
-        end, to = self.end + len(data), at + len(data)
-        if end - self.safe <= OUT_BYTES and to <= OUT_BYTES and end < _MOST_END:
-            self._out[at:to] = data
+        begin, size, before = self.end, len(data), self.noted
+        at, end, noted = begin & _OUT_MASK, begin + size, before + len(notes)
+        if end <= self._limit and at + size <= OUT_BYTES:
+            self._out[at : at + size] = data
         elif not self._place(data):
             return False
         if noted > NOTE_BYTES:
             return False
         if notes:
-            self._notes[self.noted : noted] = notes
+            self._notes[before:noted] = notes
         self.end, self.noted = end, noted
-        self._words[self._word] = self._select | noted << _END_BITS | end
+        self._words[_WORD_AT] = self._select | noted << _END_BITS | end
         return True
 
     def change(self, frame: Frame, data: bytes = b"", notes: bytes | None = None, facts: bytes = b"") -> bool:
@@ -200,7 +225,7 @@ class Slot:
         at = self._base + _FRAMES + select * _FRAME_ROOM
         _FRAME.pack_into(self._memory, at, frame.read_before, frame.answer_at, frame.answered, frame.facts, frame.flags)
         self._select, self.frame, self.end, self.noted = select << _SELECT_SHIFT, frame, end, noted
-        self._words[self._word] = self._select | noted << _END_BITS | end
+        self._words[_WORD_AT] = self._select | noted << _END_BITS | end
 
     def _place(self, data: bytes) -> int:
         """Write output into the ring. Returns its new end, 0 if there is no room."""
@@ -226,7 +251,7 @@ class Slot:
 
     def load(self) -> Found | None:
         """What the slot says; None if it is free."""
-        cookie, word, origin = self._words[_COOKIE // 8], self._words[self._word], self._words[_ORIGIN // 8]
+        cookie, word, origin = self._words[_COOKIE // 8], self._words[_WORD_AT], self._words[_ORIGIN // 8]
         if not cookie:
             return None
         at = self._base + _FRAMES + (word >> _SELECT_SHIFT) * _FRAME_ROOM
