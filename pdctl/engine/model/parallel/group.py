@@ -121,7 +121,9 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group. Nothing may be exchanged afterwards."""
-        dist.destroy_process_group()
+        # NCCL might wait for ranks that have left; its process ends now.
+        if self._meeting is None:
+            dist.destroy_process_group()
 
     def _lost(self, failure: RuntimeError) -> RankLost:
         said = _first_line(failure)

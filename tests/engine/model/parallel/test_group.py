@@ -44,4 +44,4 @@ def test_one_rank_is_a_group_too(
     assert torch.equal(group.join(part), part)
     assert torch.equal(group.gather(part, [2]), part)
     group.close()
-    assert not dist.is_initialized()
+    assert dist.is_initialized() == (device is GPU), "NCCL might wait for ranks that are gone"
