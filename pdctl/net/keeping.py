@@ -1,8 +1,8 @@
 """The messages between a proxy and the keeper of its clients' connections, one per packet of a unix socket.
 
 A proxy sends KEEP with a connection as it comes, or UNCOVERED without it if it has no slot; DROP when it has ended; and
-one REPORT after it has taken over. After its end, the process that shares its descriptors sends KEEP with all that are
-open. A new proxy first gets packets of KEPT with connections, then END, which has CRASHED
+one REPORT after it has taken over. After its end, the process that shares its descriptors sends KEEP with those of
+which nothing was read. A new proxy first gets packets of KEPT with connections, then END, which has CRASHED
 in it if its predecessor ended of itself.
 """
 

@@ -102,7 +102,9 @@ class Keeper:
     def hand_over(self) -> tuple[socket.socket, int]:
         """The channel for the next proxy, which has all connections in it, and the journal. The caller closes the
         channel after the start."""
-        assert self._channel is None, "one proxy at a time"
+        if self._channel is not None:
+            # It ended while nobody looked: this process has become another version's in that moment.
+            self.ended(self._crashed)
         ours, theirs = channel()
         if not self._kept:
             # Without connections nothing of an earlier journal matters.
@@ -204,15 +206,15 @@ class Keeper:
             self.refused += 1
 
     def _keep(self, cookie: int, descriptor: int) -> bool:
-        """Returns False for a descriptor that is not this connection, or that is one too many."""
+        """Returns False for a descriptor that is not this connection."""
         try:
             known = cookie_of(descriptor) == cookie
         except OSError:
             known = False
-        if not known or (cookie not in self._kept and len(self._kept) >= self.slots):
+        if not known:
             return False
-        if cookie in self._kept:
-            # At its end a proxy's connections are told once more.
+        if cookie in self._kept or len(self._kept) >= self.slots:
+            # At its end a proxy's newest connections are told once more, and those without a slot for the first time.
             os.close(descriptor)
         else:
             self._kept[cookie] = descriptor

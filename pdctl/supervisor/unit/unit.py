@@ -296,9 +296,6 @@ class Unit:
     async def _clear_up(self, ended: Ended, told: asyncio.Task[None]) -> None:
         """Report the exit, and clear what is left before a replacement starts."""
         self._cancel_timers()
-        if self.keeper is not None:
-            await self.keeper.told_all()
-            self.keeper.ended(ended.of_itself)
         if self.exit_file is not None:
             self.exit_file.with_name(f"{self.exit_file.name}.pid").unlink(missing_ok=True)
             self.exit_file.unlink(missing_ok=True)
@@ -309,6 +306,9 @@ class Unit:
         assert self.tree is not None
         # Clearing up may block the event loop for milliseconds: inform peers of the exit first.
         await asyncio.wait({told}, timeout=_TELL_S)
+        if self.keeper is not None:
+            await self.keeper.told_all()
+            self.keeper.ended(ended.of_itself)
         remains = Remains(self.spec, self.tree, self.baseline, self.around.our_pids)
         await clear(remains, self._is_blocked)
         assert self.watch is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -27,20 +28,25 @@ from pdctl.proxy.takeover.sharer import share_descriptors
 share_descriptors()
 listener = socket.socket(fileno=int(os.environ["PDCTL_LISTEN_FD"]))
 engine = socket.create_connection(("127.0.0.1", int(sys.argv[2])))
-accepted = [listener.accept() for _ in range(int(sys.argv[1]))]
+channel = int(os.environ["PDCTL_TAKEOVER"].partition(",")[0])
+accepted = [listener.accept()[0] for _ in range(int(sys.argv[1]))]
+if "loses its supervisor" in sys.argv:
+    os.dup2(accepted[0].fileno(), channel)
+if "reads" in sys.argv:
+    assert accepted[0].recv(1) == b"G"
 print("accepted", flush=True)
 signal.pause()
 """
 
 
 @contextlib.contextmanager
-def proxy(served: Served, accepts: int, engine: int = 0) -> Iterator[subprocess.Popen[str]]:
+def proxy(served: Served, accepts: int, engine: int, *how: str) -> Iterator[subprocess.Popen[str]]:
     channel, memory = served.keeper.hand_over()
     listener = served.listener.fileno()
     environment = {TAKEOVER_ENV: f"{channel.fileno()},{memory},8", LISTEN_FD_ENV: str(listener)}
     with channel:
         started = subprocess.Popen(
-            [sys.executable, "-c", _PROXY, str(accepts), str(engine)], env={**os.environ, **environment},
+            [sys.executable, "-c", _PROXY, str(accepts), str(engine), *how], env={**os.environ, **environment},
             pass_fds=[channel.fileno(), memory, listener], stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
     try:
@@ -66,9 +72,12 @@ def tried(work: object) -> None:
     asyncio.run(main())
 
 
-def test_a_proxy_dies_when_it_has_just_accepted_and_the_next_one_answers() -> None:
+@pytest.mark.parametrize("how", ["keeps its supervisor", "loses its supervisor"])
+def test_a_proxy_dies_when_it_has_just_accepted_and_the_next_one_answers(how: str) -> None:
+    """Also one that has closed its channel: a client's connection has its number then."""
+
     async def work(served: Served, engine: socket.socket) -> None:
-        with proxy(served, 3, engine.getsockname()[1]) as first:
+        with proxy(served, 3, engine.getsockname()[1], how) as first:
             there, _ = engine.accept()
             streams = [await served.connect() for _ in range(3)]
             await accepted(first)
@@ -88,6 +97,59 @@ def test_a_proxy_dies_when_it_has_just_accepted_and_the_next_one_answers() -> No
         assert (report.connections, report.cut) == (3, 0)
 
     tried(work)
+
+
+def test_what_was_read_by_a_proxy_that_is_gone_is_nothing_to_go_on_with() -> None:
+    """The keeper has it already, with a slot; or the connection ends with the proxy, as one without a slot does."""
+
+    async def work(served: Served, engine: socket.socket) -> None:
+        with proxy(served, 2, engine.getsockname()[1], "reads") as first:
+            there, _ = engine.accept()
+            read, new = await served.connect(), await served.connect()
+            for _, client in (read, new):
+                client.write(b"GET")
+            await accepted(first)
+            first.send_signal(signal.SIGKILL)
+            await served.keeper.told_all()
+            served.keeper.ended()
+            there.close()
+            assert served.keeper.held == 1
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(read[0].readexactly(1), 60)
+            for _, client in (read, new):
+                client.close()
+                with contextlib.suppress(ConnectionError):
+                    await client.wait_closed()
+
+    tried(work)
+
+
+def test_a_container_that_refuses_clone3_allows_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Libc:
+        def syscall(self, number: object, *arguments: object) -> int:
+            asked.append(getattr(number, "value", number))  # type: ignore[arg-type]
+            return -1 if len(asked) == 1 else 77
+
+    monkeypatch.setattr(sharer, "_libc", Libc())
+    assert sharer._clone() == 77
+    assert asked == [435, {"x86_64": 56, "aarch64": 220}[platform.machine()]]
+
+
+def test_clone_makes_the_same_process_as_clone3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own number of one call is given to the other."""
+    monkeypatch.setattr(sharer, "_SYS_CLONE3", -1)
+    ours, theirs = os.pipe()
+    pid = sharer._clone()
+    if pid == 0:
+        os.close(theirs)  # for this process as well
+        os._exit(7)
+    assert pid > 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(theirs)
+    os.close(ours)
 
 
 def test_it_ends_with_a_proxy_that_has_no_connections() -> None:
@@ -134,11 +196,13 @@ def test_without_takeover_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_kernel_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        monkeypatch.setenv(TAKEOVER_ENV, "9,9,9")
+        monkeypatch.setenv(TAKEOVER_ENV, f"{listener.fileno()},9,9")
         monkeypatch.setenv(LISTEN_FD_ENV, str(listener.fileno()))
-        mine = os.pidfd_open(os.getpid())
-        monkeypatch.setattr(os, "pidfd_open", lambda pid: mine)
+        monkeypatch.setattr(os, "listdir", lambda path: ["1"])
         monkeypatch.setattr(sharer, "_clone", lambda: -1)
         sharer.share_descriptors()
-        os.close(mine)
-    assert "connections that have just been accepted are lost if this proxy dies: clone3" in capfd.readouterr().err
+        assert "connections that have just been accepted are lost if this proxy dies: clone:" in capfd.readouterr().err
+        monkeypatch.setattr(os, "listdir", lambda path: ["1", "2"])
+        monkeypatch.setattr(sharer, "_clone", lambda: pytest.fail("a thread may hold a lock"))
+        sharer.share_descriptors()
+    assert "this process has threads already" in capfd.readouterr().err
