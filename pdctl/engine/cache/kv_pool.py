@@ -8,7 +8,7 @@ import torch
 
 from pdctl.engine.cache.columns import Columns, Slots, fill_device, fill_host
 from pdctl.engine.cache.layout import block_bytes, plane_offsets
-from pdctl.engine.cache.memory import Bytes, DeviceMemory, Memory
+from pdctl.engine.cache.memory import Bytes, DeviceMemory, Memory, NoMemory
 from pdctl.engine.cache.mirror import Mirror
 from pdctl.wire import Manifest
 
@@ -73,16 +73,21 @@ class KvPool:
             self._mirror.publish(block_ids)
 
     def fill(self, read: Bytes, slots: Slots, columns: Sequence[Columns]) -> None:
-        """See handover.Target.fill. Runs beside the steps, in any thread."""
+        """See handover.Target.fill. Runs beside the steps, in any thread. Raises NoMemory."""
         if self.is_on_host:
             assert self.memory is not None
             fill_host([self._host_plane(self.memory, *plane) for plane in self._planes], read, slots, columns)
             return
-        with torch.cuda.stream(self._beside):
-            planes = [half.flatten(1) for layer in zip(self.keys, self.values, strict=True) for half in layer]
-            fill_device(planes, read, slots, columns)
-        if self._beside is not None:
-            self._beside.synchronize()
+        planes = [half.flatten(1) for layer in zip(self.keys, self.values, strict=True) for half in layer]
+        try:
+            with torch.cuda.stream(self._beside):
+                fill_device(planes, read, slots, columns)
+        except torch.OutOfMemoryError as failure:
+            raise NoMemory(f"the GPU has no room for KV that has come: {failure}") from failure
+        finally:
+            # Also what was begun before an error is over then.
+            if self._beside is not None:
+                self._beside.synchronize()
 
     def poison(self, block_ids: Sequence[int]) -> None:
         """Fill freed blocks with NaN, so that a use after free is detected."""

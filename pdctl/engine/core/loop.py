@@ -129,8 +129,8 @@ class Core:
         self.puller.close()
         if self._tiers is not None:
             self._tiers.close()
-        self.executor.close()
         self._keep_latency(self.scheduler.latency)
+        self.executor.close()
 
     def receive(self, message: ToCore) -> None:
         """Handle a message in the receiving thread. Pulls go directly to the puller, so a running step does not delay

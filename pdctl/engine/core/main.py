@@ -18,9 +18,9 @@ import zmq
 
 from pdctl.engine.cache.memory import NoMemory
 from pdctl.engine.core.build import build
-from pdctl.engine.core.faults import reason_of
 from pdctl.engine.core.loop import Core
 from pdctl.engine.core.outbox import Outbox
+from pdctl.engine.executor.faults import reason_of
 from pdctl.engine.ipc import pipes
 from pdctl.engine.ipc.messages import Broken, StartRefused, ToCore
 from pdctl.engine.lifeline import die_with_parent, vital

@@ -13,9 +13,14 @@ import torch
 
 from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
-from pdctl.engine.model.parallel import RankLost
+from pdctl.engine.model.loading import ModelRefused
 from pdctl.engine.transfer.cuda_runtime import CudaError, CudaRuntime
 from pdctl.wire import Manifest
+
+_HINT = (
+    "; ranks on GPUs need CUDA IPC, which containers with GPUs of their own, WSL, and PYTORCH_CUDA_ALLOC_CONF with "
+    "expandable_segments or cudaMallocAsync do not have"
+)
 
 
 class _Mapped:
@@ -33,18 +38,18 @@ def tensor_at(address: int, num_bytes: int, device: torch.device) -> torch.Tenso
 
 
 def export(pool: KvPool) -> str:
-    """Where another process of this host finds the pool, for `mapped`. Raises RankLost."""
+    """Where another process of this host finds the pool, for `mapped`. Raises ModelRefused."""
     try:
         return CudaRuntime().place(pool.device_memory.base)
     except CudaError as failure:
-        raise RankLost(f"this rank's KV cannot be mapped by the engine's core: {failure}") from failure
+        raise ModelRefused(f"a rank's KV cannot be mapped by the engine's core: {failure}{_HINT}") from failure
 
 
 def mapped(
     manifests: Sequence[Manifest], num_blocks: int, places: Sequence[str], devices: Sequence[torch.device]
 ) -> list[KvPool]:
     """The pools of other ranks, with what each has of the KV. They are mapped until this process ends. Raises
-    RankLost."""
+    ModelRefused."""
     cuda, found = CudaRuntime(), []
     try:
         for manifest, place, device in zip(manifests, places, devices, strict=True):
@@ -55,5 +60,5 @@ def mapped(
             found.append(KvPool(manifest, num_blocks, None, device, store, place))
         cuda.set_device(0)
     except CudaError as failure:
-        raise RankLost(f"another rank's KV cannot be mapped: {failure}") from failure
+        raise ModelRefused(f"another rank's KV cannot be mapped: {failure}{_HINT}") from failure
     return found

@@ -133,6 +133,10 @@ class OtherRanks:
         """See Others.dense."""
         self.tell(Dense(ids.tolist(), implementation))
 
+    def lose(self, reason: str) -> None:
+        """The ranks cannot go on."""
+        self._lost(reason, False)
+
     def leave(self) -> None:
         """Have all exit; those that do not are killed."""
         self._leaving = True

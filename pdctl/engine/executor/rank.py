@@ -20,6 +20,7 @@ from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory, NoMemory
 from pdctl.engine.cache.shards import local
 from pdctl.engine.executor.exported import export
+from pdctl.engine.executor.faults import reason_of
 from pdctl.engine.executor.gpu_memory import free_memory, room_after
 from pdctl.engine.executor.pipe import (
     Dense,
@@ -70,8 +71,8 @@ def _run(options: EngineOptions, pipe: Pipe) -> int:
     """Load and follow; a failure is told before the process ends. Returns the exit code."""
     try:
         pipe.send(Here())
-        _follow(_loaded(options, pipe), pipe)
-    except (ModelRefused, NoMemory, torch.OutOfMemoryError) as failure:
+        _follow(_started(options, pipe), pipe)
+    except (ModelRefused, NoMemory) as failure:
         return _said(pipe, Refused(str(failure)), EXIT_CONFIG)
     except PipeClosed:
         # The first rank is gone; so will this process be.
@@ -80,7 +81,7 @@ def _run(options: EngineOptions, pipe: Pipe) -> int:
         return _said(pipe, Failed(str(failure)), 1)
     except Exception as failure:
         logging.exception("the rank ends")
-        return _said(pipe, Failed(f"{type(failure).__name__}: {failure}"), 1)
+        return _said(pipe, Failed(reason_of(failure)), 1)
     return 0
 
 
@@ -90,6 +91,14 @@ def _said(pipe: Pipe, word: Refused | Failed, code: int) -> int:
     except PipeClosed:
         logging.info("%s", word.reason)
     return code
+
+
+def _started(options: EngineOptions, pipe: Pipe) -> ModelRunner:
+    """See _loaded. What does not fit now will not fit the next time."""
+    try:
+        return _loaded(options, pipe)
+    except torch.OutOfMemoryError as failure:
+        raise ModelRefused(str(failure)) from failure
 
 
 def _loaded(options: EngineOptions, pipe: Pipe) -> ModelRunner:

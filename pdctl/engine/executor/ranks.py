@@ -8,11 +8,14 @@ all, on GPUs too, so transfers need no other process. The end of a rank ends the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +28,7 @@ from pdctl.engine.executor import Launched
 from pdctl.engine.executor.gpu_memory import free_memory
 from pdctl.engine.executor.microbatches import microbatches
 from pdctl.engine.executor.others import OtherRanks
-from pdctl.engine.executor.pipe import Here, Loaded, own_device
+from pdctl.engine.executor.pipe import Here, Loaded, device_of, own_device
 from pdctl.engine.executor.rank_pools import AllRanks, open_pools
 from pdctl.engine.executor.single import POISON_ENV, SingleExecutor, load_part
 from pdctl.engine.model.grammar import Grammars
@@ -38,10 +41,11 @@ from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Slice
 from pdctl.wire import Manifest, Part
 
-# Time for a rank to import what it needs; to load the model; and to take part in a computation that another rank has
-# reached. Ranks compute the same, so this is what a rank may be behind on a loaded machine.
+# Time for a rank to import what it needs; to load the model; for all to connect; and to take part in a computation that
+# another rank has reached. Ranks compute the same, so this is what a rank may be behind on a loaded machine.
 _START_S = 300.0
 _LOAD_S = 1800.0
+_CONNECT_S = 180.0
 STEP_S = 60.0
 
 _log = logging.getLogger(__name__)
@@ -52,6 +56,7 @@ class RanksExecutor(SingleExecutor):
 
     others: OtherRanks
     _group: Ranks
+    _folder: Path | None = None
     _stages = 1
 
     @classmethod
@@ -79,11 +84,17 @@ class RanksExecutor(SingleExecutor):
         width = width_of(options)
         others.expect(Here, _START_S)
         device = own_device(options.device, 0)
-        with tempfile.TemporaryDirectory(dir=options.run_dir, prefix="ranks-") as folder:
-            rendezvous = Path(folder) / "meet"
-            others.join(str(rendezvous))
-            group = Ranks(0, width, rendezvous, step_s, device)
+        _use_all_gpus(options)
+        folder = _meeting(options)
+        try:
+            others.join(str(folder / "meet"))
+            with _in_time(others, _CONNECT_S):
+                group = Ranks(0, width, folder / "meet", step_s, device)
             loaded, chosen = load_part(options, device, group)
+        finally:
+            # NCCL uses the file for as long as it runs.
+            if device.type == "cpu":
+                shutil.rmtree(folder)
         found = others.expect(Loaded, _LOAD_S)
         ours = how_loaded(loaded.dtype, chosen.backend.name)
         if different := [one.how for one in found if one.how != ours]:
@@ -108,6 +119,7 @@ class RanksExecutor(SingleExecutor):
         runner.self_check()
         executor = cls(loaded, manifest, runner, f"{chosen.backend.name}: {chosen.reason}", num_blocks, _graphs(device))
         executor.others, executor._group = others, group
+        executor._folder = folder if folder.exists() else None
         # Segments of prompts are computed whole: their shape decides how sums are rounded.
         executor._stages = 1 if options.deterministic else width.stages
         executor.pools = pools
@@ -131,6 +143,8 @@ class RanksExecutor(SingleExecutor):
         """See Executor.close. The other ranks leave."""
         self.others.leave()
         self._group.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         super().close()
 
     def publish(self, block_ids: Sequence[int]) -> None:
@@ -141,6 +155,32 @@ class RanksExecutor(SingleExecutor):
     def _poison(self, block_ids: list[int]) -> None:
         for pool in self.pools:
             pool.poison(block_ids)
+
+
+def _meeting(options: EngineOptions) -> Path:
+    """A folder for the file at which the ranks meet. Those of an engine that was killed are removed."""
+    prefix = f"ranks-{options.name}-"
+    for old in options.run_dir.glob(f"{prefix}*"):
+        shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=options.run_dir, prefix=prefix))
+
+
+def _use_all_gpus(options: EngineOptions) -> None:
+    """Take what this process needs on other ranks' GPUs, whose pools it will map, before these measure their room."""
+    for rank in range(1, options.num_ranks if options.device == "cuda" else 1):
+        torch.zeros(1, device=device_of(options.device, rank))
+
+
+@contextlib.contextmanager
+def _in_time(others: OtherRanks, seconds: float) -> Iterator[None]:
+    """End the engine if this takes longer: NCCL connects without a deadline."""
+    timer = threading.Timer(seconds, others.lose, [f"the ranks did not connect within {seconds:g} s"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _graphs(device: torch.device) -> str:

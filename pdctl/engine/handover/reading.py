@@ -12,7 +12,7 @@ import numpy as np
 
 from pdctl.engine.cache.columns import Columns, Slots
 from pdctl.engine.cache.layout import Half, Span, block_bytes, check, rows, slot, spans
-from pdctl.engine.cache.memory import Bytes, Memory
+from pdctl.engine.cache.memory import Bytes, Memory, NoMemory
 from pdctl.engine.cache.shards import Route, Shard, local, routes, whole_rows
 from pdctl.engine.ipc.messages import Pull
 from pdctl.engine.transfer import TransferError, TransferUncertain, Transport
@@ -70,7 +70,7 @@ class Target(Protocol):
     """A pool that rows are copied into."""
 
     def fill(self, read: Bytes, slots: Slots, columns: Sequence[Columns]) -> None:
-        """Copy columns of what was read into these slots, and wait until they are there."""
+        """Copy columns of what was read into these slots, and wait until they are there. Raises NoMemory."""
         ...
 
 
@@ -187,7 +187,7 @@ class ShardReader:
                 self._spread(area, route, source, targets, first, count)
         except TransferUncertain as failure:
             raise self._late(found.name, area, failure) from failure
-        except (TransferError, ValueError):
+        except (TransferError, NoMemory, ValueError):
             self._areas.give_back(found.name, area)
             raise
         self._areas.give_back(found.name, area)

@@ -87,7 +87,8 @@ def load_model(
         if getattr(config, "is_encoder_decoder", False):
             raise ModelRefused(f"{path} is an encoder-decoder model; only decoder-only models can be served")
         if group is not None:
-            module = load_part(Path(path), config, dtype, group)
+            # Only on a GPU is what the files have read for sure: on the host their pages may wait for their use.
+            module = load_part(Path(path), config, dtype, group).to(device)
             group.meet()
         else:
             module = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, local_files_only=True)

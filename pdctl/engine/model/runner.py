@@ -234,12 +234,12 @@ class ModelRunner:
             self._others.step(staged, self._stages is None or self._stages.gives_back)
         inputs = self._buffers.upload(staged, sampled)
         group = self._group
-        stripe = stripe_of(inputs, group) if group is not None else None
+        stripe = stripe_of(inputs, staged.fields.keep, group) if group is not None else None
         if stripe is None or group is None:
             self._begin(inputs)
             logits = self._compute(inputs)
             if group is not None:
-                settle(group)
+                settle(group, self.device)
             return logits
         self._begin(stripe.inputs)
         return stripe.whole(self._compute(stripe.inputs, lambda part: stripe.exchanged(part, group)), group)

@@ -6,6 +6,7 @@ A block's bytes are the same whatever the engine's width, so an engine of anothe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from pdctl.engine.cache.kv_pool import KvPool, stream_beside
 from pdctl.engine.cache.layout import ITEM_BYTES, block_bytes, plane_bytes, plane_offsets
 from pdctl.engine.cache.memory import Bytes
 from pdctl.engine.cache.shards import Shard, heads, layers
-from pdctl.engine.tiers import Rows
+from pdctl.engine.tiers import Rows, TierFailed
 from pdctl.wire import Manifest
 
 
@@ -70,7 +71,8 @@ class _OnHost:
 
 
 class _OnDevice:
-    """See _Blocks. All planes cross the bus together, on a stream beside the steps."""
+    """See _Blocks. All planes cross the bus together, on a stream beside the steps. What there is no room for on the
+    device fails as a tier does."""
 
     def __init__(self, pool: KvPool) -> None:
         self._device = pool.store.device
@@ -83,7 +85,7 @@ class _OnDevice:
 
     def read(self, block_ids: Sequence[int]) -> Iterator[Bytes]:
         """See _Blocks.read."""
-        with torch.cuda.stream(self._stream):
+        with _room(), torch.cuda.stream(self._stream):
             ids = torch.tensor(block_ids, device=self._device)
             whole = torch.cat([plane.index_select(0, ids) for plane in self._planes], dim=1).to("cpu")
         return iter(np.split(whole.numpy(), self._ends[:-1], axis=1))
@@ -91,12 +93,20 @@ class _OnDevice:
     def write(self, block_ids: Sequence[int], parts: Sequence[Bytes]) -> None:
         """See _Blocks.write."""
         whole = torch.from_numpy(np.concatenate([part.reshape(len(block_ids), -1) for part in parts], axis=1))
-        with torch.cuda.stream(self._stream):
+        with _room(), torch.cuda.stream(self._stream):
             ids, there = torch.tensor(block_ids, device=self._device), whole.to(self._device)
             for plane, part in zip(self._planes, torch.tensor_split(there, self._ends[:-1], dim=1), strict=True):
                 plane.index_copy_(0, ids, part)
         if self._stream is not None:
             self._stream.synchronize()
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as failure:
+        raise TierFailed(f"the GPU has no room for a copy: {failure}") from failure
 
 
 class WholeBlocks:
@@ -109,7 +119,7 @@ class WholeBlocks:
         self._pools: list[tuple[_Blocks, list[_Place]]] = list(zip(kinds, _places(manifest, shards), strict=True))
 
     def read(self, block_ids: Sequence[int]) -> Rows:
-        """A copy of these blocks."""
+        """A copy of these blocks. Raises TierFailed."""
         rows = np.empty((len(block_ids), self.block_bytes), np.uint8)
         for pool, places in self._pools:
             if any(place.is_first for place in places):
@@ -118,7 +128,7 @@ class WholeBlocks:
         return rows
 
     def write(self, block_ids: Sequence[int], rows: Rows) -> None:
-        """Copy rows into these blocks."""
+        """Copy rows into these blocks. Raises TierFailed."""
         for pool, places in self._pools:
             pool.write(block_ids, [place.part(rows, self._size) for place in places])
 

@@ -18,7 +18,6 @@ from pdctl.engine.executor.ranks import RanksExecutor
 from pdctl.engine.executor.single import POISON_ENV, SingleExecutor
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.loading import ModelRefused
-from pdctl.engine.model.parallel import RankLost
 from pdctl.engine.options import EngineOptions
 from pdctl.engine.schedule.batch import Slice
 from pdctl.engine.schedule.sequence import Sequence
@@ -119,5 +118,6 @@ def test_a_pool_that_cannot_be_mapped_ends_the_engine(
     monkeypatch.setattr(
         rank_pools, "mapped", lambda manifests, blocks, places, devices: real(manifests, blocks, nowhere, devices)
     )
-    with pytest.raises(RankLost, match="another rank's KV cannot be mapped"), started(options(tiny_model, tmp_path, 2)):
+    given = options(tiny_model, tmp_path, 2)
+    with pytest.raises(ModelRefused, match="another rank's KV cannot be mapped"), started(given):
         pass

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pdctl.engine.executor import rank
-from pdctl.engine.executor.pipe import Failed, Join, Pools
-from pdctl.wire import Part
+from pdctl.engine.executor.pipe import Failed, Join, Pools, Refused
+from pdctl.wire import EXIT_CONFIG, Part
 
 
 class Sent:
@@ -42,3 +42,24 @@ def test_a_pool_without_its_memory_is_refused(monkeypatch: pytest.MonkeyPatch, t
     assert rank._run(options, pipe) == 1  # type: ignore[arg-type]
     (said,) = (word for word in pipe.sent if isinstance(word, Failed))
     assert "no descriptor was free" in said.reason, "the first rank hears why"
+
+
+@pytest.mark.parametrize(
+    ("when", "said", "code"),
+    [("_loaded", Refused("CUDA out of memory"), EXIT_CONFIG), ("_follow", Failed, 1)],
+    ids=["at the start", "in a step"],
+)
+def test_a_gpu_that_is_full_is_final_only_at_the_start(
+    when: str, said: object, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that found no room may find it after a restart."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rank, "_loaded", lambda *_: None)
+    monkeypatch.setattr(rank, when, full)
+    pipe = Sent()
+    assert rank._run(SimpleNamespace(), pipe) == code  # type: ignore[arg-type]
+    word = pipe.sent[-1]
+    assert word == said if isinstance(said, Refused) else isinstance(word, Failed)

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdctl.engine.cache import kv_pool
 from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import Span, block_bytes
-from pdctl.engine.cache.memory import Memory
+from pdctl.engine.cache.memory import Memory, NoMemory
 from pdctl.engine.cache.shards import Shard, heads, local
 from pdctl.engine.handover import reading as module
 from pdctl.engine.handover.reading import OurShard, ShardReader, Staging, Way, way
@@ -265,3 +266,21 @@ def test_a_pull_of_another_shape_than_the_link_is_refused() -> None:
         reader.read(found, pull(endpoint, odd, target, 0, 4), lambda _: 1.0)
 
 
+def test_a_gpu_without_room_for_what_came_fails_the_read_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the engine; and the staging area is used again."""
+    source, target = Engine(manifest(4), 1, [0, 1, 2]), Engine(manifest(4), 1, [3, 4, 5])
+    fill(source, range(12))
+    reader, found, endpoint = linked(source, target, on_device=True)
+
+    def no_room(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    work = pull(endpoint, source, target, 0, 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_pool, "fill_device", no_room)
+        for _ in range(module._MOST_AREAS + 1):
+            with pytest.raises(NoMemory, match="no room for KV that has come: CUDA out of memory"):
+                reader.read(found, work, lambda _: 1.0)
+    assert reader.read(found, work, lambda _: 1.0)
+    assert len(reader._areas.transports()) == 1
+    reader.close()

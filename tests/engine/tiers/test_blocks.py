@@ -10,6 +10,7 @@ from pdctl.engine.cache.kv_pool import KvPool
 from pdctl.engine.cache.layout import block_bytes
 from pdctl.engine.cache.memory import Memory
 from pdctl.engine.cache.shards import Shard, local
+from pdctl.engine.tiers import TierFailed
 from pdctl.engine.tiers.blocks import WholeBlocks
 from pdctl.wire import LayerShape, Manifest, Part
 
@@ -74,3 +75,16 @@ def test_what_is_written_to_a_device_is_not_in_its_copy_on_the_host() -> None:
     assert not host.bytes.any()
     pool.publish([0])
     assert np.count_nonzero(host.bytes) == device.block_bytes
+
+
+def test_a_gpu_without_room_for_a_copy_fails_as_a_tier_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = blocks([Part()], on_host=False)
+
+    def no_room(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "tensor", no_room)
+    with pytest.raises(TierFailed, match="no room for a copy: CUDA out of memory"):
+        made.read([1])
+    with pytest.raises(TierFailed, match="no room"):
+        made.write([1], np.zeros((1, made.block_bytes), np.uint8))

@@ -33,8 +33,8 @@ class Width(NamedTuple):
 
 
 class Ranks:
-    """See Group. A call that some rank does not join within `timeout_s` raises RankLost. `number`: of all ranks; those
-    of a stage follow each other."""
+    """See Group. A call that some rank does not join within `timeout_s` raises RankLost; with NCCL, whose calls only
+    queue work, NCCL's watchdog ends the process instead. `number`: of all ranks; those of a stage follow each other."""
 
     def __init__(self, number: int, width: Width, rendezvous: Path, timeout_s: float, device: torch.device) -> None:
         self.size, self.stages, self.stripes = size, stages, stripes = width
@@ -45,6 +45,8 @@ class Ranks:
         self._number = number
         self._stage_group: dist.ProcessGroup | None = None
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _INTERFACE
+        # A dump for debugging would first wait for all ranks: minutes, while a rank is gone.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         self._timeout_s = timeout_s
         try:
             on_gpu = device.type == "cuda"

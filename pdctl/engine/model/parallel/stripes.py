@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from pdctl.engine.model.attention.batch import Batch, HostRows, Ints
-from pdctl.engine.model.inputs import Inputs
+from pdctl.engine.model.copies import to_device
+from pdctl.engine.model.inputs import Inputs, Longs
 from pdctl.engine.model.parallel import Group
 
 # Rows of a stripe, at least. Fewer take about as long as the exchanges (pdctl's own estimate).
@@ -40,32 +41,32 @@ class Stripe(NamedTuple):
         return group.gather(own, self.kept)[self.order]
 
 
-def stripe_of(inputs: Inputs, group: Group) -> Stripe | None:
-    """This rank's part of a step on the host; None for one that every rank computes whole."""
+def stripe_of(inputs: Inputs, keep: Longs, group: Group) -> Stripe | None:
+    """This rank's part of a step; None for one that every rank computes whole. `keep`: of the inputs, on the host."""
     tokens = inputs.ids.shape[0]
     if tokens < FEWEST_ROWS * group.stripes:
         return None
     cuts = [stripe * tokens // group.stripes for stripe in range(group.stripes + 1)]
     first, end = cuts[group.stripe], cuts[group.stripe + 1]
-    keep = inputs.keep.numpy()
     owner = np.searchsorted(cuts, keep, side="right") - 1
     own = keep[owner == group.stripe] - first
     kept = np.bincount(owner, minlength=group.stripes).tolist()
     # Models project at least one row; nobody reads it.
     rows = own if len(own) else np.zeros(1, dtype=np.int64)
-    batch = _cut(inputs.batch, first, end)
-    part = Inputs(inputs.ids[first:end], inputs.positions[first:end], torch.from_numpy(rows), batch)
-    order = torch.from_numpy(np.argsort(np.argsort(owner, kind="stable"), kind="stable"))
+    device = inputs.ids.device
+    batch = _cut(inputs.batch, first, end, device)
+    part = Inputs(inputs.ids[first:end], inputs.positions[first:end], to_device(torch.from_numpy(rows), device), batch)
+    order = to_device(torch.from_numpy(np.argsort(np.argsort(owner, kind="stable"), kind="stable")), device)
     return Stripe(part, [after - before for before, after in pairwise(cuts)], kept, order)
 
 
-def settle(group: Group) -> None:
+def settle(group: Group, device: torch.device) -> None:
     """Return when every rank has computed a step whole. One that is behind would still write KV into blocks that are
     somebody else's by then, and what it has not written yet could be read."""
-    group.gather(torch.zeros(1, 1), [1] * group.stripes)
+    group.gather(torch.zeros(1, 1, device=device), [1] * group.stripes)
 
 
-def _cut(batch: Batch, first: int, end: int) -> Batch:
+def _cut(batch: Batch, first: int, end: int, device: torch.device) -> Batch:
     """The rows [first, end) of a batch, which still writes the KV of all its rows."""
     starts, lengths, table = batch.host
     begin = int(np.searchsorted(starts, first, side="right")) - 1
@@ -79,9 +80,9 @@ def _cut(batch: Batch, first: int, end: int) -> Batch:
     return Batch(
         block_size=batch.block_size,
         write_slots=batch.write_slots,
-        starts=torch.from_numpy(own),
-        lengths=torch.from_numpy(until),
-        table=torch.from_numpy(host.table),
+        starts=to_device(torch.from_numpy(own), device),
+        lengths=to_device(torch.from_numpy(until), device),
+        table=to_device(torch.from_numpy(host.table), device),
         host=host,
         longest_query=int(counts.max()),
         longest=int(until.max()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import cast
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from pdctl.engine.ipc.messages import Sampling
 from pdctl.engine.model.attention import open_backend
 from pdctl.engine.model.attention.batch import Call
-from pdctl.engine.model.inputs import InputBuffers
+from pdctl.engine.model.inputs import InputBuffers, Inputs
 from pdctl.engine.model.parallel import Group
-from pdctl.engine.model.parallel.stripes import stripe_of
+from pdctl.engine.model.parallel.stripes import settle, stripe_of
 from pdctl.engine.schedule.batch import Slice
 from pdctl.engine.schedule.sequence import Sequence
 
@@ -59,7 +60,8 @@ def test_stripes_together_are_the_whole_step(
     inputs = InputBuffers(SIZE, CPU).build(slices(pieces, chance))
     tokens = inputs.ids.shape[0]
     ranks = [SimpleNamespace(stripe=stripe, stripes=stripes) for stripe in range(stripes)]
-    found = [stripe_of(inputs, cast(Group, rank)) for rank in ranks]
+    keep = inputs.keep.numpy()
+    found = [stripe_of(inputs, keep, cast(Group, rank)) for rank in ranks]
     if tokens < 8 * stripes:
         assert found == [None] * stripes, "every rank computes it whole"
         return
@@ -88,3 +90,24 @@ def test_stripes_together_are_the_whole_step(
         rank = cast(Group, _Rank(at, logits))
         assert stripe.whole(logits[at], rank)[:, 0].tolist() == inputs.keep.tolist()
         assert torch.equal(stripe.exchanged(rows[at], cast(Group, _Rank(at, rows))), numbers)
+
+
+def test_stripes_are_on_the_device_of_the_step() -> None:
+    """A device whose tensors the host cannot read: as a GPU's, they must be made there."""
+    chance = random.Random(3)
+    inputs = InputBuffers(SIZE, CPU).build(slices([(4, 20, True), (0, 9, True)], chance))
+    there = torch.device("meta")
+    batch = replace(
+        inputs.batch, write_slots=inputs.batch.write_slots.to(there), starts=inputs.batch.starts.to(there),
+        lengths=inputs.batch.lengths.to(there), table=inputs.batch.table.to(there),
+    )  # fmt: skip
+    moved = Inputs(inputs.ids.to(there), inputs.positions.to(there), inputs.keep.to(there), batch)
+    for number in range(2):
+        stripe = stripe_of(moved, inputs.keep.numpy(), cast(Group, SimpleNamespace(stripe=number, stripes=2)))
+        assert stripe is not None
+        part = stripe.inputs
+        tensors = (part.ids, part.positions, part.keep, stripe.order, part.batch.starts, part.batch.lengths)
+        assert {one.device for one in (*tensors, part.batch.table, part.batch.write_slots)} == {there}
+    gathered: list[torch.Tensor] = []
+    settle(cast(Group, SimpleNamespace(stripes=2, gather=lambda part, counts: gathered.append(part))), there)
+    assert gathered[0].device == there

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 
-from pdctl.engine.core.faults import reason_of
+from pdctl.engine.executor.faults import reason_of
 from tests.service import free_port, wait_until
 
 REPOSITORY = Path(__file__).parents[3]
