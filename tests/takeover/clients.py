@@ -14,11 +14,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 # Requests whose client has nothing yet begin again with each death: under many deaths they take long.
 PATIENCE_S = 600.0
 STALL_S = 10.0
+# Shorter ones are between two steps of the engines.
+SHORTEST_GAP_S = 0.1
 _CREATED = re.compile(rb'"created":(\d+)')
 _LOGPROB = re.compile(rb"-?\d+\.\d+(?:e-?\d+)?")
 # An engine that was restarted has an empty prefix cache.
@@ -85,6 +87,13 @@ class Pace:
     receive_buffer: int = 0
 
 
+class Gap(NamedTuple):
+    """Nothing came on a connection between two moments."""
+
+    begin: float
+    end: float
+
+
 @dataclass
 class Tally:
     """What all clients found."""
@@ -95,7 +104,7 @@ class Tally:
     bytes: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
-    gaps: list[tuple[float, float]] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
 
     def note(self, what: str) -> None:
         if len(self.said) < 20:
@@ -188,8 +197,10 @@ class Connection:
         if not data:
             raise Cut(self._began, "the connection ended")
         now = time.monotonic()
-        if self._tally is not None and self._read_at and not pace.pause_s and not pace.stalls:
-            self._tally.gaps.append((now, now - self._read_at))
+        is_fast = self._tally is not None and not pace.pause_s and not pace.stalls
+        if is_fast and self._read_at and now - self._read_at > SHORTEST_GAP_S:
+            assert self._tally is not None
+            self._tally.gaps.append(Gap(self._read_at, now))
         self._read_at = now
         self._began += len(data)
         self._rest += data

@@ -16,15 +16,17 @@ import psutil
 
 from tests.e2e.test_tool_calls import FREE, TOOLS
 from tests.service import Service, pid_of
-from tests.takeover.clients import Clients, chats, completions
+from tests.takeover.clients import Clients, Gap, chats, completions
 
 _READY_S = 120.0
+# A stream's last bytes may be read so long after the kill.
+_ARRIVED_S = 0.3
 
 
 @dataclass
 class Outcome:
-    """What a run found. `pauses`: of each fast stream around the kill of a proxy alone, from the bytes before it to
-    those after it; `with_engine`: where an engine was killed, too, which has to start again."""
+    """What a run found. `pauses`: of fast streams around the kill of a proxy alone, from the bytes before it to those
+    after it; `with_engine`: where an engine was killed, too, which has to start again."""
 
     kills: int = 0
     engine_kills: int = 0
@@ -59,7 +61,7 @@ async def kill_again_and_again(
     kills before which the proxy is frozen for a moment; `every_s`: mean time that a proxy lives after it is ready."""
     clients = clients_of(service, with_chats)
     await clients.learn()
-    outcome = Outcome(clients=clients)
+    outcome, kills_at = Outcome(clients=clients), list[tuple[float, bool]]()
     running = asyncio.create_task(clients.run(count))
     try:
         await asyncio.sleep(2)
@@ -76,9 +78,7 @@ async def kill_again_and_again(
             await asyncio.sleep(0.05)
             await until_ready(service)
             await asyncio.sleep(0.3)
-            gaps = [gap for at, gap in clients.tally.gaps if began < at and at - gap < began + 0.1]
-            clients.tally.gaps.clear()
-            (outcome.with_engine if number < pairs else outcome.pauses).extend(gaps)
+            kills_at.append((began, number < pairs))
             if number % 10 == 9:
                 tally = clients.tally
                 say(f"{outcome.kills} kills: {tally.answers} answers, {tally.cut} cut, {tally.wrong} wrong")
@@ -87,7 +87,20 @@ async def kill_again_and_again(
     finally:
         clients.stopping = True
         await running
+    outcome.pauses = pauses(clients.tally.gaps, kills_at, with_engine=False)
+    outcome.with_engine = pauses(clients.tally.gaps, kills_at, with_engine=True)
     return outcome
+
+
+def pauses(gaps: list[Gap], kills: list[tuple[float, bool]], with_engine: bool) -> list[float]:
+    """How long streams had nothing around a kill: a gap belongs to the first kill that it spans, or that it begins
+    right after, with what had arrived before. `kills`: when, and whether an engine was killed, too."""
+    found = []
+    for gap in gaps:
+        spanned = (one for at, one in kills if gap.begin - _ARRIVED_S < at < gap.end)
+        if next(spanned, None) is with_engine:
+            found.append(gap.end - gap.begin)
+    return found
 
 
 async def kill(pid: int, is_frozen: bool) -> None:
