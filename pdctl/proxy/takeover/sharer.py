@@ -40,7 +40,7 @@ def share_descriptors() -> None:
     told = os.environ.get(TAKEOVER_ENV)
     if not told:
         return
-    reason = "" if len(os.listdir("/proc/self/task")) == 1 else "this process has threads already"  # noqa: PTH208 - names are enough
+    reason = "" if _is_alone() else "this process has threads already"
     # Descriptors of its own: the proxy may close its channel, and then the number would become another's.
     keeper, port = os.dup(int(told.partition(",")[0])), _local_port(int(os.environ[LISTEN_FD_ENV]))
     proxy = os.pidfd_open(os.getpid())
@@ -55,6 +55,11 @@ def share_descriptors() -> None:
             _wait_and_tell(proxy, keeper, port)
         finally:
             os._exit(0)
+
+
+def _is_alone() -> bool:
+    """Whether this process has one thread. A copy of one with several may wait for locks that nobody has."""
+    return len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208 - names are enough
 
 
 def _clone() -> int:
