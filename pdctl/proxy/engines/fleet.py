@@ -93,11 +93,8 @@ class Fleet:
         return bool(self._inline)
 
     def computes_prompts(self, name: str) -> bool:
-        """Whether an engine with this name may compute whole requests now: one that does both, or a decode engine."""
-        engine = self.by_name.get(name)
-        if engine is None or not engine.usable(self._clock()):
-            return False
-        return engine.address.role == "hybrid" or engine in self._inline
+        """Whether a decode engine with this name may compute whole requests now."""
+        return any(engine.name == name and engine.usable(self._clock()) for engine in self._inline)
 
     def inline(
         self, pair: EnginePair, size: float, pieces: Sequence[int], avoid: Collection[str], tpot_s: float

@@ -82,13 +82,6 @@ def test_what_another_proxy_began_goes_on_where_its_kv_is() -> None:
     assert outcome.sink.engines == ["d0"], "the next proxy would know it, too"
 
 
-def test_of_several_engines_for_both_it_is_the_one_that_has_its_kv() -> None:
-    other, its = Scripted("h0", "hybrid", []), Scripted("h1", "hybrid", [stream(range(67, 73))])
-    outcome = asyncio.run(relay(other, its, resumed=replace(RESUMED, engine="h1", token_ids=[65, 66])))
-    assert outcome.sink.tokens == list(range(67, 73))
-    assert (len(other.generations), len(its.generations)) == (0, 1)
-
-
 def test_an_engine_that_fails_with_it_is_not_asked_again() -> None:
     prefill, decode = pair([stream(range(69, 73))], [stream([67, 68], ends=False)])
     outcome = asyncio.run(relay(prefill, decode, inline=True, resumed=RESUMED))
