@@ -213,8 +213,8 @@ async def relay(
     engines compute prompts, too; `resumed`: what another proxy had sent of it."""
     servers = [await asyncio.start_server(engine.serve, "127.0.0.1", 0) for engine in engines]
     addresses = [
-        EngineAddress(engine.name, engine.role, kind, "127.0.0.1", port, slot=slot, inline=inline)
-        for slot, (engine, port) in enumerate(zip(engines, map(_port, servers), strict=True))
+        EngineAddress(engine.name, engine.role, kind, *server.sockets[0].getsockname(), slot=slot, inline=inline)
+        for slot, (engine, server) in enumerate(zip(engines, servers, strict=True))
     ]
     pool = EnginePool.of(addresses)
     shared = Shared(pool, POLICIES["round_robin"], Metrics("m", 1.0, 1.0), Releases(), Quarantine(), 1.0, 1.0)
@@ -260,10 +260,6 @@ async def relay(
         await asyncio.gather(*connections, return_exceptions=True)
         await asyncio.sleep(0)  # transports close in the loop's next turn
     return Outcome(sink, leg, shared, error)
-
-
-def _port(server: asyncio.Server) -> int:
-    return int(server.sockets[0].getsockname()[1])
 
 
 def _state(max_tokens: int, chat: dict[str, object] | None) -> RequestState:
