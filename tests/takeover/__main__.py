@@ -22,13 +22,11 @@ _SPARE = 8
 
 
 @contextmanager
-def serving(
-    run: Run, model: Path, extra: str = "takeover = true", decodes: int = 1, inline: bool = False
-) -> Iterator[Service]:
+def serving(run: Run, model: Path, extra: str = "takeover = true", decodes: int = 1) -> Iterator[Service]:
     """A service whose model speaks in tool calls."""
     marked = make(model, run.folder / "marked", template("hermes"))
     # On every CPU the same answers.
-    text = topology(model=str(marked), engine_extra='dtype = "float32"', extra=extra, decodes=decodes, inline=inline)
+    text = topology(model=str(marked), engine_extra='dtype = "float32"', extra=extra, decodes=decodes)
     with running(run, text.replace("[supervisor]", "[supervisor]\nmax_restarts = 1000")) as service:
         yield service
 
@@ -69,11 +67,10 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=0)
     parser.add_argument("--every", type=float, default=1.0, help="mean time that a proxy lives, seconds")
-    parser.add_argument("--inline", action="store_true", help="decode engines may compute prompts, too")
     parser.add_argument("--plant", choices=sorted(PLANTS), default="")
     parser.add_argument("--model", type=Path, default=Path.home() / ".cache/pdctl/models" / _SAMPLE)
     found = parser.parse_args()
-    with planted(found.plant), temporary_run() as run, serving(run, found.model, inline=found.inline) as service:
+    with planted(found.plant), temporary_run() as run, serving(run, found.model) as service:
         descriptors = supervisor_descriptors(service)
         work = kill_again_and_again(
             service, found.kills, found.clients, with_chats=True, pairs=found.pairs, every_s=found.every

@@ -16,7 +16,7 @@ from pdctl.net.openai.api import DONE, ApiError, Counts, usage
 from pdctl.proxy.answers.gather import Gathered
 from pdctl.proxy.answers.writer import AnswerHeaders, writer
 from pdctl.proxy.client.requests import ClientRequest
-from pdctl.proxy.takeover.notes import Facts, Progress, begun, computed_by
+from pdctl.proxy.takeover.notes import Facts, Progress, begun
 from pdctl.proxy.takeover.notes import tokens as noted
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.wire import TIMING_HEADER
@@ -49,10 +49,6 @@ class Sink(Protocol):
 
     async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
         """Take complete events as bytes; `ids`: their token ids, as text."""
-        ...
-
-    def computed_by(self, engine: str) -> None:
-        """The parts that follow come from this engine."""
         ...
 
     def start_over(self) -> bool:
@@ -156,8 +152,6 @@ class StreamSink:
         self._alone = alone
         self._envelope = envelope
         self._first = True
-        # What the next notes begin with.
-        self._engine = ""
 
     def resume(self, progress: Progress) -> None:
         """Go on after the parts that another proxy sent."""
@@ -186,18 +180,8 @@ class StreamSink:
         self._first = False
         await self._answer.write(data, notes)
 
-    def computed_by(self, engine: str) -> None:
-        """See Sink.computed_by."""
-        self._engine = engine
-
     def _begun(self) -> bytes:
-        notes, engine = b"", self._engine
-        if self._first:
-            notes = begun(self._index, self._alone, self.prompt_tokens, self.cached_tokens)
-        if engine:
-            self._engine = ""
-            notes += computed_by(self._index, self._alone, engine)
-        return notes
+        return begun(self._index, self._alone, self.prompt_tokens, self.cached_tokens) if self._first else b""
 
     def start_over(self) -> bool:
         """See Sink.start_over."""
@@ -272,9 +256,6 @@ class WholeSink:
     async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
         """Never called: this sink gathers parts."""
         raise AssertionError(f"{len(data)} bytes were passed to a sink that gathers")
-
-    def computed_by(self, engine: str) -> None:
-        """See Sink.computed_by. An answer in one piece begins again."""
 
     def start_over(self) -> bool:
         """See Sink.start_over. Clients get nothing before the end."""

@@ -58,9 +58,6 @@ class _TranslatedSink:
         """Never called: this sink translates."""
         raise AssertionError(f"{len(data)} bytes were passed to a sink that translates")
 
-    def computed_by(self, engine: str) -> None:
-        """See Sink.computed_by. Another proxy cannot continue such an answer."""
-
     @property
     def part_now(self) -> Callable[[bytes, bytes], bool]:
         """See Sink.part_now. Not possible here, because events are translated."""

@@ -92,10 +92,6 @@ class Fleet:
         """Whether a decode engine may compute whole requests beside pairs."""
         return bool(self._inline)
 
-    def computes_prompts(self, name: str) -> bool:
-        """Whether a decode engine with this name may compute whole requests now."""
-        return any(engine.name == name and engine.usable(self._clock()) for engine in self._inline)
-
     def inline(
         self, pair: EnginePair, size: float, pieces: Sequence[int], avoid: Collection[str], tpot_s: float
     ) -> tuple[str, Why] | None:

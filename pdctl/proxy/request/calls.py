@@ -232,7 +232,6 @@ async def _read(
             on_first_token()
         return
     ticket.streaming, ticket.patience_s = True, leg.shared.failover.stall_s
-    leg.sink.computed_by(engine.name)
     reader = EventReader(engine, leg.state, leg.sink, leg.timing, leg.shared.metrics, on_first_token, valid_until)
     if leg.suspicion.holds_turn:
         _watch_suspect(leg, reader, asyncio.get_running_loop())

@@ -27,12 +27,6 @@ class Course:
             return only
         return choose(policy, fleet.views(pieces), ask, self.avoid, self.alone)
 
-    def where_its_kv_is(self, fleet: Fleet, engine: str) -> EnginePair | None:
-        """The engine twice, if it can compute the rest of a request of which it has the KV."""
-        if engine in self.avoid or self.tries is not None or not fleet.computes_prompts(engine):
-            return None
-        return EnginePair(engine, engine)
-
     def inline(self, fleet: Fleet, pair: EnginePair, ask: Ask, pieces: Sequence[int]) -> tuple[str, Why] | None:
         """The decode engine that computes the request instead of the pair, and why; None if none does."""
         return fleet.inline(pair, ask.size, pieces, self.avoid, ask.tpot_s)

@@ -81,9 +81,8 @@ class Leg:
     trace: RequestTrace = NO_TRACE
     # Called when its prompt is computed.
     on_prefilled: Callable[[], None] | None = None
-    # Another proxy has sent a part of it, whose KV this engine probably still has.
+    # Another proxy has sent a part of it.
     was_resumed = False
-    kv_at = ""
     # The time of the first token of an answer in one piece is unknown. Where it matters, the engine must stream.
     must_stream = False
 
@@ -116,7 +115,7 @@ class Leg:
         """Go on after what another proxy has sent."""
         self.state.emitted += progress.token_ids
         self.prompt_tokens, self.cached_tokens = progress.prompt_tokens, progress.cached_tokens
-        self.finished, self.was_resumed, self.kv_at = progress.finished, progress.begun, progress.engine
+        self.finished, self.was_resumed = progress.finished, progress.begun
 
     @property
     def pieces(self) -> tuple[int, ...]:

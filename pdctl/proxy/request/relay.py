@@ -110,9 +110,6 @@ class Relay:
         leg, shared, course = self.leg, self.leg.shared, self._course
         deadline = time.monotonic() + shared.failover.wait_for_engine_s
         shared.request_number += 1
-        if leg.kv_at and (home := course.where_its_kv_is(shared.pool, leg.kv_at)) is not None:
-            shared.metrics.placed((leg.kv_at, "cached"))
-            return home
         ask = Ask(leg.size, shared.request_number, random.random(), shared.ttft_s, shared.tpot_s)  # noqa: S311 - load spreading
         while (pair := course.pair(shared.pool, shared.policy, ask, leg.pieces)) is None:
             left = deadline - time.monotonic()

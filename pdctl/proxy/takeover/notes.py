@@ -2,7 +2,7 @@
 
 Facts are noted once, at the beginning of the answer. Notes follow with each part: items that end with a comma. An item
 is a token id, or `L2`: what follows is of leg 2; `P10:4`: the leg has begun, its prompt has 10 tokens, 4 of them from a
-cache; `Edecode-0`: this engine computes what follows; `F`: the leg is complete.
+cache; `F`: the leg is complete.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ class Facts(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Progress:
-    """What the client has, or is about to get, of one choice. `engine`: the one that computed its last tokens, "" if
-    that was none that decodes."""
+    """What the client has, or is about to get, of one choice."""
 
     begun: bool = False
     finished: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
-    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +51,6 @@ _decode_facts = msgspec.json.Decoder(Facts).decode
 def begun(leg: int, alone: bool, prompt_tokens: int, cached_tokens: int) -> bytes:
     """The notes before the first part of a leg."""
     return _leg(leg, alone) + b"P%d:%d," % (prompt_tokens, cached_tokens)
-
-
-def computed_by(leg: int, alone: bool, engine: str) -> bytes:
-    """The notes before the first part that an engine has computed."""
-    return _leg(leg, alone) + b"E%b," % engine.encode()
 
 
 def tokens(leg: int, alone: bool, token_ids: list[int], finished: bool) -> bytes:
@@ -90,8 +83,6 @@ def read(facts: bytes, notes: bytes) -> Resumed:
         elif kind == b"P":
             prompt, _, cached = item[1:].partition(b":")
             leg.begun, leg.prompt_tokens, leg.cached_tokens = True, int(prompt), int(cached)
-        elif kind == b"E":
-            leg.engine = item[1:].decode()
         elif kind == b"F":
             leg.finished = True
         else:

@@ -20,7 +20,6 @@ from pdctl.proxy.request.failover import FailoverPolicy
 from pdctl.proxy.request.leg import Leg, Shared
 from pdctl.proxy.request.quarantine import Quarantine
 from pdctl.proxy.request.relay import Relay
-from pdctl.proxy.takeover.notes import Progress
 from pdctl.proxy.telemetry.metrics import Metrics
 from pdctl.proxy.telemetry.timing import Timing
 from pdctl.proxy_wire import EngineAddress
@@ -162,7 +161,6 @@ class Gathering:
         self.takes_whole = takes_whole
         self.began = asyncio.Event()
         self.tokens: list[int] = []
-        self.engines: list[str] = []
         self.text = ""
 
     async def add(self, choice: Choice, token_ids: list[int]) -> None:
@@ -172,9 +170,6 @@ class Gathering:
 
     async def pass_on(self, data: bytes, ids: bytes = b"") -> None:
         raise AssertionError(data)
-
-    def computed_by(self, engine: str) -> None:
-        self.engines.append(engine)
 
     def start_over(self) -> bool:
         return not self.tokens
@@ -205,15 +200,12 @@ async def relay(
     prepare: Callable[[EnginePool], None] = lambda _: None,
     lease_s: float = 30.0,
     chat: dict[str, object] | None = None,
-    inline: bool = False,
-    resumed: Progress | None = None,
 ) -> Outcome:
     """Relay one leg over these engines. Returns when every clean-up call has arrived. `left`: see Scripted; `prepare`
-    gets the pool before the leg starts; `chat`: the fields of a chat to relay instead of a completion; `inline`: decode
-    engines compute prompts, too; `resumed`: what another proxy had sent of it."""
+    gets the pool before the leg starts; `chat`: the fields of a chat to relay instead of a completion."""
     servers = [await asyncio.start_server(engine.serve, "127.0.0.1", 0) for engine in engines]
     addresses = [
-        EngineAddress(engine.name, engine.role, kind, *server.sockets[0].getsockname(), slot=slot, inline=inline)
+        EngineAddress(engine.name, engine.role, kind, "127.0.0.1", server.sockets[0].getsockname()[1], slot=slot)
         for slot, (engine, server) in enumerate(zip(engines, servers, strict=True))
     ]
     pool = EnginePool.of(addresses)
@@ -226,7 +218,6 @@ async def relay(
     ]  # fmt: skip
     sink, error = sink or Gathering(), None
     leg = Leg(shared, _state(max_tokens, chat), sink, "r1", b"", 5.0, max_tokens, b"x", None, Timing())
-    leg.resume(resumed or Progress())
     try:
         async with asyncio.timeout(60):
             while not all(engine.healthy for engine in pool.engines):

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from pdctl.proxy.takeover.notes import Progress
 from tests.proxy.request.scripted import FAST, LEASE, Outcome, Scripted, answer, cut, held, pair, relay, stream
 
 
@@ -68,35 +67,6 @@ def test_kv_that_is_lost_twice_is_computed_by_one_engine() -> None:
     assert "kv_transfer_params" not in prefill.generations[2]
     assert outcome.leg.timing.engines == ("p0", "p0")
     assert all(engine.breaker.failures == 0 for engine in outcome.shared.pool.engines), "no engine broke"
-
-
-RESUMED = Progress(begun=True, token_ids=[65, 66], engine="d0")
-
-
-def test_what_another_proxy_began_goes_on_where_its_kv_is() -> None:
-    prefill, decode = pair([], [stream(range(67, 73))])
-    outcome = asyncio.run(relay(prefill, decode, inline=True, resumed=RESUMED))
-    assert outcome.sink.tokens == list(range(67, 73))
-    assert (prefill.generations, outcome.leg.timing.engines) == ([], ("d0", "d0"))
-    assert decode.generations[0]["resume_token_ids"] == [65, 66]
-    assert outcome.sink.engines == ["d0"], "the next proxy would know it, too"
-
-
-def test_an_engine_that_fails_with_it_is_not_asked_again() -> None:
-    prefill, decode = pair([stream(range(69, 73))], [stream([67, 68], ends=False)])
-    outcome = asyncio.run(relay(prefill, decode, inline=True, resumed=RESUMED))
-    assert outcome.sink.tokens == list(range(67, 73))
-    assert len(decode.generations) == 1
-    assert prefill.generations[0]["resume_token_ids"] == [65, 66, 67, 68]
-
-
-@pytest.mark.parametrize(("inline", "engine"), [(False, "d0"), (True, "d9"), (True, "")])
-def test_without_that_engine_it_goes_on_as_after_an_engines_death(inline: bool, engine: str) -> None:
-    prefill, decode = pair([held(67)], [stream(range(68, 73))])
-    resumed = replace(RESUMED, engine=engine, token_ids=[65, 66])
-    outcome = asyncio.run(relay(prefill, decode, inline=inline, resumed=resumed))
-    assert outcome.sink.tokens == list(range(67, 73))
-    assert prefill.generations[0]["resume_token_ids"] == [65, 66]
 
 
 def test_what_an_engine_refuses_is_the_clients_error() -> None:
