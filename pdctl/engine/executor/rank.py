@@ -69,9 +69,11 @@ def main(options: EngineOptions) -> int:
 
 def _run(options: EngineOptions, pipe: Pipe) -> int:
     """Load and follow; a failure is told before the process ends. Returns the exit code."""
+    runner = None
     try:
         pipe.send(Here())
-        _follow(_started(options, pipe), pipe)
+        runner = _started(options, pipe)
+        _follow(runner, pipe)
     except (ModelRefused, NoMemory) as failure:
         return _said(pipe, Refused(str(failure)), EXIT_CONFIG)
     except PipeClosed:
@@ -81,7 +83,8 @@ def _run(options: EngineOptions, pipe: Pipe) -> int:
         return _said(pipe, Failed(str(failure)), 1)
     except Exception as failure:
         logging.exception("the rank ends")
-        return _said(pipe, Failed(reason_of(failure)), 1)
+        in_a_step = runner is not None
+        return _said(pipe, Failed(reason_of(failure) if in_a_step else f"{type(failure).__name__}: {failure}"), 1)
     return 0
 
 

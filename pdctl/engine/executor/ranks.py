@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -158,11 +157,11 @@ class RanksExecutor(SingleExecutor):
 
 
 def _meeting(options: EngineOptions) -> Path:
-    """A folder for the file at which the ranks meet. Those of an engine that was killed are removed."""
-    prefix = f"ranks-{options.name}-"
-    for old in options.run_dir.glob(f"{prefix}*"):
-        shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=options.run_dir, prefix=prefix))
+    """A folder for the file at which the ranks meet; what an earlier engine of this name has left there is removed."""
+    folder = options.run_dir / f"ranks-{options.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def _use_all_gpus(options: EngineOptions) -> None:

@@ -57,9 +57,23 @@ def test_a_gpu_that_is_full_is_final_only_at_the_start(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(rank, "_loaded", lambda *_: None)
+    monkeypatch.setattr(rank, "_loaded", lambda *_: "a runner")
     monkeypatch.setattr(rank, when, full)
     pipe = Sent()
     assert rank._run(SimpleNamespace(), pipe) == code  # type: ignore[arg-type]
     word = pipe.sent[-1]
-    assert word == said if isinstance(said, Refused) else isinstance(word, Failed)
+    if isinstance(said, Refused):
+        assert word == said
+    else:
+        assert isinstance(word, Failed)
+        assert "ran out in a step: CUDA out of memory" in word.reason
+
+
+def test_what_fails_at_the_start_is_not_called_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("no such layer")
+
+    monkeypatch.setattr(rank, "_loaded", broken)
+    pipe = Sent()
+    assert rank._run(SimpleNamespace(), pipe) == 1  # type: ignore[arg-type]
+    assert pipe.sent[-1] == Failed("TypeError: no such layer")

@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from pdctl.engine.executor import microbatches
+from pdctl.engine.executor import microbatches, ranks
 from pdctl.engine.executor.ranks import RanksExecutor
 from pdctl.engine.executor.single import POISON_ENV, SingleExecutor
 from pdctl.engine.ipc.messages import Sampling
@@ -220,3 +221,14 @@ def test_no_rank_outlives_the_first(tiny_model: Path, tmp_path: Path) -> None:
         other = psutil.Process(int(first.stdout.readline()))
         first.kill()
         assert psutil.wait_procs([other], timeout=30)[1] == []
+
+
+def test_engines_whose_names_begin_alike_meet_apart(tmp_path: Path) -> None:
+    """`p-0` starts again while `p-0-0`, of a group that is called `p-0`, is meeting."""
+    other = ranks._meeting(replace(options(tmp_path, tmp_path, 2), name="p-0-0"))
+    (other / "meet").touch()
+    mine = replace(options(tmp_path, tmp_path, 2), name="p-0")
+    (ranks._meeting(mine) / "meet").touch()
+    again = ranks._meeting(mine)
+    assert list(again.iterdir()) == [], "what was left is gone"
+    assert (other / "meet").exists()
